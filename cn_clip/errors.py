@@ -1,0 +1,25 @@
+"""The error tree: everything this package raises on purpose, so that callers can catch one type."""
+
+
+class CnClipError(Exception):
+    """Base of all errors that name their cause; commands print it on one line and exit with status 1."""
+
+
+class ConfigError(CnClipError, ValueError):
+    """A setting is unknown, out of range, or contradicts another."""
+
+
+class DataError(CnClipError, ValueError):
+    """An input file or record is not what its format says; the message starts with file and line or id."""
+
+
+class CheckpointError(CnClipError, RuntimeError):
+    """A weight file cannot be read, or does not fit the model."""
+
+
+class DownloadError(CnClipError, RuntimeError):
+    """A model file could not be fetched or failed its check."""
+
+
+class MissingExtraError(CnClipError, ImportError):
+    """An optional package is not installed; the message carries the pip command."""
