@@ -1,0 +1,148 @@
+"""The models as data: architectures (the JSON files of `clip/model_configs`) and the published checkpoints."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cn_clip.errors import ConfigError
+
+CONFIG_DIR = Path(__file__).parent / "clip" / "model_configs"
+
+VISION_MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "RN50", "RN-Tiny-64", "ViT-Tiny-64")
+TEXT_MODELS = (
+    "RoBERTa-wwm-ext-base-chinese",
+    "RoBERTa-wwm-ext-large-chinese",
+    "RBT3-chinese",
+    "BERT-Tiny-chinese",
+)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The picture tower. `vision_layers` is a depth (ViT) or four block counts (ResNet, no patch size)."""
+
+    embed_dim: int
+    image_resolution: int
+    vision_layers: int | tuple[int, ...]
+    vision_width: int
+    vision_patch_size: int | None
+    vision_head_width: int = 64
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text tower, a BERT; names as in the configuration files."""
+
+    vocab_size: int
+    text_attention_probs_dropout_prob: float
+    text_hidden_act: str
+    text_hidden_dropout_prob: float
+    text_hidden_size: int
+    text_initializer_range: float
+    text_intermediate_size: int
+    text_max_position_embeddings: int
+    text_num_attention_heads: int
+    text_num_hidden_layers: int
+    text_type_vocab_size: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: `vision@text`. `info()` is the flat dictionary the constructor of `CLIP` takes."""
+
+    vision: VisionConfig
+    text: TextConfig
+
+    def info(self) -> dict[str, Any]:
+        return {**asdict(self.vision), **asdict(self.text)}
+
+
+@dataclass(frozen=True)
+class Published:
+    """One checkpoint on the hubs. `vision`, `text` name its architecture; `resolution` is in pixels a side."""
+
+    repo: str
+    filename: str
+    vision: str
+    text: str
+    resolution: int
+
+
+HUGGINGFACE_ORG = "OFA-Sys"
+MODELSCOPE_ORG = "AI-ModelScope"
+
+_BASE, _LARGE = "RoBERTa-wwm-ext-base-chinese", "RoBERTa-wwm-ext-large-chinese"
+PUBLISHED: dict[str, Published] = {
+    "ViT-B-16": Published("chinese-clip-vit-base-patch16", "clip_cn_vit-b-16.pt", "ViT-B-16", _BASE, 224),
+    "ViT-L-14": Published("chinese-clip-vit-large-patch14", "clip_cn_vit-l-14.pt", "ViT-L-14", _BASE, 224),
+    "ViT-L-14-336": Published(
+        "chinese-clip-vit-large-patch14-336px", "clip_cn_vit-l-14-336.pt", "ViT-L-14-336", _BASE, 336
+    ),
+    "ViT-H-14": Published("chinese-clip-vit-huge-patch14", "clip_cn_vit-h-14.pt", "ViT-H-14", _LARGE, 224),
+    "RN50": Published("chinese-clip-rn50", "clip_cn_rn50.pt", "RN50", "RBT3-chinese", 224),
+}
+
+
+def config_path(name: str) -> Path:
+    """Where the configuration of an architecture lies; raises ConfigError for an unknown name."""
+    known = {*VISION_MODELS, *TEXT_MODELS}
+    name = name.replace("/", "-")
+    if name not in known:
+        raise ConfigError(f"unknown model {name!r}; known: {', '.join(sorted(known))}")
+    return CONFIG_DIR / f"{name}.json"
+
+
+@lru_cache(maxsize=None)
+def vision_config(name: str) -> VisionConfig:
+    """The picture tower called `name`, e.g. "ViT-B-16"."""
+    return _read(VisionConfig, name)
+
+
+@lru_cache(maxsize=None)
+def text_config(name: str) -> TextConfig:
+    """The text tower called `name`, e.g. "RBT3-chinese"."""
+    return _read(TextConfig, name)
+
+
+def model_config(vision: str, text: str) -> ModelConfig:
+    """Any pair of towers; raises ConfigError for an unknown name."""
+    return ModelConfig(vision_config(vision), text_config(text))
+
+
+def config_from_info(info: dict[str, Any]) -> ModelConfig:
+    """Builds the configuration from the flat dictionary of the configuration files.
+
+    Raises ConfigError for a missing or an unknown field.
+    """
+    parts = []
+    rest = dict(info)
+    layers = rest.get("vision_layers")
+    if isinstance(layers, str):
+        layers = json.loads(layers)
+    if isinstance(layers, list):
+        layers = tuple(layers)
+    rest["vision_layers"] = layers
+    for kind in (VisionConfig, TextConfig):
+        names = {field.name for field in fields(kind)} & rest.keys()
+        try:
+            parts.append(kind(**{name: rest.pop(name) for name in names}))
+        except TypeError as error:
+            raise ConfigError(f"model configuration: {error}") from error
+    if rest:
+        raise ConfigError(f"model configuration: unknown fields {sorted(rest)}")
+    vision, text = parts
+    assert isinstance(vision, VisionConfig)
+    assert isinstance(text, TextConfig)
+    return ModelConfig(vision, text)
+
+
+def _read(kind: Any, name: str) -> Any:
+    values = json.loads(config_path(name).read_text(encoding="utf-8"))
+    if isinstance(values.get("vision_layers"), list):
+        values["vision_layers"] = tuple(values["vision_layers"])
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{name!r} is not a {kind.__name__} ({error})") from error
