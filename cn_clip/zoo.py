@@ -1,8 +1,8 @@
 """The models as data: architectures (the JSON files of `clip/model_configs`) and the published checkpoints."""
 
 import json
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,11 @@ class ModelConfig:
     text: TextConfig
 
     def info(self) -> dict[str, Any]:
-        return {**asdict(self.vision), **asdict(self.text)}
+        """The fields of the configuration files in one dictionary; a head width of 64 goes without saying."""
+        info = {**asdict(self.vision), **asdict(self.text)}
+        if info["vision_head_width"] == 64:
+            del info["vision_head_width"]
+        return info
 
 
 @dataclass(frozen=True)
@@ -86,29 +90,33 @@ PUBLISHED: dict[str, Published] = {
 
 
 def config_path(name: str) -> Path:
-    """Where the configuration of an architecture lies; raises ConfigError for an unknown name."""
-    known = {*VISION_MODELS, *TEXT_MODELS}
-    name = name.replace("/", "-")
-    if name not in known:
-        raise ConfigError(f"unknown model {name!r}; known: {', '.join(sorted(known))}")
-    return CONFIG_DIR / f"{name}.json"
+    """Where the configuration of an architecture lies ("ViT-B/16" is "ViT-B-16")."""
+    return CONFIG_DIR / f"{name.replace('/', '-')}.json"
 
 
-@lru_cache(maxsize=None)
+@cache
 def vision_config(name: str) -> VisionConfig:
-    """The picture tower called `name`, e.g. "ViT-B-16"."""
-    return _read(VisionConfig, name)
+    """The picture tower called `name`, e.g. "ViT-B-16"; raises ConfigError for an unknown name."""
+    return VisionConfig(**_read(name, VISION_MODELS))
 
 
-@lru_cache(maxsize=None)
+@cache
 def text_config(name: str) -> TextConfig:
-    """The text tower called `name`, e.g. "RBT3-chinese"."""
-    return _read(TextConfig, name)
+    """The text tower called `name`, e.g. "RBT3-chinese"; raises ConfigError for an unknown name."""
+    return TextConfig(**_read(name, TEXT_MODELS))
 
 
 def model_config(vision: str, text: str) -> ModelConfig:
     """Any pair of towers; raises ConfigError for an unknown name."""
     return ModelConfig(vision_config(vision), text_config(text))
+
+
+def at_resolution(config: ModelConfig, resolution: int) -> ModelConfig:
+    """The same model for pictures of another size, in pixels a side; raises ConfigError when no patch grid fits."""
+    step = config.vision.vision_patch_size or 32
+    if resolution < step or resolution % step:
+        raise ConfigError(f"input resolution {resolution}: expected a multiple of {step} for this model")
+    return replace(config, vision=replace(config.vision, image_resolution=resolution))
 
 
 def config_from_info(info: dict[str, Any]) -> ModelConfig:
@@ -138,11 +146,10 @@ def config_from_info(info: dict[str, Any]) -> ModelConfig:
     return ModelConfig(vision, text)
 
 
-def _read(kind: Any, name: str) -> Any:
-    values = json.loads(config_path(name).read_text(encoding="utf-8"))
+def _read(name: str, known: tuple[str, ...]) -> dict[str, Any]:
+    if name.replace("/", "-") not in known:
+        raise ConfigError(f"unknown model {name!r}; expected one of {', '.join(known)}")
+    values: dict[str, Any] = json.loads(config_path(name).read_text(encoding="utf-8"))
     if isinstance(values.get("vision_layers"), list):
         values["vision_layers"] = tuple(values["vision_layers"])
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(f"{name!r} is not a {kind.__name__} ({error})") from error
+    return values

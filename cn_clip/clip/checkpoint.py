@@ -1,0 +1,305 @@
+"""One reader for every weight file a user has, and the only place that knows how each format spells its keys."""
+
+# S tokens of a position embedding (class token + grid), D width
+
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cn_clip.clip import hf, torchscript
+from cn_clip.errors import CheckpointError
+from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, TextConfig, VisionConfig, text_config, vision_config
+
+POSITION_KEYS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
+DROPPED_KEYS = ("bert.pooler.", "bert.embeddings.position_ids")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a weight file holds: tensors under this package's names, and the rest of a training checkpoint."""
+
+    path: Path
+    state_dict: dict[str, Tensor]
+    epoch: int = 0
+    step: int = 0
+    optimizer: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads any supported file, memory-mapped where the format allows; no code in it is ever run.
+
+    Takes `.pt` of Chinese-CLIP (plain, DataParallel, with pooler, position ids, optimizer or fused Wqkv), bare state
+    dicts, `.safetensors`, OpenAI's CLIP archives, and transformers folders or their weight files.
+    Raises CheckpointError naming the file when it is none of these.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return Checkpoint(path, normalise_keys(_read_tensors(hf.weight_file(path), path)))
+    content = _read_any(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
+    if isinstance(content.get("state_dict"), Mapping):
+        rest = {key: value for key, value in content.items() if key != "state_dict"}
+        return Checkpoint(
+            path,
+            normalise_keys(_only_tensors(content["state_dict"], path)),
+            epoch=int(rest.pop("epoch", 0)),
+            step=int(rest.pop("step", 0)),
+            optimizer=rest.pop("optimizer", None),
+            extra=rest,
+        )
+    return Checkpoint(path, normalise_keys(_only_tensors(content, path)))
+
+
+def read_openai_archive(path: str | Path) -> dict[str, Tensor]:
+    """The flat state dict of an OpenAI CLIP archive (TorchScript), read without running its code."""
+    path = Path(path)
+    if not _is_torchscript(path):
+        raise CheckpointError(f"{path}: not a TorchScript archive; expected a file as OpenAI publishes it")
+    return torchscript.read_state_dict(path)
+
+
+# --- file formats -----------------------------------------------------------------------------------------------------
+
+
+def _read_any(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give the path of a checkpoint or a model's name")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if _is_torchscript(path):
+        return torchscript.read_state_dict(path)
+    return _torch_load(path)
+
+
+def _read_tensors(file: Path, folder: Path) -> dict[str, Tensor]:
+    return _only_tensors(_read_any(file), folder)
+
+
+def _only_tensors(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors; expected a checkpoint with a `state_dict`")
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_numpy_scalar_globals()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: {_refusal(str(error))}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, UnicodeDecodeError, AttributeError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or damaged ({first_line})") from error
+
+
+def _refusal(message: str) -> str:
+    found = re.search(r"GLOBAL ([\w.]+)", message)
+    if found:
+        return f"refused, because loading it would run code ({found[1]}); expected tensors and plain values only"
+    return "not a PyTorch checkpoint; expected a file written by torch.save"
+
+
+def _numpy_scalar_globals() -> list[Any]:
+    """Optimizer states of Chinese-CLIP hold the learning rate as a numpy float: data, not code."""
+    import numpy as np
+
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
+    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
+    return [np.dtype, *dtypes, *[(scalar, name) for name in names]]
+
+
+# --- key spellings ----------------------------------------------------------------------------------------------------
+
+
+def normalise_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under this package's names: no `module.`, pooler, position ids, fused Wqkv or names of transformers."""
+    tensors = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    if hf.is_transformers(tensors):
+        tensors = hf.to_reference(tensors)
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(DROPPED_KEYS)}
+    return split_wqkv(tensors)
+
+
+def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Switches between the plain and the fused (FlashAttention) spelling of attention weights, each tower by itself.
+
+    Returns a new dictionary; a `module.` prefix stays. Source: the two spellings found in Chinese-CLIP checkpoints.
+    """
+    prefix = "module." if any(key.startswith("module.") for key in state_dict) else ""
+    tensors = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    parts: dict[str, Tensor] = {}
+    for is_bert in (False, True):
+        tower = {key: value for key, value in tensors.items() if key.startswith("bert.") == is_bert}
+        parts |= split_wqkv(tower) if any(".Wqkv." in key for key in tower) else fuse_wqkv(tower)
+    return {f"{prefix}{key}": value for key, value in parts.items()}
+
+
+def split_wqkv(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fused attention names to plain ones; other tensors pass."""
+    plain: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if ".attn.Wqkv." in key:
+            plain[key.replace(".attn.Wqkv.", ".attn.in_proj_")] = value
+        elif ".attention.self.Wqkv." in key:
+            for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                plain[key.replace("Wqkv", name)] = part
+        else:
+            plain[key.replace(".attention.self.out_proj.", ".attention.output.dense.")] = value
+    return plain
+
+
+def fuse_wqkv(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Plain attention names to fused ones; other tensors pass."""
+    fused: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if ".attn.in_proj_" in key:
+            fused[key.replace(".attn.in_proj_", ".attn.Wqkv.")] = value
+        elif ".attention.self.query." in key:
+            names = [key.replace(".query.", f".{name}.") for name in ("query", "key", "value")]
+            fused[key.replace(".query.", ".Wqkv.")] = torch.cat([state_dict[name] for name in names])
+        elif ".attention.self.key." not in key and ".attention.self.value." not in key:
+            fused[key.replace(".attention.output.dense.", ".attention.self.out_proj.")] = value
+    return fused
+
+
+# --- architecture -----------------------------------------------------------------------------------------------------
+
+
+def infer_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The architecture, from the tensors' names and shapes.
+
+    Head counts leave no trace in the shapes: taken from the known model of the same shape, else 64 wide.
+    Raises CheckpointError when a tower is missing.
+    """
+    tensors = checkpoint.state_dict
+    if "visual.conv1.weight" not in tensors:
+        raise CheckpointError(f"{checkpoint.path}: no picture tower (visual.conv1.weight); is it a CLIP checkpoint?")
+    if "bert.embeddings.word_embeddings.weight" not in tensors:
+        raise CheckpointError(
+            f"{checkpoint.path}: no Chinese text tower (bert.*); an OpenAI CLIP file can only initialise the picture "
+            "tower, as --clip-weight-path of training does"
+        )
+    try:
+        return ModelConfig(_infer_vision(tensors), _infer_text(tensors))
+    except KeyError as error:
+        raise CheckpointError(f"{checkpoint.path}: the tensor {error} is missing") from error
+
+
+def _infer_vision(tensors: Mapping[str, Tensor]) -> VisionConfig:
+    if "visual.layer1.0.conv1.weight" in tensors:
+        side = _grid_side(tensors["visual.attnpool.positional_embedding"])
+        config = VisionConfig(
+            embed_dim=tensors["visual.attnpool.c_proj.weight"].shape[0],
+            image_resolution=side * 32,
+            vision_layers=tuple(_count(tensors, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)),
+            vision_width=tensors["visual.layer1.0.conv1.weight"].shape[0],
+            vision_patch_size=None,
+        )
+    else:
+        width, _, patch, _ = tensors["visual.conv1.weight"].shape
+        side = _grid_side(tensors["visual.positional_embedding"])
+        config = VisionConfig(
+            embed_dim=tensors["visual.proj"].shape[1],
+            image_resolution=side * patch,
+            vision_layers=_count(tensors, r"visual\.transformer\.resblocks\.(\d+)\."),
+            vision_width=width,
+            vision_patch_size=patch,
+        )
+    known = [vision_config(name) for name in VISION_MODELS]
+    shape = (config.vision_layers, config.vision_width)
+    head_widths = [k.vision_head_width for k in known if (k.vision_layers, k.vision_width) == shape]
+    return replace(config, vision_head_width=head_widths[0]) if head_widths else config
+
+
+def _infer_text(tensors: Mapping[str, Tensor]) -> TextConfig:
+    vocab_size, width = tensors["bert.embeddings.word_embeddings.weight"].shape
+    layers = _count(tensors, r"bert\.encoder\.layer\.(\d+)\.")
+    known = [text_config(name) for name in TEXT_MODELS]
+    heads = [k.text_num_attention_heads for k in known if k.text_hidden_size == width]
+    return replace(
+        known[0],
+        vocab_size=vocab_size,
+        text_hidden_size=width,
+        text_intermediate_size=tensors["bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
+        text_max_position_embeddings=tensors["bert.embeddings.position_embeddings.weight"].shape[0],
+        text_num_attention_heads=heads[0] if heads else max(1, width // 64),
+        text_num_hidden_layers=layers,
+        text_type_vocab_size=tensors["bert.embeddings.token_type_embeddings.weight"].shape[0],
+    )
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    numbers = [int(found[1]) for name in names if (found := re.match(pattern, name))]
+    return max(numbers, default=-1) + 1
+
+
+def _grid_side(position_SD: Tensor) -> int:
+    return math.isqrt(position_SD.shape[0] - 1)
+
+
+# --- fitting ----------------------------------------------------------------------------------------------------------
+
+
+def resize_position_embedding(position_SD: Tensor, side: int) -> Tensor:
+    """The embedding for a grid of `side` x `side` patches: bicubic with aligned corners, class token kept.
+
+    Source: the interpolation Chinese-CLIP uses when a checkpoint meets another resolution.
+    """
+    old = _grid_side(position_SD)
+    if old == side:
+        return position_SD
+    grid = position_SD[1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=True)
+    rows = grid.permute(0, 2, 3, 1).reshape(side * side, -1)
+    return torch.cat([position_SD[:1], rows.to(position_SD.dtype)])
+
+
+def fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of `state_dict` a model with the state dict `expected` needs, position embeddings resized.
+
+    Tensors nobody asked for are refused too. Raises CheckpointError naming the file and the first difference.
+    """
+    fitted = dict(state_dict)
+    for key in POSITION_KEYS:
+        if key in fitted and key in expected and fitted[key].ndim == 2:
+            fitted[key] = resize_position_embedding(fitted[key], _grid_side(expected[key]))
+    for key, wanted in expected.items():
+        if key not in fitted:
+            raise CheckpointError(f"{path}: the tensor {key} is missing; is it another architecture?")
+        if fitted[key].shape != wanted.shape:
+            shapes = f"{tuple(fitted[key].shape)}, expected {tuple(wanted.shape)}"
+            raise CheckpointError(f"{path}: {key} has shape {shapes}; is it another architecture?")
+    unknown = next((key for key in fitted if key not in expected), None)
+    if unknown is not None:
+        raise CheckpointError(f"{path}: unexpected tensor {unknown}; is it another architecture?")
+    return fitted

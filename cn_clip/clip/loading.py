@@ -1,0 +1,171 @@
+"""From a name or a file to a ready model: what `load_from_name` and every command use."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cn_clip import zoo
+from cn_clip.clip import hub
+from cn_clip.clip.checkpoint import Checkpoint, fit, infer_config, normalise_keys, read_checkpoint
+from cn_clip.clip.model import CLIP, convert_weights
+from cn_clip.clip.transforms import ImageTransform, image_transform
+from cn_clip.errors import CheckpointError, ConfigError
+
+DEFAULT_DOWNLOAD_ROOT = "~/.cache/clip"
+
+
+def available_models() -> list[str]:
+    """Names of the published models, as `load_from_name` takes them."""
+    return list(zoo.PUBLISHED)
+
+
+def default_device() -> str:
+    """ "cuda" where there is one, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_model(
+    name: str | Path,
+    *,
+    vision: str | None = None,
+    text: str | None = None,
+    resolution: int | None = None,
+    download_root: str | Path | None = None,
+    use_modelscope: bool = False,
+) -> tuple[CLIP, Checkpoint]:
+    """The float32 model of a published name or of a weight file on the CPU, in eval mode, and the checkpoint read.
+
+    vision, text: architecture names; when not given they come from the published entry or from the tensors.
+    resolution: pixels a side; position embeddings are resized when it is not the checkpoint's.
+    Raises CheckpointError for an unknown name, an unreadable file, or tensors that do not fit.
+    """
+    published = zoo.PUBLISHED.get(str(name))
+    path = Path(name)
+    if published is not None:
+        root = Path(download_root or DEFAULT_DOWNLOAD_ROOT).expanduser()
+        path = hub.download(published, root, use_modelscope=use_modelscope)
+        vision, text = vision or published.vision, text or published.text
+    elif not path.exists():
+        raise CheckpointError(f"Model {name} not found; available models = {available_models()}, or give a file")
+    checkpoint = read_checkpoint(path)
+    config = choose_config(checkpoint, vision=vision, text=text, resolution=resolution)
+    return build(config, checkpoint), checkpoint
+
+
+def choose_config(
+    checkpoint: Checkpoint, *, vision: str | None, text: str | None, resolution: int | None = None
+) -> zoo.ModelConfig:
+    """The named towers where names are given, the inferred ones elsewhere, at `resolution` when given."""
+    if vision and text:
+        config = zoo.model_config(vision, text)
+    else:
+        inferred = infer_config(checkpoint)
+        config = zoo.ModelConfig(
+            zoo.vision_config(vision) if vision else inferred.vision, zoo.text_config(text) if text else inferred.text
+        )
+    return zoo.at_resolution(config, resolution) if resolution else config
+
+
+def build(config: zoo.ModelConfig, checkpoint: Checkpoint) -> CLIP:
+    """A float32 model in eval mode holding the checkpoint's tensors; float32 ones are shared, not copied."""
+    with torch.device("meta"):
+        model = CLIP.from_config(config)
+    fitted = fit(checkpoint.state_dict, model.state_dict(), checkpoint.path)
+    full = {key: value.float() if value.is_floating_point() else value for key, value in fitted.items()}
+    model.load_state_dict(full, assign=True)
+    return model.eval()
+
+
+def load_from_name(
+    name: str,
+    device: str | torch.device | None = None,
+    download_root: str | None = None,
+    vision_model_name: str | None = None,
+    text_model_name: str | None = None,
+    input_resolution: int | None = None,
+    use_modelscope: bool = False,
+) -> tuple[CLIP, ImageTransform]:
+    """A model in eval mode and its picture preprocessing, by published name or by path.
+
+    name: one of `available_models()`, or a checkpoint file or transformers folder; the architecture of a file is
+    inferred from its tensors where `vision_model_name` and `text_model_name` do not say it. device: default CUDA where
+    there is one. Weights are float32 with full precision on CPU and MPS, float16 on CUDA.
+    Raises CheckpointError (a RuntimeError) or DownloadError.
+    """
+    device = torch.device(device or default_device())
+    model, _ = open_model(
+        name,
+        vision=vision_model_name,
+        text=text_model_name,
+        resolution=input_resolution,
+        download_root=download_root,
+        use_modelscope=use_modelscope,
+    )
+    published = zoo.PUBLISHED.get(name)
+    if published is not None:
+        vision_model_name, text_model_name = published.vision, published.text
+    _print_config(vision_model_name, text_model_name, model.config)
+    if device.type == "cuda":
+        convert_weights(model)
+    return model.to(device), image_transform(model.resolution)
+
+
+def create_model(model_name: str, checkpoint: Mapping[str, Any] | None = None) -> CLIP:
+    """A float32 model for "VISION@TEXT" holding `checkpoint["state_dict"]`, or random weights; in eval mode.
+
+    Raises ConfigError for an unknown name, CheckpointError for tensors that do not fit.
+    """
+    vision, _, text = model_name.partition("@")
+    if not text:
+        raise ConfigError(f"model_name: expected 'VISION@TEXT', got {model_name!r}")
+    config = zoo.model_config(vision, text)
+    _print_config(vision, text, config)
+    if checkpoint is None:
+        return CLIP.from_config(config).eval()
+    tensors: dict[str, Tensor] = normalise_keys(checkpoint["state_dict"])
+    return build(config, Checkpoint(Path("checkpoint"), tensors))
+
+
+def load(
+    model: CLIP,
+    device: str | torch.device | None = None,
+    clip_path: str | os.PathLike[str] | None = None,
+    bert_path: str | os.PathLike[str] | None = None,
+    use_flash_attention: bool = False,
+) -> CLIP:
+    """Initialises the picture tower and logit scale from `clip_path`, the text tower from `bert_path`; eval mode.
+
+    Takes OpenAI CLIP archives or state dicts, and Chinese RoBERTa weights. What the files do not hold keeps its values.
+    Raises CheckpointError when a file holds nothing for its tower or the shapes differ.
+    """
+    del use_flash_attention
+    wanted: dict[str, Tensor] = {}
+    if clip_path:
+        wanted |= _part(Path(clip_path), ("visual.", "logit_scale"))
+    if bert_path:
+        wanted |= _part(Path(bert_path), ("bert.",))
+    state = model.state_dict()
+    known = {key: value for key, value in wanted.items() if key in state}
+    fitted = fit(known, {key: state[key] for key in known}, Path(clip_path or bert_path or ""))
+    model.load_state_dict(fitted, strict=False)
+    return model.to(torch.device(device or default_device())).eval()
+
+
+def _part(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    tensors = read_checkpoint(path).state_dict
+    part = {key: value for key, value in tensors.items() if key.startswith(prefixes)}
+    if not part:
+        raise CheckpointError(f"{path}: holds no tensor named {' or '.join(prefixes)}…; nothing to initialise with")
+    return part
+
+
+def _print_config(vision: str | None, text: str | None, config: zoo.ModelConfig) -> None:
+    """The lines Chinese-CLIP prints when it loads a model; guides show them."""
+    if vision and text:
+        print("Loading vision model config from", zoo.config_path(vision))
+        print("Loading text model config from", zoo.config_path(text))
+    print("Model info", config.info())

@@ -1,0 +1,120 @@
+"""The ModifiedResNet picture tower: three stem convolutions, anti-aliased strides, attention pooling."""
+
+# B batch, R resolution, C channels, S positions of the last feature map, E embedding
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cn_clip.clip.layers import attend
+
+EXPANSION = 4
+
+
+class Bottleneck(nn.Module):
+    """Residual block of 1x1, 3x3 and 1x1 convolutions; a stride is an average pool before the last one."""
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1) -> None:
+        super().__init__()
+        outplanes = planes * EXPANSION
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outplanes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module | None = None
+        if stride > 1 or inplanes != outplanes:
+            # "-1", "0", "1" are the names in every published checkpoint
+            shortcut = [
+                ("-1", nn.AvgPool2d(stride)),
+                ("0", nn.Conv2d(inplanes, outplanes, 1, bias=False)),
+                ("1", nn.BatchNorm2d(outplanes)),
+            ]
+            self.downsample = nn.Sequential(OrderedDict(shortcut))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(self.avgpool(out)))
+        out = out + (x if self.downsample is None else self.downsample(x))
+        activated: Tensor = self.relu(out)
+        return activated
+
+
+class AttentionPool2d(nn.Module):
+    """One attention query, the mean position, over all positions of the feature map."""
+
+    def __init__(self, side: int, width: int, heads: int, output_dim: int) -> None:
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.randn(side**2 + 1, width) / width**0.5)
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, output_dim)
+        self.heads = heads
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(projection.weight, std=width**-0.5)
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        """Pooled embedding (B, E)."""
+        x_BSC = features_BCHW.flatten(2).transpose(1, 2)
+        x_BSC = torch.cat([x_BSC.mean(dim=1, keepdim=True), x_BSC], dim=1)
+        x_BSC = x_BSC + self.positional_embedding.to(x_BSC.dtype)
+        pooled = attend(self.q_proj(x_BSC[:, :1]), self.k_proj(x_BSC), self.v_proj(x_BSC), self.heads)
+        embedding: Tensor = self.c_proj(pooled[:, 0])
+        return embedding
+
+
+class ModifiedResNet(nn.Module):
+    """Pixels (B, 3, R, R) to embeddings (B, E), not normalised."""
+
+    def __init__(
+        self, *, layers: Sequence[int], output_dim: int, heads: int, input_resolution: int, width: int
+    ) -> None:
+        super().__init__()
+        self.output_dim = output_dim
+        self.input_resolution = input_resolution
+        self.grad_checkpointing = False
+        self.conv1 = nn.Conv2d(3, width // 2, kernel_size=3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, kernel_size=3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.avgpool = nn.AvgPool2d(2)
+        self.relu = nn.ReLU(inplace=True)
+        self.num_stages = len(layers)
+        inplanes = width
+        for number, blocks in enumerate(layers):
+            planes, stride = width * 2**number, 1 if number == 0 else 2
+            stage = [Bottleneck(inplanes, planes, stride)]
+            inplanes = planes * EXPANSION
+            stage += [Bottleneck(inplanes, planes) for _ in range(1, blocks)]
+            setattr(self, f"layer{number + 1}", nn.Sequential(*stage))
+        self.attnpool = AttentionPool2d(input_resolution // 32, width * 32, heads, output_dim)
+        self._zero_last_norms()
+
+    def _zero_last_norms(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            x = self.relu(norm(conv(x)))
+        x = self.avgpool(x)
+        for number in range(self.num_stages):
+            stage: nn.Module = getattr(self, f"layer{number + 1}")
+            recompute = self.grad_checkpointing and self.training
+            x = checkpoint(stage, x, use_reentrant=False) if recompute else stage(x)
+        embedding: Tensor = self.attnpool(x)
+        return embedding

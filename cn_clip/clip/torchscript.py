@@ -1,0 +1,92 @@
+"""Reads the tensors of a TorchScript archive, as OpenAI publishes CLIP, without running any of its code."""
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cn_clip.errors import CheckpointError
+
+STORAGE_DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+}
+
+
+class _Module:
+    """Stands for any scripted module: only its attributes are kept."""
+
+    def __init__(self, *_: Any) -> None:
+        self.attributes: dict[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.attributes = state if isinstance(state, dict) else {}
+
+
+def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    return torch.as_strided(storage, size, stride, offset).clone()
+
+
+def _rebuild_parameter(tensor: Tensor, *_: Any) -> Tensor:
+    return tensor
+
+
+class _Unpickler(pickle.Unpickler):
+    """Admits tensors, containers and scripted modules (as `_Module`); refuses every other name."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str, path: Path) -> None:
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        self._archive, self._root, self._path = archive, root, path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__"):
+            return _Module
+        if module == "torch" and name in STORAGE_DTYPES:
+            return name
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
+            return _rebuild_tensor
+        if module == "torch._utils" and name == "_rebuild_parameter":
+            return _rebuild_parameter
+        if module == "torch.jit._pickle" and name.startswith("build_"):
+            return list
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        raise CheckpointError(f"{self._path}: refused, because loading it would run code ({module}.{name})")
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        _, storage_type, key, _, numel = pid
+        content = bytearray(self._archive.read(f"{self._root}/data/{key}"))
+        return torch.frombuffer(content, dtype=STORAGE_DTYPES[storage_type], count=int(numel))
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Parameters and buffers of the archive under their dotted names; raises CheckpointError when it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
+            module = _Unpickler(archive, root, path).load()
+    except (zipfile.BadZipFile, StopIteration, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: a damaged TorchScript archive ({error})") from error
+    tensors: dict[str, Tensor] = {}
+    _collect(module, "", tensors)
+    return tensors
+
+
+def _collect(module: Any, prefix: str, tensors: dict[str, Tensor]) -> None:
+    for name, value in module.attributes.items():
+        if isinstance(value, Tensor):
+            tensors[prefix + name] = value
+        elif isinstance(value, _Module):
+            _collect(value, f"{prefix}{name}.", tensors)

@@ -1,0 +1,7 @@
+"""The import path of Chinese-CLIP guides; the code is in `loading`, `tokenizer` and `transforms`."""
+
+from cn_clip.clip.loading import available_models, create_model, load, load_from_name
+from cn_clip.clip.tokenizer import tokenize
+from cn_clip.clip.transforms import image_transform
+
+__all__ = ["available_models", "create_model", "image_transform", "load", "load_from_name", "tokenize"]
