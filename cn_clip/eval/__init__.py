@@ -1,0 +1,1 @@
+"""Features, retrieval and zero-shot evaluation: the commands and the pure functions they call."""

@@ -1,0 +1,1 @@
+"""Search over vectors; knows nothing of pictures, text or models."""
