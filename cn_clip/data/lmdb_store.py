@@ -1,0 +1,293 @@
+"""The LMDB layout of a dataset split, `imgs` and `pairs`, as Chinese-CLIP lays it out; built and read only here."""
+
+import io
+import os
+import pickle
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import lmdb
+
+from cn_clip.data.records import NUM_IMAGES_KEY, RecordId, canonical_id, decode_base64, id_from_key, id_key
+from cn_clip.errors import DataError
+
+IMAGES = "imgs"
+PAIRS = "pairs"
+NUM_PAIRS_KEY = b"num_samples"
+
+FIRST_MAP_BYTES = 16 * 2**20
+BATCH_BYTES = 16 * 2**20
+BATCH_ITEMS = 5000
+
+
+class Pair(NamedTuple):
+    """One training sample: a picture, a sentence that describes it."""
+
+    image_id: RecordId
+    text_id: RecordId
+    text: str
+
+
+class LmdbWriter:
+    """Writes one LMDB folder; the map doubles when it is full.
+
+    A context manager: leaving it without an error stores the count under `count_key` and flushes all to disk.
+    Not for a folder that somebody reads: build beside it, then move.
+    """
+
+    def __init__(self, folder: Path, count_key: bytes, *, map_bytes: int = FIRST_MAP_BYTES) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # One sync at the end is enough: a folder that is not complete is never moved into place.
+        self._env = lmdb.open(os.fspath(folder), map_size=map_bytes, sync=False, metasync=False, meminit=False)
+        self._count_key = count_key
+        self._batch: list[tuple[bytes, bytes]] = []
+        self._batch_bytes = 0
+        self.count = 0
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Stores a value, counted; written in batches."""
+        self._batch.append((key, value))
+        self._batch_bytes += len(key) + len(value)
+        self.count += 1
+        if self._batch_bytes >= BATCH_BYTES or len(self._batch) >= BATCH_ITEMS:
+            self._flush()
+
+    def _flush(self) -> None:
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for key, value in self._batch:
+                        transaction.put(key, value)
+                break
+            except lmdb.MapFullError:  # the transaction is undone as a whole
+                self._env.set_mapsize(self._env.info()["map_size"] * 2)
+        self._batch.clear()
+        self._batch_bytes = 0
+
+    def __enter__(self) -> "LmdbWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._batch.append((self._count_key, str(self.count).encode()))
+                self._flush()
+                self._env.sync(True)
+        finally:
+            self._env.close()
+
+
+class SplitWriter:
+    """Writes both folders of a new split; a context manager that completes them on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._images = LmdbWriter(folder / IMAGES, NUM_IMAGES_KEY)
+        self._pairs = LmdbWriter(folder / PAIRS, NUM_PAIRS_KEY)
+
+    @property
+    def num_images(self) -> int:
+        return self._images.count
+
+    @property
+    def num_pairs(self) -> int:
+        return self._pairs.count
+
+    def put_image(self, image_id: RecordId, base64_text: bytes) -> None:
+        """Stores a picture: the base64 text of its file."""
+        self._images.put(id_key(image_id), base64_text)
+
+    def put_pair(self, pair: Pair) -> None:
+        """Stores a pair under the next number."""
+        self._pairs.put(str(self.num_pairs).encode(), pickle.dumps(tuple(pair), protocol=4))
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._images.__exit__(kind, error, trace)
+        finally:
+            self._pairs.__exit__(kind, error, trace)
+
+
+# One environment a folder and process: LMDB refuses to open a folder twice in a process.
+_open_environments: "weakref.WeakValueDictionary[tuple[int, int], Any]" = weakref.WeakValueDictionary()
+_opening = threading.Lock()
+_owner_pid = os.getpid()
+
+
+def _environment(folder: str) -> Any:
+    global _owner_pid
+    data_file = Path(folder) / "data.mdb"
+    try:
+        status = data_file.stat()
+    except OSError as error:
+        raise DataError(
+            f"{folder}: no LMDB is here ({error.strerror}: data.mdb); give a folder that "
+            "build_lmdb_dataset.py made, such as .../lmdb/train/imgs"
+        ) from error
+    with _opening:
+        if _owner_pid != os.getpid():  # a forked worker: it must not share the parent's handles
+            for environment in list(_open_environments.values()):
+                environment.close()
+            _open_environments.clear()
+            _owner_pid = os.getpid()
+        environment = _open_environments.get((status.st_dev, status.st_ino))
+        if environment is None:
+            environment = _open(folder, status.st_size)
+            _open_environments[status.st_dev, status.st_ino] = environment
+        return environment
+
+
+def _open(folder: str, num_bytes: int) -> Any:
+    try:
+        environment = lmdb.open(folder, readonly=True, create=False, lock=False, readahead=False, meminit=False)
+        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    except lmdb.Error as error:
+        raise DataError(f"{folder}: cannot be read as an LMDB ({error}); build the dataset again") from error
+    if num_bytes < needed:  # reading behind the end of a memory-mapped file kills the process
+        environment.close()
+        raise DataError(f"{folder}/data.mdb: cut short, {num_bytes} of {needed} bytes; copy or build it again")
+    return environment
+
+
+class LmdbReader:
+    """Random access to one LMDB folder. Opened at first use and again in each process, so it may be pickled, or
+    inherited by forked workers."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = os.fspath(folder)
+        self._opened: tuple[int, Any] | None = None
+        self._env()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+    def _env(self) -> Any:
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), _environment(self.folder))
+        return self._opened[1]
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of a key, or None; a copy, safe to keep."""
+        try:
+            with self._env().begin() as transaction:
+                value: bytes | None = transaction.get(key)
+        except lmdb.Error as error:
+            raise DataError(f"{self.folder}: cannot read key {key!r} ({error}); build the dataset again") from error
+        return value
+
+    def list_keys(self) -> Iterator[bytes]:
+        """All keys in byte order."""
+        try:
+            with self._env().begin() as transaction, transaction.cursor() as cursor:
+                yield from cursor.iternext(keys=True, values=False)
+        except lmdb.Error as error:
+            raise DataError(f"{self.folder}: cannot list its keys ({error}); build the dataset again") from error
+
+    def stored_count(self, key: bytes) -> int:
+        """The number under `num_images` or `num_samples`; raises DataError when there is none."""
+        value = self.get(key)
+        if value is None or not value.isdigit():
+            raise DataError(
+                f"{self.folder}: expected a number under {key.decode()!r}, got {value!r}; "
+                f"give the {IMAGES!r} folder for pictures, the {PAIRS!r} folder for pairs"
+            )
+        return int(value)
+
+
+class ImageStore:
+    """The pictures of a split, by id or by index in key order (the order in which features are extracted)."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Opens an `imgs` folder; raises DataError when it is none."""
+        self._reader = LmdbReader(folder)
+        self.folder = self._reader.folder
+        self.num_images = self._reader.stored_count(NUM_IMAGES_KEY)
+        self._ids: list[RecordId] | None = None
+
+    @property
+    def ids(self) -> list[RecordId]:
+        """The ids in LMDB byte order of their keys."""
+        if self._ids is None:
+            try:
+                self._ids = [id_from_key(key) for key in self._reader.list_keys() if key != NUM_IMAGES_KEY]
+            except DataError as error:
+                raise DataError(f"{self.folder}: {error}") from error
+        return self._ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def base64(self, image_id: RecordId) -> bytes | None:
+        """The base64 text as stored, or None when there is no such picture."""
+        return self._reader.get(id_key(image_id))
+
+    def picture(self, image_id: RecordId) -> bytes:
+        """The bytes of the picture file; raises DataError naming the folder and the id."""
+        text = self.base64(image_id)
+        if text is None:
+            raise DataError(f"{self.folder}: image id {image_id!r}: no such picture; build the dataset again")
+        try:
+            return decode_base64(text)
+        except DataError as error:
+            raise DataError(f"{self.folder}: image id {image_id!r}: {error}") from error
+
+
+class _TripleUnpickler(pickle.Unpickler):
+    """Builds tuples, ints and strings; whatever needs an import is refused, so a pickle cannot run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it asks for an outside object")
+
+
+def unpickle_pair(data: bytes) -> Pair:
+    """The (image id, text id, text) of a stored pair; raises DataError for anything else."""
+    try:
+        value = _TripleUnpickler(io.BytesIO(data)).load()
+    except Exception as error:  # damaged pickles raise nearly anything
+        raise DataError(f"refused, expected a pickled (image id, text id, text): {error}") from error
+    if not (type(value) is tuple and len(value) == 3 and type(value[2]) is str):
+        raise DataError(f"expected a pickled (image id, text id, text), got {repr(value)[:60]}")
+    return Pair(canonical_id(value[0]), canonical_id(value[1]), value[2])
+
+
+class PairStore:
+    """The pairs of a split, by index."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Opens a `pairs` folder; raises DataError when it is none."""
+        self._reader = LmdbReader(folder)
+        self.folder = self._reader.folder
+        self._num_pairs = self._reader.stored_count(NUM_PAIRS_KEY)
+
+    def __len__(self) -> int:
+        return self._num_pairs
+
+    def __getitem__(self, index: int) -> Pair:
+        """Pair `index`, 0 <= index < len; raises IndexError beyond, DataError naming the folder and the index."""
+        if not 0 <= index < self._num_pairs:
+            raise IndexError(f"{self.folder}: pair {index} of {self._num_pairs}")
+        data = self._reader.get(str(index).encode())
+        try:
+            if data is None:
+                raise DataError("it is missing; build the dataset again")
+            return unpickle_pair(data)
+        except DataError as error:
+            raise DataError(f"{self.folder}: pair {index}: {error}") from error
+
+
+def is_split_folder(folder: Path) -> bool:
+    """Whether a folder holds both parts of a built split."""
+    return all((folder / part / "data.mdb").is_file() for part in (IMAGES, PAIRS))

@@ -1,0 +1,75 @@
+"""Folders that appear whole or not at all: built beside their place, then moved there; leftovers of dead runs go."""
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from cn_clip.errors import DataError
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `target`; on success it takes the place of `target`, on error it is removed.
+
+    A run that is killed leaves `target` as it was; what it left is removed by the next run for the same target.
+    Raises DataError when the folders cannot be written.
+    """
+    staging, retired = _hidden(target, "building"), _hidden(target, "replaced")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(target)
+        staging.mkdir()
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        yield staging
+        if target.exists():
+            os.replace(target, retired)
+        os.replace(staging, target)
+        shutil.rmtree(retired, ignore_errors=True)
+    except BaseException:
+        if retired.exists() and not target.exists():
+            os.replace(retired, target)
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _hidden(target: Path, role: str) -> Path:
+    return target.with_name(f".{target.name}.{role}-{_host()}-{os.getpid()}")
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.]", "_", platform.node()) or "host"
+
+
+def clear_leftovers(target: Path) -> None:
+    """Removes the temporary folders of runs that died; first puts `target` back if one died between two moves."""
+    for folder, role in _leftovers(target):
+        if role == "replaced" and not target.exists():
+            os.replace(folder, target)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _leftovers(target: Path) -> list[tuple[Path, str]]:
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(building|replaced)-{re.escape(_host())}-(\d+)")
+    found = [(path, pattern.fullmatch(path.name)) for path in sorted(target.parent.iterdir())]
+    return [(path, match[1]) for path, match in found if match and not _is_alive(int(match[2]))]
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():  # containers hand out the same few numbers: our own number on an old folder is a dead run's
+        return False
+    if os.name == "nt":  # there, signal 0 would reach the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
