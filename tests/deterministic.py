@@ -1,0 +1,57 @@
+"""Weights, pictures and texts that anyone can make again: numpy only, so that the reference's interpreter runs it too.
+
+Weights are exactly representable in float16, because the reference rounds them to it while loading.
+"""
+
+import zlib
+from collections.abc import Iterable
+
+import numpy as np
+
+TEXTS = [
+    "杰尼龟",
+    "妙蛙种子",
+    "小火龙",
+    "皮卡丘",
+    "一只黑白相间的狗在雪地里奔跑，嘴里叼着一个红色的飞盘。",
+    "Pikachu 和 iPhone 15",
+    "",
+]
+NORM_NAMES = ("ln_", "LayerNorm", "bn", "downsample.1.")
+
+
+def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor called `name`, float32, well conditioned for its place in the network."""
+    rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    if name.endswith("num_batches_tracked"):
+        return np.zeros(shape, dtype=np.int64)
+    uniform = rng.random(shape, dtype=np.float32) * 2 - 1
+    if name == "logit_scale":
+        values = np.full(shape, 4.0, dtype=np.float32)
+    elif name.endswith("running_var") or (any(part in name for part in NORM_NAMES) and name.endswith("weight")):
+        values = 1 + uniform * 0.2
+    elif name.endswith("bias") or name.endswith("running_mean"):
+        values = uniform * 0.1
+    elif "embedding" in name:
+        values = uniform * (0.1 if "visual" in name else 0.5)
+    else:
+        fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else shape[0]
+        if name in ("visual.proj", "text_projection"):
+            fan_in = shape[0]
+        values = uniform * (3 / fan_in) ** 0.5
+    return values.astype(np.float16).astype(np.float32)
+
+
+def state_dict(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+    """All tensors of a model, given names and shapes."""
+    return {name: weight(name, shape) for name, shape in shapes}
+
+
+def picture_bytes(number: int, height: int = 80, width: int = 100) -> np.ndarray:
+    """A smooth colour picture with some noise, uint8 (height, width, 3)."""
+    rng = np.random.Generator(np.random.PCG64(number))
+    y, x = np.mgrid[0:height, 0:width]
+    phases = rng.random((3, 3)) * 6
+    waves = [np.sin(x / (5 + 9 * a) + b) * np.cos(y / (4 + 7 * b) + c) for a, b, c in phases]
+    noise = rng.random((height, width, 3)) * 40 - 20
+    return np.clip(np.stack(waves, axis=-1) * 100 + 128 + noise, 0, 255).astype(np.uint8)
