@@ -4,8 +4,11 @@ import itertools
 import os
 from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, Pair, PairStore
 from cn_clip.data.pictures import PictureCheck, check_picture
 from cn_clip.data.records import (
     Fault,
@@ -113,3 +116,146 @@ def _checked_names(
         else:
             kept[image_id] = None
     yield TextRecord(record.text_id, record.text, tuple(kept), record.line)
+
+
+@dataclass
+class SplitCheck:
+    """What a check of one split saw; `num_pairs` counts LMDB pairs and is None when the split has no LMDB."""
+
+    split: str
+    num_images: int = 0
+    num_texts: int = 0
+    num_pairs: int | None = None
+    faults: list[Fault] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The check as JSON holds it."""
+        return {
+            "split": self.split,
+            "images": self.num_images,
+            "texts": self.num_texts,
+            "pairs": self.num_pairs,
+            "faults": [fault.as_dict() for fault in self.faults],
+        }
+
+
+def check_split(
+    data_dir: str | os.PathLike[str],
+    split: str,
+    lmdb_folder: Path,
+    *,
+    check: PictureCheck = "decode",
+    num_workers: int = 0,
+) -> SplitCheck:
+    """Reads the files of a split, and its LMDB folder where there is one, to the end; lists every fault.
+
+    An LMDB is compared with the files record by record; without the files it is checked by itself. num_images and
+    num_texts count the records without fault.
+    """
+    result = SplitCheck(split)
+    images_file, texts_file = images_path(data_dir, split), texts_path(data_dir, split)
+    stores = _open_stores(lmdb_folder, result)
+    if stores and not images_file.exists() and not texts_file.exists():
+        _check_stores(stores, result, check)
+        return result
+    for path in (images_file, texts_file):
+        if not path.is_file():
+            result.faults.append(Fault(str(path), None, "no such file; a split has _imgs.tsv and _texts.jsonl"))
+    images = checked_images(images_file, check=check, num_workers=num_workers) if images_file.is_file() else ()
+    known = _check_images(images, stores, result)
+    texts = checked_texts(texts_file, known, images_file=images_file) if texts_file.is_file() else ()
+    _check_texts(texts, stores, result)
+    return result
+
+
+def _open_stores(folder: Path, result: SplitCheck) -> "tuple[ImageStore, PairStore] | None":
+    if not folder.exists():
+        return None
+    try:
+        images, pairs = ImageStore(folder / IMAGES), PairStore(folder / PAIRS)
+        if images.num_images != len(images):
+            message = f"num_images says {images.num_images}, but it holds {len(images)} pictures; build it again"
+            result.faults.append(Fault(images.folder, None, message))
+    except DataError as error:
+        result.faults.append(Fault(str(folder), None, str(error)))
+        return None
+    result.num_pairs = len(pairs)
+    return images, pairs
+
+
+def _check_images(
+    items: Iterable[ImageRecord | Fault], stores: "tuple[ImageStore, PairStore] | None", result: SplitCheck
+) -> set[RecordId]:
+    known: set[RecordId] = set()
+    for item in items:
+        if isinstance(item, Fault):
+            result.faults.append(item)
+            continue
+        known.add(item.image_id)
+        stored = stores[0].base64(item.image_id) if stores else item.base64
+        if stores and stored != item.base64:
+            state = "is missing" if stored is None else "is not the picture of the tsv file"
+            message = f"image id {item.image_id!r} (line {item.line} of the tsv file) {state}; build the LMDB again"
+            result.faults.append(Fault(stores[0].folder, None, message, item.image_id))
+    result.num_images = len(known)
+    if stores:
+        message = "has no sound line in the tsv file; build the LMDB again"
+        surplus = [image_id for image_id in stores[0].ids if image_id not in known]
+        result.faults.extend(Fault(stores[0].folder, None, f"image id {x!r} {message}", x) for x in surplus)
+    return known
+
+
+def _check_texts(
+    items: Iterable[TextRecord | Fault], stores: "tuple[ImageStore, PairStore] | None", result: SplitCheck
+) -> None:
+    expected: list[tuple[Pair, int]] = []
+    for item in items:
+        if isinstance(item, Fault):
+            result.faults.append(item)
+            continue
+        result.num_texts += 1
+        if stores:
+            expected.extend((Pair(image_id, item.text_id, item.text), item.line) for image_id in item.image_ids)
+    if stores:
+        result.faults.extend(_pair_faults(stores[1], expected))
+
+
+def _pair_faults(store: PairStore, expected: list[tuple[Pair, int]]) -> Iterator[Fault]:
+    if len(store) != len(expected):
+        message = f"holds {len(store)} pairs, the jsonl file {len(expected)}; build the LMDB again"
+        yield Fault(store.folder, None, message)
+    for index, (pair, line) in zip(range(len(store)), expected, strict=False):
+        try:
+            stored = store[index]
+        except DataError as error:
+            yield Fault(store.folder, None, str(error).removeprefix(f"{store.folder}: "), pair.text_id)
+            continue
+        if stored != pair:  # one is enough: the numbers after it are shifted
+            message = (
+                f"pair {index} is {tuple(stored)}, line {line} of the jsonl file says {tuple(pair)}; build it again"
+            )
+            yield Fault(store.folder, None, message, pair.text_id)
+            return
+
+
+def _check_stores(stores: "tuple[ImageStore, PairStore]", result: SplitCheck, check: PictureCheck) -> None:
+    images, pairs = stores
+    for image_id in images.ids:
+        try:
+            check_picture(images.picture(image_id), check)
+            result.num_images += 1
+        except DataError as error:
+            message = str(error).removeprefix(f"{images.folder}: image id {image_id!r}: ")
+            result.faults.append(Fault(images.folder, None, f"image id {image_id!r}: {message}", image_id))
+    known, text_ids = set(images.ids), set()
+    for index in range(len(pairs)):
+        try:
+            pair = pairs[index]
+        except DataError as error:
+            result.faults.append(Fault(pairs.folder, None, str(error).removeprefix(f"{pairs.folder}: ")))
+            continue
+        text_ids.add(pair.text_id)
+        if pair.image_id not in known:
+            message = f"pair {index} names picture {pair.image_id!r}, which is not in {images.folder}"
+            result.faults.append(Fault(pairs.folder, None, message, pair.text_id))
+    result.num_texts = len(text_ids)
