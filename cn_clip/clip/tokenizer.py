@@ -1,0 +1,232 @@
+"""Text to token ids by the rules of Chinese BERT: what `clip.tokenize`, the encoder and the datasets call."""
+
+import operator
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from cn_clip.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as RustTokenizer
+
+VOCAB_FILE = Path(__file__).parent / "vocab.txt"
+CONTEXT_LENGTH = 52
+MAX_WORD_CHARS = 200
+UNKNOWN, START, END = "[UNK]", "[CLS]", "[SEP]"
+PAD_ID = 0
+
+# Strings of these characters alone go through Rust. Rust and Python disagree on other characters: unassigned,
+# private-use and control ones, the bounds of rare Han, line separators, the sigma at the end of a word, and all that
+# entered Unicode after the tables of one of them. These ranges are as old as Unicode 3.2 and hold no combining mark.
+FAST_CHARACTERS = (
+    "\t\n\r\x20-\x7e"
+    "\xa0-\xac\xae-\xff"  # Latin-1 without the soft hyphen
+    "\u2010-\u2027\u2030-\u2051"  # general punctuation: dashes, quotation marks, dots
+    "\u3000-\u3003\u3005-\u301f"  # CJK punctuation
+    "\u3041-\u3094\u309b-\u309e\u30a1-\u30fe"  # kana without the combining sound marks
+    "\u4e00-\u9fa5"  # CJK unified ideographs of Unicode 1.1
+    "\uff01-\uff5e"  # full-width forms
+)
+_FAST_TEXT = re.compile(f"[{FAST_CHARACTERS}]*")
+
+_HAN = (
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F),
+    (0x2B820, 0x2CEAF),
+    (0x2F800, 0x2FA1F),
+)
+_ASCII_PUNCTUATION = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+
+
+def tokenize(texts: str | Iterable[str], context_length: int = CONTEXT_LENGTH) -> torch.Tensor:
+    """Token ids (N, context_length) int64 of one text or several: [CLS] ids [SEP], cut to fit, zeros behind.
+
+    Raises TypeError for a text that is not a str, ConfigError for a context_length below 2.
+    """
+    return pad(encode(texts, context_length), context_length)
+
+
+def encode(texts: str | Iterable[str], context_length: int = CONTEXT_LENGTH) -> list[list[int]]:
+    """The rows of `tokenize` before padding: [CLS] ids [SEP], 2 to context_length ids each."""
+    room = _checked_length(context_length) - 2
+    start, end = _default().vocab[START], _default().vocab[END]
+    return [[start, *_default().ids(text)[:room], end] for text in _checked_texts(texts)]
+
+
+def pad(rows: Sequence[Sequence[int]], length: int) -> torch.Tensor:
+    """Rows of ids as one int64 tensor (N, length), zeros behind. Raises ConfigError for a row longer than that."""
+    longest = max(map(len, rows), default=0)
+    if longest > length:
+        raise ConfigError(f"a row of {longest} token ids does not fit a length of {length}")
+    filled = [[*row, *[PAD_ID] * (length - len(row))] for row in rows]
+    return torch.from_numpy(np.array(filled, dtype=np.int64).reshape(len(rows), length))
+
+
+def vocab() -> dict[str, int]:
+    """A copy of the vocabulary: token to id."""
+    return dict(_default().vocab)
+
+
+class Tokenizer:
+    """Text to ids with one vocabulary file. Reads it on first use; safe to share by threads, to fork and to pickle."""
+
+    def __init__(self, vocab_file: str | Path = VOCAB_FILE) -> None:
+        self.vocab_file = Path(vocab_file)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.vocab_file,)
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        return load_vocab(self.vocab_file)
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self.vocab))
+
+    @cached_property
+    def _rust(self) -> "RustTokenizer":
+        from tokenizers import Tokenizer as RustTokenizer
+        from tokenizers.models import WordPiece
+        from tokenizers.normalizers import BertNormalizer
+        from tokenizers.pre_tokenizers import BertPreTokenizer
+
+        # No special token is added: the text "[SEP]" is three words, not the separator.
+        rust = RustTokenizer(WordPiece(self.vocab, unk_token=UNKNOWN, max_input_chars_per_word=MAX_WORD_CHARS))
+        rust.normalizer = BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=True, lowercase=True)
+        rust.pre_tokenizer = BertPreTokenizer()
+        return rust
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of the word pieces of `text`, without [CLS] and [SEP]."""
+        if _FAST_TEXT.fullmatch(text):
+            return self.fast_ids(text)
+        return self.exact_ids(text)
+
+    def fast_ids(self, text: str) -> list[int]:
+        """The ids by Rust; right only for text of FAST_CHARACTERS."""
+        # One call a text rather than encode_batch: that starts a thread pool, which does not survive the fork of a
+        # DataLoader worker and warns about it.
+        ids: list[int] = self._rust.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def exact_ids(self, text: str) -> list[int]:
+        """The ids by the Python rules; right for every text."""
+        return [self.vocab[piece] for piece in self.pieces(text)]
+
+    def pieces(self, text: str) -> list[str]:
+        """The word pieces of `text` by the Python rules."""
+        return [piece for word in basic_words(text) for piece in word_pieces(word, self.vocab, longest=self._longest)]
+
+
+def load_vocab(path: str | Path) -> dict[str, int]:
+    """Token to line number, from 0; blanks around a token are dropped and the last of equal tokens counts.
+
+    Raises DataError when the file cannot be read or lacks [UNK], [CLS] or [SEP].
+    """
+    try:
+        with open(path, encoding="utf-8") as lines:
+            tokens = {line.strip(): number for number, line in enumerate(lines)}
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: cannot be read as a vocabulary ({error}); expected UTF-8, one token a line"
+        ) from error
+    missing = [token for token in (UNKNOWN, START, END) if token not in tokens]
+    if missing:
+        raise DataError(f"{path}: not a BERT vocabulary, {', '.join(missing)} is missing; expected one token a line")
+    return tokens
+
+
+def basic_words(text: str, *, lower: bool = True) -> list[str]:
+    """Splits text into words: cleaned, every Han and punctuation character alone; lower case without accents."""
+    text = "".join(map(_cleaned, text))
+    if lower:
+        # Lower first: İ becomes i and a dot above, and only then loses the dot.
+        text = unicodedata.normalize("NFD", text.lower())
+        text = "".join(char for char in text if unicodedata.category(char) != "Mn")
+    return "".join(map(_punctuation_apart, text)).split()
+
+
+def word_pieces(
+    word: str, vocab: Mapping[str, int], *, longest: int, unknown: str = UNKNOWN, max_chars: int = MAX_WORD_CHARS
+) -> list[str]:
+    """Greedy longest-match pieces of one word, `##` before all but the first; [unknown] if any part has none.
+
+    longest: characters of the longest token of `vocab`, the bound of the search.
+    """
+    if len(word) > max_chars:
+        return [unknown]
+    pieces: list[str] = []
+    start = 0
+    while start < len(word):
+        found = next((piece for piece in _candidates(word, start, longest) if piece in vocab), None)
+        if found is None:
+            return [unknown]
+        pieces.append(found)
+        start += len(found) - (2 if start else 0)
+    return pieces
+
+
+def _candidates(word: str, start: int, longest: int) -> Iterator[str]:
+    prefix = "##" if start else ""
+    for end in range(min(len(word), start + longest), start, -1):
+        yield prefix + word[start:end]
+
+
+@lru_cache(maxsize=1 << 16)
+def _cleaned(char: str) -> str:
+    """What a character becomes before the split: nothing, a blank, itself, or itself between blanks (Han)."""
+    if char in " \t\n\r":
+        return " "
+    category = unicodedata.category(char)
+    if category in ("Cc", "Cf") or char == "\ufffd":
+        return ""
+    if category == "Zs":
+        return " "
+    return f" {char} " if any(low <= ord(char) <= high for low, high in _HAN) else char
+
+
+@lru_cache(maxsize=1 << 16)
+def _punctuation_apart(char: str) -> str:
+    is_punctuation = char in _ASCII_PUNCTUATION or unicodedata.category(char).startswith("P")
+    return f" {char} " if is_punctuation else char
+
+
+@lru_cache(maxsize=1)
+def _default() -> Tokenizer:
+    return Tokenizer()
+
+
+def _checked_length(context_length: int) -> int:
+    try:
+        length = operator.index(context_length)
+    except TypeError:
+        length = 0
+    if length < 2:
+        raise ConfigError(
+            f"context_length: expected an integer of at least 2, for [CLS] and [SEP], got {context_length!r}"
+        )
+    return length
+
+
+def _checked_texts(texts: str | Iterable[str]) -> list[str]:
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, (bytes, bytearray)) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts: expected a str or a list of str, got {type(texts).__name__}")
+    checked = list(texts)
+    for index, text in enumerate(checked):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{index}]: expected a str, got {type(text).__name__} {text!r:.80}")
+    return checked
