@@ -1,5 +1,6 @@
 """What every command shares: options from the command line, log set-up, errors as one line, exit status."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -40,6 +41,27 @@ def execute(run: Callable[[OptionsT], int | None], options: type[OptionsT], args
 def _fail(error: CnClipError, *, status: int) -> Any:
     print(f"错误 / error: {error}", file=sys.stderr)
     sys.exit(status)
+
+
+class Speaker:
+    """Tells people how a command goes on; with `quiet` (--json) only `result` speaks, in one JSON object."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+
+    def __call__(self, line: str) -> None:
+        if not self.quiet:
+            print(line, flush=True)
+
+    def params(self, options: Any) -> None:
+        """The settings in use."""
+        if not self.quiet:
+            print_params(options)
+
+    def result(self, values: dict[str, Any]) -> None:
+        """The result for programs."""
+        if self.quiet:
+            print(json.dumps(values, ensure_ascii=False))
 
 
 def print_params(options: Any) -> None:

@@ -4,19 +4,18 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from cn_clip.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).parent / "clip" / "model_configs"
 
-VISION_MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "RN50", "RN-Tiny-64", "ViT-Tiny-64")
-TEXT_MODELS = (
-    "RoBERTa-wwm-ext-base-chinese",
-    "RoBERTa-wwm-ext-large-chinese",
-    "RBT3-chinese",
-    "BERT-Tiny-chinese",
-)
+VisionName = Literal[
+    "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "RN50", "RN-Tiny-64", "ViT-Tiny-64"
+]
+TextName = Literal["RoBERTa-wwm-ext-base-chinese", "RoBERTa-wwm-ext-large-chinese", "RBT3-chinese", "BERT-Tiny-chinese"]
+VISION_MODELS: tuple[str, ...] = get_args(VisionName)
+TEXT_MODELS: tuple[str, ...] = get_args(TextName)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+# `make demo` and `make test` set everything up in .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FILES := cn_clip tests benchmarks tools
+
+.PHONY: help demo test test-slow test-gpu check format clean
+
+help:
+	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
+	@echo "make test       运行测试 / run the tests"
+	@echo "make test-slow  完整规模的对照 / full-size comparisons, many minutes"
+	@echo "make test-gpu   需要 CUDA 的测试 / tests that need CUDA"
+	@echo "make check      静态检查 / ruff, format, mypy, import-linter"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.core
+
+demo: $(VENV)/.core
+	$(BIN)/cn-clip demo --output demo-output
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check $(FILES)
+	$(BIN)/ruff format --check $(FILES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix $(FILES)
+	$(BIN)/ruff format $(FILES)
+
+clean:
+	rm -rf $(VENV) demo-output build dist *.egg-info

@@ -1,0 +1,121 @@
+"""Extracts picture and text features: `python cn_clip/eval/extract_features.py --extract-image-feats …`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from cn_clip import command
+from cn_clip.errors import ConfigError
+from cn_clip.zoo import TextName, VisionName
+
+if TYPE_CHECKING:
+    from cn_clip.clip.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Options:
+    """Writes one unit feature a line, as JSON, for the pictures of an LMDB and the texts of a JSONL file."""
+
+    extract_image_feats: bool = False
+    """Extract picture features"""
+    extract_text_feats: bool = False
+    """Extract text features"""
+    image_data: str = "../Multimodal_Retrieval/lmdb/test/imgs"
+    """LMDB directory of the pictures"""
+    text_data: str = "../Multimodal_Retrieval/test_texts.jsonl"
+    """JSONL file of the texts"""
+    image_feat_output_path: str | None = None
+    """Where picture features go; default: beside the texts, X_imgs.img_feat.jsonl"""
+    text_feat_output_path: str | None = None
+    """Where text features go; default: X_texts.txt_feat.jsonl"""
+    img_batch_size: int = 64
+    """Pictures in a batch"""
+    text_batch_size: int = 64
+    """Texts in a batch"""
+    context_length: int = 52
+    """Longest text in tokens, [CLS] and [SEP] included"""
+    resume: str | None = None
+    """Checkpoint: a file, a transformers folder, or the name of a published model"""
+    precision: Literal["amp", "fp16", "fp32", "bf16"] = "amp"
+    """Arithmetic; amp is float32 here, as in Chinese-CLIP"""
+    vision_model: VisionName | None = None
+    """Picture tower; default: what the checkpoint holds"""
+    text_model: TextName | None = None
+    """Text tower; default: what the checkpoint holds"""
+    debug: bool = False
+    """Log more"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    num_workers: int = 1
+    """Processes that decode pictures; 0: decode in this one"""
+    json: bool = False
+    """Print the result as one JSON object"""
+
+    def __post_init__(self) -> None:
+        if not (self.extract_image_feats or self.extract_text_feats):
+            raise ConfigError("give --extract-image-feats, --extract-text-feats, or both")
+        if self.resume is None:
+            raise ConfigError("--resume: expected a checkpoint file, or a model's name such as ViT-B-16")
+        for name in ("img_batch_size", "text_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
+
+
+def run(options: Options) -> None:
+    """Extracts what is asked for; raises CnClipError naming file, line or id of what cannot be read."""
+    from cn_clip.clip.encoder import Encoder
+    from cn_clip.eval.backends import open_backend
+
+    say = command.Speaker(quiet=options.json)
+    say.params(options)
+    assert options.resume is not None
+    backend = open_backend(
+        options.resume,
+        vision=options.vision_model,
+        text=options.text_model,
+        device=options.device,
+        precision=options.precision,
+        say=say,
+    )
+    encoder = Encoder(backend, context_length=options.context_length)
+    result: dict[str, object] = {}
+    if options.extract_text_feats:
+        result |= _texts(options, encoder, say)
+    if options.extract_image_feats:
+        result |= _images(options, encoder, say)
+    say("Done!")
+    say.result(result)
+
+
+def _texts(options: Options, encoder: "Encoder", say: command.Speaker) -> dict[str, object]:
+    from cn_clip.data.datasets import read_texts
+    from cn_clip.eval import features
+
+    say("Make inference for texts...")
+    path = options.text_feat_output_path or features.default_text_path(options.text_data)
+    texts = read_texts(options.text_data)
+    count = features.extract_texts(encoder, texts, path, batch_size=options.text_batch_size)
+    say(f"{count} text features are stored in {path}")
+    return {"num_texts": count, "text_features": path}
+
+
+def _images(options: Options, encoder: "Encoder", say: command.Speaker) -> dict[str, object]:
+    from cn_clip.data.datasets import ImageDataset, make_loader
+    from cn_clip.eval import features
+
+    say("Make inference for images...")
+    path = options.image_feat_output_path or features.default_image_path(options.text_data)
+    dataset = ImageDataset(options.image_data, encoder.transform)
+    loader = make_loader(dataset, options.img_batch_size, options.num_workers)
+    count = features.extract_images(encoder.backend, loader, len(dataset), path)
+    say(f"{count} image features are stored in {path}")
+    return {"num_images": count, "image_features": path}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Zero-shot classification as pure functions of features: classifier, probabilities, accuracy."""
+
+# N pictures, C classes, D embedding
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cn_clip.clip.encoder import Encoder, Rows
+from cn_clip.data.records import preprocess_text
+from cn_clip.errors import DataError
+from cn_clip.eval.templates import fill
+
+# The scale of a fully trained logit_scale; probabilities of the ELEVATER files are made with it.
+LOGIT_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares in [0, 1]. top5 is None with fewer than 6 classes; per_class has None for a class without pictures."""
+
+    top1: float
+    top5: float | None
+    per_class: list[float | None]
+
+
+def classifier(encoder: Encoder, labels: Sequence[str], templates: Sequence[str], *, batch_size: int = 64) -> Rows:
+    """Unit class vectors (C, D): the mean over the templates of each label's unit text features."""
+    texts = [preprocess_text(fill(template, label)) for label in labels for template in templates]
+    features = encoder.encode_texts(texts, batch_size=batch_size, progress=True)
+    means_CD = features.reshape(len(labels), len(templates), -1).mean(axis=1)
+    weights: Rows = means_CD / np.linalg.norm(means_CD, axis=1, keepdims=True)
+    return weights
+
+
+def probabilities(images_ND: Rows, classes_CD: Rows) -> Rows:
+    """Softmax over the classes of 100 times the cosine, (N, C)."""
+    logits_NC = LOGIT_SCALE * images_ND @ classes_CD.T
+    exponentials = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
+    shares: Rows = exponentials / exponentials.sum(axis=1, keepdims=True)
+    return shares
+
+
+def accuracy(probabilities_NC: Rows, targets_N: NDArray[np.int64]) -> Accuracy:
+    """Top-1, top-5 and per-class accuracy; raises DataError for a target that is no class."""
+    num_classes = probabilities_NC.shape[1]
+    if len(targets_N) and not 0 <= targets_N.min() <= targets_N.max() < num_classes:
+        raise DataError(f"class number {targets_N.max()}, but there are only {num_classes} labels")
+    order_NC = np.argsort(-probabilities_NC, axis=1, kind="stable")
+    right_N = order_NC[:, 0] == targets_N
+    top5 = float((order_NC[:, :5] == targets_N[:, None]).any(axis=1).mean()) if num_classes > 5 else None
+    per_class = [
+        float(right_N[targets_N == number].mean()) if (targets_N == number).any() else None
+        for number in range(num_classes)
+    ]
+    return Accuracy(float(right_N.mean()), top5, per_class)

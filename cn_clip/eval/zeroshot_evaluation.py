@@ -1,0 +1,195 @@
+"""Classifies pictures by Chinese labels, zero-shot: `python cn_clip/eval/zeroshot_evaluation.py --datapath=… …`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cn_clip import command
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.zoo import TextName, VisionName
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cn_clip.clip.encoder import Backend, Rows
+    from cn_clip.eval.zeroshot import Accuracy
+
+MOST_CLASSES_SHOWN = 50
+
+
+@dataclass(frozen=True)
+class Options:
+    """Prints top-1, top-5 and per-class accuracy, and writes the probabilities as ELEVATER's JSON."""
+
+    datapath: str
+    """Folder of test pictures, one folder a class, sorted as the labels are"""
+    vision_model: VisionName | None = None
+    """Picture tower; default: what the checkpoint holds"""
+    text_model: TextName | None = None
+    """Text tower; default: what the checkpoint holds"""
+    precision: Literal["amp", "fp16", "fp32", "bf16"] = "amp"
+    """Arithmetic; amp is float32 here, as in Chinese-CLIP"""
+    label_file: str | None = None
+    """Text file of the labels, one a line"""
+    dataset: str = "imagenet"
+    """Name of the dataset; chooses the prompt templates and names the output file"""
+    index: str = ""
+    """JSON list that puts the pictures into ELEVATER's order"""
+    save_dir: str = ""
+    """Folder for the ELEVATER JSON file"""
+    img_batch_size: int = 64
+    """Pictures in a batch"""
+    context_length: int = 52
+    """Longest text in tokens, [CLS] and [SEP] included"""
+    resume: str | None = None
+    """Checkpoint: a file, a transformers folder, or the name of a published model"""
+    num_workers: int = 4
+    """Processes that decode pictures; 0: decode in this one"""
+    templates: str | None = None
+    """File of your own prompt templates: a JSON list, or one a line, each with one {}"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    json: bool = False
+    """Print the result as one JSON object"""
+
+    def __post_init__(self) -> None:
+        if self.resume is None:
+            raise ConfigError("--resume: expected a checkpoint file, or a model's name such as ViT-B-16")
+        if self.label_file is None:
+            raise ConfigError("--label-file: expected a text file with one label a line")
+        if self.img_batch_size < 1:
+            raise ConfigError(f"--img-batch-size: expected at least 1, got {self.img_batch_size}")
+
+
+def run(options: Options) -> None:
+    """Evaluates; raises CnClipError when labels, folders or checkpoint do not fit together."""
+    from cn_clip.clip.encoder import Encoder
+    from cn_clip.data.datasets import ClassFolderDataset
+    from cn_clip.eval import zeroshot
+    from cn_clip.eval.backends import open_backend
+    from cn_clip.eval.templates import load_templates
+
+    say = command.Speaker(quiet=options.json)
+    say.params(options)
+    labels = read_labels(Path(options.label_file or ""))
+    templates = load_templates(options.dataset, Path(options.templates) if options.templates else None)
+    assert options.resume is not None
+    backend = open_backend(
+        options.resume,
+        vision=options.vision_model,
+        text=options.text_model,
+        device=options.device,
+        precision=options.precision,
+        say=say,
+    )
+    say("Preparing zeroshot dataset.")
+    encoder = Encoder(backend, context_length=options.context_length)
+    dataset = ClassFolderDataset(options.datapath, encoder.transform)
+    if len(dataset.classes) > len(labels):
+        raise DataError(
+            f"{options.datapath}: {len(dataset.classes)} class folders, but {options.label_file} has "
+            f"{len(labels)} labels; one line a folder, in sorted order of the folders"
+        )
+    say("Building zero-shot classifier")
+    classes_CD = zeroshot.classifier(encoder, labels, templates)
+    say("Using classifier")
+    images_ND, targets_N = _picture_features(options, backend, dataset)
+    probabilities_NC = zeroshot.probabilities(images_ND, classes_CD)
+    result = zeroshot.accuracy(probabilities_NC, targets_N)
+    path = write_elevater(options, backend, _reordered(probabilities_NC, options.index))
+    _report(say, result, labels, path)
+
+
+def read_labels(path: Path) -> list[str]:
+    """The labels, one a line; raises DataError for an empty line or a file that cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); expected UTF-8 text with one label a line") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise DataError(f"{path}:{number}: an empty line; expected one label a line, in the order of the folders")
+    if not lines:
+        raise DataError(f"{path}: no labels in it; expected one a line")
+    return [line.strip() for line in lines]
+
+
+def _picture_features(options: Options, backend: "Backend", dataset: Any) -> "tuple[Rows, NDArray[np.int64]]":
+    import numpy as np
+    from tqdm import tqdm
+
+    from cn_clip.data.datasets import make_loader
+
+    rows, targets = [], []
+    with tqdm(total=len(dataset), unit="picture") as bar:
+        for numbers, pixels in make_loader(dataset, options.img_batch_size, options.num_workers):
+            rows.append(backend.encode_pixels(pixels))
+            targets += numbers
+            bar.update(len(numbers))
+    return np.concatenate(rows), np.array(targets, dtype=np.int64)
+
+
+def _reordered(probabilities_NC: "Rows", index: str) -> "Rows":
+    import json
+
+    if not index:
+        return probabilities_NC
+    try:
+        order = json.loads(Path(index).read_text(encoding="utf-8"))
+        return probabilities_NC[order]
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(f"{index}: expected a JSON list of picture numbers ({error})") from error
+
+
+def write_elevater(options: Options, backend: "Backend", probabilities_NC: "Rows") -> Path:
+    """Writes `DATASET.json` for ELEVATER's site: probabilities (1, N, C) to 6 decimals, and facts on the model."""
+    from cn_clip.eval.backends import num_parameters
+    from cn_clip.jsonl import atomic_write, dumps
+
+    total, visual = num_parameters(backend)
+    rounded = [[round(value, 6) for value in row] for row in probabilities_NC.tolist()]
+    content = {
+        "model_name": f"CN-CLIP-{options.vision_model or Path(options.resume or '').stem}",
+        "dataset_name": options.dataset,
+        "num_trainable_params": 0,
+        "num_params": total,
+        "num_visual_params": visual,
+        "num_backbone_params": total,
+        "n_shot": 0,
+        "rnd_seeds": [123],
+        "predictions": [rounded],
+    }
+    path = Path(options.save_dir) / f"{options.dataset}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as stream:
+        stream.write(dumps(content))
+    return path
+
+
+def _report(say: command.Speaker, result: "Accuracy", labels: list[str], path: Path) -> None:
+    say(f"Result:\nzeroshot-top1: {result.top1}")
+    if result.top5 is not None:
+        say(f"zeroshot-top5: {result.top5}")
+    per_class = dict(zip(labels, result.per_class, strict=True))
+    tested = sorted((share, label) for label, share in per_class.items() if share is not None)
+    more = f" ({MOST_CLASSES_SHOWN} of {len(tested)}; --json has all)" if len(tested) > MOST_CLASSES_SHOWN else ""
+    say(f"Per class, worst first{more}:")
+    for share, label in tested[:MOST_CLASSES_SHOWN]:
+        say(f"  {share:.4f} {label}")
+    say(f"Probabilities are saved in {path}")
+    say("Finished.")
+    top = {"zeroshot-top1": result.top1, "zeroshot-top5": result.top5}
+    say.result({**top, "per_class": per_class, "predictions": str(path)})
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Where this process runs: device, mixed precision type, rank among its peers."""
+
+import os
+from typing import TYPE_CHECKING
+
+from cn_clip.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def rank() -> int:
+    """Number of this process, 0 when it is alone. Source: RANK, set by torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes. Source: WORLD_SIZE, set by torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(name: str = "auto") -> "torch.device":
+    """The named device, or with "auto" the best there is: CUDA, then MPS, then CPU.
+
+    Raises ConfigError when the named device is not there.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: expected auto, cpu, cuda, cuda:N or mps, got {name!r}") from error
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device.type in available and not available[device.type]():
+        raise ConfigError(f"device: {name} was asked for, but PyTorch finds none here; use --device cpu")
+    return device
+
+
+def autocast_dtype(precision: str, device: "torch.device") -> "torch.dtype | None":
+    """The type of mixed precision arithmetic, None for none.
+
+    "amp" is float16 on CUDA, as in Chinese-CLIP; elsewhere bfloat16 where the processor multiplies it natively.
+    """
+    import torch
+
+    if precision == "bf16":
+        return torch.bfloat16
+    if precision != "amp":
+        return None
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else None
+
+
+def cpu_has_bf16() -> bool:
+    """Whether bfloat16 products run in hardware (AVX-512 BF16 or AMX)."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,1 @@
+"""Fine-tuning and pretraining: `python cn_clip/training/main.py …` or `cn-clip train …`."""

@@ -1,0 +1,138 @@
+"""The settings of training: one frozen dataclass, flags and defaults as in Chinese-CLIP."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cn_clip.errors import ConfigError
+from cn_clip.zoo import TextName, VisionName
+
+# AdamW's settings by picture tower. Source: arXiv:2103.00020, tables 19 and 20; eps and beta2 differ by family.
+_VIT = {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1.0e-6}
+_LARGE = {**_VIT, "lr": 4.0e-4}
+_RESNET = {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1.0e-8}
+OPTIMIZER_DEFAULTS = {"ViT-L-14": _LARGE, "ViT-L-14-336": _LARGE, "RN50": _RESNET, "RN-Tiny-64": _RESNET}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Trains or fine-tunes a model on an LMDB dataset, on one device."""
+
+    train_data: str
+    """Path to the LMDB directory with training data split"""
+    val_data: str | None = None
+    """Path to the LMDB directory with validation data split; None disables validation"""
+    num_workers: int = 4
+    """Number of processes that prepare training data"""
+    valid_num_workers: int = 1
+    """Number of processes that prepare validation data"""
+    logs: str = "./logs/"
+    """Where experiments are stored, each in a folder of its name"""
+    name: str = "train_clip"
+    """Name of the experiment"""
+    log_interval: int = 10
+    """Log every that many steps"""
+    report_training_batch_acc: bool = False
+    """Log the accuracy inside the training batch"""
+    batch_size: int = 64
+    """Pairs in a training batch"""
+    valid_batch_size: int = 64
+    """Pairs in a validation batch"""
+    max_steps: int | None = None
+    """Number of steps to train for (goes before --max-epochs)"""
+    max_epochs: int = 32
+    """Number of epochs to train for, when --max-steps is not given"""
+    valid_step_interval: int | None = None
+    """Validate every that many steps; None or -1: not between steps"""
+    valid_epoch_interval: int | None = 1
+    """Validate every that many epochs; None or -1: not between epochs"""
+    context_length: int = 52
+    """Longest text in tokens, [CLS] and [SEP] included"""
+    lr: float | None = None
+    """Learning rate; default by picture tower"""
+    beta1: float | None = None
+    """Adam's beta 1; default by picture tower"""
+    beta2: float | None = None
+    """Adam's beta 2; default by picture tower"""
+    eps: float | None = None
+    """Adam's epsilon; default by picture tower"""
+    wd: float = 0.2
+    """Weight decay"""
+    warmup: int = 500
+    """Number of steps over which the learning rate rises"""
+    use_bn_sync: bool = False
+    """Synchronise batch normalisation between processes (nothing to do with one process)"""
+    use_augment: bool = False
+    """Augment training pictures"""
+    skip_scheduler: bool = False
+    """Keep the learning rate after warm-up instead of the cosine decay"""
+    save_epoch_frequency: int = 1
+    """Keep a checkpoint every that many epochs"""
+    save_step_frequency: int = -1
+    """Keep a checkpoint every that many steps; -1: never"""
+    resume: str | None = None
+    """Checkpoint to start from; default: the latest one of this experiment, if any"""
+    reset_optimizer: bool = False
+    """Start from the weights of --resume without its optimizer state"""
+    reset_data_offset: bool = False
+    """Start from the weights of --resume at the beginning of the data"""
+    precision: Literal["amp", "fp16", "fp32", "bf16"] = "amp"
+    """Arithmetic; amp: mixed float16 on CUDA, mixed bfloat16 on CPUs that have it"""
+    vision_model: VisionName = "ViT-B-16"
+    """Picture tower"""
+    mask_ratio: float = 0
+    """Share of the patches left out at random in training (FLIP)"""
+    clip_weight_path: str | None = None
+    """OpenAI CLIP weights the picture tower starts from"""
+    freeze_vision: bool = False
+    """Do not train the picture tower"""
+    text_model: TextName = "RoBERTa-wwm-ext-base-chinese"
+    """Text tower"""
+    bert_weight_path: str | None = None
+    """Chinese BERT weights the text tower starts from"""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time"""
+    use_flash_attention: bool = False
+    """Accepted; FlashAttention is used wherever PyTorch offers it"""
+    accum_freq: int = 1
+    """Batches joined into one update"""
+    gather_with_grad: bool = False
+    """Gather features of all processes with gradients (nothing to do with one process)"""
+    skip_aggregate: bool = False
+    """Do not gather features of other processes (nothing to do with one process)"""
+    debug: bool = False
+    """Log more"""
+    seed: int = 123
+    """Seed of the data order and of random weights"""
+    distillation: bool = False
+    """Learn from a teacher model too"""
+    teacher_model_name: str | None = None
+    """The teacher model"""
+    kd_loss_weight: float = 0.5
+    """Weight of the distillation loss"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    num_threads: int | None = None
+    """CPU threads of PyTorch; default: its own choice"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "valid_batch_size", "max_epochs", "log_interval", "accum_freq"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("num_workers", "valid_num_workers", "warmup"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
+        _require(0 <= self.mask_ratio < 1, "mask_ratio", "a value in [0, 1)", self.mask_ratio)
+        _require(3 <= self.context_length <= 512, "context_length", "3 to 512", self.context_length)
+        for name in ("accum_freq", "use_augment", "distillation"):
+            unset = {"accum_freq": 1}.get(name, False)
+            if getattr(self, name) != unset:
+                raise ConfigError(f"--{name.replace('_', '-')}: not available in this version; leave it out")
+
+    def optimizer_setting(self, name: Literal["lr", "beta1", "beta2", "eps"]) -> float:
+        """The given value, else the default of the picture tower."""
+        value: float | None = getattr(self, name)
+        return OPTIMIZER_DEFAULTS.get(self.vision_model, _VIT)[name] if value is None else value
+
+
+def _require(holds: bool, name: str, expected: str, value: object) -> None:
+    if not holds:
+        raise ConfigError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")

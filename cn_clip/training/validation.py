@@ -1,0 +1,122 @@
+"""Validation: loss and accuracy inside batches as Chinese-CLIP reports them, and true recall over the whole split."""
+
+# N pictures, T texts, P pairs, B batch, D embedding
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cn_clip.clip import tokenizer
+from cn_clip.clip.model import CLIP
+from cn_clip.data.lmdb_store import PairStore
+from cn_clip.data.records import RecordId, preprocess_text
+from cn_clip.errors import DataError
+from cn_clip.retrieval.recall import Recall, recall_from_features
+from cn_clip.training.loss import batch_accuracy, contrastive_loss, similarity_logits
+from cn_clip.training.sampling import EpochSampler
+
+
+@dataclass(frozen=True)
+class Split:
+    """What validation needs of a dataset split, every picture and every text once.
+
+    tokens: token ids of each text. pairs: (picture number, text number) of each pair in file order.
+    """
+
+    image_ids: list[RecordId]
+    tokens: list[list[int]]
+    pairs: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss in nats, in-batch accuracies in [0, 1], and recall of both directions over the whole split."""
+
+    loss: float
+    image_to_text_acc: float
+    text_to_image_acc: float
+    text_to_image: Recall
+    image_to_text: Recall
+
+
+def read_split(pairs: PairStore, image_ids: list[RecordId], context_length: int) -> Split:
+    """Numbers pictures and texts; raises DataError for a pair whose picture is not in the split."""
+    image_numbers = {image_id: number for number, image_id in enumerate(image_ids)}
+    text_numbers: dict[RecordId, int] = {}
+    texts: list[str] = []
+    rows: list[tuple[int, int]] = []
+    for index in range(len(pairs)):
+        pair = pairs[index]
+        if pair.image_id not in image_numbers:
+            raise DataError(f"{pairs.folder}: pair {index} names the picture {pair.image_id!r}, which is missing")
+        if pair.text_id not in text_numbers:
+            text_numbers[pair.text_id] = len(texts)
+            texts.append(preprocess_text(pair.text))
+        rows.append((image_numbers[pair.image_id], text_numbers[pair.text_id]))
+    return Split(image_ids, tokenizer.encode(texts, context_length), rows)
+
+
+@torch.no_grad()
+def validate(
+    model: CLIP,
+    split: Split,
+    pixel_batches: Iterable[Tensor],
+    sampler: EpochSampler,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> Validation:
+    """Computes every picture and text once, then scores batches of pairs in the order of `sampler`.
+
+    pixel_batches: all pictures of the split in order, (B, 3, R, R) each. The model is left in training mode as found.
+    """
+    was_training = model.training
+    model.eval()
+    with autocast():
+        images_ND = _joined(model.encode_image(pixels.to(_device(model))) for pixels in pixel_batches)
+        texts_TD = _text_features(model, split.tokens, sampler.batch_size)
+    model.train(was_training)
+    loss, image_to_text_acc, text_to_image_acc = _in_batches(images_ND, texts_TD, split, sampler, model.logit_scale)
+    recalls = recall_from_features(images_ND.cpu().numpy(), texts_TD.cpu().numpy(), np.array(split.pairs))
+    return Validation(loss, image_to_text_acc, text_to_image_acc, *recalls)
+
+
+def _device(model: CLIP) -> torch.device:
+    return model.logit_scale.device
+
+
+def _joined(batches: Iterator[Tensor]) -> Tensor:
+    return torch.cat([unit(batch.float()) for batch in batches])
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows divided by their length."""
+    return rows / rows.norm(dim=-1, keepdim=True)
+
+
+def _text_features(model: CLIP, tokens: list[list[int]], batch_size: int) -> Tensor:
+    """Features (T, D) in the order of `tokens`, computed in batches of like length."""
+    order = sorted(range(len(tokens)), key=lambda number: len(tokens[number]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    padded = (tokenizer.pad([tokens[number] for number in batch], len(tokens[batch[-1]])) for batch in batches)
+    sorted_TD = _joined(model.encode_text(batch.to(_device(model))) for batch in padded)
+    features_TD = torch.empty_like(sorted_TD)
+    features_TD[order] = sorted_TD
+    return features_TD
+
+
+def _in_batches(
+    images_ND: Tensor, texts_TD: Tensor, split: Split, sampler: EpochSampler, logit_scale: Tensor
+) -> tuple[float, float, float]:
+    """Mean loss and mean accuracies over batches of pairs."""
+    pairs_P2 = torch.tensor(split.pairs, device=images_ND.device)
+    totals = torch.zeros(3, dtype=torch.float64)
+    for batch in sampler:
+        image_B, text_B = pairs_P2[torch.tensor(batch)].unbind(1)
+        logits = similarity_logits(images_ND[image_B], texts_TD[text_B], logit_scale.float().exp())
+        values = [contrastive_loss(logits) * len(batch), *batch_accuracy(logits)]
+        totals += torch.stack([value.double().cpu() for value in values])
+    loss, image_to_text, text_to_image = (totals / sampler.num_padded).tolist()
+    return loss, image_to_text, text_to_image
