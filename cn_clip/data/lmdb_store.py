@@ -65,6 +65,8 @@ class LmdbWriter:
                 break
             except lmdb.MapFullError:  # the transaction is undone as a whole
                 self._env.set_mapsize(self._env.info()["map_size"] * 2)
+            except lmdb.Error as error:
+                raise DataError(f"{self._env.path()}: cannot be written ({error}); is the disk full?") from error
         self._batch.clear()
         self._batch_bytes = 0
 

@@ -68,8 +68,8 @@ RecordT = TypeVar("RecordT", ImageRecord, TextRecord)
 def canonical_id(value: object) -> RecordId:
     """The one form of an id: `7`, `"7"` are the int 7; `"007"`, `"a-7"` stay strings.
 
-    Raises DataError for bool, float, None, other types, empty strings, strings with tab, line end or NUL, lone
-    surrogates, and ids of more than 511 bytes.
+    Raises DataError for bool, float, None, other types, empty strings, strings with tab, line end or NUL or
+    with blanks around them, lone surrogates, and ids of more than 511 bytes.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         _require_short(value.bit_length() * 0.30103, "an integer")
@@ -80,6 +80,8 @@ def canonical_id(value: object) -> RecordId:
         raise DataError("expected an id, got an empty string")
     if any(character in value for character in "\t\r\n\0"):
         raise DataError(f"an id holds no tab, line end or NUL, got {value[:80]!r}")
+    if value != value.strip():
+        raise DataError(f"an id has no blanks around it, got {value[:80]!r}")
     try:
         _require_short(len(value.encode("utf-8")), repr(value[:20] + "..."))
     except UnicodeEncodeError as error:

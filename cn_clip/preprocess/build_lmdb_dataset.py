@@ -164,7 +164,7 @@ def _good(items: "Iterable[T | Fault]", on_error: str, faults: "list[Fault]") ->
         elif on_error == "skip":
             faults.append(item)
         else:
-            raise DataError(f"{item} (nothing was written; `--on-error skip` skips and lists such records)")
+            raise DataError(f"{item} (this split was not written; `--on-error skip` skips and lists such records)")
 
 
 def _print_report(report: SplitReport, out: Any) -> None:

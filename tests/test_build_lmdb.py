@@ -1,0 +1,280 @@
+"""Building the LMDB of a dataset: the reference's lines and bytes, every bad record, and never half an output."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dataset_files import GOLDEN_LMDB, REPOSITORY, jsonl_line, picture, run_script, tree, tsv_line, write_split
+
+from cn_clip.data.lmdb_store import ImageStore, LmdbReader, PairStore
+from cn_clip.data.staging import staged_folder
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.preprocess.build_lmdb_dataset import Options, run, split_names
+
+SCRIPT = "preprocess/build_lmdb_dataset.py"
+GOOD_IMAGES = [tsv_line(1), tsv_line(2), tsv_line(3)]
+GOOD_TEXTS = [jsonl_line(10, "红", [1, 2]), jsonl_line(11, "绿", [3])]
+
+
+def insert(lines: list[bytes], line: bytes) -> list[bytes]:
+    return [lines[0], line, *lines[1:]]
+
+
+def built(folder: Path, split: str = "train") -> tuple[list[object], list[object]]:
+    images, pairs = ImageStore(folder / "lmdb" / split / "imgs"), PairStore(folder / "lmdb" / split / "pairs")
+    return list(images.ids), [pairs[index] for index in range(len(pairs))]
+
+
+def test_the_command_prints_the_lines_of_the_reference_in_the_order_of_the_splits(tmp_path: Path) -> None:
+    for split in ("valid", "train", "test"):
+        write_split(tmp_path, GOOD_IMAGES, GOOD_TEXTS, split=split)
+    result = run_script(SCRIPT, "--data_dir", tmp_path, "--splits", "valid,train,test")
+    assert result.returncode == 0, result.stderr
+    expected = ["Dataset splits to be processed: valid, train, test"]
+    for split in ("valid", "train", "test"):
+        expected.append(f"Finished serializing 3 {split} split pairs into {tmp_path}/lmdb/{split}/pairs.")
+        expected.append(f"Finished serializing 3 {split} split images into {tmp_path}/lmdb/{split}/imgs.")
+    assert result.stdout.splitlines() == [*expected, "done!"]
+
+
+def test_a_second_build_says_that_it_overwrites_and_keeps_nothing_of_the_first(tmp_path: Path) -> None:
+    write_split(tmp_path, GOOD_IMAGES, GOOD_TEXTS)
+    arguments = ("--data_dir", tmp_path, "--splits", "train", "--lmdb_dir", tmp_path / "lmdb")
+    assert run_script(SCRIPT, *arguments).returncode == 0
+    write_split(tmp_path, [tsv_line(7)], [jsonl_line(10, "红", [7])])
+    result = run_script(SCRIPT, *arguments)
+    assert result.stdout.splitlines()[1] == f"We will overwrite an existing LMDB file {tmp_path}/lmdb/train"
+    assert built(tmp_path) == ([7], [(7, 10, "红")])
+    assert [path.name for path in (tmp_path / "lmdb").iterdir()] == ["train"]
+
+
+def test_the_keys_and_values_are_those_of_the_reference(tmp_path: Path) -> None:
+    run(Options(str(GOLDEN_LMDB), "train", str(tmp_path)))
+    ours, golden = tmp_path / "train", GOLDEN_LMDB / "lmdb" / "train"
+    for part in ("imgs", "pairs"):
+        mine, theirs = LmdbReader(ours / part), LmdbReader(golden / part)
+        assert list(mine.list_keys()) == list(theirs.list_keys())
+    for key in LmdbReader(golden / "imgs").list_keys():
+        assert LmdbReader(ours / "imgs").get(key) == LmdbReader(golden / "imgs").get(key)
+    for index in range(4):
+        stored = [LmdbReader(folder / "pairs").get(b"%d" % index) for folder in (ours, golden)]
+        assert pickle.loads(stored[0] or b"") == pickle.loads(stored[1] or b"")
+
+
+TRUNCATED_PNG = picture(size=(64, 64))[:60]
+TRUNCATED_JPEG = picture(kind="JPEG", size=(64, 64))[:-200]
+BAD_IMAGES = {
+    "no tab": (b"9 QUJD\n", 2, "expected `id<TAB>base64`"),
+    "truncated base64": (tsv_line(9)[:-3] + b"\n", 2, "image id 9: the base64 text of"),
+    "no picture": (tsv_line(9, b"hello"), 2, "image id 9: the picture of 5 bytes does not decode"),
+    "truncated png": (tsv_line(9, TRUNCATED_PNG), 2, "image id 9: the picture of 60 bytes does not decode"),
+    "truncated jpeg": (tsv_line(9, TRUNCATED_JPEG), 2, "image id 9: the picture of"),
+    "no bytes": (b"9\t\n", 2, "expected `id<TAB>base64`"),
+    "duplicate id": (tsv_line("1"), 2, "duplicate image id 1, first in line 1; expected each picture once"),
+    "invalid UTF-8": (b"\xff\xfe\t" + tsv_line(9).split(b"\t")[1], 2, "invalid UTF-8"),
+}
+BAD_TEXTS = {
+    "missing picture": (jsonl_line(12, "蓝", [99]), 2, "text id 12: image_ids names picture 99, which is not in"),
+    "picture twice": (jsonl_line(12, "蓝", [1, 1]), 2, "text id 12: image_ids names picture 1 twice"),
+    "duplicate id": (jsonl_line("10", "蓝", [1]), 2, "duplicate text id 10, first in line 1"),
+    "no object": (b"[]\n", 2, "expected a JSON object, got list"),
+    "no field": (b'{"text_id": 12, "text": "a"}\n', 2, "the field 'image_ids' is missing"),
+    "no string": (jsonl_line(12, 5, [1]), 2, "text of text_id 12: expected a string, got number 5"),
+    "invalid UTF-8": (b'{"text_id": 12, "text": "\xff", "image_ids": []}\n', 2, "invalid UTF-8 at byte"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_a_bad_picture_line_stops_the_build_with_file_line_and_nothing_written(tmp_path: Path, case: str) -> None:
+    line, number, message = BAD_IMAGES[case]
+    write_split(tmp_path, insert(GOOD_IMAGES, line), GOOD_TEXTS)
+    with pytest.raises(DataError) as caught:
+        run(Options(str(tmp_path), "train"))
+    assert str(caught.value).startswith(f"{tmp_path}/train_imgs.tsv:{number}: ")
+    assert message in str(caught.value)
+    assert list((tmp_path / "lmdb").iterdir()) == []
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_a_bad_text_line_stops_the_build_with_file_line_and_nothing_written(tmp_path: Path, case: str) -> None:
+    line, number, message = BAD_TEXTS[case]
+    write_split(tmp_path, GOOD_IMAGES, insert(GOOD_TEXTS, line))
+    with pytest.raises(DataError) as caught:
+        run(Options(str(tmp_path), "train"))
+    assert str(caught.value).startswith(f"{tmp_path}/train_texts.jsonl:{number}: ")
+    assert message in str(caught.value)
+    assert list((tmp_path / "lmdb").iterdir()) == []
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_a_bad_picture_line_is_skipped_on_request(tmp_path: Path, case: str) -> None:
+    write_split(tmp_path, insert(GOOD_IMAGES, BAD_IMAGES[case][0]), GOOD_TEXTS)
+    run(Options(str(tmp_path), "train", on_error="skip"))
+    assert built(tmp_path) == ([1, 2, 3], [(1, 10, "红"), (2, 10, "红"), (3, 11, "绿")])
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_a_bad_text_line_is_skipped_on_request(tmp_path: Path, case: str) -> None:
+    write_split(tmp_path, GOOD_IMAGES, insert(GOOD_TEXTS, BAD_TEXTS[case][0]))
+    run(Options(str(tmp_path), "train", on_error="skip"))
+    kept = [(1, 12, "蓝")] if case == "picture twice" else []
+    assert built(tmp_path) == ([1, 2, 3], [(1, 10, "红"), (2, 10, "红"), *kept, (3, 11, "绿")])
+
+
+def test_only_the_pair_with_the_missing_picture_is_skipped(tmp_path: Path) -> None:
+    write_split(tmp_path, [tsv_line(1), tsv_line(3)], [jsonl_line(10, "红", [1, 2, 3])])
+    run(Options(str(tmp_path), "train", on_error="skip"))
+    assert built(tmp_path) == ([1, 3], [(1, 10, "红"), (3, 10, "红")])
+
+
+def test_skipped_records_are_counted_listed_and_in_the_json(tmp_path: Path) -> None:
+    write_split(tmp_path, [*GOOD_IMAGES, *[tsv_line(100 + i, b"bad") for i in range(25)]], GOOD_TEXTS)
+    result = run_script(SCRIPT, "--data-dir", tmp_path, "--splits", "train", "--on-error", "skip", "--json")
+    assert result.returncode == 0, result.stderr
+    (split,) = json.loads(result.stdout)["splits"]
+    assert (split["split"], split["pairs"], split["images"], len(split["skipped"])) == ("train", 3, 3, 25)
+    assert split["skipped"][0]["file"] == f"{tmp_path}/train_imgs.tsv"
+    assert (split["skipped"][0]["line"], split["skipped"][0]["id"]) == (4, 100)
+    assert result.stderr.count("skipped: ") == 20
+    assert "skipped 25 faults in split train" in result.stderr
+
+
+@pytest.mark.parametrize("empty", ["train_imgs.tsv", "train_texts.jsonl"])
+def test_an_empty_file_stops_the_build(tmp_path: Path, empty: str) -> None:
+    write_split(tmp_path, GOOD_IMAGES, [jsonl_line(1, "红")])
+    (tmp_path / empty).write_bytes(b"")
+    with pytest.raises(DataError, match=f"{empty}: the file is empty; expected lines of"):
+        run(Options(str(tmp_path), "train"))
+    with pytest.raises(DataError, match="no split has a usable record left"):
+        run(Options(str(tmp_path), "train", on_error="skip"))
+    assert list((tmp_path / "lmdb").iterdir()) == []
+
+
+def test_a_split_without_a_sound_record_is_left_out_and_the_others_built(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_split(tmp_path, [b""], GOOD_TEXTS, split="valid")
+    write_split(tmp_path, GOOD_IMAGES, GOOD_TEXTS)
+    run(Options(str(tmp_path), "valid,train", on_error="skip"))
+    assert [path.name for path in (tmp_path / "lmdb").iterdir()] == ["train"]
+    assert "skipped split valid: no picture or no sentence is left of it" in capfd.readouterr().err
+
+
+def test_texts_without_pictures_are_a_test_set_and_build(tmp_path: Path) -> None:
+    write_split(tmp_path, GOOD_IMAGES, [jsonl_line(1, "红", [])], split="test")
+    run(Options(str(tmp_path), "test"))
+    assert built(tmp_path, "test") == ([1, 2, 3], [])
+
+
+def test_a_stopped_build_leaves_the_old_one_and_exits_with_1(tmp_path: Path) -> None:
+    write_split(tmp_path, GOOD_IMAGES, GOOD_TEXTS)
+    run(Options(str(tmp_path), "train"))
+    before = tree(tmp_path / "lmdb")
+    write_split(tmp_path, insert(GOOD_IMAGES, b"broken\n"), GOOD_TEXTS)
+    result = run_script(SCRIPT, "--data_dir", tmp_path, "--splits", "train")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert f"{tmp_path}/train_imgs.tsv:2: expected `id<TAB>base64`" in result.stderr
+    assert tree(tmp_path / "lmdb") == before
+
+
+def test_a_killed_build_leaves_the_old_one_and_the_next_clears_up(tmp_path: Path) -> None:
+    write_split(tmp_path, GOOD_IMAGES, GOOD_TEXTS)
+    run(Options(str(tmp_path), "train"))
+    before = tree(tmp_path / "lmdb")
+    program = (
+        "import sys; from pathlib import Path; from cn_clip.data.staging import staged_folder\n"
+        "with staged_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_text('x'); print('writing', flush=True); sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "lmdb" / "train")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        process.send_signal(signal.SIGKILL)
+    after = tree(tmp_path / "lmdb")
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + 1
+    write_split(tmp_path, [tsv_line(5)], [jsonl_line(1, "红", [5])])
+    run(Options(str(tmp_path), "train"))
+    assert built(tmp_path) == ([5], [(5, 1, "红")])
+    assert [path.name for path in (tmp_path / "lmdb").iterdir()] == ["train"]
+
+
+def test_a_run_that_died_between_the_two_moves_is_undone(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "train") as folder:
+        (folder / "old").write_text("old")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    import cn_clip.data.staging as staging
+
+    retired = tmp_path / f".train.replaced-{staging._host()}-{dead.pid}"
+    (tmp_path / "train").rename(retired)
+    staging.clear_leftovers(tmp_path / "train")
+    assert (tmp_path / "train" / "old").read_text() == "old"
+    assert not retired.exists()
+
+
+def test_the_folder_of_a_living_run_is_left_alone(tmp_path: Path) -> None:
+    import cn_clip.data.staging as staging
+
+    living = tmp_path / f".train.building-{staging._host()}-{os.getppid()}"
+    living.mkdir()
+    with staged_folder(tmp_path / "train"):
+        pass
+    assert living.is_dir()
+
+
+def test_missing_inputs_are_named_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: the data_dir does not exist"):
+        run(Options(str(tmp_path / "nowhere"), "train"))
+    write_split(tmp_path, GOOD_IMAGES, GOOD_TEXTS)
+    with pytest.raises(DataError, match=r"valid_imgs.tsv: no such file"):
+        run(Options(str(tmp_path), "train,valid"))
+    assert not (tmp_path / "lmdb").exists()
+
+
+@pytest.mark.parametrize("splits", ["", "train,", "../train", ".hidden"])
+def test_a_bad_list_of_splits_is_refused(splits: str) -> None:
+    with pytest.raises(ConfigError, match="--splits"):
+        split_names(splits)
+
+
+def test_splits_are_taken_in_order_and_once() -> None:
+    assert split_names("b, a,b") == ["b", "a"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_the_header_check_lets_a_truncated_picture_pass_and_none_lets_all_pass(
+    tmp_path: Path, num_workers: int
+) -> None:
+    write_split(tmp_path, [*GOOD_IMAGES, tsv_line(9, TRUNCATED_PNG)], GOOD_TEXTS)
+    run(Options(str(tmp_path), "train", check_pictures="header", num_workers=num_workers))
+    write_split(tmp_path, [*GOOD_IMAGES, tsv_line(9, b"any")], GOOD_TEXTS)
+    with pytest.raises(DataError, match=":4: image id 9"):
+        run(Options(str(tmp_path), "train", check_pictures="header", num_workers=num_workers))
+    run(Options(str(tmp_path), "train", check_pictures="none", num_workers=num_workers))
+    assert built(tmp_path)[0] == [1, 2, 3, 9]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "L", "CMYK", "I;16", "1", "LA", "F"])
+def test_pictures_of_every_mode_are_sound(tmp_path: Path, mode: str) -> None:
+    import io
+
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.new(mode, (3, 3)).save(stream, "TIFF")
+    write_split(tmp_path, [tsv_line(1, stream.getvalue())], [jsonl_line(1, "红", [1])])
+    run(Options(str(tmp_path), "train"))
+    assert built(tmp_path)[0] == [1]
