@@ -1,0 +1,223 @@
+"""Torch datasets and the loader: order, values, ids of both kinds, and errors that name the picture."""
+
+import base64
+import logging
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dataset_files import GOLDEN_LMDB, jsonl_line, picture
+from PIL import Image
+from torch import Tensor
+
+from cn_clip.data.datasets import (
+    ClassFolderDataset,
+    FileImageDataset,
+    ImageDataset,
+    PairDataset,
+    make_loader,
+    preprocess_text,
+    read_texts,
+)
+from cn_clip.data.lmdb_store import Pair, SplitWriter
+from cn_clip.errors import ConfigError, DataError
+
+REFERENCE = GOLDEN_LMDB / "lmdb" / "train"
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Stands in for the transform of a model: the colour of the first pixel as (3, 1, 1)."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)[:1, :1]
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def tokenize(texts: list[str], context_length: int) -> Tensor:
+    """Stands in for the tokenizer: code points."""
+    rows = [[ord(character) for character in text][:context_length] for text in texts]
+    return torch.tensor([row + [0] * (context_length - len(row)) for row in rows])
+
+
+def fail(_image: Image.Image) -> Tensor:
+    raise OSError("broken data stream")
+
+
+def make_split(folder: Path, *, broken: bool = False) -> Path:
+    with SplitWriter(folder) as writer:
+        for number in range(8):
+            data = b"not a picture" if broken and number == 5 else picture((number, 0, 0))
+            writer.put_image(number, base64.b64encode(data))
+            writer.put_pair(Pair(number, f"t{number}", chr(ord("a") + number)))
+    return folder
+
+
+def test_pairs_of_the_reference_come_as_pictures_and_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        dataset = PairDataset(REFERENCE, to_tensor, tokenize, context_length=12)
+    assert caplog.messages == ["train LMDB file contains 4 images and 4 pairs."]
+    image, tokens = dataset[1]
+    assert image.flatten().tolist() == [251, 239, 190]
+    assert "".join(map(chr, tokens.tolist())) == '"浅黄"的 block\0'
+    assert [dataset.ids(index) for index in range(len(dataset))] == [(10, 1), (9, 2), (10, 2), ("a-7", "t-3")]
+
+
+def test_the_name_in_the_log_can_be_given(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        PairDataset(REFERENCE, to_tensor, tokenize, split="val")
+    assert caplog.messages == ["val LMDB file contains 4 images and 4 pairs."]
+
+
+def test_pictures_come_in_key_order_with_ids_of_both_kinds() -> None:
+    dataset = ImageDataset(REFERENCE / "imgs", to_tensor)
+    assert [image_id for image_id, _ in (dataset[index] for index in range(len(dataset)))] == [10, 100, 9, "a-7"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_come_in_order_with_ids_as_lists(tmp_path: Path, num_workers: int) -> None:
+    folder = make_split(tmp_path / "train")
+    dataset = ImageDataset(folder / "imgs", to_tensor)
+    loader = make_loader(dataset, 3, num_workers)
+    batches = list(loader)
+    assert len(loader) == 3
+    assert [ids for ids, _ in batches] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert [image[:, 0].flatten().tolist() for _, image in batches] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+def test_a_sampler_sets_the_order_and_drop_last_drops(tmp_path: Path) -> None:
+    dataset = PairDataset(make_split(tmp_path / "train"), to_tensor, tokenize, context_length=4)
+    batches = list(make_loader(dataset, 2, sampler=[3, 1, 7], drop_last=True))
+    assert [(image[:, 0].flatten().tolist(), tokens[:, 0].tolist()) for image, tokens in batches] == [
+        ([3, 1], [100, 98])
+    ]
+
+
+def test_a_spawned_worker_reads_the_pickled_dataset(tmp_path: Path) -> None:
+    dataset = PairDataset(make_split(tmp_path / "train"), to_tensor, tokenize, context_length=4)
+    image, tokens = pickle.loads(pickle.dumps(dataset))[3]
+    assert (image.flatten().tolist(), tokens.tolist()) == ([3, 0, 0], [100, 0, 0, 0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_picture_that_does_not_decode_stops_with_folder_and_id(tmp_path: Path, num_workers: int) -> None:
+    folder = make_split(tmp_path / "train", broken=True)
+    loader = make_loader(PairDataset(folder, to_tensor, tokenize), 2, num_workers)
+    with pytest.raises(DataError) as caught:
+        list(loader)
+    assert str(caught.value) == (
+        f"{folder}/imgs: image id 5: the picture of 13 bytes does not decode (no known picture format)"
+    )
+
+
+def test_an_error_inside_the_transform_names_the_picture(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="imgs: image id 0: broken data stream"):
+        ImageDataset(make_split(tmp_path / "train") / "imgs", fail)[0]
+
+
+def test_skipping_puts_the_next_pair_in_place_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = PairDataset(make_split(tmp_path / "train", broken=True), to_tensor, tokenize, on_error="skip")
+    image, tokens = dataset[5]
+    assert (image[0].item(), tokens[0].item()) == (6, ord("g"))
+    assert "image id 5" in caplog.text
+
+
+def test_skipping_everything_stops(tmp_path: Path) -> None:
+    dataset = PairDataset(make_split(tmp_path / "train"), fail, tokenize, on_error="skip")
+    with pytest.raises(DataError, match="no picture of it can be read"):
+        dataset[0]
+
+
+def test_a_split_without_pairs_is_refused(tmp_path: Path) -> None:
+    with SplitWriter(tmp_path / "test") as writer:
+        writer.put_image(1, base64.b64encode(picture()))
+    with pytest.raises(DataError, match="pairs: holds no pair"):
+        PairDataset(tmp_path / "test", to_tensor, tokenize)
+
+
+def test_workers_use_one_thread_each(tmp_path: Path) -> None:
+    class Threads(torch.utils.data.Dataset[tuple[int]]):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> tuple[int]:
+            return (torch.get_num_threads(),)
+
+    assert list(make_loader(Threads(), 1, 1)) == [([1],)]
+
+
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(0, 0), (1, -1)])
+def test_impossible_loader_settings_are_refused(tmp_path: Path, batch_size: int, num_workers: int) -> None:
+    with pytest.raises(ConfigError, match="batch size of 1 or more"):
+        make_loader(FileImageDataset(["a"], to_tensor), batch_size, num_workers)
+
+
+def test_picture_files_come_with_their_paths(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture((9, 8, 7)))
+    dataset = FileImageDataset([tmp_path / "a.png", str(tmp_path / "gone.png")], to_tensor)
+    path, image = dataset[0]
+    assert (path, image.flatten().tolist()) == (str(tmp_path / "a.png"), [9, 8, 7])
+    with pytest.raises(DataError, match=r"gone.png: cannot be read \(No such file"):
+        dataset[1]
+
+
+def test_class_folders_are_labelled_in_sorted_order(tmp_path: Path) -> None:
+    for name, colour in (("002/b.PNG", 2), ("000/z.png", 0), ("000/a/c.png", 1), ("010/x.png", 10)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture((colour, 0, 0)))
+    for name in ("000/notes.txt", "000/._z.png", ".cache/x.png", "x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    dataset = ClassFolderDataset(tmp_path, to_tensor)
+    assert dataset.classes == ["000", "002", "010"]
+    names = [(os.path.relpath(path, tmp_path), label) for path, label in dataset.samples]
+    assert names == [("000/z.png", 0), ("000/a/c.png", 0), ("002/b.PNG", 1), ("010/x.png", 2)]
+    assert [image[0].item() for image, _ in (dataset[index] for index in range(4))] == [0, 1, 2, 10]
+
+
+def test_class_folders_without_a_class_or_a_picture_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="gone: no such folder"):
+        ClassFolderDataset(tmp_path / "gone", to_tensor)
+    with pytest.raises(DataError, match="holds no sub-folder"):
+        ClassFolderDataset(tmp_path, to_tensor)
+    (tmp_path / "000").mkdir()
+    with pytest.raises(DataError, match="000: holds no picture"):
+        ClassFolderDataset(tmp_path, to_tensor)
+
+
+def test_texts_are_read_as_written_and_numbers_become_text(tmp_path: Path) -> None:
+    path = tmp_path / "valid_texts.jsonl"
+    path.write_bytes(jsonl_line(1, "“A”红") + jsonl_line("x", 12) + b'{"text_id": "3", "text": 1.5}\n')
+    assert read_texts(path) == [(1, "“A”红"), ("x", "12"), (3, "1.5")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[]", "expected a JSON object"),
+        (b'{"text": "a"}', "the field 'text_id' is missing"),
+        (b'{"text_id": 1}', "the field 'text' is missing"),
+        (b'{"text_id": 1, "text": ["a"]}', "text of text_id 1: expected a string, got list"),
+        (b'{"text_id": 1.5, "text": "a"}', "expected an integer or string id"),
+        (b"\xff", "invalid UTF-8"),
+    ],
+)
+def test_a_bad_text_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "valid_texts.jsonl"
+    path.write_bytes(jsonl_line(1) + line + b"\n")
+    with pytest.raises(DataError) as caught:
+        read_texts(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert message in str(caught.value)
+
+
+def test_an_empty_text_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_bytes(b"\n")
+    with pytest.raises(DataError, match=r"t.jsonl: the file is empty"):
+        read_texts(tmp_path / "t.jsonl")
+
+
+def test_text_is_adapted_to_the_vocabulary() -> None:
+    assert preprocess_text("“Hello” İ「世界」") == '"hello" i̇「世界」'
