@@ -1,0 +1,197 @@
+"""The embedded emoji pictures with Chinese names and tags, and the datasets made of them; for the demo and tests."""
+
+import base64
+import csv
+import json
+import random
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from io import BytesIO
+from pathlib import Path
+
+from cn_clip.errors import ConfigError
+from cn_clip.eval.templates import fill, load_templates
+from cn_clip.jsonl import atomic_write, dumps
+
+MAX_TAGS = 6  # a caption of all tags of a much-tagged emoji would not fit into the 52 tokens of a text
+_UNFIT_FOR_FILE_NAMES = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One picture, 64 x 64 pixels on white. `picture` holds the bytes of a WebP file; `group` is Chinese."""
+
+    file: str
+    emoji: str
+    name: str
+    tags: tuple[str, ...]
+    group: str
+    subgroup: str
+    picture: bytes
+
+    @property
+    def number(self) -> int:
+        """The picture's id in the datasets, from 1."""
+        return int(Path(self.file).stem)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Chooses the pictures of a class: patterns that match the whole subgroup, and within the name."""
+
+    subgroup: str
+    name: str = ""
+    unless: str = "$^"
+
+    def admits(self, emoji: Emoji) -> bool:
+        """Whether the picture belongs to the class."""
+        fits = re.fullmatch(self.subgroup, emoji.subgroup) and re.search(self.name, emoji.name)
+        return bool(fits) and not re.search(self.unless, emoji.name)
+
+
+# Labels are words that the tags use, and no label is a kind of another ("bird", hence not "animal").
+CLASSES: dict[str, Rule] = {
+    "时钟": Rule("time", "点|钟"),
+    "心": Rule("heart", "心", "心型|心中箭|心叹|两颗|修复"),
+    "猫脸": Rule("cat-face"),
+    "手": Rule("hand-(fingers|single).*|hands", unless="握手"),
+    "鸟": Rule("animal-bird", unless="羽毛|翅膀"),
+    "昆虫": Rule("animal-bug", unless="蜗牛|蛛|细菌|蠕|蝎"),
+    "花": Rule("plant-flower"),
+    "水果": Rule("food-fruit"),
+    "蔬菜": Rule("food-vegetable"),
+    "甜点": Rule("food-sweet"),
+    "饮料": Rule("drink", unless="奶瓶|茶壶|冰块"),
+    "建筑": Rule("place-building", unless="施工|砖|岩石|木头|婚礼|自由"),
+    "汽车": Rule("transport-ground", "车$", "火车|列车|轨|电车|摩托|自行"),
+    "船": Rule("transport-water", unless="锚|救生圈"),
+    "月亮": Rule("sky & weather", "月"),
+    "球": Rule("sport", "球$"),
+    "鞋": Rule("clothing", "鞋|靴"),
+    "乐器": Rule("musical-instrument"),
+    "书": Rule("book-paper", "书|本"),
+    "箭头": Rule("arrow"),
+    "星座": Rule("zodiac"),
+    "家庭": Rule("family", "家庭"),
+    "圆": Rule("geometric", "圆$"),
+    "正方形": Rule("geometric", "方块|方框"),
+    "轮椅": Rule("person-activity", "轮椅"),
+    "日文": Rule("alphanum", "日文"),
+}
+
+
+@cache
+def _read() -> tuple[Emoji, ...]:
+    data = resources.files("cn_clip.demo").joinpath("noto_emoji.zip").read_bytes()
+    with zipfile.ZipFile(BytesIO(data)) as archive:
+        records = [json.loads(line) for line in archive.read("emoji.jsonl").splitlines()]
+        return tuple(
+            Emoji(**{**record, "tags": tuple(record["tags"])}, picture=archive.read(record["file"]))
+            for record in records
+        )
+
+
+@cache
+def _names() -> frozenset[str]:
+    return frozenset(emoji.name for emoji in _read())
+
+
+def load() -> list[Emoji]:
+    """The 1,631 embedded pictures in Unicode's order; names are unique, and so are the pictures."""
+    return list(_read())
+
+
+def png(emoji: Emoji) -> bytes:
+    """The picture as a PNG file, RGB."""
+    from PIL import Image
+
+    stream = BytesIO()
+    with Image.open(BytesIO(emoji.picture)) as picture:
+        picture.convert("RGB").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def captions(emoji: Emoji, *, seed: int = 0) -> list[str]:
+    """Up to four different training sentences, the name first; the same seed gives the same sentences.
+
+    The others: name and two tags, tags alone, and a phrase of the "emoji" prompt templates about the name or a tag.
+    None is the name of another picture: a query for that one shall not find this one.
+    """
+    choice = random.Random(f"{seed} {emoji.file}")
+    tags = list(emoji.tags)
+    pair = choice.sample(tags, min(2, len(tags)))
+    shuffled = choice.sample(tags, min(MAX_TAGS, len(tags)))
+    phrase = fill(choice.choice(load_templates("emoji")), choice.choice([emoji.name, *tags]))
+    sentences = [emoji.name, "，".join(filter(None, [emoji.name, "、".join(pair)])), "、".join(shuffled), phrase]
+    return list(dict.fromkeys(text for text in sentences if text == emoji.name or (text and text not in _names())))
+
+
+def export(folder: Path) -> Path:
+    """Writes `0001嘿嘿.png` ... and `captions.csv` (columns image, text; one caption a row) into `folder`.
+
+    The folder is made when absent; returns the path of the CSV table.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[tuple[str, str]] = []
+    for emoji in load():
+        name = f"{emoji.number:04d}{_UNFIT_FOR_FILE_NAMES.sub('', emoji.name)}.png"
+        (folder / name).write_bytes(png(emoji))
+        rows.extend((name, caption) for caption in captions(emoji))
+    table = folder / "captions.csv"
+    with atomic_write(table) as stream:
+        csv.writer(stream, lineterminator="\n").writerows([("image", "text"), *rows])
+    return table
+
+
+def write_dataset(folder: Path, *, seed: int = 0) -> None:
+    """Writes `{train,valid}_imgs.tsv` and `{train,valid}_texts.jsonl` into `folder`, which is made when absent.
+
+    Both splits hold all pictures. The texts of train are all `captions` (a sentence that fits several pictures stands
+    once, with all their ids); the texts of valid are the names, text id = picture id.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found = load()
+    owners: dict[str, list[int]] = {}
+    for emoji in found:
+        for caption in captions(emoji, seed=seed):
+            owners.setdefault(caption, []).append(emoji.number)
+    texts = {"train": owners, "valid": {emoji.name: [emoji.number] for emoji in found}}
+    for split, sentences in texts.items():
+        with atomic_write(folder / f"{split}_imgs.tsv") as stream:
+            stream.writelines(f"{emoji.number}\t{base64.b64encode(emoji.picture).decode()}\n" for emoji in found)
+        with atomic_write(folder / f"{split}_texts.jsonl") as stream:
+            for text_id, (text, image_ids) in enumerate(sentences.items(), start=1):
+                stream.write(dumps({"text_id": text_id, "text": text, "image_ids": image_ids}) + "\n")
+
+
+def classify(classes: Mapping[str, Rule] = CLASSES) -> dict[str, list[Emoji]]:
+    """The pictures of each class; raises ConfigError for an empty class or a picture that falls into two."""
+    members = {label: [emoji for emoji in load() if rule.admits(emoji)] for label, rule in classes.items()}
+    seen: dict[str, str] = {}
+    for label, emojis in members.items():
+        if not emojis:
+            raise ConfigError(f"class {label!r}: no picture fits its rule {classes[label]}")
+        for emoji in emojis:
+            if seen.setdefault(emoji.file, label) != label:
+                raise ConfigError(f"picture {emoji.name!r} falls into the classes {seen[emoji.file]!r} and {label!r}")
+    return members
+
+
+def write_classification(folder: Path, classes: Mapping[str, Rule] = CLASSES) -> Sequence[str]:
+    """Writes `label_cn.txt` and `test/000/0001.png` ... into `folder`, which is made when absent; returns the labels.
+
+    Raises ConfigError as `classify` does.
+    """
+    members = classify(classes)
+    for index, emojis in enumerate(members.values()):
+        pictures = folder / "test" / f"{index:03d}"
+        pictures.mkdir(parents=True, exist_ok=True)
+        for emoji in emojis:
+            (pictures / f"{emoji.number:04d}.png").write_bytes(png(emoji))
+    with atomic_write(folder / "label_cn.txt") as stream:
+        stream.writelines(f"{label}\n" for label in members)
+    return list(members)

@@ -1,0 +1,78 @@
+"""Prompt templates for zero-shot classification: the package's own, as data, and files of the user."""
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cn_clip.errors import DataError
+from cn_clip.jsonl import numbered_lines
+
+SLOT = "{}"
+FOLDER = Path(__file__).parent / "prompt_templates"
+DEFAULT = "default"
+# Datasets whose pictures are no everyday photos; all but the last are named as Chinese-CLIP's zero-shot data are.
+THEMED = (
+    "fgvc-aircraft-2013b-variants102",
+    "food-101",
+    "oxford-flower-102",
+    "eurosat_clip",
+    "resisc45_clip",
+    "country211",
+    "emoji",
+)
+
+
+def load_templates(dataset: str, file: Path | None = None) -> list[str]:
+    """The templates of `file` when given, else those written for `dataset`, else the general ones; at least one.
+
+    `file` is a JSON list (suffix .json) or text, one template a line, UTF-8.
+    Raises DataError, with file and line (or item), for a template that does not hold exactly one `{}`.
+    """
+    return list(_checked(file)) if file else list(_embedded(dataset if dataset in THEMED else DEFAULT))
+
+
+def fill(template: str, label: str) -> str:
+    """The template with `label` in place of `{}`; nothing else in either has a meaning."""
+    return template.replace(SLOT, label)
+
+
+@cache
+def _embedded(name: str) -> tuple[str, ...]:
+    return tuple(_checked(FOLDER / f"{name}.json"))
+
+
+def _checked(file: Path) -> Iterator[str]:
+    """Yields the templates of a file once each has been found to hold one slot."""
+    found = list(_json_items(file) if file.suffix.lower() == ".json" else _text_lines(file))
+    if not found:
+        raise DataError(f"{file}: holds no template; expected lines such as `一张{SLOT}的照片`")
+    for where, template in found:
+        if not isinstance(template, str):
+            raise DataError(f"{where}: expected a string, got {type(template).__name__}")
+        if template.count(SLOT) != 1:
+            raise DataError(f"{where}: expected exactly one {SLOT} for the label, got {template!r}")
+    return (template for _, template in found)
+
+
+def _text_lines(file: Path) -> Iterator[tuple[str, str]]:
+    for number, line in numbered_lines(file):
+        try:
+            yield f"{file}:{number}", line.decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}:{number}: invalid UTF-8 at byte {error.start}; save the file as UTF-8") from error
+
+
+def _json_items(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        items = json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{file}: cannot be opened ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); expected a list of strings") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: invalid UTF-8 at byte {error.start}; save the file as UTF-8") from error
+    if not isinstance(items, list):
+        raise DataError(f"{file}: expected a JSON list of strings, got {type(items).__name__}")
+    return ((f"{file}: item {number}", item) for number, item in enumerate(items, start=1))
