@@ -1,0 +1,165 @@
+"""Fetches a published checkpoint by name, from the Hugging Face hub or ModelScope; `load_from_name` calls it."""
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cn_clip.errors import CnClipError, DownloadError
+from cn_clip.extras import require
+from cn_clip.zoo import HUGGINGFACE_ORG, MODELSCOPE_ORG, Published
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfFileMetadata
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_ENDPOINT = "https://huggingface.co"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CHUNK_BYTES = 1 << 22
+
+
+def download(published: Published, root: str | os.PathLike[str], *, use_modelscope: bool = False) -> Path:
+    """The path of the checkpoint in the folder `root`, which is made if need be; a file already there is used as is.
+
+    The file appears whole and checked, or not at all. An interrupted download goes on where it stopped, also in a later
+    run; of several processes one downloads and the others wait for it. Reads HF_ENDPOINT and HF_HUB_OFFLINE.
+    Raises DownloadError, with the next step, for anything that goes wrong; MissingExtraError without `modelscope`.
+    """
+    target = Path(root).expanduser() / published.filename
+    if target.is_file():
+        return target
+    if target.exists():
+        raise DownloadError(f"{target} exists and is not a regular file; move it away or choose another download_root")
+    _make_folder(target.parent)
+    fetch = _from_modelscope if use_modelscope else _from_huggingface
+    try:
+        return _fetch_alone(published, target, fetch)
+    except CnClipError:
+        raise
+    except Exception as error:  # the hub clients raise errors of many unrelated types, which differ by version
+        raise DownloadError(_explain(published, error, use_modelscope=use_modelscope)) from error
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DownloadError(
+            f"{folder}: cannot be made a folder ({error.strerror}); choose another download_root"
+        ) from error
+
+
+def _fetch_alone(published: Published, target: Path, fetch: Callable[[Published, Path], Path]) -> Path:
+    """Fetches into a folder beside the target, under a lock, and moves the finished file.
+
+    The empty lock file stays: removing it could let two processes hold "the" lock.
+    """
+    from filelock import FileLock  # a dependency of torch and of huggingface_hub
+
+    partial = target.parent / f".{target.name}.download"
+    with FileLock(target.parent / f".{target.name}.lock"):
+        if target.is_file():  # whoever held the lock before has finished
+            return target
+        partial.mkdir(exist_ok=True)
+        try:
+            os.replace(fetch(published, partial), target)
+            shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            with suppress(OSError):  # what a failed download left behind is kept, to go on from there
+                partial.rmdir()
+    return target
+
+
+def _from_huggingface(published: Published, folder: Path) -> Path:
+    """Downloads over HTTP into `folder`, going on from what a former run left there, and checks the file.
+
+    `hf_hub_download` is not used because its recent versions begin again at byte 0 after an interruption, which hurts
+    with files of gigabytes.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, exported lazily
+
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ConnectionError("HF_HUB_OFFLINE is set")
+    # huggingface_hub reads HF_ENDPOINT when it is imported; a user may set it after that.
+    url = hf_hub_url(f"{HUGGINGFACE_ORG}/{published.repo}", published.filename, endpoint=_endpoint())
+    metadata = get_hf_file_metadata(url)
+    part = _part_file(folder, metadata)
+    with open(part, "ab") as stream:
+        logger.info("downloading %s (%s bytes, %d of them here already)", url, metadata.size, stream.tell())
+        http_get(
+            url,
+            stream,
+            resume_size=stream.tell(),
+            headers=build_hf_headers(),
+            expected_size=metadata.size,
+            displayed_filename=published.filename,
+        )
+    _check(part, size=metadata.size, etag=metadata.etag)
+    return part
+
+
+def _part_file(folder: Path, metadata: "HfFileMetadata") -> Path:
+    """Where the bytes of this version of the file gather; those that cannot be its beginning are removed."""
+    part = folder / f"{hashlib.sha256((metadata.etag or '').encode()).hexdigest()[:16]}.part"
+    for found in folder.glob("*.part"):
+        too_long = metadata.size is not None and found.stat().st_size > metadata.size
+        if found != part or metadata.etag is None or too_long:
+            found.unlink()
+    return part
+
+
+def _check(part: Path, *, size: int | None, etag: str | None) -> None:
+    """Refuses and removes a file of the wrong size, or of the wrong SHA-256 where the hub's ETag is one."""
+    actual_size = part.stat().st_size
+    wrong = None
+    if size is not None and actual_size != size:
+        wrong = f"expected {size} bytes, got {actual_size}"
+    elif etag and _SHA256.fullmatch(etag) and _sha256(part) != etag:
+        wrong = f"the SHA-256 of what arrived is not the hub's {etag}"
+    if wrong:
+        part.unlink()
+        raise OSError(f"{wrong}; the file was removed")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _from_modelscope(published: Published, folder: Path) -> Path:
+    """Downloads with the `modelscope` package, which resumes and checks by itself."""
+    require("modelscope", extra="modelscope", purpose="use_modelscope=True")
+    from modelscope.hub.file_download import model_file_download
+
+    path = model_file_download(
+        model_id=f"{MODELSCOPE_ORG}/{published.repo}", file_path=published.filename, local_dir=str(folder)
+    )
+    return Path(path)
+
+
+def _endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+
+
+def _explain(published: Published, error: Exception, *, use_modelscope: bool) -> str:
+    if use_modelscope:
+        where, other = f"{MODELSCOPE_ORG}/{published.repo} on ModelScope", "leave use_modelscope=True out"
+    else:
+        where = f"{HUGGINGFACE_ORG}/{published.repo} at {_endpoint()}"
+        other = "set HF_ENDPOINT to a mirror, pass use_modelscope=True"
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return (
+        f"could not download {published.filename} from {where}: {reason.rstrip('.')}; try again to go on from there, "
+        f"{other}, or download the file yourself and pass its path"
+    )
