@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, Pair, PairStore
 from cn_clip.data.pictures import PictureCheck, check_picture
@@ -23,6 +23,8 @@ from cn_clip.errors import DataError
 
 _WINDOW_RECORDS = 64
 
+T = TypeVar("T")
+
 
 def images_path(data_dir: str | os.PathLike[str], split: str) -> Path:
     """Where the pictures of a split are."""
@@ -32,6 +34,17 @@ def images_path(data_dir: str | os.PathLike[str], split: str) -> Path:
 def texts_path(data_dir: str | os.PathLike[str], split: str) -> Path:
     """Where the sentences of a split are."""
     return Path(data_dir) / f"{split}_texts.jsonl"
+
+
+def sound_records(items: Iterable[T | Fault], on_error: Literal["stop", "skip"], faults: list[Fault]) -> Iterator[T]:
+    """The items that are no faults. At a fault: raises DataError ("stop"), or appends it to `faults` ("skip")."""
+    for item in items:
+        if not isinstance(item, Fault):
+            yield item
+        elif on_error == "skip":
+            faults.append(item)
+        else:
+            raise DataError(f"{item} (nothing of it was written; `--on-error skip` skips and lists such records)")
 
 
 def checked_images(

@@ -12,30 +12,42 @@ from cn_clip.errors import DataError
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `target`; on success it takes the place of `target`, on error it is removed.
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `target`, on the same disk, and removes it in the end.
 
-    A run that is killed leaves `target` as it was; what it left is removed by the next run for the same target.
-    Raises DataError when the folders cannot be written.
+    What a killed run leaves is removed by the next one for the same target. Raises DataError when it cannot be made.
     """
-    staging, retired = _hidden(target, "building"), _hidden(target, "replaced")
+    folder = _hidden(target, "building")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(target)
-        staging.mkdir()
+        folder.mkdir()
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
     try:
-        yield staging
-        if target.exists():
-            os.replace(target, retired)
-        os.replace(staging, target)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `target`; on success it takes the place of `target`, on error it is removed.
+
+    A run that is killed leaves `target` as it was. Raises DataError when the folders cannot be written.
+    """
+    retired = _hidden(target, "replaced")
+    with scratch_folder(target) as folder:
+        yield folder
+        try:
+            if target.exists():
+                os.replace(target, retired)
+            os.replace(folder, target)
+        except BaseException:
+            if retired.exists() and not target.exists():
+                os.replace(retired, target)
+            raise
         shutil.rmtree(retired, ignore_errors=True)
-    except BaseException:
-        if retired.exists() and not target.exists():
-            os.replace(retired, target)
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def _hidden(target: Path, role: str) -> Path:

@@ -130,18 +130,18 @@ class _NothingLeftError(Exception):
 
 
 def _fill(options: Options, split: str, writer: Any, faults: "list[Fault]") -> None:
-    from cn_clip.data.checks import checked_images, checked_texts, images_path, texts_path
+    from cn_clip.data.checks import checked_images, checked_texts, images_path, sound_records, texts_path
     from cn_clip.data.lmdb_store import Pair
 
     images_file, texts_file = images_path(options.data_dir, split), texts_path(options.data_dir, split)
     image_ids: set[RecordId] = set()
     images = checked_images(images_file, check=options.check_pictures, num_workers=options.num_workers)
-    for image in _good(_progress(images, f"{split} images"), options.on_error, faults):
+    for image in sound_records(_progress(images, f"{split} images"), options.on_error, faults):
         writer.put_image(image.image_id, image.base64)
         image_ids.add(image.image_id)
     num_texts = 0
     texts = checked_texts(texts_file, image_ids, images_file=images_file)
-    for text in _good(_progress(texts, f"{split} texts"), options.on_error, faults):
+    for text in sound_records(_progress(texts, f"{split} texts"), options.on_error, faults):
         num_texts += 1
         for image_id in text.image_ids:
             writer.put_pair(Pair(image_id, text.text_id, text.text))
@@ -155,26 +155,17 @@ def _progress(items: Iterable[T], what: str) -> Iterator[T]:
     yield from tqdm(items, desc=what, unit=" records", disable=None)
 
 
-def _good(items: "Iterable[T | Fault]", on_error: str, faults: "list[Fault]") -> Iterator[T]:
-    from cn_clip.data.records import Fault
-
-    for item in items:
-        if not isinstance(item, Fault):
-            yield item
-        elif on_error == "skip":
-            faults.append(item)
-        else:
-            raise DataError(f"{item} (this split was not written; `--on-error skip` skips and lists such records)")
+def print_skipped(faults: "list[Fault]", where: str) -> None:
+    """Says on stderr how many records were skipped, and which: the first 20."""
+    for fault in faults[:MAX_FAULTS_SHOWN]:
+        print(f"skipped: {fault}", file=sys.stderr)
+    if faults:
+        more = f", the first {MAX_FAULTS_SHOWN} listed; all with --json" if len(faults) > MAX_FAULTS_SHOWN else ""
+        print(f"skipped {len(faults)} faults in {where}{more}", file=sys.stderr)
 
 
 def _print_report(report: SplitReport, out: Any) -> None:
-    for fault in report.faults[:MAX_FAULTS_SHOWN]:
-        print(f"skipped: {fault}", file=sys.stderr)
-    if report.faults:
-        more = (
-            f", the first {MAX_FAULTS_SHOWN} listed; all with --json" if len(report.faults) > MAX_FAULTS_SHOWN else ""
-        )
-        print(f"skipped {len(report.faults)} faults in split {report.split}{more}", file=sys.stderr)
+    print_skipped(report.faults, f"split {report.split}")
     if report.lmdb_dir is None:
         print(f"skipped split {report.split}: no picture or no sentence is left of it", file=sys.stderr)
         return

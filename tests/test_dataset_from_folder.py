@@ -1,0 +1,305 @@
+"""Folders and tables to datasets: captions, ids, splits, bytes unchanged, and every fault with its place."""
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dataset_files import picture, run_script, tree
+
+from cn_clip.data.checks import check_split
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.preprocess.dataset_from_folder import Options, run, shares, split_of
+from cn_clip.preprocess.picture_lists import caption_of
+
+SCRIPT = "preprocess/dataset_from_folder.py"
+ALL_TRAIN = {"splits": "train", "split_ratio": "1"}
+
+
+def fill(folder: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        kinds = {".jpg": "JPEG", ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP"}
+        kind = kinds.get(Path(name).suffix.lower(), "PNG")
+        (folder / name).write_bytes(picture((number, 0, 0), kind=kind))
+    return folder
+
+
+def read(output: Path, split: str = "train") -> tuple[dict[str, bytes], list[tuple[Any, str, list[Any]]]]:
+    lines = (output / f"{split}_imgs.tsv").read_text().splitlines()
+    images = {key: base64.b64decode(text) for key, text in (line.split("\t") for line in lines)}
+    records = map(json.loads, (output / f"{split}_texts.jsonl").read_text(encoding="utf-8").splitlines())
+    return images, [(record["text_id"], record["text"], record["image_ids"]) for record in records]
+
+
+def convert(tmp_path: Path, **options: Any) -> tuple[dict[str, bytes], list[tuple[Any, str, list[Any]]]]:
+    run(Options(**{"output": str(tmp_path / "out"), "folder": str(tmp_path / "in"), **ALL_TRAIN, **options}))
+    return read(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        ("0001妙蛙种子.png", "妙蛙种子"),
+        ("12_- 小火龙.v2.JPG", "小火龙.v2"),
+        ("皮卡丘 25.png", "皮卡丘 25"),
+        ("0001.png", ""),
+        ("1 cafe\u0301.png", "caf\u00e9"),
+    ],
+)
+def test_the_caption_is_the_file_name_without_its_leading_number(name: str, caption: str) -> None:
+    assert caption_of(name) == caption
+
+
+def test_numbers_of_the_names_are_the_ids_and_the_bytes_are_kept(tmp_path: Path) -> None:
+    fill(tmp_path / "in", "0002妙蛙草.jpg", "0001妙蛙种子.png", "sub/10小火龙.WEBP", "11动图.gif")
+    images, texts = convert(tmp_path)
+    names = {"1": "0001妙蛙种子.png", "2": "0002妙蛙草.jpg", "11": "11动图.gif", "10": "sub/10小火龙.WEBP"}
+    assert list(images) == list(names)
+    assert images == {key: (tmp_path / "in" / name).read_bytes() for key, name in names.items()}
+    assert texts == [(0, "妙蛙种子", [1]), (1, "妙蛙草", [2]), (2, "动图", [11]), (3, "小火龙", [10])]
+
+
+def test_hidden_files_and_other_files_are_left_out(tmp_path: Path) -> None:
+    fill(tmp_path / "in", "1猫.png", "._1猫.png", ".cache/2狗.png")
+    (tmp_path / "in" / "说明.txt").write_text("x")
+    assert list(convert(tmp_path)[0]) == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [("auto", ["0", "1"]), ("sequence", ["0", "1"]), ("name", ["1猫.png", "b/1狗.png"])],
+)
+def test_ids_when_numbers_repeat(tmp_path: Path, ids: str, expected: list[str]) -> None:
+    fill(tmp_path / "in", "1猫.png", "b/1狗.png")
+    assert list(convert(tmp_path, ids=ids)[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["1猫.png", "1狗.png"], "1狗.png: its number 1 is also that of"),
+        (["猫.png"], "猫.png: the file name starts with no"),
+    ],
+)
+def test_numbers_that_lack_or_repeat_are_refused_when_asked_for(tmp_path: Path, names: list[str], message: str) -> None:
+    fill(tmp_path / "in", *names)
+    with pytest.raises(DataError) as caught:
+        convert(tmp_path, ids="number")
+    assert message.replace("1狗", "1猫") in str(caught.value).replace("1狗", "1猫")
+
+
+def test_one_caption_of_two_pictures_is_one_text(tmp_path: Path) -> None:
+    fill(tmp_path / "in", "1猫.png", "2猫.png", "3狗.png")
+    assert convert(tmp_path)[1] == [(0, "猫", [1, 2]), (1, "狗", [3])]
+
+
+def test_traditional_characters_are_simplified_on_request(tmp_path: Path) -> None:
+    fill(tmp_path / "in", "1妙蛙種子.png", "2頭髮.png")
+    assert [text for _, text, _ in convert(tmp_path)[1]] == ["妙蛙種子", "頭髮"]
+    assert [text for _, text, _ in convert(tmp_path, simplify=True)[1]] == ["妙蛙种子", "头发"]
+
+
+def test_the_division_is_the_same_each_time_and_near_the_ratio() -> None:
+    ratio = shares("8,1,1", 3)
+    splits = [split_of(f"{number}.png", ["train", "valid", "test"], ratio, 0) for number in range(2000)]
+    assert splits == [split_of(f"{number}.png", ["train", "valid", "test"], ratio, 0) for number in range(2000)]
+    assert [splits.count(name) for name in ("train", "valid", "test")] == [1621, 180, 199]
+    assert [(number, splits[number]) for number in range(2000) if splits[number] != "train"][:4] == [
+        (19, "valid"),
+        (23, "test"),
+        (34, "valid"),
+        (36, "valid"),
+    ]
+    assert splits != [split_of(f"{number}.png", ["train", "valid", "test"], ratio, 1) for number in range(2000)]
+
+
+def test_a_share_of_zero_gets_nothing() -> None:
+    assert {split_of(str(number), ["a", "b", "c"], [0.0, 1.0, 0.0], 0) for number in range(500)} == {"b"}
+
+
+@pytest.mark.parametrize("ratio", ["1,1", "1,1,1,1", "a,b,c", "-1,1,1", "0,0,0", "nan,1,1", "inf,1,1", ""])
+def test_a_bad_ratio_is_refused(ratio: str) -> None:
+    with pytest.raises(ConfigError, match="--split-ratio: expected 3 numbers"):
+        shares(ratio, 3)
+
+
+def test_adding_a_picture_leaves_the_others_in_their_splits(tmp_path: Path) -> None:
+    names = [f"{number}图{number}.png" for number in range(40)]
+    found = []
+    for folder, some in (("a", names), ("b", [*names, "新.png"])):
+        fill(tmp_path / folder, *some)
+        run(Options(str(tmp_path / f"out-{folder}"), str(tmp_path / folder), split_ratio="2,1,1"))
+        texts = {s: {text for _, text, _ in read(tmp_path / f"out-{folder}", s)[1]} for s in ("train", "valid", "test")}
+        found.append({name: part - {"新"} for name, part in texts.items()})
+    assert found[0] == found[1]
+    assert all(found[0].values())
+
+
+def test_the_command_writes_a_sound_dataset_with_lmdb(tmp_path: Path) -> None:
+    fill(tmp_path / "in", *[f"{number:04}图{number}.png" for number in range(30)])
+    arguments = ("--folder", tmp_path / "in", "--output", tmp_path / "out", "--split_ratio", "0.5,0.5,0", "--lmdb")
+    result = run_script(SCRIPT, *arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert [split["split"] for split in summary["splits"]] == ["train", "valid"]
+    assert sum(split["images"] for split in summary["splits"]) == 30
+    assert "no picture fell into test" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "lmdb",
+        "train_imgs.tsv",
+        "train_texts.jsonl",
+        "valid_imgs.tsv",
+        "valid_texts.jsonl",
+    ]
+    for split in ("train", "valid"):
+        check = check_split(tmp_path / "out", split, tmp_path / "out" / "lmdb" / split)
+        assert check.faults == []
+        assert check.num_pairs == check.num_images
+
+
+def broken_picture(folder: Path) -> str:
+    (folder / "2坏.png").write_bytes(picture(size=(64, 64))[:60])
+    return f"{folder}/2坏.png: the picture of 60 bytes does not decode"
+
+
+def name_without_text(folder: Path) -> str:
+    (folder / "0002.png").write_bytes(picture())
+    return f"{folder}/0002.png: the file name carries no text"
+
+
+@pytest.mark.parametrize("make", [broken_picture, name_without_text])
+def test_a_faulty_picture_stops_with_its_file_or_is_skipped(tmp_path: Path, make: Callable[[Path], str]) -> None:
+    fill(tmp_path / "in", "1猫.png", "3狗.png")
+    message = make(tmp_path / "in")
+    result = run_script(SCRIPT, "--folder", tmp_path / "in", "--output", tmp_path / "out")
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert tree(tmp_path / "out") == {}
+    assert list(convert(tmp_path, on_error="skip")[0]) == ["1", "3"]
+
+
+def test_a_stopped_run_leaves_the_files_of_the_earlier_one(tmp_path: Path) -> None:
+    fill(tmp_path / "in", "1猫.png")
+    convert(tmp_path)
+    before = tree(tmp_path / "out")
+    broken_picture(tmp_path / "in")
+    with pytest.raises(DataError):
+        convert(tmp_path)
+    assert tree(tmp_path / "out") == before
+
+
+def test_files_of_an_earlier_division_are_not_mixed_with_this_one(tmp_path: Path) -> None:
+    fill(tmp_path / "in", "1猫.png")
+    convert(tmp_path, splits="valid,train", split_ratio="0,1")
+    with pytest.raises(DataError, match=r"train_imgs.tsv: is of an earlier run, and this one puts nothing into train"):
+        convert(tmp_path, splits="valid,train", split_ratio="1,0")
+    assert not (tmp_path / "out" / "valid_imgs.tsv").exists()
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(DataError, match=r"in: no usable picture; expected files ending in .jpg"):
+        convert(tmp_path)
+    with pytest.raises(DataError, match="gone: no such folder"):
+        convert(tmp_path, folder=str(tmp_path / "gone"))
+
+
+def write_table(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> str:
+    path = folder / f"table{suffix}"
+    if suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        separator = "\t" if suffix == ".tsv" else ","
+        lines = [separator.join(rows[0]), *(separator.join(map(str, row.values())) for row in rows)]
+        path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    return str(path)
+
+
+ROWS = [
+    {"file": "a/猫.png", "caption": "一只猫", "key": 7},
+    {"file": "狗.png", "caption": "一隻狗", "key": 8},
+    {"file": "./a/猫.png", "caption": "猫在睡觉", "key": 7},
+    {"file": "a/猫.png", "caption": "一只猫", "key": 7},
+]
+COLUMNS = {"image_column": "file", "text_column": "caption"}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+def test_rows_of_a_table_are_captions(tmp_path: Path, suffix: str) -> None:
+    folder = fill(tmp_path / "in", "a/猫.png", "狗.png")
+    table = write_table(folder, suffix, ROWS)
+    images, texts = convert(tmp_path, folder=None, table=table, id_column="key", simplify=True, **COLUMNS)
+    assert list(images) == ["7", "8"]
+    assert texts == [(0, "一只猫", [7]), (1, "猫在睡觉", [7]), (2, "一只狗", [8])]
+
+
+def test_a_table_without_id_column_counts(tmp_path: Path) -> None:
+    fill(tmp_path / "in", "a/猫.png", "狗.png")
+    table = write_table(tmp_path, ".csv", ROWS)
+    assert list(convert(tmp_path, table=table, **COLUMNS)[0]) == ["0", "1"]
+    assert list(convert(tmp_path, table=table, ids="name", **COLUMNS)[0]) == ["a/猫.png", "狗.png"]
+
+
+@pytest.mark.parametrize(
+    ("row", "line", "message"),
+    [
+        ({"file": "gone.png", "caption": "无", "key": 9}, 6, "column 'file' names"),
+        ({"file": "狗.png", "caption": " ", "key": 8}, 6, "column 'caption' is empty"),
+        (
+            {"file": "狗.png", "caption": "狗", "key": 9},
+            6,
+            "picture '狗.png' has the id 9 here and 8 in an earlier row",
+        ),
+        ({"file": "b.png", "caption": "狗", "key": 8}, 6, "duplicate image id 8, first that of picture '狗.png'"),
+        ({"file": "b.png", "caption": "狗", "key": ""}, 6, "expected an id, got an empty string"),
+    ],
+)
+def test_a_faulty_row_stops_with_its_line_or_is_skipped(
+    tmp_path: Path, row: dict[str, Any], line: int, message: str
+) -> None:
+    fill(tmp_path / "in", "a/猫.png", "狗.png", "b.png")
+    table = write_table(tmp_path, ".csv", [*ROWS, row])
+    with pytest.raises(DataError) as caught:
+        convert(tmp_path, table=table, id_column="key", **COLUMNS)
+    assert str(caught.value).startswith(f"{table}:{line}: ")
+    assert message in str(caught.value)
+    images, _ = convert(tmp_path, table=table, id_column="key", on_error="skip", **COLUMNS)
+    assert list(images) == ["7", "8"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"image,words\na,b\n", "has no column 'text'; it has image, words"),
+        ("t.csv", "image,text\n皮卡丘.png,皮卡丘\n".encode("gbk"), "invalid UTF-8 near byte"),
+        ("t.csv", b"", "has no column 'image'; it has none"),
+        ("t.parquet", b"PAR1 not", "cannot be read as Parquet"),
+        ("t.xlsx", b"", "expected a name ending in .csv, .tsv or .parquet"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    fill(tmp_path / "in", "猫.png")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        convert(tmp_path, table=str(tmp_path / name), on_error="skip")
+
+
+def test_what_was_skipped_is_told_when_nothing_is_left(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fill(tmp_path / "in", "0001.png")
+    with pytest.raises(DataError, match="no usable picture"):
+        convert(tmp_path, on_error="skip")
+    assert "skipped: " in capfd.readouterr().err
+
+
+def test_options_that_contradict_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give --folder"):
+        Options("out")
+    with pytest.raises(ConfigError, match="--id-column: is a column of a table"):
+        Options("out", "in", id_column="key")
