@@ -5,6 +5,7 @@
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,11 +22,15 @@ from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, TextConfig, Vis
 
 POSITION_KEYS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 DROPPED_KEYS = ("bert.pooler.", "bert.embeddings.position_ids")
+_TENSORFLOW_NAME = re.compile(r"(?<=\.LayerNorm\.)(gamma|beta)$")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a weight file holds: tensors under this package's names, and the rest of a training checkpoint."""
+    """What a weight file holds: tensors under this package's names, and the rest of a training checkpoint.
+
+    config: what a transformers folder says of its architecture; None for files that say nothing.
+    """
 
     path: Path
     state_dict: dict[str, Tensor]
@@ -33,6 +38,7 @@ class Checkpoint:
     step: int = 0
     optimizer: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    config: ModelConfig | None = None
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -44,21 +50,50 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        return Checkpoint(path, normalise_keys(_read_tensors(hf.weight_file(path), path)))
+        return _read_folder(path)
     content = _read_any(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
     if isinstance(content.get("state_dict"), Mapping):
-        rest = {key: value for key, value in content.items() if key != "state_dict"}
-        return Checkpoint(
-            path,
-            normalise_keys(_only_tensors(content["state_dict"], path)),
-            epoch=int(rest.pop("epoch", 0)),
-            step=int(rest.pop("step", 0)),
-            optimizer=rest.pop("optimizer", None),
-            extra=rest,
-        )
-    return Checkpoint(path, normalise_keys(_only_tensors(content, path)))
+        return _read_training(content, path)
+    tensors = _only_tensors(content, path)
+    return Checkpoint(path, _named(tensors, path), config=_neighbouring_config(tensors, path.parent))
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    tensors: dict[str, Tensor] = {}
+    for file in hf.weight_files(folder):
+        tensors |= _only_tensors(_read_any(file), file)
+    return Checkpoint(folder, _named(tensors, folder), config=_neighbouring_config(tensors, folder))
+
+
+def _neighbouring_config(tensors: Mapping[str, Tensor], folder: Path) -> ModelConfig | None:
+    is_folder = hf.is_transformers(tensors) and (folder / hf.CONFIG_FILE).is_file()
+    return hf.config_from_folder(folder) if is_folder else None
+
+
+def _read_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
+    rest = {key: value for key, value in content.items() if key != "state_dict"}
+    tensors = _named(_only_tensors(content["state_dict"], path), path)
+    counts = {name: rest.pop(name, 0) for name in ("epoch", "step")}
+    optimizer = rest.pop("optimizer", None)
+    for name, value in counts.items():
+        if not isinstance(value, int):
+            raise CheckpointError(f"{path}: {name} is a {type(value).__name__}, expected an integer")
+    if not isinstance(optimizer, dict | None):
+        raise CheckpointError(f"{path}: optimizer is a {type(optimizer).__name__}, expected a dictionary")
+    return Checkpoint(path, tensors, optimizer=optimizer, extra=rest, **counts)
+
+
+def _named(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    try:
+        return normalise_keys(tensors)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: the tensor {error.args[0]} is missing") from error
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: the attention weights are not of one model ({_first_sentence(error)})"
+        ) from error
 
 
 def read_openai_archive(path: str | Path) -> dict[str, Tensor]:
@@ -82,12 +117,9 @@ def _read_any(path: Path) -> Any:
     return _torch_load(path)
 
 
-def _read_tensors(file: Path, folder: Path) -> dict[str, Tensor]:
-    return _only_tensors(_read_any(file), folder)
-
-
-def _only_tensors(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+def _only_tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    items = content.items() if isinstance(content, Mapping) else ()
+    tensors = {str(key): value for key, value in items if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors; expected a checkpoint with a `state_dict`")
     return tensors
@@ -104,21 +136,29 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception:  # not a zip file, or a damaged one: torch.load will say so
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _torch_load(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_numpy_scalar_globals()):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with open(path, "rb") as stream:
+            is_zip = stream.read(4) == b"PK\x03\x04"
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_scalar_globals()):
+            # Warnings are about pickles that are then refused, or read all the same.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: {_refusal(str(error))}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, UnicodeDecodeError, AttributeError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or damaged ({first_line})") from error
+    except Exception as error:  # whatever a damaged pickle makes its reader stumble over
+        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or damaged ({_first_sentence(error)})") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"\.?\n|\. |\.$", str(error), maxsplit=1)[0] or type(error).__name__
 
 
 def _refusal(message: str) -> str:
@@ -142,8 +182,12 @@ def _numpy_scalar_globals() -> list[Any]:
 
 
 def normalise_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under this package's names: no `module.`, pooler, position ids, fused Wqkv or names of transformers."""
+    """Tensors under this package's names: no `module.`, pooler, position ids, fused Wqkv or names of transformers.
+
+    BERT files made from TensorFlow's call the weight and bias of a normalisation gamma and beta.
+    """
     tensors = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    tensors = {_TENSORFLOW_NAME.sub(_tensorflow_to_torch, key): value for key, value in tensors.items()}
     if hf.is_transformers(tensors):
         tensors = hf.to_reference(tensors)
     tensors = {key: value for key, value in tensors.items() if not key.startswith(DROPPED_KEYS)}
@@ -162,6 +206,10 @@ def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         tower = {key: value for key, value in tensors.items() if key.startswith("bert.") == is_bert}
         parts |= split_wqkv(tower) if any(".Wqkv." in key for key in tower) else fuse_wqkv(tower)
     return {f"{prefix}{key}": value for key, value in parts.items()}
+
+
+def _tensorflow_to_torch(found: re.Match[str]) -> str:
+    return {"gamma": "weight", "beta": "bias"}[found[1]]
 
 
 def split_wqkv(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,9 +246,12 @@ def fuse_wqkv(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def infer_config(checkpoint: Checkpoint) -> ModelConfig:
     """The architecture, from the tensors' names and shapes.
 
-    Head counts leave no trace in the shapes: taken from the known model of the same shape, else 64 wide.
-    Raises CheckpointError when a tower is missing.
+    Head counts leave no trace in the shapes: taken from the known model of the same shape, else 64 wide. The
+    configuration of a transformers folder is taken as it is.
+    Raises CheckpointError when a tower is missing, or no head count is known for its width.
     """
+    if checkpoint.config is not None:
+        return checkpoint.config
     tensors = checkpoint.state_dict
     if "visual.conv1.weight" not in tensors:
         raise CheckpointError(f"{checkpoint.path}: no picture tower (visual.conv1.weight); is it a CLIP checkpoint?")
@@ -212,7 +263,9 @@ def infer_config(checkpoint: Checkpoint) -> ModelConfig:
     try:
         return ModelConfig(_infer_vision(tensors), _infer_text(tensors))
     except KeyError as error:
-        raise CheckpointError(f"{checkpoint.path}: the tensor {error} is missing") from error
+        raise CheckpointError(f"{checkpoint.path}: the tensor {error.args[0]} is missing") from error
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{checkpoint.path}: of no known architecture ({error})") from error
 
 
 def _infer_vision(tensors: Mapping[str, Tensor]) -> VisionConfig:
@@ -238,7 +291,10 @@ def _infer_vision(tensors: Mapping[str, Tensor]) -> VisionConfig:
     known = [vision_config(name) for name in VISION_MODELS]
     shape = (config.vision_layers, config.vision_width)
     head_widths = [k.vision_head_width for k in known if (k.vision_layers, k.vision_width) == shape]
-    return replace(config, vision_head_width=head_widths[0]) if head_widths else config
+    if head_widths:
+        return replace(config, vision_head_width=head_widths[0])
+    _default_heads(config.vision_width * (32 if config.vision_patch_size is None else 1))
+    return config
 
 
 def _infer_text(tensors: Mapping[str, Tensor]) -> TextConfig:
@@ -252,15 +308,22 @@ def _infer_text(tensors: Mapping[str, Tensor]) -> TextConfig:
         text_hidden_size=width,
         text_intermediate_size=tensors["bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
         text_max_position_embeddings=tensors["bert.embeddings.position_embeddings.weight"].shape[0],
-        text_num_attention_heads=heads[0] if heads else max(1, width // 64),
+        text_num_attention_heads=heads[0] if heads else _default_heads(width),
         text_num_hidden_layers=layers,
         text_type_vocab_size=tensors["bert.embeddings.token_type_embeddings.weight"].shape[0],
     )
 
 
+def _default_heads(width: int) -> int:
+    heads, rest = divmod(width, 64)
+    if rest or not heads:
+        raise ValueError(f"a tower {width} wide, whose number of attention heads is unknown; name the two towers")
+    return heads
+
+
 def _count(names: Iterable[str], pattern: str) -> int:
-    numbers = [int(found[1]) for name in names if (found := re.match(pattern, name))]
-    return max(numbers, default=-1) + 1
+    """How many numbers stand in the place of the group; a gap shows as a missing tensor later."""
+    return len({found[1] for name in names if (found := re.match(pattern, name))})
 
 
 def _grid_side(position_SD: Tensor) -> int:
@@ -274,8 +337,11 @@ def resize_position_embedding(position_SD: Tensor, side: int) -> Tensor:
     """The embedding for a grid of `side` x `side` patches: bicubic with aligned corners, class token kept.
 
     Source: the interpolation Chinese-CLIP uses when a checkpoint meets another resolution.
+    Raises ValueError when the rows of `position_SD` are not a class token and a square grid.
     """
     old = _grid_side(position_SD)
+    if old**2 + 1 != position_SD.shape[0]:
+        raise ValueError(f"{position_SD.shape[0]} rows are not a class token and a square grid")
     if old == side:
         return position_SD
     grid = position_SD[1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
@@ -291,8 +357,11 @@ def fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: 
     """
     fitted = dict(state_dict)
     for key in POSITION_KEYS:
-        if key in fitted and key in expected and fitted[key].ndim == 2:
-            fitted[key] = resize_position_embedding(fitted[key], _grid_side(expected[key]))
+        if key in fitted and key in expected and fitted[key].shape[1:] == expected[key].shape[1:]:
+            try:
+                fitted[key] = resize_position_embedding(fitted[key], _grid_side(expected[key]))
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {key}: {error}") from error
     for key, wanted in expected.items():
         if key not in fitted:
             raise CheckpointError(f"{path}: the tensor {key} is missing; is it another architecture?")

@@ -50,11 +50,12 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """The towers in PyTorch. precision: "fp32", "bf16" or "fp16"."""
+    """The towers in PyTorch. `model` itself is moved to `device` and put into `precision`: "fp32", "bf16" or "fp16"."""
 
     def __init__(self, model: CLIP, *, device: str | torch.device = "cpu", precision: str = "fp32") -> None:
         if precision not in DTYPES:
             raise ConfigError(f"precision: expected one of {sorted(DTYPES)}, got {precision!r}")
+        model.float()
         if precision != "fp32":
             convert_weights(model, DTYPES[precision])
         self.device = torch.device(device)
@@ -80,7 +81,8 @@ def _unit_rows(features_BD: Tensor) -> Rows:
 class Encoder:
     """Pictures and Chinese text to unit vectors.
 
-    model: a published name, a checkpoint file, a transformers folder, a loaded `CLIP`, or a `Backend`.
+    model: a published name, a checkpoint file, a transformers folder, a loaded `CLIP` (moved to `device` and put into
+    `precision` itself, not copied), or a `Backend`.
     device: default CUDA where there is one. precision: "fp32" (default), "bf16" or "fp16".
     Raises CheckpointError, DownloadError or ConfigError.
     """
@@ -115,10 +117,15 @@ class Encoder:
         images: paths, encoded bytes or PIL pictures. The next batch is decoded by threads while one is computed.
         Raises DataError naming the picture that cannot be read.
         """
-        images = [images] if isinstance(images, (str, Path, bytes)) else list(images)
+        from PIL.Image import Image
+
+        images = [images] if isinstance(images, (str, Path, bytes, Image)) else list(images)
         starts = _starts(images, batch_size)
         with ThreadPoolExecutor(num_threads) as pool, _bar(len(images), "picture", progress) as advance:
-            decoded = (pool.map(self._pixels, images[start : start + batch_size]) for start in starts)
+            decoded = (
+                pool.map(self._pixels, images[start : start + batch_size], range(start, len(images)))
+                for start in starts
+            )
             return self._joined(self._encode_pictures(list(batch), advance) for batch in _ahead(decoded))
 
     def encode_texts(self, texts: Iterable[str], *, batch_size: int = 64, progress: bool = False) -> Rows:
@@ -153,27 +160,34 @@ class Encoder:
         advance(len(pixels))
         return rows
 
-    def _pixels(self, picture: Picture) -> Tensor:
-        return self.transform(open_picture(picture))
+    def _pixels(self, picture: Picture, number: int) -> Tensor:
+        is_named = isinstance(picture, (str, Path))
+        return self.transform(open_picture(picture, name=str(picture) if is_named else f"picture {number}"))
 
     def _joined(self, pieces: Iterable[Rows]) -> Rows:
         return np.concatenate([np.empty((0, self.embed_dim), dtype=np.float32), *pieces])
 
 
-def open_picture(picture: Picture) -> "Image":
-    """A loaded PIL picture from a path, encoded bytes, or PIL itself; raises DataError naming what cannot be read."""
-    from PIL import Image
+def open_picture(picture: Picture, *, name: str) -> "Image":
+    """A loaded PIL picture from a path, encoded bytes, or PIL itself.
 
-    if isinstance(picture, Image.Image):
-        return picture
-    source: Any = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+    Raises DataError saying `name` when it cannot be decoded, TypeError for any other kind of object.
+    """
+    from PIL.Image import DecompressionBombError, Image
+    from PIL.Image import open as open_file
+
+    if not isinstance(picture, (str, Path, bytes, Image)):
+        raise TypeError(f"{name}: expected a path, bytes or a PIL picture, got {type(picture).__name__}")
     try:
-        image = Image.open(source)
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = f"{len(picture)} bytes" if isinstance(picture, bytes) else picture
+        if isinstance(picture, Image):
+            picture.load()
+            return picture
+        image: Image
+        with open_file(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            image.load()
+        return image
+    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
         raise DataError(f"{name}: not a picture that can be decoded ({error})") from error
-    return image
 
 
 def _starts(items: Sequence[Any], batch_size: int) -> range:

@@ -1,15 +1,46 @@
-"""Names of transformers' ChineseCLIPModel folders, translated into this package's names."""
+"""Folders of transformers' ChineseCLIPModel: their tensors' names and their config.json, in this package's terms."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cn_clip.errors import CheckpointError
+from cn_clip.zoo import ModelConfig, TextConfig, VisionConfig
 
+CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+# What a config.json means by the fields it leaves out. Source: ChineseCLIPConfig of transformers.
+_TEXT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 30522,
+    "attention_probs_dropout_prob": 0.1,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "hidden_size": 768,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "type_vocab_size": 2,
+}
+_VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "image_size": 224,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "patch_size": 32,
+}
+# What the towers here are built with; a folder that says otherwise would give other features.
+_FIXED: dict[str, dict[str, Any]] = {
+    "text_config": {"layer_norm_eps": 1e-12, "position_embedding_type": "absolute"},
+    "vision_config": {"layer_norm_eps": 1e-5, "hidden_act": "quick_gelu", "num_channels": 3},
+}
 
 # Longest spellings first; each pair is (transformers, here). Projections are stored transposed there.
 _PREFIXES = (
@@ -32,14 +63,75 @@ _TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weigh
 _IGNORED = re.compile(r"position_ids$|^text_model\.pooler\.")
 
 
-def weight_file(folder: Path) -> Path:
-    """The weight file of a transformers folder; raises CheckpointError when there is none."""
+def weight_files(folder: Path) -> list[Path]:
+    """The weight file of a transformers folder, or its shards; raises CheckpointError when there is none."""
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
-            return folder / name
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = _read_json(index).get("weight_map", {})
+            return [folder / Path(shard).name for shard in sorted(set(shards.values()))]
     raise CheckpointError(
         f"{folder}: a folder without {' or '.join(WEIGHT_FILES)}; expected a transformers folder or a file"
     )
+
+
+def config_from_folder(folder: Path) -> ModelConfig:
+    """The architecture that the config.json of a ChineseCLIPModel describes.
+
+    Raises CheckpointError when it is not one, or asks for something this package's towers do not do.
+    """
+    path = folder / CONFIG_FILE
+    config = _read_json(path)
+    for part, fixed in _FIXED.items():
+        for name, value in fixed.items():
+            if (actual := _section(config, part).get(name, value)) != value:
+                raise CheckpointError(f"{path}: {part}.{name} is {actual!r}, expected {value!r}")
+    text = _TEXT_DEFAULTS | _section(config, "text_config")
+    vision = _VISION_DEFAULTS | _section(config, "vision_config")
+    try:
+        return ModelConfig(_vision_config(vision, int(config.get("projection_dim", 512))), _text_config(text))
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: not the configuration of a ChineseCLIPModel ({error})") from error
+
+
+def _vision_config(fields: Mapping[str, Any], embed_dim: int) -> VisionConfig:
+    width, heads = int(fields["hidden_size"]), int(fields["num_attention_heads"])
+    if width % heads:
+        raise ValueError(f"vision hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    return VisionConfig(
+        embed_dim=embed_dim,
+        image_resolution=int(fields["image_size"]),
+        vision_layers=int(fields["num_hidden_layers"]),
+        vision_width=width,
+        vision_patch_size=int(fields["patch_size"]),
+        vision_head_width=width // heads,
+    )
+
+
+def _text_config(fields: Mapping[str, Any]) -> TextConfig:
+    kinds = {name: type(default) for name, default in _TEXT_DEFAULTS.items()}
+    values = {name: kind(fields[name]) for name, kind in kinds.items()}
+    return TextConfig(vocab_size=values.pop("vocab_size"), **{f"text_{name}": v for name, v in values.items()})
+
+
+def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    # Files of old versions say it twice, and the second name wins there.
+    for spelling in (f"{name}_dict", name):
+        if isinstance(section := config.get(spelling), dict):
+            return section
+    return {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a JSON file that can be read ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an object")
+    return content
 
 
 def is_transformers(tensors: Mapping[str, Tensor]) -> bool:

@@ -1,5 +1,6 @@
 """From a name or a file to a ready model: what `load_from_name` and every command use."""
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from cn_clip.clip.checkpoint import Checkpoint, fit, infer_config, normalise_key
 from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.clip.transforms import ImageTransform, image_transform
 from cn_clip.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_DOWNLOAD_ROOT = "~/.cache/clip"
 
@@ -143,24 +146,24 @@ def load(
     Raises CheckpointError when a file holds nothing for its tower or the shapes differ.
     """
     del use_flash_attention
-    wanted: dict[str, Tensor] = {}
     if clip_path:
-        wanted |= _part(Path(clip_path), ("visual.", "logit_scale"))
+        _initialise(model, Path(clip_path), ("visual.", "logit_scale"))
     if bert_path:
-        wanted |= _part(Path(bert_path), ("bert.",))
-    state = model.state_dict()
-    known = {key: value for key, value in wanted.items() if key in state}
-    fitted = fit(known, {key: state[key] for key in known}, Path(clip_path or bert_path or ""))
-    model.load_state_dict(fitted, strict=False)
+        _initialise(model, Path(bert_path), ("bert.",))
     return model.to(torch.device(device or default_device())).eval()
 
 
-def _part(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+def _initialise(model: CLIP, path: Path, prefixes: tuple[str, ...]) -> None:
     tensors = read_checkpoint(path).state_dict
     part = {key: value for key, value in tensors.items() if key.startswith(prefixes)}
-    if not part:
+    state = model.state_dict()
+    homeless = part.keys() - state.keys()
+    if len(homeless) == len(part):
         raise CheckpointError(f"{path}: holds no tensor named {' or '.join(prefixes)}…; nothing to initialise with")
-    return part
+    if homeless:
+        logger.warning("%s: %d tensors have no place in this model, e.g. %s", path, len(homeless), min(homeless))
+    known = {key: value for key, value in part.items() if key in state}
+    model.load_state_dict(fit(known, {key: state[key] for key in known}, path), strict=False)
 
 
 def _print_config(vision: str | None, text: str | None, config: zoo.ModelConfig) -> None:
@@ -168,4 +171,4 @@ def _print_config(vision: str | None, text: str | None, config: zoo.ModelConfig)
     if vision and text:
         print("Loading vision model config from", zoo.config_path(vision))
         print("Loading text model config from", zoo.config_path(text))
-    print("Model info", config.info())
+    print("Model info", {name: list(v) if isinstance(v, tuple) else v for name, v in config.info().items()})

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,15 @@ STORAGE_DTYPES = {
 }
 
 
+# A class in an archive's source text, and the lists of names that say which attributes are weights.
+_CLASS = re.compile(r"^class (\w+)\(Module\):\n((?:  .*\n|\n)*)", re.MULTILINE)
+_WEIGHT_NAMES = re.compile(r"^  __(?:parameters|buffers)__ = \[(.*)\]$", re.MULTILINE)
+
+
 class _Module:
-    """Stands for any scripted module: only its attributes are kept."""
+    """Stands for any scripted module: only its attributes are kept. `kind` is its dotted class name."""
+
+    kind = ""
 
     def __init__(self, *_: Any) -> None:
         self.attributes: dict[str, Any] = {}
@@ -50,7 +58,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
-            return _Module
+            return type("_ScriptedModule", (_Module,), {"kind": f"{module}.{name}"})
         if module == "torch" and name in STORAGE_DTYPES:
             return name
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
@@ -75,18 +83,30 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
             module = _Unpickler(archive, root, path).load()
-    except (zipfile.BadZipFile, StopIteration, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+            tensors: dict[str, Tensor] = {}
+            _collect(module, "", tensors, _weight_names(archive, root))
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes its reader stumble over
         raise CheckpointError(f"{path}: a damaged TorchScript archive ({error})") from error
-    tensors: dict[str, Tensor] = {}
-    _collect(module, "", tensors)
     return tensors
 
 
-def _collect(module: Any, prefix: str, tensors: dict[str, Tensor]) -> None:
+def _weight_names(archive: zipfile.ZipFile, root: str) -> dict[str, set[str]]:
+    """For each class, which attributes are parameters or buffers: others, like masks, are no part of a state dict."""
+    names: dict[str, set[str]] = {}
+    sources = [name for name in archive.namelist() if name.startswith(f"{root}/code/") and name.endswith(".py")]
+    for source in sources:
+        package = source.removeprefix(f"{root}/code/").removesuffix(".py").replace("/", ".")
+        for kind, body in _CLASS.findall(archive.read(source).decode()):
+            lists = _WEIGHT_NAMES.findall(body)
+            names[f"{package}.{kind}"] = set(re.findall(r'"([^"]+)"', " ".join(lists)))
+    return names
+
+
+def _collect(module: _Module, prefix: str, tensors: dict[str, Tensor], weight_names: dict[str, set[str]]) -> None:
     for name, value in module.attributes.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and name in weight_names.get(module.kind, module.attributes):
             tensors[prefix + name] = value
         elif isinstance(value, _Module):
-            _collect(value, f"{prefix}{name}.", tensors)
+            _collect(value, f"{prefix}{name}.", tensors, weight_names)
