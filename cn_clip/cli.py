@@ -1,0 +1,108 @@
+"""The command `cn-clip`: a table of names and modules; each module's `main` does the work.
+
+cn-clip <command> [options]
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from cn_clip import __version__, columns
+
+PROG = "cn-clip"
+
+
+class Command(NamedTuple):
+    """The module whose `main(args)` runs a command, and what the command does, in both languages."""
+
+    module: str
+    chinese: str
+    english: str
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("cn_clip.demo.main", "用内置的表情图片跑通全流程", "the whole job on embedded emoji pictures"),
+    "models": Command("cn_clip.models", "列出已发布的模型", "list the published models"),
+    "dataset build": Command(
+        "cn_clip.preprocess.build_lmdb_dataset", "把 tsv 与 jsonl 打包成 LMDB", "pack tsv and jsonl files into LMDB"
+    ),
+    "dataset from-folder": Command(
+        "cn_clip.preprocess.dataset_from_folder", "用图片文件夹生成数据集", "make a dataset from a folder of pictures"
+    ),
+    "dataset check": Command(
+        "cn_clip.preprocess.check_dataset", "检查数据集，列出全部问题", "check a dataset and list every fault"
+    ),
+    "train": Command("cn_clip.training.main", "训练或微调模型", "train or fine-tune a model"),
+    "features": Command("cn_clip.eval.extract_features", "提取图文特征", "extract picture and text features"),
+    "topk": Command("cn_clip.eval.make_topk_predictions", "检索最相近的前 k 个", "find the k nearest"),
+    "recall": Command("cn_clip.eval.evaluation", "计算检索结果的召回率", "compute the recall of what was found"),
+    "zeroshot": Command(
+        "cn_clip.eval.zeroshot_evaluation", "零样本图像分类", "classify pictures by label names, without training"
+    ),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs one command and exits with its status; status 2 with one line for a command that does not exist."""
+    given = list(sys.argv[1:] if args is None else args)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return
+    if given[0] in ("-V", "--version"):
+        print(f"{PROG} {__version__}")
+        return
+    name, rest = split(given)
+    if name in COMMANDS:
+        sys.argv[0] = f"{PROG} {name}"
+        importlib.import_module(COMMANDS[name].module).main(rest)
+    elif family(name) and rest[:1] in (["-h"], ["--help"]):
+        print(help_text(f"{name} "))
+    else:
+        print(f"错误 / error: {refusal(name, rest)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def split(args: Sequence[str]) -> tuple[str, list[str]]:
+    """(command name of one or two words, its arguments)."""
+    length = 2 if " ".join(args[:2]) in COMMANDS else 1
+    return " ".join(args[:length]), list(args[length:])
+
+
+def family(name: str) -> list[str]:
+    """The commands whose first of two words is `name`, as in "dataset build"; often none."""
+    return [known for known in COMMANDS if known.startswith(f"{name} ")]
+
+
+def refusal(name: str, rest: Sequence[str]) -> str:
+    """One line on a command that does not exist: what was typed, and the nearest that exists."""
+    relatives = family(name)
+    if relatives and not rest:
+        return f"命令不完整 / incomplete command {name!r}; {_one_of(relatives)}"
+    # The shared first word would make all of a family look near.
+    candidates = {known.split()[-1]: known for known in relatives or COMMANDS}
+    typed = rest[0] if relatives else name
+    nearest = difflib.get_close_matches(typed, candidates, n=1)
+    hint = f"是否想用 / did you mean `{PROG} {candidates[nearest[0]]}`?" if nearest else _one_of(relatives or COMMANDS)
+    return f"没有命令 / no command {f'{name} {typed}' if relatives else name!r}; {hint}"
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return f"可用 / expected one of: {', '.join(names)}"
+
+
+def help_text(prefix: str = "") -> str:
+    """The table of the commands whose name begins with `prefix`."""
+    rows = [(f"  {name}", *known[1:]) for name, known in COMMANDS.items() if name.startswith(prefix)]
+    return "\n".join(
+        [
+            f"{PROG} {__version__}：中文图文模型 Chinese-CLIP / Chinese picture-text models",
+            "",
+            f"用法 / usage: {PROG} <命令 command> [选项 options]",
+            "",
+            *columns.align(rows),
+            "",
+            f"`{PROG} <命令> --help` 列出该命令的选项 / lists the options of a command",
+        ]
+    )

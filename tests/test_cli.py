@@ -1,0 +1,207 @@
+"""`cn-clip`: the table of commands, its help and refusals, the list of models, and how fast all that answers."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cn_clip import __version__, cli, columns, models, zoo
+
+ROOT = Path(__file__).parents[1]
+HELP_SECONDS = 0.5
+
+
+def run_python(*args: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def cn_clip(*args: str) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "cn_clip", *args)
+
+
+# --- the table
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_every_command(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(args)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[1] for line in lines if line.startswith("  ")] == list(cli.COMMANDS)
+
+
+def test_help_columns_stand_under_each_other_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main([])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    pairs = zip(rows, cli.COMMANDS.values(), strict=True)
+    starts = {columns.width(row[: row.index(known.english)]) for row, known in pairs}
+    assert len(starts) == 1
+
+
+def test_help_of_a_family_lists_its_commands_only(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["dataset", "--help"])
+    out = capsys.readouterr().out
+    assert "dataset from-folder" in out
+    assert "recall" not in out
+
+
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_version_is_the_package_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main([flag])
+    assert capsys.readouterr().out == f"cn-clip {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["recal", "a.jsonl"], "没有命令 / no command 'recal'; 是否想用 / did you mean `cn-clip recall`?"),
+        (
+            ["dataset", "biuld"],
+            "没有命令 / no command 'dataset biuld'; 是否想用 / did you mean `cn-clip dataset build`?",
+        ),
+        (["bild"], "没有命令 / no command 'bild'; 是否想用 / did you mean `cn-clip dataset build`?"),
+        (
+            ["dataset", "x"],
+            "没有命令 / no command 'dataset x'; "
+            "可用 / expected one of: dataset build, dataset from-folder, dataset check",
+        ),
+        (
+            ["dataset"],
+            "命令不完整 / incomplete command 'dataset'; "
+            "可用 / expected one of: dataset build, dataset from-folder, dataset check",
+        ),
+        (["--json"], f"没有命令 / no command '--json'; 可用 / expected one of: {', '.join(cli.COMMANDS)}"),
+    ],
+)
+def test_unknown_command_is_refused_in_one_line_with_the_nearest(
+    args: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(args)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"错误 / error: {line}\n"
+
+
+def test_command_gets_the_rest_of_the_arguments_and_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(models, "main", lambda args: seen.append((sys.argv[0], args)))
+    monkeypatch.setitem(cli.COMMANDS, "dataset list", cli.Command("cn_clip.models", "", ""))
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/cn-clip", "dataset", "list", "--json"])
+    cli.main()
+    cli.main(["models", "list"])
+    assert seen == [("cn-clip dataset list", ["--json"]), ("cn-clip models", ["list"])]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_a_module_with_main(name: str) -> None:
+    assert callable(importlib.import_module(cli.COMMANDS[name].module).main)
+
+
+# --- as typed
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_is_quick_and_names_the_command(name: str) -> None:
+    seconds = []
+    for _ in range(3):  # a busy machine may delay one run
+        start = time.perf_counter()
+        done = cn_clip(*name.split(), "--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert f"usage: cn-clip {name} " in done.stdout
+        if seconds[-1] < HELP_SECONDS:
+            return
+    pytest.fail(f"--help took {min(seconds):.2f} s at best")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_imports_no_torch(name: str) -> None:
+    code = (
+        "import sys\nfrom cn_clip.cli import main\n"
+        f"try: main({[*name.split(), '--help']!r})\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'lmdb', 'PIL', 'tokenizers'} & set(sys.modules)))"
+    )
+    done = run_python("-c", code)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_unknown_flag_exits_with_status_2() -> None:
+    done = cn_clip("models", "--nonsense")
+    assert done.returncode == 2
+    assert "--nonsense" in done.stdout + done.stderr
+
+
+# --- models
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "total"),
+    [
+        ("RN50", "RBT3-chinese", 76_989_537),
+        ("ViT-B-16", "RoBERTa-wwm-ext-base-chinese", 188_262_913),
+        ("ViT-B-32", "RoBERTa-wwm-ext-base-chinese", 189_919_489),
+        ("ViT-L-14", "RoBERTa-wwm-ext-base-chinese", 406_233_089),
+        ("ViT-L-14-336", "RoBERTa-wwm-ext-base-chinese", 406_560_769),
+        ("ViT-H-14", "RoBERTa-wwm-ext-large-chinese", 957_598_209),
+    ],
+)
+def test_parameters_are_those_of_the_published_models(vision: str, text: str, total: int) -> None:
+    assert models.count_parameters(zoo.model_config(vision, text))[0] == total
+
+
+def test_visual_parameters_of_vit_b_16() -> None:
+    assert models.count_parameters(zoo.model_config("ViT-B-16", "RBT3-chinese"))[1] == 86_192_640
+
+
+def test_models_lists_sizes_and_which_files_are_here(tmp_path: Path) -> None:
+    (tmp_path / "clip_cn_rn50.pt").write_bytes(b"")
+    done = cn_clip("models", "--download-root", str(tmp_path))
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert "86,192,640" in lines["ViT-B-16"]
+    assert "OFA-Sys/chinese-clip-vit-base-patch16" in lines["ViT-B-16"]
+    assert lines["ViT-B-16"].endswith("未下载 / not here")
+    assert lines["RN50"].endswith(str(tmp_path / "clip_cn_rn50.pt"))
+
+
+def test_models_json_is_one_object(tmp_path: Path) -> None:
+    (tmp_path / "clip_cn_rn50.pt").write_bytes(b"")
+    listed = json.loads(cn_clip("models", "--json", "--download-root", str(tmp_path)).stdout)
+    assert [model["name"] for model in listed["models"]] == list(zoo.PUBLISHED)
+    assert listed["models"][-1] == {
+        "name": "RN50",
+        "vision_model": "RN50",
+        "text_model": "RBT3-chinese",
+        "resolution": 224,
+        "num_params": 76_989_537,
+        "num_visual_params": 38_316_896,
+        "repository": "OFA-Sys/chinese-clip-rn50",
+        "file": "clip_cn_rn50.pt",
+        "path": str(tmp_path / "clip_cn_rn50.pt"),
+    }
+
+
+# --- columns
+
+
+@pytest.mark.parametrize(("text", "cells"), [("", 0), ("abc", 3), ("中文", 4), ("，", 2), ("ｗ", 2), ("e\u0301", 1)])
+def test_width_counts_terminal_cells(text: str, cells: int) -> None:
+    assert columns.width(text) == cells
+
+
+def test_align_fills_by_cells_left_and_right() -> None:
+    assert columns.align([("猫", "1", "x"), ("cat!", "12", "")], right=frozenset({1})) == ["猫     1  x", "cat!  12"]
+    assert columns.align([]) == []
+    with pytest.raises(ValueError, match="zip"):
+        columns.align([("a", "b"), ("c",)])
+
+
+@given(st.lists(st.text(alphabet="a中é，", max_size=9), min_size=1))
+def test_padded_texts_are_equally_wide(texts: list[str]) -> None:
+    assert {columns.width(columns.pad(text, 20)) for text in texts} == {20}
