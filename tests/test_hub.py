@@ -305,6 +305,7 @@ def test_modelscope_is_asked_for_its_own_repository(monkeypatch: pytest.MonkeyPa
     def fetch(model_id: str, file_path: str, local_dir: str) -> str:
         asked.append((model_id, file_path))
         path = Path(local_dir) / file_path
+        (Path(local_dir) / "._____temp").mkdir()
         path.write_bytes(CONTENT)
         return str(path)
 
