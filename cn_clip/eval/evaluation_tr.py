@@ -1,0 +1,26 @@
+"""Recall of sentences found by pictures: evaluation with the other direction as default.
+
+python cn_clip/eval/evaluation_tr.py STANDARD.tr.jsonl PREDICTIONS.jsonl RESULT.json
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cn_clip import command
+from cn_clip.eval import evaluation
+
+
+@dataclass(frozen=True)
+class Options(evaluation.Options):
+    """Checks predictions and computes recall; a fault gives the error JSON and exit status 1."""
+
+    query: evaluation.Direction = "image"
+    """What was looked up: text (finding pictures) or image (finding sentences)."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    command.execute(evaluation.run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

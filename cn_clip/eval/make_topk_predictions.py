@@ -1,0 +1,108 @@
+"""Ranks pictures for each sentence, or sentences for each picture, from feature files.
+
+python cn_clip/eval/make_topk_predictions.py --image-feats IMG.jsonl --text-feats TXT.jsonl --output PREDICTIONS.jsonl
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from cn_clip import command
+from cn_clip.errors import ConfigError
+from cn_clip.jsonl import atomic_write, dumps
+
+if TYPE_CHECKING:
+    import torch
+
+    from cn_clip.eval.feature_files import Features
+
+Side: TypeAlias = Literal["text", "image"]
+
+_QUERIES_A_STEP = 1024
+_OTHER: dict[Side, Side] = {"text": "image", "image": "text"}
+_ID_FIELDS: dict[Side, Literal["text_id", "image_id"]] = {"text": "text_id", "image": "image_id"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Exact top-k search by inner product, one line of ids for each query."""
+
+    image_feats: str
+    """The feature file of the pictures."""
+    text_feats: str
+    """The feature file of the sentences."""
+    output: str
+    """The prediction file to write."""
+    top_k: int = 10
+    """How many to find for each query."""
+    eval_batch_size: int = 32768
+    """How many vectors of the searched side are compared at a time; bounds memory, does not change the result."""
+    query: Side = "text"
+    """What is looked up: text finds pictures, image finds sentences."""
+    device: str = "auto"
+    """Where to multiply: auto, cpu, cuda, cuda:N or mps."""
+    json: bool = False
+    """Print a summary as one JSON object instead of lines of text."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--top-k", self.top_k), ("--eval-batch-size", self.eval_batch_size)):
+            if value < 1:
+                raise ConfigError(f"{flag}: expected at least 1, got {value}")
+
+
+def run(options: Options) -> None:
+    """Searches and writes the prediction file; raises DataError for faulty or unlike feature files."""
+    from cn_clip.eval.feature_files import read_features
+    from cn_clip.ranks import choose_device
+
+    say = command.Speaker(quiet=options.json)
+    say.params(options)
+    device = choose_device(options.device)
+    searched, paths = _OTHER[options.query], {"image": options.image_feats, "text": options.text_feats}
+    started = time.perf_counter()
+    say(f"Begin to load {searched} features...")
+    gallery = read_features(paths[searched], _ID_FIELDS[searched], progress=True)
+    say(f"Finished loading {searched} features.")
+    say(f"Begin to compute top-{options.top_k} predictions for {options.query}s...")
+    queries = read_features(paths[options.query], _ID_FIELDS[options.query], progress=True)
+    loaded = time.perf_counter()
+    with atomic_write(options.output) as stream:
+        for query_id, found in _ranked(queries, gallery, options, device):
+            stream.write(dumps({_ID_FIELDS[options.query]: query_id, f"{_ID_FIELDS[searched]}s": found}) + "\n")
+    say(f"Top-{options.top_k} predictions are saved in {options.output}")
+    say("Done!")
+    counts = {"num_queries": len(queries.ids), "num_searched": len(gallery.ids), "top_k": options.top_k}
+    seconds = {"load_seconds": loaded - started, "search_seconds": time.perf_counter() - loaded}
+    say.result({"output": options.output, "query": options.query, **counts, **seconds})
+
+
+def _ranked(
+    queries: "Features", gallery: "Features", options: Options, device: "torch.device"
+) -> Iterator[tuple[int | str, list[int | str]]]:
+    """Yields each query's id and the ids found for it, best first."""
+    from tqdm import tqdm
+
+    from cn_clip.retrieval.flat import top_k
+
+    with tqdm(total=len(queries.ids), desc="search", unit="query") as bar:
+        for start in range(0, len(queries.ids), _QUERIES_A_STEP):
+            step = slice(start, start + _QUERIES_A_STEP)
+            found = top_k(
+                queries.vectors[step],
+                gallery.vectors,
+                options.top_k,
+                gallery_block=options.eval_batch_size,
+                device=device,
+            )
+            for query_id, row in zip(queries.ids[step], found.indices.tolist(), strict=True):
+                yield query_id, [gallery.ids[index] for index in row]
+            bar.update(len(found.indices))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

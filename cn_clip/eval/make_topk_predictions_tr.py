@@ -1,0 +1,26 @@
+"""Ranks sentences for each picture: make_topk_predictions with the other direction as default.
+
+python cn_clip/eval/make_topk_predictions_tr.py --image-feats I.jsonl --text-feats T.jsonl --output PREDICTIONS.jsonl
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cn_clip import command
+from cn_clip.eval import make_topk_predictions
+
+
+@dataclass(frozen=True)
+class Options(make_topk_predictions.Options):
+    """Exact top-k search by inner product, one line of ids for each query."""
+
+    query: make_topk_predictions.Side = "image"
+    """What is looked up: text finds pictures, image finds sentences."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    command.execute(make_topk_predictions.run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

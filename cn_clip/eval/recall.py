@@ -1,0 +1,116 @@
+"""Recall at k, from ranked ids or from features; pure functions for evaluation and for validation during training."""
+
+# N pictures, M texts, D dimensions, P relevant (picture, text) pairs, Q queries, K results a query
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cn_clip.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+KS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Recall:
+    """For each k, the share of all queries with a relevant item among the first k found; in [0, 1]."""
+
+    at: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over k. Added from left to right: sum() rounds otherwise from Python 3.12 on."""
+        total = 0.0
+        for value in self.at.values():
+            total += value
+        return total / len(self.at)
+
+    def line(self) -> str:
+        """`R@1: 71.20 R@5: 90.50 R@10: 95.30`, in percent."""
+        return " ".join(f"R@{k}: {100 * value:.2f}" for k, value in self.at.items())
+
+
+class RecallBothWays(NamedTuple):
+    """Recall of pictures found by texts, and of texts found by pictures."""
+
+    text_to_image: Recall
+    image_to_text: Recall
+
+
+def recall_at_k(
+    ranked_ids: Sequence[Sequence[Hashable]], relevant_ids: Sequence[Collection[Hashable]], *, ks: Sequence[int] = KS
+) -> Recall:
+    """Recall of rankings: per query the ids found, best first, and the ids that are right.
+
+    A query without any relevant id counts as one that found nothing, as in Chinese-CLIP: it lowers the recall.
+    Raises DataError without queries or with other numbers of rankings and relevant sets.
+    """
+    if len(ranked_ids) != len(relevant_ids):
+        raise DataError(f"recall: {len(ranked_ids)} rankings, but {len(relevant_ids)} sets of relevant ids")
+    first_hits = [_first_hit(ranked, set(relevant)) for ranked, relevant in zip(ranked_ids, relevant_ids, strict=True)]
+    return _recall(np.array(first_hits, dtype=np.float64), ks)
+
+
+def recall_from_features(
+    images_ND: NDArray[np.float32] | torch.Tensor,
+    texts_MD: NDArray[np.float32] | torch.Tensor,
+    pairs_P2: ArrayLike,
+    *,
+    ks: Sequence[int] = KS,
+) -> RecallBothWays:
+    """Exact recall of both directions by inner product; memory is bounded as in `flat.top_k`.
+
+    images_ND, texts_MD: finite, unit rows for cosine similarity; tensors may be of any float type and are compared as
+    float32 on their device, without gradients. pairs_P2: the relevant (picture row, text row) pairs, in any order.
+    Rows without a pair count as queries that found nothing. Raises DataError for a pair outside the rows, and without
+    pictures or texts.
+    """
+    images, texts = _as_rows(images_ND), _as_rows(texts_MD)
+    if not len(images) or not len(texts):
+        raise DataError(f"recall: {len(images)} pictures and {len(texts)} texts; expected at least one of each")
+    pairs = np.asarray(pairs_P2, dtype=np.int64).reshape(-1, 2)
+    if len(pairs) and (pairs.min() < 0 or (pairs.max(axis=0) >= (len(images), len(texts))).any()):
+        raise DataError(f"recall: a pair lies outside the {len(images)} pictures and {len(texts)} texts")
+    device = "cpu" if isinstance(images_ND, np.ndarray) else images_ND.device
+    return RecallBothWays(
+        text_to_image=_one_way(texts, images, pairs[:, ::-1], ks, device),
+        image_to_text=_one_way(images, texts, pairs, ks, device),
+    )
+
+
+def _as_rows(rows: NDArray[np.float32] | torch.Tensor) -> NDArray[np.float32]:
+    return rows if isinstance(rows, np.ndarray) else rows.detach().float().cpu().numpy()
+
+
+def _one_way(
+    queries_QD: NDArray[np.float32],
+    gallery_ND: NDArray[np.float32],
+    pairs: NDArray[np.int64],
+    ks: Sequence[int],
+    device: str | torch.device,
+) -> Recall:
+    from cn_clip.retrieval.flat import top_k
+
+    found_QK = top_k(queries_QD, gallery_ND, max(ks), device=device).indices
+    # One number names one (query, found row) pair.
+    found_codes = np.arange(len(found_QK))[:, None] * len(gallery_ND) + found_QK
+    hits_QK = np.isin(found_codes, pairs[:, 0] * len(gallery_ND) + pairs[:, 1])
+    return _recall(np.where(hits_QK.any(axis=1), hits_QK.argmax(axis=1), np.inf), ks)
+
+
+def _first_hit(ranked: Sequence[Hashable], relevant: set[Hashable]) -> float:
+    return next((rank for rank, found in enumerate(ranked) if found in relevant), np.inf)
+
+
+def _recall(first_hit_Q: NDArray[np.float64], ks: Sequence[int]) -> Recall:
+    if not len(first_hit_Q):
+        raise DataError("recall: no queries; expected at least one")
+    return Recall({k: int((first_hit_Q < k).sum()) / len(first_hit_Q) for k in ks})

@@ -1,0 +1,50 @@
+"""Turns an annotation (the pictures of each sentence) round: the sentences of each picture, in NAME.tr.jsonl.
+
+python cn_clip/eval/transform_ir_annotation_to_tr.py --input VALID_texts.jsonl
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cn_clip import command
+from cn_clip.errors import DataError
+from cn_clip.jsonl import atomic_write, dumps
+
+
+@dataclass(frozen=True)
+class Options:
+    """Writes NAME.tr.jsonl beside NAME.jsonl: one line a picture, in the order of first mention."""
+
+    input: str
+    """The jsonl annotation with the image_ids of each text_id."""
+    json: bool = False
+    """Print a summary as one JSON object instead of lines of text."""
+
+
+def run(options: Options) -> None:
+    """Reads and writes; raises DataError with file and line, before anything is written, for a faulty line."""
+    from cn_clip.eval.evaluation import read_relevant
+
+    texts_of: dict[int | str, list[int | str]] = {}
+    num_texts = 0
+    for text_id, image_ids in read_relevant(options.input, query="text"):
+        num_texts += 1
+        for image_id in image_ids:
+            texts_of.setdefault(image_id, []).append(text_id)
+    if not num_texts:
+        raise DataError(f"{options.input}: the file has no lines; expected one JSON object a line")
+    output = options.input.removesuffix(".jsonl") + ".tr.jsonl"
+    with atomic_write(output) as stream:
+        for image_id, text_ids in texts_of.items():
+            stream.write(dumps({"image_id": image_id, "text_ids": text_ids}) + "\n")
+    say = command.Speaker(quiet=options.json)
+    say("Done!")
+    say.result({"output": output, "num_texts": num_texts, "num_images": len(texts_of)})
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()
