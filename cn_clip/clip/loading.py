@@ -70,7 +70,7 @@ def choose_config(
         config = zoo.ModelConfig(
             zoo.vision_config(vision) if vision else inferred.vision, zoo.text_config(text) if text else inferred.text
         )
-    return zoo.at_resolution(config, resolution) if resolution else config
+    return config if resolution is None else zoo.at_resolution(config, resolution)
 
 
 def build(config: zoo.ModelConfig, checkpoint: Checkpoint) -> CLIP:

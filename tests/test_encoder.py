@@ -1,0 +1,253 @@
+"""`Encoder`: unit rows in the order given, whatever the batches, the kind of input and the backend."""
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_models import CONFIGS, TEXT, tiny_model
+
+from cn_clip import zoo
+from cn_clip.clip import Encoder, tokenize
+from cn_clip.clip.encoder import Rows, TorchBackend
+from cn_clip.clip.model import CLIP
+from cn_clip.errors import ConfigError, DataError
+
+TEXTS = ["皮卡丘", "一只黑白相间的狗在雪地里奔跑，嘴里叼着一个红色的飞盘", "", "a", "小火龙" * 40, "妙蛙种子 和 杰尼龟"]
+
+
+@pytest.fixture(scope="module")
+def model() -> CLIP:
+    """Tiny towers, but with the real vocabulary."""
+    from dataclasses import replace
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return CLIP.from_config(
+            replace(CONFIGS["vit"], text=replace(TEXT, vocab_size=21128, text_initializer_range=0.3))
+        ).eval()
+
+
+@pytest.fixture(scope="module")
+def encoder(model: CLIP) -> Encoder:
+    return Encoder(model, device="cpu")
+
+
+def pictures(count: int) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    sizes = [(int(w), int(h)) for w, h in rng.integers(8, 70, (count, 2))]
+    return [Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def unit(features: torch.Tensor) -> np.ndarray[Any, Any]:
+    rows: np.ndarray[Any, Any] = torch.nn.functional.normalize(features).numpy()
+    return rows
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 64])
+def test_text_rows_are_the_models_own_features_in_the_order_given(
+    encoder: Encoder, model: CLIP, batch_size: int
+) -> None:
+    rows = encoder.encode_texts(TEXTS, batch_size=batch_size)
+    with torch.inference_mode():
+        expected = unit(model.encode_text(tokenize(TEXTS)))
+    assert rows.shape == (6, 24)
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+    # Padding to the batch instead of to 52 changes the order of sums, nothing else.
+    np.testing.assert_allclose(rows, expected, atol=1e-5)
+    assert np.abs(expected[:, None] - expected[None]).max(axis=-1)[~np.eye(6, dtype=bool)].min() > 1e-3
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
+def test_picture_rows_are_the_models_own_features_in_the_order_given(
+    encoder: Encoder, model: CLIP, batch_size: int
+) -> None:
+    images = pictures(5)
+    rows = encoder.encode_images(images, batch_size=batch_size)
+    with torch.inference_mode():
+        expected = unit(model.encode_image(torch.stack([encoder.transform(image) for image in images])))
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows, expected, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+
+
+@given(lengths=st.lists(st.integers(0, 60), max_size=20), batch_size=st.integers(1, 7))
+@settings(max_examples=25, deadline=None)
+def test_any_mix_of_lengths_keeps_its_order(encoder: Encoder, lengths: list[int], batch_size: int) -> None:
+    texts = ["狗" * length for length in lengths]
+    rows = encoder.encode_texts(texts, batch_size=batch_size)
+    single = {length: encoder.encode_texts("狗" * length)[0] for length in set(lengths)}
+    assert rows.shape == (len(lengths), 24)
+    for row, length in zip(rows, lengths, strict=True):
+        np.testing.assert_allclose(row, single[length], atol=1e-5)
+
+
+def test_pieces_of_a_long_list_join_to_the_same_rows(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = encoder.encode_texts(TEXTS)
+    monkeypatch.setattr("cn_clip.clip.encoder.SORTING_WINDOW", 4)
+    done: list[int] = []
+    pieces = list(encoder.encode_text_windows(TEXTS, batch_size=3, advance=done.append))
+    assert [len(piece) for piece in pieces] == [4, 2]
+    assert done == [3, 1, 2]
+    np.testing.assert_allclose(np.concatenate(pieces), whole, atol=1e-5)
+
+
+def test_a_short_context_cuts_texts(model: CLIP) -> None:
+    rows = Encoder(model, device="cpu", context_length=5).encode_texts(["小火龙杰尼龟", "小火龙"])
+    np.testing.assert_allclose(rows[0], rows[1], atol=1e-6)
+
+
+def test_nothing_in_nothing_out(encoder: Encoder) -> None:
+    for rows in (encoder.encode_texts([]), encoder.encode_images([])):
+        assert rows.shape == (0, 24)
+        assert rows.dtype == np.float32
+
+
+def test_a_single_text_or_picture_is_a_list_of_one(encoder: Encoder, tmp_path: Path) -> None:
+    image = pictures(1)[0]
+    image.save(tmp_path / "a.png")
+    rows = [encoder.encode_images(one) for one in (image, png(image), tmp_path / "a.png", str(tmp_path / "a.png"))]
+    assert [row.shape for row in rows] == [(1, 24)] * 4
+    assert encoder.encode_texts("皮卡丘").shape == (1, 24)
+
+
+def test_paths_bytes_and_pil_pictures_give_equal_rows(encoder: Encoder, tmp_path: Path) -> None:
+    image = pictures(1)[0]
+    (tmp_path / "图片.png").write_bytes(png(image))
+    rows = encoder.encode_images([image, png(image), tmp_path / "图片.png", str(tmp_path / "图片.png")])
+    np.testing.assert_allclose(rows, np.repeat(rows[:1], 4, axis=0), atol=1e-6)
+
+
+def test_inputs_may_come_from_a_generator(encoder: Encoder) -> None:
+    images = pictures(3)
+    np.testing.assert_array_equal(encoder.encode_images(image for image in images), encoder.encode_images(images))
+    np.testing.assert_array_equal(encoder.encode_texts(text for text in TEXTS), encoder.encode_texts(TEXTS))
+
+
+@pytest.mark.filterwarnings("error")
+def test_animations_give_their_first_frame_and_leave_no_file_open(encoder: Encoder, tmp_path: Path) -> None:
+    first, second = (image.resize((20, 20)).quantize(8) for image in pictures(2))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        rows = encoder.encode_images([tmp_path / "a.gif"])
+    with Image.open(tmp_path / "a.gif") as image:
+        np.testing.assert_array_equal(rows, encoder.encode_images([image]))
+
+
+@pytest.mark.parametrize("name", ["missing.jpg", "text.jpg", "empty.png", "cut.png", "folder"])
+def test_a_picture_that_cannot_be_read_is_named(encoder: Encoder, tmp_path: Path, name: str) -> None:
+    (tmp_path / "text.jpg").write_text("这不是图片")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "cut.png").write_bytes(png(pictures(1)[0])[:-400])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError) as caught:
+        encoder.encode_images([*pictures(2), tmp_path / name], batch_size=2)
+    assert str(caught.value).startswith(f"{tmp_path / name}: not a picture that can be decoded (")
+
+
+def test_bytes_and_open_pictures_that_cannot_be_read_are_named_by_their_place(encoder: Encoder, tmp_path: Path) -> None:
+    cut = png(pictures(1)[0])[:-400]
+    with pytest.raises(DataError, match=r"^picture 3: not a picture that can be decoded"):
+        encoder.encode_images([*pictures(3), b"GIF89a"], batch_size=2)
+    with (
+        Image.open(io.BytesIO(cut)) as lazily_opened,
+        pytest.raises(DataError, match=r"^picture 2: not a picture that can be decoded"),
+    ):
+        encoder.encode_images([*pictures(2), lazily_opened], batch_size=2)
+
+
+def test_other_kinds_of_objects_are_a_type_error(encoder: Encoder) -> None:
+    with pytest.raises(TypeError, match="picture 1: expected a path, bytes or a PIL picture, got ndarray"):
+        encoder.encode_images([*pictures(1), np.zeros((4, 4, 3), np.uint8)])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_nothing_is_refused(encoder: Encoder, batch_size: int) -> None:
+    with pytest.raises(ConfigError, match=f"batch_size: expected at least 1, got {batch_size}"):
+        encoder.encode_texts(TEXTS, batch_size=batch_size)
+    with pytest.raises(ConfigError, match=f"batch_size: expected at least 1, got {batch_size}"):
+        encoder.encode_images(pictures(1), batch_size=batch_size)
+
+
+def test_the_progress_bar_shows_on_stderr_only_when_asked(encoder: Encoder, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder.encode_texts(TEXTS)
+    encoder.encode_images(pictures(2))
+    assert capsys.readouterr() == ("", "")
+    encoder.encode_texts(TEXTS, progress=True)
+    encoder.encode_images(pictures(2), progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "6/6" in err
+    assert "2/2" in err
+
+
+class FixedBackend:
+    """Counts what it is given: any object with these attributes is a backend."""
+
+    resolution = 16
+    embed_dim = 3
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def encode_pixels(self, pixels_B3RR: torch.Tensor) -> Rows:
+        self.shapes.append(tuple(pixels_B3RR.shape))
+        return np.tile(np.float32([1, 0, 0]), (len(pixels_B3RR), 1))
+
+    def encode_tokens(self, token_ids_BL: torch.Tensor) -> Rows:
+        self.shapes.append(tuple(token_ids_BL.shape))
+        return np.tile(np.float32([0, 1, 0]), (len(token_ids_BL), 1))
+
+
+def test_any_object_with_the_two_methods_is_a_backend() -> None:
+    backend = FixedBackend()
+    encoder = Encoder(backend)
+    assert encoder.embed_dim == 3
+    np.testing.assert_array_equal(encoder.encode_images(pictures(3), batch_size=2), [[1, 0, 0]] * 3)
+    np.testing.assert_array_equal(encoder.encode_texts(["狗", "小火龙", "皮卡"], batch_size=2), [[0, 1, 0]] * 3)
+    # Texts are sorted by length and padded to the longest of their batch: [CLS] + 2 + [SEP], then 3.
+    assert backend.shapes == [(2, 3, 16, 16), (1, 3, 16, 16), (2, 4), (1, 5)]
+
+
+def test_an_encoder_opens_files_by_path(tmp_path: Path, model: CLIP, encoder: Encoder) -> None:
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    for path in (tmp_path / "model.pt", str(tmp_path / "model.pt")):
+        np.testing.assert_array_equal(Encoder(path, device="cpu").encode_texts(TEXTS), encoder.encode_texts(TEXTS))
+
+
+def test_lower_precisions_stay_close_and_return_float32() -> None:
+    exact = Encoder(tiny_model(), device="cpu").encode_images(pictures(2))
+    rows = Encoder(tiny_model(), device="cpu", precision="bf16").encode_images(pictures(2))
+    assert rows.dtype == np.float32
+    assert 0 < np.abs(rows - exact).max() < 0.05
+
+
+def test_full_precision_is_full_precision_for_a_model_in_half_precision() -> None:
+    backend = TorchBackend(tiny_model().half(), precision="fp32")
+    assert {parameter.dtype for parameter in backend.model.parameters()} == {torch.float32}
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"precision: expected one of \['bf16', 'fp16', 'fp32'\], got 'int8'"):
+        Encoder(tiny_model(), device="cpu", precision="int8")
+
+
+def test_the_small_named_models_make_rows_of_their_width() -> None:
+    with torch.random.fork_rng(devices=[]):
+        small = CLIP.from_config(zoo.model_config("RN-Tiny-64", "BERT-Tiny-chinese")).eval()
+    encoder = Encoder(small, device="cpu")
+    assert encoder.encode_images(pictures(2)).shape == (2, encoder.embed_dim)
