@@ -1,8 +1,9 @@
 """What every command shares: options from the command line, log set-up, errors as one line, exit status."""
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -62,6 +63,13 @@ class Speaker:
         """The result for programs."""
         if self.quiet:
             print(json.dumps(values, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def stdout_to_stderr(*, when: bool) -> Iterator[None]:
+    """Sends what is printed inside to stderr, so that stdout holds JSON alone."""
+    with contextlib.redirect_stdout(sys.stderr) if when else contextlib.nullcontext():
+        yield
 
 
 def print_params(options: Any) -> None:

@@ -55,3 +55,38 @@ def picture_bytes(number: int, height: int = 80, width: int = 100) -> np.ndarray
     waves = [np.sin(x / (5 + 9 * a) + b) * np.cos(y / (4 + 7 * b) + c) for a, b, c in phases]
     noise = rng.random((height, width, 3)) * 40 - 20
     return np.clip(np.stack(waves, axis=-1) * 100 + 128 + noise, 0, 255).astype(np.uint8)
+
+
+# No dropout, so that every implementation draws the same numbers: none.
+SMALL_MODEL = {
+    "embed_dim": 32,
+    "image_resolution": 32,
+    "vision_layers": 2,
+    "vision_width": 64,
+    "vision_patch_size": 8,
+    "vocab_size": 21128,
+    "text_attention_probs_dropout_prob": 0.0,
+    "text_hidden_act": "gelu",
+    "text_hidden_dropout_prob": 0.0,
+    "text_hidden_size": 64,
+    "text_initializer_range": 0.02,
+    "text_intermediate_size": 128,
+    "text_max_position_embeddings": 512,
+    "text_num_attention_heads": 1,
+    "text_num_hidden_layers": 2,
+    "text_type_vocab_size": 2,
+}
+
+
+def training_batches(num_batches: int = 5, batch_size: int = 8) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pixels (B, 3, 32, 32) float32 and token ids (B, 12) int64, padded with 0, for SMALL_MODEL."""
+    rng = np.random.Generator(np.random.PCG64(7))
+    batches = []
+    for _ in range(num_batches):
+        pixels = rng.standard_normal((batch_size, 3, 32, 32), dtype=np.float32)
+        tokens = rng.integers(1, 21128, (batch_size, 12))
+        lengths = rng.integers(3, 11, batch_size)
+        tokens[np.arange(12) >= lengths[:, None]] = 0
+        tokens[:, 0] = 101
+        batches.append((pixels, tokens))
+    return batches

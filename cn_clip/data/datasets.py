@@ -264,11 +264,12 @@ def make_loader(
     sampler: "Sampler[int] | Sequence[int] | None" = None,
     drop_last: bool = False,
     pin_memory: bool = False,
+    generator: torch.Generator | None = None,
     multiprocessing_context: str | None = None,
 ) -> Loader[ItemT]:
     """Batches of a dataset in its order, or in the order of `sampler`, decoded by `num_workers` processes.
 
-    Raises ConfigError for a batch size below 1 or fewer than 0 workers.
+    generator: draws the seeds of the workers, in place of torch's random state. Raises ConfigError for a batch size below 1 or fewer than 0 workers.
     """
     if batch_size < 1 or num_workers < 0:
         raise ConfigError(f"expected a batch size of 1 or more and 0 or more workers, got {batch_size}, {num_workers}")
@@ -283,6 +284,7 @@ def make_loader(
         worker_init_fn=_use_one_thread,
         drop_last=drop_last,
         pin_memory=pin_memory,
+        generator=generator,
         multiprocessing_context=multiprocessing_context if num_workers else None,
         persistent_workers=False,
     )

@@ -9,7 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cn_clip.clip.encoder import SORTING_WINDOW, Backend, Encoder, Rows
-from cn_clip.data.records import RecordId, preprocess_text
+from cn_clip.data.datasets import preprocess_text
+from cn_clip.data.records import RecordId
 from cn_clip.eval.feature_files import write_features
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.clip.encoder import Encoder, Rows
-from cn_clip.data.records import preprocess_text
+from cn_clip.data.datasets import preprocess_text
 from cn_clip.errors import DataError
 from cn_clip.eval.templates import fill
 

@@ -64,14 +64,18 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Evaluates; raises CnClipError when labels, folders or checkpoint do not fit together."""
+    """Evaluates and reports; raises CnClipError when labels, folders or checkpoint do not fit together."""
+    evaluate(options, command.Speaker(quiet=options.json))
+
+
+def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
+    """Evaluates, tells `say` about it, writes the ELEVATER file and returns the accuracy."""
     from cn_clip.clip.encoder import Encoder
     from cn_clip.data.datasets import ClassFolderDataset
     from cn_clip.eval import zeroshot
     from cn_clip.eval.backends import open_backend
     from cn_clip.eval.templates import load_templates
 
-    say = command.Speaker(quiet=options.json)
     say.params(options)
     labels = read_labels(Path(options.label_file or ""))
     templates = load_templates(options.dataset, Path(options.templates) if options.templates else None)
@@ -100,6 +104,7 @@ def run(options: Options) -> None:
     result = zeroshot.accuracy(probabilities_NC, targets_N)
     path = write_elevater(options, backend, _reordered(probabilities_NC, options.index))
     _report(say, result, labels, path)
+    return result
 
 
 def read_labels(path: Path) -> list[str]:
@@ -126,7 +131,7 @@ def _picture_features(options: Options, backend: "Backend", dataset: Any) -> "tu
 
     rows, targets = [], []
     with tqdm(total=len(dataset), unit="picture") as bar:
-        for numbers, pixels in make_loader(dataset, options.img_batch_size, options.num_workers):
+        for pixels, numbers in make_loader(dataset, options.img_batch_size, options.num_workers):
             rows.append(backend.encode_pixels(pixels))
             targets += numbers
             bar.update(len(numbers))

@@ -1,12 +1,6 @@
 """From the settings to batches of pixels and token ids."""
 
-# B batch, L tokens, R resolution
-
-from functools import partial
-
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cn_clip.clip import tokenizer
 from cn_clip.clip.transforms import image_transform
@@ -15,22 +9,23 @@ from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
 from cn_clip.errors import ConfigError
 from cn_clip.training.params import Options
 from cn_clip.training.sampling import EpochSampler
-from cn_clip.training.trainer import Batch, TrainingData, ValidationData
+from cn_clip.training.trainer import TrainingData, ValidationData
 from cn_clip.training.validation import read_split
 
 
 def training_data(options: Options, resolution: int) -> TrainingData:
     """The training split; raises ConfigError when it holds less than one batch."""
-    tokenize = partial(tokenizer.tokenize, context_length=options.context_length)
-    dataset = PairDataset(options.train_data, image_transform(resolution), tokenize)
+    transform = image_transform(resolution)
+    dataset = PairDataset(
+        options.train_data, transform, tokenizer.tokenize, context_length=options.context_length, split="train"
+    )
     sampler = _sampler(options, len(dataset), options.batch_size, "--batch-size")
-    loader: DataLoader[Batch] = DataLoader(
+    loader = make_loader(
         dataset,
-        batch_sampler=sampler,
-        num_workers=options.num_workers,
-        collate_fn=collate_pairs,
+        options.batch_size,
+        options.num_workers,
+        sampler=sampler,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread if options.num_workers else None,
         # Its own generator: drawing the workers' seeds must not move the random state dropout depends on.
         generator=torch.Generator().manual_seed(options.seed),
     )
@@ -48,19 +43,7 @@ def validation_data(options: Options, resolution: int) -> ValidationData | None:
     return ValidationData(read_split(pairs, images.ids, options.context_length), loader, sampler)
 
 
-def collate_pairs(samples: list[tuple[Tensor, Tensor]]) -> Batch:
-    """Pixels (B, 3, R, R), and token ids (B, L) cut to the longest text of the batch."""
-    pixels, tokens = zip(*samples, strict=True)
-    tokens_BL = torch.stack(tokens)
-    longest = int(tokens_BL.ne(0).any(dim=0).nonzero().max()) + 1
-    return torch.stack(pixels), tokens_BL[:, :longest]
-
-
 def _sampler(options: Options, num_samples: int, batch_size: int, flag: str) -> EpochSampler:
     if num_samples < batch_size:
         raise ConfigError(f"{flag} {batch_size}: larger than the {num_samples} pairs of the data; choose a smaller one")
     return EpochSampler(num_samples, batch_size, seed=options.seed)
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)

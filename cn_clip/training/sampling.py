@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import Sampler
 
 
-class EpochSampler(Sampler[list[int]]):
-    """Batches of sample numbers for one epoch.
+class EpochSampler(Sampler[int]):
+    """Sample numbers of one epoch, whole batches of them.
 
     The order is the one of torch's DistributedSampler with the same seed, so that runs can be compared with
     Chinese-CLIP. The last batch is filled up with samples of the beginning. `start` batches are passed over.
@@ -27,11 +27,15 @@ class EpochSampler(Sampler[list[int]]):
         return self.num_batches * self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        return self.num_batches - self.start
+        return (self.num_batches - self.start) * self.batch_size
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.num_padded, generator=generator)
-        own = (order[self.rank :: self.world_size] % self.num_samples).tolist()
-        for batch in range(self.start, self.num_batches):
-            yield own[batch * self.batch_size : (batch + 1) * self.batch_size]
+        own = order[self.rank :: self.world_size] % self.num_samples
+        yield from own[self.start * self.batch_size :].tolist()
+
+    def batches(self) -> list[list[int]]:
+        """The sample numbers of each batch."""
+        numbers = list(self)
+        return [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cn_clip.clip.model import CLIP
+from cn_clip.data.datasets import Loader
 from cn_clip.errors import CnClipError
 from cn_clip.training import state
 from cn_clip.training.logs import logger
@@ -25,14 +25,12 @@ from cn_clip.training.sampling import EpochSampler
 from cn_clip.training.state import Position
 from cn_clip.training.validation import Split, Validation, validate
 
-Batch = tuple[Tensor, Tensor]
-
 
 @dataclass(frozen=True)
 class TrainingData:
     """Batches of (pixels, token ids) in the order of the sampler."""
 
-    loader: DataLoader[Batch]
+    loader: Loader[Any]
     sampler: EpochSampler
 
 
@@ -41,7 +39,7 @@ class ValidationData:
     """The validation split, its pictures in order, and the pairs of each validation batch."""
 
     split: Split
-    pixels: DataLoader[Any]
+    pixels: Loader[Any]
     sampler: EpochSampler
 
 
@@ -130,9 +128,9 @@ class Trainer:
             if _is_due(step + 1, self.options.save_step_frequency):
                 self._save([f"epoch_{epoch + 1}_{step + 1}.pt", state.LATEST], epoch)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, tokens in self.training.loader:
-            yield pixels.to(self.device, non_blocking=True), tokens.to(self.device, non_blocking=True)
+            yield pixels.to(self.device, non_blocking=True), cut_to_longest(tokens).to(self.device, non_blocking=True)
 
     def _set_training_mode(self) -> None:
         self.model.train()
@@ -234,6 +232,12 @@ class Trainer:
                 f"Saved checkpoint {path} (epoch {epoch + 1} @ {self.position.step} steps) "
                 f"(writing took {seconds} seconds)"
             )
+
+
+def cut_to_longest(tokens_BL: Tensor) -> Tensor:
+    """Token ids without the columns in which every row has padding."""
+    longest = int(tokens_BL.ne(0).any(dim=0).nonzero().max()) + 1
+    return tokens_BL[:, :longest]
 
 
 def _is_due(count: int, interval: int | None) -> bool:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from cn_clip.clip import tokenizer
 from cn_clip.clip.model import CLIP
+from cn_clip.data.datasets import preprocess_text
 from cn_clip.data.lmdb_store import PairStore
-from cn_clip.data.records import RecordId, preprocess_text
+from cn_clip.data.records import RecordId
 from cn_clip.errors import DataError
 from cn_clip.retrieval.recall import Recall, recall_from_features
 from cn_clip.training.loss import batch_accuracy, contrastive_loss, similarity_logits
@@ -113,7 +114,7 @@ def _in_batches(
     """Mean loss and mean accuracies over batches of pairs."""
     pairs_P2 = torch.tensor(split.pairs, device=images_ND.device)
     totals = torch.zeros(3, dtype=torch.float64)
-    for batch in sampler:
+    for batch in sampler.batches():
         image_B, text_B = pairs_P2[torch.tensor(batch)].unbind(1)
         logits = similarity_logits(images_ND[image_B], texts_TD[text_B], logit_scale.float().exp())
         values = [contrastive_loss(logits) * len(batch), *batch_accuracy(logits)]

@@ -1,0 +1,175 @@
+"""The pieces of training against values worked by hand and recorded from the reference."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from deterministic import SMALL_MODEL, state_dict, training_batches
+from torch.utils.data import DistributedSampler
+
+from cn_clip.clip import tokenizer
+from cn_clip.clip.model import CLIP
+from cn_clip.errors import ConfigError
+from cn_clip.training.loss import batch_accuracy, contrastive_loss, similarity_logits
+from cn_clip.training.optim import build_optimizer, clamp_logit_scale, learning_rate
+from cn_clip.training.params import Options
+from cn_clip.training.sampling import EpochSampler
+from cn_clip.training.trainer import Trainer, TrainingData, cut_to_longest
+from cn_clip.training.validation import Split, validate
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def small_model() -> CLIP:
+    model = CLIP(**SMALL_MODEL)
+    shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in state_dict(shapes).items()})
+    return model
+
+
+def test_loss_of_two_pairs_is_the_value_worked_by_hand() -> None:
+    logits = torch.tensor([[2.0, 0.0], [1.0, 3.0]])
+    rows = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-2))) / 2
+    columns = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-3))) / 2
+    assert contrastive_loss(logits).item() == pytest.approx((rows + columns) / 2)
+    assert [count.item() for count in batch_accuracy(logits)] == [2.0, 2.0]
+    wrong = torch.tensor([[0.0, 5.0], [1.0, 3.0]])
+    assert [count.item() for count in batch_accuracy(wrong)] == [1.0, 0.0]
+
+
+def test_loss_of_equal_logits_is_ln_of_the_batch() -> None:
+    unit = torch.nn.functional.normalize(torch.ones(8, 4), dim=-1)
+    logits = similarity_logits(unit, unit, torch.tensor(10.0))
+    assert contrastive_loss(logits).item() == pytest.approx(math.log(8))
+
+
+@pytest.mark.parametrize(("step", "rate"), [(0, 0.25), (3, 1.0), (4, 1.0), (6, 0.75), (8, 0.5), (10, 0.25), (12, 0.0)])
+def test_learning_rate_warms_up_linearly_and_falls_as_half_a_cosine(step: int, rate: float) -> None:
+    # With 4 warm-up steps of 12: (1 + cos(pi * (step - 4) / 8)) / 2; at 6 and 10 that is not a round number.
+    expected = {6: (1 + math.cos(math.pi / 4)) / 2, 10: (1 + math.cos(3 * math.pi / 4)) / 2}.get(step, rate)
+    assert learning_rate(step, base_lr=1.0, warmup=4, total_steps=12) == pytest.approx(expected)
+
+
+def test_norm_gains_of_the_picture_tower_do_not_decay_but_those_of_bert_do() -> None:
+    model = small_model()
+    optimizer = build_optimizer(model, lr=1.0, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
+    free, decayed = ({id(parameter) for parameter in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.2]
+    assert {id(model.logit_scale), id(model.visual.ln_pre.weight), id(model.bert.embeddings.LayerNorm.bias)} <= free
+    assert id(model.bert.embeddings.LayerNorm.weight) in decayed
+    assert len(free) + len(decayed) == len(list(model.parameters()))
+
+
+def test_logit_scale_is_kept_between_0_and_ln_100() -> None:
+    scale = torch.nn.Parameter(torch.tensor(7.0))
+    clamp_logit_scale(scale)
+    assert scale.item() == pytest.approx(4.6052)
+    scale.data.fill_(-1)
+    clamp_logit_scale(scale)
+    assert scale.item() == 0
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size", "epoch"), [(10, 4, 0), (12, 4, 3), (7, 7, 1)])
+def test_order_of_samples_is_that_of_torch_distributed_sampler(num_samples: int, batch_size: int, epoch: int) -> None:
+    sampler = EpochSampler(num_samples, batch_size, seed=123)
+    sampler.epoch = epoch
+    padded = -(-num_samples // batch_size) * batch_size
+    theirs = DistributedSampler(range(padded), num_replicas=1, rank=0, shuffle=True, seed=123)  # type: ignore[arg-type]
+    theirs.set_epoch(epoch)
+    assert list(sampler) == [index % num_samples for index in theirs]
+
+
+def test_sampler_started_later_gives_the_rest_of_the_same_order() -> None:
+    sampler = EpochSampler(10, 4, seed=1)
+    whole = list(sampler)
+    sampler.start = 1
+    assert list(sampler) == whole[4:]
+    assert len(sampler) == 8
+
+
+def test_texts_are_cut_to_the_longest_row() -> None:
+    tokens = torch.tensor([[101, 5, 102, 0, 0], [101, 102, 0, 0, 0]])
+    assert cut_to_longest(tokens).tolist() == [[101, 5, 102], [101, 102, 0]]
+
+
+class FixedBatches(list):  # type: ignore[type-arg]
+    """Stands for a loader."""
+
+
+def test_five_updates_give_the_losses_rates_and_weights_of_the_reference(tmp_path: Path) -> None:
+    golden = np.load(GOLDEN / "training.npz")
+    model = small_model()
+    options = Options(
+        train_data="", max_steps=5, warmup=2, lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-6, batch_size=8, precision="fp32"
+    )
+    optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
+    trainer = Trainer(
+        options,
+        model,
+        optimizer,
+        torch.amp.GradScaler("cpu", enabled=False),
+        TrainingData(FixedBatches(), EpochSampler(40, 8, seed=1)),  # type: ignore[arg-type]
+        None,
+        device=torch.device("cpu"),
+        autocast_dtype=None,
+        checkpoint_dir=tmp_path,
+    )
+    losses, rates = [], []
+    for step, (pixels, tokens) in enumerate(training_batches()):
+        result = trainer._step(step, torch.from_numpy(pixels), cut_to_longest(torch.from_numpy(tokens)))
+        losses.append(result.loss.item())
+        rates.append(optimizer.param_groups[0]["lr"])
+    np.testing.assert_allclose(losses, golden["losses"], rtol=2e-5)  # float32 sums in another order
+    np.testing.assert_allclose(rates, golden["rates"], rtol=1e-12)
+    for name in golden.files[2:]:
+        # Adam divides by the root of tiny squares: a rounding difference of a gradient near 0 moves a weight visibly.
+        np.testing.assert_allclose(model.state_dict()[name].numpy(), golden[name], atol=2e-4)
+
+
+def test_validation_equals_the_plain_computation() -> None:
+    model = small_model()
+    torch.manual_seed(0)
+    pixels = torch.randn(4, 3, 32, 32)
+    texts = tokenizer.encode(["猫", "一只白色的狗", "红色的自行车", "海边的日落", "狗"], 52)
+    pairs = [(0, 0), (1, 1), (2, 2), (3, 3), (1, 4), (0, 2)]
+    split = Split([10, 11, 12, 13], texts, pairs)
+    sampler = EpochSampler(6, 3, seed=5)
+    result = validate(model, split, [pixels[:3], pixels[3:]], sampler, torch.no_grad)
+    with torch.no_grad():
+        images, rows, scale = model.eval()(pixels[[0, 1, 2, 3, 1, 0]], tokenizer.pad([texts[t] for _, t in pairs], 10))
+    losses = [
+        contrastive_loss(similarity_logits(images[batch], rows[batch], scale)).item() for batch in sampler.batches()
+    ]
+    assert result.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
+    similarity = model(pixels, tokenizer.pad(texts, 10))
+    order = (similarity[1] @ similarity[0].T).argsort(dim=1, descending=True)
+    relevant = {0: {0}, 1: {1}, 2: {2, 0}, 3: {3}, 4: {1}}
+    first = [int(order[text][0]) in relevant[text] for text in range(5)]
+    assert result.text_to_image.at[1] == pytest.approx(sum(first) / 5)
+    assert result.text_to_image.at[5] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size: expected at least 1, got 0"),
+        ({"mask_ratio": 1.0}, "--mask-ratio"),
+        ({"context_length": 2}, "--context-length"),
+        ({"max_steps": 0}, "--max-steps"),
+        ({"accum_freq": 2}, "--accum-freq: not available"),
+        ({"distillation": True}, "--distillation: not available"),
+    ],
+)
+def test_settings_that_cannot_be_obeyed_are_refused(setting: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Options(train_data="x", **setting)  # type: ignore[arg-type]
+
+
+def test_adam_settings_depend_on_the_picture_tower() -> None:
+    large, resnet = Options(train_data="x", vision_model="ViT-L-14"), Options(train_data="x", vision_model="RN50")
+    assert (large.optimizer_setting("lr"), large.optimizer_setting("beta2")) == (4e-4, 0.98)
+    assert (resnet.optimizer_setting("lr"), resnet.optimizer_setting("beta2")) == (5e-4, 0.999)
+    assert resnet.optimizer_setting("eps") == 1e-8
+    assert Options(train_data="x", lr=1e-5).optimizer_setting("lr") == 1e-5
