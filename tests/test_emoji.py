@@ -145,6 +145,16 @@ def test_export_writes_named_pictures_and_a_table_of_captions(tmp_path: Path) ->
     assert f"{named('按键：*').number:04d}按键：.png" in files
 
 
+def test_export_becomes_a_dataset_by_its_table(tmp_path: Path) -> None:
+    table = emoji.export(tmp_path / "pictures")
+    args = ["--table", table, "--output", tmp_path / "out", "--splits", "train", "--split-ratio", "1"]
+    done = run_script("cn_clip/preprocess/dataset_from_folder.py", *args)
+    assert done.returncode == 0, done.stderr
+    texts = {row["text"]: row["image_ids"] for row in read_jsonl(tmp_path / "out" / "train_texts.jsonl")}
+    assert texts["熊猫"] == [named("熊猫").number]
+    assert set(texts) == {caption for one in emoji.load() for caption in emoji.captions(one)}
+
+
 def test_classes_are_disjoint_have_six_pictures_each_and_labels_known_to_the_captions() -> None:
     members = emoji.classify()
     assert len(members) == 26

@@ -1,0 +1,183 @@
+"""The picture grid: queries at the left, what they found at the right, as one PNG; drawn by the demo."""
+
+import zipfile
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib import resources
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from PIL import Image, ImageDraw, ImageFont
+
+from cn_clip.errors import ConfigError
+from cn_clip.jsonl import atomic_write
+
+Font: TypeAlias = ImageFont.FreeTypeFont
+
+# All lengths are in pixels.
+MARGIN, GAP, NOTE_GAP, FRAME = 32, 12, 4, 6
+QUERY_WIDTH, PICTURE, CELL_WIDTH = 340, 128, 172
+QUERY_SIZE, CAPTION_SIZE = 30, 18
+LINE_SPACING = 1.3  # of the size of the letters
+QUERY_LINES, CAPTION_LINES = 3, 2
+
+PAPER, INK, FAINT, RULE, RIGHT = "#ffffff", "#1f2328", "#6e7781", "#d8dee4", "#1a9f4b"
+NO_LINE_BEGINS_WITH = "，。、：；！？”’）》】,.:;!?)"
+SYSTEM_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "SourceHanSansSC-Regular.otf",
+    "wqy-zenhei.ttc",
+    "wqy-microhei.ttc",
+    "PingFang.ttc",
+    "STHeiti Light.ttc",
+    "msyh.ttc",
+    "simhei.ttf",
+)
+
+
+class Hit(NamedTuple):
+    """One found picture: file bytes or a PIL picture, what stands under it, and whether it is the right answer."""
+
+    picture: bytes | Image.Image
+    caption: str
+    is_right: bool
+
+
+Row: TypeAlias = tuple[str, Sequence[Hit | tuple[bytes | Image.Image, str, bool]]]
+
+
+def draw_grid(rows: Sequence[Row], path: Path) -> None:
+    """Writes a PNG: a row for each (query, hits in rank order), a green frame round the right hits.
+
+    Under a query stands the rank of its first right hit, if there is one. Long texts end in "…".
+    Raises ConfigError without rows or without hits, DataError when the folder of `path` does not exist.
+    """
+    table = [(query, [Hit(*hit) for hit in hits]) for query, hits in rows]
+    num_hits = max((len(hits) for _, hits in table), default=0)
+    if not num_hits:
+        raise ConfigError("picture grid: expected at least one query with one found picture")
+    texts = [text for query, hits in table for text in (query, *(hit.caption for hit in hits))]
+    sheet = _Sheet(len(table), num_hits, texts)
+    for index, (query, hits) in enumerate(table):
+        sheet.draw_query(index, query, _rank_note(hits))
+        for place, hit in enumerate(hits):
+            sheet.draw_hit(index, place, hit)
+    with atomic_write(path, "wb") as stream:
+        sheet.image.save(stream, "PNG", optimize=True)
+
+
+def _rank_note(hits: Sequence[Hit]) -> str:
+    ranks = [rank for rank, hit in enumerate(hits, start=1) if hit.is_right]
+    return f"第 {ranks[0]} 位 / rank {ranks[0]}" if ranks else ""
+
+
+class _Sheet:
+    """The picture being drawn, and where its rows and cells lie."""
+
+    def __init__(self, num_rows: int, num_hits: int, texts: Iterable[str]) -> None:
+        data = _font_for("".join(texts))
+        self.query_font, self.caption_font = _sized(data, QUERY_SIZE), _sized(data, CAPTION_SIZE)
+        self.row_height = PICTURE + 2 * FRAME + 2 * GAP + round(CAPTION_LINES * CAPTION_SIZE * LINE_SPACING) + GAP
+        width = 2 * MARGIN + QUERY_WIDTH + num_hits * CELL_WIDTH
+        self.image = Image.new("RGB", (width, 2 * MARGIN + num_rows * self.row_height), PAPER)
+        self.pen = ImageDraw.Draw(self.image)
+
+    def top(self, row: int) -> int:
+        """Where a row begins, below its rule."""
+        return MARGIN + row * self.row_height
+
+    def draw_query(self, row: int, query: str, note: str) -> None:
+        """Writes the query beside the middle of the row's pictures, the note under it; rules rows off."""
+        if row:
+            self.pen.line([(MARGIN, self.top(row)), (self.image.width - MARGIN, self.top(row))], fill=RULE, width=2)
+        lines = wrap(query, self.query_font, QUERY_WIDTH - 2 * GAP, max_lines=QUERY_LINES)
+        leading = QUERY_SIZE * LINE_SPACING
+        height = len(lines) * leading + (CAPTION_SIZE * LINE_SPACING if note else 0)
+        y = self.top(row) + GAP + FRAME + (PICTURE - height) / 2
+        for line in lines:
+            self.pen.text((MARGIN, y), line, font=self.query_font, fill=INK)
+            y += leading
+        self.pen.text((MARGIN, y + NOTE_GAP), note, font=self.caption_font, fill=RIGHT)
+
+    def draw_hit(self, row: int, place: int, hit: Hit) -> None:
+        """Draws one picture in the middle of its cell, its frame when it is right, its caption beneath."""
+        left = MARGIN + QUERY_WIDTH + place * CELL_WIDTH + (CELL_WIDTH - PICTURE) // 2
+        top = self.top(row) + GAP + FRAME
+        self.image.paste(_fitted(hit.picture), (left, top))
+        if hit.is_right:
+            box = (left - FRAME - 2, top - FRAME - 2, left + PICTURE + FRAME + 1, top + PICTURE + FRAME + 1)
+            self.pen.rounded_rectangle(box, radius=FRAME + 4, outline=RIGHT, width=FRAME)
+        middle, y = left + PICTURE / 2, float(top + PICTURE + FRAME + GAP)
+        for line in wrap(hit.caption, self.caption_font, CELL_WIDTH - GAP, max_lines=CAPTION_LINES):
+            x = middle - self.caption_font.getlength(line) / 2
+            self.pen.text((x, y), line, font=self.caption_font, fill=INK if hit.is_right else FAINT)
+            y += CAPTION_SIZE * LINE_SPACING
+
+
+def _fitted(picture: bytes | Image.Image) -> Image.Image:
+    """The whole picture on a white square of PICTURE pixels a side."""
+    image = Image.open(BytesIO(picture)) if isinstance(picture, bytes) else picture
+    drawing = image.convert("RGBA")
+    scale = PICTURE / max(drawing.size)
+    size = (max(1, round(drawing.width * scale)), max(1, round(drawing.height * scale)))
+    square = Image.new("RGBA", (PICTURE, PICTURE), PAPER)
+    corner = ((PICTURE - size[0]) // 2, (PICTURE - size[1]) // 2)
+    square.alpha_composite(drawing.resize(size, Image.Resampling.LANCZOS), corner)
+    return square.convert("RGB")
+
+
+def wrap(text: str, font: Font, width: float, *, max_lines: int) -> list[str]:
+    """Lines of at most `width` pixels, broken between any two characters but before closing punctuation.
+
+    What does not fit into `max_lines` is cut, and the last line then ends in "…".
+    """
+    lines = [""]
+    for character in " ".join(text.split()):
+        if _may_follow(lines[-1], character, font, width):
+            lines[-1] += character
+        elif len(lines) > max_lines:
+            break
+        else:
+            lines.append(character.lstrip())
+    if len(lines) <= max_lines:
+        return lines
+    last = lines[max_lines - 1]
+    while last and font.getlength(last + "…") > width:
+        last = last[:-1]
+    return [*lines[: max_lines - 1], last + "…"]
+
+
+def _may_follow(line: str, character: str, font: Font, width: float) -> bool:
+    """Whether the character still stands on the line; one closing punctuation mark may hang over."""
+    if not line or font.getlength(line + character) <= width:
+        return True
+    return character in NO_LINE_BEGINS_WITH and font.getlength(line) <= width
+
+
+@cache
+def _embedded_font() -> tuple[bytes, frozenset[str]]:
+    """(the font file, the characters it has)."""
+    data = resources.files("cn_clip.demo").joinpath("noto_sans_sc.zip").read_bytes()
+    with zipfile.ZipFile(BytesIO(data)) as archive:
+        return archive.read("font.ttf"), frozenset(archive.read("characters.txt").decode())
+
+
+def _font_for(text: str) -> bytes | str:
+    """The embedded font, so that grids look the same everywhere; one of the system when it lacks a character."""
+    data, has = _embedded_font()
+    if has.issuperset(text.replace("\n", " ")):
+        return data
+    return next((name for name in SYSTEM_FONTS if _is_installed(name)), data)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        ImageFont.truetype(name, CAPTION_SIZE)
+    except OSError:
+        return False
+    return True
+
+
+def _sized(font: bytes | str, size: int) -> Font:
+    return ImageFont.truetype(BytesIO(font) if isinstance(font, bytes) else font, size)
