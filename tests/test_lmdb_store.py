@@ -118,12 +118,14 @@ def test_a_pickled_store_reads_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_reads_with_its_own_handle(tmp_path: Path) -> None:
     store = ImageStore(small_split(tmp_path / "train") / "imgs")
     another = ImageStore(tmp_path / "train" / "imgs")
+    parents_handle = store._reader._env()
     child = os.fork()
     if child == 0:
-        good = store.picture(10) == b"ABC" == another.picture(10)
+        good = store.picture(10) == b"ABC" == another.picture(10) and store._reader._env() is not parents_handle
         os._exit(0 if good else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert store.picture(10) == b"ABC"
