@@ -155,3 +155,17 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match="has no lines"):
         read_features(tmp_path / "empty.jsonl", "image_id")
+
+
+@pytest.mark.parametrize("byte", [byte for byte in range(256) if not 48 <= byte <= 57])
+def test_a_byte_that_is_no_digit_is_never_taken_for_one(byte: int) -> None:
+    digits = b"0.123456789012345678901234"
+    for position in range(2, len(digits)):
+        token = digits[:position] + bytes([byte]) + digits[position + 1 :]
+        try:
+            expected = [json.loads(part) for part in token.split(b",")]
+        except ValueError:
+            with pytest.raises(ValueError, match="expected a number"):
+                parse_rows([token])
+        else:
+            np.testing.assert_array_equal(parse_rows([token])[0], as_float32([str(part) for part in expected]))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from cn_clip import command
-from cn_clip.errors import ConfigError
+from cn_clip.errors import ConfigError, DataError
 from cn_clip.jsonl import atomic_write, dumps
 
 if TYPE_CHECKING:
@@ -60,14 +60,15 @@ def run(options: Options) -> None:
     say.params(options)
     device = choose_device(options.device)
     searched, paths = _OTHER[options.query], {"image": options.image_feats, "text": options.text_feats}
-    started = time.perf_counter()
-    say(f"Begin to load {searched} features...")
-    gallery = read_features(paths[searched], _ID_FIELDS[searched], progress=True)
-    say(f"Finished loading {searched} features.")
-    say(f"Begin to compute top-{options.top_k} predictions for {options.query}s...")
-    queries = read_features(paths[options.query], _ID_FIELDS[options.query], progress=True)
-    loaded = time.perf_counter()
     with atomic_write(options.output) as stream:
+        started = time.perf_counter()
+        say(f"Begin to load {searched} features...")
+        gallery = read_features(paths[searched], _ID_FIELDS[searched], progress=True)
+        say(f"Finished loading {searched} features.")
+        say(f"Begin to compute top-{options.top_k} predictions for {options.query}s...")
+        queries = read_features(paths[options.query], _ID_FIELDS[options.query], progress=True)
+        _check_alike(queries, gallery, options)
+        loaded = time.perf_counter()
         for query_id, found in _ranked(queries, gallery, options, device):
             stream.write(dumps({_ID_FIELDS[options.query]: query_id, f"{_ID_FIELDS[searched]}s": found}) + "\n")
     say(f"Top-{options.top_k} predictions are saved in {options.output}")
@@ -75,6 +76,15 @@ def run(options: Options) -> None:
     counts = {"num_queries": len(queries.ids), "num_searched": len(gallery.ids), "top_k": options.top_k}
     seconds = {"load_seconds": loaded - started, "search_seconds": time.perf_counter() - loaded}
     say.result({"output": options.output, "query": options.query, **counts, **seconds})
+
+
+def _check_alike(queries: "Features", gallery: "Features", options: Options) -> None:
+    wide, other = queries.vectors.shape[1], gallery.vectors.shape[1]
+    if wide != other:
+        raise DataError(
+            f"{options.image_feats} and {options.text_feats}: the {options.query} features have {wide} numbers, "
+            f"the others {other}; extract both with the same model"
+        )
 
 
 def _ranked(
