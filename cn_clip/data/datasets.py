@@ -269,7 +269,8 @@ def make_loader(
 ) -> Loader[ItemT]:
     """Batches of a dataset in its order, or in the order of `sampler`, decoded by `num_workers` processes.
 
-    generator: draws the seeds of the workers, in place of torch's random state. Raises ConfigError for a batch size below 1 or fewer than 0 workers.
+    generator: draws the seeds of the workers, in place of torch's random state. Raises ConfigError for a batch size
+    below 1 or fewer than 0 workers.
     """
     if batch_size < 1 or num_workers < 0:
         raise ConfigError(f"expected a batch size of 1 or more and 0 or more workers, got {batch_size}, {num_workers}")
