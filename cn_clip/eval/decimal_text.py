@@ -12,7 +12,7 @@ Words = NDArray[np.uint64]
 Positions = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
-_JSON_NUMBER = re.compile(rb"\s*-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?\s*")
+_JSON_NUMBER = re.compile(rb"[ \t\r\n]*-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?[ \t\r\n]*")
 _COMMA, _SPACE, _MINUS, _ZERO, _POINT = b", -0."
 _DIGITS_READ = 24
 _ASCII_ZEROS = np.uint64(0x3030303030303030)
