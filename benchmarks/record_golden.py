@@ -86,7 +86,7 @@ def pictures() -> dict[str, bytes]:
     alpha = Image.fromarray(picture_bytes(4, 40, 52)[:, :, 0])
     rgba = base.copy()
     rgba.putalpha(alpha)
-    grey16 = Image.fromarray((picture_bytes(5, 40, 52)[:, :, 0].astype(np.uint16) * 257))
+    grey16 = Image.fromarray(picture_bytes(5, 40, 52)[:, :, 0].astype(np.uint16) * 257)
     exif = Image.Exif()
     exif[0x0112] = 6
     transparent_palette = base.quantize(16)

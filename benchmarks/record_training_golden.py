@@ -3,6 +3,7 @@
 REFERENCE/bin/python benchmarks/record_training_golden.py
 """
 
+# ruff: noqa: I001  (the shim comes before anything that imports torchvision)
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
-import reference_shim  # noqa: E402, F401  (before anything that imports torchvision)
+import reference_shim  # noqa: E402, F401
 import torch  # noqa: E402
 from deterministic import SMALL_MODEL, state_dict, training_batches  # noqa: E402
 

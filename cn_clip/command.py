@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from cn_clip.errors import CnClipError
 
@@ -39,7 +39,7 @@ def execute(run: Callable[[OptionsT], int | None], options: type[OptionsT], args
         sys.exit(status)
 
 
-def _fail(error: CnClipError, *, status: int) -> Any:
+def _fail(error: CnClipError, *, status: int) -> NoReturn:
     print(f"错误 / error: {error}", file=sys.stderr)
     sys.exit(status)
 

@@ -60,7 +60,7 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: invalid UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
         raise DataError(f"{where}: not valid JSON ({error}); expected one JSON object a line") from error
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}")

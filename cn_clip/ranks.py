@@ -58,4 +58,5 @@ def cpu_has_bf16() -> bool:
     """Whether bfloat16 products run in hardware (AVX-512 BF16 or AMX)."""
     import torch
 
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(check() for check in checks if check is not None)  # private functions, absent on some builds

@@ -261,3 +261,20 @@ def test_importing_the_package_costs_little_beside_torch() -> None:
     assert "cn_clip" in imported
     # Must be at most 0.4 s; about 0.02 s on an idle machine.
     assert min(seconds, import_probe()[0] if seconds > 0.4 else seconds) <= 0.4
+
+
+LOADING_PROBE = """
+import sys
+import torch, cn_clip.clip
+cn_clip.clip.load_from_name(sys.argv[1], device="cpu")
+print(*[name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
+"""
+
+
+def test_loading_a_model_draws_no_random_numbers_and_imports_no_compiler(small_file: Path) -> None:
+    before = torch.get_rng_state()
+    open_model(small_file)
+    assert torch.equal(torch.get_rng_state(), before)
+    arguments = [sys.executable, "-c", LOADING_PROBE, str(small_file)]
+    answer = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert answer.stdout.splitlines()[-1] == ""

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cn_clip.errors import DataError
-from cn_clip.eval.recall import Recall, recall_at_k, recall_from_features
+from cn_clip.retrieval.recall import Recall, recall_at_k, recall_from_features
 
 # Similarity of 4 pictures (rows) to 8 texts (columns).
 SIMILARITY = np.array(

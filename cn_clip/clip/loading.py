@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cn_clip import zoo
 from cn_clip.clip import hub
@@ -75,12 +76,23 @@ def choose_config(
 
 def build(config: zoo.ModelConfig, checkpoint: Checkpoint) -> CLIP:
     """A float32 model in eval mode holding the checkpoint's tensors; float32 ones are shared, not copied."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoRandomNumbers():
         model = CLIP.from_config(config)
     fitted = fit(checkpoint.state_dict, model.state_dict(), checkpoint.path)
     full = {key: value.float() if value.is_floating_point() else value for key, value in fitted.items()}
     model.load_state_dict(full, assign=True)
     return model.eval()
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """Leaves out drawing and scaling random numbers, which on the meta device imports PyTorch's compiler: a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (nn.init.normal_, nn.init.xavier_uniform_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        if func in (Tensor.normal_, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.div, Tensor.__truediv__):
+            return args[0]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 def load_from_name(

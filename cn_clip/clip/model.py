@@ -53,7 +53,8 @@ class CLIP(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type of the weights, and of the features."""
-        return self.visual.conv1.weight.dtype
+        dtype: torch.dtype = self.visual.conv1.weight.dtype
+        return dtype
 
     @property
     def resolution(self) -> int:
@@ -136,7 +137,7 @@ def _picture_tower(config: VisionConfig) -> ModifiedResNet | VisualTransformer:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=-1, keepdim=True)
+    return rows.div(rows.norm(dim=-1, keepdim=True))
 
 
 def convert_weights(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:

@@ -13,9 +13,10 @@ from importlib import resources
 from io import BytesIO
 from pathlib import Path
 
+from cn_clip.data.records import text_line
 from cn_clip.errors import ConfigError
 from cn_clip.eval.templates import fill, load_templates
-from cn_clip.jsonl import atomic_write, dumps
+from cn_clip.jsonl import atomic_write
 
 MAX_TAGS = 6  # a caption of all tags of a much-tagged emoji would not fit into the 52 tokens of a text
 _UNFIT_FOR_FILE_NAMES = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
@@ -165,7 +166,7 @@ def write_dataset(folder: Path, *, seed: int = 0) -> None:
             stream.writelines(f"{emoji.number}\t{base64.b64encode(emoji.picture).decode()}\n" for emoji in found)
         with atomic_write(folder / f"{split}_texts.jsonl") as stream:
             for text_id, (text, image_ids) in enumerate(sentences.items(), start=1):
-                stream.write(dumps({"text_id": text_id, "text": text, "image_ids": image_ids}) + "\n")
+                stream.write(text_line(text_id, text, list(image_ids)))
 
 
 def classify(classes: Mapping[str, Rule] = CLASSES) -> dict[str, list[Emoji]]:

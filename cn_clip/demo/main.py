@@ -113,9 +113,13 @@ class Tour:
         standard = self.data / ("valid_texts.jsonl" if by_text else "valid_texts.tr.jsonl")
         predictions = self.data / ("valid_predictions.jsonl" if by_text else "valid_tr_predictions.jsonl")
         result = self.data / ("valid_result.json" if by_text else "valid_tr_result.json")
-        features = ("--image-feats", self.data / "valid_imgs.img_feat.jsonl")
-        features += ("--text-feats", self.data / "valid_texts.txt_feat.jsonl")
-        self._call("topk", make_topk_predictions, *features, "--query", query, "--top-k", 10, "--output", predictions)
+        self._call(
+            "topk",
+            make_topk_predictions,
+            *("--image-feats", self.data / "valid_imgs.img_feat.jsonl"),
+            *("--text-feats", self.data / "valid_texts.txt_feat.jsonl"),
+            *("--query", query, "--top-k", 10, "--output", predictions),
+        )
         if not by_text:
             transform_ir_annotation_to_tr.main(["--input", str(self.data / "valid_texts.jsonl")])
         self._call("recall", evaluation, standard, predictions, result, "--query", query)

@@ -81,7 +81,7 @@ def evaluate(standard: str, submit: str, *, query: Direction = "text") -> dict[s
     Every query of the annotation counts, also one without relevant ids (which nothing can find). Raises DataError
     with the first fault, in the order and the words of Chinese-CLIP where it has words.
     """
-    from cn_clip.eval.recall import recall_at_k
+    from cn_clip.retrieval.recall import recall_at_k
 
     relevant = read_annotation(standard, query=query)
     predicted = read_predictions(submit, relevant, query=query)

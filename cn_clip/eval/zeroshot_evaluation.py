@@ -145,9 +145,10 @@ def _reordered(probabilities_NC: "Rows", index: str) -> "Rows":
         return probabilities_NC
     try:
         order = json.loads(Path(index).read_text(encoding="utf-8"))
-        return probabilities_NC[order]
+        reordered: Rows = probabilities_NC[order]
     except (OSError, ValueError, IndexError) as error:
         raise DataError(f"{index}: expected a JSON list of picture numbers ({error})") from error
+    return reordered
 
 
 def write_elevater(options: Options, backend: "Backend", probabilities_NC: "Rows") -> Path:

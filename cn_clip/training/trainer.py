@@ -145,7 +145,7 @@ class Trainer:
             image_BD, text_BD, scale = self.model(pixels_B3RR, tokens_BL, self.options.mask_ratio)
             logits_BB = similarity_logits(image_BD, text_BD, scale)
             loss = contrastive_loss(logits_BB)
-        self.scaler.scale(loss).backward()
+        torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         clamp_logit_scale(self.model.logit_scale)

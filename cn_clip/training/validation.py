@@ -94,7 +94,7 @@ def _joined(batches: Iterator[Tensor]) -> Tensor:
 
 def unit(rows: Tensor) -> Tensor:
     """Rows divided by their length."""
-    return rows / rows.norm(dim=-1, keepdim=True)
+    return torch.nn.functional.normalize(rows, dim=-1)
 
 
 def _text_features(model: CLIP, tokens: list[list[int]], batch_size: int) -> Tensor:
