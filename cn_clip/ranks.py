@@ -1,6 +1,7 @@
 """Where this process runs: device, mixed precision type, rank among its peers."""
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cn_clip.errors import ConfigError
@@ -58,5 +59,7 @@ def cpu_has_bf16() -> bool:
     """Whether bfloat16 products run in hardware (AVX-512 BF16 or AMX)."""
     import torch
 
-    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return any(check() for check in checks if check is not None)  # private functions, absent on some builds
+    # Private functions, absent on some builds.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    checks: list[Callable[[], bool]] = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
+    return any(check() for check in checks)
