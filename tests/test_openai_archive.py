@@ -176,7 +176,7 @@ def test_load_initialises_both_towers_and_the_scale(
     state = loaded.state_dict()
     assert loaded is model
     assert not loaded.training
-    assert float(loaded.logit_scale) == 4.25
+    assert loaded.logit_scale.item() == 4.25
     for key, value in state.items():
         if key.startswith("visual."):
             assert torch.equal(value, openai[key].float()), key
