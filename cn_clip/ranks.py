@@ -33,8 +33,8 @@ def choose_device(name: str = "auto") -> "torch.device":
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device: expected auto, cpu, cuda, cuda:N or mps, got {name!r}") from error
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if device.type in available and not available[device.type]():
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.type, True):
         raise ConfigError(f"device: {name} was asked for, but PyTorch finds none here; use --device cpu")
     return device
 

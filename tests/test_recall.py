@@ -27,8 +27,8 @@ def test_recall_both_ways_worked_by_hand() -> None:
     # With unit vectors as pictures the features give SIMILARITY itself.
     found = recall_from_features(np.eye(4, dtype=np.float32), SIMILARITY.T.copy(), PAIRS, ks=(1, 2, 3, 5))
     # Picture 0 finds text 0 first. Picture 1 ranks 0, 1: text 1 second. Picture 2 ranks 7, 6: text 6 second.
-    # Picture 3 has no text: it can find none.
-    assert found.image_to_text.at == {1: 1 / 4, 2: 3 / 4, 3: 3 / 4, 5: 3 / 4}
+    # Picture 3 has no text: it is no query, as it stands in no picture-to-text annotation.
+    assert found.image_to_text.at == {1: 1 / 3, 2: 3 / 3, 3: 3 / 3, 5: 3 / 3}
     # The texts rank the pictures, equal ones by position, and find the right one:
     # 0: 0 1 3 2, right 0, first   1: 1 3 0 2, right 1, first  2: 1 3 2 0, right 2, third  3: 1 3 2 0, right 2, third
     # 4: 3 1 2 0, right 0, fourth  5: 2 3 0 1, no right one    6: 2 0 3 1, right 2, first  7: 2 0 3 1, right 1, fourth
@@ -63,14 +63,16 @@ def test_the_mean_rounds_as_a_plain_sum_on_every_python(hits: list[int]) -> None
 def test_features_and_rankings_give_the_same_recall(data: st.DataObject) -> None:
     num_images, num_texts = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))
     cell = st.tuples(st.integers(0, num_images - 1), st.integers(0, num_texts - 1))
-    pairs = data.draw(st.lists(cell, max_size=20))
+    pairs = data.draw(st.lists(cell, min_size=1, max_size=20))
     generator = np.random.default_rng(data.draw(st.integers(0, 1000)))
     images = generator.integers(-2, 3, (num_images, 3)).astype(np.float32)
     texts = generator.integers(-2, 3, (num_texts, 3)).astype(np.float32)
     found = recall_from_features(images, texts, np.array(pairs, dtype=np.int64), ks=(1, 3, 10))
     ranked = np.argsort(-(images @ texts.T), axis=1, kind="stable").tolist()
     relevant = [{text for image, text in pairs if image == row} for row in range(num_images)]
-    assert found.image_to_text == recall_at_k(ranked, relevant, ks=(1, 3, 10))
+    described = [row for row in range(num_images) if relevant[row]]
+    expected = recall_at_k([ranked[row] for row in described], [relevant[row] for row in described], ks=(1, 3, 10))
+    assert found.image_to_text == expected
 
 
 def test_tensors_of_any_float_type_give_the_recall_of_their_float32_values() -> None:

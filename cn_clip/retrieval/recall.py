@@ -70,8 +70,9 @@ def recall_from_features(
 
     images_ND, texts_MD: finite, unit rows for cosine similarity; tensors may be of any float type and are compared as
     float32 on their device, without gradients. pairs_P2: the relevant (picture row, text row) pairs, in any order.
-    Rows without a pair count as queries that found nothing. Raises DataError for a pair outside the rows, and without
-    pictures or texts.
+    A text without a pair counts as a query that found nothing; a picture without one is no query, only something to
+    find, as in the picture-to-text annotation of Chinese-CLIP. Raises DataError for a pair outside the rows, without
+    pictures or texts, and without pairs.
     """
     images, texts = _as_rows(images_ND), _as_rows(texts_MD)
     if not len(images) or not len(texts):
@@ -80,9 +81,10 @@ def recall_from_features(
     if len(pairs) and (pairs.min() < 0 or (pairs.max(axis=0) >= (len(images), len(texts))).any()):
         raise DataError(f"recall: a pair lies outside the {len(images)} pictures and {len(texts)} texts")
     device = "cpu" if isinstance(images_ND, np.ndarray) else images_ND.device
+    described, query = np.unique(pairs[:, 0], return_inverse=True)
     return RecallBothWays(
         text_to_image=_one_way(texts, images, pairs[:, ::-1], ks, device),
-        image_to_text=_one_way(images, texts, pairs, ks, device),
+        image_to_text=_one_way(images[described], texts, np.stack([query, pairs[:, 1]], axis=1), ks, device),
     )
 
 
