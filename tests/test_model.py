@@ -136,7 +136,7 @@ def test_the_flash_attention_switch_is_accepted_and_changes_nothing() -> None:
 # --- masking ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ratio", "kept"), [(0.5, 8), (0.25, 12), (0.9, 1), (0.99, 0)])
+@pytest.mark.parametrize(("ratio", "kept"), [(0.5, 8), (0.25, 12), (0.9, 1), (0.94, 0)])
 def test_masking_keeps_the_class_token_and_its_share_of_patches(ratio: float, kept: int) -> None:
     x = torch.arange(17.0).expand(3, 17)[..., None].clone()
     masked = keep_random_patches(x, ratio)[..., 0]
