@@ -1,0 +1,151 @@
+"""Where this package means to differ from Chinese-CLIP and no other test says so; rows of docs/differences.md."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cn_clip import ranks
+from cn_clip.clip import load_from_name
+from cn_clip.command import Speaker
+from cn_clip.data.lmdb_store import Pair, SplitWriter
+from cn_clip.demo import emoji
+from cn_clip.errors import CheckpointError, CnClipError, ConfigError
+from cn_clip.eval.backends import open_backend
+from cn_clip.training import main as training
+from cn_clip.training.params import Options
+from tests.dataset_files import tsv_line
+from tests.tiny_models import tiny_model
+
+NUM_PAIRS = 12
+BATCH = 4
+RATE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def split_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve emoji pictures, each with its name, as LMDB."""
+    folder = tmp_path_factory.mktemp("split")
+    with SplitWriter(folder) as writer:
+        for one in emoji.load()[:NUM_PAIRS]:
+            writer.put_image(one.number, tsv_line(one.number, emoji.png(one)).split(b"\t")[1].strip())
+            writer.put_pair(Pair(one.number, one.number, one.name))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def same_random_state() -> Iterator[None]:
+    """Runs seed torch; other tests shall not notice."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    torch.set_num_threads(threads)
+
+
+def run(split_folder: Path, logs: Path, **settings: Any) -> str:
+    """Trains the small model in this process and returns its log."""
+    small: dict[str, Any] = {"vision_model": "ViT-Tiny-64", "text_model": "BERT-Tiny-chinese", "precision": "fp32"}
+    alone: dict[str, Any] = {"num_workers": 0, "valid_num_workers": 0, "device": "cpu", "num_threads": 1}
+    quick: dict[str, Any] = {
+        "batch_size": BATCH,
+        "valid_batch_size": BATCH,
+        "warmup": 0,
+        "lr": RATE,
+        "log_interval": 1,
+        "logs": str(logs),
+    }
+    data = {"train_data": str(split_folder), "val_data": str(split_folder)}
+    training.run(Options(**{**data, **small, **alone, **quick, **settings}))
+    (log,) = (logs / settings["name"]).glob("out_*.log")
+    return log.read_text(encoding="utf-8")
+
+
+def checkpoint(logs: Path, name: str) -> dict[str, Any]:
+    path = logs / name / "checkpoints" / "epoch_latest.pt"
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    return content
+
+
+def test_models_on_the_cpu_keep_every_bit_of_their_float32_weights(tmp_path: Path) -> None:
+    model = tiny_model()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pt")
+    loaded, _ = load_from_name(str(tmp_path / "model.pt"), device="cpu")
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
+    weight = loaded.visual.conv1.weight
+    assert not torch.equal(weight, weight.half().float())  # the test would not see rounding otherwise
+
+
+def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path: Path) -> None:
+    torch.save({"state_dict": tiny_model().state_dict()}, tmp_path / "model.pt")
+    opened = open_backend(
+        str(tmp_path / "model.pt"), vision=None, text=None, device="cpu", precision="amp", say=Speaker(quiet=True)
+    )
+    assert (opened.resolution, opened.embed_dim) == (32, 24)
+
+
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, None)])
+def test_amp_on_a_cpu_is_bfloat16_where_the_hardware_has_it(
+    has_bf16: bool, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "cpu_has_bf16", lambda: has_bf16)
+    assert ranks.autocast_dtype("amp", torch.device("cpu")) is dtype
+    assert ranks.autocast_dtype("amp", torch.device("cuda")) is torch.float16
+
+
+def test_skip_scheduler_keeps_the_rate_that_the_cosine_would_lower(split_folder: Path, tmp_path: Path) -> None:
+    off = {"valid_epoch_interval": -1, "max_steps": 3}
+    run(split_folder, tmp_path, name="kept", skip_scheduler=True, **off)
+    run(split_folder, tmp_path, name="lowered", **off)
+    rates = [checkpoint(tmp_path, name)["optimizer"]["param_groups"][0]["lr"] for name in ("kept", "lowered")]
+    assert rates == [RATE, pytest.approx(RATE / 4)]  # cosine at step 2 of 3: (1 + cos 120 degrees) / 2
+
+
+def test_an_interval_of_minus_one_never_validates(split_folder: Path, tmp_path: Path) -> None:
+    log = run(split_folder, tmp_path, name="x", valid_step_interval=-1, valid_epoch_interval=-1, max_steps=1)
+    assert "Global Steps: 1/1" in log
+    assert "Validation" not in log
+
+
+def test_validation_logs_recall_over_the_whole_split(split_folder: Path, tmp_path: Path) -> None:
+    log = run(split_folder, tmp_path, name="x", max_epochs=1)
+    line = (
+        r"Validation Recall \(epoch 1 @ 3 steps\) \| 12 images, 12 texts \| "
+        r"Text2Image R@1: [\d.]+ R@5: [\d.]+ R@10: [\d.]+ \| Image2Text R@1: [\d.]+ R@5: [\d.]+ R@10: [\d.]+"
+    )
+    assert re.search(line, log)
+
+
+def test_a_missing_resume_file_stops_the_run(split_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"--resume absent.pt: no such file; training stops"):
+        run(split_folder, tmp_path, name="x", resume="absent.pt")
+    assert list((tmp_path / "x" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["batch_size", "valid_batch_size"])
+def test_a_batch_larger_than_the_data_stops_the_run(flag: str, split_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')} 13: larger than the 12 pairs"):
+        run(split_folder, tmp_path, name="x", **{flag: 13})
+
+
+def test_a_run_stopped_inside_an_epoch_goes_on_with_the_next_batch(split_folder: Path, tmp_path: Path) -> None:
+    settings = {"skip_scheduler": True, "valid_epoch_interval": -1}
+    run(split_folder, tmp_path / "whole", name="x", max_steps=5, **settings)
+    run(split_folder, tmp_path / "parts", name="x", max_steps=2, **settings)
+    (tmp_path / "parts" / "x").joinpath("first").mkdir()
+    for log in (tmp_path / "parts" / "x").glob("out_*.log"):
+        log.rename(log.parent / "first" / log.name)
+    log = run(split_folder, tmp_path / "parts", name="x", max_steps=5, **settings)
+    assert re.findall(r"Global Steps: (\d)/5", log) == ["3", "4", "5"]
+    whole, parts = checkpoint(tmp_path / "whole", "x"), checkpoint(tmp_path / "parts", "x")
+    assert (whole["epoch"], whole["step"]) == (parts["epoch"], parts["step"]) == (2, 5)
+    assert all(torch.equal(parts["state_dict"][key], value) for key, value in whole["state_dict"].items())
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_the_last_checkpoint_intact(
+    split_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CnClipError, match=r"the loss is nan.*lower --lr"):
+        run(split_folder, tmp_path, name="x", lr=1e30, max_steps=9, valid_epoch_interval=-1)
