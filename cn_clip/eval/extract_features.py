@@ -10,6 +10,8 @@ from cn_clip.zoo import TextName, VisionName
 
 if TYPE_CHECKING:
     from cn_clip.clip.encoder import Encoder
+    from cn_clip.data.datasets import ImageDataset
+    from cn_clip.data.records import RecordId
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class Options:
             raise ConfigError("give --extract-image-feats, --extract-text-feats, or both")
         if self.resume is None:
             raise ConfigError("--resume: expected a checkpoint file, or a model's name such as ViT-B-16")
-        for name in ("img_batch_size", "text_batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
+        for name, least in (("img_batch_size", 1), ("text_batch_size", 1), ("context_length", 3), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
 
 
 def run(options: Options) -> None:
@@ -78,36 +80,54 @@ def run(options: Options) -> None:
         say=say,
     )
     encoder = Encoder(backend, context_length=options.context_length)
+    # Both are opened before either is worked on: a wrong path is told at once, not after minutes.
+    pictures = _open_pictures(options, encoder, say) if options.extract_image_feats else None
+    texts = _open_texts(options, say) if options.extract_text_feats else None
     result: dict[str, object] = {}
-    if options.extract_text_feats:
-        result |= _texts(options, encoder, say)
-    if options.extract_image_feats:
-        result |= _images(options, encoder, say)
+    if texts is not None:
+        result |= _extract_texts(options, encoder, texts, say)
+    if pictures is not None:
+        result |= _extract_pictures(options, encoder, pictures, say)
     say("Done!")
     say.result(result)
 
 
-def _texts(options: Options, encoder: "Encoder", say: command.Speaker) -> dict[str, object]:
+def _open_pictures(options: Options, encoder: "Encoder", say: command.Speaker) -> "ImageDataset":
+    from cn_clip.data.datasets import ImageDataset
+
+    say("Preparing image inference dataset.")
+    return ImageDataset(options.image_data, encoder.transform)
+
+
+def _open_texts(options: Options, say: command.Speaker) -> "list[tuple[RecordId, str]]":
     from cn_clip.data.datasets import read_texts
+
+    say("Preparing text inference dataset.")
+    return read_texts(options.text_data)
+
+
+def _extract_texts(
+    options: Options, encoder: "Encoder", texts: "list[tuple[RecordId, str]]", say: command.Speaker
+) -> dict[str, object]:
     from cn_clip.eval import features
 
     say("Make inference for texts...")
     path = options.text_feat_output_path or features.default_text_path(options.text_data)
-    texts = read_texts(options.text_data)
     count = features.extract_texts(encoder, texts, path, batch_size=options.text_batch_size)
     say(f"{count} text features are stored in {path}")
     return {"num_texts": count, "text_features": path}
 
 
-def _images(options: Options, encoder: "Encoder", say: command.Speaker) -> dict[str, object]:
-    from cn_clip.data.datasets import ImageDataset, make_loader
+def _extract_pictures(
+    options: Options, encoder: "Encoder", pictures: "ImageDataset", say: command.Speaker
+) -> dict[str, object]:
+    from cn_clip.data.datasets import make_loader
     from cn_clip.eval import features
 
     say("Make inference for images...")
     path = options.image_feat_output_path or features.default_image_path(options.text_data)
-    dataset = ImageDataset(options.image_data, encoder.transform)
-    loader = make_loader(dataset, options.img_batch_size, options.num_workers)
-    count = features.extract_images(encoder.backend, loader, len(dataset), path)
+    loader = make_loader(pictures, options.img_batch_size, options.num_workers)
+    count = features.extract_images(encoder.backend, loader, len(pictures), path)
     say(f"{count} image features are stored in {path}")
     return {"num_images": count, "image_features": path}
 

@@ -26,6 +26,23 @@ class Accuracy:
     per_class: list[float | None]
 
 
+def class_numbers(folders: Sequence[str], num_labels: int) -> list[int]:
+    """The line (from 0) of the label file that each class folder, given in sorted order, belongs to.
+
+    Folders named by the label's number (`7`, `007`) belong to it, also when some numbers have no folder. Folders of
+    other names belong to the labels by their order, as many folders as labels. Raises DataError when neither fits.
+    """
+    numbers = [int(name) for name in folders if name.isascii() and name.isdigit()]
+    if len(numbers) == len(folders) and len(set(numbers)) == len(numbers) and max(numbers) < num_labels:
+        return numbers
+    if len(folders) == num_labels:
+        return list(range(num_labels))
+    raise DataError(
+        f"{len(folders)} class folders and {num_labels} labels; expected one folder a label, in the same order, or "
+        f"folders named 000 to {num_labels - 1:03d} after their label's number"
+    )
+
+
 def classifier(encoder: Encoder, labels: Sequence[str], templates: Sequence[str], *, batch_size: int = 64) -> Rows:
     """Unit class vectors (C, D): the mean over the templates of each label's unit text features."""
     texts = [preprocess_text(fill(template, label)) for label in labels for template in templates]

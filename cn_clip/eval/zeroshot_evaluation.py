@@ -24,7 +24,7 @@ class Options:
     """Prints top-1, top-5 and per-class accuracy, and writes the probabilities as ELEVATER's JSON."""
 
     datapath: str
-    """Folder of test pictures, one folder a class, sorted as the labels are"""
+    """Folder of test pictures, one folder a class: named by the label's number, or sorted as the labels are"""
     vision_model: VisionName | None = None
     """Picture tower; default: what the checkpoint holds"""
     text_model: TextName | None = None
@@ -59,8 +59,9 @@ class Options:
             raise ConfigError("--resume: expected a checkpoint file, or a model's name such as ViT-B-16")
         if self.label_file is None:
             raise ConfigError("--label-file: expected a text file with one label a line")
-        if self.img_batch_size < 1:
-            raise ConfigError(f"--img-batch-size: expected at least 1, got {self.img_batch_size}")
+        for name, least in (("img_batch_size", 1), ("context_length", 3), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
 
 
 def run(options: Options) -> None:
@@ -70,6 +71,8 @@ def run(options: Options) -> None:
 
 def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     """Evaluates, tells `say` about it, writes the ELEVATER file and returns the accuracy."""
+    import numpy as np
+
     from cn_clip.clip.encoder import Encoder
     from cn_clip.data.datasets import ClassFolderDataset
     from cn_clip.eval import zeroshot
@@ -91,18 +94,18 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     say("Preparing zeroshot dataset.")
     encoder = Encoder(backend, context_length=options.context_length)
     dataset = ClassFolderDataset(options.datapath, encoder.transform)
-    if len(dataset.classes) > len(labels):
-        raise DataError(
-            f"{options.datapath}: {len(dataset.classes)} class folders, but {options.label_file} has "
-            f"{len(labels)} labels; one line a folder, in sorted order of the folders"
-        )
+    numbers = _class_numbers(options, dataset.classes, len(labels))
+    order = read_index(Path(options.index), len(dataset)) if options.index else None
     say("Building zero-shot classifier")
     classes_CD = zeroshot.classifier(encoder, labels, templates)
     say("Using classifier")
-    images_ND, targets_N = _picture_features(options, backend, dataset)
+    images_ND, folders_N = _picture_features(options, backend, dataset)
     probabilities_NC = zeroshot.probabilities(images_ND, classes_CD)
-    result = zeroshot.accuracy(probabilities_NC, targets_N)
-    path = write_elevater(options, backend, _reordered(probabilities_NC, options.index))
+    result = zeroshot.accuracy(probabilities_NC, np.array(numbers)[folders_N])
+    if order is not None:
+        say("Use index to rearrange the logits...")
+        probabilities_NC = probabilities_NC[order]
+    path = write_elevater(options, backend, probabilities_NC)
     _report(say, result, labels, path)
     return result
 
@@ -110,7 +113,7 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
 def read_labels(path: Path) -> list[str]:
     """The labels, one a line; raises DataError for an empty line or a file that cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); expected UTF-8 text with one label a line") from error
     while lines and not lines[-1].strip():
@@ -138,17 +141,29 @@ def _picture_features(options: Options, backend: "Backend", dataset: Any) -> "tu
     return np.concatenate(rows), np.array(targets, dtype=np.int64)
 
 
-def _reordered(probabilities_NC: "Rows", index: str) -> "Rows":
+def _class_numbers(options: Options, folders: list[str], num_labels: int) -> list[int]:
+    from cn_clip.eval.zeroshot import class_numbers
+
+    try:
+        return class_numbers(folders, num_labels)
+    except DataError as error:
+        raise DataError(f"{options.datapath} and {options.label_file}: {error}") from error
+
+
+def read_index(path: Path, num_pictures: int) -> list[int]:
+    """ELEVATER's order of the pictures; raises DataError for anything but a JSON list of picture numbers."""
     import json
 
-    if not index:
-        return probabilities_NC
     try:
-        order = json.loads(Path(index).read_text(encoding="utf-8"))
-        reordered: Rows = probabilities_NC[order]
-    except (OSError, ValueError, IndexError) as error:
-        raise DataError(f"{index}: expected a JSON list of picture numbers ({error})") from error
-    return reordered
+        order = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); expected a JSON list of picture numbers") from error
+    if not isinstance(order, list):
+        raise DataError(f"{path}: holds a {type(order).__name__}; expected a JSON list of picture numbers")
+    for number in order:
+        if type(number) is not int or not 0 <= number < num_pictures:
+            raise DataError(f"{path}: expected picture numbers from 0 to {num_pictures - 1}, got {number!r}")
+    return order
 
 
 def write_elevater(options: Options, backend: "Backend", probabilities_NC: "Rows") -> Path:
@@ -180,8 +195,8 @@ def _report(say: command.Speaker, result: "Accuracy", labels: list[str], path: P
     say(f"Result:\nzeroshot-top1: {result.top1}")
     if result.top5 is not None:
         say(f"zeroshot-top5: {result.top5}")
-    per_class = dict(zip(labels, result.per_class, strict=True))
-    tested = sorted((share, label) for label, share in per_class.items() if share is not None)
+    per_class = list(zip(labels, result.per_class, strict=True))  # a label may come twice: no dictionary
+    tested = sorted((share, label) for label, share in per_class if share is not None)
     more = f" ({MOST_CLASSES_SHOWN} of {len(tested)}; --json has all)" if len(tested) > MOST_CLASSES_SHOWN else ""
     say(f"Per class, worst first{more}:")
     for share, label in tested[:MOST_CLASSES_SHOWN]:
@@ -189,7 +204,8 @@ def _report(say: command.Speaker, result: "Accuracy", labels: list[str], path: P
     say(f"Probabilities are saved in {path}")
     say("Finished.")
     top = {"zeroshot-top1": result.top1, "zeroshot-top5": result.top5}
-    say.result({**top, "per_class": per_class, "predictions": str(path)})
+    shares = [{"label": label, "accuracy": share} for label, share in per_class]
+    say.result({**top, "per_class": shares, "predictions": str(path)})
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,0 +1,270 @@
+"""`extract_features`: the reference's lines, files and order, on a tiny dataset and model, and what it refuses."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from dataset_files import REPOSITORY, jsonl_line, picture, run_script, tsv_line, write_split
+
+from cn_clip import cli, zoo
+from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.model import CLIP
+from cn_clip.data.datasets import preprocess_text
+from cn_clip.data.lmdb_store import LmdbWriter
+from cn_clip.eval import extract_features, features
+from cn_clip.preprocess import build_lmdb_dataset
+
+CONFIG = zoo.ModelConfig(tiny_models.VIT, replace(tiny_models.TEXT, vocab_size=21128))
+# Keys of the LMDB sort as text: "1000" before "33".
+PICTURES = {33: (255, 0, 0), 7: (0, 255, 0), 1000: (0, 0, 255), "9-号": (9, 99, 199)}
+TEXTS = {5: "一只“红色”的猫", 2: "CAT", "t-1": "", 3: "很长的一句话，" * 20, 40: "狗"}
+EXTRACT = "eval/extract_features.py"
+
+
+def save_tiny(path: Path) -> CLIP:
+    """A tiny model with the tokenizer's vocabulary, saved as training saves it; the model has not seen training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = CLIP.from_config(CONFIG).eval()
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"epoch": 3, "step": 7, "name": "tiny", "state_dict": state, "optimizer": {}}, path)
+    return model
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CLIP]:
+    folder = tmp_path_factory.mktemp("extract")
+    images = [tsv_line(image_id, picture(colour)) for image_id, colour in PICTURES.items()]
+    write_split(folder, images, [jsonl_line(text_id, text) for text_id, text in TEXTS.items()], split="valid")
+    build_lmdb_dataset.main(["--data_dir", str(folder), "--splits", "valid"])
+    return folder, save_tiny(folder / "tiny.pt")
+
+
+@pytest.fixture
+def folder(shared: tuple[Path, CLIP], tmp_path: Path) -> Path:
+    """The dataset and the checkpoint, by links, in a folder of the test's own."""
+    for name in ("lmdb", "valid_texts.jsonl", "tiny.pt"):
+        (tmp_path / name).symlink_to(shared[0] / name)
+    return tmp_path
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    data = [f"--image-data={folder}/lmdb/valid/imgs", f"--text-data={folder}/valid_texts.jsonl"]
+    return [*data, f"--resume={folder}/tiny.pt", "--device=cpu", "--num-workers=0", *more]
+
+
+def extract(folder: Path, *more: str) -> None:
+    extract_features.main(arguments(folder, "--extract-image-feats", "--extract-text-feats", *more))
+
+
+def written(path: Path, field: str) -> tuple[list[Any], np.ndarray]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(list(record) == [field, "feature"] for record in records)
+    return [record[field] for record in records], np.array([record["feature"] for record in records], dtype=np.float32)
+
+
+def refuses(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
+    """The exit status and what stderr says, without the frame and line breaks around it."""
+    with pytest.raises(SystemExit) as exit_info:
+        extract_features.main(args)
+    captured = capsys.readouterr().err
+    assert "Traceback" not in captured
+    return int(str(exit_info.value.code)), " ".join(captured.replace("│", " ").split())
+
+
+# --- what is written
+
+
+def test_the_script_prints_the_lines_of_the_reference(folder: Path) -> None:
+    flags = ["--extract-image-feats", "--extract-text-feats", "--img-batch-size=3", "--text_batch_size", "2"]
+    done = run_script(EXTRACT, *arguments(folder, *flags))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "Params:"
+    params = dict(line[2:].split(": ", 1) for line in lines if line.startswith("  "))
+    assert list(params) == sorted(params)
+    chosen = ("img_batch_size", "text_batch_size", "context_length", "precision", "text_feat_output_path")
+    assert [params[name] for name in chosen] == ["3", "2", "52", "amp", "None"]
+    assert [line for line in lines[1:] if not line.startswith("  ")] == [
+        f"Begin to load model checkpoint from {folder}/tiny.pt.",
+        f"=> loaded checkpoint '{folder}/tiny.pt' (epoch 3 @ 7 steps)",
+        "Preparing image inference dataset.",
+        "Preparing text inference dataset.",
+        "Make inference for texts...",
+        f"5 text features are stored in {folder}/valid_texts.txt_feat.jsonl",
+        "Make inference for images...",
+        f"4 image features are stored in {folder}/valid_imgs.img_feat.jsonl",
+        "Done!",
+    ]
+
+
+def test_ids_keep_type_and_order_and_features_are_the_models(folder: Path, shared: tuple[Path, CLIP]) -> None:
+    extract(folder, "--img-batch-size", "3", "--text-batch-size", "2")
+    encoder = Encoder(shared[1])
+    image_ids, images = written(folder / "valid_imgs.img_feat.jsonl", "image_id")
+    text_ids, texts = written(folder / "valid_texts.txt_feat.jsonl", "text_id")
+    assert image_ids == [1000, 33, 7, "9-号"]  # the order of the keys in the LMDB
+    assert text_ids == [5, 2, "t-1", 3, 40]  # the order of the file
+    expected = encoder.encode_images([picture(PICTURES[image_id]) for image_id in image_ids])
+    np.testing.assert_allclose(images, expected, atol=1e-6)
+    expected = encoder.encode_texts([preprocess_text(text) for text in TEXTS.values()])
+    np.testing.assert_allclose(texts, expected, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate([images, texts]), axis=1), 1, atol=1e-6)
+    assert np.abs(texts[0] - texts[4]).max() > 1e-3  # the rows are not all the same
+
+
+def test_lines_are_spaced_as_the_reference_writes_them(folder: Path) -> None:
+    extract(folder)
+    for name in ("valid_imgs.img_feat.jsonl", "valid_texts.txt_feat.jsonl"):
+        for line in (folder / name).read_text().splitlines():
+            assert line == json.dumps(json.loads(line))
+    assert (folder / "valid_imgs.img_feat.jsonl").read_text().startswith('{"image_id": 1000, "feature": [')
+
+
+def test_each_kind_alone_writes_its_file_alone(folder: Path) -> None:
+    extract_features.main(arguments(folder, "--extract-text-feats", "--image-data=/nowhere"))
+    assert (folder / "valid_texts.txt_feat.jsonl").exists()
+    assert not (folder / "valid_imgs.img_feat.jsonl").exists()
+    extract_features.main(arguments(folder, "--extract-image-feats", f"--image-feat-output-path={folder}/i.jsonl"))
+    assert len((folder / "i.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("text_data", "text_features", "image_features"),
+    [
+        ("d/valid_texts.jsonl", "d/valid_texts.txt_feat.jsonl", "d/valid_imgs.img_feat.jsonl"),
+        ("d/queries.jsonl", "d/queries.txt_feat.jsonl", "d/queries.jsonl.img_feat.jsonl"),
+    ],
+)
+def test_default_paths_are_those_of_the_reference(text_data: str, text_features: str, image_features: str) -> None:
+    assert features.default_text_path(text_data) == text_features
+    assert features.default_image_path(text_data) == image_features
+
+
+@pytest.mark.parametrize("flags", [["--num-workers=1"], ["--img-batch-size=1", "--text-batch-size=64"]])
+def test_workers_and_batch_sizes_do_not_change_the_features(folder: Path, flags: list[str]) -> None:
+    extract(folder)
+    before = [written(folder / f"valid_{name}", field) for name, field in OUTPUTS.items()]
+    extract(folder, *flags)
+    for (ids, vectors), (name, field) in zip(before, OUTPUTS.items(), strict=True):
+        again_ids, again = written(folder / f"valid_{name}", field)
+        assert again_ids == ids
+        np.testing.assert_allclose(again, vectors, atol=1e-6)
+
+
+OUTPUTS = {"imgs.img_feat.jsonl": "image_id", "texts.txt_feat.jsonl": "text_id"}
+
+
+def test_bf16_features_are_close_to_those_of_fp32(folder: Path) -> None:
+    extract(folder, "--precision=fp32")
+    before = {name: written(folder / f"valid_{name}", field)[1] for name, field in OUTPUTS.items()}
+    extract(folder, "--precision=bf16")
+    for name, field in OUTPUTS.items():
+        cosines = (written(folder / f"valid_{name}", field)[1] * before[name]).sum(axis=1)
+        assert cosines.min() > 0.999
+        assert cosines.max() < 1.001
+
+
+def test_context_length_cuts_the_text(folder: Path, shared: tuple[Path, CLIP]) -> None:
+    extract_features.main(arguments(folder, "--extract-text-feats", "--context-length=4"))
+    _, texts = written(folder / "valid_texts.txt_feat.jsonl", "text_id")
+    np.testing.assert_allclose(texts[3], Encoder(shared[1]).encode_texts("很长")[0], atol=1e-6)
+
+
+def test_json_prints_one_object_and_nothing_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    extract(folder, "--json")
+    assert json.loads(capsys.readouterr().out) == {
+        "num_texts": 5,
+        "text_features": f"{folder}/valid_texts.txt_feat.jsonl",
+        "num_images": 4,
+        "image_features": f"{folder}/valid_imgs.img_feat.jsonl",
+    }
+
+
+def test_cn_clip_features_is_the_same_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["cn-clip"])
+    extract(folder)
+    before = (folder / "valid_texts.txt_feat.jsonl").read_bytes()
+    os.unlink(folder / "valid_texts.txt_feat.jsonl")
+    cli.main(["features", *arguments(folder, "--extract-text-feats")])
+    assert (folder / "valid_texts.txt_feat.jsonl").read_bytes() == before
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--resume=x.pt"], "--extract-image-feats, --extract-text-feats, or both"),
+        (["--extract-text-feats"], "--resume: expected a checkpoint file"),
+        (["--extract-text-feats", "--resume=x.pt", "--text-batch-size=0"], "--text-batch-size: expected at least 1"),
+        (["--extract-image-feats", "--resume=x.pt", "--img-batch-size=-1"], "--img-batch-size: expected at least 1"),
+        (["--extract-text-feats", "--resume=x.pt", "--context-length=2"], "--context-length: expected at least 3"),
+        (["--extract-image-feats", "--resume=x.pt", "--num-workers=-1"], "--num-workers: expected at least 0"),
+    ],
+)
+def test_wrong_settings_stop_with_status_2(flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, line = refuses(capsys, *flags)
+    assert status == 2
+    assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--resume=/nowhere/x.pt", "Model /nowhere/x.pt not found"),
+        ("--image-data=/nowhere/imgs", "/nowhere/imgs: no LMDB is here"),
+        ("--text-data=/nowhere/x_texts.jsonl", "/nowhere/x_texts.jsonl: cannot be opened"),
+        ("--text-feat-output-path=/nowhere/out.jsonl", "the folder /nowhere does not exist"),
+        ("--vision-model=ViT-B-16", "tiny.pt"),
+    ],
+)
+def test_wrong_paths_stop_with_status_1_and_write_nothing(
+    folder: Path, flag: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(folder.iterdir())
+    status, line = refuses(capsys, *arguments(folder, "--extract-image-feats", "--extract-text-feats", flag))
+    assert status == 1
+    assert reason in line
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_corrupt_picture_is_named_and_no_file_is_left(
+    folder: Path, workers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with LmdbWriter(folder / "bad", b"num_images") as writer:
+        writer.put(b"1", base64.b64encode(picture()))
+        writer.put(b"666", base64.b64encode(picture()[:50]))
+    before = sorted(folder.iterdir())
+    flags = ["--extract-image-feats", f"--image-data={folder}/bad", f"--num-workers={workers}", "--img-batch-size=1"]
+    status, line = refuses(capsys, *arguments(folder, *flags))
+    assert status == 1
+    assert "666" in line
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_faulty_text_is_named_by_its_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "some_texts.jsonl"
+    path.write_bytes(jsonl_line(1) + b'{"text_id": 2}\n')
+    status, line = refuses(capsys, *arguments(folder, "--extract-text-feats", f"--text-data={path}"))
+    assert (status, f"{path}:2" in line) == (1, True)
+
+
+def test_help_of_the_script_names_the_flags_of_the_reference() -> None:
+    done = subprocess.run(
+        [sys.executable, "cn_clip/eval/extract_features.py", "--help"],
+        cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for flag in ("--extract-image-feats", "--image-feat-output-path", "--img-batch-size", "--precision", "--debug"):
+        assert flag in done.stdout
