@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cn_clip.clip.layers import attend
 
@@ -80,7 +79,6 @@ class ModifiedResNet(nn.Module):
         super().__init__()
         self.output_dim = output_dim
         self.input_resolution = input_resolution
-        self.grad_checkpointing = False
         self.conv1 = nn.Conv2d(3, width // 2, kernel_size=3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, kernel_size=3, padding=1, bias=False)
@@ -106,7 +104,7 @@ class ModifiedResNet(nn.Module):
                 nn.init.zeros_(module.bn3.weight)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
+        """Does nothing: recomputing would update the running statistics of batch normalisation twice a step."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)  # the layout convolutions are fastest in
@@ -115,7 +113,6 @@ class ModifiedResNet(nn.Module):
         x = self.avgpool(x)
         for number in range(self.num_stages):
             stage: nn.Module = getattr(self, f"layer{number + 1}")
-            recompute = self.grad_checkpointing and self.training
-            x = checkpoint(stage, x, use_reentrant=False) if recompute else stage(x)
+            x = stage(x)
         embedding: Tensor = self.attnpool(x)
         return embedding

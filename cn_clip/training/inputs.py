@@ -26,8 +26,7 @@ def training_data(options: Options, resolution: int) -> TrainingData:
         options.num_workers,
         sampler=sampler,
         pin_memory=torch.cuda.is_available(),
-        # Its own generator: drawing the workers' seeds must not move the random state dropout depends on.
-        generator=torch.Generator().manual_seed(options.seed),
+        generator=_loader_generator(options),
     )
     return TrainingData(loader, sampler)
 
@@ -39,8 +38,15 @@ def validation_data(options: Options, resolution: int) -> ValidationData | None:
     images = ImageDataset(f"{options.val_data}/{IMAGES}", image_transform(resolution))
     pairs = PairStore(f"{options.val_data}/{PAIRS}")
     sampler = _sampler(options, len(pairs), options.valid_batch_size, "--valid-batch-size")
-    loader = make_loader(images, options.valid_batch_size, options.valid_num_workers)
+    loader = make_loader(
+        images, options.valid_batch_size, options.valid_num_workers, generator=_loader_generator(options)
+    )
     return ValidationData(read_split(pairs, images.ids, options.context_length), loader, sampler)
+
+
+def _loader_generator(options: Options) -> torch.Generator:
+    """Draws the workers' seeds, so that neither loading nor validating moves the random state dropout depends on."""
+    return torch.Generator().manual_seed(options.seed)
 
 
 def _sampler(options: Options, num_samples: int, batch_size: int, flag: str) -> EpochSampler:

@@ -97,8 +97,13 @@ def build_model(options: Options, device: "torch.device") -> "CLIP":
     if options.freeze_vision:
         model.visual.requires_grad_(False)
         logger.info("The visual encoder is freezed during training.")
-    if options.mask_ratio and isinstance(zoo.vision_config(options.vision_model).vision_layers, tuple):
-        logger.warning("--mask-ratio changes nothing: a ResNet has no patches to leave out.")
+    if isinstance(zoo.vision_config(options.vision_model).vision_layers, tuple):
+        if options.mask_ratio:
+            logger.warning("--mask-ratio changes nothing: a ResNet has no patches to leave out.")
+        if options.grad_checkpointing:
+            logger.warning(
+                "--grad-checkpointing works on the text tower alone: a ResNet's statistics would count twice."
+            )
     return model
 
 
