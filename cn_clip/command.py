@@ -20,6 +20,9 @@ def parse(options: type[OptionsT], args: Sequence[str] | None, *, prog: str | No
         return tyro.cli(options, args=args, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     except CnClipError as error:
         _fail(error, status=2)
+    except BrokenPipeError:  # --help into a pager that closed
+        sys.stderr.close()
+        sys.exit(141)
 
 
 def execute(run: Callable[[OptionsT], int | None], options: type[OptionsT], args: Sequence[str] | None = None) -> None:

@@ -56,10 +56,11 @@ class ModelConfig:
 
     def info(self) -> dict[str, Any]:
         """The fields of the configuration files in one dictionary; a head width of 64 goes without saying."""
-        info = {**asdict(self.vision), **asdict(self.text)}
-        if info["vision_head_width"] == 64:
-            del info["vision_head_width"]
-        return info
+        vision = asdict(self.vision)
+        patch_size, head_width = vision.pop("vision_patch_size"), vision.pop("vision_head_width")
+        if head_width != 64:
+            vision["vision_head_width"] = head_width
+        return {**vision, "vision_patch_size": patch_size, **asdict(self.text)}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from cn_clip.clip import load_from_name
 from cn_clip.command import Speaker
 from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.demo import emoji
-from cn_clip.errors import CheckpointError, CnClipError, ConfigError
+from cn_clip.errors import CnClipError, ConfigError
 from cn_clip.eval.backends import open_backend
 from cn_clip.training import main as training
 from cn_clip.training.params import Options
@@ -118,30 +118,10 @@ def test_validation_logs_recall_over_the_whole_split(split_folder: Path, tmp_pat
     assert re.search(line, log)
 
 
-def test_a_missing_resume_file_stops_the_run(split_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"--resume absent.pt: no such file; training stops"):
-        run(split_folder, tmp_path, name="x", resume="absent.pt")
-    assert list((tmp_path / "x" / "checkpoints").iterdir()) == []
-
-
 @pytest.mark.parametrize("flag", ["batch_size", "valid_batch_size"])
 def test_a_batch_larger_than_the_data_stops_the_run(flag: str, split_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')} 13: larger than the 12 pairs"):
         run(split_folder, tmp_path, name="x", **{flag: 13})
-
-
-def test_a_run_stopped_inside_an_epoch_goes_on_with_the_next_batch(split_folder: Path, tmp_path: Path) -> None:
-    settings = {"skip_scheduler": True, "valid_epoch_interval": -1}
-    run(split_folder, tmp_path / "whole", name="x", max_steps=5, **settings)
-    run(split_folder, tmp_path / "parts", name="x", max_steps=2, **settings)
-    (tmp_path / "parts" / "x").joinpath("first").mkdir()
-    for log in (tmp_path / "parts" / "x").glob("out_*.log"):
-        log.rename(log.parent / "first" / log.name)
-    log = run(split_folder, tmp_path / "parts", name="x", max_steps=5, **settings)
-    assert re.findall(r"Global Steps: (\d)/5", log) == ["3", "4", "5"]
-    whole, parts = checkpoint(tmp_path / "whole", "x"), checkpoint(tmp_path / "parts", "x")
-    assert (whole["epoch"], whole["step"]) == (parts["epoch"], parts["step"]) == (2, 5)
-    assert all(torch.equal(parts["state_dict"][key], value) for key, value in whole["state_dict"].items())
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_the_last_checkpoint_intact(

@@ -101,9 +101,7 @@ def build_model(options: Options, device: "torch.device") -> "CLIP":
         if options.mask_ratio:
             logger.warning("--mask-ratio changes nothing: a ResNet has no patches to leave out.")
         if options.grad_checkpointing:
-            logger.warning(
-                "--grad-checkpointing works on the text tower alone: a ResNet's statistics would count twice."
-            )
+            logger.warning("--grad-checkpointing works on the text tower alone, not on a ResNet.")
     return model
 
 

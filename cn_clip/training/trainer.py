@@ -75,6 +75,7 @@ class Trainer:
         self.max_steps = options.max_steps or self.steps_per_epoch * options.max_epochs
         self.max_epochs = -(-self.max_steps // self.steps_per_epoch)
         self.position = Position()
+        self.validated_step = -1
 
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision for training."""
@@ -189,10 +190,11 @@ class Trainer:
         )
 
     def validate(self, epoch: int, step: int) -> Validation | None:
-        """Validates and logs; None without validation data."""
+        """Validates and logs; None without validation data, or when this step has been validated already."""
         data = self.validation
-        if data is None:
+        if data is None or step == self.validated_step:
             return None
+        self.validated_step = step
         logger.info("Begin to eval on validation set (epoch %d @ %d steps)...", epoch + 1, step)
         pixels = (batch for _, batch in data.pixels)
         result = validate(self.model, data.split, pixels, data.sampler, self.validation_autocast)
