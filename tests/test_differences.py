@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cn_clip import ranks
-from cn_clip.clip import load_from_name
+from cn_clip.clip import create_model, load_from_name
 from cn_clip.command import Speaker
 from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.demo import emoji
@@ -76,6 +76,11 @@ def test_models_on_the_cpu_keep_every_bit_of_their_float32_weights(tmp_path: Pat
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
     weight = loaded.visual.conv1.weight
     assert not torch.equal(weight, weight.half().float())  # the test would not see rounding otherwise
+
+
+def test_created_models_are_float32() -> None:
+    model = create_model("RN-Tiny-64@BERT-Tiny-chinese")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path: Path) -> None:

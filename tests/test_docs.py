@@ -1,0 +1,252 @@
+"""The documents are true: their commands run as written, their tables are the code's, what they point at is there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from cn_clip import cli, models, zoo
+from cn_clip.clip.model import CLIP, convert_weights
+from cn_clip.demo import emoji
+from cn_clip.preprocess import build_lmdb_dataset
+from tests.dataset_files import jsonl_line, tsv_line, write_split
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "README_En.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# Blocks that begin so set up a machine, or take minutes; only their syntax is checked.
+NOT_RUN = ("make ", "pip install", "git clone")
+# What is exchanged in blocks that train: a full-size model and 128 pairs a step would take hours.
+TRAINING = ("cn-clip train", "cn_clip/training/main.py")
+TRAINING_EXCHANGES = {
+    "ViT-B-16": "ViT-Tiny-64",
+    "RoBERTa-wwm-ext-base-chinese": "BERT-Tiny-chinese",
+    "clip_cn_vit-b-16.pt": "small.pt",
+    "batch-size=128": "batch-size=8",
+    "batch-size 32": "batch-size 8",
+    "--valid-step-interval=150": "--valid-step-interval=2",
+    "--max-epochs=3": "--max-epochs=2",
+    "--max-epochs 3": "--max-epochs 1",
+    "--max-epochs 4": "--max-epochs 2",
+}
+
+NUM_PICTURES = 12
+DATASET = "MUGE"
+
+
+class Block(NamedTuple):
+    """A fenced block of a document: where it begins, its language, its lines."""
+
+    where: str
+    language: str
+    code: str
+
+
+def blocks(path: Path) -> list[Block]:
+    text = path.read_text(encoding="utf-8")
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(f"{path.name}:{text[: one.start()].count(chr(10)) + 1}", one[1], one[2]) for one in found]
+
+
+def is_run(block: Block) -> bool:
+    return block.language in ("bash", "python") and not block.code.startswith(NOT_RUN)
+
+
+# --- the documents by themselves
+
+
+def without_comments(block: Block) -> tuple[str, str]:
+    return block.language, re.sub(r"\s*#.*|[ \t]+$", "", block.code, flags=re.MULTILINE)
+
+
+def test_both_readmes_hold_the_same_commands() -> None:
+    chinese, english = (
+        [without_comments(one) for one in blocks(path) if one.language != "text"] for path in DOCUMENTS[:2]
+    )
+    assert chinese == english
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_shell_blocks_have_valid_syntax(path: Path) -> None:
+    for block in blocks(path):
+        if block.language == "bash":
+            done = subprocess.run(["bash", "-n"], input=block.code, capture_output=True, text=True)
+            assert done.returncode == 0, f"{block.where}: {done.stderr}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_of_the_repository(path: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS[:2], ids=lambda path: path.name)
+def test_the_table_of_models_is_that_of_the_package(path: Path) -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\d,]+) \|", path.read_text(encoding="utf-8"), re.MULTILINE)
+    published = {name: models.describe(name, entry, ROOT) for name, entry in zoo.PUBLISHED.items()}
+    assert dict(rows) == {name: f"{facts['num_params']:,}" for name, facts in published.items()}
+    for name, facts in published.items():
+        (row,) = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{name}` |")]
+        shown = [f"{facts['num_visual_params']:,}", facts["text_model"], str(facts["resolution"]), f"`{facts['file']}`"]
+        assert set(shown) <= {cell.strip() for cell in row.split("|")}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS[:2], ids=lambda path: path.name)
+def test_the_table_of_commands_is_that_of_the_package(path: Path) -> None:
+    rows = re.findall(r"^\| `cn-clip ([\w -]+)` \| `([\w/]+)\.py` \|", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name: script.replace("/", ".") for name, script in rows} == {
+        name: command.module for name, command in cli.COMMANDS.items()
+    }
+
+
+def test_every_test_that_the_differences_name_exists() -> None:
+    text = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+# --- the commands
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stand-ins with random values: a ViT-B-16 of full size under the published name, and a small model."""
+    folder = tmp_path_factory.mktemp("weights")
+    names = {
+        "clip_cn_vit-b-16.pt": ("ViT-B-16", "RoBERTa-wwm-ext-base-chinese"),
+        "small.pt": ("ViT-Tiny-64", "BERT-Tiny-chinese"),
+    }
+    for file, towers in names.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = CLIP.from_config(zoo.model_config(*towers))
+        convert_weights(model)
+        state = {f"module.{key}": value for key, value in model.state_dict().items()}
+        torch.save({"epoch": 0, "step": 0, "name": file, "state_dict": state}, folder / file)
+    return folder
+
+
+class Workplace:
+    """A checkout (links into this one) and a DATAPATH with small data, in which blocks run as a reader runs them."""
+
+    def __init__(self, folder: Path, weights: Path) -> None:
+        self.checkout, self.data, self.programs = folder / "checkout", folder / "data", folder / "bin"
+        for path in (self.checkout, self.data / "datasets", self.programs):
+            path.mkdir(parents=True)
+        for name in ("cn_clip", "run_scripts", "examples"):
+            (self.checkout / name).symlink_to(ROOT / name)
+        (self.checkout / "clip_cn_vit-b-16.pt").symlink_to(weights / "clip_cn_vit-b-16.pt")
+        (self.data / "pretrained_weights").symlink_to(weights)
+        for program, arguments in {"python": "", "python3": "", "cn-clip": "-m cn_clip"}.items():
+            path = self.programs / program
+            path.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
+            path.chmod(0o755)
+        self._write_data()
+
+    def _write_data(self) -> None:
+        pictures = [(one, emoji.png(one)) for one in emoji.load()[:NUM_PICTURES]]
+        images = [tsv_line(one.number, data) for one, data in pictures]
+        texts = [jsonl_line(one.number, one.name, [one.number]) for one, _ in pictures]
+        for split in ("train", "valid", "test"):
+            write_split(self.data / "datasets" / DATASET, images, texts, split=split)
+        folder = self.data / "pictures"
+        folder.mkdir()
+        rows = [f"{one.number:04d}{one.name}.png,{one.name}\n" for one, _ in pictures]
+        (folder / "captions.csv").write_text("".join(["image,text\n", *rows]), encoding="utf-8")
+        for row, (_, data) in zip(rows, pictures, strict=True):
+            (folder / row.split(",")[0]).write_bytes(data)
+        classes = self.data / "datasets" / "cifar-100"
+        emoji.write_classification(classes, {label: emoji.CLASSES[label] for label in ("心", "猫脸")})
+        for path in sorted(classes.glob("test/*/*.png"))[::2]:
+            path.unlink()
+
+    def run(self, block: Block) -> str:
+        """What the block prints; fails with what it complained about."""
+        code = block.code
+        if any(word in code for word in TRAINING):
+            for written, instead in TRAINING_EXCHANGES.items():
+                code = code.replace(written, instead)
+        variables = {"DATAPATH": str(self.data), "dataset_name": DATASET, "PYTHONPATH": str(ROOT)}
+        # One thread: several at once on a busy machine wait for each other.
+        quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        path = f"{self.programs}{os.pathsep}{os.environ['PATH']}"
+        start = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
+        done = subprocess.run(
+            [*start, code],
+            cwd=self.checkout,
+            env={**os.environ, **variables, **quiet, "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, f"{block.where}\n{block.code}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def build(self) -> None:
+        """Makes the LMDB of valid and train, for documents that begin after that."""
+        build_lmdb_dataset.main(["--data_dir", str(self.data / "datasets" / DATASET), "--splits", "train,valid"])
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, weights: Path) -> Workplace:
+    return Workplace(tmp_path, weights)
+
+
+def run_all(workplace: Workplace, path: Path) -> dict[str, str]:
+    """Runs the blocks of a document in order; what each printed, by its first line of code."""
+    return {one.code.split("\n")[0]: workplace.run(one) for one in blocks(path) if is_run(one)}
+
+
+def num_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_the_commands_of_the_readme_run_from_api_to_zero_shot(workplace: Workplace) -> None:
+    printed = run_all(workplace, ROOT / "README.md")
+    api = printed["import torch "].splitlines()
+    assert api[0] == "Available models: ['ViT-B-16', 'ViT-L-14', 'ViT-L-14-336', 'ViT-H-14', 'RN50']"
+    assert api[-1].startswith("Label probs: [[")
+    assert len(api[-1].split()) == 6
+    dataset = workplace.data / "datasets" / DATASET
+    for name in ("valid_imgs.img_feat", "valid_texts.txt_feat", "valid_predictions", "valid_tr_predictions"):
+        assert num_lines(dataset / f"{name}.jsonl") == NUM_PICTURES
+    assert json.loads((workplace.checkout / "output.json").read_text())["success"] is True
+    (log,) = (workplace.data / "experiments").glob("*/out_*.log")
+    assert "Validation Recall (epoch 2 @ 4 steps)" in log.read_text(encoding="utf-8")
+    result = json.loads((workplace.data / "save_predictions" / "cifar-100.json").read_text())
+    facts = {name: value for name, value in result.items() if name != "predictions"}
+    (written,) = [one.code for one in blocks(ROOT / "README.md") if "num_params" in one.code]
+    assert facts == {name: value for name, value in json.loads(written).items() if name != "predictions"}
+
+
+def test_the_commands_of_the_data_guide_run(workplace: Workplace) -> None:
+    run_all(workplace, ROOT / "docs" / "data.md")
+    datasets = workplace.data / "datasets"
+    assert (datasets / "mine" / "lmdb").is_dir()
+    assert (datasets / "mine-table" / "lmdb" / "valid" / "pairs" / "data.mdb").is_file()
+
+
+def test_the_commands_of_the_fine_tuning_guide_run_and_the_second_goes_on(workplace: Workplace) -> None:
+    workplace.build()
+    run_all(workplace, ROOT / "docs" / "finetune.md")
+    folder = workplace.data / "experiments" / "mine"
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"epoch1.pt", "epoch2.pt", "epoch_latest.pt"}
+    logs = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("out_*.log"))]
+    assert "Start epoch 1" in logs[0]
+    assert "Start epoch 1" not in logs[-1]
+
+
+def test_the_commands_of_the_evaluation_guide_run(workplace: Workplace) -> None:
+    workplace.build()
+    printed = run_all(workplace, ROOT / "docs" / "evaluation.md")
+    recall, zeroshot = (json.loads(text) for first, text in printed.items() if "--json" in first)
+    assert recall["success"] is True
+    assert [share["label"] for share in zeroshot["per_class"]] == ["心", "猫脸"]
