@@ -1,0 +1,181 @@
+"""The whole retrieval pipeline beside the reference, stage by stage, on the CPU in float32:
+
+python benchmarks/pipeline.py --reference-python REFERENCE/bin/python --data FLICKR8K_CN_FOLDER
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from two_sides import Side, two_sides  # noqa: E402
+
+from cn_clip import command, zoo  # noqa: E402
+from cn_clip.clip.model import CLIP  # noqa: E402
+from cn_clip.errors import ConfigError  # noqa: E402
+from cn_clip.eval.feature_files import read_features  # noqa: E402
+from cn_clip.zoo import VisionName  # noqa: E402
+
+GOAL = 1.7
+FEATURES = ["--image-feats=valid_imgs.img_feat.jsonl", "--text-feats=valid_texts.txt_feat.jsonl", "--top-k=10"]
+# Stage -> the commands of it, in the order of the guides; each is a process.
+STAGES: dict[str, list[tuple[str, list[str]]]] = {
+    "dataset to LMDB": [("preprocess.build_lmdb_dataset", ["--data_dir=.", "--splits=valid"])],
+    "text features": [("eval.extract_features", ["--extract-text-feats"])],
+    "image features": [("eval.extract_features", ["--extract-image-feats"])],
+    "top-10, text query": [("eval.make_topk_predictions", [*FEATURES, "--output=valid_predictions.jsonl"])],
+    "top-10, image query": [("eval.make_topk_predictions_tr", [*FEATURES, "--output=valid_tr_predictions.jsonl"])],
+    "recall, text query": [("eval.evaluation", ["valid_texts.jsonl", "valid_predictions.jsonl", "result.json"])],
+    "recall, image query": [
+        ("eval.transform_ir_annotation_to_tr", ["--input=valid_texts.jsonl"]),
+        ("eval.evaluation_tr", ["valid_texts.tr.jsonl", "valid_tr_predictions.jsonl", "tr_result.json"]),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Times each stage of the pipeline for the reference and ours, in turns, and compares the features."""
+
+    reference_python: str
+    """The interpreter of an environment that has cn_clip 1.6.0."""
+    data: str
+    """Folder with valid_imgs.tsv and valid_texts.jsonl."""
+    pictures: int = 1000
+    """How many of the pictures, with their captions."""
+    model: VisionName = "ViT-B-16"
+    """Picture tower; the text tower is the one it is published with."""
+    rounds: int = 1
+    """How often to run everything; the median counts."""
+    batch_size: int = 32
+    """Pictures, and texts, in a batch."""
+    json: bool = False
+    """Print the numbers as one JSON object instead of a table."""
+
+    def __post_init__(self) -> None:
+        if min(self.pictures, self.rounds, self.batch_size) < 1:
+            raise ConfigError("--pictures, --rounds, --batch-size: expected at least 1")
+
+
+def run(options: Options) -> int:
+    """Returns 1 when ours is not `GOAL` times as fast in total, or features differ by more than 1e-4."""
+    sides = two_sides(options.reference_python)
+    say = command.Speaker(quiet=options.json)
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = {side.name: Path(temporary) / side.name for side in sides}
+        save_model(Path(temporary) / "model.pt", options)
+        counts = [write_part(folder, Path(options.data), options.pictures) for folder in folders.values()][0]
+        facts = {**facts_of(options, sides[0]), **counts}
+        say(head(facts))
+        seconds = timed_stages(sides, folders, options, say)
+        error = largest_difference(*folders.values())
+    totals = {side.name: sum(stage[side.name] for stage in seconds.values()) for side in sides}
+    ratio = totals["reference"] / totals["ours"]
+    say(row("total", totals))
+    say(f"Largest relative difference of a feature: {error:.1e}")
+    result = {"seconds": seconds, "total": totals, "ratio": ratio, "largest_feature_difference": error}
+    say.result({**facts, **result})
+    return 0 if ratio >= GOAL and error < 1e-4 else 1
+
+
+def text_tower(model: str) -> str:
+    return next((entry.text for entry in zoo.PUBLISHED.values() if entry.vision == model), "RBT3-chinese")
+
+
+def save_model(path: Path, options: Options) -> None:
+    """Random weights, in the format of a training checkpoint."""
+    torch.manual_seed(0)
+    model = CLIP.from_config(zoo.model_config(options.model, text_tower(options.model)))
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"epoch": 0, "step": 0, "name": "random", "state_dict": state}, path)
+
+
+def write_part(folder: Path, data: Path, num_pictures: int) -> dict[str, int]:
+    """The first pictures and the captions of just these; how many there are of each."""
+    folder.mkdir()
+    with (data / "valid_imgs.tsv").open() as source:
+        lines = list(islice(source, num_pictures))
+    ids = {int(line.split("\t")[0]) for line in lines}
+    with (data / "valid_texts.jsonl").open(encoding="utf-8") as source:
+        texts = [line for line in source if ids.issuperset(json.loads(line)["image_ids"])]
+    (folder / "valid_imgs.tsv").write_text("".join(lines))
+    (folder / "valid_texts.jsonl").write_text("".join(texts), encoding="utf-8")
+    return {"pictures": len(lines), "texts": len(texts)}
+
+
+def timed_stages(
+    sides: tuple[Side, Side], folders: dict[str, Path], options: Options, say: command.Speaker
+) -> dict[str, dict[str, float]]:
+    """Median seconds of each stage and side; who is first alternates."""
+    rounds: dict[str, dict[str, list[float]]] = {stage: {side.name: [] for side in sides} for stage in STAGES}
+    for number in range(options.rounds):
+        for position, (stage, commands) in enumerate(STAGES.items()):
+            order = sides if (number + position) % 2 == 0 else sides[::-1]
+            for side in order:
+                rounds[stage][side.name].append(stage_seconds(side, commands, folders[side.name], options))
+            say(row(stage, {name: values[-1] for name, values in rounds[stage].items()}))
+    return {stage: {name: median(values) for name, values in found.items()} for stage, found in rounds.items()}
+
+
+def stage_seconds(side: Side, commands: list[tuple[str, list[str]]], folder: Path, options: Options) -> float:
+    extraction = [
+        *("--image-data=lmdb/valid/imgs", "--text-data=valid_texts.jsonl", "--resume=../model.pt"),
+        *(f"--img-batch-size={options.batch_size}", f"--text-batch-size={options.batch_size}", "--context-length=52"),
+        *(f"--vision-model={options.model}", f"--text-model={text_tower(options.model)}", "--precision=fp32"),
+    ]
+    more = {"eval.extract_features": extraction if side.is_reference else [*extraction, "--device=cpu"]}
+    return sum(side.run(module, [*arguments, *more.get(module, [])], folder).seconds for module, arguments in commands)
+
+
+def largest_difference(theirs: Path, ours: Path) -> float:
+    """The largest distance between the two unit rows of an input; raises ConfigError for other ids."""
+    found = []
+    for name, field in (("valid_imgs.img_feat.jsonl", "image_id"), ("valid_texts.txt_feat.jsonl", "text_id")):
+        one, other = (read_features(folder / name, field) for folder in (theirs, ours))  # type: ignore[arg-type]
+        if one.ids != other.ids:
+            raise ConfigError(f"{name}: the two sides wrote other ids or another order")
+        found.append(float(np.linalg.norm(one.vectors - other.vectors, axis=1).max()))
+    return max(found)
+
+
+def facts_of(options: Options, reference: Side) -> dict[str, Any]:
+    code = "import torch; print(torch.__version__)"
+    version = subprocess.run([reference.python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "model": f"{options.model}@{text_tower(options.model)}",
+        "batch_size": options.batch_size,
+        "dtype": "float32",
+        "rounds": options.rounds,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "reference torch": version},
+    }
+
+
+def head(facts: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return (
+        f"{facts['model']}, {facts['dtype']}; {facts['pictures']} pictures, {facts['texts']} texts, batches of "
+        f"{facts['batch_size']}, context length 52\nCPU, {facts['machine']}; {versions}\n"
+        f"{'':20}{'reference':>12}{'ours':>12}{'ratio':>9}"
+    )
+
+
+def row(name: str, seconds: dict[str, float]) -> str:
+    theirs, ours = seconds["reference"], seconds["ours"]
+    return f"{name:20}{theirs:>10.2f} s{ours:>10.2f} s{theirs / ours:>8.2f}x"
+
+
+if __name__ == "__main__":
+    command.execute(run, Options)
