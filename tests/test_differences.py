@@ -45,7 +45,7 @@ def same_random_state() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def run(split_folder: Path, logs: Path, **settings: Any) -> str:
+def run(split_folder: Path, logs: Path, *, name: str = "x", **settings: Any) -> str:
     """Trains the small model in this process and returns its log."""
     small: dict[str, Any] = {"vision_model": "ViT-Tiny-64", "text_model": "BERT-Tiny-chinese", "precision": "fp32"}
     alone: dict[str, Any] = {"num_workers": 0, "valid_num_workers": 0, "device": "cpu", "num_threads": 1}
@@ -58,8 +58,8 @@ def run(split_folder: Path, logs: Path, **settings: Any) -> str:
         "logs": str(logs),
     }
     data = {"train_data": str(split_folder), "val_data": str(split_folder)}
-    training.run(Options(**{**data, **small, **alone, **quick, **settings}))
-    (log,) = (logs / settings["name"]).glob("out_*.log")
+    training.run(Options(name=name, **{**data, **small, **alone, **quick, **settings}))
+    (log,) = (logs / name).glob("out_*.log")
     return log.read_text(encoding="utf-8")
 
 
@@ -101,7 +101,7 @@ def test_amp_on_a_cpu_is_bfloat16_where_the_hardware_has_it(
 
 
 def test_skip_scheduler_keeps_the_rate_that_the_cosine_would_lower(split_folder: Path, tmp_path: Path) -> None:
-    off = {"valid_epoch_interval": -1, "max_steps": 3}
+    off: dict[str, Any] = {"valid_epoch_interval": -1, "max_steps": 3}
     run(split_folder, tmp_path, name="kept", skip_scheduler=True, **off)
     run(split_folder, tmp_path, name="lowered", **off)
     rates = [checkpoint(tmp_path, name)["optimizer"]["param_groups"][0]["lr"] for name in ("kept", "lowered")]
@@ -109,13 +109,13 @@ def test_skip_scheduler_keeps_the_rate_that_the_cosine_would_lower(split_folder:
 
 
 def test_an_interval_of_minus_one_never_validates(split_folder: Path, tmp_path: Path) -> None:
-    log = run(split_folder, tmp_path, name="x", valid_step_interval=-1, valid_epoch_interval=-1, max_steps=1)
+    log = run(split_folder, tmp_path, valid_step_interval=-1, valid_epoch_interval=-1, max_steps=1)
     assert "Global Steps: 1/1" in log
     assert "Validation" not in log
 
 
 def test_validation_logs_recall_over_the_whole_split(split_folder: Path, tmp_path: Path) -> None:
-    log = run(split_folder, tmp_path, name="x", max_epochs=1)
+    log = run(split_folder, tmp_path, max_epochs=1)
     line = (
         r"Validation Recall \(epoch 1 @ 3 steps\) \| 12 images, 12 texts \| "
         r"Text2Image R@1: [\d.]+ R@5: [\d.]+ R@10: [\d.]+ \| Image2Text R@1: [\d.]+ R@5: [\d.]+ R@10: [\d.]+"
@@ -126,11 +126,11 @@ def test_validation_logs_recall_over_the_whole_split(split_folder: Path, tmp_pat
 @pytest.mark.parametrize("flag", ["batch_size", "valid_batch_size"])
 def test_a_batch_larger_than_the_data_stops_the_run(flag: str, split_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')} 13: larger than the 12 pairs"):
-        run(split_folder, tmp_path, name="x", **{flag: 13})
+        run(split_folder, tmp_path, **{flag: 13})
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_the_last_checkpoint_intact(
     split_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CnClipError, match=r"the loss is nan.*lower --lr"):
-        run(split_folder, tmp_path, name="x", lr=1e30, max_steps=9, valid_epoch_interval=-1)
+        run(split_folder, tmp_path, lr=1e30, max_steps=9, valid_epoch_interval=-1)
