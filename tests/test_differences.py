@@ -125,12 +125,11 @@ def test_validation_logs_recall_over_the_whole_split(split_folder: Path, tmp_pat
 
 @pytest.mark.parametrize("flag", ["batch_size", "valid_batch_size"])
 def test_a_batch_larger_than_the_data_stops_the_run(flag: str, split_folder: Path, tmp_path: Path) -> None:
+    too_large: dict[str, Any] = {flag: 13}
     with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')} 13: larger than the 12 pairs"):
-        run(split_folder, tmp_path, **{flag: 13})
+        run(split_folder, tmp_path, **too_large)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_the_last_checkpoint_intact(
-    split_folder: Path, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(split_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CnClipError, match=r"the loss is nan.*lower --lr"):
         run(split_folder, tmp_path, lr=1e30, max_steps=9, valid_epoch_interval=-1)
