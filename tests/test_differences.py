@@ -123,6 +123,11 @@ def test_validation_logs_recall_over_the_whole_split(split_folder: Path, tmp_pat
     assert re.search(line, log)
 
 
+def test_a_step_due_by_both_intervals_is_validated_once(split_folder: Path, tmp_path: Path) -> None:
+    log = run(split_folder, tmp_path, max_epochs=1, valid_step_interval=3, valid_epoch_interval=1)
+    assert log.count("Validation Result") == 1
+
+
 @pytest.mark.parametrize("flag", ["batch_size", "valid_batch_size"])
 def test_a_batch_larger_than_the_data_stops_the_run(flag: str, split_folder: Path, tmp_path: Path) -> None:
     too_large: dict[str, Any] = {flag: 13}
