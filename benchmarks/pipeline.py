@@ -76,7 +76,7 @@ def run(options: Options) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folders = {side.name: Path(temporary) / side.name for side in sides}
         save_model(Path(temporary) / "model.pt", options)
-        counts = [write_part(folder, Path(options.data), options.pictures) for folder in folders.values()][0]
+        counts, _ = (write_part(folder, Path(options.data), options.pictures) for folder in folders.values())
         facts = {**facts_of(options, sides[0]), **counts}
         say(head(facts))
         seconds = timed_stages(sides, folders, options, say)

@@ -138,6 +138,16 @@ def test_each_kind_alone_writes_its_file_alone(folder: Path) -> None:
     assert len((folder / "i.jsonl").read_text().splitlines()) == 4
 
 
+def test_equal_texts_have_equal_features(folder: Path) -> None:
+    path = folder / "twice_texts.jsonl"
+    path.write_bytes(b"".join(jsonl_line(number, "猫" * (number % 7) + "Cat"[number % 2 :]) for number in range(42)))
+    extract_features.main(arguments(folder, "--extract-text-feats", "--text-batch-size=5", f"--text-data={path}"))
+    ids, vectors = written(folder / "twice_texts.txt_feat.jsonl", "text_id")
+    assert ids == list(range(42))
+    np.testing.assert_array_equal(vectors[:14], vectors[14:28])
+    assert len(np.unique(vectors, axis=0)) == 14
+
+
 @pytest.mark.parametrize(
     ("text_data", "text_features", "image_features"),
     [

@@ -27,12 +27,15 @@ def default_image_path(text_data: str) -> str:
 def extract_texts(encoder: Encoder, texts: Sequence[tuple[RecordId, str]], path: str | Path, *, batch_size: int) -> int:
     """Writes the unit feature of each text, in order; returns how many."""
 
-    def batches(advance: "tqdm[None]") -> Iterator[tuple[list[RecordId], Rows]]:
+    def batches(bar: "tqdm[None]") -> Iterator[tuple[list[RecordId], Rows]]:
         for start in range(0, len(texts), SORTING_WINDOW):
             window = texts[start : start + SORTING_WINDOW]
             prepared = [preprocess_text(text) for _, text in window]
-            for rows in encoder.encode_text_windows(prepared, batch_size=batch_size, advance=advance.update):
-                yield [text_id for text_id, _ in window], rows
+            # Computed once, equal texts have equal vectors; in batches of other shapes the last digits would differ.
+            rows_of = {text: row for row, text in enumerate(dict.fromkeys(prepared))}
+            (rows,) = encoder.encode_text_windows(list(rows_of), batch_size=batch_size, advance=bar.update)
+            bar.update(len(prepared) - len(rows_of))
+            yield [text_id for text_id, _ in window], rows[[rows_of[text] for text in prepared]]
 
     with tqdm(total=len(texts), unit="text") as bar:
         return write_features(path, "text_id", batches(bar))
