@@ -80,13 +80,9 @@ def test_captions_begin_with_the_name_and_differ() -> None:
     for one in emoji.load():
         sentences = emoji.captions(one)
         assert sentences[0] == one.name
-        assert 1 <= len(sentences) == len(set(sentences)) <= 4
-    assert emoji.captions(named("旋转木马")) == [
-        "旋转木马",
-        "旋转木马，木马、游乐园",
-        "木马、游乐园",
-        "旋转木马的表情符号",
-    ]
+        assert 1 <= len(sentences) == len(set(sentences)) <= 3
+        assert all(one.name in sentence for sentence in sentences)
+    assert emoji.captions(named("旋转木马"), seed=3) == ["旋转木马", "旋转木马，木马、游乐园", "一个旋转木马的小图"]
 
 
 def test_captions_change_with_the_seed_only() -> None:
@@ -114,17 +110,8 @@ def test_written_dataset_has_many_sentences_to_learn_and_the_names_to_judge(tmp_
     assert valid[41] == {"text_id": 42, "text": found[41].name, "image_ids": [42]}
     assert [row["text"] for row in valid] == [one.name for one in found]
     train = read_jsonl(folder / "train_texts.jsonl")
-    assert 5500 < len(train) == len({row["text"] for row in train}) == train[-1]["text_id"]
+    assert 4500 < len(train) == len({row["text"] for row in train}) == train[-1]["text_id"]
     assert {image_id for row in train for image_id in row["image_ids"]} == {one.number for one in found}
-
-
-def test_sentence_of_several_pictures_stands_once_with_all_their_ids(tmp_path: Path) -> None:
-    emoji.write_dataset(tmp_path)
-    shared = [row for row in read_jsonl(tmp_path / "train_texts.jsonl") if len(row["image_ids"]) > 1]
-    assert shared
-    for row in shared[:20]:
-        for image_id in row["image_ids"]:
-            assert row["text"] in emoji.captions(emoji.load()[image_id - 1])
 
 
 def test_written_dataset_passes_the_builder(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from cn_clip.errors import ConfigError
 from cn_clip.eval.templates import fill, load_templates
 from cn_clip.jsonl import atomic_write
 
-MAX_TAGS = 6  # a caption of all tags of a much-tagged emoji would not fit into the 52 tokens of a text
 _UNFIT_FOR_FILE_NAMES = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
 
 
@@ -117,18 +116,16 @@ def png(emoji: Emoji) -> bytes:
 
 
 def captions(emoji: Emoji, *, seed: int = 0) -> list[str]:
-    """Up to four different training sentences, the name first; the same seed gives the same sentences.
+    """Up to three different training sentences, the name first; the same seed gives the same sentences.
 
-    The others: name and two tags, tags alone, and a phrase of the "emoji" prompt templates about the name or a tag.
-    None is the name of another picture: a query for that one shall not find this one.
+    The others: name and two tags, and a phrase of the "emoji" prompt templates about the name. Each holds the name:
+    tags alone fit many pictures, and a small model learns little from them in a few minutes.
     """
     choice = random.Random(f"{seed} {emoji.file}")
-    tags = list(emoji.tags)
-    pair = choice.sample(tags, min(2, len(tags)))
-    shuffled = choice.sample(tags, min(MAX_TAGS, len(tags)))
-    phrase = fill(choice.choice(load_templates("emoji")), choice.choice([emoji.name, *tags]))
-    sentences = [emoji.name, "，".join(filter(None, [emoji.name, "、".join(pair)])), "、".join(shuffled), phrase]
-    return list(dict.fromkeys(text for text in sentences if text == emoji.name or (text and text not in _names())))
+    pair = choice.sample(emoji.tags, min(2, len(emoji.tags)))
+    phrase = fill(choice.choice(load_templates("emoji")), emoji.name)
+    sentences = [emoji.name, "，".join(filter(None, [emoji.name, "、".join(pair)])), phrase]
+    return list(dict.fromkeys(text for text in sentences if text == emoji.name or text not in _names()))
 
 
 def export(folder: Path) -> Path:
@@ -151,22 +148,18 @@ def export(folder: Path) -> Path:
 def write_dataset(folder: Path, *, seed: int = 0) -> None:
     """Writes `{train,valid}_imgs.tsv` and `{train,valid}_texts.jsonl` into `folder`, which is made when absent.
 
-    Both splits hold all pictures. The texts of train are all `captions` (a sentence that fits several pictures stands
-    once, with all their ids); the texts of valid are the names, text id = picture id.
+    Both splits hold all pictures. The texts of train are all `captions`; those of valid are the names, text id =
+    picture id.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = load()
-    owners: dict[str, list[int]] = {}
-    for emoji in found:
-        for caption in captions(emoji, seed=seed):
-            owners.setdefault(caption, []).append(emoji.number)
-    texts = {"train": owners, "valid": {emoji.name: [emoji.number] for emoji in found}}
-    for split, sentences in texts.items():
+    sentences = [(text, emoji.number) for emoji in found for text in captions(emoji, seed=seed)]
+    for split, texts in {"train": sentences, "valid": [(emoji.name, emoji.number) for emoji in found]}.items():
         with atomic_write(folder / f"{split}_imgs.tsv") as stream:
             stream.writelines(f"{emoji.number}\t{base64.b64encode(emoji.picture).decode()}\n" for emoji in found)
         with atomic_write(folder / f"{split}_texts.jsonl") as stream:
-            for text_id, (text, image_ids) in enumerate(sentences.items(), start=1):
-                stream.write(text_line(text_id, text, list(image_ids)))
+            for text_id, (text, image_id) in enumerate(texts, start=1):
+                stream.write(text_line(text_id, text, [image_id]))
 
 
 def classify(classes: Mapping[str, Rule] = CLASSES) -> dict[str, list[Emoji]]:
