@@ -7,6 +7,7 @@ import runpy
 import sys
 from typing import Any
 
+import lmdb
 import reference_shim  # noqa: F401  (before anything that imports torchvision)
 import torch
 import torch.distributed as dist
@@ -34,8 +35,37 @@ def _without_device_numbers(move: Any) -> Any:
     return lambda self, *args, **options: self if args and type(args[0]) is int else move(self, *args, **options)
 
 
+class Shared:
+    """An open LMDB folder that several datasets use: none of them closes it."""
+
+    def __init__(self, environment: Any) -> None:
+        self._environment = environment
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._environment, name)
+
+    def close(self) -> None:
+        """Stays open until the process ends."""
+
+
+def share_open_folders() -> None:
+    """Opens an LMDB folder once: the reference opens it again for every epoch, which lmdb no longer allows."""
+    open_folder: Any = lmdb.open
+    opened: dict[str, Any] = {}
+
+    def shared(path: str, **options: Any) -> Any:
+        if not options.get("readonly"):
+            return open_folder(path, **options)
+        if path not in opened:
+            opened[path] = Shared(open_folder(path, **options))
+        return opened[path]
+
+    lmdb.open = shared
+
+
 def main() -> None:
     stay_on_cpu()
+    share_open_folders()
     _, module, *arguments = sys.argv
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__")
