@@ -9,7 +9,6 @@ import re
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from PIL import Image  # noqa: E402
 from two_sides import Side, two_sides  # noqa: E402
 
 from cn_clip import command  # noqa: E402
+from cn_clip.clip.checkpoint import read_checkpoint  # noqa: E402
 from cn_clip.data.records import text_line  # noqa: E402
 from cn_clip.eval.feature_files import read_features  # noqa: E402
 from cn_clip.preprocess import build_lmdb_dataset  # noqa: E402
@@ -171,14 +171,12 @@ def compare_features(checkpoint: Path, sides: tuple[Side, Side], folder: Path) -
 def compare_loading(checkpoint: Path, sides: tuple[Side, Side], folder: Path) -> dict[str, float]:
     """The reference's load_from_name rounds weights to float16, ours does not: compared as they are, and rounded."""
     rounded = folder / "rounded.pt"
-    content = torch.load(checkpoint, mmap=True, weights_only=True)
-    del content["optimizer"]
     running = ("running_mean", "running_var")
-    content["state_dict"] = {
-        name: value.half().float() if value.is_floating_point() and not name.endswith(running) else value
-        for name, value in content["state_dict"].items()
+    state = {
+        f"module.{name}": value.half().float() if value.is_floating_point() and not name.endswith(running) else value
+        for name, value in read_checkpoint(checkpoint).state_dict.items()
     }
-    torch.save(content, rounded)
+    torch.save({"epoch": 0, "step": 0, "name": "rounded", "state_dict": state}, rounded)
     differences = {}
     for name, path in (("load_from_name", checkpoint), ("load_from_name_of_rounded", rounded)):
         rows = []
@@ -192,22 +190,19 @@ def compare_loading(checkpoint: Path, sides: tuple[Side, Side], folder: Path) ->
 
 def compare_training_state(theirs: Path, ours: Path) -> dict[str, float]:
     """How far weights and Adam's moments of two runs from the same file lie apart."""
-    one, other = (torch.load(path, mmap=True, weights_only=True, map_location="cpu") for path in (theirs, ours))
-    assert [list(group["params"]) for group in one["optimizer"]["param_groups"]] == [
-        list(group["params"]) for group in other["optimizer"]["param_groups"]
-    ]
-    assert list(one["state_dict"]) == list(other["state_dict"])
-    assert one["step"] == other["step"]
-    moments = [one["optimizer"]["state"], other["optimizer"]["state"]]
+    one, other = read_checkpoint(theirs), read_checkpoint(ours)
+    assert one.step == other.step
+    assert list(one.state_dict) == list(other.state_dict)
+    assert one.optimizer is not None
+    assert other.optimizer is not None
+    groups = [[group["params"] for group in run.optimizer["param_groups"]] for run in (one, other)]
+    assert groups[0] == groups[1]
+    names = [name for name, value in one.state_dict.items() if value.is_floating_point()]
+    states = one.optimizer["state"], other.optimizer["state"]
     return {
-        "weights": distance(lambda name: one["state_dict"][name], lambda name: other["state_dict"][name], one),
-        "moments": relative([state[n]["exp_avg"] for n in moments[0]] for state in moments),
+        "weights": relative([run.state_dict[name] for name in names] for run in (one, other)),
+        "moments": relative([state[number]["exp_avg"] for number in states[0]] for state in states),
     }
-
-
-def distance(first: Callable[[str], Any], second: Callable[[str], Any], content: dict[str, Any]) -> float:
-    names = [name for name in content["state_dict"] if first(name).is_floating_point()]
-    return relative([read(name) for name in names] for read in (first, second))
 
 
 def relative(tensors: Any) -> float:
