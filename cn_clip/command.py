@@ -5,17 +5,20 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeAlias, TypeVar
+
+import tyro
 
 from cn_clip.errors import CnClipError
 
 OptionsT = TypeVar("OptionsT")
 
+# A flag that the check of the options asks for: it says what is expected, the parser only that something is missing.
+Required: TypeAlias = Annotated[str | None, tyro.conf.arg(help_behavior_hint="(required)")]
+
 
 def parse(options: type[OptionsT], args: Sequence[str] | None, *, prog: str | None = None) -> OptionsT:
     """Parses `args` (default: sys.argv) into the frozen dataclass `options`; exits with status 2 when it cannot."""
-    import tyro
-
     try:
         return tyro.cli(options, args=args, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     except CnClipError as error:

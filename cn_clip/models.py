@@ -17,7 +17,7 @@ DEFAULT_ROOT = Path("~/.cache/clip")
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of the list."""
+    """Lists the published models and where their files are."""
 
     download_root: Path = DEFAULT_ROOT
     """Folder with downloaded checkpoints"""

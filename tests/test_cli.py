@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -130,6 +131,14 @@ def test_help_imports_no_torch(name: str) -> None:
     )
     done = run_python("-c", code)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_option_texts_end_without_a_full_stop() -> None:
+    text = re.compile(r'^    (\w+): [^\n]*\n    """([^\n]+)"""$', re.MULTILINE)
+    found = {path: text.findall(path.read_text(encoding="utf-8")) for path in (ROOT / "cn_clip").rglob("*.py")}
+    options = [(path.name, *one) for path, all_of_them in found.items() for one in all_of_them]
+    assert len(options) > 100
+    assert [one for one in options if one[2].endswith(".")] == []
 
 
 def test_unknown_flag_exits_with_status_2() -> None:

@@ -271,6 +271,14 @@ def test_a_faulty_text_is_named_by_its_line(folder: Path, capsys: pytest.Capture
     assert (status, f"{path}:2" in line) == (1, True)
 
 
+@pytest.mark.parametrize("debug", [True, False])
+def test_debug_logs_what_is_opened(debug: bool, folder: Path) -> None:
+    done = run_script(EXTRACT, *arguments(folder, "--extract-image-feats", *["--debug"] * debug))
+    assert done.returncode == 0, done.stderr
+    assert ("INFO | The specified LMDB directory contains 4 images." in done.stderr) is debug
+    assert "LMDB directory" not in done.stdout
+
+
 def test_help_of_the_script_names_the_flags_of_the_reference() -> None:
     done = subprocess.run(
         [sys.executable, "cn_clip/eval/extract_features.py", "--help"],

@@ -23,18 +23,21 @@ Direction: TypeAlias = Literal["text", "image"]
 
 @dataclass(frozen=True)
 class Options:
-    """Checks predictions and computes recall; a fault gives the error JSON and exit status 1."""
+    """Checks predictions and computes recall, by default: texts find pictures.
+
+    A fault gives the error JSON and exit status 1.
+    """
 
     standard: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STANDARD")]
-    """The annotation: jsonl with the relevant ids of each query."""
-    submit: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SUBMIT")]
-    """The predictions: jsonl with exactly 10 ids for each query, best first."""
-    output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")]
-    """The result JSON to write."""
+    """The annotation: jsonl with the relevant ids of each query"""
+    submit: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PREDICTIONS")]
+    """The predictions: jsonl with exactly 10 ids for each query, best first"""
+    output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RESULT")]
+    """The result JSON to write"""
     query: Direction = "text"
-    """What was looked up: text (finding pictures) or image (finding sentences)."""
+    """What was looked up: text (texts find pictures) or image (pictures find texts)"""
     json: bool = False
-    """Print the result as one JSON object instead of lines of text."""
+    """Print the result as one JSON object instead of lines of text"""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,13 @@ from cn_clip.eval import evaluation
 
 @dataclass(frozen=True)
 class Options(evaluation.Options):
-    """Checks predictions and computes recall; a fault gives the error JSON and exit status 1."""
+    """Checks predictions and computes recall, by default: pictures find texts.
+
+    A fault gives the error JSON and exit status 1.
+    """
 
     query: evaluation.Direction = "image"
-    """What was looked up: text (finding pictures) or image (finding sentences)."""
+    """What was looked up: text (texts find pictures) or image (pictures find texts)"""
 
 
 def main(args: Sequence[str] | None = None) -> None:

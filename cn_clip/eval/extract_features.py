@@ -1,5 +1,6 @@
 """Extracts picture and text features: `python cn_clip/eval/extract_features.py --extract-image-feats …`."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -36,7 +37,7 @@ class Options:
     """Texts in a batch"""
     context_length: int = 52
     """Longest text in tokens, [CLS] and [SEP] included"""
-    resume: str | None = None
+    resume: command.Required = None
     """Checkpoint: a file, a transformers folder, or the name of a published model"""
     precision: Literal["amp", "fp16", "fp32", "bf16"] = "amp"
     """Arithmetic; amp is float32 here, as in Chinese-CLIP"""
@@ -45,7 +46,7 @@ class Options:
     text_model: TextName | None = None
     """Text tower; default: what the checkpoint holds"""
     debug: bool = False
-    """Log more"""
+    """Log what is opened and downloaded, to stderr"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
     num_workers: int = 1
@@ -69,6 +70,9 @@ def run(options: Options) -> None:
     from cn_clip.eval.backends import open_backend
 
     say = command.Speaker(quiet=options.json)
+    if options.debug:
+        logging.basicConfig(format="%(levelname)s | %(message)s")
+        logging.getLogger("cn_clip").setLevel(logging.DEBUG)
     say.params(options)
     assert options.resume is not None
     backend = open_backend(

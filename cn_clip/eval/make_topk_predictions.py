@@ -26,24 +26,24 @@ _ID_FIELDS: dict[Side, Literal["text_id", "image_id"]] = {"text": "text_id", "im
 
 @dataclass(frozen=True)
 class Options:
-    """Exact top-k search by inner product, one line of ids for each query."""
+    """Exact top-k search by inner product, one line of ids for each query; by default: texts find pictures."""
 
     image_feats: str
-    """The feature file of the pictures."""
+    """The feature file of the pictures"""
     text_feats: str
-    """The feature file of the sentences."""
+    """The feature file of the sentences"""
     output: str
-    """The prediction file to write."""
+    """The prediction file to write"""
     top_k: int = 10
-    """How many to find for each query."""
+    """How many to find for each query"""
     eval_batch_size: int = 32768
-    """How many vectors of the searched side are compared at a time; bounds memory, does not change the result."""
+    """How many vectors of the searched side are compared at a time; bounds memory, does not change the result"""
     query: Side = "text"
-    """What is looked up: text finds pictures, image finds sentences."""
+    """What is looked up: text (texts find pictures) or image (pictures find texts)"""
     device: str = "auto"
-    """Where to multiply: auto, cpu, cuda, cuda:N or mps."""
+    """Where to multiply: auto, cpu, cuda, cuda:N or mps"""
     json: bool = False
-    """Print a summary as one JSON object instead of lines of text."""
+    """Print a summary as one JSON object instead of lines of text"""
 
     def __post_init__(self) -> None:
         for flag, value in (("--top-k", self.top_k), ("--eval-batch-size", self.eval_batch_size)):

@@ -12,10 +12,10 @@ from cn_clip.eval import make_topk_predictions
 
 @dataclass(frozen=True)
 class Options(make_topk_predictions.Options):
-    """Exact top-k search by inner product, one line of ids for each query."""
+    """Exact top-k search by inner product, one line of ids for each query; by default: pictures find texts."""
 
     query: make_topk_predictions.Side = "image"
-    """What is looked up: text finds pictures, image finds sentences."""
+    """What is looked up: text (texts find pictures) or image (pictures find texts)"""
 
 
 def main(args: Sequence[str] | None = None) -> None:

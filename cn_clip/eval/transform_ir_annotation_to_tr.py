@@ -16,9 +16,9 @@ class Options:
     """Writes NAME.tr.jsonl beside NAME.jsonl: one line a picture, in the order of first mention."""
 
     input: str
-    """The jsonl annotation with the image_ids of each text_id."""
+    """The jsonl annotation with the image_ids of each text_id"""
     json: bool = False
-    """Print a summary as one JSON object instead of lines of text."""
+    """Print a summary as one JSON object instead of lines of text"""
 
 
 def run(options: Options) -> None:

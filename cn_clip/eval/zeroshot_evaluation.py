@@ -31,7 +31,7 @@ class Options:
     """Text tower; default: what the checkpoint holds"""
     precision: Literal["amp", "fp16", "fp32", "bf16"] = "amp"
     """Arithmetic; amp is float32 here, as in Chinese-CLIP"""
-    label_file: str | None = None
+    label_file: command.Required = None
     """Text file of the labels, one a line"""
     dataset: str = "imagenet"
     """Name of the dataset; chooses the prompt templates and names the output file"""
@@ -43,7 +43,7 @@ class Options:
     """Pictures in a batch"""
     context_length: int = 52
     """Longest text in tokens, [CLS] and [SEP] included"""
-    resume: str | None = None
+    resume: command.Required = None
     """Checkpoint: a file, a transformers folder, or the name of a published model"""
     num_workers: int = 4
     """Processes that decode pictures; 0: decode in this one"""

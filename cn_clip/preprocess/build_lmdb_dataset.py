@@ -26,19 +26,19 @@ class Options:
     """Pictures ({split}_imgs.tsv) and sentences ({split}_texts.jsonl) to LMDB, for training and feature extraction."""
 
     data_dir: str
-    """The folder with the tsv files of pictures and the jsonl files of sentences."""
+    """The folder with the tsv files of pictures and the jsonl files of sentences"""
     splits: str
-    """The splits to build, joined by commas (train,valid,test)."""
+    """The splits to build, joined by commas (train,valid,test)"""
     lmdb_dir: str | None = None
-    """Where the LMDB folders go; default: the folder lmdb in data_dir."""
+    """Where the LMDB folders go; default: the folder lmdb in data_dir"""
     on_error: Literal["stop", "skip"] = "stop"
-    """At a faulty record: stop, or skip it (counted and listed). A stopped build leaves what was there before."""
+    """At a faulty record: stop, leaving what was there before, or skip it (counted and listed)"""
     check_pictures: Literal["decode", "header", "none"] = "decode"
-    """How closely to look at each picture: decode it, read its header, or only its base64."""
+    """How closely to look at each picture: decode it, read its header, or only its base64"""
     num_workers: int = 2
-    """Threads that decode pictures for the check."""
+    """Threads that decode pictures for the check"""
     json: bool = False
-    """Print a summary as one JSON object instead of lines of text."""
+    """Print a summary as one JSON object instead of lines of text"""
 
     def __post_init__(self) -> None:
         split_names(self.splits)

@@ -20,17 +20,17 @@ class Options:
     """Checks the tsv and jsonl files of a dataset and, where it is built, the LMDB against them."""
 
     data_dir: str
-    """The folder with the tsv files of pictures and the jsonl files of sentences."""
+    """The folder with the tsv files of pictures and the jsonl files of sentences"""
     splits: str | None = None
-    """The splits to check, joined by commas (train,valid,test); default: all that are there."""
+    """The splits to check, joined by commas (train,valid,test); default: all that are there"""
     lmdb_dir: str | None = None
-    """Where the LMDB folders are; default: the folder lmdb in data_dir."""
+    """Where the LMDB folders are; default: the folder lmdb in data_dir"""
     check_pictures: Literal["decode", "header", "none"] = "decode"
-    """How closely to look at each picture: decode it, read its header, or only its base64."""
+    """How closely to look at each picture: decode it, read its header, or only its base64"""
     num_workers: int = 2
-    """Threads that decode pictures for the check."""
+    """Threads that decode pictures for the check"""
     json: bool = False
-    """Print the result as one JSON object instead of lines of text."""
+    """Print the result as one JSON object instead of lines of text"""
 
     def __post_init__(self) -> None:
         if self.splits is not None:

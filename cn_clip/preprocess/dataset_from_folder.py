@@ -32,33 +32,33 @@ class Options:
     """
 
     output: str
-    """The folder for the dataset files; made when it is not there."""
+    """The folder for the dataset files; made when it is not there"""
     folder: str | None = None
-    """The folder of pictures, sub-folders included; default with --table: the folder of the table."""
+    """The folder of pictures, sub-folders included; default with --table: the folder of the table"""
     table: str | None = None
-    """A .csv, .tsv or .parquet table with one row per caption, instead of the file names."""
+    """A .csv, .tsv or .parquet table with one row per caption, instead of the file names"""
     image_column: str = "image"
-    """The table's column of picture files, relative to the folder."""
+    """The table's column of picture files, relative to the folder"""
     text_column: str = "text"
-    """The table's column of captions."""
+    """The table's column of captions"""
     id_column: str | None = None
-    """The table's column of picture ids; default: ids are made as --ids says."""
+    """The table's column of picture ids; default: ids are made as --ids says"""
     ids: Literal["auto", "number", "sequence", "name"] = "auto"
-    """Picture ids: the number that file names start with, 0, 1, 2, ..., or the name; auto: numbers, if unique."""
+    """Picture ids: the number that file names start with, 0, 1, 2, ..., or the name; auto: numbers, if unique"""
     simplify: bool = False
-    """Turn traditional characters into simplified ones."""
+    """Turn traditional characters into simplified ones"""
     splits: str = "train,valid,test"
-    """The splits, joined by commas."""
+    """The splits, joined by commas"""
     split_ratio: str = "0.8,0.1,0.1"
-    """The share of each split; 1,0,0 puts all into the first."""
+    """The share of each split; 1,0,0 puts all into the first"""
     seed: int = 0
-    """Another seed is another division; a picture's split depends on its id or name and the seed alone."""
+    """Another seed is another division; a picture's split depends on its id or name and the seed alone"""
     on_error: Literal["stop", "skip"] = "stop"
-    """At a picture that cannot be read or a row that is faulty: stop, or skip it (counted and listed)."""
+    """At a picture that cannot be read or a row that is faulty: stop, or skip it (counted and listed)"""
     lmdb: bool = False
-    """Build the LMDB folders as well."""
+    """Build the LMDB folders as well"""
     json: bool = False
-    """Print a summary as one JSON object instead of lines of text."""
+    """Print a summary as one JSON object instead of lines of text"""
 
     def __post_init__(self) -> None:
         if self.folder is None and self.table is None:

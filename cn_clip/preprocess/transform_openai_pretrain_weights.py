@@ -16,9 +16,9 @@ class Options:
     """Reads the tensors of an OpenAI CLIP archive, without running its code, and saves them as a state dict."""
 
     raw_ckpt_path: str
-    """The OpenAI checkpoint as downloaded."""
+    """The OpenAI checkpoint as downloaded"""
     new_ckpt_path: str | None = None
-    """Where the state dict goes; default: NAME.state_dict.EXT beside the archive NAME.EXT."""
+    """Where the state dict goes; default: NAME.state_dict.EXT beside the archive NAME.EXT"""
 
     def __post_init__(self) -> None:
         if self.new_ckpt_path and Path(self.new_ckpt_path).absolute() == Path(self.raw_ckpt_path).absolute():

@@ -30,7 +30,7 @@ class Options:
     name: str = "train_clip"
     """Name of the experiment"""
     log_interval: int = 10
-    """Log every that many steps"""
+    """Log every N steps"""
     report_training_batch_acc: bool = False
     """Log the accuracy inside the training batch"""
     batch_size: int = 64
@@ -38,13 +38,13 @@ class Options:
     valid_batch_size: int = 64
     """Pairs in a validation batch"""
     max_steps: int | None = None
-    """Number of steps to train for (goes before --max-epochs)"""
+    """Number of steps to train for; --max-steps overrides --max-epochs"""
     max_epochs: int = 32
-    """Number of epochs to train for, when --max-steps is not given"""
+    """Number of epochs to train for; --max-steps overrides --max-epochs"""
     valid_step_interval: int | None = None
-    """Validate every that many steps; None or -1: not between steps"""
+    """Validate every N steps; None or -1: never by steps"""
     valid_epoch_interval: int | None = 1
-    """Validate every that many epochs; None or -1: not between epochs"""
+    """Validate every N epochs; None or -1: never by epochs"""
     context_length: int = 52
     """Longest text in tokens, [CLS] and [SEP] included"""
     lr: float | None = None
@@ -62,13 +62,13 @@ class Options:
     use_bn_sync: bool = False
     """Synchronise batch normalisation between processes (nothing to do with one process)"""
     use_augment: bool = False
-    """Augment training pictures"""
+    """AutoAugment of training pictures; not available in this version"""
     skip_scheduler: bool = False
     """Keep the learning rate after warm-up instead of the cosine decay"""
     save_epoch_frequency: int = 1
-    """Keep a checkpoint every that many epochs"""
+    """Keep a checkpoint every N epochs; -1: only the last"""
     save_step_frequency: int = -1
-    """Keep a checkpoint every that many steps; -1: never"""
+    """Keep a checkpoint every N steps; -1: never by steps"""
     resume: str | None = None
     """Checkpoint to start from; default: the latest one of this experiment, if any"""
     reset_optimizer: bool = False
@@ -76,7 +76,7 @@ class Options:
     reset_data_offset: bool = False
     """Start from the weights of --resume at the beginning of the data"""
     precision: Literal["amp", "fp16", "fp32", "bf16"] = "amp"
-    """Arithmetic; amp: mixed float16 on CUDA, mixed bfloat16 on CPUs that have it"""
+    """Arithmetic; amp: mixed float16 on CUDA, mixed bfloat16 on CPUs that have it, float32 elsewhere"""
     vision_model: VisionName = "ViT-B-16"
     """Picture tower"""
     mask_ratio: float = 0
@@ -94,21 +94,21 @@ class Options:
     use_flash_attention: bool = False
     """Accepted; FlashAttention is used wherever PyTorch offers it"""
     accum_freq: int = 1
-    """Batches joined into one update"""
+    """Batches joined into one update; other than 1: not available in this version"""
     gather_with_grad: bool = False
     """Gather features of all processes with gradients (nothing to do with one process)"""
     skip_aggregate: bool = False
     """Do not gather features of other processes (nothing to do with one process)"""
     debug: bool = False
-    """Log more"""
+    """Log at level DEBUG too"""
     seed: int = 123
     """Seed of the data order and of random weights"""
     distillation: bool = False
-    """Learn from a teacher model too"""
+    """Learn from a teacher model too; not available in this version"""
     teacher_model_name: str | None = None
-    """The teacher model"""
+    """The teacher of --distillation; not available in this version"""
     kd_loss_weight: float = 0.5
-    """Weight of the distillation loss"""
+    """Weight of the loss of --distillation; not available in this version"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
     num_threads: int | None = None
