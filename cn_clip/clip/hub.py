@@ -60,7 +60,7 @@ def _fetch_alone(published: Published, target: Path, fetch: Callable[[Published,
 
     The empty lock file stays: removing it could let two processes hold "the" lock.
     """
-    from filelock import FileLock  # a dependency of torch and of huggingface_hub
+    from filelock import FileLock
 
     partial = target.parent / f".{target.name}.download"
     with FileLock(target.parent / f".{target.name}.lock"):
