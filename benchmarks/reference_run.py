@@ -3,6 +3,7 @@
 REFERENCE/bin/python benchmarks/reference_run.py cn_clip.eval.extract_features --help
 """
 
+import functools
 import runpy
 import sys
 from typing import Any
@@ -35,6 +36,11 @@ def _without_device_numbers(move: Any) -> Any:
     return lambda self, *args, **options: self if args and type(args[0]) is int else move(self, *args, **options)
 
 
+def trust_own_files() -> None:
+    """Reads checkpoints as PyTorch before 2.6 did: those of the reference hold numpy numbers, which it refuses now."""
+    torch.load = functools.partial(torch.load, weights_only=False)
+
+
 class Shared:
     """An open LMDB folder that several datasets use: none of them closes it."""
 
@@ -65,6 +71,7 @@ def share_open_folders() -> None:
 
 def main() -> None:
     stay_on_cpu()
+    trust_own_files()
     share_open_folders()
     _, module, *arguments = sys.argv
     sys.argv = [module, *arguments]
