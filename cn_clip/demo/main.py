@@ -22,8 +22,8 @@ class Options:
 
     output: str = "demo-output"
     """Folder for everything the demo writes"""
-    steps: int = 500
-    """Training steps of 256 pairs; 500 take about four minutes on two cores"""
+    steps: int = 400
+    """Training steps of 256 pairs; 400 take about three minutes on two cores"""
     seed: int = 123
     """Seed of weights and data order"""
     json: bool = False
