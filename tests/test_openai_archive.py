@@ -4,6 +4,8 @@ import logging
 import os
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -239,6 +241,38 @@ class Trap:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.folder),)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run_transform(*args: object) -> "subprocess.CompletedProcess[str]":
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "cn_clip/preprocess/transform_openai_pretrain_weights.py", *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_transform_command_writes_the_state_dict_beside_the_archive(
+    tmp_path: Path, archive: tuple[Path, dict[str, Tensor]]
+) -> None:
+    raw = tmp_path / "ViT-B-16.pt"
+    raw.write_bytes(archive[0].read_bytes())
+    result = run_transform("--raw-ckpt-path", raw)
+    target = tmp_path / "ViT-B-16.state_dict.pt"
+    assert result.stdout.splitlines()[-2:] == [f"Transformed openai ckpt {raw} to {target}!", "Done!"]
+    written = torch.load(target, weights_only=True)
+    assert written.keys() == archive[1].keys()
+    assert all(torch.equal(written[key], value) for key, value in archive[1].items())
+
+
+def test_the_transform_command_refuses_other_files_and_leaves_nothing(tmp_path: Path) -> None:
+    raw = tmp_path / "plain.pt"
+    torch.save({"x": torch.zeros(1)}, raw)
+    result = run_transform("--raw-ckpt-path", raw)
+    assert result.returncode == 1
+    assert f"{raw}: not a TorchScript archive" in result.stderr
+    assert list(tmp_path.iterdir()) == [raw]
 
 
 def rewrite(source: Path, target: Path, change: Callable[[str, bytes], bytes]) -> None:

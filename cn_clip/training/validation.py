@@ -118,6 +118,6 @@ def _in_batches(
         image_B, text_B = pairs_P2[torch.tensor(batch)].unbind(1)
         logits = similarity_logits(images_ND[image_B], texts_TD[text_B], logit_scale.float().exp())
         values = [contrastive_loss(logits) * len(batch), *batch_accuracy(logits)]
-        totals += torch.stack([value.double().cpu() for value in values])
+        totals += torch.stack([value.cpu().double() for value in values])
     loss, image_to_text, text_to_image = (totals / sampler.num_padded).tolist()
     return loss, image_to_text, text_to_image
