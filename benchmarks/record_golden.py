@@ -16,25 +16,17 @@ sys.path.insert(0, str(ROOT / "tests"))
 import numpy as np  # noqa: E402
 import reference_shim  # noqa: E402, F401  (before anything that imports torchvision)
 import torch  # noqa: E402
-from deterministic import TEXTS, picture_bytes, state_dict  # noqa: E402
+from deterministic import TEXT_TOWER, TEXTS, picture_bytes, state_dict  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import cn_clip.clip as clip  # noqa: E402
 from cn_clip.clip.utils import create_model, image_transform  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
-MODELS = {
-    "RN50": "RBT3-chinese",
-    "ViT-B-32": "RoBERTa-wwm-ext-base-chinese",
-    "ViT-B-16": "RoBERTa-wwm-ext-base-chinese",
-    "ViT-L-14": "RoBERTa-wwm-ext-base-chinese",
-    "ViT-L-14-336": "RoBERTa-wwm-ext-base-chinese",
-    "ViT-H-14": "RoBERTa-wwm-ext-large-chinese",
-}
 
 
 def load(vision: str) -> torch.nn.Module:
-    model = create_model(f"{vision}@{MODELS[vision]}")
+    model = create_model(f"{vision}@{TEXT_TOWER[vision]}")
     shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
     weights = {name: torch.from_numpy(value) for name, value in state_dict(shapes).items()}
     model.load_state_dict(weights)
@@ -42,7 +34,7 @@ def load(vision: str) -> torch.nn.Module:
 
 
 def record_features() -> None:
-    for vision in MODELS:
+    for vision in TEXT_TOWER:
         model = load(vision)
         resolution = model.visual.input_resolution
         pixels = torch.stack([image_transform(resolution)(Image.fromarray(picture_bytes(n))) for n in (1, 2)])
@@ -58,8 +50,8 @@ def record_features() -> None:
 def record_names() -> None:
     """Names and shapes in the order of parameters(), the order of the optimizer's state, and of state_dict()."""
     names = {}
-    for vision in MODELS:
-        model = create_model(f"{vision}@{MODELS[vision]}")
+    for vision in TEXT_TOWER:
+        model = create_model(f"{vision}@{TEXT_TOWER[vision]}")
         names[vision] = {
             "parameters": [[name, list(value.shape)] for name, value in model.named_parameters()],
             "state_dict": [[name, list(value.shape)] for name, value in model.state_dict().items()],

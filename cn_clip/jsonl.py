@@ -54,17 +54,25 @@ def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
                 yield number, stripped
 
 
-def parse_object(line: bytes, where: str) -> dict[str, Any]:
-    """Parses one line as a JSON object; raises DataError that starts with `where`."""
+def json_object(line: bytes) -> dict[str, Any]:
+    """Parses one line as a JSON object; raises DataError without the place, which the caller knows."""
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: invalid UTF-8 at byte {error.start}; save the file as UTF-8") from error
+        raise DataError(f"invalid UTF-8 at byte {error.start}; save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
-        raise DataError(f"{where}: not valid JSON ({error}); expected one JSON object a line") from error
+        raise DataError(f"not valid JSON ({error}); expected one JSON object a line") from error
     if not isinstance(value, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}")
+        raise DataError(f"expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def parse_object(line: bytes, where: str) -> dict[str, Any]:
+    """As `json_object`; raises DataError that starts with `where`."""
+    try:
+        return json_object(line)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def read_objects(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:

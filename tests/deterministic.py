@@ -17,6 +17,15 @@ TEXTS = [
     "Pikachu 和 iPhone 15",
     "",
 ]
+# The text tower each picture tower is published, or usually paired, with.
+TEXT_TOWER = {
+    "RN50": "RBT3-chinese",
+    "ViT-B-32": "RoBERTa-wwm-ext-base-chinese",
+    "ViT-B-16": "RoBERTa-wwm-ext-base-chinese",
+    "ViT-L-14": "RoBERTa-wwm-ext-base-chinese",
+    "ViT-L-14-336": "RoBERTa-wwm-ext-base-chinese",
+    "ViT-H-14": "RoBERTa-wwm-ext-large-chinese",
+}
 NORM_NAMES = ("ln_", "LayerNorm", "bn", "downsample.1.")
 
 

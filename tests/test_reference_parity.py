@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deterministic import TEXTS, picture_bytes, state_dict
+from deterministic import TEXT_TOWER, TEXTS, picture_bytes, state_dict
 from PIL import Image
 
 import cn_clip.clip as clip
@@ -19,14 +19,6 @@ from cn_clip.clip.model import CLIP
 from cn_clip.clip.transforms import image_transform
 
 GOLDEN = Path(__file__).parent / "golden"
-TEXT_TOWER = {
-    "RN50": "RBT3-chinese",
-    "ViT-B-32": "RoBERTa-wwm-ext-base-chinese",
-    "ViT-B-16": "RoBERTa-wwm-ext-base-chinese",
-    "ViT-L-14": "RoBERTa-wwm-ext-base-chinese",
-    "ViT-L-14-336": "RoBERTa-wwm-ext-base-chinese",
-    "ViT-H-14": "RoBERTa-wwm-ext-large-chinese",
-}
 PARAMETERS = {
     "RN50": (76_989_537, None),
     "ViT-B-16": (188_262_913, 86_192_640),

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore
 from cn_clip.data.pictures import open_picture
-from cn_clip.data.records import RecordId, canonical_id, parse_json_line
+from cn_clip.data.records import RecordId, canonical_id
 from cn_clip.errors import CnClipError, ConfigError, DataError
-from cn_clip.jsonl import numbered_lines
+from cn_clip.jsonl import json_object, numbered_lines
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def read_texts(path: str | os.PathLike[str]) -> list[tuple[RecordId, str]]:
 
 def _read_text(line: bytes, where: str) -> tuple[RecordId, str]:
     try:
-        record = parse_json_line(line)
+        record = json_object(line)
         for name in ("text_id", "text"):
             if name not in record:
                 raise DataError(f"the field {name!r} is missing; expected text_id and text")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 from cn_clip.errors import DataError
-from cn_clip.jsonl import numbered_lines, parse_object
+from cn_clip.jsonl import json_object, numbered_lines
 
 RecordId: TypeAlias = int | str
 
@@ -185,17 +185,9 @@ def read_text_records(path: str | os.PathLike[str]) -> Iterator[TextRecord | Fau
     """
 
     def parse(line: bytes, number: int) -> TextRecord:
-        return TextRecord(*parse_text_object(parse_json_line(line)), line=number)
+        return TextRecord(*parse_text_object(json_object(line)), line=number)
 
     return _read(path, parse, '{"text_id": ..., "text": ..., "image_ids": [...]}')
-
-
-def parse_json_line(line: bytes) -> dict[str, Any]:
-    """One line as a JSON object; raises DataError without the place, which the caller knows."""
-    try:
-        return parse_object(line, "")
-    except ValueError as error:  # also integers of more than 4300 digits, which json refuses with a ValueError
-        raise DataError(str(error).removeprefix(": ")) from error
 
 
 def _read(

@@ -144,15 +144,16 @@ class Tour:
         """A picture of some queries and what they found."""
         from cn_clip.clip.encoder import Encoder
         from cn_clip.demo.grid import draw_grid
+        from cn_clip.eval.feature_files import read_features
         from cn_clip.retrieval.flat import top_k
 
         self._headline("图片表：查询与结果", "picture grid: queries and what they found")
-        pictures = emoji.load()
-        encoder = Encoder(self.checkpoint)
-        gallery = encoder.encode_images([picture.picture for picture in pictures], batch_size=256)
-        found = top_k(encoder.encode_texts(QUERIES), gallery, GRID_COLUMNS).indices
+        pictures = {picture.number: picture for picture in emoji.load()}
+        gallery = read_features(self.data / "valid_imgs.img_feat.jsonl", "image_id")
+        shown = [pictures[int(number)] for number in gallery.ids]
+        found = top_k(Encoder(self.checkpoint).encode_texts(QUERIES), gallery.vectors, GRID_COLUMNS).indices
         rows = [
-            (query, [(pictures[n].picture, pictures[n].name, pictures[n].name == query) for n in numbers])
+            (query, [(shown[n].picture, shown[n].name, shown[n].name == query) for n in numbers])
             for query, numbers in zip(QUERIES, found.tolist(), strict=True)
         ]
         draw_grid(rows, self.grid)

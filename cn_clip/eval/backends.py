@@ -1,9 +1,45 @@
 """How the evaluation commands open a checkpoint, with the lines they print."""
 
+from typing import Protocol
+
 from cn_clip import ranks, zoo
-from cn_clip.clip.encoder import Backend, TorchBackend
+from cn_clip.clip.encoder import Backend, Encoder, TorchBackend
 from cn_clip.clip.loading import open_model
 from cn_clip.command import Speaker
+
+
+class ModelOptions(Protocol):
+    """The settings every evaluation command has."""
+
+    @property
+    def resume(self) -> str | None: ...
+    @property
+    def vision_model(self) -> str | None: ...
+    @property
+    def text_model(self) -> str | None: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def context_length(self) -> int: ...
+
+
+def open_encoder(options: ModelOptions, say: Speaker) -> Encoder:
+    """The encoder a command's settings ask for; the command has checked that there is a `resume`.
+
+    Raises as `open_backend`.
+    """
+    assert options.resume is not None
+    backend = open_backend(
+        options.resume,
+        vision=options.vision_model,
+        text=options.text_model,
+        device=options.device,
+        precision=options.precision,
+        say=say,
+    )
+    return Encoder(backend, context_length=options.context_length)
 
 
 def open_backend(

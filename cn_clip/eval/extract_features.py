@@ -66,24 +66,14 @@ class Options:
 
 def run(options: Options) -> None:
     """Extracts what is asked for; raises CnClipError naming file, line or id of what cannot be read."""
-    from cn_clip.clip.encoder import Encoder
-    from cn_clip.eval.backends import open_backend
+    from cn_clip.eval.backends import open_encoder
 
     say = command.Speaker(quiet=options.json)
     if options.debug:
         logging.basicConfig(format="%(levelname)s | %(message)s")
         logging.getLogger("cn_clip").setLevel(logging.DEBUG)
     say.params(options)
-    assert options.resume is not None
-    backend = open_backend(
-        options.resume,
-        vision=options.vision_model,
-        text=options.text_model,
-        device=options.device,
-        precision=options.precision,
-        say=say,
-    )
-    encoder = Encoder(backend, context_length=options.context_length)
+    encoder = open_encoder(options, say)
     # Both are opened before either is worked on: a wrong path is told at once, not after minutes.
     pictures = _open_pictures(options, encoder, say) if options.extract_image_feats else None
     texts = _open_texts(options, say) if options.extract_text_feats else None

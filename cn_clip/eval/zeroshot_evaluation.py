@@ -73,39 +73,29 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     """Evaluates, tells `say` about it, writes the ELEVATER file and returns the accuracy."""
     import numpy as np
 
-    from cn_clip.clip.encoder import Encoder
     from cn_clip.data.datasets import ClassFolderDataset
     from cn_clip.eval import zeroshot
-    from cn_clip.eval.backends import open_backend
+    from cn_clip.eval.backends import open_encoder
     from cn_clip.eval.templates import load_templates
 
     say.params(options)
     labels = read_labels(Path(options.label_file or ""))
     templates = load_templates(options.dataset, Path(options.templates) if options.templates else None)
-    assert options.resume is not None
-    backend = open_backend(
-        options.resume,
-        vision=options.vision_model,
-        text=options.text_model,
-        device=options.device,
-        precision=options.precision,
-        say=say,
-    )
+    encoder = open_encoder(options, say)
     say("Preparing zeroshot dataset.")
-    encoder = Encoder(backend, context_length=options.context_length)
     dataset = ClassFolderDataset(options.datapath, encoder.transform)
     numbers = _class_numbers(options, dataset.classes, len(labels))
     order = read_index(Path(options.index), len(dataset)) if options.index else None
     say("Building zero-shot classifier")
     classes_CD = zeroshot.classifier(encoder, labels, templates)
     say("Using classifier")
-    images_ND, folders_N = _picture_features(options, backend, dataset)
+    images_ND, folders_N = _picture_features(options, encoder.backend, dataset)
     probabilities_NC = zeroshot.probabilities(images_ND, classes_CD)
     result = zeroshot.accuracy(probabilities_NC, np.array(numbers)[folders_N])
     if order is not None:
         say("Use index to rearrange the logits...")
         probabilities_NC = probabilities_NC[order]
-    path = write_elevater(options, backend, probabilities_NC)
+    path = write_elevater(options, encoder.backend, probabilities_NC)
     _report(say, result, labels, path)
     return result
 

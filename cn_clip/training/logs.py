@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,3 @@ def log_params(values: dict[str, Any], path: Path) -> None:
     logger.info("Params:")
     for name in sorted(values):
         logger.info("  %s: %s", name, values[name])
-
-
-def option_values(options: Any) -> dict[str, Any]:
-    """The fields of a settings dataclass by name."""
-    return {field.name: getattr(options, field.name) for field in fields(options)}

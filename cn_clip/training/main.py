@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ def run(options: Options) -> None:
     started = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
     with logs.logging_to(folder / f"out_{started}.log", rank=ranks.rank(), debug=options.debug):
         trainer = build_trainer(options, checkpoint_dir)
-        values = {**logs.option_values(options), "checkpoint_path": str(checkpoint_dir), "device": trainer.device}
+        values = {**asdict(options), "checkpoint_path": str(checkpoint_dir), "device": trainer.device}
         values |= {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
         values |= {name: options.optimizer_setting(name) for name in ("lr", "beta1", "beta2", "eps")}
         logs.log_params(values, folder / f"params_{started}.txt")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cn_clip.clip import tokenizer
@@ -89,12 +90,7 @@ def _device(model: CLIP) -> torch.device:
 
 
 def _joined(batches: Iterator[Tensor]) -> Tensor:
-    return torch.cat([unit(batch.float()) for batch in batches])
-
-
-def unit(rows: Tensor) -> Tensor:
-    """Rows divided by their length."""
-    return torch.nn.functional.normalize(rows, dim=-1)
+    return torch.cat([F.normalize(batch.float(), dim=-1) for batch in batches])
 
 
 def _text_features(model: CLIP, tokens: list[list[int]], batch_size: int) -> Tensor:
