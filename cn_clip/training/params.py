@@ -15,10 +15,10 @@ OPTIMIZER_DEFAULTS = {"ViT-L-14": _LARGE, "ViT-L-14-336": _LARGE, "RN50": _RESNE
 
 @dataclass(frozen=True)
 class Options:
-    """Trains or fine-tunes a model on an LMDB dataset, on one device."""
+    """Trains or fine-tunes a model on a dataset, in one process or, started by torchrun, in many."""
 
     train_data: str
-    """Path to the LMDB directory with training data split"""
+    """Path to the LMDB directory with training data split, or WebDataset shards: 'shards/{000..099}.tar'"""
     val_data: str | None = None
     """Path to the LMDB directory with validation data split; None disables validation"""
     num_workers: int = 4
@@ -60,9 +60,9 @@ class Options:
     warmup: int = 500
     """Number of steps over which the learning rate rises"""
     use_bn_sync: bool = False
-    """Synchronise batch normalisation between processes (nothing to do with one process)"""
+    """Synchronise batch normalisation between processes (CUDA)"""
     use_augment: bool = False
-    """AutoAugment of training pictures; not available in this version"""
+    """Vary training pictures: random crop, flip, AutoAugment"""
     skip_scheduler: bool = False
     """Keep the learning rate after warm-up instead of the cosine decay"""
     save_epoch_frequency: int = 1
@@ -94,25 +94,49 @@ class Options:
     use_flash_attention: bool = False
     """Accepted; FlashAttention is used wherever PyTorch offers it"""
     accum_freq: int = 1
-    """Batches joined into one update; other than 1: not available in this version"""
+    """Batches joined into one update, with the gradient of one large batch"""
     gather_with_grad: bool = False
-    """Gather features of all processes with gradients (nothing to do with one process)"""
+    """Gather features of all processes with gradients"""
     skip_aggregate: bool = False
-    """Do not gather features of other processes (nothing to do with one process)"""
+    """Do not gather features: each process contrasts its own batch alone"""
     debug: bool = False
     """Log at level DEBUG too"""
     seed: int = 123
     """Seed of the data order and of random weights"""
     distillation: bool = False
-    """Learn from a teacher model too; not available in this version"""
+    """Learn from the picture features of a teacher model too"""
     teacher_model_name: str | None = None
-    """The teacher of --distillation; not available in this version"""
+    """The teacher of --distillation: a checkpoint, a model's name, or a ModelScope model id"""
     kd_loss_weight: float = 0.5
-    """Weight of the loss of --distillation; not available in this version"""
+    """Weight of the loss of --distillation"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
     num_threads: int | None = None
     """CPU threads of PyTorch; default: its own choice"""
+    fsdp: bool = False
+    """Split weights, gradients and optimizer state over the processes (FSDP2) instead of copying them (DDP)"""
+    compile: bool = False
+    """Compile both towers (torch.compile): slow to start, faster steps"""
+    loss: Literal["clip", "siglip"] = "clip"
+    """clip: softmax over the batch (InfoNCE); siglip: a sigmoid for each pair"""
+    multi_positive: bool = False
+    """Pairs of one batch that share a picture or a text are not each other's negatives"""
+    freeze_text: bool = False
+    """Do not train the text tower"""
+    freeze_text_layers: int = 0
+    """Do not train the embeddings and the first N layers of the text tower"""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank instead of the weights (needs peft); 0: off"""
+    lora_alpha: float | None = None
+    """Scale of the adapters, divided by their rank; default: twice the rank"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A training picture that cannot be read: stop and name it, or train on with the next pair and count it"""
+    keep_checkpoints: int | None = None
+    """Keep the N newest epoch files besides the latest and the best one; default: all"""
+    early_stop: int | None = None
+    """Stop after N validations in a row without a better mean recall; default: never"""
+    report_to: Literal["none", "tensorboard"] = "none"
+    """Write events for TensorBoard into the experiment's folder"""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "valid_batch_size", "max_epochs", "log_interval", "accum_freq"):
@@ -122,10 +146,15 @@ class Options:
         _require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
         _require(0 <= self.mask_ratio < 1, "mask_ratio", "a value in [0, 1)", self.mask_ratio)
         _require(3 <= self.context_length <= 512, "context_length", "3 to 512", self.context_length)
-        for name in ("accum_freq", "use_augment", "distillation"):
-            unset = {"accum_freq": 1}.get(name, False)
-            if getattr(self, name) != unset:
-                raise ConfigError(f"--{name.replace('_', '-')}: not available in this version; leave it out")
+        for name in ("freeze_text_layers", "lora_rank"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        for name in ("keep_checkpoints", "early_stop"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1", value)
+        if self.distillation and not self.teacher_model_name:
+            raise ConfigError("--distillation: needs --teacher-model-name, a checkpoint or the name of a model")
+        if self.gather_with_grad and self.skip_aggregate:
+            raise ConfigError("--gather-with-grad and --skip-aggregate contradict each other; choose one")
 
     def optimizer_setting(self, name: Literal["lr", "beta1", "beta2", "eps"]) -> float:
         """The given value, else the default of the picture tower."""
