@@ -1,0 +1,250 @@
+"""What tells a trainer how a run goes: `metrics.jsonl`, TensorBoard events, `curves.png`, and a few warnings."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from cn_clip.errors import CnClipError, DataError, MissingExtraError
+from cn_clip.extras import require
+from cn_clip.jsonl import atomic_write, json_object, numbered_lines
+from cn_clip.training.curves import History, draw
+from cn_clip.training.logs import logger
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Kind = Literal["train", "valid"]
+Record = dict[str, Any]
+
+METRICS, CURVES, EVENTS = "metrics.jsonl", "curves.png", "tensorboard"
+
+# The published fine-tuning settings: this rate at this global batch.
+FINE_TUNING_RATE, FINE_TUNING_BATCH = 5e-5, 1024
+RATE_MARGIN = 4
+HIGHEST_RATE = 5e-3
+
+
+class Monitor:
+    """Keeps the numbers of a run in its folder; for one process of a run, rank 0. A context manager.
+
+    `metrics.jsonl`: one line a call, {"step", "kind": "train" | "valid", ...values}; numbers that are not finite are
+    null. `curves.png` is drawn anew at every validation and at the end, from these names where they are given:
+    train "loss", "lr", "chance_loss" (ln of the pairs contrasted; leave it out where guessing costs something else);
+    valid "loss" and "{text_to_image,image_to_text}_{r1,r5,r10,mean_recall}", shares in [0, 1].
+
+    start_step: the steps done so far; what an earlier process wrote of later steps is dropped, and all of it when
+    this run begins at 0. tensorboard: also write events; raises MissingExtraError without the package.
+    Raises CnClipError when the metrics cannot be written.
+    """
+
+    def __init__(self, folder: Path, *, start_step: int, tensorboard: bool) -> None:
+        self.folder = folder
+        self._path = folder / METRICS
+        self._history = History()
+        self._last_step: dict[Kind, int] = {"train": -1, "valid": -1}
+        self._can_draw = True
+        self._events = _event_writer(folder / EVENTS, start_step) if tensorboard else None
+        self._keep(lambda record: 0 < start_step >= record["step"])
+        self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Records the numbers of a training step."""
+        self._record("train", step, values)
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Records the numbers of a validation after `step` steps, and draws the curves."""
+        self._record("valid", step, values)
+        self._draw()
+
+    def close(self) -> None:
+        """Draws the curves for the last time; twice does no harm."""
+        if self._stream.closed:
+            return
+        self._stream.close()
+        if self._events is not None:
+            self._events.close()
+        self._draw()
+
+    def _record(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
+        if step <= self._last_step[kind]:  # done again after a resume: the later numbers are the run's
+            self._stream.close()
+            self._keep(lambda record: record["kind"] != kind or record["step"] < step)
+            self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self._last_step[kind] = step
+        finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+        self._history.add(kind, step, finite)
+        try:
+            self._stream.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise CnClipError(f"{self._path}: cannot be written ({error.strerror}); is the disk full?") from error
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def _keep(self, wanted: Callable[[Record], bool]) -> None:
+        """Rewrites the file with the wanted records alone, and begins the history with them."""
+        records, num_torn = _read(self._path)
+        kept = [record for record in records if wanted(record)]
+        if num_torn:
+            logger.warning("%s: left out %d lines that are no record (a torn write?)", self._path, num_torn)
+        if len(kept) < len(records):
+            logger.info("%s: left out %d records of steps that are done again", self._path, len(records) - len(kept))
+        if num_torn or len(kept) < len(records):
+            with atomic_write(self._path) as stream:
+                stream.writelines(json.dumps(record) + "\n" for record in kept)
+        self._history, self._last_step = History(), {"train": -1, "valid": -1}
+        for record in kept:
+            kind, step = record["kind"], record["step"]
+            self._last_step[kind] = max(step, self._last_step[kind])
+            self._history.add(kind, step, {name: value for name, value in record.items() if name not in _PLACE})
+
+    def _draw(self) -> None:
+        """A picture that cannot be drawn is no reason to end a training."""
+        if not self._can_draw:
+            return
+        try:
+            draw(self._history, self.folder / CURVES, title=self.folder.name)
+        except MissingExtraError as error:
+            self._can_draw = False
+            logger.info("No %s: %s", CURVES, error)
+        except OSError as error:
+            logger.warning("%s: cannot be written (%s)", self.folder / CURVES, error.strerror)
+
+
+_PLACE = ("step", "kind")
+
+
+def _read(path: Path) -> tuple[list[Record], int]:
+    """The records of a metrics file, none where there is no file, and the number of lines that are none."""
+    records, num_torn = [], 0
+    for _, line in numbered_lines(path) if path.exists() else ():
+        try:
+            record = json_object(line)
+        except DataError:
+            record = {}
+        if type(record.get("step")) is int and record.get("kind") in ("train", "valid"):
+            records.append(record)
+        else:
+            num_torn += 1
+    return records, num_torn
+
+
+def _event_writer(folder: Path, start_step: int) -> "SummaryWriter":
+    require("tensorboard", extra="tensorboard", purpose="--report-to tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    # TensorBoard then hides what earlier processes wrote of these steps.
+    purge_step = start_step + 1 if start_step else 0
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def peak_memory(device: torch.device | str) -> int:
+    """The most memory in use so far, bytes: CUDA tensors of this process on a GPU, else its resident memory; 0 unknown.
+
+    On Linux from /proc: ru_maxrss there also counts the process that started this one.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class StuckLoss:
+    """Notices a loss that stays at ln(batch), what guessing among the texts of a batch costs.
+
+    warmup: steps that do not count. patience: observed steps in a row. band: nats around ln(batch).
+    """
+
+    def __init__(self, *, warmup: int, patience: int = 200, band: float = 0.05) -> None:
+        self.warmup, self.patience, self.band = warmup, patience, band
+        self._smoothed: float | None = None
+        self._count = 0
+        self._has_warned = False
+
+    def observe(self, step: int, loss: float, batch: int) -> str | None:
+        """A warning, once, or None. batch: pairs that the loss contrasted; a loss that is not finite is passed over."""
+        if self._has_warned or step <= self.warmup or batch < 2 or not math.isfinite(loss):
+            return None
+        self._smoothed = loss if self._smoothed is None else 0.95 * self._smoothed + 0.05 * loss
+        chance = math.log(batch)
+        self._count = self._count + 1 if abs(self._smoothed - chance) <= self.band else 0
+        self._has_warned = self._count >= self.patience
+        if not self._has_warned:
+            return None
+        return (
+            f"the loss has stayed at {self._smoothed:.3f}, that is ln({batch}) = {chance:.3f}, up to step {step}: the "
+            "model guesses which text belongs to which picture. Either the learning rate is too high and all features "
+            "have become the same (start again from the pretrained weights with a tenth of --lr and more --warmup), "
+            "or texts and pictures do not belong together (look at the data with cn-clip dataset check)"
+        )
+
+
+def rate_warning(lr: float, global_batch: int, *, pretrained: bool) -> str | None:
+    """What speaks against this learning rate, or None.
+
+    Fine-tuning: more than 4 times 5e-5 * global_batch / 1024, the rate of the published settings made smaller with the
+    batch. From scratch: above 5e-3, with which AdamW trains no model of this kind.
+    """
+    if not pretrained:
+        if lr <= HIGHEST_RATE:
+            return None
+        return f"--lr {lr:g} is far above what AdamW bears when training from scratch; try --lr 5e-4 or less"
+    fitting = FINE_TUNING_RATE * global_batch / FINE_TUNING_BATCH
+    if lr <= RATE_MARGIN * fitting:
+        return None
+    return (
+        f"--lr {lr:g} is {lr / fitting:.0f} times what fits a global batch of {global_batch}: the published "
+        f"fine-tuning uses {FINE_TUNING_RATE:g} at {FINE_TUNING_BATCH}, in proportion {fitting:.2g} here. Accuracy "
+        f"may fall to chance at the start and take hundreds of epochs to return; try --lr {fitting:.1g} "
+        f"to {RATE_MARGIN * fitting:.1g}, or a larger batch (--accum-freq)"
+    )
+
+
+class EarlyStop:
+    """The best score so far, and how many scores in a row were not better. Higher is better."""
+
+    def __init__(self) -> None:
+        self.best: float | None = None
+        self.bad = 0
+
+    def observe(self, score: float) -> bool:
+        """Whether `score` is the best one; equal is not better, and NaN never is."""
+        is_best = not math.isnan(score) and (self.best is None or score > self.best)
+        self.best, self.bad = (score, 0) if is_best else (self.best, self.bad + 1)
+        return is_best
+
+    def should_stop(self, patience: int | None) -> bool:
+        """Whether `patience` scores in a row were not better; None: never."""
+        return patience is not None and self.bad >= patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for the checkpoint."""
+        return {"best": self.best, "bad": self.bad}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state_dict()`."""
+        self.best, self.bad = state["best"], state["bad"]
