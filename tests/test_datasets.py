@@ -59,10 +59,11 @@ def test_pairs_of_the_reference_come_as_pictures_and_tokens(caplog: pytest.LogCa
     with caplog.at_level(logging.INFO):
         dataset = PairDataset(REFERENCE, to_tensor, tokenize, context_length=12)
     assert caplog.messages == ["train LMDB file contains 4 images and 4 pairs."]
-    image, tokens = dataset[1]
-    assert image.flatten().tolist() == [251, 239, 190]
-    assert "".join(map(chr, tokens.tolist())) == '"浅黄"的 block\0'
-    assert [dataset.ids(index) for index in range(len(dataset))] == [(10, 1), (9, 2), (10, 2), ("a-7", "t-3")]
+    pair = dataset[1]
+    assert pair.pixels.flatten().tolist() == [251, 239, 190]
+    assert "".join(map(chr, pair.tokens.tolist())) == '"浅黄"的 block\0'
+    ids = [(pair.image_id, pair.text_id) for pair in (dataset[index] for index in range(len(dataset)))]
+    assert ids == [(10, 1), (9, 2), (10, 2), ("a-7", "t-3")]
 
 
 def test_the_name_in_the_log_can_be_given(caplog: pytest.LogCaptureFixture) -> None:
@@ -89,16 +90,15 @@ def test_batches_come_in_order_with_ids_as_lists(tmp_path: Path, num_workers: in
 
 def test_a_sampler_sets_the_order_and_drop_last_drops(tmp_path: Path) -> None:
     dataset = PairDataset(make_split(tmp_path / "train"), to_tensor, tokenize, context_length=4)
-    batches = list(make_loader(dataset, 2, sampler=[3, 1, 7], drop_last=True))
-    assert [(image[:, 0].flatten().tolist(), tokens[:, 0].tolist()) for image, tokens in batches] == [
-        ([3, 1], [100, 98])
-    ]
+    ((pixels, tokens, *rest),) = make_loader(dataset, 2, sampler=[3, 1, 7], drop_last=True)
+    assert (pixels[:, 0].flatten().tolist(), tokens[:, 0].tolist()) == ([3, 1], [100, 98])
+    assert rest == [[3, 1], ["t3", "t1"], [0, 0]]
 
 
 def test_a_spawned_worker_reads_the_pickled_dataset(tmp_path: Path) -> None:
     dataset = PairDataset(make_split(tmp_path / "train"), to_tensor, tokenize, context_length=4)
-    image, tokens = pickle.loads(pickle.dumps(dataset))[3]
-    assert (image.flatten().tolist(), tokens.tolist()) == ([3, 0, 0], [100, 0, 0, 0])
+    pair = pickle.loads(pickle.dumps(dataset))[3]
+    assert (pair.pixels.flatten().tolist(), pair.tokens.tolist()) == ([3, 0, 0], [100, 0, 0, 0])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -117,11 +117,12 @@ def test_an_error_inside_the_transform_names_the_picture(tmp_path: Path) -> None
         ImageDataset(make_split(tmp_path / "train") / "imgs", fail)[0]
 
 
-def test_skipping_puts_the_next_pair_in_place_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipping_puts_the_next_pair_in_place_and_counts_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = PairDataset(make_split(tmp_path / "train", broken=True), to_tensor, tokenize, on_error="skip")
-    image, tokens = dataset[5]
-    assert (image[0].item(), tokens[0].item()) == (6, ord("g"))
+    pair = dataset[5]
+    assert (pair.pixels[0].item(), pair.tokens[0].item(), pair.image_id, pair.num_skipped) == (6, ord("g"), 6, 1)
     assert "image id 5" in caplog.text
+    assert [batch[-1] for batch in make_loader(dataset, 4)] == [[0, 0, 0, 0], [0, 1, 0, 0]]
 
 
 def test_skipping_everything_stops(tmp_path: Path) -> None:

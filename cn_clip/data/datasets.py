@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -70,8 +70,18 @@ def load_picture(data: bytes, where: str, transform: Transform) -> Tensor:
         raise DataError(f"{where}: {error}") from error
 
 
-class PairDataset(Dataset[tuple[Tensor, Tensor]]):
-    """The pairs of a split by index: (picture (3, R, R) float32, token ids (L,) int64)."""
+class TrainingPair(NamedTuple):
+    """A training sample: pixels (3, R, R) float32, tokens (L,) int64; num_skipped unreadable pairs came before it."""
+
+    pixels: Tensor
+    tokens: Tensor
+    image_id: RecordId
+    text_id: RecordId
+    num_skipped: int = 0
+
+
+class PairDataset(Dataset[TrainingPair]):
+    """The pairs of a split by index, as TrainingPair."""
 
     def __init__(
         self,
@@ -101,26 +111,22 @@ class PairDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def ids(self, index: int) -> tuple[RecordId, RecordId]:
-        """(image id, text id) of a pair, without decoding anything."""
-        pair = self.pairs[index]
-        return pair.image_id, pair.text_id
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> TrainingPair:
         for offset in range(len(self)):
             try:
-                return self._load((index + offset) % len(self) if offset else index)
+                return self._load((index + offset) % len(self) if offset else index)._replace(num_skipped=offset)
             except DataError as error:
                 if self.on_error == "stop":
                     raise
                 logger.warning("skipped: %s", error)
         raise DataError(f"{self.images.folder}: no picture of it can be read; build the dataset again")
 
-    def _load(self, index: int) -> tuple[Tensor, Tensor]:
+    def _load(self, index: int) -> TrainingPair:
         pair = self.pairs[index]
         where = f"{self.images.folder}: image id {pair.image_id!r}"
         image = load_picture(self.images.picture(pair.image_id), where, self.transform)
-        return image, self.tokenize([preprocess_text(pair.text)], self.context_length)[0]
+        tokens = self.tokenize([preprocess_text(pair.text)], self.context_length)[0]
+        return TrainingPair(image, tokens, pair.image_id, pair.text_id)
 
 
 class ImageDataset(Dataset[tuple[RecordId, Tensor]]):

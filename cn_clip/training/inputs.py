@@ -17,7 +17,12 @@ def training_data(options: Options, resolution: int) -> TrainingData:
     """The training split; raises ConfigError when it holds less than one batch."""
     transform = image_transform(resolution)
     dataset = PairDataset(
-        options.train_data, transform, tokenizer.tokenize, context_length=options.context_length, split="train"
+        options.train_data,
+        transform,
+        tokenizer.tokenize,
+        context_length=options.context_length,
+        split="train",
+        on_error=options.on_error,
     )
     sampler = _sampler(options, len(dataset), options.batch_size, "--batch-size")
     loader = make_loader(

@@ -130,7 +130,7 @@ class Trainer:
                 self._save([f"epoch_{epoch + 1}_{step + 1}.pt", state.LATEST], epoch)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for pixels, tokens in self.training.loader:
+        for pixels, tokens, *_ in self.training.loader:
             yield pixels.to(self.device, non_blocking=True), cut_to_longest(tokens).to(self.device, non_blocking=True)
 
     def _set_training_mode(self) -> None:
