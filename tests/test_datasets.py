@@ -17,6 +17,7 @@ from cn_clip.data.datasets import (
     ClassFolderDataset,
     FileImageDataset,
     ImageDataset,
+    PairBatch,
     PairDataset,
     make_loader,
     preprocess_text,
@@ -90,9 +91,10 @@ def test_batches_come_in_order_with_ids_as_lists(tmp_path: Path, num_workers: in
 
 def test_a_sampler_sets_the_order_and_drop_last_drops(tmp_path: Path) -> None:
     dataset = PairDataset(make_split(tmp_path / "train"), to_tensor, tokenize, context_length=4)
-    ((pixels, tokens, *rest),) = make_loader(dataset, 2, sampler=[3, 1, 7], drop_last=True)
-    assert (pixels[:, 0].flatten().tolist(), tokens[:, 0].tolist()) == ([3, 1], [100, 98])
-    assert rest == [[3, 1], ["t3", "t1"], [0, 0]]
+    (batch,) = make_loader(dataset, 2, sampler=[3, 1, 7], drop_last=True)
+    assert isinstance(batch, PairBatch)
+    assert (batch.pixels[:, 0].flatten().tolist(), batch.tokens[:, 0].tolist()) == ([3, 1], [100, 98])
+    assert (batch.image_id, batch.text_id, batch.num_skipped) == ([3, 1], ["t3", "t1"], [0, 0])
 
 
 def test_a_spawned_worker_reads_the_pickled_dataset(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Torch datasets over a built split, picture files and class folders, and the loader that batches them.
 
 A batch is a tuple with one entry per field of an item: tensors stacked, everything else (ids, labels, paths) a list.
+The batch of training pairs has names, PairBatch.
 """
 
 # Shapes: B batch, R resolution, L context length.
@@ -70,7 +71,7 @@ def load_picture(data: bytes, where: str, transform: Transform) -> Tensor:
         raise DataError(f"{where}: {error}") from error
 
 
-class TrainingPair(NamedTuple):
+class Pair(NamedTuple):
     """A training sample: pixels (3, R, R) float32, tokens (L,) int64; num_skipped unreadable pairs came before it."""
 
     pixels: Tensor
@@ -80,8 +81,18 @@ class TrainingPair(NamedTuple):
     num_skipped: int = 0
 
 
-class PairDataset(Dataset[TrainingPair]):
-    """The pairs of a split by index, as TrainingPair."""
+class PairBatch(NamedTuple):
+    """A batch of Pair: pixels (B, 3, R, R), tokens (B, L), and lists of B."""
+
+    pixels: Tensor
+    tokens: Tensor
+    image_id: list[RecordId]
+    text_id: list[RecordId]
+    num_skipped: list[int]
+
+
+class PairDataset(Dataset[Pair]):
+    """The pairs of a split by index, as Pair."""
 
     def __init__(
         self,
@@ -111,7 +122,7 @@ class PairDataset(Dataset[TrainingPair]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> TrainingPair:
+    def __getitem__(self, index: int) -> Pair:
         for offset in range(len(self)):
             try:
                 return self._load((index + offset) % len(self) if offset else index)._replace(num_skipped=offset)
@@ -121,12 +132,12 @@ class PairDataset(Dataset[TrainingPair]):
                 logger.warning("skipped: %s", error)
         raise DataError(f"{self.images.folder}: no picture of it can be read; build the dataset again")
 
-    def _load(self, index: int) -> TrainingPair:
+    def _load(self, index: int) -> Pair:
         pair = self.pairs[index]
         where = f"{self.images.folder}: image id {pair.image_id!r}"
         image = load_picture(self.images.picture(pair.image_id), where, self.transform)
         tokens = self.tokenize([preprocess_text(pair.text)], self.context_length)[0]
-        return TrainingPair(image, tokens, pair.image_id, pair.text_id)
+        return Pair(image, tokens, pair.image_id, pair.text_id)
 
 
 class ImageDataset(Dataset[tuple[RecordId, Tensor]]):
@@ -238,7 +249,8 @@ def collate(items: list[Any]) -> Any:
     if failure is not None:
         return failure
     columns = zip(*items, strict=True)
-    return tuple(torch.stack(column) if isinstance(column[0], Tensor) else list(column) for column in columns)
+    batch = (torch.stack(column) if isinstance(column[0], Tensor) else list(column) for column in columns)
+    return PairBatch(*batch) if isinstance(items[0], Pair) else tuple(batch)
 
 
 def _use_one_thread(_worker: int) -> None:
