@@ -69,7 +69,9 @@ def draw(history: History, path: Path, *, title: str) -> None:
 
     figure = Figure(figsize=(11, 9), layout="constrained", facecolor="white")
     _fill(figure, history)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    # The font of matplotlib has no Chinese characters, and a "$" would begin a formula.
+    shown = title if title.isascii() else ""
+    figure.suptitle(shown, x=0.01, ha="left", fontsize=13, fontweight="bold", parse_math=False)
     with atomic_write(path, "wb") as stream:
         figure.savefig(stream, format="png", dpi=110)
 
