@@ -17,6 +17,7 @@ from cn_clip.data.datasets import (
     ClassFolderDataset,
     FileImageDataset,
     ImageDataset,
+    LmdbPairs,
     PairBatch,
     PairDataset,
     make_loader,
@@ -58,7 +59,7 @@ def make_split(folder: Path, *, broken: bool = False) -> Path:
 
 def test_pairs_of_the_reference_come_as_pictures_and_tokens(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        dataset = PairDataset(REFERENCE, to_tensor, tokenize, context_length=12)
+        dataset = PairDataset(LmdbPairs(REFERENCE), to_tensor, tokenize, context_length=12)
     assert caplog.messages == ["train LMDB file contains 4 images and 4 pairs."]
     pair = dataset[1]
     assert pair.pixels.flatten().tolist() == [251, 239, 190]
@@ -69,7 +70,7 @@ def test_pairs_of_the_reference_come_as_pictures_and_tokens(caplog: pytest.LogCa
 
 def test_the_name_in_the_log_can_be_given(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        PairDataset(REFERENCE, to_tensor, tokenize, split="val")
+        LmdbPairs(REFERENCE, split="val")
     assert caplog.messages == ["val LMDB file contains 4 images and 4 pairs."]
 
 
@@ -90,7 +91,7 @@ def test_batches_come_in_order_with_ids_as_lists(tmp_path: Path, num_workers: in
 
 
 def test_a_sampler_sets_the_order_and_drop_last_drops(tmp_path: Path) -> None:
-    dataset = PairDataset(make_split(tmp_path / "train"), to_tensor, tokenize, context_length=4)
+    dataset = PairDataset(LmdbPairs(make_split(tmp_path / "train")), to_tensor, tokenize, context_length=4)
     (batch,) = make_loader(dataset, 2, sampler=[3, 1, 7], drop_last=True)
     assert isinstance(batch, PairBatch)
     assert (batch.pixels[:, 0].flatten().tolist(), batch.tokens[:, 0].tolist()) == ([3, 1], [100, 98])
@@ -98,7 +99,7 @@ def test_a_sampler_sets_the_order_and_drop_last_drops(tmp_path: Path) -> None:
 
 
 def test_a_spawned_worker_reads_the_pickled_dataset(tmp_path: Path) -> None:
-    dataset = PairDataset(make_split(tmp_path / "train"), to_tensor, tokenize, context_length=4)
+    dataset = PairDataset(LmdbPairs(make_split(tmp_path / "train")), to_tensor, tokenize, context_length=4)
     pair = pickle.loads(pickle.dumps(dataset))[3]
     assert (pair.pixels.flatten().tolist(), pair.tokens.tolist()) == ([3, 0, 0], [100, 0, 0, 0])
 
@@ -106,7 +107,7 @@ def test_a_spawned_worker_reads_the_pickled_dataset(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_picture_that_does_not_decode_stops_with_folder_and_id(tmp_path: Path, num_workers: int) -> None:
     folder = make_split(tmp_path / "train", broken=True)
-    loader = make_loader(PairDataset(folder, to_tensor, tokenize), 2, num_workers)
+    loader = make_loader(PairDataset(LmdbPairs(folder), to_tensor, tokenize), 2, num_workers)
     with pytest.raises(DataError) as caught:
         list(loader)
     assert str(caught.value) == (
@@ -120,7 +121,7 @@ def test_an_error_inside_the_transform_names_the_picture(tmp_path: Path) -> None
 
 
 def test_skipping_puts_the_next_pair_in_place_and_counts_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dataset = PairDataset(make_split(tmp_path / "train", broken=True), to_tensor, tokenize, on_error="skip")
+    dataset = PairDataset(LmdbPairs(make_split(tmp_path / "train", broken=True)), to_tensor, tokenize, on_error="skip")
     pair = dataset[5]
     assert (pair.pixels[0].item(), pair.tokens[0].item(), pair.image_id, pair.num_skipped) == (6, ord("g"), 6, 1)
     assert "image id 5" in caplog.text
@@ -128,8 +129,8 @@ def test_skipping_puts_the_next_pair_in_place_and_counts_it(tmp_path: Path, capl
 
 
 def test_skipping_everything_stops(tmp_path: Path) -> None:
-    dataset = PairDataset(make_split(tmp_path / "train"), fail, tokenize, on_error="skip")
-    with pytest.raises(DataError, match="no picture of it can be read"):
+    dataset = PairDataset(LmdbPairs(make_split(tmp_path / "train")), fail, tokenize, on_error="skip")
+    with pytest.raises(DataError, match="image id 7: broken data stream; nor can any other"):
         dataset[0]
 
 
@@ -137,7 +138,7 @@ def test_a_split_without_pairs_is_refused(tmp_path: Path) -> None:
     with SplitWriter(tmp_path / "test") as writer:
         writer.put_image(1, base64.b64encode(picture()))
     with pytest.raises(DataError, match="pairs: holds no pair"):
-        PairDataset(tmp_path / "test", to_tensor, tokenize)
+        LmdbPairs(tmp_path / "test")
 
 
 def test_workers_use_one_thread_each(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ The batch of training pairs has names, PairBatch.
 
 # Shapes: B batch, R resolution, L context length.
 
+import itertools
 import logging
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -27,6 +29,7 @@ from cn_clip.jsonl import json_object, numbered_lines
 logger = logging.getLogger(__name__)
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
+Augment: TypeAlias = Callable[[Image.Image, random.Random], Image.Image]
 Tokenize: TypeAlias = Callable[[list[str], int], Tensor]
 ItemT = TypeVar("ItemT")
 
@@ -91,28 +94,38 @@ class PairBatch(NamedTuple):
     num_skipped: list[int]
 
 
-class PairDataset(Dataset[Pair]):
-    """The pairs of a split by index, as Pair."""
+class SourcePair(NamedTuple):
+    """A pair as it is stored: the bytes of the picture file, the text as written; `where` begins an error about it."""
 
-    def __init__(
-        self,
-        split_folder: str | os.PathLike[str],
-        transform: Transform,
-        tokenize: Tokenize,
-        *,
-        context_length: int = 52,
-        split: str | None = None,
-        on_error: Literal["stop", "skip"] = "stop",
-    ) -> None:
-        """Opens `split_folder`, the folder with `imgs` and `pairs`; raises DataError when it is none.
+    picture: bytes
+    text: str
+    image_id: RecordId
+    text_id: RecordId
+    where: str
 
-        on_error="skip" puts the next readable pair in the place of one whose picture does not decode, with a
-        warning in the log. split: its name in the log; default: the folder's name.
+
+class PairSource(Protocol):
+    """Where pairs come from, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> SourcePair:
+        """Raises DataError for a pair that cannot be read."""
+
+    def substitute(self, number: int) -> int:
+        """The pair to take in place of an unreadable one; asked again and again, it comes back to `number`."""
+
+
+class LmdbPairs:
+    """The pairs of a built split, a PairSource."""
+
+    def __init__(self, split_folder: str | os.PathLike[str], *, split: str | None = None) -> None:
+        """Opens the folder with `imgs` and `pairs`; raises DataError when it is none or holds no pair.
+
+        split: its name in the log; default: the folder's name.
         """
         self.images = ImageStore(Path(split_folder) / IMAGES)
         self.pairs = PairStore(Path(split_folder) / PAIRS)
-        self.transform, self.tokenize, self.context_length = transform, tokenize, context_length
-        self.on_error = on_error
         name = split or Path(split_folder).resolve().name
         num_images, num_pairs = self.images.num_images, len(self.pairs)
         logger.info("%s LMDB file contains %d images and %d pairs.", name, num_images, num_pairs)
@@ -122,22 +135,62 @@ class PairDataset(Dataset[Pair]):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def __getitem__(self, number: int) -> SourcePair:
+        image_id, text_id, text = self.pairs[number]
+        where = f"{self.images.folder}: image id {image_id!r}"
+        return SourcePair(self.images.picture(image_id), text, image_id, text_id, where)
+
+    def substitute(self, number: int) -> int:
+        return (number + 1) % len(self)
+
+
+class PairDataset(Dataset[Pair]):
+    """The pairs of a source by number, as Pair; `epoch * len + number` is pair `number` in a later epoch.
+
+    The epoch varies the augmentation and nothing else: it is a function of seed, epoch and number, whichever process
+    reads the pair, and whatever was read before.
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        transform: Transform,
+        tokenize: Tokenize,
+        *,
+        context_length: int = 52,
+        on_error: Literal["stop", "skip"] = "stop",
+        augment: Augment | None = None,
+        seed: int = 0,
+    ) -> None:
+        """on_error="skip" puts the next readable pair in the place of one that cannot be read, with a warning in the
+        log and counted in num_skipped. augment: varies a picture before `transform`."""
+        self.source, self.transform, self.tokenize, self.context_length = source, transform, tokenize, context_length
+        self.on_error, self.augment, self.seed = on_error, augment, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
     def __getitem__(self, index: int) -> Pair:
-        for offset in range(len(self)):
+        epoch, number = divmod(index, len(self))
+        chosen = number
+        for num_skipped in itertools.count():
             try:
-                return self._load((index + offset) % len(self) if offset else index)._replace(num_skipped=offset)
+                return self._load(chosen, random.Random(f"{self.seed} {epoch} {number}"), num_skipped)
             except DataError as error:
                 if self.on_error == "stop":
                     raise
                 logger.warning("skipped: %s", error)
-        raise DataError(f"{self.images.folder}: no picture of it can be read; build the dataset again")
+                chosen = self.source.substitute(chosen)
+                if chosen == number:
+                    raise DataError(f"{error}; nor can any other that could take its place be read") from error
+        raise AssertionError("the loop ends by return or raise")
 
-    def _load(self, index: int) -> Pair:
-        pair = self.pairs[index]
-        where = f"{self.images.folder}: image id {pair.image_id!r}"
-        image = load_picture(self.images.picture(pair.image_id), where, self.transform)
-        tokens = self.tokenize([preprocess_text(pair.text)], self.context_length)[0]
-        return Pair(image, tokens, pair.image_id, pair.text_id)
+    def _load(self, number: int, rng: random.Random, num_skipped: int) -> Pair:
+        stored, augment = self.source[number], self.augment
+        transform = self.transform if augment is None else lambda image: self.transform(augment(image, rng))
+        pixels = load_picture(stored.picture, stored.where, transform)
+        tokens = self.tokenize([preprocess_text(stored.text)], self.context_length)[0]
+        return Pair(pixels, tokens, stored.image_id, stored.text_id, num_skipped)
 
 
 class ImageDataset(Dataset[tuple[RecordId, Tensor]]):
@@ -250,7 +303,7 @@ def collate(items: list[Any]) -> Any:
         return failure
     columns = zip(*items, strict=True)
     batch = (torch.stack(column) if isinstance(column[0], Tensor) else list(column) for column in columns)
-    return PairBatch(*batch) if isinstance(items[0], Pair) else tuple(batch)
+    return PairBatch._make(batch) if isinstance(items[0], Pair) else tuple(batch)
 
 
 def _use_one_thread(_worker: int) -> None:

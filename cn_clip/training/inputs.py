@@ -2,34 +2,38 @@
 
 import torch
 
+from cn_clip import ranks
 from cn_clip.clip import tokenizer
 from cn_clip.clip.transforms import image_transform
-from cn_clip.data.datasets import ImageDataset, PairDataset, make_loader
+from cn_clip.data.augment import Augmentation
+from cn_clip.data.datasets import ImageDataset, LmdbPairs, PairDataset, make_loader
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
 from cn_clip.errors import ConfigError
+from cn_clip.training.distributed import own_share
 from cn_clip.training.params import Options
-from cn_clip.training.sampling import EpochSampler
+from cn_clip.training.sampling import EpochNumbers, EpochSampler
 from cn_clip.training.trainer import TrainingData, ValidationData
 from cn_clip.training.validation import read_split
 
 
 def training_data(options: Options, resolution: int) -> TrainingData:
-    """The training split; raises ConfigError when it holds less than one batch."""
-    transform = image_transform(resolution)
+    """This process's part of the training split; raises ConfigError when it holds less than one batch."""
+    source = LmdbPairs(options.train_data, split="train")
+    sampler = _sampler(options, len(source), options.batch_size, "--batch-size", world_size=ranks.world_size())
     dataset = PairDataset(
-        options.train_data,
-        transform,
+        source,
+        image_transform(resolution),
         tokenizer.tokenize,
         context_length=options.context_length,
-        split="train",
         on_error=options.on_error,
+        augment=Augmentation(resolution) if options.use_augment else None,
+        seed=options.seed,
     )
-    sampler = _sampler(options, len(dataset), options.batch_size, "--batch-size")
     loader = make_loader(
         dataset,
         options.batch_size,
         options.num_workers,
-        sampler=sampler,
+        sampler=EpochNumbers(sampler),
         pin_memory=torch.cuda.is_available(),
         generator=_loader_generator(options),
     )
@@ -42,9 +46,15 @@ def validation_data(options: Options, resolution: int) -> ValidationData | None:
         return None
     images = ImageDataset(f"{options.val_data}/{IMAGES}", image_transform(resolution))
     pairs = PairStore(f"{options.val_data}/{PAIRS}")
-    sampler = _sampler(options, len(pairs), options.valid_batch_size, "--valid-batch-size")
+    sampler = _sampler(
+        options, len(pairs), options.valid_batch_size, "--valid-batch-size", world_size=ranks.world_size()
+    )
     loader = make_loader(
-        images, options.valid_batch_size, options.valid_num_workers, generator=_loader_generator(options)
+        images,
+        options.valid_batch_size,
+        options.valid_num_workers,
+        sampler=own_share(len(images)),
+        generator=_loader_generator(options),
     )
     return ValidationData(read_split(pairs, images.ids, options.context_length), loader, sampler)
 
@@ -54,7 +64,11 @@ def _loader_generator(options: Options) -> torch.Generator:
     return torch.Generator().manual_seed(options.seed)
 
 
-def _sampler(options: Options, num_samples: int, batch_size: int, flag: str) -> EpochSampler:
-    if num_samples < batch_size:
-        raise ConfigError(f"{flag} {batch_size}: larger than the {num_samples} pairs of the data; choose a smaller one")
-    return EpochSampler(num_samples, batch_size, seed=options.seed)
+def _sampler(options: Options, num_samples: int, batch_size: int, flag: str, *, world_size: int = 1) -> EpochSampler:
+    if num_samples < batch_size * world_size:
+        processes = f" in each of {world_size} processes" if world_size > 1 else ""
+        raise ConfigError(
+            f"{flag} {batch_size}{processes}: larger than the {num_samples} pairs of the data; choose a smaller one"
+        )
+    rank = ranks.rank() if world_size > 1 else 0
+    return EpochSampler(num_samples, batch_size, seed=options.seed, rank=rank, world_size=world_size)

@@ -39,3 +39,20 @@ class EpochSampler(Sampler[int]):
         """The sample numbers of each batch."""
         numbers = list(self)
         return [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
+
+
+class EpochNumbers(Sampler[int]):
+    """The samples of another sampler as `epoch * num_samples + number`, so that a dataset learns the epoch too.
+
+    Nothing is to be told to the processes that load: the number says it all.
+    """
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.sampler.epoch * self.sampler.num_samples
+        return (first + number for number in self.sampler)
