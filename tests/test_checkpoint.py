@@ -31,6 +31,7 @@ from cn_clip.clip.checkpoint import (
     resize_position_embedding,
 )
 from cn_clip.clip.loading import build, open_model
+from cn_clip.clip.low_rank import LowRank, merge
 from cn_clip.clip.model import CLIP
 from cn_clip.errors import CheckpointError
 
@@ -568,3 +569,85 @@ def test_a_copied_file_gives_the_same_model(tmp_path: Path) -> None:
     save_plain(tmp_path / "a.pt", state_of())
     shutil.copy(tmp_path / "a.pt", tmp_path / "名字 带空格.pth")
     assert open_model(tmp_path / "名字 带空格.pth")[0].resolution == 32
+
+
+# --- adapters
+
+ADAPTED = {
+    "a.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+    "a.lora_A.weight": torch.tensor([[1.0, -1.0]]),
+    "a.lora_B.weight": torch.tensor([[2.0], [3.0]]),
+    "x.attn.in_proj_weight": torch.zeros(3, 1),
+    "x.attn.in_proj.lora_A.weight": torch.tensor([[2.0]]),
+    "x.attn.in_proj.lora_B.weight": torch.tensor([[1.0], [2.0], [3.0]]),
+    "c.weight": torch.zeros(1, 1, 2, 2),
+    "c.lora_A.weight": torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]),
+    "c.lora_B.weight": torch.tensor([[[[10.0]]]]),
+}
+
+
+def adapted_file(path: Path, *, lora: Any = None, **changes: torch.Tensor | None) -> Path:
+    state = {f"module.{key}": value for key, value in (ADAPTED | changes).items() if value is not None}
+    torch.save(
+        {"epoch": 1, "step": 2, "name": "run", "state_dict": state, "lora": lora or {"rank": 1, "alpha": 2}}, path
+    )
+    return path
+
+
+def test_adapters_are_added_to_linear_joined_and_convolution_weights(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(adapted_file(tmp_path / "run.pt"))
+    # alpha / rank = 2, times B A = [[2, -2], [3, -3]]
+    assert {name: value.tolist() for name, value in checkpoint.state_dict.items()} == {
+        "a.weight": [[5.0, -2.0], [9.0, -2.0]],
+        "x.attn.in_proj_weight": [[4.0], [8.0], [12.0]],
+        "c.weight": [[[[20.0, 40.0], [60.0, 80.0]]]],
+    }
+
+
+def test_adapters_stand_apart_when_asked(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(adapted_file(tmp_path / "run.pt"), merge_lora=False)
+    assert checkpoint.lora == LowRank(1, 2.0)
+    assert checkpoint.state_dict.keys() == ADAPTED.keys()
+    assert all(torch.equal(value, ADAPTED[key]) for key, value in checkpoint.state_dict.items())
+
+
+def test_adapters_are_added_in_float32_and_the_weight_keeps_its_type() -> None:
+    # 1 + 2**-11 is no float16; the sum of two halves of it must not be rounded on the way.
+    tensors = {
+        "a.weight": torch.ones(1, 1, dtype=torch.float16),
+        "a.lora_A.weight": torch.full((2, 1), 2.0**-11, dtype=torch.float16),
+        "a.lora_B.weight": torch.ones(1, 2, dtype=torch.float16),
+    }
+    merged = merge(tensors, LowRank(2, 2.0))["a.weight"]
+    assert merged.dtype is torch.float16
+    assert merged.item() == 1 + 2.0**-10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"a.lora_A.weight": None}, "the adapter a lacks its lora_A, its lora_B or the weight it adapts"),
+        ({"a.lora_B.weight": None}, "the adapter a lacks"),
+        ({"a.weight": None}, "the adapter a lacks"),
+        ({"a.weight": torch.ones(3, 2)}, r"the adapter a has shapes \(1, 2\) and \(2, 1\) for a weight of \(3, 2\)"),
+        ({"a.weight": torch.ones(2)}, "the adapter a has shapes"),
+        ({"lora": {"rank": 3, "alpha": 2}}, "which do not fit at rank 3"),
+        ({"lora": {"rank": 0, "alpha": 2}}, 'the entry "lora" is'),
+        ({"lora": {"rank": 1, "alpha": float("nan")}}, 'the entry "lora" is'),
+        ({"lora": {"rank": 1}}, 'the entry "lora" is'),
+        ({"lora": [1, 2]}, 'the entry "lora" is'),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused_with_the_file_and_the_reason(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = adapted_file(tmp_path / "run.pt", **changes)
+    with pytest.raises(CheckpointError, match=rf"run\.pt: {message}" if "which" not in message else message):
+        read_checkpoint(path)
+
+
+def test_the_bias_of_the_sigmoid_loss_is_left_out_of_a_model_without_it(tmp_path: Path) -> None:
+    training_file(tmp_path / "run.pt", prefixed(state_of() | {"logit_bias": torch.tensor(-10.0)}))
+    model, checkpoint = open_model(tmp_path / "run.pt")
+    assert "logit_bias" in checkpoint.state_dict
+    assert model.state_dict().keys() == state_of().keys()

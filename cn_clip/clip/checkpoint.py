@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cn_clip.clip import hf, torchscript
+from cn_clip.clip import hf, low_rank, torchscript
 from cn_clip.errors import CheckpointError
 from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, TextConfig, VisionConfig, text_config, vision_config
 
 POSITION_KEYS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
+SIGMOID_BIAS = "logit_bias"  # of the sigmoid loss alone: similarity does not use it, Chinese-CLIP does not know it
 DROPPED_KEYS = ("bert.pooler.", "bert.embeddings.position_ids")
 _TENSORFLOW_NAME = re.compile(r"(?<=\.LayerNorm\.)(gamma|beta)$")
 
@@ -29,7 +30,8 @@ _TENSORFLOW_NAME = re.compile(r"(?<=\.LayerNorm\.)(gamma|beta)$")
 class Checkpoint:
     """What a weight file holds: tensors under this package's names, and the rest of a training checkpoint.
 
-    config: what a transformers folder says of its architecture; None for files that say nothing.
+    config: what a transformers folder says of its architecture; None for files that say nothing. lora: the adapters
+    trained, whether they stand apart in `state_dict` or are merged into it.
     """
 
     path: Path
@@ -39,13 +41,15 @@ class Checkpoint:
     optimizer: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     config: ModelConfig | None = None
+    lora: low_rank.LowRank | None = None
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, *, merge_lora: bool = True) -> Checkpoint:
     """Reads any supported file, memory-mapped where the format allows; no code in it is ever run.
 
     Takes `.pt` of Chinese-CLIP (plain, DataParallel, with pooler, position ids, optimizer or fused Wqkv), bare state
-    dicts, `.safetensors`, OpenAI's CLIP archives, and transformers folders or their weight files.
+    dicts, `.safetensors`, OpenAI's CLIP archives, and transformers folders or their weight files. Adapters (LoRA) are
+    added to their weights; without `merge_lora` they stand apart, as training resumes from them.
     Raises CheckpointError naming the file when it is none of these.
     """
     path = Path(path)
@@ -55,7 +59,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
     if isinstance(content.get("state_dict"), Mapping):
-        return _read_training(content, path)
+        checkpoint = _read_training(content, path)
+        return _merged(checkpoint) if merge_lora else checkpoint
     tensors = _only_tensors(content, path)
     return Checkpoint(path, _named(tensors, path), config=_neighbouring_config(tensors, path.parent))
 
@@ -82,7 +87,25 @@ def _read_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: {name} is a {type(value).__name__}, expected an integer")
     if not isinstance(optimizer, dict | None):
         raise CheckpointError(f"{path}: optimizer is a {type(optimizer).__name__}, expected a dictionary")
-    return Checkpoint(path, tensors, optimizer=optimizer, extra=rest, **counts)
+    return Checkpoint(path, tensors, optimizer=optimizer, extra=rest, lora=_low_rank(tensors, rest, path), **counts)
+
+
+def _low_rank(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], path: Path) -> low_rank.LowRank | None:
+    if not any(map(low_rank.is_adapter, tensors)):
+        return None
+    try:
+        return low_rank.LowRank.from_entry(rest.get("lora"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; without it the adapters in the file cannot be used") from error
+
+
+def _merged(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.lora is None:
+        return checkpoint
+    try:
+        return replace(checkpoint, state_dict=low_rank.merge(checkpoint.state_dict, checkpoint.lora))
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
 
 
 def _named(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -353,9 +376,10 @@ def resize_position_embedding(position_SD: Tensor, side: int) -> Tensor:
 def fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The tensors of `state_dict` a model with the state dict `expected` needs, position embeddings resized.
 
-    Tensors nobody asked for are refused too. Raises CheckpointError naming the file and the first difference.
+    Tensors nobody asked for are refused too, but for the bias of the sigmoid loss, which is left out.
+    Raises CheckpointError naming the file and the first difference.
     """
-    fitted = dict(state_dict)
+    fitted = {key: value for key, value in state_dict.items() if key != SIGMOID_BIAS or key in expected}
     for key in POSITION_KEYS:
         if key in fitted and key in expected and fitted[key].shape[1:] == expected[key].shape[1:]:
             try:

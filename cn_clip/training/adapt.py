@@ -1,0 +1,186 @@
+"""Which weights a run trains: frozen towers and layers, and low-rank adapters (LoRA) in place of the weights."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from cn_clip import extras
+from cn_clip.clip.checkpoint import SIGMOID_BIAS, Checkpoint, fit, read_checkpoint
+from cn_clip.clip.low_rank import LowRank, is_adapter
+from cn_clip.clip.model import CLIP
+from cn_clip.clip.resnet import ModifiedResNet
+from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.training.logs import logger
+
+JOINED_WEIGHT = ".attn.in_proj_weight"
+
+
+class Frozen(Protocol):
+    """The settings that say what stays as it is; `training.params.Options` has them."""
+
+    @property
+    def freeze_vision(self) -> bool: ...
+    @property
+    def freeze_text(self) -> bool: ...
+    @property
+    def freeze_text_layers(self) -> int: ...
+
+
+# --- freezing ---------------------------------------------------------------------------------------------------------
+
+
+def freeze(model: CLIP, *, vision: bool, text: bool, text_layers: int) -> None:
+    """Takes the picture tower, the text tower, or the embeddings and first `text_layers` layers of it out of training.
+
+    `text_projection` and `logit_scale` belong to no tower and stay. Call it before `add_lora`.
+    Raises ConfigError when the text tower has fewer layers.
+    """
+    depth = len(model.bert.encoder.layer)
+    if text_layers > depth:
+        raise ConfigError(f"--freeze-text-layers {text_layers}: the text tower has {depth} layers")
+    for module in frozen_modules(model, vision=vision, text=text, text_layers=text_layers):
+        module.requires_grad_(False)
+    if vision:
+        logger.info("The visual encoder is freezed during training.")
+    if text:
+        logger.info("The text encoder is freezed during training.")
+    elif text_layers:
+        logger.info("The embeddings and the first %d layers of the text encoder are freezed.", text_layers)
+    if vision and text:
+        logger.warning("Both encoders are freezed: only text_projection and logit_scale are trained.")
+
+
+def frozen_modules(model: CLIP, *, vision: bool, text: bool, text_layers: int) -> list[nn.Module]:
+    """The parts of the model these settings keep as they are."""
+    modules: list[nn.Module] = [model.visual] if vision else []
+    if text:
+        modules.append(model.bert)
+    elif text_layers:
+        modules += [model.bert.embeddings, *model.bert.encoder.layer[:text_layers]]
+    return modules
+
+
+def set_training_mode(model: CLIP, options: Frozen) -> None:
+    """`model.train()`, but what is frozen computes as in evaluation: no dropout, running statistics as they are.
+
+    With adapters this holds for every batch normalisation: its statistics belong to the weights that stay.
+    """
+    model.train()
+    settings = options.freeze_vision, options.freeze_text, options.freeze_text_layers
+    vision, text, text_layers = settings
+    for module in frozen_modules(model, vision=vision, text=text, text_layers=text_layers):
+        module.eval()
+    if lora_settings(model):
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def add_lora(model: CLIP, rank: int, alpha: float | None = None) -> None:
+    """Puts adapters on the attention and perceptron weights that are not frozen; only they and the scale are trained.
+
+    A ResNet gets them on its convolutions and its attention pool. The first factors are drawn from torch's random
+    state, the second ones are 0: the model computes what it did before. alpha: default twice the rank.
+    Raises ConfigError when both towers are frozen, MissingExtraError without `peft`.
+    """
+    peft = extras.require("peft", extra="lora", purpose="--lora-rank")
+    modules, parameters = list(_adapted_modules(model)), list(_adapted_parameters(model))
+    if not modules:
+        raise ConfigError("--lora-rank: both towers are frozen, there is nothing to adapt; leave one to be trained")
+    chosen = {"target_modules": modules, "target_parameters": parameters or None}
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, **chosen)
+    peft.inject_adapter_in_model(config, model)
+    for parameter in (model.logit_scale, getattr(model, "logit_bias", None)):
+        if parameter is not None:
+            parameter.requires_grad_(True)
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    settings = lora_settings(model)
+    assert settings is not None
+    logger.info("LoRA of rank %d, alpha %g: %d values are trained.", rank, settings.alpha, count)
+
+
+def _adapted_modules(model: CLIP) -> Iterator[str]:
+    is_resnet = isinstance(model.visual, ModifiedResNet)
+    for name, module in model.named_modules():
+        # The convolution of a Vision Transformer is the patch embedding: neither attention nor perceptron.
+        if (isinstance(module, nn.Linear) or (is_resnet and isinstance(module, nn.Conv2d))) and (
+            module.weight.requires_grad
+        ):
+            yield name
+
+
+def _adapted_parameters(model: CLIP) -> Iterator[str]:
+    for name, parameter in model.named_parameters():
+        if name.endswith(JOINED_WEIGHT) and parameter.requires_grad:
+            yield name
+
+
+def lora_settings(model: nn.Module) -> LowRank | None:
+    """Rank and alpha of the model's adapters, None when it has none: the entry "lora" of its checkpoints."""
+    config = getattr(model, "peft_config", {}).get("default")
+    return None if config is None else LowRank(config.r, float(config.lora_alpha))
+
+
+# --- names in files ---------------------------------------------------------------------------------------------------
+
+
+def file_name(name: str) -> str:
+    """What a checkpoint calls the tensor `name` of a model with adapters; names of other models stay as they are."""
+    name = name.replace("base_layer.", "").replace(".default.", ".")
+    return re.sub(r"\.attn\.(lora_[AB])\.", r".attn.in_proj.\1.", name)
+
+
+def file_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict under the names of checkpoints."""
+    return {file_name(name): value for name, value in tensors.items()}
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors under the names of checkpoints: weights as without adapters, adapters beside them."""
+    return file_names(model.state_dict())
+
+
+def load_plain_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copies what `plain_state_dict` gave, or the tensors of a checkpoint, into the model; as `tensors_for`."""
+    model.load_state_dict(tensors_for(model, tensors, path))
+
+
+def tensors_for(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A whole state dict for `model`, under its own names, position embeddings resized.
+
+    Adapters, and the bias of the sigmoid loss, keep their values when `tensors` has none: a run that starts from
+    weights trained without them.
+    Raises CheckpointError naming `path` and the first tensor that does not fit.
+    """
+    own = model.state_dict()
+    expected = file_names(own)
+    has_adapters = any(map(is_adapter, tensors))
+    kept = [name for name in expected if name == SIGMOID_BIAS or (is_adapter(name) and not has_adapters)]
+    tensors = {**{name: expected[name] for name in kept}, **tensors}
+    fitted = fit(tensors, expected, path)
+    return {name: fitted[file_name(name)] for name in own}
+
+
+def read_for_training(model: nn.Module, path: str | Path) -> Checkpoint:
+    """A checkpoint with its adapters apart when the model has adapters too, else merged into the weights.
+
+    Raises CheckpointError when it cannot be read, or its adapters are of another rank or alpha.
+    """
+    settings = lora_settings(model)
+    checkpoint = read_checkpoint(path, merge_lora=settings is None)
+    if settings and checkpoint.lora not in (None, settings):
+        raise CheckpointError(
+            f"{path}: trained with {_flags(checkpoint.lora)}, this run has {_flags(settings)}; give it those, or "
+            "start from merged weights (cn-clip checkpoint strip)"
+        )
+    return checkpoint
+
+
+def _flags(settings: LowRank) -> str:
+    return f"--lora-rank {settings.rank} --lora-alpha {settings.alpha:g}"
