@@ -20,9 +20,15 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    """Number of this process on its machine. Source: LOCAL_RANK, set by torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def choose_device(name: str = "auto") -> "torch.device":
     """The named device, or with "auto" the best there is: CUDA, then MPS, then CPU.
 
+    Plain "cuda" is the device of this process's number on its machine.
     Raises ConfigError when the named device is not there.
     """
     import torch
@@ -36,7 +42,7 @@ def choose_device(name: str = "auto") -> "torch.device":
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(device.type, True):
         raise ConfigError(f"device: {name} was asked for, but PyTorch finds none here; use --device cpu")
-    return device
+    return torch.device("cuda", local_rank()) if name == "cuda" and world_size() > 1 else device
 
 
 def autocast_dtype(precision: str, device: "torch.device") -> "torch.dtype | None":

@@ -99,7 +99,8 @@ def test_checkpoints_have_the_keys_and_names_of_the_reference(
     finished: "tuple[Path, subprocess.CompletedProcess[str]]",
 ) -> None:
     folder = finished[0] / "checkpoints"
-    names = {"epoch1.pt", "epoch2.pt", "epoch_1_2.pt", "epoch_2_4.pt", "epoch_2_6.pt", "epoch_latest.pt"}
+    names = {"epoch1.pt", "epoch2.pt", "epoch_1_2.pt", "epoch_2_4.pt", "epoch_2_6.pt"}
+    names |= {"epoch_latest.pt", "epoch_best.pt"}
     assert {path.name for path in folder.iterdir()} == names
     content = load(folder / "epoch_latest.pt")
     assert (content["epoch"], content["step"], content["name"]) == (2, 6, "run")
@@ -163,7 +164,8 @@ def test_weights_alone_are_taken_with_the_reset_flags(
         (["--batch-size=25"], 1, "--batch-size 25: larger than the 24 pairs of the data"),
         (["--bach-size=8"], 2, "--bach-size"),
         (["--precision=fp16"], 1, "--precision fp16: needs CUDA"),
-        (["--accum-freq=2"], 2, "--accum-freq: not available in this version"),
+        (["--accum-freq=4"], 1, "--accum-freq 4: an epoch has 3 batches, too few for one update"),
+        (["--fsdp"], 1, "--fsdp: splits a model over several processes, there is one; start it with torchrun"),
         (["--vision-model=ViT-X"], 2, "ViT-X"),
         (["--device=cuda:7"], 1, "cuda:7 was asked for"),
     ],
@@ -192,7 +194,7 @@ def test_another_batch_size_in_the_middle_of_an_epoch_asks_for_reset_data_offset
     begin = finished[0] / "checkpoints" / "epoch_1_2.pt"
     result = train(lmdb / "train", tmp_path, "--batch-size=4", "--max-epochs=2", f"--resume={begin}")
     assert result.returncode == 1
-    assert "epoch of 3 batches, this run has 6" in result.stderr
+    assert "num_batches was 3, is 6; global_batch was 8, is 4" in result.stderr
     assert "--reset-data-offset" in result.stderr
 
 

@@ -1,5 +1,6 @@
 """The pieces of training against values worked by hand and recorded from the reference."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from torch.utils.data import DistributedSampler
 from cn_clip.clip import tokenizer
 from cn_clip.clip.model import CLIP
 from cn_clip.errors import ConfigError
-from cn_clip.training.loss import batch_accuracy, contrastive_loss, similarity_logits
+from cn_clip.training.distributed import Parallel
+from cn_clip.training.loss import Objective, Pairs, contrastive_scores
 from cn_clip.training.optim import build_optimizer, clamp_logit_scale, learning_rate
 from cn_clip.training.params import Options
 from cn_clip.training.sampling import EpochSampler
-from cn_clip.training.trainer import Trainer, TrainingData, cut_to_longest
+from cn_clip.training.step import Batch, Learner, cut_to_longest
+from cn_clip.training.trainer import Trainer, TrainingData
 from cn_clip.training.validation import Split, validate
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,22 +30,6 @@ def small_model() -> CLIP:
     shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
     model.load_state_dict({name: torch.from_numpy(value) for name, value in state_dict(shapes).items()})
     return model
-
-
-def test_loss_of_two_pairs_is_the_value_worked_by_hand() -> None:
-    logits = torch.tensor([[2.0, 0.0], [1.0, 3.0]])
-    rows = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-2))) / 2
-    columns = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-3))) / 2
-    assert contrastive_loss(logits).item() == pytest.approx((rows + columns) / 2)
-    assert [count.item() for count in batch_accuracy(logits)] == [2.0, 2.0]
-    wrong = torch.tensor([[0.0, 5.0], [1.0, 3.0]])
-    assert [count.item() for count in batch_accuracy(wrong)] == [1.0, 0.0]
-
-
-def test_loss_of_equal_logits_is_ln_of_the_batch() -> None:
-    unit = torch.nn.functional.normalize(torch.ones(8, 4), dim=-1)
-    logits = similarity_logits(unit, unit, torch.tensor(10.0))
-    assert contrastive_loss(logits).item() == pytest.approx(math.log(8))
 
 
 @pytest.mark.parametrize(("step", "rate"), [(0, 0.25), (3, 1.0), (4, 1.0), (6, 0.75), (8, 0.5), (10, 0.25), (12, 0.0)])
@@ -105,20 +92,15 @@ def test_five_updates_give_the_losses_rates_and_weights_of_the_reference(tmp_pat
         train_data="", max_steps=5, warmup=2, lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-6, batch_size=8, precision="fp32"
     )
     optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
-    trainer = Trainer(
-        options,
-        model,
-        optimizer,
-        torch.amp.GradScaler("cpu", enabled=False),
-        TrainingData(FixedBatches(), EpochSampler(40, 8, seed=1)),  # type: ignore[arg-type]
-        None,
-        device=torch.device("cpu"),
-        autocast_dtype=None,
-        checkpoint_dir=tmp_path,
-    )
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    learner = Learner(Parallel(model, torch.device("cpu")), Objective(), scaler, contextlib.nullcontext)
+    data = TrainingData(FixedBatches(), EpochSampler(40, 8, seed=1))  # type: ignore[arg-type]
+    trainer = Trainer(options, learner, optimizer, data, None, checkpoint_dir=tmp_path)
     losses, rates = [], []
     for step, (pixels, tokens) in enumerate(training_batches()):
-        result = trainer._step(step, torch.from_numpy(pixels), cut_to_longest(torch.from_numpy(tokens)))
+        tokens_BL = cut_to_longest(torch.from_numpy(tokens))
+        batch = Batch(torch.from_numpy(pixels), tokens_BL, [(0, 0)] * 8, torch.zeros(8, 2, dtype=torch.int64))
+        result = trainer._step(step, [batch])
         losses.append(result.loss.item())
         rates.append(optimizer.param_groups[0]["lr"])
     np.testing.assert_allclose(losses, golden["losses"], rtol=2e-5)  # float32 sums in another order
@@ -139,9 +121,7 @@ def test_validation_equals_the_plain_computation() -> None:
     result = validate(model, split, [pixels[:3], pixels[3:]], sampler, torch.no_grad)
     with torch.no_grad():
         images, rows, scale = model.eval()(pixels[[0, 1, 2, 3, 1, 0]], tokenizer.pad([texts[t] for _, t in pairs], 10))
-    losses = [
-        contrastive_loss(similarity_logits(images[batch], rows[batch], scale)).item() for batch in sampler.batches()
-    ]
+    losses = [contrastive_scores(Pairs(images[batch], rows[batch], scale)).loss.item() for batch in sampler.batches()]
     assert result.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
     similarity = model(pixels, tokenizer.pad(texts, 10))
     order = (similarity[1] @ similarity[0].T).argsort(dim=1, descending=True)
@@ -158,8 +138,10 @@ def test_validation_equals_the_plain_computation() -> None:
         ({"mask_ratio": 1.0}, "--mask-ratio"),
         ({"context_length": 2}, "--context-length"),
         ({"max_steps": 0}, "--max-steps"),
-        ({"accum_freq": 2}, "--accum-freq: not available"),
-        ({"distillation": True}, "--distillation: not available"),
+        ({"accum_freq": 0}, "--accum-freq: expected at least 1"),
+        ({"distillation": True}, "--distillation: needs --teacher-model-name"),
+        ({"gather_with_grad": True, "skip_aggregate": True}, "contradict each other"),
+        ({"keep_checkpoints": 0}, "--keep-checkpoints: expected at least 1"),
     ],
 )
 def test_settings_that_cannot_be_obeyed_are_refused(setting: dict[str, object], message: str) -> None:

@@ -44,6 +44,8 @@ class CLIP(nn.Module):
         width, embed_dim = self.config.text.text_hidden_size, self.config.vision.embed_dim
         self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        self.logit_bias: nn.Parameter | None
+        self.register_parameter("logit_bias", None)
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> "CLIP":
@@ -65,6 +67,11 @@ class CLIP(nn.Module):
         """In training, keeps only the input of each layer and computes the rest again in the backward pass."""
         self.visual.set_grad_checkpointing(enable)
         self.bert.set_grad_checkpointing(enable)
+
+    def add_logit_bias(self) -> None:
+        """Prepares scale and bias for the sigmoid loss, which alone uses the bias. Source: arXiv:2303.15343, fig. 1."""
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        self.logit_scale.data.fill_(math.log(10))
 
     def encode_image(self, image: Tensor, mask_ratio: float = 0) -> Tensor:
         """Picture features (B, E) in the type of the weights, not normalised.

@@ -1,26 +1,140 @@
-"""The contrastive loss and in-batch accuracy: pure functions of tensors."""
+"""The losses of a batch: pure functions of features, which never hold the whole N x N matrix of a large batch."""
 
-# B batch, D embedding
+# N pairs of the global batch, B rows of one block, D embedding, T teacher's embedding
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from cn_clip.training.distill import feature_distillation_loss
+
+BLOCK_ROWS = 4096  # 4096 x 4096 logits in float32 are 64 MiB
 
 
-def similarity_logits(image_BD: Tensor, text_BD: Tensor, scale: Tensor) -> Tensor:
-    """Scaled cosines (B pictures, B texts) of unit rows."""
-    return scale * image_BD @ text_BD.t()
+class Pairs(NamedTuple):
+    """Features of a batch, picture i with text i, and what the loss may want to know of them.
+
+    image_ND, text_ND: unit rows. scale: exp(logit_scale). bias: of the sigmoid loss. image_keys_N, text_keys_N: int64,
+    equal where picture or text is the same. teacher_NT: picture features of a teacher, float32.
+    """
+
+    image_ND: Tensor
+    text_ND: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
+    image_keys_N: Tensor | None = None
+    text_keys_N: Tensor | None = None
+    teacher_NT: Tensor | None = None
 
 
-def contrastive_loss(logits_BB: Tensor) -> Tensor:
-    """InfoNCE, mean of both directions, in nats; pair i is picture i with text i. Source: arXiv:2103.00020, fig. 3."""
-    target = torch.arange(len(logits_BB), device=logits_BB.device)
-    return (F.cross_entropy(logits_BB, target) + F.cross_entropy(logits_BB.t(), target)) / 2
+class Scores(NamedTuple):
+    """Loss in nats; how many pictures rank their own text first and how many texts their picture, counts in float32."""
+
+    loss: Tensor
+    images_right: Tensor
+    texts_right: Tensor
 
 
-def batch_accuracy(logits_BB: Tensor) -> tuple[Tensor, Tensor]:
-    """How many pictures rank their own text first, and how many texts their picture; each a count in float32."""
-    target = torch.arange(len(logits_BB), device=logits_BB.device)
-    image_to_text = (logits_BB.argmax(dim=1) == target).sum().float()
-    text_to_image = (logits_BB.argmax(dim=0) == target).sum().float()
-    return image_to_text, text_to_image
+@dataclass(frozen=True)
+class Objective:
+    """What training minimises. distillation_weight: share of the teacher's loss, 0 without a teacher."""
+
+    kind: Literal["clip", "siglip"] = "clip"
+    distillation_weight: float = 0.0
+
+    def __call__(self, pairs: Pairs, block_rows: int = BLOCK_ROWS) -> Scores:
+        """Scores of a batch; more than `block_rows` pairs are computed in blocks, again in the backward pass."""
+        scores = {"clip": contrastive_scores, "siglip": sigmoid_scores}[self.kind](pairs, block_rows)
+        if pairs.teacher_NT is None:
+            return scores
+        distillation = feature_distillation_loss(pairs.teacher_NT, pairs.image_ND)
+        share = self.distillation_weight
+        return scores._replace(loss=(1 - share) * scores.loss + share * distillation)
+
+
+def contrastive_scores(pairs: Pairs, block_rows: int = BLOCK_ROWS) -> Scores:
+    """InfoNCE, mean of both directions. Source: arXiv:2103.00020, fig. 3.
+
+    With keys, pairs that share a picture or a text are left out of each other's denominators.
+    """
+    blocks = _blocks(_softmax_block, pairs, block_rows)
+    row_lse_N, own_N = torch.cat([block.row for block in blocks]), torch.cat([block.own for block in blocks])
+    column_lse_N = torch.stack([block.column for block in blocks]).logsumexp(dim=0)
+    loss = ((row_lse_N - own_N).mean() + (column_lse_N - own_N).mean()) / 2
+    return Scores(loss, *_right(blocks))
+
+
+def sigmoid_scores(pairs: Pairs, block_rows: int = BLOCK_ROWS) -> Scores:
+    """Every picture with every text a yes-or-no question; sum over texts, mean over pictures. Source: arXiv:2303.15343.
+
+    With keys, pairs that share a picture or a text are no question to each other.
+    """
+    blocks = _blocks(_sigmoid_block, pairs, block_rows)
+    return Scores(torch.cat([block.row for block in blocks]).mean(), *_right(blocks))
+
+
+class _Block(NamedTuple):
+    """Some pictures with all texts: a value per row, the part of a value per column, and where the largest lie."""
+
+    row: Tensor
+    own: Tensor
+    column: Tensor
+    best_text: Tensor
+    best_image: Tensor
+    best_logit: Tensor
+
+
+def _blocks(compute: Any, pairs: Pairs, block_rows: int) -> list[_Block]:
+    starts = range(0, len(pairs.image_ND), block_rows)
+    if len(starts) == 1:
+        return [compute(pairs, 0, block_rows)]
+    return [_Block(*checkpoint(compute, pairs, start, block_rows, use_reentrant=False)) for start in starts]
+
+
+def _logits(pairs: Pairs, start: int, block_rows: int) -> tuple[Tensor, Tensor]:
+    """Float32 logits of pictures start, start + 1, ... with all texts, and the text number of each row's own text."""
+    rows_BD = pairs.image_ND[start : start + block_rows]
+    logits_BN = (pairs.scale * rows_BD @ pairs.text_ND.t()).float()
+    if pairs.bias is not None:
+        logits_BN = logits_BN + pairs.bias
+    own_B = torch.arange(start, start + len(rows_BD), device=rows_BD.device)
+    if pairs.image_keys_N is not None and pairs.text_keys_N is not None:
+        same_BN = _same(pairs.image_keys_N, own_B) | _same(pairs.text_keys_N, own_B)
+        same_BN[torch.arange(len(own_B), device=own_B.device), own_B] = False
+        # Finite: the logarithm of a sum over minus infinities has no gradient.
+        logits_BN = logits_BN.masked_fill(same_BN, torch.finfo(logits_BN.dtype).min / 2)
+    return logits_BN, own_B
+
+
+def _same(keys_N: Tensor, own_B: Tensor) -> Tensor:
+    return keys_N[own_B].unsqueeze(1) == keys_N.unsqueeze(0)
+
+
+def _softmax_block(pairs: Pairs, start: int, block_rows: int) -> _Block:
+    logits_BN, own_B = _logits(pairs, start, block_rows)
+    own = logits_BN.gather(1, own_B.unsqueeze(1)).squeeze(1)
+    return _Block(logits_BN.logsumexp(dim=1), own, logits_BN.logsumexp(dim=0), *_best(logits_BN, start))
+
+
+def _sigmoid_block(pairs: Pairs, start: int, block_rows: int) -> _Block:
+    logits_BN, own_B = _logits(pairs, start, block_rows)
+    sign_BN = torch.full_like(logits_BN, -1.0).scatter_(1, own_B.unsqueeze(1), 1.0)
+    row = -F.logsigmoid(sign_BN * logits_BN).sum(dim=1)
+    return _Block(row, row, row, *_best(logits_BN, start))
+
+
+def _best(logits_BN: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    largest = logits_BN.detach().max(dim=0)
+    return logits_BN.detach().argmax(dim=1), largest.indices + start, largest.values
+
+
+def _right(blocks: list[_Block]) -> tuple[Tensor, Tensor]:
+    best_text_N = torch.cat([block.best_text for block in blocks])
+    block_of_N = torch.stack([block.best_logit for block in blocks]).argmax(dim=0, keepdim=True)
+    best_image_N = torch.stack([block.best_image for block in blocks]).gather(0, block_of_N).squeeze(0)
+    own_N = torch.arange(len(best_text_N), device=best_text_N.device)
+    return (best_text_N == own_N).sum().float(), (best_image_N == own_N).sum().float()

@@ -1,8 +1,11 @@
 """Trains or fine-tunes: `python cn_clip/training/main.py --train-data=…/lmdb/train …` or `cn-clip train …`."""
 
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,78 +16,95 @@ from cn_clip.training.params import Options
 if TYPE_CHECKING:
     import torch
 
+    from cn_clip.clip.checkpoint import Checkpoint
     from cn_clip.clip.model import CLIP
+    from cn_clip.training.distill import Teacher
+    from cn_clip.training.loss import Objective
+    from cn_clip.training.monitor import Monitor
     from cn_clip.training.trainer import Trainer
 
 
 def run(options: Options) -> None:
     """Trains to the last step; raises CnClipError with the reason when it cannot."""
-    from cn_clip.training import logs
-
-    if ranks.world_size() > 1:
-        raise ConfigError(f"WORLD_SIZE is {ranks.world_size()}; this version trains in one process, start it alone")
-    folder = Path(options.logs) / options.name
-    checkpoint_dir = folder / "checkpoints"
-    checkpoint_dir.mkdir(parents=True, exist_ok=True)
-    started = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
-    with logs.logging_to(folder / f"out_{started}.log", rank=ranks.rank(), debug=options.debug):
-        trainer = build_trainer(options, checkpoint_dir)
-        values = {**asdict(options), "checkpoint_path": str(checkpoint_dir), "device": trainer.device}
-        values |= {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
-        values |= {name: options.optimizer_setting(name) for name in ("lr", "beta1", "beta2", "eps")}
-        logs.log_params(values, folder / f"params_{started}.txt")
-        logs.logger.info("Use device: %s for training, precision %s", trainer.device, trainer.arithmetic())
-        restore(trainer)
-        trainer.train()
-
-
-def build_trainer(options: Options, checkpoint_dir: Path) -> "Trainer":
-    """Model, data, optimizer and loop of a run, before anything is restored."""
     import torch
 
-    from cn_clip.training import inputs
-    from cn_clip.training.optim import build_optimizer
-    from cn_clip.training.trainer import Trainer
+    from cn_clip.training import distributed, logs
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     device = ranks.choose_device(options.device)
-    dtype = ranks.autocast_dtype(options.precision, device)
+    folder = Path(options.logs) / options.name
+    checkpoint_dir = folder / "checkpoints"
+    checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    started = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
+    log = folder / f"out_{started}.log"
+    with distributed.process_group(device), logs.logging_to(log, rank=ranks.rank(), debug=options.debug):
+        trainer = build_trainer(options, device, checkpoint_dir)
+        values = {**asdict(options), "checkpoint_path": str(checkpoint_dir), "device": device}
+        values |= {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
+        values |= {name: options.optimizer_setting(name) for name in ("lr", "beta1", "beta2", "eps")}
+        values |= {"world_size": ranks.world_size()}
+        if ranks.rank() == 0:
+            logs.log_params(values, folder / f"params_{started}.txt")
+        logs.logger.info("Use device: %s for training, precision %s", device, arithmetic(options, trainer))
+        with monitor(options, folder, start_step=trainer.position.step) as trainer.monitor:
+            trainer.train()
+
+
+def build_trainer(options: Options, device: "torch.device", checkpoint_dir: Path) -> "Trainer":
+    """Model, data, optimizer and loop of a run, standing where --resume or its latest checkpoint stands."""
+    import torch
+
+    from cn_clip.training import distributed, inputs
+    from cn_clip.training.optim import build_optimizer
+    from cn_clip.training.step import Learner
+    from cn_clip.training.trainer import Trainer
+
     torch.manual_seed(options.seed)
     model = build_model(options, device)
+    checkpoint = load_start(options, model, checkpoint_dir)
+    torch.manual_seed(options.seed + ranks.rank())  # every process draws its own dropout
     training = inputs.training_data(options, model.resolution)
     validation = inputs.validation_data(options, model.resolution)
-    betas = options.optimizer_setting("beta1"), options.optimizer_setting("beta2")
+    parallel = distributed.Parallel(model, device, fsdp=options.fsdp)
     optimizer = build_optimizer(
         model,
         lr=options.optimizer_setting("lr"),
-        betas=betas,
+        betas=(options.optimizer_setting("beta1"), options.optimizer_setting("beta2")),
         eps=options.optimizer_setting("eps"),
         weight_decay=options.wd,
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    return Trainer(
-        options,
-        model,
-        optimizer,
-        scaler,
-        training,
-        validation,
-        device=device,
-        autocast_dtype=dtype,
-        checkpoint_dir=checkpoint_dir,
+    dtype = ranks.autocast_dtype(options.precision, device)
+    learner = Learner(
+        parallel,
+        objective(options),
+        torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
+        nullcontext if dtype is None else partial(torch.autocast, device.type, dtype=dtype),
+        gather="none" if options.skip_aggregate else "gradients" if options.gather_with_grad else "values",
+        mask_ratio=options.mask_ratio,
+        multi_positive=options.multi_positive,
+        teacher=open_teacher(options, device),
     )
+    trainer = Trainer(options, learner, optimizer, training, validation, checkpoint_dir=checkpoint_dir)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    warn_of_rate(options, trainer.global_batch, pretrained=checkpoint is not None)
+    return trainer
 
 
 def build_model(options: Options, device: "torch.device") -> "CLIP":
     """The model before training: random, or initialised from other models' weights; towers frozen as asked."""
     from cn_clip.clip.loading import load
     from cn_clip.clip.model import CLIP, convert_weights
+    from cn_clip.training import adapt
     from cn_clip.training.logs import logger
 
-    print("Loading vision model config from", zoo.config_path(options.vision_model))
-    print("Loading text model config from", zoo.config_path(options.text_model))
+    if ranks.rank() == 0:
+        print("Loading vision model config from", zoo.config_path(options.vision_model))
+        print("Loading text model config from", zoo.config_path(options.text_model))
     model = CLIP.from_config(zoo.model_config(options.vision_model, options.text_model))
+    if options.loss == "siglip":
+        model.add_logit_bias()
     load(model, device, clip_path=options.clip_weight_path, bert_path=options.bert_weight_path)
     if options.precision == "fp16":
         if device.type != "cuda":
@@ -95,42 +115,117 @@ def build_model(options: Options, device: "torch.device") -> "CLIP":
         logger.info("Grad-checkpointing activated.")
     if options.use_flash_attention:
         logger.warning("--use-flash-attention changes nothing: FlashAttention is used wherever PyTorch offers it.")
-    if options.freeze_vision:
-        model.visual.requires_grad_(False)
-        logger.info("The visual encoder is freezed during training.")
+    adapt.freeze(model, vision=options.freeze_vision, text=options.freeze_text, text_layers=options.freeze_text_layers)
+    if options.lora_rank:
+        adapt.add_lora(model, options.lora_rank, options.lora_alpha)
+        model.to(device)
     if isinstance(zoo.vision_config(options.vision_model).vision_layers, tuple):
         if options.mask_ratio:
             logger.warning("--mask-ratio changes nothing: a ResNet has no patches to leave out.")
         if options.grad_checkpointing:
             logger.warning("--grad-checkpointing works on the text tower alone, not on a ResNet.")
-    return model
+    return synchronise_norms(options, model, device)
 
 
-def restore(trainer: "Trainer") -> None:
-    """Goes back to where --resume, or the latest checkpoint of this experiment, stands."""
-    from cn_clip.training import state
+def synchronise_norms(options: Options, model: "CLIP", device: "torch.device") -> "CLIP":
+    """The model with batch normalisation over all processes, where --use-bn-sync asks for it and it can be had."""
+    from torch import nn
+
     from cn_clip.training.logs import logger
 
-    options = trainer.options
-    path = state.find_resume(options.resume, trainer.checkpoint_dir)
-    if path is None:
-        return
-    logger.info("=> begin to load checkpoint '%s'", path)
-    checkpoint = state.load_weights(trainer.model, path)
-    if not options.reset_data_offset:
-        trainer.position = state.resume_position(checkpoint, num_batches=trainer.steps_per_epoch)
-    if not options.reset_optimizer:
-        state.load_optimizer(trainer.optimizer, trainer.scaler, checkpoint)
-        logger.info("=> optimizer state is restored from the checkpoint")
-    saved = checkpoint.extra.get("resume")
-    if saved and not options.reset_data_offset:
-        state.restore_rng(saved["rng"])
-    logger.info("=> loaded checkpoint '%s' (epoch %d @ %d steps)", path, checkpoint.epoch, trainer.position.step)
+    if not options.use_bn_sync:
+        return model
+    if ranks.world_size() == 1:
+        logger.warning("--use-bn-sync changes nothing: there is one process.")
+        return model
+    if device.type != "cuda":
+        raise ConfigError(f"--use-bn-sync: PyTorch has it for CUDA alone, the device is {device}; leave it out")
+    synchronised: CLIP = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return synchronised
+
+
+def load_start(options: Options, model: "CLIP", checkpoint_dir: Path) -> "Checkpoint | None":
+    """Puts the weights of --resume, or of this experiment's last good checkpoint, into the model."""
+    from cn_clip.training import adapt, state
+    from cn_clip.training.logs import logger
+
+    paths = state.find_resume(options.resume, checkpoint_dir)
+    checkpoint, errors = state.read_first_good(paths, partial(adapt.read_for_training, model))
+    for error in errors:
+        logger.warning("%s; the next older checkpoint is tried.", error)
+    if checkpoint is None:
+        return None
+    logger.info("=> begin to load checkpoint '%s'", checkpoint.path)
+    tensors = dict(checkpoint.state_dict)
+    bias = checkpoint.extra.get("resume", {}).get("logit_bias")
+    if model.logit_bias is not None:
+        tensors["logit_bias"] = model.logit_bias if bias is None else bias
+    adapt.load_plain_state_dict(model, tensors, checkpoint.path)
+    return checkpoint
+
+
+def objective(options: Options) -> "Objective":
+    """The loss that the options ask for."""
+    from cn_clip.training.loss import Objective
+
+    return Objective(options.loss, options.kd_loss_weight if options.distillation else 0.0)
+
+
+def open_teacher(options: Options, device: "torch.device") -> "Teacher | None":
+    """The teacher of --distillation, or None."""
+    if not options.distillation or options.teacher_model_name is None:
+        return None
+    from cn_clip.training import distill
+
+    return distill.open_teacher(options.teacher_model_name, device)
+
+
+def warn_of_rate(options: Options, global_batch: int, *, pretrained: bool) -> None:
+    """Says when the learning rate is far above what the batch size bears."""
+    from cn_clip.training.logs import logger
+    from cn_clip.training.monitor import rate_warning
+
+    pretrained = pretrained or bool(options.clip_weight_path or options.bert_weight_path)
+    warning = rate_warning(options.optimizer_setting("lr"), global_batch, pretrained=pretrained)
+    if warning:
+        logger.warning("%s", warning)
+
+
+def monitor(options: Options, folder: Path, *, start_step: int) -> "AbstractContextManager[Monitor | None]":
+    """Keeps the numbers of the run in its folder; on other processes than the first, nothing."""
+    from cn_clip.training.monitor import Monitor
+
+    if ranks.rank() != 0:
+        return nullcontext()
+    return Monitor(folder, start_step=start_step, tensorboard=options.report_to == "tensorboard")
+
+
+def arithmetic(options: Options, trainer: "Trainer") -> str:
+    """Precision in words, for the log."""
+    dtype = ranks.autocast_dtype(options.precision, trainer.device)
+    if dtype is None:
+        return str(trainer.model.dtype).removeprefix("torch.")
+    return f"mixed {str(dtype).removeprefix('torch.')}"
+
+
+def without_local_rank(args: Sequence[str]) -> list[str]:
+    """The arguments without --local_rank N, which launchers before torchrun give and LOCAL_RANK says too."""
+    kept: list[str] = []
+    rest = iter(args)
+    for word in rest:
+        name = word.split("=")[0].replace("_", "-")
+        if name != "--local-rank":
+            kept.append(word)
+            continue
+        print(f"{word}: changes nothing; LOCAL_RANK says it, and torchrun sets it", file=sys.stderr)
+        if "=" not in word:
+            next(rest, None)
+    return kept
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    command.execute(run, Options, args)
+    command.execute(run, Options, without_local_rank(sys.argv[1:] if args is None else args))
 
 
 if __name__ == "__main__":

@@ -2,19 +2,20 @@
 
 import contextlib
 import os
+import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cn_clip.clip.checkpoint import Checkpoint, fit, read_checkpoint
-from cn_clip.clip.model import CLIP
-from cn_clip.errors import CheckpointError
+from cn_clip.clip.checkpoint import Checkpoint
+from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.jsonl import atomic_write
 
-LATEST = "epoch_latest.pt"
+LATEST, BEST = "epoch_latest.pt", "epoch_best.pt"
 
 
 @dataclass(frozen=True)
@@ -26,45 +27,65 @@ class Position:
     step: int = 0
 
 
+@dataclass(frozen=True)
+class Extent:
+    """What a position counts in; another extent makes another run of it."""
+
+    num_batches: int
+    global_batch: int
+    num_samples: int
+    world_size: int
+
+
 def checkpoint_content(
-    model: CLIP,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    tensors: dict[str, torch.Tensor],
+    optimizer: dict[str, Any] | None,
     *,
     name: str,
     position: Position,
-    num_batches: int,
+    resume: dict[str, Any] | None,
+    lora: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The dictionary a checkpoint file holds.
 
     `epoch`, `step`, `name`, `state_dict` (with "module." names) and `optimizer` are the format of Chinese-CLIP, which
-    counts a begun epoch as its own number; `resume` is what it has no place for.
+    counts a begun epoch as its own number; `resume` is what it has no place for, `lora` what adapters are. What is None
+    is left out.
     """
     begun_epoch = position.epoch + (1 if position.batch else 0)
-    return {
+    content: dict[str, Any] = {
         "epoch": begun_epoch,
         "step": position.step,
         "name": name,
-        "state_dict": {f"module.{key}": value for key, value in model.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
-        "resume": {
-            "epoch": position.epoch,
-            "batch": position.batch,
-            "num_batches": num_batches,
-            "scaler": scaler.state_dict(),
-            "rng": rng_state(),
-        },
+        "state_dict": {f"module.{key}": value for key, value in tensors.items()},
     }
+    if optimizer is not None:
+        content["optimizer"] = optimizer
+    if resume is not None:
+        content["resume"] = {"epoch": position.epoch, "batch": position.batch, **resume}
+    if lora is not None:
+        content["lora"] = lora
+    return content
 
 
 def save(content: dict[str, Any], paths: list[Path]) -> float:
-    """Writes the file once, gives it every name in `paths`, and returns the seconds it took."""
+    """Writes the file once, gives it every name in `paths`, and returns the seconds it took.
+
+    Raises CheckpointError when it cannot be written, e.g. on a full disk; files written earlier stay as they were.
+    """
     begin = time.monotonic()
     first, *others = paths
-    with atomic_write(first, "wb") as stream:
-        torch.save(content, stream)
-    for other in others:
-        _give_name(first, other)
+    try:
+        with atomic_write(first, "wb") as stream:
+            torch.save(content, stream)
+        for other in others:
+            _give_name(first, other)
+    except (OSError, RuntimeError) as error:  # torch.save wraps the error of the file system
+        cause = error.__cause__ or error.__context__ or error
+        raise CheckpointError(
+            f"{first}: could not be written ({cause}); the checkpoints written before are intact; "
+            "free some space (--keep-checkpoints N deletes old ones) and start the same command again"
+        ) from error
     return time.monotonic() - begin
 
 
@@ -76,14 +97,27 @@ def _give_name(file: Path, name: Path) -> None:
     try:
         os.link(file, temporary)
     except OSError:
-        import shutil
-
         shutil.copyfile(file, temporary)
     os.replace(temporary, name)
 
 
-def find_resume(resume: str | None, checkpoint_dir: Path) -> Path | None:
-    """The checkpoint to start from: the given one, else the latest of this experiment, else None.
+def prune(checkpoint_dir: Path, keep: int | None) -> list[Path]:
+    """Deletes all but the `keep` newest epoch files, besides the latest and the best; returns the deleted ones."""
+    if keep is None:
+        return []
+    old = _newest_first(checkpoint_dir)[keep:]
+    for path in old:
+        path.unlink()
+    return old
+
+
+def _newest_first(checkpoint_dir: Path) -> list[Path]:
+    files = [path for path in checkpoint_dir.glob("epoch*.pt") if path.name not in (LATEST, BEST)]
+    return sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def find_resume(resume: str | None, checkpoint_dir: Path) -> list[Path]:
+    """The checkpoints to start from, best first: the given one alone, else those of this experiment, newest first.
 
     Raises CheckpointError when the given one is not there: a run never starts from scratch in silence.
     """
@@ -91,50 +125,44 @@ def find_resume(resume: str | None, checkpoint_dir: Path) -> Path | None:
         path = Path(resume)
         if not path.exists():
             raise CheckpointError(f"--resume {resume}: no such file; training stops rather than start from scratch")
-        return path
+        return [path]
     latest = checkpoint_dir / LATEST
-    return latest if latest.is_file() else None
+    return [path for path in (latest, *_newest_first(checkpoint_dir)) if path.is_file()]
 
 
-def load_weights(model: CLIP, path: Path) -> Checkpoint:
-    """Copies the tensors of a checkpoint into the model, position embeddings resized; returns the checkpoint."""
-    checkpoint = read_checkpoint(path)
-    model.load_state_dict(fit(checkpoint.state_dict, model.state_dict(), path))
-    return checkpoint
+def read_first_good(
+    paths: list[Path], read: Callable[[Path], Checkpoint]
+) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """The first file that can be read, and what was wrong with those before it; None for no path.
 
-
-def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, checkpoint: Checkpoint) -> None:
-    """Restores the optimizer and, where the file has it, the gradient scaler.
-
-    Raises CheckpointError when the file has no optimizer state or one of other parameters.
+    Raises the last CheckpointError when none can be read.
     """
-    if checkpoint.optimizer is None:
-        raise CheckpointError(f"{checkpoint.path}: no optimizer state in it; add --reset-optimizer")
-    fused = [group.get("fused") for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(checkpoint.optimizer)
-    except (ValueError, KeyError) as error:
-        reason = f"optimizer state does not fit ({error}); add --reset-optimizer"
-        raise CheckpointError(f"{checkpoint.path}: {reason}") from error
-    for group, value in zip(optimizer.param_groups, fused, strict=True):
-        group["fused"], group["lr"] = value, float(group["lr"])
-    scaler_state = checkpoint.extra.get("resume", {}).get("scaler")
-    if scaler_state:
-        scaler.load_state_dict(scaler_state)
+    errors: list[CheckpointError] = []
+    for path in paths:
+        try:
+            return read(path), errors
+        except CheckpointError as error:
+            errors.append(error)
+    if errors:
+        raise errors[-1]
+    return None, []
 
 
-def resume_position(checkpoint: Checkpoint, *, num_batches: int) -> Position:
+def resume_position(checkpoint: Checkpoint, extent: Extent) -> Position:
     """Where to go on. Files of Chinese-CLIP only know whole epochs; ours know the batch.
 
-    Raises CheckpointError when the epoch has another number of batches than when the file was written.
+    Raises CheckpointError when data, batch size or number of processes differ from when the file was written.
     """
     saved = checkpoint.extra.get("resume")
     if saved is None:
         return Position(checkpoint.epoch, 0, checkpoint.step)
-    if saved["batch"] and saved["num_batches"] != num_batches:
+    was, now = saved["extent"], asdict(extent)
+    changed = [f"{name} was {was[name]}, is {now[name]}" for name in now if was[name] != now[name]]
+    if changed:
         raise CheckpointError(
-            f"{checkpoint.path}: written in the middle of an epoch of {saved['num_batches']} batches, this run has "
-            f"{num_batches}; use the same data and batch size, or add --reset-data-offset"
+            f"{checkpoint.path}: {'; '.join(changed)}. Epochs, steps and the order of the data mean something else "
+            "now; go back to the old settings, or add --reset-data-offset to start at the beginning of the data with "
+            "these weights and this optimizer state"
         )
     return Position(saved["epoch"], saved["batch"], checkpoint.step)
 
@@ -152,3 +180,19 @@ def restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextlib.contextmanager
+def explained_memory() -> Iterator[None]:
+    """Turns "out of memory" into a ConfigError that names the flags that help."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+            raise
+        raise ConfigError(
+            f"out of memory ({text.splitlines()[0] if text else 'no details'}); these flags need less, in this order: "
+            "--grad-checkpointing, --precision bf16, a smaller --batch-size with a larger --accum-freq (the same "
+            "global batch), --mask-ratio 0.5, --lora-rank 16, --freeze-vision, and on several devices --fsdp"
+        ) from error

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cn_clip import ranks
 from cn_clip.clip import tokenizer
 from cn_clip.clip.model import CLIP
 from cn_clip.data.datasets import preprocess_text
@@ -18,7 +19,8 @@ from cn_clip.data.lmdb_store import PairStore
 from cn_clip.data.records import RecordId
 from cn_clip.errors import DataError
 from cn_clip.retrieval.recall import Recall, recall_from_features
-from cn_clip.training.loss import batch_accuracy, contrastive_loss, similarity_logits
+from cn_clip.training.distributed import from_first, gather_shares, own_share
+from cn_clip.training.loss import Pairs, contrastive_scores
 from cn_clip.training.sampling import EpochSampler
 
 
@@ -43,6 +45,20 @@ class Validation:
     text_to_image_acc: float
     text_to_image: Recall
     image_to_text: Recall
+
+    @property
+    def mean_recall(self) -> float:
+        """The mean of both directions over k: what the best checkpoint is chosen by."""
+        return (self.text_to_image.mean + self.image_to_text.mean) / 2
+
+    def values(self) -> dict[str, float]:
+        """All of it under one name each, recalls in [0, 1]."""
+        values = {"loss": self.loss}
+        values |= {"image_to_text_acc": self.image_to_text_acc, "text_to_image_acc": self.text_to_image_acc}
+        for name, recall in (("text_to_image", self.text_to_image), ("image_to_text", self.image_to_text)):
+            values |= {f"{name}_r{k}": share for k, share in recall.at.items()}
+            values[f"{name}_mean_recall"] = recall.mean
+        return values
 
 
 def read_split(pairs: PairStore, image_ids: list[RecordId], context_length: int) -> Split:
@@ -70,19 +86,25 @@ def validate(
     sampler: EpochSampler,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> Validation:
-    """Computes every picture and text once, then scores batches of pairs in the order of `sampler`.
+    """Computes every picture and text once, then scores batches of pairs in the order of `sampler` of each process.
 
-    pixel_batches: all pictures of the split in order, (B, 3, R, R) each. The model is left in training mode as found.
+    pixel_batches: this process's `own_share` of the pictures, (B, 3, R, R) each. The model is left in training mode as
+    found. With several processes every one must ask, and all get the same answer.
     """
     was_training = model.training
     model.eval()
     with autocast():
-        images_ND = _joined(model.encode_image(pixels.to(_device(model))) for pixels in pixel_batches)
-        texts_TD = _text_features(model, split.tokens, sampler.batch_size)
+        # Through the model's call: FSDP's hooks hang there.
+        own_images = _joined(model(pixels.to(_device(model)), None) for pixels in pixel_batches)
+        own_texts = _text_features(model, [split.tokens[n] for n in own_share(len(split.tokens))], sampler.batch_size)
+    images_ND = gather_shares(own_images, len(split.image_ids))
+    texts_TD = gather_shares(own_texts, len(split.tokens))
     model.train(was_training)
     loss, image_to_text_acc, text_to_image_acc = _in_batches(images_ND, texts_TD, split, sampler, model.logit_scale)
-    recalls = recall_from_features(images_ND.cpu().numpy(), texts_TD.cpu().numpy(), np.array(split.pairs))
-    return Validation(loss, image_to_text_acc, text_to_image_acc, *recalls)
+    recalls = None
+    if ranks.rank() == 0:
+        recalls = recall_from_features(images_ND.cpu().numpy(), texts_TD.cpu().numpy(), np.array(split.pairs))
+    return Validation(loss, image_to_text_acc, text_to_image_acc, *from_first(recalls))
 
 
 def _device(model: CLIP) -> torch.device:
@@ -98,10 +120,17 @@ def _text_features(model: CLIP, tokens: list[list[int]], batch_size: int) -> Ten
     order = sorted(range(len(tokens)), key=lambda number: len(tokens[number]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     padded = (tokenizer.pad([tokens[number] for number in batch], len(tokens[batch[-1]])) for batch in batches)
-    sorted_TD = _joined(model.encode_text(batch.to(_device(model))) for batch in padded)
+    sorted_TD = _joined(model(None, batch.to(_device(model))) for batch in padded)
     features_TD = torch.empty_like(sorted_TD)
     features_TD[order] = sorted_TD
     return features_TD
+
+
+def _batches_of_all(sampler: EpochSampler) -> Iterator[list[int]]:
+    """The batches each process would score: every process has all features, so that each can score them all."""
+    for rank in range(sampler.world_size):
+        arguments = {"seed": sampler.seed, "rank": rank, "world_size": sampler.world_size}
+        yield from EpochSampler(sampler.num_samples, sampler.batch_size, **arguments).batches()
 
 
 def _in_batches(
@@ -110,10 +139,10 @@ def _in_batches(
     """Mean loss and mean accuracies over batches of pairs."""
     pairs_P2 = torch.tensor(split.pairs, device=images_ND.device)
     totals = torch.zeros(3, dtype=torch.float64)
-    for batch in sampler.batches():
+    for batch in _batches_of_all(sampler):
         image_B, text_B = pairs_P2[torch.tensor(batch)].unbind(1)
-        logits = similarity_logits(images_ND[image_B], texts_TD[text_B], logit_scale.float().exp())
-        values = [contrastive_loss(logits) * len(batch), *batch_accuracy(logits)]
+        scores = contrastive_scores(Pairs(images_ND[image_B], texts_TD[text_B], logit_scale.float().exp()))
+        values = [scores.loss * len(batch), scores.images_right, scores.texts_right]
         totals += torch.stack([value.cpu().double() for value in values])
     loss, image_to_text, text_to_image = (totals / sampler.num_padded).tolist()
     return loss, image_to_text, text_to_image

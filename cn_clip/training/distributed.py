@@ -1,0 +1,216 @@
+"""Many processes as one: starting them, sharing the model (DDP or FSDP2), gathering features, full checkpoints."""
+
+# N rows of all processes, B rows of this one, D embedding, W processes
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cn_clip import ranks
+from cn_clip.clip.model import CLIP
+from cn_clip.clip.resnet import ModifiedResNet
+from cn_clip.errors import ConfigError
+
+Gather = Literal["none", "values", "gradients"]
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the processes torchrun started, NCCL on CUDA and gloo elsewhere; does nothing for a single process."""
+    if ranks.world_size() == 1:
+        yield
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"WORLD_SIZE is {ranks.world_size()}, but {', '.join(missing)} is not set; use torchrun")
+    if device.type == "mps":
+        raise ConfigError("--device mps: one process only; PyTorch has no communication between MPS processes")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in at least one process; every process must ask."""
+    if ranks.world_size() == 1:
+        return flag
+    votes = torch.tensor(float(flag), device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def from_first(value: Any) -> Any:
+    """The value of rank 0; every process must ask, the others with anything."""
+    values = [value]
+    if ranks.world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def every_object(value: Any) -> list[Any]:
+    """The value of each process, by rank; every process must ask."""
+    values: list[Any] = [value] * ranks.world_size()
+    if ranks.world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+# --- features of all processes ----------------------------------------------------------------------------------------
+
+
+class _GatherWithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, rows_BD: Tensor) -> Tensor:
+        context.num_rows = len(rows_BD)
+        return _gather(rows_BD)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        gradient_ND = gradients[0].contiguous()
+        dist.all_reduce(gradient_ND)
+        start = ranks.rank() * context.num_rows
+        return gradient_ND[start : start + context.num_rows]
+
+
+def _gather(rows_BD: Tensor) -> Tensor:
+    parts = [torch.empty_like(rows_BD, memory_format=torch.contiguous_format) for _ in range(ranks.world_size())]
+    dist.all_gather(parts, rows_BD.detach().contiguous())
+    return torch.cat(parts)
+
+
+def gather_rows(rows_BD: Tensor, mode: Gather) -> Tensor:
+    """The rows of all processes in the order of ranks, or with "none" the own ones.
+
+    "values": gradients reach the own rows alone. "gradients": the own rows get the gradients of every process's loss.
+    Every process must hold as many rows.
+    """
+    if mode == "none" or ranks.world_size() == 1:
+        return rows_BD
+    if mode == "gradients" and rows_BD.requires_grad:
+        gathered: Tensor = _GatherWithGradients.apply(rows_BD)  # type: ignore[no-untyped-call]
+        return gathered
+    others_ND = _gather(rows_BD)
+    start = ranks.rank() * len(rows_BD)
+    return torch.cat([others_ND[:start], rows_BD, others_ND[start + len(rows_BD) :]])
+
+
+def own_share(num_rows: int) -> list[int]:
+    """The rows this process computes: every W-th, as many as any other process, if need be from the beginning again."""
+    size = -(-num_rows // ranks.world_size())
+    return [(ranks.rank() + ranks.world_size() * number) % num_rows for number in range(size)]
+
+
+def gather_shares(rows_BD: Tensor, num_rows: int) -> Tensor:
+    """All `num_rows` rows in order, where every process computed its `own_share`; no gradients."""
+    if ranks.world_size() == 1:
+        return rows_BD
+    parts = _gather(rows_BD).view(ranks.world_size(), len(rows_BD), -1)
+    return parts.transpose(0, 1).flatten(0, 1)[:num_rows]
+
+
+# --- the model over processes -----------------------------------------------------------------------------------------
+
+
+class Parallel:
+    """A model as training calls it: alone, copied to every process (DDP) or split over them (FSDP2)."""
+
+    def __init__(self, model: CLIP, device: torch.device, *, fsdp: bool = False) -> None:
+        """Wraps `model`, which lies on `device`. Raises ConfigError for FSDP with one process."""
+        self.model, self.device, self.fsdp = model, device, fsdp
+        self.module: nn.Module = model
+        self.loose: list[nn.Parameter] = []
+        if fsdp:
+            self._split()
+        elif ranks.world_size() > 1:
+            devices = [device] if device.type == "cuda" else None
+            # Buffers are statistics of batch normalisation: every process keeps its own, as Chinese-CLIP's do.
+            self.module = nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+    def _split(self) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        if ranks.world_size() == 1:
+            raise ConfigError("--fsdp: splits a model over several processes, there is one; start it with torchrun")
+        mesh = init_device_mesh(self.device.type, (ranks.world_size(),))
+        self.loose = [parameter for parameter in self.model.parameters() if parameter.ndim == 0]
+        for parameter in self.loose:
+            dist.broadcast(parameter.data, 0)
+        for block in blocks(self.model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh, ignored_params=set(self.loose))
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
+
+    @contextlib.contextmanager
+    def without_gradients(self) -> Iterator[None]:
+        """A forward pass alone: DDP has nothing to prepare, and statistics of batch normalisation stay."""
+        module, self.module = self.module, self.model
+        norms = [norm for norm in self.model.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+        tracked = [norm.track_running_stats for norm in norms]
+        for norm in norms:
+            norm.track_running_stats = not norm.training
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module = module
+            for norm, value in zip(norms, tracked, strict=True):
+                norm.track_running_stats = value
+
+    def accumulating(self, more_to_come: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward: leaves out the exchange of gradients while more are to be added."""
+        if self.fsdp:
+            cast(Any, self.model).set_requires_gradient_sync(not more_to_come)
+        elif more_to_come and isinstance(self.module, nn.parallel.DistributedDataParallel):
+            return cast(AbstractContextManager[Any], self.module.no_sync())
+        return contextlib.nullcontext()
+
+    def finish_gradients(self) -> None:
+        """After the last backward pass: the mean over processes for what FSDP does not look after."""
+        for parameter in self.loose:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad.div_(ranks.world_size())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole model's tensors under its own names; every process must ask."""
+        return {name: whole(value) for name, value in self.model.state_dict().items()}
+
+
+def blocks(model: CLIP) -> list[nn.Module]:
+    """The repeated layers of both towers: what FSDP splits and torch.compile compiles one by one."""
+    visual = model.visual
+    if isinstance(visual, ModifiedResNet):
+        stages = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
+        pictures = [block for stage in stages for block in cast(nn.Sequential, stage)]
+    else:
+        pictures = list(visual.transformer.resblocks)
+    return [*pictures, *model.bert.encoder.layer]
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor split over processes put together on every one of them; others pass."""
+    from torch.distributed.tensor import DTensor
+
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """The whole tensor `value` split as `target` is; it must be the same on every process."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)

@@ -1,0 +1,156 @@
+"""Gradients of one update, from one batch or from several joined exactly (gradient caching), on one process or many."""
+
+# B pairs of a batch, L tokens, R resolution, D embedding, T teacher's embedding
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cn_clip.data.datasets import PairBatch
+from cn_clip.data.records import RecordId
+from cn_clip.training import state
+from cn_clip.training.distill import Teacher
+from cn_clip.training.distributed import Gather, Parallel, gather_rows
+from cn_clip.training.loss import Objective, Pairs, Scores
+
+
+class Batch(NamedTuple):
+    """Pairs on the training device, (image id, text id) of each, and keys: equal for equal pictures, equal texts."""
+
+    pixels_B3RR: Tensor
+    tokens_BL: Tensor
+    ids: list[tuple[RecordId, RecordId]]
+    keys_B2: Tensor
+
+
+class Features(NamedTuple):
+    """What the forward pass leaves of one batch, or of several joined."""
+
+    image_BD: Tensor
+    text_BD: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Turns batches into gradients. `gather` says which features of other processes the loss sees."""
+
+    parallel: Parallel
+    objective: Objective
+    scaler: torch.amp.GradScaler
+    autocast: Callable[[], AbstractContextManager[object]]
+    gather: Gather = "none"
+    mask_ratio: float = 0.0
+    multi_positive: bool = False
+    teacher: Teacher | None = None
+
+    def backward(self, batches: Sequence[Batch]) -> Scores:
+        """Adds the gradients of the batches taken as one to the weights, in units of the gradient scaler.
+
+        The scores are those of the joined batch, over all processes whose features the loss sees.
+        """
+        if len(batches) > 1:
+            return self._cached(batches)
+        with self.parallel.accumulating(more_to_come=False):
+            with self.autocast():
+                features = self._forward(batches[0])
+                scores = self._score(features, self.parallel.model.logit_bias, batches)
+            torch.autograd.backward(self.scaler.scale(scores.loss))
+        self.parallel.finish_gradients()
+        return scores._replace(loss=scores.loss.detach())
+
+    def _forward(self, batch: Batch) -> Features:
+        return Features(*self.parallel(batch.pixels_B3RR, batch.tokens_BL, self.mask_ratio))
+
+    def _cached(self, batches: Sequence[Batch]) -> Scores:
+        """Features without gradients, the loss and its gradients at the features, then each batch again with them.
+
+        Both passes of a batch start from the same random state. Source: arXiv:2101.06983.
+        """
+        randomness, parts = [], []
+        with self.parallel.without_gradients(), self.autocast():
+            for batch in batches:
+                randomness.append(state.rng_state())
+                parts.append(self._forward(batch))
+        joined = Features(
+            torch.cat([part.image_BD for part in parts]).requires_grad_(),
+            torch.cat([part.text_BD for part in parts]).requires_grad_(),
+            parts[0].scale.detach().requires_grad_(),
+        )
+        bias = self.parallel.model.logit_bias
+        leaf = None if bias is None else bias.detach().requires_grad_()
+        with self.autocast():
+            scores = self._score(joined, leaf, batches)
+        torch.autograd.backward(self.scaler.scale(scores.loss))
+        sizes = [len(batch.ids) for batch in batches]
+        image_gradients, text_gradients = (_gradient(tensor).split_with_sizes(sizes) for tensor in joined[:2])
+        for number, batch in enumerate(batches):
+            is_last = number == len(batches) - 1
+            state.restore_rng(randomness[number])
+            with self.parallel.accumulating(more_to_come=not is_last):
+                with self.autocast():
+                    features = self._forward(batch)
+                outputs = [features.image_BD, features.text_BD]
+                gradients = [image_gradients[number], text_gradients[number]]
+                if is_last:
+                    outputs.append(features.scale)
+                    gradients.append(_gradient(joined.scale))
+                    if bias is not None and leaf is not None:
+                        outputs.append(bias)
+                        gradients.append(_gradient(leaf))
+                _backward(outputs, gradients)
+        self.parallel.finish_gradients()
+        return scores._replace(loss=scores.loss.detach())
+
+    def _score(self, features: Features, bias: Tensor | None, batches: Sequence[Batch]) -> Scores:
+        def gathered(rows: Tensor) -> Tensor:
+            return gather_rows(rows, self.gather)
+
+        pairs = Pairs(gathered(features.image_BD), gathered(features.text_BD), features.scale, bias)
+        if self.multi_positive:
+            image_keys, text_keys = gathered(torch.cat([batch.keys_B2 for batch in batches])).unbind(1)
+            pairs = pairs._replace(image_keys_N=image_keys, text_keys_N=text_keys)
+        if self.teacher is not None:
+            taught = [self.teacher.features(batch.pixels_B3RR) for batch in batches]
+            pairs = pairs._replace(teacher_NT=gathered(torch.cat(taught)))
+        return self.objective(pairs)
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Backward from the outputs that depend on trained weights; those of a frozen tower do not."""
+    trained = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if output.requires_grad]
+    # One sum: DDP must see every weight in one backward pass, and FSDP's hooks hang on tensors, not on lists.
+    sums = [(output.float() * gradient.float()).sum() for output, gradient in trained]
+    if sums:
+        torch.autograd.backward(torch.stack(sums).sum())
+
+
+def make_batch(pairs: PairBatch, device: torch.device) -> Batch:
+    """A batch of the loader on the training device, its texts cut to the longest."""
+    tokens_BL = cut_to_longest(pairs.tokens)
+    images = [_key(image_id) for image_id in pairs.image_id]
+    # Texts are compared as the model reads them.
+    texts = [_key(row[: int(row.ne(0).sum())].tolist()) for row in tokens_BL]
+    keys_B2 = torch.tensor([images, texts]).t()
+    tensors = (tensor.to(device, non_blocking=True) for tensor in (pairs.pixels, tokens_BL, keys_B2))
+    pixels_B3RR, tokens_BL, keys_B2 = tensors
+    return Batch(pixels_B3RR, tokens_BL, list(zip(pairs.image_id, pairs.text_id, strict=True)), keys_B2)
+
+
+def cut_to_longest(tokens_BL: Tensor) -> Tensor:
+    """Token ids without the columns in which every row has padding."""
+    longest = int(tokens_BL.ne(0).any(dim=0).nonzero().max()) + 1
+    return tokens_BL[:, :longest]
+
+
+def _key(value: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little", signed=True)
