@@ -1,6 +1,5 @@
 """What tells a trainer how a run goes: `metrics.jsonl`, TensorBoard events, `curves.png`, and a few warnings."""
 
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -10,17 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from cn_clip.errors import CnClipError, DataError, MissingExtraError
+from cn_clip.errors import MissingExtraError
 from cn_clip.extras import require
-from cn_clip.jsonl import atomic_write, json_object, numbered_lines
 from cn_clip.training.curves import History, draw
 from cn_clip.training.logs import logger
+from cn_clip.training.metrics_file import MetricsFile, Record
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Kind = Literal["train", "valid"]
-Record = dict[str, Any]
 
 METRICS, CURVES, EVENTS = "metrics.jsonl", "curves.png", "tensorboard"
 
@@ -44,14 +42,13 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, *, start_step: int, tensorboard: bool) -> None:
+        if tensorboard:
+            require("tensorboard", extra="tensorboard", purpose="--report-to tensorboard")
         self.folder = folder
-        self._path = folder / METRICS
-        self._history = History()
-        self._last_step: dict[Kind, int] = {"train": -1, "valid": -1}
         self._can_draw = True
-        self._events = _event_writer(folder / EVENTS, start_step) if tensorboard else None
+        self._file = MetricsFile(folder / METRICS)
         self._keep(lambda record: 0 < start_step >= record["step"])
-        self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._events = _event_writer(folder / EVENTS, start_step) if tensorboard else None
 
     def __enter__(self) -> "Monitor":
         return self
@@ -72,46 +69,34 @@ class Monitor:
 
     def close(self) -> None:
         """Draws the curves for the last time; twice does no harm."""
-        if self._stream.closed:
+        if not self._file.is_open:
             return
-        self._stream.close()
+        self._file.close()
         if self._events is not None:
             self._events.close()
         self._draw()
 
     def _record(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
         if step <= self._last_step[kind]:  # done again after a resume: the later numbers are the run's
-            self._stream.close()
             self._keep(lambda record: record["kind"] != kind or record["step"] < step)
-            self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
-        self._last_step[kind] = step
-        finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
-        self._history.add(kind, step, finite)
-        try:
-            self._stream.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
-            self._stream.flush()
-        except OSError as error:
-            raise CnClipError(f"{self._path}: cannot be written ({error.strerror}); is the disk full?") from error
+        record: Record = {"step": step, "kind": kind}
+        record |= {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+        self._file.append(record)
+        self._remember(record)
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def _keep(self, wanted: Callable[[Record], bool]) -> None:
-        """Rewrites the file with the wanted records alone, and begins the history with them."""
-        records, num_torn = _read(self._path)
-        kept = [record for record in records if wanted(record)]
-        if num_torn:
-            logger.warning("%s: left out %d lines that are no record (a torn write?)", self._path, num_torn)
-        if len(kept) < len(records):
-            logger.info("%s: left out %d records of steps that are done again", self._path, len(records) - len(kept))
-        if num_torn or len(kept) < len(records):
-            with atomic_write(self._path) as stream:
-                stream.writelines(json.dumps(record) + "\n" for record in kept)
+        """Drops the other records from the file, and begins the history with those that stay."""
         self._history, self._last_step = History(), {"train": -1, "valid": -1}
-        for record in kept:
-            kind, step = record["kind"], record["step"]
-            self._last_step[kind] = max(step, self._last_step[kind])
-            self._history.add(kind, step, {name: value for name, value in record.items() if name not in _PLACE})
+        for record in self._file.keep(wanted):
+            self._remember(record)
+
+    def _remember(self, record: Record) -> None:
+        kind, step = record["kind"], record["step"]
+        self._last_step[kind] = max(step, self._last_step[kind])
+        self._history.add(kind, step, {name: value for name, value in record.items() if name not in ("step", "kind")})
 
     def _draw(self) -> None:
         """A picture that cannot be drawn is no reason to end a training."""
@@ -126,26 +111,7 @@ class Monitor:
             logger.warning("%s: cannot be written (%s)", self.folder / CURVES, error.strerror)
 
 
-_PLACE = ("step", "kind")
-
-
-def _read(path: Path) -> tuple[list[Record], int]:
-    """The records of a metrics file, none where there is no file, and the number of lines that are none."""
-    records, num_torn = [], 0
-    for _, line in numbered_lines(path) if path.exists() else ():
-        try:
-            record = json_object(line)
-        except DataError:
-            record = {}
-        if type(record.get("step")) is int and record.get("kind") in ("train", "valid"):
-            records.append(record)
-        else:
-            num_torn += 1
-    return records, num_torn
-
-
 def _event_writer(folder: Path, start_step: int) -> "SummaryWriter":
-    require("tensorboard", extra="tensorboard", purpose="--report-to tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
     # TensorBoard then hides what earlier processes wrote of these steps.
