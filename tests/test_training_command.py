@@ -1,49 +1,18 @@
 """Training as users start it: log lines, files, resuming, and the reasons it gives for stopping."""
 
-import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from training_runs import load, losses, small_lmdb, train
 
 from cn_clip.clip.loading import open_model
-from cn_clip.demo import emoji
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--vision-model=ViT-Tiny-64", "--text-model=BERT-Tiny-chinese", "--num-threads=1", "--num-workers=0"]
-TINY += ["--valid-num-workers=0", "--device=cpu", "--precision=fp32", "--warmup=2", "--log-interval=1"]
-
-
-def run(script: str, *args: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, f"cn_clip/{script}.py", *args]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-
-
-def train(data: Path, logs: Path, *args: str) -> "subprocess.CompletedProcess[str]":
-    return run("training/main", f"--train-data={data}", f"--logs={logs}", *TINY, *args)
-
 
 @pytest.fixture(scope="module")
 def lmdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 emoji pictures; train has 24 pairs."""
-    folder = tmp_path_factory.mktemp("emoji")
-    emoji.write_dataset(folder)
-    for split in ("train", "valid"):
-        for kind in ("imgs.tsv", "texts.jsonl"):
-            path = folder / f"{split}_{kind}"
-            path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:24]), encoding="utf-8")
-    kept = [json.loads(line) for line in (folder / "train_texts.jsonl").read_text(encoding="utf-8").splitlines()]
-    with (folder / "train_texts.jsonl").open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps({**row, "image_ids": row["image_ids"][:1]}) + "\n" for row in kept)
-    built = run("preprocess/build_lmdb_dataset", f"--data_dir={folder}", "--splits=train,valid")
-    assert built.returncode == 0, built.stderr
-    return folder / "lmdb"
+    return small_lmdb(tmp_path_factory.mktemp("emoji"))
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +28,6 @@ def finished(lmdb: Path, tmp_path_factory: pytest.TempPathFactory) -> "tuple[Pat
     )
     assert result.returncode == 0, result.stderr
     return logs / "run", result
-
-
-def load(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, weights_only=True)
-    return content
-
-
-def losses(text: str) -> list[str]:
-    return re.findall(r"\| Loss: ([\d.]+)", text)
 
 
 def test_log_lines_on_screen_and_in_the_file_are_those_of_the_guides(

@@ -133,8 +133,7 @@ class Parallel:
             self._split()
         elif ranks.world_size() > 1:
             devices = [device] if device.type == "cuda" else None
-            # Buffers are statistics of batch normalisation: every process keeps its own, as Chinese-CLIP's do.
-            self.module = nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+            self.module = nn.parallel.DistributedDataParallel(model, device_ids=devices)
 
     def _split(self) -> None:
         from torch.distributed.device_mesh import init_device_mesh

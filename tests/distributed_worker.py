@@ -1,0 +1,98 @@
+"""What each process of test_distributed.py runs: `torchrun … distributed_worker.py OUTPUT MODE...`; not a test itself."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deterministic import SMALL_MODEL, training_batches
+
+from cn_clip import ranks
+from cn_clip.clip.model import CLIP
+from cn_clip.data.datasets import PairBatch
+from cn_clip.training.distill import Teacher
+from cn_clip.training.distributed import Gather, Parallel, process_group, whole
+from cn_clip.training.loss import Objective
+from cn_clip.training.optim import build_optimizer, decay_groups, load_optimizer_state, optimizer_state
+from cn_clip.training.step import Batch, Learner, make_batch
+
+CPU = torch.device("cpu")
+TEACHER = Teacher(lambda pixels: pixels[:, :, :4, :4].flatten(1), resolution=None)
+# name -> gather, batches of each process, and what else
+MODES: dict[str, dict[str, Any]] = {
+    "default": {"gather": "values"},
+    "with_grad": {"gather": "gradients"},
+    "skip": {"gather": "none"},
+    "accumulated": {"gather": "gradients", "accum": 2},
+    "siglip": {"gather": "gradients", "kind": "siglip"},
+    "siglip_accumulated": {"gather": "gradients", "kind": "siglip", "accum": 2},
+    "multi_positive": {"gather": "gradients", "multi_positive": True},
+    "distillation": {"gather": "gradients", "teacher": TEACHER},
+    "distillation_default": {"gather": "values", "teacher": TEACHER},
+    "fsdp": {"gather": "gradients", "fsdp": True},
+    "fsdp_accumulated": {"gather": "gradients", "fsdp": True, "accum": 2},
+}
+
+
+def batches_of(rank: int, world_size: int, accum: int) -> list[Batch]:
+    """The part of 8 pairs that a process has, in `accum` batches."""
+    ((pixels, tokens),) = training_batches(1)
+    numbers = torch.arange(8).chunk(world_size)[rank].chunk(accum)
+    images, texts = torch.from_numpy(pixels), torch.from_numpy(tokens)
+    parts = [PairBatch(images[n], texts[n], (n // 3).tolist(), n.tolist(), []) for n in numbers]
+    return [make_batch(part, CPU) for part in parts]
+
+
+def update(mode: str, *, steps: int = 2) -> dict[str, Any]:
+    """Loss, gradients and then weights and optimizer state of some updates on one fixed batch."""
+    settings = {"kind": "clip", "accum": 1, "fsdp": False, **MODES[mode]}
+    torch.manual_seed(3)
+    model = CLIP(**SMALL_MODEL).train()
+    if settings["kind"] == "siglip":
+        model.add_logit_bias()
+    gather: Gather = settings["gather"]
+    parallel = Parallel(model, CPU, fsdp=settings["fsdp"] and ranks.world_size() > 1)
+    optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
+    teacher = settings.get("teacher")
+    learner = Learner(
+        parallel,
+        Objective(settings["kind"], 0.5 if teacher else 0.0),
+        torch.amp.GradScaler("cpu", enabled=False),
+        contextlib.nullcontext,
+        gather=gather,
+        multi_positive=settings.get("multi_positive", False),
+        teacher=teacher,
+    )
+    batches = batches_of(ranks.rank(), ranks.world_size(), settings["accum"])
+    result: dict[str, Any] = {"losses": []}
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        result["losses"].append(learner.backward(batches).loss.item())
+        if "gradients" not in result:
+            named = model.named_parameters()
+            result["gradients"] = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
+        optimizer.step()
+    result["weights"] = {name: value.clone() for name, value in parallel.state_dict().items()}
+    result["optimizer"] = optimizer_state(optimizer, decay_groups(model))
+    load_optimizer_state(optimizer, decay_groups(model), result["optimizer"])
+    result["again"] = optimizer_state(optimizer, decay_groups(model))
+    return result
+
+
+def main() -> None:
+    """Every mode in turn; rank 0 writes what came out, and the losses of all."""
+    output = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    with process_group(CPU):
+        for mode in sys.argv[2:]:
+            result = update(mode)
+            losses: list[Any] = [None] * ranks.world_size()
+            dist.all_gather_object(losses, result["losses"])
+            if ranks.rank() == 0:
+                torch.save({**result, "all_losses": losses}, output / f"{mode}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Two processes give the losses, gradients, weights and checkpoints of one process with the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_worker import MODES, batches_of, update
+
+from cn_clip.errors import ConfigError
+from cn_clip.training.distributed import process_group
+
+ROOT = Path(__file__).resolve().parent.parent
+EXACT = ["with_grad", "accumulated", "siglip", "siglip_accumulated", "multi_positive", "distillation"]
+SPLIT = ["fsdp", "fsdp_accumulated"]
+
+
+def torchrun(*args: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *args]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What two processes got, by mode."""
+    folder = tmp_path_factory.mktemp("two")
+    result = torchrun(str(ROOT / "tests" / "distributed_worker.py"), str(folder), *MODES)
+    assert result.returncode == 0, result.stderr
+    return {mode: torch.load(folder / f"{mode}.pt", weights_only=True) for mode in MODES}
+
+
+def assert_same_gradients(ours: dict[str, Any], theirs: dict[str, Any], factor: float = 1.0) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        own = 1.0 if name == "logit_scale" else factor
+        torch.testing.assert_close(ours[name], value * own, atol=2e-6, rtol=2e-4, msg=f"{name}: another gradient")
+
+
+@pytest.mark.parametrize("mode", EXACT + SPLIT)
+def test_gather_with_grad_gives_losses_gradients_and_weights_of_one_process(
+    mode: str, two: dict[str, dict[str, Any]]
+) -> None:
+    alone = update(mode)
+    for losses in two[mode]["all_losses"]:
+        assert losses == pytest.approx(alone["losses"], rel=1e-5)
+    assert_same_gradients(two[mode]["gradients"], alone["gradients"])
+    for name, value in alone["weights"].items():
+        # Adam divides by the root of tiny squares: rounding differences of a gradient near 0 move a weight visibly.
+        assert (two[mode]["weights"][name] - value).abs().median() < 1e-6, name
+        torch.testing.assert_close(two[mode]["weights"][name], value, atol=2.5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["default", "distillation_default"])
+def test_the_default_gather_gives_the_loss_of_one_process_and_its_gradients_divided_by_the_processes(
+    mode: str, two: dict[str, dict[str, Any]]
+) -> None:
+    """As in Chinese-CLIP: each process passes gradients to its own rows alone, and DDP takes the mean."""
+    alone = update(mode, steps=1)
+    for losses in two[mode]["all_losses"]:
+        assert losses[0] == pytest.approx(alone["losses"][0], rel=1e-5)
+    assert_same_gradients(two[mode]["gradients"], alone["gradients"], factor=0.5)
+
+
+def test_without_gather_the_gradient_is_the_mean_over_the_processes_batches(two: dict[str, dict[str, Any]]) -> None:
+    import distributed_worker
+
+    halves = []
+    for rank in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distributed_worker, "batches_of", lambda *_, rank=rank: batches_of(rank, 2, 1))
+            halves.append(update("skip", steps=1))
+    for rank in range(2):
+        assert two["skip"]["all_losses"][rank][0] == pytest.approx(halves[rank]["losses"][0], rel=1e-5)
+    mean = {name: (halves[0]["gradients"][name] + value) / 2 for name, value in halves[1]["gradients"].items()}
+    assert_same_gradients(two["skip"]["gradients"], mean)
+
+
+@pytest.mark.parametrize("mode", ["with_grad", *SPLIT])
+def test_optimizer_states_are_whole_and_come_back_as_they_were(mode: str, two: dict[str, dict[str, Any]]) -> None:
+    alone = update(mode)["optimizer"]
+    state, again = two[mode]["optimizer"], two[mode]["again"]
+    assert [group["params"] for group in state["param_groups"]] == [g["params"] for g in alone["param_groups"]]
+    assert state["state"].keys() == alone["state"].keys() == again["state"].keys()
+    for index, entry in alone["state"].items():
+        for name, value in entry.items():
+            torch.testing.assert_close(state["state"][index][name], value, atol=1e-6, rtol=1e-3)
+            assert torch.equal(state["state"][index][name], again["state"][index][name])
+
+
+def test_a_world_size_without_torchrun_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="RANK, MASTER_ADDR, MASTER_PORT is not set; use torchrun"), process_group(
+        torch.device("cpu")
+    ):
+        pass
