@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# 在 MUGE 上微调 ViT-B-16 与 RoBERTa-wwm-ext-base，写明 FlashAttention / Fine-tunes on MUGE with FlashAttention asked for:
+#   bash run_scripts/muge_finetune_vit-b-16_rbt-base_flashattn.sh DATAPATH [训练命令的其他选项 / more options of the training command]
+
+use_flash_attention=--use-flash-attention  # PyTorch 能用 FlashAttention 时，不写也会用
+variant=_flashattn  # 实验名的一部分
+
+source "$(dirname "${BASH_SOURCE[0]}")/muge_finetune_vit-b-16_rbt-base.sh"
