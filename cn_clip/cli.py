@@ -41,6 +41,14 @@ COMMANDS: dict[str, Command] = {
     "zeroshot": Command(
         "cn_clip.eval.zeroshot_evaluation", "零样本图像分类", "classify pictures by label names, without training"
     ),
+    "checkpoint info": Command("cn_clip.checkpoints.info", "查看权重文件的内容", "tell what a weight file holds"),
+    "checkpoint strip": Command(
+        "cn_clip.checkpoints.strip", "只保留权重，去掉优化器状态", "keep the weights, drop the optimizer state"
+    ),
+    "checkpoint average": Command("cn_clip.checkpoints.average", "多个检查点取平均", "average several checkpoints"),
+    "checkpoint export": Command(
+        "cn_clip.checkpoints.export", "导出为 safetensors", "write the weights as safetensors"
+    ),
 }
 
 

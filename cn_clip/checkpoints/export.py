@@ -1,0 +1,72 @@
+"""The weights of a checkpoint as safetensors: `cn-clip checkpoint export epoch3.pt --output model.safetensors`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from cn_clip import command
+from cn_clip.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from cn_clip.clip.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Options:
+    """Writes the weights as safetensors, with the model's name, epoch and step as metadata; adapters are merged."""
+
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+    """The checkpoint"""
+    output: command.Required = None
+    """The file to write, .safetensors"""
+    precision: Literal["keep", "fp16", "fp32"] = "keep"
+    """Type of the weights; fp16 as in the published models: norms of the picture tower stay float32"""
+    json: bool = False
+    """Print the result as one JSON object"""
+
+    def __post_init__(self) -> None:
+        if self.output is None:
+            raise ConfigError("--output: expected the file to write")
+
+
+def run(options: Options) -> None:
+    """Writes the file; raises CheckpointError when the checkpoint cannot be read."""
+    from cn_clip.checkpoints.weights import in_precision
+    from cn_clip.clip.checkpoint import read_checkpoint
+    from cn_clip.clip.weight_files import refuse_inputs, write_safetensors
+
+    assert options.output is not None
+    say = command.Speaker(quiet=options.json)
+    refuse_inputs(options.output, [options.file], suffix=".safetensors")
+    checkpoint = read_checkpoint(options.file)
+    tensors = in_precision(checkpoint, options.precision)
+    about = metadata(checkpoint)
+    write_safetensors(options.output, tensors, about)
+    say(f"{options.file} -> {options.output}, {len(tensors)} tensors")
+    say.result({"file": options.file, "output": options.output, "num_tensors": len(tensors), "metadata": about})
+
+
+def metadata(checkpoint: "Checkpoint") -> dict[str, str]:
+    """What the file says of itself; the towers only where they have a name."""
+    from cn_clip import __version__
+    from cn_clip.checkpoints.weights import tower_names
+    from cn_clip.clip.checkpoint import infer_config
+
+    about = {"format": "pt", "cn_clip": __version__, "name": str(checkpoint.extra.get("name", checkpoint.path.stem))}
+    about |= {"epoch": str(checkpoint.epoch), "step": str(checkpoint.step)}
+    try:
+        towers = dict(zip(("vision_model", "text_model"), tower_names(infer_config(checkpoint)), strict=True))
+    except CheckpointError:  # weights of another kind: nothing is known of them
+        return about
+    return about | {kind: name for kind, name in towers.items() if name}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Keeps the weights of a checkpoint and drops the rest: `cn-clip checkpoint strip epoch3.pt --output small.pt`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from cn_clip import command
+from cn_clip.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Writes the weights alone, without optimizer and resume state; adapters (LoRA) are merged.
+
+    Chinese-CLIP reads the file too.
+    """
+
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+    """The checkpoint"""
+    output: command.Required = None
+    """The file to write, .pt"""
+    precision: Literal["keep", "fp16", "fp32"] = "keep"
+    """Type of the weights; fp16 as in the published models: norms of the picture tower stay float32"""
+    json: bool = False
+    """Print the result as one JSON object"""
+
+    def __post_init__(self) -> None:
+        if self.output is None:
+            raise ConfigError("--output: expected the file to write")
+
+
+def run(options: Options) -> None:
+    """Writes the file; raises CheckpointError when the checkpoint cannot be read."""
+    import os
+
+    from cn_clip.checkpoints.weights import in_precision
+    from cn_clip.clip.checkpoint import SIGMOID_BIAS, read_checkpoint
+    from cn_clip.clip.weight_files import refuse_inputs, write_checkpoint
+
+    assert options.output is not None
+    say = command.Speaker(quiet=options.json)
+    refuse_inputs(options.output, [options.file])
+    checkpoint = read_checkpoint(options.file)
+    tensors = in_precision(checkpoint, options.precision)
+    # Chinese-CLIP refuses a tensor it does not know; similarity does not need this one.
+    kept = {name: value for name, value in tensors.items() if name != SIGMOID_BIAS}
+    write_checkpoint(options.output, kept, checkpoint)
+    sizes = {"bytes_before": os.path.getsize(options.file), "bytes": os.path.getsize(options.output)}
+    before, after = (size / 2**20 for size in sizes.values())
+    say(f"{options.file} ({before:.1f} MiB) -> {options.output} ({after:.1f} MiB), {len(kept)} tensors")
+    say.result({"file": options.file, "output": options.output, "num_tensors": len(kept), **sizes})
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Writes weights without the rest of a training checkpoint, whole or not at all; for commands that make such files."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cn_clip.clip.checkpoint import Checkpoint
+from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.jsonl import atomic_write
+
+
+def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], source: Checkpoint, **more: Any) -> None:
+    """A `.pt` as Chinese-CLIP reads it, with epoch, step and name of `source`; `more` goes beside them.
+
+    Raises CheckpointError when it cannot be written, DataError when the folder is missing.
+    """
+    counts = {"epoch": source.epoch, "step": source.step, "name": str(source.extra.get("name", source.path.stem))}
+    state = {f"module.{name}": value for name, value in tensors.items()}
+    _write(Path(path), lambda stream: torch.save({**counts, "state_dict": state, **more}, stream))
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A `.safetensors` under the names of this package; raises as `write_checkpoint`."""
+    from safetensors.torch import save
+
+    # Tensors that share memory, as the parts of a fused weight do, are refused by the format.
+    apart = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    _write(Path(path), lambda stream: stream.write(save(apart, dict(metadata))))
+
+
+def _write(path: Path, write: Any) -> None:
+    try:
+        with atomic_write(path, "wb") as stream:
+            write(stream)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+
+
+def refuse_inputs(output: str | Path, inputs: Iterable[str | Path], *, suffix: str | None = None) -> None:
+    """Raises ConfigError when `output` is one of `inputs`, by whatever name, or does not end as it should."""
+    if suffix is not None and Path(output).suffix != suffix:
+        raise ConfigError(f"--output {output}: expected a name that ends in {suffix}")
+    if suffix is None and Path(output).suffix == ".safetensors":
+        raise ConfigError(f"--output {output}: this command writes .pt; for .safetensors use cn-clip checkpoint export")
+    for path in inputs:
+        is_same = os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
+        if is_same or Path(output).absolute() == Path(path).absolute():
+            raise ConfigError(f"--output {output}: would overwrite {path}, which it reads; give another path")
+
+
+def check_same_tensors(first: Checkpoint, other: Checkpoint) -> None:
+    """Raises CheckpointError naming the first tensor that only one of them has, or in another shape."""
+    ours, theirs = first.state_dict, other.state_dict
+    for name in [*ours, *theirs]:
+        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            found = " and ".join("missing" if shape is None else str(shape) for shape in shapes)
+            raise CheckpointError(f"{first.path} and {other.path} are of different models: {name} is {found}")
