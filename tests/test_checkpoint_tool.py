@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dataset_files import tree
+from dataset_files import run_script, tree
 from safetensors import safe_open
 from test_checkpoint import ADAPTED, adapted_file
 from tiny_models import TEXT, TOKENS, tiny_model, tiny_pixels
@@ -106,6 +106,17 @@ def test_info_tells_adapters_apart(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (found["num_params"], found["num_lora_params"]) == (4 + 3 + 4, 4 + 4 + 5)
     assert found["vision_model"] is None
     assert "no picture tower" in found["unknown"]
+
+
+def test_the_script_prints_the_same_as_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = training_file(tmp_path / "run.pt", tiny_model())
+    typed = run_script("checkpoints/info.py", path, "--json")
+    assert typed.returncode == 0, typed.stderr
+    assert json.loads(typed.stdout) == call(capsys, "info", path)
+    refused = run_script("checkpoints/info.py", tmp_path / "nothing.pt")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("错误 / error: ")
+    assert refused.stderr.count("\n") == 1
 
 
 # --- strip

@@ -98,9 +98,8 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 def _towers(found: dict[str, Any]) -> str:
     """`ViT-B-16 @ RoBERTa-wwm-ext-base-chinese, 224 px`; depth and width of a tower without a name."""
     config = found["config"]
-    vision = (
-        f"{'ViT' if config['vision_patch_size'] else 'ResNet'} {config['vision_layers']} x {config['vision_width']}"
-    )
+    family = "ViT" if config["vision_patch_size"] else "ResNet"
+    vision = f"{family} {config['vision_layers']} x {config['vision_width']}"
     text = f"BERT {config['text_num_hidden_layers']} x {config['text_hidden_size']}"
     return f"{found['vision_model'] or vision} @ {found['text_model'] or text}, {found['resolution']} px"
 
