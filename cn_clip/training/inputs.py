@@ -6,20 +6,21 @@ from cn_clip import ranks
 from cn_clip.clip import tokenizer
 from cn_clip.clip.transforms import image_transform
 from cn_clip.data.augment import Augmentation
-from cn_clip.data.datasets import ImageDataset, LmdbPairs, PairDataset, make_loader
+from cn_clip.data.datasets import ImageDataset, LmdbPairs, PairDataset, PairSource, make_loader
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
+from cn_clip.data.shards import ShardPairs, is_shards
 from cn_clip.errors import ConfigError
 from cn_clip.training.distributed import own_share
+from cn_clip.training.logs import logger
 from cn_clip.training.params import Options
-from cn_clip.training.sampling import EpochNumbers, EpochSampler
+from cn_clip.training.sampling import EpochNumbers, EpochSampler, ShardSampler
 from cn_clip.training.trainer import TrainingData, ValidationData
 from cn_clip.training.validation import read_split
 
 
 def training_data(options: Options, resolution: int) -> TrainingData:
     """This process's part of the training split; raises ConfigError when it holds less than one batch."""
-    source = LmdbPairs(options.train_data, split="train")
-    sampler = _sampler(options, len(source), options.batch_size, "--batch-size", world_size=ranks.world_size())
+    source, sampler = _shards(options) if is_shards(options.train_data) else _lmdb(options)
     dataset = PairDataset(
         source,
         image_transform(resolution),
@@ -38,6 +39,27 @@ def training_data(options: Options, resolution: int) -> TrainingData:
         generator=_loader_generator(options),
     )
     return TrainingData(loader, sampler)
+
+
+def _lmdb(options: Options) -> tuple[PairSource, EpochSampler]:
+    pairs = LmdbPairs(options.train_data, split="train")
+    return pairs, _sampler(options, len(pairs), options.batch_size, "--batch-size", world_size=ranks.world_size())
+
+
+def _shards(options: Options) -> tuple[PairSource, EpochSampler]:
+    pairs = ShardPairs(options.train_data, split="train", on_error=options.on_error)
+    _require_a_batch(len(pairs), options.batch_size, "--batch-size", ranks.world_size())
+    sampler = ShardSampler(
+        pairs.shard_sizes,
+        options.batch_size,
+        seed=options.seed,
+        num_workers=options.num_workers,
+        rank=ranks.rank(),
+        world_size=ranks.world_size(),
+    )
+    left_out = len(pairs) - sampler.num_padded
+    logger.info("%d pairs, others each epoch, are left out: they fill no batch for every process.", left_out)
+    return pairs, sampler
 
 
 def validation_data(options: Options, resolution: int) -> ValidationData | None:
@@ -65,10 +87,14 @@ def _loader_generator(options: Options) -> torch.Generator:
 
 
 def _sampler(options: Options, num_samples: int, batch_size: int, flag: str, *, world_size: int = 1) -> EpochSampler:
+    _require_a_batch(num_samples, batch_size, flag, world_size)
+    rank = ranks.rank() if world_size > 1 else 0
+    return EpochSampler(num_samples, batch_size, seed=options.seed, rank=rank, world_size=world_size)
+
+
+def _require_a_batch(num_samples: int, batch_size: int, flag: str, world_size: int) -> None:
     if num_samples < batch_size * world_size:
         processes = f" in each of {world_size} processes" if world_size > 1 else ""
         raise ConfigError(
             f"{flag} {batch_size}{processes}: larger than the {num_samples} pairs of the data; choose a smaller one"
         )
-    rank = ranks.rank() if world_size > 1 else 0
-    return EpochSampler(num_samples, batch_size, seed=options.seed, rank=rank, world_size=world_size)
