@@ -34,12 +34,18 @@ COMMANDS: dict[str, Command] = {
     "dataset check": Command(
         "cn_clip.preprocess.check_dataset", "检查数据集，列出全部问题", "check a dataset and list every fault"
     ),
+    "dataset shards": Command(
+        "cn_clip.preprocess.write_shards", "把数据集写成 WebDataset 分片", "write WebDataset shards from a dataset"
+    ),
     "train": Command("cn_clip.training.main", "训练或微调模型", "train or fine-tune a model"),
     "features": Command("cn_clip.eval.extract_features", "提取图文特征", "extract picture and text features"),
     "topk": Command("cn_clip.eval.make_topk_predictions", "检索最相近的前 k 个", "find the k nearest"),
     "recall": Command("cn_clip.eval.evaluation", "计算检索结果的召回率", "compute the recall of what was found"),
     "zeroshot": Command(
         "cn_clip.eval.zeroshot_evaluation", "零样本图像分类", "classify pictures by label names, without training"
+    ),
+    "wise-ft": Command(
+        "cn_clip.eval.wise_ft", "混合零样本与微调权重", "mix zero-shot and fine-tuned weights, and measure recall"
     ),
     "checkpoint info": Command("cn_clip.checkpoints.info", "查看权重文件的内容", "tell what a weight file holds"),
     "checkpoint strip": Command(
