@@ -5,7 +5,7 @@
 #   GPUS_PER_NODE=8 batch_size=32 bash …
 # finetune.sh holds every setting. To change one, add a line below (lr=1e-5), or set the environment variable of its name.
 
-dataset=COCO-CN          # ${DATAPATH}/datasets 下的文件夹名
+dataset=${dataset:-COCO-CN}  # ${DATAPATH}/datasets 下的文件夹名
 experiment=coco-cn_finetune_vit-b-16_roberta-base${variant:-}  # 实验名的开头
 
 # 原版在 COCO-CN 上的设置 / the original's settings for COCO-CN

@@ -5,7 +5,7 @@
 #   GPUS_PER_NODE=8 batch_size=32 bash …
 # finetune.sh holds every setting. To change one, add a line below (lr=1e-5), or set the environment variable of its name.
 
-dataset=Flickr30k-CN          # ${DATAPATH}/datasets 下的文件夹名
+dataset=${dataset:-Flickr30k-CN}  # ${DATAPATH}/datasets 下的文件夹名
 experiment=flickr30k_finetune_vit-b-16_roberta-base${variant:-}  # 实验名的开头
 
 source "$(dirname "${BASH_SOURCE[0]}")/finetune.sh"

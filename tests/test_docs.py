@@ -23,13 +23,18 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "README_En.md", *sorted((ROOT / "docs").
 # Blocks that begin so set up a machine, or take minutes; only their syntax is checked.
 NOT_RUN = ("make ", "pip install", "git clone")
 # What is exchanged in blocks that train: a full-size model and 128 pairs a step would take hours.
-TRAINING = ("cn-clip train", "_finetune_")
+TRAINING = ("cn-clip train", "_finetune_", "load_state_dict")
 TRAINING_EXCHANGES = {
+    'load_from_name("ViT-B-16"': 'load_from_name("small.pt"',
     "ViT-B-16": "ViT-Tiny-64",
     "RoBERTa-wwm-ext-base-chinese": "BERT-Tiny-chinese",
     "clip_cn_vit-b-16.pt": "small.pt",
     "batch_size=32": "batch_size=8",
     "batch-size 32": "batch-size 8",
+    "batch_size=64": "batch_size=8",
+    "batch-size 64": "batch-size 8",
+    "max_epochs=30": "max_epochs=2",
+    "--max-epochs 30": "--max-epochs 2",
     "--max-epochs 3": "--max-epochs 1",
     "--max-epochs 4": "--max-epochs 2",
 }
@@ -156,7 +161,8 @@ class Workplace:
             path.mkdir(parents=True)
         for name in ("cn_clip", "run_scripts", "examples"):
             (self.checkout / name).symlink_to(ROOT / name)
-        (self.checkout / "clip_cn_vit-b-16.pt").symlink_to(weights / "clip_cn_vit-b-16.pt")
+        for name in ("clip_cn_vit-b-16.pt", "small.pt"):
+            (self.checkout / name).symlink_to(weights / name)
         (self.data / "pretrained_weights").symlink_to(weights)
         for program, arguments in {"python": "", "python3": "", "cn-clip": "-m cn_clip"}.items():
             path = self.programs / program
@@ -257,6 +263,22 @@ def test_the_commands_of_the_fine_tuning_guide_run_and_the_second_goes_on(workpl
     logs = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("out_*.log"))]
     assert "Start epoch 1" in logs[0]
     assert "Start epoch 1" not in logs[-1]
+
+
+def test_the_commands_of_the_tutorial_lead_from_a_folder_of_pictures_to_their_names(workplace: Workplace) -> None:
+    pictures = workplace.data / "pictures"
+    names = ["0001妙蛙种子.png", "0004小火龙.png", "0007杰尼龟.png", "0025皮卡丘.png"]
+    for name, stand_in in zip(names, sorted(pictures.glob("*.png")), strict=False):
+        stand_in.rename(pictures / name)
+    printed = run_all(workplace, ROOT / "docs" / "tutorial-finetune.md")
+    texts = (workplace.data / "datasets" / "pokemon" / "train_texts.jsonl").read_text(encoding="utf-8")
+    assert {"妙蛙种子", "小火龙", "杰尼龟", "皮卡丘"} <= {json.loads(line)["text"] for line in texts.splitlines()}
+    folder = workplace.data / "experiments" / "pokemon"
+    assert {"epoch2.pt", "epoch_latest.pt"} <= {path.name for path in folder.glob("checkpoints/*")}
+    assert {"metrics.jsonl", "curves.png"} <= {path.name for path in folder.iterdir()}
+    (shares,) = (text.splitlines()[-4:] for first, text in printed.items() if "who is it" in first)
+    assert sum(float(line.split(": ")[1]) for line in shares) == pytest.approx(1, abs=1e-3)
+    assert {line.split(": ")[0] for line in shares} == {"杰尼龟", "妙蛙种子", "小火龙", "皮卡丘"}
 
 
 def test_the_commands_of_the_evaluation_guide_run(workplace: Workplace) -> None:
