@@ -612,10 +612,10 @@ def test_adapters_stand_apart_when_asked(tmp_path: Path) -> None:
 
 
 def test_adapters_are_added_in_float32_and_the_weight_keeps_its_type() -> None:
-    # 1 + 2**-11 is no float16; the sum of two halves of it must not be rounded on the way.
+    # The product 1 + 2**-11 is no float16: it would be rounded to 1, and so would be 1 + 2**-11 as the sum.
     tensors = {
-        "a.weight": torch.ones(1, 1, dtype=torch.float16),
-        "a.lora_A.weight": torch.full((2, 1), 2.0**-11, dtype=torch.float16),
+        "a.weight": torch.full((1, 1), 2.0**-11, dtype=torch.float16),
+        "a.lora_A.weight": torch.tensor([[1.0], [2.0**-11]], dtype=torch.float16),
         "a.lora_B.weight": torch.ones(1, 2, dtype=torch.float16),
     }
     merged = merge(tensors, LowRank(2, 2.0))["a.weight"]

@@ -193,15 +193,14 @@ def read_split(pairs: "PairStore", image_ids: "Sequence[RecordId]") -> Split:
     from cn_clip.data.datasets import preprocess_text
 
     rows = [pairs[index] for index in range(len(pairs))]
-    texts = {pair.text_id: preprocess_text(pair.text) for pair in reversed(rows)}
-    order = dict.fromkeys(pair.text_id for pair in rows)
-    text_numbers = {text_id: number for number, text_id in enumerate(order)}
+    texts = {pair.text_id: preprocess_text(pair.text) for pair in rows}
+    text_numbers = {text_id: number for number, text_id in enumerate(texts)}
     image_numbers = {image_id: number for number, image_id in enumerate(image_ids)}
     missing = next((pair.image_id for pair in rows if pair.image_id not in image_numbers), None)
     if missing is not None:
         raise DataError(f"{pairs.folder}: a pair names the picture {missing!r}, which is missing")
     numbers = [(image_numbers[pair.image_id], text_numbers[pair.text_id]) for pair in rows]
-    return Split([texts[text_id] for text_id in order], numbers)
+    return Split(list(texts.values()), numbers)
 
 
 def _recall(
