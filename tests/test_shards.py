@@ -1,5 +1,6 @@
 """WebDataset shards: names, headers, samples, errors that name shard and member, and training from them."""
 
+import base64
 import gzip
 import io
 import json
@@ -15,15 +16,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_files import picture
+from dataset_files import jsonl_line, picture, run_script, tree, tsv_line, write_split
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from cn_clip.data.datasets import PairDataset, make_loader
+from cn_clip.data.datasets import LmdbPairs, PairDataset, make_loader
+from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.data.shards import ShardPairs, expand_braces, is_shards, shard_paths, tar_members
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.training.inputs import training_data
+from cn_clip.training.params import Options
 from cn_clip.training.sampling import EpochNumbers, ShardSampler
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -299,3 +303,140 @@ def test_only_a_few_files_stay_open(tmp_path: Path) -> None:
         assert [pairs[number].text for number in range(20)] == [f"第{number}张" for number in range(20)]
     assert len(os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []) < 60
     assert len(pairs._files._files) == 8
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pairs of 12 pictures, built."""
+    folder = tmp_path_factory.mktemp("dataset")
+    kinds = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+    pictures = [tsv_line(n, picture((20 * n, 0, 255 - 20 * n), kind=kinds[n % 6], size=(70, 66))) for n in range(11)]
+    texts = [jsonl_line(f"t{n}", f"第{n}句 “话”", [n % 11] if n else [0, "a-b"]) for n in range(23)]
+    write_split(folder, [*pictures, tsv_line("a-b", picture())], texts)
+    built = run_script("preprocess/build_lmdb_dataset.py", "--data_dir", folder, "--splits", "train")
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_shards_hold_every_pair_of_the_dataset_with_its_bytes(dataset: Path, tmp_path: Path) -> None:
+    command = ("preprocess/write_shards.py", "--data_dir", dataset, "--output", tmp_path / "out", "--num-shards", 5)
+    result = run_script(*command)
+    assert result.returncode == 0, result.stderr
+    assert (
+        f"Wrote 24 pairs into 5 shards, 0.2 MB: --train-data '{tmp_path}/out/{{000000..000004}}.tar'" in result.stdout
+    )
+    files = [f"{shard:06d}.tar" for shard in range(5)]
+    assert sorted(os.listdir(tmp_path / "out")) == [*files, "sizes.json"]
+    sizes = json.loads((tmp_path / "out/sizes.json").read_text())
+    assert sizes == dict(zip(files, [5, 5, 5, 5, 4], strict=True))
+    ours, theirs = ShardPairs(f"{tmp_path}/out/{{000000..000004}}.tar"), LmdbPairs(dataset / "lmdb/train")
+    read = [ours[number][:4] for number in range(24)]
+    stored = [theirs[number][:4] for number in range(24)]
+    assert sorted(read, key=str) == sorted(stored, key=str)
+    assert read != stored
+    with tarfile.open(tmp_path / "out/000001.tar") as tar:
+        names = tar.getnames()
+    assert re.fullmatch(r"000001000000\.(png|jpg|webp|gif|bmp|tif)", names[0])
+    assert names[1:3] == ["000001000000.txt", "000001000000.json"]
+
+
+def test_the_same_seed_writes_the_same_bytes_and_json_sums_up(dataset: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        flags = ("--output", tmp_path / name, "--pairs-per-shard", 10, "--seed", seed, "--json")
+        result = run_script("preprocess/write_shards.py", "--lmdb", dataset / "lmdb/train", *flags)
+        assert result.returncode == 0, result.stderr
+        total = sum(path.stat().st_size for path in (tmp_path / name).iterdir())
+        pattern = f"{tmp_path / name}/{{000000..000002}}.tar"
+        assert json.loads(result.stdout) == {"train_data": pattern, "shards": 3, "pairs": 24, "bytes": total}
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert tree(tmp_path / "a") != tree(tmp_path / "c")
+
+
+def test_shards_are_replaced_only_when_asked_and_other_files_never(dataset: Path, tmp_path: Path) -> None:
+    command = ("preprocess/write_shards.py", "--data_dir", dataset, "--output", tmp_path / "out")
+    assert run_script(*command, "--num-shards", 3).returncode == 0
+    before = tree(tmp_path / "out")
+    refused = run_script(*command)
+    assert (refused.returncode, tree(tmp_path / "out")) == (1, before)
+    assert "holds 4 files already; give --overwrite or choose another --output" in refused.stderr
+    assert run_script(*command, "--overwrite").returncode == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["000000.tar", "sizes.json"]
+    (tmp_path / "out/thesis.doc").write_bytes(b"precious")
+    refused = run_script(*command, "--overwrite")
+    assert refused.returncode == 1
+    assert "holds other things (thesis.doc)" in refused.stderr
+    assert (tmp_path / "out/thesis.doc").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        ([], 2, "give --data-dir (and --split), or --lmdb"),
+        (["--data-dir=x", "--lmdb=y"], 2, "give --data-dir (and --split), or --lmdb"),
+        (["--lmdb=y", "--num-shards=2", "--pairs-per-shard=2"], 2, "--pairs-per-shard and --num-shards contradict"),
+        (["--lmdb=y", "--num-shards=0"], 2, "--num-shards: expected at least 1, got 0"),
+        (["--data-dir={dataset}", "--split=valid"], 1, "lmdb/valid/imgs: no LMDB is here"),
+        (["--data-dir={dataset}", "--num-shards=25"], 1, "--num-shards 25: more than the 24 pairs"),
+    ],
+)
+def test_shards_that_cannot_be_written_leave_no_folder(
+    dataset: Path, tmp_path: Path, flags: list[str], status: int, message: str
+) -> None:
+    given_flags = [flag.format(dataset=dataset) for flag in flags]
+    result = run_script("preprocess/write_shards.py", *given_flags, "--output", tmp_path / "out")
+    assert result.returncode == status
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_no_tool_opens_stops_the_command_naming_it(tmp_path: Path) -> None:
+    with SplitWriter(tmp_path / "train") as writer:
+        writer.put_image(5, base64.b64encode(b"not a picture"))
+        writer.put_pair(Pair(5, 1, "图"))
+    result = run_script("preprocess/write_shards.py", "--lmdb", tmp_path / "train", "--output", tmp_path / "out")
+    assert result.returncode == 1
+    assert "imgs: image id 5: the picture of 13 bytes does not decode" in result.stderr
+    assert os.listdir(tmp_path) == ["train"]
+
+
+TINY = ["--vision-model=ViT-Tiny-64", "--text-model=BERT-Tiny-chinese", "--num-threads=1", "--device=cpu"]
+TINY += ["--precision=fp32", "--warmup=2", "--log-interval=1", "--batch-size=4", "--use-augment"]
+
+
+@pytest.fixture(scope="module")
+def value(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The --train-data of four shards of the dataset."""
+    folder = tmp_path_factory.mktemp("shards") / "out"
+    result = run_script(
+        "preprocess/write_shards.py", "--data_dir", dataset, "--output", folder, "--num-shards", 4, "--json"
+    )
+    value: str = json.loads(result.stdout)["train_data"]
+    return value
+
+
+def train(value: str, logs: Path, *flags: str) -> "tuple[list[str], str]":
+    """Losses of the steps, and the log."""
+    result = run_script("training/main.py", f"--train-data={value}", f"--logs={logs}", *TINY, *flags)
+    assert result.returncode == 0, result.stderr
+    return re.findall(r"\| Loss: ([\d.]+)", result.stderr), result.stderr
+
+
+def test_training_from_shards_resumes_in_an_epoch_as_if_it_had_not_stopped(value: str, tmp_path: Path) -> None:
+    flags = ("--num-workers=2", "--max-steps=7")
+    whole, log = train(value, tmp_path, *flags, "--save-step-frequency=3", "--name=whole")
+    assert "train: 4 shards contain 24 pairs." in log
+    assert "0 pairs, others each epoch, are left out" in log
+    assert len(whole) == 7
+    begin = tmp_path / "whole/checkpoints/epoch_1_3.pt"
+    resumed, _ = train(value, tmp_path, *flags, f"--resume={begin}", "--name=again")
+    assert resumed == whole[3:]
+
+
+def test_training_refuses_what_the_shards_cannot_give(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"4 shards for 5 loading processes \(1 x 5 by --num-workers\)"):
+        training_data(Options(value, num_workers=5, batch_size=4), 32)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="--batch-size 7 in each of 4 processes: larger than the 24 pairs"):
+        training_data(Options(value, num_workers=1, batch_size=7), 32)
+    with pytest.raises(DataError, match=r"000004\.tar: no such shard"):
+        training_data(Options(value.replace("3}", "4}"), num_workers=1, batch_size=4), 32)
