@@ -1,4 +1,4 @@
-"""What each process of test_distributed.py runs: `torchrun … distributed_worker.py OUTPUT MODE...`; not a test itself."""
+"""What each process of test_distributed.py runs: `torchrun … distributed_worker.py OUTPUT MODE...`; no test itself."""
 
 import contextlib
 import sys

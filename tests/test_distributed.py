@@ -20,7 +20,8 @@ SPLIT = ["fsdp", "fsdp_accumulated"]
 
 def torchrun(*args: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *args]
+    # Without "--", torchrun takes the script's --logs for an abbreviation of its own options.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", *args]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -95,7 +96,8 @@ def test_a_world_size_without_torchrun_is_explained(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match="RANK, MASTER_ADDR, MASTER_PORT is not set; use torchrun"), process_group(
-        torch.device("cpu")
+    with (
+        pytest.raises(ConfigError, match="RANK, MASTER_ADDR, MASTER_PORT is not set; use torchrun"),
+        process_group(torch.device("cpu")),
     ):
         pass

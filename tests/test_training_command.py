@@ -10,6 +10,7 @@ from training_runs import load, losses, small_lmdb, train
 
 from cn_clip.clip.loading import open_model
 
+
 @pytest.fixture(scope="module")
 def lmdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_lmdb(tmp_path_factory.mktemp("emoji"))

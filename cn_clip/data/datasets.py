@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,8 +307,11 @@ def collate(items: list[Any]) -> Any:
     return PairBatch._make(batch) if isinstance(items[0], Pair) else tuple(batch)
 
 
-def _use_one_thread(_worker: int) -> None:
+def _begin_worker(_worker: int) -> None:
     torch.set_num_threads(1)  # many workers with many threads each fight for the same cores
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Ctrl-C and some schedulers signal every process of a run; the main one saves first, and ends the workers.
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Loader(Generic[ItemT]):
@@ -353,7 +357,7 @@ def make_loader(
         sampler=sampler,
         num_workers=num_workers,
         collate_fn=collate,
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_begin_worker,
         drop_last=drop_last,
         pin_memory=pin_memory,
         generator=generator,
