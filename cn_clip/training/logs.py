@@ -14,14 +14,19 @@ TIME_FORMAT = "%Y-%m-%d,%H:%M:%S"
 
 @contextmanager
 def logging_to(path: Path, *, rank: int, debug: bool) -> Iterator[None]:
-    """Sends this package's log to the screen and to `path` while the block runs."""
+    """Sends this package's log to the screen and to `path` while the block runs.
+
+    Processes other than the first have nothing else to say than it, but for warnings, which go to the screen.
+    """
     formatter = logging.Formatter(LINE_FORMAT.format(rank=rank), datefmt=TIME_FORMAT)
-    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(path, encoding="utf-8")]
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if rank == 0:
+        handlers.append(logging.FileHandler(path, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
     level, propagate = logger.level, logger.propagate
-    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
     try:
         yield

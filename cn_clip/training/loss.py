@@ -41,7 +41,7 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What training minimises. distillation_weight: share of the teacher's loss, 0 without a teacher."""
+    """What training minimises: the loss of the pairs, and `distillation_weight` times the distance from the teacher."""
 
     kind: Literal["clip", "siglip"] = "clip"
     distillation_weight: float = 0.0
@@ -52,8 +52,7 @@ class Objective:
         if pairs.teacher_NT is None:
             return scores
         distillation = feature_distillation_loss(pairs.teacher_NT, pairs.image_ND)
-        share = self.distillation_weight
-        return scores._replace(loss=(1 - share) * scores.loss + share * distillation)
+        return scores._replace(loss=scores.loss + self.distillation_weight * distillation)
 
 
 def contrastive_scores(pairs: Pairs, block_rows: int = BLOCK_ROWS) -> Scores:

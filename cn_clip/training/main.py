@@ -66,6 +66,9 @@ def build_trainer(options: Options, device: "torch.device", checkpoint_dir: Path
     torch.manual_seed(options.seed + ranks.rank())  # every process draws its own dropout
     training = inputs.training_data(options, model.resolution)
     validation = inputs.validation_data(options, model.resolution)
+    if options.compile:
+        for block in distributed.blocks(model):
+            block.compile()
     parallel = distributed.Parallel(model, device, fsdp=options.fsdp)
     optimizer = build_optimizer(
         model,
