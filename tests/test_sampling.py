@@ -108,6 +108,16 @@ def test_each_epoch_has_another_order_and_leaves_others_out() -> None:
     assert orders[3] == list(setting.sampler(0, epoch=3))
 
 
+def test_shards_are_read_in_another_order_each_epoch() -> None:
+    sampler = ShardSampler([10] * 6, 5, seed=1, window=1)
+    seen = set()
+    for epoch in range(5):
+        sampler.epoch = epoch
+        seen.add(tuple(dict.fromkeys(number // 10 for number in sampler)))
+    assert all(sorted(order) == [0, 1, 2, 3, 4, 5] for order in seen)
+    assert len(seen) > 3
+
+
 def test_the_order_depends_on_the_seed_also_a_negative_one() -> None:
     orders = {seed: tuple(ShardSampler([20, 20], 4, seed=seed)) for seed in (0, 1, -1)}
     assert len(set(orders.values())) == 3

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import re
@@ -285,6 +286,18 @@ def test_loading_processes_read_the_samples_that_the_sampler_names(tmp_path: Pat
     batches = list(make_loader(dataset, 3, num_workers, sampler=EpochNumbers(sampler)))
     assert [batch[0][:, 0].flatten().tolist() for batch in batches] == sampler.batches()
     assert all(chr(code) == "第" for batch in batches for code in batch[1][:, 0].tolist())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_does_not_move_the_position_of_its_parents_files(tmp_path: Path) -> None:
+    pairs = shards(tmp_path, [3])
+    assert pairs[0].text == "第0张"
+    (stream,) = pairs._files._files.values()
+    before = stream.tell()
+    child = multiprocessing.get_context("fork").Process(target=pairs.__getitem__, args=(2,))
+    child.start()
+    child.join()
+    assert (child.exitcode, stream.tell()) == (0, before)
 
 
 def test_an_unreadable_picture_is_replaced_from_the_same_shard(
