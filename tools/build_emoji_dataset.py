@@ -1,50 +1,45 @@
-"""Builds the embedded emoji dataset from two npm packages; the same input gives the same bytes.
+"""Builds an embedded emoji dataset from two npm packages; the same input gives the same bytes.
 
-python tools/build_emoji_dataset.py [--pictures FOLDER --names FOLDER] [--output cn_clip/demo/noto_emoji.zip]
+python tools/build_emoji_dataset.py [--vendor noto] [--packs CACHE | --pictures FOLDER --names FOLDER] [--output FILE]
 """
 
 import json
-import subprocess
-import tarfile
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from emoji_packs import GROUPS, NAMES, PACKS, chinese_by_key, fetch, join_key, normal_name, on_white
 
 from cn_clip import command
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.jsonl import atomic_write
 
-TEXTS = Path(__file__).parent / "emoji_dataset"
-OUTPUT = Path(__file__).parents[1] / "cn_clip" / "demo" / "noto_emoji.zip"
-PICTURES_PACKAGE = "emoji-datasource-google@16.0.0"
-NAMES_PACKAGE = "emojibase-data@17.0.0"
-# emojibase's own Chinese group names mix traditional and simplified characters.
-GROUPS = {
-    "Smileys & Emotion": "笑脸与情感",
-    "People & Body": "人物与身体",
-    "Animals & Nature": "动物与自然",
-    "Food & Drink": "食物与饮料",
-    "Travel & Places": "旅行与地点",
-    "Activities": "活动",
-    "Objects": "物品",
-    "Symbols": "符号",
-}
+_TEXTS = Path(__file__).parent / "emoji_dataset"
+TEXTS = {"noto": _TEXTS, "twemoji": _TEXTS / "twemoji"}
+OUTPUT = Path(__file__).parents[1] / "cn_clip" / "demo"
 
 
 @dataclass(frozen=True)
 class Options:
     """Settings of the builder; without the two folders the packages are fetched with `npm pack`."""
 
+    vendor: Literal["noto", "twemoji"] = "noto"
+    """whose drawings"""
+    packs: Path = Path("~/.cache/cn_clip/emoji-packs")
+    """folder that keeps the npm packages; what is missing is downloaded"""
     pictures: Path | None = None
-    """unpacked npm package emoji-datasource-google 16.0.0 (holds emoji.json)"""
+    """unpacked npm package of the vendor's pictures (holds emoji.json)"""
     names: Path | None = None
     """unpacked npm package emojibase-data 17.0.0 (holds zh/data.json)"""
-    output: Path = OUTPUT
-    """the archive to write"""
+    output: Path | None = None
+    """the archive to write; default: the one in cn_clip/demo"""
+
+    def __post_init__(self) -> None:
+        if (self.pictures is None) != (self.names is None):
+            raise ConfigError("--pictures and --names: expected both folders or none")
 
 
 @dataclass(frozen=True)
@@ -65,51 +60,27 @@ class Entry:
         return {**texts, "group": self.group, "subgroup": self.subgroup}
 
 
-def join_key(codes: str) -> str:
-    """Code points without the variation selector FE0F, which the two packages write at different places."""
-    return "-".join(code for code in codes.upper().split("-") if code != "FE0F")
-
-
-def chinese_by_key(folder: Path) -> dict[str, dict[str, Any]]:
-    """The Chinese records of emojibase by `join_key`; raises DataError when two share one."""
-    records: dict[str, dict[str, Any]] = {}
-    for record in json.loads((folder / "zh" / "data.json").read_text(encoding="utf-8")):
-        if records.setdefault(join_key(record["hexcode"]), record) is not record:
-            raise DataError(f"{folder}/zh/data.json: {record['hexcode']} stands twice")
-    return records
-
-
-def on_white(path: Path) -> tuple[bytes, bytes]:
+def lossless(path: Path) -> tuple[bytes, bytes]:
     """The picture laid on white: (lossless WebP, RGB pixels)."""
-    from PIL import Image
-
-    drawing = Image.open(path).convert("RGBA")
-    canvas = Image.new("RGBA", drawing.size, "white")
-    canvas.alpha_composite(drawing)
-    picture = canvas.convert("RGB")
+    picture = on_white(path.read_bytes())
     stream = BytesIO()
     picture.save(stream, "WEBP", lossless=True, quality=100, method=6)
     return stream.getvalue(), picture.tobytes()
 
 
-def normal_name(label: str) -> str:
-    """ "按键: 1" -> "按键：1", "O 型血" -> "O型血": Chinese names hold no spaces."""
-    return label.replace(": ", "：").replace(" ", "")
-
-
-def entries(pictures: Path, names: Path) -> Iterator[Entry]:
-    """All emoji that have a Noto picture, a Chinese name and one of the GROUPS, in Unicode's order."""
+def entries(pictures: Path, names: Path, vendor: str) -> Iterator[Entry]:
+    """All emoji that have a picture of the vendor, a Chinese name and one of the GROUPS, in Unicode's order."""
     from tqdm import tqdm
 
     chinese = chinese_by_key(names)
     sources = json.loads((pictures / "emoji.json").read_text(encoding="utf-8"))
     for source in tqdm(sorted(sources, key=lambda source: int(source["sort_order"])), desc="emoji"):
         record = chinese.get(join_key(source["unified"]))
-        if source["category"] not in GROUPS or not source["has_img_google"] or not record or not record.get("label"):
+        if source["category"] not in GROUPS or not source[f"has_img_{vendor}"] or not record or not record.get("label"):
             continue
         name = normal_name(record["label"])
         tags = tuple(tag for tag in record.get("tags", ()) if tag not in (name, record["label"]))
-        picture, pixels = on_white(pictures / "img" / "google" / "64" / source["image"])
+        picture, pixels = lossless(pictures / "img" / vendor / "64" / source["image"])
         group = GROUPS[source["category"]]
         yield Entry(record["emoji"], name, tags, group, source["subcategory"], picture, pixels)
 
@@ -130,9 +101,9 @@ def distinct(found: Sequence[Entry]) -> list[Entry]:
     return kept_entries
 
 
-def legal_texts(pictures: Path, names: Path) -> dict[str, bytes]:
-    """The notice and the four licences, by file name."""
-    texts = {path.name: path.read_bytes() for path in TEXTS.iterdir()}
+def legal_texts(pictures: Path, names: Path, vendor: str) -> dict[str, bytes]:
+    """The notice and the licences, by file name."""
+    texts = {path.name: path.read_bytes() for path in TEXTS[vendor].iterdir() if path.is_file()}
     texts["LICENSE-emoji-datasource.txt"] = (pictures / "LICENSE").read_bytes()
     texts["LICENSE-emojibase-data.txt"] = (names / "LICENSE").read_bytes()
     return texts
@@ -155,36 +126,20 @@ def archive(kept: Sequence[Entry], texts: dict[str, bytes]) -> bytes:
     return stream.getvalue()
 
 
-def fetch(package: str, folder: Path) -> Path:
-    """Downloads an npm package into `folder` and unpacks it; returns the unpacked folder."""
-    done = subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise DataError(f"npm pack {package} failed: {done.stderr.strip()}; give --pictures and --names instead")
-    target = folder / package.partition("@")[0]
-    with tarfile.open(folder / done.stdout.strip().splitlines()[-1]) as tar:
-        tar.extractall(target, filter="data")
-    return target / "package"
-
-
 def run(options: Options) -> int:
     """Writes the archive and says what is in it."""
-    if (options.pictures is None) != (options.names is None):
-        raise ConfigError("--pictures and --names: expected both folders or none")
-    with tempfile.TemporaryDirectory() as name:
-        if options.pictures is None:
-            folder = Path(name)
-            options = replace(options, pictures=fetch(PICTURES_PACKAGE, folder), names=fetch(NAMES_PACKAGE, folder))
-        assert options.pictures is not None
-        assert options.names is not None
-        found = list(entries(options.pictures, options.names))
-        kept = distinct(found)
-        data = archive(kept, legal_texts(options.pictures, options.names))
-    with atomic_write(options.output, "wb") as stream:
+    packs, pack = options.packs.expanduser(), PACKS[options.vendor]
+    pictures, names = options.pictures or fetch(pack, packs), options.names or fetch(NAMES, packs)
+    output = options.output or OUTPUT / f"{options.vendor}_emoji.zip"
+    found = list(entries(pictures, names, pack.where))
+    kept = distinct(found)
+    data = archive(kept, legal_texts(pictures, names, options.vendor))
+    with atomic_write(output, "wb") as stream:
         stream.write(data)
     for entry in found:
         if entry not in kept:
             print(f"left out, same picture as another: {entry.name}")
-    print(f"{options.output}: {len(kept)} pictures, {len(data)} bytes")
+    print(f"{output}: {len(kept)} pictures, {len(data)} bytes")
     return 0
 
 

@@ -12,11 +12,14 @@ from functools import cache
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from cn_clip.data.records import text_line
 from cn_clip.errors import ConfigError
 from cn_clip.eval.templates import fill, load_templates
 from cn_clip.jsonl import atomic_write
+
+Vendor: TypeAlias = Literal["noto", "twemoji"]
 
 _UNFIT_FOR_FILE_NAMES = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
 
@@ -85,8 +88,8 @@ CLASSES: dict[str, Rule] = {
 
 
 @cache
-def _read() -> tuple[Emoji, ...]:
-    data = resources.files("cn_clip.demo").joinpath("noto_emoji.zip").read_bytes()
+def _read(vendor: Vendor) -> tuple[Emoji, ...]:
+    data = resources.files("cn_clip.demo").joinpath(f"{vendor}_emoji.zip").read_bytes()
     with zipfile.ZipFile(BytesIO(data)) as archive:
         records = [json.loads(line) for line in archive.read("emoji.jsonl").splitlines()]
         return tuple(
@@ -96,13 +99,16 @@ def _read() -> tuple[Emoji, ...]:
 
 
 @cache
-def _names() -> frozenset[str]:
-    return frozenset(emoji.name for emoji in _read())
+def _names(vendor: Vendor) -> frozenset[str]:
+    return frozenset(emoji.name for emoji in _read(vendor))
 
 
-def load() -> list[Emoji]:
-    """The 1,631 embedded pictures in Unicode's order; names are unique, and so are the pictures."""
-    return list(_read())
+def load(vendor: Vendor = "noto") -> list[Emoji]:
+    """The embedded pictures in Unicode's order: 1,631 of Noto or 1,610 of Twemoji, which Emoji-Tiny has not seen.
+
+    Names are unique, and so are the pictures.
+    """
+    return list(_read(vendor))
 
 
 def png(emoji: Emoji) -> bytes:
@@ -115,7 +121,7 @@ def png(emoji: Emoji) -> bytes:
     return stream.getvalue()
 
 
-def captions(emoji: Emoji, *, seed: int = 0) -> list[str]:
+def captions(emoji: Emoji, *, seed: int = 0, vendor: Vendor = "noto") -> list[str]:
     """Up to three different training sentences, the name first; the same seed gives the same sentences.
 
     The others: name and two tags, and a phrase of the "emoji" prompt templates about the name. Each holds the name:
@@ -125,35 +131,35 @@ def captions(emoji: Emoji, *, seed: int = 0) -> list[str]:
     pair = choice.sample(emoji.tags, min(2, len(emoji.tags)))
     phrase = fill(choice.choice(load_templates("emoji")), emoji.name)
     sentences = [emoji.name, "，".join(filter(None, [emoji.name, "、".join(pair)])), phrase]
-    return list(dict.fromkeys(text for text in sentences if text == emoji.name or text not in _names()))
+    return list(dict.fromkeys(text for text in sentences if text == emoji.name or text not in _names(vendor)))
 
 
-def export(folder: Path) -> Path:
+def export(folder: Path, *, vendor: Vendor = "noto") -> Path:
     """Writes `0001嘿嘿.png` ... and `captions.csv` (columns image, text; one caption a row) into `folder`.
 
     The folder is made when absent; returns the path of the CSV table.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[str, str]] = []
-    for emoji in load():
+    for emoji in load(vendor):
         name = f"{emoji.number:04d}{_UNFIT_FOR_FILE_NAMES.sub('', emoji.name)}.png"
         (folder / name).write_bytes(png(emoji))
-        rows.extend((name, caption) for caption in captions(emoji))
+        rows.extend((name, caption) for caption in captions(emoji, vendor=vendor))
     table = folder / "captions.csv"
     with atomic_write(table) as stream:
         csv.writer(stream, lineterminator="\n").writerows([("image", "text"), *rows])
     return table
 
 
-def write_dataset(folder: Path, *, seed: int = 0) -> None:
+def write_dataset(folder: Path, *, seed: int = 0, vendor: Vendor = "noto") -> None:
     """Writes `{train,valid}_imgs.tsv` and `{train,valid}_texts.jsonl` into `folder`, which is made when absent.
 
     Both splits hold all pictures. The texts of train are all `captions`; those of valid are the names, text id =
     picture id.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = load()
-    sentences = [(text, emoji.number) for emoji in found for text in captions(emoji, seed=seed)]
+    found = load(vendor)
+    sentences = [(text, emoji.number) for emoji in found for text in captions(emoji, seed=seed, vendor=vendor)]
     for split, texts in {"train": sentences, "valid": [(emoji.name, emoji.number) for emoji in found]}.items():
         with atomic_write(folder / f"{split}_imgs.tsv") as stream:
             stream.writelines(f"{emoji.number}\t{base64.b64encode(emoji.picture).decode()}\n" for emoji in found)
@@ -162,9 +168,14 @@ def write_dataset(folder: Path, *, seed: int = 0) -> None:
                 stream.write(text_line(text_id, text, [image_id]))
 
 
-def classify(classes: Mapping[str, Rule] = CLASSES) -> dict[str, list[Emoji]]:
+def drawn_classes(vendor: Vendor) -> dict[str, Rule]:
+    """The CLASSES of which the vendor has pictures."""
+    return {label: rule for label, rule in CLASSES.items() if any(map(rule.admits, load(vendor)))}
+
+
+def classify(classes: Mapping[str, Rule] = CLASSES, *, vendor: Vendor = "noto") -> dict[str, list[Emoji]]:
     """The pictures of each class; raises ConfigError for an empty class or a picture that falls into two."""
-    members = {label: [emoji for emoji in load() if rule.admits(emoji)] for label, rule in classes.items()}
+    members = {label: [emoji for emoji in load(vendor) if rule.admits(emoji)] for label, rule in classes.items()}
     seen: dict[str, str] = {}
     for label, emojis in members.items():
         if not emojis:
@@ -175,12 +186,14 @@ def classify(classes: Mapping[str, Rule] = CLASSES) -> dict[str, list[Emoji]]:
     return members
 
 
-def write_classification(folder: Path, classes: Mapping[str, Rule] = CLASSES) -> Sequence[str]:
+def write_classification(
+    folder: Path, classes: Mapping[str, Rule] = CLASSES, *, vendor: Vendor = "noto"
+) -> Sequence[str]:
     """Writes `label_cn.txt` and `test/000/0001.png` ... into `folder`, which is made when absent; returns the labels.
 
     Raises ConfigError as `classify` does.
     """
-    members = classify(classes)
+    members = classify(classes, vendor=vendor)
     for index, emojis in enumerate(members.values()):
         pictures = folder / "test" / f"{index:03d}"
         pictures.mkdir(parents=True, exist_ok=True)
