@@ -71,12 +71,12 @@ def test_version_is_the_package_version(flag: str, capsys: pytest.CaptureFixture
         (
             ["dataset", "x"],
             "没有命令 / no command 'dataset x'; "
-            "可用 / expected one of: dataset build, dataset from-folder, dataset check",
+            "可用 / expected one of: dataset build, dataset from-folder, dataset check, dataset shards",
         ),
         (
             ["dataset"],
             "命令不完整 / incomplete command 'dataset'; "
-            "可用 / expected one of: dataset build, dataset from-folder, dataset check",
+            "可用 / expected one of: dataset build, dataset from-folder, dataset check, dataset shards",
         ),
         (["--json"], f"没有命令 / no command '--json'; 可用 / expected one of: {', '.join(cli.COMMANDS)}"),
     ],

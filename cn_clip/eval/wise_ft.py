@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from cn_clip import columns, command
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from cn_clip.clip.encoder import Encoder
     from cn_clip.clip.model import CLIP
     from cn_clip.data.datasets import ImageDataset
-    from cn_clip.data.lmdb_store import PairStore
-    from cn_clip.data.records import RecordId
+    from cn_clip.data.splits import Split
     from cn_clip.retrieval.recall import RecallBothWays
 
 TENTHS = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
@@ -109,14 +108,6 @@ class Point:
         return {**values, "mean_recall": self.mean}
 
 
-@dataclass(frozen=True)
-class Split:
-    """Texts of a split, each once, and the (picture number, text number) of each pair."""
-
-    texts: list[str]
-    pairs: list[tuple[int, int]]
-
-
 def run(options: Options) -> None:
     """Evaluates, prints the table and writes the mixture; raises CheckpointError when the two models do not match."""
     from cn_clip.clip.weight_files import refuse_inputs, write_checkpoint
@@ -174,6 +165,7 @@ def evaluate(options: Options, model: "CLIP", zeroshot: "Checkpoint", finetuned:
     from cn_clip.clip.transforms import image_transform
     from cn_clip.data.datasets import ImageDataset
     from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
+    from cn_clip.data.splits import read_split
 
     device, precision = ranks.choose_device(options.device), "fp32" if options.precision == "amp" else options.precision
     pictures = ImageDataset(f"{options.val_data}/{IMAGES}", image_transform(model.resolution))
@@ -188,23 +180,8 @@ def evaluate(options: Options, model: "CLIP", zeroshot: "Checkpoint", finetuned:
     return points
 
 
-def read_split(pairs: "PairStore", image_ids: "Sequence[RecordId]") -> Split:
-    """Numbers pictures as in `image_ids` and texts by their first pair; raises DataError for a missing picture."""
-    from cn_clip.data.datasets import preprocess_text
-
-    rows = [pairs[index] for index in range(len(pairs))]
-    texts = {pair.text_id: preprocess_text(pair.text) for pair in rows}
-    text_numbers = {text_id: number for number, text_id in enumerate(texts)}
-    image_numbers = {image_id: number for number, image_id in enumerate(image_ids)}
-    missing = next((pair.image_id for pair in rows if pair.image_id not in image_numbers), None)
-    if missing is not None:
-        raise DataError(f"{pairs.folder}: a pair names the picture {missing!r}, which is missing")
-    numbers = [(image_numbers[pair.image_id], text_numbers[pair.text_id]) for pair in rows]
-    return Split(list(texts.values()), numbers)
-
-
 def _recall(
-    options: Options, encoder: "Encoder", pictures: "ImageDataset", split: Split, advance: "Callable[[int], object]"
+    options: Options, encoder: "Encoder", pictures: "ImageDataset", split: "Split", advance: "Callable[[int], object]"
 ) -> "RecallBothWays":
     import numpy as np
 

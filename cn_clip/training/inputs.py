@@ -9,13 +9,13 @@ from cn_clip.data.augment import Augmentation
 from cn_clip.data.datasets import ImageDataset, LmdbPairs, PairDataset, PairSource, make_loader
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
 from cn_clip.data.shards import ShardPairs, is_shards
+from cn_clip.data.splits import read_split
 from cn_clip.errors import ConfigError
 from cn_clip.training.distributed import own_share
 from cn_clip.training.logs import logger
 from cn_clip.training.params import Options
 from cn_clip.training.sampling import EpochNumbers, EpochSampler, ShardSampler
 from cn_clip.training.trainer import TrainingData, ValidationData
-from cn_clip.training.validation import read_split
 
 
 def training_data(options: Options, resolution: int) -> TrainingData:
@@ -78,7 +78,8 @@ def validation_data(options: Options, resolution: int) -> ValidationData | None:
         sampler=own_share(len(images)),
         generator=_loader_generator(options),
     )
-    return ValidationData(read_split(pairs, images.ids, options.context_length), loader, sampler)
+    split = read_split(pairs, images.ids)
+    return ValidationData(split, tokenizer.encode(split.texts, options.context_length), loader, sampler)
 
 
 def _loader_generator(options: Options) -> torch.Generator:

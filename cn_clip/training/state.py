@@ -29,12 +29,16 @@ class Position:
 
 @dataclass(frozen=True)
 class Extent:
-    """What a position counts in; another extent makes another run of it."""
+    """What a position counts in; another extent makes another run of it.
+
+    num_streams: the order of shards depends on how many readers share them, processes times --num-workers.
+    """
 
     num_batches: int
     global_batch: int
     num_samples: int
     world_size: int
+    num_streams: int
 
 
 def checkpoint_content(

@@ -15,6 +15,7 @@ from torch import Tensor
 from cn_clip import ranks
 from cn_clip.clip.checkpoint import Checkpoint
 from cn_clip.data.datasets import Loader, PairBatch
+from cn_clip.data.splits import Split
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError
 from cn_clip.training import adapt, distributed, state
 from cn_clip.training.logs import logger
@@ -32,7 +33,7 @@ from cn_clip.training.params import Options
 from cn_clip.training.sampling import EpochSampler
 from cn_clip.training.state import Extent, Position
 from cn_clip.training.step import Batch, Learner, make_batch
-from cn_clip.training.validation import Split, Validation, validate
+from cn_clip.training.validation import Validation, validate
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class ValidationData:
-    """The validation split, this process's share of its pictures in order, and the pairs of each validation batch."""
+    """The validation split, token ids of its texts, this process's share of its pictures, and the batches to score."""
 
     split: Split
+    tokens: list[list[int]]
     pixels: Loader[Any]
     sampler: EpochSampler
 
@@ -95,7 +97,8 @@ class Trainer:
     def extent(self) -> Extent:
         """What positions of this run count in."""
         sampler = self.training.sampler
-        return Extent(self.steps_per_epoch, self.global_batch, sampler.num_samples, ranks.world_size())
+        processes = ranks.world_size()
+        return Extent(self.steps_per_epoch, self.global_batch, sampler.num_samples, processes, sampler.num_streams)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on where a checkpoint stands, as far as the reset flags let it; the weights are loaded already.
@@ -313,7 +316,7 @@ class Trainer:
         self.validated_step = step
         logger.info("Begin to eval on validation set (epoch %d @ %d steps)...", epoch + 1, step)
         pixels = (batch for _, batch in data.pixels)
-        result = validate(self.model, data.split, pixels, data.sampler, self.validation_autocast)
+        result = validate(self.model, data.split, data.tokens, pixels, data.sampler, self.validation_autocast)
         where = f"(epoch {epoch + 1} @ {step} steps)"
         logger.info(
             f"Validation Result {where} | Valid Loss: {result.loss:.6f} | "
@@ -322,7 +325,7 @@ class Trainer:
             f"logit_scale: {self.model.logit_scale.item():.3f} | Valid Batch Size: {data.sampler.batch_size}"
         )
         logger.info(
-            f"Validation Recall {where} | {len(data.split.image_ids)} images, {len(data.split.tokens)} texts | "
+            f"Validation Recall {where} | {len(data.split.image_ids)} images, {len(data.tokens)} texts | "
             f"Text2Image {result.text_to_image.line()} | Image2Text {result.image_to_text.line()}"
         )
         if self.monitor is not None:

@@ -14,26 +14,11 @@ from torch import Tensor
 from cn_clip import ranks
 from cn_clip.clip import tokenizer
 from cn_clip.clip.model import CLIP
-from cn_clip.data.datasets import preprocess_text
-from cn_clip.data.lmdb_store import PairStore
-from cn_clip.data.records import RecordId
-from cn_clip.errors import DataError
+from cn_clip.data.splits import Split
 from cn_clip.retrieval.recall import Recall, recall_from_features
 from cn_clip.training.distributed import from_first, gather_shares, own_share
 from cn_clip.training.loss import Pairs, contrastive_scores
 from cn_clip.training.sampling import EpochSampler
-
-
-@dataclass(frozen=True)
-class Split:
-    """What validation needs of a dataset split, every picture and every text once.
-
-    tokens: token ids of each text. pairs: (picture number, text number) of each pair in file order.
-    """
-
-    image_ids: list[RecordId]
-    tokens: list[list[int]]
-    pairs: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -61,44 +46,28 @@ class Validation:
         return values
 
 
-def read_split(pairs: PairStore, image_ids: list[RecordId], context_length: int) -> Split:
-    """Numbers pictures and texts; raises DataError for a pair whose picture is not in the split."""
-    image_numbers = {image_id: number for number, image_id in enumerate(image_ids)}
-    text_numbers: dict[RecordId, int] = {}
-    texts: list[str] = []
-    rows: list[tuple[int, int]] = []
-    for index in range(len(pairs)):
-        pair = pairs[index]
-        if pair.image_id not in image_numbers:
-            raise DataError(f"{pairs.folder}: pair {index} names the picture {pair.image_id!r}, which is missing")
-        if pair.text_id not in text_numbers:
-            text_numbers[pair.text_id] = len(texts)
-            texts.append(preprocess_text(pair.text))
-        rows.append((image_numbers[pair.image_id], text_numbers[pair.text_id]))
-    return Split(image_ids, tokenizer.encode(texts, context_length), rows)
-
-
 @torch.no_grad()
 def validate(
     model: CLIP,
     split: Split,
+    tokens: list[list[int]],
     pixel_batches: Iterable[Tensor],
     sampler: EpochSampler,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> Validation:
     """Computes every picture and text once, then scores batches of pairs in the order of `sampler` of each process.
 
-    pixel_batches: this process's `own_share` of the pictures, (B, 3, R, R) each. The model is left in training mode as
-    found. With several processes every one must ask, and all get the same answer.
+    tokens: token ids of each text. pixel_batches: this process's `own_share` of the pictures, (B, 3, R, R) each. The
+    model is left in training mode as found. With several processes every one must ask, and all get the same answer.
     """
     was_training = model.training
     model.eval()
     with autocast():
         # Through the model's call: FSDP's hooks hang there.
         own_images = _joined(model(pixels.to(_device(model)), None) for pixels in pixel_batches)
-        own_texts = _text_features(model, [split.tokens[n] for n in own_share(len(split.tokens))], sampler.batch_size)
+        own_texts = _text_features(model, [tokens[n] for n in own_share(len(tokens))], sampler.batch_size)
     images_ND = gather_shares(own_images, len(split.image_ids))
-    texts_TD = gather_shares(own_texts, len(split.tokens))
+    texts_TD = gather_shares(own_texts, len(tokens))
     model.train(was_training)
     loss, image_to_text_acc, text_to_image_acc = _in_batches(images_ND, texts_TD, split, sampler, model.logit_scale)
     recalls = None
