@@ -168,6 +168,37 @@ def test_overlapping_and_empty_classes_are_refused() -> None:
         emoji.classify({"恐龙": emoji.Rule("dinosaur")})
 
 
+# --- the drawings of the other vendor
+
+
+def test_twemoji_has_other_drawings_under_names_that_noto_has_too() -> None:
+    found = emoji.load("twemoji")
+    assert len(found) == len({one.name for one in found}) == len({one.picture for one in found}) == 1610
+    assert {one.name for one in found} <= {one.name for one in emoji.load()}
+    assert not {one.picture for one in found} & {one.picture for one in emoji.load()}
+    for one in found[::40]:
+        with Image.open(BytesIO(one.picture)) as picture:
+            assert (picture.size, picture.mode, picture.format) == ((64, 64), "RGB", "WEBP")
+
+
+def test_twemoji_archive_names_its_makers_and_licence() -> None:
+    with zipfile.ZipFile(ARCHIVE.with_name("twemoji_emoji.zip")) as archive:
+        notice = archive.read("NOTICE.md").decode()
+        assert "Twitter, Inc and other contributors" in notice
+        assert "https://creativecommons.org/licenses/by/4.0/" in notice
+        assert "LICENSE-Apache-2.0.txt" not in archive.namelist()
+        assert "UNICODE LICENSE V3" in archive.read("LICENSE-Unicode-3.0.txt").decode()
+
+
+def test_dataset_and_classes_can_be_of_twemoji(tmp_path: Path) -> None:
+    emoji.write_dataset(tmp_path, vendor="twemoji")
+    assert len((tmp_path / "valid_imgs.tsv").read_text().splitlines()) == 1610
+    assert len(read_jsonl(tmp_path / "valid_texts.jsonl")) == 1610
+    classes = emoji.drawn_classes("twemoji")
+    assert set(emoji.CLASSES) - set(classes) == {"家庭"}
+    assert min(map(len, emoji.classify(classes, vendor="twemoji").values())) >= 6
+
+
 # --- the builder, on packages of a few pictures
 
 
@@ -237,6 +268,17 @@ def test_builder_writes_the_same_bytes_again(packages: Any, tmp_path: Path) -> N
         assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
+def test_builder_takes_the_drawings_of_the_vendor(packages: Any, tmp_path: Path) -> None:
+    args = packages([{**source("1F170", "2.png", 1), "has_img_twitter": True}], NAMES)
+    folder = tmp_path / "g" / "img"
+    (folder / "google").rename(folder / "twitter")
+    done = run_script("tools/build_emoji_dataset.py", "--vendor", "twemoji", *args)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert "Twemoji" in archive.read("NOTICE.md").decode()
+        assert json.loads(archive.read("emoji.jsonl"))["name"] == "AB型血"
+
+
 def test_builder_refuses_two_pictures_of_one_name(packages: Any, tmp_path: Path) -> None:
     names = [NAMES[0], {**NAMES[1], "label": "按键：1"}]
     args = packages([source("0031-20E3", "1.png", 1), source("1F170", "2.png", 2)], names)
@@ -244,3 +286,80 @@ def test_builder_refuses_two_pictures_of_one_name(packages: Any, tmp_path: Path)
     assert done.returncode == 1
     assert "two pictures have the same name" in done.stderr
     assert not (tmp_path / "out.zip").exists()
+
+
+# --- the training set of the bundled model, on packages of a few pictures
+
+
+@pytest.fixture
+def packs(tmp_path: Path) -> Path:
+    """A cache of three unpacked packages: names, Noto and Twemoji with the same two emoji each."""
+    cache = tmp_path / "cache"
+    for vendor, package in [("google", "emoji-datasource-google"), ("twitter", "emoji-datasource-twitter")]:
+        folder = cache / f"{package}-16.0.0" / "package"
+        (folder / "img" / vendor / "64").mkdir(parents=True)
+        for name, colour in [("1", (200, 0, 0)), ("2", (0, 0, 200))]:
+            Image.new("RGB", (64, 64), colour).save(folder / "img" / vendor / "64" / f"{name}.png")
+        common = {"category": "Objects", f"has_img_{vendor}": True, "short_names": []}
+        records = [
+            {"unified": "1F381", "image": "1.png", "sort_order": 1, "name": "WRAPPED PRESENT", **common},
+            {"unified": "1F511", "image": "2.png", "sort_order": 2, "name": "KEY", **common},
+        ]
+        (folder / "emoji.json").write_text(json.dumps(records))
+    names = cache / "emojibase-data-17.0.0" / "package"
+    texts = {
+        "zh": [
+            {"hexcode": "1F381", "label": "礼物", "tags": ["盒子", "庆祝"]},
+            {"hexcode": "1F511", "label": "钥匙", "tags": ["锁"]},
+        ],
+        "zh-hant": [{"hexcode": "1F381", "label": "禮物", "tags": ["驚喜"]}],
+        "en": [{"hexcode": "1F381", "label": "wrapped gift"}],
+    }
+    for language, records in texts.items():
+        (names / language).mkdir(parents=True)
+        (names / language / "data.json").write_text(json.dumps(records))
+    return cache
+
+
+def test_training_set_keeps_the_held_out_vendor_out_and_repeats_itself(packs: Path, tmp_path: Path) -> None:
+    args = [
+        "tools/build_emoji_training_set.py",
+        "--packs",
+        packs,
+        "--vendors",
+        "noto",
+        "--copies",
+        "3",
+        "--captions",
+        "4",
+    ]
+    for name in ("a", "b"):
+        done = run_script(*args, "--output", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    assert "train: 6 pictures" in done.stdout
+    for file in ("train_imgs.tsv", "train_texts.jsonl", "valid_imgs.tsv", "valid_texts.jsonl"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    valid = [
+        {key: row[key] for key in ("text", "image_ids")} for row in read_jsonl(tmp_path / "a" / "valid_texts.jsonl")
+    ]
+    assert valid == [{"text": "礼物", "image_ids": [1]}, {"text": "钥匙", "image_ids": [2]}]
+    train = read_jsonl(tmp_path / "a" / "train_texts.jsonl")
+    assert len({row["text"] for row in train}) == len(train)
+    gift = {row["text"] for row in train if set(row["image_ids"]) <= {1, 2, 3}}
+    assert all(any(word in text for word in ("礼物", "盒子", "庆祝", "惊喜")) for text in gift)
+
+
+def test_training_set_refuses_to_learn_from_the_held_out_vendor(packs: Path, tmp_path: Path) -> None:
+    args = ["--packs", packs, "--vendors", "noto,twemoji", "--output", tmp_path / "out"]
+    done = run_script("tools/build_emoji_training_set.py", *args)
+    assert done.returncode == 2
+    assert "--held-out twemoji: is one of" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_package_that_is_not_the_one_expected_is_refused(packs: Path, tmp_path: Path) -> None:
+    (packs / "openmoji-17.0.0.tgz").write_bytes(b"something else")
+    args = ["--packs", packs, "--vendors", "openmoji", "--output", tmp_path / "out"]
+    done = run_script("tools/build_emoji_training_set.py", *args)
+    assert done.returncode == 1
+    assert "openmoji-17.0.0.tgz: expected sha512-" in done.stderr
