@@ -38,13 +38,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # OpenMoji is left out of the weights: its licence asks that what is made of it is shared under the same licence.
-VENDORS = "noto,noto-blob,fluent-3d,fluent-flat,fluent-modern,fluent-high-contrast,emojione2,fxemoji,streamline"
+VENDORS = "noto,noto-2017,fluent-3d,fluent-flat,fluent-modern,fluent-high-contrast,emojione2,fxemoji,streamline"
 PHRASES = ("{}", "{}的图片", "一张{}", "我想要{}", "找{}", "有{}的画面", "{}！")
 # Drawings whose mirror image means something else, or writes letters the wrong way round.
 DIRECTED = re.compile(r"[左右东西南北]|点|箭头|\d|[A-Za-z]|符号|日文|音符|文字")
 # What is told from its like by its colour keeps it, and has no use for drawings without one.
 COLOURED = re.compile(r"[色红橙黄绿青蓝紫粉棕黑白金银]")
 COLOURLESS_VENDORS = ("fluent-high-contrast",)
+# A name that was changed after the bundled model's run, and still draws the same variations.
+SEED_NAMES = {"noto-2017": "noto-blob"}
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ def training_split(options: Options, packs: Path, known: dict[str, Meaning], eng
     """All drawings of the vendors to learn from, each in `copies` pictures."""
     split = Split()
     for vendor in options.vendors.split(","):
-        choice = random.Random(f"{options.seed} {vendor}")
+        choice = random.Random(f"{options.seed} {SEED_NAMES.get(vendor, vendor)}")
         for meaning, drawing in vendor_drawings(vendor, packs, known, english):
             for copy in range(options.copies):
                 picture = varied(drawing, meaning, choice) if copy else drawing

@@ -73,7 +73,7 @@ PACKS = {
         "datasource",
         "twitter",
     ),
-    "noto-blob": Pack(
+    "noto-2017": Pack(
         "emoji-datasource-google",
         "4.0.4",
         "sha512-5sz0aIeNJfta2F4E+PNdOc6bqHWt29vOYtFGBXWZQnrxuSQlLpddd04y9K+P6mHiTYZkMe8z5y0lDeYaODBKmA==",

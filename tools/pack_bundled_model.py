@@ -18,7 +18,7 @@ ENTRY = zoo.BUNDLED["Emoji-Tiny"]
 LARGEST = 25_000_000  # bytes
 ABOUT = {
     "licence": "MIT for the weights; the pictures learned from: Apache-2.0, MIT and CC BY 4.0, see MODEL_CARD.md",
-    "data": "noto noto-blob fluent-3d fluent-flat fluent-modern fluent-high-contrast emojione2 fxemoji streamline",
+    "data": "noto noto-2017 fluent-3d fluent-flat fluent-modern fluent-high-contrast emojione2 fxemoji streamline",
     "not_seen": "twemoji openmoji",
 }
 
