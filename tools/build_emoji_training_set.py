@@ -61,9 +61,9 @@ class Options:
     """Vendors to learn from, comma-separated"""
     held_out: str = "twemoji"
     """Vendor of the valid split"""
-    copies: int = 6
+    copies: int = 12
     """Pictures made of each drawing: itself, the others varied"""
-    captions: int = 3
+    captions: int = 2
     """Captions of each of these pictures"""
     seed: int = 0
     """Seed of variations and captions"""
