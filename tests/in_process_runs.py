@@ -1,0 +1,54 @@
+"""Training of the small model on twelve emoji pictures inside the process of a test; for several test files."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cn_clip.data.lmdb_store import Pair, SplitWriter
+from cn_clip.demo import emoji
+from cn_clip.training import main as training
+from cn_clip.training.params import Options
+from cn_clip.training.trainer import Trainer
+from tests.dataset_files import tsv_line
+
+NUM_PAIRS = 12
+BATCH = 4
+RATE = 1e-3
+TOWERS: dict[str, Any] = {"vision_model": "ViT-Tiny-64", "text_model": "BERT-Tiny-chinese"}
+
+
+def emoji_split(folder: Path, *, corrupt: int | None = None, same_text: bool = False) -> Path:
+    """An LMDB of twelve pictures, each with its name. corrupt: a picture that is none, by its place."""
+    with SplitWriter(folder) as writer:
+        for place, one in enumerate(emoji.load()[:NUM_PAIRS]):
+            data = b"no picture" if place == corrupt else emoji.png(one)
+            writer.put_image(one.number, tsv_line(one.number, data).split(b"\t")[1].strip())
+            writer.put_pair(Pair(one.number, one.number, "表情" if same_text else one.name))
+    return folder
+
+
+def options(split: Path, logs: Path, **settings: Any) -> Options:
+    """Small, quick and alone, unless the settings say something else."""
+    alone: dict[str, Any] = {"num_workers": 0, "valid_num_workers": 0, "device": "cpu", "num_threads": 1}
+    quick: dict[str, Any] = {"batch_size": BATCH, "valid_batch_size": BATCH, "warmup": 0, "lr": RATE, "log_interval": 1}
+    data = {"train_data": str(split), "val_data": str(split), "logs": str(logs), "name": "x"}
+    return Options(**{**data, **TOWERS, "precision": "fp32", **alone, **quick, **settings})
+
+
+def run(split: Path, logs: Path, **settings: Any) -> str:
+    """Trains as the command does and returns the log."""
+    chosen = options(split, logs, **settings)
+    training.run(chosen)
+    return sorted((logs / chosen.name).glob("out_*.log"))[-1].read_text(encoding="utf-8")
+
+
+def build(split: Path, logs: Path, **settings: Any) -> Trainer:
+    """What the command builds before it trains."""
+    return training.build_trainer(options(split, logs, **settings), torch.device("cpu"), logs)
+
+
+def checkpoint(logs: Path, name: str = "x", file: str = "epoch_latest.pt") -> dict[str, Any]:
+    """What a run has written."""
+    content: dict[str, Any] = torch.load(logs / name / "checkpoints" / file, weights_only=True)
+    return content

@@ -1,0 +1,394 @@
+"""What each flag of training changes in a run; `test_training_flags.py` names the test of every flag."""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cn_clip.clip import load_from_name
+from cn_clip.clip.low_rank import is_adapter
+from cn_clip.clip.model import CLIP
+from cn_clip.clip.resnet import ModifiedResNet
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.training import distributed
+from cn_clip.training.main import build_model, synchronise_norms
+from cn_clip.training.params import Options
+from cn_clip.training.trainer import Trainer
+from cn_clip.zoo import model_config
+from tests.in_process_runs import BATCH, NUM_PAIRS, RATE, TOWERS, build, checkpoint, emoji_split, run
+
+CPU = torch.device("cpu")
+NO_VALIDATION: dict[str, Any] = {"val_data": None}
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return emoji_split(tmp_path_factory.mktemp("split"))
+
+
+@pytest.fixture(autouse=True)
+def same_random_state() -> Iterator[None]:
+    """Runs seed torch; other tests shall not notice."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        yield
+    torch.set_num_threads(threads)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def changed_by_an_update(trainer: Trainer) -> set[str]:
+    """The names of the tensors that one update moves."""
+    before = weights(trainer)
+    trainer._set_training_mode()
+    trainer._step(0, next(trainer._updates(0)))
+    return {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def first_loss(trainer: Trainer) -> float:
+    trainer._set_training_mode()
+    return trainer.learner.backward(next(trainer._updates(0))).loss.item()
+
+
+# --- data
+
+
+def test_as_many_processes_load_as_asked(split: Path, tmp_path: Path) -> None:
+    trainer = build(split, tmp_path, num_workers=2, valid_num_workers=1)
+    assert trainer.validation is not None
+    assert trainer.training.loader._batches.num_workers == 2
+    assert trainer.validation.pixels._batches.num_workers == 1
+
+
+def test_texts_are_cut_to_the_context_length_in_training_and_validation(split: Path, tmp_path: Path) -> None:
+    trainer = build(split, tmp_path, context_length=3)
+    (batch,) = next(trainer._updates(0))
+    assert {(row[0], row[2], len(row)) for row in batch.tokens_BL.tolist()} == {(101, 102, 3)}
+    assert trainer.validation is not None
+    assert {len(row) for row in trainer.validation.tokens} == {3}
+
+
+def test_augmentation_varies_training_pictures_and_no_others(split: Path, tmp_path: Path) -> None:
+    plain, varied = (build(split, tmp_path, use_augment=use) for use in (False, True))
+    ((first,), (second,)) = (next(trainer._updates(0)) for trainer in (plain, varied))
+    assert first.ids == second.ids
+    assert not torch.equal(first.pixels_B3RR, second.pixels_B3RR)
+    assert plain.validation is not None
+    assert varied.validation is not None
+    pairs = zip(plain.validation.pixels, varied.validation.pixels, strict=True)
+    assert all(torch.equal(one[1], other[1]) for one, other in pairs)
+
+
+def test_the_seed_decides_weights_and_order(split: Path, tmp_path: Path) -> None:
+    trainers = [build(split, tmp_path, seed=seed) for seed in (1, 1, 2)]
+    first, same, other = ([batch.ids for batches in t._updates(0) for batch in batches] for t in trainers)
+    assert first == same
+    assert first != other
+    one, again, another = (trainer.model.state_dict()["visual.proj"] for trainer in trainers)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, another)
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_corrupt_picture_stops_the_run_by_its_name_or_is_passed_over_and_counted(
+    on_error: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = emoji_split(tmp_path / "lmdb", corrupt=5)
+    settings = {"max_epochs": 1, "on_error": on_error, **NO_VALIDATION}
+    if on_error == "stop":
+        with pytest.raises(DataError, match=r"imgs: image id \d+: "):
+            run(broken, tmp_path, **settings)
+        return
+    log = run(broken, tmp_path, **settings)
+    assert "Global Steps: 3/3" in log
+    assert re.search(r"skipped: .*imgs: image id \d+: ", log)
+    assert "1 pictures could not be read in this run and were passed over." in log
+
+
+# --- the model
+
+
+def test_the_towers_are_those_named() -> None:
+    model = build_model(Options(train_data="x", vision_model="RN-Tiny-64", text_model="RBT3-chinese"), CPU)
+    assert isinstance(model.visual, ModifiedResNet)
+    assert (len(model.bert.encoder.layer), model.text_projection.shape[0]) == (3, 768)
+
+
+def test_patches_are_left_out_in_training_and_not_in_validation(split: Path, tmp_path: Path) -> None:
+    trainer = build(split, tmp_path, mask_ratio=0.5)
+    lengths = []
+    trainer.model.visual.transformer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    changed_by_an_update(trainer)
+    trainer.validate(0)
+    assert set(lengths[:1]) == {1 + 32}  # of 8 x 8 patches
+    assert set(lengths[1:]) == {1 + 64}
+
+
+def test_a_resnet_says_which_flags_it_cannot_obey(caplog: pytest.LogCaptureFixture) -> None:
+    small = {**TOWERS, "vision_model": "RN-Tiny-64"}
+    build_model(Options(train_data="x", mask_ratio=0.5, grad_checkpointing=True, **small), CPU)
+    assert "--mask-ratio changes nothing: a ResNet has no patches to leave out." in caplog.text
+    assert "--grad-checkpointing works on the text tower alone, not on a ResNet." in caplog.text
+
+
+def test_both_towers_recompute_activations_when_asked() -> None:
+    for asked in (False, True):
+        model = build_model(Options(train_data="x", grad_checkpointing=asked, **TOWERS), CPU)
+        assert model.visual.transformer.grad_checkpointing is asked
+        assert model.bert.encoder.grad_checkpointing is asked
+
+
+def test_the_flash_attention_flag_is_taken_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    build_model(Options(train_data="x", use_flash_attention=True, **TOWERS), CPU)
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert record.message.startswith("--use-flash-attention changes nothing: ")
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_precision_is_that_of_the_products(
+    precision: str, expected: torch.dtype, split: Path, tmp_path: Path
+) -> None:
+    trainer = build(split, tmp_path, precision=precision)
+    with trainer.learner.autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == expected
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+def test_compiling_takes_each_block_of_both_towers(
+    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    trainer = build(split, tmp_path, compile=True)
+    assert len(compiled) == 4 + 2
+    assert compiled == distributed.blocks(trainer.model)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_of_a_plain_one(split: Path, tmp_path: Path) -> None:
+    logs = [run(split, tmp_path, name=str(use), compile=use, max_steps=2, **NO_VALIDATION) for use in (False, True)]
+    plain, compiled = ([float(loss) for loss in re.findall(r"\| Loss: ([\d.]+)", log)] for log in logs)
+    # Dropout is drawn in another order: only the first loss is bound to be near.
+    assert compiled[0] == pytest.approx(plain[0], abs=0.05)
+    assert checkpoint(tmp_path, "True")["state_dict"].keys() == checkpoint(tmp_path, "False")["state_dict"].keys()
+
+
+# --- what is trained
+
+
+def test_a_frozen_text_tower_stays_and_the_rest_moves(split: Path, tmp_path: Path) -> None:
+    changed = changed_by_an_update(build(split, tmp_path, freeze_text=True))
+    assert not [name for name in changed if name.startswith("bert.")]
+    assert {"text_projection", "logit_scale", "visual.proj"} <= changed
+
+
+def test_frozen_text_layers_stay_and_the_later_ones_move(split: Path, tmp_path: Path) -> None:
+    changed = changed_by_an_update(build(split, tmp_path, freeze_text_layers=1))
+    assert not [name for name in changed if name.startswith(("bert.embeddings.", "bert.encoder.layer.0."))]
+    assert "bert.encoder.layer.1.output.dense.weight" in changed
+
+
+def test_two_stages_train_the_text_tower_first_and_then_both(split: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    parts = CLIP.from_config(model_config(**{k.removesuffix("_model"): v for k, v in TOWERS.items()})).state_dict()
+    clip = {name: value for name, value in parts.items() if name.startswith("visual.") or name == "logit_scale"}
+    bert = {name: value for name, value in parts.items() if name.startswith("bert.")}
+    torch.save(clip, tmp_path / "clip.pt")
+    torch.save(bert, tmp_path / "bert.bin")
+    files = {"clip_weight_path": str(tmp_path / "clip.pt"), "bert_weight_path": str(tmp_path / "bert.bin")}
+    begin = build(split, tmp_path / "nothing", **files).model.state_dict()
+    assert all(torch.equal(begin[name], value) for name, value in {**clip, **bert}.items())
+
+    run(split, tmp_path, name="one", freeze_vision=True, max_steps=1, **files, **NO_VALIDATION)
+    first = checkpoint(tmp_path, "one")["state_dict"]
+    assert all(torch.equal(first[f"module.{name}"], value) for name, value in clip.items() if name != "logit_scale")
+    layer = "bert.encoder.layer.1.output.dense.weight"
+    assert not torch.equal(first[f"module.{layer}"], bert[layer])
+
+    resume = str(tmp_path / "one" / "checkpoints" / "epoch_latest.pt")
+    flags = {"resume": resume, "reset_optimizer": True, "reset_data_offset": True}
+    log = run(split, tmp_path, name="two", max_steps=1, **flags, **NO_VALIDATION)
+    assert "Global Steps: 1/1 " in log
+    second = checkpoint(tmp_path, "two")["state_dict"]
+    assert not torch.equal(second["module.visual.proj"], first["module.visual.proj"])
+    # One step of AdamW moves a weight by the rate at most: stage 2 began where stage 1 ended.
+    assert (second["module.visual.proj"] - first["module.visual.proj"]).abs().max() < 2 * RATE
+    assert (second[f"module.{layer}"] - first[f"module.{layer}"]).abs().max() < 2 * RATE
+
+
+def test_adapters_are_trained_kept_apart_in_the_file_and_merged_when_it_is_loaded(split: Path, tmp_path: Path) -> None:
+    run(split, tmp_path, lora_rank=2, lora_alpha=3.0, max_steps=2, **NO_VALIDATION)
+    content = checkpoint(tmp_path)
+    assert content["lora"] == {"rank": 2, "alpha": 3.0}
+    tensors = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
+    begin = build(split, tmp_path / "nothing").model.state_dict()
+    moved = {name for name, value in tensors.items() if not is_adapter(name) and not torch.equal(begin[name], value)}
+    assert moved == {"logit_scale"}
+    loaded, _ = load_from_name(str(tmp_path / "x" / "checkpoints" / "epoch_latest.pt"), device="cpu")
+    stem = "bert.encoder.layer.0.attention.self.query"
+    adapters = [tensors[f"{stem}.lora_{half}.weight"] for half in "BA"]
+    expected = tensors[f"{stem}.weight"] + 3.0 / 2 * adapters[0] @ adapters[1]
+    torch.testing.assert_close(loaded.state_dict()[f"{stem}.weight"], expected)
+    assert not torch.equal(expected, tensors[f"{stem}.weight"])
+
+
+# --- the loss
+
+
+def test_the_sigmoid_loss_keeps_its_bias_over_a_resume_and_out_of_the_model(split: Path, tmp_path: Path) -> None:
+    run(split, tmp_path, loss="siglip", max_epochs=1, **NO_VALIDATION)
+    content = checkpoint(tmp_path)
+    assert "module.logit_bias" not in content["state_dict"]
+    bias = content["resume"]["logit_bias"]
+    assert bias != -10.0
+    loaded, _ = load_from_name(str(tmp_path / "x" / "checkpoints" / "epoch_latest.pt"), device="cpu")
+    assert not hasattr(loaded, "logit_bias") or loaded.logit_bias is None
+    resume = str(tmp_path / "x" / "checkpoints" / "epoch_latest.pt")
+    trainer = build(split, tmp_path / "again", loss="siglip", max_epochs=2, resume=resume)
+    assert trainer.model.logit_bias is not None
+    assert torch.equal(trainer.model.logit_bias, bias)
+    assert "Global Steps: 4/6" in run(split, tmp_path, loss="siglip", max_epochs=2, **NO_VALIDATION)
+
+
+def test_pairs_of_one_text_are_no_negatives_when_asked(tmp_path: Path) -> None:
+    """All pairs share their text: nothing is left to tell apart, and the loss is 0."""
+    split = emoji_split(tmp_path / "lmdb", same_text=True)
+    plain, aware = (build(split, tmp_path, multi_positive=use) for use in (False, True))
+    assert first_loss(plain) > 1
+    assert first_loss(aware) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_teacher_is_learned_from_with_its_weight(split: Path, tmp_path: Path) -> None:
+    run(split, tmp_path, name="teacher", max_steps=1, seed=7, **NO_VALIDATION)
+    teacher = str(tmp_path / "teacher" / "checkpoints" / "epoch_latest.pt")
+    taught: dict[str, Any] = {"distillation": True, "teacher_model_name": teacher}
+    plain = first_loss(build(split, tmp_path))
+    half, whole = (first_loss(build(split, tmp_path, **taught, kd_loss_weight=weight)) for weight in (0.5, 1.0))
+    assert half > plain
+    assert whole - plain == pytest.approx(2 * (half - plain), rel=1e-3)
+    log = run(split, tmp_path, name="student", max_steps=1, **taught, **NO_VALIDATION)
+    assert f"Teacher model loaded from {teacher} (256 features)" in log
+    assert checkpoint(tmp_path, "student")["state_dict"].keys() == checkpoint(tmp_path, "teacher")["state_dict"].keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "gather"),
+    [({}, "values"), ({"gather_with_grad": True}, "gradients"), ({"skip_aggregate": True}, "none")],
+)
+def test_features_are_gathered_as_asked(settings: dict[str, bool], gather: str, split: Path, tmp_path: Path) -> None:
+    assert build(split, tmp_path, **settings).learner.gather == gather
+
+
+def test_batches_are_joined_into_one_update(split: Path, tmp_path: Path) -> None:
+    trainer = build(split, tmp_path, batch_size=2, accum_freq=3)
+    assert [len(batches) for batches in trainer._updates(0)] == [3, 3]
+    assert (trainer.steps_per_epoch, trainer.global_batch) == (2, 6)
+
+
+# --- the optimizer
+
+
+def test_rate_betas_epsilon_and_decay_reach_the_optimizer(split: Path, tmp_path: Path) -> None:
+    trainer = build(split, tmp_path, lr=3e-4, beta1=0.8, beta2=0.95, eps=1e-7, wd=0.03)
+    free, decayed = trainer.optimizer.param_groups
+    for group in (free, decayed):
+        assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.8, 0.95), 1e-7)
+    assert (free["weight_decay"], decayed["weight_decay"]) == (0.0, 0.03)
+
+
+def test_the_rate_rises_over_the_warm_up(split: Path, tmp_path: Path) -> None:
+    trainer = build(split, tmp_path, warmup=2, max_steps=6)
+    assert [trainer._rate(step) for step in range(3)] == [RATE / 2, RATE, RATE]
+
+
+def test_norms_are_synchronised_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    synchronised = Options(train_data="x", use_bn_sync=True, **{**TOWERS, "vision_model": "RN-Tiny-64"})
+    model = build_model(synchronised, CPU)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    norms = [name for name, one in model.named_modules() if isinstance(one, torch.nn.BatchNorm2d)]
+    model = synchronise_norms(synchronised, model, torch.device("cuda", 0))
+    assert norms
+    assert all(isinstance(model.get_submodule(name), torch.nn.SyncBatchNorm) for name in norms)
+
+
+def test_norms_are_not_synchronised_where_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    synchronised = Options(train_data="x", use_bn_sync=True, **{**TOWERS, "vision_model": "RN-Tiny-64"})
+    model = build_model(synchronised, CPU)
+    assert "--use-bn-sync changes nothing: there is one process." in caplog.text
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--use-bn-sync: PyTorch has it for CUDA alone, the device is cpu"):
+        synchronise_norms(synchronised, model, CPU)
+
+
+# --- the run
+
+
+def test_logs_validations_and_files_come_at_the_intervals_asked_for(split: Path, tmp_path: Path) -> None:
+    intervals = {"log_interval": 2, "valid_step_interval": 4, "valid_epoch_interval": 2, "save_epoch_frequency": 2}
+    log = run(split, tmp_path, max_epochs=3, **intervals)
+    assert re.findall(r"Global Steps: (\d+)/9", log) == ["2", "4", "6", "8"]
+    assert re.findall(r"Validation Result \(epoch \d @ (\d+) steps\)", log) == ["0", "4", "6", "8"]
+    assert "Global Steps: 2/9 | Train Epoch: 1 [8/12 (67%)] | Loss: " in log
+    assert "Text2Image Acc" not in "".join(line for line in log.splitlines() if "Global Steps" in line)
+    files = {path.name for path in (tmp_path / "x" / "checkpoints").iterdir()}
+    assert files - {"epoch_best.pt"} == {"epoch2.pt", "epoch3.pt", "epoch_latest.pt"}
+
+
+def test_accuracy_inside_the_training_batch_is_logged_when_asked(split: Path, tmp_path: Path) -> None:
+    log = run(split, tmp_path, max_steps=1, report_training_batch_acc=True, **NO_VALIDATION)
+    found = re.search(r"Global Steps: 1/1 .* \| Image2Text Acc: ([\d.]+) \| Text2Image Acc: ([\d.]+) \|", log)
+    assert found is not None
+    assert {float(share) * BATCH / 100 for share in found.groups()} <= set(range(BATCH + 1))
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debugging_logs_the_pairs_of_each_step(debug: bool, split: Path, tmp_path: Path) -> None:
+    log = run(split, tmp_path, max_steps=1, debug=debug, **NO_VALIDATION)
+    found = re.findall(r"DEBUG \| Rank 0 \| Step 1: \(image id, text id\) of the batch: (.*)", log)
+    assert len(found) == int(debug)
+    assert all(line.count("(") == BATCH for line in found)
+
+
+def test_a_run_writes_under_its_name_with_all_of_its_settings(
+    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    log = run(split, tmp_path / "logs", name="mine", max_steps=1, num_threads=3, device="cpu", **NO_VALIDATION)
+    assert threads == [3]
+    assert "Use device: cpu for training, precision float32" in log
+    assert "Validation" not in log
+    (params,) = (tmp_path / "logs" / "mine").glob("params_*.txt")
+    written = dict(line.split(": ", 1) for line in params.read_text(encoding="utf-8").splitlines())
+    assert set(written) >= {field.name for field in fields(Options)}
+    assert (written["name"], written["device"], written["max_steps"]) == ("mine", "cpu", "1")
+    assert (written["beta2"], written["lora_rank"]) == ("0.98", "0")
+
+
+def test_events_for_tensorboard_are_written_when_asked(split: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(split, tmp_path, max_steps=2, report_to="tensorboard")
+    events = EventAccumulator(str(tmp_path / "x" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+    records = [json.loads(line) for line in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses, rel=1e-6)
+
+
+def test_a_run_with_all_of_its_data_sees_every_pair_once_an_epoch(split: Path, tmp_path: Path) -> None:
+    trainer = build(split, tmp_path)
+    ids = [pair for batches in trainer._updates(0) for batch in batches for pair in batch.ids]
+    assert len(ids) == len(set(ids)) == NUM_PAIRS
