@@ -182,7 +182,7 @@ def test_models_lists_sizes_and_which_files_are_here(tmp_path: Path) -> None:
 def test_models_json_is_one_object(tmp_path: Path) -> None:
     (tmp_path / "clip_cn_rn50.pt").write_bytes(b"")
     listed = json.loads(cn_clip("models", "--json", "--download-root", str(tmp_path)).stdout)
-    assert [model["name"] for model in listed["models"]] == list(zoo.PUBLISHED)
+    assert [model["name"] for model in listed["models"]] == [*zoo.PUBLISHED, *zoo.BUNDLED]
     assert listed["models"][-1] == {
         "name": "RN50",
         "vision_model": "RN50",

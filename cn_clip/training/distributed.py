@@ -22,7 +22,10 @@ Gather = Literal["none", "values", "gradients"]
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the processes torchrun started, NCCL on CUDA and gloo elsewhere; does nothing for a single process."""
+    """Joins the processes torchrun started, NCCL on CUDA and gloo elsewhere; does nothing for a single process.
+
+    With CUDA gloo is there too: what processes tell each other between steps must not wait for the device.
+    """
     if ranks.world_size() == 1:
         yield
         return
@@ -33,18 +36,18 @@ def process_group(device: torch.device) -> Iterator[None]:
         raise ConfigError("--device mps: one process only; PyTorch has no communication between MPS processes")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether the flag is set in at least one process; every process must ask."""
     if ranks.world_size() == 1:
         return flag
-    votes = torch.tensor(float(flag), device=device)
+    votes = torch.tensor(float(flag))
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes.item())
 

@@ -91,7 +91,7 @@ def build_trainer(options: Options, device: "torch.device", checkpoint_dir: Path
     trainer = Trainer(options, learner, optimizer, training, validation, checkpoint_dir=checkpoint_dir)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    warn_of_rate(options, trainer.global_batch, pretrained=checkpoint is not None)
+    warn_of_rate(options, trainer.global_batch)
     return trainer
 
 
@@ -183,12 +183,13 @@ def open_teacher(options: Options, device: "torch.device") -> "Teacher | None":
     return distill.open_teacher(options.teacher_model_name, device)
 
 
-def warn_of_rate(options: Options, global_batch: int, *, pretrained: bool) -> None:
+def warn_of_rate(options: Options, global_batch: int) -> None:
     """Says when the learning rate is far above what the batch size bears."""
     from cn_clip.training.logs import logger
     from cn_clip.training.monitor import rate_warning
 
-    pretrained = pretrained or bool(options.clip_weight_path or options.bert_weight_path)
+    # A run that goes on with its optimizer is no fine-tuning: it may have begun from scratch.
+    pretrained = bool((options.resume and options.reset_optimizer) or options.clip_weight_path)
     warning = rate_warning(options.optimizer_setting("lr"), global_batch, pretrained=pretrained)
     if warning:
         logger.warning("%s", warning)

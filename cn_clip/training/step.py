@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,40 +72,40 @@ class Learner:
 
         Both passes of a batch start from the same random state. Source: arXiv:2101.06983.
         """
+        randomness, features = self._features_alone(batches)
+        own_bias = self.parallel.model.logit_bias
+        leaves = [tensor.detach().requires_grad_() for tensor in features]
+        bias = None if own_bias is None else own_bias.detach().requires_grad_()
+        with self.autocast():
+            scores = self._score(Features(*leaves), bias, batches)
+        torch.autograd.backward(self.scaler.scale(scores.loss))
+        sizes = [len(batch.ids) for batch in batches]
+        image, text, scale = (_gradient(leaf) for leaf in leaves)
+        rows = list(zip(image.split_with_sizes(sizes), text.split_with_sizes(sizes), strict=True))
+        last = len(batches) - 1
+        for number, batch in enumerate(batches):
+            state.restore_rng(randomness[number])
+            with self.parallel.accumulating(more_to_come=number < last):
+                with self.autocast():
+                    again = self._forward(batch)
+                outputs: list[Tensor] = [again.image_BD, again.text_BD]
+                gradients: list[Tensor] = [*rows[number]]
+                if number == last:  # scale and bias belong to the joined batch, not to one of them
+                    outputs += [again.scale] if own_bias is None else [again.scale, own_bias]
+                    gradients += [scale] if bias is None else [scale, _gradient(bias)]
+                _backward(outputs, gradients)
+        self.parallel.finish_gradients()
+        return scores._replace(loss=scores.loss.detach())
+
+    def _features_alone(self, batches: Sequence[Batch]) -> tuple[list[dict[str, Any]], Features]:
+        """The random state each batch starts from, and the features of all, joined."""
         randomness, parts = [], []
         with self.parallel.without_gradients(), self.autocast():
             for batch in batches:
                 randomness.append(state.rng_state())
                 parts.append(self._forward(batch))
-        joined = Features(
-            torch.cat([part.image_BD for part in parts]).requires_grad_(),
-            torch.cat([part.text_BD for part in parts]).requires_grad_(),
-            parts[0].scale.detach().requires_grad_(),
-        )
-        bias = self.parallel.model.logit_bias
-        leaf = None if bias is None else bias.detach().requires_grad_()
-        with self.autocast():
-            scores = self._score(joined, leaf, batches)
-        torch.autograd.backward(self.scaler.scale(scores.loss))
-        sizes = [len(batch.ids) for batch in batches]
-        image_gradients, text_gradients = (_gradient(tensor).split_with_sizes(sizes) for tensor in joined[:2])
-        for number, batch in enumerate(batches):
-            is_last = number == len(batches) - 1
-            state.restore_rng(randomness[number])
-            with self.parallel.accumulating(more_to_come=not is_last):
-                with self.autocast():
-                    features = self._forward(batch)
-                outputs = [features.image_BD, features.text_BD]
-                gradients = [image_gradients[number], text_gradients[number]]
-                if is_last:
-                    outputs.append(features.scale)
-                    gradients.append(_gradient(joined.scale))
-                    if bias is not None and leaf is not None:
-                        outputs.append(bias)
-                        gradients.append(_gradient(leaf))
-                _backward(outputs, gradients)
-        self.parallel.finish_gradients()
-        return scores._replace(loss=scores.loss.detach())
+        image, text = (torch.cat([part[place] for part in parts]) for place in (0, 1))
+        return randomness, Features(image, text, parts[0].scale)
 
     def _score(self, features: Features, bias: Tensor | None, batches: Sequence[Batch]) -> Scores:
         def gathered(rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from cn_clip import ranks
 from cn_clip.clip.checkpoint import Checkpoint
 from cn_clip.data.datasets import Loader, PairBatch
+from cn_clip.data.records import RecordId
 from cn_clip.data.splits import Split
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError
 from cn_clip.training import adapt, distributed, state
@@ -89,7 +90,7 @@ class Trainer:
         self.early_stop = EarlyStop()
         self.stuck = StuckLoss(warmup=options.warmup, patience=max(20, 200 // options.log_interval))
         self.validated_step, self.num_skipped, self.reported_skips = -1, 0, 0
-        self.unchecked: tuple[int, Tensor, list[Batch]] | None = None
+        self.unchecked: tuple[int, Tensor, list[tuple[RecordId, RecordId]]] | None = None
         self.signal: int | None = None
         self.clock = Clock()
 
@@ -134,7 +135,7 @@ class Trainer:
     def train(self) -> None:
         """Runs the remaining epochs. Raises SystemExit after SIGTERM or SIGINT, with a checkpoint written."""
         with self._signals_noted(), state.explained_memory():
-            if self.position.step == 0:
+            if self.position.step == 0 and self._ever_validates():
                 self.validate(-1)
             while self._next_step() < self.max_steps and not self._should_stop():
                 self._run_epoch(self.position.epoch)
@@ -149,6 +150,10 @@ class Trainer:
         if _is_due(epoch + 1, self.options.valid_epoch_interval):
             self.validate(epoch)
         self._save_epoch(epoch)
+
+    def _ever_validates(self) -> bool:
+        intervals = (self.options.valid_step_interval, self.options.valid_epoch_interval)
+        return any(interval is not None and interval > 0 for interval in intervals)
 
     def _next_step(self) -> int:
         return self.steps_per_epoch * self.position.epoch + self.position.batch
@@ -203,11 +208,13 @@ class Trainer:
 
     def _step(self, step: int, batches: list[Batch]) -> Scores:
         """One update of the weights."""
+        ids = [pair for batch in batches for pair in batch.ids]
+        logger.debug("Step %d: (image id, text id) of the batch: %s", step + 1, _listed(ids))
         set_learning_rate(self.optimizer, self._rate(step))
         self.optimizer.zero_grad(set_to_none=True)
         scores = self.learner.backward(batches)
         self._check_loss()  # of the step before: asking now would make the device wait
-        self.unchecked = (step + 1, scores.loss, batches)
+        self.unchecked = (step + 1, scores.loss, ids)
         self.learner.scaler.step(self.optimizer)
         self.learner.scaler.update()
         clamp_logit_scale(self.model.logit_scale)
@@ -223,13 +230,11 @@ class Trainer:
         """Raises CnClipError for a loss that is not finite, before anything is saved or validated."""
         if self.unchecked is None or torch.isfinite(self.unchecked[1]):
             return
-        step, loss, batches = self.unchecked
-        ids = [pair for batch in batches for pair in batch.ids]
-        listed = ", ".join(f"({image_id}, {text_id})" for image_id, text_id in ids[:8])
+        step, loss, ids = self.unchecked
         more = f", ... {len(ids)} in all" if len(ids) > 8 else ""
         raise CnClipError(
             f"step {step}: the loss is {loss.item()}, logit_scale {self.model.logit_scale.item():.3f}, "
-            f"(image id, text id) of the batch: {listed}{more}; the last checkpoint is intact; "
+            f"(image id, text id) of the batch: {_listed(ids[:8])}{more}; the last checkpoint is intact; "
             "lower --lr, raise --warmup, or use --precision fp32 or bf16"
         )
 
@@ -255,7 +260,7 @@ class Trainer:
         signal.signal(number, signal.SIG_DFL)
 
     def _leave_if_asked(self, epoch: int) -> None:
-        if not distributed.any_process(self.signal is not None, self.device):
+        if not distributed.any_process(self.signal is not None):
             return
         self._save([state.LATEST], epoch)
         number = self.signal or signal.SIGTERM
@@ -420,6 +425,10 @@ class Clock:
         speed = self._samples / max(self._seconds, 1e-9)
         self._samples, self._seconds = 0, 0.0
         return speed
+
+
+def _listed(ids: list[tuple[RecordId, RecordId]]) -> str:
+    return ", ".join(f"({image_id}, {text_id})" for image_id, text_id in ids)
 
 
 def _is_due(count: int, interval: int | None) -> bool:
