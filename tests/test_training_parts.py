@@ -19,6 +19,7 @@ from cn_clip.training.loss import Objective, Pairs, contrastive_scores
 from cn_clip.training.optim import build_optimizer, clamp_logit_scale, learning_rate
 from cn_clip.training.params import Options
 from cn_clip.training.sampling import EpochSampler
+from cn_clip.training.state import explained_memory
 from cn_clip.training.step import Batch, Learner, cut_to_longest
 from cn_clip.training.trainer import Trainer, TrainingData
 from cn_clip.training.validation import validate
@@ -148,6 +149,19 @@ def test_validation_equals_the_plain_computation() -> None:
 def test_settings_that_cannot_be_obeyed_are_refused(setting: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Options(train_data="x", **setting)  # type: ignore[arg-type]
+
+
+def test_out_of_memory_names_the_flags_that_help() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)out of memory \(.*: --grad-checkpointing, --precision bf16"):
+        with explained_memory():
+            torch.empty(2**50)  # more than any machine has
+    with pytest.raises(ConfigError, match="CUDA out of memory"), explained_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def test_other_errors_pass_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="size of tensor"), explained_memory():
+        torch.zeros(2) + torch.zeros(3)
 
 
 def test_adam_settings_depend_on_the_picture_tower() -> None:

@@ -3,6 +3,7 @@
 # N rows of all processes, B rows of this one, D embedding, W processes
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -144,6 +145,8 @@ class Parallel:
 
         if ranks.world_size() == 1:
             raise ConfigError("--fsdp: splits a model over several processes, there is one; start it with torchrun")
+        if "ignored_params" not in inspect.signature(fully_shard).parameters:
+            raise ConfigError(f"--fsdp: needs PyTorch 2.7 or newer, this is {torch.__version__}")
         mesh = init_device_mesh(self.device.type, (ranks.world_size(),))
         self.loose = [parameter for parameter in self.model.parameters() if parameter.ndim == 0]
         for parameter in self.loose:
