@@ -152,9 +152,9 @@ def test_settings_that_cannot_be_obeyed_are_refused(setting: dict[str, object], 
 
 
 def test_out_of_memory_names_the_flags_that_help() -> None:
-    with pytest.raises(ConfigError, match=r"(?s)out of memory \(.*: --grad-checkpointing, --precision bf16"):
-        with explained_memory():
-            torch.empty(2**50)  # more than any machine has
+    expected = r"(?s)out of memory \(.*: --grad-checkpointing, --precision bf16"
+    with pytest.raises(ConfigError, match=expected), explained_memory():
+        torch.empty(2**50)  # more than any machine has
     with pytest.raises(ConfigError, match="CUDA out of memory"), explained_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
