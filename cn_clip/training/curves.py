@@ -116,13 +116,15 @@ def _draw_loss(panel: "Axes", history: History) -> None:
 
 
 def _draw_recall(panel: "Axes", history: History, way: str) -> None:
-    last = []
+    last, highest = [], 0.0
     for name, (label, colour, style) in RECALL_LINES.items():
         steps, values = history.points("valid", f"{way}_{name}")
         if len(values):
             last.append(f"{label} {100 * values[-1]:.1f}")
+            highest = max(highest, 100 * float(np.nanmax(values)))
         _line(panel, (steps, 100 * values), color=colour, linestyle=style, marker="o", markersize=3, label=label)
-    panel.set(title=f"recall {DIRECTIONS[way]} (%, whole validation set)", ylim=(0, 102))
+    # Both directions on one scale from 0 would be fairer to compare, but a low recall must be seen to rise.
+    panel.set(title=f"recall {DIRECTIONS[way]} (%, whole validation set)", ylim=(0, min(102, max(10, 1.15 * highest))))
     if last:
         panel.set_xlabel("last: " + " · ".join(last), fontsize=9, color="#4a4f5a")
     else:
