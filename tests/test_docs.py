@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cn_clip import cli, models, zoo
+from cn_clip.clip.checkpoint import read_checkpoint
 from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.demo import emoji
 from cn_clip.preprocess import build_lmdb_dataset
@@ -23,8 +24,9 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "README_En.md", *sorted((ROOT / "docs").
 # Blocks that begin so set up a machine, or take minutes; only their syntax is checked.
 NOT_RUN = ("make ", "pip install", "git clone")
 # What is exchanged in blocks that train: a full-size model and 128 pairs a step would take hours.
-TRAINING = ("cn-clip train", "_finetune_", "load_state_dict")
+TRAINING = ("cn-clip train", "wise-ft", "checkpoint average", "_finetune_", "load_state_dict")
 TRAINING_EXCHANGES = {
+    "cn-clip train": "cn-clip train --num-workers 1 --valid-num-workers 0",
     'load_from_name("ViT-B-16"': 'load_from_name("small.pt"',
     "ViT-B-16": "ViT-Tiny-64",
     "RoBERTa-wwm-ext-base-chinese": "BERT-Tiny-chinese",
@@ -37,6 +39,8 @@ TRAINING_EXCHANGES = {
     "--max-epochs 30": "--max-epochs 2",
     "--max-epochs 3": "--max-epochs 1",
     "--max-epochs 4": "--max-epochs 2",
+    "epoch3.pt": "epoch1.pt",
+    "epoch4.pt": "epoch2.pt",
 }
 # The same for the scripts, which take their settings from the environment.
 TRAINING_SETTINGS = {
@@ -47,6 +51,12 @@ TRAINING_SETTINGS = {
     "valid_step_interval": "2",
     "max_epochs": "2",
 }
+
+# torchrun only shows that it and the training command understand their arguments: other tests start processes with it.
+UNDERSTAND = "import sys; from torch.distributed.run import parse_args; from cn_clip.command import parse; "
+UNDERSTAND += "from cn_clip.training.params import Options; given = parse_args(sys.argv[1:]); "
+UNDERSTAND += "print(given.training_script, parse(Options, given.training_script_args))"
+PROGRAMS = {"python": "", "python3": "", "cn-clip": "-m cn_clip", "torchrun": f"-c '{UNDERSTAND}'"}
 
 NUM_PICTURES = 12
 DATASET = "MUGE"
@@ -136,7 +146,7 @@ def test_every_test_that_the_differences_name_exists() -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stand-ins with random values: a ViT-B-16 of full size under the published name, and a small model."""
+    """Stand-ins with random values: a ViT-B-16 of full size under the published name, a small model and its towers."""
     folder = tmp_path_factory.mktemp("weights")
     names = {
         "clip_cn_vit-b-16.pt": ("ViT-B-16", "RoBERTa-wwm-ext-base-chinese"),
@@ -149,6 +159,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         convert_weights(model)
         state = {f"module.{key}": value for key, value in model.state_dict().items()}
         torch.save({"epoch": 0, "step": 0, "name": file, "state_dict": state}, folder / file)
+    parts = {"ViT-Tiny-64.pt": ("visual.", "logit_scale"), "chinese-roberta-wwm-ext/pytorch_model.bin": ("bert.",)}
+    for file, names_of_part in parts.items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        small = model.state_dict().items()
+        torch.save({key: value for key, value in small if key.startswith(names_of_part)}, folder / file)
     return folder
 
 
@@ -164,7 +179,7 @@ class Workplace:
         for name in ("clip_cn_vit-b-16.pt", "small.pt"):
             (self.checkout / name).symlink_to(weights / name)
         (self.data / "pretrained_weights").symlink_to(weights)
-        for program, arguments in {"python": "", "python3": "", "cn-clip": "-m cn_clip"}.items():
+        for program, arguments in PROGRAMS.items():
             path = self.programs / program
             path.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
             path.chmod(0o755)
@@ -255,14 +270,31 @@ def test_the_commands_of_the_data_guide_run(workplace: Workplace) -> None:
     assert (datasets / "mine-table" / "lmdb" / "valid" / "pairs" / "data.mdb").is_file()
 
 
-def test_the_commands_of_the_fine_tuning_guide_run_and_the_second_goes_on(workplace: Workplace) -> None:
+def test_the_commands_of_the_fine_tuning_guide_run_and_one_goes_on(workplace: Workplace) -> None:
     workplace.build()
-    run_all(workplace, ROOT / "docs" / "finetune.md")
-    folder = workplace.data / "experiments" / "mine"
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"epoch1.pt", "epoch2.pt", "epoch_latest.pt"}
-    logs = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("out_*.log"))]
+    printed = run_all(workplace, ROOT / "docs" / "finetune.md")
+    experiments = workplace.data / "experiments"
+    files = {path.name for path in (experiments / "mine" / "checkpoints").iterdir()}
+    assert files - {"epoch_best.pt"} == {"epoch1.pt", "epoch2.pt", "epoch_latest.pt"}
+    logs = [path.read_text(encoding="utf-8") for path in sorted((experiments / "mine").glob("out_*.log"))]
     assert "Start epoch 1" in logs[0]
     assert "Start epoch 1" not in logs[-1]
+    (torchrun,) = (text for first, text in printed.items() if first.startswith("torchrun"))
+    assert torchrun.startswith("cn_clip/training/main.py Options(")
+    assert "gather_with_grad=True" in torchrun
+    written = {"weights.pt", "mean.pt", "model.safetensors", "wise-ft.pt"}
+    assert written <= {path.name for path in (experiments / "mine").iterdir()}
+    assert "平均 / mean" in "".join(printed.values())
+    before, one, two = (
+        read_checkpoint(path).state_dict["visual.proj"].float()
+        for path in (
+            workplace.data / "pretrained_weights" / "ViT-Tiny-64.pt",
+            *(experiments / f"stage{number}" / "checkpoints" / "epoch_latest.pt" for number in (1, 2)),
+        )
+    )
+    assert torch.equal(one, before)
+    assert not torch.equal(two, one)
+    assert not any("lora" in name for name in read_checkpoint(experiments / "lora" / "merged.pt").state_dict)
 
 
 def test_the_commands_of_the_tutorial_lead_from_a_folder_of_pictures_to_their_names(workplace: Workplace) -> None:
