@@ -248,7 +248,7 @@ def num_lines(path: Path) -> int:
 def test_the_commands_of_the_readme_run_from_api_to_zero_shot(workplace: Workplace) -> None:
     printed = run_all(workplace, ROOT / "README.md")
     api = printed["import torch "].splitlines()
-    assert api[0] == "Available models: ['ViT-B-16', 'ViT-L-14', 'ViT-L-14-336', 'ViT-H-14', 'RN50']"
+    assert api[0].startswith("Available models: ['ViT-B-16', 'ViT-L-14', 'ViT-L-14-336', 'ViT-H-14', 'RN50'")
     assert api[-1].startswith("Label probs: [[")
     assert len(api[-1].split()) == 6
     dataset = workplace.data / "datasets" / DATASET
