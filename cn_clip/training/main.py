@@ -188,8 +188,9 @@ def warn_of_rate(options: Options, global_batch: int) -> None:
     from cn_clip.training.logs import logger
     from cn_clip.training.monitor import rate_warning
 
-    # A run that goes on with its optimizer is no fine-tuning: it may have begun from scratch.
+    # A run that goes on with its optimizer may have begun from scratch; adapters bear more than weights.
     pretrained = bool((options.resume and options.reset_optimizer) or options.clip_weight_path)
+    pretrained = pretrained and not options.lora_rank
     warning = rate_warning(options.optimizer_setting("lr"), global_batch, pretrained=pretrained)
     if warning:
         logger.warning("%s", warning)
