@@ -164,6 +164,7 @@ def test_validation_begins_before_the_first_step_and_early_stop_ends_a_run_that_
     assert "Stopping training: 2 validations without a better mean recall than" in result.stderr
     folder = tmp_path / "run"
     assert {"metrics.jsonl", "curves.png"} <= {path.name for path in folder.iterdir()}
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["epoch_latest.pt"]  # the epoch is not done
     assert "samples/s | Peak Memory: " in result.stderr
 
 

@@ -47,7 +47,7 @@ def run(options: Options) -> None:
         if ranks.rank() == 0:
             logs.log_params(values, folder / f"params_{started}.txt")
         logs.logger.info("Use device: %s for training, precision %s", device, arithmetic(options, trainer))
-        with monitor(options, folder, start_step=trainer.position.step) as trainer.monitor:
+        with monitor(options, folder, start_step=trainer.position.step) as trainer.report.monitor:
             trainer.train()
 
 

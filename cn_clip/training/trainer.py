@@ -1,10 +1,9 @@
 """The training loop: steps, log lines, validation and checkpoints of one run."""
 
-import math
+import logging
 import signal
-import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from cn_clip.errors import CheckpointError, CnClipError, ConfigError
 from cn_clip.training import adapt, distributed, state
 from cn_clip.training.logs import logger
 from cn_clip.training.loss import Scores
-from cn_clip.training.monitor import EarlyStop, Monitor, StuckLoss, peak_memory
+from cn_clip.training.monitor import EarlyStop, StuckLoss
 from cn_clip.training.optim import (
     clamp_logit_scale,
     decay_groups,
@@ -31,9 +30,11 @@ from cn_clip.training.optim import (
     set_learning_rate,
 )
 from cn_clip.training.params import Options
+from cn_clip.training.report import Plan, Report
 from cn_clip.training.sampling import EpochSampler
 from cn_clip.training.state import Extent, Position
 from cn_clip.training.step import Batch, Learner, make_batch
+from cn_clip.training.stopping import StopRequest
 from cn_clip.training.validation import Validation, validate
 
 
@@ -71,10 +72,9 @@ class Trainer:
         validation: ValidationData | None,
         *,
         checkpoint_dir: Path,
-        monitor: Monitor | None = None,
     ) -> None:
-        """monitor: of rank 0, None on other processes."""
-        self.options, self.learner, self.optimizer, self.monitor = options, learner, optimizer, monitor
+        """Raises ConfigError when an epoch has too few batches for one update."""
+        self.options, self.learner, self.optimizer = options, learner, optimizer
         self.training, self.validation, self.checkpoint_dir = training, validation, checkpoint_dir
         self.parallel, self.model, self.device = learner.parallel, learner.parallel.model, learner.parallel.device
         self.steps_per_epoch = training.sampler.num_batches // options.accum_freq
@@ -88,11 +88,22 @@ class Trainer:
         self.global_batch = options.batch_size * options.accum_freq * ranks.world_size()
         self.position = Position()
         self.early_stop = EarlyStop()
-        self.stuck = StuckLoss(warmup=options.warmup, patience=max(20, 200 // options.log_interval))
-        self.validated_step, self.num_skipped, self.reported_skips = -1, 0, 0
+        self.validated_step = -1
         self.unchecked: tuple[int, Tensor, list[tuple[RecordId, RecordId]]] | None = None
-        self.signal: int | None = None
-        self.clock = Clock()
+        self.stop_request = StopRequest()
+        stuck = StuckLoss(warmup=options.warmup, patience=max(20, 200 // options.log_interval))
+        self.report = Report(self._plan(), stuck, self.device, options.report_training_batch_acc)
+
+    def _plan(self) -> Plan:
+        processes = ranks.world_size() if self.learner.gather == "none" else 1
+        return Plan(
+            max_steps=self.max_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            num_padded=self.training.sampler.num_padded,
+            global_batch=self.global_batch,
+            contrasted=self.global_batch // processes,
+            has_chance_loss=self.options.loss == "clip" and not self.options.distillation,
+        )
 
     @property
     def extent(self) -> Extent:
@@ -134,13 +145,12 @@ class Trainer:
 
     def train(self) -> None:
         """Runs the remaining epochs. Raises SystemExit after SIGTERM or SIGINT, with a checkpoint written."""
-        with self._signals_noted(), state.explained_memory():
+        with self.stop_request.noted(), state.explained_memory():
             if self.position.step == 0 and self._ever_validates():
                 self.validate(-1)
             while self._next_step() < self.max_steps and not self._should_stop():
                 self._run_epoch(self.position.epoch)
-        if self.num_skipped:
-            logger.warning("%d pictures could not be read in this run and were passed over.", self.num_skipped)
+        self.report.end()
 
     def _run_epoch(self, epoch: int) -> None:
         logger.info("Start epoch %d", epoch + 1)
@@ -169,18 +179,20 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> None:
         self._set_training_mode()
-        self.clock.restart()
+        self.report.clock.restart()
         for batch, batches in enumerate(self._updates(epoch), start=self.position.batch):
             step = self.steps_per_epoch * epoch + batch
             if step >= self.max_steps:
                 logger.info("Stopping training due to step %d has reached max_steps %d", step, self.max_steps)
                 return
-            self.clock.data_ready()
+            self.report.clock.data_ready()
             scores = self._step(step, batches)
             self.position = Position(epoch, batch + 1, step + 1)
-            self.clock.step_done(self.global_batch)
+            self.report.clock.step_done(self.global_batch)
             if (step + 1) % self.options.log_interval == 0:
-                self._log_step(epoch, batch, scores)
+                self._check_loss()
+                rate, scale = self.optimizer.param_groups[0]["lr"], self.model.logit_scale.item()
+                self.report.step(self.position, scores, rate=rate, logit_scale=scale)
             if _is_due(step + 1, self.options.valid_step_interval):
                 self.validate(epoch)
                 self._set_training_mode()
@@ -197,7 +209,7 @@ class Trainer:
         batches: list[Batch] = []
         for pairs in self.training.loader:
             assert isinstance(pairs, PairBatch)
-            self.num_skipped += sum(pairs.num_skipped)
+            self.report.num_skipped += sum(pairs.num_skipped)
             batches.append(make_batch(pairs, self.device))
             if len(batches) == number:
                 yield batches
@@ -209,7 +221,8 @@ class Trainer:
     def _step(self, step: int, batches: list[Batch]) -> Scores:
         """One update of the weights."""
         ids = [pair for batch in batches for pair in batch.ids]
-        logger.debug("Step %d: (image id, text id) of the batch: %s", step + 1, _listed(ids))
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("Step %d: (image id, text id) of the batch: %s", step + 1, _listed(ids))
         set_learning_rate(self.optimizer, self._rate(step))
         self.optimizer.zero_grad(set_to_none=True)
         scores = self.learner.backward(batches)
@@ -238,79 +251,15 @@ class Trainer:
             "lower --lr, raise --warmup, or use --precision fp32 or bf16"
         )
 
-    # --- signals ------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _signals_noted(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the run after the step at hand; a second one at once."""
-        names = (signal.SIGTERM, signal.SIGINT)
-        try:
-            before = [signal.signal(name, self._note_signal) for name in names]
-        except ValueError:  # not in the main thread
-            yield
-            return
-        try:
-            yield
-        finally:
-            for name, handler in zip(names, before, strict=True):
-                signal.signal(name, handler)
-
-    def _note_signal(self, number: int, _frame: object) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+    # --- stopping, validating ----------------------------------------------------------------------------------------
 
     def _leave_if_asked(self, epoch: int) -> None:
-        if not distributed.any_process(self.signal is not None):
+        if not distributed.any_process(self.stop_request.number is not None):
             return
         self._save([state.LATEST], epoch)
-        number = self.signal or signal.SIGTERM
+        number = self.stop_request.number or signal.SIGTERM
         logger.warning("Stopped by %s; the same command goes on from here.", signal.Signals(number).name)
         raise SystemExit(128 + number)
-
-    # --- what people see ----------------------------------------------------------------------------------------------
-
-    def _log_step(self, epoch: int, batch: int, scores: Scores) -> None:
-        self._check_loss()
-        loss, step = scores.loss.item(), self.position.step
-        seen, rate = (batch + 1) * self.global_batch, self.optimizer.param_groups[0]["lr"]
-        percent = 100.0 * (batch + 1) / self.steps_per_epoch
-        scale = self.model.logit_scale.item()
-        accuracies = ""
-        if self.options.report_training_batch_acc:
-            pairs = self.global_batch // (ranks.world_size() if self.learner.gather == "none" else 1)
-            right = (scores.images_right.item() / pairs, scores.texts_right.item() / pairs)
-            accuracies = f"Image2Text Acc: {right[0] * 100:.2f} | Text2Image Acc: {right[1] * 100:.2f} | "
-        logger.info(
-            f"Global Steps: {step}/{self.max_steps} | "
-            f"Train Epoch: {epoch + 1} [{seen}/{self.training.sampler.num_padded} ({percent:.0f}%)] | "
-            f"Loss: {loss:.6f} | {accuracies}"
-            f"Data Time: {self.clock.data_time:.3f}s | Batch Time: {self.clock.batch_time:.3f}s | "
-            f"LR: {rate:5f} | logit_scale: {scale:.3f} | Global Batch Size: {self.global_batch}"
-        )
-        speed, memory = self.clock.samples_per_second(), peak_memory(self.device) / 2**30
-        logger.info(f"Speed: {speed:.1f} samples/s | Peak Memory: {memory:.2f} GiB")
-        if self.num_skipped > self.reported_skips:
-            logger.warning("%d pictures could not be read so far and were passed over.", self.num_skipped)
-            self.reported_skips = self.num_skipped
-        contrasted = self._contrasted()
-        self._record_step(loss, contrasted, {"lr": rate, "logit_scale": scale, "samples_per_second": speed})
-        warning = self.stuck.observe(step, loss, contrasted) if contrasted else None
-        if warning:
-            logger.warning("%s", warning)
-
-    def _contrasted(self) -> int:
-        """Pairs among which the loss lets the model choose; 0 where guessing costs something else."""
-        if self.options.loss != "clip" or self.options.distillation:
-            return 0
-        return self.global_batch // (ranks.world_size() if self.learner.gather == "none" else 1)
-
-    def _record_step(self, loss: float, contrasted: int, values: dict[str, float]) -> None:
-        if self.monitor is None:
-            return
-        values = {"loss": loss, **values, "peak_memory_gib": peak_memory(self.device) / 2**30}
-        if contrasted > 1:
-            values["chance_loss"] = math.log(contrasted)
-        self.monitor.step(self.position.step, values)
 
     def validate(self, epoch: int) -> Validation | None:
         """Validates, logs, and keeps the best; None without validation data, or when this step has been validated."""
@@ -322,22 +271,17 @@ class Trainer:
         logger.info("Begin to eval on validation set (epoch %d @ %d steps)...", epoch + 1, step)
         pixels = (batch for _, batch in data.pixels)
         result = validate(self.model, data.split, data.tokens, pixels, data.sampler, self.validation_autocast)
-        where = f"(epoch {epoch + 1} @ {step} steps)"
-        logger.info(
-            f"Validation Result {where} | Valid Loss: {result.loss:.6f} | "
-            f"Image2Text Acc: {result.image_to_text_acc * 100:.2f} | "
-            f"Text2Image Acc: {result.text_to_image_acc * 100:.2f} | "
-            f"logit_scale: {self.model.logit_scale.item():.3f} | Valid Batch Size: {data.sampler.batch_size}"
+        self.report.validation(
+            f"(epoch {epoch + 1} @ {step} steps)",
+            result,
+            step=step,
+            logit_scale=self.model.logit_scale.item(),
+            batch_size=data.sampler.batch_size,
+            sizes=(len(data.split.image_ids), len(data.tokens)),
         )
-        logger.info(
-            f"Validation Recall {where} | {len(data.split.image_ids)} images, {len(data.tokens)} texts | "
-            f"Text2Image {result.text_to_image.line()} | Image2Text {result.image_to_text.line()}"
-        )
-        if self.monitor is not None:
-            self.monitor.validation(step, result.values())
         if self.early_stop.observe(result.mean_recall) and step:
             self._save_best(epoch)
-        self.clock.restart()
+        self.report.clock.restart()
         return result
 
     def validation_autocast(self) -> AbstractContextManager[object]:
@@ -347,9 +291,10 @@ class Trainer:
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_epoch(self, epoch: int) -> None:
+        is_done = self.position.batch == 0 or self.position.step == self.max_steps  # not when stopped early
         is_last = epoch + 1 == self.max_epochs
         names = [state.LATEST]
-        if is_last or _is_due(epoch + 1, self.options.save_epoch_frequency):
+        if is_done and (is_last or _is_due(epoch + 1, self.options.save_epoch_frequency)):
             names = [f"epoch{epoch + 1}.pt", *names]
         self._save(names, epoch)
 
@@ -396,35 +341,6 @@ class Trainer:
                 f"Saved checkpoint {path} (epoch {epoch + 1} @ {self.position.step} steps) "
                 f"(writing took {seconds} seconds)"
             )
-
-
-class Clock:
-    """Seconds of the last step, and pairs a second since the last question."""
-
-    def __init__(self) -> None:
-        self.data_time = self.batch_time = 0.0
-        self._samples, self._seconds = 0, 0.0
-        self.restart()
-
-    def restart(self) -> None:
-        """Leaves out what has happened since the last step."""
-        self._begin = time.monotonic()
-
-    def data_ready(self) -> None:
-        """The batches of the step are there."""
-        self.data_time = time.monotonic() - self._begin
-
-    def step_done(self, samples: int) -> None:
-        """The step is done, on the whole."""
-        self.batch_time = time.monotonic() - self._begin
-        self._begin += self.batch_time
-        self._samples, self._seconds = self._samples + samples, self._seconds + self.batch_time
-
-    def samples_per_second(self) -> float:
-        """Since this was last asked."""
-        speed = self._samples / max(self._seconds, 1e-9)
-        self._samples, self._seconds = 0, 0.0
-        return speed
 
 
 def _listed(ids: list[tuple[RecordId, RecordId]]) -> str:

@@ -1,0 +1,35 @@
+"""SIGTERM and Ctrl-C as a request that a run answers between two steps."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """`number` is the signal that asked, or None."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Notes the first signal while the block runs; a second one ends the process at once.
+
+        Outside the main thread, where Python has no signals, it does nothing.
+        """
+        try:
+            before = [signal.signal(name, self._note) for name in SIGNALS]
+        except ValueError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            for name, handler in zip(SIGNALS, before, strict=True):
+                signal.signal(name, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
