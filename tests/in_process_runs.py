@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dataset_files import tsv_line
 
 from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.demo import emoji
 from cn_clip.training import main as training
 from cn_clip.training.params import Options
 from cn_clip.training.trainer import Trainer
-from tests.dataset_files import tsv_line
 
 NUM_PAIRS = 12
 BATCH = 4

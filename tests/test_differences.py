@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from in_process_runs import RATE, checkpoint, emoji_split, run
+from tiny_models import tiny_model
 
 from cn_clip import ranks
 from cn_clip.clip import create_model, load_from_name
 from cn_clip.command import Speaker
 from cn_clip.errors import CnClipError, ConfigError
 from cn_clip.eval.backends import open_backend
-from tests.in_process_runs import RATE, checkpoint, emoji_split, run
-from tests.tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")

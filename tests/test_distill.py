@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model, tiny_pixels
 from torch import Tensor, nn
 
 from cn_clip.errors import CheckpointError, ConfigError, DownloadError, MissingExtraError
 from cn_clip.training import distill
 from cn_clip.training.distill import feature_distillation_loss, open_teacher
-from tests.tiny_models import tiny_model, tiny_pixels
 
 TEAM = "damo/multi-modal_team-vit-large-patch14_multi-modal-similarity"
 RLEG = "damo/multi-modal_rleg-vit-large-patch14"

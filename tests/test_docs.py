@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from dataset_files import jsonl_line, tsv_line, write_split
 
 from cn_clip import cli, models, zoo
 from cn_clip.clip.checkpoint import read_checkpoint
 from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.demo import emoji
 from cn_clip.preprocess import build_lmdb_dataset
-from tests.dataset_files import jsonl_line, tsv_line, write_split
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "README_En.md", *sorted((ROOT / "docs").glob("*.md"))]

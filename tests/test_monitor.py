@@ -71,12 +71,13 @@ def test_a_run_that_resumes_earlier_leaves_no_second_version(tmp_path: Path, und
     assert [line["loss"] for line in lines(tmp_path)] == [9.0] * 6 + [1.0] * 6
 
 
-def test_a_run_from_the_beginning_keeps_nothing_of_an_earlier_one(tmp_path: Path, undrawn: list[Path]) -> None:
+def test_a_run_from_the_beginning_takes_over_nothing_of_an_earlier_one_but_sets_it_aside(tmp_path: Path, undrawn: list[Path]) -> None:
     train(tmp_path, 1, 3, validates=True)
     with Monitor(tmp_path, start_step=0, tensorboard=False) as run:
         run.validation(0, {"loss": 4.0})
-    Monitor(tmp_path, start_step=0, tensorboard=False).close()
-    assert lines(tmp_path) == []
+    assert lines(tmp_path) == [{"step": 0, "kind": "valid", "loss": 4.0}]
+    (aside,) = tmp_path.glob("metrics_????-??-??-??-??-??.jsonl")
+    assert [json.loads(line)["step"] for line in aside.read_text(encoding="utf-8").splitlines()] == [1, 2, 3, 3]
 
 
 def test_a_validation_done_again_replaces_the_earlier_one(tmp_path: Path, undrawn: list[Path]) -> None:
@@ -88,7 +89,10 @@ def test_a_validation_done_again_replaces_the_earlier_one(tmp_path: Path, undraw
     assert [line["loss"] for line in lines(tmp_path) if line["kind"] == "valid"] == [4.0]
 
 
-@pytest.mark.parametrize("torn", ['{"step": 4, "kind": "tr', "\0\0\0\0", '{"step": 4}\n', "[1]\n", '"'])
+TORN = ['{"step": 4, "kind": "tr', "\0\0\0\0", '{"step": 4}\n', "[1]\n", '"', '{"step": 4, "kind": "train", "loss": "x"}\n']
+
+
+@pytest.mark.parametrize("torn", TORN)
 def test_a_torn_line_is_left_out_and_said(
     torn: str, tmp_path: Path, undrawn: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:

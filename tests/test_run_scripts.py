@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dataset_files import tsv_line
 
 from cn_clip import command, zoo
 from cn_clip.clip.model import CLIP
 from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.demo import emoji
 from cn_clip.training.params import Options
-from tests.dataset_files import tsv_line
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = str(ROOT / "cn_clip" / "training" / "main.py")

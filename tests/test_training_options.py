@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from in_process_runs import BATCH, NUM_PAIRS, RATE, TOWERS, build, checkpoint, emoji_split, run
+from training_runs import losses, train
 
 from cn_clip.clip import load_from_name
 from cn_clip.clip.low_rank import is_adapter
@@ -21,8 +23,6 @@ from cn_clip.training.main import build_model, synchronise_norms
 from cn_clip.training.params import Options
 from cn_clip.training.trainer import Trainer
 from cn_clip.zoo import model_config
-from tests.in_process_runs import BATCH, NUM_PAIRS, RATE, TOWERS, build, checkpoint, emoji_split, run
-from tests.training_runs import losses, train
 
 CPU = torch.device("cpu")
 NO_VALIDATION: dict[str, Any] = {"val_data": None}

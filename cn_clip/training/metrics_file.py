@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +29,14 @@ class MetricsFile:
     def is_open(self) -> bool:
         """Whether `append` may be called."""
         return self._stream is not None
+
+    def set_aside(self) -> None:
+        """Gives a file with something in it a name with the time of its last change."""
+        if not self.path.exists() or not self.path.stat().st_size:
+            return
+        changed = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime(self.path.stat().st_mtime))
+        with self._writing():
+            os.replace(self.path, self.path.with_name(f"{self.path.stem}_{changed}{self.path.suffix}"))
 
     def keep(self, wanted: Callable[[Record], bool]) -> list[Record]:
         """Leaves only the wanted records in the file, says what went, opens it for more; returns what stays."""
@@ -74,8 +84,13 @@ def _read(path: Path) -> tuple[list[Record], int]:
             record = json_object(line)
         except DataError:
             record = {}
-        if type(record.get("step")) is int and record.get("kind") in ("train", "valid"):
+        if type(record.get("step")) is int and record.get("kind") in ("train", "valid") and _are_numbers(record):
             records.append(record)
         else:
             num_torn += 1
     return records, num_torn
+
+
+def _are_numbers(record: Record) -> bool:
+    values = (value for name, value in record.items() if name != "kind")
+    return all(value is None or type(value) in (int, float) for value in values)

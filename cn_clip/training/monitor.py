@@ -36,8 +36,8 @@ class Monitor:
     train "loss", "lr", "chance_loss" (ln of the pairs contrasted; leave it out where guessing costs something else);
     valid "loss" and "{text_to_image,image_to_text}_{r1,r5,r10,mean_recall}", shares in [0, 1].
 
-    start_step: the steps done so far; what an earlier process wrote of later steps is dropped, and all of it when
-    this run begins at 0. tensorboard: also write events; raises MissingExtraError without the package.
+    start_step: the steps done so far; what an earlier process wrote of later steps is dropped. A run that begins at 0
+    gives the file of an earlier one of its name the name `metrics_{time}.jsonl`. tensorboard: also write events; raises MissingExtraError without the package.
     Raises CnClipError when the metrics cannot be written.
     """
 
@@ -47,7 +47,9 @@ class Monitor:
         self.folder = folder
         self._can_draw = True
         self._file = MetricsFile(folder / METRICS)
-        self._keep(lambda record: 0 < start_step >= record["step"])
+        if not start_step:
+            self._file.set_aside()
+        self._keep(lambda record: record["step"] <= start_step)
         self._events = _event_writer(folder / EVENTS, start_step) if tensorboard else None
 
     def __enter__(self) -> "Monitor":

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.jsonl import atomic_write
 
 LATEST, BEST = "epoch_latest.pt", "epoch_best.pt"
+_EPOCH_FILE = re.compile(r"epoch(\d+|_\d+_\d+)\.pt")  # a copy that a user gave another name is theirs
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def prune(checkpoint_dir: Path, keep: int | None) -> list[Path]:
 
 
 def _newest_first(checkpoint_dir: Path) -> list[Path]:
-    files = [path for path in checkpoint_dir.glob("epoch*.pt") if path.name not in (LATEST, BEST)]
+    files = [path for path in checkpoint_dir.glob("*.pt") if _EPOCH_FILE.fullmatch(path.name)]
     return sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
