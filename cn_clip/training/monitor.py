@@ -37,7 +37,8 @@ class Monitor:
     valid "loss" and "{text_to_image,image_to_text}_{r1,r5,r10,mean_recall}", shares in [0, 1].
 
     start_step: the steps done so far; what an earlier process wrote of later steps is dropped. A run that begins at 0
-    gives the file of an earlier one of its name the name `metrics_{time}.jsonl`. tensorboard: also write events; raises MissingExtraError without the package.
+    gives the file of an earlier one of its name the name `metrics_{time}.jsonl`. tensorboard: also write events; raises
+    MissingExtraError without the package.
     Raises CnClipError when the metrics cannot be written.
     """
 
