@@ -3,6 +3,7 @@
 import base64
 import gzip
 import io
+import itertools
 import json
 import logging
 import multiprocessing
@@ -11,6 +12,7 @@ import pickle
 import re
 import tarfile
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,14 +20,15 @@ import numpy as np
 import pytest
 import torch
 from dataset_files import jsonl_line, picture, run_script, tree, tsv_line, write_split
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
 from cn_clip.data.datasets import LmdbPairs, PairDataset, make_loader
 from cn_clip.data.lmdb_store import Pair, SplitWriter
-from cn_clip.data.shards import ShardPairs, expand_braces, is_shards, shard_paths, tar_members
+from cn_clip.data.shards import ShardPairs, expand_braces, is_shards, shard_paths
+from cn_clip.data.tars import tar_members
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.training.inputs import training_data
 from cn_clip.training.params import Options
@@ -78,6 +81,7 @@ def test_braces_expand_as_in_a_shell(text: str, expanded: list[str]) -> None:
     assert expand_braces(text) == expanded
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="{},.ab01", max_size=12))
 def test_braces_of_any_shape_expand_to_something(text: str) -> None:
     assert expand_braces(text)
@@ -115,6 +119,10 @@ def test_paths_that_cannot_be_are_refused(tmp_path: Path) -> None:
         shard_paths(f"{tmp_path}/0.tar.gz")
     with pytest.raises(ConfigError, match=r"names .*/0\.tar twice"):
         shard_paths(f"{tmp_path}/0.tar::{tmp_path}/0.tar")
+    (tmp_path / "link.tar").symlink_to("0.tar")
+    for again in (f"{tmp_path}/./0.tar", f"{tmp_path}/link.tar"):  # one file: each pair would come twice
+        with pytest.raises(ConfigError, match=r"names .*/0\.tar twice"):
+            shard_paths(f"{tmp_path}/0.tar::{again}")
     for value in ("https://a.b/{0..1}.tar", "pipe:cat 0.tar"):
         with pytest.raises(ConfigError, match="expected local tar files"):
             shard_paths(value)
@@ -123,6 +131,7 @@ def test_paths_that_cannot_be_are_refused(tmp_path: Path) -> None:
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=90)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(NAMES, st.binary(max_size=1100)), max_size=5),
     st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
@@ -133,6 +142,63 @@ def test_members_are_those_that_tarfile_finds(members: list[tuple[str, bytes]], 
         with tarfile.open(stream.name) as tar:
             theirs = [(info.name, info.offset_data, info.size) for info in tar]
         assert [tuple(member) for member in tar_members(stream.file, "x")] == theirs
+
+
+def header(kind: bytes, name: bytes, size: bytes) -> bytes:
+    """A tar header with any size field, right checksum."""
+    block = name.ljust(124, b"\0") + size.ljust(12, b"\0") + b" " * 20 + kind + b"\0" * 100 + b"ustar\x0000"
+    block = block.ljust(512, b"\0")
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def members_of(path: Path, data: bytes) -> list[tuple[str, int, int]]:
+    path.write_bytes(data + bytes(1024))
+    with open(path, "rb") as stream:
+        return [tuple(member) for member in itertools.islice(tar_members(stream, "x.tar"), 10)]
+
+
+@pytest.mark.parametrize("size", [b"-0000001000", b"+0000001000", b"0o1000", b"1_000", b"9"])
+def test_a_size_that_is_no_octal_number_is_refused(tmp_path: Path, size: bytes) -> None:
+    assert members_of(tmp_path / "0.tar", header(b"0", b"a.txt", b" 1 ") + bytes(512)) == [("a.txt", 512, 1)]
+    with pytest.raises(DataError, match=r"x\.tar: byte 0: expected the header of a tar member, .* is no octal number"):
+        members_of(tmp_path / "0.tar", header(b"0", b"a.txt", size))
+
+
+def extended(kind: bytes, data: bytes, *, size: bytes = b"0") -> bytes:
+    """An extended header, and a member of 0 bytes by its own header."""
+    padded = data + bytes(-len(data) % 512)
+    return header(kind, b"x", b"%o" % len(data)) + padded + header(b"0", b"a.txt", size)
+
+
+@pytest.mark.parametrize("kind", [b"L", b"x"])
+def test_an_extended_header_beyond_a_mebibyte_is_refused(tmp_path: Path, kind: bytes) -> None:
+    with pytest.raises(DataError, match="byte 512: an extended header of 1048577 bytes; expected at most 1048576"):
+        members_of(tmp_path / "0.tar", extended(kind, bytes(2**20 + 1)))
+
+
+@pytest.mark.parametrize(
+    "records", [b"9" * 5000 + b" path=a\n", b"00000016 path=a\n", b"9 path=a", b"2 ", b"x path=a\n", b"-1 a=b\n", b"0 "]
+)
+def test_a_damaged_extended_header_is_refused(tmp_path: Path, records: bytes) -> None:
+    with pytest.raises(DataError, match=r"x\.tar: byte 512: the extended header of a tar member is damaged"):
+        members_of(tmp_path / "0.tar", extended(b"x", records))
+
+
+def test_many_records_take_time_in_proportion(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    assert members_of(tmp_path / "0.tar", extended(b"x", b"4 =\n" * 2**18)) == [("a.txt", 2**20 + 1024, 0)]
+    assert time.monotonic() - begin < 5  # a copy of the rest for each record would be 128 GiB
+
+
+def test_a_size_in_an_extended_header_counts_as_tarfile_has_it(tmp_path: Path) -> None:
+    data = extended(b"x", b"12 size=600\n") + bytes(1024) + header(b"0", b"b.txt", b"0")
+    found = members_of(tmp_path / "0.tar", data)
+    assert found == [("a.txt", 1536, 600), ("b.txt", 3072, 0)]
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        assert [(info.name, info.offset_data, info.size) for info in tar] == found
+    for wrong in (b"11 size=-5\n", b"12 size=5_0\n"):
+        with pytest.raises(DataError, match="the extended header of a tar member is damaged"):
+            members_of(tmp_path / "0.tar", extended(b"x", wrong))
 
 
 def test_folders_and_links_are_no_members_and_ustar_prefixes_are_read(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ A sample is the members with the same name up to the first dot: a picture, and a
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -17,6 +17,7 @@ import numpy as np
 from cn_clip import ranks
 from cn_clip.data.datasets import SourcePair, logger
 from cn_clip.data.records import RecordId, canonical_id
+from cn_clip.data.tars import Member, compressed, read_at, tar_members
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.jsonl import parse_object
 
@@ -27,8 +28,6 @@ MAX_SHARDS = 1_000_000
 _ROLES = {**dict.fromkeys(PICTURE_SUFFIXES, "picture"), "txt": "text", "json": "record"}
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
-_COMPRESSED_BEGIN = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-_BLOCK = 512
 _SCAN_THREADS = 4
 _MAX_OPEN_FILES = 8
 _MAX_FAULTS_SHOWN = 20
@@ -43,7 +42,7 @@ def is_shards(value: str) -> bool:
 def shard_paths(value: str) -> list[str]:
     """The files of `a/{000..099}.tar`, `{a,b}.tar`, `a/*.tar`, `a.tar` or several of these joined by `::`, in order.
 
-    Raises DataError for a file that does not exist or is compressed, ConfigError for one named twice.
+    Raises DataError for a file that does not exist or is compressed, ConfigError for one named twice by any names.
     """
     if "://" in value or value.startswith("pipe:"):
         raise ConfigError(f"{value}: expected local tar files; copy them to a disk, or mount their store")
@@ -51,15 +50,12 @@ def shard_paths(value: str) -> list[str]:
     paths = [path for pattern in patterns for path in _existing(pattern)]
     for path in paths:
         if path.lower().endswith(_COMPRESSED):
-            raise _compressed(path)
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
+            raise compressed(path)
+    files = Counter(map(os.path.realpath, paths))
+    twice = next((file for file, count in files.items() if count > 1), None)
+    if twice is not None:
         raise ConfigError(f"{value}: names {twice} twice; expected each shard once")
     return paths
-
-
-def _compressed(path: str) -> DataError:
-    return DataError(f"{path}: is compressed, so samples in it cannot be read by their places; unpack it to a .tar")
 
 
 def _existing(pattern: str) -> list[str]:
@@ -120,91 +116,8 @@ def _split_outside_braces(text: str) -> list[str]:
     return parts
 
 
-class Member(NamedTuple):
-    """A regular file in a tar: its name, and where its bytes are."""
-
-    name: str
-    offset: int
-    size: int
-
-
 _PARTS = ("picture", "text", "record")
 _ABSENT = Member("", -1, 0)
-
-
-def tar_members(stream: BinaryIO, path: str) -> Iterator[Member]:
-    """The regular files of a tar in order; reads headers alone.
-
-    Raises DataError at a damaged header, at a member cut short, and where the end mark is missing.
-    """
-    num_bytes, offset = os.fstat(stream.fileno()).st_size, 0
-    renamed: str | None = None
-    if _read_at(stream, 0, 6).startswith(_COMPRESSED_BEGIN):
-        raise _compressed(path)
-    while True:
-        header = _read_at(stream, offset, _BLOCK)
-        if len(header) < _BLOCK:
-            raise DataError(f"{path}: cut short at byte {num_bytes}, the end mark is missing; copy or write it again")
-        if not any(header):
-            return
-        kind, name, size = _parse_header(header, f"{path}: byte {offset}")
-        offset += _BLOCK
-        if offset + size > num_bytes:
-            what = f"member {renamed or name!r} has {num_bytes - offset} of {size} bytes"
-            raise DataError(f"{path}: cut short, {what}; copy or write it again")
-        if kind in b"Lx":  # the name of the next member, in GNU's and in POSIX's way
-            renamed = _long_name(kind, _read_at(stream, offset, size), f"{path}: byte {offset}") or renamed
-        elif kind in b"07\0":
-            yield Member(renamed or name, offset, size)
-        if kind not in b"LKxg":
-            renamed = None
-        offset += -(-size // _BLOCK) * _BLOCK
-
-
-def _read_at(stream: BinaryIO, offset: int, size: int) -> bytes:
-    stream.seek(offset)
-    return stream.read(size)
-
-
-def _parse_header(header: bytes, where: str) -> tuple[bytes, str, int]:
-    """(kind, name, size) of a member; links, folders and devices have no bytes."""
-    try:
-        if sum(header[:148]) + 8 * ord(" ") + sum(header[156:]) != _number(header[148:156]):
-            raise ValueError("its checksum is wrong")
-        kind, size = header[156:157], _number(header[124:136])
-    except ValueError as error:
-        raise DataError(f"{where}: expected the header of a tar member, {error}; write it again") from error
-    name = _text(header[:100])
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = f"{_text(header[345:500])}/{name}"
-    return kind, name, 0 if kind in b"123456" else size
-
-
-def _number(field: bytes) -> int:
-    if field[0] & 0x80:  # GNU's base 256, for files of 8 GiB and more
-        return int.from_bytes(field[1:], "big")
-    return int(field.split(b"\0")[0].strip() or b"0", 8)
-
-
-def _text(field: bytes) -> str:
-    return field.split(b"\0")[0].decode("utf-8", "backslashreplace")
-
-
-def _long_name(kind: bytes, data: bytes, where: str) -> str | None:
-    return _text(data) if kind == b"L" else _pax_records(data, where).get("path")
-
-
-def _pax_records(data: bytes, where: str) -> dict[str, str]:
-    """Records `LENGTH KEY=VALUE` and a line end, where LENGTH counts the whole record; values may hold line ends."""
-    records: dict[str, str] = {}
-    while data:
-        length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not len(length) + 2 <= int(length) <= len(data):
-            raise DataError(f"{where}: the extended header of a tar member is damaged; write the file again")
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        records[_text(key)] = value.decode("utf-8", "backslashreplace")
-        data = data[int(length) :]
-    return records
 
 
 class _Scan(NamedTuple):
@@ -356,7 +269,7 @@ class _OpenFiles:
     def read(self, path: str, offset: int, size: int, where: str) -> bytes:
         """Raises DataError that starts with `where` when the bytes are not there any more."""
         try:
-            data = _read_at(self._open(path), offset, size)
+            data = read_at(self._open(path), offset, size)
         except OSError as error:
             raise DataError(f"{where}: cannot be read ({error.strerror})") from error
         if len(data) < size:
