@@ -235,6 +235,41 @@ def test_the_folder_of_a_living_run_is_left_alone(tmp_path: Path) -> None:
     assert living.is_dir()
 
 
+def test_a_file_is_never_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("thesis")
+    with (
+        pytest.raises(DataError, match=r"precious\.txt: exists and is no folder"),
+        staged_folder(tmp_path / "precious.txt"),
+    ):
+        pytest.fail("work began")
+    assert tree(tmp_path) == {"precious.txt": b"thesis"}
+
+
+def test_the_folder_a_command_runs_in_is_not_replaced_and_other_relative_names_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    with pytest.raises(DataError, match=r"^\.: is the folder this command runs in"), staged_folder(Path(".")):
+        pytest.fail("work began")
+    monkeypatch.chdir(tmp_path)
+    for name in ("in", "in/../in", "./new"):
+        with staged_folder(Path(name)) as folder:
+            (folder / "file").write_text(name)
+    assert tree(tmp_path) == {"in/file": b"in/../in", "new/file": b"./new"}
+
+
+def test_a_link_to_a_folder_stays_and_its_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "old").write_text("old")
+    (tmp_path / "link").symlink_to("disk")
+    with staged_folder(tmp_path / "link") as folder:
+        (folder / "new").write_text("new")
+    assert tree(tmp_path / "disk") == {"new": b"new"}
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link"]
+
+
 def test_missing_inputs_are_named_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere: the data_dir does not exist"):
         run(Options(str(tmp_path / "nowhere"), "train"))

@@ -17,6 +17,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
     What a killed run leaves is removed by the next one for the same target. Raises DataError when it cannot be made.
     """
+    target = target.absolute()  # "." has no name to put a folder beside
     folder = _hidden(target, "building")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -34,20 +35,32 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 def staged_folder(target: Path) -> Iterator[Path]:
     """Yields an empty folder beside `target`; on success it takes the place of `target`, on error it is removed.
 
-    A run that is killed leaves `target` as it was. Raises DataError when the folders cannot be written.
+    A run that is killed leaves `target` as it was; a link stays, and the folder it names is replaced. Raises DataError
+    when the folders cannot be written, and for a target that is a file or the folder the command runs in.
     """
-    retired = _hidden(target, "replaced")
-    with scratch_folder(target) as folder:
+    place = _replaceable(target)
+    retired = _hidden(place, "replaced")
+    with scratch_folder(place) as folder:
         yield folder
         try:
-            if target.exists():
-                os.replace(target, retired)
-            os.replace(folder, target)
+            if place.exists():
+                os.replace(place, retired)
+            os.replace(folder, place)
         except BaseException:
-            if retired.exists() and not target.exists():
-                os.replace(retired, target)
+            if retired.exists() and not place.exists():
+                os.replace(retired, place)
             raise
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def _replaceable(target: Path) -> Path:
+    """The absolute path of `target`, links followed."""
+    place = Path(os.path.realpath(target))
+    if place.exists() and not place.is_dir():
+        raise DataError(f"{target}: exists and is no folder; choose another name for the folder")
+    if place in (Path.cwd(), Path(place.anchor)):  # a shell would go on in the folder that was taken away
+        raise DataError(f"{target}: is the folder this command runs in, or the root; choose a folder inside it")
+    return place
 
 
 def _hidden(target: Path, role: str) -> Path:
