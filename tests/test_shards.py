@@ -30,6 +30,7 @@ from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.data.shards import ShardPairs, expand_braces, is_shards, shard_paths
 from cn_clip.data.tars import tar_members
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.preprocess import write_shards
 from cn_clip.training.inputs import training_data
 from cn_clip.training.params import Options
 from cn_clip.training.sampling import EpochNumbers, ShardSampler
@@ -476,6 +477,41 @@ def test_a_picture_that_no_tool_opens_stops_the_command_naming_it(tmp_path: Path
     assert result.returncode == 1
     assert "imgs: image id 5: the picture of 13 bytes does not decode" in result.stderr
     assert os.listdir(tmp_path) == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        (Pair(5, "t7", "红\ud83d色"), "text id 't7': its text is not valid Unicode"),
+        (Pair(5, 8, " \n"), "text id 8: its text is empty"),
+    ],
+)
+def test_a_text_that_training_would_refuse_stops_the_command_naming_it(tmp_path: Path, pair: Pair, said: str) -> None:
+    with SplitWriter(tmp_path / "train") as writer:
+        writer.put_image(5, base64.b64encode(picture()))
+        writer.put_pair(Pair(5, 1, "图"))
+        writer.put_pair(pair)
+    result = run_script("preprocess/write_shards.py", "--lmdb", tmp_path / "train", "--output", tmp_path / "out")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert f"pairs: {said}" in result.stderr
+    assert os.listdir(tmp_path) == ["train"]
+
+
+def test_a_file_in_the_place_of_the_shards_is_kept(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"precious")
+    flags = ("--data_dir", dataset, "--output", tmp_path / "out", "--overwrite")
+    result = run_script("preprocess/write_shards.py", *flags)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert tree(tmp_path) == {"out": b"precious"}
+
+
+def test_progress_of_writing_shards_moves_with_each_pair(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr("tqdm.tqdm.update", lambda self, n=1: steps.append(n))
+    write_shards.run(write_shards.Options(str(tmp_path / "out"), str(dataset), num_shards=2))
+    assert steps == [1] * 24
 
 
 TINY = ["--vision-model=ViT-Tiny-64", "--text-model=BERT-Tiny-chinese", "--num-threads=1", "--device=cpu"]

@@ -3,7 +3,7 @@
 python cn_clip/preprocess/write_shards.py --data_dir ${DATAPATH}/datasets/MUGE --split train --output shards/
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,23 +105,38 @@ def _write(folder: Path, images: "ImageStore", pairs: "PairStore", shards: list[
     with tqdm(desc="writing shards", total=len(pairs), unit=" pairs", disable=None) as progress:
         for shard, numbers in enumerate(shards):
             with atomic_write(folder / f"{shard:06d}.tar", "wb") as stream:
-                _write_shard(stream, images, (pairs[number] for number in numbers), shard)
-            progress.update(len(numbers))
+                _write_shard(stream, images, _chosen(pairs, numbers, progress.update), shard)
     with atomic_write(folder / SIZES_FILE) as stream:
         json.dump({f"{shard:06d}.tar": len(numbers) for shard, numbers in enumerate(shards)}, stream)
 
 
-def _write_shard(stream: Any, images: "ImageStore", pairs: "Iterator[Pair]", shard: int) -> None:
+def _chosen(pairs: "PairStore", numbers: list[int], advance: Callable[[], object]) -> "Iterator[tuple[Pair, bytes]]":
+    """Pairs and their texts in UTF-8; raises DataError for a text that training would refuse."""
+    for number in numbers:
+        pair = pairs[number]
+        where = f"{pairs.folder}: text id {pair.text_id!r}"
+        if not pair.text.strip():
+            raise DataError(f"{where}: its text is empty; leave it out, or give it one, and build the dataset again")
+        try:
+            text = pair.text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            found = f"{pair.text[error.start]!r} at character {error.start}"
+            raise DataError(f"{where}: its text is not valid Unicode ({found}); correct it and build again") from error
+        yield pair, text
+        advance()
+
+
+def _write_shard(stream: Any, images: "ImageStore", pairs: "Iterator[tuple[Pair, bytes]]", shard: int) -> None:
     import json
     import tarfile
 
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, pair in enumerate(pairs):
+        for number, (pair, text) in enumerate(pairs):
             ids = {"image_id": pair.image_id, "text_id": pair.text_id}
             data = images.picture(pair.image_id)
             members = {
                 _suffix(data, f"{images.folder}: image id {pair.image_id!r}"): data,
-                "txt": pair.text.encode("utf-8"),
+                "txt": text,
                 "json": json.dumps(ids, ensure_ascii=False).encode("utf-8"),
             }
             for suffix, content in members.items():
