@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cn_clip import cli, zoo
 from cn_clip.checkpoints.average import mean
-from cn_clip.checkpoints.weights import tower_names
+from cn_clip.checkpoints.weights import num_bytes, tower_names
 from cn_clip.clip.checkpoint import Checkpoint, read_checkpoint
 from cn_clip.clip.loading import load_from_name
 from cn_clip.clip.model import CLIP
@@ -89,6 +89,22 @@ def test_info_names_the_towers_and_the_share_of_the_optimizer(
     assert "有 / yes, 1.6 MiB (65%)" in trained
 
 
+def test_info_counts_an_optimizer_of_any_depth_each_part_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state: dict[str, Any] = {"moment": torch.ones(4), "again": [], "many": [torch.ones(2)]}
+    state["again"] += [state, state["again"]]
+    for _ in range(40):  # counted each time it is met, it would be counted 2^40 times
+        state["many"] = [state["many"]] * 2
+    path = training_file(tmp_path / "run.pt", tiny_model(), optimizer=state, name=["no", "name"])
+    found = call(capsys, "info", path)
+    assert (found["optimizer_bytes"], found["name"]) == (24, None)
+    deep: list[Any] = [torch.ones(3)]
+    for _ in range(10_000):
+        deep = [deep]
+    assert num_bytes(deep) == 12
+
+
 @pytest.mark.parametrize("vision", zoo.VISION_MODELS)
 def test_every_picture_tower_is_known_by_its_shape(vision: str) -> None:
     assert tower_names(zoo.model_config(vision, "RBT3-chinese")) == (vision, "RBT3-chinese")
@@ -134,6 +150,15 @@ def test_strip_keeps_the_weights_bit_for_bit_and_nothing_else(
     assert list(small["state_dict"]) == list(before["state_dict"])
     assert all(torch.equal(value, small["state_dict"][name]) for name, value in before["state_dict"].items())
     assert result["bytes"] == (tmp_path / "small.pt").stat().st_size < 0.4 * result["bytes_before"]
+
+
+def test_strip_and_info_count_all_files_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    torch.save(dict(tiny_model().state_dict()), tmp_path / "folder" / "pytorch_model.bin")
+    (tmp_path / "folder" / "notes.txt").write_bytes(b"seven b")
+    result = call(capsys, "strip", tmp_path / "folder", "--output", tmp_path / "small.pt")
+    expected = (tmp_path / "folder" / "pytorch_model.bin").stat().st_size + 7
+    assert result["bytes_before"] == expected == call(capsys, "info", tmp_path / "folder")["bytes"]
 
 
 def test_strip_merges_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,8 +251,11 @@ def test_a_mean_of_different_models_is_refused_naming_the_tensor(other: dict[str
 def test_average_writes_a_checkpoint_of_the_last_ones_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = [tiny_model("resnet", seed=seed) for seed in (0, 1)]
     files = [training_file(tmp_path / f"{n}.pt", model, epoch=n, name=f"n{n}") for n, model in enumerate(models)]
-    result = call(capsys, "average", *files, "--output", tmp_path / "mean.pt")
+    cli.main(["checkpoint", "average", *map(str, files), "--output", str(tmp_path / "mean.pt"), "--json"])
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
     assert result["files"] == list(map(str, files))
+    assert printed.err == ""  # no progress bar into a file
     merged = read_checkpoint(tmp_path / "mean.pt")
     assert (merged.epoch, merged.extra) == (1, {"name": "n1"})
     first, second = (model.visual.bn1.running_var for model in (read(path) for path in files))
@@ -295,6 +323,8 @@ def test_the_file_that_is_read_is_never_overwritten(
     [
         (["info", "bad.pt"], "bad.pt: not a PyTorch checkpoint"),
         (["info", "torn.pt"], "torn.pt: not a PyTorch checkpoint, or damaged"),
+        (["export", "vast.pt", "--output", "x.safetensors"], "vast.pt: a holds fewer values than its shape"),
+        (["export", "complex.pt", "--output", "x.safetensors"], "x.safetensors: cannot be written (torch.complex128)"),
         (["strip", "missing.pt", "--output", "x.pt"], "missing.pt: no such file"),
         (["average", "run.pt", "bad.pt", "--output", "x.pt"], "bad.pt: not a PyTorch checkpoint"),
         (["average", "run.pt", "--output", "x.pt"], "expected two or more checkpoints, got 1"),
@@ -311,6 +341,8 @@ def test_what_cannot_be_done_is_told_in_one_line_and_leaves_no_file(
     training_file(Path("run.pt"), tiny_model())
     Path("bad.pt").write_bytes(b"no checkpoint")
     Path("torn.pt").write_bytes(Path("run.pt").read_bytes()[:5000])
+    torch.save({"state_dict": {"a": torch.ones(1).expand(10**6, 10**6)}}, "vast.pt")
+    torch.save({"state_dict": {"a": torch.ones(1, dtype=torch.complex128)}}, "complex.pt")
     before = tree(tmp_path)
     assert reason in refusal(capsys, *args)
     assert tree(tmp_path) == before

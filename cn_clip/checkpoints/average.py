@@ -63,7 +63,7 @@ def mean(checkpoints: "Sequence[Checkpoint]") -> "dict[str, Tensor]":
     last = others[-1].state_dict
     sums = {name: value.double() for name, value in first.state_dict.items() if value.is_floating_point()}
     types = {name: first.state_dict[name].dtype for name in sums}
-    for other in tqdm(others, unit="file"):
+    for other in tqdm(others, unit="file", disable=None):
         check_same_tensors(first, other)
         for name, total in sums.items():
             total += other.state_dict[name]

@@ -37,27 +37,26 @@ def run(options: Options) -> None:
 
 def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     """All that `info` tells, ready for JSON; sizes in bytes, types with the number of tensors."""
-    from cn_clip.checkpoints.weights import num_bytes, num_parameters, type_name
+    from cn_clip.checkpoints.weights import file_bytes, num_bytes, num_parameters, type_name
     from cn_clip.clip.low_rank import is_adapter
 
     adapters = {name: value for name, value in checkpoint.state_dict.items() if is_adapter(name)}
     weights = {name: value for name, value in checkpoint.state_dict.items() if name not in adapters}
     types = Counter(type_name(value.dtype) for value in weights.values())
-    path = checkpoint.path
-    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    name = checkpoint.extra.get("name")
     return {
-        "file": str(path),
+        "file": str(checkpoint.path),
         **_architecture(checkpoint),
         "num_params": num_parameters(weights),
         "num_lora_params": num_parameters(adapters),
         "dtypes": dict(types.most_common()),
-        "name": checkpoint.extra.get("name"),
+        "name": name if isinstance(name, str) else None,
         "epoch": checkpoint.epoch,
         "step": checkpoint.step,
         "optimizer": checkpoint.optimizer is not None,
         "resume": "resume" in checkpoint.extra,
         "lora": checkpoint.lora.entry() if checkpoint.lora else None,
-        "bytes": sum(file.stat().st_size for file in files),
+        "bytes": file_bytes(checkpoint.path),
         "weight_bytes": num_bytes(checkpoint.state_dict),
         "optimizer_bytes": num_bytes(checkpoint.optimizer),
     }

@@ -33,9 +33,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Writes the file; raises CheckpointError when the checkpoint cannot be read."""
-    import os
-
-    from cn_clip.checkpoints.weights import in_precision
+    from cn_clip.checkpoints.weights import file_bytes, in_precision
     from cn_clip.clip.checkpoint import SIGMOID_BIAS, read_checkpoint
     from cn_clip.clip.weight_files import refuse_inputs, write_checkpoint
 
@@ -47,7 +45,7 @@ def run(options: Options) -> None:
     # Chinese-CLIP refuses a tensor it does not know; similarity does not need this one.
     kept = {name: value for name, value in tensors.items() if name != SIGMOID_BIAS}
     write_checkpoint(options.output, kept, checkpoint)
-    sizes = {"bytes_before": os.path.getsize(options.file), "bytes": os.path.getsize(options.output)}
+    sizes = {"bytes_before": file_bytes(options.file), "bytes": file_bytes(options.output)}
     before, after = (size / 2**20 for size in sizes.values())
     say(f"{options.file} ({before:.1f} MiB) -> {options.output} ({after:.1f} MiB), {len(kept)} tensors")
     say.result({"file": options.file, "output": options.output, "num_tensors": len(kept), **sizes})

@@ -1,6 +1,7 @@
 """What the commands on weight files share: the weights in a type, and the names of the towers they belong to."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -59,12 +60,25 @@ def num_parameters(tensors: dict[str, Tensor]) -> int:
 
 
 def num_bytes(content: object) -> int:
-    """Bytes of all tensors in a nested structure."""
-    if isinstance(content, Tensor):
-        return content.numel() * content.element_size()
-    if isinstance(content, dict):
-        return sum(map(num_bytes, content.values()))
-    return sum(map(num_bytes, content)) if isinstance(content, list | tuple) else 0
+    """Bytes of all tensors in a nested structure of any depth; what stands in it several times counts once."""
+    total, seen, waiting = 0, set(), [content]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:  # a file from elsewhere may hold a list that holds itself
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            total += item.numel() * item.element_size()
+        elif isinstance(item, dict | list | tuple):
+            waiting += item.values() if isinstance(item, dict) else item
+    return total
+
+
+def file_bytes(path: str | Path) -> int:
+    """Size of a weight file, or of all files in a folder."""
+    path = Path(path)
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def type_name(dtype: torch.dtype) -> str:

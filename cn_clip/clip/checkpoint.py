@@ -3,10 +3,7 @@
 # S tokens of a position embedding (class token + grid), D width
 
 import math
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cn_clip.clip import hf, low_rank, torchscript
+from cn_clip.clip.file_formats import first_sentence, is_torchscript, only_tensors, read_content
 from cn_clip.errors import CheckpointError
 from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, TextConfig, VisionConfig, text_config, vision_config
 
@@ -55,20 +53,20 @@ def read_checkpoint(path: str | Path, *, merge_lora: bool = True) -> Checkpoint:
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
-    content = _read_any(path)
+    content = read_content(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
     if isinstance(content.get("state_dict"), Mapping):
         checkpoint = _read_training(content, path)
         return _merged(checkpoint) if merge_lora else checkpoint
-    tensors = _only_tensors(content, path)
+    tensors = only_tensors(content, path)
     return Checkpoint(path, _named(tensors, path), config=_neighbouring_config(tensors, path.parent))
 
 
 def _read_folder(folder: Path) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     for file in hf.weight_files(folder):
-        tensors |= _only_tensors(_read_any(file), file)
+        tensors |= only_tensors(read_content(file), file)
     return Checkpoint(folder, _named(tensors, folder), config=_neighbouring_config(tensors, folder))
 
 
@@ -79,7 +77,7 @@ def _neighbouring_config(tensors: Mapping[str, Tensor], folder: Path) -> ModelCo
 
 def _read_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
     rest = {key: value for key, value in content.items() if key != "state_dict"}
-    tensors = _named(_only_tensors(content["state_dict"], path), path)
+    tensors = _named(only_tensors(content["state_dict"], path), path)
     counts = {name: rest.pop(name, 0) for name in ("epoch", "step")}
     optimizer = rest.pop("optimizer", None)
     for name, value in counts.items():
@@ -115,90 +113,16 @@ def _named(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: the tensor {error.args[0]} is missing") from error
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: the attention weights are not of one model ({_first_sentence(error)})"
+            f"{path}: the attention weights are not of one model ({first_sentence(error)})"
         ) from error
 
 
 def read_openai_archive(path: str | Path) -> dict[str, Tensor]:
     """The flat state dict of an OpenAI CLIP archive (TorchScript), read without running its code."""
     path = Path(path)
-    if not _is_torchscript(path):
+    if not is_torchscript(path):
         raise CheckpointError(f"{path}: not a TorchScript archive; expected a file as OpenAI publishes it")
     return torchscript.read_state_dict(path)
-
-
-# --- file formats -----------------------------------------------------------------------------------------------------
-
-
-def _read_any(path: Path) -> Any:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give the path of a checkpoint or a model's name")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if _is_torchscript(path):
-        return torchscript.read_state_dict(path)
-    return _torch_load(path)
-
-
-def _only_tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    items = content.items() if isinstance(content, Mapping) else ()
-    tensors = {str(key): value for key, value in items if isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors; expected a checkpoint with a `state_dict`")
-    return tensors
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
-
-
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except Exception:  # not a zip file, or a damaged one: torch.load will say so
-        return False
-
-
-def _torch_load(path: Path) -> Any:
-    try:
-        with open(path, "rb") as stream:
-            is_zip = stream.read(4) == b"PK\x03\x04"
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_scalar_globals()):
-            # Warnings are about pickles that are then refused, or read all the same.
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: {_refusal(str(error))}") from error
-    except Exception as error:  # whatever a damaged pickle makes its reader stumble over
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or damaged ({_first_sentence(error)})") from error
-
-
-def _first_sentence(error: Exception) -> str:
-    return re.split(r"\.?\n|\. |\.$", str(error), maxsplit=1)[0] or type(error).__name__
-
-
-def _refusal(message: str) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", message)
-    if found:
-        return f"refused, because loading it would run code ({found[1]}); expected tensors and plain values only"
-    return "not a PyTorch checkpoint; expected a file written by torch.save"
-
-
-def _numpy_scalar_globals() -> list[Any]:
-    """Optimizer states of Chinese-CLIP hold the learning rate as a numpy float: data, not code."""
-    import numpy as np
-
-    scalar = np.float64(0).__reduce__()[0]
-    dtypes = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)]
-    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
-    return [np.dtype, *dtypes, *[(scalar, name) for name in names]]
 
 
 # --- key spellings ----------------------------------------------------------------------------------------------------

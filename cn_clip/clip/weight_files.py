@@ -1,9 +1,9 @@
 """Writes weights without the rest of a training checkpoint, whole or not at all; for commands that make such files."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -27,16 +27,19 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
     """A `.safetensors` under the names of this package; raises as `write_checkpoint`."""
     from safetensors.torch import save
 
-    # Tensors that share memory, as the parts of a fused weight do, are refused by the format.
-    apart = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    _write(Path(path), lambda stream: stream.write(save(apart, dict(metadata))))
+    def write(stream: IO[bytes]) -> None:
+        # Tensors that share memory, as the parts of a fused weight do, are refused by the format.
+        apart = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+        stream.write(save(apart, dict(metadata)))
+
+    _write(Path(path), write)
 
 
-def _write(path: Path, write: Any) -> None:
+def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     try:
         with atomic_write(path, "wb") as stream:
             write(stream)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, KeyError) as error:  # KeyError: a type that safetensors does not know
         raise CheckpointError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
 
 

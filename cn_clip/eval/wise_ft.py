@@ -171,7 +171,7 @@ def evaluate(options: Options, model: "CLIP", zeroshot: "Checkpoint", finetuned:
     pictures = ImageDataset(f"{options.val_data}/{IMAGES}", image_transform(model.resolution))
     split = read_split(PairStore(f"{options.val_data}/{PAIRS}"), pictures.ids)
     points, alphas = [], options.line()
-    with tqdm(total=len(alphas) * len(pictures), unit="picture") as bar:
+    with tqdm(total=len(alphas) * len(pictures), unit="picture", disable=None) as bar:
         for alpha in alphas:
             model.load_state_dict(interpolate(zeroshot.state_dict, finetuned.state_dict, alpha), assign=True)
             backend = TorchBackend(model, device=device, precision=precision)
