@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cn_clip.errors import DataError
-from cn_clip.retrieval.recall import Recall, recall_at_k, recall_from_features
+from cn_clip.retrieval.recall import Recall, RecallBothWays, recall_at_k, recall_from_features
 
 # Similarity of 4 pictures (rows) to 8 texts (columns).
 SIMILARITY = np.array(
@@ -52,6 +52,22 @@ def test_the_line_is_in_percent_and_the_mean_over_k() -> None:
     assert recall.mean == (0.712 + 0.905 + 0.953) / 3.0
 
 
+def test_both_ways_have_one_mean_and_a_name_for_each_value() -> None:
+    found = RecallBothWays(Recall({1: 0.25, 5: 0.5, 10: 0.75}), Recall({1: 0.5, 5: 0.75, 10: 1.0}))
+    assert found.mean == 0.625
+    assert found.values() == {
+        "text_to_image_r1": 0.25,
+        "text_to_image_r5": 0.5,
+        "text_to_image_r10": 0.75,
+        "text_to_image_mean_recall": 0.5,
+        "image_to_text_r1": 0.5,
+        "image_to_text_r5": 0.75,
+        "image_to_text_r10": 1.0,
+        "image_to_text_mean_recall": 0.75,
+    }
+
+
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 97), min_size=3, max_size=3))
 def test_the_mean_rounds_as_a_plain_sum_on_every_python(hits: list[int]) -> None:
     r1, r5, r10 = (count * 1.0 / 97 for count in hits)

@@ -105,7 +105,8 @@ def test_the_table_marks_the_best_mean_of_both_directions() -> None:
         return Point(alpha, RecallBothWays(text, image))
 
     points = [point(0, 0.1, 0.2, 0.3, 0.2, 0.3, 0.4), point(0.5, 0.4, 0.5, 0.6, 0.1, 0.2, 0.3)]
-    assert [one.mean for one in points] == pytest.approx([0.25, 0.35])
+    assert [one.recall.mean for one in points] == pytest.approx([0.25, 0.35])
+    assert points[0].values() == {"alpha": 0, **points[0].recall.values(), "mean_recall": points[0].recall.mean}
     lines = [line.split() for line in table(points, points[1])]
     assert lines[1] == ["0", "10.00", "20.00", "30.00", "20.00", "30.00", "40.00", "25.00"]
     assert lines[2] == ["0.5", "40.00", "50.00", "60.00", "10.00", "20.00", "30.00", "35.00", "最佳", "/", "best"]

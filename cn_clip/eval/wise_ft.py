@@ -93,19 +93,9 @@ class Point:
     alpha: float
     recall: "RecallBothWays"
 
-    @property
-    def mean(self) -> float:
-        """The mean of both directions over k, as validation in training has it."""
-        return (self.recall.text_to_image.mean + self.recall.image_to_text.mean) / 2
-
     def values(self) -> dict[str, float]:
-        """One name each, for JSON."""
-        values = {"alpha": self.alpha}
-        for name in ("text_to_image", "image_to_text"):
-            recall = getattr(self.recall, name)
-            values |= {f"{name}_r{k}": share for k, share in recall.at.items()}
-            values[f"{name}_mean_recall"] = recall.mean
-        return {**values, "mean_recall": self.mean}
+        """One name each, for JSON; `mean_recall` is that of both directions."""
+        return {"alpha": self.alpha, **self.recall.values(), "mean_recall": self.recall.mean}
 
 
 def run(options: Options) -> None:
@@ -117,7 +107,8 @@ def run(options: Options) -> None:
         refuse_inputs(options.output, [options.zeroshot or "", options.finetuned or ""])
     zeroshot, finetuned, model = open_both(options)
     points = [] if options.val_data is None else evaluate(options, model, zeroshot, finetuned)
-    best = max(points, key=lambda point: point.mean, default=None)  # of equals the nearest to the zero-shot model
+    # Of equals the nearest to the zero-shot model.
+    best = max(points, key=lambda point: point.recall.mean, default=None)
     if best is not None:
         say("\n".join(table(points, best)))
     chosen = options.alpha if best is None or options.alpha is not None else best.alpha
@@ -202,7 +193,7 @@ def table(points: Sequence[Point], best: Point) -> list[str]:
     head = ["alpha", *(f"文→图 R@{k}" for k in ks), *(f"图→文 R@{k}" for k in ks), "平均 / mean", ""]
     rows = [head]
     for point in points:
-        shares = [*point.recall.text_to_image.at.values(), *point.recall.image_to_text.at.values(), point.mean]
+        shares = [*point.recall.text_to_image.at.values(), *point.recall.image_to_text.at.values(), point.recall.mean]
         mark = "最佳 / best" if point is best else ""
         rows.append([f"{point.alpha:g}", *(f"{100 * share:.2f}" for share in shares), mark])
     return columns.align(rows, right=frozenset(range(len(head) - 1)))

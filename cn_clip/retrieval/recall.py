@@ -44,6 +44,19 @@ class RecallBothWays(NamedTuple):
     text_to_image: Recall
     image_to_text: Recall
 
+    @property
+    def mean(self) -> float:
+        """The mean of both directions over k."""
+        return (self.text_to_image.mean + self.image_to_text.mean) / 2
+
+    def values(self) -> dict[str, float]:
+        """One name each, for JSON: `text_to_image_r1`, ..., `text_to_image_mean_recall`, and so the other way."""
+        values: dict[str, float] = {}
+        for name, recall in self._asdict().items():
+            values |= {f"{name}_r{k}": share for k, share in recall.at.items()}
+            values[f"{name}_mean_recall"] = recall.mean
+        return values
+
 
 def recall_at_k(
     ranked_ids: Sequence[Sequence[Hashable]], relevant_ids: Sequence[Collection[Hashable]], *, ks: Sequence[int] = KS

@@ -15,7 +15,7 @@ from cn_clip import ranks
 from cn_clip.clip import tokenizer
 from cn_clip.clip.model import CLIP
 from cn_clip.data.splits import Split
-from cn_clip.retrieval.recall import Recall, recall_from_features
+from cn_clip.retrieval.recall import Recall, RecallBothWays, recall_from_features
 from cn_clip.training.distributed import from_first, gather_shares, own_share
 from cn_clip.training.loss import Pairs, contrastive_scores
 from cn_clip.training.sampling import EpochSampler
@@ -32,18 +32,19 @@ class Validation:
     image_to_text: Recall
 
     @property
+    def recall(self) -> RecallBothWays:
+        """Both directions as one."""
+        return RecallBothWays(self.text_to_image, self.image_to_text)
+
+    @property
     def mean_recall(self) -> float:
         """The mean of both directions over k: what the best checkpoint is chosen by."""
-        return (self.text_to_image.mean + self.image_to_text.mean) / 2
+        return self.recall.mean
 
     def values(self) -> dict[str, float]:
         """All of it under one name each, recalls in [0, 1]."""
-        values = {"loss": self.loss}
-        values |= {"image_to_text_acc": self.image_to_text_acc, "text_to_image_acc": self.text_to_image_acc}
-        for name, recall in (("text_to_image", self.text_to_image), ("image_to_text", self.image_to_text)):
-            values |= {f"{name}_r{k}": share for k, share in recall.at.items()}
-            values[f"{name}_mean_recall"] = recall.mean
-        return values
+        accuracies = {"image_to_text_acc": self.image_to_text_acc, "text_to_image_acc": self.text_to_image_acc}
+        return {"loss": self.loss, **accuracies, **self.recall.values()}
 
 
 @torch.no_grad()
