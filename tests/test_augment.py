@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from dataset_files import picture
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -148,6 +148,7 @@ def test_operations_are_applied_in_order_with_their_probabilities(monkeypatch: p
     assert seen == [(55, 55, 55), (55, 55, 55), (200, 200, 200)]  # inverted first, 55 is below the threshold
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers())
 def test_a_crop_lies_inside_and_keeps_area_and_shape(width: int, height: int, seed: int) -> None:
     left, upper, right, lower = crop_box(width, height, random.Random(seed))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cn_clip.errors import ConfigError
@@ -43,7 +43,7 @@ class Setting:
 
 
 @st.composite
-def settings(draw: st.DrawFn) -> Setting:
+def sampler_settings(draw: st.DrawFn) -> Setting:
     world_size, num_workers = draw(st.integers(1, 4)), draw(st.integers(0, 4))
     readers = world_size * max(1, num_workers)
     sizes = draw(st.lists(st.integers(0, 40), min_size=readers, max_size=readers + 10))
@@ -51,7 +51,8 @@ def settings(draw: st.DrawFn) -> Setting:
     return Setting(sizes, batch_size, num_workers, world_size, epoch, window)
 
 
-@given(settings())
+@settings(deadline=None)
+@given(sampler_settings())
 def test_no_sample_comes_twice_and_every_rank_has_the_same_whole_batches(setting: Setting) -> None:
     orders = [list(setting.sampler(rank)) for rank in range(setting.world_size)]
     first = setting.sampler(0)
@@ -64,7 +65,8 @@ def test_no_sample_comes_twice_and_every_rank_has_the_same_whole_batches(setting
     assert 0 <= left_out < setting.batch_size * setting.world_size
 
 
-@given(settings(), st.data())
+@settings(deadline=None)
+@given(sampler_settings(), st.data())
 def test_a_run_resumed_at_any_batch_sees_the_tail_of_the_order(setting: Setting, data: st.DataObject) -> None:
     rank = data.draw(st.integers(0, setting.world_size - 1))
     start = data.draw(st.integers(0, setting.sampler(rank).num_batches))
@@ -74,7 +76,8 @@ def test_a_run_resumed_at_any_batch_sees_the_tail_of_the_order(setting: Setting,
     assert len(resumed) == len(tail)
 
 
-@given(settings())
+@settings(deadline=None)
+@given(sampler_settings())
 def test_a_loading_process_reads_one_stretch_of_the_shards(setting: Setting) -> None:
     """Over all processes at most one shard more each than if none were shared."""
     pairs = set()
@@ -140,6 +143,7 @@ def test_fewer_shards_than_loading_processes_are_refused(
     assert "cn-clip dataset shards --num-shards" in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 4), st.integers(0, 3))
 def test_ranks_of_an_lmdb_share_each_epoch_with_repeats_only_to_fill_up(
     num_samples: int, batch_size: int, world_size: int, epoch: int
