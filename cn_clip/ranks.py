@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def rank() -> int:
     """Number of this process, 0 when it is alone. Source: RANK, set by torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
 def world_size() -> int:

@@ -13,7 +13,7 @@ from cn_clip import ranks
 from cn_clip.clip.model import CLIP
 from cn_clip.data.datasets import PairBatch
 from cn_clip.training.distill import Teacher
-from cn_clip.training.distributed import Gather, Parallel, process_group, whole
+from cn_clip.training.distributed import Gather, Parallel, from_first, process_group, whole
 from cn_clip.training.loss import Objective
 from cn_clip.training.optim import build_optimizer, decay_groups, load_optimizer_state, optimizer_state
 from cn_clip.training.step import Batch, Learner, make_batch
@@ -65,6 +65,7 @@ def update(mode: str, *, steps: int = 2) -> dict[str, Any]:
         multi_positive=settings.get("multi_positive", False),
         teacher=teacher,
     )
+    groups = decay_groups(model)
     batches = batches_of(ranks.rank(), ranks.world_size(), settings["accum"])
     result: dict[str, Any] = {"losses": []}
     for _ in range(steps):
@@ -75,9 +76,11 @@ def update(mode: str, *, steps: int = 2) -> dict[str, Any]:
             result["gradients"] = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
         optimizer.step()
     result["weights"] = {name: value.clone() for name, value in parallel.state_dict().items()}
-    result["optimizer"] = optimizer_state(optimizer, decay_groups(model))
-    load_optimizer_state(optimizer, decay_groups(model), result["optimizer"])
-    result["again"] = optimizer_state(optimizer, decay_groups(model))
+    with torch.no_grad():  # as a validation before the checkpoint; FSDP then holds the root's weights together
+        model.eval()(batches[0].pixels_B3RR, None)
+    result["optimizer"] = optimizer_state(optimizer, groups)
+    load_optimizer_state(optimizer, groups, from_first(result["optimizer"]))
+    result["again"] = optimizer_state(optimizer, groups)
     return result
 
 

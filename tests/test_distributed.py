@@ -94,10 +94,10 @@ def test_optimizer_states_are_whole_and_come_back_as_they_were(mode: str, two: d
 
 def test_a_world_size_without_torchrun_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with (
-        pytest.raises(ConfigError, match="RANK, MASTER_ADDR, MASTER_PORT is not set; use torchrun"),
+        pytest.raises(ConfigError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set; use torchrun"),
         process_group(torch.device("cpu")),
     ):
         pass

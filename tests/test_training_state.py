@@ -187,6 +187,7 @@ def test_checkpoints_of_two_processes_split_or_not_go_on_in_one(lmdb: Path, tmp_
     for key, value in copied["state_dict"].items():
         # Adam divides by the root of tiny squares: rounding differences of a gradient near 0 move a weight visibly.
         assert (split["state_dict"][key] - value).abs().float().median() < 1e-6, key
+    assert split["optimizer"]["state"].keys() == copied["optimizer"]["state"].keys()
     resume = f"--resume={tmp_path / 'fsdp' / 'checkpoints' / 'epoch_latest.pt'}"
     flags = ["--batch-size=8", "--max-epochs=2", resume, "--name=one"]
     changed = train(lmdb / "train", tmp_path, *flags)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from cn_clip import ranks
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.resnet import ModifiedResNet
-from cn_clip.errors import ConfigError
+from cn_clip.errors import CnClipError, ConfigError
+from cn_clip.training.logs import logger
 
 Gather = Literal["none", "values", "gradients"]
 
@@ -27,21 +28,37 @@ def process_group(device: torch.device) -> Iterator[None]:
 
     With CUDA gloo is there too: what processes tell each other between steps must not wait for the device.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if ranks.world_size() == 1:
         yield
         return
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
     if missing:
         raise ConfigError(f"WORLD_SIZE is {ranks.world_size()}, but {', '.join(missing)} is not set; use torchrun")
     if device.type == "mps":
         raise ConfigError("--device mps: one process only; PyTorch has no communication between MPS processes")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+    except Exception as error:
+        if device.type == "cuda":
+            _leave_at_once(error)
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _leave_at_once(error: Exception) -> None:
+    """Says what is wrong and ends this process: NCCL's own end would wait for the others, and they for this one."""
+    if isinstance(error, CnClipError):
+        logger.error("%s", error)
+    else:
+        logger.exception("unexpected error")
+    for handler in logger.handlers:
+        handler.flush()
+    os._exit(1)
 
 
 def any_process(flag: bool) -> bool:
@@ -51,6 +68,11 @@ def any_process(flag: bool) -> bool:
     votes = torch.tensor(float(flag))
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes.item())
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    any_process(False)
 
 
 def from_first(value: Any) -> Any:
@@ -189,8 +211,14 @@ class Parallel:
                 dist.all_reduce(parameter.grad)
                 parameter.grad.div_(ranks.world_size())
 
+    def share_statistics(self) -> None:
+        """Gives every process the running statistics of rank 0; every process must ask."""
+        if ranks.world_size() > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole model's tensors under its own names; every process must ask."""
+        """The whole model's tensors under its own names, on rank 0; every process must ask."""
         return {name: whole(value) for name, value in self.model.state_dict().items()}
 
 
@@ -205,11 +233,30 @@ def blocks(model: CLIP) -> list[nn.Module]:
     return [*pictures, *model.bert.encoder.layer]
 
 
+def compile_blocks(model: CLIP) -> None:
+    """Compiles each block, in all its variants, to draw the same random numbers as uncompiled.
+
+    Variants: with and without gradients, mixed precision, class token alone, sizes. Past its limit PyTorch would run
+    one uncompiled, and the two passes of gradient caching would no longer draw the same.
+    """
+    import torch._dynamo
+    import torch._inductor.config
+
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, 64)
+    torch._inductor.config.fallback_random = True
+    for block in blocks(model):
+        block.compile()
+
+
 def whole(value: Tensor) -> Tensor:
-    """A tensor split over processes put together on every one of them; others pass."""
+    """A tensor split over processes put together in the memory of rank 0, empty elsewhere; others pass."""
     from torch.distributed.tensor import DTensor
 
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    full: Tensor = value.full_tensor()
+    return full.cpu() if ranks.rank() == 0 else full.new_empty(0)
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:

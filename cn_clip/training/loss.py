@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cn_clip.training.distill import feature_distillation_loss
 
-BLOCK_ROWS = 4096  # 4096 x 4096 logits in float32 are 64 MiB
+BLOCK_ROWS = 4096  # with 32,768 pairs a block of logits is 0.5 GiB in float32
 
 
 class Pairs(NamedTuple):

@@ -28,7 +28,7 @@ def run(options: Options) -> None:
     """Trains to the last step; raises CnClipError with the reason when it cannot."""
     import torch
 
-    from cn_clip.training import distributed, logs
+    from cn_clip.training import distributed, logs, state
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
@@ -36,9 +36,11 @@ def run(options: Options) -> None:
     folder = Path(options.logs) / options.name
     checkpoint_dir = folder / "checkpoints"
     checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    if ranks.rank() == 0:
+        state.clear_remains(checkpoint_dir)
     started = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
     log = folder / f"out_{started}.log"
-    with distributed.process_group(device), logs.logging_to(log, rank=ranks.rank(), debug=options.debug):
+    with logs.logging_to(log, rank=ranks.rank(), debug=options.debug), distributed.process_group(device):
         trainer = build_trainer(options, device, checkpoint_dir)
         values = {**asdict(options), "checkpoint_path": str(checkpoint_dir), "device": device}
         values |= {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
@@ -67,8 +69,7 @@ def build_trainer(options: Options, device: "torch.device", checkpoint_dir: Path
     training = inputs.training_data(options, model.resolution)
     validation = inputs.validation_data(options, model.resolution)
     if options.compile:
-        for block in distributed.blocks(model):
-            block.compile()
+        distributed.compile_blocks(model)
     parallel = distributed.Parallel(model, device, fsdp=options.fsdp)
     optimizer = build_optimizer(
         model,
@@ -91,6 +92,7 @@ def build_trainer(options: Options, device: "torch.device", checkpoint_dir: Path
     trainer = Trainer(options, learner, optimizer, training, validation, checkpoint_dir=checkpoint_dir)
     if checkpoint is not None:
         trainer.restore(checkpoint)
+    agree_on_start(trainer)
     warn_of_rate(options, trainer.global_batch)
     return trainer
 
@@ -113,6 +115,10 @@ def build_model(options: Options, device: "torch.device") -> "CLIP":
         if device.type != "cuda":
             raise ConfigError(f"--precision fp16: needs CUDA, the device is {device}; use bf16, amp or fp32")
         convert_weights(model)
+        logger.warning(
+            "--precision fp16 keeps weights and Adam's moments in float16, as Chinese-CLIP does: gradients below 1e-3 "
+            "hardly count; --precision amp and bf16 train better in as little time"
+        )
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
         logger.info("Grad-checkpointing activated.")
@@ -165,6 +171,19 @@ def load_start(options: Options, model: "CLIP", checkpoint_dir: Path) -> "Checkp
         tensors["logit_bias"] = model.logit_bias if bias is None else bias
     adapt.load_plain_state_dict(model, tensors, checkpoint.path)
     return checkpoint
+
+
+def agree_on_start(trainer: "Trainer") -> None:
+    """Raises ConfigError when the processes would begin at different places: each looks for checkpoints by itself."""
+    from cn_clip.training.distributed import every_object
+
+    places = every_object(trainer.position)
+    if any(place != places[0] for place in places):
+        steps = ", ".join(str(place.step) for place in places)
+        raise ConfigError(
+            f"the processes begin at different steps ({steps}), because they do not see the same checkpoint; put "
+            "--logs on a disk that all machines share, or give --resume a file that all have"
+        )
 
 
 def objective(options: Options) -> "Objective":

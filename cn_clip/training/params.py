@@ -153,6 +153,10 @@ class Options:
             _require(value is None or value >= 1, name, "at least 1", value)
         if self.distillation and not self.teacher_model_name:
             raise ConfigError("--distillation: needs --teacher-model-name, a checkpoint or the name of a model")
+        if self.fsdp and self.precision == "fp16":
+            raise ConfigError(
+                "--fsdp and --precision fp16: FSDP takes weights of one type; use --precision bf16 or amp"
+            )
         if self.gather_with_grad and self.skip_aggregate:
             raise ConfigError("--gather-with-grad and --skip-aggregate contradict each other; choose one")
 

@@ -37,10 +37,12 @@ class Extent:
     """
 
     num_batches: int
+    batch_size: int
     global_batch: int
     num_samples: int
     world_size: int
     num_streams: int
+    seed: int
 
 
 def checkpoint_content(
@@ -105,6 +107,12 @@ def _give_name(file: Path, name: Path) -> None:
     except OSError:
         shutil.copyfile(file, temporary)
     os.replace(temporary, name)
+
+
+def clear_remains(checkpoint_dir: Path) -> None:
+    """Deletes what saves that were killed left half written."""
+    for path in checkpoint_dir.glob(".epoch*.tmp"):
+        path.unlink()
 
 
 def prune(checkpoint_dir: Path, keep: int | None) -> list[Path]:
@@ -177,7 +185,9 @@ def rng_state() -> dict[str, Any]:
     """The random state of PyTorch: dropout, patch masks."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state()  # of the current device, which is that of the run
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -186,6 +196,8 @@ def restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 @contextlib.contextmanager

@@ -15,9 +15,10 @@ class StopRequest:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Notes the first signal while the block runs; a second one ends the process at once.
+        """Notes signals while the block runs; a second Ctrl-C ends the process at once.
 
-        Outside the main thread, where Python has no signals, it does nothing.
+        A second SIGTERM does not: schedulers and torchrun may both send one. Outside the main thread, where Python has
+        no signals, it does nothing.
         """
         try:
             before = [signal.signal(name, self._note) for name in SIGNALS]
@@ -32,4 +33,5 @@ class StopRequest:
 
     def _note(self, number: int, _frame: object) -> None:
         self.number = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)

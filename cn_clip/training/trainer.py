@@ -1,6 +1,7 @@
 """The training loop: steps, log lines, validation and checkpoints of one run."""
 
 import logging
+import math
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -88,8 +89,10 @@ class Trainer:
         self.global_batch = options.batch_size * options.accum_freq * ranks.world_size()
         self.position = Position()
         self.early_stop = EarlyStop()
+        self.groups = decay_groups(self.model)  # once: FSDP shows other parameters while it holds a layer together
         self.validated_step = -1
-        self.unchecked: tuple[int, Tensor, list[tuple[RecordId, RecordId]]] | None = None
+        self.closed = True  # whether the epoch that was begun last has been validated and saved
+        self.unchecked: tuple[int, Later, list[tuple[RecordId, RecordId]]] | None = None
         self.stop_request = StopRequest()
         stuck = StuckLoss(warmup=options.warmup, patience=max(20, 200 // options.log_interval))
         self.report = Report(self._plan(), stuck, self.device, options.report_training_batch_acc)
@@ -109,8 +112,15 @@ class Trainer:
     def extent(self) -> Extent:
         """What positions of this run count in."""
         sampler = self.training.sampler
-        processes = ranks.world_size()
-        return Extent(self.steps_per_epoch, self.global_batch, sampler.num_samples, processes, sampler.num_streams)
+        return Extent(
+            num_batches=self.steps_per_epoch,
+            batch_size=sampler.batch_size,
+            global_batch=self.global_batch,
+            num_samples=sampler.num_samples,
+            world_size=ranks.world_size(),
+            num_streams=sampler.num_streams,
+            seed=self.options.seed,
+        )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on where a checkpoint stands, as far as the reset flags let it; the weights are loaded already.
@@ -126,6 +136,7 @@ class Trainer:
         if saved and not self.options.reset_data_offset:
             state.restore_rng(saved["rng"][ranks.rank()])
             self.early_stop.load_state_dict(saved["early_stop"])
+            self.validated_step, self.closed = saved["validated_step"], saved["closed"]
         step = self.position.step
         logger.info("=> loaded checkpoint '%s' (epoch %d @ %d steps)", checkpoint.path, checkpoint.epoch, step)
 
@@ -133,7 +144,7 @@ class Trainer:
         if checkpoint.optimizer is None:
             raise CheckpointError(f"{checkpoint.path}: no optimizer state in it; add --reset-optimizer")
         try:
-            load_optimizer_state(self.optimizer, decay_groups(self.model), checkpoint.optimizer)
+            load_optimizer_state(self.optimizer, self.groups, checkpoint.optimizer)
         except (ValueError, KeyError) as error:
             reason = f"optimizer state does not fit ({error}); add --reset-optimizer"
             raise CheckpointError(f"{checkpoint.path}: {reason}") from error
@@ -148,7 +159,8 @@ class Trainer:
         with self.stop_request.noted(), state.explained_memory():
             if self.position.step == 0 and self._ever_validates():
                 self.validate(-1)
-            while self._next_step() < self.max_steps and not self._should_stop():
+                self._leave_if_asked(-1)
+            while (self._next_step() < self.max_steps or not self.closed) and not self._should_stop():
                 self._run_epoch(self.position.epoch)
         self.report.end()
 
@@ -159,7 +171,9 @@ class Trainer:
             self.position = Position(epoch + 1, 0, self.position.step)
         if _is_due(epoch + 1, self.options.valid_epoch_interval):
             self.validate(epoch)
+        self.closed = True
         self._save_epoch(epoch)
+        self._leave_if_asked(epoch, is_saved=True)
 
     def _ever_validates(self) -> bool:
         intervals = (self.options.valid_step_interval, self.options.valid_epoch_interval)
@@ -187,7 +201,7 @@ class Trainer:
                 return
             self.report.clock.data_ready()
             scores = self._step(step, batches)
-            self.position = Position(epoch, batch + 1, step + 1)
+            self.position, self.closed = Position(epoch, batch + 1, step + 1), False
             self.report.clock.step_done(self.global_batch)
             if (step + 1) % self.options.log_interval == 0:
                 self._check_loss()
@@ -198,7 +212,8 @@ class Trainer:
                 self._set_training_mode()
             if _is_due(step + 1, self.options.save_step_frequency):
                 self._save([f"epoch_{epoch + 1}_{step + 1}.pt", state.LATEST], epoch)
-            self._leave_if_asked(epoch)
+            if batch + 1 < self.steps_per_epoch and step + 1 < self.max_steps:  # else the epoch is closed first
+                self._leave_if_asked(epoch)
             if self.early_stop.should_stop(self.options.early_stop):
                 return
 
@@ -227,7 +242,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         scores = self.learner.backward(batches)
         self._check_loss()  # of the step before: asking now would make the device wait
-        self.unchecked = (step + 1, scores.loss, ids)
+        self.unchecked = (step + 1, Later(scores.loss), ids)
         self.learner.scaler.step(self.optimizer)
         self.learner.scaler.update()
         clamp_logit_scale(self.model.logit_scale)
@@ -241,24 +256,33 @@ class Trainer:
 
     def _check_loss(self) -> None:
         """Raises CnClipError for a loss that is not finite, before anything is saved or validated."""
-        if self.unchecked is None or torch.isfinite(self.unchecked[1]):
+        if self.unchecked is None:
             return
-        step, loss, ids = self.unchecked
+        step, later, ids = self.unchecked
+        loss = later.item()
+        if math.isfinite(loss):
+            return
         more = f", ... {len(ids)} in all" if len(ids) > 8 else ""
         raise CnClipError(
-            f"step {step}: the loss is {loss.item()}, logit_scale {self.model.logit_scale.item():.3f}, "
+            f"step {step}: the loss is {loss}, logit_scale {self.model.logit_scale.item():.3f}, "
             f"(image id, text id) of the batch: {_listed(ids[:8])}{more}; the last checkpoint is intact; "
             "lower --lr, raise --warmup, or use --precision fp32 or bf16"
         )
 
     # --- stopping, validating ----------------------------------------------------------------------------------------
 
-    def _leave_if_asked(self, epoch: int) -> None:
+    def _leave_if_asked(self, epoch: int, *, is_saved: bool = False) -> None:
+        """Ends the run when a signal asks for it, with a checkpoint as soon as a step is done."""
         if not distributed.any_process(self.stop_request.number is not None):
             return
-        self._save([state.LATEST], epoch)
+        if self.position.step and not is_saved:
+            self._save([state.LATEST], epoch)
         number = self.stop_request.number or signal.SIGTERM
-        logger.warning("Stopped by %s; the same command goes on from here.", signal.Signals(number).name)
+        how = "the same command goes on from here"
+        if self.options.resume is not None:
+            latest = self.checkpoint_dir / state.LATEST
+            how = f"--resume {latest}, without --reset-optimizer and --reset-data-offset, goes on from here"
+        logger.warning("Stopped by %s; %s.", signal.Signals(number).name, how)
         raise SystemExit(128 + number)
 
     def validate(self, epoch: int) -> Validation | None:
@@ -269,6 +293,7 @@ class Trainer:
         self._check_loss()
         self.validated_step = step
         logger.info("Begin to eval on validation set (epoch %d @ %d steps)...", epoch + 1, step)
+        self.parallel.share_statistics()
         pixels = (batch for _, batch in data.pixels)
         result = validate(self.model, data.split, data.tokens, pixels, data.sampler, self.validation_autocast)
         self.report.validation(
@@ -305,12 +330,15 @@ class Trainer:
             "scaler": self.learner.scaler.state_dict(),
             "rng": distributed.every_object(state.rng_state()),
             "early_stop": self.early_stop.state_dict(),
+            "validated_step": self.validated_step,
+            "closed": self.closed,
         }
-        optimizer = optimizer_state(self.optimizer, decay_groups(self.model))
+        optimizer = optimizer_state(self.optimizer, self.groups)
         self._write(names, epoch, optimizer=optimizer, resume=resume)
         if ranks.rank() == 0:
             for path in state.prune(self.checkpoint_dir, self.options.keep_checkpoints):
                 logger.info("Deleted old checkpoint %s (--keep-checkpoints %d)", path, self.options.keep_checkpoints)
+        distributed.wait_for_all()  # a process that left before would have the one that writes stopped
 
     def _save_best(self, epoch: int) -> None:
         """The best weights so far, without what only going on would need."""
@@ -319,6 +347,7 @@ class Trainer:
     def _write(
         self, names: list[str], epoch: int, *, optimizer: dict[str, Any] | None, resume: dict[str, Any] | None
     ) -> None:
+        self.parallel.share_statistics()
         tensors = adapt.file_names(self.parallel.state_dict())
         bias = tensors.pop("logit_bias", None)  # no model but the one in training has a place for it
         if ranks.rank() != 0:
@@ -341,6 +370,24 @@ class Trainer:
                 f"Saved checkpoint {path} (epoch {epoch + 1} @ {self.position.step} steps) "
                 f"(writing took {seconds} seconds)"
             )
+
+
+class Later:
+    """A number of the device, fetched without waiting for it until it is asked for."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._event = value, None
+        if value.device.type == "cuda":
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def item(self) -> float:
+        """The number, once the device has come that far."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value.item()
 
 
 def _listed(ids: list[tuple[RecordId, RecordId]]) -> str:
