@@ -1,4 +1,4 @@
-"""Lists the published models, their sizes, and which of them are on this machine.
+"""Lists the models to be had by name, their sizes, and which of them are on this machine.
 
 cn-clip models [--json] [--download-root FOLDER]
 """
@@ -10,14 +10,24 @@ from typing import Any
 
 from cn_clip import columns, command
 from cn_clip.jsonl import dumps
-from cn_clip.zoo import HUGGINGFACE_ORG, PUBLISHED, ModelConfig, Published, TextConfig, VisionConfig, model_config
+from cn_clip.zoo import (
+    BUNDLED,
+    HUGGINGFACE_ORG,
+    PUBLISHED,
+    Bundled,
+    ModelConfig,
+    Published,
+    TextConfig,
+    VisionConfig,
+    model_config,
+)
 
 DEFAULT_ROOT = Path("~/.cache/clip")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Lists the published models and where their files are."""
+    """Lists the published and the bundled models and where their files are."""
 
     download_root: Path = DEFAULT_ROOT
     """Folder with downloaded checkpoints"""
@@ -81,32 +91,38 @@ def _bert(text: TextConfig, embed_dim: int) -> int:
     return rows * width + 2 * width + layers + width * embed_dim
 
 
-def describe(name: str, published: Published, root: Path) -> dict[str, Any]:
-    """What is known of one published model; `path` is its file under `root`, None while it is not there."""
-    total, visual = count_parameters(model_config(published.vision, published.text))
-    file = root.expanduser() / published.filename
+def describe(name: str, entry: Published | Bundled, root: Path) -> dict[str, Any]:
+    """What is known of one model; `path` is its file (a published one under `root`), None while it is not there.
+
+    `repository` is None for a model that comes with this package.
+    """
+    total, visual = count_parameters(model_config(entry.vision, entry.text))
+    file = entry.path if isinstance(entry, Bundled) else root.expanduser() / entry.filename
     return {
         "name": name,
-        "vision_model": published.vision,
-        "text_model": published.text,
-        "resolution": published.resolution,
+        "vision_model": entry.vision,
+        "text_model": entry.text,
+        "resolution": entry.resolution,
         "num_params": total,
         "num_visual_params": visual,
-        "repository": f"{HUGGINGFACE_ORG}/{published.repo}",
-        "file": published.filename,
+        "repository": None if isinstance(entry, Bundled) else f"{HUGGINGFACE_ORG}/{entry.repo}",
+        "file": entry.filename,
         "path": str(file) if file.is_file() else None,
+        "bundled": isinstance(entry, Bundled),
     }
 
 
 def _row(model: dict[str, Any]) -> list[str]:
     sizes = [f"{model['num_params']:,}", f"{model['num_visual_params']:,}"]
+    repository = model["repository"] or "随包附带 / in this package"
     where = model["path"] or "未下载 / not here"
-    return [model["name"], model["text_model"], str(model["resolution"]), *sizes, model["repository"], where]
+    return [model["name"], model["text_model"], str(model["resolution"]), *sizes, repository, where]
 
 
 def run(options: Options) -> int:
     """Prints the table, or the JSON object."""
-    models = [describe(name, published, options.download_root) for name, published in PUBLISHED.items()]
+    entries: dict[str, Published | Bundled] = {**PUBLISHED, **BUNDLED}
+    models = [describe(name, entry, options.download_root) for name, entry in entries.items()]
     if options.json:
         print(dumps({"download_root": str(options.download_root.expanduser()), "models": models}))
         return 0

@@ -1,4 +1,4 @@
-"""The models as data: architectures (the JSON files of `clip/model_configs`) and the published checkpoints."""
+"""The models as data: architectures (the JSON files of `clip/model_configs`), published and bundled checkpoints."""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -9,9 +9,10 @@ from typing import Any, Literal, get_args
 from cn_clip.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).parent / "clip" / "model_configs"
+BUNDLED_DIR = Path(__file__).parent / "clip" / "bundled"
 
 VisionName = Literal[
-    "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "RN50", "RN-Tiny-64", "ViT-Tiny-64"
+    "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "RN50", "RN-Tiny-64", "RN-Small-64", "ViT-Tiny-64"
 ]
 TextName = Literal["RoBERTa-wwm-ext-base-chinese", "RoBERTa-wwm-ext-large-chinese", "RBT3-chinese", "BERT-Tiny-chinese"]
 VISION_MODELS: tuple[str, ...] = get_args(VisionName)
@@ -74,6 +75,21 @@ class Published:
     resolution: int
 
 
+@dataclass(frozen=True)
+class Bundled:
+    """One checkpoint in this package. `vision`, `text` name its architecture; `resolution` is in pixels a side."""
+
+    filename: str
+    vision: str
+    text: str
+    resolution: int
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies."""
+        return BUNDLED_DIR / self.filename
+
+
 HUGGINGFACE_ORG = "OFA-Sys"
 MODELSCOPE_ORG = "AI-ModelScope"
 
@@ -87,6 +103,15 @@ PUBLISHED: dict[str, Published] = {
     "ViT-H-14": Published("chinese-clip-vit-huge-patch14", "clip_cn_vit-h-14.pt", "ViT-H-14", _LARGE, 224),
     "RN50": Published("chinese-clip-rn50", "clip_cn_rn50.pt", "RN50", "RBT3-chinese", 224),
 }
+
+BUNDLED: dict[str, Bundled] = {
+    "Emoji-Tiny": Bundled("emoji_tiny.safetensors", "RN-Small-64", "BERT-Tiny-chinese", 64),
+}
+
+
+def named(name: str) -> Published | Bundled | None:
+    """The published or bundled checkpoint of that name, if there is one."""
+    return PUBLISHED.get(name) or BUNDLED.get(name)
 
 
 def config_path(name: str) -> Path:

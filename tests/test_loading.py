@@ -51,8 +51,8 @@ def tiny_file(tmp_path: Path) -> Path:
     return tmp_path / "tiny.pt"
 
 
-def test_the_published_models_are_listed_in_the_known_order() -> None:
-    assert available_models() == ["ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "RN50"]
+def test_the_published_models_are_listed_in_the_known_order_and_the_bundled_one_after_them() -> None:
+    assert available_models() == ["ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "RN50", "Emoji-Tiny"]
 
 
 def test_a_path_with_names_prints_the_lines_of_the_guides(small_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +115,7 @@ def test_a_resolution_that_is_no_multiple_of_a_patch_is_refused(tiny_file: Path,
 def test_an_unknown_name_lists_the_known_ones() -> None:
     expected = (
         r"^Model ViT-B-61 not found; available models = "
-        r"\['ViT-B-16', 'ViT-L-14', 'ViT-L-14-336', 'ViT-H-14', 'RN50'\]"
+        r"\['ViT-B-16', 'ViT-L-14', 'ViT-L-14-336', 'ViT-H-14', 'RN50', 'Emoji-Tiny'\]"
     )
     with pytest.raises(RuntimeError, match=expected):
         load_from_name("ViT-B-61", device="cpu")

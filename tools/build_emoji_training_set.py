@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from emoji_everyday import BEFORE, BEHIND, everyday_words
 from emoji_packs import (
     GROUPS,
     NAMES,
@@ -67,6 +68,8 @@ class Options:
     """Captions of each of these pictures"""
     seed: int = 0
     """Seed of variations and captions"""
+    everyday: bool = False
+    """Captions as people speak: everyday words as tags too, and other words around them"""
 
     def __post_init__(self) -> None:
         for name in (*self.vendors.split(","), self.held_out):
@@ -97,7 +100,7 @@ class Meaning:
         return bool(COLOURED.search(self.name))
 
 
-def meanings(names: Path, datasource: Path) -> dict[str, Meaning]:
+def meanings(names: Path, datasource: Path, *, everyday: bool) -> dict[str, Meaning]:
     """The Chinese names and tags by join key of all emoji but flags, in Unicode's order.
 
     The tags of the traditional-Chinese records are added in simplified characters.
@@ -117,6 +120,8 @@ def meanings(names: Path, datasource: Path) -> dict[str, Meaning]:
         name = normal_name(record["label"])
         more = [simplify(text) for text in [other.get("label", ""), *other.get("tags", ())]]
         tags = dict.fromkeys(normal_name(tag) for tag in [*record.get("tags", ()), *more])
+        if everyday:
+            tags |= dict.fromkeys(everyday_words([name, *tags]))
         found[key] = Meaning(name, tuple(tag for tag in tags if tag and tag != name), GROUPS[source["category"]])
     return found
 
@@ -134,6 +139,22 @@ def caption(meaning: Meaning, choice: random.Random) -> str:
     if draw < 0.84:
         return choice.choice(templates).format(choice.choice(meaning.tags))
     return choice.choice(["", "、", " "]).join(choice.sample(meaning.tags, min(2, len(meaning.tags))))
+
+
+def spoken(meaning: Meaning, choice: random.Random) -> str:
+    """The name, a caption as above, or one or two of the emoji's words with others around them, as people speak."""
+    draw = choice.random()
+    if draw < 0.35:
+        return meaning.name
+    if draw < 0.5:
+        return caption(meaning, choice)
+    words = (meaning.name, *meaning.tags)
+    core = choice.choice(["", "", " ", "，", "的"]).join(
+        choice.sample(words, min(len(words), choice.choice([1, 1, 2])))
+    )
+    before = choice.choice(BEFORE) if choice.random() < 0.6 else ""
+    behind = choice.choice(BEHIND) if choice.random() < 0.4 else ""
+    return before + core + behind
 
 
 def varied(picture: "Image.Image", meaning: Meaning, choice: random.Random) -> "Image.Image":
@@ -226,12 +247,13 @@ def vendor_drawings(
 def training_split(options: Options, packs: Path, known: dict[str, Meaning], english: dict[str, str]) -> Split:
     """All drawings of the vendors to learn from, each in `copies` pictures."""
     split = Split()
+    describe = spoken if options.everyday else caption
     for vendor in options.vendors.split(","):
         choice = random.Random(f"{options.seed} {SEED_NAMES.get(vendor, vendor)}")
         for meaning, drawing in vendor_drawings(vendor, packs, known, english):
             for copy in range(options.copies):
                 picture = varied(drawing, meaning, choice) if copy else drawing
-                split.add(webp(picture), [caption(meaning, choice) for _ in range(options.captions)])
+                split.add(webp(picture), [describe(meaning, choice) for _ in range(options.captions)])
         print(f"{vendor}: {len(split.pictures)} pictures so far")
     return split
 
@@ -253,7 +275,7 @@ def run(options: Options) -> int:
     """Writes the two splits and says how large they are."""
     packs = options.packs.expanduser()
     names, datasource = fetch(NAMES, packs), fetch(PACKS["noto"], packs)
-    known, english = meanings(names, datasource), english_names(names, datasource)
+    known, english = meanings(names, datasource, everyday=options.everyday), english_names(names, datasource)
     options.output.mkdir(parents=True, exist_ok=True)
     for name, make in {"valid": held_out_split, "train": training_split}.items():
         split = make(options, packs, known, english)

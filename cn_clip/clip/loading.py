@@ -23,8 +23,8 @@ DEFAULT_DOWNLOAD_ROOT = "~/.cache/clip"
 
 
 def available_models() -> list[str]:
-    """Names of the published models, as `load_from_name` takes them."""
-    return list(zoo.PUBLISHED)
+    """Names of the published models, then of those that come with this package, as `load_from_name` takes them."""
+    return [*zoo.PUBLISHED, *zoo.BUNDLED]
 
 
 def default_device() -> str:
@@ -41,23 +41,34 @@ def open_model(
     download_root: str | Path | None = None,
     use_modelscope: bool = False,
 ) -> tuple[CLIP, Checkpoint]:
-    """The float32 model of a published name or of a weight file on the CPU, in eval mode, and the checkpoint read.
+    """The float32 model of a name or of a weight file on the CPU, in eval mode, and the checkpoint read.
 
-    vision, text: architecture names; when not given they come from the published entry or from the tensors.
+    vision, text: architecture names; when not given they come from the name's entry or from the tensors.
     resolution: pixels a side; position embeddings are resized when it is not the checkpoint's.
     Raises CheckpointError for an unknown name, an unreadable file, or tensors that do not fit.
     """
-    published = zoo.PUBLISHED.get(str(name))
-    path = Path(name)
-    if published is not None:
-        root = Path(download_root or DEFAULT_DOWNLOAD_ROOT).expanduser()
-        path = hub.download(published, root, use_modelscope=use_modelscope)
-        vision, text = vision or published.vision, text or published.text
-    elif not path.exists():
-        raise CheckpointError(f"Model {name} not found; available models = {available_models()}, or give a file")
+    entry = zoo.named(str(name))
+    if entry is not None:
+        vision, text = vision or entry.vision, text or entry.text
+    path = weight_file(name, download_root=download_root, use_modelscope=use_modelscope)
     checkpoint = read_checkpoint(path)
     config = choose_config(checkpoint, vision=vision, text=text, resolution=resolution)
     return build(config, checkpoint), checkpoint
+
+
+def weight_file(name: str | Path, *, download_root: str | Path | None = None, use_modelscope: bool = False) -> Path:
+    """The file of a name, downloaded if it is a published one that is not here yet; a path as it is.
+
+    Raises CheckpointError when there is neither such a name nor such a file, DownloadError.
+    """
+    entry = zoo.named(str(name))
+    if isinstance(entry, zoo.Published):
+        root = Path(download_root or DEFAULT_DOWNLOAD_ROOT).expanduser()
+        return hub.download(entry, root, use_modelscope=use_modelscope)
+    path = entry.path if entry else Path(name)
+    if not path.exists():
+        raise CheckpointError(f"Model {name} not found; available models = {available_models()}, or give a file")
+    return path
 
 
 def choose_config(
@@ -104,11 +115,11 @@ def load_from_name(
     input_resolution: int | None = None,
     use_modelscope: bool = False,
 ) -> tuple[CLIP, ImageTransform]:
-    """A model in eval mode and its picture preprocessing, by published name or by path.
+    """A model in eval mode and its picture preprocessing, by name or by path.
 
-    name: one of `available_models()`, or a checkpoint file or transformers folder; the architecture of a file is
-    inferred from its tensors where `vision_model_name` and `text_model_name` do not say it. device: default CUDA where
-    there is one. Weights are float32 with full precision on CPU and MPS, float16 on CUDA.
+    name: one of `available_models()` (Emoji-Tiny comes with the package), or a checkpoint file or transformers folder,
+    whose architecture is inferred from its tensors where `vision_model_name` and `text_model_name` do not say it.
+    device: default CUDA where there is one. Weights are float32 with full precision on CPU and MPS, float16 on CUDA.
     Raises CheckpointError (a RuntimeError) or DownloadError.
     """
     device = torch.device(device or default_device())
@@ -120,9 +131,9 @@ def load_from_name(
         download_root=download_root,
         use_modelscope=use_modelscope,
     )
-    published = zoo.PUBLISHED.get(name)
-    if published is not None:
-        vision_model_name, text_model_name = published.vision, published.text
+    entry = zoo.named(name)
+    if entry is not None:
+        vision_model_name, text_model_name = entry.vision, entry.text
     _print_config(vision_model_name, text_model_name, model.config)
     if device.type == "cuda":
         convert_weights(model)
