@@ -155,7 +155,7 @@ def test_another_batch_size_in_the_middle_of_an_epoch_asks_for_reset_data_offset
     begin = finished[0] / "checkpoints" / "epoch_1_2.pt"
     result = train(lmdb / "train", tmp_path, "--batch-size=4", "--max-epochs=2", f"--resume={begin}")
     assert result.returncode == 1
-    assert "num_batches was 3, is 6; global_batch was 8, is 4" in result.stderr
+    assert "num_batches was 3, is 6; batch_size was 8, is 4; global_batch was 8, is 4" in result.stderr
     assert "--reset-data-offset" in result.stderr
 
 
