@@ -24,7 +24,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("cn_clip.demo.main", "用内置的表情图片跑通全流程", "the whole job on embedded emoji pictures"),
-    "models": Command("cn_clip.models", "列出已发布的模型", "list the published models"),
+    "models": Command("cn_clip.models", "列出已发布的和随包的模型", "list the published and bundled models"),
     "dataset build": Command(
         "cn_clip.preprocess.build_lmdb_dataset", "把 tsv 与 jsonl 打包成 LMDB", "pack tsv and jsonl files into LMDB"
     ),

@@ -183,7 +183,8 @@ def test_models_json_is_one_object(tmp_path: Path) -> None:
     (tmp_path / "clip_cn_rn50.pt").write_bytes(b"")
     listed = json.loads(cn_clip("models", "--json", "--download-root", str(tmp_path)).stdout)
     assert [model["name"] for model in listed["models"]] == [*zoo.PUBLISHED, *zoo.BUNDLED]
-    assert listed["models"][-1] == {
+    (resnet,) = [model for model in listed["models"] if model["name"] == "RN50"]
+    assert resnet == {
         "name": "RN50",
         "vision_model": "RN50",
         "text_model": "RBT3-chinese",
@@ -193,6 +194,7 @@ def test_models_json_is_one_object(tmp_path: Path) -> None:
         "repository": "OFA-Sys/chinese-clip-rn50",
         "file": "clip_cn_rn50.pt",
         "path": str(tmp_path / "clip_cn_rn50.pt"),
+        "bundled": False,
     }
 
 

@@ -111,7 +111,8 @@ def test_links_lead_to_files_of_the_repository(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS[:2], ids=lambda path: path.name)
 def test_the_table_of_models_is_that_of_the_package(path: Path) -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| ([\d,]+) \|", path.read_text(encoding="utf-8"), re.MULTILINE)
-    published = {name: models.describe(name, entry, ROOT) for name, entry in zoo.PUBLISHED.items()}
+    known: dict[str, zoo.Published | zoo.Bundled] = {**zoo.PUBLISHED, **zoo.BUNDLED}
+    published = {name: models.describe(name, entry, ROOT) for name, entry in known.items()}
     assert dict(rows) == {name: f"{facts['num_params']:,}" for name, facts in published.items()}
     for name, facts in published.items():
         (row,) = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{name}` |")]
@@ -248,7 +249,7 @@ def num_lines(path: Path) -> int:
 def test_the_commands_of_the_readme_run_from_api_to_zero_shot(workplace: Workplace) -> None:
     printed = run_all(workplace, ROOT / "README.md")
     api = printed["import torch "].splitlines()
-    assert api[0].startswith("Available models: ['ViT-B-16', 'ViT-L-14', 'ViT-L-14-336', 'ViT-H-14', 'RN50'")
+    assert api[0] in (ROOT / "README.md").read_text(encoding="utf-8")
     assert api[-1].startswith("Label probs: [[")
     assert len(api[-1].split()) == 6
     dataset = workplace.data / "datasets" / DATASET
