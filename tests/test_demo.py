@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,8 @@ def test_demo_runs_the_whole_job_and_prints_one_json_object(tmp_path: Path) -> N
     for name in ("valid_imgs.img_feat.jsonl", "valid_texts.txt_feat.jsonl"):
         assert len((tmp_path / "datasets" / "emoji" / name).read_bytes().splitlines()) == 1610
     assert "$ cn-clip zeroshot --datapath" in result.stderr
+    assert "| INFO |" in result.stderr
+    assert "| WARNING |" not in result.stderr
 
 
 def test_without_steps_the_demo_measures_the_bundled_model_alone(tmp_path: Path) -> None:
@@ -50,8 +53,10 @@ def test_without_steps_the_demo_measures_the_bundled_model_alone(tmp_path: Path)
 
 
 def test_the_lines_to_ask_the_model_with_run_as_they_are_printed() -> None:
-    lines = EPILOGUE.split("<<'EOF'\n")[1].split("    EOF")[0].splitlines()
-    result = run("-c", "\n".join(line.removeprefix("    ") for line in lines))
+    printed = EPILOGUE.format(python=shlex.quote(sys.executable))
+    pasted = printed[printed.index(sys.executable) :]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(["bash"], input=pasted, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("'") == 10
 

@@ -46,7 +46,7 @@ DIRECTED = re.compile(r"[左右东西南北]|点|箭头|\d|[A-Za-z]|符号|日�
 # What is told from its like by its colour keeps it, and has no use for drawings without one.
 COLOURED = re.compile(r"[色红橙黄绿青蓝紫粉棕黑白金银]")
 COLOURLESS_VENDORS = ("fluent-high-contrast",)
-# A name that was changed after the bundled model's run, and still draws the same variations.
+# The variations of a vendor are drawn from the stream of this name where it is another than the vendor's.
 SEED_NAMES = {"noto-2017": "noto-blob"}
 
 

@@ -1,6 +1,8 @@
 """The whole job on embedded emoji pictures, each step a command you can type: `cn-clip demo`."""
 
 import json
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,17 +18,18 @@ UNSEEN: emoji.Vendor = "twemoji"
 QUERIES = ("海边度假", "下雨天", "生日派对", "想吃水果", "开心", "加班好累", "红苹果", "小猫")
 GRID_COLUMNS = 6
 DIRECTIONS = {"text_to_image": "以文搜图 / text→image", "image_to_text": "以图搜文 / image→text"}
+# Not indented, so that it can be pasted into a shell as it is printed.
 EPILOGUE = """
-自己试试 / ask the model yourself:
+自己试试，把下面几行粘贴到终端 / ask the model yourself, paste this into a shell:
 
-    python - <<'EOF'
-    from cn_clip.clip import Encoder
-    from cn_clip.demo import emoji
-    pictures = emoji.load("twemoji")
-    encoder = Encoder("Emoji-Tiny")
-    scores = encoder.encode_texts(["海边度假"]) @ encoder.encode_images([one.picture for one in pictures]).T
-    print([pictures[n].name for n in scores[0].argsort()[::-1][:5]])
-    EOF"""
+{python} - <<'EOF'
+from cn_clip.clip import Encoder
+from cn_clip.demo import emoji
+pictures = emoji.load("twemoji")
+encoder = Encoder("Emoji-Tiny")
+scores = encoder.encode_texts(["海边度假"]) @ encoder.encode_images([one.picture for one in pictures]).T
+print([pictures[n].name for n in scores[0].argsort()[::-1][:5]])
+EOF"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ class Tour:
         self.data = folder / "datasets" / "emoji"
         self.classes = folder / "datasets" / "emoji-classes"
         self.logs = folder / "experiments"
-        self.checkpoint = self.logs / "emoji" / "checkpoints" / "epoch_latest.pt"
+        # A run of other settings is another one: it must not go on where this one stood.
+        self.name = f"emoji-tiny_seed{options.seed}_steps{options.steps}"
+        self.checkpoint = self.logs / self.name / "checkpoints" / "epoch_latest.pt"
         self.grid = folder / "grid.png"
         self.number = 0
 
@@ -171,7 +176,7 @@ class Tour:
             "train",
             training,
             *("--train-data", self.data / "lmdb" / "train", "--val-data", self.data / "lmdb" / "valid", *begin),
-            *("--vision-model", entry.vision, "--text-model", entry.text, "--logs", self.logs, "--name", "emoji"),
+            *("--vision-model", entry.vision, "--text-model", entry.text, "--logs", self.logs, "--name", self.name),
             *("--batch-size", 256, "--valid-batch-size", 256, "--num-workers", 1, "--max-steps", steps),
             *("--lr", 5e-4, "--beta2", 0.98, "--wd", 0.1, "--warmup", max(1, steps // 10), "--multi-positive"),
             *("--valid-epoch-interval", -1, "--save-epoch-frequency", -1, "--log-interval", 10),
@@ -204,7 +209,7 @@ def _print_summary(summary: dict[str, Any], tour: Tour) -> None:
     if summary["after"]:
         print(f"微调后的模型 / checkpoint: {tour.checkpoint}")
     print(f"用时 / time: {summary['seconds']:.0f} s")
-    print(EPILOGUE)
+    print(EPILOGUE.format(python=shlex.quote(sys.executable)))
 
 
 def _print_recalls(recalls: dict[str, dict[str, float]]) -> None:

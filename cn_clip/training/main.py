@@ -209,7 +209,9 @@ def warn_of_rate(options: Options, global_batch: int) -> None:
 
     # A run that goes on with its optimizer may have begun from scratch; adapters bear more than weights.
     pretrained = bool((options.resume and options.reset_optimizer) or options.clip_weight_path)
-    pretrained = pretrained and not options.lora_rank
+    # The rule is that of the published models, which see 224 pixels and more; the small towers bear more too.
+    is_small = zoo.vision_config(options.vision_model).image_resolution < 224
+    pretrained = pretrained and not options.lora_rank and not is_small
     warning = rate_warning(options.optimizer_setting("lr"), global_batch, pretrained=pretrained)
     if warning:
         logger.warning("%s", warning)

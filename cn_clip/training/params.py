@@ -10,7 +10,8 @@ from cn_clip.zoo import TextName, VisionName
 _VIT = {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1.0e-6}
 _LARGE = {**_VIT, "lr": 4.0e-4}
 _RESNET = {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1.0e-8}
-OPTIMIZER_DEFAULTS = {"ViT-L-14": _LARGE, "ViT-L-14-336": _LARGE, "RN50": _RESNET, "RN-Tiny-64": _RESNET}
+OPTIMIZER_DEFAULTS = {"ViT-L-14": _LARGE, "ViT-L-14-336": _LARGE, "RN50": _RESNET}
+OPTIMIZER_DEFAULTS |= {"RN-Tiny-64": _RESNET, "RN-Small-64": _RESNET}
 
 
 @dataclass(frozen=True)
