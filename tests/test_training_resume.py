@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process_runs import checkpoint, emoji_split, run
+import torch
+from in_process_runs import build, checkpoint, emoji_split, run
 
+from cn_clip.clip.loading import open_model
 from cn_clip.training.stopping import StopRequest
 from cn_clip.training.trainer import Trainer
 
@@ -91,6 +93,14 @@ def test_what_is_said_at_a_stop_is_what_goes_on(fine_tunes: bool, split: Path, t
         settings |= {"resume": str(latest), "reset_optimizer": False, "reset_data_offset": False}
     assert "Global Steps: 2/3" in run(split, tmp_path, **settings)
     assert checkpoint(tmp_path)["step"] == PER_EPOCH
+
+
+def test_a_run_may_start_from_a_model_by_its_name(split: Path, tmp_path: Path) -> None:
+    towers = {"vision_model": "RN-Small-64", "text_model": "BERT-Tiny-chinese", "resume": "Emoji-Tiny"}
+    trainer = build(split, tmp_path, **towers, reset_optimizer=True, reset_data_offset=True)
+    expected, _ = open_model("Emoji-Tiny")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name
 
 
 def test_a_second_sigterm_does_not_end_a_run_that_is_saving() -> None:

@@ -171,7 +171,7 @@ class Tour:
 
         self._headline("微调：从随包模型接着学这些图片", "fine-tuning: the bundled model learns these drawings")
         entry, steps = zoo.BUNDLED[MODEL], self.options.steps
-        begin = [] if self.checkpoint.exists() else ["--resume", entry.path, "--reset-optimizer", "--reset-data-offset"]
+        begin = [] if self.checkpoint.exists() else ["--resume", MODEL, "--reset-optimizer", "--reset-data-offset"]
         self._call(
             "train",
             training,

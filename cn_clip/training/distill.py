@@ -54,7 +54,7 @@ def open_teacher(name: str, device: torch.device | str) -> Teacher:
     Raises CheckpointError for a file that cannot be read or a name that is not known, ConfigError for a ModelScope
     model that encodes no pictures, DownloadError when ModelScope fails, MissingExtraError without its package.
     """
-    is_local = name in zoo.PUBLISHED or Path(name).exists() or name.endswith(_WEIGHT_SUFFIXES)
+    is_local = zoo.named(name) is not None or Path(name).exists() or name.endswith(_WEIGHT_SUFFIXES)
     if not is_local and _MODELSCOPE_ID.fullmatch(name):
         return _modelscope_teacher(name, device)
     model, _ = open_model(name)

@@ -71,7 +71,7 @@ class Options:
     save_step_frequency: int = -1
     """Keep a checkpoint every N steps; -1: never by steps"""
     resume: str | None = None
-    """Checkpoint to start from; default: the latest one of this experiment, if any"""
+    """Checkpoint to start from, or a model's name; default: the latest checkpoint of this experiment, if any"""
     reset_optimizer: bool = False
     """Start from the weights of --resume without its optimizer state"""
     reset_data_offset: bool = False

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from cn_clip import zoo
 from cn_clip.clip.checkpoint import Checkpoint
+from cn_clip.clip.loading import weight_file
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.jsonl import atomic_write
 
@@ -133,10 +135,10 @@ def _newest_first(checkpoint_dir: Path) -> list[Path]:
 def find_resume(resume: str | None, checkpoint_dir: Path) -> list[Path]:
     """The checkpoints to start from, best first: the given one alone, else those of this experiment, newest first.
 
-    Raises CheckpointError when the given one is not there: a run never starts from scratch in silence.
+    resume: a path, or the name of a published or bundled model. Raises CheckpointError when the given one is not there: a run never starts from scratch in silence.
     """
     if resume is not None:
-        path = Path(resume)
+        path = weight_file(resume) if zoo.named(resume) and not Path(resume).exists() else Path(resume)
         if not path.exists():
             raise CheckpointError(f"--resume {resume}: no such file; training stops rather than start from scratch")
         return [path]
