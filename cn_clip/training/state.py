@@ -135,7 +135,8 @@ def _newest_first(checkpoint_dir: Path) -> list[Path]:
 def find_resume(resume: str | None, checkpoint_dir: Path) -> list[Path]:
     """The checkpoints to start from, best first: the given one alone, else those of this experiment, newest first.
 
-    resume: a path, or the name of a published or bundled model. Raises CheckpointError when the given one is not there: a run never starts from scratch in silence.
+    resume: a path, or the name of a published or bundled model. Raises CheckpointError when the given one is not there:
+    a run never starts from scratch in silence.
     """
     if resume is not None:
         path = weight_file(resume) if zoo.named(resume) and not Path(resume).exists() else Path(resume)
