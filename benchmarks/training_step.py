@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -34,9 +35,7 @@ for row, length in enumerate(settings["lengths"]):
     tokens[row, length:] = 0
 if settings["side"] == "reference":
     import reference_shim
-    from types import SimpleNamespace
     from cn_clip.clip.model import CLIP
-    from cn_clip.training.train import get_loss
     model = CLIP(**settings["info"])
     model.train()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -148,8 +147,10 @@ def probe(options: Options, name: str, precision: str, *, checkpointing: bool) -
     python = options.reference_python if is_reference else sys.executable
     import_path = ROOT / "benchmarks" if is_reference else ROOT
     line = [str(python), "-c", PROBE, json.dumps(settings)]
-    # Started by a small process: peak memory begins at what the parent holds.
-    answer = subprocess.run(line, env={"PYTHONPATH": str(import_path)}, capture_output=True, text=True, check=False)
+    # Elsewhere than here: the folder of a run comes first among those Python imports from.
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"PYTHONPATH": str(import_path)}
+        answer = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if answer.returncode:
         raise ConfigError(f"{name}: ended with status {answer.returncode}: {answer.stderr[-2000:]}")
     content: dict[str, Any] = json.loads(answer.stdout.rpartition("ANSWER ")[2])
