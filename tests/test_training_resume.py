@@ -66,6 +66,14 @@ def test_a_validation_that_was_counted_is_not_counted_again(split: Path, tmp_pat
     assert f"@ {PER_EPOCH} steps" not in log.split("Start epoch", 1)[1].split("Saved checkpoint")[0]
 
 
+def test_a_run_that_validates_at_all_validates_at_its_end(split: Path, tmp_path: Path) -> None:
+    log = run(split, tmp_path, max_steps=2, valid_step_interval=100, valid_epoch_interval=-1)
+    assert "Validation Recall (epoch 0 @ 0 steps)" in log
+    assert "Validation Recall (epoch 1 @ 2 steps)" in log
+    none = run(split, tmp_path / "none", max_steps=2, valid_step_interval=-1, valid_epoch_interval=-1)
+    assert "Validation Recall" not in none
+
+
 @pytest.mark.parametrize("fine_tunes", [False, True])
 def test_what_is_said_at_a_stop_is_what_goes_on(fine_tunes: bool, split: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_epochs": 1, "valid_epoch_interval": -1}

@@ -169,7 +169,8 @@ class Trainer:
         self._train_epoch(epoch)
         if self.position.batch == self.steps_per_epoch:
             self.position = Position(epoch + 1, 0, self.position.step)
-        if _is_due(epoch + 1, self.options.valid_epoch_interval):
+        is_end = self.position.step >= self.max_steps and self._ever_validates()
+        if is_end or _is_due(epoch + 1, self.options.valid_epoch_interval):
             self.validate(epoch)
         self.closed = True
         self._save_epoch(epoch)
