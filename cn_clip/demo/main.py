@@ -15,7 +15,7 @@ from cn_clip.errors import ConfigError
 
 MODEL = "Emoji-Tiny"
 UNSEEN: emoji.Vendor = "twemoji"
-QUERIES = ("海边度假", "下雨天", "生日派对", "想吃水果", "开心", "加班好累", "红苹果", "小猫")
+QUERIES = ("下雨天", "想吃水果", "红苹果", "小猫", "生日蛋糕", "睡觉", "晚上的月亮", "坐飞机")
 GRID_COLUMNS = 6
 DIRECTIONS = {"text_to_image": "以文搜图 / text→image", "image_to_text": "以图搜文 / image→text"}
 # Not indented, so that it can be pasted into a shell as it is printed.
@@ -27,7 +27,7 @@ from cn_clip.clip import Encoder
 from cn_clip.demo import emoji
 pictures = emoji.load("twemoji")
 encoder = Encoder("Emoji-Tiny")
-scores = encoder.encode_texts(["海边度假"]) @ encoder.encode_images([one.picture for one in pictures]).T
+scores = encoder.encode_texts(["下雨天"]) @ encoder.encode_images([one.picture for one in pictures]).T
 print([pictures[n].name for n in scores[0].argsort()[::-1][:5]])
 EOF"""
 
