@@ -103,6 +103,17 @@ def test_what_is_said_at_a_stop_is_what_goes_on(fine_tunes: bool, split: Path, t
     assert checkpoint(tmp_path)["step"] == PER_EPOCH
 
 
+def test_a_file_that_does_not_say_where_in_the_data_it_stands_goes_on_with_the_next_epoch(
+    split: Path, tmp_path: Path
+) -> None:
+    run(split, tmp_path, max_epochs=1, valid_epoch_interval=-1)
+    content = checkpoint(tmp_path)
+    content["resume"] = {"epoch": 0, "batch": 2, "num_batches": PER_EPOCH}
+    torch.save(content, tmp_path / "x" / "checkpoints" / "epoch_latest.pt")
+    log = run(split, tmp_path, max_epochs=2, valid_epoch_interval=-1)
+    assert f"Global Steps: {PER_EPOCH + 1}/{2 * PER_EPOCH} | Train Epoch: 2 [4/12 (33%)]" in log
+
+
 def test_a_run_may_start_from_a_model_by_its_name(split: Path, tmp_path: Path) -> None:
     towers = {"vision_model": "RN-Small-64", "text_model": "BERT-Tiny-chinese", "resume": "Emoji-Tiny"}
     trainer = build(split, tmp_path, **towers, reset_optimizer=True, reset_data_offset=True)

@@ -3,6 +3,7 @@
 # N rows of all processes, B rows of this one, D embedding, W processes
 
 import contextlib
+import gc
 import inspect
 import os
 from collections.abc import Iterator
@@ -42,11 +43,13 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+        wait_for_all()
     except Exception as error:
         if device.type == "cuda":
             _leave_at_once(error)
         raise
     finally:
+        gc.collect()  # the meshes of FSDP lie in cycles, and hold threads that must end before the process does
         dist.destroy_process_group()
 
 

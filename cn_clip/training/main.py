@@ -41,16 +41,24 @@ def run(options: Options) -> None:
     started = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
     log = folder / f"out_{started}.log"
     with logs.logging_to(log, rank=ranks.rank(), debug=options.debug), distributed.process_group(device):
-        trainer = build_trainer(options, device, checkpoint_dir)
-        values = {**asdict(options), "checkpoint_path": str(checkpoint_dir), "device": device}
-        values |= {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
-        values |= {name: options.optimizer_setting(name) for name in ("lr", "beta1", "beta2", "eps")}
-        values |= {"world_size": ranks.world_size()}
-        if ranks.rank() == 0:
-            logs.log_params(values, folder / f"params_{started}.txt")
-        logs.logger.info("Use device: %s for training, precision %s", device, arithmetic(options, trainer))
-        with monitor(options, folder, start_step=trainer.position.step) as trainer.report.monitor:
-            trainer.train()
+        train(options, device, folder, started)
+
+
+def train(options: Options, device: "torch.device", folder: Path, started: str) -> None:
+    """Builds and trains. A function of its own, so that nothing of it outlives the process group."""
+    from cn_clip.training import logs
+
+    checkpoint_dir = folder / "checkpoints"
+    trainer = build_trainer(options, device, checkpoint_dir)
+    values = {**asdict(options), "checkpoint_path": str(checkpoint_dir), "device": device}
+    values |= {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
+    values |= {name: options.optimizer_setting(name) for name in ("lr", "beta1", "beta2", "eps")}
+    values |= {"world_size": ranks.world_size()}
+    if ranks.rank() == 0:
+        logs.log_params(values, folder / f"params_{started}.txt")
+    logs.logger.info("Use device: %s for training, precision %s", device, arithmetic(options, trainer))
+    with monitor(options, folder, start_step=trainer.position.step) as trainer.report.monitor:
+        trainer.train()
 
 
 def build_trainer(options: Options, device: "torch.device", checkpoint_dir: Path) -> "Trainer":
@@ -166,7 +174,7 @@ def load_start(options: Options, model: "CLIP", checkpoint_dir: Path) -> "Checkp
         return None
     logger.info("=> begin to load checkpoint '%s'", checkpoint.path)
     tensors = dict(checkpoint.state_dict)
-    bias = checkpoint.extra.get("resume", {}).get("logit_bias")
+    bias = state.resume_entry(checkpoint).get("logit_bias")
     if model.logit_bias is not None:
         tensors["logit_bias"] = model.logit_bias if bias is None else bias
     adapt.load_plain_state_dict(model, tensors, checkpoint.path)

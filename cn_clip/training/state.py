@@ -165,13 +165,19 @@ def read_first_good(
     return None, []
 
 
+def resume_entry(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `_save` of the trainer put beside weights and optimizer; empty for files that do not say all of it."""
+    saved: dict[str, Any] = checkpoint.extra.get("resume") or {}
+    return saved if "extent" in saved else {}
+
+
 def resume_position(checkpoint: Checkpoint, extent: Extent) -> Position:
     """Where to go on. Files of Chinese-CLIP only know whole epochs; ours know the batch.
 
     Raises CheckpointError when data, batch size or number of processes differ from when the file was written.
     """
-    saved = checkpoint.extra.get("resume")
-    if saved is None:
+    saved = resume_entry(checkpoint)
+    if not saved:
         return Position(checkpoint.epoch, 0, checkpoint.step)
     was, now = saved["extent"], asdict(extent)
     changed = [f"{name} was {was[name]}, is {now[name]}" for name in now if was[name] != now[name]]

@@ -127,7 +127,7 @@ class Trainer:
 
         Raises CheckpointError when the file has no fitting optimizer state, or counts in another extent.
         """
-        saved = checkpoint.extra.get("resume")
+        saved = state.resume_entry(checkpoint)
         if not self.options.reset_data_offset:
             self.position = state.resume_position(checkpoint, self.extent)
         if not self.options.reset_optimizer:
@@ -148,7 +148,7 @@ class Trainer:
         except (ValueError, KeyError) as error:
             reason = f"optimizer state does not fit ({error}); add --reset-optimizer"
             raise CheckpointError(f"{checkpoint.path}: {reason}") from error
-        scaler = checkpoint.extra.get("resume", {}).get("scaler")
+        scaler = state.resume_entry(checkpoint).get("scaler")
         if scaler:
             self.learner.scaler.load_state_dict(scaler)
 
