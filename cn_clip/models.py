@@ -12,6 +12,7 @@ from cn_clip import columns, command
 from cn_clip.jsonl import dumps
 from cn_clip.zoo import (
     BUNDLED,
+    DOWNLOAD_ROOT,
     HUGGINGFACE_ORG,
     PUBLISHED,
     Bundled,
@@ -22,14 +23,12 @@ from cn_clip.zoo import (
     model_config,
 )
 
-DEFAULT_ROOT = Path("~/.cache/clip")
-
 
 @dataclass(frozen=True)
 class Options:
     """Lists the published and the bundled models and where their files are."""
 
-    download_root: Path = DEFAULT_ROOT
+    download_root: Path = DOWNLOAD_ROOT
     """Folder with downloaded checkpoints"""
     json: bool = False
     """Print the list as one JSON object"""

@@ -90,6 +90,7 @@ class Bundled:
         return BUNDLED_DIR / self.filename
 
 
+DOWNLOAD_ROOT = Path("~/.cache/clip")
 HUGGINGFACE_ORG = "OFA-Sys"
 MODELSCOPE_ORG = "AI-ModelScope"
 

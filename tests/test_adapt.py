@@ -21,6 +21,10 @@ LAYER = "bert.encoder.layer"
 BLOCK = "visual.transformer.resblocks.0"
 
 
+def plain_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return adapt.file_names(model.state_dict())
+
+
 def trained_names(model: CLIP) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -53,7 +57,7 @@ def train(model: CLIP, steps: int = 3) -> None:
 
 def save(model: CLIP, path: Path, **changes: Any) -> Path:
     settings = adapt.lora_settings(model)
-    state = {f"module.{name}": value for name, value in adapt.plain_state_dict(model).items()}
+    state = {f"module.{name}": value for name, value in plain_state_dict(model).items()}
     content: dict[str, Any] = {"epoch": 1, "step": 3, "name": "run", "state_dict": state, "optimizer": {"state": {}}}
     if settings:
         content["lora"] = settings.entry()
@@ -121,15 +125,13 @@ def test_frozen_parts_compute_as_in_evaluation_and_the_others_train() -> None:
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_a_model_with_new_adapters_computes_what_it_did_before(kind: str) -> None:
     model = with_lora(kind)
-    assert all(
-        not value.any() for name, value in adapt.plain_state_dict(model).items() if name.endswith("lora_B.weight")
-    )
+    assert all(not value.any() for name, value in plain_state_dict(model).items() if name.endswith("lora_B.weight"))
     for before, after in zip(features(tiny_model(kind)), features(model), strict=True):
         torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-6)  # kernels round by where memory begins
 
 
 def test_adapters_stand_on_attention_and_perceptron_of_both_towers() -> None:
-    names = adapt.plain_state_dict(with_lora())
+    names = plain_state_dict(with_lora())
     stems = {name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")}
     block, layer = (f"{stem}." for stem in (BLOCK, f"{LAYER}.0"))
     assert {stem for stem in stems if stem.startswith((block, layer))} == {
@@ -143,7 +145,7 @@ def test_adapters_stand_on_attention_and_perceptron_of_both_towers() -> None:
 
 
 def test_a_resnet_has_adapters_on_convolutions_and_attention_pool() -> None:
-    names = adapt.plain_state_dict(with_lora("resnet"))
+    names = plain_state_dict(with_lora("resnet"))
     assert names["visual.layer1.0.conv2.lora_A.weight"].shape == (4, 8, 3, 3)
     assert names["visual.layer1.0.conv2.lora_B.weight"].shape == (8, 4, 1, 1)
     assert {f"visual.attnpool.{letter}_proj.lora_A.weight" for letter in "qkvc"} < names.keys()
@@ -153,7 +155,7 @@ def test_a_resnet_has_adapters_on_convolutions_and_attention_pool() -> None:
 def test_only_adapters_and_the_scale_are_trained() -> None:
     assert {adapt.file_name(name) for name in trained_names(with_lora())} == {
         "logit_scale",
-        *(name for name in adapt.plain_state_dict(with_lora()) if is_adapter(name)),
+        *(name for name in plain_state_dict(with_lora()) if is_adapter(name)),
     }
 
 
@@ -181,7 +183,7 @@ def test_without_peft_the_command_that_installs_it_is_told(monkeypatch: pytest.M
 
 
 def test_adapters_are_drawn_from_torchs_seed() -> None:
-    first, again, other = (adapt.plain_state_dict(with_lora(seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (plain_state_dict(with_lora(seed=seed)) for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     name = f"{BLOCK}.attn.in_proj.lora_A.weight"
     assert not torch.equal(first[name], other[name])
@@ -190,9 +192,9 @@ def test_adapters_are_drawn_from_torchs_seed() -> None:
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_every_adapter_trains_and_no_weight_under_it_changes(kind: str) -> None:
     model = with_lora(kind)
-    before = {name: value.clone() for name, value in adapt.plain_state_dict(model).items()}
+    before = {name: value.clone() for name, value in plain_state_dict(model).items()}
     train(model)
-    after = adapt.plain_state_dict(model)
+    after = plain_state_dict(model)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"logit_scale", *filter(is_adapter, before)}
 
@@ -257,7 +259,7 @@ def test_a_model_with_adapters_goes_through_a_file_bit_for_bit(kind: str, tmp_pa
 
 def test_a_model_without_adapters_keeps_its_names() -> None:
     model = tiny_model()
-    plain = adapt.plain_state_dict(model)
+    plain = plain_state_dict(model)
     assert list(plain) == list(model.state_dict())
     other = tiny_model(seed=3)
     adapt.load_plain_state_dict(other, plain, Path("run.pt"))
@@ -265,7 +267,7 @@ def test_a_model_without_adapters_keeps_its_names() -> None:
 
 
 def test_base_weights_keep_their_names_beside_the_adapters() -> None:
-    plain = adapt.plain_state_dict(with_lora())
+    plain = plain_state_dict(with_lora())
     base = tiny_model().state_dict()
     assert {name for name in plain if not is_adapter(name)} == base.keys()
     assert all(torch.equal(plain[name], value) for name, value in base.items())
@@ -273,9 +275,9 @@ def test_base_weights_keep_their_names_beside_the_adapters() -> None:
 
 def test_a_run_with_adapters_starts_from_weights_without() -> None:
     model = with_lora()
-    drawn = {name: value.clone() for name, value in adapt.plain_state_dict(model).items() if is_adapter(name)}
+    drawn = {name: value.clone() for name, value in plain_state_dict(model).items() if is_adapter(name)}
     adapt.load_plain_state_dict(model, tiny_model(seed=4).state_dict(), Path("base.pt"))
-    plain = adapt.plain_state_dict(model)
+    plain = plain_state_dict(model)
     assert torch.equal(plain["visual.conv1.weight"], tiny_model(seed=4).visual.conv1.weight)
     assert all(torch.equal(plain[name], value) for name, value in drawn.items())
 
@@ -297,7 +299,7 @@ def test_adapters_of_another_size_or_strength_are_refused(rank: int, alpha: floa
 
 def test_a_missing_adapter_is_named() -> None:
     model = with_lora()
-    tensors = adapt.plain_state_dict(model)
+    tensors = plain_state_dict(model)
     del tensors[f"{BLOCK}.attn.in_proj.lora_B.weight"]
     with pytest.raises(
         CheckpointError, match=rf"run\.pt: the tensor {BLOCK}\.attn\.in_proj\.lora_B\.weight is missing"

@@ -133,6 +133,7 @@ def test_mixed_precision_accumulates_what_the_large_batch_gives_within_its_round
 def test_keys_are_equal_where_picture_or_text_is() -> None:
     tokens = torch.tensor([[101, 7, 102, 0, 0], [101, 7, 102, 0, 0], [101, 8, 102, 0, 0], [101, 7, 8, 102, 0]])
     batch = make_batch(PairBatch(torch.zeros(4, 3, 2, 2), tokens, ["a", 1, "1", 1], [1, 2, 3, 4], [0] * 4), CPU)
+    assert batch.keys_B2 is not None
     image_keys, text_keys = (keys.tolist() for keys in batch.keys_B2.unbind(1))
     assert image_keys[1] == image_keys[3]
     assert len(set(image_keys)) == 3

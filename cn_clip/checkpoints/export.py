@@ -2,33 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import tyro
+from typing import TYPE_CHECKING
 
 from cn_clip import command
-from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.checkpoints.options import RewriteOptions
+from cn_clip.errors import CheckpointError
 
 if TYPE_CHECKING:
     from cn_clip.clip.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(RewriteOptions):
     """Writes the weights as safetensors, with the model's name, epoch and step as metadata; adapters are merged."""
 
-    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
-    """The checkpoint"""
     output: command.Required = None
     """The file to write, .safetensors"""
-    precision: Literal["keep", "fp16", "fp32"] = "keep"
-    """Type of the weights; fp16 as in the published models: norms of the picture tower stay float32"""
-    json: bool = False
-    """Print the result as one JSON object"""
-
-    def __post_init__(self) -> None:
-        if self.output is None:
-            raise ConfigError("--output: expected the file to write")
 
 
 def run(options: Options) -> None:

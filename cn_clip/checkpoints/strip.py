@@ -2,33 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
-
-import tyro
 
 from cn_clip import command
-from cn_clip.errors import ConfigError
+from cn_clip.checkpoints.options import RewriteOptions
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(RewriteOptions):
     """Writes the weights alone, without optimizer and resume state; adapters (LoRA) are merged.
 
     Chinese-CLIP reads the file too.
     """
 
-    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
-    """The checkpoint"""
     output: command.Required = None
     """The file to write, .pt"""
-    precision: Literal["keep", "fp16", "fp32"] = "keep"
-    """Type of the weights; fp16 as in the published models: norms of the picture tower stay float32"""
-    json: bool = False
-    """Print the result as one JSON object"""
-
-    def __post_init__(self) -> None:
-        if self.output is None:
-            raise ConfigError("--output: expected the file to write")
 
 
 def run(options: Options) -> None:

@@ -19,8 +19,6 @@ from cn_clip.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_DOWNLOAD_ROOT = "~/.cache/clip"
-
 
 def available_models() -> list[str]:
     """Names of the published models, then of those that come with this package, as `load_from_name` takes them."""
@@ -63,7 +61,7 @@ def weight_file(name: str | Path, *, download_root: str | Path | None = None, us
     """
     entry = zoo.named(str(name))
     if isinstance(entry, zoo.Published):
-        root = Path(download_root or DEFAULT_DOWNLOAD_ROOT).expanduser()
+        root = Path(download_root or zoo.DOWNLOAD_ROOT).expanduser()
         return hub.download(entry, root, use_modelscope=use_modelscope)
     path = entry.path if entry else Path(name)
     if not path.exists():

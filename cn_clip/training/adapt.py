@@ -69,9 +69,8 @@ def set_training_mode(model: CLIP, options: Frozen) -> None:
     With adapters this holds for every batch normalisation: its statistics belong to the weights that stay.
     """
     model.train()
-    settings = options.freeze_vision, options.freeze_text, options.freeze_text_layers
-    vision, text, text_layers = settings
-    for module in frozen_modules(model, vision=vision, text=text, text_layers=text_layers):
+    asked = {"vision": options.freeze_vision, "text": options.freeze_text}
+    for module in frozen_modules(model, **asked, text_layers=options.freeze_text_layers):
         module.eval()
     if lora_settings(model):
         for module in model.modules():
@@ -137,17 +136,12 @@ def file_name(name: str) -> str:
 
 
 def file_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a state dict under the names of checkpoints."""
+    """The tensors of a state dict under the names of checkpoints: weights as without adapters, adapters beside them."""
     return {file_name(name): value for name, value in tensors.items()}
 
 
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors under the names of checkpoints: weights as without adapters, adapters beside them."""
-    return file_names(model.state_dict())
-
-
 def load_plain_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copies what `plain_state_dict` gave, or the tensors of a checkpoint, into the model; as `tensors_for`."""
+    """Copies tensors under the names of checkpoints into the model; as `tensors_for`."""
     model.load_state_dict(tensors_for(model, tensors, path))
 
 

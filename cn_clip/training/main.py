@@ -163,6 +163,7 @@ def synchronise_norms(options: Options, model: "CLIP", device: "torch.device") -
 
 def load_start(options: Options, model: "CLIP", checkpoint_dir: Path) -> "Checkpoint | None":
     """Puts the weights of --resume, or of this experiment's last good checkpoint, into the model."""
+    from cn_clip.clip.checkpoint import SIGMOID_BIAS
     from cn_clip.training import adapt, state
     from cn_clip.training.logs import logger
 
@@ -173,10 +174,8 @@ def load_start(options: Options, model: "CLIP", checkpoint_dir: Path) -> "Checkp
     if checkpoint is None:
         return None
     logger.info("=> begin to load checkpoint '%s'", checkpoint.path)
-    tensors = dict(checkpoint.state_dict)
-    bias = state.resume_entry(checkpoint).get("logit_bias")
-    if model.logit_bias is not None:
-        tensors["logit_bias"] = model.logit_bias if bias is None else bias
+    bias = state.resume_entry(checkpoint).get(SIGMOID_BIAS)
+    tensors = checkpoint.state_dict if bias is None else {**checkpoint.state_dict, SIGMOID_BIAS: bias}
     adapt.load_plain_state_dict(model, tensors, checkpoint.path)
     return checkpoint
 

@@ -20,12 +20,12 @@ from cn_clip.training.loss import Objective, Pairs, Scores
 
 
 class Batch(NamedTuple):
-    """Pairs on the training device, (image id, text id) of each, and keys: equal for equal pictures, equal texts."""
+    """Pairs on the training device, (image id, text id) of each, and where wanted keys: equal for equal content."""
 
     pixels_B3RR: Tensor
     tokens_BL: Tensor
     ids: list[tuple[RecordId, RecordId]]
-    keys_B2: Tensor
+    keys_B2: Tensor | None
 
 
 class Features(NamedTuple):
@@ -113,7 +113,7 @@ class Learner:
 
         pairs = Pairs(gathered(features.image_BD), gathered(features.text_BD), features.scale, bias)
         if self.multi_positive:
-            image_keys, text_keys = gathered(torch.cat([batch.keys_B2 for batch in batches])).unbind(1)
+            image_keys, text_keys = gathered(torch.cat([_keys(batch) for batch in batches])).unbind(1)
             pairs = pairs._replace(image_keys_N=image_keys, text_keys_N=text_keys)
         if self.teacher is not None:
             taught = [self.teacher.features(batch.pixels_B3RR) for batch in batches]
@@ -134,16 +134,27 @@ def _backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         torch.autograd.backward(torch.stack(sums).sum())
 
 
-def make_batch(pairs: PairBatch, device: torch.device) -> Batch:
-    """A batch of the loader on the training device, its texts cut to the longest."""
+def make_batch(pairs: PairBatch, device: torch.device, *, with_keys: bool = True) -> Batch:
+    """A batch of the loader on the training device, its texts cut to the longest.
+
+    with_keys: for a learner with `multi_positive`; they take a hash for each picture and text.
+    """
     tokens_BL = cut_to_longest(pairs.tokens)
-    images = [_key(image_id) for image_id in pairs.image_id]
-    # Texts are compared as the model reads them.
-    texts = [_key(row[: int(row.ne(0).sum())].tolist()) for row in tokens_BL]
-    keys_B2 = torch.tensor([images, texts]).t()
-    tensors = (tensor.to(device, non_blocking=True) for tensor in (pairs.pixels, tokens_BL, keys_B2))
-    pixels_B3RR, tokens_BL, keys_B2 = tensors
+    keys_B2 = _make_keys(pairs.image_id, tokens_BL).to(device, non_blocking=True) if with_keys else None
+    pixels_B3RR, tokens_BL = (tensor.to(device, non_blocking=True) for tensor in (pairs.pixels, tokens_BL))
     return Batch(pixels_B3RR, tokens_BL, list(zip(pairs.image_id, pairs.text_id, strict=True)), keys_B2)
+
+
+def _make_keys(image_ids: Sequence[RecordId], tokens_BL: Tensor) -> Tensor:
+    """Int64 (B, 2) on the CPU. Texts are compared as the model reads them."""
+    images = [_key(image_id) for image_id in image_ids]
+    texts = [_key(row[: int(row.ne(0).sum())].tolist()) for row in tokens_BL]
+    return torch.tensor([images, texts]).t()
+
+
+def _keys(batch: Batch) -> Tensor:
+    assert batch.keys_B2 is not None, "a batch made without keys cannot be learned from with multi_positive"
+    return batch.keys_B2
 
 
 def cut_to_longest(tokens_BL: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cn_clip import ranks
-from cn_clip.clip.checkpoint import Checkpoint
+from cn_clip.clip.checkpoint import SIGMOID_BIAS, Checkpoint
 from cn_clip.data.datasets import Loader, PairBatch
 from cn_clip.data.records import RecordId
 from cn_clip.data.splits import Split
@@ -226,7 +226,7 @@ class Trainer:
         for pairs in self.training.loader:
             assert isinstance(pairs, PairBatch)
             self.report.num_skipped += sum(pairs.num_skipped)
-            batches.append(make_batch(pairs, self.device))
+            batches.append(make_batch(pairs, self.device, with_keys=self.learner.multi_positive))
             if len(batches) == number:
                 yield batches
                 batches = []
@@ -350,11 +350,11 @@ class Trainer:
     ) -> None:
         self.parallel.share_statistics()
         tensors = adapt.file_names(self.parallel.state_dict())
-        bias = tensors.pop("logit_bias", None)  # no model but the one in training has a place for it
+        bias = tensors.pop(SIGMOID_BIAS, None)  # no model but the one in training has a place for it
         if ranks.rank() != 0:
             return
         if resume is not None and bias is not None:
-            resume["logit_bias"] = bias
+            resume[SIGMOID_BIAS] = bias
         lora = adapt.lora_settings(self.model)
         content = state.checkpoint_content(
             tensors,
