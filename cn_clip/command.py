@@ -60,6 +60,10 @@ class Speaker:
         if not self.quiet:
             print(line, flush=True)
 
+    def note(self, line: str) -> None:
+        """What takes long, or went wrong and was mended: on stderr where only JSON goes to stdout."""
+        print(line, file=sys.stderr if self.quiet else sys.stdout, flush=True)
+
     def params(self, options: Any) -> None:
         """The settings in use."""
         if not self.quiet:

@@ -110,6 +110,11 @@ BUNDLED: dict[str, Bundled] = {
 }
 
 
+def available_models() -> list[str]:
+    """Names of the published models, then of those that come with this package, as `load_from_name` takes them."""
+    return [*PUBLISHED, *BUNDLED]
+
+
 def named(name: str) -> Published | Bundled | None:
     """The published or bundled checkpoint of that name, if there is one."""
     return PUBLISHED.get(name) or BUNDLED.get(name)

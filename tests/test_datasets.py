@@ -13,18 +13,10 @@ from dataset_files import GOLDEN_LMDB, jsonl_line, picture
 from PIL import Image
 from torch import Tensor
 
-from cn_clip.data.datasets import (
-    ClassFolderDataset,
-    FileImageDataset,
-    ImageDataset,
-    LmdbPairs,
-    PairBatch,
-    PairDataset,
-    make_loader,
-    preprocess_text,
-    read_texts,
-)
+from cn_clip.data.datasets import LmdbPairs, PairBatch, PairDataset, make_loader
 from cn_clip.data.lmdb_store import Pair, SplitWriter
+from cn_clip.data.picture_sets import ClassFolderDataset, FileImageDataset, ImageDataset, batches
+from cn_clip.data.texts import preprocess_text, read_texts
 from cn_clip.errors import ConfigError, DataError
 
 REFERENCE = GOLDEN_LMDB / "lmdb" / "train"
@@ -36,6 +28,11 @@ def to_tensor(image: Image.Image) -> Tensor:
     """Stands in for the transform of a model: the colour of the first pixel as (3, 1, 1)."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)[:1, :1]
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """The same without torch."""
+    return to_tensor(image).numpy()
 
 
 def tokenize(texts: list[str], context_length: int) -> Tensor:
@@ -88,6 +85,32 @@ def test_batches_come_in_order_with_ids_as_lists(tmp_path: Path, num_workers: in
     assert len(loader) == 3
     assert [ids for ids, _ in batches] == [[0, 1, 2], [3, 4, 5], [6, 7]]
     assert [image[:, 0].flatten().tolist() for _, image in batches] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
+def test_threads_decode_the_same_batches(tmp_path: Path, num_threads: int) -> None:
+    dataset = ImageDataset(make_split(tmp_path / "train") / "imgs", to_pixels)
+    found = list(batches(dataset, 3, num_threads))
+    assert [ids for ids, _ in found] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert [pixels[:, 0].flatten().tolist() for _, pixels in found] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert found[0][1].shape == (3, 3, 1, 1)
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_threads_stop_at_a_picture_that_does_not_decode_with_folder_and_id(tmp_path: Path, num_threads: int) -> None:
+    folder = make_split(tmp_path / "train", broken=True)
+    found = batches(ImageDataset(folder / "imgs", to_pixels), 4, num_threads)
+    assert next(found)[0] == [0, 1, 2, 3]
+    with pytest.raises(DataError, match=f"^{folder}/imgs: image id 5: the picture of 13 bytes does not decode"):
+        next(found)
+
+
+@pytest.mark.parametrize(("batch_size", "num_threads"), [(0, 0), (1, -1)])
+def test_impossible_settings_of_batches_are_refused(batch_size: int, num_threads: int) -> None:
+    with pytest.raises(ConfigError, match="batch size of 1 or more and 0 or more workers"):
+        batches(FileImageDataset(["a"], to_pixels), batch_size, num_threads)
+    with pytest.raises(DataError, match="the dataset is empty"):
+        batches(FileImageDataset([], to_pixels), 1, 1)
 
 
 def test_a_sampler_sets_the_order_and_drop_last_drops(tmp_path: Path) -> None:
@@ -178,7 +201,7 @@ def test_class_folders_are_labelled_in_sorted_order(tmp_path: Path) -> None:
     assert dataset.classes == ["000", "002", "010"]
     names = [(os.path.relpath(path, tmp_path), label) for path, label in dataset.samples]
     assert names == [("000/z.png", 0), ("000/a/c.png", 0), ("002/b.PNG", 1), ("010/x.png", 2)]
-    assert [image[0].item() for image, _ in (dataset[index] for index in range(4))] == [0, 1, 2, 10]
+    assert [image[0].item() for _, image in (dataset[index] for index in range(4))] == [0, 1, 2, 10]
 
 
 def test_class_folders_without_a_class_or_a_picture_are_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from cn_clip.demo import emoji
 from cn_clip.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-ARCHIVE = ROOT / "cn_clip" / "demo" / "noto_emoji.zip"
+ARCHIVE = ROOT / "cn_clip" / "emoji_pack" / "noto_emoji.zip"
 
 
 def run_script(*args: object) -> subprocess.CompletedProcess[str]:

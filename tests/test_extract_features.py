@@ -18,8 +18,8 @@ from dataset_files import REPOSITORY, jsonl_line, picture, run_script, tsv_line,
 from cn_clip import cli, zoo
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
-from cn_clip.data.datasets import preprocess_text
 from cn_clip.data.lmdb_store import LmdbWriter
+from cn_clip.data.texts import preprocess_text
 from cn_clip.eval import extract_features, features
 from cn_clip.preprocess import build_lmdb_dataset
 

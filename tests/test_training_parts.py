@@ -122,10 +122,12 @@ def test_validation_equals_the_plain_computation() -> None:
     sampler = EpochSampler(6, 3, seed=5)
     result = validate(model, split, texts, [pixels[:3], pixels[3:]], sampler, torch.no_grad)
     with torch.no_grad():
-        images, rows, scale = model.eval()(pixels[[0, 1, 2, 3, 1, 0]], tokenizer.pad([texts[t] for _, t in pairs], 10))
+        images, rows, scale = model.eval()(
+            pixels[[0, 1, 2, 3, 1, 0]], torch.from_numpy(tokenizer.pad([texts[t] for _, t in pairs], 10))
+        )
     losses = [contrastive_scores(Pairs(images[batch], rows[batch], scale)).loss.item() for batch in sampler.batches()]
     assert result.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
-    similarity = model(pixels, tokenizer.pad(texts, 10))
+    similarity = model(pixels, torch.from_numpy(tokenizer.pad(texts, 10)))
     order = (similarity[1] @ similarity[0].T).argsort(dim=1, descending=True)
     relevant = {0: {0}, 1: {1}, 2: {2, 0}, 3: {3}, 4: {1}}
     first = [int(order[text][0]) in relevant[text] for text in range(5)]

@@ -17,8 +17,8 @@ from cn_clip import cli
 from cn_clip.clip.checkpoint import read_checkpoint
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
-from cn_clip.data.datasets import ImageDataset
 from cn_clip.data.lmdb_store import PairStore
+from cn_clip.data.picture_sets import ImageDataset
 from cn_clip.data.splits import read_split
 from cn_clip.errors import DataError
 from cn_clip.eval.wise_ft import Point, interpolate, table
@@ -127,8 +127,8 @@ def test_the_split_has_every_text_once_and_every_pair(lmdb: Path) -> None:
 def recall_of(model: CLIP, lmdb: Path) -> RecallBothWays:
     """By the encoder users have, in one batch."""
     encoder = Encoder(model, device="cpu")
-    pictures = ImageDataset(lmdb / "imgs", encoder.transform)
-    pixels = torch.stack([pictures[index][1] for index in range(NUM_PICTURES)])
+    pictures = ImageDataset(lmdb / "imgs", encoder.transform.array)
+    pixels = np.stack([pictures[index][1] for index in range(NUM_PICTURES)])
     texts = encoder.encode_texts([text for _, text, _ in TEXTS])
     pairs = [(pictures.ids.index(image), number) for number, _, images in TEXTS for image in images]
     return recall_from_features(encoder.backend.encode_pixels(pixels), texts, np.array(pairs))
@@ -185,7 +185,7 @@ def test_adapters_are_merged_before_mixing(models: Path, tmp_path: Path, capsys:
             torch.nn.init.ones_(parameter)
     settings = adapt.lora_settings(model)
     assert settings is not None
-    torch.save({"state_dict": adapt.plain_state_dict(model), "lora": settings.entry()}, tmp_path / "tuned.pt")
+    torch.save({"state_dict": adapt.file_names(model.state_dict()), "lora": settings.entry()}, tmp_path / "tuned.pt")
     (tmp_path / "zero.pt").write_bytes((models / "zero.pt").read_bytes())
     call(capsys, *arguments(tmp_path, None, "--alpha=0.5", "--output", tmp_path / "half.pt"))
     zero, tuned, half = (read_checkpoint(tmp_path / f"{name}.pt").state_dict for name in ("zero", "tuned", "half"))

@@ -19,7 +19,7 @@ from cn_clip.jsonl import atomic_write
 
 _TEXTS = Path(__file__).parent / "emoji_dataset"
 TEXTS = {"noto": _TEXTS, "twemoji": _TEXTS / "twemoji"}
-OUTPUT = Path(__file__).parents[1] / "cn_clip" / "demo"
+OUTPUT = Path(__file__).parents[1] / "cn_clip" / "emoji_pack"
 
 
 @dataclass(frozen=True)

@@ -1,108 +1,81 @@
-"""`Encoder`: pictures and text to unit vectors in one call, over a backend that only knows tensors."""
+"""`Encoder`: pictures and text to unit vectors in one call, over a backend that only knows arrays of numbers."""
 
-# N inputs, B batch, R resolution, L tokens, D embedding
+# N inputs, D embedding
 
 import contextlib
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from cn_clip.clip import tokenizer
-from cn_clip.clip.loading import default_device, open_model
-from cn_clip.clip.model import CLIP, convert_weights
+from cn_clip.clip.backends.base import Backend, BackendName, Pixels, Rows
+from cn_clip.clip.backends.opening import open_backend
+from cn_clip.clip.pictures import Picture, decoded_batches, open_picture
 from cn_clip.clip.transforms import ImageTransform
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.errors import ConfigError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from typing import TypeGuard
 
-Picture: TypeAlias = "str | Path | bytes | Image"
-Rows: TypeAlias = NDArray[np.float32]
+    import torch
+
+    from cn_clip.clip.model import CLIP
+
 Advance: TypeAlias = Callable[[int], object]
-T = TypeVar("T")
 
 DEFAULT_CONTEXT_LENGTH = 52
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Texts sorted by length together: long enough to fill batches of equal lengths, short enough to stream.
 SORTING_WINDOW = 8192
-
-
-class Backend(Protocol):
-    """What runs the towers. `eval`, `serve` and the benchmarks know nothing else of it."""
-
-    resolution: int
-    embed_dim: int
-
-    def encode_pixels(self, pixels_B3RR: Tensor) -> Rows:
-        """Unit float32 rows (B, D) of normalised pixels."""
-        ...
-
-    def encode_tokens(self, token_ids_BL: Tensor) -> Rows:
-        """Unit float32 rows (B, D) of int64 token ids, 0 being padding."""
-        ...
-
-
-class TorchBackend:
-    """The towers in PyTorch. `model` itself is moved to `device` and put into `precision`: "fp32", "bf16" or "fp16"."""
-
-    def __init__(self, model: CLIP, *, device: str | torch.device = "cpu", precision: str = "fp32") -> None:
-        if precision not in DTYPES:
-            raise ConfigError(f"precision: expected one of {sorted(DTYPES)}, got {precision!r}")
-        model.float()
-        if precision != "fp32":
-            convert_weights(model, DTYPES[precision])
-        self.device = torch.device(device)
-        self.model = model.to(self.device).eval()
-        self.resolution = model.resolution
-        self.embed_dim = model.config.vision.embed_dim
-
-    @torch.inference_mode()
-    def encode_pixels(self, pixels_B3RR: Tensor) -> Rows:
-        return _unit_rows(self.model.encode_image(pixels_B3RR.to(self.device, non_blocking=True)))
-
-    @torch.inference_mode()
-    def encode_tokens(self, token_ids_BL: Tensor) -> Rows:
-        return _unit_rows(self.model.encode_text(token_ids_BL.to(self.device, non_blocking=True)))
-
-
-def _unit_rows(features_BD: Tensor) -> Rows:
-    features_BD = features_BD.float()
-    rows: Rows = (features_BD / features_BD.norm(dim=-1, keepdim=True)).cpu().numpy()
-    return rows
 
 
 class Encoder:
     """Pictures and Chinese text to unit vectors.
 
     model: a published name, a checkpoint file, a transformers folder, a loaded `CLIP` (moved to `device` and put into
-    `precision` itself, not copied), or a `Backend`.
-    device: default CUDA where there is one. precision: "fp32" (default), "bf16" or "fp16".
-    Raises CheckpointError, DownloadError or ConfigError.
+    `precision` itself, not copied), a `Backend`, or, for backends other than torch, the prefix of exported files.
+    backend: "torch", "onnx" (ONNX Runtime), "openvino" or "tensorrt". All but torch run an exported model, made at
+    first use and kept in `exported/` under `download_root`; once it is there, onnx and openvino do without PyTorch.
+    precision: "fp32" (default), "bf16", "fp16" or "int8", as the backend has them.
+    device: default CUDA where there is one. num_threads: default one a core. compile: `torch.compile` both towers.
+    Raises CheckpointError, DownloadError, ConfigError, or MissingExtraError naming the package to install.
     """
 
     def __init__(
         self,
         model: "str | Path | CLIP | Backend" = "ViT-B-16",
         *,
-        device: str | torch.device | None = None,
+        backend: BackendName = "torch",
+        device: "str | torch.device | None" = None,
         precision: str = "fp32",
         context_length: int = DEFAULT_CONTEXT_LENGTH,
         download_root: str | Path | None = None,
+        num_threads: int | None = None,
+        compile: bool = False,
     ) -> None:
+        self.backend: Backend
         if isinstance(model, (str, Path)):
-            model, _ = open_model(model, download_root=download_root)
-        if isinstance(model, CLIP):
-            model = TorchBackend(model, device=device or default_device(), precision=precision)
-        self.backend: Backend = model
-        self.transform = ImageTransform(model.resolution)
+            self.backend = open_backend(
+                model,
+                backend=backend,
+                precision=precision,
+                device=device,
+                download_root=download_root,
+                num_threads=num_threads,
+                compile=compile,
+            )
+        elif _is_backend(model):
+            self.backend = model
+        else:
+            self.backend = _over(model, backend, device=device, precision=precision, compile=compile)
         self.context_length = context_length
+
+    @cached_property
+    def transform(self) -> ImageTransform:
+        """From a PIL picture to the pixels the picture tower takes."""
+        return ImageTransform(self.backend.resolution)
 
     @property
     def embed_dim(self) -> int:
@@ -120,13 +93,12 @@ class Encoder:
         from PIL.Image import Image
 
         images = [images] if isinstance(images, (str, Path, bytes, Image)) else list(images)
-        starts = _starts(images, batch_size)
-        with ThreadPoolExecutor(num_threads) as pool, _bar(len(images), "picture", progress) as advance:
-            decoded = (
-                pool.map(self._pixels, images[start : start + batch_size], range(start, len(images)))
-                for start in starts
+        _starts(images, batch_size)
+        with _bar(len(images), "picture", progress) as advance:
+            batches = decoded_batches(
+                lambda number: self._pixels(images[number], number), len(images), batch_size, num_threads
             )
-            return self._joined(self._encode_pictures(list(batch), advance) for batch in _ahead(decoded))
+            return self._joined(self._encode_pictures(batch, advance) for batch in batches)
 
     def encode_texts(self, texts: Iterable[str], *, batch_size: int = 64, progress: bool = False) -> Rows:
         """Unit rows (N, D), float32, in the order given. Texts of like length are computed together."""
@@ -155,54 +127,41 @@ class Encoder:
             advance(len(chosen))
         return output
 
-    def _encode_pictures(self, pixels: list[Tensor], advance: Advance) -> Rows:
-        rows = self.backend.encode_pixels(torch.stack(pixels))
+    def _encode_pictures(self, pixels: list[Pixels], advance: Advance) -> Rows:
+        rows = self.backend.encode_pixels(np.stack(pixels))
         advance(len(pixels))
         return rows
 
-    def _pixels(self, picture: Picture, number: int) -> Tensor:
+    def _pixels(self, picture: Picture, number: int) -> Pixels:
         is_named = isinstance(picture, (str, Path))
-        return self.transform(open_picture(picture, name=str(picture) if is_named else f"picture {number}"))
+        return self.transform.array(open_picture(picture, name=str(picture) if is_named else f"picture {number}"))
 
     def _joined(self, pieces: Iterable[Rows]) -> Rows:
         return np.concatenate([np.empty((0, self.embed_dim), dtype=np.float32), *pieces])
 
 
-def open_picture(picture: Picture, *, name: str) -> "Image":
-    """A loaded PIL picture from a path, encoded bytes, or PIL itself.
+def _is_backend(model: "CLIP | Backend") -> "TypeGuard[Backend]":
+    return hasattr(model, "encode_pixels")
 
-    Raises DataError saying `name` when it cannot be decoded, TypeError for any other kind of object.
-    """
-    from PIL.Image import DecompressionBombError, Image
-    from PIL.Image import open as open_file
 
-    if not isinstance(picture, (str, Path, bytes, Image)):
-        raise TypeError(f"{name}: expected a path, bytes or a PIL picture, got {type(picture).__name__}")
-    try:
-        if isinstance(picture, Image):
-            picture.load()
-            return picture
-        image: Image
-        with open_file(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-            image.load()
-        return image
-    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
-        raise DataError(f"{name}: not a picture that can be decoded ({error})") from error
+def _over(
+    model: "CLIP | Backend", backend: BackendName, *, device: "str | torch.device | None", precision: str, compile: bool
+) -> Backend:
+    if backend != "torch":
+        raise ConfigError(f"backend: {backend} runs models from a file or by name; save this one first")
+    from cn_clip.clip.backends.pytorch import TorchBackend
+    from cn_clip.clip.loading import default_device
+    from cn_clip.clip.model import CLIP
+
+    if not isinstance(model, CLIP):
+        raise TypeError(f"model: expected a name, a path, a CLIP or a Backend, got {type(model).__name__}")
+    return TorchBackend(model, device=device or default_device(), precision=precision, compile=compile)
 
 
 def _starts(items: Sequence[Any], batch_size: int) -> range:
     if batch_size < 1:
         raise ConfigError(f"batch_size: expected at least 1, got {batch_size}")
     return range(0, len(items), batch_size)
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yields `items`, having asked for the next one before handing out the last."""
-    previous = next(items, None)
-    while previous is not None:
-        following = next(items, None)
-        yield previous
-        previous = following
 
 
 @contextlib.contextmanager

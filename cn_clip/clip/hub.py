@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cn_clip.errors import CnClipError, DownloadError
+from cn_clip import zoo
+from cn_clip.errors import CheckpointError, CnClipError, DownloadError
 from cn_clip.extras import require
 from cn_clip.zoo import HUGGINGFACE_ORG, MODELSCOPE_ORG, Published
 
@@ -22,6 +23,21 @@ logger = logging.getLogger(__name__)
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK_BYTES = 1 << 22
+
+
+def weight_file(name: str | Path, *, download_root: str | Path | None = None, use_modelscope: bool = False) -> Path:
+    """The file of a name, downloaded if it is a published one that is not here yet; a path as it is.
+
+    Raises CheckpointError when there is neither such a name nor such a file, DownloadError.
+    """
+    entry = zoo.named(str(name))
+    if isinstance(entry, zoo.Published):
+        root = Path(download_root or zoo.DOWNLOAD_ROOT).expanduser()
+        return download(entry, root, use_modelscope=use_modelscope)
+    path = entry.path if entry else Path(name)
+    if not path.exists():
+        raise CheckpointError(f"Model {name} not found; available models = {zoo.available_models()}, or give a file")
+    return path
 
 
 def download(published: Published, root: str | os.PathLike[str], *, use_modelscope: bool = False) -> Path:

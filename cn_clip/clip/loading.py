@@ -11,18 +11,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cn_clip import zoo
-from cn_clip.clip import hub
 from cn_clip.clip.checkpoint import Checkpoint, fit, infer_config, normalise_keys, read_checkpoint
+from cn_clip.clip.hub import weight_file
 from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.clip.transforms import ImageTransform, image_transform
 from cn_clip.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
-
-
-def available_models() -> list[str]:
-    """Names of the published models, then of those that come with this package, as `load_from_name` takes them."""
-    return [*zoo.PUBLISHED, *zoo.BUNDLED]
 
 
 def default_device() -> str:
@@ -52,21 +47,6 @@ def open_model(
     checkpoint = read_checkpoint(path)
     config = choose_config(checkpoint, vision=vision, text=text, resolution=resolution)
     return build(config, checkpoint), checkpoint
-
-
-def weight_file(name: str | Path, *, download_root: str | Path | None = None, use_modelscope: bool = False) -> Path:
-    """The file of a name, downloaded if it is a published one that is not here yet; a path as it is.
-
-    Raises CheckpointError when there is neither such a name nor such a file, DownloadError.
-    """
-    entry = zoo.named(str(name))
-    if isinstance(entry, zoo.Published):
-        root = Path(download_root or zoo.DOWNLOAD_ROOT).expanduser()
-        return hub.download(entry, root, use_modelscope=use_modelscope)
-    path = entry.path if entry else Path(name)
-    if not path.exists():
-        raise CheckpointError(f"Model {name} not found; available models = {available_models()}, or give a file")
-    return path
 
 
 def choose_config(

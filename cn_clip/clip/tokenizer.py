@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from cn_clip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    import torch
     from tokenizers import Tokenizer as RustTokenizer
 
 VOCAB_FILE = Path(__file__).parent / "vocab.txt"
@@ -49,12 +50,14 @@ _HAN = (
 _ASCII_PUNCTUATION = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 
-def tokenize(texts: str | Iterable[str], context_length: int = CONTEXT_LENGTH) -> torch.Tensor:
+def tokenize(texts: str | Iterable[str], context_length: int = CONTEXT_LENGTH) -> "torch.Tensor":
     """Token ids (N, context_length) int64 of one text or several: [CLS] ids [SEP], cut to fit, zeros behind.
 
     Raises TypeError for a text that is not a str, ConfigError for a context_length below 2.
     """
-    return pad(encode(texts, context_length), context_length)
+    import torch
+
+    return torch.from_numpy(pad(encode(texts, context_length), context_length))
 
 
 def encode(texts: str | Iterable[str], context_length: int = CONTEXT_LENGTH) -> list[list[int]]:
@@ -64,13 +67,13 @@ def encode(texts: str | Iterable[str], context_length: int = CONTEXT_LENGTH) -> 
     return [[start, *_default().ids(text)[:room], end] for text in _checked_texts(texts)]
 
 
-def pad(rows: Sequence[Sequence[int]], length: int) -> torch.Tensor:
-    """Rows of ids as one int64 tensor (N, length), zeros behind. Raises ConfigError for a row longer than that."""
+def pad(rows: Sequence[Sequence[int]], length: int) -> NDArray[np.int64]:
+    """Rows of ids as one int64 array (N, length), zeros behind. Raises ConfigError for a row longer than that."""
     longest = max(map(len, rows), default=0)
     if longest > length:
         raise ConfigError(f"a row of {longest} token ids does not fit a length of {length}")
     filled = [[*row, *[PAD_ID] * (length - len(row))] for row in rows]
-    return torch.from_numpy(np.array(filled, dtype=np.int64).reshape(len(rows), length))
+    return np.array(filled, dtype=np.int64).reshape(len(rows), length)
 
 
 def vocab() -> dict[str, int]:

@@ -6,12 +6,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from cn_clip.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
 # Of OpenAI's CLIP training pictures, red, green, blue, for values in [0, 1].
@@ -31,26 +31,34 @@ class ImageTransform:
             raise ConfigError(f"image_size: expected a positive number of pixels, got {resolution}")
         self.resolution = resolution
 
-    def __call__(self, image: "Image") -> Tensor:
+    def __call__(self, image: "Image") -> "torch.Tensor":
+        import torch
+
+        return torch.from_numpy(self.array(image))
+
+    def array(self, image: "Image") -> NDArray[np.float32]:
+        """The same pixels without PyTorch, float32 (3, R, R)."""
         from PIL.Image import Resampling
 
         size = (self.resolution, self.resolution)
         if image.size != size:
             image = image.resize(size, Resampling.BICUBIC)
         pixels_RR3 = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-        planes = [table[pixels_RR3[:, :, channel]] for channel, table in enumerate(_value_tables())]
-        return torch.from_numpy(np.stack(planes))
+        planes_3RR = np.empty((3, *size), dtype=np.float32)
+        for channel, table in enumerate(_value_tables()):
+            np.take(table, pixels_RR3[:, :, channel], out=planes_3RR[channel])
+        return planes_3RR
 
     def __repr__(self) -> str:
         return f"ImageTransform({self.resolution})"
 
 
 @lru_cache(maxsize=1)
-def _value_tables() -> "np.ndarray[tuple[int, int], np.dtype[np.float32]]":
+def _value_tables() -> NDArray[np.float32]:
     """Normalised value of each of the 256 levels of each channel, (3, 256): exact, and one look-up a value."""
-    levels = torch.arange(256, dtype=torch.uint8).to(torch.float32).div(255)
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
-    tables: np.ndarray[tuple[int, int], np.dtype[np.float32]] = levels.sub(mean[:, None]).div(std[:, None]).numpy()
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    mean, std = np.array(MEAN, dtype=np.float32), np.array(STD, dtype=np.float32)
+    tables: NDArray[np.float32] = (levels - mean[:, None]) / std[:, None]
     return tables
 
 

@@ -1,4 +1,4 @@
-"""Torch datasets over a built split, picture files and class folders, and the loader that batches them.
+"""Torch datasets over the pairs of a built split, and the loader that batches them.
 
 A batch is a tuple with one entry per field of an item: tensors stacked, everything else (ids, labels, paths) a list.
 The batch of training pairs has names, PairBatch.
@@ -11,10 +11,10 @@ import logging
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore
-from cn_clip.data.pictures import open_picture
-from cn_clip.data.records import RecordId, canonical_id
+from cn_clip.data.pictures import load_picture
+from cn_clip.data.records import RecordId
+from cn_clip.data.texts import preprocess_text
 from cn_clip.errors import CnClipError, ConfigError, DataError
-from cn_clip.jsonl import json_object, numbered_lines
 
 logger = logging.getLogger(__name__)
 
@@ -33,46 +33,7 @@ Transform: TypeAlias = Callable[[Image.Image], Tensor]
 Augment: TypeAlias = Callable[[Image.Image, random.Random], Image.Image]
 Tokenize: TypeAlias = Callable[[list[str], int], Tensor]
 ItemT = TypeVar("ItemT")
-
-CLASS_FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-
-def preprocess_text(text: str) -> str:
-    """Lower-cased, curly double quotes straightened: how Chinese-CLIP adapts text to its vocabulary."""
-    return text.lower().replace("\N{LEFT DOUBLE QUOTATION MARK}", '"').replace("\N{RIGHT DOUBLE QUOTATION MARK}", '"')
-
-
-def read_texts(path: str | os.PathLike[str]) -> list[tuple[RecordId, str]]:
-    """(text id, text as written) of each line of a texts jsonl, in order; image_ids are not looked at.
-
-    Numbers as text are turned into strings. Raises DataError with file and line; an empty file is an error.
-    """
-    texts = [_read_text(line, f"{path}:{number}") for number, line in numbered_lines(path)]
-    if not texts:
-        raise DataError(f'{path}: the file is empty; expected lines of {{"text_id": ..., "text": ...}}')
-    return texts
-
-
-def _read_text(line: bytes, where: str) -> tuple[RecordId, str]:
-    try:
-        record = json_object(line)
-        for name in ("text_id", "text"):
-            if name not in record:
-                raise DataError(f"the field {name!r} is missing; expected text_id and text")
-        text_id, text = canonical_id(record["text_id"]), record["text"]
-        if isinstance(text, bool) or not isinstance(text, (str, int, float)):
-            raise DataError(f"text of text_id {text_id!r}: expected a string, got {type(text).__name__}")
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-    return text_id, str(text)
-
-
-def load_picture(data: bytes, where: str, transform: Transform) -> Tensor:
-    """The transformed picture, float32 (3, R, R); raises DataError that starts with `where`."""
-    try:
-        return transform(open_picture(data))
-    except (DataError, OSError, ValueError) as error:  # a transform may meet what loading let pass
-        raise DataError(f"{where}: {error}") from error
+ItemT_co = TypeVar("ItemT_co", covariant=True)
 
 
 class Pair(NamedTuple):
@@ -194,88 +155,6 @@ class PairDataset(Dataset[Pair]):
         return Pair(pixels, tokens, stored.image_id, stored.text_id, num_skipped)
 
 
-class ImageDataset(Dataset[tuple[RecordId, Tensor]]):
-    """The pictures of an `imgs` folder by index in key order: (image id, picture (3, R, R) float32)."""
-
-    def __init__(self, images_folder: str | os.PathLike[str], transform: Transform) -> None:
-        """Opens an `imgs` folder; raises DataError when it is none."""
-        self.images = ImageStore(images_folder)
-        self.ids = self.images.ids
-        self.transform = transform
-        logger.info("The specified LMDB directory contains %d images.", len(self.ids))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> tuple[RecordId, Tensor]:
-        image_id = self.ids[index]
-        where = f"{self.images.folder}: image id {image_id!r}"
-        return image_id, load_picture(self.images.picture(image_id), where, self.transform)
-
-
-class FileImageDataset(Dataset[tuple[str, Tensor]]):
-    """Picture files by index: (path as given, picture (3, R, R) float32)."""
-
-    def __init__(self, paths: Sequence[str | os.PathLike[str]], transform: Transform) -> None:
-        self.paths = [os.fspath(path) for path in paths]
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[str, Tensor]:
-        path = self.paths[index]
-        return path, load_picture(_read_bytes(path), path, self.transform)
-
-
-def _read_bytes(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-class ClassFolderDataset(Dataset[tuple[Tensor, int]]):
-    """Pictures in one folder per class: (picture (3, R, R) float32, class index).
-
-    Classes are the sub-folders in sorted order, pictures lie in them at any depth and come in sorted order; hidden
-    files and folders, which editors and file managers leave behind, are not looked at.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], transform: Transform) -> None:
-        """Lists the files; raises DataError when there is no class folder, or one without a picture."""
-        root = Path(folder)
-        if not root.is_dir():
-            raise DataError(f"{root}: no such folder; expected one sub-folder of pictures per class")
-        self.classes = sorted(
-            entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-        )
-        if not self.classes:
-            raise DataError(f"{root}: holds no sub-folder; expected one sub-folder of pictures per class")
-        self.samples = [(path, label) for label, name in enumerate(self.classes) for path in _pictures(root / name)]
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.samples[index]
-        return load_picture(_read_bytes(path), path, self.transform), label
-
-
-def _pictures(folder: Path) -> list[str]:
-    found = []
-    for place, _, names in sorted(os.walk(folder, followlinks=True)):
-        found += [os.path.join(place, name) for name in sorted(names) if _is_picture_name(name)]
-    if not found:
-        raise DataError(f"{folder}: holds no picture; expected files ending in {', '.join(CLASS_FOLDER_SUFFIXES)}")
-    return found
-
-
-def _is_picture_name(name: str) -> bool:
-    return name.lower().endswith(CLASS_FOLDER_SUFFIXES) and not name.startswith(".")
-
-
 @dataclass(frozen=True)
 class _Failure:
     """An error of a worker, carried as a value: torch would wrap it in the text of a stack trace."""
@@ -314,10 +193,18 @@ def _begin_worker(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class Items(Protocol[ItemT_co]):
+    """Anything that has items by number, torch datasets among them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> ItemT_co: ...
+
+
 class Loader(Generic[ItemT]):
     """Iterates over the batches of a dataset; raises DataError for an item that cannot be read, workers or not."""
 
-    def __init__(self, batches: "DataLoader[Any]", dataset: "Dataset[ItemT]") -> None:
+    def __init__(self, batches: "DataLoader[Any]", dataset: Items[ItemT]) -> None:
         self._batches = batches
         self.dataset = dataset
 
@@ -332,7 +219,7 @@ class Loader(Generic[ItemT]):
 
 
 def make_loader(
-    dataset: "Dataset[ItemT]",
+    dataset: Items[ItemT],
     batch_size: int,
     num_workers: int = 0,
     *,
@@ -349,7 +236,7 @@ def make_loader(
     """
     if batch_size < 1 or num_workers < 0:
         raise ConfigError(f"expected a batch size of 1 or more and 0 or more workers, got {batch_size}, {num_workers}")
-    if not len(cast(Sized, dataset)):
+    if not len(dataset):
         raise DataError("the dataset is empty; nothing to load")
     batches: DataLoader[Any] = DataLoader(
         _Guarded(dataset),

@@ -1,12 +1,14 @@
 """Bytes to PIL pictures, with errors in one sentence; used by the dataset checks and the torch datasets."""
 
+from collections.abc import Callable
 from io import BytesIO
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
 from cn_clip.errors import DataError
 
+PixelsT = TypeVar("PixelsT")
 PictureCheck: TypeAlias = Literal["decode", "header", "none"]
 
 
@@ -21,6 +23,14 @@ def open_picture(data: bytes) -> Image.Image:
     except Exception as error:  # plugins raise OSError, SyntaxError, ValueError, struct.error, IndexError, ...
         raise _not_a_picture(data, error) from error
     return image
+
+
+def load_picture(data: bytes, where: str, transform: Callable[[Image.Image], PixelsT]) -> PixelsT:
+    """The transformed picture; raises DataError that starts with `where`."""
+    try:
+        return transform(open_picture(data))
+    except (DataError, OSError, ValueError) as error:  # a transform may meet what loading let pass
+        raise DataError(f"{where}: {error}") from error
 
 
 def check_picture(data: bytes, check: PictureCheck) -> None:

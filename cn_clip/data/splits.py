@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cn_clip.data.datasets import preprocess_text
 from cn_clip.data.lmdb_store import PairStore
 from cn_clip.data.records import RecordId
+from cn_clip.data.texts import preprocess_text
 from cn_clip.errors import DataError
 
 

@@ -2,44 +2,36 @@
 
 import base64
 import csv
-import json
 import random
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 from cn_clip.data.records import text_line
+from cn_clip.emoji_pack import Emoji, Vendor, load
 from cn_clip.errors import ConfigError
 from cn_clip.eval.templates import fill, load_templates
 from cn_clip.jsonl import atomic_write
 
-Vendor: TypeAlias = Literal["noto", "twemoji"]
+__all__ = [
+    "CLASSES",
+    "Emoji",
+    "Rule",
+    "Vendor",
+    "captions",
+    "classify",
+    "drawn_classes",
+    "export",
+    "load",
+    "png",
+    "write_classification",
+    "write_dataset",
+]
 
 _UNFIT_FOR_FILE_NAMES = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
-
-
-@dataclass(frozen=True)
-class Emoji:
-    """One picture, 64 x 64 pixels on white. `picture` holds the bytes of a WebP file; `group` is Chinese."""
-
-    file: str
-    emoji: str
-    name: str
-    tags: tuple[str, ...]
-    group: str
-    subgroup: str
-    picture: bytes
-
-    @property
-    def number(self) -> int:
-        """The picture's id in the datasets, from 1."""
-        return int(Path(self.file).stem)
 
 
 @dataclass(frozen=True)
@@ -88,27 +80,8 @@ CLASSES: dict[str, Rule] = {
 
 
 @cache
-def _read(vendor: Vendor) -> tuple[Emoji, ...]:
-    data = resources.files("cn_clip.demo").joinpath(f"{vendor}_emoji.zip").read_bytes()
-    with zipfile.ZipFile(BytesIO(data)) as archive:
-        records = [json.loads(line) for line in archive.read("emoji.jsonl").splitlines()]
-        return tuple(
-            Emoji(**{**record, "tags": tuple(record["tags"])}, picture=archive.read(record["file"]))
-            for record in records
-        )
-
-
-@cache
 def _names(vendor: Vendor) -> frozenset[str]:
-    return frozenset(emoji.name for emoji in _read(vendor))
-
-
-def load(vendor: Vendor = "noto") -> list[Emoji]:
-    """The embedded pictures in Unicode's order: 1,631 of Noto or 1,610 of Twemoji, which Emoji-Tiny has not seen.
-
-    Names are unique, and so are the pictures.
-    """
-    return list(_read(vendor))
+    return frozenset(emoji.name for emoji in load(vendor))
 
 
 def png(emoji: Emoji) -> bytes:

@@ -1,10 +1,11 @@
-"""How the evaluation commands open a checkpoint, with the lines they print."""
+"""How the evaluation commands open a model, with the lines they print."""
 
 from typing import Protocol
 
-from cn_clip import ranks, zoo
-from cn_clip.clip.encoder import Backend, Encoder, TorchBackend
-from cn_clip.clip.loading import open_model
+from cn_clip import zoo
+from cn_clip.clip.backends.base import Backend, BackendName
+from cn_clip.clip.backends.opening import open_backend
+from cn_clip.clip.encoder import Encoder
 from cn_clip.command import Speaker
 
 
@@ -18,6 +19,8 @@ class ModelOptions(Protocol):
     @property
     def text_model(self) -> str | None: ...
     @property
+    def backend(self) -> BackendName: ...
+    @property
     def device(self) -> str: ...
     @property
     def precision(self) -> str: ...
@@ -28,41 +31,42 @@ class ModelOptions(Protocol):
 def open_encoder(options: ModelOptions, say: Speaker) -> Encoder:
     """The encoder a command's settings ask for; the command has checked that there is a `resume`.
 
-    Raises as `open_backend`.
+    precision: "amp" is "fp32", as in Chinese-CLIP's evaluation. Raises as `open_backend`.
     """
     assert options.resume is not None
-    backend = open_backend(
-        options.resume,
-        vision=options.vision_model,
-        text=options.text_model,
-        device=options.device,
-        precision=options.precision,
-        say=say,
-    )
-    return Encoder(backend, context_length=options.context_length)
+    for kind, name in (("vision", options.vision_model), ("text", options.text_model)):
+        if name:
+            say(f"Loading {kind} model config from {zoo.config_path(name)}")
+    precision = "fp32" if options.precision == "amp" else options.precision
+    if options.backend != "torch":
+        device = None if options.device == "auto" else options.device
+        backend = open_backend(
+            options.resume,
+            backend=options.backend,
+            precision=precision,
+            device=device,
+            vision=options.vision_model,
+            text=options.text_model,
+            say=say.note,
+        )
+        say(f"=> opened '{options.resume}' ({options.backend}, {precision})")
+        return Encoder(backend, context_length=options.context_length)
+    return Encoder(_open_torch(options, precision, say), context_length=options.context_length)
 
 
-def open_backend(
-    resume: str, *, vision: str | None, text: str | None, device: str, precision: str, say: Speaker
-) -> Backend:
-    """The towers of a checkpoint on a device. precision: "amp" is "fp32", as in Chinese-CLIP's evaluation.
+def _open_torch(options: ModelOptions, precision: str, say: Speaker) -> Backend:
+    from cn_clip import ranks
+    from cn_clip.clip.backends.pytorch import TorchBackend
+    from cn_clip.clip.loading import open_model
 
-    Raises CheckpointError, DownloadError or ConfigError.
-    """
-    for name in filter(None, (vision, text)):
-        kind = "vision" if name == vision else "text"
-        say(f"Loading {kind} model config from {zoo.config_path(name)}")
-    say(f"Begin to load model checkpoint from {resume}.")
-    model, checkpoint = open_model(resume, vision=vision, text=text)
-    say(f"=> loaded checkpoint '{resume}' (epoch {checkpoint.epoch} @ {checkpoint.step} steps)")
-    chosen = "fp32" if precision == "amp" else precision
-    return TorchBackend(model, device=ranks.choose_device(device), precision=chosen)
+    assert options.resume is not None
+    say(f"Begin to load model checkpoint from {options.resume}.")
+    model, checkpoint = open_model(options.resume, vision=options.vision_model, text=options.text_model)
+    say(f"=> loaded checkpoint '{options.resume}' (epoch {checkpoint.epoch} @ {checkpoint.step} steps)")
+    return TorchBackend(model, device=ranks.choose_device(options.device), precision=precision)
 
 
 def num_parameters(backend: Backend) -> tuple[int, int]:
-    """All parameters, and those of the picture tower; (0, 0) for a backend that does not hold them."""
-    if not isinstance(backend, TorchBackend):
-        return 0, 0
-    parts = backend.model, backend.model.visual
-    total, visual = (sum(parameter.numel() for parameter in part.parameters()) for part in parts)
+    """All parameters, and those of the picture tower; zeros where a backend does not know them."""
+    total, visual = getattr(backend, "num_parameters", (0, 0))
     return total, visual

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from cn_clip import command
+from cn_clip.clip.backends.base import BackendName
 from cn_clip.errors import ConfigError
 from cn_clip.zoo import TextName, VisionName
 
 if TYPE_CHECKING:
+    from cn_clip.clip.backends.base import Pixels
     from cn_clip.clip.encoder import Encoder
-    from cn_clip.data.datasets import ImageDataset
+    from cn_clip.data.picture_sets import ImageDataset
     from cn_clip.data.records import RecordId
 
 
@@ -39,8 +41,10 @@ class Options:
     """Longest text in tokens, [CLS] and [SEP] included"""
     resume: command.Required = None
     """Checkpoint: a file, a transformers folder, or the name of a published model"""
-    precision: Literal["amp", "fp16", "fp32", "bf16"] = "amp"
-    """Arithmetic; amp is float32 here, as in Chinese-CLIP"""
+    precision: Literal["amp", "fp16", "fp32", "bf16", "int8"] = "amp"
+    """Arithmetic; amp is float32 here, as in Chinese-CLIP. int8: onnx and openvino"""
+    backend: BackendName = "torch"
+    """What runs the model; all but torch export it at first use, and keep the export in ~/.cache/clip/exported"""
     vision_model: VisionName | None = None
     """Picture tower; default: what the checkpoint holds"""
     text_model: TextName | None = None
@@ -50,7 +54,7 @@ class Options:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
     num_workers: int = 1
-    """Processes that decode pictures; 0: decode in this one"""
+    """Threads that decode pictures; 0: decode between the batches"""
     json: bool = False
     """Print the result as one JSON object"""
 
@@ -86,15 +90,15 @@ def run(options: Options) -> None:
     say.result(result)
 
 
-def _open_pictures(options: Options, encoder: "Encoder", say: command.Speaker) -> "ImageDataset":
-    from cn_clip.data.datasets import ImageDataset
+def _open_pictures(options: Options, encoder: "Encoder", say: command.Speaker) -> "ImageDataset[Pixels]":
+    from cn_clip.data.picture_sets import ImageDataset
 
     say("Preparing image inference dataset.")
-    return ImageDataset(options.image_data, encoder.transform)
+    return ImageDataset(options.image_data, encoder.transform.array)
 
 
 def _open_texts(options: Options, say: command.Speaker) -> "list[tuple[RecordId, str]]":
-    from cn_clip.data.datasets import read_texts
+    from cn_clip.data.texts import read_texts
 
     say("Preparing text inference dataset.")
     return read_texts(options.text_data)
@@ -113,15 +117,15 @@ def _extract_texts(
 
 
 def _extract_pictures(
-    options: Options, encoder: "Encoder", pictures: "ImageDataset", say: command.Speaker
+    options: Options, encoder: "Encoder", pictures: "ImageDataset[Pixels]", say: command.Speaker
 ) -> dict[str, object]:
-    from cn_clip.data.datasets import make_loader
+    from cn_clip.data.picture_sets import batches
     from cn_clip.eval import features
 
     say("Make inference for images...")
     path = options.image_feat_output_path or features.default_image_path(options.text_data)
-    loader = make_loader(pictures, options.img_batch_size, options.num_workers)
-    count = features.extract_images(encoder.backend, loader, len(pictures), path)
+    decoded = batches(pictures, options.img_batch_size, options.num_workers)
+    count = features.extract_images(encoder.backend, decoded, len(pictures), path)
     say(f"{count} image features are stored in {path}")
     return {"num_images": count, "image_features": path}
 

@@ -5,12 +5,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 
-from cn_clip.clip.encoder import SORTING_WINDOW, Backend, Encoder, Rows
-from cn_clip.data.datasets import preprocess_text
+from cn_clip.clip.backends.base import Backend, Pixels, Rows
+from cn_clip.clip.encoder import SORTING_WINDOW, Encoder
 from cn_clip.data.records import RecordId
+from cn_clip.data.texts import preprocess_text
 from cn_clip.eval.feature_files import write_features
 
 
@@ -42,7 +42,7 @@ def extract_texts(encoder: Encoder, texts: Sequence[tuple[RecordId, str]], path:
 
 
 def extract_images(
-    backend: Backend, batches: Iterable[tuple[list[RecordId], Tensor]], num_images: int, path: str | Path
+    backend: Backend, batches: Iterable[tuple[list[RecordId], Pixels]], num_images: int, path: str | Path
 ) -> int:
     """Writes the unit feature of each picture, in the order of `batches` (ids, pixels); returns how many."""
 

@@ -13,10 +13,11 @@ from cn_clip.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cn_clip.clip.backends.base import Pixels
     from cn_clip.clip.checkpoint import Checkpoint
     from cn_clip.clip.encoder import Encoder
     from cn_clip.clip.model import CLIP
-    from cn_clip.data.datasets import ImageDataset
+    from cn_clip.data.picture_sets import ImageDataset
     from cn_clip.data.splits import Split
     from cn_clip.retrieval.recall import RecallBothWays
 
@@ -152,14 +153,15 @@ def evaluate(options: Options, model: "CLIP", zeroshot: "Checkpoint", finetuned:
     from tqdm import tqdm
 
     from cn_clip import ranks
-    from cn_clip.clip.encoder import Encoder, TorchBackend
+    from cn_clip.clip.backends.pytorch import TorchBackend
+    from cn_clip.clip.encoder import Encoder
     from cn_clip.clip.transforms import image_transform
-    from cn_clip.data.datasets import ImageDataset
     from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
+    from cn_clip.data.picture_sets import ImageDataset
     from cn_clip.data.splits import read_split
 
     device, precision = ranks.choose_device(options.device), "fp32" if options.precision == "amp" else options.precision
-    pictures = ImageDataset(f"{options.val_data}/{IMAGES}", image_transform(model.resolution))
+    pictures = ImageDataset(f"{options.val_data}/{IMAGES}", image_transform(model.resolution).array)
     split = read_split(PairStore(f"{options.val_data}/{PAIRS}"), pictures.ids)
     points, alphas = [], options.line()
     with tqdm(total=len(alphas) * len(pictures), unit="picture", disable=None) as bar:
@@ -172,15 +174,19 @@ def evaluate(options: Options, model: "CLIP", zeroshot: "Checkpoint", finetuned:
 
 
 def _recall(
-    options: Options, encoder: "Encoder", pictures: "ImageDataset", split: "Split", advance: "Callable[[int], object]"
+    options: Options,
+    encoder: "Encoder",
+    pictures: "ImageDataset[Pixels]",
+    split: "Split",
+    advance: "Callable[[int], object]",
 ) -> "RecallBothWays":
     import numpy as np
 
-    from cn_clip.data.datasets import make_loader
+    from cn_clip.data.picture_sets import batches
     from cn_clip.retrieval.recall import recall_from_features
 
     rows = []
-    for ids, pixels in make_loader(pictures, options.batch_size, options.num_workers):
+    for ids, pixels in batches(pictures, options.batch_size, options.num_workers):
         rows.append(encoder.backend.encode_pixels(pixels))
         advance(len(ids))
     texts_TD = encoder.encode_texts(split.texts, batch_size=options.batch_size)

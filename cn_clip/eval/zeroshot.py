@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip.clip.encoder import Encoder, Rows
-from cn_clip.data.datasets import preprocess_text
+from cn_clip.clip.backends.base import Rows
+from cn_clip.clip.encoder import Encoder
+from cn_clip.data.texts import preprocess_text
 from cn_clip.errors import DataError
 from cn_clip.eval.templates import fill
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cn_clip import command
+from cn_clip.clip.backends.base import BackendName
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.zoo import TextName, VisionName
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from cn_clip.clip.encoder import Backend, Rows
+    from cn_clip.clip.backends.base import Backend, Rows
     from cn_clip.eval.zeroshot import Accuracy
 
 MOST_CLASSES_SHOWN = 50
@@ -29,8 +30,10 @@ class Options:
     """Picture tower; default: what the checkpoint holds"""
     text_model: TextName | None = None
     """Text tower; default: what the checkpoint holds"""
-    precision: Literal["amp", "fp16", "fp32", "bf16"] = "amp"
-    """Arithmetic; amp is float32 here, as in Chinese-CLIP"""
+    precision: Literal["amp", "fp16", "fp32", "bf16", "int8"] = "amp"
+    """Arithmetic; amp is float32 here, as in Chinese-CLIP. int8: onnx and openvino"""
+    backend: BackendName = "torch"
+    """What runs the model; all but torch export it at first use, and keep the export in ~/.cache/clip/exported"""
     label_file: command.Required = None
     """Text file of the labels, one a line"""
     dataset: str = "imagenet"
@@ -46,7 +49,7 @@ class Options:
     resume: command.Required = None
     """Checkpoint: a file, a transformers folder, or the name of a published model"""
     num_workers: int = 4
-    """Processes that decode pictures; 0: decode in this one"""
+    """Threads that decode pictures; 0: decode between the batches"""
     templates: str | None = None
     """File of your own prompt templates: a JSON list, or one a line, each with one {}"""
     device: str = "auto"
@@ -73,7 +76,7 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     """Evaluates, tells `say` about it, writes the ELEVATER file and returns the accuracy."""
     import numpy as np
 
-    from cn_clip.data.datasets import ClassFolderDataset
+    from cn_clip.data.picture_sets import ClassFolderDataset
     from cn_clip.eval import zeroshot
     from cn_clip.eval.backends import open_encoder
     from cn_clip.eval.templates import load_templates
@@ -83,7 +86,7 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     templates = load_templates(options.dataset, Path(options.templates) if options.templates else None)
     encoder = open_encoder(options, say)
     say("Preparing zeroshot dataset.")
-    dataset = ClassFolderDataset(options.datapath, encoder.transform)
+    dataset = ClassFolderDataset(options.datapath, encoder.transform.array)
     numbers = _class_numbers(options, dataset.classes, len(labels))
     order = read_index(Path(options.index), len(dataset)) if options.index else None
     say("Building zero-shot classifier")
@@ -120,11 +123,11 @@ def _picture_features(options: Options, backend: "Backend", dataset: Any) -> "tu
     import numpy as np
     from tqdm import tqdm
 
-    from cn_clip.data.datasets import make_loader
+    from cn_clip.data.picture_sets import batches
 
     rows, targets = [], []
     with tqdm(total=len(dataset), unit="picture") as bar:
-        for pixels, numbers in make_loader(dataset, options.img_batch_size, options.num_workers):
+        for numbers, pixels in batches(dataset, options.img_batch_size, options.num_workers):
             rows.append(backend.encode_pixels(pixels))
             targets += numbers
             bar.update(len(numbers))

@@ -6,8 +6,9 @@ from cn_clip import ranks
 from cn_clip.clip import tokenizer
 from cn_clip.clip.transforms import image_transform
 from cn_clip.data.augment import Augmentation
-from cn_clip.data.datasets import ImageDataset, LmdbPairs, PairDataset, PairSource, make_loader
+from cn_clip.data.datasets import LmdbPairs, PairDataset, PairSource, make_loader
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
+from cn_clip.data.picture_sets import ImageDataset
 from cn_clip.data.shards import ShardPairs, is_shards
 from cn_clip.data.splits import read_split
 from cn_clip.errors import ConfigError

@@ -14,7 +14,7 @@ import torch
 
 from cn_clip import zoo
 from cn_clip.clip.checkpoint import Checkpoint
-from cn_clip.clip.loading import weight_file
+from cn_clip.clip.hub import weight_file
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.jsonl import atomic_write
 

@@ -90,7 +90,7 @@ def _text_features(model: CLIP, tokens: list[list[int]], batch_size: int) -> Ten
     order = sorted(range(len(tokens)), key=lambda number: len(tokens[number]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     padded = (tokenizer.pad([tokens[number] for number in batch], len(tokens[batch[-1]])) for batch in batches)
-    sorted_TD = _joined(model(None, batch.to(_device(model))) for batch in padded)
+    sorted_TD = _joined(model(None, torch.from_numpy(batch).to(_device(model))) for batch in padded)
     features_TD = torch.empty_like(sorted_TD)
     features_TD[order] = sorted_TD
     return features_TD

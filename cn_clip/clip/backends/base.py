@@ -1,0 +1,209 @@
+"""The `Backend` protocol, and a backend made of two exported towers."""
+
+# B batch, R resolution, L tokens, D embedding
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cn_clip.errors import ConfigError
+
+Rows: TypeAlias = NDArray[np.float32]
+Pixels: TypeAlias = NDArray[np.float32]
+TokenIds: TypeAlias = NDArray[np.int64]
+Kind: TypeAlias = Literal["image", "text"]
+BackendName: TypeAlias = Literal["torch", "onnx", "openvino", "tensorrt"]
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# What each backend computes in; the machine may lack some of it.
+PRECISIONS: dict[BackendName, tuple[Precision, ...]] = {
+    "torch": ("fp32", "bf16", "fp16"),
+    "onnx": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
+    "tensorrt": ("fp16", "fp32"),
+}
+
+
+class Backend(Protocol):
+    """What runs the towers. `Encoder`, `eval`, `serve` and the benchmarks know nothing else of it.
+
+    Not for several threads at once: whoever shares a backend calls it from one of them.
+    """
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side that the picture tower takes."""
+        ...
+
+    @property
+    def embed_dim(self) -> int:
+        """Dimensions of a row."""
+        ...
+
+    def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
+        """Unit float32 rows (B, D) of normalised pixels, B at least 1."""
+        ...
+
+    def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
+        """Unit float32 rows (B, D) of int64 token ids, 0 being padding, B at least 1."""
+        ...
+
+
+def check_precision(backend: BackendName, precision: str) -> Precision:
+    """`precision` as a type; raises ConfigError for a backend or a precision it does not have."""
+    if backend not in PRECISIONS:
+        raise ConfigError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
+    known = PRECISIONS[backend]
+    for name in known:
+        if precision == name:
+            return name
+    raise ConfigError(f"precision: the {backend} backend computes in {' or '.join(known)}, got {precision!r}")
+
+
+def unit_rows(features_BD: NDArray[np.floating]) -> Rows:
+    """Rows of length 1, float32."""
+    features_BD = features_BD.astype(np.float32, copy=False)
+    rows: Rows = features_BD / np.linalg.norm(features_BD, axis=-1, keepdims=True)
+    return rows
+
+
+@dataclass(frozen=True)
+class TowerFacts:
+    """What an exported tower takes and gives. None: any number, or not known (files of other exporters say little).
+
+    batch, length: the only batch size and text length taken. max_length: the longest text. weights: a fingerprint that
+    the two towers of one model share. logit_scale: the factor on cosines, exp of the stored parameter.
+    """
+
+    kind: Kind
+    embed_dim: int
+    resolution: int | None = None
+    batch: int | None = None
+    length: int | None = None
+    max_length: int | None = None
+    precision: str | None = None
+    architecture: str | None = None
+    weights: str | None = None
+    logit_scale: float | None = None
+    num_parameters: int | None = None
+
+
+class Tower(Protocol):
+    """One exported tower, opened."""
+
+    @property
+    def facts(self) -> TowerFacts: ...
+
+    @property
+    def place(self) -> str:
+        """The file, for messages."""
+        ...
+
+    def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
+        """Raw features (B, D) of inputs whose shape the facts admit."""
+        ...
+
+
+class ExportedBackend:
+    """Two exported towers as a backend; a missing one is an error only when it is asked for.
+
+    Towers that take one batch size or one text length alone, as those Chinese-CLIP exports do, are served what they
+    take: batches are cut, the last one filled up, and texts padded.
+    """
+
+    def __init__(self, image: Tower | None, text: Tower | None) -> None:
+        """Raises ConfigError when the towers are of different models."""
+        self.image, self.text = image, text
+        if image is not None and text is not None:
+            _check_siblings(image, text)
+
+    @property
+    def resolution(self) -> int:
+        resolution = self._tower("image").facts.resolution
+        assert resolution is not None, "an opened picture tower knows its resolution"
+        return resolution
+
+    @property
+    def embed_dim(self) -> int:
+        return self._tower("image" if self.text is None else "text").facts.embed_dim
+
+    @property
+    def logit_scale(self) -> float | None:
+        """The factor on cosines, exp of the stored parameter; None when the files do not say it."""
+        return self._tower("image" if self.text is None else "text").facts.logit_scale
+
+    @property
+    def num_parameters(self) -> tuple[int, int]:
+        """All parameters of the opened towers, and those of the picture tower; 0 where a file does not say it."""
+        counts = [tower.facts.num_parameters or 0 if tower else 0 for tower in (self.image, self.text)]
+        return sum(counts), counts[0]
+
+    def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
+        tower = self._tower("image")
+        expected = (3, self.resolution, self.resolution)
+        if pixels_B3RR.shape[1:] != expected:
+            raise ConfigError(f"{tower.place}: takes pictures (B, {expected}), got the shape {pixels_B3RR.shape}")
+        return self._rows(tower, pixels_B3RR)
+
+    def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
+        tower = self._tower("text")
+        return self._rows(tower, _at_length(token_ids_BL, tower))
+
+    def _rows(self, tower: Tower, inputs: "Pixels | TokenIds") -> Rows:
+        return unit_rows(_in_batches(tower.run, inputs, tower.facts.batch))
+
+    def _tower(self, kind: Kind) -> Tower:
+        tower = self.image if kind == "image" else self.text
+        if tower is None:
+            other = self.text if kind == "image" else self.image
+            raise ConfigError(
+                f"no {kind} model was opened, only {other.place if other else 'nothing'}; give both files"
+            )
+        return tower
+
+
+def _check_siblings(image: Tower, text: Tower) -> None:
+    if image.facts.embed_dim != text.facts.embed_dim:
+        raise ConfigError(
+            f"{image.place} gives {image.facts.embed_dim} dimensions, {text.place} gives {text.facts.embed_dim}; "
+            "give the two files of one model"
+        )
+    if image.facts.weights and text.facts.weights and image.facts.weights != text.facts.weights:
+        raise ConfigError(
+            f"{image.place} and {text.place} were exported from different weights; give files of one model"
+        )
+
+
+def _at_length(ids_BL: TokenIds, tower: Tower) -> TokenIds:
+    facts, length = tower.facts, ids_BL.shape[1]
+    if facts.length is None:
+        if facts.max_length is not None and length > facts.max_length:
+            raise ConfigError(f"{tower.place}: takes texts of at most {facts.max_length} tokens, got {length}")
+        return ids_BL
+    if length > facts.length:
+        raise ConfigError(
+            f"{tower.place}: was exported for texts of {facts.length} tokens, got {length}; use "
+            f"--context-length {facts.length}, or export it again"
+        )
+    return np.pad(ids_BL, ((0, 0), (0, facts.length - length)))
+
+
+def _in_batches(
+    run: "Callable[[Pixels | TokenIds], NDArray[np.floating]]", inputs: "Pixels | TokenIds", batch: int | None
+) -> NDArray[np.floating]:
+    if batch is None:
+        return run(inputs)
+    return np.concatenate(list(_fixed_batches(run, inputs, batch)))
+
+
+def _fixed_batches(
+    run: "Callable[[Pixels | TokenIds], NDArray[np.floating]]", inputs: "Pixels | TokenIds", batch: int
+) -> Iterator[NDArray[np.floating]]:
+    for start in range(0, len(inputs), batch):
+        piece = inputs[start : start + batch]
+        filled = np.concatenate([piece, np.repeat(piece[:1], batch - len(piece), axis=0)])
+        yield run(filled)[: len(piece)].copy()

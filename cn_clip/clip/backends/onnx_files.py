@@ -1,0 +1,100 @@
+"""The ONNX files of a model: names, tensor names and metadata, as `deploy/pytorch_to_onnx.py` writes them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from cn_clip import __version__
+from cn_clip.clip.backends.base import Kind, TowerFacts
+from cn_clip.errors import CheckpointError
+
+INPUTS: dict[Kind, str] = {"image": "image", "text": "text"}
+OUTPUTS: dict[Kind, str] = {"image": "unnorm_image_features", "text": "unnorm_text_features"}
+MIDDLE: dict[Kind, str] = {"image": "img", "text": "txt"}
+EXTRA_SUFFIX = ".extra_file"
+METADATA_KEY = "cn_clip"
+# A file with its weights outside is a graph of a megabyte or two; a larger one has them inside.
+_LARGEST_GRAPH = 1 << 25
+_LOCATION = b"\x0a\x08location\x12"
+
+Shape = tuple[int | None, ...]
+
+
+def onnx_path(prefix: str | Path, kind: Kind, form: str) -> Path:
+    """`PREFIX.img.fp32.onnx`: the file of a tower. form: a precision, or "int8.openvino"."""
+    return Path(f"{prefix}.{MIDDLE[kind]}.{form}.onnx")
+
+
+def extra_path(path: Path) -> Path:
+    """Where the weights of an ONNX file lie that are not in it."""
+    return path.with_name(path.name + EXTRA_SUFFIX)
+
+
+def metadata(facts: TowerFacts) -> str:
+    """The facts as the metadata of a file hold them, under METADATA_KEY."""
+    return json.dumps({"writer": f"cn_clip {__version__}", **asdict(facts)})
+
+
+def facts_of(
+    place: str, kind: Kind, *, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape], metadata: str | None
+) -> TowerFacts:
+    """The facts of an opened file: shapes from its tensors, the rest from its metadata if it has any.
+
+    Raises CheckpointError when it is no tower of this kind.
+    """
+    wanted = {INPUTS[kind]: 4 if kind == "image" else 2}
+    if {name: len(shape) for name, shape in inputs.items()} != wanted or OUTPUTS[kind] not in outputs:
+        found = ", ".join(f"{name} {list(shape)}" for name, shape in [*inputs.items(), *outputs.items()])
+        raise CheckpointError(
+            f"{place}: expected the {kind} model, with the input {INPUTS[kind]!r} and the output {OUTPUTS[kind]!r}; "
+            f"it has {found}; are the two files swapped, or is it another model?"
+        )
+    shape, embed_dim = inputs[INPUTS[kind]], outputs[OUTPUTS[kind]][-1]
+    known = _read_metadata(place, kind, metadata)
+    if embed_dim is None:
+        embed_dim = known.get("embed_dim")
+    if not isinstance(embed_dim, int) or (kind == "image" and shape[-1] is None):
+        raise CheckpointError(f"{place}: does not say its size ({list(shape)} to {embed_dim}); export it again")
+    fixed = {"batch": shape[0], "embed_dim": embed_dim}
+    if kind == "image":
+        fixed["resolution"] = shape[-1]
+    else:
+        fixed["length"] = shape[1]
+    return TowerFacts(**{**known, **fixed, "kind": kind})
+
+
+def _read_metadata(place: str, kind: Kind, text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+        known = {field.name: values[field.name] for field in fields(TowerFacts) if field.name in values}
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{place}: its metadata {METADATA_KEY!r} cannot be read ({error}); export it again"
+        ) from error
+    if known.get("kind", kind) != kind:
+        raise CheckpointError(f"{place}: is the {known['kind']} model; expected the {kind} model")
+    return known
+
+
+def missing_weights(path: str | Path) -> str | None:
+    """A sentence when the file, or the file of its outside weights, is not there; None when nothing is missing."""
+    path = Path(path)
+    if not path.is_file():
+        return f"{path}: no such file; export the model with deploy/pytorch_to_onnx.py"
+    gone = [name for name in outside_files(path) if not (path.parent / name).exists()]
+    if gone:
+        return f"{path}: its weights are in {gone[0]}, which is not beside it; copy both files together"
+    return None
+
+
+def outside_files(path: Path) -> list[str]:
+    """The files an ONNX file keeps weights in, relative to its folder: the `location` entries of its tensors."""
+    if path.stat().st_size > _LARGEST_GRAPH:
+        return []
+    # Field 1 of an entry is its key, field 2 its value: a length below 128 in one byte, then the name.
+    pieces = path.read_bytes().split(_LOCATION)[1:]
+    return sorted({piece[1 : 1 + piece[0]].decode(errors="replace") for piece in pieces if piece and piece[0] < 128})

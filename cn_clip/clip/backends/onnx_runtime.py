@@ -1,0 +1,92 @@
+"""Exported towers in ONNX Runtime, on the processor or through CUDA or TensorRT."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cn_clip.clip.backends.base import Kind, Pixels, TokenIds, TowerFacts
+from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, facts_of, missing_weights
+from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.extras import require
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+class OnnxTower:
+    """One ONNX file in ONNX Runtime. `provider` is the one in use."""
+
+    def __init__(
+        self, path: str | Path, kind: Kind, *, device: str | None = None, num_threads: int | None = None
+    ) -> None:
+        """device: cpu, cuda, cuda:N or tensorrt; default cuda where there is one. num_threads: default one a core.
+
+        Raises ConfigError when ONNX Runtime has no such provider here, or would compute elsewhere; CheckpointError when
+        the file cannot be opened or is no tower of this kind; MissingExtraError without `onnxruntime`.
+        """
+        runtime: Any = require("onnxruntime", extra="onnx", purpose="the onnx backend")
+        self.place = str(path)
+        self.provider, chosen = _provider(runtime, device)
+        settings = runtime.SessionOptions()
+        settings.log_severity_level = 3  # errors alone; they come as exceptions too
+        if num_threads is not None:
+            settings.intra_op_num_threads = num_threads
+        missing = missing_weights(path)
+        if missing:
+            raise CheckpointError(missing)
+        try:
+            self._session = runtime.InferenceSession(self.place, settings, providers=chosen)
+        except Exception as error:  # its errors have no common type, and no fixed wording
+            raise CheckpointError(
+                f"{path}: cannot be opened by ONNX Runtime ({str(error).splitlines()[0][:300]}); export it again"
+            ) from error
+        used = self._session.get_providers()[0]
+        if used != self.provider:
+            raise ConfigError(
+                f"device: {self.provider} was asked for, but ONNX Runtime fell back to {used}; its log says why, "
+                "a missing CUDA, cuDNN or TensorRT library as a rule"
+            )
+        self._session.disable_fallback()
+        (inputs, outputs) = self._session.get_inputs(), self._session.get_outputs()
+        self.facts: TowerFacts = facts_of(
+            self.place,
+            kind,
+            inputs={one.name: _shape(one.shape) for one in inputs},
+            outputs={one.name: _shape(one.shape) for one in outputs},
+            metadata=self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY),
+        )
+        self._input, self._output = INPUTS[kind], OUTPUTS[kind]
+        self._type = np.float16 if inputs[0].type == "tensor(float16)" else None
+
+    def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
+        fed = inputs if self._type is None else inputs.astype(self._type)
+        features: NDArray[np.floating] = self._session.run([self._output], {self._input: fed})[0]
+        return features
+
+
+def _provider(runtime: Any, device: str | None) -> tuple[str, list[Any]]:
+    """The provider of a device, and what to ask ONNX Runtime for: it and those it leans on."""
+    available = runtime.get_available_providers()
+    if device in (None, "auto"):
+        device = "cuda" if PROVIDERS["cuda"] in available else "cpu"
+    name, _, number = device.partition(":")
+    if name not in PROVIDERS or (number and not (name == "cuda" and number.isdigit())):
+        raise ConfigError(f"device: the onnx backend runs on cpu, cuda, cuda:N or tensorrt, got {device!r}")
+    provider = PROVIDERS[name]
+    if provider not in available:
+        raise ConfigError(
+            f"device: this ONNX Runtime has no {provider}, only {', '.join(available)}; "
+            "install the build for GPUs: pip uninstall onnxruntime && pip install onnxruntime-gpu"
+        )
+    options = {"device_id": number} if number else {}
+    leaned_on = {"cpu": [], "cuda": ["cpu"], "tensorrt": ["cuda", "cpu"]}[name]
+    return provider, [(provider, options), *(PROVIDERS[one] for one in leaned_on)]
+
+
+def _shape(shape: list[Any]) -> tuple[int | None, ...]:
+    return tuple(size if isinstance(size, int) else None for size in shape)

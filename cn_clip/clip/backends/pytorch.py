@@ -1,0 +1,62 @@
+"""The towers in PyTorch."""
+
+# B batch, R resolution, L tokens, D embedding
+
+import torch
+from torch import Tensor
+
+from cn_clip.clip.backends.base import Pixels, Rows, TokenIds, check_precision
+from cn_clip.clip.model import CLIP, convert_weights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchBackend:
+    """The towers in PyTorch. `model` itself is moved to `device` and put into `precision`: "fp32", "bf16" or "fp16".
+
+    compile: `torch.compile` both towers; the first batches take minutes, and every later one is faster.
+    num_threads: sets PyTorch's threads, for the whole process.
+    """
+
+    def __init__(
+        self,
+        model: CLIP,
+        *,
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+        compile: bool = False,
+        num_threads: int | None = None,
+    ) -> None:
+        dtype = DTYPES[check_precision("torch", precision)]
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        model.float()
+        if precision != "fp32":
+            convert_weights(model, dtype)
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        self.resolution = model.resolution
+        self.embed_dim = model.config.vision.embed_dim
+        self.logit_scale = float(model.logit_scale.detach().exp())
+        self.num_parameters = tuple(sum(one.numel() for one in part.parameters()) for part in (model, model.visual))
+        self._encode_image, self._encode_text = model.encode_image, model.encode_text
+        if compile:
+            self._encode_image = torch.compile(model.encode_image, dynamic=True)
+            self._encode_text = torch.compile(model.encode_text, dynamic=True)
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
+        return _unit_rows(self._encode_image(self._moved(pixels_B3RR)))
+
+    @torch.inference_mode()
+    def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
+        return _unit_rows(self._encode_text(self._moved(token_ids_BL)))
+
+    def _moved(self, inputs: "Pixels | TokenIds") -> Tensor:
+        return torch.from_numpy(inputs).to(self.device, non_blocking=True)
+
+
+def _unit_rows(features_BD: Tensor) -> Rows:
+    features_BD = features_BD.float()
+    rows: Rows = (features_BD / features_BD.norm(dim=-1, keepdim=True)).cpu().numpy()
+    return rows

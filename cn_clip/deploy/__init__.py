@@ -1,0 +1,1 @@
+"""Commands that export models for deployment, and measure how fast they run."""
