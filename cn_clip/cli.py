@@ -55,6 +55,7 @@ COMMANDS: dict[str, Command] = {
     "checkpoint export": Command(
         "cn_clip.checkpoints.export", "导出为 safetensors", "write the weights as safetensors"
     ),
+    "export coreml": Command("cn_clip.deploy.pytorch_to_coreml", "导出为 Core ML", "write Core ML packages"),
 }
 
 

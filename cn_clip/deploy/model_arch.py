@@ -1,0 +1,51 @@
+"""The `--model-arch` of the deployment commands, and the model it and a checkpoint name."""
+
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+
+import tyro
+
+from cn_clip import zoo
+from cn_clip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cn_clip.clip.model import CLIP
+
+ArchName: TypeAlias = Literal[
+    "RN50",
+    "ViT-B-16",
+    "ViT-L-14",
+    "ViT-L-14-336",
+    "ViT-H-14",
+    "ViT-B-32",
+    "Emoji-Tiny",
+    "RN-Small-64",
+    "RN-Tiny-64",
+    "ViT-Tiny-64",
+]
+RequiredArch: TypeAlias = Annotated[ArchName | None, tyro.conf.arg(help_behavior_hint="(required)")]
+
+
+def check_arch(arch: ArchName | None) -> None:
+    """Raises ConfigError when no architecture was given."""
+    if arch is None:
+        raise ConfigError("--model-arch: expected the architecture of the model, such as ViT-B-16")
+
+
+def vision_name(arch: ArchName) -> str:
+    """The picture tower of a model; the text tower follows from the weights."""
+    entry = zoo.named(arch)
+    return entry.vision if entry else arch
+
+
+def open_arch(arch: ArchName, checkpoint: str | None, *, flag: str, download_root: str | None = None) -> "CLIP":
+    """The float32 model of a checkpoint, or else the published or bundled one of that name; on the CPU, in eval mode.
+
+    flag: the one that gives the checkpoint, for messages. Raises ConfigError when nobody has published such a model,
+    CheckpointError when the checkpoint is of another architecture, DownloadError.
+    """
+    from cn_clip.clip.loading import open_model
+
+    if checkpoint is None and zoo.named(arch) is None:
+        raise ConfigError(f"--model-arch {arch}: there are no published weights of it; give {flag}")
+    name, vision = (arch, None) if checkpoint is None else (checkpoint, vision_name(arch))
+    return open_model(name, vision=vision, download_root=download_root)[0]

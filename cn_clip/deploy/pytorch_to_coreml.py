@@ -1,0 +1,97 @@
+"""Exports a model to Core ML: `python cn_clip/deploy/pytorch_to_coreml.py --model-arch ViT-B-16 --convert-vision …`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from cn_clip import command
+from cn_clip.deploy.model_arch import RequiredArch, check_arch, open_arch
+from cn_clip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cn_clip.clip.backends.base import Kind
+    from cn_clip.clip.model import CLIP
+
+TITLES: "dict[Kind, str]" = {"text": "Text", "image": "Image"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Writes PREFIX.text.mlpackage and PREFIX.image.mlpackage for iOS 15, macOS 12 and later.
+
+    Runs on Linux and macOS; only macOS can run what it writes.
+    """
+
+    model_arch: RequiredArch = None
+    """The model: a published or bundled one, or the picture tower of the checkpoint"""
+    pytorch_ckpt_path: str | None = None
+    """The checkpoint; default: the published one of that name"""
+    download_root: str | None = None
+    """Where published checkpoints are kept; default: ~/.cache/clip"""
+    save_coreml_path: command.Required = None
+    """The PREFIX of what is written"""
+    convert_text: bool = False
+    """Convert the text tower"""
+    convert_vision: bool = False
+    """Convert the picture tower"""
+    precision: Literal["fp16", "fp32"] = "fp16"
+    """Weights and arithmetic; the Neural Engine computes in fp16 alone"""
+    context_length: int = 52
+    """Tokens that every text is padded to, [CLS] and [SEP] included"""
+    batch_size: int = 1
+    """Pictures or texts of one prediction"""
+    json: bool = False
+    """Print the result as one JSON object"""
+
+    def __post_init__(self) -> None:
+        check_arch(self.model_arch)
+        if self.save_coreml_path is None:
+            raise ConfigError("--save-coreml-path: expected the prefix of the packages to write, such as out/vit-b-16")
+        if not (self.convert_text or self.convert_vision):
+            raise ConfigError("give --convert-text, --convert-vision, or both")
+        for name, least in (("context_length", 3), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+
+
+def run(options: Options) -> None:
+    """Writes what is asked for; raises CnClipError when the checkpoint cannot be read or converted."""
+    assert options.model_arch is not None
+    say = command.Speaker(quiet=options.json)
+    say.params(options)
+    with command.stdout_to_stderr(when=options.json):
+        model = open_arch(
+            options.model_arch,
+            options.pytorch_ckpt_path,
+            flag="--pytorch-ckpt-path",
+            download_root=options.download_root,
+        )
+    kinds: list[Kind] = [*(["text"] if options.convert_text else []), *(["image"] if options.convert_vision else [])]
+    say.result({kind: _convert(model, kind, options, say) for kind in kinds})
+
+
+def _convert(model: "CLIP", kind: "Kind", options: Options, say: command.Speaker) -> dict[str, Any]:
+    from cn_clip.deploy.coreml_package import package_path, write_package
+
+    assert options.save_coreml_path is not None
+    path = package_path(options.save_coreml_path, kind)
+    written = write_package(
+        model,
+        kind,
+        path,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        context_length=options.context_length,
+    )
+    say(f"{TITLES[kind]} model converted to CoreML and saved at: {path}")
+    say(f"  {written['num_operations']} operations, {written['num_bytes'] / 2**20:.1f} MiB, {options.precision}")
+    return {"path": str(path), "precision": options.precision, **written}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()
