@@ -13,9 +13,10 @@ from dataset_files import GOLDEN_LMDB, jsonl_line, picture
 from PIL import Image
 from torch import Tensor
 
+from cn_clip.clip.transforms import MEAN, STD, ImageTransform
 from cn_clip.data.datasets import LmdbPairs, PairBatch, PairDataset, make_loader
 from cn_clip.data.lmdb_store import Pair, SplitWriter
-from cn_clip.data.picture_sets import ClassFolderDataset, FileImageDataset, ImageDataset, batches
+from cn_clip.data.picture_sets import ClassFolders, LmdbPictures, PictureDataset, PictureFiles, batches
 from cn_clip.data.texts import preprocess_text, read_texts
 from cn_clip.errors import ConfigError, DataError
 
@@ -28,11 +29,6 @@ def to_tensor(image: Image.Image) -> Tensor:
     """Stands in for the transform of a model: the colour of the first pixel as (3, 1, 1)."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)[:1, :1]
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-
-
-def to_pixels(image: Image.Image) -> np.ndarray:
-    """The same without torch."""
-    return to_tensor(image).numpy()
 
 
 def tokenize(texts: list[str], context_length: int) -> Tensor:
@@ -72,14 +68,14 @@ def test_the_name_in_the_log_can_be_given(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_pictures_come_in_key_order_with_ids_of_both_kinds() -> None:
-    dataset = ImageDataset(REFERENCE / "imgs", to_tensor)
-    assert [image_id for image_id, _ in (dataset[index] for index in range(len(dataset)))] == [10, 100, 9, "a-7"]
+    pictures = LmdbPictures(REFERENCE / "imgs")
+    assert [pictures[index].key for index in range(len(pictures))] == [10, 100, 9, "a-7"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_come_in_order_with_ids_as_lists(tmp_path: Path, num_workers: int) -> None:
     folder = make_split(tmp_path / "train")
-    dataset = ImageDataset(folder / "imgs", to_tensor)
+    dataset = PictureDataset(LmdbPictures(folder / "imgs"), to_tensor)
     loader = make_loader(dataset, 3, num_workers)
     batches = list(loader)
     assert len(loader) == 3
@@ -89,17 +85,20 @@ def test_batches_come_in_order_with_ids_as_lists(tmp_path: Path, num_workers: in
 
 @pytest.mark.parametrize("num_threads", [0, 1, 3])
 def test_threads_decode_the_same_batches(tmp_path: Path, num_threads: int) -> None:
-    dataset = ImageDataset(make_split(tmp_path / "train") / "imgs", to_pixels)
-    found = list(batches(dataset, 3, num_threads))
+    folder = make_split(tmp_path / "train") / "imgs"
+    found = list(batches(LmdbPictures(folder), ImageTransform(2), 3, num_threads))
     assert [ids for ids, _ in found] == [[0, 1, 2], [3, 4, 5], [6, 7]]
-    assert [pixels[:, 0].flatten().tolist() for _, pixels in found] == [[0, 1, 2], [3, 4, 5], [6, 7]]
-    assert found[0][1].shape == (3, 3, 1, 1)
+    alone = PictureDataset(LmdbPictures(folder), ImageTransform(2).array)
+    expected = np.stack([alone[index][1] for index in range(8)])
+    assert expected[:, 0, 0, 0] == pytest.approx([(red / 255 - MEAN[0]) / STD[0] for red in range(8)], abs=1e-6)
+    assert [pixels.shape for _, pixels in found] == [(3, 3, 2, 2), (3, 3, 2, 2), (2, 3, 2, 2)]
+    np.testing.assert_array_equal(np.concatenate([pixels for _, pixels in found]), expected)
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_threads_stop_at_a_picture_that_does_not_decode_with_folder_and_id(tmp_path: Path, num_threads: int) -> None:
     folder = make_split(tmp_path / "train", broken=True)
-    found = batches(ImageDataset(folder / "imgs", to_pixels), 4, num_threads)
+    found = batches(LmdbPictures(folder / "imgs"), ImageTransform(2), 4, num_threads)
     assert next(found)[0] == [0, 1, 2, 3]
     with pytest.raises(DataError, match=f"^{folder}/imgs: image id 5: the picture of 13 bytes does not decode"):
         next(found)
@@ -108,9 +107,9 @@ def test_threads_stop_at_a_picture_that_does_not_decode_with_folder_and_id(tmp_p
 @pytest.mark.parametrize(("batch_size", "num_threads"), [(0, 0), (1, -1)])
 def test_impossible_settings_of_batches_are_refused(batch_size: int, num_threads: int) -> None:
     with pytest.raises(ConfigError, match="batch size of 1 or more and 0 or more workers"):
-        batches(FileImageDataset(["a"], to_pixels), batch_size, num_threads)
+        batches(PictureFiles(["a"]), ImageTransform(2), batch_size, num_threads)
     with pytest.raises(DataError, match="the dataset is empty"):
-        batches(FileImageDataset([], to_pixels), 1, 1)
+        batches(PictureFiles([]), ImageTransform(2), 1, 1)
 
 
 def test_a_sampler_sets_the_order_and_drop_last_drops(tmp_path: Path) -> None:
@@ -140,7 +139,7 @@ def test_a_picture_that_does_not_decode_stops_with_folder_and_id(tmp_path: Path,
 
 def test_an_error_inside_the_transform_names_the_picture(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="imgs: image id 0: broken data stream"):
-        ImageDataset(make_split(tmp_path / "train") / "imgs", fail)[0]
+        PictureDataset(LmdbPictures(make_split(tmp_path / "train") / "imgs"), fail)[0]
 
 
 def test_skipping_puts_the_next_pair_in_place_and_counts_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -178,12 +177,12 @@ def test_workers_use_one_thread_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(0, 0), (1, -1)])
 def test_impossible_loader_settings_are_refused(tmp_path: Path, batch_size: int, num_workers: int) -> None:
     with pytest.raises(ConfigError, match="batch size of 1 or more"):
-        make_loader(FileImageDataset(["a"], to_tensor), batch_size, num_workers)
+        make_loader(PictureDataset(PictureFiles(["a"]), to_tensor), batch_size, num_workers)
 
 
 def test_picture_files_come_with_their_paths(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture((9, 8, 7)))
-    dataset = FileImageDataset([tmp_path / "a.png", str(tmp_path / "gone.png")], to_tensor)
+    dataset = PictureDataset(PictureFiles([tmp_path / "a.png", str(tmp_path / "gone.png")]), to_tensor)
     path, image = dataset[0]
     assert (path, image.flatten().tolist()) == (str(tmp_path / "a.png"), [9, 8, 7])
     with pytest.raises(DataError, match=r"gone.png: cannot be read \(No such file"):
@@ -197,21 +196,22 @@ def test_class_folders_are_labelled_in_sorted_order(tmp_path: Path) -> None:
     for name in ("000/notes.txt", "000/._z.png", ".cache/x.png", "x.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    dataset = ClassFolderDataset(tmp_path, to_tensor)
-    assert dataset.classes == ["000", "002", "010"]
-    names = [(os.path.relpath(path, tmp_path), label) for path, label in dataset.samples]
+    folders = ClassFolders(tmp_path)
+    assert folders.classes == ["000", "002", "010"]
+    names = [(os.path.relpath(path, tmp_path), label) for path, label in folders.samples]
     assert names == [("000/z.png", 0), ("000/a/c.png", 0), ("002/b.PNG", 1), ("010/x.png", 2)]
+    dataset = PictureDataset(folders, to_tensor)
     assert [image[0].item() for _, image in (dataset[index] for index in range(4))] == [0, 1, 2, 10]
 
 
 def test_class_folders_without_a_class_or_a_picture_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="gone: no such folder"):
-        ClassFolderDataset(tmp_path / "gone", to_tensor)
+        ClassFolders(tmp_path / "gone")
     with pytest.raises(DataError, match="holds no sub-folder"):
-        ClassFolderDataset(tmp_path, to_tensor)
+        ClassFolders(tmp_path)
     (tmp_path / "000").mkdir()
     with pytest.raises(DataError, match="000: holds no picture"):
-        ClassFolderDataset(tmp_path, to_tensor)
+        ClassFolders(tmp_path)
 
 
 def test_texts_are_read_as_written_and_numbers_become_text(tmp_path: Path) -> None:

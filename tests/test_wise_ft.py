@@ -18,7 +18,7 @@ from cn_clip.clip.checkpoint import read_checkpoint
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
 from cn_clip.data.lmdb_store import PairStore
-from cn_clip.data.picture_sets import ImageDataset
+from cn_clip.data.picture_sets import LmdbPictures, PictureDataset
 from cn_clip.data.splits import read_split
 from cn_clip.errors import DataError
 from cn_clip.eval.wise_ft import Point, interpolate, table
@@ -127,10 +127,11 @@ def test_the_split_has_every_text_once_and_every_pair(lmdb: Path) -> None:
 def recall_of(model: CLIP, lmdb: Path) -> RecallBothWays:
     """By the encoder users have, in one batch."""
     encoder = Encoder(model, device="cpu")
-    pictures = ImageDataset(lmdb / "imgs", encoder.transform.array)
+    source = LmdbPictures(lmdb / "imgs")
+    pictures = PictureDataset(source, encoder.transform.array)
     pixels = np.stack([pictures[index][1] for index in range(NUM_PICTURES)])
     texts = encoder.encode_texts([text for _, text, _ in TEXTS])
-    pairs = [(pictures.ids.index(image), number) for number, _, images in TEXTS for image in images]
+    pairs = [(source.ids.index(image), number) for number, _, images in TEXTS for image in images]
     return recall_from_features(encoder.backend.encode_pixels(pixels), texts, np.array(pairs))
 
 

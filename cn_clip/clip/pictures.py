@@ -1,5 +1,7 @@
 """Pictures from paths, bytes or PIL, decoded by threads while the batch before is computed."""
 
+# B batch, R resolution
+
 import io
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -7,6 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
+import numpy as np
+
+from cn_clip.clip.backends.base import Pixels
 from cn_clip.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,13 +24,28 @@ T = TypeVar("T")
 BATCHES_AHEAD = 2
 
 
-def open_picture(picture: Picture, *, name: str) -> "Image":
-    """A loaded PIL picture from a path, encoded bytes, or PIL itself.
+def decode(picture: str | Path | bytes, draft_size: int | None = None) -> "Image":
+    """The loaded picture of a file or of encoded bytes, mode and size as there; the first frame of an animation.
+
+    draft_size: decodes a JPEG at 1/2, 1/4 or 1/8 of its size, the smallest whose sides are both at least so long.
+    Raises what PIL's plugins raise: OSError, SyntaxError, ValueError, struct.error, IndexError and others.
+    """
+    from PIL.Image import open as open_file
+
+    image: Image
+    with open_file(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+        if draft_size is not None:
+            image.draft(None, (draft_size, draft_size))
+        image.load()
+    return image
+
+
+def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) -> "Image":
+    """A loaded PIL picture from a path or encoded bytes (see `decode`), or PIL itself.
 
     Raises DataError saying `name` when it cannot be decoded, TypeError for any other kind of object.
     """
-    from PIL.Image import DecompressionBombError, Image
-    from PIL.Image import open as open_file
+    from PIL.Image import Image
 
     if not isinstance(picture, (str, Path, bytes, Image)):
         raise TypeError(f"{name}: expected a path, bytes or a PIL picture, got {type(picture).__name__}")
@@ -33,33 +53,44 @@ def open_picture(picture: Picture, *, name: str) -> "Image":
         if isinstance(picture, Image):
             picture.load()
             return picture
-        image: Image
-        with open_file(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-            image.load()
-        return image
-    except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
+        return decode(picture, draft_size)
+    except Exception as error:
         raise DataError(f"{name}: not a picture that can be decoded ({error})") from error
 
 
-def decoded_batches(load: Callable[[int], T], count: int, batch_size: int, num_threads: int) -> Iterator[list[T]]:
-    """`load(0)` to `load(count - 1)` in lists of `batch_size`, the last one shorter, loaded ahead by threads.
+def decoded_batches(
+    load: Callable[[int, Pixels], T], count: int, resolution: int, batch_size: int, num_threads: int
+) -> Iterator[tuple[list[T], Pixels]]:
+    """(what `load` returned, pixels (B, 3, R, R)) for 0 to count - 1, the last batch shorter, made ahead by threads.
 
-    PIL decodes and scales without Python's global lock, so threads do what processes would. num_threads 0: loads in
-    this thread. An error of `load` comes out at its place.
+    load: takes a number and the (3, R, R) to write its pixels into; called by several threads at once. PIL and NumPy
+    work without Python's global lock, so threads do what processes would. num_threads 0: loads in this thread.
+    An error of `load` comes out at its place.
     """
-    starts = range(0, count, batch_size)
+    batches = (range(start, min(start + batch_size, count)) for start in range(0, count, batch_size))
     if num_threads == 0:
-        for start in starts:
-            yield [load(number) for number in range(start, min(start + batch_size, count))]
+        for numbers in batches:
+            pixels = _room(len(numbers), resolution)
+            yield list(map(load, numbers, pixels)), pixels
         return
-    waiting: deque[list[Future[T]]] = deque()
+    waiting: deque[tuple[list[Future[T]], Pixels]] = deque()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
         try:
-            for start in starts:
-                waiting.append([pool.submit(load, number) for number in range(start, min(start + batch_size, count))])
+            for numbers in batches:
+                pixels = _room(len(numbers), resolution)
+                waiting.append(([pool.submit(load, *item) for item in zip(numbers, pixels, strict=True)], pixels))
                 if len(waiting) > BATCHES_AHEAD:
-                    yield [future.result() for future in waiting.popleft()]
+                    yield _finished(waiting.popleft())
             while waiting:
-                yield [future.result() for future in waiting.popleft()]
+                yield _finished(waiting.popleft())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _room(count: int, resolution: int) -> Pixels:
+    return np.empty((count, 3, resolution, resolution), dtype=np.float32)
+
+
+def _finished(batch: tuple[list[Future[T]], Pixels]) -> tuple[list[T], Pixels]:
+    futures, pixels = batch
+    return [future.result() for future in futures], pixels

@@ -1,21 +1,19 @@
-"""Pictures by number, of an LMDB, of files or of class folders, and batches of them decoded by threads.
-
-An item is (key, picture as `transform` makes it). They serve torch's loader as well as `batches`, which needs no torch.
-"""
+"""Encoded pictures by number, of an LMDB, of files or of class folders, and batches of pixels that threads decode."""
 
 # B batch, R resolution
 
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL.Image import Image
 
+from cn_clip.clip.backends.base import Pixels
 from cn_clip.clip.pictures import decoded_batches
+from cn_clip.clip.transforms import ImageTransform
 from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId
@@ -29,66 +27,92 @@ PixelsT = TypeVar("PixelsT")
 CLASS_FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-class PictureSet(Protocol[KeyT]):
-    """Pictures by number, as arrays."""
+@dataclass(frozen=True)
+class StoredPicture(Generic[KeyT]):
+    """A picture as it is stored: what it is known by, the bytes of its file; `where` begins an error about it."""
+
+    key: KeyT
+    data: bytes
+    where: str
+
+
+class PictureSource(Protocol[KeyT]):
+    """Where pictures come from, by number."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[KeyT, NDArray[np.float32]]:
-        """(key, pixels (3, R, R)); raises DataError naming a picture that cannot be read."""
+    def __getitem__(self, index: int) -> StoredPicture[KeyT]:
+        """Raises DataError naming a picture that cannot be read."""
         ...
 
 
 def batches(
-    pictures: PictureSet[KeyT], batch_size: int, num_threads: int = 1
-) -> Iterator[tuple[list[KeyT], NDArray[np.float32]]]:
+    pictures: PictureSource[KeyT], transform: ImageTransform, batch_size: int, num_threads: int = 1
+) -> Iterator[tuple[list[KeyT], Pixels]]:
     """(keys, pixels (B, 3, R, R)) in order; while one batch is used, `num_threads` threads decode the next.
 
     num_threads 0: decodes in this thread. Raises ConfigError for a batch size below 1 or fewer than 0 threads,
-    DataError for an empty set and naming a picture that cannot be read.
+    DataError for an empty source and naming a picture that cannot be read.
     """
     if batch_size < 1 or num_threads < 0:
         raise ConfigError(f"expected a batch size of 1 or more and 0 or more workers, got {batch_size}, {num_threads}")
     if not len(pictures):
         raise DataError("the dataset is empty; nothing to load")
-    return (
-        ([key for key, _ in items], np.stack([pixels for _, pixels in items]))
-        for items in decoded_batches(pictures.__getitem__, len(pictures), batch_size, num_threads)
-    )
+
+    def load(index: int, out: Pixels) -> KeyT:
+        stored = pictures[index]
+        load_picture(
+            stored.data, stored.where, lambda image: transform.array(image, out), draft_size=transform.draft_size
+        )
+        return stored.key
+
+    return decoded_batches(load, len(pictures), transform.resolution, batch_size, num_threads)
 
 
-class ImageDataset(Generic[PixelsT]):
-    """The pictures of an `imgs` folder by index in key order: (image id, picture)."""
+class PictureDataset(Generic[KeyT, PixelsT]):
+    """The pictures of a source, decoded whole, for torch's loader: (key, picture as `transform` makes it)."""
 
-    def __init__(self, images_folder: str | os.PathLike[str], transform: Callable[[Image], PixelsT]) -> None:
+    def __init__(self, source: PictureSource[KeyT], transform: Callable[[Image], PixelsT]) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[KeyT, PixelsT]:
+        stored = self.source[index]
+        return stored.key, load_picture(stored.data, stored.where, self.transform)
+
+
+class LmdbPictures:
+    """The pictures of an `imgs` folder by index in key order, known by their ids."""
+
+    def __init__(self, images_folder: str | os.PathLike[str]) -> None:
         """Opens an `imgs` folder; raises DataError when it is none."""
         self.images = ImageStore(images_folder)
         self.ids = self.images.ids
-        self.transform = transform
         logger.info("The specified LMDB directory contains %d images.", len(self.ids))
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> tuple[RecordId, PixelsT]:
+    def __getitem__(self, index: int) -> StoredPicture[RecordId]:
         image_id = self.ids[index]
         where = f"{self.images.folder}: image id {image_id!r}"
-        return image_id, load_picture(self.images.picture(image_id), where, self.transform)
+        return StoredPicture(image_id, self.images.picture(image_id), where)
 
 
-class FileImageDataset(Generic[PixelsT]):
-    """Picture files by index: (path as given, picture)."""
+class PictureFiles:
+    """Picture files by index, known by their paths as given."""
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]], transform: Callable[[Image], PixelsT]) -> None:
+    def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
         self.paths = [os.fspath(path) for path in paths]
-        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[str, PixelsT]:
+    def __getitem__(self, index: int) -> StoredPicture[str]:
         path = self.paths[index]
-        return path, load_picture(_read_bytes(path), path, self.transform)
+        return StoredPicture(path, _read_bytes(path), path)
 
 
 def _read_bytes(path: str) -> bytes:
@@ -98,14 +122,14 @@ def _read_bytes(path: str) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-class ClassFolderDataset(Generic[PixelsT]):
-    """Pictures in one folder per class: (class index, picture).
+class ClassFolders:
+    """Pictures in one folder per class, known by the class index.
 
     Classes are the sub-folders in sorted order, pictures lie in them at any depth and come in sorted order; hidden
     files and folders, which editors and file managers leave behind, are not looked at.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], transform: Callable[[Image], PixelsT]) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Lists the files; raises DataError when there is no class folder, or one without a picture."""
         root = Path(folder)
         if not root.is_dir():
@@ -116,14 +140,13 @@ class ClassFolderDataset(Generic[PixelsT]):
         if not self.classes:
             raise DataError(f"{root}: holds no sub-folder; expected one sub-folder of pictures per class")
         self.samples = [(path, label) for label, name in enumerate(self.classes) for path in _pictures(root / name)]
-        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[int, PixelsT]:
+    def __getitem__(self, index: int) -> StoredPicture[int]:
         path, label = self.samples[index]
-        return label, load_picture(_read_bytes(path), path, self.transform)
+        return StoredPicture(label, _read_bytes(path), path)
 
 
 def _pictures(folder: Path) -> list[str]:

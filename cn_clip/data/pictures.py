@@ -6,29 +6,30 @@ from typing import Literal, TypeAlias, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
+from cn_clip.clip.pictures import decode
 from cn_clip.errors import DataError
 
 PixelsT = TypeVar("PixelsT")
 PictureCheck: TypeAlias = Literal["decode", "header", "none"]
 
 
-def open_picture(data: bytes) -> Image.Image:
-    """The decoded picture, mode and size as in the file (the first frame of an animation).
+def open_picture(data: bytes, draft_size: int | None = None) -> Image.Image:
+    """The decoded picture, see `clip.pictures.decode`.
 
     Raises DataError when the bytes are no picture, are cut short, or hold more pixels than PIL admits.
     """
     try:
-        image = Image.open(BytesIO(data))
-        image.load()
-    except Exception as error:  # plugins raise OSError, SyntaxError, ValueError, struct.error, IndexError, ...
+        return decode(data, draft_size)
+    except Exception as error:
         raise _not_a_picture(data, error) from error
-    return image
 
 
-def load_picture(data: bytes, where: str, transform: Callable[[Image.Image], PixelsT]) -> PixelsT:
+def load_picture(
+    data: bytes, where: str, transform: Callable[[Image.Image], PixelsT], *, draft_size: int | None = None
+) -> PixelsT:
     """The transformed picture; raises DataError that starts with `where`."""
     try:
-        return transform(open_picture(data))
+        return transform(open_picture(data, draft_size))
     except (DataError, OSError, ValueError) as error:  # a transform may meet what loading let pass
         raise DataError(f"{where}: {error}") from error
 

@@ -11,9 +11,8 @@ from cn_clip.errors import ConfigError
 from cn_clip.zoo import TextName, VisionName
 
 if TYPE_CHECKING:
-    from cn_clip.clip.backends.base import Pixels
     from cn_clip.clip.encoder import Encoder
-    from cn_clip.data.picture_sets import ImageDataset
+    from cn_clip.data.picture_sets import LmdbPictures
     from cn_clip.data.records import RecordId
 
 
@@ -79,7 +78,7 @@ def run(options: Options) -> None:
     say.params(options)
     encoder = open_encoder(options, say)
     # Both are opened before either is worked on: a wrong path is told at once, not after minutes.
-    pictures = _open_pictures(options, encoder, say) if options.extract_image_feats else None
+    pictures = _open_pictures(options, say) if options.extract_image_feats else None
     texts = _open_texts(options, say) if options.extract_text_feats else None
     result: dict[str, object] = {}
     if texts is not None:
@@ -90,11 +89,11 @@ def run(options: Options) -> None:
     say.result(result)
 
 
-def _open_pictures(options: Options, encoder: "Encoder", say: command.Speaker) -> "ImageDataset[Pixels]":
-    from cn_clip.data.picture_sets import ImageDataset
+def _open_pictures(options: Options, say: command.Speaker) -> "LmdbPictures":
+    from cn_clip.data.picture_sets import LmdbPictures
 
     say("Preparing image inference dataset.")
-    return ImageDataset(options.image_data, encoder.transform.array)
+    return LmdbPictures(options.image_data)
 
 
 def _open_texts(options: Options, say: command.Speaker) -> "list[tuple[RecordId, str]]":
@@ -117,14 +116,14 @@ def _extract_texts(
 
 
 def _extract_pictures(
-    options: Options, encoder: "Encoder", pictures: "ImageDataset[Pixels]", say: command.Speaker
+    options: Options, encoder: "Encoder", pictures: "LmdbPictures", say: command.Speaker
 ) -> dict[str, object]:
     from cn_clip.data.picture_sets import batches
     from cn_clip.eval import features
 
     say("Make inference for images...")
     path = options.image_feat_output_path or features.default_image_path(options.text_data)
-    decoded = batches(pictures, options.img_batch_size, options.num_workers)
+    decoded = batches(pictures, encoder.transform, options.img_batch_size, options.num_workers)
     count = features.extract_images(encoder.backend, decoded, len(pictures), path)
     say(f"{count} image features are stored in {path}")
     return {"num_images": count, "image_features": path}

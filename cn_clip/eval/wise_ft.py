@@ -13,11 +13,10 @@ from cn_clip.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cn_clip.clip.backends.base import Pixels
     from cn_clip.clip.checkpoint import Checkpoint
     from cn_clip.clip.encoder import Encoder
     from cn_clip.clip.model import CLIP
-    from cn_clip.data.picture_sets import ImageDataset
+    from cn_clip.data.picture_sets import LmdbPictures
     from cn_clip.data.splits import Split
     from cn_clip.retrieval.recall import RecallBothWays
 
@@ -155,13 +154,12 @@ def evaluate(options: Options, model: "CLIP", zeroshot: "Checkpoint", finetuned:
     from cn_clip import ranks
     from cn_clip.clip.backends.pytorch import TorchBackend
     from cn_clip.clip.encoder import Encoder
-    from cn_clip.clip.transforms import image_transform
     from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
-    from cn_clip.data.picture_sets import ImageDataset
+    from cn_clip.data.picture_sets import LmdbPictures
     from cn_clip.data.splits import read_split
 
     device, precision = ranks.choose_device(options.device), "fp32" if options.precision == "amp" else options.precision
-    pictures = ImageDataset(f"{options.val_data}/{IMAGES}", image_transform(model.resolution).array)
+    pictures = LmdbPictures(f"{options.val_data}/{IMAGES}")
     split = read_split(PairStore(f"{options.val_data}/{PAIRS}"), pictures.ids)
     points, alphas = [], options.line()
     with tqdm(total=len(alphas) * len(pictures), unit="picture", disable=None) as bar:
@@ -176,7 +174,7 @@ def evaluate(options: Options, model: "CLIP", zeroshot: "Checkpoint", finetuned:
 def _recall(
     options: Options,
     encoder: "Encoder",
-    pictures: "ImageDataset[Pixels]",
+    pictures: "LmdbPictures",
     split: "Split",
     advance: "Callable[[int], object]",
 ) -> "RecallBothWays":
@@ -186,7 +184,7 @@ def _recall(
     from cn_clip.retrieval.recall import recall_from_features
 
     rows = []
-    for ids, pixels in batches(pictures, options.batch_size, options.num_workers):
+    for ids, pixels in batches(pictures, encoder.transform, options.batch_size, options.num_workers):
         rows.append(encoder.backend.encode_pixels(pixels))
         advance(len(ids))
     texts_TD = encoder.encode_texts(split.texts, batch_size=options.batch_size)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cn_clip import command
 from cn_clip.clip.backends.base import BackendName
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cn_clip.clip.backends.base import Backend, Rows
+    from cn_clip.clip.encoder import Encoder
+    from cn_clip.data.picture_sets import ClassFolders
     from cn_clip.eval.zeroshot import Accuracy
 
 MOST_CLASSES_SHOWN = 50
@@ -76,7 +78,7 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     """Evaluates, tells `say` about it, writes the ELEVATER file and returns the accuracy."""
     import numpy as np
 
-    from cn_clip.data.picture_sets import ClassFolderDataset
+    from cn_clip.data.picture_sets import ClassFolders
     from cn_clip.eval import zeroshot
     from cn_clip.eval.backends import open_encoder
     from cn_clip.eval.templates import load_templates
@@ -86,13 +88,13 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     templates = load_templates(options.dataset, Path(options.templates) if options.templates else None)
     encoder = open_encoder(options, say)
     say("Preparing zeroshot dataset.")
-    dataset = ClassFolderDataset(options.datapath, encoder.transform.array)
+    dataset = ClassFolders(options.datapath)
     numbers = _class_numbers(options, dataset.classes, len(labels))
     order = read_index(Path(options.index), len(dataset)) if options.index else None
     say("Building zero-shot classifier")
     classes_CD = zeroshot.classifier(encoder, labels, templates)
     say("Using classifier")
-    images_ND, folders_N = _picture_features(options, encoder.backend, dataset)
+    images_ND, folders_N = _picture_features(options, encoder, dataset)
     probabilities_NC = zeroshot.probabilities(images_ND, classes_CD)
     result = zeroshot.accuracy(probabilities_NC, np.array(numbers)[folders_N])
     if order is not None:
@@ -119,7 +121,9 @@ def read_labels(path: Path) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def _picture_features(options: Options, backend: "Backend", dataset: Any) -> "tuple[Rows, NDArray[np.int64]]":
+def _picture_features(
+    options: Options, encoder: "Encoder", dataset: "ClassFolders"
+) -> "tuple[Rows, NDArray[np.int64]]":
     import numpy as np
     from tqdm import tqdm
 
@@ -127,8 +131,8 @@ def _picture_features(options: Options, backend: "Backend", dataset: Any) -> "tu
 
     rows, targets = [], []
     with tqdm(total=len(dataset), unit="picture") as bar:
-        for numbers, pixels in batches(dataset, options.img_batch_size, options.num_workers):
-            rows.append(backend.encode_pixels(pixels))
+        for numbers, pixels in batches(dataset, encoder.transform, options.img_batch_size, options.num_workers):
+            rows.append(encoder.backend.encode_pixels(pixels))
             targets += numbers
             bar.update(len(numbers))
     return np.concatenate(rows), np.array(targets, dtype=np.int64)

@@ -8,7 +8,7 @@ from cn_clip.clip.transforms import image_transform
 from cn_clip.data.augment import Augmentation
 from cn_clip.data.datasets import LmdbPairs, PairDataset, PairSource, make_loader
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
-from cn_clip.data.picture_sets import ImageDataset
+from cn_clip.data.picture_sets import LmdbPictures, PictureDataset
 from cn_clip.data.shards import ShardPairs, is_shards
 from cn_clip.data.splits import read_split
 from cn_clip.errors import ConfigError
@@ -67,13 +67,13 @@ def validation_data(options: Options, resolution: int) -> ValidationData | None:
     """The validation split, or None when there is none; raises ConfigError when it holds less than one batch."""
     if options.val_data is None:
         return None
-    images = ImageDataset(f"{options.val_data}/{IMAGES}", image_transform(resolution))
+    images = LmdbPictures(f"{options.val_data}/{IMAGES}")
     pairs = PairStore(f"{options.val_data}/{PAIRS}")
     sampler = _sampler(
         options, len(pairs), options.valid_batch_size, "--valid-batch-size", world_size=ranks.world_size()
     )
     loader = make_loader(
-        images,
+        PictureDataset(images, image_transform(resolution)),
         options.valid_batch_size,
         options.valid_num_workers,
         sampler=own_share(len(images)),
