@@ -1,4 +1,4 @@
-"""The whole retrieval pipeline beside the reference, stage by stage, on the CPU in float32:
+"""The whole retrieval pipeline beside the reference, stage by stage, on the CPU:
 
 python benchmarks/pipeline.py --reference-python REFERENCE/bin/python --data FLICKR8K_CN_FOLDER
 """
@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -28,7 +28,14 @@ from cn_clip.errors import ConfigError  # noqa: E402
 from cn_clip.eval.feature_files import read_features  # noqa: E402
 from cn_clip.zoo import VisionName  # noqa: E402
 
-GOAL = 1.7
+# Times as fast as the reference, by precision.
+GOALS = {"fp32": 1.7, "bf16": 4.5, "int8": 6.0}
+EXPORT = """
+import sys
+from cn_clip.clip.backends.opening import open_backend
+model, backend, precision, vision, text = sys.argv[1:]
+open_backend(model, backend=backend, precision=precision, vision=vision, text=text)
+"""
 FEATURES = ["--image-feats=valid_imgs.img_feat.jsonl", "--text-feats=valid_texts.txt_feat.jsonl", "--top-k=10"]
 # Stage -> the commands of it, in the order of the guides; each is a process.
 STAGES: dict[str, list[tuple[str, list[str]]]] = {
@@ -57,6 +64,8 @@ class Options:
     """How many of the pictures, with their captions."""
     model: VisionName = "ViT-B-16"
     """Picture tower; the text tower is the one it is published with."""
+    modes: tuple[str, ...] = ("torch:fp32", "openvino:bf16", "openvino:int8")
+    """What is measured beside the reference: backend:precision."""
     rounds: int = 1
     """How often to run everything; the median counts."""
     batch_size: int = 32
@@ -70,24 +79,62 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Returns 1 when ours is not `GOAL` times as fast in total, or features differ by more than 1e-4."""
-    sides = two_sides(options.reference_python)
+    """Returns 1 when a mode of ours misses its goal, or float32 features differ by more than 1e-4."""
     say = command.Speaker(quiet=options.json)
+    found = measure(options, say)
+    say.result(found)
+    return 1 if found["missed"] else 0
+
+
+def measure(options: Options, say: command.Speaker) -> dict[str, Any]:
+    """Times all stages for the reference and each mode, in turns; names what was missed."""
+    reference, ours = two_sides(options.reference_python)
     with tempfile.TemporaryDirectory() as temporary:
-        folders = {side.name: Path(temporary) / side.name for side in sides}
-        save_model(Path(temporary) / "model.pt", options)
-        counts, _ = (write_part(folder, Path(options.data), options.pictures) for folder in folders.values())
-        facts = {**facts_of(options, sides[0]), **counts}
+        home = Path(temporary)
+        # Exported models go to the home folder's cache.
+        sides = (reference, *(replace(ours, name=mode, environment={"HOME": temporary}) for mode in options.modes))
+        folders = {side.name: home / side.name.replace(":", "-") for side in sides}
+        save_model(home / "model.pt", options)
+        for folder in folders.values():
+            counts = write_part(folder, Path(options.data), options.pictures)
+        facts = {**facts_of(options, reference), **counts}
         say(head(facts))
+        export_s = {side.name: export_seconds(side, home, options.model) for side in sides[1:]}
         seconds = timed_stages(sides, folders, options, say)
-        error = largest_difference(*folders.values())
-    totals = {side.name: sum(stage[side.name] for stage in seconds.values()) for side in sides}
-    ratio = totals["reference"] / totals["ours"]
-    say(row("total", totals))
-    say(f"Largest relative difference of a feature: {error:.1e}")
-    result = {"seconds": seconds, "total": totals, "ratio": ratio, "largest_feature_difference": error}
-    say.result({**facts, **result})
-    return 0 if ratio >= GOAL and error < 1e-4 else 1
+        totals = {side.name: sum(stage[side.name] for stage in seconds.values()) for side in sides}
+        say(row("total", totals))
+        errors = {side.name: largest_difference(folders[reference.name], folders[side.name]) for side in sides[1:]}
+    ratios = {name: totals["reference"] / total for name, total in totals.items()}
+    goals = {name: GOALS[name.split(":")[1]] for name in options.modes}
+    missed = [
+        f"pipeline {name}: {ratios[name]:.2f} times the reference, goal {goal}"
+        for name, goal in goals.items()
+        if ratios[name] < goal
+    ]
+    missed += [
+        f"pipeline {name}: features differ by {errors[name]:.1e}"
+        for name in options.modes
+        if "fp32" in name and errors[name] > 1e-4
+    ]
+    for name, error in errors.items():
+        say(f"{name}: exported in {export_s[name]:.1f} s, once, not counted; features differ by at most {error:.1e}")
+    return {
+        **facts,
+        "seconds": seconds,
+        "total": totals,
+        "ratio": ratios,
+        "export_s": export_s,
+        "largest_feature_difference": errors,
+        "missed": missed,
+    }
+
+
+def export_seconds(side: Side, folder: Path, model: str) -> float:
+    """Opens the model once, which exports it where the backend wants that."""
+    backend, precision = side.name.split(":")
+    if backend == "torch":
+        return 0.0
+    return side.run_code(EXPORT, ["model.pt", backend, precision, model, text_tower(model)], folder).seconds
 
 
 def text_tower(model: str) -> str:
@@ -116,7 +163,7 @@ def write_part(folder: Path, data: Path, num_pictures: int) -> dict[str, int]:
 
 
 def timed_stages(
-    sides: tuple[Side, Side], folders: dict[str, Path], options: Options, say: command.Speaker
+    sides: tuple[Side, ...], folders: dict[str, Path], options: Options, say: command.Speaker
 ) -> dict[str, dict[str, float]]:
     """Median seconds of each stage and side; who is first alternates."""
     rounds: dict[str, dict[str, list[float]]] = {stage: {side.name: [] for side in sides} for stage in STAGES}
@@ -133,9 +180,15 @@ def stage_seconds(side: Side, commands: list[tuple[str, list[str]]], folder: Pat
     extraction = [
         *("--image-data=lmdb/valid/imgs", "--text-data=valid_texts.jsonl", "--resume=../model.pt"),
         *(f"--img-batch-size={options.batch_size}", f"--text-batch-size={options.batch_size}", "--context-length=52"),
-        *(f"--vision-model={options.model}", f"--text-model={text_tower(options.model)}", "--precision=fp32"),
+        *(f"--vision-model={options.model}", f"--text-model={text_tower(options.model)}"),
     ]
-    more = {"eval.extract_features": extraction if side.is_reference else [*extraction, "--device=cpu"]}
+    if side.is_reference:
+        more = {"eval.extract_features": [*extraction, "--precision=fp32"]}
+    else:
+        backend, precision = side.name.split(":")
+        more = {
+            "eval.extract_features": [*extraction, "--device=cpu", f"--backend={backend}", f"--precision={precision}"]
+        }
     return sum(side.run(module, [*arguments, *more.get(module, [])], folder).seconds for module, arguments in commands)
 
 
@@ -156,7 +209,7 @@ def facts_of(options: Options, reference: Side) -> dict[str, Any]:
     return {
         "model": f"{options.model}@{text_tower(options.model)}",
         "batch_size": options.batch_size,
-        "dtype": "float32",
+        "modes": options.modes,
         "rounds": options.rounds,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "reference torch": version},
@@ -165,16 +218,18 @@ def facts_of(options: Options, reference: Side) -> dict[str, Any]:
 
 def head(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    names = "".join(f"{name:>22}" for name in facts["modes"])
     return (
-        f"{facts['model']}, {facts['dtype']}; {facts['pictures']} pictures, {facts['texts']} texts, batches of "
+        f"{facts['model']}; {facts['pictures']} pictures, {facts['texts']} texts, batches of "
         f"{facts['batch_size']}, context length 52\nCPU, {facts['machine']}; {versions}\n"
-        f"{'':20}{'reference':>12}{'ours':>12}{'ratio':>9}"
+        f"{'':20}{'reference':>12}{names}"
     )
 
 
 def row(name: str, seconds: dict[str, float]) -> str:
-    theirs, ours = seconds["reference"], seconds["ours"]
-    return f"{name:20}{theirs:>10.2f} s{ours:>10.2f} s{theirs / ours:>8.2f}x"
+    theirs = seconds["reference"]
+    ours = [value for side, value in seconds.items() if side != "reference"]
+    return f"{name:20}{theirs:>10.2f} s" + "".join(f"{value:>12.2f} s{theirs / value:>7.2f}x" for value in ours)
 
 
 if __name__ == "__main__":
