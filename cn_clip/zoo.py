@@ -177,6 +177,21 @@ def config_from_info(info: dict[str, Any]) -> ModelConfig:
     return ModelConfig(vision, text)
 
 
+def tower_names(config: ModelConfig) -> tuple[str | None, str | None]:
+    """The names of the two architectures, None for one without a name; a tower may be at another resolution."""
+    wanted = config.vision.image_resolution
+    named = {name: vision_config(name) for name in VISION_MODELS}
+    exact = [name for name, known in named.items() if known == config.vision]
+    resized = [name for name, known in named.items() if replace(known, image_resolution=wanted) == config.vision]
+    texts = [name for name in TEXT_MODELS if _text_shape(text_config(name)) == _text_shape(config.text)]
+    return next(iter(exact + resized), None), next(iter(texts), None)
+
+
+def _text_shape(config: TextConfig) -> TextConfig:
+    """Without what leaves no trace in a file."""
+    return replace(config, text_attention_probs_dropout_prob=0.0, text_hidden_dropout_prob=0.0, text_hidden_act="")
+
+
 def _read(name: str, known: tuple[str, ...]) -> dict[str, Any]:
     if name.replace("/", "-") not in known:
         raise ConfigError(f"unknown model {name!r}; expected one of {', '.join(known)}")

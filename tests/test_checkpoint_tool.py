@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cn_clip import cli, zoo
 from cn_clip.checkpoints.average import mean
-from cn_clip.checkpoints.weights import num_bytes, tower_names
+from cn_clip.checkpoints.weights import num_bytes
 from cn_clip.clip.checkpoint import Checkpoint, read_checkpoint
 from cn_clip.clip.loading import load_from_name
 from cn_clip.clip.model import CLIP
@@ -107,13 +107,13 @@ def test_info_counts_an_optimizer_of_any_depth_each_part_once(
 
 @pytest.mark.parametrize("vision", zoo.VISION_MODELS)
 def test_every_picture_tower_is_known_by_its_shape(vision: str) -> None:
-    assert tower_names(zoo.model_config(vision, "RBT3-chinese")) == (vision, "RBT3-chinese")
+    assert zoo.tower_names(zoo.model_config(vision, "RBT3-chinese")) == (vision, "RBT3-chinese")
 
 
 def test_towers_at_another_resolution_or_dropout_keep_their_names_and_others_have_none() -> None:
     known = zoo.model_config("ViT-B-16", "RBT3-chinese")
-    assert tower_names(zoo.at_resolution(known, 448)) == ("ViT-B-16", "RBT3-chinese")
-    assert tower_names(zoo.ModelConfig(known.vision, TEXT)) == ("ViT-B-16", None)
+    assert zoo.tower_names(zoo.at_resolution(known, 448)) == ("ViT-B-16", "RBT3-chinese")
+    assert zoo.tower_names(zoo.ModelConfig(known.vision, TEXT)) == ("ViT-B-16", None)
 
 
 def test_info_tells_adapters_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

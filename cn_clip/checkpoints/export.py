@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cn_clip import command
+from cn_clip import command, zoo
 from cn_clip.checkpoints.options import RewriteOptions
 from cn_clip.errors import CheckpointError
 
@@ -40,13 +40,12 @@ def run(options: Options) -> None:
 def metadata(checkpoint: "Checkpoint") -> dict[str, str]:
     """What the file says of itself; the towers only where they have a name."""
     from cn_clip import __version__
-    from cn_clip.checkpoints.weights import tower_names
     from cn_clip.clip.checkpoint import infer_config
 
     about = {"format": "pt", "cn_clip": __version__, "name": str(checkpoint.extra.get("name", checkpoint.path.stem))}
     about |= {"epoch": str(checkpoint.epoch), "step": str(checkpoint.step)}
     try:
-        towers = dict(zip(("vision_model", "text_model"), tower_names(infer_config(checkpoint)), strict=True))
+        towers = dict(zip(("vision_model", "text_model"), zoo.tower_names(infer_config(checkpoint)), strict=True))
     except CheckpointError:  # weights of another kind: nothing is known of them
         return about
     return about | {kind: name for kind, name in towers.items() if name}

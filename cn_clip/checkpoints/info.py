@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from cn_clip import columns, command
+from cn_clip import columns, command, zoo
 from cn_clip.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
 
 
 def _architecture(checkpoint: "Checkpoint") -> dict[str, Any]:
-    from cn_clip.checkpoints.weights import tower_names
     from cn_clip.clip.checkpoint import infer_config
 
     try:
@@ -71,7 +70,7 @@ def _architecture(checkpoint: "Checkpoint") -> dict[str, Any]:
     except CheckpointError as error:
         reason = str(error).removeprefix(f"{checkpoint.path}: ")
         return {"vision_model": None, "text_model": None, "resolution": None, "config": None, "unknown": reason}
-    vision, text = tower_names(config)
+    vision, text = zoo.tower_names(config)
     resolution = config.vision.image_resolution
     return {"vision_model": vision, "text_model": text, "resolution": resolution, "config": config.info()}
 

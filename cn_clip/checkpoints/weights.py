@@ -1,13 +1,11 @@
-"""What the commands on weight files share: the weights in a type, and the names of the towers they belong to."""
+"""What the commands on weight files share: the weights in a type, and their sizes."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cn_clip import zoo
 from cn_clip.clip.checkpoint import Checkpoint, infer_config
 from cn_clip.clip.loading import build
 from cn_clip.clip.model import convert_weights
@@ -37,21 +35,6 @@ def in_precision(checkpoint: Checkpoint, precision: Precision) -> dict[str, Tens
 
 def _float(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
-
-
-def tower_names(config: zoo.ModelConfig) -> tuple[str | None, str | None]:
-    """The names of the two architectures, None for one without a name; a tower may be at another resolution."""
-    wanted = config.vision.image_resolution
-    named = {name: zoo.vision_config(name) for name in zoo.VISION_MODELS}
-    exact = [name for name, known in named.items() if known == config.vision]
-    resized = [name for name, known in named.items() if replace(known, image_resolution=wanted) == config.vision]
-    texts = [name for name in zoo.TEXT_MODELS if _text_shape(zoo.text_config(name)) == _text_shape(config.text)]
-    return next(iter(exact + resized), None), next(iter(texts), None)
-
-
-def _text_shape(config: zoo.TextConfig) -> zoo.TextConfig:
-    """Without what leaves no trace in a file."""
-    return replace(config, text_attention_probs_dropout_prob=0.0, text_hidden_dropout_prob=0.0, text_hidden_act="")
 
 
 def num_parameters(tensors: dict[str, Tensor]) -> int:
