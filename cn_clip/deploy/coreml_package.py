@@ -70,8 +70,9 @@ def write_package(
 
 def _converted(tools: Any, model: CLIP, facts: TowerFacts) -> Any:
     example = _example(facts)
+    trace: Any = torch.jit.trace
     with torch.no_grad():
-        traced = torch.jit.trace(_Tower(model, facts.kind).eval(), (example,))
+        traced = trace(_Tower(model, facts.kind).eval(), (example,))
     return tools.convert(
         traced,
         inputs=[tools.TensorType(name=facts.kind, shape=tuple(example.shape), dtype=example.numpy().dtype.type)],

@@ -66,8 +66,8 @@ def run(options: Options) -> None:
             flag="--pytorch-ckpt-path",
             download_root=options.download_root,
         )
-    kinds: list[Kind] = [*(["text"] if options.convert_text else []), *(["image"] if options.convert_vision else [])]
-    say.result({kind: _convert(model, kind, options, say) for kind in kinds})
+    wanted: dict[Kind, bool] = {"text": options.convert_text, "image": options.convert_vision}
+    say.result({kind: _convert(model, kind, options, say) for kind, is_wanted in wanted.items() if is_wanted})
 
 
 def _convert(model: "CLIP", kind: "Kind", options: Options, say: command.Speaker) -> dict[str, Any]:
