@@ -55,6 +55,9 @@ COMMANDS: dict[str, Command] = {
     "checkpoint export": Command(
         "cn_clip.checkpoints.export", "导出为 safetensors", "write the weights as safetensors"
     ),
+    "export tensorrt": Command(
+        "cn_clip.deploy.onnx_to_tensorrt", "由 ONNX 构建 TensorRT 引擎", "build TensorRT engines from ONNX files"
+    ),
     "export coreml": Command("cn_clip.deploy.pytorch_to_coreml", "导出为 Core ML", "write Core ML packages"),
 }
 

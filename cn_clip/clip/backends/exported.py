@@ -4,22 +4,32 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cn_clip import zoo
 from cn_clip.clip import hub
 from cn_clip.clip.backends.base import Kind
-from cn_clip.clip.backends.onnx_files import extra_path, onnx_path
-from cn_clip.errors import ConfigError
+from cn_clip.clip.backends.onnx_files import extra_path, move, onnx_path
+from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.jsonl import atomic_write
 
+if TYPE_CHECKING:
+    from cn_clip.clip.backends.parity import Report
+
 FOLDER = "exported"
+STEM = "model"
+BUILDING = ".building"
 MANIFEST = "manifest.json"
 # Raised when files of older versions of this package must not be used any more.
 FORMAT = 1
+
+FIRST_USE = "首次使用，正在导出 / first use, exporting"
+DAMAGED = "缓存的文件已损坏，重新导出 / the cached file is damaged, exporting again"
 
 Announce = Callable[[str], None]
 
@@ -55,45 +65,104 @@ class Source:
         return self.root / f"{path.stem}-{key}"
 
 
-def tower_file(source: Source, kind: Kind, form: str, *, say: Announce = announce) -> Path:
-    """The ONNX file of a tower, made if it is not in the cache yet or is not what was written there.
+def tower_files(source: Source, kinds: Sequence[Kind], form: str, *, say: Announce = announce) -> dict[Kind, Path]:
+    """The ONNX files of towers, made where they are not in the cache yet or are not what was written there.
 
-    form: "fp32", "fp16", "int8" or "int8.openvino". Of several processes one makes it and the others wait.
-    Raises CnClipError when the weights cannot be read or exported.
+    form: "fp32", "fp16", "int8" or "int8.openvino". Of several processes one makes them and the others wait.
+    Raises CnClipError when the weights cannot be read or exported, or the folder not be written.
     """
     folder = source.folder()
-    path = onnx_path(folder / "model", kind, form)
-    with _alone(folder):
-        recorded = _read_manifest(folder).get(path.name)
-        if recorded is not None and recorded == _sizes(path):
-            return path
-        if recorded is not None:
-            say(f"{path}: 缓存的文件不完整，重新导出 / the cached file is not whole; exporting it again")
-        _make(source, kind, form, path, say)
+    paths = {kind: onnx_path(folder / STEM, kind, form) for kind in kinds}
+    if not all(map(_is_whole, paths.values())):
+        with _alone(folder):  # whoever held the lock before may have made them
+            _make(source, [kind for kind in kinds if not _is_whole(paths[kind])], form, folder, say)
+    return paths
+
+
+def tower_file(source: Source, kind: Kind, form: str, *, say: Announce = announce) -> Path:
+    """As `tower_files`, of one tower."""
+    return tower_files(source, [kind], form, say=say)[kind]
+
+
+def kept_file(path: Path, make: Callable[[], object]) -> Path:
+    """A further file in the folder of a model's exports, made if it is not whole; what `make` makes others wait for."""
+    with _alone(path.parent):
+        recorded = _read_manifest(path.parent).get(path.name)
+        if recorded is None or recorded != _sizes(path):
+            _record(path.parent, path.name, None)
+            make()
+            _record(path.parent, path.name, _sizes(path))
     return path
 
 
 def forget(path: Path) -> None:
-    """Takes a file that turned out unusable out of the cache: the next `tower_file` makes it again."""
+    """Marks a file of the cache that turned out unusable: it is made again when it is next asked for."""
     with _alone(path.parent):
-        _record(path.parent, path.name, None)
+        _record(path.parent, path.name, {})
 
 
-def _make(source: Source, kind: Kind, form: str, path: Path, say: Announce) -> None:
+def _make(source: Source, kinds: Sequence[Kind], form: str, folder: Path, say: Announce) -> None:
+    if not kinds:
+        return
     from cn_clip.clip.backends import export
 
-    say(f"首次使用，正在导出 / first use, exporting {source.model} ({kind}, {form}) -> {path}")
-    # Nothing of an earlier attempt may be mixed in, and a killed attempt must not be taken for a finished file.
-    _record(path.parent, path.name, None)
-    if form == "fp32":
-        export.export_source(source, kind, path)
-    else:
-        base = onnx_path(path.parent / "model", kind, "fp32")
-        if _read_manifest(path.parent).get(base.name) != _sizes(base):
-            _make(source, kind, "fp32", base, say)
-        report = export.derive(base, kind, form, path)
+    export.check_packages([form])
+    is_first = all(onnx_path(folder / STEM, kind, form).name not in _read_manifest(folder) for kind in kinds)
+    what = FIRST_USE if is_first else DAMAGED
+    say(f"{what} {source.model} ({', '.join(kinds)}, {form}) -> {folder}")
+    reports = _exports(source, kinds, folder) if form == "fp32" else _derivations(source, kinds, form, folder, say)
+    for report in reports:
+        # Between the two moves of a file and its weights, a killed process must leave nothing that looks whole.
+        _record(folder, report.path.name, None)
+        move(report.path, folder)
+        _record(folder, report.path.name, _sizes(folder / report.path.name))
         say(str(report))
-    _record(path.parent, path.name, _sizes(path))
+
+
+def _exports(source: Source, kinds: Sequence[Kind], folder: Path) -> "Iterator[Report]":
+    from cn_clip.clip.backends import export, parity
+    from cn_clip.clip.backends.pytorch import TorchBackend
+    from cn_clip.clip.loading import open_model
+
+    model, _ = open_model(source.model, vision=source.vision, text=source.text, download_root=source.download_root)
+    expected = parity.reference(TorchBackend(model), parity.embedded_samples(), kinds)
+    with _building(folder) as scratch:
+        for kind in kinds:
+            yield export.export_tower(model, kind, onnx_path(scratch / STEM, kind, "fp32"), expected)
+
+
+def _derivations(source: Source, kinds: Sequence[Kind], form: str, folder: Path, say: Announce) -> "Iterator[Report]":
+    from cn_clip.clip.backends import export, parity
+
+    bases = {kind: onnx_path(folder / STEM, kind, "fp32") for kind in kinds}
+    _make(source, [kind for kind in kinds if not _is_whole(bases[kind])], "fp32", folder, say)
+    try:
+        expected = parity.file_reference(bases, parity.embedded_samples())
+    except CheckpointError:  # damaged in a way that their sizes do not show
+        for base in bases.values():
+            _record(folder, base.name, {})
+        _make(source, kinds, "fp32", folder, say)
+        expected = parity.file_reference(bases, parity.embedded_samples())
+    with _building(folder) as scratch:
+        for kind in kinds:
+            yield export.derive(bases[kind], kind, form, onnx_path(scratch / STEM, kind, form), expected)
+
+
+@contextlib.contextmanager
+def _building(folder: Path) -> Iterator[Path]:
+    """An empty folder on the same disk, for whoever holds the lock: what a killed process left there goes."""
+    scratch = folder / BUILDING
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_whole(path: Path) -> bool:
+    sizes = _sizes(path)
+    return bool(sizes) and _read_manifest(path.parent).get(path.name) == sizes
 
 
 def _sizes(path: Path) -> dict[str, int]:
@@ -125,13 +194,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(os.fspath(folder / ".lock"))
-        lock.acquire()
+        with FileLock(os.fspath(folder / ".lock")):
+            yield
     except OSError as error:
         raise ConfigError(
-            f"{folder}: exported models cannot be kept there ({error.strerror}); choose another download_root"
+            f"{folder}: exported models cannot be kept there ({error.strerror or error}); choose another download_root"
         ) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -1,8 +1,9 @@
 """From a name or a file to a running backend: what `Encoder` and the commands call."""
 
+import glob
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from cn_clip import zoo
 from cn_clip.clip.backends.base import (
@@ -15,12 +16,14 @@ from cn_clip.clip.backends.base import (
     Tower,
     check_precision,
 )
-from cn_clip.clip.backends.exported import Announce, Source, announce, forget, tower_file
+from cn_clip.clip.backends.exported import Announce, Source, announce, forget, tower_file, tower_files
 from cn_clip.clip.backends.onnx_files import onnx_path
 from cn_clip.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+OpenTower: TypeAlias = Callable[[Path, Kind], Tower]
 
 
 def open_backend(
@@ -43,7 +46,7 @@ def open_backend(
     prefix of exported files (`deploy/vit-b-16` for `deploy/vit-b-16.img.fp32.onnx`). What is not exported yet is
     exported into the cache, `exported/` in `download_root`, and `say` is told.
     vision, text: architecture names, for a checkpoint that leaves them open. kinds: the towers wanted.
-    device: of torch and onnx; default CUDA where there is one. compile: torch alone.
+    device: of torch, onnx and tensorrt; default CUDA where there is one. compile: torch alone.
     Raises CnClipError: no such model, backend, precision or device, or a package that is not installed.
     """
     chosen = check_precision(backend, precision)
@@ -56,18 +59,20 @@ def open_backend(
         loaded, _ = open_model(model, vision=vision, text=text, download_root=download_root)
         place = device or default_device()
         return TorchBackend(loaded, device=place, precision=chosen, compile=compile, num_threads=num_threads)
-    open_tower = tower_opener(backend, chosen, None if device is None else str(device), num_threads)
     source = Source(model, vision, text, download_root)
+    if backend == "tensorrt":
+        from cn_clip.clip.backends.engines import open_towers
+
+        return open_towers(source, chosen, kinds, device=None if device is None else str(device), say=say)
+    open_tower = tower_opener(backend, chosen, None if device is None else str(device), num_threads)
     form = "int8.openvino" if (backend, chosen) == ("openvino", "int8") else chosen
     if backend == "openvino" and chosen == "bf16":
         form = "fp32"  # OpenVINO rounds while it computes
-    towers = {kind: _open(source, kind, form, open_tower, say) for kind in kinds}
+    towers = _open_all(source, kinds, form, open_tower, say)
     return ExportedBackend(towers.get("image"), towers.get("text"))
 
 
-def tower_opener(
-    backend: BackendName, precision: Precision, device: str | None, num_threads: int | None
-) -> Callable[[Path, Kind], Tower]:
+def tower_opener(backend: BackendName, precision: Precision, device: str | None, num_threads: int | None) -> OpenTower:
     """What opens an exported file in a backend; raises ConfigError for a device it does not run on."""
     if backend == "openvino":
         if device not in (None, "auto", "cpu"):
@@ -88,21 +93,40 @@ def tower_opener(
     return open_onnx
 
 
-def _open(source: Source, kind: Kind, form: str, open_tower: Callable[[Path, Kind], Tower], say: Announce) -> Tower:
-    given = onnx_path(source.model, kind, form)
-    if zoo.named(str(source.model)) is None and not Path(source.model).exists() and _is_prefix(source.model):
-        if not given.is_file():
-            raise CheckpointError(f"{given}: no such file; export it with deploy/pytorch_to_onnx.py")
-        return open_tower(given, kind)
-    path = tower_file(source, kind, form, say=say)
+def _open_all(
+    source: Source, kinds: Sequence[Kind], form: str, open_tower: OpenTower, say: Announce
+) -> dict[Kind, Tower]:
+    if _is_prefix(source.model):
+        return {kind: open_tower(path, kind) for kind, path in _given_files(source.model, kinds, form).items()}
+    paths = tower_files(source, kinds, form, say=say)
+    return {kind: _open_kept(source, kind, form, paths[kind], open_tower, say) for kind in kinds}
+
+
+def _open_kept(source: Source, kind: Kind, form: str, path: Path, open_tower: OpenTower, say: Announce) -> Tower:
     try:
         return open_tower(path, kind)
-    except CheckpointError as error:
-        say(f"{error}; 重新导出 / exporting it again")
+    except CheckpointError:  # of the size that was written, but not what was written
         forget(path)
         return open_tower(tower_file(source, kind, form, say=say), kind)
 
 
 def _is_prefix(model: str | Path) -> bool:
+    return zoo.named(str(model)) is None and not Path(model).exists() and bool(_files_of_prefix(model))
+
+
+def _files_of_prefix(model: str | Path) -> list[str]:
     parent, name = Path(model).parent, Path(model).name
-    return parent.is_dir() and any(parent.glob(f"{name}.*.onnx"))
+    return sorted(path.name for path in parent.glob(f"{glob.escape(name)}.*.onnx"))
+
+
+def _given_files(prefix: str | Path, kinds: Sequence[Kind], form: str) -> dict[Kind, Path]:
+    """The files of a prefix in a form: of one tower or of both, as they were exported."""
+    paths = {kind: onnx_path(prefix, kind, form) for kind in kinds}
+    found = {kind: path for kind, path in paths.items() if path.is_file()}
+    if not found:
+        wanted = " or ".join(path.name for path in paths.values())
+        raise CheckpointError(
+            f"{prefix}: expected {wanted}, found {', '.join(_files_of_prefix(prefix))}; "
+            "choose another precision, or export this one with deploy/pytorch_to_onnx.py"
+        )
+    return found
