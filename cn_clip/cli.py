@@ -59,6 +59,9 @@ COMMANDS: dict[str, Command] = {
         "cn_clip.deploy.onnx_to_tensorrt", "由 ONNX 构建 TensorRT 引擎", "build TensorRT engines from ONNX files"
     ),
     "export coreml": Command("cn_clip.deploy.pytorch_to_coreml", "导出为 Core ML", "write Core ML packages"),
+    "export onnx": Command(
+        "cn_clip.deploy.pytorch_to_onnx", "导出为 ONNX，附对照报告", "write ONNX files, and how close"
+    ),
 }
 
 

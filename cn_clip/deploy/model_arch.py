@@ -37,15 +37,25 @@ def vision_name(arch: ArchName) -> str:
     return entry.vision if entry else arch
 
 
-def open_arch(arch: ArchName, checkpoint: str | None, *, flag: str, download_root: str | None = None) -> "CLIP":
+def open_arch(
+    arch: ArchName,
+    checkpoint: str | None,
+    *,
+    flag: str,
+    download_root: str | None = None,
+    vision: str | None = None,
+    text: str | None = None,
+) -> "CLIP":
     """The float32 model of a checkpoint, or else the published or bundled one of that name; on the CPU, in eval mode.
 
-    flag: the one that gives the checkpoint, for messages. Raises ConfigError when nobody has published such a model,
+    flag: the one that gives the checkpoint, for messages. vision, text: towers other than those of the architecture.
+    Raises ConfigError when nobody has published such a model,
     CheckpointError when the checkpoint is of another architecture, DownloadError.
     """
     from cn_clip.clip.loading import open_model
 
     if checkpoint is None and zoo.named(arch) is None:
         raise ConfigError(f"--model-arch {arch}: there are no published weights of it; give {flag}")
-    name, vision = (arch, None) if checkpoint is None else (checkpoint, vision_name(arch))
-    return open_model(name, vision=vision, download_root=download_root)[0]
+    if checkpoint is None:
+        return open_model(arch, vision=vision, text=text, download_root=download_root)[0]
+    return open_model(checkpoint, vision=vision or vision_name(arch), text=text)[0]

@@ -75,8 +75,9 @@ def unit_rows(features_BD: NDArray[np.floating]) -> Rows:
 class TowerFacts:
     """What an exported tower takes and gives. None: any number, or not known (files of other exporters say little).
 
-    batch, length: the only batch size and text length taken. max_length: the longest text. weights: a fingerprint that
-    the two towers of one model share. logit_scale: the factor on cosines, exp of the stored parameter.
+    batch, length: the only batch size and text length taken. max_length: the longest text. precision: of the weights.
+    architecture: "VISION@TEXT". weights: a fingerprint that the two towers of one model share. logit_scale: the factor
+    on cosines, exp of the stored parameter. left_out: products that an int8 file keeps in float32.
     """
 
     kind: Kind
@@ -90,6 +91,7 @@ class TowerFacts:
     weights: str | None = None
     logit_scale: float | None = None
     num_parameters: int | None = None
+    left_out: tuple[str, ...] = ()
 
 
 class Tower(Protocol):
@@ -182,7 +184,10 @@ def _at_length(ids_BL: TokenIds, tower: Tower) -> TokenIds:
     facts, length = tower.facts, ids_BL.shape[1]
     if facts.length is None:
         if facts.max_length is not None and length > facts.max_length:
-            raise ConfigError(f"{tower.place}: takes texts of at most {facts.max_length} tokens, got {length}")
+            raise ConfigError(
+                f"{tower.place}: takes texts of at most {facts.max_length} tokens, got {length}; use a "
+                f"context_length of {facts.max_length}, or export it again with a larger --context-length"
+            )
         return ids_BL
     if length > facts.length:
         raise ConfigError(

@@ -4,85 +4,106 @@ import contextlib
 import hashlib
 import io
 import logging
-import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cn_clip.clip.backends import int8, parity
+from cn_clip import zoo
+from cn_clip.clip.backends import half, int8, parity
 from cn_clip.clip.backends.base import Kind, TowerFacts
-from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, extra_path, metadata
-from cn_clip.clip.backends.parity import Report
-from cn_clip.errors import ConfigError
+from cn_clip.clip.backends.onnx_files import (
+    INPUTS,
+    METADATA_KEY,
+    OUTPUTS,
+    metadata,
+    read_metadata,
+    save,
+)
+from cn_clip.clip.backends.parity import Reference, Report
+from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from cn_clip.clip.backends.exported import Source
     from cn_clip.clip.model import CLIP
 
 OPSET = 18
-# Protocol buffers end at 2 GiB; larger weights lie in a file of their own.
-LARGEST_FILE = 2**31 - 2**24
+# The packages that writing and measuring a form takes, each with the extra that installs it.
+PACKAGES = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
 
 
-def export_source(source: "Source", kind: Kind, path: Path) -> Report:
-    """Writes one tower of a name or a weight file as float32 ONNX and compares it with PyTorch."""
-    from cn_clip.clip.loading import open_model
+def check_packages(forms: Collection[str]) -> None:
+    """Raises MissingExtraError for a package that exporting from PyTorch to these forms takes and that is absent."""
+    for module, extra in PACKAGES.items():
+        if module != "openvino" or "int8.openvino" in forms:
+            require(module, extra=extra, purpose=f"exporting to ONNX ({', '.join(forms)})")
 
-    model, _ = open_model(source.model, vision=source.vision, text=source.text, download_root=source.download_root)
-    return export_tower(model, kind, path)
 
-
-def export_tower(model: "CLIP", kind: Kind, path: Path, *, outside: bool | None = None) -> Report:
+def export_tower(
+    model: "CLIP",
+    kind: Kind,
+    path: Path,
+    expected: Reference,
+    *,
+    tolerance: float | None = None,
+    max_length: int | None = None,
+) -> Report:
     """Writes one tower of a float32 model in eval mode, batch size and text length free; returns how close it is.
 
-    outside: keep the weights in PATH.extra_file; default: only where they are too large for one file.
-    Raises MissingExtraError without the packages, CheckpointError when the file does not compute what the model does.
+    expected: rows of this model. max_length: the longest text that the file says it takes, in tokens; default: all
+    that the model takes. Raises MissingExtraError without the packages, ConfigError for more tokens than the model
+    takes, CheckpointError when the file does not compute what the model does.
     """
-    import torch
+    check_packages(["fp32"])
+    facts = facts_of_model(model, kind)
+    if kind == "text" and max_length is not None:
+        if facts.max_length is not None and max_length > facts.max_length:
+            raise ConfigError(
+                f"context length {max_length}: this model takes texts of at most {facts.max_length} tokens"
+            )
+        facts = replace(facts, max_length=max_length)
+    proto = _translated(model, kind)
+    _add_metadata(proto, facts)
+    save(proto, path)
+    return parity.compare(expected, path, kind, "fp32", tolerance=tolerance)
 
-    onnx: Any = require("onnx", extra="onnx", purpose="exporting to ONNX")
-    require("onnxscript", extra="onnx", purpose="exporting to ONNX")
-    tower = _Tower(model, kind)
-    batch = torch.export.Dim("batch", min=1)
-    if kind == "image":
-        example = torch.zeros(2, 3, model.resolution, model.resolution)
-        free: dict[int, Any] = {0: batch}
+
+def derive(
+    base: Path, kind: Kind, form: str, path: Path, expected: Reference, *, tolerance: float | None = None
+) -> Report:
+    """Writes another form of a float32 file: "fp16", "int8" or "int8.openvino"; returns how close it is.
+
+    Needs no PyTorch. Raises CheckpointError when it is further from float32 than the tolerance of its form.
+    """
+    left_out: list[str] = []
+    if form == "fp16":
+        proto = half.halved(base)
+    elif form in ("int8", "int8.openvino"):
+        proto, left_out = int8.quantised(base, kind, form, path, expected)
     else:
-        longest = model.config.text.text_max_position_embeddings
-        example = torch.ones(2, 12, dtype=torch.int64)
-        free = {0: batch, 1: torch.export.Dim("length", min=2, max=longest)}
-    with _quietly(), torch.no_grad():
-        program = torch.onnx.export(
-            tower.eval(),
-            (example,),
-            input_names=[INPUTS[kind]],
-            output_names=[OUTPUTS[kind]],
-            dynamic_shapes=(free,),
-            opset_version=OPSET,
-            dynamo=True,
-        )
-    assert program is not None
-    proto: ModelProto = program.model_proto
-    del proto.graph.value_info[:]  # shapes of the example, some of them wrong; whoever wants them infers them
-    _add_metadata(proto, facts_of_model(model, kind))
-    save(onnx, proto, path, outside=outside)
-    return parity.compare_with_model(model, kind, path)
+        raise ConfigError(f"form: expected fp16, int8 or int8.openvino, got {form!r}")
+    facts = _facts(base, kind, proto)
+    _add_metadata(proto, replace(facts, precision=form.partition(".")[0], left_out=tuple(left_out)))
+    # Chinese-CLIP's float16 files keep their weights outside, and its guides copy both.
+    save(proto, path, outside=True if form == "fp16" else None)
+    return parity.compare(expected, path, kind, form, tolerance=tolerance, left_out=left_out)
 
 
 def facts_of_model(model: "CLIP", kind: Kind) -> TowerFacts:
     """What the metadata of an exported tower say."""
     part = model.visual if kind == "image" else model.bert
     count = sum(parameter.numel() for parameter in part.parameters())
+    names = zoo.tower_names(model.config)
     return TowerFacts(
         kind=kind,
         embed_dim=model.config.vision.embed_dim,
         resolution=model.resolution if kind == "image" else None,
         max_length=model.config.text.text_max_position_embeddings if kind == "text" else None,
         precision="fp32",
+        architecture="@".join(name or "?" for name in names) if any(names) else None,
         weights=fingerprint(model),
         logit_scale=float(model.logit_scale.detach().exp()),
         num_parameters=count + (model.text_projection.numel() if kind == "text" else 0),
@@ -98,54 +119,47 @@ def fingerprint(model: "CLIP") -> str:
     return digest.hexdigest()
 
 
-def derive(base: Path, kind: Kind, form: str, path: Path) -> Report:
-    """Writes another form of a float32 file: "fp16", "int8" or "int8.openvino"; returns how close it is.
+def _translated(model: "CLIP", kind: Kind) -> "ModelProto":
+    import torch
 
-    Raises CheckpointError when it is further from float32 than the tolerance of its precision.
-    """
-    if form == "fp16":
-        to_half(base, path)
-    elif form == "int8":
-        int8.for_onnx_runtime(base, kind, path)
-    elif form == "int8.openvino":
-        int8.for_openvino(base, path)
+    script: Any = require("onnxscript.optimizer", extra="onnx", purpose="exporting to ONNX")
+    batch = torch.export.Dim("batch", min=1)
+    if kind == "image":
+        example = torch.zeros(2, 3, model.resolution, model.resolution)
+        free: dict[int, Any] = {0: batch}
     else:
-        raise ConfigError(f"form: expected fp16, int8 or int8.openvino, got {form!r}")
-    return parity.compare_files(base, path, kind, form)
-
-
-def to_half(base: Path, path: Path) -> None:
-    """Weights and arithmetic in float16, inputs and outputs in float32."""
-    raise NotImplementedError
-
-
-def save(onnx: Any, proto: "ModelProto", path: Path, *, outside: bool | None = None) -> None:
-    """Writes the file, and beside it the file of its weights where they do not fit or `outside` says so.
-
-    Both appear whole: the one that names the other comes last.
-    """
-    beside = extra_path(path)
-    if outside is None:
-        outside = proto.ByteSize() > LARGEST_FILE
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.mkdir(parents=True)
-    try:
-        onnx.save_model(
-            proto,
-            os.fspath(scratch / path.name),
-            save_as_external_data=outside,
-            location=beside.name,
-            size_threshold=1024,
+        longest = model.config.text.text_max_position_embeddings
+        example = torch.ones(2, 12, dtype=torch.int64)
+        free = {0: batch, 1: torch.export.Dim("length", min=2, max=longest)}
+    with _quietly(), torch.no_grad():
+        program = torch.onnx.export(
+            _Tower(model, kind).eval(),
+            (example,),
+            input_names=[INPUTS[kind]],
+            output_names=[OUTPUTS[kind]],
+            dynamic_shapes=(free,),
+            opset_version=OPSET,
+            dynamo=True,
         )
-        if outside:
-            os.replace(scratch / beside.name, beside)
-        else:
-            beside.unlink(missing_ok=True)
-        os.replace(scratch / path.name, path)
-    finally:
-        for file in scratch.iterdir():
-            file.unlink()
-        scratch.rmdir()
+        assert program is not None
+        # The class token's attention slices its weights; done here, they are plain weights of products.
+        everything = 2**62
+        script.fold_constants(program.model, input_size_limit=everything, output_size_limit=everything)
+        script.remove_unused_nodes(program.model)
+    proto: ModelProto = program.model_proto
+    del proto.graph.value_info[:]  # shapes of the example, some of them wrong; whoever wants them infers them
+    for node in proto.graph.node:  # lines of source and paths of this machine
+        node.ClearField("doc_string")
+        node.ClearField("metadata_props")
+    return proto
+
+
+def _facts(base: Path, kind: Kind, proto: "ModelProto") -> TowerFacts:
+    text = {one.key: one.value for one in proto.metadata_props}.get(METADATA_KEY)
+    known = read_metadata(str(base), kind, text)
+    if not known:
+        raise CheckpointError(f"{base}: was not written by this package; export the model again")
+    return TowerFacts(**known)
 
 
 def _add_metadata(proto: "ModelProto", facts: TowerFacts) -> None:

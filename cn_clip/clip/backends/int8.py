@@ -1,60 +1,156 @@
-"""Matrix products in int8: for ONNX Runtime with its own quantiser, for OpenVINO as int8 weights."""
+"""Matrix products in int8, for ONNX Runtime and for OpenVINO; products that lose too much are found and left out."""
 
+# N rows of a product's input, K its columns, M columns of the weight
+
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from cn_clip.clip.backends import parity
 from cn_clip.clip.backends.base import Kind
+from cn_clip.clip.backends.onnx_files import INPUTS, load, save
+from cn_clip.clip.backends.parity import Reference
 from cn_clip.extras import require
 
-# Matrices with fewer rows than this stay float32: their cost is nothing, and their error is not averaged out.
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+# The smallest cosine to float32 that is good enough; below it, products are left out. The export fails further down.
+TARGET = 0.995
+# Largest weight in int8. Processors without VNNI add two products in 16 bits, which 127 may overflow and 63 may not.
+LEVELS = (127, 63)
+# Matrices with fewer rows or columns than this stay float32: their cost is nothing, their error is not averaged out.
 SMALLEST_SIDE = 64
+# Inputs that the loss of each product is measured on.
+NUM_MEASURED = 4
 
 
-def for_onnx_runtime(base: Path, kind: Kind, path: Path) -> None:
-    """Weights int8 per output channel; activations are quantised as they come. Sensitive products stay float32."""
-    quantization: Any = require("onnxruntime.quantization", extra="onnx", purpose="int8 export")
-    quantization.quantize_dynamic(
-        base,
-        path,
-        op_types_to_quantize=["MatMul"],
-        per_channel=True,
-        weight_type=quantization.QuantType.QInt8,
-        extra_options={"MatMulConstBOnly": True},
-    )
+def quantised(base: Path, kind: Kind, form: str, path: Path, reference: Reference) -> "tuple[ModelProto, list[str]]":
+    """The model of a float32 file with int8 products, and the names of those left out.
+
+    form: "int8" (activations become int8 in the graph) or "int8.openvino" (by themselves, in OpenVINO). All products
+    are int8 if that is within TARGET of the reference; otherwise the worst are left out, up to half of them.
+    path: where attempts are written.
+    """
+    found = []
+    for levels, left_out in _attempts(base, kind, reference):
+        proto = _quantise(base, form, levels, left_out)
+        save(proto, path)
+        smallest = float(parity.cosines(reference, path, kind, form).min())
+        found.append((smallest, levels, left_out))
+        if smallest >= TARGET:
+            return proto, left_out
+    _, levels, left_out = max(found)
+    return _quantise(base, form, levels, left_out), left_out
 
 
-def for_openvino(base: Path, path: Path) -> None:
-    """Weights int8 per output channel, dequantised in the graph: OpenVINO multiplies them as int8 when it may."""
+def _attempts(base: Path, kind: Kind, reference: Reference) -> Iterator[tuple[int, list[str]]]:
+    for levels in LEVELS:
+        yield levels, []
+    losses = _losses(base, kind, reference)
+    worst_first = sorted(losses, key=lambda name: losses[name], reverse=True)
+    number = 1
+    while number <= len(worst_first) // 2:
+        for levels in LEVELS:
+            yield levels, worst_first[:number]
+        number *= 2
+
+
+def _quantise(base: Path, form: str, levels: int, left_out: Collection[str]) -> "ModelProto":
     onnx: Any = require("onnx", extra="onnx", purpose="int8 export")
-    from cn_clip.clip.backends.export import save
-
-    proto = onnx.load(str(base))
+    proto = load(base)
     graph = proto.graph
-    weights = {one.name: one for one in graph.initializer}
-    dequantisers: dict[str, Any] = {}
+    products = {name: weight for name, weight in _products(proto).items() if name not in left_out}
+    known: dict[str, Any] = {}
+    nodes: list[Any] = []
     for node in graph.node:
-        if node.op_type != "MatMul" or node.input[1] not in weights:
+        if node.name not in products:
+            nodes.append(node)
             continue
-        name = node.input[1]
-        if name not in dequantisers:
-            values = onnx.numpy_helper.to_array(weights[name])
-            if values.ndim != 2 or min(values.shape) < SMALLEST_SIDE:
-                continue
-            scale = np.abs(values).max(axis=0) / 127
-            scale[scale == 0] = 1
-            rounded = np.round(values / scale).astype(np.int8)
-            parts = [f"{name}_int8", f"{name}_scale"]
-            graph.initializer.extend(
-                [onnx.numpy_helper.from_array(rounded, parts[0]), onnx.numpy_helper.from_array(scale, parts[1])]
-            )
-            dequantisers[name] = onnx.helper.make_node("DequantizeLinear", parts, [f"{name}_float"], axis=1)
-        node.input[1] = f"{name}_float"
-    used = {name for node in [*graph.node, *dequantisers.values()] for name in node.input}
-    kept = [one for one in graph.initializer if one.name in used]
-    nodes = [*dequantisers.values(), *graph.node]
+        weight = node.input[1]
+        if f"{weight}_int8" not in known:
+            rounded_KM, scale_M = rounded(products[node.name], levels)
+            for name, values in ((f"{weight}_int8", rounded_KM), (f"{weight}_scale", scale_M)):
+                known[name] = onnx.numpy_helper.from_array(values, name)
+        nodes += (_integer_product if form == "int8" else _dequantised_product)(onnx, node, nodes)
+    used = {name for node in nodes for name in node.input}
+    kept = [one for one in [*graph.initializer, *known.values()] if one.name in used]
     del graph.initializer[:], graph.node[:]
     graph.initializer.extend(kept)
     graph.node.extend(nodes)
-    save(onnx, proto, path)
+    return proto
+
+
+def _integer_product(onnx: Any, node: Any, before: list[Any]) -> list[Any]:
+    """The product of integers, as ONNX Runtime knows to fuse it; equal inputs are quantised once."""
+    (x, weight), product = node.input, node.output[0]
+    parts = [f"{x}_uint8", f"{x}_scale", f"{x}_zero"]
+    make = onnx.helper.make_node
+    quantise = make("DynamicQuantizeLinear", [x], parts, name=f"{x}_quantise")
+    return [
+        *([] if any(one.name == quantise.name for one in before) else [quantise]),
+        make("MatMulInteger", [parts[0], f"{weight}_int8", parts[2]], [f"{product}_int32"], name=f"{node.name}_int32"),
+        make("Cast", [f"{product}_int32"], [f"{product}_cast"], name=f"{node.name}_cast", to=onnx.TensorProto.FLOAT),
+        make("Mul", [parts[1], f"{weight}_scale"], [f"{product}_scales"], name=f"{node.name}_scales"),
+        make("Mul", [f"{product}_cast", f"{product}_scales"], [product], name=node.name),
+    ]
+
+
+def _dequantised_product(onnx: Any, node: Any, before: list[Any]) -> list[Any]:
+    """A product with weights that are int8 in the file: OpenVINO multiplies them as such where it may."""
+    weight = node.input[1]
+    parts, full = [f"{weight}_int8", f"{weight}_scale"], f"{weight}_float"
+    dequantise = onnx.helper.make_node("DequantizeLinear", parts, [full], name=full, axis=1)
+    node.input[1] = full
+    return [*([] if any(one.name == full for one in before) else [dequantise]), node]
+
+
+def rounded(weight_KM: NDArray[np.float32], levels: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """(int8 weights, the scale of each column): their product is the weight, but for rounding."""
+    scale_M = np.abs(weight_KM).max(axis=0) / np.float32(levels)
+    scale_M[scale_M == 0] = 1
+    return np.round(weight_KM / scale_M).astype(np.int8), scale_M
+
+
+def _products(proto: "ModelProto") -> Mapping[str, NDArray[np.float32]]:
+    """The weights (K, M) of the products that may become int8, by the name of the product."""
+    onnx: Any = require("onnx", extra="onnx", purpose="int8 export")
+    initializers = {one.name: one for one in proto.graph.initializer}
+    nodes = [node for node in proto.graph.node if node.op_type == "MatMul" and node.input[1] in initializers]
+    weights = {node.name: initializers[node.input[1]] for node in nodes}
+    return {
+        name: onnx.numpy_helper.to_array(weight)
+        for name, weight in weights.items()
+        if len(weight.dims) == 2 and min(weight.dims) >= SMALLEST_SIDE
+    }
+
+
+def _losses(base: Path, kind: Kind, reference: Reference) -> dict[str, float]:
+    """The share of its output's energy that each product loses in int8, alone, on its own real inputs."""
+    onnx: Any = require("onnx", extra="onnx", purpose="int8 export")
+    runtime: Any = require("onnxruntime", extra="onnx", purpose="int8 export")
+    proto = load(base)
+    products = _products(proto)
+    sources = {node.name: node.input[0] for node in proto.graph.node if node.name in products}
+    names = sorted(set(sources.values()))
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(one, onnx.TensorProto.FLOAT, None) for one in names)
+    watched = base.with_name(f"{base.name}.watched")
+    save(proto, watched)
+    session = runtime.InferenceSession(str(watched), providers=["CPUExecutionProvider"])
+    values = session.run(names, {INPUTS[kind]: reference.inputs[kind][:NUM_MEASURED]})
+    activations = dict(zip(names, values, strict=True))
+    return {name: loss(activations[sources[name]], weight) for name, weight in products.items()}
+
+
+def loss(x: NDArray[np.float32], weight_KM: NDArray[np.float32]) -> float:
+    """|quantised product - product|^2 / |product|^2, x (…, K) in 256 steps from its smallest to its largest value."""
+    x_NK = x.reshape(-1, x.shape[-1])
+    step = np.float32(max(x_NK.max(), 0) - min(x_NK.min(), 0)) / 255 or np.float32(1)
+    rounded_KM, scale_M = rounded(weight_KM, LEVELS[0])
+    exact_NM = x_NK @ weight_KM
+    lost_NM = (np.round(x_NK / step) * step) @ (rounded_KM * scale_M) - exact_NM
+    return float((lost_NM**2).sum() / max((exact_NM**2).sum(), np.finfo(np.float32).tiny))

@@ -1,20 +1,29 @@
 """The ONNX files of a model: names, tensor names and metadata, as `deploy/pytorch_to_onnx.py` writes them."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Kind, TowerFacts
 from cn_clip.errors import CheckpointError
+from cn_clip.extras import require
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 INPUTS: dict[Kind, str] = {"image": "image", "text": "text"}
 OUTPUTS: dict[Kind, str] = {"image": "unnorm_image_features", "text": "unnorm_text_features"}
 MIDDLE: dict[Kind, str] = {"image": "img", "text": "txt"}
 EXTRA_SUFFIX = ".extra_file"
 METADATA_KEY = "cn_clip"
+# Protocol buffers end at 2 GiB; larger weights lie in a file of their own.
+LARGEST_FILE = 2**31 - 2**24
+# Tensors of fewer bytes stay in the graph when the weights lie outside: readers want the shapes among them there.
+_SMALLEST_OUTSIDE = 1024
 # A file with its weights outside is a graph of a megabyte or two; a larger one has them inside.
 _LARGEST_GRAPH = 1 << 25
 _LOCATION = b"\x0a\x08location\x12"
@@ -30,6 +39,45 @@ def onnx_path(prefix: str | Path, kind: Kind, form: str) -> Path:
 def extra_path(path: Path) -> Path:
     """Where the weights of an ONNX file lie that are not in it."""
     return path.with_name(path.name + EXTRA_SUFFIX)
+
+
+def load(path: Path) -> "ModelProto":
+    """The model of a file, weights included."""
+    onnx: Any = require("onnx", extra="onnx", purpose="exporting to ONNX")
+    proto: ModelProto = onnx.load(os.fspath(path))
+    return proto
+
+
+def save(proto: "ModelProto", path: Path, *, outside: bool | None = None) -> None:
+    """Writes a model; outside: its weights into PATH.extra_file, by default only where one file cannot hold them.
+
+    The name of that file is kept without a folder, so that both can be moved together. `proto` may lose its weights.
+    """
+    onnx: Any = require("onnx", extra="onnx", purpose="exporting to ONNX")
+    beside = extra_path(path)
+    beside.unlink(missing_ok=True)  # onnx would add to it
+    if outside is None:
+        outside = sum(len(one.raw_data) for one in proto.graph.initializer) > LARGEST_FILE
+    onnx.save_model(
+        proto,
+        os.fspath(path),
+        save_as_external_data=outside,
+        location=beside.name,
+        size_threshold=_SMALLEST_OUTSIDE,
+    )
+    if outside:
+        beside.chmod(path.stat().st_mode)  # onnx makes it readable by its owner alone
+
+
+def move(path: Path, folder: Path) -> Path:
+    """Moves a file and that of its outside weights, the one that names the other last; returns the new place."""
+    target, beside = folder / path.name, extra_path(path)
+    if beside.exists():
+        os.replace(beside, extra_path(target))
+    else:
+        extra_path(target).unlink(missing_ok=True)
+    os.replace(path, target)
+    return target
 
 
 def metadata(facts: TowerFacts) -> str:
@@ -52,7 +100,7 @@ def facts_of(
             f"it has {found}; are the two files swapped, or is it another model?"
         )
     shape, embed_dim = inputs[INPUTS[kind]], outputs[OUTPUTS[kind]][-1]
-    known = _read_metadata(place, kind, metadata)
+    known = read_metadata(place, kind, metadata)
     if embed_dim is None:
         embed_dim = known.get("embed_dim")
     if not isinstance(embed_dim, int) or (kind == "image" and shape[-1] is None):
@@ -65,7 +113,8 @@ def facts_of(
     return TowerFacts(**{**known, **fixed, "kind": kind})
 
 
-def _read_metadata(place: str, kind: Kind, text: str | None) -> dict[str, Any]:
+def read_metadata(place: str, kind: Kind, text: str | None) -> dict[str, Any]:
+    """The facts in metadata, none in None; raises CheckpointError when they are damaged, or of the other tower."""
     if text is None:
         return {}
     try:
@@ -75,6 +124,7 @@ def _read_metadata(place: str, kind: Kind, text: str | None) -> dict[str, Any]:
         raise CheckpointError(
             f"{place}: its metadata {METADATA_KEY!r} cannot be read ({error}); export it again"
         ) from error
+    known["left_out"] = tuple(known.get("left_out", ()))
     if known.get("kind", kind) != kind:
         raise CheckpointError(f"{place}: is the {known['kind']} model; expected the {kind} model")
     return known

@@ -2,76 +2,134 @@
 
 # N samples, D embedding
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cn_clip import emoji_pack
 from cn_clip.clip import tokenizer
-from cn_clip.clip.backends.base import ExportedBackend, Kind, Rows, Tower
+from cn_clip.clip.backends.base import KINDS, Backend, ExportedBackend, Kind, Rows, Tower
 from cn_clip.clip.pictures import open_picture
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from cn_clip.clip.model import CLIP
+    from PIL.Image import Image
 
 NUM_SAMPLES = 32
+BATCH_SIZE = 16
 # The smallest cosine to float32 that each form must reach.
 TOLERANCES = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.99, "int8.openvino": 0.99}
 
 
 @dataclass(frozen=True)
-class Report:
-    """Cosines between the rows of a file and of float32; agreement: the share of samples with the same best match."""
+class Samples:
+    """Pictures and as many captions, the one of a picture at its place. context_length: longest caption in tokens."""
 
-    path: str
+    pictures: "Sequence[Image]"
+    captions: Sequence[str]
+    context_length: int = tokenizer.CONTEXT_LENGTH
+
+    def inputs(self, kind: Kind, resolution: int) -> Any:
+        """What a tower takes: pixels (N, 3, R, R), or token ids (N, L)."""
+        if kind == "image":
+            transform = ImageTransform(resolution)
+            return np.stack([transform.array(picture) for picture in self.pictures])
+        rows = tokenizer.encode(self.captions, self.context_length)
+        return tokenizer.pad(rows, max(map(len, rows)))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What exported towers are compared with: inputs, and their rows (N, D) in float32, of one kind or of both."""
+
+    inputs: Mapping[Kind, Any]
+    rows: Mapping[Kind, Rows]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Cosines of the rows of a file to those of float32.
+
+    agreement: the share of pictures whose best caption among the samples is the same, where rows of the other tower
+    were at hand. left_out: products that an int8 form keeps in float32.
+    """
+
+    path: Path
     form: str
     smallest: float
     mean: float
     num_samples: int
     agreement: float | None = None
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        agreement = "" if self.agreement is None else f", top-1 {100 * self.agreement:.1f} %"
+        agreement = "" if self.agreement is None else f", 首选一致 / same top-1 {100 * self.agreement:.1f} %"
+        left_out = f", {len(self.left_out)} products in float32" if self.left_out else ""
         return (
-            f"{self.path}: 与 float32 的余弦 / cosine to float32: min {self.smallest:.6f}, mean {self.mean:.6f}"
-            f"{agreement} ({self.num_samples} samples)"
+            f"{self.path.name}: 与 float32 的余弦 / cosine to float32: min {self.smallest:.6f}, mean {self.mean:.6f}"
+            f"{agreement} ({self.num_samples} samples{left_out})"
         )
 
 
-def samples(kind: Kind, resolution: int | None) -> Any:
-    """Real inputs of a tower: pixels of embedded pictures, or token ids of their names and tags."""
-    chosen = emoji_pack.load("noto")[:: 1600 // NUM_SAMPLES][:NUM_SAMPLES]
-    if kind == "text":
-        texts = ["，".join([one.name, *one.tags]) if number % 2 else one.name for number, one in enumerate(chosen)]
-        rows = tokenizer.encode(texts)
-        return tokenizer.pad(rows, max(map(len, rows)))
-    assert resolution is not None
-    transform = ImageTransform(resolution)
-    return np.stack([transform.array(open_picture(one.picture, name=one.name)) for one in chosen])
+def embedded_samples(context_length: int = tokenizer.CONTEXT_LENGTH) -> Samples:
+    """Embedded pictures with their names, or names and tags, as captions."""
+    emoji = emoji_pack.load("noto")
+    chosen = emoji[:: len(emoji) // NUM_SAMPLES][:NUM_SAMPLES]
+    return Samples(
+        [open_picture(one.picture, name=one.name) for one in chosen],
+        ["，".join([one.name, *one.tags]) if number % 2 else one.name for number, one in enumerate(chosen)],
+        context_length,
+    )
 
 
-def compare_with_model(model: "CLIP", kind: Kind, path: Path) -> Report:
-    """A float32 file against the model it was made from."""
-    from cn_clip.clip.backends.pytorch import TorchBackend
-
-    backend = TorchBackend(model)
-    inputs = samples(kind, model.resolution)
-    expected = backend.encode_pixels(inputs) if kind == "image" else backend.encode_tokens(inputs)
-    return _judged(path, "fp32", expected, _rows(_open(path, kind, "fp32"), kind, inputs))
+def reference(backend: Backend, samples: Samples, kinds: Iterable[Kind] = KINDS) -> Reference:
+    """The rows of float32 towers."""
+    inputs = {kind: samples.inputs(kind, backend.resolution if kind == "image" else 0) for kind in kinds}
+    return Reference(inputs, {kind: _rows(backend, kind, inputs[kind]) for kind in inputs})
 
 
-def compare_files(base: Path, path: Path, kind: Kind, form: str) -> Report:
-    """A file of lower precision against the float32 file it was made from."""
-    tower = _open(base, kind, "fp32")
-    inputs = samples(kind, tower.facts.resolution)
-    return _judged(path, form, _rows(tower, kind, inputs), _rows(_open(path, kind, form), kind, inputs))
+def file_reference(bases: Mapping[Kind, Path], samples: Samples) -> Reference:
+    """The rows of float32 files; raises CheckpointError for one that cannot be opened."""
+    towers = {kind: open_form(path, kind, "fp32") for kind, path in bases.items()}
+    return reference(ExportedBackend(towers.get("image"), towers.get("text")), samples, towers)
 
 
-def _open(path: Path, kind: Kind, form: str) -> Tower:
+def compare(
+    expected: Reference,
+    path: Path,
+    kind: Kind,
+    form: str,
+    *,
+    tolerance: float | None = None,
+    left_out: Iterable[str] = (),
+) -> Report:
+    """How close a file is; raises CheckpointError when its smallest cosine is below the tolerance of its form."""
+    rows = _form_rows(expected, path, kind, form)
+    cosines_N = (rows * expected.rows[kind]).sum(axis=1)
+    agreement = _agreement(expected.rows, {**expected.rows, kind: rows}) if len(expected.rows) == len(KINDS) else None
+    report = Report(path, form, float(cosines_N.min()), float(cosines_N.mean()), len(rows), agreement, tuple(left_out))
+    least = TOLERANCES[form] if tolerance is None else tolerance
+    if not report.smallest >= least:  # also when it is NaN
+        raise CheckpointError(
+            f"{path.name}: differs from float32 by more than {form} may: smallest cosine {report.smallest:.6f}, "
+            f"tolerance {least}; use a higher precision for this model"
+        )
+    return report
+
+
+def cosines(expected: Reference, path: Path, kind: Kind, form: str) -> NDArray[np.float32]:
+    """Of each sample's row to its row in float32, (N,)."""
+    found: NDArray[np.float32] = (_form_rows(expected, path, kind, form) * expected.rows[kind]).sum(axis=1)
+    return found
+
+
+def open_form(path: Path, kind: Kind, form: str) -> Tower:
+    """An exported file on this processor, in what it was made for."""
     if form == "int8.openvino":
         from cn_clip.clip.backends.open_vino import OpenVinoTower
 
@@ -81,18 +139,17 @@ def _open(path: Path, kind: Kind, form: str) -> Tower:
     return OnnxTower(path, kind, device="cpu")
 
 
-def _rows(tower: Tower, kind: Kind, inputs: Any) -> Rows:
-    if kind == "image":
-        return ExportedBackend(tower, None).encode_pixels(inputs)
-    return ExportedBackend(None, tower).encode_tokens(inputs)
+def _form_rows(expected: Reference, path: Path, kind: Kind, form: str) -> Rows:
+    tower = open_form(path, kind, form)
+    backend = ExportedBackend(tower, None) if kind == "image" else ExportedBackend(None, tower)
+    return _rows(backend, kind, expected.inputs[kind])
 
 
-def _judged(path: Path, form: str, expected: Rows, found: Rows) -> Report:
-    cosines = (expected * found).sum(axis=1)
-    report = Report(str(path), form, float(cosines.min()), float(cosines.mean()), len(cosines))
-    if not report.smallest >= TOLERANCES[form]:  # also when it is NaN
-        raise CheckpointError(
-            f"{path}: differs from float32 by more than {form} may: smallest cosine {report.smallest:.6f}, "
-            f"tolerance {TOLERANCES[form]}"
-        )
-    return report
+def _rows(backend: Backend, kind: Kind, inputs: Any) -> Rows:
+    encode = backend.encode_pixels if kind == "image" else backend.encode_tokens
+    return np.concatenate([encode(inputs[start : start + BATCH_SIZE]) for start in range(0, len(inputs), BATCH_SIZE)])
+
+
+def _agreement(expected: Mapping[Kind, Rows], found: Mapping[Kind, Rows]) -> float:
+    best = [(rows["image"] @ rows["text"].T).argmax(axis=1) for rows in (expected, found)]
+    return float((best[0] == best[1]).mean())

@@ -1,0 +1,186 @@
+"""Exports a model to ONNX: `python cn_clip/deploy/pytorch_to_onnx.py --model-arch ViT-B-16 --convert-vision …`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from cn_clip import command
+from cn_clip.deploy.model_arch import RequiredArch, check_arch, open_arch
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.zoo import TextName, VisionName
+
+if TYPE_CHECKING:
+    from cn_clip.clip.backends.base import Kind
+    from cn_clip.clip.backends.parity import Report, Samples
+
+FormName: TypeAlias = Literal["fp32", "fp16", "int8", "int8-openvino"]
+TITLES: "dict[Kind, str]" = {"text": "text", "image": "vision"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Writes PREFIX.txt.fp32.onnx, PREFIX.img.fp32.onnx, and other precisions; each is compared with PyTorch first.
+
+    Batch size and text length are free. float16 files keep their weights in FILE.extra_file: move both together.
+    """
+
+    model_arch: RequiredArch = None
+    """The model: a published or bundled one, or the picture tower of the checkpoint"""
+    pytorch_ckpt_path: str | None = None
+    """The checkpoint; default: the published one of that name"""
+    download_root: str | None = None
+    """Where published checkpoints are kept; default: ~/.cache/clip"""
+    save_onnx_path: command.Required = None
+    """The PREFIX of what is written"""
+    convert_text: bool = False
+    """Convert the text tower"""
+    convert_vision: bool = False
+    """Convert the picture tower"""
+    context_length: int = 52
+    """Longest text in tokens that the files say they take, [CLS] and [SEP] included; shorter ones need no padding"""
+    precisions: tuple[FormName, ...] = ("fp32", "fp16")
+    """What to write; int8: for ONNX Runtime, int8-openvino: for OpenVINO"""
+    check_data: str | None = None
+    """Split folder, .../lmdb/valid, whose pairs each file is compared on; default: embedded emoji pictures"""
+    tolerance: float | None = None
+    """Smallest cosine to float32 that a file may have; default: fp32 0.9999, fp16 0.999, int8 0.99"""
+    vision_model: VisionName | None = None
+    """Picture tower, for an architecture of your own; default: that of the model"""
+    text_model: TextName | None = None
+    """Text tower; default: what the weights hold"""
+    json: bool = False
+    """Print the result as one JSON object"""
+
+    def __post_init__(self) -> None:
+        check_arch(self.model_arch)
+        if self.save_onnx_path is None:
+            raise ConfigError("--save-onnx-path: expected the prefix of the files to write, such as out/vit-b-16")
+        if not (self.convert_text or self.convert_vision):
+            raise ConfigError("give --convert-text, --convert-vision, or both")
+        if not self.precisions:
+            raise ConfigError("--precisions: expected one or more of fp32, fp16, int8, int8-openvino")
+        if self.context_length < 3:
+            raise ConfigError(f"--context-length: expected at least 3, got {self.context_length}")
+        if self.tolerance is not None and not -1 <= self.tolerance <= 1:
+            raise ConfigError(f"--tolerance: expected a cosine, -1 to 1, got {self.tolerance}")
+
+    @property
+    def kinds(self) -> "list[Kind]":
+        """The towers to convert, in the order they are told of."""
+        wanted: list[tuple[Kind, bool]] = [("text", self.convert_text), ("image", self.convert_vision)]
+        return [kind for kind, is_wanted in wanted if is_wanted]
+
+    @property
+    def forms(self) -> list[str]:
+        """The forms to write, each once, as their files are named."""
+        return [form.replace("-", ".") for form in dict.fromkeys(self.precisions)]
+
+
+def run(options: Options) -> None:
+    """Writes what is asked for, all of it or nothing; raises CnClipError when it cannot be converted faithfully."""
+    from cn_clip.clip.backends import export
+    from cn_clip.clip.backends.onnx_files import move
+    from cn_clip.data.staging import scratch_folder
+
+    assert options.save_onnx_path is not None
+    say = command.Speaker(quiet=options.json)
+    say.params(options)
+    export.check_packages(options.forms)
+    samples = _samples(options)
+    prefix = Path(options.save_onnx_path)
+    with scratch_folder(prefix) as folder:
+        reports = list(_convert(options, folder / prefix.name, samples, say))
+        saved = [(kind, report, move(report.path, prefix.parent)) for kind, report in reports]
+    say("Finished PyTorch to ONNX conversion...")
+    result: dict[str, dict[str, Any]] = {TITLES[kind]: {} for kind in options.kinds}
+    for kind, report, path in saved:
+        say(f">>> The {TITLES[kind]} {_title(report.form)} ONNX model is saved at {_saved_at(path)}")
+        result[TITLES[kind]][report.form] = _described(report, path)
+    say.result(result)
+
+
+def _convert(
+    options: Options, prefix: Path, samples: "Samples", say: command.Speaker
+) -> "Iterator[tuple[Kind, Report]]":
+    """Writes all forms of all towers; yields those that were asked for."""
+    from cn_clip.clip.backends import export, parity
+    from cn_clip.clip.backends.onnx_files import onnx_path
+    from cn_clip.clip.backends.pytorch import TorchBackend
+
+    assert options.model_arch is not None
+    with command.stdout_to_stderr(when=options.json):
+        model = open_arch(
+            options.model_arch,
+            options.pytorch_ckpt_path,
+            flag="--pytorch-ckpt-path",
+            download_root=options.download_root,
+            vision=options.vision_model,
+            text=options.text_model,
+        )
+    expected = parity.reference(TorchBackend(model), samples)
+    limits: dict[str, Any] = {"tolerance": options.tolerance}
+    for kind in options.kinds:
+        base = onnx_path(prefix, kind, "fp32")
+        exported = export.export_tower(model, kind, base, expected, max_length=options.context_length, **limits)
+        for form in options.forms:
+            path = onnx_path(prefix, kind, form)
+            report = exported if form == "fp32" else export.derive(base, kind, form, path, expected, **limits)
+            say(str(report))
+            yield kind, report
+
+
+def _samples(options: Options) -> "Samples":
+    from cn_clip.clip.backends import parity
+
+    if options.check_data is None:
+        return parity.embedded_samples(options.context_length)
+    from cn_clip.clip.pictures import open_picture
+    from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore
+    from cn_clip.data.texts import preprocess_text
+
+    images, pairs = ImageStore(Path(options.check_data, IMAGES)), PairStore(Path(options.check_data, PAIRS))
+    count = min(parity.NUM_SAMPLES, len(pairs))
+    if count == 0:
+        raise DataError(f"{options.check_data}: holds no pair; expected pictures with their captions")
+    chosen = [pairs[number * len(pairs) // count] for number in range(count)]
+    return parity.Samples(
+        [open_picture(images.picture(one.image_id), name=f"{images.folder}: {one.image_id!r}") for one in chosen],
+        [preprocess_text(one.text) for one in chosen],
+        options.context_length,
+    )
+
+
+def _title(form: str) -> str:
+    return form.upper().replace(".OPENVINO", " OpenVINO")
+
+
+def _saved_at(path: Path) -> str:
+    from cn_clip.clip.backends.onnx_files import extra_path
+
+    extra = extra_path(path)
+    return f"{path} with extra file {extra}" if extra.exists() else str(path)
+
+
+def _described(report: "Report", path: Path) -> dict[str, Any]:
+    from cn_clip.clip.backends.onnx_files import extra_path
+
+    extra = extra_path(path)
+    return {
+        "path": str(path),
+        "extra_file": str(extra) if extra.exists() else None,
+        "smallest_cosine": report.smallest,
+        "mean_cosine": report.mean,
+        "same_top1": report.agreement,
+        "num_samples": report.num_samples,
+        "left_out": list(report.left_out),
+    }
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()
