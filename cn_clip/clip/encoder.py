@@ -102,7 +102,7 @@ class Encoder:
         with _bar(len(images), "picture", progress) as advance:
             batches = decoded_batches(
                 lambda number, out: self._decode(images[number], number, out),
-                len(images),
+                range(len(images)),
                 self.transform.resolution,
                 batch_size,
                 num_threads,

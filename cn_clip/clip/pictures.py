@@ -59,26 +59,26 @@ def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) 
 
 
 def decoded_batches(
-    load: Callable[[int, Pixels], T], count: int, resolution: int, batch_size: int, num_threads: int
+    load: Callable[[int, Pixels], T], numbers: range, resolution: int, batch_size: int, num_threads: int
 ) -> Iterator[tuple[list[T], Pixels]]:
-    """(what `load` returned, pixels (B, 3, R, R)) for 0 to count - 1, the last batch shorter, made ahead by threads.
+    """(what `load` returned, pixels (B, 3, R, R)) of `numbers`, the last batch shorter, made ahead by threads.
 
     load: takes a number and the (3, R, R) to write its pixels into; called by several threads at once. PIL and NumPy
     work without Python's global lock, so threads do what processes would. num_threads 0: loads in this thread.
     An error of `load` comes out at its place.
     """
-    batches = (range(start, min(start + batch_size, count)) for start in range(0, count, batch_size))
+    batches = (numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size))
     if num_threads == 0:
-        for numbers in batches:
-            pixels = _room(len(numbers), resolution)
-            yield list(map(load, numbers, pixels)), pixels
+        for batch in batches:
+            pixels = _room(len(batch), resolution)
+            yield list(map(load, batch, pixels)), pixels
         return
     waiting: deque[tuple[list[Future[T]], Pixels]] = deque()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
         try:
-            for numbers in batches:
-                pixels = _room(len(numbers), resolution)
-                waiting.append(([pool.submit(load, *item) for item in zip(numbers, pixels, strict=True)], pixels))
+            for batch in batches:
+                pixels = _room(len(batch), resolution)
+                waiting.append(([pool.submit(load, *item) for item in zip(batch, pixels, strict=True)], pixels))
                 if len(waiting) > BATCHES_AHEAD:
                     yield _finished(waiting.popleft())
             while waiting:

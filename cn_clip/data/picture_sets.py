@@ -47,9 +47,9 @@ class PictureSource(Protocol[KeyT]):
 
 
 def batches(
-    pictures: PictureSource[KeyT], transform: ImageTransform, batch_size: int, num_threads: int = 1
+    pictures: PictureSource[KeyT], transform: ImageTransform, batch_size: int, num_threads: int = 1, *, first: int = 0
 ) -> Iterator[tuple[list[KeyT], Pixels]]:
-    """(keys, pixels (B, 3, R, R)) in order; while one batch is used, `num_threads` threads decode the next.
+    """(keys, pixels (B, 3, R, R)) in order from number `first` on; meanwhile `num_threads` threads decode the next.
 
     num_threads 0: decodes in this thread. Raises ConfigError for a batch size below 1 or fewer than 0 threads,
     DataError for an empty source and naming a picture that cannot be read.
@@ -66,7 +66,7 @@ def batches(
         )
         return stored.key
 
-    return decoded_batches(load, len(pictures), transform.resolution, batch_size, num_threads)
+    return decoded_batches(load, range(first, len(pictures)), transform.resolution, batch_size, num_threads)
 
 
 class PictureDataset(Generic[KeyT, PixelsT]):
