@@ -32,7 +32,7 @@ class OpenVinoTower:
         vino: Any = require("openvino", extra="openvino", purpose="the openvino backend")
         self.place = str(path)
         core = vino.Core()
-        settings = _settings(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"), precision)
+        settings = settings_for(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"), precision)
         if num_threads is not None:
             settings["INFERENCE_NUM_THREADS"] = str(num_threads)
         missing = missing_weights(path)
@@ -60,7 +60,8 @@ class OpenVinoTower:
         return features
 
 
-def _settings(capabilities: list[str], precision: Precision) -> dict[str, str]:
+def settings_for(capabilities: list[str], precision: Precision) -> dict[str, str]:
+    """What OpenVINO is told, given what a processor computes in; raises ConfigError for a precision it lacks."""
     if CAPABILITIES[precision] not in capabilities:
         known = [name for name, capability in CAPABILITIES.items() if capability in capabilities]
         raise ConfigError(f"precision: this processor does not compute in {precision}; use one of {', '.join(known)}")

@@ -1,0 +1,346 @@
+"""Exported towers in ONNX Runtime and OpenVINO: rows, whatever shapes a file takes; a sentence for what is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx_towers import LENGTH, RESOLUTION, expected_rows, some_inputs, weights, write_tower
+
+from cn_clip.clip import Encoder
+from cn_clip.clip.backends import onnx_files
+from cn_clip.clip.backends.base import ExportedBackend, Kind, Tower, unit_rows
+from cn_clip.clip.backends.onnx_runtime import OnnxTower
+from cn_clip.clip.backends.open_vino import OpenVinoTower, settings_for
+from cn_clip.clip.backends.opening import open_backend
+from cn_clip.errors import CheckpointError, CnClipError, ConfigError, MissingExtraError
+
+KINDS: tuple[Kind, ...] = ("image", "text")
+OPENERS: dict[str, Any] = {"onnx": OnnxTower, "openvino": OpenVinoTower}
+BOTH = pytest.mark.parametrize("opener", OPENERS.values(), ids=OPENERS)
+
+
+def backend_of(tower: Tower) -> ExportedBackend:
+    return ExportedBackend(tower, None) if tower.facts.kind == "image" else ExportedBackend(None, tower)
+
+
+def encode(backend: ExportedBackend, kind: Kind, inputs: Any) -> Any:
+    return backend.encode_pixels(inputs) if kind == "image" else backend.encode_tokens(inputs)
+
+
+# --- what is computed
+
+
+@BOTH
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", [1, 2, "batch"])
+def test_rows_are_right_whatever_batch_a_file_takes(tmp_path: Path, opener: Any, kind: Kind, batch: int | str) -> None:
+    tower = opener(write_tower(tmp_path / "tower.onnx", kind, batch=batch), kind)
+    assert tower.facts.batch == (None if batch == "batch" else batch)
+    inputs = some_inputs(kind, 5)
+    for count in (1, 5):
+        rows = encode(backend_of(tower), kind, inputs[:count])
+        assert rows.dtype == np.float32
+        np.testing.assert_allclose(rows, expected_rows(kind, inputs[:count]), atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_with_float16_inputs_and_outputs_are_fed_and_read(tmp_path: Path, opener: Any, kind: Kind) -> None:
+    backend = backend_of(opener(write_tower(tmp_path / "tower.onnx", kind, half=True), kind))
+    inputs = some_inputs(kind, 3)
+    rows = encode(backend, kind, inputs)
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows, expected_rows(kind, inputs), atol=5e-3)  # float16 has 11 bits
+
+
+@BOTH
+def test_rows_outlive_the_next_batch(tmp_path: Path, opener: Any) -> None:
+    tower = opener(write_tower(tmp_path / "tower.onnx", "image", batch="batch"), "image")
+    inputs = some_inputs("image", 4)
+    first = tower.run(inputs[:2])
+    tower.run(inputs[2:])
+    np.testing.assert_allclose(unit_rows(first), expected_rows("image", inputs[:2]), atol=1e-5)
+
+
+@BOTH
+def test_texts_are_padded_to_the_length_of_a_file_and_longer_ones_are_refused(tmp_path: Path, opener: Any) -> None:
+    path = write_tower(tmp_path / "tower.onnx", "text")
+    backend = backend_of(opener(path, "text"))
+    ids = some_inputs("text", 2)
+    padded = ids.copy()
+    padded[:, 9:] = 0
+    np.testing.assert_allclose(backend.encode_tokens(ids[:, :9]), expected_rows("text", padded), atol=1e-5)
+    with pytest.raises(ConfigError) as caught:
+        backend.encode_tokens(np.ones((1, 53), np.int64))
+    assert str(caught.value) == (
+        f"{path}: was exported for texts of 52 tokens, got 53; use --context-length 52, or export it again"
+    )
+
+
+def test_texts_beyond_the_length_that_the_metadata_state_are_refused(tmp_path: Path) -> None:
+    path = write_tower(tmp_path / "tower.onnx", "text", metadata=json.dumps({"kind": "text", "max_length": 20}))
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "length"
+    onnx.save(model, path)
+    with pytest.raises(ConfigError, match=r"texts of at most 20 tokens, got 21; use a context_length of 20, or export"):
+        backend_of(OnnxTower(path, "text")).encode_tokens(np.ones((1, 21), np.int64))
+
+
+# --- files that do not fit
+
+
+@BOTH
+def test_swapped_files_are_told(tmp_path: Path, opener: Any) -> None:
+    path = write_tower(tmp_path / "img.onnx", "image")
+    with pytest.raises(CheckpointError) as caught:
+        opener(path, "text")
+    assert str(caught.value).startswith(f"{path}: expected the text model, with the input 'text' and the output")
+    assert str(caught.value).endswith("are the two files swapped, or is it another model?")
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 64, "这不是模型".encode(), None], ids=["empty", "zeros", "text", "none"]
+)
+def test_what_is_no_model_is_a_sentence(tmp_path: Path, opener: Any, content: bytes | None) -> None:
+    path = tmp_path / "tower.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        opener(path, "image")
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ("{", "its metadata 'cn_clip' cannot be read"),
+        ("7", "its metadata 'cn_clip' cannot be read"),
+        ('{"kind": "text"}', "is the text model; expected the image model"),
+    ],
+)
+def test_damaged_metadata_are_a_sentence(tmp_path: Path, metadata: str, expected: str) -> None:
+    path = write_tower(tmp_path / "tower.onnx", "image", metadata=metadata)
+    with pytest.raises(CheckpointError, match=expected):
+        OnnxTower(path, "image")
+
+
+def test_towers_of_different_models_are_refused(tmp_path: Path) -> None:
+    narrow = OnnxTower(write_tower(tmp_path / "narrow.onnx", "image"), "image")
+    wide = OnnxTower(write_tower(tmp_path / "wide.onnx", "text", width=6), "text")
+    with pytest.raises(ConfigError, match=r"narrow.onnx gives 4 dimensions, .*wide.onnx gives 6; give the two files"):
+        ExportedBackend(narrow, wide)
+    known = [
+        OnnxTower(write_tower(tmp_path / f"{kind}.onnx", kind, metadata=json.dumps({"weights": kind})), kind)
+        for kind in KINDS
+    ]
+    with pytest.raises(ConfigError, match="were exported from different weights; give files of one model"):
+        ExportedBackend(*known)
+
+
+def test_a_missing_tower_is_an_error_only_when_it_is_asked_for(tmp_path: Path) -> None:
+    backend = backend_of(OnnxTower(write_tower(tmp_path / "tower.onnx", "image"), "image"))
+    assert (backend.resolution, backend.embed_dim) == (RESOLUTION, 4)
+    with pytest.raises(ConfigError, match=r"no text model was opened, only .*tower.onnx; give both files"):
+        backend.encode_tokens(np.ones((1, LENGTH), np.int64))
+
+
+def test_pictures_of_another_size_are_refused(tmp_path: Path) -> None:
+    backend = backend_of(OnnxTower(write_tower(tmp_path / "tower.onnx", "image"), "image"))
+    with pytest.raises(ConfigError, match=r"takes pictures \(B, \(3, 8, 8\)\), got the shape \(1, 3, 16, 16\)"):
+        backend.encode_pixels(np.zeros((1, 3, 16, 16), np.float32))
+
+
+# --- weights outside
+
+
+@BOTH
+def test_weights_outside_move_with_the_file_and_are_missed_without(tmp_path: Path, opener: Any) -> None:
+    model = onnx.load(write_tower(tmp_path / "plain.onnx", "image"))
+    path = tmp_path / "tower.onnx"
+    onnx_files.save(model, path, outside=True)
+    assert onnx_files.outside_files(path) == ["tower.onnx.extra_file"]
+    assert onnx_files.extra_path(path).stat().st_size == weights("image").nbytes
+    assert onnx_files.extra_path(path).stat().st_mode == path.stat().st_mode
+    (tmp_path / "moved").mkdir()
+    moved = onnx_files.move(path, tmp_path / "moved")
+    inputs = some_inputs("image", 2)
+    np.testing.assert_allclose(
+        backend_of(opener(moved, "image")).encode_pixels(inputs), expected_rows("image", inputs), atol=1e-5
+    )
+    onnx_files.extra_path(moved).unlink()
+    with pytest.raises(CheckpointError) as caught:
+        opener(moved, "image")
+    assert str(caught.value) == (
+        f"{moved}: its weights are in tower.onnx.extra_file, which is not beside it; copy both files together"
+    )
+
+
+def test_saving_inside_leaves_no_weights_of_an_earlier_file(tmp_path: Path) -> None:
+    model = onnx.load(write_tower(tmp_path / "plain.onnx", "image"))
+    for outside in (True, False):
+        (tmp_path / "scratch").mkdir(exist_ok=True)
+        onnx_files.save(model, tmp_path / "scratch" / "tower.onnx", outside=outside)
+        onnx_files.move(tmp_path / "scratch" / "tower.onnx", tmp_path)
+        assert (tmp_path / "tower.onnx.extra_file").exists() == outside
+        model = onnx.load(tmp_path / "tower.onnx")
+
+
+# --- machines and packages
+
+
+def test_cuda_without_its_provider_names_the_package(tmp_path: Path) -> None:
+    import onnxruntime
+
+    assert "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
+    with pytest.raises(ConfigError) as caught:
+        OnnxTower(write_tower(tmp_path / "tower.onnx", "image"), "image", device="cuda")
+    assert "has no CUDAExecutionProvider, only" in str(caught.value)
+    assert str(caught.value).endswith("pip uninstall onnxruntime && pip install onnxruntime-gpu")
+
+
+def test_falling_back_to_another_provider_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    path = write_tower(tmp_path / "tower.onnx", "image")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    asked: list[Any] = []
+
+    def fallen_back(place: str, settings: object, *, providers: list[Any]) -> object:
+        asked.extend(providers)
+        return session
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fallen_back)
+    with pytest.raises(ConfigError, match="CUDAExecutionProvider was asked for, but ONNX Runtime fell back to CPU"):
+        OnnxTower(path, "image", device="cuda:1")
+    assert asked == [("CUDAExecutionProvider", {"device_id": "1"}), "CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:0", "cuda:x", "mps"])
+def test_an_unknown_device_is_refused(tmp_path: Path, device: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"device: the onnx backend runs on cpu, cuda, cuda:N or tensorrt, got '{device}'"
+    ):
+        OnnxTower(write_tower(tmp_path / "tower.onnx", "image"), "image", device=device)
+
+
+def test_openvino_runs_on_the_processor_alone() -> None:
+    with pytest.raises(ConfigError, match="device: the openvino backend runs on cpu, got 'cuda'"):
+        open_backend("Emoji-Tiny", backend="openvino", device="cuda")
+
+
+def test_openvino_refuses_a_precision_that_the_processor_lacks() -> None:
+    old = ["FP32", "INT8", "BIN"]
+    with pytest.raises(ConfigError) as caught:
+        settings_for(old, "bf16")
+    assert str(caught.value) == "precision: this processor does not compute in bf16; use one of fp32, int8"
+    assert settings_for(old, "fp32")["INFERENCE_PRECISION_HINT"] == "f32"
+    assert settings_for(old, "int8")["INFERENCE_PRECISION_HINT"] == "f32"
+    assert settings_for([*old, "BF16"], "int8")["INFERENCE_PRECISION_HINT"] == "bf16"
+    assert settings_for([*old, "BF16"], "bf16")["INFERENCE_PRECISION_HINT"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("backend", "module", "extra"), [("onnx", "onnxruntime", "onnx"), ("openvino", "openvino", "openvino")]
+)
+def test_a_missing_package_is_named_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Any, module: str, extra: str
+) -> None:
+    write_tower(tmp_path / "tiny.img.fp32.onnx", "image")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError) as caught:
+        open_backend(tmp_path / "tiny", backend=backend)
+    assert str(caught.value) == (
+        f"the {backend} backend needs the package `{module}`; install it with: pip install 'cn_clip[{extra}]'"
+    )
+
+
+# --- files of a prefix
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_a_prefix_opens_the_files_that_are_there(tmp_path: Path, backend: Any) -> None:
+    for kind, middle in (("image", "img"), ("text", "txt")):
+        write_tower(tmp_path / f"狗[1].{middle}.fp32.onnx", kind, batch="batch")
+    encoder = Encoder(tmp_path / "狗[1]", backend=backend)
+    inputs = some_inputs("image", 2)
+    np.testing.assert_allclose(encoder.backend.encode_pixels(inputs), expected_rows("image", inputs), atol=1e-5)
+    assert encoder.encode_texts(["狗"]).shape == (1, 4)
+    (tmp_path / "狗[1].img.fp32.onnx").unlink()
+    assert Encoder(tmp_path / "狗[1]", backend=backend).encode_texts(["狗"]).shape == (1, 4)
+
+
+def test_a_prefix_without_the_precision_says_what_there_is(tmp_path: Path) -> None:
+    write_tower(tmp_path / "tiny.img.fp32.onnx", "image")
+    with pytest.raises(CheckpointError) as caught:
+        open_backend(tmp_path / "tiny", backend="onnx", precision="int8")
+    assert str(caught.value) == (
+        f"{tmp_path / 'tiny'}: expected tiny.img.int8.onnx or tiny.txt.int8.onnx, found tiny.img.fp32.onnx; "
+        "choose another precision, or export this one with deploy/pytorch_to_onnx.py"
+    )
+
+
+def test_a_name_that_is_neither_model_nor_prefix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CnClipError, match="not found; available models = "):
+        open_backend(tmp_path / "nothing", backend="onnx", download_root=tmp_path)
+
+
+# --- without PyTorch
+
+APART = """
+import json, sys
+from cn_clip import emoji_pack
+from cn_clip.clip import Encoder
+chosen = emoji_pack.load("twemoji")[::100]
+encoder = Encoder("Emoji-Tiny", backend=sys.argv[1], precision=sys.argv[2], download_root=sys.argv[3])
+images = encoder.encode_images([one.picture for one in chosen])
+texts = encoder.encode_texts([one.name for one in chosen])
+assert "torch" not in sys.modules
+print(json.dumps([images.tolist(), texts.tolist()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def exported_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A download root where Emoji-Tiny is exported in float32."""
+    root = tmp_path_factory.mktemp("root")
+    open_backend("Emoji-Tiny", backend="onnx", download_root=root, say=lambda line: None)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "least"),
+    [("onnx", "fp32", 0.99999), ("onnx", "int8", 0.99), ("openvino", "fp32", 0.99999), ("openvino", "bf16", 0.99)],
+)
+def test_an_exported_model_runs_without_pytorch_and_finds_the_same(
+    exported_root: Path, backend: str, precision: str, least: float
+) -> None:
+    import openvino
+
+    if precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor has no bfloat16")
+    from cn_clip import emoji_pack
+
+    chosen = emoji_pack.load("twemoji")[::100]
+    run = [sys.executable, "-W", "error", "-c", APART, backend, precision, str(exported_root)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = [np.array(rows) for rows in json.loads(done.stdout)]
+    encoder = Encoder("Emoji-Tiny", device="cpu")
+    exact = [
+        encoder.encode_images([one.picture for one in chosen]),
+        encoder.encode_texts([one.name for one in chosen]),
+    ]
+    for rows, expected in zip(found, exact, strict=True):
+        assert (rows * expected).sum(axis=1).min() >= least
+    best = [(images @ texts.T).argmax(axis=1).tolist() for images, texts in (found, exact)]
+    assert best[0] == best[1]
+    assert len(set(best[1])) > 5
