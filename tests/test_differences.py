@@ -14,7 +14,7 @@ from cn_clip import ranks
 from cn_clip.clip import create_model, load_from_name
 from cn_clip.command import Speaker
 from cn_clip.errors import CnClipError, ConfigError
-from cn_clip.eval.backends import open_backend
+from cn_clip.eval import backends, extract_features
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,9 @@ def test_created_models_are_float32() -> None:
 
 def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path: Path) -> None:
     torch.save({"state_dict": tiny_model().state_dict()}, tmp_path / "model.pt")
-    opened = open_backend(
-        str(tmp_path / "model.pt"), vision=None, text=None, device="cpu", precision="amp", say=Speaker(quiet=True)
-    )
-    assert (opened.resolution, opened.embed_dim) == (32, 24)
+    options = extract_features.Options(extract_text_feats=True, resume=str(tmp_path / "model.pt"), device="cpu")
+    opened = backends.open_encoder(options, Speaker(quiet=True))
+    assert (opened.backend.resolution, opened.embed_dim) == (32, 24)
 
 
 @pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, None)])

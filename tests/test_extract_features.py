@@ -20,7 +20,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
 from cn_clip.data.lmdb_store import LmdbWriter
 from cn_clip.data.texts import preprocess_text
-from cn_clip.eval import extract_features, features
+from cn_clip.eval import extract_features
 from cn_clip.preprocess import build_lmdb_dataset
 
 CONFIG = zoo.ModelConfig(tiny_models.VIT, replace(tiny_models.TEXT, vocab_size=21128))
@@ -156,8 +156,11 @@ def test_equal_texts_have_equal_features(folder: Path) -> None:
     ],
 )
 def test_default_paths_are_those_of_the_reference(text_data: str, text_features: str, image_features: str) -> None:
-    assert features.default_text_path(text_data) == text_features
-    assert features.default_image_path(text_data) == image_features
+    options = extract_features.Options(
+        extract_image_feats=True, extract_text_feats=True, text_data=text_data, resume="x.pt"
+    )
+    assert options.output("text") == (text_features, "jsonl")
+    assert options.output("image") == (image_features, "jsonl")
 
 
 @pytest.mark.parametrize("flags", [["--num-workers=1"], ["--img-batch-size=1", "--text-batch-size=64"]])

@@ -1,16 +1,25 @@
-"""How the evaluation commands open a model, with the lines they print."""
+"""How the evaluation commands open a model: checks of their settings, the lines they print, what tells models apart."""
 
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from cn_clip import zoo
-from cn_clip.clip.backends.base import Backend, BackendName
-from cn_clip.clip.backends.opening import open_backend
-from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.backends.base import KINDS, BackendName, Kind, check_precision
 from cn_clip.command import Speaker
+from cn_clip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cn_clip.clip.backends.base import Backend, ExportedBackend, Precision, Tower
+    from cn_clip.clip.encoder import Encoder
+
+EvalPrecision: TypeAlias = Literal["amp", "fp16", "fp32", "bf16", "int8"]
+# What decides on the rows a tower gives, besides its inputs: values that JSON can hold.
+Identity: TypeAlias = Callable[[Kind], Mapping[str, object]]
 
 
 class ModelOptions(Protocol):
-    """The settings every evaluation command has."""
+    """The settings of a command that opens a model by name or checkpoint."""
 
     @property
     def resume(self) -> str | None: ...
@@ -26,47 +35,141 @@ class ModelOptions(Protocol):
     def precision(self) -> str: ...
     @property
     def context_length(self) -> int: ...
+    @property
+    def num_threads(self) -> int | None: ...
+    @property
+    def download_root(self) -> str | None: ...
 
 
-def open_encoder(options: ModelOptions, say: Speaker) -> Encoder:
-    """The encoder a command's settings ask for; the command has checked that there is a `resume`.
+def check(options: ModelOptions) -> None:
+    """Raises ConfigError for settings of which no model could be opened."""
+    if options.resume is None:
+        raise ConfigError("--resume: expected a checkpoint file, or a model's name such as ViT-B-16")
+    precision_of(options)
+    check_threads(options.num_threads)
+    if options.backend == "tensorrt" and options.num_threads is not None:
+        raise ConfigError("--num-threads: the tensorrt backend computes on the GPU; leave it out")
 
-    precision: "amp" is "fp32", as in Chinese-CLIP's evaluation. Raises as `open_backend`.
-    """
+
+def check_threads(num_threads: int | None) -> None:
+    """Raises ConfigError for less than one thread."""
+    if num_threads is not None and num_threads < 1:
+        raise ConfigError(f"--num-threads: expected at least 1, got {num_threads}")
+
+
+def precision_of(options: ModelOptions) -> "Precision":
+    """What is computed in: "amp" is "fp32", as in Chinese-CLIP's evaluation. Raises ConfigError where it is not had."""
+    try:
+        return check_precision(options.backend, "fp32" if options.precision == "amp" else options.precision)
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from error
+
+
+def open_encoder(options: ModelOptions, say: Speaker, *, kinds: Sequence[Kind] = KINDS) -> "Encoder":
+    """The encoder that the settings ask for, of exported models only the towers wanted; raises as `open_backend`."""
+    from cn_clip.clip.encoder import Encoder
+
     assert options.resume is not None
     for kind, name in (("vision", options.vision_model), ("text", options.text_model)):
         if name:
             say(f"Loading {kind} model config from {zoo.config_path(name)}")
-    precision = "fp32" if options.precision == "amp" else options.precision
-    if options.backend != "torch":
-        device = None if options.device == "auto" else options.device
-        backend = open_backend(
-            options.resume,
-            backend=options.backend,
-            precision=precision,
-            device=device,
-            vision=options.vision_model,
-            text=options.text_model,
-            say=say.note,
-        )
-        say(f"=> opened '{options.resume}' ({options.backend}, {precision})")
-        return Encoder(backend, context_length=options.context_length)
-    return Encoder(_open_torch(options, precision, say), context_length=options.context_length)
+    opened = _open_torch(options, say) if options.backend == "torch" else _open_exported(options, say, kinds)
+    return Encoder(opened, context_length=options.context_length)
 
 
-def _open_torch(options: ModelOptions, precision: str, say: Speaker) -> Backend:
+def _open_torch(options: ModelOptions, say: Speaker) -> "Backend":
     from cn_clip import ranks
     from cn_clip.clip.backends.pytorch import TorchBackend
     from cn_clip.clip.loading import open_model
 
     assert options.resume is not None
     say(f"Begin to load model checkpoint from {options.resume}.")
-    model, checkpoint = open_model(options.resume, vision=options.vision_model, text=options.text_model)
+    device = ranks.choose_device(options.device)
+    model, checkpoint = open_model(
+        options.resume, vision=options.vision_model, text=options.text_model, download_root=options.download_root
+    )
     say(f"=> loaded checkpoint '{options.resume}' (epoch {checkpoint.epoch} @ {checkpoint.step} steps)")
-    return TorchBackend(model, device=ranks.choose_device(options.device), precision=precision)
+    return TorchBackend(model, device=device, precision=precision_of(options), num_threads=options.num_threads)
 
 
-def num_parameters(backend: Backend) -> tuple[int, int]:
+def _open_exported(options: ModelOptions, say: Speaker, kinds: Sequence[Kind]) -> "Backend":
+    from cn_clip.clip.backends.base import ExportedBackend
+    from cn_clip.clip.backends.opening import open_backend
+
+    assert options.resume is not None
+    opened = open_backend(
+        options.resume,
+        backend=options.backend,
+        precision=precision_of(options),
+        device=None if options.device == "auto" else options.device,
+        vision=options.vision_model,
+        text=options.text_model,
+        download_root=options.download_root,
+        num_threads=options.num_threads,
+        kinds=kinds,
+        say=say.note,
+    )
+    assert isinstance(opened, ExportedBackend)
+    check_context_length(opened, options.context_length)
+    say(f"=> opened '{options.resume}' ({options.backend}, {precision_of(options)})")
+    return opened
+
+
+def check_context_length(backend: "ExportedBackend", context_length: int) -> None:
+    """Raises ConfigError when the text tower was exported for shorter texts, before any is computed."""
+    if backend.text is None:
+        return
+    facts = backend.text.facts
+    longest = facts.length or facts.max_length
+    if longest is not None and context_length > longest:
+        raise ConfigError(
+            f"--context-length {context_length}: {backend.text.place} takes texts of at most {longest} tokens; "
+            f"use --context-length {longest}, or export it again"
+        )
+
+
+def identity(options: ModelOptions, encoder: "Encoder") -> Identity:
+    """What tells the rows of this model from those of others."""
+    from cn_clip.clip import hub
+    from cn_clip.clip.backends.base import ExportedBackend
+
+    settings = {
+        "backend": options.backend,
+        "precision": precision_of(options),
+        "num_threads": options.num_threads,
+        "vision_model": options.vision_model,
+        "text_model": options.text_model,
+    }
+    backend = encoder.backend
+    if isinstance(backend, ExportedBackend):
+        of_towers = tower_identity(backend)
+        return lambda kind: {**settings, **of_towers(kind)}
+    weights = hub.weight_file(options.resume or "", download_root=options.download_root)
+    parts = sorted(weights.iterdir()) if weights.is_dir() else [weights]
+    facts = {**settings, "model": _files(parts), "device": str(getattr(backend, "device", ""))}
+    return lambda _: facts
+
+
+def tower_identity(backend: "ExportedBackend") -> Identity:
+    """The files of the towers, and where they are computed."""
+
+    def of(kind: Kind) -> Mapping[str, object]:
+        from cn_clip.clip.backends.onnx_files import extra_path
+
+        tower: Tower | None = backend.image if kind == "image" else backend.text
+        assert tower is not None, "the towers wanted are open"
+        place = Path(tower.place)
+        return {"model": _files([place, extra_path(place)]), "device": getattr(tower, "provider", "")}
+
+    return of
+
+
+def _files(paths: Sequence[Path]) -> list[list[object]]:
+    found = [(path.resolve(), path.stat()) for path in paths if path.is_file()]
+    return [[str(path), status.st_size, status.st_mtime_ns] for path, status in found]
+
+
+def num_parameters(backend: "Backend") -> tuple[int, int]:
     """All parameters, and those of the picture tower; zeros where a backend does not know them."""
     total, visual = getattr(backend, "num_parameters", (0, 0))
     return total, visual

@@ -1,160 +1,76 @@
-"""The feature JSONL: one vector a line with its id; extract_features writes it, the top-k commands read it."""
+"""Feature files, one vector an id: JSONL (Chinese-CLIP's), npz and Parquet; written by the extraction commands."""
 
-import json
+# N rows, D embedding
+
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from cn_clip.data.records import RecordId
 from cn_clip.errors import DataError
-from cn_clip.eval.decimal_text import parse_rows
-from cn_clip.jsonl import atomic_write, dumps, numbered_lines, parse_object
+from cn_clip.eval import feature_lines, feature_tables
+from cn_clip.eval.feature_formats import OutputFormat
+from cn_clip.eval.feature_lines import write_features
+from cn_clip.eval.feature_rows import Blocks, Features, FloatArray, IdField
 
-IdField = Literal["image_id", "text_id"]
-FloatArray = NDArray[np.float32]
-Line = tuple[int, bytes]
+__all__ = ["Features", "IdField", "read_features", "write_features", "write_rows"]
 
-# Enough numbers to hide the cost of a numpy call, few enough to stay in the processor's cache.
-_LINES_A_BATCH = 32
-
-
-class Features(NamedTuple):
-    """Ids in the order of the file, and their vectors: float32, finite, one row an id."""
-
-    ids: list[RecordId]
-    vectors: FloatArray
+_BEGINNINGS: dict[OutputFormat, bytes] = {"npz": b"PK", "parquet": b"PAR1"}
+_READERS: dict[OutputFormat, feature_tables.Read] = {
+    "npz": feature_tables.read_npz,
+    "parquet": feature_tables.read_parquet,
+}
+_WRITERS: dict[OutputFormat, feature_tables.Write] = {
+    "npz": feature_tables.write_npz,
+    "parquet": feature_tables.write_parquet,
+}
 
 
-def write_features(
-    path: str | os.PathLike[str], field: IdField, batches: Iterable[tuple[Sequence[RecordId], FloatArray]]
-) -> int:
-    """Writes (ids, float32 vectors, one row an id) batch by batch; the file appears whole or not at all.
+def write_rows(
+    path: str | os.PathLike[str],
+    field: IdField,
+    ids: Sequence[RecordId],
+    blocks: Blocks,
+    *,
+    embed_dim: int,
+    output_format: OutputFormat,
+) -> None:
+    """Writes a feature file from blocks of float32 rows (B, D) in the order of `ids`; it appears whole or not at all.
 
-    Numbers are the float32 values in Python's shortest float form. Returns the number of lines.
-    Raises DataError when the folder is missing or a batch has other numbers of ids and rows.
+    Raises DataError when the folder is missing, MissingExtraError for Parquet without pyarrow.
     """
-    num_lines = 0
-    with atomic_write(path) as stream:
-        for ids, vectors in batches:
-            if len(ids) != len(vectors):
-                raise DataError(f"{path}: a batch has {len(ids)} ids and {len(vectors)} vectors")
-            for item_id, vector in zip(ids, vectors.astype(np.float32, copy=False), strict=True):
-                stream.write(dumps({field: item_id, "feature": vector.tolist()}) + "\n")
-            num_lines += len(ids)
-    return num_lines
+    if output_format == "jsonl":
+        write_features(path, field, _with_ids(ids, blocks))
+    else:
+        _WRITERS[output_format](path, field, ids, blocks, embed_dim)
+
+
+def _with_ids(ids: Sequence[RecordId], blocks: Blocks) -> Iterator[tuple[Sequence[RecordId], FloatArray]]:
+    start = 0
+    for block in blocks:
+        yield ids[start : start + len(block)], block
+        start += len(block)
 
 
 def read_features(path: str | os.PathLike[str], field: IdField, *, progress: bool = False) -> Features:
-    """Reads every line; ids keep their type, numbers are rounded as float32(float(text)); blank lines are skipped.
+    """Reads a feature file of any of the formats, which its first bytes tell.
 
-    Raises DataError with file and line for a line that is no JSON object, lacks `field` or "feature", has an id that
-    is neither int nor str or came before, or a vector that is empty, not of numbers, not finite or of another length
-    than the first; and for a missing or empty file.
+    Raises DataError with file and line (JSONL) or row, counted from 1, for an id that came before or is neither int nor
+    str, a vector that is empty, not finite or of another length, a damaged file, the file of the other modality, and
+    one without rows; MissingExtraError for Parquet without pyarrow.
     """
-    from tqdm import tqdm
-
-    numbers: list[int] = []
-    ids: list[RecordId] = []
-    rows: list[FloatArray] = []
-    lines = numbered_lines(path)
-    with tqdm(disable=not progress, desc=os.path.basename(path), unit="row") as bar:
-        while batch := list(islice(lines, _LINES_A_BATCH)):
-            batch_ids, vectors = _read_batch(batch, field, path)
-            _check_vectors(vectors, rows[0].shape[1] if rows else vectors.shape[1], batch, path)
-            numbers += [number for number, _ in batch]
-            ids += batch_ids
-            rows.append(vectors)
-            bar.update(len(batch))
-    if not rows:
-        raise DataError(f"{path}: the file has no lines; expected one JSON object with {field} and feature a line")
-    _check_unique(ids, numbers, field, path)
-    return Features(ids, np.concatenate(rows))
+    beginning = _first_bytes(path)
+    for known, magic in _BEGINNINGS.items():
+        if beginning.startswith(magic):
+            return _READERS[known](path, field)
+        if Path(path).suffix.lower() == f".{known}":
+            raise DataError(f"{path}: is no {known} file, though its name says so; extract it again")
+    return feature_lines.read_lines(path, field, progress=progress)
 
 
-def _read_batch(batch: list[Line], field: IdField, path: str | os.PathLike[str]) -> tuple[list[RecordId], FloatArray]:
+def _first_bytes(path: str | os.PathLike[str]) -> bytes:
     try:
-        return _read_canonical(batch, field)
-    except ValueError:
-        ids, vectors = zip(*_read_one_by_one(batch, field, path), strict=True)
-        return list(ids), np.stack(vectors)
-
-
-def _read_canonical(batch: list[Line], field: IdField) -> tuple[list[RecordId], FloatArray]:
-    """Reads lines of the form this package writes; raises ValueError for all others, faulty or not."""
-    ids: list[RecordId] = []
-    bodies: list[bytes] = []
-    for _, line in batch:
-        opening = line.index(b"[")
-        if not line.endswith(b"]}"):
-            raise ValueError("the vector is not the last field")
-        head = json.loads(line[:opening] + b"0}")
-        if head.keys() != {field, "feature"} or head["feature"] != 0 or type(head[field]) not in (int, str):
-            raise ValueError("other fields")
-        ids.append(head[field])
-        bodies.append(line[opening + 1 : -2])
-    return ids, parse_rows(bodies)
-
-
-def _read_one_by_one(
-    batch: list[Line], field: IdField, path: str | os.PathLike[str]
-) -> Iterator[tuple[RecordId, FloatArray]]:
-    length: int | None = None
-    for number, line in batch:
-        where = f"{path}:{number}"
-        record = parse_object(line, where)
-        item_id, vector = _id_of(record, field, where), _vector_of(record, where)
-        length = length or len(vector)
-        _check_length(len(vector), length, where)
-        yield item_id, vector
-
-
-def _id_of(record: dict[str, Any], field: IdField, where: str) -> RecordId:
-    if field not in record:
-        raise DataError(f"{where}: no field {field}, only {sorted(record)}; is this the file of the other modality?")
-    value = record[field]
-    if type(value) is int or type(value) is str:
-        return value
-    raise DataError(f"{where} {field}: expected an integer or a string, got {value!r}")
-
-
-def _vector_of(record: dict[str, Any], where: str) -> FloatArray:
-    if "feature" not in record:
-        raise DataError(f"{where}: no field feature, only {sorted(record)}; expected a list of numbers")
-    values = record["feature"]
-    if not isinstance(values, list) or not values:
-        raise DataError(f"{where} feature: expected a list of numbers, got {str(values)[:40]!r}")
-    for position, value in enumerate(values):
-        if type(value) not in (int, float):
-            raise DataError(f"{where} feature: expected numbers, got {value!r} at position {position}")
-    try:
-        with np.errstate(over="ignore"):
-            return np.array(values, dtype=np.float32)
-    except OverflowError as error:
-        raise DataError(f"{where} feature: a number is too large for float32") from error
-
-
-def _check_length(found: int, expected: int, where: str) -> None:
-    if found != expected:
-        raise DataError(f"{where} feature: has {found} numbers, the lines before have {expected}")
-
-
-def _check_vectors(vectors: FloatArray, length: int, batch: list[Line], path: str | os.PathLike[str]) -> None:
-    _check_length(vectors.shape[1], length, f"{path}:{batch[0][0]}")
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        number = batch[int(np.argmin(finite))][0]
-        raise DataError(f"{path}:{number} feature: holds NaN or infinity; expected finite float32 numbers")
-
-
-def _check_unique(ids: list[RecordId], numbers: list[int], field: IdField, path: str | os.PathLike[str]) -> None:
-    if len(set(ids)) == len(ids):
-        return
-    first: dict[RecordId, int] = {}
-    for item_id, number in zip(ids, numbers, strict=True):
-        if item_id in first:
-            raise DataError(f"{path}:{number} {field}: {item_id!r} is already on line {first[item_id]}")
-        first[item_id] = number
+        with open(path, "rb") as stream:
+            return stream.read(4)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror})") from error

@@ -1,55 +1,122 @@
-"""From datasets to feature files: what the extraction commands of every backend share."""
+"""The pictures and the texts of an extraction: which rows they need, in which batches, and which row is whose."""
 
-# N inputs, D embedding
+# N inputs, M computed rows (equal texts share one), B batch, D embedding
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Generic, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cn_clip.clip.backends.base import Backend, Pixels, Rows
-from cn_clip.clip.encoder import SORTING_WINDOW, Encoder
+from cn_clip.clip import tokenizer
+from cn_clip.clip.backends.base import Kind
+from cn_clip.clip.encoder import SORTING_WINDOW, Encoder, sorted_batches
+from cn_clip.data.picture_sets import LmdbPictures, PictureSource, StoredPicture, batches
 from cn_clip.data.records import RecordId
 from cn_clip.data.texts import preprocess_text
-from cn_clip.eval.feature_files import write_features
+from cn_clip.eval.feature_rows import IdField
+from cn_clip.eval.partial_features import Job, PartialFeatures
+
+KeyT = TypeVar("KeyT", covariant=True)
+Places = NDArray[np.int64]
 
 
-def default_text_path(text_data: str) -> str:
-    """Where text features go when nothing is said: `X_texts.jsonl` to `X_texts.txt_feat.jsonl`."""
-    return f"{text_data.removesuffix('.jsonl')}.txt_feat.jsonl"
+class Work(Protocol):
+    """Inputs of one kind, to be turned into unit rows batch by batch."""
+
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def field(self) -> IdField: ...
+    @property
+    def ids(self) -> Sequence[RecordId]: ...
+
+    def facts(self) -> Job:
+        """What decides on the inputs and their batches: another run with equal facts computes equal rows."""
+        ...
+
+    def compute(self, encoder: Encoder, partial: PartialFeatures) -> Places:
+        """Computes what `partial` lacks, in the batches of a run that nothing interrupted; returns each id's row."""
+        ...
 
 
-def default_image_path(text_data: str) -> str:
-    """Where picture features go when nothing is said: beside the texts, `X_texts.jsonl` to `X_imgs.img_feat.jsonl`."""
-    return f"{text_data.replace('_texts.jsonl', '_imgs')}.img_feat.jsonl"
+class Texts:
+    """The texts of a split."""
+
+    kind: Kind = "text"
+    field: IdField = "text_id"
+
+    def __init__(self, texts: Sequence[tuple[RecordId, str]], *, batch_size: int) -> None:
+        self.texts, self.batch_size = texts, batch_size
+        self.ids = [text_id for text_id, _ in texts]
+
+    def facts(self) -> Job:
+        return {"data": _digest(self.texts), "batch_size": self.batch_size}
+
+    def compute(self, encoder: Encoder, partial: PartialFeatures) -> Places:
+        places = np.empty(len(self.texts), dtype=np.int64)
+        first = 0
+        with tqdm(total=len(self.texts), unit="text") as bar:
+            for start in range(0, len(self.texts), SORTING_WINDOW):
+                prepared = [preprocess_text(text) for _, text in self.texts[start : start + SORTING_WINDOW]]
+                # Computed once, equal texts have equal vectors; in batches of other shapes the last digits may differ.
+                distinct = list(dict.fromkeys(prepared))
+                row_of: dict[str, int] = {}
+                tokens = tokenizer.encode(distinct, encoder.context_length)
+                for chosen, token_ids in sorted_batches(tokens, self.batch_size):
+                    if first + len(chosen) > partial.num_rows:
+                        partial.put(first, encoder.backend.encode_tokens(token_ids))
+                    row_of |= {distinct[index]: first + row for row, index in enumerate(chosen)}
+                    first += len(chosen)
+                    bar.update(len(chosen))
+                places[start : start + len(prepared)] = [row_of[text] for text in prepared]
+                bar.update(len(prepared) - len(distinct))
+        return places
 
 
-def extract_texts(encoder: Encoder, texts: Sequence[tuple[RecordId, str]], path: str | Path, *, batch_size: int) -> int:
-    """Writes the unit feature of each text, in order; returns how many."""
+class Pictures:
+    """The pictures of an LMDB."""
 
-    def batches(bar: "tqdm[None]") -> Iterator[tuple[list[RecordId], Rows]]:
-        for start in range(0, len(texts), SORTING_WINDOW):
-            window = texts[start : start + SORTING_WINDOW]
-            prepared = [preprocess_text(text) for _, text in window]
-            # Computed once, equal texts have equal vectors; in batches of other shapes the last digits would differ.
-            rows_of = {text: row for row, text in enumerate(dict.fromkeys(prepared))}
-            (rows,) = encoder.encode_text_windows(list(rows_of), batch_size=batch_size, advance=bar.update)
-            bar.update(len(prepared) - len(rows_of))
-            yield [text_id for text_id, _ in window], rows[[rows_of[text] for text in prepared]]
+    kind: Kind = "image"
+    field: IdField = "image_id"
 
-    with tqdm(total=len(texts), unit="text") as bar:
-        return write_features(path, "text_id", batches(bar))
+    def __init__(self, pictures: LmdbPictures, *, batch_size: int, num_workers: int) -> None:
+        self.pictures, self.batch_size, self.num_workers = pictures, batch_size, num_workers
+        self.ids = pictures.ids
+
+    def facts(self) -> Job:
+        status = os.stat(os.path.join(self.pictures.images.folder, "data.mdb"))
+        data = (self.ids, status.st_size, status.st_mtime_ns)
+        return {"data": _digest(data), "batch_size": self.batch_size}
+
+    def compute(self, encoder: Encoder, partial: PartialFeatures) -> Places:
+        count = len(self.pictures)
+        done = partial.num_rows if partial.num_rows >= count else partial.num_rows // self.batch_size * self.batch_size
+        with tqdm(total=count, initial=done, unit="picture") as bar:
+            if done < count or not count:
+                rest = _Rest(self.pictures, done)
+                for ids, pixels in batches(rest, encoder.transform, self.batch_size, self.num_workers):
+                    partial.put(done, encoder.backend.encode_pixels(pixels))
+                    done += len(ids)
+                    bar.update(len(ids))
+        return np.arange(count)
 
 
-def extract_images(
-    backend: Backend, batches: Iterable[tuple[list[RecordId], Pixels]], num_images: int, path: str | Path
-) -> int:
-    """Writes the unit feature of each picture, in the order of `batches` (ids, pixels); returns how many."""
+class _Rest(Generic[KeyT]):
+    """The pictures of a source from number `first` on."""
 
-    def encoded() -> Iterator[tuple[list[RecordId], Rows]]:
-        with tqdm(total=num_images, unit="picture") as bar:
-            for ids, pixels in batches:
-                yield ids, backend.encode_pixels(pixels)
-                bar.update(len(ids))
+    def __init__(self, pictures: PictureSource[KeyT], first: int) -> None:
+        self.pictures, self.first = pictures, first
 
-    return write_features(path, "image_id", encoded())
+    def __len__(self) -> int:
+        return len(self.pictures) - self.first
+
+    def __getitem__(self, index: int) -> StoredPicture[KeyT]:
+        return self.pictures[self.first + index]
+
+
+def _digest(values: object) -> str:
+    return hashlib.blake2b(repr(values).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from cn_clip import command
 from cn_clip.clip.backends.base import BackendName
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.eval import backends
 from cn_clip.zoo import TextName, VisionName
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ class Options:
     """Picture tower; default: what the checkpoint holds"""
     text_model: TextName | None = None
     """Text tower; default: what the checkpoint holds"""
-    precision: Literal["amp", "fp16", "fp32", "bf16", "int8"] = "amp"
+    precision: backends.EvalPrecision = "amp"
     """Arithmetic; amp is float32 here, as in Chinese-CLIP. int8: onnx and openvino"""
     backend: BackendName = "torch"
-    """What runs the model; all but torch export it at first use, and keep the export in ~/.cache/clip/exported"""
+    """What runs the model; all but torch export it at first use, and keep the export in DOWNLOAD_ROOT/exported"""
     label_file: command.Required = None
     """Text file of the labels, one a line"""
     dataset: str = "imagenet"
@@ -55,13 +56,16 @@ class Options:
     templates: str | None = None
     """File of your own prompt templates: a JSON list, or one a line, each with one {}"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps"""
+    """auto, cpu, cuda, cuda:N or mps; openvino computes on the cpu alone"""
+    num_threads: int | None = None
+    """Threads that compute; default: one a core. tensorrt has none"""
+    download_root: str | None = None
+    """Folder of downloaded and exported models; default: ~/.cache/clip"""
     json: bool = False
     """Print the result as one JSON object"""
 
     def __post_init__(self) -> None:
-        if self.resume is None:
-            raise ConfigError("--resume: expected a checkpoint file, or a model's name such as ViT-B-16")
+        backends.check(self)
         if self.label_file is None:
             raise ConfigError("--label-file: expected a text file with one label a line")
         for name, least in (("img_batch_size", 1), ("context_length", 3), ("num_workers", 0)):
@@ -80,13 +84,12 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
 
     from cn_clip.data.picture_sets import ClassFolders
     from cn_clip.eval import zeroshot
-    from cn_clip.eval.backends import open_encoder
     from cn_clip.eval.templates import load_templates
 
     say.params(options)
     labels = read_labels(Path(options.label_file or ""))
     templates = load_templates(options.dataset, Path(options.templates) if options.templates else None)
-    encoder = open_encoder(options, say)
+    encoder = backends.open_encoder(options, say)
     say("Preparing zeroshot dataset.")
     dataset = ClassFolders(options.datapath)
     numbers = _class_numbers(options, dataset.classes, len(labels))
@@ -165,10 +168,9 @@ def read_index(path: Path, num_pictures: int) -> list[int]:
 
 def write_elevater(options: Options, backend: "Backend", probabilities_NC: "Rows") -> Path:
     """Writes `DATASET.json` for ELEVATER's site: probabilities (1, N, C) to 6 decimals, and facts on the model."""
-    from cn_clip.eval.backends import num_parameters
     from cn_clip.jsonl import atomic_write, dumps
 
-    total, visual = num_parameters(backend)
+    total, visual = backends.num_parameters(backend)
     rounded = [[round(value, 6) for value in row] for row in probabilities_NC.tolist()]
     content = {
         "model_name": f"CN-CLIP-{options.vision_model or Path(options.resume or '').stem}",

@@ -1,0 +1,49 @@
+"""Extracts features with TensorRT engines: `python cn_clip/eval/extract_features_tensorrt.py --extract-text-feats …`.
+
+The engines are those of `deploy/onnx_to_tensorrt.py`; they run on the kind of GPU they were built on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cn_clip import command
+from cn_clip.eval import exported_models
+
+if TYPE_CHECKING:
+    from cn_clip.clip.backends.base import ExportedBackend
+
+
+@dataclass(frozen=True)
+class Options(exported_models.Settings):
+    """Writes the unit features of the pictures of an LMDB and of the texts of a JSONL file, by TensorRT."""
+
+    tensorrt_image_model: str | None = None
+    """Engine of the picture tower"""
+    tensorrt_text_model: str | None = None
+    """Engine of the text tower"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        image = ("--tensorrt-image-model", self.tensorrt_image_model)
+        exported_models.check_files(self, image=image, text=("--tensorrt-text-model", self.tensorrt_text_model))
+
+
+def run(options: Options) -> None:
+    """Extracts what is asked for; raises CnClipError naming file, line or id of what cannot be read."""
+
+    def open_files(image: str | None, text: str | None) -> "ExportedBackend":
+        from cn_clip.clip.backends.tensor_rt import open_engines
+
+        return open_engines(image, text)
+
+    exported_models.run(options, options.tensorrt_image_model, options.tensorrt_text_model, open_files)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""What the extraction commands share, of whatever backend: their settings, and the way from inputs to feature files."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cn_clip import __version__, command
+from cn_clip.errors import ConfigError
+from cn_clip.eval.feature_formats import OutputFormat, format_of
+
+if TYPE_CHECKING:
+    from cn_clip.clip.backends.base import Kind
+    from cn_clip.clip.encoder import Encoder
+    from cn_clip.eval.backends import Identity
+    from cn_clip.eval.feature_rows import FloatArray
+    from cn_clip.eval.features import Places, Work
+    from cn_clip.eval.partial_features import PartialFeatures
+
+# Rows of one write, and of one row group of a Parquet file.
+ROWS_A_BLOCK = 8192
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of every extraction command; each adds those of its model."""
+
+    extract_image_feats: bool = False
+    """Extract picture features"""
+    extract_text_feats: bool = False
+    """Extract text features"""
+    image_data: str = "../Multimodal_Retrieval/lmdb/test/imgs"
+    """LMDB directory of the pictures"""
+    text_data: str = "../Multimodal_Retrieval/test_texts.jsonl"
+    """JSONL file of the texts"""
+    image_feat_output_path: str | None = None
+    """Where picture features go; default: beside the texts, X_imgs.img_feat.jsonl"""
+    text_feat_output_path: str | None = None
+    """Where text features go; default: X_texts.txt_feat.jsonl"""
+    output_format: OutputFormat | None = None
+    """Kind of feature file; default: what the suffix of the output path says, else jsonl. parquet needs pyarrow"""
+    img_batch_size: int = 64
+    """Pictures in a batch"""
+    text_batch_size: int = 64
+    """Texts in a batch"""
+    context_length: int = 52
+    """Longest text in tokens, [CLS] and [SEP] included"""
+    num_workers: int = 1
+    """Threads that decode pictures; 0: decode between the batches"""
+    debug: bool = False
+    """Log what is opened and downloaded, to stderr"""
+    json: bool = False
+    """Print the result as one JSON object"""
+
+    def __post_init__(self) -> None:
+        if not self.kinds:
+            raise ConfigError("give --extract-image-feats, --extract-text-feats, or both")
+        for name, least in (("img_batch_size", 1), ("text_batch_size", 1), ("context_length", 3), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+        outputs = [self.output(kind) for kind in self.kinds]
+        if len({path for path, _ in outputs}) < len(outputs):
+            raise ConfigError(f"--image-feat-output-path, --text-feat-output-path: both are {outputs[0][0]}")
+
+    @property
+    def kinds(self) -> "list[Kind]":
+        """The towers an extraction needs."""
+        wanted: dict[Kind, bool] = {"image": self.extract_image_feats, "text": self.extract_text_feats}
+        return [kind for kind, is_wanted in wanted.items() if is_wanted]
+
+    def output(self, kind: "Kind") -> tuple[str, OutputFormat]:
+        """The path and the format of an output; raises ConfigError when they contradict each other."""
+        path = self.image_feat_output_path if kind == "image" else self.text_feat_output_path
+        output_format = format_of(path, self.output_format)
+        return path or _default_path(self.text_data, kind, output_format), output_format
+
+
+def _default_path(text_data: str, kind: "Kind", output_format: OutputFormat) -> str:
+    """`X_texts.jsonl` to `X_texts.txt_feat.jsonl`, and for pictures, beside it, to `X_imgs.img_feat.jsonl`."""
+    if kind == "text":
+        return f"{text_data.removesuffix('.jsonl')}.txt_feat.{output_format}"
+    return f"{text_data.replace('_texts.jsonl', '_imgs')}.img_feat.{output_format}"
+
+
+def begin(options: Settings) -> command.Speaker:
+    """Sets up the log, tells the settings and checks that what they need is installed; raises MissingExtraError."""
+    say = command.Speaker(quiet=options.json)
+    if options.debug:
+        logging.basicConfig(format="%(levelname)s | %(message)s")
+        logging.getLogger("cn_clip").setLevel(logging.DEBUG)
+    say.params(options)
+    if any(options.output(kind)[1] == "parquet" for kind in options.kinds):
+        from cn_clip.eval.feature_tables import require_parquet
+
+        require_parquet()
+    return say
+
+
+def extract(options: Settings, encoder: "Encoder", identity: "Identity", say: command.Speaker) -> None:
+    """Extracts what is asked for, going on where a killed run stopped.
+
+    identity: what tells the model from others, of each tower in use.
+    Raises CnClipError naming file, line or id of what cannot be read.
+    """
+    # All is opened before any is worked on: a wrong path is told at once, not after minutes.
+    works = _open(options, say)
+    result: dict[str, object] = {}
+    with contextlib.ExitStack() as stack:
+        opened = [(work, stack.enter_context(_partial(options, work, encoder, identity, say))) for work in works]
+        for work, partial in opened:
+            result |= _extract(options, work, partial, encoder, say)
+    say("Done!")
+    say.result(result)
+
+
+def _open(options: Settings, say: command.Speaker) -> "list[Work]":
+    """What is to be extracted, texts first."""
+    from cn_clip.data.picture_sets import LmdbPictures
+    from cn_clip.data.texts import read_texts
+    from cn_clip.eval.features import Pictures, Texts
+
+    works: list[Work] = []
+    if options.extract_image_feats:
+        say("Preparing image inference dataset.")
+        pictures = LmdbPictures(options.image_data)
+        works.append(Pictures(pictures, batch_size=options.img_batch_size, num_workers=options.num_workers))
+    if options.extract_text_feats:
+        say("Preparing text inference dataset.")
+        works.insert(0, Texts(read_texts(options.text_data), batch_size=options.text_batch_size))
+    return works
+
+
+def _partial(
+    options: Settings, work: "Work", encoder: "Encoder", identity: "Identity", say: command.Speaker
+) -> "PartialFeatures":
+    from cn_clip.eval.partial_features import PartialFeatures
+
+    job = {**work.facts(), **identity(work.kind), "version": __version__}
+    if work.kind == "text":
+        job["context_length"] = options.context_length
+    return PartialFeatures(options.output(work.kind)[0], job, encoder.embed_dim, say.note)
+
+
+def _extract(
+    options: Settings, work: "Work", partial: "PartialFeatures", encoder: "Encoder", say: command.Speaker
+) -> dict[str, object]:
+    from cn_clip.eval.feature_files import write_rows
+
+    say(f"Make inference for {work.kind}s...")
+    path, output_format = options.output(work.kind)
+    with partial.computing():
+        places = work.compute(encoder, partial)
+    blocks = _blocks(partial.rows(), places)
+    write_rows(path, work.field, work.ids, blocks, embed_dim=partial.embed_dim, output_format=output_format)
+    partial.remove()
+    say(f"{len(work.ids)} {work.kind} features are stored in {path}")
+    return {f"num_{work.kind}s": len(work.ids), f"{work.kind}_features": path}
+
+
+def _blocks(rows_MD: "FloatArray", places_N: "Places") -> "Iterator[FloatArray]":
+    for start in range(0, len(places_N), ROWS_A_BLOCK):
+        yield rows_MD[places_N[start : start + ROWS_A_BLOCK]]

@@ -1,0 +1,250 @@
+"""Feature files of numbers as they are in memory: npz for numpy, Parquet for tables; feature_files calls them."""
+
+# N rows, D embedding
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cn_clip.data.records import RecordId
+from cn_clip.errors import DataError
+from cn_clip.eval.feature_rows import Blocks, Features, FloatArray, IdField, check_unique, first_not_finite
+from cn_clip.extras import require
+from cn_clip.jsonl import atomic_write
+
+Path: TypeAlias = "str | os.PathLike[str]"
+# How the ids of a file are kept: integers, strings, or the JSON of each where they are of both kinds.
+IdKind: TypeAlias = Literal["int", "str", "json"]
+
+IDS, FEATURES, FIELD, ID_KIND = "ids", "features", "field", "id_kind"
+FEATURE_COLUMN = "feature"
+METADATA_KEY = b"cn_clip"
+_LARGEST_INT64 = 2**63 - 1
+
+
+# --- npz
+
+
+def write_npz(path: Path, field: IdField, ids: Sequence[RecordId], blocks: Blocks, embed_dim: int) -> None:
+    """Writes `ids` (int64 or text), `features` (N, D) float32, `field` and `id_kind`, without pickled objects.
+
+    Raises DataError when the folder is missing.
+    """
+    kind, kept = _kept_ids(ids)
+    with atomic_write(path, "wb") as stream, zipfile.ZipFile(stream, "w", allowZip64=True) as archive:
+        _write_array(archive, IDS, np.array(kept, dtype=np.int64 if kind == "int" else np.str_))
+        with archive.open(f"{FEATURES}.npy", "w", force_zip64=True) as member:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), embed_dim)}
+            np.lib.format.write_array_header_1_0(member, header)
+            for block in blocks:
+                member.write(np.ascontiguousarray(block, dtype="<f4").tobytes())
+        _write_array(archive, FIELD, np.array(field))
+        _write_array(archive, ID_KIND, np.array(kind))
+
+
+def _write_array(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def read_npz(path: Path, field: IdField) -> Features:
+    """Reads an npz with `ids` and `features`, this package's or one that np.savez wrote; float types become float32.
+
+    Raises DataError naming the file, and the row counted from 1, for anything else, also for pickled objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in (IDS, FEATURES, FIELD, ID_KIND) if name in arrays.files}
+            names = list(arrays.files)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, MemoryError) as error:
+        raise DataError(f"{path}: cannot be read as npz ({str(error)[:200]}); extract it again") from error
+    if IDS not in found or FEATURES not in found:
+        raise DataError(f"{path}: expected the arrays {IDS} and {FEATURES}, it has {names}")
+    _check_field(path, field, str(found.get(FIELD, field)))
+    ids, vectors = found[IDS], found[FEATURES]
+    if ids.ndim != 1 or vectors.ndim != 2 or len(ids) != len(vectors):
+        raise DataError(
+            f"{path}: expected one id a row, {IDS} (N,) and {FEATURES} (N, D); got {ids.shape} and {vectors.shape}"
+        )
+    if ids.dtype.kind not in "iuU":
+        raise DataError(f"{path} {IDS}: expected integers or text, got {ids.dtype}")
+    return _checked(path, field, ids.tolist(), _as_float32(path, vectors), str(found.get(ID_KIND, "")))
+
+
+# --- Parquet
+
+
+def write_parquet(path: Path, field: IdField, ids: Sequence[RecordId], blocks: Blocks, embed_dim: int) -> None:
+    """Writes the columns `image_id` or `text_id` (int64 or string) and `feature` (fixed_size_list<float32>[D]).
+
+    One row group a block; the metadata under "cn_clip" say how the ids are kept.
+    Raises DataError when the folder is missing, MissingExtraError without pyarrow.
+    """
+    arrow, parquet = require_parquet()
+    kind, kept = _kept_ids(ids)
+    schema = arrow.schema(
+        [(field, arrow.int64() if kind == "int" else arrow.string()), (FEATURE_COLUMN, _list_type(arrow, embed_dim))],
+        metadata={METADATA_KEY: json.dumps({FIELD: field, ID_KIND: kind})},
+    )
+    with atomic_write(path, "wb") as stream, parquet.ParquetWriter(stream, schema) as writer:
+        start = 0
+        for block in blocks:
+            values = arrow.array(np.ascontiguousarray(block, dtype=np.float32).reshape(-1))
+            vectors = arrow.FixedSizeListArray.from_arrays(values, embed_dim)
+            chosen = arrow.array(kept[start : start + len(block)], type=schema.field(0).type)
+            writer.write_table(arrow.table([chosen, vectors], schema=schema))
+            start += len(block)
+
+
+def read_parquet(path: Path, field: IdField) -> Features:
+    """Reads the columns `field` and `feature`, lists of any float type, as this package and others write them.
+
+    Raises DataError naming the file, and the row counted from 1; MissingExtraError without pyarrow.
+    """
+    arrow, parquet = require_parquet()
+    try:
+        with parquet.ParquetFile(path) as file:
+            names, metadata = file.schema_arrow.names, file.schema_arrow.metadata or {}
+            if field not in names or FEATURE_COLUMN not in names:
+                raise DataError(
+                    f"{path}: expected the columns {field} and {FEATURE_COLUMN}, it has {names}; "
+                    "is this the file of the other modality?"
+                )
+            types = file.schema_arrow.field(field).type, file.schema_arrow.field(FEATURE_COLUMN).type
+            _check_types(arrow, path, field, *types)
+            parts = list(_row_groups(path, field, file))
+    except (arrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise DataError(f"{path}: cannot be read as Parquet ({reason}); extract it again") from error
+    kind = _known_kind(metadata.get(METADATA_KEY, b"{}"))
+    ids = [item_id for part_ids, _ in parts for item_id in part_ids]
+    widths = {vectors.shape[1] for _, vectors in parts}
+    if len(widths) > 1:
+        raise DataError(f"{path} {FEATURE_COLUMN}: the row groups have vectors of {sorted(widths)} numbers")
+    vectors = np.concatenate([part for _, part in parts]) if parts else np.empty((0, 0), dtype=np.float32)
+    return _checked(path, field, ids, vectors, kind)
+
+
+def require_parquet() -> tuple[Any, Any]:
+    """The modules pyarrow and pyarrow.parquet; raises MissingExtraError saying how to install them."""
+    return tuple(
+        require(name, extra="parquet", purpose="a feature file in Parquet") for name in ("pyarrow", "pyarrow.parquet")
+    )  # type: ignore[return-value]
+
+
+def _list_type(arrow: Any, embed_dim: int) -> Any:
+    return arrow.list_(arrow.field("element", arrow.float32()), embed_dim)
+
+
+def _check_types(arrow: Any, path: Path, field: IdField, id_type: Any, list_type: Any) -> None:
+    known_ids: tuple[Callable[[Any], bool], ...] = (
+        arrow.types.is_integer,
+        arrow.types.is_string,
+        arrow.types.is_large_string,
+    )
+    if not any(fits(id_type) for fits in known_ids):
+        raise DataError(f"{path} {field}: expected integers or strings, got {id_type}")
+    known_lists = (arrow.types.is_fixed_size_list, arrow.types.is_list, arrow.types.is_large_list)
+    if not any(fits(list_type) for fits in known_lists) or not arrow.types.is_floating(list_type.value_type):
+        raise DataError(f"{path} {FEATURE_COLUMN}: expected lists of floats, got {list_type}")
+
+
+def _row_groups(path: Path, field: IdField, file: Any) -> Iterator[tuple[list[RecordId], FloatArray]]:
+    start = 1
+    for number in range(file.num_row_groups):
+        table = file.read_row_group(number, columns=[field, FEATURE_COLUMN])
+        if len(table):
+            ids, lists = table.column(field), table.column(FEATURE_COLUMN).combine_chunks()
+            for name, column in ((field, ids), (FEATURE_COLUMN, lists)):
+                if column.null_count:
+                    empty = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
+                    raise DataError(f"{path}: row {start + empty} {name}: is null")
+            yield ids.to_pylist(), _rows(path, lists, start)
+        start += len(table)
+
+
+def _rows(path: Path, lists: Any, start: int) -> FloatArray:
+    """The vectors of a column; `start` is the number of its first row."""
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+    width = int(lengths[0])
+    if (lengths != width).any():
+        row = int(np.argmax(lengths != width))
+        raise DataError(
+            f"{path}: row {start + row} {FEATURE_COLUMN}: has {lengths[row]} numbers, the rows before have {width}"
+        )
+    values = lists.flatten()
+    if values.null_count:
+        row = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False))) // max(width, 1)
+        raise DataError(f"{path}: row {start + row} {FEATURE_COLUMN}: holds null")
+    return _as_float32(path, values.to_numpy(zero_copy_only=False).reshape(len(lists), width))
+
+
+def _known_kind(metadata: bytes) -> str:
+    try:
+        return str(json.loads(metadata).get(ID_KIND, ""))
+    except (ValueError, AttributeError):
+        return ""
+
+
+# --- both
+
+
+def _kept_ids(ids: Sequence[RecordId]) -> tuple[IdKind, list[RecordId]]:
+    """How ids are kept, and as what: a column of one type that gives them back as they were."""
+    if all(type(one) is int and -_LARGEST_INT64 <= one <= _LARGEST_INT64 for one in ids):
+        return "int", list(ids)
+    if all(isinstance(one, str) and _is_plain(one) for one in ids):
+        return "str", list(ids)
+    return "json", [json.dumps(one) for one in ids]
+
+
+def _is_plain(text: str) -> bool:
+    # numpy drops NUL at the end of a string, Parquet has no lone surrogates.
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _checked(path: Path, field: IdField, ids: list[Any], vectors_ND: FloatArray, kind: str) -> Features:
+    if not len(ids):
+        raise DataError(f"{path}: the file has no rows; expected one vector and one {field} a row")
+    if not vectors_ND.shape[1]:
+        raise DataError(f"{path} {FEATURES}: the vectors are empty")
+    faulty = first_not_finite(vectors_ND)
+    if faulty is not None:
+        raise DataError(
+            f"{path}: row {faulty + 1} {FEATURE_COLUMN}: holds NaN or infinity; expected finite float32 numbers"
+        )
+    if kind == "json":
+        ids = [_from_json(path, field, text, row) for row, text in enumerate(ids, start=1)]
+    check_unique(ids, path, field)
+    return Features(ids, vectors_ND)
+
+
+def _from_json(path: Path, field: IdField, text: object, row: int) -> RecordId:
+    try:
+        value = json.loads(str(text))
+    except ValueError:
+        value = None
+    if type(value) is int or type(value) is str:
+        return value
+    raise DataError(f"{path}: row {row} {field}: expected the JSON of an integer or a string, got {text!r}")
+
+
+def _check_field(path: Path, field: IdField, found: str) -> None:
+    if found != field:
+        raise DataError(f"{path}: no {field}, only {found}; is this the file of the other modality?")
+
+
+def _as_float32(path: Path, vectors: NDArray[Any]) -> FloatArray:
+    if vectors.dtype.kind != "f":
+        raise DataError(f"{path} {FEATURES}: expected floats, got {vectors.dtype}")
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+Write: TypeAlias = Callable[[Path, IdField, Sequence[RecordId], Blocks, int], None]
+Read: TypeAlias = Callable[[Path, IdField], Features]

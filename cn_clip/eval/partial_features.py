@@ -1,0 +1,193 @@
+"""The rows an extraction has computed so far, kept in a file, so that a killed run goes on where it stopped.
+
+`X.partial` lies beside the output X: a line of JSON that says what is extracted, then the rows as little-endian float32
+in the order of computing. Rows are handed to the system batch by batch and not forced onto the disk: a killed process
+loses the batch in flight, a machine that loses power whatever had not reached the disk, which shows as rows that are
+not of length 1 and are computed again. The finished output alone is forced onto the disk before it gets its name.
+"""
+
+# M rows in the order of computing, D embedding
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cn_clip.errors import CnClipError, ConfigError, DataError
+from cn_clip.eval.feature_rows import FloatArray
+
+# What is extracted, from what, with what: values that JSON can hold. Rows of another job are not gone on with.
+Job: TypeAlias = Mapping[str, object]
+Tell: TypeAlias = Callable[[str], None]
+
+SUFFIX = ".partial"
+# The rows begin at a multiple of this, so that their memory map is aligned.
+_ALIGNMENT = 64
+_LARGEST_HEADER = 1 << 20
+# Unit rows are that exact in float32; a row of zeros or of random bytes is not.
+_LENGTH_TOLERANCE = 1e-3
+_ROWS_A_LOOK = 8192
+
+
+class PartialFeatures:
+    """The computed rows of one extraction. A context manager: leaving it closes the file, and removes it when empty."""
+
+    def __init__(self, output: str | os.PathLike[str], job: Job, embed_dim: int, tell: Tell) -> None:
+        """Opens the file of `output` and goes on with it, or starts it again, telling why.
+
+        Raises DataError when the folder is missing or not writable, ConfigError when another process is at it.
+        """
+        self.path = Path(f"{os.fspath(output)}{SUFFIX}")
+        self.embed_dim = embed_dim
+        job = json.loads(json.dumps(job))
+        self._header = _header(job, embed_dim)
+        self._stream = _open_alone(self.path)
+        self._keep = False
+        self.num_rows = 0
+        self._begin(job, tell)
+
+    def _begin(self, job: Job, tell: Tell) -> None:
+        self._stream.seek(0)
+        found = self._stream.read(_LARGEST_HEADER).partition(b"\n")[0]
+        if found and found + b"\n" != self._header:
+            tell(f"{self.path}: {_difference(found, job, self.embed_dim)}")
+        elif found:
+            self.num_rows = self._count()
+            if self.num_rows:
+                tell(
+                    f"{self.path}: 已有 {self.num_rows} 条，从第 {self.num_rows + 1} 条继续 / "
+                    f"{self.num_rows} rows are there, continuing at row {self.num_rows + 1}"
+                )
+                return
+        self._stream.truncate(0)
+        self._write(0, self._header)
+
+    def _count(self) -> int:
+        """Whole rows of length 1 at the beginning of the file."""
+        whole = (os.fstat(self._stream.fileno()).st_size - len(self._header)) // (4 * self.embed_dim)
+        rows_MD = self._map(max(whole, 0))
+        for start in range(0, len(rows_MD), _ROWS_A_LOOK):
+            lengths = np.linalg.norm(rows_MD[start : start + _ROWS_A_LOOK].astype(np.float64), axis=1)
+            wrong = ~(np.abs(lengths - 1) < _LENGTH_TOLERANCE)
+            if wrong.any():
+                return start + int(np.argmax(wrong))
+        return len(rows_MD)
+
+    def put(self, first: int, rows_BD: FloatArray) -> None:
+        """Keeps rows `first` to `first + B`; what was there from `first` on is dropped.
+
+        Raises DataError, and keeps what is there, when they cannot be written.
+        """
+        assert first <= self.num_rows, "rows are computed in order"
+        place = len(self._header) + 4 * self.embed_dim * first
+        self._write(place, np.ascontiguousarray(rows_BD, dtype="<f4").tobytes())
+        self.num_rows = first + len(rows_BD)
+
+    def rows(self) -> FloatArray:
+        """All rows (M, D), read from the file as they are looked at."""
+        return self._map(self.num_rows)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Removes the file on a CnClipError, which going on would meet again; keeps it whatever else ends the run."""
+        try:
+            yield
+        except CnClipError:
+            if not self._keep:
+                self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Deletes the file."""
+        self.num_rows = 0
+        self._stream.close()
+        self.path.unlink(missing_ok=True)
+
+    def _map(self, count: int) -> FloatArray:
+        if not count:
+            return np.empty((0, self.embed_dim), dtype=np.float32)
+        rows: NDArray[Any] = np.memmap(
+            self._stream, dtype="<f4", mode="r", offset=len(self._header), shape=(count, self.embed_dim)
+        )
+        return rows
+
+    def _write(self, place: int, data: bytes) -> None:
+        try:
+            self._stream.truncate(place)
+            written = 0
+            while written < len(data):
+                written += self._stream.write(data[written:])
+        except OSError as error:
+            self._keep = True
+            raise DataError(
+                f"{self.path}: cannot be written ({error.strerror}); what is there is kept: free some space and run "
+                "the command again, it goes on from there"
+            ) from error
+
+    def __enter__(self) -> "PartialFeatures":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.num_rows:
+            self._stream.close()
+        else:
+            self.remove()
+
+
+def _header(job: Job, embed_dim: int) -> bytes:
+    line = json.dumps({"job": job, "embed_dim": embed_dim}, sort_keys=True).encode()
+    return line + b" " * (-(len(line) + 1) % _ALIGNMENT) + b"\n"
+
+
+def _difference(found: bytes, job: Job, embed_dim: int) -> str:
+    again = "从头开始 / starting again"
+    try:
+        header = json.loads(found)
+        old, names = header["job"], {*header["job"], *job}
+        other = sorted(name for name in names if old.get(name) != job.get(name))
+        if header["embed_dim"] != embed_dim:
+            other.append("embed_dim")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"读不出是什么，{again}: it does not say what it is of"
+    listed = ", ".join(other)
+    return f"属于另一次提取（{listed} 不同），{again}: it is of another extraction, with other {listed}"
+
+
+def _open_alone(path: Path) -> Any:
+    """The file, unbuffered, for reading and writing, locked where the system can; raises as `PartialFeatures`."""
+    if not path.parent.is_dir():
+        raise DataError(f"{path.parent / path.stem}: the folder {path.parent} does not exist; create it first")
+    while True:
+        try:
+            stream = open(path, "a+b", buffering=0)  # noqa: SIM115 - the caller closes it
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error.strerror}); choose another output path") from error
+        _lock(stream, path)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+                return stream
+        stream.close()  # whoever held the lock before has finished and removed the file
+
+
+def _lock(stream: Any, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise ConfigError(
+            f"{path}: another process is extracting into this file; wait for it, or choose another output path"
+        ) from error
+    except OSError:  # a file system without locks
+        return
