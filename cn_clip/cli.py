@@ -62,6 +62,9 @@ COMMANDS: dict[str, Command] = {
     "export onnx": Command(
         "cn_clip.deploy.pytorch_to_onnx", "导出为 ONNX，附对照报告", "write ONNX files, and how close"
     ),
+    "bench": Command(
+        "cn_clip.deploy.bench", "测量本机各后端的速度与内存", "measure the speed and memory of backends on this machine"
+    ),
 }
 
 

@@ -1,0 +1,211 @@
+"""Measures towers, backends, precisions and batch sizes on this machine: `cn-clip bench --model ViT-B-16`."""
+
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from cn_clip import command, zoo
+from cn_clip.clip.backends.base import BackendName, Kind, Precision, check_precision
+from cn_clip.deploy.bench_worker import Job
+from cn_clip.deploy.model_arch import ArchName, vision_name
+from cn_clip.errors import ConfigError, DataError
+
+TINY_TEXT, BASE_TEXT = "BERT-Tiny-chinese", "RoBERTa-wwm-ext-base-chinese"
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Options:
+    """Times every combination in a process of its own and compares its rows with float32 PyTorch.
+
+    Measured is a batch from an array in memory to unit rows in memory: pictures are decoded and scaled before, texts
+    are cut into tokens before. A batch of texts holds captions of mixed lengths, padded to the longest.
+    """
+
+    model: str | None = None
+    """A published or bundled name, a checkpoint, or a transformers folder"""
+    random: ArchName | None = None
+    """Instead of --model: random weights of an architecture, which need no download and take as long"""
+    towers: tuple[Kind, ...] = ("image", "text")
+    """Towers"""
+    backends: tuple[BackendName, ...] = ("torch", "onnx", "openvino")
+    """What runs them"""
+    precisions: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+    """Arithmetic; what a backend does not have is shown as —"""
+    batch_sizes: tuple[int, ...] = (1, 16)
+    """Pictures or texts of a batch"""
+    repeats: int = 10
+    """Timed batches"""
+    warmup: int = 2
+    """Batches before them"""
+    device: str = "auto"
+    """auto (CUDA where a backend has it), cpu, cuda or cuda:N"""
+    num_threads: int | None = None
+    """Threads of a backend; default: its own choice, one a core as a rule"""
+    text_length: int | None = None
+    """Pad every text to so many tokens; default: the longest of its batch"""
+    download_root: str | None = None
+    """Where checkpoints and exports are kept; default: ~/.cache/clip"""
+    output: str | None = None
+    """Folder for bench.json, bench.md and bench.png"""
+    json: bool = False
+    """Print the result as one JSON object"""
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.random is None):
+            raise ConfigError("give either --model, such as ViT-B-16, or --random with an architecture")
+        for name in ("towers", "backends", "precisions", "batch_sizes"):
+            if not getattr(self, name):
+                raise ConfigError(f"{_flag(name)}: expected at least one")
+        for name, least in (("repeats", 1), ("warmup", 0), ("num_threads", 1), ("text_length", 3)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{_flag(name)}: expected at least {least}, got {value}")
+        if min(self.batch_sizes) < 1:
+            raise ConfigError(f"--batch-sizes: expected at least 1, got {min(self.batch_sizes)}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def run(options: Options) -> int:
+    """Measures, prints the table and writes the files; interrupted, it does so with what there is and returns 130.
+
+    Raises CnClipError when there is no such model, or the output folder cannot be made.
+    """
+    from cn_clip.deploy import bench_report
+    from cn_clip.deploy.machine import facts
+
+    output = None if options.output is None else _made(Path(options.output))
+    rows: list[dict[str, Any]] = []
+    status = 0
+    try:
+        with tempfile.TemporaryDirectory(prefix="cn_clip_bench_") as folder:
+            for row in measured(options, _first_job(options, folder)):
+                rows.append(row)
+    except KeyboardInterrupt:
+        _say(f"已中断，保留已测的 {len(rows)} 项 / interrupted; keeping the {len(rows)} measured")
+        status = INTERRUPTED
+    result = {"model": options.model or f"random {options.random}", "machine": facts(), **_settings(options)}
+    result["rows"] = rows
+    if not options.json:
+        print("\n".join(bench_report.table(rows)))
+    if output is not None:
+        bench_report.write(result, output, say=_say)
+    command.Speaker(quiet=options.json).result(result)
+    return status
+
+
+def measured(options: Options, base: Job) -> Iterator[dict[str, Any]]:
+    """The row of each combination, in order; raises CnClipError when PyTorch itself cannot run the model."""
+    _say(f"以 PyTorch float32 为准 / the reference is PyTorch in float32: {base.model}")
+    reference = _in_process("reference", base)
+    if "error" in reference:
+        raise ConfigError(reference["error"])
+    jobs = list(_jobs(options, base))
+    refusals: dict[tuple[str, str, str], str | None] = {}
+    for number, job in enumerate(jobs, start=1):
+        name = {"tower": job.kind, "backend": job.backend, "precision": job.precision}
+        key = (job.kind, job.backend, job.precision)
+        if key not in refusals:
+            refusals[key] = _refusal(job)
+        reason = refusals[key]
+        row = {**name, "batch_size": job.batch_size}
+        row |= {"error": reason} if reason else _in_process("measure", job)
+        shown = "—" if "error" in row else f"{row['median_ms']:.2f} ms, {row['per_second']:.1f}/s"
+        _say(f"[{number}/{len(jobs)}] {' '.join(name.values())} ×{job.batch_size}: {shown}")
+        yield row
+
+
+def _first_job(options: Options, folder: str) -> Job:
+    device = None if options.device == "auto" else options.device
+    base = Job(
+        model=options.model or "",
+        folder=folder,
+        repeats=options.repeats,
+        warmup=options.warmup,
+        download_root=options.download_root,
+        device=device,
+        num_threads=options.num_threads,
+        text_length=options.text_length,
+    )
+    if options.random is None:
+        return base
+    root = Path(options.download_root or zoo.DOWNLOAD_ROOT).expanduser()
+    entry = zoo.named(options.random)
+    text = entry.text if entry else BASE_TEXT if options.random == "ViT-B-32" else TINY_TEXT
+    path = root / "random" / f"{options.random}.pt"
+    return replace(base, model=str(path), vision=vision_name(options.random), text=text)
+
+
+def _jobs(options: Options, base: Job) -> Iterator[Job]:
+    for kind, batch_size in itertools.product(dict.fromkeys(options.towers), dict.fromkeys(options.batch_sizes)):
+        for backend, precision in itertools.product(dict.fromkeys(options.backends), dict.fromkeys(options.precisions)):
+            yield replace(base, kind=kind, batch_size=batch_size, backend=backend, precision=precision)
+
+
+def _refusal(job: Job) -> str | None:
+    """Why this tower cannot run so, if it cannot; exports it if need be."""
+    try:
+        check_precision(job.backend, job.precision)
+    except ConfigError as error:
+        return str(error)
+    if job.backend == "torch":
+        return None
+    _say(f"准备 / preparing {job.kind} {job.backend} {job.precision}")
+    error_text: str | None = _in_process("prepare", job).get("error")
+    return error_text
+
+
+def _in_process(task: Literal["reference", "prepare", "measure"], job: Job) -> dict[str, Any]:
+    """What the worker gives; {"error": sentence} when it fails or dies."""
+    folder = Path(job.folder)
+    job.save(folder / "job.json")
+    place = folder / "result.json"
+    place.unlink(missing_ok=True)
+    worker = [sys.executable, "-m", "cn_clip.deploy.bench_worker", task, str(folder / "job.json"), str(place)]
+    done = subprocess.run(worker, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    with contextlib.suppress(OSError, ValueError):
+        result: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        return result
+    if done.returncode < 0:
+        return {"error": f"its process was killed by signal {-done.returncode}; perhaps memory ran out"}
+    last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+    return {"error": f"its process ended with status {done.returncode}: {last}"}
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    names = ("repeats", "warmup", "device", "num_threads", "text_length")
+    return {"settings": {name: getattr(options, name) for name in names}}
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--output {folder}: cannot be made a folder ({error.strerror}); choose another") from error
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"--output {folder}: cannot be written; choose another folder")
+    return folder
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The measurements of `cn-clip bench` as a table, a Markdown page and a picture."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cn_clip import columns
+from cn_clip.errors import MissingExtraError
+from cn_clip.extras import require
+from cn_clip.jsonl import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Row = dict[str, Any]
+
+MISSING = "—"
+HEADER = (
+    "tower",
+    "backend",
+    "precision",
+    "batch",
+    "median ms",
+    "p95 ms",
+    "per s",
+    "load s",
+    "peak MiB",
+    "cos min",
+    "mean",
+)
+NUMBERS = frozenset(range(3, len(HEADER)))
+COLOURS = {"torch": "#d1495b", "onnx": "#1f6fb4", "openvino": "#2a9d8f", "tensorrt": "#7b5ea7"}
+FAINT = "#8d99ae"
+MEASURED = (
+    "A batch from an array in memory to unit float32 rows in memory, after warm-up; pictures were decoded and scaled, "
+    "texts cut into tokens before. A batch of texts holds captions of mixed lengths padded to the longest. `per s`: "
+    "pictures or texts a second, from the median. `load s`: from opening to the first result, the import of the "
+    "backend included, exporting not. `peak MiB`: the whole process, one for each row. `cos`: cosines to PyTorch in "
+    "float32 on 32 embedded pictures, or their names and tags."
+)
+
+
+def cells(row: Row) -> list[str]:
+    """A row as the table shows it; dashes where it was not measured."""
+    name = [row["tower"], row["backend"], row["precision"], str(row["batch_size"])]
+    if "error" in row:
+        return [*name, *[MISSING] * (len(HEADER) - len(name))]
+    return [
+        *name,
+        f"{row['median_ms']:.2f}",
+        f"{row['p95_ms']:.2f}",
+        f"{row['per_second']:.1f}",
+        f"{row['load_s']:.2f}",
+        f"{row['peak_bytes'] / 2**20:.0f}",
+        f"{row['cosine_min']:.5f}",
+        f"{row['cosine_mean']:.5f}",
+    ]
+
+
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """`— backend precision: why` of what was not measured; one line a reason, with the towers and batches."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if "error" in row:
+            places = found.setdefault((row["backend"], row["precision"], row["error"]), [])
+            places.append(f"{row['tower']} ×{row['batch_size']}")
+    return [
+        f"{MISSING} {backend} {precision} ({', '.join(places)}): {error}"
+        for (backend, precision, error), places in found.items()
+    ]
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The lines for a terminal."""
+    return [*columns.align([HEADER, *map(cells, rows)], right=NUMBERS), *reasons(rows)]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A page: what it was measured on, the table, what the numbers mean."""
+    machine, settings, rows = result["machine"], result["settings"], result["rows"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    threads = settings["num_threads"] or machine["omp_num_threads"] or "default"
+    instructions = " ".join(machine["instructions"]) or machine["system"]
+    marks = ["---:" if number in NUMBERS else "---" for number in range(len(HEADER))]
+    lines = [
+        f"# {result['model']}: speed of its towers",
+        "",
+        f"- {machine['processor']}, {machine['cores']} cores ({instructions})",
+        f"- threads: {threads}; devices: {', '.join(sorted({row['device'] for row in rows if 'device' in row}))}",
+        f"- Python {machine['python']}, {versions}",
+        f"- {settings['repeats']} batches timed after {settings['warmup']}; {machine['date']}",
+        f"- shapes: {_shapes(rows)}",
+        "",
+        *(f"| {' | '.join(line)} |" for line in (HEADER, marks, *map(cells, rows))),
+        "",
+        *(f"{line}  " for line in reasons(rows)),
+        "",
+        MEASURED,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _shapes(rows: Sequence[Row]) -> str:
+    found = dict.fromkeys(f"{row['tower']} {'×'.join(map(str, row['shape']))}" for row in rows if "shape" in row)
+    return ", ".join(found)
+
+
+def write(result: dict[str, Any], folder: Path, *, say: Callable[[str], None]) -> None:
+    """Writes bench.json, bench.md and, where there is matplotlib, bench.png; each whole or not at all."""
+    with atomic_write(folder / "bench.json") as stream:
+        json.dump(result, stream, ensure_ascii=False, indent=1)
+    with atomic_write(folder / "bench.md") as stream:
+        stream.write(markdown(result))
+    names = ["bench.json", "bench.md"]
+    if any("error" not in row for row in result["rows"]):
+        try:
+            draw(result, folder / "bench.png")
+            names.append("bench.png")
+        except MissingExtraError as error:
+            say(f"没有图 / no bench.png: {error}")
+    say(f"已写入 / written to {folder}: {', '.join(names)}")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Bars of throughput, a panel for each tower and batch size; raises MissingExtraError without matplotlib."""
+    require("matplotlib", extra="plot", purpose="the plot of the measurements")
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    rows = result["rows"]
+    towers, batches = ([*dict.fromkeys(row[name] for row in rows)] for name in ("tower", "batch_size"))
+    labels = [*dict.fromkeys(f"{row['backend']} {row['precision']}" for row in rows if "error" not in row)]
+    height = 1.1 + len(towers) * (0.9 + 0.33 * len(labels))
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, hspace=0.05, wspace=0.05)
+    figure = Figure(figsize=(1.6 + 4.2 * len(batches), height), layout=layout, facecolor="white")
+    panels = figure.subplots(len(towers), len(batches), squeeze=False, sharey=True)
+    for tower, line in zip(towers, panels, strict=True):
+        for batch_size, panel in zip(batches, line, strict=True):
+            chosen = [row for row in rows if (row["tower"], row["batch_size"]) == (tower, batch_size)]
+            _bars(panel, {f"{row['backend']} {row['precision']}": row for row in chosen}, labels)
+            unit = "pictures" if tower == "image" else "texts"
+            panel.set_title(f"{tower} tower, batch {batch_size}: {unit} per second", loc="left", fontsize=10)
+    machine = result["machine"]
+    # The font of matplotlib has no Chinese characters, and a "$" would begin a formula.
+    title = "  |  ".join(part for part in (result["model"], machine["processor"]) if part.isascii())
+    cores = f"{machine['cores']} cores, {machine['date']}"
+    figure.suptitle(f"{title}  |  {cores}", x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
+    with atomic_write(path, "wb") as stream:
+        figure.savefig(stream, format="png", dpi=120)
+
+
+def _bars(panel: "Axes", rows: dict[str, Row], labels: Sequence[str]) -> None:
+    values = [rows[label].get("per_second", 0.0) if label in rows else 0.0 for label in labels]
+    colours = [COLOURS.get(label.split()[0], FAINT) for label in labels]
+    bars = panel.barh(range(len(labels)), values, color=colours, height=0.68)
+    texts = [f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value else MISSING for value in values]
+    panel.bar_label(bars, texts, padding=4, fontsize=9, color="#333a45")
+    panel.set_yticks(range(len(labels)), labels, fontsize=9)
+    panel.set_ylim(len(labels) - 0.4, -0.6)
+    panel.set_xlim(0, 1.18 * max([*values, 1e-9]))
+    panel.spines[["top", "right", "bottom"]].set_visible(False)
+    panel.tick_params(axis="y", length=0)
+    panel.tick_params(axis="x", labelbottom=False, length=0)

@@ -1,0 +1,230 @@
+"""The processes of `cn-clip bench`: one makes the inputs and what float32 gives for them, one measures a combination.
+
+python -m cn_clip.deploy.bench_worker TASK JOB.json RESULT.json
+"""
+
+# N samples, B batch, L tokens, D embedding
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cn_clip.clip.backends.base import KINDS, Backend, BackendName, Kind, Pixels, Rows, TokenIds
+from cn_clip.errors import CnClipError
+
+if TYPE_CHECKING:
+    from cn_clip.clip.backends.exported import Announce
+
+RANDOM_SEED = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One combination to measure. folder: where inputs and expected rows lie.
+
+    vision, text: the towers of random weights, which are made in the file `model` if there is none; None for a model
+    that exists. text_length: tokens that texts are padded to; None for the longest of a batch.
+    """
+
+    model: str
+    folder: str
+    kind: Kind = "image"
+    backend: BackendName = "torch"
+    precision: str = "fp32"
+    batch_size: int = 1
+    repeats: int = 1
+    warmup: int = 0
+    vision: str | None = None
+    text: str | None = None
+    download_root: str | None = None
+    device: str | None = None
+    num_threads: int | None = None
+    text_length: int | None = None
+
+    def save(self, path: Path) -> None:
+        """Writes it for a worker."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def reference(job: Job) -> dict[str, Any]:
+    """Writes the samples of both towers and the rows that PyTorch computes of them in float32, on the processor."""
+    from cn_clip.clip.backends import parity
+
+    if job.vision is not None:
+        _make_random(job)
+    backend = _open(job, "torch", "fp32", device="cpu", kinds=KINDS)
+    expected = parity.reference(backend, parity.embedded_samples())
+    for kind in KINDS:
+        np.save(_inputs_path(job, kind), expected.inputs[kind])
+        np.save(_rows_path(job, kind), expected.rows[kind])
+    return {}
+
+
+def prepare(job: Job) -> dict[str, Any]:
+    """Exports what is not exported yet, so that no measurement has it in its time or memory."""
+    _open(job, job.backend, job.precision, device=job.device, kinds=(job.kind,))
+    return {}
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """What one combination takes; all of it in this process alone.
+
+    median_ms, p95_ms: of a batch, from an array in memory to unit rows in memory. load_s: from opening to the first
+    result, with the import of the backend. peak_bytes: the largest memory of this process, Python with it.
+    cosine_min, cosine_mean: to float32, over all samples, in batches of this size.
+    """
+    from cn_clip.deploy.timing import call_seconds, summary
+
+    samples = np.load(_inputs_path(job, job.kind), mmap_mode="r")
+    batch = _batch(job, samples)
+    start = time.perf_counter()
+    backend = _open(job, job.backend, job.precision, device=job.device, kinds=(job.kind,))
+    _encode(backend, job.kind, batch)
+    load_s = time.perf_counter() - start
+    seconds = call_seconds(lambda: _encode(backend, job.kind, batch), repeats=job.repeats, warmup=job.warmup)
+    milliseconds = summary(seconds)
+    peak = peak_bytes()
+    cosines = _cosines(job, backend, samples)
+    return {
+        "shape": list(batch.shape),
+        "median_ms": milliseconds["median"],
+        "p95_ms": milliseconds["95p"],
+        "per_second": 1e3 * len(batch) / milliseconds["median"],
+        "load_s": load_s,
+        "peak_bytes": peak,
+        "cosine_min": float(cosines.min()),
+        "cosine_mean": float(cosines.mean()),
+        "device": _device(backend, job.kind),
+    }
+
+
+TASKS: dict[str, Callable[[Job], dict[str, Any]]] = {"reference": reference, "prepare": prepare, "measure": measure}
+
+
+def peak_bytes() -> int:
+    """The largest memory this process has had.
+
+    On Linux from /proc: `ru_maxrss` begins there with the memory of the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def chosen_texts(ids_NL: TokenIds, count: int, length: int | None) -> TokenIds:
+    """`count` texts from the shortest to the longest, cut or padded to the longest among them, or to `length` tokens.
+
+    They are spread evenly over the samples; one alone is of the middle.
+    """
+    lengths = (ids_NL != 0).sum(axis=1)
+    places = ((np.arange(count) + 0.5) / count * len(ids_NL)).astype(int)
+    chosen = np.argsort(lengths, kind="stable")[places]
+    longest = int(lengths[chosen].max())
+    cut: TokenIds = np.ascontiguousarray(ids_NL[chosen, : min(longest, length or longest)])
+    return cut if length is None else np.pad(cut, ((0, 0), (0, length - cut.shape[1])))
+
+
+def _batch(job: Job, samples: NDArray[Any]) -> "Pixels | TokenIds":
+    if job.kind == "text":
+        return chosen_texts(samples, job.batch_size, job.text_length)
+    pixels: Pixels = samples[np.arange(job.batch_size) % len(samples)]
+    return pixels
+
+
+def _cosines(job: Job, backend: Backend, samples: NDArray[Any]) -> NDArray[np.float32]:
+    expected = np.load(_rows_path(job, job.kind))
+    starts = range(0, len(samples), job.batch_size)
+    found = np.concatenate(
+        [_encode(backend, job.kind, np.array(samples[start : start + job.batch_size])) for start in starts]
+    )
+    cosines: NDArray[np.float32] = (expected * found).sum(axis=1)
+    return cosines
+
+
+def _encode(backend: Backend, kind: Kind, inputs: "Pixels | TokenIds") -> Rows:
+    if kind == "image":
+        return backend.encode_pixels(inputs)  # type: ignore[arg-type]
+    return backend.encode_tokens(inputs)  # type: ignore[arg-type]
+
+
+def _open(job: Job, backend: BackendName, precision: str, *, device: str | None, kinds: tuple[Kind, ...]) -> Backend:
+    from cn_clip.clip.backends.opening import open_backend
+
+    say: Announce = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    return open_backend(
+        job.model,
+        backend=backend,
+        precision=precision,
+        device=device,
+        vision=job.vision,
+        text=job.text,
+        download_root=job.download_root,
+        num_threads=job.num_threads,
+        kinds=kinds,
+        say=say,
+    )
+
+
+def _device(backend: Backend, kind: Kind) -> str:
+    """Where it ran, in the words of the backend."""
+    tower = getattr(backend, kind, None)
+    return str(getattr(backend, "device", None) or getattr(tower, "provider", None) or "cpu")
+
+
+def _make_random(job: Job) -> None:
+    """The same weights every time, in a file that stays: so its exports can be used again."""
+    path = Path(job.model)
+    if path.is_file():
+        return
+    import torch
+
+    from cn_clip import zoo
+    from cn_clip.clip.checkpoint import Checkpoint
+    from cn_clip.clip.model import CLIP
+    from cn_clip.clip.weight_files import write_checkpoint
+
+    assert job.vision is not None
+    assert job.text is not None
+    torch.manual_seed(RANDOM_SEED)
+    model = CLIP.from_config(zoo.model_config(job.vision, job.text))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(path, model.state_dict(), Checkpoint(path, {}))
+
+
+def _inputs_path(job: Job, kind: Kind) -> Path:
+    return Path(job.folder) / f"{kind}.inputs.npy"
+
+
+def _rows_path(job: Job, kind: Kind) -> Path:
+    return Path(job.folder) / f"{kind}.rows.npy"
+
+
+def main() -> None:
+    """Writes the result, or {"error": sentence}, which also stands for what nobody foresaw."""
+    task, job_path, result_path = sys.argv[1:]
+    job = Job(**json.loads(Path(job_path).read_text(encoding="utf-8")))
+    try:
+        result = TASKS[task](job)
+    except CnClipError as error:
+        result = {"error": str(error)}
+    except Exception as error:  # of whatever library
+        first = (str(error).strip().splitlines() or [""])[0]
+        result = {"error": f"{type(error).__name__}: {first}"}
+    Path(result_path).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
