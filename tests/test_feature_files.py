@@ -1,16 +1,24 @@
-"""Feature JSONL: what is written is what is read, numbers are rounded as Python rounds them, faults are located."""
+"""Feature files: what is written is what is read, numbers are rounded as Python rounds them, faults are located."""
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cn_clip.errors import DataError
+from cn_clip.data.records import RecordId
+from cn_clip.errors import ConfigError, DataError, MissingExtraError
+from cn_clip.eval import make_topk_predictions
 from cn_clip.eval.decimal_text import parse_rows
-from cn_clip.eval.feature_files import read_features, write_features
+from cn_clip.eval.feature_files import read_features, write_features, write_rows
+from cn_clip.eval.feature_formats import OutputFormat, format_of
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -169,3 +177,206 @@ def test_a_byte_that_is_no_digit_is_never_taken_for_one(byte: int) -> None:
                 parse_rows([token])
         else:
             np.testing.assert_array_equal(parse_rows([token])[0], as_float32([str(part) for part in expected]))
+
+
+# --- npz and Parquet
+
+TABLES: list[OutputFormat] = ["npz", "parquet"]
+FORMATS: list[OutputFormat] = ["jsonl", *TABLES]
+ROWS = np.array([[0.1, -0.5], [1e-38, 0.25], [3.0, -0.0]], dtype=np.float32)
+
+
+def write(path: Path, output_format: OutputFormat, ids: Sequence[RecordId], rows: np.ndarray) -> None:
+    blocks = [rows[:2], rows[2:]]
+    write_rows(path, "image_id", ids, blocks, embed_dim=rows.shape[1], output_format=output_format)
+
+
+IDS = st.one_of(
+    st.lists(st.integers(-(2**63), 2**63), min_size=1, max_size=20, unique=True),
+    st.lists(st.text(), min_size=1, max_size=20, unique=True),
+    st.lists(st.one_of(st.integers(), st.text(st.characters())), min_size=1, max_size=20, unique=True),
+    st.lists(st.sampled_from(["1", 1, "a\0", "\ud800", '"', "null"]), min_size=1, unique=True),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(ids=IDS, seed=st.integers(0, 2**32 - 1), output_format=st.sampled_from(FORMATS))
+def test_every_format_gives_back_every_bit_and_every_id(
+    tmp_path_factory: pytest.TempPathFactory, ids: list[RecordId], seed: int, output_format: OutputFormat
+) -> None:
+    bits = np.random.default_rng(seed).integers(0, 2**32, size=(len(ids), 3), dtype=np.uint32)
+    rows = np.where(np.isfinite(bits.view(np.float32)), bits.view(np.float32), np.float32(0.5))
+    path = tmp_path_factory.mktemp("features") / "f"
+    write(path, output_format, ids, rows)
+    found = read_features(path, "image_id")
+    assert found.ids == ids
+    assert [type(found_id) for found_id in found.ids] == [type(wanted) for wanted in ids]
+    assert found.vectors.dtype == np.float32
+    assert found.vectors.tobytes() == rows.tobytes()
+
+
+def test_numpy_reads_the_npz_without_pickle(tmp_path: Path) -> None:
+    for ids, kept in ([[7, -3, 2**40]] * 2, [["甲", "b", "007"]] * 2, [[7, "007", "b"], ["7", '"007"', '"b"']]):
+        write(tmp_path / "f.npz", "npz", ids, ROWS)
+        with np.load(tmp_path / "f.npz", allow_pickle=False) as arrays:
+            assert sorted(arrays.files) == ["features", "field", "id_kind", "ids"]
+            assert arrays["ids"].tolist() == kept
+            assert arrays["ids"].dtype.kind == ("i" if kept[0] == 7 else "U")
+            assert arrays["features"].tobytes() == ROWS.tobytes()
+            assert (arrays["features"].dtype, arrays["features"].shape) == (np.dtype("float32"), (3, 2))
+            assert str(arrays["field"]) == "image_id"
+            assert str(arrays["id_kind"]) == {7: "int", "甲": "str", "7": "json"}[kept[0]]
+
+
+def test_the_parquet_has_typed_columns_a_row_group_a_block_and_metadata(tmp_path: Path) -> None:
+    write(tmp_path / "f.parquet", "parquet", [7, 8, 9], ROWS)
+    with pq.ParquetFile(tmp_path / "f.parquet") as file:
+        assert (file.num_row_groups, file.schema_arrow.names) == (2, ["image_id", "feature"])
+        assert file.schema_arrow.field("image_id").type == pa.int64()
+        kind = file.schema_arrow.field("feature").type
+        assert (kind.list_size, kind.value_type) == (2, pa.float32())
+        assert json.loads(file.schema_arrow.metadata[b"cn_clip"]) == {"field": "image_id", "id_kind": "int"}
+        assert file.read().column("feature").to_pylist() == ROWS.tolist()
+
+
+@pytest.mark.parametrize("values", [pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float16(), 2)])
+def test_parquet_of_other_programs_is_read(tmp_path: Path, values: pa.DataType) -> None:
+    table = pa.table({
+        "feature": pa.array([[0.5, 2], [4, 8]], type=values),
+        "more": [None, 1.5],
+        "text_id": pa.array([3, 1], type=pa.uint8()),
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "theirs.pq")
+    found = read_features(tmp_path / "theirs.pq", "text_id")
+    assert (found.ids, found.vectors.tolist()) == ([3, 1], [[0.5, 2], [4, 8]])
+
+
+def test_npz_of_numpy_is_read(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "mine.npz", ids=np.array(["a", "b"]), features=np.array([[0.5], [0.25]]))
+    found = read_features(tmp_path / "mine.npz", "text_id")
+    assert (found.ids, found.vectors.tolist(), found.vectors.dtype) == (["a", "b"], [[0.5], [0.25]], np.float32)
+
+
+@pytest.mark.parametrize("output_format", TABLES)
+@pytest.mark.parametrize(
+    ("ids", "rows", "message"),
+    [
+        ([1, 2, 1], ROWS, "row 3 image_id: 1 is already on row 1"),
+        ([1, 2, 3], np.where(ROWS == 3, np.nan, ROWS), "row 3 feature: holds NaN or infinity"),
+    ],
+)
+def test_a_fault_in_a_table_is_named_with_file_and_row(
+    tmp_path: Path, output_format: OutputFormat, ids: list[RecordId], rows: np.ndarray, message: str
+) -> None:
+    write(tmp_path / "f", output_format, ids, rows)
+    with pytest.raises(DataError, match=f"{tmp_path}/f.* ?{message}"):
+        read_features(tmp_path / "f", "image_id")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"ids": np.array([1])}, "expected the arrays ids and features, it has"),
+        ({"ids": np.array([1]), "features": np.ones((2, 2))}, "one id a row"),
+        ({"ids": np.array([1.5]), "features": np.ones((1, 2))}, "expected integers or text, got float64"),
+        ({"ids": np.array([1]), "features": np.ones((1, 2), dtype=int)}, "expected floats, got int64"),
+        ({"ids": np.array([1], dtype=object), "features": np.ones((1, 2))}, "cannot be read as npz"),
+        ({"ids": np.empty(0, dtype=int), "features": np.ones((0, 2))}, "the file has no rows"),
+        ({"ids": np.array([1]), "features": np.ones((1, 0))}, "the vectors are empty"),
+        (
+            {"ids": np.array([1]), "features": np.ones((1, 2)), "field": np.array("text_id")},
+            "no image_id, only text_id",
+        ),
+        ({"ids": np.array(["1.5"]), "features": np.ones((1, 2)), "id_kind": np.array("json")}, "row 1 image_id"),
+    ],
+)
+def test_a_faulty_npz_is_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    np.savez(tmp_path / "f.npz", **arrays)
+    with pytest.raises(DataError, match=rf"f\.npz.*{message}"):
+        read_features(tmp_path / "f.npz", "image_id")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text_id": [1], "feature": [[0.5]]}, "expected the columns image_id and feature, it has .*other modality"),
+        ({"image_id": [1.5], "feature": [[0.5]]}, "image_id: expected integers or strings, got double"),
+        ({"image_id": [1], "feature": [[5]]}, "expected lists of floats, got list"),
+        ({"image_id": [1], "feature": [0.5]}, "expected lists of floats, got double"),
+        ({"image_id": [1, None], "feature": [[0.5], [0.5]]}, "row 2 image_id: is null"),
+        ({"image_id": [1, 2], "feature": [[0.5], None]}, "row 2 feature: is null"),
+        ({"image_id": [1, 2], "feature": [[0.5, 1], [0.5, None]]}, "row 2 feature: holds null"),
+        ({"image_id": [1, 2, 3], "feature": [[0.5], [1.0], [1, 0.5]]}, "row 3 feature: has 2 numbers, .* have 1"),
+        ({"image_id": [1], "feature": [[1e39]]}, "row 1 feature: holds NaN or infinity"),
+        ({"image_id": pa.array([], pa.int64()), "feature": pa.array([], pa.list_(pa.float32()))}, "has no rows"),
+    ],
+)
+def test_a_faulty_parquet_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "f.parquet")
+    with pytest.raises(DataError, match=rf"f\.parquet.*{message}"):
+        read_features(tmp_path / "f.parquet", "image_id")
+
+
+@pytest.mark.parametrize("output_format", TABLES)
+def test_damaged_tables_are_refused_wherever_they_are_cut(tmp_path: Path, output_format: OutputFormat) -> None:
+    path = tmp_path / f"f.{output_format}"
+    write(path, output_format, [1, 2, 3], ROWS)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 37):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=rf"f\.{output_format}: "):
+            read_features(path, "image_id")
+
+
+@pytest.mark.parametrize("output_format", TABLES)
+def test_a_changed_number_in_a_table_is_noticed(tmp_path: Path, output_format: OutputFormat) -> None:
+    path = tmp_path / f"f.{output_format}"
+    rows = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+    write(path, output_format, [1, 2, 3], rows)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(rows[1, 5].tobytes(), np.float32(0.5).tobytes()))
+    assert path.read_bytes() != whole
+    with pytest.raises(DataError, match=rf"f\.{output_format}: cannot be read as"):
+        read_features(path, "image_id")
+
+
+def test_the_content_decides_on_the_format_and_a_false_name_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "features.dat", "npz", [1, 2, 3], ROWS)
+    assert read_features(tmp_path / "features.dat", "image_id").ids == [1, 2, 3]
+    write(tmp_path / "f.parquet", "jsonl", [1, 2, 3], ROWS)
+    with pytest.raises(DataError, match="is no parquet file, though its name says so"):
+        read_features(tmp_path / "f.parquet", "image_id")
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "f.parquet", "parquet", [1, 2, 3], ROWS)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'cn_clip\[parquet\]'"):
+        read_features(tmp_path / "f.parquet", "image_id")
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted", "expected"),
+    [
+        (None, None, "jsonl"), (None, "npz", "npz"), ("a/x.npz", None, "npz"), ("x.PARQUET", None, "parquet"),
+        ("x.txt", None, "jsonl"), ("x.txt", "npz", "npz"), ("x.jsonl", "jsonl", "jsonl"), ("x", "parquet", "parquet"),
+    ],
+)  # fmt: skip
+def test_the_suffix_says_the_format_unless_a_flag_does(path: str, wanted: OutputFormat, expected: str) -> None:
+    assert format_of(path, wanted) == expected
+
+
+def test_a_flag_against_the_suffix_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--output-format npz: the suffix of x\.jsonl says jsonl"):
+        format_of("x.jsonl", "npz")
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_top_k_reads_every_format(tmp_path: Path, output_format: OutputFormat) -> None:
+    images, texts = tmp_path / f"i.{output_format}", tmp_path / f"t.{output_format}"
+    write(images, output_format, [10, 20, 30], ROWS)
+    write_rows(texts, "text_id", ["a"], [ROWS[:1]], embed_dim=2, output_format=output_format)
+    files = [f"--image-feats={images}", f"--text-feats={texts}", f"--output={tmp_path}/p.jsonl"]
+    make_topk_predictions.main([*files, "--top-k=2", "--device=cpu"])
+    # 0.1 * 0.1 + 0.5 * 0.5 = 0.26, 0 - 0.125, 0.3 + 0
+    assert (tmp_path / "p.jsonl").read_text() == '{"text_id": "a", "image_ids": [30, 10]}\n'

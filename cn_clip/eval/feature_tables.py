@@ -58,10 +58,10 @@ def read_npz(path: Path, field: IdField) -> Features:
     Raises DataError naming the file, and the row counted from 1, for anything else, also for pickled objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in (IDS, FEATURES, FIELD, ID_KIND) if name in arrays.files}
             names = list(arrays.files)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, MemoryError) as error:
+    except Exception as error:  # zipfile, zlib and numpy raise errors of many types on damaged files
         raise DataError(f"{path}: cannot be read as npz ({str(error)[:200]}); extract it again") from error
     if IDS not in found or FEATURES not in found:
         raise DataError(f"{path}: expected the arrays {IDS} and {FEATURES}, it has {names}")
@@ -91,7 +91,7 @@ def write_parquet(path: Path, field: IdField, ids: Sequence[RecordId], blocks: B
         [(field, arrow.int64() if kind == "int" else arrow.string()), (FEATURE_COLUMN, _list_type(arrow, embed_dim))],
         metadata={METADATA_KEY: json.dumps({FIELD: field, ID_KIND: kind})},
     )
-    with atomic_write(path, "wb") as stream, parquet.ParquetWriter(stream, schema) as writer:
+    with atomic_write(path, "wb") as stream, parquet.ParquetWriter(stream, schema, write_page_checksum=True) as writer:
         start = 0
         for block in blocks:
             values = arrow.array(np.ascontiguousarray(block, dtype=np.float32).reshape(-1))
@@ -108,7 +108,7 @@ def read_parquet(path: Path, field: IdField) -> Features:
     """
     arrow, parquet = require_parquet()
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             names, metadata = file.schema_arrow.names, file.schema_arrow.metadata or {}
             if field not in names or FEATURE_COLUMN not in names:
                 raise DataError(

@@ -1,0 +1,146 @@
+"""Rows of an unfinished extraction: gone on with, cut back to what is whole, never mixed with those of another job."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.eval.partial_features import PartialFeatures
+
+JOB = {"model": [["m.pt", 7, 8]], "batch_size": 2}
+
+
+def unit_rows(count: int, seed: int = 0) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(count, 3)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+ROWS = unit_rows(6)
+
+
+class Log(list[str]):
+    def __call__(self, line: str) -> None:
+        self.append(line)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """An output of which four rows were computed before the run was killed."""
+    with PartialFeatures(tmp_path / "x.npz", JOB, 3, Log()) as partial:
+        partial.put(0, ROWS[:2])
+        partial.put(2, ROWS[2:4])
+    return tmp_path / "x.npz"
+
+
+def reopened(output: Path, job: dict[str, object] = JOB, embed_dim: int = 3) -> tuple[np.ndarray, Log]:
+    log = Log()
+    with PartialFeatures(output, job, embed_dim, log) as partial:
+        return partial.rows().copy(), log
+
+
+def change(output: Path, edit: Callable[[bytes], bytes]) -> None:
+    path = Path(f"{output}.partial")
+    path.write_bytes(edit(path.read_bytes()))
+
+
+def test_rows_are_there_again_bit_for_bit_and_the_next_one_is_named(output: Path) -> None:
+    rows, log = reopened(output)
+    assert rows.tobytes() == ROWS[:4].tobytes()
+    assert log == [f"{output}.partial: 已有 4 条，从第 5 条继续 / 4 rows are there, continuing at row 5"]
+
+
+@pytest.mark.parametrize("torn", [1, 4, 11])
+def test_a_torn_row_is_dropped_and_written_over(output: Path, torn: int) -> None:
+    change(output, lambda data: data[:-torn])
+    with PartialFeatures(output, JOB, 3, Log()) as partial:
+        assert partial.num_rows == 3
+        partial.put(2, ROWS[2:4])  # the whole batch again
+        partial.put(4, ROWS[4:])
+        assert partial.rows().tobytes() == ROWS.tobytes()
+
+
+@pytest.mark.parametrize("lost", [bytes(12), b"\xff" * 12, b"\x00\x00\x80\x3f" * 3], ids=["zeros", "nan", "too long"])
+def test_rows_that_a_power_failure_lost_are_dropped_with_all_behind_them(output: Path, lost: bytes) -> None:
+    change(output, lambda data: data[:-24] + lost + data[-12:])
+    assert reopened(output)[0].tobytes() == ROWS[:2].tobytes()
+
+
+def test_rows_written_anew_replace_those_behind_them(output: Path) -> None:
+    with PartialFeatures(output, JOB, 3, Log()) as partial:
+        partial.put(1, ROWS[5:])
+        assert partial.rows().tobytes() == ROWS[[0, 5]].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("job", "embed_dim", "named"),
+    [
+        ({**JOB, "batch_size": 4}, 3, "batch_size"),
+        ({**JOB, "model": [["m.pt", 7, 9]]}, 3, "model"),
+        ({**JOB, "precision": "bf16"}, 3, "precision"),
+        ({"model": JOB["model"]}, 3, "batch_size"),
+        (JOB, 4, "embed_dim"),
+    ],
+)
+def test_rows_of_another_job_are_dropped_and_what_differs_is_named(
+    output: Path, job: dict[str, object], embed_dim: int, named: str
+) -> None:
+    rows, (line,) = reopened(output, job, embed_dim)
+    assert len(rows) == 0
+    assert f"starting again: it is of another extraction, with other {named}" in line
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [lambda data: data[:20], lambda data: b"[]\n" + data, lambda data: b'{"job": 5, "embed_dim": 3}\n', os.urandom],
+)
+def test_a_file_that_does_not_say_what_it_is_of_is_begun_again(output: Path, edit: Callable[[bytes], bytes]) -> None:
+    change(output, (lambda data: os.urandom(300)) if edit is os.urandom else edit)
+    rows, (line,) = reopened(output)
+    assert (len(rows), "it does not say what it is of" in line) == (0, True)
+
+
+def test_a_file_without_rows_is_not_left_behind(tmp_path: Path) -> None:
+    assert reopened(tmp_path / "x.jsonl")[1] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_the_input_removes_the_rows_and_an_interruption_keeps_them(output: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), PartialFeatures(output, JOB, 3, Log()) as partial, partial.computing():
+        raise KeyboardInterrupt
+    assert Path(f"{output}.partial").exists()
+    with pytest.raises(DataError), PartialFeatures(output, JOB, 3, Log()) as partial, partial.computing():
+        raise DataError("a picture")
+    assert not Path(f"{output}.partial").exists()
+
+
+def test_a_full_disk_is_told_and_the_rows_are_kept(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def __init__(self, stream: object) -> None:
+            self.stream = stream
+
+        def write(self, data: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.stream, name)
+
+    with PartialFeatures(output, JOB, 3, Log()) as partial:
+        monkeypatch.setattr(partial, "_stream", Full(partial._stream))
+        with pytest.raises(DataError, match=r"x\.npz\.partial: cannot be written \(No space left"), partial.computing():
+            partial.put(4, ROWS[4:])
+    assert reopened(output)[0].tobytes() == ROWS[:4].tobytes()
+
+
+def test_two_processes_do_not_extract_into_one_file(output: Path) -> None:
+    busy = "another process is extracting into this file"
+    with PartialFeatures(output, JOB, 3, Log()), pytest.raises(ConfigError, match=busy):
+        reopened(output)
+    assert len(reopened(output)[0]) == 4
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"{tmp_path}/new/x.npz: the folder {tmp_path}/new does not exist"):
+        reopened(tmp_path / "new" / "x.npz")
