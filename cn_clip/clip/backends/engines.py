@@ -36,6 +36,7 @@ from cn_clip.clip.backends.tensor_rt import (
     open_engines,
     reasons,
     release,
+    started,
 )
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
@@ -97,17 +98,17 @@ def build_engine(
         raise ConfigError(f"{path}: the folder {path.parent} does not exist; create it first")
     trt = library()
     gpu = tensor_rt.find_gpu(device)
-    plain = _PlainFile(Path(onnx_path))
-    by_flag = _check_precision(trt, plain, build)
+    given = _OnnxFile(Path(onnx_path))
+    by_flag = _check_precision(trt, given, build)
     with gpu.current(), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        making = _Making(trt, build, say)
-        source = _typed_source(plain, build, Path(scratch), by_flag=by_flag)
+        making = _Making(trt, gpu, build, say)
+        source = _typed_source(given, build, Path(scratch), by_flag=by_flag)
         network = making.parsed(source, typed=not by_flag)
-        facts, span = making.facts_and_span(network, kind, plain)
+        facts, span = making.facts_and_span(network, kind, given)
         made = Path(scratch) / path.name
         made.write_bytes(making.serialized(network, span, by_flag=by_flag))
         _describe(made, trt, gpu, facts, span, build)
-        cosine = _check_rows(plain.path, made, kind, build, gpu)
+        cosine = _check_rows(given.path, made, kind, build, gpu)
         # In between, the engine stands alone, which is no fault; another engine's description would be one.
         description_path(path).unlink(missing_ok=True)
         os.replace(made, path)
@@ -115,14 +116,14 @@ def build_engine(
     return Built(str(path), trt.__version__, str(gpu), path.stat().st_size, time.monotonic() - started, cosine)
 
 
-def _typed_source(plain: "_PlainFile", build: Build, scratch: Path, *, by_flag: bool) -> Path:
+def _typed_source(given: "_OnnxFile", build: Build, scratch: Path, *, by_flag: bool) -> Path:
     """The file whose types are those to compute in: the given one, or a float16 copy of it."""
-    if build.precision == "fp32" or plain.is_half or by_flag:
-        return plain.path
+    if build.precision == "fp32" or given.is_half or by_flag:
+        return given.path
     from cn_clip.clip.backends.half import halved
 
-    copy = scratch / plain.path.name
-    save(halved(plain.path), copy)
+    copy = scratch / given.path.name
+    save(halved(given.path), copy)
     return copy
 
 
@@ -146,7 +147,7 @@ def _check_rows(onnx_path: Path, made: Path, kind: Kind, build: Build, gpu: Gpu)
     return cosine
 
 
-class _PlainFile:
+class _OnnxFile:
     """An ONNX file as far as TensorRT does not tell: metadata, and whether its weights are float16."""
 
     def __init__(self, path: Path) -> None:
@@ -164,13 +165,13 @@ class _PlainFile:
         self.is_half: bool = any(one.data_type == half for one in proto.graph.initializer)
 
 
-def _check_precision(trt: Any, plain: _PlainFile, build: Build) -> bool:
+def _check_precision(trt: Any, given: _OnnxFile, build: Build) -> bool:
     """Whether float16 comes from the builder's flag, not from the types in the file."""
-    if build.precision == "fp32" and plain.is_half:
+    if build.precision == "fp32" and given.is_half:
         raise ConfigError(
-            f"{plain.path}: holds float16 weights; give the fp32 file for a float32 engine, or use --fp16"
+            f"{given.path}: holds float16 weights; give the fp32 file for a float32 engine, or use --fp16"
         )
-    by_flag = build.precision == "fp16" and hasattr(trt.BuilderFlag, "FP16") and (not plain.is_half or _major(trt) < 10)
+    by_flag = build.precision == "fp16" and hasattr(trt.BuilderFlag, "FP16") and (not given.is_half or _major(trt) < 10)
     if build.kept_float and not by_flag:
         why = "is float32" if build.precision == "fp32" else f"has the types of its file in TensorRT {trt.__version__}"
         raise ConfigError(
@@ -182,10 +183,10 @@ def _check_precision(trt: Any, plain: _PlainFile, build: Build) -> bool:
 class _Making:
     """The builder of one engine, and its log."""
 
-    def __init__(self, trt: Any, build: Build, say: Announce) -> None:
+    def __init__(self, trt: Any, gpu: Gpu, build: Build, say: Announce) -> None:
         self.trt, self.build, self.say = trt, build, say
         self.log = make_log(trt)
-        self.builder = trt.Builder(self.log)
+        self.builder = started(trt.Builder, self.log, gpu)
 
     def parsed(self, path: Path, *, typed: bool) -> Any:
         """The network of a file."""
@@ -197,14 +198,15 @@ class _Making:
             raise CheckpointError(f"{path}: TensorRT {self.trt.__version__} cannot read it: {told}; export it again")
         return network
 
-    def facts_and_span(self, network: Any, kind: Kind, plain: _PlainFile) -> tuple[TowerFacts, Span]:
+    def facts_and_span(self, network: Any, kind: Kind, given: _OnnxFile) -> tuple[TowerFacts, Span]:
         """What the tower takes and gives, and the shapes of its input: least, tuned for, most."""
         inputs = {one.name: _shape(one) for one in map(network.get_input, range(network.num_inputs))}
         outputs = {one.name: _shape(one) for one in map(network.get_output, range(network.num_outputs))}
-        facts = facts_of(str(plain.path), kind, inputs=inputs, outputs=outputs, metadata=plain.metadata)
-        _check_architecture(str(plain.path), facts, self.build.architecture)
-        span = _span(str(plain.path), kind, facts, self.build)
-        return replace(facts, precision=self.build.precision, architecture=self.build.architecture), span
+        facts = facts_of(str(given.path), kind, inputs=inputs, outputs=outputs, metadata=given.metadata)
+        _check_architecture(str(given.path), facts, self.build.architecture)
+        span = _span(str(given.path), kind, facts, self.build)
+        architecture = facts.architecture or self.build.architecture
+        return replace(facts, precision=self.build.precision, architecture=architecture), span
 
     def serialized(self, network: Any, span: Span, *, by_flag: bool) -> Any:
         config = self._config(network, span)

@@ -9,7 +9,7 @@ and tested with a stand-in that checks every call. No engine has been built or r
 import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,16 @@ def reasons(log: Any) -> str:
     return "; ".join(" ".join(message.split())[:300] for message in log.errors[-3:]) or "it gives no reason"
 
 
+def started(start: Callable[[Any], Any], log: Any, gpu: Gpu) -> Any:
+    """A `Builder` or `Runtime`; raises ConfigError where the bindings give none, as with a driver too old for them."""
+    try:
+        return start(log)
+    except TypeError as error:
+        raise ConfigError(
+            f"TensorRT cannot start on {gpu}: {reasons(log)}; check that the driver is new enough for its CUDA version"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Port:
     """An input or output of an engine. shape: None where it is free; least, most: the shapes an input may have."""
@@ -163,7 +173,7 @@ class TensorRTModel:
         built_with = self.description.get("tensorrt")
         if built_with is not None and release(built_with) != release(trt.__version__):
             raise CheckpointError(self._stale(trt))
-        runtime = trt.Runtime(self._log)
+        runtime = started(trt.Runtime, self._log, self.gpu)
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise CheckpointError(f"{self._stale(trt)} (TensorRT: {reasons(self._log)})")
