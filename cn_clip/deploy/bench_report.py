@@ -12,6 +12,7 @@ from cn_clip.jsonl import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -132,9 +133,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     rows = result["rows"]
     towers, batches = ([*dict.fromkeys(row[name] for row in rows)] for name in ("tower", "batch_size"))
     labels = [*dict.fromkeys(f"{row['backend']} {row['precision']}" for row in rows if "error" not in row)]
-    height = 1.1 + len(towers) * (0.9 + 0.33 * len(labels))
+    height = 1.2 + len(towers) * (0.9 + 0.33 * len(labels))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, hspace=0.05, wspace=0.05)
-    figure = Figure(figsize=(1.6 + 4.2 * len(batches), height), layout=layout, facecolor="white")
+    figure = Figure(figsize=(2.4 + 4 * len(batches), height), layout=layout, facecolor="white")
     panels = figure.subplots(len(towers), len(batches), squeeze=False, sharey=True)
     for tower, line in zip(towers, panels, strict=True):
         for batch_size, panel in zip(batches, line, strict=True):
@@ -142,13 +143,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
             _bars(panel, {f"{row['backend']} {row['precision']}": row for row in chosen}, labels)
             unit = "pictures" if tower == "image" else "texts"
             panel.set_title(f"{tower} tower, batch {batch_size}: {unit} per second", loc="left", fontsize=10)
-    machine = result["machine"]
-    # The font of matplotlib has no Chinese characters, and a "$" would begin a formula.
-    title = "  |  ".join(part for part in (result["model"], machine["processor"]) if part.isascii())
-    cores = f"{machine['cores']} cores, {machine['date']}"
-    figure.suptitle(f"{title}  |  {cores}", x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
+    _head(figure, Path(result["model"]).name, result["machine"])
     with atomic_write(path, "wb") as stream:
         figure.savefig(stream, format="png", dpi=120)
+
+
+def _head(figure: "Figure", model: str, machine: dict[str, Any]) -> None:
+    parts = [model, f"{machine['processor']}, {machine['cores']} cores, {machine['date'][:10]}"]
+    # The font of matplotlib has no Chinese characters, and a "$" would begin a formula.
+    title = "\n".join(part for part in parts if part.isascii())
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold", parse_math=False)
 
 
 def _bars(panel: "Axes", rows: dict[str, Row], labels: Sequence[str]) -> None:
