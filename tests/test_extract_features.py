@@ -3,6 +3,8 @@
 import base64
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,11 +18,13 @@ import torch
 from dataset_files import REPOSITORY, jsonl_line, picture, run_script, tsv_line, write_split
 
 from cn_clip import cli, zoo
+from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
 from cn_clip.data.lmdb_store import LmdbWriter
 from cn_clip.data.texts import preprocess_text
 from cn_clip.eval import extract_features
+from cn_clip.eval.feature_files import IdField, read_features
 from cn_clip.preprocess import build_lmdb_dataset
 
 CONFIG = zoo.ModelConfig(tiny_models.VIT, replace(tiny_models.TEXT, vocab_size=21128))
@@ -30,10 +34,10 @@ TEXTS = {5: "一只“红色”的猫", 2: "CAT", "t-1": "", 3: "很长的一句
 EXTRACT = "eval/extract_features.py"
 
 
-def save_tiny(path: Path) -> CLIP:
+def save_tiny(path: Path, *, seed: int = 3) -> CLIP:
     """A tiny model with the tokenizer's vocabulary, saved as training saves it; the model has not seen training."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
+        torch.manual_seed(seed)
         model = CLIP.from_config(CONFIG).eval()
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     torch.save({"epoch": 3, "step": 7, "name": "tiny", "state_dict": state, "optimizer": {}}, path)
@@ -174,7 +178,7 @@ def test_workers_and_batch_sizes_do_not_change_the_features(folder: Path, flags:
         np.testing.assert_allclose(again, vectors, atol=1e-6)
 
 
-OUTPUTS = {"imgs.img_feat.jsonl": "image_id", "texts.txt_feat.jsonl": "text_id"}
+OUTPUTS: dict[str, IdField] = {"imgs.img_feat.jsonl": "image_id", "texts.txt_feat.jsonl": "text_id"}
 
 
 def test_bf16_features_are_close_to_those_of_fp32(folder: Path) -> None:
@@ -212,6 +216,225 @@ def test_cn_clip_features_is_the_same_command(folder: Path, monkeypatch: pytest.
     assert (folder / "valid_texts.txt_feat.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("output_format", ["npz", "parquet"])
+def test_other_formats_hold_the_same_bits(folder: Path, output_format: str) -> None:
+    extract(folder)
+    extract(folder, f"--output-format={output_format}")
+    for name, field in OUTPUTS.items():
+        path = folder / f"valid_{name}"
+        expected, found = read_features(path, field), read_features(path.with_suffix(f".{output_format}"), field)
+        assert found.ids == expected.ids
+        assert found.vectors.tobytes() == expected.vectors.tobytes()
+
+
+def test_the_suffix_of_an_output_path_is_its_format(folder: Path) -> None:
+    extract(folder, f"--image-feat-output-path={folder}/i.npz", f"--text-feat-output-path={folder}/t.parquet")
+    assert (folder / "i.npz").read_bytes()[:2] == b"PK"
+    assert (folder / "t.parquet").read_bytes()[:4] == b"PAR1"
+    assert read_features(folder / "i.npz", "image_id").ids == [1000, 33, 7, "9-号"]
+
+
+# --- killed and run again
+
+
+# Runs the command and kills the process when the backend is asked for batch `at` of one of its two methods.
+KILLED = """
+import os, signal, sys
+from cn_clip.clip.backends.pytorch import TorchBackend
+from cn_clip.eval import extract_features
+from cn_clip.eval.feature_files import IdField, read_features
+method, at = sys.argv[1], int(sys.argv[2])
+encode, calls = getattr(TorchBackend, method), [0]
+def dying(self, inputs):
+    calls[0] += 1
+    if calls[0] == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(self, inputs)
+setattr(TorchBackend, method, dying)
+extract_features.main(sys.argv[3:])
+"""
+
+
+class Killed:
+    """A dataset of its own, and extraction that is killed, in this process or in one of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        texts = [jsonl_line(number, "猫狗鱼"[number % 3] * (number % 11) + "x" * (number % 2)) for number in range(90)]
+        (folder / "many_texts.jsonl").write_bytes(b"".join(texts))
+        self.flags = ["--extract-image-feats", "--extract-text-feats", f"--text-data={folder}/many_texts.jsonl"]
+        self.flags += ["--text-batch-size=4", "--img-batch-size=1"]
+        self.outputs = [folder / "many_texts.txt_feat.jsonl", folder / "many_imgs.img_feat.jsonl"]
+
+    def arguments(self, *more: str) -> list[str]:
+        return arguments(self.folder, *self.flags, *more)
+
+    def run(self, *more: str) -> list[bytes]:
+        extract_features.main(self.arguments(*more))
+        return [path.read_bytes() for path in self.outputs]
+
+    def interrupt(self, method: str, at: int, *more: str) -> None:
+        """Ends the extraction at a batch, as Ctrl-C does."""
+        encode = getattr(TorchBackend, method)
+        calls = [0]
+
+        def dying(backend: TorchBackend, inputs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == at:
+                raise KeyboardInterrupt
+            return encode(backend, inputs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TorchBackend, method, dying)
+            with pytest.raises(SystemExit, match="130"):
+                extract_features.main(self.arguments(*more))
+
+
+@pytest.fixture
+def killed(folder: Path) -> Killed:
+    return Killed(folder)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills up with the sizes of the batches that are computed."""
+    sizes: list[int] = []
+    for method in ("encode_tokens", "encode_pixels"):
+        encode = getattr(TorchBackend, method)
+
+        def counting(backend: TorchBackend, inputs: Any, encode: Any = encode) -> Any:
+            sizes.append(len(inputs))
+            return encode(backend, inputs)
+
+        monkeypatch.setattr(TorchBackend, method, counting)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("method", "at", "output", "rows"),
+    [("encode_tokens", 7, 0, 24), ("encode_pixels", 4, 1, 3)],
+    ids=["texts", "images"],
+)
+def test_a_killed_extraction_goes_on_and_ends_with_the_same_bytes(
+    killed: Killed, method: str, at: int, output: int, rows: int, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    expected = killed.run()
+    for path in killed.outputs[output:]:
+        path.unlink()
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", KILLED, method, str(at), *killed.arguments()]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not killed.outputs[output].exists()
+    partial = Path(f"{killed.outputs[output]}.partial")
+    with partial.open("ab") as stream:
+        stream.write(b"torn")  # the beginning of a row
+    sizes = counted(monkeypatch)
+    capsys.readouterr()
+    assert killed.run() == expected
+    assert f"{partial}: 已有 {rows} 条，从第 {rows + 1} 条继续 / {rows} rows are there" in capsys.readouterr().out
+    assert not list(killed.folder.glob("*.partial"))
+    texts = 15 * [4] + [2] if output == 1 else 9 * [4] + [2]
+    assert sizes == [*texts, *([1] if output == 1 else 4 * [1])]
+
+
+def test_a_batch_of_which_some_rows_are_lost_is_computed_as_a_whole(
+    killed: Killed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = ["--img-batch-size=3"]
+    expected = killed.run(*batches)
+    killed.interrupt("encode_tokens", 7, *batches)
+    cut(killed.outputs[0])
+    sizes = counted(monkeypatch)
+    killed.interrupt("encode_pixels", 2, *batches)
+    assert sizes == [*10 * [4], 2, 3]  # 20 of 62 texts were there
+    cut(killed.outputs[1])
+    del sizes[:]
+    assert killed.run(*batches) == expected
+    assert sizes == [*15 * [4], 2, 3, 1]
+
+
+def cut(output: Path) -> None:
+    """Takes the last row and a byte off what is computed."""
+    path = Path(f"{output}.partial")
+    os.truncate(path, path.stat().st_size - 4 * 24 - 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--text-batch-size=5"], "batch_size"),
+        (["--context-length=6"], "context_length"),
+        (["--precision=bf16"], "precision"),
+        (["--num-threads=1"], "num_threads"),
+    ],
+)
+def test_rows_of_other_settings_are_not_gone_on_with(
+    killed: Killed, flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed.flags.remove("--extract-image-feats")
+    killed.outputs.pop()
+    threads = torch.get_num_threads()
+    expected = killed.run(*flags)
+    killed.interrupt("encode_tokens", 3)
+    capsys.readouterr()
+    assert killed.run(*flags) == expected
+    torch.set_num_threads(threads)
+    assert f"starting again: it is of another extraction, with other {named}" in capsys.readouterr().out
+
+
+def test_rows_of_other_weights_or_other_texts_are_not_gone_on_with(
+    killed: Killed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed.interrupt("encode_tokens", 3)
+    (killed.folder / "tiny.pt").unlink()
+    save_tiny(killed.folder / "tiny.pt", seed=4)
+    expected = killed.run()
+    assert "with other model" in capsys.readouterr().out
+    assert killed.run() == expected
+    killed.interrupt("encode_tokens", 3)
+    path = killed.folder / "many_texts.jsonl"
+    path.write_bytes(path.read_bytes().replace("鱼".encode(), "鸟".encode(), 1))
+    capsys.readouterr()
+    assert killed.run() != expected
+    assert "with other data" in capsys.readouterr().out
+
+
+def test_rows_of_other_pictures_are_not_gone_on_with(killed: Killed, capsys: pytest.CaptureFixture[str]) -> None:
+    def build(colour: tuple[int, int, int]) -> None:
+        with LmdbWriter(killed.folder / "own", b"num_images") as writer:
+            for number in range(3):
+                writer.put(str(number).encode(), base64.b64encode(picture((*colour[:2], number))))
+
+    own = f"--image-data={killed.folder}/own"
+    build((1, 2, 3))
+    killed.interrupt("encode_pixels", 3, own)
+    shutil.rmtree(killed.folder / "own")
+    build((200, 100, 0))
+    capsys.readouterr()
+    first = killed.run(own)
+    assert "many_imgs.img_feat.jsonl.partial: 属于另一次提取（data 不同）" in capsys.readouterr().out
+    assert killed.run(own) == first
+
+
+def test_a_wrong_path_does_not_lose_the_rows_computed_before(
+    killed: Killed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed.interrupt("encode_tokens", 3)
+    assert refuses(capsys, *killed.arguments("--image-feat-output-path=/nowhere/i.jsonl"))[0] == 1
+    killed.run()
+    assert "已有 8 条" in capsys.readouterr().out
+
+
+def test_json_tells_that_it_goes_on_beside_the_object(killed: Killed, capsys: pytest.CaptureFixture[str]) -> None:
+    killed.interrupt("encode_tokens", 3)
+    capsys.readouterr()
+    killed.run("--json")
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["num_texts"] == 90
+    assert "continuing at row 9" in captured.err
+
+
 # --- what is refused
 
 
@@ -224,6 +447,29 @@ def test_cn_clip_features_is_the_same_command(folder: Path, monkeypatch: pytest.
         (["--extract-image-feats", "--resume=x.pt", "--img-batch-size=-1"], "--img-batch-size: expected at least 1"),
         (["--extract-text-feats", "--resume=x.pt", "--context-length=2"], "--context-length: expected at least 3"),
         (["--extract-image-feats", "--resume=x.pt", "--num-workers=-1"], "--num-workers: expected at least 0"),
+        (["--extract-image-feats", "--resume=x.pt", "--num-threads=0"], "--num-threads: expected at least 1"),
+        (
+            ["--extract-image-feats", "--resume=x.pt", "--precision=int8"],
+            "--precision: the torch backend computes in fp32 or bf16 or fp16, got 'int8'",
+        ),
+        (
+            ["--extract-image-feats", "--resume=x.pt", "--backend=openvino", "--precision=fp16"],
+            "--precision: the openvino backend computes in",
+        ),
+        (
+            ["--extract-image-feats", "--resume=x.pt", "--output-format=npz", "--image-feat-output-path=x.jsonl"],
+            "--output-format npz: the suffix of x.jsonl says jsonl",
+        ),
+        (
+            [
+                "--extract-image-feats",
+                "--extract-text-feats",
+                "--resume=x.pt",
+                "--image-feat-output-path=x.npz",
+                "--text-feat-output-path=x.npz",
+            ],
+            "both are x.npz",
+        ),
     ],
 )
 def test_wrong_settings_stop_with_status_2(flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

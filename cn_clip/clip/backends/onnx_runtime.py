@@ -81,7 +81,7 @@ def _provider(runtime: Any, device: str | None) -> tuple[str, list[Any]]:
     if provider not in available:
         raise ConfigError(
             f"device: this ONNX Runtime has no {provider}, only {', '.join(available)}; "
-            "install the build for GPUs: pip uninstall onnxruntime && pip install onnxruntime-gpu"
+            "use --device cpu, or install the build for GPUs: pip uninstall onnxruntime && pip install onnxruntime-gpu"
         )
     options = {"device_id": number} if number else {}
     leaned_on = {"cpu": [], "cuda": ["cpu"], "tensorrt": ["cuda", "cpu"]}[name]
