@@ -1,0 +1,215 @@
+"""The cache of exported models: made once, told in few lines, never believed when it is not whole."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cn_clip import zoo
+from cn_clip.clip import Encoder
+from cn_clip.clip.backends import exported
+from cn_clip.clip.backends.base import ExportedBackend
+from cn_clip.clip.backends.exported import DAMAGED, FIRST_USE, Source, tower_files
+from cn_clip.clip.backends.onnx_files import extra_path, onnx_path
+from cn_clip.clip.backends.opening import open_backend
+from cn_clip.clip.model import CLIP
+from cn_clip.errors import CheckpointError, ConfigError
+
+TEXTS = ["一只小狗", "红苹果"]
+APART = """
+import sys
+from cn_clip.clip.backends.exported import Source, tower_files
+print(tower_files(Source(sys.argv[1], download_root=sys.argv[2]), ["text"], sys.argv[3])["text"])
+"""
+# Killed when the weights of a float16 file are at their place and the file that names them is not.
+KILLED = """
+import os, signal, sys
+from cn_clip.clip.backends import onnx_files
+replace = os.replace
+def killing(source, target):
+    if str(target).endswith("fp16.onnx"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+onnx_files.os.replace = killing
+"""
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = CLIP.from_config(zoo.model_config("ViT-Tiny-64", "BERT-Tiny-chinese"))
+    path = tmp_path_factory.mktemp("weights") / "小模型.pt"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def both_processes(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[str, str]]]:
+    """A root whose cache two processes asked for at once, and what they printed to stdout and stderr."""
+    root = tmp_path_factory.mktemp("both")
+    runs = [start(APART, weights, root, "fp32") for _ in range(2)]
+    printed = [run.communicate(timeout=240) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], printed
+    return root, printed
+
+
+@pytest.fixture
+def root(both_processes: tuple[Path, object], tmp_path: Path) -> Path:
+    """A copy of a root where the text tower is exported in float32."""
+    return Path(shutil.copytree(both_processes[0], tmp_path / "root"))
+
+
+def start(code: str, *arguments: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def text_file(weights: Path, root: Path, form: str = "fp32") -> Path:
+    return onnx_path(Source(weights, download_root=root).folder() / "model", "text", form)
+
+
+def encoded(
+    weights: Path, root: Path, said: list[str], precision: str = "fp32"
+) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
+    backend = open_backend(
+        weights, backend="onnx", precision=precision, device="cpu", download_root=root, kinds=["text"], say=said.append
+    )
+    assert isinstance(backend, ExportedBackend)
+    return Encoder(backend).encode_texts(TEXTS)
+
+
+def test_two_processes_at_once_export_once_and_one_says_so(
+    weights: Path, both_processes: tuple[Path, list[tuple[str, str]]]
+) -> None:
+    root, printed = both_processes
+    path = text_file(weights, root)
+    assert [out for out, _ in printed] == [f"{path}\n"] * 2
+    said = sorted((err.splitlines() for _, err in printed), key=len)
+    assert said[0] == []
+    first, report = said[1]
+    assert first == f"{FIRST_USE} {weights} (text, fp32) -> {path.parent}"
+    assert report.startswith(
+        "model.txt.fp32.onnx: 与 float32 的余弦 / cosine to float32: min 1.000000, mean 1.000000 (32"
+    )
+    assert sorted(path.name for path in path.parent.iterdir()) == [".lock", "manifest.json", "model.txt.fp32.onnx"]
+
+
+def test_a_later_use_says_nothing_and_computes_what_pytorch_does(weights: Path, root: Path) -> None:
+    said: list[str] = []
+    rows = encoded(weights, root, said)
+    assert said == []
+    np.testing.assert_allclose(rows, Encoder(weights, device="cpu").encode_texts(TEXTS), atol=1e-5)
+
+
+def test_another_precision_is_made_of_the_float32_file_without_pytorch(weights: Path, root: Path) -> None:
+    code = APART + "assert 'torch' not in sys.modules, 'torch'"
+    run = start(code, weights, root, "int8")
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    assert out == f"{text_file(weights, root, 'int8')}\n"
+    first, report = err.splitlines()
+    assert first == f"{FIRST_USE} {weights} (text, int8) -> {text_file(weights, root).parent}"
+    assert report.startswith("model.txt.int8.onnx: 与 float32 的余弦 / cosine to float32: min 0.99")
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "gone"])
+def test_a_damaged_file_is_exported_again_once_with_one_line(weights: Path, root: Path, damage: str) -> None:
+    exact = encoded(weights, root, [])
+    path = text_file(weights, root)
+    size = path.stat().st_size
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-100] if damage == "cut" else b"\xff" * size)
+    said: list[str] = []
+    np.testing.assert_allclose(encoded(weights, root, said), exact, atol=1e-6)
+    assert [line.split(" /")[0] for line in said] == [DAMAGED.split(" /")[0], "model.txt.fp32.onnx: 与 float32 的余弦"]
+    assert path.stat().st_size == size
+    encoded(weights, root, said)
+    assert len(said) == 2
+
+
+def test_a_damaged_float32_file_does_not_spoil_what_is_made_of_it(weights: Path, root: Path) -> None:
+    path = text_file(weights, root)
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    said: list[str] = []
+    rows = encoded(weights, root, said, "fp16")
+    assert [line.split(" /")[0].split("：")[0] for line in said] == [
+        FIRST_USE.split(" /")[0],
+        DAMAGED.split(" /")[0],
+        "model.txt.fp32.onnx: 与 float32 的余弦",
+        "model.txt.fp16.onnx: 与 float32 的余弦",
+    ]
+    np.testing.assert_allclose(rows, Encoder(weights, device="cpu").encode_texts(TEXTS), atol=2e-3)
+
+
+def test_what_a_killed_export_leaves_is_not_taken_for_whole(weights: Path, root: Path) -> None:
+    run = start(KILLED + APART, weights, root, "fp16")
+    run.communicate(timeout=120)
+    assert run.returncode == -9
+    path = text_file(weights, root, "fp16")
+    assert extra_path(path).exists()
+    assert not path.exists()
+    assert (path.parent / exported.BUILDING).is_dir()
+    said: list[str] = []
+    encoded(weights, root, said, "fp16")
+    assert said[0].startswith(FIRST_USE)
+    assert len(said) == 2
+    assert path.exists()
+    assert not (path.parent / exported.BUILDING).exists()
+
+
+def test_a_fp16_file_whose_weights_are_gone_is_made_again(weights: Path, root: Path) -> None:
+    encoded(weights, root, [], "fp16")
+    extra_path(text_file(weights, root, "fp16")).unlink()
+    said: list[str] = []
+    encoded(weights, root, said, "fp16")
+    assert said[0].startswith(DAMAGED)
+
+
+def test_changed_weights_have_a_cache_of_their_own(weights: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copy(weights, tmp_path / "own.pt"))
+    before = Source(own, download_root=tmp_path).folder()
+    assert Source(own, download_root=tmp_path).folder() == before
+    assert Source(own, text="RBT3-chinese", download_root=tmp_path).folder() != before
+    status = own.stat()
+    os.utime(own, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    after = Source(own, download_root=tmp_path).folder()
+    assert after != before
+    assert after.parent == tmp_path / "exported"
+
+
+def test_a_model_that_cannot_be_exported_faithfully_leaves_no_file(
+    weights: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cn_clip.clip.backends.parity.TOLERANCES", {"int8": 1.0, "fp32": 0.9})
+    with pytest.raises(CheckpointError, match=r"model.txt.int8.onnx: differs from float32 by more than int8 may"):
+        encoded(weights, root, [], "int8")
+    folder = text_file(weights, root).parent
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "manifest.json", "model.txt.fp32.onnx"]
+
+
+def test_a_root_that_cannot_be_written_is_a_sentence(weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError) as caught:
+        tower_files(Source(weights, download_root=tmp_path / "file"), ["text"], "fp32")
+    assert str(caught.value).startswith(f"{tmp_path / 'file' / 'exported'}")
+    assert str(caught.value).endswith(
+        "exported models cannot be kept there (Not a directory); choose another download_root"
+    )
+
+
+def test_a_finished_cache_needs_no_lock_so_it_may_be_read_only(
+    weights: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise AssertionError("asked for the lock")
+
+    monkeypatch.setattr(exported, "_alone", refuse)
+    assert encoded(weights, root, []).shape == (2, 256)
