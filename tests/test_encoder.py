@@ -224,6 +224,21 @@ def test_any_object_with_the_two_methods_is_a_backend() -> None:
     assert backend.shapes == [(2, 3, 16, 16), (1, 3, 16, 16), (2, 4), (1, 5)]
 
 
+def test_the_backend_knows_its_usual_batch_sizes() -> None:
+    backend = FixedBackend()
+    backend.usual_batch_sizes = (2, 3)  # type: ignore[attr-defined]
+    encoder = Encoder(backend)
+    encoder.encode_images(pictures(3))
+    encoder.encode_texts(["狗"] * 4)
+    assert [shape[0] for shape in backend.shapes] == [2, 1, 3, 1]
+
+
+@pytest.mark.parametrize("setting", [{"precision": "bf16"}, {"backend": "onnx"}, {"num_threads": 2}, {"device": "cpu"}])
+def test_settings_for_a_backend_that_is_open_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="model: is a backend, opened with settings of its own"):
+        Encoder(FixedBackend(), **setting)
+
+
 def test_an_encoder_opens_files_by_path(tmp_path: Path, model: CLIP, encoder: Encoder) -> None:
     torch.save(model.state_dict(), tmp_path / "model.pt")
     for path in (tmp_path / "model.pt", str(tmp_path / "model.pt")):

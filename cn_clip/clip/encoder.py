@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from cn_clip.clip import tokenizer
-from cn_clip.clip.backends.base import Backend, BackendName, Pixels, Rows, TokenIds
+from cn_clip.clip.backends.base import USUAL_SIZES, Backend, BackendName, Pixels, Rows, TokenIds
 from cn_clip.clip.backends.opening import open_backend
 from cn_clip.clip.pictures import Picture, decoded_batches, open_picture
 from cn_clip.clip.transforms import Decode, ImageTransform, check_decode
@@ -72,9 +72,12 @@ class Encoder:
                 compile=compile,
             )
         elif _is_backend(model):
+            if (backend, device, precision, num_threads, compile) != ("torch", None, "fp32", None, False):
+                raise ConfigError("model: is a backend, opened with settings of its own; give it no others here")
             self.backend = model
         else:
-            self.backend = _over(model, backend, device=device, precision=precision, compile=compile)
+            settings = {"device": device, "precision": precision, "num_threads": num_threads, "compile": compile}
+            self.backend = _over(model, backend, **settings)
         self.context_length = context_length
 
     @cached_property
@@ -88,17 +91,23 @@ class Encoder:
         return self.backend.embed_dim
 
     def encode_images(
-        self, images: Iterable[Picture], *, batch_size: int = 32, progress: bool = False, num_threads: int = 2
+        self,
+        images: Iterable[Picture],
+        *,
+        batch_size: int | None = None,
+        progress: bool = False,
+        num_threads: int = 2,
     ) -> Rows:
         """Unit rows (N, D), float32, in the order given.
 
         images: paths, encoded bytes or PIL pictures. The next batch is decoded by threads while one is computed.
+        batch_size: default 32, on a GPU 256.
         Raises DataError naming the picture that cannot be read.
         """
         from PIL.Image import Image
 
         images = [images] if isinstance(images, (str, Path, bytes, Image)) else list(images)
-        _starts(images, batch_size)
+        batch_size = _size(batch_size, self._usual_sizes[0])
         with _bar(len(images), "picture", progress) as advance:
             batches = decoded_batches(
                 lambda number, out: self._decode(images[number], number, out),
@@ -109,22 +118,31 @@ class Encoder:
             )
             return self._joined(self._encode_pictures(pixels, advance) for _, pixels in batches)
 
-    def encode_texts(self, texts: Iterable[str], *, batch_size: int = 64, progress: bool = False) -> Rows:
-        """Unit rows (N, D), float32, in the order given. Texts of like length are computed together."""
+    def encode_texts(self, texts: Iterable[str], *, batch_size: int | None = None, progress: bool = False) -> Rows:
+        """Unit rows (N, D), float32, in the order given. Texts of like length are computed together.
+
+        batch_size: default 64, on a GPU 512.
+        """
         texts = [texts] if isinstance(texts, str) else list(texts)
         with _bar(len(texts), "text", progress) as advance:
             return self._joined(self.encode_text_windows(texts, batch_size=batch_size, advance=advance))
 
     def encode_text_windows(
-        self, texts: Sequence[str], *, batch_size: int = 64, advance: Advance | None = None
+        self, texts: Sequence[str], *, batch_size: int | None = None, advance: Advance | None = None
     ) -> Iterator[Rows]:
         """The rows of `encode_texts` in consecutive pieces, for writing while computing.
 
         advance: called with the number of texts of each batch done.
         """
+        batch_size = _size(batch_size, self._usual_sizes[1])
         for start in range(0, len(texts), SORTING_WINDOW):
             rows = tokenizer.encode(list(texts[start : start + SORTING_WINDOW]), self.context_length)
             yield self._encode_sorted(rows, batch_size, advance or (lambda _: None))
+
+    @property
+    def _usual_sizes(self) -> tuple[int, int]:
+        sizes: tuple[int, int] = getattr(self.backend, "usual_batch_sizes", USUAL_SIZES)
+        return sizes
 
     def _encode_sorted(self, rows: list[list[int]], batch_size: int, advance: Advance) -> Rows:
         output = np.empty((len(rows), self.embed_dim), dtype=np.float32)
@@ -149,7 +167,7 @@ class Encoder:
 def sorted_batches(rows: list[list[int]], batch_size: int) -> Iterator[tuple[list[int], TokenIds]]:
     """(places in `rows`, their token ids (B, L) padded to the longest of them), rows of like length together."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    for start in _starts(order, batch_size):
+    for start in range(0, len(order), _size(batch_size)):
         chosen = order[start : start + batch_size]
         longest = len(rows[chosen[-1]])
         yield chosen, tokenizer.pad([rows[index] for index in chosen], longest)
@@ -159,9 +177,7 @@ def _is_backend(model: "CLIP | Backend") -> "TypeGuard[Backend]":
     return hasattr(model, "encode_pixels")
 
 
-def _over(
-    model: "CLIP | Backend", backend: BackendName, *, device: "str | torch.device | None", precision: str, compile: bool
-) -> Backend:
+def _over(model: "CLIP | Backend", backend: BackendName, *, device: Any, **settings: Any) -> Backend:
     if backend != "torch":
         raise ConfigError(f"backend: {backend} runs models from a file or by name; save this one first")
     from cn_clip.clip.backends.pytorch import TorchBackend
@@ -170,13 +186,13 @@ def _over(
 
     if not isinstance(model, CLIP):
         raise TypeError(f"model: expected a name, a path, a CLIP or a Backend, got {type(model).__name__}")
-    return TorchBackend(model, device=device or default_device(), precision=precision, compile=compile)
+    return TorchBackend(model, device=device or default_device(), **settings)
 
 
-def _starts(items: Sequence[Any], batch_size: int) -> range:
-    if batch_size < 1:
+def _size(batch_size: int | None, usual: int = USUAL_SIZES[0]) -> int:
+    if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size: expected at least 1, got {batch_size}")
-    return range(0, len(items), batch_size)
+    return batch_size or usual
 
 
 @contextlib.contextmanager

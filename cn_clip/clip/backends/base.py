@@ -28,6 +28,11 @@ PRECISIONS: dict[BackendName, tuple[Precision, ...]] = {
 }
 
 
+# Pictures, and texts, in a batch when nobody says: enough to keep every core busy, few enough to stay in its cache.
+USUAL_SIZES = (32, 64)
+USUAL_SIZES_ON_GPU = (256, 512)
+
+
 class Backend(Protocol):
     """What runs the towers. `Encoder`, `eval`, `serve` and the benchmarks know nothing else of it.
 
@@ -132,6 +137,12 @@ class ExportedBackend:
     @property
     def embed_dim(self) -> int:
         return self._tower("image" if self.text is None else "text").facts.embed_dim
+
+    @property
+    def usual_batch_sizes(self) -> tuple[int, int]:
+        """Pictures, and texts, in a batch when nobody says."""
+        on_gpu = any(getattr(tower, "on_gpu", False) for tower in (self.image, self.text))
+        return USUAL_SIZES_ON_GPU if on_gpu else USUAL_SIZES
 
     @property
     def logit_scale(self) -> float | None:

@@ -32,6 +32,7 @@ class OnnxTower:
         runtime: Any = require("onnxruntime", extra="onnx", purpose="the onnx backend")
         self.place = str(path)
         self.provider, chosen = _provider(runtime, device)
+        self.on_gpu = self.provider != PROVIDERS["cpu"]
         settings = runtime.SessionOptions()
         settings.log_severity_level = 3  # errors alone; they come as exceptions too
         if num_threads is not None:

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from cn_clip.clip.backends.base import Pixels, Rows, TokenIds, check_precision
+from cn_clip.clip.backends.base import USUAL_SIZES, USUAL_SIZES_ON_GPU, Pixels, Rows, TokenIds, check_precision
 from cn_clip.clip.model import CLIP, convert_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,6 +35,7 @@ class TorchBackend:
             convert_weights(model, dtype)
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
+        self.usual_batch_sizes = USUAL_SIZES_ON_GPU if self.device.type == "cuda" else USUAL_SIZES
         self.resolution = model.resolution
         self.embed_dim = model.config.vision.embed_dim
         self.logit_scale = float(model.logit_scale.detach().exp())
