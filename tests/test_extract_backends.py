@@ -184,6 +184,14 @@ def test_only_the_file_that_is_needed_is_opened(exports: Workplace) -> None:
     extract_features_onnx.main([*exports.inputs("text"), *flags])
 
 
+def test_without_a_device_named_the_processor_serves_where_there_is_no_cuda(
+    exports: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    extract_features_onnx.main([*exports.inputs("text"), f"--onnx-text-model={exports.file('txt')}"])
+    assert f"=> opened '{exports.file('txt')}' (CPUExecutionProvider)" in capsys.readouterr().out
+
+
 def test_the_tensorrt_script_does_the_same_with_engines(
     exports: Workplace, by_torch: tuple[dict[str, np.ndarray], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
