@@ -1,0 +1,1 @@
+"""Indexes of pictures: the commands that build, change, check and search them."""

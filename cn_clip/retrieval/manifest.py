@@ -1,0 +1,197 @@
+"""The manifest of an index folder: which files count, and how long they are; `store` reads it, `writer` replaces it."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+from cn_clip.errors import DataError
+from cn_clip.jsonl import atomic_write
+
+EngineName: TypeAlias = Literal["exact", "usearch"]
+VectorType: TypeAlias = Literal["float32", "float16"]
+
+FORMAT = 1
+NAME = "manifest.json"
+_OWN_NAME = re.compile(r"(segment|removed|graph)-[0-9]{6,}(\.npy|\.usearch)?")
+_HASH_BYTES = 16
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model whose vectors an index holds.
+
+    name: a published name or the path of a weight file. fingerprint: of the weights, alike for every backend and
+    precision; "" when nobody said which model it was.
+    """
+
+    name: str
+    fingerprint: str
+    embed_dim: int
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Length in bytes and blake2b of a file."""
+
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class SegmentFacts:
+    """A folder of consecutive rows, and its files."""
+
+    name: str
+    num_rows: int
+    files: Mapping[str, FileFacts]
+
+
+@dataclass(frozen=True)
+class DerivedFacts:
+    """A file made of the segments: the removed rows, or the graph. next_key: it knows the rows of smaller keys."""
+
+    name: str
+    file: FileFacts
+    next_key: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A generation of an index. What it does not name is rubbish.
+
+    num_items: rows that are not removed. next_key: the key of the row that is added next; keys rise and never return.
+    source: what the index was built from, for who builds it again.
+    """
+
+    model: ModelInfo
+    engine: EngineName = "exact"
+    vector_type: VectorType = "float32"
+    generation: int = 0
+    num_items: int = 0
+    next_key: int = 0
+    segments: tuple[SegmentFacts, ...] = ()
+    removed: DerivedFacts | None = None
+    graph: DerivedFacts | None = None
+    source: str = ""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all segments, removed ones included."""
+        return sum(segment.num_rows for segment in self.segments)
+
+    def files(self) -> Iterator[tuple[str, FileFacts]]:
+        """The files that count, by their paths in the folder."""
+        for segment in self.segments:
+            for name, facts in segment.files.items():
+                yield f"{segment.name}/{name}", facts
+        for derived in (self.removed, self.graph):
+            if derived is not None:
+                yield derived.name, derived.file
+
+    def names(self) -> set[str]:
+        """What of the folder's entries counts."""
+        return {name.split("/")[0] for name, _ in self.files()}
+
+
+def read(folder: Path) -> Manifest:
+    """Raises DataError when there is no index, or one that this version cannot read."""
+    path = folder / NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            f"{folder}: is no index; build one with: cn-clip index build PICTURES --output {folder}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); build the index again") from error
+    try:
+        return _parse(json.loads(text))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: is damaged ({type(error).__name__}: {error}); build the index again") from error
+
+
+def write(folder: Path, manifest: Manifest) -> Manifest:
+    """Replaces the manifest by one of the next generation, which it returns; from then on that one counts."""
+    following = replace(manifest, generation=manifest.generation + 1)
+    with atomic_write(folder / NAME) as stream:
+        json.dump({"format": FORMAT, **asdict(following)}, stream, indent=1)
+    sync_folder(folder)
+    return following
+
+
+def facts_of(path: Path) -> FileFacts:
+    """The facts of a file as it is now; raises OSError."""
+    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+        return FileFacts(stream.tell(), digest.hexdigest())
+
+
+def check_size(path: Path, facts: FileFacts) -> None:
+    """Raises DataError naming a file that is missing or of another length; FileNotFoundError for a missing one is its
+    cause."""
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; {ADVICE}") from error
+    if found != facts.bytes:
+        raise DataError(f"{path}: expected {facts.bytes} bytes, found {found}; {ADVICE}")
+
+
+ADVICE = "see `cn-clip index check`, which repairs what can be with --repair"
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder last over a power cut, where the system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # nor do some network disks sync them
+        pass
+    finally:
+        os.close(handle)
+
+
+def is_own(name: str) -> bool:
+    """Whether an entry of an index folder is of a name that only the writers of indexes give."""
+    return bool(_OWN_NAME.fullmatch(name))
+
+
+def _parse(values: Any) -> Manifest:
+    if values["format"] != FORMAT:
+        raise DataError(f"is of format {values['format']!r}, this version reads {FORMAT}; build the index again")
+    known: dict[str, Any] = {name: values[name] for name in Manifest.__dataclass_fields__}
+    known["model"] = ModelInfo(**known["model"])
+    known["segments"] = tuple(_segment(one) for one in known["segments"])
+    for name in ("removed", "graph"):
+        known[name] = known[name] and _derived(known[name])
+    manifest = Manifest(**known)
+    strange = sorted(name for name in manifest.names() if not is_own(name))
+    numbers = [manifest.generation, manifest.num_items, manifest.next_key, manifest.model.embed_dim]
+    if strange or any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"names {strange}, numbers {numbers}")
+    if manifest.engine not in get_args(EngineName) or manifest.vector_type not in get_args(VectorType):
+        raise DataError(f"names the engine {manifest.engine!r} and vectors of {manifest.vector_type!r}, both unknown")
+    return manifest
+
+
+def _segment(values: dict[str, Any]) -> SegmentFacts:
+    files = {name: FileFacts(**facts) for name, facts in values["files"].items()}
+    if any("/" in name or name.startswith(".") for name in files):
+        raise ValueError(f"file names {sorted(files)}")
+    return SegmentFacts(values["name"], values["num_rows"], files)
+
+
+def _derived(values: dict[str, Any]) -> DerivedFacts:
+    return DerivedFacts(values["name"], FileFacts(**values["file"]), values["next_key"])

@@ -1,0 +1,232 @@
+"""An index on disk, opened for searching: vectors with ids, metadata and thumbnails. `writer` makes and changes it.
+
+from cn_clip.retrieval.store import open_index
+index = open_index("photos.index")
+hits = index.search(vectors_QD, 10, where="group=动物")[0]
+"""
+
+# Q queries, N rows of all segments, removed ones included, D dimensions
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.retrieval import filters, manifest
+from cn_clip.retrieval.engines import Engine, ExactEngine, GraphEngine, Mask, Rows, open_graph
+from cn_clip.retrieval.manifest import Manifest, ModelInfo
+from cn_clip.retrieval.segments import FloatArray, IntArray, ItemId, Segment
+
+__all__ = ["Hit", "Index", "ItemId", "ModelInfo", "open_index"]
+
+logger = logging.getLogger(__name__)
+
+_MASKS_KEPT = 8
+
+
+class Hit(NamedTuple):
+    """A found item. score: the inner product with the query, a cosine for unit vectors."""
+
+    id: ItemId
+    score: float
+    metadata: dict[str, Any]
+
+
+def open_index(path: str | os.PathLike[str]) -> "Index":
+    """The index of a folder as it is now; a writer that goes on meanwhile does not change what was opened.
+
+    Raises DataError when there is no index, or naming the file that is missing or not as long as it was written.
+    """
+    folder = Path(path)
+    while True:
+        facts = manifest.read(folder)
+        try:
+            return Index(Snapshot.open(folder, facts))
+        except DataError as error:
+            # A writer may have merged the segments away after the manifest was read: then there is a newer one.
+            if not isinstance(error.__cause__, OSError) or manifest.read(folder).generation == facts.generation:
+                raise
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One generation of an index: its rows, and which of them are not removed."""
+
+    folder: Path
+    manifest: Manifest
+    rows: Rows
+    alive_N: Mask
+
+    @classmethod
+    def open(cls, folder: Path, facts: Manifest) -> "Snapshot":
+        """Raises DataError as `open_index`."""
+        embed_dim = facts.model.embed_dim
+        rows = Rows([Segment(folder / one.name, one, embed_dim) for one in facts.segments])
+        alive_N = np.ones(len(rows), dtype=np.bool_)
+        if facts.removed is not None:
+            alive_N[np.isin(rows.keys_N, removed_keys(folder, facts))] = False
+        if int(alive_N.sum()) != facts.num_items:
+            raise DataError(
+                f"{folder}: holds {int(alive_N.sum())} items, its manifest says {facts.num_items}; {manifest.ADVICE}"
+            )
+        return cls(folder, facts, rows, alive_N)
+
+    def items(self) -> Iterator[tuple[int, ItemId, dict[str, Any]]]:
+        """(place, id, metadata) of the items, in order of insertion."""
+        for place in np.flatnonzero(self.alive_N):
+            segment, row = self.rows.segment_of(int(place))
+            yield (int(place), *segment.item(row))
+
+
+def removed_keys(folder: Path, facts: Manifest) -> IntArray:
+    """The keys of the removed rows; raises DataError when their file is not as it was written."""
+    if facts.removed is None:
+        return np.empty(0, dtype=np.int64)
+    path = folder / facts.removed.name
+    manifest.check_size(path, facts.removed.file)
+    try:
+        keys: IntArray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {manifest.ADVICE}") from error
+    return keys
+
+
+class Index:
+    """Items with their vectors. Several threads may search one index at once."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.folder = snapshot.folder
+        self.manifest = snapshot.manifest
+        self._masks: dict[str, Mask] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model of the vectors: name, fingerprint, embed_dim."""
+        return self.manifest.model
+
+    @property
+    def generation(self) -> int:
+        """Rises with every change of the index on disk; that of the folder may be ahead."""
+        return self.manifest.generation
+
+    def __len__(self) -> int:
+        return self.manifest.num_items
+
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self._places
+
+    @property
+    def ids(self) -> list[ItemId]:
+        """All ids, in order of insertion."""
+        return list(self._places)
+
+    def search(
+        self, vectors_QD: FloatArray, k: int, *, where: str | None = None, min_score: float | None = None
+    ) -> list[list[Hit]]:
+        """The up to k best items of each query, best first, equal scores in order of insertion.
+
+        vectors_QD: finite float32. where: a condition on metadata, see `filters.parse`. min_score: the least score.
+        Raises ConfigError for k below 1 or a faulty condition, DataError for vectors of another shape or type.
+        """
+        if k < 1:
+            raise ConfigError(f"k: expected at least 1, got {k}")
+        queries_QD = self._checked(vectors_QD)
+        allowed_N = self.snapshot.alive_N if where is None else self._mask(where)
+        if not allowed_N.any():
+            return [[] for _ in queries_QD]
+        found = self.engine.search(queries_QD, k, allowed_N)
+        return [self._hits(places, scores, min_score) for places, scores in found]
+
+    def vector(self, item_id: ItemId) -> FloatArray:
+        """The vector (D,) of an item, float32; raises DataError for an unknown id."""
+        vector_D: FloatArray = self.snapshot.rows.gather(np.array([self._place(item_id)]))[0]
+        return vector_D
+
+    def metadata(self, item_id: ItemId) -> dict[str, Any]:
+        """What is known of an item; raises DataError for an unknown id."""
+        segment, row = self.snapshot.rows.segment_of(self._place(item_id))
+        return segment.item(row)[1]
+
+    def thumbnail(self, item_id: ItemId) -> bytes | None:
+        """A small JPEG; None for an unknown id, or an item without a picture."""
+        place = self._places.get(item_id)
+        if place is None:
+            return None
+        segment, row = self.snapshot.rows.segment_of(place)
+        return segment.thumbnail(row) or None
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What searches: the graph where there is one that fits, else the exact engine."""
+        snapshot, graph = self.snapshot, self.manifest.graph
+        if self.manifest.engine == "exact" or graph is None:
+            return ExactEngine(snapshot.rows)
+        path = self.folder / graph.name
+        try:
+            manifest.check_size(path, graph.file)
+            opened = open_graph(path, self.model.embed_dim, self.manifest.next_key)
+        except DataError as error:
+            logger.warning("%s; searching without it, exactly (repair: cn-clip index check --repair)", error)
+            return ExactEngine(snapshot.rows)
+        return GraphEngine(snapshot.rows, opened, graph.next_key)
+
+    def _checked(self, vectors_QD: FloatArray) -> FloatArray:
+        expected = f"{self.folder}: expected float32 queries of the shape (Q, {self.model.embed_dim})"
+        if vectors_QD.ndim != 2 or vectors_QD.shape[1] != self.model.embed_dim or vectors_QD.dtype != np.float32:
+            raise DataError(f"{expected}, got {vectors_QD.dtype} {vectors_QD.shape}")
+        if not np.isfinite(vectors_QD).all():
+            raise DataError(f"{expected}, all finite; some hold NaN or infinity")
+        return vectors_QD
+
+    def _hits(self, places: IntArray, scores: FloatArray, min_score: float | None) -> list[Hit]:
+        hits = []
+        for place, score in zip(places.tolist(), scores.tolist(), strict=True):
+            if min_score is not None and score < min_score:
+                break
+            segment, row = self.snapshot.rows.segment_of(place)
+            item_id, metadata = segment.item(row)
+            hits.append(Hit(item_id, score, metadata))
+        return hits
+
+    def _mask(self, where: str) -> Mask:
+        condition = filters.parse(where)
+        with self._lock:
+            if where not in self._masks:
+                mask_N = np.zeros(len(self.snapshot.rows), dtype=np.bool_)
+                mask_N[[place for place, _, values in self.snapshot.items() if condition.admits(values)]] = True
+                while len(self._masks) >= _MASKS_KEPT:
+                    del self._masks[next(iter(self._masks))]
+                self._masks[where] = mask_N
+            return self._masks[where]
+
+    @cached_property
+    def _places(self) -> dict[ItemId, int]:
+        return {item_id: place for place, item_id, _ in self.snapshot.items()}
+
+    def _place(self, item_id: ItemId) -> int:
+        with contextlib.suppress(KeyError):
+            return self._places[item_id]
+        raise DataError(f"{self.folder}: has no item {item_id!r}")
+
+
+def same_model(found: ModelInfo, given: ModelInfo, folder: Path) -> None:
+    """Raises ConfigError naming both models when vectors of the one cannot be compared with those of the other."""
+    if not found.fingerprint:
+        raise ConfigError(
+            f"{folder}: nobody said of which model its vectors are; build it again with --model, or search with --id"
+        )
+    if found.fingerprint != given.fingerprint:
+        raise ConfigError(
+            f"{folder}: its vectors are of the model {found.name} ({found.fingerprint}), not of {given.name} "
+            f"({given.fingerprint}); give --model {found.name}, or build another index"
+        )

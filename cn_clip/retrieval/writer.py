@@ -1,0 +1,327 @@
+"""Changes an index on disk, so that a process killed at any moment loses nothing that a commit returned from."""
+
+# N rows of all segments, removed ones included, D dimensions
+
+import contextlib
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.jsonl import atomic_write
+from cn_clip.retrieval import manifest
+from cn_clip.retrieval.engines import SMALLEST_GRAPH, Mask, Rows, extended_graph, require_usearch
+from cn_clip.retrieval.manifest import DerivedFacts, EngineName, Manifest, SegmentFacts
+from cn_clip.retrieval.segments import (
+    IntArray,
+    ItemId,
+    Row,
+    Segment,
+    facts_of_segment,
+    item_line,
+    write_segment,
+)
+from cn_clip.retrieval.store import Snapshot, removed_keys
+
+LOCK = ".lock"
+BUILDING = ".building"
+# So many segments of like size become one: then an index of n commits has some log(n) of them.
+SEGMENTS_OF_A_SIZE = 8
+# All is written anew once this share of the rows is removed.
+LARGEST_SHARE_REMOVED = 0.25
+
+
+@dataclass(frozen=True)
+class NewItem:
+    """An item to add. vector_D: finite, as long as the index wants; metadata: what JSON holds; thumbnail: a JPEG."""
+
+    id: ItemId
+    vector_D: NDArray[np.floating]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    thumbnail: bytes = b""
+
+
+@contextlib.contextmanager
+def open_writer(
+    folder: Path, create: Manifest | None = None, *, without: Collection[str] = ()
+) -> "Iterator[IndexWriter]":
+    """The one writer of an index; leaving the context gives the lock back, and does nothing else.
+
+    create: what to begin with where there is no index yet. without: segments that count no more, being damaged, from
+    the first commit on. Raises ConfigError when another process is writing or the folder holds something else,
+    DataError when the index cannot be read or the folder not be written.
+    """
+    from filelock import FileLock, Timeout
+
+    with contextlib.ExitStack() as stack:
+        try:
+            if create is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            elif not folder.is_dir():
+                manifest.read(folder)
+            stack.enter_context(FileLock(os.fspath(folder / LOCK), timeout=0))
+        except Timeout as error:
+            raise ConfigError(
+                f"{folder}: another process is changing this index; wait for it, or choose another folder"
+            ) from error
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+        if create is not None and not (folder / manifest.NAME).exists():
+            _begin(folder, create)
+        yield IndexWriter(_snapshot(folder, without))
+
+
+def _begin(folder: Path, create: Manifest) -> None:
+    strange = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    if strange:
+        raise ConfigError(f"{folder}: is no index and holds {strange[0]!r}; choose an empty folder or a new name")
+    if create.engine == "usearch":
+        require_usearch()
+    manifest.write(folder, create)
+
+
+def _snapshot(folder: Path, without: Collection[str]) -> Snapshot:
+    facts = manifest.read(folder)
+    if not without:
+        return Snapshot.open(folder, facts)
+    kept = replace(facts, segments=tuple(one for one in facts.segments if one.name not in without))
+    rows = Rows([Segment(folder / one.name, one, facts.model.embed_dim) for one in kept.segments])
+    return _with(Snapshot(folder, kept, rows, _alive(rows, removed_keys(folder, facts))))
+
+
+class IndexWriter:
+    """Adds and removes items. Every commit is a generation that readers see whole."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._keys = {item_id: int(snapshot.rows.keys_N[place]) for place, item_id, _ in snapshot.items()}
+        self._removed = removed_keys(self.folder, self.manifest)
+        self._graph_is_old = False
+        self._tidy()
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the index."""
+        return self._snapshot.folder
+
+    @property
+    def manifest(self) -> Manifest:
+        """The generation on disk."""
+        return self._snapshot.manifest
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self._keys
+
+    def items(self) -> Iterator[tuple[ItemId, dict[str, Any]]]:
+        """(id, metadata) in order of insertion."""
+        for _, item_id, metadata in self._snapshot.items():
+            yield item_id, metadata
+
+    def stored(self, item_id: ItemId) -> NewItem:
+        """An item of the index, as it would be added again."""
+        place = int(np.searchsorted(self._snapshot.rows.keys_N, self._keys[item_id]))
+        segment, row = self._snapshot.rows.segment_of(place)
+        return NewItem(item_id, segment.vectors_ND[row], segment.item(row)[1], segment.thumbnail(row))
+
+    def describe(self, *, engine: EngineName, source: str) -> None:
+        """Sets what the manifest says besides the items."""
+        if engine == "usearch":
+            require_usearch()
+        if (engine, source) != (self.manifest.engine, self.manifest.source):
+            graph = self.manifest.graph if engine == "usearch" else None
+            self._write(replace(self.manifest, engine=engine, source=source, graph=graph))
+            self._tidy()
+
+    def commit(self, items: Sequence[NewItem] = (), remove: Iterable[ItemId] = ()) -> None:
+        """Adds items, in place of those of the same id, and removes others; ids that are not there are passed over.
+
+        When it returns, the change is on disk; before that, nobody sees any of it. Raises DataError, with nothing
+        changed, for an id that comes twice, a vector of another length or not finite, metadata that JSON cannot hold,
+        and when the disk is full.
+        """
+        dropped = list(dict.fromkeys([*remove, *(item.id for item in items)]))
+        gone = [self._keys[one] for one in dropped if one in self._keys]
+        if not items and not gone:
+            return
+        lines = self._checked(items)
+        first = self.manifest.next_key
+        rows = [
+            Row(first + place, item.vector_D, line, item.thumbnail)
+            for place, (item, line) in enumerate(zip(items, lines, strict=True))
+        ]
+        with self._writing():
+            added = [self._write_segment(rows, len(rows))] if rows else []
+            removed = np.union1d(self._removed, np.array(gone, dtype=np.int64))
+            facts = replace(
+                self.manifest,
+                next_key=first + len(rows),
+                segments=(*self.manifest.segments, *added),
+            )
+            self._change(facts, removed)
+        for item_id in dropped:
+            self._keys.pop(item_id, None)
+        self._keys.update({item.id: row.key for item, row in zip(items, rows, strict=True)})
+        self._graph_is_old |= bool(gone)
+        with self._writing():
+            self._merge()
+        self._tidy()
+
+    def finish(self) -> None:
+        """Brings the graph up to the items, where the engine has one; a damaged one is built anew."""
+        facts = self.manifest
+        if facts.engine == "exact":
+            return
+        is_old = self._graph_is_old or facts.graph is None or facts.graph.next_key != facts.next_key
+        with self._writing():
+            if len(self) < SMALLEST_GRAPH:
+                if facts.graph is not None:
+                    self._write(replace(facts, graph=None))
+            elif is_old or not self._has_whole_graph():
+                self._write(replace(facts, graph=self._write_graph()))
+        self._graph_is_old = False
+        self._tidy()
+
+    def _checked(self, items: Sequence[NewItem]) -> list[bytes]:
+        embed_dim = self.manifest.model.embed_dim
+        if len({item.id for item in items}) < len(items):
+            ids = [item.id for item in items]
+            raise DataError(f"id {next(one for one in ids if ids.count(one) > 1)!r}: comes twice in one commit")
+        for item in items:
+            if item.vector_D.shape != (embed_dim,):
+                raise DataError(
+                    f"id {item.id!r}: expected a vector of {embed_dim} numbers, got the shape {item.vector_D.shape}"
+                )
+            with np.errstate(over="ignore"):
+                if not np.isfinite(item.vector_D.astype(self.manifest.vector_type)).all():
+                    raise DataError(f"id {item.id!r}: its vector holds NaN, infinity or what becomes infinity")
+        return [item_line(item.id, item.metadata) for item in items]
+
+    def _change(self, facts: Manifest, removed: IntArray) -> None:
+        """Writes a generation of other segments or other removed rows."""
+        segments = {segment.folder.name: segment for segment in self._snapshot.rows.segments}
+        rows = Rows([segments.get(one.name) or self._open(one) for one in facts.segments])
+        removed = removed[np.isin(removed, rows.keys_N)]
+        alive_N = _alive(rows, removed)
+        entry = self._write_removed(removed) if len(removed) else None
+        facts = manifest.write(self.folder, replace(facts, removed=entry, num_items=int(alive_N.sum())))
+        self._snapshot, self._removed = Snapshot(self.folder, facts, rows, alive_N), removed
+
+    def _write(self, facts: Manifest) -> None:
+        self._snapshot = replace(self._snapshot, manifest=manifest.write(self.folder, facts))
+
+    def _open(self, facts: SegmentFacts) -> Segment:
+        return Segment(self.folder / facts.name, facts, self.manifest.model.embed_dim)
+
+    def _fresh(self, kind: str, suffix: str = "") -> Path:
+        """A path that no generation has used."""
+        return self.folder / f"{kind}-{self.manifest.generation + 1:06d}{suffix}"
+
+    def _write_segment(self, rows: Iterable[Row], num_rows: int) -> SegmentFacts:
+        building, place = self.folder / BUILDING, self._fresh("segment")
+        for rubbish in (building, place):
+            _remove(rubbish)
+        write_segment(building, rows, num_rows, self.manifest.model.embed_dim, self.manifest.vector_type)
+        os.replace(building, place)
+        return facts_of_segment(place, num_rows)
+
+    def _write_removed(self, keys: IntArray) -> DerivedFacts:
+        path, content = self._fresh("removed", ".npy"), BytesIO()
+        np.save(content, keys)
+        with atomic_write(path, "wb") as stream:
+            stream.write(content.getvalue())
+        return DerivedFacts(path.name, manifest.facts_of(path), self.manifest.next_key)
+
+    def _merge(self) -> None:
+        segments = self._snapshot.rows.segments
+        count = _num_to_merge([len(segment) for segment in segments])
+        if len(self._removed) > LARGEST_SHARE_REMOVED * self.manifest.num_rows:
+            count = len(segments)
+        if not count:
+            return
+        first = len(segments) - count
+        alive_N, starts = self._snapshot.alive_N, self._snapshot.rows.starts
+        num_rows = int(alive_N[starts[first] :].sum())
+        rows = (
+            row
+            for segment, start in zip(segments[first:], starts[first:], strict=False)
+            for row in segment.rows(np.flatnonzero(alive_N[start : start + len(segment)]))
+        )
+        merged = [self._write_segment(rows, num_rows)] if num_rows else []
+        self._change(replace(self.manifest, segments=(*self.manifest.segments[:first], *merged)), self._removed)
+
+    def _has_whole_graph(self) -> bool:
+        graph = self.manifest.graph
+        with contextlib.suppress(OSError):
+            return graph is not None and manifest.facts_of(self.folder / graph.name) == graph.file
+        return False
+
+    def _write_graph(self) -> DerivedFacts:
+        before, facts = self.manifest.graph, self.manifest
+        known = (self.folder / before.name, before.next_key) if before and self._has_whole_graph() else (None, 0)
+        graph = extended_graph(known[0], self._snapshot.rows, self._snapshot.alive_N, known[1])
+        building, path = self.folder / BUILDING, self._fresh("graph", ".usearch")
+        for rubbish in (building, path):
+            _remove(rubbish)
+        graph.save(str(building))
+        with open(building, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(building, path)
+        return DerivedFacts(path.name, manifest.facts_of(path), facts.next_key)
+
+    def _tidy(self) -> None:
+        """Removes what no manifest names: of commits that were killed, and of generations before."""
+        counted = self.manifest.names()
+        for entry in self.folder.iterdir():
+            is_temporary = entry.name == BUILDING or (entry.name.startswith(".") and entry.name.endswith(".tmp"))
+            if is_temporary or (manifest.is_own(entry.name) and entry.name not in counted):
+                with contextlib.suppress(OSError):  # Windows removes nothing that a reader has mapped
+                    _remove(entry)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self.folder}: cannot be written ({error.strerror}); all that was reported done is kept: free some "
+                "space and run the command again"
+            ) from error
+
+
+def _with(snapshot: Snapshot) -> Snapshot:
+    return replace(snapshot, manifest=replace(snapshot.manifest, num_items=int(snapshot.alive_N.sum())))
+
+
+def _alive(rows: Rows, removed: IntArray) -> Mask:
+    alive_N: Mask = ~np.isin(rows.keys_N, removed)
+    return alive_N
+
+
+def _num_to_merge(sizes: Sequence[int]) -> int:
+    """How many of the last segments to make one of, or 0: enough of some size, not a large one for few rows more."""
+    bound = 1
+    while True:
+        count = next((n for n, size in enumerate(reversed(sizes)) if size > bound), len(sizes))
+        merged = sizes[len(sizes) - count :]
+        if count >= SEGMENTS_OF_A_SIZE and sum(merged) >= 2 * max(merged):
+            return count
+        if count == len(sizes):
+            return 0
+        bound *= SEGMENTS_OF_A_SIZE
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

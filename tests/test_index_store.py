@@ -1,0 +1,435 @@
+"""Indexes on disk: what is found, what survives kills, damage and other processes; alike for both engines."""
+
+# N items, D dimensions
+
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.retrieval import engines, flat, manifest, store, writer
+from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo
+from cn_clip.retrieval.store import Index, ItemId, open_index
+from cn_clip.retrieval.writer import NewItem, open_writer
+
+ENGINES: tuple[EngineName, ...] = ("exact", "usearch")
+DIM = 16
+MODEL = ModelInfo("Tiny", "0123", DIM)
+
+Vectors = NDArray[np.float32]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> EngineName:
+    """Both engines; the graph is used from a few rows on, so that tests stay small."""
+    monkeypatch.setattr(engines, "SMALLEST_GRAPH", 8)
+    monkeypatch.setattr(writer, "SMALLEST_GRAPH", 8)
+    chosen: EngineName = request.param
+    return chosen
+
+
+def unit(count: int, *, seed: int = 0, dim: int = DIM) -> Vectors:
+    """Random unit rows."""
+    rows = np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
+    unit_rows: Vectors = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit_rows
+
+
+def items(vectors: Vectors, *, first: int = 0, **common: Any) -> list[NewItem]:
+    """Items number first, first + 1, ... ids alternate between int and str."""
+    return [
+        NewItem(number if number % 2 else f"图{number}", vector, {"number": number, **common}, b"jpg%d" % number)
+        for number, vector in enumerate(vectors, start=first)
+    ]
+
+
+def build(folder: Path, vectors: Vectors, *, engine: EngineName = "exact", size: int = 10, **settings: Any) -> Index:
+    """An index in segments of `size` items."""
+    with open_writer(folder, Manifest(MODEL, engine=engine, **settings)) as opened:
+        for start in range(0, len(vectors), size):
+            opened.commit(items(vectors[start : start + size], first=start))
+        opened.finish()
+    return open_index(folder)
+
+
+def found(index: Index, queries: Vectors, k: int, **settings: Any) -> list[list[ItemId]]:
+    """The ids found."""
+    return [[hit.id for hit in hits] for hits in index.search(queries, k, **settings)]
+
+
+# --- what is found
+
+
+def test_found_are_the_best_with_their_metadata_and_thumbnails(tmp_path: Path, engine: EngineName) -> None:
+    vectors = np.eye(DIM, dtype=np.float32)
+    index = build(tmp_path / "i", vectors, engine=engine)
+    query = np.zeros((1, DIM), dtype=np.float32)
+    query[0, [3, 6]] = 0.5, 1.0
+    best, second, third = index.search(query, 3)[0]
+    assert (best.id, best.score, best.metadata) == ("图6", 1.0, {"number": 6})
+    assert (second.id, second.score) == (3, 0.5)
+    assert (third.id, third.score) == ("图0", 0.0)  # of equal scores the one added first
+    assert (index.thumbnail("图6"), index.thumbnail(3), index.thumbnail("absent")) == (b"jpg6", b"jpg3", None)
+    assert (len(index), index.model, 3 in index, "3" in index) == (DIM, MODEL, True, False)
+
+
+@pytest.mark.parametrize("vector_type", ["float32", "float16"])
+def test_exact_engine_finds_what_flat_top_k_finds(tmp_path: Path, vector_type: str) -> None:
+    vectors, queries = unit(300), unit(7, seed=1)
+    vectors[200:] = vectors[:100]  # ties
+    index = build(tmp_path / "i", vectors, size=70, vector_type=vector_type)
+    expected = flat.top_k(queries, vectors.astype(vector_type).astype(np.float32), 25)
+    results = index.search(queries, 25)
+    assert [[hit.metadata["number"] for hit in hits] for hits in results] == expected.indices.tolist()
+    assert [[hit.score for hit in hits] for hits in results] == expected.scores.tolist()
+
+
+def test_exact_engine_in_small_blocks_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = build(tmp_path / "i", unit(90), size=40)
+    expected = index.search(unit(3, seed=1), 9, where="number>=7")
+    monkeypatch.setattr(engines, "BLOCK", 7)
+    assert index.search(unit(3, seed=1), 9, where="number>=7") == expected
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered"])
+def test_recall_of_the_graph_at_10_is_at_least_95_percent(tmp_path: Path, kind: str) -> None:
+    vectors, queries = unit(4000, dim=64), unit(100, seed=1, dim=64)
+    if kind == "clustered":
+        centres = unit(20, seed=2, dim=64)
+        rows = [centres[np.arange(len(some)) % 20] + 0.3 * some for some in (vectors, queries)]
+        vectors, queries = (some / np.linalg.norm(some, axis=1, keepdims=True) for some in rows)
+    model = ModelInfo("Tiny", "0123", 64)
+    with open_writer(tmp_path / "i", Manifest(model, engine="usearch")) as opened:
+        opened.commit(items(vectors))
+        opened.finish()
+    index = open_index(tmp_path / "i")
+    assert isinstance(index.engine, engines.GraphEngine)
+    exact = flat.top_k(queries, vectors, 10).indices
+    hits = [{hit.metadata["number"] for hit in some} for some in index.search(queries, 10)]
+    recall = np.mean([len(some & set(best)) / 10 for some, best in zip(hits, exact.tolist(), strict=True)])
+    assert recall >= 0.95
+
+
+def test_graph_answers_itself_and_not_by_the_exact_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = build(tmp_path / "i", unit(1500), engine="usearch", size=1500)
+    monkeypatch.setattr(engines.ExactEngine, "search", None)
+    assert found(index, unit(1500)[:2], 1) == [["图0"], [1]]
+    assert found(index, unit(1500)[:2], 1, where="number<1400") == [["图0"], [1]]
+
+
+def test_filter_narrows_and_k_may_exceed_what_is_left(tmp_path: Path, engine: EngineName) -> None:
+    index = build(tmp_path / "i", unit(100), engine=engine)
+    hits = index.search(unit(2, seed=1), 50, where="number>=95")
+    assert [sorted(hit.metadata["number"] for hit in some) for some in hits] == [[95, 96, 97, 98, 99]] * 2
+    assert index.search(unit(2, seed=1), 5, where="number>=100") == [[], []]
+    assert [len(some) for some in index.search(unit(1, seed=1), 500)] == [100]
+
+
+def test_least_score_cuts_the_results(tmp_path: Path, engine: EngineName) -> None:
+    index = build(tmp_path / "i", np.eye(DIM, dtype=np.float32), engine=engine)
+    assert found(index, np.eye(DIM, dtype=np.float32)[5:6], 4, min_score=1.0) == [[5]]
+    assert found(index, np.eye(DIM, dtype=np.float32)[5:6], 4, min_score=1.1) == [[]]
+
+
+def test_empty_index_finds_nothing(tmp_path: Path, engine: EngineName) -> None:
+    index = build(tmp_path / "i", unit(0), engine=engine)
+    assert (len(index), index.search(unit(2), 5)) == (0, [[], []])
+
+
+@pytest.mark.parametrize(
+    ("queries", "sentence"),
+    [
+        (unit(1)[0], "expected float32 queries of the shape (Q, 16), got float32 (16,)"),
+        (unit(1, dim=8), "got float32 (1, 8)"),
+        (unit(1).astype(np.float64), "got float64 (1, 16)"),
+        (np.full((1, DIM), np.nan, dtype=np.float32), "some hold NaN or infinity"),
+    ],
+)
+def test_queries_of_another_shape_are_refused(tmp_path: Path, queries: Vectors, sentence: str) -> None:
+    with pytest.raises(DataError) as caught:
+        build(tmp_path / "i", unit(3)).search(queries, 1)
+    assert sentence in str(caught.value)
+
+
+def test_k_below_1_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="k: expected at least 1, got 0"):
+        build(tmp_path / "i", unit(3)).search(unit(1), 0)
+
+
+# --- changes
+
+
+def test_removed_and_replaced_items_are_not_found_any_more(tmp_path: Path, engine: EngineName) -> None:
+    vectors = unit(60)
+    build(tmp_path / "i", vectors, engine=engine)
+    with open_writer(tmp_path / "i") as opened:
+        opened.commit([NewItem(7, vectors[0], {"number": 700})], remove=["图0", "absent"])
+        opened.finish()
+    index = open_index(tmp_path / "i")
+    assert len(index) == 59
+    assert found(index, vectors[:1], 1) == [[7]]
+    assert index.metadata(7) == {"number": 700}
+    assert index.ids == [*(n if n % 2 else f"图{n}" for n in range(1, 60) if n != 7), 7]
+    assert index.vector(7).tolist() == vectors[0].tolist()
+
+
+def test_items_after_the_graph_are_found_before_it_is_brought_up(tmp_path: Path) -> None:
+    vectors = unit(1600)
+    build(tmp_path / "i", vectors[:1500], engine="usearch", size=1500)
+    with open_writer(tmp_path / "i") as opened:
+        opened.commit(items(vectors[1500:], first=1500), remove=["图0"])  # and killed before finish
+    index = open_index(tmp_path / "i")
+    assert isinstance(index.engine, engines.GraphEngine)
+    assert found(index, vectors[[1555, 1]], 1) == [[1555], [1]]
+    assert "图0" not in found(index, vectors[:1], 10)[0]
+
+
+def test_many_small_commits_become_few_segments_with_the_same_items(tmp_path: Path, engine: EngineName) -> None:
+    vectors = unit(40)
+    index = build(tmp_path / "i", vectors, engine=engine, size=1)
+    assert len(index.manifest.segments) <= 8
+    assert [values["number"] for _, _, values in index.snapshot.items()] == list(range(40))
+    whole = build(tmp_path / "whole", vectors, engine=engine, size=40)
+    assert index.search(unit(5, seed=3), 10) == whole.search(unit(5, seed=3), 10)
+    assert index.thumbnail("图20") == b"jpg20"
+    entries = {path.name for path in (tmp_path / "i").iterdir()} - {"manifest.json", ".lock"}
+    assert entries == index.manifest.names()
+
+
+def test_segments_are_merged_by_size() -> None:
+    assert writer._num_to_merge([1000] * 7) == 0
+    assert writer._num_to_merge([1000] * 8) == 8
+    assert writer._num_to_merge([900_000, *[1000] * 7]) == 0
+    assert writer._num_to_merge([900_000, *[1000] * 8]) == 8
+    assert writer._num_to_merge([*[8000] * 7, 1000]) == 8
+    assert writer._num_to_merge([900_000, *[8000] * 6, 1000]) == 0
+    assert writer._num_to_merge([100, *[1] * 8]) == 8
+
+
+def test_rows_are_written_anew_when_a_quarter_is_removed(tmp_path: Path, engine: EngineName) -> None:
+    vectors = unit(40)
+    build(tmp_path / "i", vectors, engine=engine)
+    with open_writer(tmp_path / "i") as opened:
+        opened.commit(remove=range(1, 20, 2))
+        assert opened.manifest.num_rows == 40
+        opened.commit(remove=["图0"])
+        assert opened.manifest.num_rows == 29
+        assert opened.manifest.removed is None
+        opened.finish()
+    index = open_index(tmp_path / "i")
+    assert len(index) == 29
+    assert found(index, vectors[[21, 2]], 1) == [[21], ["图2"]]
+
+
+def test_a_reader_goes_on_with_its_generation(tmp_path: Path, engine: EngineName) -> None:
+    vectors = unit(40)
+    before = build(tmp_path / "i", vectors, engine=engine)
+    with open_writer(tmp_path / "i") as opened:
+        opened.commit(remove=list(before.ids[:39]))
+    assert len(before) == 40
+    assert before.thumbnail(5) == b"jpg5"
+    assert found(before, vectors[:1], 1) == [["图0"]]
+    assert found(open_index(tmp_path / "i"), vectors[:1], 1) == [[39]]
+
+
+@pytest.mark.parametrize(
+    ("item", "sentence"),
+    [
+        (NewItem("a", unit(1, dim=3)[0]), "id 'a': expected a vector of 16 numbers, got the shape (3,)"),
+        (NewItem("a", np.full(DIM, np.inf)), "id 'a': its vector holds NaN, infinity"),
+        (NewItem("a", np.full(DIM, 1e39)), "id 'a': its vector holds NaN, infinity or what becomes infinity"),
+        (NewItem("a", unit(1)[0], {"x": float("nan")}), "id 'a': its metadata is nothing that JSON holds"),
+        (NewItem("a", unit(1)[0], {"x": {1}}), "id 'a': its metadata is nothing that JSON holds"),
+        (NewItem(True, unit(1)[0]), "an id is an int or a str, got True"),
+        (NewItem("图0", unit(1)[0]), "id '图0': comes twice in one commit"),
+    ],
+)
+def test_faulty_items_are_refused_and_nothing_changes(tmp_path: Path, item: NewItem, sentence: str) -> None:
+    build(tmp_path / "i", unit(5))
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "i").rglob("*"))
+    with open_writer(tmp_path / "i") as opened, pytest.raises(DataError) as caught:
+        opened.commit([*items(unit(1)), item])
+    assert sentence in str(caught.value)
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "i").rglob("*")) == before
+
+
+def test_second_writer_is_refused(tmp_path: Path) -> None:
+    build(tmp_path / "i", unit(5))
+    code = "import sys, pathlib; from cn_clip.retrieval import writer\n"
+    code += "with writer.open_writer(pathlib.Path(sys.argv[1])): pass"
+    with open_writer(tmp_path / "i"):
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / "i"], capture_output=True, text=True)
+    assert "another process is changing this index; wait for it" in done.stderr
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"is no index and holds 'photo.jpg'"), open_writer(tmp_path, Manifest(MODEL)):
+        pass
+    with pytest.raises(DataError, match="is no index; build one with"):
+        open_index(tmp_path)
+    with pytest.raises(DataError, match="is no index; build one with"), open_writer(tmp_path / "absent"):
+        pass
+    assert not (tmp_path / "absent").exists()
+
+
+# --- damage
+
+
+@pytest.mark.parametrize("file", ["vectors.npy", "items.jsonl", "thumbnails.bin", "rows.npy"])
+@pytest.mark.parametrize("how", ["gone", "torn"])
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, file: str, how: str) -> None:
+    build(tmp_path / "i", unit(25))
+    path = sorted((tmp_path / "i").glob("segment-*"))[1] / file
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(DataError) as caught:
+        open_index(tmp_path / "i")
+    assert str(path) in str(caught.value)
+    assert "cn-clip index check" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"format": 2}',
+        "\xff",
+        json.dumps({"format": 1, **Manifest(MODEL).__dict__, "model": None}, default=str),
+        json.dumps({"format": 1, **Manifest(MODEL).__dict__, "model": MODEL.__dict__, "num_items": -1}, default=str),
+        json.dumps(
+            {
+                "format": 1,
+                **Manifest(MODEL).__dict__,
+                "model": MODEL.__dict__,
+                "segments": [{"name": "../etc", "num_rows": 1, "files": {"vectors.npy": {"bytes": 1, "digest": ""}}}],
+            },
+            default=str,
+        ),
+    ],
+)
+def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    build(tmp_path / "i", unit(5))
+    (tmp_path / "i" / "manifest.json").write_text(text, encoding="latin-1")
+    with pytest.raises(DataError) as caught:
+        open_index(tmp_path / "i")
+    assert str(caught.value).startswith(str(tmp_path / "i" / "manifest.json"))
+
+
+@pytest.mark.parametrize("how", ["gone", "torn", "other"])
+def test_without_its_graph_an_index_searches_exactly_and_the_next_writer_mends_it(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    vectors = unit(1500)
+    graph = build(tmp_path / "i", vectors, engine="usearch", size=1500).manifest.graph
+    assert graph is not None
+    path = tmp_path / "i" / graph.name
+    size = path.stat().st_size
+    path.unlink()
+    if how != "gone":
+        path.write_bytes(b"\0" * (size if how == "other" else 100))
+    index = open_index(tmp_path / "i")
+    assert found(index, vectors[:2], 1) == [["图0"], [1]]
+    assert str(path) in caplog.text
+    with open_writer(tmp_path / "i") as opened:
+        opened.finish()
+    assert isinstance(open_index(tmp_path / "i").engine, engines.GraphEngine)
+
+
+def test_a_generation_merged_away_while_it_is_opened_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "i", unit(25))
+    old = manifest.read(tmp_path / "i")
+    with open_writer(tmp_path / "i") as opened:
+        opened.commit(remove=[1, 3, 5, 7, 9, 11, 13, 15])
+    assert not {path.name for path in (tmp_path / "i").iterdir()} & old.names()
+    answers = iter([old, *itertools.repeat(manifest.read(tmp_path / "i"), 3)])
+    monkeypatch.setattr(store.manifest, "read", lambda folder: next(answers))
+    assert len(open_index(tmp_path / "i")) == 17
+
+
+# --- kills
+
+
+WRITE = """
+import sys
+from pathlib import Path
+import numpy as np
+from cn_clip.retrieval import writer
+from cn_clip.retrieval.manifest import Manifest, ModelInfo
+rows = np.eye(16, dtype=np.float32)
+with writer.open_writer(Path(sys.argv[1]), Manifest(ModelInfo("Tiny", "0123", 16))) as opened:
+    for number in range(len(opened), 10**6):
+        opened.commit([writer.NewItem(number, rows[number % 16], {"number": number})], remove=[number - 20])
+        print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("reports", [1, 9, 30])
+def test_what_was_reported_before_a_kill_is_there_once(tmp_path: Path, reports: int) -> None:
+    with subprocess.Popen([sys.executable, "-c", WRITE, tmp_path / "i"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        seen = [int(process.stdout.readline()) for _ in range(reports)]
+        process.send_signal(signal.SIGKILL)
+        seen += [int(line) for line in process.stdout.read().splitlines() if line]
+    index = open_index(tmp_path / "i")
+    last = index.ids[-1]
+    assert isinstance(last, int)
+    assert last in (seen[-1], seen[-1] + 1)  # one more may have been written than was reported
+    assert index.ids == list(range(max(0, last - 19), last + 1))
+    with open_writer(tmp_path / "i") as opened:
+        opened.commit(items(unit(1), first=10**6))
+    entries = {path.name for path in (tmp_path / "i").iterdir()} - {"manifest.json", ".lock"}
+    assert entries == open_index(tmp_path / "i").manifest.names()
+
+
+@pytest.mark.parametrize("place", range(7))
+def test_a_commit_that_fails_at_any_step_changes_nothing(
+    tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = build(tmp_path / "i", unit(20))
+    steps: Sequence[tuple[Any, str]] = [
+        (writer, "write_segment"),
+        (writer.os, "replace"),
+        (writer, "facts_of_segment"),
+        (writer, "Segment"),
+        (writer, "atomic_write"),
+        (manifest, "atomic_write"),
+        (writer.np, "save"),
+    ]
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with open_writer(tmp_path / "i") as opened:
+        with monkeypatch.context() as patch:
+            patch.setattr(*steps[place], fail)
+            with pytest.raises(
+                DataError, match=r"cannot be written \(No space left on device\); all that was reported"
+            ):
+                opened.commit(items(unit(3), first=100), remove=["图0"])
+        assert open_index(tmp_path / "i").ids == index.ids
+        opened.commit(items(unit(3), first=100), remove=["图0"])
+    assert open_index(tmp_path / "i").ids == [*index.ids[1:], "图100", 101, "图102"]
+
+
+def test_a_copy_of_an_index_is_an_index(tmp_path: Path, engine: EngineName) -> None:
+    index = build(tmp_path / "i", unit(30), engine=engine)
+    shutil.move(tmp_path / "i", tmp_path / "moved")
+    assert open_index(tmp_path / "moved").search(unit(2, seed=1), 5) == index.search(unit(2, seed=1), 5)

@@ -1,0 +1,111 @@
+"""Conditions on metadata: what they admit, how values compare, and what is refused."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cn_clip.errors import ConfigError
+from cn_clip.retrieval.filters import parse
+
+ITEM: dict[str, Any] = {
+    "group": "动物",
+    "year": 2021,
+    "size": "12",
+    "rating": 4.5,
+    "name": "a b,c",
+    "day": "2021-06-30",
+    "tags": ["海", "山"],
+    "is_new": True,
+    "nothing": None,
+    "nested": {"a": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("condition", "admits"),
+    [
+        ("group=动物", True),
+        ("group = 动物", True),
+        ("group=植物", False),
+        ("group!=植物", True),
+        ("group=植物,动物", True),
+        ("group!=植物,动物", False),
+        ("year=2021", True),
+        ("year=2021.0", True),
+        ("year>=2021 year<2022", True),
+        ("year>2021", False),
+        ("year<=2020", False),
+        ("size>9", True),  # text that reads as a number
+        ("size=12.0", True),
+        ("rating<4.6", True),
+        ("rating>-1e3", True),
+        ('name="a b,c"', True),
+        ("name='a b,c',x", True),
+        (r'name="a \"b"', False),
+        ("day>=2021-06-01 day<2021-07-01", True),
+        ("tags=山", True),
+        ("tags!=山", False),
+        ("tags=河", False),
+        ("is_new=true", True),
+        ("is_new=1", False),
+        ("is_new>0", False),
+        ("absent=1", False),
+        ("absent!=1", True),
+        ("absent<1", False),
+        ("nothing!=1", True),
+        ("nested>0", False),
+        ("group=动物 year=1", False),
+        ("group=__import__('os')", None),
+        ("group", None),
+        ("group=", None),
+        ("=a", None),
+        ("group==动物", None),
+        ("year>=1,2", None),
+        ('name="a', None),
+        ('name="a"b', None),
+        ("group=a,", None),
+        ("", None),
+        ("  ", None),
+    ],
+)
+def test_conditions(condition: str, admits: bool | None) -> None:
+    if admits is None:
+        with pytest.raises(ConfigError, match=r"^where: "):
+            parse(condition)
+    else:
+        assert parse(condition).admits(ITEM) is admits
+
+
+def test_quotes_hold_anything_and_backslashes_free_what_follows() -> None:
+    assert parse(r'name="a \"b\" \\ c" x=1').terms[0].values == (r'a "b" \ c',)
+
+
+def test_refusal_shows_where_and_what_was_expected() -> None:
+    with pytest.raises(
+        ConfigError, match=r"where: 'year>' is no condition; expected terms such as group=动物 year>=2020"
+    ):
+        parse("group=动物 year>")
+
+
+def test_long_conditions_are_refused() -> None:
+    with pytest.raises(ConfigError, match="where: expected at most 4096 characters, got 4098"):
+        parse("a=" + 4096 * "1")
+
+
+@given(st.text(), st.text())
+def test_wild_text_is_parsed_or_refused(text: str, value: str) -> None:
+    for condition in (text, f"a={text}", f'a="{text}"', f"a<{text} b!={text}"):
+        try:
+            parsed = parse(condition)
+        except ConfigError:
+            continue
+        assert parsed.admits({"a": value, "b": [value]}) in (True, False)
+
+
+@given(st.text())
+def test_any_text_can_be_asked_for_in_quotes(value: str) -> None:
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    if value:
+        assert parse(f'a="{quoted}"').admits({"a": value})
