@@ -486,6 +486,8 @@ def test_wrong_settings_stop_with_status_2(flags: list[str], reason: str, capsys
         ("--text-data=/nowhere/x_texts.jsonl", "/nowhere/x_texts.jsonl: cannot be opened"),
         ("--text-feat-output-path=/nowhere/out.jsonl", "the folder /nowhere does not exist"),
         ("--vision-model=ViT-B-16", "tiny.pt"),
+        ("--image-feat-output-path=/tmp", "/tmp: is a folder"),
+        ("--context-length=513", "tiny.pt takes texts of at most 512 tokens; use --context-length 512"),
     ],
 )
 def test_wrong_paths_stop_with_status_1_and_write_nothing(

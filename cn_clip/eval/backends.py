@@ -88,6 +88,7 @@ def _open_torch(options: ModelOptions, say: Speaker) -> "Backend":
     model, checkpoint = open_model(
         options.resume, vision=options.vision_model, text=options.text_model, download_root=options.download_root
     )
+    _check_length(options.resume, model.config.text.text_max_position_embeddings, options.context_length)
     say(f"=> loaded checkpoint '{options.resume}' (epoch {checkpoint.epoch} @ {checkpoint.step} steps)")
     return TorchBackend(model, device=device, precision=precision_of(options), num_threads=options.num_threads)
 
@@ -116,15 +117,18 @@ def _open_exported(options: ModelOptions, say: Speaker, kinds: Sequence[Kind]) -
 
 
 def check_context_length(backend: "ExportedBackend", context_length: int) -> None:
-    """Raises ConfigError when the text tower was exported for shorter texts, before any is computed."""
+    """Raises ConfigError when the text tower takes shorter texts alone, before any is computed."""
     if backend.text is None:
         return
     facts = backend.text.facts
-    longest = facts.length or facts.max_length
+    _check_length(backend.text.place, facts.length or facts.max_length, context_length)
+
+
+def _check_length(place: str, longest: int | None, context_length: int) -> None:
     if longest is not None and context_length > longest:
         raise ConfigError(
-            f"--context-length {context_length}: {backend.text.place} takes texts of at most {longest} tokens; "
-            f"use --context-length {longest}, or export it again"
+            f"--context-length {context_length}: {place} takes texts of at most {longest} tokens; "
+            f"use --context-length {longest}"
         )
 
 

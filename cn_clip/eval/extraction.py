@@ -151,8 +151,14 @@ def _extract(
     path, output_format = options.output(work.kind)
     with partial.computing():
         places = work.compute(encoder, partial)
-    blocks = _blocks(partial.rows(), places)
-    write_rows(path, work.field, work.ids, blocks, embed_dim=partial.embed_dim, output_format=output_format)
+    write_rows(
+        path,
+        work.field,
+        work.ids,
+        _blocks(partial.rows(), places),
+        embed_dim=partial.embed_dim,
+        output_format=output_format,
+    )
     partial.remove()
     say(f"{len(work.ids)} {work.kind} features are stored in {path}")
     return {f"num_{work.kind}s": len(work.ids), f"{work.kind}_features": path}

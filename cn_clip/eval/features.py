@@ -4,7 +4,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -89,8 +89,8 @@ class Pictures:
 
     def facts(self) -> Job:
         status = os.stat(os.path.join(self.pictures.images.folder, "data.mdb"))
-        data = (self.ids, status.st_size, status.st_mtime_ns)
-        return {"data": _digest(data), "batch_size": self.batch_size}
+        data = [_digest(self.ids), status.st_size, status.st_mtime_ns]
+        return {"data": data, "batch_size": self.batch_size}
 
     def compute(self, encoder: Encoder, partial: PartialFeatures) -> Places:
         count = len(self.pictures)
@@ -118,5 +118,8 @@ class _Rest(Generic[KeyT]):
         return self.pictures[self.first + index]
 
 
-def _digest(values: object) -> str:
-    return hashlib.blake2b(repr(values).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+def _digest(values: Iterable[object]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for value in values:
+        digest.update(repr(value).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()

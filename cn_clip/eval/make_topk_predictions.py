@@ -29,9 +29,9 @@ class Options:
     """Exact top-k search by inner product, one line of ids for each query; by default: texts find pictures."""
 
     image_feats: str
-    """The feature file of the pictures"""
+    """The feature file of the pictures: jsonl, npz or Parquet"""
     text_feats: str
-    """The feature file of the sentences"""
+    """The feature file of the sentences, in any of these formats"""
     output: str
     """The prediction file to write"""
     top_k: int = 10

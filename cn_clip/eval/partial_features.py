@@ -165,6 +165,8 @@ def _open_alone(path: Path) -> Any:
     """The file, unbuffered, for reading and writing, locked where the system can; raises as `PartialFeatures`."""
     if not path.parent.is_dir():
         raise DataError(f"{path.parent / path.stem}: the folder {path.parent} does not exist; create it first")
+    if path.with_name(path.name.removesuffix(SUFFIX)).is_dir():
+        raise DataError(f"{str(path).removesuffix(SUFFIX)}: is a folder; expected the path of a file to write")
     while True:
         try:
             stream = open(path, "a+b", buffering=0)  # noqa: SIM115 - the caller closes it

@@ -46,16 +46,25 @@ def class_numbers(folders: Sequence[str], num_labels: int) -> list[int]:
 
 def classifier(encoder: Encoder, labels: Sequence[str], templates: Sequence[str], *, batch_size: int = 64) -> Rows:
     """Unit class vectors (C, D): the mean over the templates of each label's unit text features."""
-    texts = [preprocess_text(fill(template, label)) for label in labels for template in templates]
-    features = encoder.encode_texts(texts, batch_size=batch_size, progress=True)
-    means_CD = features.reshape(len(labels), len(templates), -1).mean(axis=1)
+    features = encoder.encode_texts(prompts(labels, templates), batch_size=batch_size, progress=True)
+    return class_vectors(features, len(labels))
+
+
+def prompts(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """The text of each label in each template, the templates of a label together."""
+    return [preprocess_text(fill(template, label)) for label in labels for template in templates]
+
+
+def class_vectors(features: Rows, num_labels: int) -> Rows:
+    """Unit class vectors (C, D) of the features of `prompts`: the mean of each label's."""
+    means_CD = features.reshape(num_labels, len(features) // num_labels, -1).mean(axis=1)
     weights: Rows = means_CD / np.linalg.norm(means_CD, axis=1, keepdims=True)
     return weights
 
 
-def probabilities(images_ND: Rows, classes_CD: Rows) -> Rows:
-    """Softmax over the classes of 100 times the cosine, (N, C)."""
-    logits_NC = LOGIT_SCALE * images_ND @ classes_CD.T
+def probabilities(images_ND: Rows, classes_CD: Rows, *, scale: float = LOGIT_SCALE) -> Rows:
+    """Softmax over the classes of `scale` times the cosine, (N, C)."""
+    logits_NC = scale * images_ND @ classes_CD.T
     exponentials = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
     shares: Rows = exponentials / exponentials.sum(axis=1, keepdims=True)
     return shares
