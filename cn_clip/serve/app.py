@@ -1,0 +1,232 @@
+"""The FastAPI application: routes, errors in OpenAI's form, and the middleware around them."""
+
+import base64
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Annotated, Any
+from urllib.parse import quote
+
+from fastapi import FastAPI, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+
+from cn_clip import __version__
+from cn_clip.clip.backends.base import Rows
+from cn_clip.retrieval.store import Index
+from cn_clip.serve.engine import Engine
+from cn_clip.serve.gate import Gate
+from cn_clip.serve.limits import Limits
+from cn_clip.serve.metrics import Measured, Metrics
+from cn_clip.serve.refusals import RefusalError
+from cn_clip.serve.schemas import (
+    TAG_MARK,
+    ClassifyRequest,
+    ClassifyResponse,
+    EmbeddingRequest,
+    EmbeddingResponse,
+    ErrorResponse,
+    ModelCard,
+    ModelList,
+    SearchHit,
+    SearchRequest,
+    SearchResponse,
+)
+from cn_clip.serve.service import Service
+
+SUMMARY = """Vectors of pictures and Chinese text, zero-shot classification, and search over an index.
+
+Errors have OpenAI's form. Pictures are read from the request alone, never from an address."""
+STATUSES = (400, 401, 404, 408, 413, 500, 503, 504)
+_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in STATUSES}
+
+
+def create_app(
+    engine: Engine,
+    metrics: Metrics,
+    *,
+    limits: Limits,
+    api_key: str | None = None,
+    index: Index | None = None,
+    label_sets: Mapping[str, Sequence[str]] | None = None,
+) -> FastAPI:
+    """The application. It opens the model when it starts, and answers 503 until then; further pages may be mounted.
+
+    index: what /v1/search searches. label_sets: labels by the name of their set. api_key: what every request but the
+    probes must bear. `app.state.service` is the `Service` behind the routes.
+    """
+    service = Service(engine, limits, index, label_sets or {})
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start(service.prepare)
+        try:
+            yield
+        finally:
+            await engine.stop()
+
+    # The pages /docs and /redoc would load their scripts from elsewhere.
+    app = FastAPI(title="cn-clip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    _add_model_routes(app, service)
+    _add_search_routes(app, service)
+    _add_probes(app, engine, metrics)
+    _add_error_handlers(app)
+    _describe(app)
+    paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
+    app.add_middleware(Gate, limits=limits, api_key=api_key)
+    app.add_middleware(Measured, metrics=metrics, routes=paths)
+    return app
+
+
+def _add_model_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/embeddings", response_model=EmbeddingResponse, responses=_ERRORS)
+    async def embeddings(request: EmbeddingRequest) -> Response:
+        """Unit vectors of texts and pictures."""
+        rows_ND, num_tokens = await service.embed(request)
+        answer = await service.engine.call(
+            _embedding_list, service.engine.name, rows_ND, num_tokens, request.encoding_format
+        )
+        return Response(answer, media_type="application/json")
+
+    @app.post("/v1/classify", responses=_ERRORS)
+    async def classify(request: ClassifyRequest) -> ClassifyResponse:
+        """How probable each label is for a picture."""
+        return await service.classify(request)
+
+    def card() -> ModelCard:
+        encoder = service.engine.encoder
+        return ModelCard(
+            id=service.engine.name,
+            created=0,
+            owned_by="cn_clip",
+            embed_dim=encoder.embed_dim,
+            resolution=encoder.backend.resolution,
+            context_length=encoder.context_length,
+        )
+
+    @app.get("/v1/models", responses=_ERRORS)
+    async def models() -> ModelList:
+        """The model that is served."""
+        return ModelList(data=[card()])
+
+    @app.get("/v1/models/{model:path}", responses=_ERRORS)
+    async def model(model: str) -> ModelCard:
+        """The model, by its name."""
+        service.check_model(model)
+        return card()
+
+
+def _add_search_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/search", responses=_ERRORS)
+    async def search(request: SearchRequest) -> SearchResponse:
+        """The items of the index that are nearest to the query."""
+        hits = await service.search(request)
+        return SearchResponse(
+            model=service.engine.name,
+            data=[
+                SearchHit(id=hit.id, score=hit.score, metadata=hit.metadata, thumbnail=_thumbnail_path(hit.id))
+                for hit in hits
+            ],
+        )
+
+    @app.get(
+        "/v1/index/thumbnails/{item_id:path}",
+        response_class=Response,
+        responses={**_ERRORS, 200: {"content": {"image/jpeg": {}}}},
+    )
+    async def thumbnail(item_id: Annotated[str, Path(max_length=4096)]) -> Response:
+        """A small picture of an item."""
+        data = await service.thumbnail(item_id)
+        return Response(data, media_type="image/jpeg", headers={"X-Content-Type-Options": "nosniff"})
+
+
+def _add_probes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", responses={503: {"model": ErrorResponse}})
+    async def readyz() -> dict[str, str]:
+        """Whether the model is open."""
+        if not engine.is_ready:
+            raise RefusalError(503, "the model is still being opened", code="not_ready", retry_after=5)
+        return {"status": "ready"}
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def prometheus() -> Response:
+        """Counters for Prometheus."""
+        return Response(metrics.text(), media_type=Metrics.CONTENT_TYPE)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RefusalError)
+        return error.response()
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return _invalid(error).response()
+
+    async def no_route(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        response = RefusalError(error.status_code, str(error.detail)).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    async def failed(_: Request, error: Exception) -> Response:
+        return RefusalError(500, f"the server failed ({type(error).__name__}); its log tells why").response()
+
+    app.add_exception_handler(RefusalError, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, no_route)
+    app.add_exception_handler(Exception, failed)
+
+
+def _invalid(error: RequestValidationError) -> RefusalError:
+    """400 with the first fault, the place written as `input[3].image`."""
+    first = error.errors()[0]
+    place = [one for one in first["loc"][1:] if not str(one).startswith(TAG_MARK)]
+    if first["type"] == "json_invalid":
+        return RefusalError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
+    if not place:
+        message = "expected a JSON object, sent with the header Content-Type: application/json"
+        return RefusalError(400, message, code="invalid_json")
+    param = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in place).lstrip(".")
+    return RefusalError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
+
+
+def _describe(app: FastAPI) -> None:
+    """Makes /openapi.json tell the statuses that there are: faulty fields are answered with 400, never 422."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(
+                title=app.title, version=app.version, summary="Chinese-CLIP", description=SUMMARY, routes=app.routes
+            )
+            for methods in schema["paths"].values():
+                for operation in methods.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                schema["components"]["schemas"].pop(name, None)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+
+
+def _embedding_list(model: str, rows_ND: Rows, num_tokens: int, encoding_format: str) -> bytes:
+    """The answer as JSON. Written here, for thousands of numbers must neither be checked nor hold up the event loop."""
+    if encoding_format == "base64":
+        vectors: list[Any] = [base64.b64encode(row_D.astype("<f4").tobytes()).decode() for row_D in rows_ND]
+    else:
+        vectors = rows_ND.tolist()
+    data = [{"object": "embedding", "index": place, "embedding": vector} for place, vector in enumerate(vectors)]
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    return json.dumps({"object": "list", "model": model, "data": data, "usage": usage}, ensure_ascii=False).encode()
+
+
+def _thumbnail_path(item_id: int | str) -> str:
+    return f"/v1/index/thumbnails/{quote(str(item_id), safe='')}"

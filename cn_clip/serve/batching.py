@@ -1,0 +1,128 @@
+"""Inputs of many requests joined into batches for one computing thread: bounded in number, size and waiting time."""
+
+# N inputs, D dimensions
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from cn_clip.clip.backends.base import Rows
+from cn_clip.serve.refusals import RefusalError, queue_full
+
+log = logging.getLogger(__name__)
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+class Places:
+    """A bound on what is admitted and not yet done. what: its name in messages, in the plural."""
+
+    def __init__(self, what: str, limit: int) -> None:
+        self.what, self.limit, self.num_taken = what, limit, 0
+
+    @contextlib.contextmanager
+    def taken(self, count: int) -> Iterator[None]:
+        """Takes `count` places inside; raises RefusalError (503) when there are not so many left."""
+        if self.num_taken + count > self.limit:
+            raise queue_full(self.what, self.limit)
+        self.num_taken += count
+        try:
+            yield
+        finally:
+            self.num_taken -= count
+
+
+@dataclass(eq=False)
+class _Waiting(Generic[ItemT]):
+    item: ItemT
+    row: "asyncio.Future[Rows]"
+    since: float
+
+
+class Batcher(Generic[ItemT]):
+    """One queue of like inputs, for use on one event loop.
+
+    what: name of the inputs in messages. compute: items to rows (N, D); called in `thread`, never twice at a time.
+    max_wait: seconds, counted from the oldest input of a batch. observe: told the size of each batch.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        compute: Callable[[Sequence[ItemT]], Rows],
+        thread: Executor,
+        *,
+        max_batch: int,
+        max_wait: float,
+        observe: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.what = what
+        self.max_batch = max_batch
+        self.max_wait = max_wait
+        self._compute = compute
+        self._thread = thread
+        self._observe = observe
+        self._waiting: deque[_Waiting[ItemT]] = deque()
+        self._arrival = asyncio.Event()
+
+    async def rows(self, items: Sequence[ItemT]) -> list[Rows]:
+        """The row (D,) of each item. When cancelled, those not yet computed leave the queue."""
+        loop = asyncio.get_running_loop()
+        mine = [_Waiting(item, loop.create_future(), loop.time()) for item in items]
+        self._waiting.extend(mine)
+        self._arrival.set()
+        try:
+            return await asyncio.gather(*[one.row for one in mine])
+        finally:
+            for one in mine:
+                one.row.cancel()
+            self._waiting = deque(one for one in self._waiting if not one.row.done())
+
+    async def run(self) -> None:
+        """Computes batch after batch until cancelled."""
+        while True:
+            await self._gathering()
+            await self._computing([self._waiting.popleft() for _ in range(min(len(self._waiting), self.max_batch))])
+
+    async def _gathering(self) -> None:
+        """Returns when a batch is full, or its oldest input has waited long enough."""
+        loop = asyncio.get_running_loop()
+        while len(self._waiting) < self.max_batch:
+            left = self._waiting[0].since + self.max_wait - loop.time() if self._waiting else None
+            if left is not None and left <= 0:
+                return
+            self._arrival.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._arrival.wait(), left)
+
+    async def _computing(self, batch: Sequence[_Waiting[ItemT]]) -> None:
+        self._observe(len(batch))
+        items = [one.item for one in batch]
+        try:
+            rows_ND = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, items)
+        except Exception as error:
+            log.exception("a batch of %d %s failed", len(batch), self.what)
+            failure = RefusalError(500, f"the model could not compute the {self.what}: {type(error).__name__}")
+            for one in batch:
+                if not one.row.done():
+                    one.row.set_exception(failure)
+        else:
+            for one, row_D in zip(batch, rows_ND, strict=True):
+                if not one.row.done():
+                    one.row.set_result(row_D)
+
+
+async def joined(parts: Iterable[Awaitable[ResultT]]) -> list[ResultT]:
+    """The results of all, in order; the first failure, or cancellation, cancels the rest."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

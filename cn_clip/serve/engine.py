@@ -1,0 +1,158 @@
+"""The model as requests use it: opened in the background, one thread that computes, a few that prepare its inputs."""
+
+# N inputs, D embedding
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from cn_clip.clip import tokenizer
+from cn_clip.clip.backends.base import Pixels, Rows
+from cn_clip.serve import untrusted
+from cn_clip.serve.batching import Batcher, Places, joined
+from cn_clip.serve.limits import Limits
+from cn_clip.serve.metrics import Metrics
+from cn_clip.serve.refusals import RefusalError
+
+if TYPE_CHECKING:
+    from cn_clip.clip.encoder import Encoder
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+MOST_PREPARING_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as a data URL; `param` names the field it came in, for errors."""
+
+    data_url: str
+    param: str
+
+
+class Engine:
+    """Vectors for many requests at a time. All methods are for one event loop; the model is for one thread of its own.
+
+    name: what the model is called in answers. open_encoder: opens the model; called once, in the computing thread.
+    is_ready: whether it is open, and what was to follow is done. failure: why it never will be. opened: set when
+    either is known.
+    """
+
+    def __init__(self, name: str, open_encoder: "Callable[[], Encoder]", limits: Limits, metrics: Metrics) -> None:
+        self.name = name
+        self.limits = limits
+        self.is_ready = False
+        self.opened = asyncio.Event()
+        self.failure: Exception | None = None
+        self._open_encoder = open_encoder
+        self._encoder: Encoder | None = None
+        self._thread = ThreadPoolExecutor(1, "compute")
+        self._pool = ThreadPoolExecutor(min(MOST_PREPARING_THREADS, os.cpu_count() or 1), "prepare")
+        self._tasks: list[asyncio.Task[None]] = []
+        self._texts = self._batcher("texts", self._encode_token_ids, metrics)
+        self._pictures = self._batcher("pictures", self._encode_pixels, metrics)
+        self._text_places = _places("texts", limits, metrics)
+        self._picture_places = _places("pictures", limits, metrics)
+        self._call_places = _places("calls", limits, metrics)
+
+    @property
+    def encoder(self) -> "Encoder":
+        """The open model; raises RefusalError (503) before it is open."""
+        if self._encoder is None:
+            raise RefusalError(503, "the model is still being opened; ask again later", code="not_ready", retry_after=5)
+        return self._encoder
+
+    def start(self, then: Callable[[], Coroutine[None, None, None]] | None = None) -> None:
+        """Begins to serve: opens the model, runs `then`, and is ready."""
+        opening = asyncio.ensure_future(self._opening(then))
+        self._tasks = [opening, *(asyncio.ensure_future(one.run()) for one in (self._texts, self._pictures))]
+
+    async def stop(self) -> None:
+        """Ends the threads, after the batch in hand; what still waits is given up."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for executor in (self._pool, self._thread):
+            executor.shutdown(cancel_futures=True)
+
+    async def call(self, function: Callable[..., ResultT], *args: object) -> ResultT:
+        """Calls `function` in one of the preparing threads; raises RefusalError (503) when too many wait."""
+        with self._call_places.taken(1):
+            return await self._in_pool(function, *args)
+
+    async def embed(self, inputs: Sequence[Text | Picture]) -> tuple[Rows, int]:
+        """(unit rows (N, D) in the order given, tokens of the texts), [CLS] and [SEP] included.
+
+        Raises RefusalError: no place in the queue, a picture that cannot be read, a model that is not open.
+        """
+        texts = {place: one.text for place, one in enumerate(inputs) if isinstance(one, Text)}
+        pictures = {place: one for place, one in enumerate(inputs) if isinstance(one, Picture)}
+        with self._text_places.taken(len(texts)), self._picture_places.taken(len(pictures)):
+            context_length = self.encoder.context_length
+            token_ids = await self._in_pool(tokenizer.encode, list(texts.values()), context_length)
+            parts = await joined([self._texts.rows(token_ids), self._picture_rows(list(pictures.values()))])
+        rows = dict(zip([*texts, *pictures], [row for part in parts for row in part], strict=True))
+        return np.stack([rows[place] for place in range(len(inputs))]), sum(map(len, token_ids))
+
+    async def embed_many_texts(self, texts: Sequence[str]) -> Rows:
+        """Unit rows of any number of texts, which take no more than a batch of places in the queue at a time."""
+        step = self.limits.max_batch
+        parts = [await self.embed(list(map(Text, texts[start : start + step]))) for start in range(0, len(texts), step)]
+        return np.concatenate([rows for rows, _ in parts])
+
+    def _batcher(self, what: str, compute: Callable[[Sequence[ItemT]], Rows], metrics: Metrics) -> Batcher[ItemT]:
+        return Batcher(
+            what,
+            compute,
+            self._thread,
+            max_batch=self.limits.max_batch,
+            max_wait=self.limits.max_wait_ms / 1000,
+            observe=metrics.observe_batch(what),
+        )
+
+    def _encode_token_ids(self, token_ids: Sequence[list[int]]) -> Rows:
+        return self.encoder.backend.encode_tokens(tokenizer.pad(token_ids, max(map(len, token_ids))))
+
+    def _encode_pixels(self, pixels: Sequence[Pixels]) -> Rows:
+        return self.encoder.backend.encode_pixels(np.stack(pixels))
+
+    async def _in_pool(self, function: Callable[..., ResultT], *args: object) -> ResultT:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    async def _picture_rows(self, pictures: Sequence[Picture]) -> list[Rows]:
+        pixels = await joined([self._in_pool(self._pixels, picture) for picture in pictures])
+        return await self._pictures.rows(pixels)
+
+    def _pixels(self, picture: Picture) -> Pixels:
+        data = untrusted.picture_bytes(picture.data_url, picture.param)
+        return untrusted.pixels(data, picture.param, self.encoder.transform, max_pixels=self.limits.max_pixels)
+
+    async def _opening(self, then: Callable[[], Coroutine[None, None, None]] | None) -> None:
+        try:
+            self._encoder = await asyncio.get_running_loop().run_in_executor(self._thread, self._open_encoder)
+            if then is not None:
+                await then()
+            self.is_ready = True
+        except Exception as error:
+            self.failure = error
+        finally:
+            self.opened.set()
+
+
+def _places(what: str, limits: Limits, metrics: Metrics) -> Places:
+    places = Places(what, limits.max_queue)
+    metrics.watch_queue(what, lambda: places.num_taken)
+    return places

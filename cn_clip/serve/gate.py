@@ -1,0 +1,153 @@
+"""What a request passes before a route sees it: the key, a bound on the body, the deadline, a client that leaves."""
+
+import asyncio
+import hmac
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cn_clip.serve.limits import BODIES_HELD, MAX_JSON_MARKS, Limits
+from cn_clip.serve.refusals import RefusalError
+
+# Probes carry no key.
+OPEN_PATHS = ("/healthz", "/readyz")
+BOUNDED_PREFIX = "/v1/"
+
+
+class ClientLeftError(Exception):
+    """The connection was closed before the request was whole."""
+
+
+class Gate:
+    """ASGI middleware. All but the probes need the key, if there is one; under /v1/ body and time are bounded.
+
+    A client that leaves, or waits too long, has its request cancelled, wherever that is.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None) -> None:
+        self.app, self.limits = app, limits
+        self._key = None if api_key is None else api_key.encode("utf-8")
+        self._bytes_held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        try:
+            self._check_key(scope)
+            if scope["type"] == "http" and scope["path"].startswith(BOUNDED_PREFIX):
+                await self._bounded(scope, receive, send)
+            else:
+                await self.app(scope, receive, send)
+        except ClientLeftError:
+            pass
+        except RefusalError as refusal:
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+            else:
+                await refusal.response()(scope, receive, send)
+
+    def _check_key(self, scope: Scope) -> None:
+        if self._key is None or scope["path"] in OPEN_PATHS:
+            return
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
+            raise RefusalError(
+                401, "no valid API key; send the header Authorization: Bearer KEY", code="invalid_api_key"
+            )
+
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = bytearray()
+        try:
+            await self._read_in_time(scope, receive, body)
+            await self._answer_in_time(scope, bytes(body), receive, send)
+        finally:
+            self._bytes_held -= len(body)
+
+    async def _read_in_time(self, scope: Scope, receive: Receive, body: bytearray) -> None:
+        try:
+            await asyncio.wait_for(self._read(scope, receive, body), self.limits.timeout)
+        except asyncio.TimeoutError as error:
+            message = f"the request did not arrive within {self.limits.timeout:g} seconds"
+            raise RefusalError(408, message, code="timeout") from error
+
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> None:
+        """Fills `body`; never holds more than the bound, whatever Content-Length says."""
+        if _announced_size(scope) > self.limits.max_body_bytes:
+            await self._too_large(receive)
+        more = True
+        while more:
+            piece, more = await _next_piece(receive)
+            if len(body) + len(piece) > self.limits.max_body_bytes:
+                await self._too_large(receive)
+            body += piece
+            self._bytes_held += len(piece)
+            if self._bytes_held > BODIES_HELD * self.limits.max_body_bytes:
+                raise RefusalError(
+                    503, "too many large requests at a time; ask again later", code="busy", retry_after=1
+                )
+        if sum(map(body.count, (b",", b"[", b"{"))) > MAX_JSON_MARKS:
+            message = f"the body holds more than {MAX_JSON_MARKS} commas and opening brackets; send several requests"
+            raise RefusalError(413, message, code="request_too_large")
+
+    async def _too_large(self, receive: Receive) -> None:
+        """Raises the refusal once the client has sent a little more: one that is still sending may not hear it."""
+        thrown_away, more = 0, True
+        while more and thrown_away < self.limits.max_body_bytes:
+            piece, more = await _next_piece(receive)
+            thrown_away += len(piece)
+        message = f"the body is larger than {self.limits.max_body_bytes} bytes"
+        raise RefusalError(413, message, code="request_too_large")
+
+    async def _answer_in_time(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        left = asyncio.Event()
+        unread = True
+        started = False
+
+        async def whole_body() -> Message:
+            nonlocal unread
+            if unread:
+                unread = False
+                return {"type": "http.request", "body": body, "more_body": False}
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        answer = asyncio.ensure_future(self.app(scope, whole_body, noting))
+        leaving = asyncio.ensure_future(_disconnected(receive))
+        try:
+            done, _ = await asyncio.wait(
+                (answer, leaving), timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            left.set()
+            leaving.cancel()
+            if not answer.done():
+                answer.cancel()
+                await asyncio.wait((answer,))
+        if not answer.cancelled():
+            answer.result()
+        elif not done and not started:
+            message = f"not answered within {self.limits.timeout:g} seconds; ask for less at a time"
+            raise RefusalError(504, message, code="timeout", retry_after=1)
+
+
+def _announced_size(scope: Scope) -> int:
+    given = dict(scope["headers"]).get(b"content-length", b"0")
+    return int(given) if given.isdigit() else 0
+
+
+async def _next_piece(receive: Receive) -> tuple[bytes, bool]:
+    """(the next piece of the body, whether there are more)."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientLeftError
+    return message.get("body", b""), message.get("more_body", False)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,67 @@
+"""How much one request, and all of them together, may take; every bound is checked before the work it bounds."""
+
+from dataclasses import dataclass, fields
+
+from cn_clip.errors import ConfigError
+
+# PIL itself refuses pictures twice as large as this.
+MOST_PIXELS = 89_478_485
+# Bodies of the largest size that are held in memory at a time.
+BODIES_HELD = 16
+# An upper bound on the values of a JSON document is the number of these; each costs far more memory than its byte.
+MAX_JSON_MARKS = 50_000
+# Texts of one request to /v1/classify: labels times templates.
+MAX_PROMPTS = 4096
+# Bounds that the OpenAPI document states.
+MAX_INPUTS = 2048
+MAX_TEXT_CHARS = 4096
+MAX_LABELS = 1000
+MAX_TEMPLATES = 100
+MAX_PARTS = 16
+MAX_WEIGHT = 100.0
+MAX_K = 1000
+MAX_CONDITIONS = 16
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The bounds that a flag sets. Raises ConfigError for one that leaves no room."""
+
+    max_batch: int = 32
+    """Pictures, or texts, computed at a time"""
+    max_wait_ms: float = 5.0
+    """Longest time a batch waits for more inputs, in milliseconds"""
+    max_queue: int = 256
+    """Pictures, and texts, that are admitted and not yet computed; beyond it the answer is 503"""
+    max_body_mb: float = 10.0
+    """Size of a request body, in MiB"""
+    max_pixels: int = 40_000_000
+    """Width times height of a picture"""
+    max_items: int = 128
+    """Pictures and texts in one request"""
+    timeout: float = 30.0
+    """Seconds for reading a request, and again for answering it"""
+
+    def __post_init__(self) -> None:
+        for field in fields(Limits):
+            value = getattr(self, field.name)
+            if not value > 0 and (field.name, value) != ("max_wait_ms", 0):
+                raise ConfigError(f"{flag(field.name)}: expected a positive number, got {value}")
+        if self.max_pixels > MOST_PIXELS:
+            raise ConfigError(f"--max-pixels: expected at most {MOST_PIXELS}, got {self.max_pixels}")
+        if not self.max_items <= min(self.max_queue, MAX_INPUTS):
+            raise ConfigError(
+                f"--max-items: expected at most --max-queue ({self.max_queue}) and at most {MAX_INPUTS}, "
+                f"got {self.max_items}"
+            )
+        if self.max_batch > self.max_queue:
+            raise ConfigError(f"--max-batch: expected at most --max-queue ({self.max_queue}), got {self.max_batch}")
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * (1 << 20))
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,209 @@
+"""The HTTP service: `cn-clip serve photos.index --model ViT-B-16`."""
+
+import asyncio
+import math
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from cn_clip import command, extras, zoo
+from cn_clip.clip.backends.base import BackendName, Precision, check_precision
+from cn_clip.errors import ConfigError
+from cn_clip.serve.limits import Limits, flag
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+    from cn_clip.clip.encoder import Encoder
+    from cn_clip.retrieval.store import Index
+    from cn_clip.serve.engine import Engine
+
+API_KEY_VARIABLE = "CN_CLIP_API_KEY"
+DEFAULT_MODEL = "ViT-B-16"
+PURPOSE = "the HTTP service"
+
+
+@dataclass(frozen=True)
+class Options(Limits):
+    """Answers over HTTP: /v1/embeddings as OpenAI's clients ask, /v1/classify, /v1/search; /metrics, /readyz."""
+
+    index: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="INDEX")] = None
+    """Index folder that /v1/search searches"""
+    model: str | None = None
+    """Published name, checkpoint, transformers folder, or prefix of exported files; default: that of the index, else
+    ViT-B-16"""
+    name: str | None = None
+    """What the model is called in requests; default: its name, or that of its file"""
+    backend: BackendName = "torch"
+    """What runs the model; all but torch export it at first use, and keep the export in DOWNLOAD_ROOT/exported"""
+    precision: Precision = "fp32"
+    """Arithmetic, as the backend has it"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps; openvino computes on the cpu alone"""
+    num_threads: int | None = None
+    """Threads that compute; default: one a core"""
+    download_root: str | None = None
+    """Folder of downloaded and exported models; default: ~/.cache/clip"""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 for all of this machine's"""
+    port: int = 8000
+    """Port to listen at; 0: any that is free"""
+    api_key: str | None = None
+    """Key that requests must bear; better set in the environment as CN_CLIP_API_KEY, where `ps` does not show it"""
+    label_sets: tuple[Path, ...] = ()
+    """Files of labels, one a line; /v1/classify calls each by its file name without the suffix"""
+    drain_timeout: float = 30.0
+    """Seconds that requests in hand have to finish after SIGTERM"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_precision(self.backend, self.precision)
+        if not 0 <= self.port < 1 << 16:
+            raise ConfigError(f"--port: expected 0 to 65535, got {self.port}")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(f"--num-threads: expected at least 1, got {self.num_threads}")
+        if not self.drain_timeout > 0:
+            raise ConfigError(f"{flag('drain_timeout')}: expected a positive number, got {self.drain_timeout}")
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(**{field.name: getattr(self, field.name) for field in fields(Limits)})
+
+
+def run(options: Options) -> None:
+    """Serves until it is told to stop; raises CnClipError for what cannot be opened."""
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        extras.require(module, extra="serve", purpose=PURPOSE)
+    from cn_clip.serve.app import create_app
+    from cn_clip.serve.engine import Engine
+    from cn_clip.serve.metrics import Metrics
+
+    api_key, label_sets = key_of(options), read_label_sets(options.label_sets)
+    index = _opened_index(options)
+    model = options.model or (index.model.name if index else DEFAULT_MODEL)
+    metrics = Metrics()
+    engine = Engine(
+        options.name or served_name(model), lambda: _open_encoder(options, model, index), options.limits, metrics
+    )
+    app = create_app(engine, metrics, limits=options.limits, api_key=api_key, index=index, label_sets=label_sets)
+    _warn_of_strangers(options.host, api_key)
+    with listen(options.host, options.port) as listener:
+        host, port = listener.getsockname()[:2]
+        print(f"正在打开 / opening {model}; http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        serve(app, engine, options, listener)
+
+
+def serve(app: "FastAPI", engine: "Engine", options: Options, listener: socket.socket) -> None:
+    """Serves until SIGTERM or SIGINT, then finishes what is in hand; raises what kept the model from opening."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        # Unlike httptools, h11 bounds the head of a request.
+        http="h11",
+        ws="none",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(options.drain_timeout),
+    )
+    asyncio.run(_serve(uvicorn.Server(config), engine, listener))
+    if engine.failure is not None:
+        raise engine.failure
+
+
+async def _serve(server: "uvicorn.Server", engine: "Engine", listener: socket.socket) -> None:
+    async def announce() -> None:
+        await engine.opened.wait()
+        if engine.failure is not None:
+            server.should_exit = True
+            return
+        print(f"可以使用 / ready: {engine.name}", flush=True)
+
+    announcing = asyncio.ensure_future(announce())
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        announcing.cancel()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that connections can be accepted from; raises ConfigError when the address cannot be had."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port}: cannot be listened at ({error.strerror or error})") from error
+
+
+def key_of(options: Options) -> str | None:
+    """The API key of the flag, else of the environment; raises ConfigError for an empty one."""
+    key = options.api_key if options.api_key is not None else os.environ.get(API_KEY_VARIABLE)
+    if key is not None and not key.strip():
+        raise ConfigError(f"--api-key: expected a key, got an empty one; unset {API_KEY_VARIABLE} to serve without")
+    return None if key is None else key.strip()
+
+
+def served_name(model: str) -> str:
+    """A name for a model: that of a file or folder without where it lies."""
+    return model if zoo.named(model) else Path(model).stem
+
+
+def read_label_sets(paths: Sequence[Path]) -> dict[str, list[str]]:
+    """Labels by the name of their file; raises DataError for a faulty file, ConfigError for two of one name."""
+    from cn_clip.eval.zeroshot_evaluation import read_labels
+
+    found = {path.stem: read_labels(path) for path in paths}
+    if len(found) < len(paths):
+        raise ConfigError(f"--label-sets: expected files of different names, got {', '.join(map(str, paths))}")
+    return found
+
+
+def _opened_index(options: Options) -> "Index | None":
+    if options.index is None:
+        return None
+    from cn_clip.retrieval.store import open_index
+
+    return open_index(options.index)
+
+
+def _open_encoder(options: Options, model: str, index: "Index | None") -> "Encoder":
+    from cn_clip.clip.encoder import Encoder
+
+    encoder = Encoder(
+        model,
+        backend=options.backend,
+        precision=options.precision,
+        device=None if options.device == "auto" else options.device,
+        download_root=options.download_root,
+        num_threads=options.num_threads,
+    )
+    if index is not None and index.model.embed_dim != encoder.embed_dim:
+        raise ConfigError(
+            f"{options.index}: its vectors have {index.model.embed_dim} dimensions, those of {model} "
+            f"{encoder.embed_dim}; give --model {index.model.name}"
+        )
+    return encoder
+
+
+def _warn_of_strangers(host: str, api_key: str | None) -> None:
+    if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
+        print(
+            f"注意：其他机器可以访问 {host}，而没有设置 {API_KEY_VARIABLE} / "
+            f"other machines can reach {host}, and no {API_KEY_VARIABLE} is set",
+            file=sys.stderr,
+        )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

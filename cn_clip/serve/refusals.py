@@ -1,0 +1,40 @@
+"""What the service answers when it cannot do what it was asked: one exception, in the form of OpenAI's errors."""
+
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+
+class RefusalError(Exception):
+    """An answer with an HTTP status of 400 or more.
+
+    param: the field of the request that is at fault. retry_after: seconds after which to ask again.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        headers = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self._body(), self.status, headers)
+
+    def _body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        message, param = (_encodable(text) for text in (self.message, self.param))
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+
+
+def _encodable(text: str | None) -> str | None:
+    """JSON may hold half a surrogate pair, and what is quoted from it must still go out as UTF-8."""
+    return None if text is None else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def queue_full(what: str, limit: int) -> RefusalError:
+    """503: as many of `what` as admitted are waiting."""
+    return RefusalError(503, f"the queue of {limit} {what} is full; ask again later", code="queue_full", retry_after=1)

@@ -1,0 +1,195 @@
+"""What the routes do, apart from HTTP: embed, classify and search with one engine, one index, some sets of labels."""
+
+# N inputs, C classes, D embedding
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cn_clip.clip.backends.base import Rows
+from cn_clip.errors import CnClipError
+from cn_clip.eval import zeroshot
+from cn_clip.eval.templates import DEFAULT, load_templates
+from cn_clip.retrieval.store import Hit, Index
+from cn_clip.serve.engine import Engine, Picture, Text
+from cn_clip.serve.limits import MAX_PROMPTS, Limits
+from cn_clip.serve.refusals import RefusalError
+from cn_clip.serve.schemas import (
+    ClassifyRequest,
+    ClassifyResponse,
+    ClassScore,
+    EmbeddingRequest,
+    ImageInput,
+    QueryPart,
+    SearchRequest,
+)
+
+# Class vectors of the sets of labels asked for last.
+CLASSIFIERS_KEPT = 32
+# Below this length the parts of a mixed query have cancelled each other out.
+_SHORTEST_QUERY = 1e-4
+
+_Labels = tuple[str, ...]
+
+
+@dataclass
+class Service:
+    """The state behind the routes. label_sets: labels by the name of their set."""
+
+    engine: Engine
+    limits: Limits
+    index: Index | None = None
+    label_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    _classifiers: "OrderedDict[tuple[_Labels, _Labels], Rows]" = field(default_factory=OrderedDict)
+
+    async def prepare(self) -> None:
+        """Computes the class vectors of the stored sets of labels, and opens what the index opens at first use."""
+        if self.index is not None:
+            index = self.index
+            await self.engine.call(lambda: (index.engine, 0 in index))
+        for labels in self.label_sets.values():
+            await self._classifier(tuple(labels), _templates(None))
+
+    async def embed(self, request: EmbeddingRequest) -> tuple[Rows, int]:
+        """(unit rows (N, D), tokens of the texts); raises RefusalError."""
+        self.check_model(request.model)
+        inputs, embed_dim = request.inputs, self.engine.encoder.embed_dim
+        if len(inputs) > self.limits.max_items:
+            message = f"input: expected at most {self.limits.max_items} items, got {len(inputs)}"
+            raise RefusalError(400, message, param="input", code="too_many_items")
+        if request.dimensions not in (None, embed_dim):
+            message = f"dimensions: the model has {embed_dim} and cannot give {request.dimensions}; leave it out"
+            raise RefusalError(400, message, param="dimensions", code="unsupported_value")
+        alone = not isinstance(request.input, list)
+        return await self.engine.embed(
+            [_input(one, "input" if alone else f"input[{place}]") for place, one in enumerate(inputs)]
+        )
+
+    async def classify(self, request: ClassifyRequest) -> ClassifyResponse:
+        """The labels by falling probability; raises RefusalError."""
+        self.check_model(request.model)
+        labels, templates = self._labels(request), _templates(request.templates)
+        if request.labels is not None and len(labels) * len(templates) > MAX_PROMPTS:
+            message = (
+                f"labels: {len(labels)} labels in {len(templates)} templates; expected at most {MAX_PROMPTS} texts"
+            )
+            raise RefusalError(400, f"{message}, give fewer templates", param="templates", code="too_many_items")
+        image_1D, _ = await self.engine.embed([Picture(request.image, "image")])
+        classes_CD = await self._classifier(labels, templates)
+        scale = self._scale()
+        (shares_C,) = zeroshot.probabilities(image_1D, classes_CD, scale=scale).tolist()
+        (cosines_C,) = (image_1D @ classes_CD.T).tolist()
+        order = sorted(range(len(labels)), key=lambda number: -shares_C[number])
+        scores = [
+            ClassScore(index=number, label=labels[number], probability=shares_C[number], cosine=cosines_C[number])
+            for number in order
+        ]
+        return ClassifyResponse(model=self.engine.name, scale=scale, data=scores)
+
+    async def search(self, request: SearchRequest) -> list[Hit]:
+        """The hits, best first; raises RefusalError."""
+        self.check_model(request.model)
+        index = self.opened_index()
+        query_1D = await self._query(request.parts, index)
+        try:
+            (hits,) = await self.engine.call(
+                lambda: index.search(query_1D, request.k, where=request.where, min_score=request.min_score)
+            )
+        except CnClipError as error:
+            raise RefusalError(400, str(error), param="where", code="invalid_value") from error
+        return hits
+
+    async def thumbnail(self, item_id: str) -> bytes:
+        """The small JPEG of an item; raises RefusalError (404)."""
+        index = self.opened_index()
+        found = await self.engine.call(index.thumbnail, known_id(index, item_id))
+        if found is None:
+            raise RefusalError(404, f"the item {item_id!r} has no thumbnail", param="id", code="not_found")
+        return found
+
+    def check_model(self, name: str | None) -> None:
+        """Raises RefusalError (404) for another model than the one that is served."""
+        if name not in (None, self.engine.name):
+            message = f"model: {name!r} is not served here, only {self.engine.name!r}"
+            raise RefusalError(404, message, param="model", code="model_not_found")
+
+    def opened_index(self) -> Index:
+        """Raises RefusalError (404) when the service was started without one."""
+        if self.index is None:
+            message = "no index was opened; start the server as: cn-clip serve INDEX"
+            raise RefusalError(404, message, code="index_not_found")
+        return self.index
+
+    def _labels(self, request: ClassifyRequest) -> _Labels:
+        if (request.labels is None) == (request.label_set is None):
+            raise RefusalError(400, "labels: expected either labels or label_set", param="labels", code="invalid_value")
+        if request.labels is not None:
+            return tuple(request.labels)
+        labels = self.label_sets.get(request.label_set or "")
+        if labels is None:
+            message = f"label_set: there is no {request.label_set!r}; known are {sorted(self.label_sets)}"
+            raise RefusalError(404, message, param="label_set", code="label_set_not_found")
+        return tuple(labels)
+
+    async def _classifier(self, labels: _Labels, templates: _Labels) -> Rows:
+        key = (labels, templates)
+        if key not in self._classifiers:
+            features = await self.engine.embed_many_texts(zeroshot.prompts(labels, templates))
+            self._classifiers[key] = zeroshot.class_vectors(features, len(labels))
+            while len(self._classifiers) > CLASSIFIERS_KEPT:
+                self._classifiers.popitem(last=False)
+        self._classifiers.move_to_end(key)
+        return self._classifiers[key]
+
+    def _scale(self) -> float:
+        return getattr(self.engine.encoder.backend, "logit_scale", None) or zeroshot.LOGIT_SCALE
+
+    async def _query(self, parts: Sequence[QueryPart], index: Index) -> Rows:
+        """The unit vector (1, D) of the weighted sum of the parts."""
+        named = [(part, "query" if len(parts) == 1 else f"query[{place}]") for place, part in enumerate(parts)]
+        inputs = {place: one for place, (part, param) in enumerate(named) if (one := _part(part, param)) is not None}
+        rows_ND = np.empty((len(parts), index.model.embed_dim), dtype=np.float32)
+        if inputs:
+            rows_ND[list(inputs)], _ = await self.engine.embed(list(inputs.values()))
+        for place, (part, _) in enumerate(named):
+            if part.id is not None:
+                rows_ND[place] = await self.engine.call(index.vector, known_id(index, part.id))
+        sum_D = np.array([part.weight for part in parts], dtype=np.float32) @ rows_ND
+        length = float(np.linalg.norm(sum_D))
+        if length < _SHORTEST_QUERY:
+            raise RefusalError(
+                400, "query: the weighted parts cancel each other out", param="query", code="invalid_value"
+            )
+        unit_1D: Rows = (sum_D / length)[None]
+        return unit_1D
+
+
+def known_id(index: Index, item_id: int | str) -> int | str:
+    """The id as the index has it, an integer also from its digits; raises RefusalError (404) for an unknown one."""
+    if item_id in index:
+        return item_id
+    if isinstance(item_id, str) and re.fullmatch(r"-?[0-9]{1,18}", item_id) and int(item_id) in index:
+        return int(item_id)
+    raise RefusalError(404, f"id: the index has no item {item_id!r}", param="id", code="not_found")
+
+
+def _templates(given: Sequence[str] | None) -> _Labels:
+    return tuple(load_templates(DEFAULT) if given is None else given)
+
+
+def _input(given: str | ImageInput, param: str) -> Text | Picture:
+    return Text(given) if isinstance(given, str) else Picture(given.image, f"{param}.image")
+
+
+def _part(part: QueryPart, param: str) -> Text | Picture | None:
+    """What of a part must be computed; None for an id. Raises RefusalError unless it is one of text, image and id."""
+    given: dict[str, Any] = {name: getattr(part, name) for name in ("text", "image", "id")}
+    if sum(value is not None for value in given.values()) != 1:
+        raise RefusalError(400, f"{param}: expected one of text, image and id", param=param, code="invalid_value")
+    if part.text is not None:
+        return Text(part.text)
+    return None if part.image is None else Picture(part.image, f"{param}.image")

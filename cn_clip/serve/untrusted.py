@@ -1,0 +1,61 @@
+"""Pictures that strangers send: from a data URL to a decoded picture, bounded before anything is decoded."""
+
+import base64
+import io
+
+from cn_clip.clip.backends.base import Pixels
+from cn_clip.clip.transforms import ImageTransform
+from cn_clip.serve.refusals import RefusalError
+
+# Only these plugins of PIL see the bytes, whatever the bytes claim to be.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_NAMES = "JPEG, PNG, WebP, GIF or BMP"
+_EXPECTED = f'expected "data:image/png;base64,…" ({_NAMES}) with the picture itself'
+_SHOWN_CHARS = 40
+
+
+def picture_bytes(data_url: str, param: str) -> bytes:
+    """The bytes in a data URL; raises RefusalError (400) naming `param`. Addresses and paths are never followed."""
+    head, comma, payload = data_url.partition(",")
+    if not head.lower().startswith("data:"):
+        raise _invalid(f"{param}: no URL or path is read, got {data_url[:_SHOWN_CHARS]!a}; {_EXPECTED}", param)
+    if not comma or not head.lower().endswith(";base64"):
+        raise _invalid(f"{param}: the data URL is not in base64; {_EXPECTED}", param)
+    try:
+        return base64.b64decode(payload, validate=True)
+    except ValueError as error:
+        raise _invalid(f"{param}: not valid base64 ({error}); {_EXPECTED}", param) from error
+
+
+def pixels(data: bytes, param: str, transform: ImageTransform, *, max_pixels: int) -> Pixels:
+    """Pixels (3, R, R) of the first frame; raises RefusalError (400) naming `param`, and the bound if it is passed."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.size, param, max_pixels)
+            image.load()
+            return transform.array(image)
+    except RefusalError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large("more", param, max_pixels) from error
+    except UnidentifiedImageError as error:
+        raise _invalid(f"{param}: {len(data)} bytes of no known format; expected {_NAMES}", param) from error
+    except Exception as error:  # what PIL's plugins raise has no common type
+        raise _invalid(f"{param}: the picture does not decode ({error})", param) from error
+
+
+def _check_size(size: tuple[int, int], param: str, max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise _too_large(f"{width} x {height}", param, max_pixels)
+
+
+def _too_large(size: str, param: str, max_pixels: int) -> RefusalError:
+    message = f"{param}: at most {max_pixels} pixels a picture are read, this one has {size}"
+    return RefusalError(400, message, param=param, code="image_too_large")
+
+
+def _invalid(message: str, param: str) -> RefusalError:
+    return RefusalError(400, message, param=param, code="invalid_image")
