@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cn_clip.data.records import RecordId
@@ -200,6 +200,8 @@ IDS = st.one_of(
 
 
 @settings(max_examples=80, deadline=None)
+@example(ids=["a\0"], seed=0, output_format="npz")
+@example(ids=["\ud800"], seed=0, output_format="parquet")
 @given(ids=IDS, seed=st.integers(0, 2**32 - 1), output_format=st.sampled_from(FORMATS))
 def test_every_format_gives_back_every_bit_and_every_id(
     tmp_path_factory: pytest.TempPathFactory, ids: list[RecordId], seed: int, output_format: OutputFormat
