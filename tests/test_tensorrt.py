@@ -19,8 +19,8 @@ from onnx import TensorProto, helper
 from tiny_models import TEXT, VIT, tiny_pixels
 
 from cn_clip import cli
-from cn_clip.clip.backends import export, half, onnx_files, parity, tensor_rt
-from cn_clip.clip.backends.base import KINDS, ExportedBackend, Kind
+from cn_clip.clip.backends import engines, export, half, onnx_files, parity, tensor_rt
+from cn_clip.clip.backends.base import KINDS, Kind
 from cn_clip.clip.backends.engines import Build, build_engine
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.opening import open_backend
@@ -128,8 +128,8 @@ def test_command_writes_plain_engines_and_says_where(
         f">>> The vision FP32 TensorRT model is saved at {tmp_path}/e.img.fp32.trt",
         f">>> The vision FP16 TensorRT model is saved at {tmp_path}/e.img.fp16.trt",
     ]
-    engines = [f"e.{middle}.{form}.trt" for middle in ("img", "txt") for form in ("fp16", "fp32")]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*engines, *(f"{name}.json" for name in engines)])
+    names = [f"e.{middle}.{form}.trt" for middle in ("img", "txt") for form in ("fp16", "fp32")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, *(f"{name}.json" for name in names)])
     assert (tmp_path / "e.img.fp16.trt").read_bytes().startswith(fake_tensorrt.MAGIC)
 
 
@@ -195,6 +195,30 @@ def test_float16_file_is_built_strongly_typed(trt: ModuleType, files: dict[Kind,
     assert built.cosine == pytest.approx(1, abs=1e-4)
     with pytest.raises(ConfigError, match=r"half.onnx: holds float16 weights; give the fp32 file for a float32 engine"):
         build_engine(tmp_path / "half.onnx", "image", tmp_path / "f", Build("fp32"))
+
+
+def test_float16_file_needs_the_flag_in_8(
+    monkeypatch: pytest.MonkeyPatch, files: dict[Kind, Path], tmp_path: Path
+) -> None:
+    trt = install(monkeypatch, "8.6.1")
+    onnx_files.save(half.halved(files["image"]), tmp_path / "half.onnx")
+    build_engine(tmp_path / "half.onnx", "image", tmp_path / "e", Build("fp16"))
+    assert "FP16" in trt.Builder.built[0][1].flags
+
+
+def test_new_engine_never_stands_beside_the_description_of_another(
+    trt: ModuleType, monkeypatch: pytest.MonkeyPatch, files: dict[Kind, Path], tmp_path: Path
+) -> None:
+    def killed(source: Path, target: Path) -> None:
+        if target.suffix == ".json":
+            raise KeyboardInterrupt
+        source.rename(target)
+
+    build_engine(files["image"], "image", tmp_path / "e", Build("fp32"))
+    monkeypatch.setattr(engines.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(files["image"], "image", tmp_path / "e", Build("fp16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
 
 
 def test_delicate_and_named_layers_stay_float32(trt: ModuleType, files: dict[Kind, Path], tmp_path: Path) -> None:
@@ -268,8 +292,11 @@ def test_model_casts_and_refuses_other_names_places_and_shapes(
     build_engine(files["image"], "image", tmp_path / "e", Build("fp32", max_batch=2))
     model = TensorRTModel(tmp_path / "e")
     pixels = torch.ones(2, 3, 32, 32)
-    found = model({"image": pixels.double()})["unnorm_image_features"]
-    torch.testing.assert_close(found, model({"image": pixels.mT})["unnorm_image_features"])
+    varied = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+    found = model({"image": varied.double()})["unnorm_image_features"]
+    strided = varied.mT.contiguous().mT
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(found, model({"image": strided})["unnorm_image_features"])
     refusals = {
         "takes the inputs ['image'], got ['pixels']": {"pixels": pixels},
         "takes image of the shape (1, 3, 32, 32) to (2, 3, 32, 32), got (3, 3, 32, 32)": {
@@ -553,28 +580,28 @@ def test_gpus_are_found_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
         tensor_rt.find_gpu("cuda:2")
 
 
-def test_encoder_builds_engines_once_and_again_for_another_version(
+def test_engines_are_built_once_and_again_for_another_version(
     trt: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def rows() -> np.ndarray:
-        encoder = Encoder("Emoji-Tiny", backend="tensorrt", precision="fp16", download_root=tmp_path)
-        assert isinstance(encoder.backend, ExportedBackend)
-        return encoder.encode_texts(["一只猫", "苹果"])
+    def same_rows() -> None:
+        options = {"backend": "tensorrt", "precision": "fp16", "download_root": tmp_path, "kinds": ["text"]}
+        rows = open_backend("Emoji-Tiny", **options).encode_tokens(IDS)  # type: ignore[arg-type]
+        np.testing.assert_allclose(rows, open_backend("Emoji-Tiny").encode_tokens(IDS), atol=1e-4)
 
-    expected = Encoder("Emoji-Tiny").encode_texts(["一只猫", "苹果"])
-    np.testing.assert_allclose(rows(), expected, atol=1e-4)
-    assert len(trt.Builder.built) == 2
-    assert trt.Builder.built[1][1].profiles[0].shapes == {"text": [(1, 2), (32, 52), (128, 52)]}
-    assert capsys.readouterr().err.count("正在构建 TensorRT 引擎") == 2
-    np.testing.assert_allclose(rows(), expected, atol=1e-4)
-    assert len(trt.Builder.built) == 2
+    same_rows()
+    assert len(trt.Builder.built) == 1
+    assert trt.Builder.built[0][1].profiles[0].shapes == {"text": [(1, 2), (32, 52), (128, 52)]}
+    assert "正在构建 TensorRT 引擎" in capsys.readouterr().err
+    same_rows()
+    assert len(trt.Builder.built) == 1
     engine = next(tmp_path.rglob("model.trt10.13.3.9-sm9.0-NVIDIA-Stand-in.txt.fp16.trt"))
     engine.write_bytes(b"x" * engine.stat().st_size)
-    np.testing.assert_allclose(rows(), expected, atol=1e-4)
-    assert len(trt.Builder.built) == 3
+    same_rows()
+    assert "重新构建" in capsys.readouterr().err
+    assert len(trt.Builder.built) == 2
     newer = install(monkeypatch, "10.14.1.48")
-    np.testing.assert_allclose(rows(), expected, atol=1e-4)
-    assert len(newer.Builder.built) == 2
+    same_rows()
+    assert len(newer.Builder.built) == 1
 
 
 def test_encoder_opens_the_prefix_of_engines(
