@@ -1,5 +1,6 @@
 """Rows of an unfinished extraction: gone on with, cut back to what is whole, never mixed with those of another job."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,16 @@ def test_an_error_in_the_input_removes_the_rows_and_an_interruption_keeps_them(o
     with pytest.raises(DataError), PartialFeatures(output, JOB, 3, Log()) as partial, partial.computing():
         raise DataError("a picture")
     assert not Path(f"{output}.partial").exists()
+
+
+def test_written_rows_go_with_the_end_of_the_run_and_stay_when_it_is_interrupted(output: Path) -> None:
+    with contextlib.suppress(KeyboardInterrupt), PartialFeatures(output, JOB, 3, Log()) as partial:
+        partial.is_written = True
+        raise KeyboardInterrupt
+    assert len(reopened(output)[0]) == 4
+    with PartialFeatures(output, JOB, 3, Log()) as partial:
+        partial.is_written = True
+    assert list(output.parent.iterdir()) == []
 
 
 def test_a_full_disk_is_told_and_the_rows_are_kept(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

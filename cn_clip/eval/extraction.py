@@ -98,7 +98,7 @@ def begin(options: Settings) -> command.Speaker:
 
 
 def extract(options: Settings, encoder: "Encoder", identity: "Identity", say: command.Speaker) -> None:
-    """Extracts what is asked for, going on where a killed run stopped.
+    """Extracts what is asked for, going on where a killed run stopped, also when that had written one of two outputs.
 
     identity: what tells the model from others, of each tower in use.
     Raises CnClipError naming file, line or id of what cannot be read.
@@ -159,7 +159,7 @@ def _extract(
         embed_dim=partial.embed_dim,
         output_format=output_format,
     )
-    partial.remove()
+    partial.is_written = True
     say(f"{len(work.ids)} {work.kind} features are stored in {path}")
     return {f"num_{work.kind}s": len(work.ids), f"{work.kind}_features": path}
 

@@ -36,7 +36,11 @@ _ROWS_A_LOOK = 8192
 
 
 class PartialFeatures:
-    """The computed rows of one extraction. A context manager: leaving it closes the file, and removes it when empty."""
+    """The computed rows of one extraction, which sets `is_written` when the output holds them.
+
+    A context manager: leaving it closes the file. It removes the file when it is empty, and when it is written unless
+    the run was interrupted, for then the whole command is to be run again.
+    """
 
     def __init__(self, output: str | os.PathLike[str], job: Job, embed_dim: int, tell: Tell) -> None:
         """Opens the file of `output` and goes on with it, or starts it again, telling why.
@@ -49,6 +53,7 @@ class PartialFeatures:
         self._header = _header(job, embed_dim)
         self._stream = _open_alone(self.path)
         self._keep = False
+        self.is_written = False
         self.num_rows = 0
         self._begin(job, tell)
 
@@ -136,10 +141,11 @@ class PartialFeatures:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.num_rows:
-            self._stream.close()
-        else:
+        has_ended = error is None or isinstance(error, CnClipError)
+        if not self.num_rows or (self.is_written and has_ended):
             self.remove()
+        else:
+            self._stream.close()
 
 
 def _header(job: Job, embed_dim: int) -> bytes:
