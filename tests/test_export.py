@@ -148,7 +148,7 @@ def test_the_product_that_loses_most_is_left_out_of_int8(
     tmp_path: Path, outlier: tuple[Path, Reference], form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, expected = outlier
-    losses = int8._losses(base, "image", expected)
+    losses = int8.product_losses(base, "image", expected, tmp_path / "watched.onnx")
     worst = max(losses, key=lambda name: losses[name])
     assert losses[worst] > 10 * sorted(losses.values())[-2]
     monkeypatch.setattr(int8, "TARGET", -1)
@@ -157,6 +157,7 @@ def test_the_product_that_loses_most_is_left_out_of_int8(
     monkeypatch.setattr(int8, "TARGET", (1 + everything.smallest) / 2)
     report = export.derive(base, "image", form, tmp_path / "m.onnx", expected)
     assert report.left_out == (worst,)
+    assert [path.name for path in base.parent.iterdir()] == ["m.img.fp32.onnx"]
     assert everything.smallest < report.smallest
     assert "1 products in float32" in str(report)
     assert (props(tmp_path / "m.onnx")["left_out"], props(tmp_path / "m.onnx")["precision"]) == ([worst], "int8")

@@ -36,7 +36,7 @@ def quantised(base: Path, kind: Kind, form: str, path: Path, reference: Referenc
     path: where attempts are written.
     """
     found = []
-    for levels, left_out in _attempts(base, kind, reference):
+    for levels, left_out in _attempts(base, kind, reference, path):
         proto = _quantise(base, form, levels, left_out)
         save(proto, path)
         smallest = float(parity.cosines(reference, path, kind, form).min())
@@ -47,10 +47,10 @@ def quantised(base: Path, kind: Kind, form: str, path: Path, reference: Referenc
     return _quantise(base, form, levels, left_out), left_out
 
 
-def _attempts(base: Path, kind: Kind, reference: Reference) -> Iterator[tuple[int, list[str]]]:
+def _attempts(base: Path, kind: Kind, reference: Reference, scratch: Path) -> Iterator[tuple[int, list[str]]]:
     for levels in LEVELS:
         yield levels, []
-    losses = _losses(base, kind, reference)
+    losses = product_losses(base, kind, reference, scratch)
     worst_first = sorted(losses, key=lambda name: losses[name], reverse=True)
     number = 1
     while number <= len(worst_first) // 2:
@@ -128,8 +128,11 @@ def _products(proto: "ModelProto") -> Mapping[str, NDArray[np.float32]]:
     }
 
 
-def _losses(base: Path, kind: Kind, reference: Reference) -> dict[str, float]:
-    """The share of its output's energy that each product loses in int8, alone, on its own real inputs."""
+def product_losses(base: Path, kind: Kind, reference: Reference, scratch: Path) -> dict[str, float]:
+    """The share of its output's energy that each product loses in int8, alone, on its own real inputs.
+
+    scratch: where a copy is written whose outputs are those inputs.
+    """
     onnx: Any = require("onnx", extra="onnx", purpose="int8 export")
     runtime: Any = require("onnxruntime", extra="onnx", purpose="int8 export")
     proto = load(base)
@@ -138,9 +141,8 @@ def _losses(base: Path, kind: Kind, reference: Reference) -> dict[str, float]:
     names = sorted(set(sources.values()))
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(one, onnx.TensorProto.FLOAT, None) for one in names)
-    watched = base.with_name(f"{base.name}.watched")
-    save(proto, watched)
-    session = runtime.InferenceSession(str(watched), providers=["CPUExecutionProvider"])
+    save(proto, scratch)
+    session = runtime.InferenceSession(str(scratch), providers=["CPUExecutionProvider"])
     values = session.run(names, {INPUTS[kind]: reference.inputs[kind][:NUM_MEASURED]})
     activations = dict(zip(names, values, strict=True))
     return {name: loss(activations[sources[name]], weight) for name, weight in products.items()}

@@ -54,9 +54,8 @@ class OpenVinoTower:
         self._input, self._output = INPUTS[kind], OUTPUTS[kind]
 
     def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
-        result = self._request.infer({self._input: inputs})
-        # The request gives out its own memory, which the next batch overwrites.
-        features: NDArray[np.floating] = np.array(result[self._output])
+        # Copies, unless told to share the memory that the next batch overwrites.
+        features: NDArray[np.floating] = self._request.infer({self._input: inputs})[self._output]
         return features
 
 
