@@ -22,12 +22,16 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "README_En.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # Blocks that begin so set up a machine, or take minutes; only their syntax is checked.
-NOT_RUN = ("make ", "pip install", "git clone")
+NOT_RUN = ("make ", "pip install", "git clone", "# 需要")
 # What is exchanged in blocks that train: a full-size model and 128 pairs a step would take hours.
 TRAINING = ("cn-clip train", "wise-ft", "checkpoint average", "_finetune_", "load_state_dict")
+# So are blocks that export: a full-size model would take minutes, and not every processor computes in bfloat16.
+DEPLOYING = ("/deploy", "openvino")
 TRAINING_EXCHANGES = {
     "cn-clip train": "cn-clip train --num-workers 1 --valid-num-workers 0",
     'load_from_name("ViT-B-16"': 'load_from_name("small.pt"',
+    'Encoder("ViT-B-16"': 'Encoder("small.pt"',
+    "bf16": "fp32",
     "ViT-B-16": "ViT-Tiny-64",
     "RoBERTa-wwm-ext-base-chinese": "BERT-Tiny-chinese",
     "clip_cn_vit-b-16.pt": "small.pt",
@@ -207,11 +211,11 @@ class Workplace:
     def run(self, block: Block) -> str:
         """What the block prints; fails with what it complained about."""
         code, small = block.code, {}
-        if any(word in code for word in TRAINING):
+        if any(word in code for word in (*TRAINING, *DEPLOYING)):
             for written, instead in TRAINING_EXCHANGES.items():
                 code = code.replace(written, instead)
             small = {**TRAINING_SETTINGS, "resume": str(self.data / "pretrained_weights" / "small.pt")}
-        variables = {"DATAPATH": str(self.data), "dataset_name": DATASET, "PYTHONPATH": str(ROOT)}
+        variables = {"DATAPATH": str(self.data), "dataset_name": DATASET, "PYTHONPATH": str(ROOT), "HOME": str(self.data)}
         # One thread: several at once on a busy machine wait for each other.
         quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         path = f"{self.programs}{os.pathsep}{os.environ['PATH']}"
@@ -312,6 +316,18 @@ def test_the_commands_of_the_tutorial_lead_from_a_folder_of_pictures_to_their_na
     (shares,) = (text.splitlines()[-4:] for first, text in printed.items() if "who is it" in first)
     assert sum(float(line.split(": ")[1]) for line in shares) == pytest.approx(1, abs=1e-3)
     assert {line.split(": ")[0] for line in shares} == {"杰尼龟", "妙蛙种子", "小火龙", "皮卡丘"}
+
+
+def test_the_commands_of_the_deployment_guide_run(workplace: Workplace) -> None:
+    workplace.build()
+    printed = run_all(workplace, ROOT / "docs" / "deployment.md")
+    written = {path.name for path in (workplace.data / "deploy").iterdir()}
+    onnx = {f"vit-b-16.{tower}.{form}.onnx" for tower in ("txt", "img") for form in ("fp32", "fp16")}
+    assert onnx | {"vit-b-16.text.mlpackage", "vit-b-16.image.mlpackage"} <= written
+    assert "(2, 256)" in "".join(printed.values())
+    assert {"bench.json", "bench.md", "bench.png"} <= {path.name for path in (workplace.checkout / "bench").iterdir()}
+    (speeds,) = (text for text in printed.values() if "[ONNX text inference speed (batch-size: 1):]" in text)
+    assert speeds.rstrip().endswith("Done!")
 
 
 def test_the_commands_of_the_evaluation_guide_run(workplace: Workplace) -> None:

@@ -16,6 +16,7 @@ import pytest
 import tiny_models
 import torch
 from dataset_files import REPOSITORY, jsonl_line, picture, run_script, tsv_line, write_split
+from PIL import Image
 
 from cn_clip import cli, zoo
 from cn_clip.clip.backends.pytorch import TorchBackend
@@ -189,6 +190,23 @@ def test_bf16_features_are_close_to_those_of_fp32(folder: Path) -> None:
         cosines = (written(folder / f"valid_{name}", field)[1] * before[name]).sum(axis=1)
         assert cosines.min() > 0.999
         assert cosines.max() < 1.001
+
+
+def test_fast_decoding_is_that_of_the_encoder_and_stays_close(folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (300, 200, 3), dtype=np.uint8))
+    noise.save(tmp_path / "large.jpg", quality=95)
+    with LmdbWriter(tmp_path / "imgs", b"num_images") as writer:
+        writer.put(b"1", base64.b64encode((tmp_path / "large.jpg").read_bytes()))
+    rows = {}
+    for decode in ("exact", "fast"):
+        output = tmp_path / f"{decode}.jsonl"
+        more = [f"--image-data={tmp_path}/imgs", f"--image-feat-output-path={output}", f"--decode={decode}"]
+        extract_features.main(arguments(folder, "--extract-image-feats", *more))
+        rows[decode] = written(output, "image_id")[1]
+    expected = Encoder(folder / "tiny.pt", device="cpu", decode="fast").encode_images([tmp_path / "large.jpg"])
+    np.testing.assert_allclose(rows["fast"], expected, atol=1e-6)
+    assert 0 < np.abs(rows["fast"] - rows["exact"]).max() < 0.1
 
 
 def test_context_length_cuts_the_text(folder: Path, shared: tuple[Path, CLIP]) -> None:

@@ -12,6 +12,7 @@ from cn_clip.errors import ConfigError
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Backend, ExportedBackend, Precision, Tower
     from cn_clip.clip.encoder import Encoder
+    from cn_clip.clip.transforms import Decode
 
 EvalPrecision: TypeAlias = Literal["amp", "fp16", "fp32", "bf16", "int8"]
 # What decides on the rows a tower gives, besides its inputs: values that JSON can hold.
@@ -37,6 +38,8 @@ class ModelOptions(Protocol):
     def context_length(self) -> int: ...
     @property
     def num_threads(self) -> int | None: ...
+    @property
+    def decode(self) -> "Decode": ...
     @property
     def download_root(self) -> str | None: ...
 
@@ -74,7 +77,7 @@ def open_encoder(options: ModelOptions, say: Speaker, *, kinds: Sequence[Kind] =
         if name:
             say(f"Loading {kind} model config from {zoo.config_path(name)}")
     opened = _open_torch(options, say) if options.backend == "torch" else _open_exported(options, say, kinds)
-    return Encoder(opened, context_length=options.context_length)
+    return Encoder(opened, context_length=options.context_length, decode=options.decode)
 
 
 def _open_torch(options: ModelOptions, say: Speaker) -> "Backend":

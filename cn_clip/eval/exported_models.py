@@ -48,7 +48,7 @@ def run(options: Settings, image: str | None, text: str | None, open_files: Open
     backends.check_context_length(opened, options.context_length)
     for tower in filter(None, (opened.image, opened.text)):
         say(f"=> opened '{tower.place}' ({getattr(tower, 'provider', 'TensorRT')})")
-    encoder = Encoder(opened, context_length=options.context_length)
+    encoder = Encoder(opened, context_length=options.context_length, decode=options.decode)
     extraction.extract(options, encoder, backends.tower_identity(opened), say)
 
 
