@@ -44,6 +44,14 @@ COMMANDS: dict[str, Command] = {
     "zeroshot": Command(
         "cn_clip.eval.zeroshot_evaluation", "零样本图像分类", "classify pictures by label names, without training"
     ),
+    "index build": Command(
+        "cn_clip.index.build", "用图片建立索引，再次运行则更新", "make an index of pictures, or bring it up to date"
+    ),
+    "index add": Command("cn_clip.index.add", "向索引添加图片", "add pictures to an index"),
+    "index remove": Command("cn_clip.index.remove", "从索引移除图片", "remove pictures from an index"),
+    "index info": Command("cn_clip.index.info", "查看索引的内容", "tell what an index holds"),
+    "index check": Command("cn_clip.index.check", "检查索引，可修复", "check an index, and repair it"),
+    "search": Command("cn_clip.index.search", "以文或以图搜图", "find pictures by text or by picture"),
     "wise-ft": Command(
         "cn_clip.eval.wise_ft", "混合零样本与微调权重", "mix zero-shot and fine-tuned weights, and measure recall"
     ),

@@ -72,7 +72,8 @@ class Speaker:
     def result(self, values: dict[str, Any]) -> None:
         """The result for programs."""
         if self.quiet:
-            print(json.dumps(values, ensure_ascii=False))
+            # File names that are no UTF-8 hold lone surrogates: these come out as JSON's own escapes.
+            print(json.dumps(values, ensure_ascii=False).encode(errors="backslashreplace").decode())
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageColor, ImageFont
 
-from cn_clip.demo import emoji, grid
+from cn_clip.data import grid
+from cn_clip.demo import emoji
 from cn_clip.errors import ConfigError, DataError
 
 FONT_ARCHIVE = Path(grid.__file__).parent / "noto_sans_sc.zip"

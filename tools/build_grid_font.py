@@ -18,7 +18,7 @@ from cn_clip.demo import emoji
 from cn_clip.eval.templates import FOLDER
 from cn_clip.jsonl import atomic_write
 
-OUTPUT = Path(__file__).parents[1] / "cn_clip" / "demo" / "noto_sans_sc.zip"
+OUTPUT = Path(__file__).parents[1] / "cn_clip" / "data" / "noto_sans_sc.zip"
 NOTICE = """Noto Sans SC Regular, https://fonts.google.com/noto/specimen/Noto+Sans+SC
 许可 / licence: SIL Open Font License 1.1 (OFL.txt)
 改动 / changes: 只保留 characters.txt 中的字符，去掉微调与排版表。

@@ -149,7 +149,7 @@ class Tour:
     def draw(self, model: str | Path) -> Path:
         """A picture of some queries, most of them no emoji's name, and what they found."""
         from cn_clip.clip.encoder import Encoder
-        from cn_clip.demo.grid import draw_grid
+        from cn_clip.data.grid import draw_grid
         from cn_clip.eval.feature_files import read_features
         from cn_clip.retrieval.flat import top_k
 

@@ -95,13 +95,18 @@ class Segment:
 
     def item(self, row: int) -> tuple[ItemId, dict[str, Any]]:
         """(id, metadata); raises DataError for a damaged line."""
+        return self.parse(self.item_bytes(row), f"{self.folder / ITEMS}:{row + 1}")
+
+    @staticmethod
+    def parse(line: bytes, where: str) -> tuple[ItemId, dict[str, Any]]:
+        """(id, metadata) of a line of items.jsonl; raises DataError that starts with `where`."""
         try:
-            values = json.loads(self.item_bytes(row))
+            values = json.loads(line)
             item_id, metadata = values["id"], values["metadata"]
             if type(item_id) not in (int, str) or not isinstance(metadata, dict):
                 raise TypeError(f"id {item_id!r}")
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{self.folder / ITEMS}:{row + 1} is damaged ({error}); {ADVICE}") from error
+            raise DataError(f"{where} is damaged ({error}); {ADVICE}") from error
         return item_id, metadata
 
     def item_bytes(self, row: int) -> bytes:

@@ -75,7 +75,7 @@ def open_writer(
             raise DataError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
         if create is not None and not (folder / manifest.NAME).exists():
             _begin(folder, create)
-        yield IndexWriter(_snapshot(folder, without))
+        yield IndexWriter(_snapshot(folder, without), is_mended=bool(without))
 
 
 def _begin(folder: Path, create: Manifest) -> None:
@@ -99,12 +99,14 @@ def _snapshot(folder: Path, without: Collection[str]) -> Snapshot:
 class IndexWriter:
     """Adds and removes items. Every commit is a generation that readers see whole."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
+    def __init__(self, snapshot: Snapshot, *, is_mended: bool = False) -> None:
+        """is_mended: the snapshot differs from what is on disk, until the first commit."""
+        self._snapshot, self._is_mended = snapshot, is_mended
         self._keys = {item_id: int(snapshot.rows.keys_N[place]) for place, item_id, _ in snapshot.items()}
         self._removed = removed_keys(self.folder, self.manifest)
         self._graph_is_old = False
-        self._tidy()
+        if not is_mended:
+            self._tidy()
 
     @property
     def folder(self) -> Path:
@@ -151,7 +153,7 @@ class IndexWriter:
         """
         dropped = list(dict.fromkeys([*remove, *(item.id for item in items)]))
         gone = [self._keys[one] for one in dropped if one in self._keys]
-        if not items and not gone:
+        if not items and not gone and not self._is_mended:
             return
         lines = self._checked(items)
         first = self.manifest.next_key
@@ -168,6 +170,7 @@ class IndexWriter:
                 segments=(*self.manifest.segments, *added),
             )
             self._change(facts, removed)
+        self._is_mended = False
         for item_id in dropped:
             self._keys.pop(item_id, None)
         self._keys.update({item.id: row.key for item, row in zip(items, rows, strict=True)})

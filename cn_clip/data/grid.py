@@ -1,4 +1,4 @@
-"""The picture grid: queries at the left, what they found at the right, as one PNG; drawn by the demo."""
+"""The picture grid: queries at the left, what they found at the right, as a PNG; for the demo and `cn-clip search`."""
 
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -158,7 +158,7 @@ def _may_follow(line: str, character: str, font: Font, width: float) -> bool:
 @cache
 def _embedded_font() -> tuple[bytes, frozenset[str]]:
     """(the font file, the characters it has)."""
-    data = resources.files("cn_clip.demo").joinpath("noto_sans_sc.zip").read_bytes()
+    data = resources.files("cn_clip.data").joinpath("noto_sans_sc.zip").read_bytes()
     with zipfile.ZipFile(BytesIO(data)) as archive:
         return archive.read("font.ttf"), frozenset(archive.read("characters.txt").decode())
 

@@ -1,0 +1,43 @@
+"""Adds pictures to an index: `cn-clip index add photos.index more-pictures`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cn_clip import command
+from cn_clip.index.options import AddOptions, IndexFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(AddOptions):
+    """Adds what a source holds, and removes nothing; what is there already is brought up to date."""
+
+    index: IndexFolder
+    """The folder of the index"""
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """A picture, a folder of pictures, an LMDB split or picture features"""
+    id_prefix: str = ""
+    """Goes before the ids of what is added, such as holiday/"""
+
+
+def run(options: Options) -> None:
+    """Adds; raises CnClipError, with all kept that was reported done."""
+    from cn_clip.index import building
+    from cn_clip.retrieval import manifest
+
+    folder = Path(options.index)
+    manifest.read(folder)
+    job = building.Job(folder, Path(options.source), id_prefix=options.id_prefix)
+    building.update(options, job, command.Speaker(quiet=options.json))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

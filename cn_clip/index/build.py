@@ -1,0 +1,62 @@
+"""Builds an index of pictures, or brings it up to date: `cn-clip index build pictures --output photos.index`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cn_clip import command
+from cn_clip.errors import ConfigError
+from cn_clip.index.options import AddOptions
+from cn_clip.retrieval.manifest import EngineName, VectorType
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(AddOptions):
+    """Makes the index hold what the source holds: a folder of pictures, an LMDB split or a feature file.
+
+    Run again, it reads what is new or changed and removes what is gone. A killed run goes on where it stopped.
+    """
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """A folder of pictures, a split's LMDB or its imgs folder, or picture features as jsonl, npz or parquet"""
+    output: command.Required = None
+    """The folder of the index"""
+    engine: EngineName | None = None
+    """How it is searched: exact, or usearch, a graph for millions of vectors; default: as it is, else exact"""
+    vector_type: VectorType | None = None
+    """float16 halves the disk; default: as it is, else float32"""
+    keep_missing: bool = False
+    """Keep the items whose pictures are gone"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output is None:
+            raise ConfigError("--output: expected the folder of the index")
+
+
+def run(options: Options) -> None:
+    """Builds or updates; raises CnClipError, with all kept that was reported done."""
+    from cn_clip.index import building
+
+    assert options.output is not None
+    job = building.Job(
+        Path(options.output),
+        Path(options.source),
+        engine=options.engine,
+        vector_type=options.vector_type,
+        is_sync=True,
+        keep_missing=options.keep_missing,
+    )
+    building.update(options, job, command.Speaker(quiet=options.json))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""What `index build` and `index add` share: from a source to a summary of what was done."""
+
+# N rows, D embedding
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cn_clip.command import Speaker
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.eval.feature_files import read_features
+from cn_clip.index.ingest import Ingest, Report, Settings, Summary
+from cn_clip.index.models import full_name, open_encoder
+from cn_clip.index.options import AddOptions
+from cn_clip.index.show import shown
+from cn_clip.index.sources import Skipped, Source, Table, is_feature_file, open_source, read_table, row_of
+from cn_clip.retrieval import manifest
+from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, VectorType
+from cn_clip.retrieval.store import same_model
+from cn_clip.retrieval.writer import IndexWriter, NewItem, open_writer
+
+if TYPE_CHECKING:
+    from cn_clip.clip.encoder import Encoder
+
+DEFAULT_MODEL = "ViT-B-16"
+LISTED = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """A source to bring into an index. engine, vector_type: None keeps what the index has.
+
+    is_sync: the index is to hold what the source holds, and of this source nothing else.
+    """
+
+    folder: Path
+    source: Path
+    engine: EngineName | None = None
+    vector_type: VectorType | None = None
+    id_prefix: str = ""
+    is_sync: bool = False
+    keep_missing: bool = False
+
+
+class Model:
+    """The model of an index, opened when it is first needed, and then compared with the index."""
+
+    def __init__(self, options: AddOptions, folder: Path, say: Speaker) -> None:
+        self.options, self.folder, self.say = options, folder, say
+        self._opened: tuple[Encoder, ModelInfo] | None = None
+        self._facts = manifest.read(folder).model if (folder / manifest.NAME).exists() else None
+        if self._facts and options.model and full_name(options.model) != self._facts.name:
+            self.encoder()
+
+    def encoder(self) -> "Encoder":
+        """Raises ConfigError naming both models when it is not that of the index."""
+        if self._opened is None:
+            name = self.options.model or (self._facts.name if self._facts else DEFAULT_MODEL) or DEFAULT_MODEL
+            self._opened = open_encoder(name, self.options, self.say, kinds=["image"])
+            if self._facts:
+                same_model(self._facts, self._opened[1], self.folder)
+        return self._opened[0]
+
+    def info(self) -> ModelInfo:
+        """What the index says, or is to say, of it."""
+        if self._facts is None:
+            self.encoder()
+            assert self._opened is not None
+            return self._opened[1]
+        return self._facts
+
+
+def update(options: AddOptions, job: Job, say: Speaker) -> None:
+    """Does the job, and says what came of it; raises CnClipError, with all kept that was reported done."""
+    table = read_table(Path(options.metadata), options.image_column) if options.metadata else None
+    model = Model(options, job.folder, say)
+    if is_feature_file(job.source):
+        _update_from_features(options, job, model, table, say)
+        return
+    source = open_source(job.source, id_prefix=job.id_prefix)
+    if not source.candidates and not (job.folder / manifest.NAME).exists():
+        raise DataError(f"{job.source}: holds no picture{_reasons(source.skipped)}")
+    with _writer(job, model, source.name) as writer:
+        _refuse_others_ids(writer, source, job)
+        before = writer.manifest.source
+        settings = Settings(options.batch_size, options.num_workers, options.commit_every, options.thumbnail_size)
+        ingest = Ingest(writer, model.encoder, settings, _reporter(say), skipped=source.skipped)
+        ingest.add(source.candidates, table, job.id_prefix)
+        if job.is_sync and not job.keep_missing:
+            ingest.prune({source.name, before}, source.candidates)
+        _finish(writer, job, source.name, say)
+        _say_summary(ingest.summary, writer, job, _unmatched(table, source), say)
+
+
+def _writer(job: Job, model: Model, source: str) -> "AbstractContextManager[IndexWriter]":
+    is_new = not (job.folder / manifest.NAME).exists()
+    if not is_new:
+        facts = manifest.read(job.folder)
+        if job.vector_type not in (None, facts.vector_type):
+            raise ConfigError(f"{job.folder}: holds {facts.vector_type} vectors; build another index for others")
+        return open_writer(job.folder)
+    create = Manifest(
+        model.info(), engine=job.engine or "exact", vector_type=job.vector_type or "float32", source=source
+    )
+    return open_writer(job.folder, create)
+
+
+def _refuse_others_ids(writer: IndexWriter, source: Source, job: Job) -> None:
+    """A picture added from elsewhere must not take the place of one that happens to be called the same."""
+    if job.is_sync:
+        return
+    wanted = {one.id for one in source.candidates}
+    for item_id, metadata in writer.items():
+        if item_id in wanted and metadata.get("source") != source.name:
+            raise ConfigError(
+                f"{job.folder}: has an item {shown(item_id)} of {shown(metadata.get('source', 'elsewhere'))}; "
+                "give --id-prefix, which goes before the ids of what is added"
+            )
+
+
+def _update_from_features(options: AddOptions, job: Job, model: Model, table: Table | None, say: Speaker) -> None:
+    features = read_features(job.source, "image_id")
+    name, embed_dim = str(job.source.absolute()), features.vectors.shape[1]
+    info = _model_of_features(options, job, model, embed_dim)
+    summary = Summary()
+    create = Manifest(info, engine=job.engine or "exact", vector_type=job.vector_type or "float32", source=name)
+    with open_writer(job.folder, create) as writer:
+        if writer.manifest.model.embed_dim != embed_dim:
+            raise DataError(
+                f"{job.source}: vectors of {embed_dim} numbers, the index {job.folder} has those of "
+                f"{writer.manifest.model.name or 'a model'} of {writer.manifest.model.embed_dim}"
+            )
+        before, known = writer.manifest.source, dict(writer.items())
+        ids = [f"{job.id_prefix}{one}" if job.id_prefix else one for one in features.ids]
+        report = _reporter(say)
+        for start in range(0, len(ids), options.commit_every):
+            items = []
+            end = start + options.commit_every
+            for item_id, vector_D in zip(ids[start:end], features.vectors[start:end], strict=True):
+                row = row_of(table, item_id, job.id_prefix) if table is not None else known.get(item_id)
+                item = NewItem(item_id, vector_D, {**(row or {}), "source": name})
+                if item_id in known and _is_same(item, writer.stored(item_id)):
+                    summary.unchanged += 1
+                else:
+                    items.append(item)
+            writer.commit(items)
+            summary.encoded += len(items)
+            report(summary.num_done, len(ids))
+        if job.is_sync and not job.keep_missing:
+            wanted = set(ids)
+            summary.removed = [
+                one
+                for one, metadata in writer.items()
+                if one not in wanted and metadata.get("source") in (name, before)
+            ]
+            writer.commit(remove=summary.removed)
+        _finish(writer, job, name, say)
+        _say_summary(summary, writer, job, 0, say)
+
+
+def _model_of_features(options: AddOptions, job: Job, model: Model, embed_dim: int) -> ModelInfo:
+    """The model named, or nobody's: then text and pictures cannot be searched for, ids can."""
+    if options.model is None and not (job.folder / manifest.NAME).exists():
+        return ModelInfo("", "", embed_dim)
+    info = model.info()
+    if info.embed_dim != embed_dim:
+        raise DataError(f"{job.source}: vectors of {embed_dim} numbers, the model {info.name} gives {info.embed_dim}")
+    return info
+
+
+def _is_same(item: NewItem, stored: NewItem) -> bool:
+    is_same_vector = bool(np.array_equal(item.vector_D.astype(stored.vector_D.dtype), stored.vector_D))
+    return is_same_vector and dict(item.metadata) == dict(stored.metadata)
+
+
+def _finish(writer: IndexWriter, job: Job, source: str, say: Speaker) -> None:
+    writer.describe(
+        engine=job.engine or writer.manifest.engine, source=source if job.is_sync else writer.manifest.source
+    )
+    writer.finish()
+
+
+def _reporter(say: Speaker) -> Report:
+    def report(done: int, total: int) -> None:
+        say.note(f"已完成 / done {done} / {total}")
+
+    return report
+
+
+def _unmatched(table: Table | None, source: Source) -> int:
+    """Rows of the table that name no picture of the source."""
+    if table is None:
+        return 0
+    bare = {str(one.id).removeprefix(source.id_prefix) for one in source.candidates}
+    return sum(str(key) not in bare for key in table)
+
+
+def _say_summary(summary: Summary, writer: IndexWriter, job: Job, unmatched: int, say: Speaker) -> None:
+    for title, ids in (
+        ("已移除 / removed", [shown(one) for one in summary.removed]),
+        ("内容重复 / duplicates", [f"{shown(one)} = {shown(other)}" for one, other in summary.duplicates]),
+        ("未收录 / not indexed", [f"{shown(one.id)}: {shown(one.reason)}" for one in summary.skipped]),
+    ):
+        for line in _listed(title, ids):
+            say(line)
+    if unmatched:
+        say(f"表中有 {unmatched} 行没有对应图片 / rows of the table that name no picture: {unmatched}")
+    say(
+        f"新编码 / encoded {summary.encoded}, 复用 / reused {summary.reused}, 未变 / unchanged {summary.unchanged}, "
+        f"移除 / removed {len(summary.removed)}, 未收录 / not indexed {len(summary.skipped)}"
+    )
+    say(f"{job.folder}: {len(writer)} items ({writer.manifest.engine}), {writer.manifest.model.name or '?'}")
+    say.result(
+        {
+            "index": str(job.folder),
+            "num_items": len(writer),
+            "encoded": summary.encoded,
+            "reused": summary.reused,
+            "unchanged": summary.unchanged,
+            "removed": summary.removed,
+            "duplicates": [{"id": one, "same_as": other} for one, other in summary.duplicates],
+            "skipped": [one.as_dict() for one in summary.skipped],
+            "unmatched_rows": unmatched,
+        }
+    )
+
+
+def _listed(title: str, lines: Sequence[str]) -> Iterator[str]:
+    if lines:
+        yield f"{title} ({len(lines)}):"
+        yield from (f"  {line}" for line in lines[:LISTED])
+    if len(lines) > LISTED:
+        yield f"  … 其余 {len(lines) - LISTED} 项用 --json 查看 / {len(lines) - LISTED} more, see --json"
+
+
+def _reasons(skipped: Sequence[Skipped]) -> str:
+    return f"; {shown(skipped[0].id)}: {skipped[0].reason}" if skipped else ""

@@ -1,0 +1,68 @@
+"""Checks every byte of an index, and repairs what can be: `cn-clip index check photos.index --repair`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cn_clip import command
+from cn_clip.index.options import AddOptions, IndexFolder
+
+if TYPE_CHECKING:
+    from cn_clip.retrieval.inspection import Damage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(AddOptions):
+    """Lists what is damaged; exits with status 1 when something is and stays so.
+
+    With --repair the graph is made from the vectors, and vectors from the pictures where these still are.
+    """
+
+    index: IndexFolder
+    """The folder of the index"""
+    repair: bool = False
+    """Repair; items of which nothing is left are dropped and counted"""
+
+
+def run(options: Options) -> int:
+    """Checks and repairs; raises DataError when the manifest or the list of removed items is beyond repair."""
+    from cn_clip.index import repairing
+    from cn_clip.retrieval import inspection, manifest
+
+    say, folder = command.Speaker(quiet=options.json), Path(options.index)
+    facts = manifest.read(folder)
+    found = list(inspection.inspect(folder, facts))
+    for damage in found:
+        say(f"损坏 / damaged: {folder / damage.path}: {damage.reason}")
+    result = repairing.repair(options, folder, facts, found, say) if found and options.repair else None
+    if not found:
+        say(f"完好 / whole: {folder}, {facts.num_items} items")
+    if found and not options.repair:
+        say("用 --repair 修复 / --repair repairs what can be")
+    lost = result.lost if result else []
+    num_lost = len(lost) + (result.num_nameless if result else 0)
+    say.result(
+        {
+            "index": options.index,
+            "num_items": result.num_items if result else facts.num_items,
+            "damaged": [_as_dict(one) for one in found],
+            "repaired": result is not None,
+            "lost": lost,
+            "num_lost": num_lost,
+        }
+    )
+    return int(bool(found) if result is None else num_lost > 0)
+
+
+def _as_dict(damage: "Damage") -> dict[str, str]:
+    return {"path": damage.path, "reason": damage.reason}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

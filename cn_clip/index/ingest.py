@@ -1,0 +1,238 @@
+"""Brings an index up to what a source holds: only what is new is read, only what was never seen is computed."""
+
+# B batch, R resolution, D embedding
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from cn_clip.clip.backends.base import Pixels
+from cn_clip.clip.pictures import decoded_batches
+from cn_clip.data.pictures import open_picture
+from cn_clip.errors import DataError
+from cn_clip.index.sources import OWN_FIELDS, Candidate, Skipped, Table, row_of
+from cn_clip.retrieval.segments import ItemId
+from cn_clip.retrieval.writer import IndexWriter, NewItem
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from cn_clip.clip.encoder import Encoder
+
+Report: TypeAlias = Callable[[int, int], None]
+
+THUMBNAIL_QUALITY = 80
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures become items; see the options of the same names."""
+
+    batch_size: int = 32
+    num_workers: int = 2
+    commit_every: int = 1000
+    thumbnail_size: int = 160
+
+
+@dataclass
+class Summary:
+    """What was done. reused: vectors that were there for the same bytes; duplicates: (id, id of the same bytes)."""
+
+    encoded: int = 0
+    reused: int = 0
+    unchanged: int = 0
+    removed: list[ItemId] = field(default_factory=list)
+    duplicates: list[tuple[ItemId, ItemId]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def num_done(self) -> int:
+        """Pictures of the source that are in the index."""
+        return self.encoded + self.reused + self.unchanged
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A picture that was read. known: its vector was there when it was read, so that it was not decoded."""
+
+    candidate: Candidate
+    data: bytes
+    digest: str
+    known: bool
+    facts: Mapping[str, Any]
+    thumbnail: bytes
+
+
+class Ingest:
+    """One run over one source. encoder: called when the first picture has to be computed."""
+
+    def __init__(
+        self,
+        writer: IndexWriter,
+        encoder: "Callable[[], Encoder]",
+        settings: Settings,
+        report: Report,
+        *,
+        skipped: Iterable[Skipped] = (),
+    ) -> None:
+        self.writer, self.encoder, self.settings, self.report = writer, encoder, settings, report
+        self.summary = Summary(skipped=list(skipped))
+        self._known = dict(writer.items())
+        # The item that lends its vector to others of the same bytes.
+        self._owners: dict[str, ItemId] = {}
+        for item_id, metadata in self._known.items():
+            if "digest" in metadata:
+                self._owners.setdefault(metadata["digest"], item_id)
+        self._buffer: dict[ItemId, NewItem] = {}
+
+    def add(self, candidates: Sequence[Candidate], table: Table | None = None, id_prefix: str = "") -> None:
+        """Adds what is new or has changed; raises DataError when the index cannot be written."""
+        pending = [one for one in candidates if not self._is_unchanged(one, table, id_prefix)]
+        self.summary.unchanged = len(candidates) - len(pending)
+        if pending:
+            self._encode([self._with_row(one, table, id_prefix) for one in pending], len(candidates))
+        self.writer.commit(list(self._buffer.values()))
+        self._buffer.clear()
+        self.report(self.summary.num_done, len(candidates))
+
+    def keep(self, items: Iterable[NewItem]) -> None:
+        """Adds items as they are with the next commit, unless a picture of the same id comes before it."""
+        self._buffer.update({item.id: item for item in items})
+
+    def _encode(self, pending: Sequence[Candidate], total: int) -> None:
+        resolution, load = self._loader(pending)
+        for prepared, pixels in decoded_batches(
+            load, range(len(pending)), resolution, self.settings.batch_size, self.settings.num_workers
+        ):
+            self._take(prepared, pixels)
+            if len(self._buffer) >= self.settings.commit_every:
+                self.writer.commit(list(self._buffer.values()))
+                self._buffer.clear()
+                self.report(self.summary.num_done, total)
+
+    def prune(self, sources: Collection[str], candidates: Iterable[Candidate]) -> None:
+        """Removes the items of these sources that are not there any more."""
+        kept = {one.id for one in candidates} - {one.id for one in self.summary.skipped if one.is_gone}
+        unread = tuple(f"{one.id}/" for one in self.summary.skipped if not one.is_gone)
+        gone = [
+            item_id
+            for item_id, metadata in self.writer.items()
+            if metadata.get("source") in sources and item_id not in kept and not f"{item_id}/".startswith(unread)
+        ]
+        self.writer.commit(remove=gone)
+        self.summary.removed = gone
+        self.summary.duplicates = [pair for pair in self.summary.duplicates if pair[1] in self.writer]
+
+    def _is_unchanged(self, candidate: Candidate, table: Table | None, id_prefix: str) -> bool:
+        found = self._known.get(candidate.id)
+        if found is None or not candidate.is_dated:
+            return False
+        own = {name: found[name] for name in OWN_FIELDS if name in found}
+        return found == {**own, **self._with_row(candidate, table, id_prefix).metadata}
+
+    def _with_row(self, candidate: Candidate, table: Table | None, id_prefix: str) -> Candidate:
+        """With the metadata of the table; where none is given, with those the item had."""
+        if table is None:
+            before = self._known.get(candidate.id, {})
+            more: Mapping[str, Any] = {name: value for name, value in before.items() if name not in OWN_FIELDS}
+        else:
+            more = row_of(table, candidate.id, id_prefix) or {}
+        return replace(candidate, metadata={**more, **candidate.metadata, **_caption(more)})
+
+    def _loader(self, candidates: Sequence[Candidate]) -> "tuple[int, Callable[[int, Pixels], _Prepared | Skipped]]":
+        transform = self.encoder().transform
+        size = self.settings.thumbnail_size
+
+        def load(number: int, out: Pixels) -> _Prepared | Skipped:
+            candidate = candidates[number]
+            try:
+                data = candidate.read()
+                digest = hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
+                if digest in self._owners:
+                    return _Prepared(candidate, data, digest, True, {}, b"")
+                image = open_picture(data)
+                transform.array(image, out)
+                facts = {"width": image.width, "height": image.height}
+                return _Prepared(candidate, b"", digest, False, facts, thumbnail(image, size) if size else b"")
+            except OSError as error:
+                return Skipped(candidate.id, f"cannot be read ({error.strerror or error})", is_gone=False)
+            except (DataError, ValueError) as error:
+                return Skipped(candidate.id, str(error))
+
+        return transform.resolution, load
+
+    def _take(self, batch: Sequence[_Prepared | Skipped], pixels: Pixels) -> None:
+        fresh = [n for n, one in enumerate(batch) if isinstance(one, _Prepared) and not one.known]
+        rows = self.encoder().backend.encode_pixels(np.ascontiguousarray(pixels[fresh])) if fresh else pixels[:0]
+        vectors = dict(zip(fresh, rows, strict=True))
+        for number, one in enumerate(batch):
+            if isinstance(one, Skipped):
+                self.summary.skipped.append(one)
+            elif one.digest in self._owners:
+                self._reuse(one)
+            elif one.known:  # its owner has changed since
+                self._encode_late(one)
+            else:
+                self._put(one, vectors[number], one.facts, one.thumbnail)
+                self.summary.encoded += 1
+
+    def _reuse(self, one: _Prepared) -> None:
+        owner = self._owners[one.digest]
+        stored = self._buffer.get(owner) or self.writer.stored(owner)
+        facts = {name: stored.metadata[name] for name in ("width", "height") if name in stored.metadata}
+        before = self._known.get(one.candidate.id)
+        if before == {**one.candidate.metadata, **facts, "digest": one.digest}:
+            self.summary.unchanged += 1
+            return
+        if owner != one.candidate.id:
+            self.summary.duplicates.append((one.candidate.id, owner))
+        self._put(one, stored.vector_D, facts, stored.thumbnail)
+        self.summary.reused += 1
+
+    def _encode_late(self, one: _Prepared) -> None:
+        encoder = self.encoder()
+        image = open_picture(one.data)
+        pixels = encoder.transform.array(image)
+        size = self.settings.thumbnail_size
+        facts = {"width": image.width, "height": image.height}
+        vector_D = encoder.backend.encode_pixels(pixels[None])[0]
+        self._put(one, vector_D, facts, thumbnail(image, size) if size else b"")
+        self.summary.encoded += 1
+
+    def _put(self, one: _Prepared, vector_D: Any, facts: Mapping[str, Any], small: bytes) -> None:
+        item_id = one.candidate.id
+        replaced: str = self._known.get(item_id, {}).get("digest", "")
+        if replaced != one.digest and self._owners.get(replaced) == item_id:
+            del self._owners[replaced]
+        self._owners.setdefault(one.digest, item_id)
+        metadata = {**one.candidate.metadata, **facts, "digest": one.digest}
+        self._known[item_id] = metadata
+        self._buffer[item_id] = NewItem(item_id, np.array(vector_D), metadata, small)
+
+
+def thumbnail(image: "Image", size: int) -> bytes:
+    """A JPEG of at most `size` pixels a side, upright, on white."""
+    from PIL import Image, ImageOps
+
+    small = image.copy()
+    small.thumbnail((size, size))
+    with contextlib.suppress(Exception):  # EXIF that is damaged in one way or another says nothing
+        small = ImageOps.exif_transpose(small)
+    if small.has_transparency_data:
+        paper = Image.new("RGBA", small.size, "white")
+        paper.alpha_composite(small.convert("RGBA"))
+        small = paper
+    stream = io.BytesIO()
+    small.convert("RGB").save(stream, "JPEG", quality=THUMBNAIL_QUALITY)
+    return stream.getvalue()
+
+
+def _caption(more: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A caption of the table goes before one of the source."""
+    return {"caption": more["caption"]} if "caption" in more else {}

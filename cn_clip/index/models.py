@@ -1,0 +1,71 @@
+"""Opens the model of an index, and tells it from others; for the commands of this package."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cn_clip import ranks, zoo
+from cn_clip.clip.backends.base import KINDS, ExportedBackend, Kind, check_precision
+from cn_clip.clip.backends.opening import open_backend
+from cn_clip.command import Speaker
+from cn_clip.retrieval.manifest import ModelInfo
+
+if TYPE_CHECKING:
+    from cn_clip.clip.backends.base import Backend
+    from cn_clip.clip.encoder import Encoder
+    from cn_clip.index.options import ModelOptions
+
+
+def open_encoder(
+    model: str, options: "ModelOptions", say: Speaker, *, kinds: Sequence[Kind] = KINDS
+) -> "tuple[Encoder, ModelInfo]":
+    """The towers wanted, and what an index says of their model; raises as `open_backend`."""
+    from cn_clip.clip.encoder import Encoder
+
+    if options.backend == "torch":
+        opened, fingerprint = _open_torch(model, options)
+    else:
+        opened = open_backend(
+            model,
+            backend=options.backend,
+            precision=options.precision,
+            device=None if options.device == "auto" else options.device,
+            download_root=options.download_root,
+            num_threads=options.num_threads,
+            kinds=kinds,
+            say=say.note,
+        )
+        assert isinstance(opened, ExportedBackend)
+        fingerprint = _fingerprint_of_files(opened)
+    return Encoder(opened), ModelInfo(full_name(model), fingerprint, opened.embed_dim)
+
+
+def full_name(model: str) -> str:
+    """A published name as it is, a path from the root on: the index may be opened from another folder."""
+    return model if zoo.named(model) else str(Path(model).absolute())
+
+
+def _open_torch(model: str, options: "ModelOptions") -> "tuple[Backend, str]":
+    from cn_clip.clip.backends.export import fingerprint
+    from cn_clip.clip.backends.pytorch import TorchBackend
+    from cn_clip.clip.loading import open_model
+
+    precision = check_precision("torch", options.precision)
+    device = ranks.choose_device(options.device)
+    loaded, _ = open_model(model, download_root=options.download_root)
+    # Of the weights as they are exported too, before they are rounded for a precision.
+    digits = fingerprint(loaded.float())
+    return TorchBackend(loaded, device=device, precision=precision, num_threads=options.num_threads), digits
+
+
+def _fingerprint_of_files(backend: ExportedBackend) -> str:
+    """The one in the files; for files of other exporters, which have none, one of their bytes."""
+    towers = [tower for tower in (backend.image, backend.text) if tower is not None]
+    known = next((tower.facts.weights for tower in towers if tower.facts.weights), None)
+    if known:
+        return known
+    digest = hashlib.blake2b(digest_size=8)
+    for tower in towers:
+        digest.update(Path(tower.place).read_bytes())
+    return f"file:{digest.hexdigest()}"

@@ -1,0 +1,63 @@
+"""The settings that several commands on indexes share."""
+
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+import tyro
+
+from cn_clip.clip.backends.base import BackendName, Precision, check_precision
+from cn_clip.errors import ConfigError
+
+IndexFolder: TypeAlias = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INDEX")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What runs the model of an index."""
+
+    model: str | None = None
+    """Model: a published name, a checkpoint or a transformers folder; default: that of the index, else ViT-B-16"""
+    backend: BackendName = "torch"
+    """What runs the model; any backend may search what another has built"""
+    precision: Precision = "fp32"
+    """Arithmetic, of those the backend has"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps; openvino computes on the cpu alone"""
+    num_threads: int | None = None
+    """Threads that compute; default: one a core"""
+    download_root: str | None = None
+    """Folder of downloaded and exported models; default: ~/.cache/clip"""
+    json: bool = False
+    """Print the result as one JSON object"""
+
+    def __post_init__(self) -> None:
+        check_precision(self.backend, self.precision)
+        _at_least("num_threads", self.num_threads, 1)
+
+
+@dataclass(frozen=True)
+class AddOptions(ModelOptions):
+    """What turns pictures into items."""
+
+    metadata: str | None = None
+    """A .csv, .tsv or .jsonl table with a row a picture; its columns become metadata, `text` the caption"""
+    image_column: str = "image"
+    """The table's column of picture files, relative to the folder, or of ids"""
+    batch_size: int = 32
+    """Pictures in a batch"""
+    num_workers: int = 2
+    """Threads that read and decode pictures; 0: between the batches"""
+    commit_every: int = 1000
+    """Pictures after which all so far is safe on disk, and reported"""
+    thumbnail_size: int = 160
+    """Longest side of the thumbnails in pixels; 0: none"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("batch_size", 1), ("num_workers", 0), ("commit_every", 1), ("thumbnail_size", 0)):
+            _at_least(name, getattr(self, name), least)
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")

@@ -1,0 +1,65 @@
+"""Removes items from an index: `cn-clip index remove photos.index 0001.jpg 0002.jpg`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cn_clip import command
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.index.options import IndexFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Removes items by id or by a condition on metadata; all of them, or none when one is not there.
+
+    The picture files stay, so building from them again brings the items back.
+    """
+
+    index: IndexFolder
+    """The folder of the index"""
+    ids: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="ID")] = ()
+    """Items to remove"""
+    where: str | None = None
+    """Condition on metadata, such as group=动物"""
+    json: bool = False
+    """Print the result as one JSON object"""
+
+    def __post_init__(self) -> None:
+        if not self.ids and self.where is None:
+            raise ConfigError("give the ids of the items to remove, or --where")
+
+
+def run(options: Options) -> None:
+    """Removes; raises DataError, with nothing removed, for an id that is not there."""
+    from cn_clip.index.show import shown
+    from cn_clip.retrieval import filters
+    from cn_clip.retrieval.writer import open_writer
+
+    say = command.Speaker(quiet=options.json)
+    condition = filters.parse(options.where) if options.where is not None else None
+    with open_writer(Path(options.index)) as writer:
+        by_name = {str(item_id): item_id for item_id, _ in writer.items()}
+        absent = [name for name in options.ids if name not in by_name]
+        if absent:
+            raise DataError(f"{options.index}: has no item {shown(absent[0])!r}; nothing was removed")
+        chosen = [by_name[name] for name in dict.fromkeys(options.ids)]
+        if condition is not None:
+            fitting = [item_id for item_id, metadata in writer.items() if condition.admits(metadata)]
+            chosen = list(dict.fromkeys([*chosen, *fitting]))
+        writer.commit(remove=chosen)
+        writer.finish()
+        say(f"已移除 / removed {len(chosen)}; {options.index}: {len(writer)} items")
+        say.result({"index": options.index, "removed": chosen, "num_items": len(writer)})
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Makes the damaged parts of an index again, from its other files and from the pictures; for `index check --repair`."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cn_clip.command import Speaker
+from cn_clip.data.lmdb_store import ImageStore
+from cn_clip.errors import CnClipError
+from cn_clip.eval.feature_files import Features, read_features
+from cn_clip.index.building import Model
+from cn_clip.index.ingest import Ingest, Settings
+from cn_clip.index.options import AddOptions
+from cn_clip.index.show import shown
+from cn_clip.index.sources import Candidate, is_feature_file, read_file
+from cn_clip.retrieval import inspection
+from cn_clip.retrieval.inspection import Damage
+from cn_clip.retrieval.manifest import Manifest
+from cn_clip.retrieval.segments import ItemId
+from cn_clip.retrieval.writer import NewItem, open_writer
+
+
+@dataclass
+class Result:
+    """What became of a repair. lost: items that are gone; num_nameless: those of which not even the id is left."""
+
+    num_items: int = 0
+    lost: list[ItemId] = field(default_factory=list)
+    num_nameless: int = 0
+
+
+def repair(options: AddOptions, folder: Path, facts: Manifest, found: Sequence[Damage], say: Speaker) -> Result:
+    """Repairs in one step: until it is done, the index is as it was. Raises CnClipError when it cannot be."""
+    inspection.require_removed(folder, facts)
+    names = {segment.name for segment in facts.segments} & {damage.owner for damage in found}
+    result, ready, candidates, fallback = Result(), list[NewItem](), list[Candidate](), dict[ItemId, NewItem]()
+    sources = _Sources()
+    for name in sorted(names):
+        damaged = {damage.path.partition("/")[2] for damage in found if damage.owner == name}
+        part = inspection.remains(folder, facts, name, damaged)
+        result.num_nameless += part.num_lost
+        for item in part.items:
+            if part.has_vectors:
+                fallback[item.id] = item
+            vector_D, candidate = sources.find(item)
+            if vector_D is not None:
+                ready.append(NewItem(item.id, vector_D, item.metadata))
+            elif candidate is not None:
+                candidates.append(candidate)
+            elif not part.has_vectors:
+                result.lost.append(item.id)
+    model = Model(options, folder, say)
+    with open_writer(folder, without=names) as writer:
+        # All goes into one commit, with which the damaged segments cease to count.
+        settings = Settings(options.batch_size, options.num_workers, sys.maxsize, options.thumbnail_size)
+        ingest = Ingest(writer, model.encoder, settings, lambda done, total: None)
+        ingest.keep([*ready, *fallback.values()])
+        ingest.add(candidates)
+        result.lost += [one.id for one in ingest.summary.skipped if one.id not in fallback]
+        writer.finish()
+        result.num_items = len(writer)
+    for item_id in result.lost[:20]:
+        say(f"丢失 / lost: {shown(item_id)}")
+    nameless = f"，{result.num_nameless} 项连编号也没有了 / {result.num_nameless} of unknown id lost"
+    say(f"已修复 / repaired: {folder}, {result.num_items} items{nameless if result.num_nameless else ''}")
+    if result.lost or result.num_nameless:
+        say(f"再次运行可补回仍在的图片 / brings back pictures that are still there: cn-clip index build {facts.source}")
+    return result
+
+
+class _Sources:
+    """Where the items of a segment came from, opened at first use."""
+
+    def __init__(self) -> None:
+        self._opened: dict[str, Any] = {}
+
+    def find(self, item: NewItem) -> tuple[Any, Candidate | None]:
+        """(vector, None) of a feature file, (None, picture) where there still is one, else (None, None)."""
+        source, path = item.metadata.get("source"), item.metadata.get("path")
+        if isinstance(path, str) and os.path.isfile(path):
+            facts = os.stat(path)
+            dated = {**item.metadata, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+            return None, Candidate(item.id, dated, partial(read_file, path), is_dated=True)
+        if not isinstance(source, str) or path is not None:
+            return None, None
+        opened = self._open(source)
+        if isinstance(opened, dict):
+            return opened.get(item.id), None
+        if isinstance(opened, ImageStore) and opened.base64(item.id) is not None:
+            return None, Candidate(item.id, item.metadata, partial(opened.picture, item.id), is_dated=False)
+        return None, None
+
+    def _open(self, source: str) -> Any:
+        if source not in self._opened:
+            try:
+                self._opened[source] = _vectors(source) if is_feature_file(Path(source)) else ImageStore(source)
+            except CnClipError:
+                self._opened[source] = None
+        return self._opened[source]
+
+
+def _vectors(source: str) -> dict[ItemId, Any]:
+    features: Features = read_features(source, "image_id")
+    return dict(zip(features.ids, features.vectors, strict=True))

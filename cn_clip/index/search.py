@@ -1,0 +1,162 @@
+"""Searches an index by text, picture, both, or one of its items: `cn-clip search photos.index 海边的日落`."""
+
+# D embedding
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from cn_clip import command
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.index.options import IndexFolder, ModelOptions
+
+if TYPE_CHECKING:
+    from cn_clip.clip.backends.base import Kind
+    from cn_clip.clip.encoder import Encoder
+    from cn_clip.retrieval.segments import FloatArray, ItemId
+    from cn_clip.retrieval.store import Hit, Index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    """Finds the pictures nearest to a text, a picture, both together, or one of the index."""
+
+    index: IndexFolder
+    """The folder of the index"""
+    text: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="TEXT")] = None
+    """What the pictures should show"""
+    image: str | None = None
+    """A picture file to find the like of"""
+    id: str | None = None
+    """An item of the index to find the like of; it is not among the results"""
+    text_weight: float = 0.5
+    """With a text and a picture: the share of the text, 0 to 1"""
+    k: int = 10
+    """Results"""
+    min_score: float | None = None
+    """Least score (cosine)"""
+    where: str | None = None
+    """Condition on metadata, such as "group=动物 year>=2020"; values joined by commas: one of them"""
+    grid: str | None = None
+    """Draw the results into this PNG file"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image is not None and self.id is not None:
+            raise ConfigError("--image, --id: give one of them")
+        if self.text is None and self.image is None and self.id is None:
+            raise ConfigError("give a text, --image or --id")
+        if self.text is not None and not self.text.strip():
+            raise ConfigError("the text is empty")
+        if not 0 <= self.text_weight <= 1:
+            raise ConfigError(f"--text-weight: expected 0 to 1, got {self.text_weight}")
+        if self.k < 1:
+            raise ConfigError(f"--k: expected at least 1, got {self.k}")
+
+
+def run(options: Options) -> None:
+    """Prints what is found; raises CnClipError naming the file, model or id that does not fit."""
+    from cn_clip.retrieval import filters
+    from cn_clip.retrieval.store import open_index
+
+    say = command.Speaker(quiet=options.json)
+    index = open_index(options.index)
+    if options.where is not None:
+        filters.parse(options.where)
+    own_id = _known_id(index, options.id) if options.id is not None else None
+    query_D = _query(index, options, own_id, say)
+    more = 0 if own_id is None else 1
+    found = index.search(query_D[None], options.k + more, where=options.where, min_score=options.min_score)[0]
+    hits = [hit for hit in found if own_id is None or hit.id != own_id][: options.k]
+    if options.grid is not None:
+        _draw(index, options, hits)
+    for line in _table(hits):
+        say(line)
+    say.result(
+        {
+            "index": str(index.folder),
+            "model": index.model.name,
+            "hits": [{"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in hits],
+        }
+    )
+
+
+def _known_id(index: "Index", text: str) -> "ItemId":
+    """The item that is called so; a number is looked for as one, too."""
+    number = int(text) if text.lstrip("-").isdecimal() else None
+    for candidate in (text, number):
+        if candidate is not None and candidate in index:
+            return candidate
+    raise DataError(f"{index.folder}: has no item {text!r}")
+
+
+def _query(index: "Index", options: Options, own_id: "ItemId | None", say: command.Speaker) -> "FloatArray":
+    import numpy as np
+
+    from cn_clip.data.texts import preprocess_text
+
+    given: dict[Kind, str | None] = {"text": options.text, "image": options.image}
+    kinds = [kind for kind, value in given.items() if value is not None]
+    encoder = _encoder(index, options, kinds, say) if kinds else None
+    picture_D = index.vector(own_id) if own_id is not None else None
+    if encoder and options.image is not None:
+        picture_D = encoder.encode_images([options.image])[0]
+    if encoder is None or options.text is None:
+        assert picture_D is not None, "a text, a picture or an id is given"
+        return picture_D
+    text_D: FloatArray = encoder.encode_texts([preprocess_text(options.text)])[0]
+    if picture_D is None:
+        return text_D
+    mixed_D = options.text_weight * text_D + (1 - options.text_weight) * picture_D
+    query_D: FloatArray = (mixed_D / np.linalg.norm(mixed_D)).astype(np.float32)
+    return query_D
+
+
+def _encoder(index: "Index", options: Options, kinds: "Sequence[Kind]", say: command.Speaker) -> "Encoder":
+    from cn_clip.index.models import open_encoder
+    from cn_clip.retrieval.store import same_model
+
+    name = options.model or index.model.name
+    if not name:
+        same_model(index.model, index.model, index.folder)
+    encoder, info = open_encoder(name, options, say, kinds=kinds)
+    same_model(index.model, info, index.folder)
+    return encoder
+
+
+def _table(hits: "Sequence[Hit]") -> list[str]:
+    from cn_clip import columns
+    from cn_clip.index.show import shown
+
+    if not hits:
+        return ["没有找到 / nothing found"]
+    rows = [(f"{hit.score:.4f}", shown(hit.id), shown(hit.metadata.get("caption", ""))) for hit in hits]
+    return columns.align([("分数 score", "编号 id", "说明 caption"), *rows], right=frozenset([0]))
+
+
+def _draw(index: "Index", options: Options, hits: "Sequence[Hit]") -> None:
+    from PIL import Image
+
+    from cn_clip.data.grid import draw_grid
+    from cn_clip.index.show import shown
+
+    if not hits:
+        raise DataError(f"--grid {options.grid}: nothing was found to draw")
+    cells = []
+    for hit in hits:
+        picture = index.thumbnail(hit.id) or Image.new("RGB", (1, 1), "white")
+        cells.append((picture, shown(hit.metadata.get("caption", hit.id)), False))
+    query = options.text or options.image or options.id or ""
+    draw_grid([(shown(query), cells)], Path(options.grid or ""))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""What an index is built from: folders of pictures, single pictures, LMDB splits, and the tables beside them."""
+
+import csv
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
+from cn_clip.data.picture_sets import CLASS_FOLDER_SUFFIXES
+from cn_clip.errors import DataError
+from cn_clip.jsonl import read_objects
+from cn_clip.retrieval.segments import ItemId
+
+FEATURE_SUFFIXES = (".jsonl", ".npz", ".parquet")
+PICTURE_SUFFIXES = frozenset((*CLASS_FOLDER_SUFFIXES, ".gif", ".jfif", ".avif", ".heic"))
+LARGEST_PICTURE = 256 * 2**20
+CAPTION_COLUMN = "text"
+# What the commands themselves write into the metadata of an item.
+OWN_FIELDS = ("source", "path", "size", "mtime_ns", "digest", "width", "height")
+
+Table: TypeAlias = Mapping[ItemId, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was not indexed, and why. is_gone: there is no such picture; else it, or a folder, could not be read now."""
+
+    id: ItemId
+    reason: str
+    is_gone: bool = True
+
+    def as_dict(self) -> dict[str, ItemId]:
+        """For --json."""
+        return {"id": self.id, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A picture that may be added. metadata: what is known before it is read; is_dated: changes of it show there."""
+
+    id: ItemId
+    metadata: Mapping[str, Any]
+    read: Callable[[], bytes]
+    is_dated: bool
+
+
+@dataclass
+class Source:
+    """The pictures of a source. name: its absolute path; skipped: what was seen to be none before it was read."""
+
+    name: str
+    id_prefix: str = ""
+    candidates: list[Candidate] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def is_feature_file(path: Path) -> bool:
+    """Whether a source holds vectors instead of pictures."""
+    return path.is_file() and path.suffix.lower() in FEATURE_SUFFIXES
+
+
+def open_source(path: Path, *, id_prefix: str = "") -> Source:
+    """Raises DataError when there is nothing at `path`, or an LMDB that cannot be read."""
+    if is_split_folder(path):
+        return _lmdb(path / IMAGES, id_prefix)
+    if (path / "data.mdb").is_file():
+        return _lmdb(path, id_prefix)
+    if path.is_dir():
+        return _folder(path.absolute(), id_prefix)
+    if path.exists():
+        source = Source(str(path.absolute().parent), id_prefix)
+        _look_at(source, os.fspath(path.absolute()))
+        return source
+    raise DataError(f"{path}: no such file or folder; expected pictures, an LMDB split or a feature file")
+
+
+def _folder(root: Path, id_prefix: str) -> Source:
+    """All below `root` in sorted order, links followed, each folder once; hidden names are passed over."""
+    source, seen = Source(os.fspath(root), id_prefix), set()
+
+    def unreadable(error: OSError) -> None:
+        source.skipped.append(
+            Skipped(_id(source, str(error.filename)), f"cannot be read ({error.strerror})", is_gone=False)
+        )
+
+    for place, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        facts = os.stat(place)
+        if (facts.st_dev, facts.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                _look_at(source, os.path.join(place, name))
+    return source
+
+
+def _look_at(source: Source, path: str) -> None:
+    name = _id(source, path)
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix and suffix not in PICTURE_SUFFIXES:
+        source.skipped.append(Skipped(name, "not a picture by its name"))
+        return
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        source.skipped.append(Skipped(name, f"cannot be read ({error.strerror})"))
+        return
+    if not stat.S_ISREG(facts.st_mode):
+        source.skipped.append(Skipped(name, "not a regular file"))
+        return
+    known = {"source": source.name, "path": path, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+    source.candidates.append(Candidate(name, known, partial(read_file, path), is_dated=True))
+
+
+def _id(source: Source, path: str) -> str:
+    return source.id_prefix + os.path.relpath(path, source.name).replace(os.sep, "/")
+
+
+def read_file(path: str) -> bytes:
+    with open(path, "rb") as stream:
+        data = stream.read(LARGEST_PICTURE + 1)
+    if len(data) > LARGEST_PICTURE:
+        raise DataError(f"has more than {LARGEST_PICTURE >> 20} MiB")
+    return data
+
+
+def _lmdb(folder: Path, id_prefix: str) -> Source:
+    store, source = ImageStore(folder), Source(str(folder.absolute()), id_prefix)
+    captions = _captions(folder.parent / PAIRS)
+    for image_id in store.ids:
+        known: dict[str, Any] = {"source": source.name}
+        if image_id in captions:
+            known["caption"] = captions[image_id]
+        item_id = f"{id_prefix}{image_id}" if id_prefix else image_id
+        source.candidates.append(Candidate(item_id, known, partial(store.picture, image_id), is_dated=False))
+    return source
+
+
+def _captions(folder: Path) -> dict[ItemId, str]:
+    """The first text of each picture, where the pairs lie beside the pictures."""
+    if not (folder / "data.mdb").is_file():
+        return {}
+    captions: dict[ItemId, str] = {}
+    pairs = PairStore(folder)
+    for number in range(len(pairs)):
+        pair = pairs[number]
+        captions.setdefault(pair.image_id, pair.text)
+    return captions
+
+
+def read_table(path: Path, image_column: str) -> Table:
+    """Metadata by the picture file's path or the id; the first row of each counts.
+
+    Empty cells are left out; the column `text` is called `caption`.
+    Raises DataError naming file and line, also for a column that the index itself writes.
+    """
+    table: dict[ItemId, dict[str, Any]] = {}
+    for number, row in _rows(path):
+        key = row.pop(image_column, None)
+        if key is None or key == "":
+            raise DataError(f"{path}:{number}: expected a picture in the column {image_column!r}; has {sorted(row)}")
+        own = sorted(row.keys() & set(OWN_FIELDS))
+        if own:
+            raise DataError(f"{path}:{number}: the column {own[0]!r} is the index's own; give it another name")
+        if CAPTION_COLUMN in row:
+            row["caption"] = row.pop(CAPTION_COLUMN)
+        name = key if isinstance(key, int) else str(key).removeprefix("./")
+        table.setdefault(name, {field: value for field, value in row.items() if value not in ("", None)})
+    return table
+
+
+def row_of(table: Table, item_id: ItemId, id_prefix: str = "") -> Mapping[str, Any] | None:
+    """The row of an item: under its id, or, as tables hold text, under the id as text."""
+    bare = item_id.removeprefix(id_prefix) if isinstance(item_id, str) else item_id
+    return table.get(bare, table.get(str(bare)))
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        yield from ((number, dict(row)) for number, row in read_objects(path))
+        return
+    if suffix not in (".csv", ".tsv"):
+        raise DataError(f"{path}: expected a table whose name ends in .csv, .tsv or .jsonl")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, dialect="excel-tab" if suffix == ".tsv" else "excel")
+            columns = list(reader.fieldnames or [])
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(f"{path}:{reader.line_num}: expected {len(columns)} columns as in the first line")
+                yield reader.line_num, {name: value for name, value in row.items() if name}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: invalid UTF-8 at byte {error.start}; save the file as UTF-8") from error
+    except (OSError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error

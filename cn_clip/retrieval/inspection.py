@@ -1,0 +1,100 @@
+"""Reads every byte of an index and tells what is damaged, and what of a damaged segment can still be read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cn_clip.errors import DataError
+from cn_clip.retrieval import manifest
+from cn_clip.retrieval.manifest import Manifest
+from cn_clip.retrieval.segments import ITEMS, ROWS, VECTORS, Segment
+from cn_clip.retrieval.store import Snapshot, removed_keys
+from cn_clip.retrieval.writer import NewItem
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with a file of an index. path: in its folder."""
+
+    path: str
+    reason: str
+
+    @property
+    def owner(self) -> str:
+        """The segment or derived file that suffers."""
+        return self.path.split("/")[0]
+
+
+def inspect(folder: Path, facts: Manifest) -> Iterator[Damage]:
+    """All damaged files; what the manifest does not name is no concern."""
+    is_whole = True
+    for path, expected in facts.files():
+        try:
+            found = manifest.facts_of(folder / path)
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror})"
+        else:
+            if found == expected:
+                continue
+            is_longer = found.bytes != expected.bytes
+            reason = f"expected {expected.bytes} bytes, found {found.bytes}" if is_longer else "its bytes have changed"
+        is_whole = False
+        yield Damage(path, reason)
+    if is_whole:
+        yield from _contradictions(folder, facts)
+
+
+def _contradictions(folder: Path, facts: Manifest) -> Iterator[Damage]:
+    """What no crash can cause, only a fault of a program."""
+    snapshot = Snapshot.open(folder, facts)
+    ids = [item_id for _, item_id, _ in snapshot.items()]
+    if len(set(ids)) < len(ids):
+        yield Damage(manifest.NAME, f"{len(ids) - len(set(ids))} ids come twice")
+    for segment in snapshot.rows.segments:
+        if not np.isfinite(segment.vectors_ND).all():
+            yield Damage(f"{segment.folder.name}/{VECTORS}", "holds NaN or infinity")
+
+
+@dataclass(frozen=True)
+class Remains:
+    """The items of a damaged segment that its other files still tell of. has_vectors: their vectors are whole."""
+
+    items: list[NewItem]
+    num_lost: int
+    has_vectors: bool
+
+
+def remains(folder: Path, facts: Manifest, name: str, damaged: set[str]) -> Remains:
+    """What can be read of the segment `name`. damaged: its damaged files; num_lost: items without a name."""
+    segment = next(one for one in facts.segments if one.name == name)
+    if damaged & {ITEMS, ROWS}:
+        return Remains([], segment.num_rows, False)
+    table = np.load(folder / name / ROWS, allow_pickle=False)
+    alive = np.flatnonzero(~np.isin(table[:, 0], removed_keys(folder, facts)))
+    width = facts.model.embed_dim
+    vectors = np.zeros((segment.num_rows, width), dtype=np.float32)
+    if VECTORS not in damaged:
+        vectors = np.load(folder / name / VECTORS, mmap_mode="r", allow_pickle=False)
+    lines = (folder / name / ITEMS).read_bytes().splitlines()
+    found = []
+    for row in alive.tolist():
+        item_id, metadata = Segment.parse(lines[row], f"{folder / name / ITEMS}:{row + 1}")
+        found.append(NewItem(item_id, vectors[row], metadata))
+    return Remains(found, 0, VECTORS not in damaged)
+
+
+def require_removed(folder: Path, facts: Manifest) -> None:
+    """Raises DataError when the list of removed rows is damaged: then nobody knows which items there are."""
+    if facts.removed is None:
+        return
+    try:
+        is_whole = manifest.facts_of(folder / facts.removed.name) == facts.removed.file
+    except OSError:
+        is_whole = False
+    if not is_whole:
+        raise DataError(
+            f"{folder / facts.removed.name}: is damaged, and no other file tells which items were removed; build the "
+            "index again in another folder"
+        )
