@@ -1,0 +1,301 @@
+"""What many clients of the HTTP service do to each other: join batches, fill the queue, leave, wait too long."""
+
+import asyncio
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+from serving import WatchedBackend, data_url, queue_depth, served, wait_until
+
+from cn_clip.clip.backends.base import Rows
+from cn_clip.clip.encoder import Encoder
+from cn_clip.emoji_pack import load
+from cn_clip.errors import ConfigError
+from cn_clip.serve.batching import Batcher, Places
+from cn_clip.serve.gate import Gate
+from cn_clip.serve.limits import BODIES_HELD, Limits
+from cn_clip.serve.refusals import RefusalError
+
+# Long enough for all that a test sends to be in one batch, were it not full before.
+PATIENT_MS = 60_000.0
+PICTURE = data_url(load()[0].picture, "webp")
+
+
+@pytest.fixture
+def backend() -> Iterator[WatchedBackend]:
+    backend = WatchedBackend()
+    yield backend
+    backend.going.set()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(32) as pool:
+        yield pool
+
+
+def ask(address: str, given: object) -> httpx.Response:
+    return httpx.post(f"{address}/v1/embeddings", json={"model": "tiny", "input": given}, timeout=120)
+
+
+def first_numbers(answer: httpx.Response) -> list[float]:
+    assert answer.status_code == 200, answer.text
+    return [one["embedding"][0] for one in answer.json()["data"]]
+
+
+def test_requests_of_many_clients_are_computed_together(backend: WatchedBackend, pool: ThreadPoolExecutor) -> None:
+    with served(Encoder(backend), Limits(max_batch=8, max_wait_ms=PATIENT_MS)) as address:
+        answers = [pool.submit(ask, address, "猫" * length) for length in range(1, 9)]
+        # Everyone gets the row of their own text: its tokens, [CLS] and [SEP].
+        assert [first_numbers(one.result()) for one in answers] == [[length + 2] for length in range(1, 9)]
+    assert backend.text_batches == [8]
+
+
+def test_pictures_and_texts_are_batched_apart(backend: WatchedBackend) -> None:
+    with served(Encoder(backend), Limits(max_batch=2, max_wait_ms=PATIENT_MS)) as address:
+        answer = ask(address, ["猫", {"image": PICTURE}, "两只猫", {"image": PICTURE}])
+        assert first_numbers(answer) == [3, 1, 5, 1]
+    assert (backend.text_batches, backend.picture_batches) == ([2], [2])
+
+
+def test_a_request_with_many_inputs_is_split_over_batches(backend: WatchedBackend) -> None:
+    with served(Encoder(backend), Limits(max_batch=4, max_wait_ms=1)) as address:
+        assert first_numbers(ask(address, ["猫" * length for length in range(1, 11)])) == list(range(3, 13))
+    assert backend.text_batches == [4, 4, 2]
+
+
+def test_a_batch_that_is_not_full_goes_after_the_wait(backend: WatchedBackend) -> None:
+    with served(Encoder(backend), Limits(max_batch=8, max_wait_ms=20)) as address:
+        assert first_numbers(ask(address, "猫")) == [3]
+    assert backend.text_batches == [1]
+
+
+def test_a_full_queue_answers_503_and_serves_again_later(backend: WatchedBackend, pool: ThreadPoolExecutor) -> None:
+    limits = Limits(max_batch=1, max_queue=4, max_items=4)
+    with served(Encoder(backend), limits) as address:
+        backend.going.clear()
+        waiting = pool.submit(ask, address, ["猫"] * 4)
+        wait_until(lambda: queue_depth(address) == 4)
+        refused = ask(address, "猫")
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"] == {
+            "message": "the queue of 4 texts is full; ask again later",
+            "type": "server_error",
+            "param": None,
+            "code": "queue_full",
+        }
+        backend.going.set()
+        assert len(first_numbers(waiting.result())) == 4
+        assert first_numbers(ask(address, "猫")) == [3]
+        assert queue_depth(address) == 0
+
+
+def test_who_leaves_is_dropped_from_the_queue(backend: WatchedBackend, pool: ThreadPoolExecutor) -> None:
+    body = b'{"model": "tiny", "input": ["a", "b", "c"]}'
+    head = (
+        f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    )
+    with served(Encoder(backend), Limits(max_batch=4, max_wait_ms=1)) as address:
+        backend.going.clear()
+        first = pool.submit(ask, address, "猫")
+        assert backend.begun.acquire(timeout=60)
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as leaving:
+            leaving.sendall(head.encode() + b"\r\n" + body)
+            wait_until(lambda: queue_depth(address) == 4)
+        wait_until(lambda: queue_depth(address) == 1)
+        backend.going.set()
+        assert first_numbers(first.result()) == [3]
+        assert first_numbers(ask(address, "两只猫")) == [5]
+    assert backend.text_batches == [1, 1]
+
+
+def test_who_waits_too_long_is_told_so_and_dropped(backend: WatchedBackend) -> None:
+    with served(Encoder(backend), Limits(timeout=0.2)) as address:
+        backend.going.clear()
+        answer = ask(address, "猫")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        assert "0.2 seconds" in answer.json()["error"]["message"]
+        assert queue_depth(address) == 0
+        backend.going.set()
+
+
+def test_a_body_that_does_not_come_is_refused_after_the_timeout(backend: WatchedBackend) -> None:
+    with served(Encoder(backend), Limits(timeout=0.2)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 408")
+
+
+def test_a_batch_that_fails_is_a_500_for_its_requests_alone(backend: WatchedBackend) -> None:
+    def fail(_: object) -> Rows:
+        raise RuntimeError("secret")
+
+    with served(Encoder(backend), Limits()) as address:
+        working, backend.encode_tokens = backend.encode_tokens, fail  # type: ignore[method-assign]
+        answer = ask(address, "猫")
+        assert answer.status_code == 500
+        assert answer.json()["error"]["message"] == "the model could not compute the texts: RuntimeError"
+        backend.encode_tokens = working  # type: ignore[method-assign]
+        assert first_numbers(ask(address, "猫")) == [3]
+
+
+def test_a_bad_picture_lets_the_others_of_its_moment_through(backend: WatchedBackend, pool: ThreadPoolExecutor) -> None:
+    with served(Encoder(backend), Limits(max_batch=2, max_wait_ms=PATIENT_MS)) as address:
+        good = [pool.submit(ask, address, {"image": PICTURE}) for _ in range(2)]
+        bad = ask(address, [{"image": PICTURE}, {"image": "data:image/png;base64,AAAA"}])
+        assert (bad.status_code, bad.json()["error"]["param"]) == (400, "input[1].image")
+        assert [first_numbers(one.result()) for one in good] == [[1], [1]]
+        assert queue_depth(address, "pictures") == 0
+    assert backend.picture_batches == [2]
+
+
+def test_two_hundred_clients_at_once_are_each_answered(backend: WatchedBackend) -> None:
+    async def storm(address: str) -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(base_url=address, limits=limits, timeout=120) as client:
+            requests = [
+                client.post("/v1/embeddings", json={"model": "tiny", "input": ["猫"] * (1 + number % 3)})
+                for number in range(200)
+            ]
+            return await asyncio.gather(*requests)
+
+    with served(Encoder(backend), Limits(max_queue=64, max_items=8)) as address:
+        backend.going.clear()
+        opening = threading.Timer(0.5, backend.going.set)
+        opening.start()
+        answers = asyncio.run(storm(address))
+        opening.join()
+        assert queue_depth(address) == 0
+    statuses = Counter(answer.status_code for answer in answers)
+    assert statuses.total() == 200
+    assert set(statuses) == {200, 503}
+    for number, answer in enumerate(answers):
+        if answer.status_code == 200:
+            assert first_numbers(answer) == [3] * (1 + number % 3)
+    assert max(backend.text_batches) == 32
+
+
+def test_a_model_that_cannot_be_opened_is_the_failure_of_the_engine() -> None:
+    from cn_clip.serve.engine import Engine
+    from cn_clip.serve.metrics import Metrics
+
+    def missing() -> Encoder:
+        raise ConfigError("no such model")
+
+    async def start() -> Engine:
+        engine = Engine("missing", missing, Limits(), Metrics())
+        engine.start(never)
+        await engine.opened.wait()
+        await engine.stop()
+        return engine
+
+    async def never() -> None:
+        raise AssertionError
+
+    engine = asyncio.run(start())
+    assert str(engine.failure) == "no such model"
+    assert not engine.is_ready
+    with pytest.raises(RefusalError, match="still being opened"):
+        _ = engine.encoder
+
+
+# --- the parts by themselves
+
+
+def batched(
+    work: Callable[["Batcher[int]"], "asyncio.Future[object]"], compute: Callable[[Sequence[int]], Rows]
+) -> object:
+    async def main() -> object:
+        with ThreadPoolExecutor(1) as thread:
+            batcher: Batcher[int] = Batcher("numbers", compute, thread, max_batch=3, max_wait=0.01)
+            running = asyncio.ensure_future(batcher.run())
+            try:
+                return await work(batcher)
+            finally:
+                running.cancel()
+
+    return asyncio.run(main())
+
+
+def test_rows_come_back_in_the_order_of_the_items() -> None:
+    sizes = []
+
+    def double(items: Sequence[int]) -> Rows:
+        sizes.append(len(items))
+        return np.array([[2 * one] for one in items], dtype=np.float32)
+
+    rows = batched(lambda batcher: batcher.rows(range(7)), double)
+    assert np.array(rows).ravel().tolist() == [0, 2, 4, 6, 8, 10, 12]
+    assert sizes == [3, 3, 1]
+
+
+def test_places_are_given_back_also_after_a_failure() -> None:
+    places = Places("texts", 3)
+    with pytest.raises(RefusalError, match="the queue of 3 texts is full"), places.taken(3), places.taken(1):
+        pass
+    assert places.num_taken == 0
+
+
+def test_no_more_of_a_body_is_held_than_the_bound_and_all_bodies_share_one() -> None:
+    limits = Limits(max_body_mb=1 / 1024)
+    sent = []
+    arrived: Future[int] = Future()
+
+    async def app(scope: object, receive: object, send: object) -> None:
+        arrived.set_result(gate._bytes_held)
+
+    gate = Gate(app, limits, None)
+
+    async def request(num_pieces: int) -> int:
+        """How many pieces of 256 bytes the gate asked for."""
+        given = 0
+
+        async def receive() -> dict[str, object]:
+            nonlocal given
+            if given == num_pieces:
+                await asyncio.Event().wait()
+            given += 1
+            return {"type": "http.request", "body": b" " * 256, "more_body": given < num_pieces}
+
+        async def send(message: dict[str, object]) -> None:
+            sent.append(message)
+
+        await gate({"type": "http", "method": "POST", "path": "/v1/x", "headers": []}, receive, send)  # type: ignore[arg-type]
+        return given
+
+    # Four pieces are held, a fifth is too many, and four more are heard before the answer.
+    assert asyncio.run(request(1000)) == 9
+    assert sent[0]["status"] == 413
+    assert gate._bytes_held == 0
+    gate._bytes_held = BODIES_HELD * limits.max_body_bytes - 1024
+    asyncio.run(request(4))
+    assert arrived.result() == BODIES_HELD * limits.max_body_bytes
+    gate._bytes_held += 1
+    asyncio.run(request(4))
+    assert sent[-2]["status"] == 503
+    assert gate._bytes_held == BODIES_HELD * limits.max_body_bytes - 1023
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_batch": 0}, "--max-batch: expected a positive number, got 0"),
+        ({"max_wait_ms": -1}, "--max-wait-ms: expected a positive number"),
+        ({"timeout": float("nan")}, "--timeout: expected a positive number"),
+        ({"max_items": 300}, r"--max-items: expected at most --max-queue \(256\)"),
+        ({"max_batch": 300}, "--max-batch: expected at most --max-queue"),
+        ({"max_pixels": 10**9}, "--max-pixels: expected at most 89478485"),
+    ],
+)
+def test_limits_without_room_are_refused(given: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Limits(**given)  # type: ignore[arg-type]
+    assert Limits(max_wait_ms=0).max_wait_ms == 0

@@ -1,0 +1,106 @@
+"""The command `cn-clip serve` as a process: it starts, drains at SIGTERM, and says in one line what it cannot open."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import queue_depth, wait_until
+
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.serve import main
+
+COMMAND = [sys.executable, "-m", "cn_clip", "serve", "--port", "0"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@contextmanager
+def started(*args: str, key: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process, and its address once it is ready."""
+    environment = {**ENVIRONMENT, **({main.API_KEY_VARIABLE: key} if key else {})}
+    with subprocess.Popen(
+        [*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().split("; ")[-1].strip()
+            assert process.stdout.readline().startswith("可以使用 / ready: ")
+            yield process, address
+        finally:
+            process.kill()
+
+
+def refusal(*args: str) -> str:
+    """What a command that cannot start says, in one line."""
+    done = subprocess.run([*COMMAND, *args], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("INFO:")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_sigterm_lets_what_is_queued_finish_and_takes_no_more() -> None:
+    with started("--model", "Emoji-Tiny", "--max-wait-ms", "3000") as (process, address), ThreadPoolExecutor() as pool:
+        request = {"model": "Emoji-Tiny", "input": ["一只猫", "一只狗"]}
+        # The two texts wait three seconds for others to come.
+        waiting = pool.submit(httpx.post, f"{address}/v1/embeddings", json=request, timeout=120)
+        wait_until(lambda: queue_depth(address) == 2)
+        process.send_signal(signal.SIGTERM)
+
+        def refuses() -> bool:
+            try:
+                return httpx.get(f"{address}/healthz").status_code != 200
+            except httpx.ConnectError:
+                return True
+
+        wait_until(refuses)
+        assert not waiting.done()
+        assert len(waiting.result().json()["data"]) == 2
+        assert process.wait(60) == -signal.SIGTERM
+
+
+def test_the_key_of_the_environment_is_asked_for() -> None:
+    with started("--model", "Emoji-Tiny", "--name", "emoji", key="k") as (_, address):
+        assert httpx.get(f"{address}/v1/models").status_code == 401
+        answer = httpx.get(f"{address}/v1/models", headers={"Authorization": "Bearer k"})
+        assert [one["id"] for one in answer.json()["data"]] == ["emoji"]
+
+
+def test_what_cannot_be_opened_is_said_in_one_line(tmp_path: Path) -> None:
+    assert "Model missing.pt not found" in refusal("--model", "missing.pt")
+    assert "is no index; build one with" in refusal(str(tmp_path), "--model", "Emoji-Tiny")
+
+
+def test_a_port_in_use_is_refused() -> None:
+    with main.listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {port}: cannot be listened at"):
+            main.listen("127.0.0.1", port)
+
+
+def test_label_sets_are_called_by_their_files_names(tmp_path: Path) -> None:
+    (tmp_path / "animals.txt").write_text("猫\n狗\n", encoding="utf-8")
+    assert main.read_label_sets([tmp_path / "animals.txt"]) == {"animals": ["猫", "狗"]}
+    with pytest.raises(DataError, match=r"other\.txt: cannot be read"):
+        main.read_label_sets([tmp_path / "other.txt"])
+    with pytest.raises(ConfigError, match="files of different names"):
+        main.read_label_sets([tmp_path / "animals.txt"] * 2)
+
+
+def test_the_key_comes_from_the_flag_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(main.API_KEY_VARIABLE, " a ")
+    assert main.key_of(main.Options()) == "a"
+    assert main.key_of(main.Options(api_key="b")) == "b"
+    with pytest.raises(ConfigError, match="got an empty one"):
+        main.key_of(main.Options(api_key=" "))
+
+
+def test_the_model_is_called_by_its_name_or_that_of_its_file() -> None:
+    assert main.served_name("Emoji-Tiny") == "Emoji-Tiny"
+    assert main.served_name("/somewhere/epoch3.pt") == "epoch3"
