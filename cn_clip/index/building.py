@@ -164,7 +164,9 @@ def _update_from_features(options: AddOptions, job: Job, model: Model, table: Ta
 
 def _model_of_features(options: AddOptions, job: Job, model: Model, embed_dim: int) -> ModelInfo:
     """The model named, or nobody's: then text and pictures cannot be searched for, ids can."""
-    if options.model is None and not (job.folder / manifest.NAME).exists():
+    if (job.folder / manifest.NAME).exists():
+        return model.info()
+    if options.model is None:
         return ModelInfo("", "", embed_dim)
     info = model.info()
     if info.embed_dim != embed_dim:

@@ -90,31 +90,26 @@ class Ingest:
             if "digest" in metadata:
                 self._owners.setdefault(metadata["digest"], item_id)
         self._buffer: dict[ItemId, NewItem] = {}
+        self._total = 0
 
     def add(self, candidates: Sequence[Candidate], table: Table | None = None, id_prefix: str = "") -> None:
         """Adds what is new or has changed; raises DataError when the index cannot be written."""
         pending = [one for one in candidates if not self._is_unchanged(one, table, id_prefix)]
-        self.summary.unchanged = len(candidates) - len(pending)
+        self._total, self.summary.unchanged = len(candidates), len(candidates) - len(pending)
         if pending:
-            self._encode([self._with_row(one, table, id_prefix) for one in pending], len(candidates))
-        self.writer.commit(list(self._buffer.values()))
-        self._buffer.clear()
-        self.report(self.summary.num_done, len(candidates))
+            self._encode([self._with_row(one, table, id_prefix) for one in pending])
+        self._commit()
 
     def keep(self, items: Iterable[NewItem]) -> None:
         """Adds items as they are with the next commit, unless a picture of the same id comes before it."""
         self._buffer.update({item.id: item for item in items})
 
-    def _encode(self, pending: Sequence[Candidate], total: int) -> None:
+    def _encode(self, pending: Sequence[Candidate]) -> None:
         resolution, load = self._loader(pending)
         for prepared, pixels in decoded_batches(
             load, range(len(pending)), resolution, self.settings.batch_size, self.settings.num_workers
         ):
             self._take(prepared, pixels)
-            if len(self._buffer) >= self.settings.commit_every:
-                self.writer.commit(list(self._buffer.values()))
-                self._buffer.clear()
-                self.report(self.summary.num_done, total)
 
     def prune(self, sources: Collection[str], candidates: Iterable[Candidate]) -> None:
         """Removes the items of these sources that are not there any more."""
@@ -179,8 +174,8 @@ class Ingest:
             elif one.known:  # its owner has changed since
                 self._encode_late(one)
             else:
-                self._put(one, vectors[number], one.facts, one.thumbnail)
                 self.summary.encoded += 1
+                self._put(one, vectors[number], one.facts, one.thumbnail)
 
     def _reuse(self, one: _Prepared) -> None:
         owner = self._owners[one.digest]
@@ -192,8 +187,8 @@ class Ingest:
             return
         if owner != one.candidate.id:
             self.summary.duplicates.append((one.candidate.id, owner))
-        self._put(one, stored.vector_D, facts, stored.thumbnail)
         self.summary.reused += 1
+        self._put(one, stored.vector_D, facts, stored.thumbnail)
 
     def _encode_late(self, one: _Prepared) -> None:
         encoder = self.encoder()
@@ -202,8 +197,8 @@ class Ingest:
         size = self.settings.thumbnail_size
         facts = {"width": image.width, "height": image.height}
         vector_D = encoder.backend.encode_pixels(pixels[None])[0]
-        self._put(one, vector_D, facts, thumbnail(image, size) if size else b"")
         self.summary.encoded += 1
+        self._put(one, vector_D, facts, thumbnail(image, size) if size else b"")
 
     def _put(self, one: _Prepared, vector_D: Any, facts: Mapping[str, Any], small: bytes) -> None:
         item_id = one.candidate.id
@@ -214,6 +209,13 @@ class Ingest:
         metadata = {**one.candidate.metadata, **facts, "digest": one.digest}
         self._known[item_id] = metadata
         self._buffer[item_id] = NewItem(item_id, np.array(vector_D), metadata, small)
+        if len(self._buffer) >= self.settings.commit_every:
+            self._commit()
+
+    def _commit(self) -> None:
+        self.writer.commit(list(self._buffer.values()))
+        self._buffer.clear()
+        self.report(self.summary.num_done, self._total)
 
 
 def thumbnail(image: "Image", size: int) -> bytes:

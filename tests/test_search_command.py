@@ -1,0 +1,191 @@
+"""`cn-clip search`: by text, by picture, by both and by item, on an index of embedded pictures."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cn_clip import cli
+from cn_clip.clip import Encoder
+from cn_clip.demo import emoji
+from cn_clip.retrieval.store import open_index
+
+NUM_PICTURES = 200
+EMOJI = emoji.load("twemoji")[:NUM_PICTURES]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first pictures of Twemoji with name and group, called 0, 1, ..."""
+    folder = tmp_path_factory.mktemp("search")
+    (folder / "p").mkdir()
+    rows = ["image,text,group"]
+    for number, one in enumerate(EMOJI):
+        (folder / "p" / f"{number}.webp").write_bytes(one.picture)
+        rows.append(f"{number}.webp,{one.name},{one.group}")
+    (folder / "t.csv").write_text("\n".join(rows), encoding="utf-8")
+    args = ["index", "build", folder / "p", "--output", folder / "i", "--metadata", folder / "t.csv"]
+    cli.main([*map(str, args), "--model", "Emoji-Tiny", "--json"])
+    return folder / "i"
+
+
+def search(index: Path, capsys: pytest.CaptureFixture[str], *args: object) -> list[dict[str, Any]]:
+    """The hits that the command prints."""
+    capsys.readouterr()
+    cli.main(["search", str(index), *map(str, args), "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert (result["index"], result["model"]) == (str(index), "Emoji-Tiny")
+    hits: list[dict[str, Any]] = result["hits"]
+    return hits
+
+
+@pytest.fixture(scope="module")
+def vectors() -> tuple[Any, Encoder]:
+    """Of all pictures, and what computed them."""
+    encoder = Encoder("Emoji-Tiny")
+    return encoder.encode_images([one.picture for one in EMOJI]), encoder
+
+
+def expected(query_D: Any, vectors_ND: Any, k: int) -> list[tuple[str, float]]:
+    """The k best pictures, and their scores to three digits."""
+    scores = vectors_ND @ query_D
+    return [(f"{place}.webp", round(float(scores[place]), 3)) for place in np.argsort(-scores)[:k].tolist()]
+
+
+def summary(hits: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    return [(hit["id"], round(hit["score"], 3)) for hit in hits]
+
+
+@pytest.mark.parametrize("text", ["哭", "ＯＫ OK", "“爱心”"])
+def test_text_finds_the_nearest_pictures(
+    index: Path, vectors: tuple[Any, Encoder], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, encoder = vectors
+    lowered = text.lower().replace("“", '"').replace("”", '"')
+    hits = search(index, capsys, text, "--k", 7)
+    assert summary(hits) == expected(encoder.encode_texts([lowered])[0], rows, 7)
+    assert hits[0]["metadata"]["caption"] == EMOJI[int(hits[0]["id"].removesuffix(".webp"))].name
+
+
+def test_picture_text_and_both(
+    index: Path, vectors: tuple[Any, Encoder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, encoder = vectors
+    picture = emoji.load("noto")[30].picture
+    (tmp_path / "q.webp").write_bytes(picture)
+    image_D, text_D = encoder.encode_images([picture])[0], encoder.encode_texts(["哭"])[0]
+    assert summary(search(index, capsys, "--image", tmp_path / "q.webp")) == expected(image_D, rows, 10)
+    for weight in (0.7, 0.0, 1.0):
+        mixed_D = weight * text_D + (1 - weight) * image_D
+        hits = search(index, capsys, "哭", "--image", tmp_path / "q.webp", "--text-weight", weight)
+        assert summary(hits) == expected(mixed_D / np.linalg.norm(mixed_D), rows, 10)
+
+
+def test_item_finds_others_and_not_itself(
+    index: Path, vectors: tuple[Any, Encoder], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, encoder = vectors
+    assert summary(search(index, capsys, "--id", "3.webp", "--k", 4)) == expected(rows[3], rows, 5)[1:]
+    mixed_D = rows[3] + encoder.encode_texts(["哭"])[0]
+    everything = expected(mixed_D / np.linalg.norm(mixed_D), rows, 11)
+    hits = summary(search(index, capsys, "哭", "--id", "3.webp"))
+    assert hits == [hit for hit in everything if hit[0] != "3.webp"][:10]
+
+
+def test_conditions_and_least_score_narrow_the_results(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    everything = search(index, capsys, "哭", "--k", NUM_PICTURES)
+    assert len(everything) == NUM_PICTURES
+    groups = {one.group for one in EMOJI}
+    assert len(groups) > 1
+    group = sorted(groups)[0]
+    assert search(index, capsys, "哭", "--k", NUM_PICTURES, "--where", f"group={group}") == [
+        hit for hit in everything if hit["metadata"]["group"] == group
+    ]
+    fifth = everything[4]["score"]
+    assert search(index, capsys, "哭", "--min-score", fifth) == everything[:5]
+
+
+def test_table_has_score_id_and_caption_in_columns(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hits = search(index, capsys, "哭", "--k", 3)
+    cli.main(["search", str(index), "哭", "--k", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["分数", "score", "编号", "id", "说明", "caption"]
+    assert [re.split(r"\s{2,}", line.strip()) for line in lines[1:]] == [
+        [f"{hit['score']:.4f}", hit["id"], hit["metadata"]["caption"]] for hit in hits
+    ]
+    cli.main(["search", str(index), "哭", "--min-score", "1.1"])
+    assert capsys.readouterr().out == "没有找到 / nothing found\n"
+
+
+def test_grid_shows_what_was_found(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = search(index, capsys, "哭", "--k", 3, "--grid", tmp_path / "g.png")[0]
+    with Image.open(tmp_path / "g.png") as drawn:
+        assert drawn.size[0] == 2 * 32 + 340 + 3 * 172
+        top, left = 32 + 12 + 6, 32 + 340 + (172 - 128) // 2
+        cell = np.asarray(drawn.crop((left, top, left + 128, top + 128)), dtype=float)
+    with Image.open(index.parent / "p" / best["id"]) as picture:
+        wanted = np.asarray(picture.convert("RGB").resize((128, 128)), dtype=float)
+    assert np.abs(cell - wanted).mean() < 8  # JPEG and another filter
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_other_backends_search_what_torch_has_built(
+    index: Path, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hits = search(index, capsys, "哭", "--backend", backend, "--download-root", tmp_path)
+    assert summary(hits) == summary(search(index, capsys, "哭"))
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (("--id", "absent"), "{index}: has no item 'absent'"),
+        (("--image", "{tmp}/absent.png"), "{tmp}/absent.png: not a picture that can be decoded"),
+        (("哭", "--where", "group"), "where: 'group' is no condition; expected terms such as"),
+        (("哭", "--model", "{tmp}/absent.pt"), "absent.pt not found; available models"),
+        (("哭", "--min-score", "1.1", "--grid", "{tmp}/g.png"), "--grid {tmp}/g.png: nothing was found to draw"),
+        (("哭", "--grid", "{tmp}/absent/g.png"), "the folder {tmp}/absent does not exist"),
+    ],
+)
+def test_faulty_queries_are_refused_in_one_sentence(
+    index: Path, tmp_path: Path, args: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^1$"):
+        cli.main(["search", str(index), *(one.format(tmp=tmp_path) for one in args)])
+    err = capsys.readouterr().err
+    assert sentence.format(tmp=tmp_path, index=index) in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ((), "give a text, --image or --id"),
+        (("  ",), "the text is empty"),
+        (("--image", "a", "--id", "b"), "--image, --id: give one of them"),
+        (("a", "--text-weight", "1.5"), "--text-weight: expected 0 to 1, got 1.5"),
+        (("a", "--text-weight", "nan"), "--text-weight: expected 0 to 1, got nan"),
+        (("a", "--k", "0"), "--k: expected at least 1, got 0"),
+    ],
+)
+def test_faulty_settings_are_refused_with_status_2(
+    args: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.main(["search", "i", *args])
+    assert sentence in " ".join(re.sub("[│|]", " ", capsys.readouterr().err).split())
+
+
+def test_no_picture_of_the_index_is_needed_to_search(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.rename(index.parent / "p", index.parent / "away")
+    try:
+        assert len(search(index, capsys, "哭")) == 10
+        assert open_index(index).thumbnail("0.webp") is not None
+    finally:
+        os.rename(index.parent / "away", index.parent / "p")
