@@ -215,7 +215,12 @@ class Workplace:
             for written, instead in TRAINING_EXCHANGES.items():
                 code = code.replace(written, instead)
             small = {**TRAINING_SETTINGS, "resume": str(self.data / "pretrained_weights" / "small.pt")}
-        variables = {"DATAPATH": str(self.data), "dataset_name": DATASET, "PYTHONPATH": str(ROOT), "HOME": str(self.data)}
+        variables = {
+            "DATAPATH": str(self.data),
+            "dataset_name": DATASET,
+            "PYTHONPATH": str(ROOT),
+            "HOME": str(self.data),
+        }
         # One thread: several at once on a busy machine wait for each other.
         quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         path = f"{self.programs}{os.pathsep}{os.environ['PATH']}"
@@ -336,3 +341,14 @@ def test_the_commands_of_the_evaluation_guide_run(workplace: Workplace) -> None:
     recall, zeroshot = (json.loads(text) for first, text in printed.items() if "--json" in first)
     assert recall["success"] is True
     assert [share["label"] for share in zeroshot["per_class"]] == ["心", "猫脸"]
+
+
+def test_the_commands_of_the_search_guide_run(workplace: Workplace) -> None:
+    printed = run_all(workplace, ROOT / "docs" / "search.md")
+    built, again = (text for first, text in printed.items() if first.startswith("cn-clip index build"))
+    assert f"已完成 / done {NUM_PICTURES} / {NUM_PICTURES}" in built
+    assert f"未变 / unchanged {NUM_PICTURES}" in again
+    (python,) = (text for first, text in printed.items() if first.startswith("from cn_clip.clip import Encoder"))
+    assert len(python.splitlines()) == 3
+    assert "完好 / whole: photos.index" in "".join(printed.values())
+    assert (workplace.checkout / "found.png").is_file()
