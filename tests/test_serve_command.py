@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving import queue_depth, wait_until
+import torch
+from serving import data_url, queue_depth, wait_until
 
+from cn_clip.clip.loading import create_model
+from cn_clip.emoji_pack import load
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.serve import main
 
@@ -77,11 +81,37 @@ def test_what_cannot_be_opened_is_said_in_one_line(tmp_path: Path) -> None:
     assert "is no index; build one with" in refusal(str(tmp_path), "--model", "Emoji-Tiny")
 
 
+def test_an_index_is_searched_with_its_own_model_and_no_other(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for one in load()[:5]:
+        (tmp_path / "pictures" / f"{one.number}.webp").write_bytes(one.picture)
+    folder = tmp_path / "five.index"
+    command = [sys.executable, "-m", "cn_clip", "index", "build", str(tmp_path / "pictures"), "--output", str(folder)]
+    subprocess.run([*command, "--model", "Emoji-Tiny"], check=True, capture_output=True, env=ENVIRONMENT)
+    with started(str(folder)) as (_, address):
+        picture = data_url(load()[2].picture, "webp")
+        answer = httpx.post(f"{address}/v1/search", json={"query": {"image": picture}, "k": 1}).json()
+        assert answer["model"] == "Emoji-Tiny"
+        (hit,) = answer["data"]
+        assert (hit["id"], round(hit["score"], 4)) == (f"{load()[2].number}.webp", 1)
+        assert httpx.get(f"{address}{hit['thumbnail']}").content.startswith(b"\xff\xd8")
+    path = tmp_path / "other.pt"
+    torch.save({"state_dict": create_model("ViT-Tiny-64@BERT-Tiny-chinese").state_dict()}, path)
+    assert "its vectors are of the model Emoji-Tiny" in refusal(str(folder), "--model", str(path))
+
+
 def test_a_port_in_use_is_refused() -> None:
     with main.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {port}: cannot be listened at"):
             main.listen("127.0.0.1", port)
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    with main.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
 def test_label_sets_are_called_by_their_files_names(tmp_path: Path) -> None:

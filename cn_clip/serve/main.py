@@ -136,9 +136,13 @@ async def _serve(server: "uvicorn.Server", engine: "Engine", listener: socket.so
 def listen(host: str, port: int) -> socket.socket:
     """A socket that connections can be accepted from; raises ConfigError when the address cannot be had."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ConfigError(f"--host {host} --port {port}: cannot be listened at ({error.strerror or error})") from error
+    # Connections inherit it. asyncio sets it only where a socket names its protocol, which those of `create_server` do
+    # not; without it an answer's body waits 40 ms for the client to acknowledge its head.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def key_of(options: Options) -> str | None:
@@ -173,21 +177,20 @@ def _opened_index(options: Options) -> "Index | None":
 
 
 def _open_encoder(options: Options, model: str, index: "Index | None") -> "Encoder":
-    from cn_clip.clip.encoder import Encoder
+    from cn_clip.index.models import open_encoder
+    from cn_clip.index.options import ModelOptions
+    from cn_clip.retrieval.store import same_model
 
-    encoder = Encoder(
-        model,
+    settings = ModelOptions(
         backend=options.backend,
         precision=options.precision,
-        device=None if options.device == "auto" else options.device,
-        download_root=options.download_root,
+        device=options.device,
         num_threads=options.num_threads,
+        download_root=options.download_root,
     )
-    if index is not None and index.model.embed_dim != encoder.embed_dim:
-        raise ConfigError(
-            f"{options.index}: its vectors have {index.model.embed_dim} dimensions, those of {model} "
-            f"{encoder.embed_dim}; give --model {index.model.name}"
-        )
+    encoder, facts = open_encoder(model, settings, command.Speaker(quiet=False))
+    if index is not None:
+        same_model(index.model, facts, index.folder)
     return encoder
 
 

@@ -1,0 +1,20 @@
+# docker build -t cn-clip . && docker run -p 8000:8000 -e CN_CLIP_API_KEY=… -v cn-clip-models:/models cn-clip
+FROM python:3.12-slim
+
+RUN useradd --create-home --uid 10001 cnclip && install -d -o cnclip /models
+WORKDIR /app
+COPY pyproject.toml README.md LICENSE ./
+COPY tools/emoji_dataset tools/emoji_dataset
+COPY cn_clip cn_clip
+# The index of CPU wheels first: those of PyPI bring CUDA along.
+RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu \
+    && pip install --no-cache-dir '.[serve,onnx,openvino,search]'
+
+USER cnclip
+VOLUME /models
+EXPOSE 8000
+HEALTHCHECK --interval=30s --timeout=3s --start-period=300s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=2)"]
+# Give CN_CLIP_API_KEY: the service listens to everyone who reaches the container.
+ENTRYPOINT ["cn-clip", "serve", "--host", "0.0.0.0", "--port", "8000", "--download-root", "/models"]
+CMD ["--model", "ViT-B-16", "--backend", "openvino", "--precision", "bf16"]
