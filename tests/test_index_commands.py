@@ -242,6 +242,13 @@ def test_a_folder_that_moved_keeps_its_vectors(built: Path, tmp_path: Path, comm
     assert (result["encoded"], result["reused"], result["removed"]) == (0, 11, [name(4)])
 
 
+def test_an_index_among_the_pictures_is_passed_over(tmp_path: Path, command: Command) -> None:
+    folder = write_pictures(tmp_path / "pictures", range(3))
+    for _ in range(2):
+        result = command("index", "build", folder, "--output", folder / "i", *MODEL)
+        assert (result["num_items"], result["skipped"]) == (3, [])
+
+
 def test_a_second_run_may_change_the_engine_but_not_the_vectors(
     built: Path, tmp_path: Path, command: Command, refusal: Callable[..., str]
 ) -> None:

@@ -133,12 +133,40 @@ def test_grid_shows_what_was_found(index: Path, tmp_path: Path, capsys: pytest.C
     assert np.abs(cell - wanted).mean() < 8  # JPEG and another filter
 
 
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the exported model is kept."""
+    return tmp_path_factory.mktemp("exports")
+
+
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
 def test_other_backends_search_what_torch_has_built(
-    index: Path, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    index: Path, backend: str, exports: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hits = search(index, capsys, "哭", "--backend", backend, "--download-root", tmp_path)
+    hits = search(index, capsys, "哭", "--backend", backend, "--download-root", exports)
     assert summary(hits) == summary(search(index, capsys, "哭"))
+
+
+def test_files_of_other_exporters_are_told_apart_by_their_bytes(
+    index: Path, exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    search(index, capsys, "--image", index.parent / "p" / "1.webp", "--backend", "onnx", "--download-root", exports)
+    search(index, capsys, "哭", "--backend", "onnx", "--download-root", exports)
+    for path in exports.rglob("model.*.fp32.onnx"):
+        proto = onnx.load(path)
+        del proto.metadata_props[:]
+        onnx.save(proto, tmp_path / path.name)
+    args = ["--model", tmp_path / "model", "--backend", "onnx"]
+    cli.main(["index", "build", str(index.parent / "p"), "--output", str(tmp_path / "i"), *map(str, args)])
+    capsys.readouterr()
+    cli.main(["search", str(tmp_path / "i"), "哭", "--backend", "onnx", "--json"])
+    hits = json.loads(capsys.readouterr().out)["hits"]
+    assert summary(hits) == summary(search(index, capsys, "哭"))
+    assert open_index(tmp_path / "i").model.fingerprint.startswith("file:")
+    with pytest.raises(SystemExit, match=r"^1$"):
+        cli.main(["search", str(index), "哭", *map(str, args)])
+    assert "its vectors are of the model Emoji-Tiny (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cn_clip import ranks, zoo
 from cn_clip.clip.backends.base import KINDS, ExportedBackend, Kind, check_precision
+from cn_clip.clip.backends.onnx_files import extra_path
 from cn_clip.clip.backends.opening import open_backend
 from cn_clip.command import Speaker
 from cn_clip.retrieval.manifest import ModelInfo
@@ -37,7 +38,11 @@ def open_encoder(
             say=say.note,
         )
         assert isinstance(opened, ExportedBackend)
-        fingerprint = _fingerprint_of_files(opened)
+        known = _known_fingerprint(opened)
+        if known is None and set(kinds) != set(KINDS):
+            # It is made of both files, whichever is asked for.
+            return open_encoder(model, options, say)
+        fingerprint = known or _fingerprint_of_files(opened)
     return Encoder(opened), ModelInfo(full_name(model), fingerprint, opened.embed_dim)
 
 
@@ -59,13 +64,16 @@ def _open_torch(model: str, options: "ModelOptions") -> "tuple[Backend, str]":
     return TorchBackend(loaded, device=device, precision=precision, num_threads=options.num_threads), digits
 
 
-def _fingerprint_of_files(backend: ExportedBackend) -> str:
-    """The one in the files; for files of other exporters, which have none, one of their bytes."""
+def _known_fingerprint(backend: ExportedBackend) -> str | None:
+    """What the files say of the weights they were exported from; nothing in those of other exporters."""
     towers = [tower for tower in (backend.image, backend.text) if tower is not None]
-    known = next((tower.facts.weights for tower in towers if tower.facts.weights), None)
-    if known:
-        return known
+    return next((tower.facts.weights for tower in towers if tower.facts.weights), None)
+
+
+def _fingerprint_of_files(backend: ExportedBackend) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for tower in towers:
-        digest.update(Path(tower.place).read_bytes())
+    for tower in (backend.image, backend.text):
+        if tower is not None:
+            for path in (Path(tower.place), extra_path(Path(tower.place))):
+                digest.update(path.read_bytes() if path.is_file() else b"")
     return f"file:{digest.hexdigest()}"

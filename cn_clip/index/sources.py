@@ -13,7 +13,9 @@ from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_spl
 from cn_clip.data.picture_sets import CLASS_FOLDER_SUFFIXES
 from cn_clip.errors import DataError
 from cn_clip.jsonl import read_objects
+from cn_clip.retrieval import manifest
 from cn_clip.retrieval.segments import ItemId
+from cn_clip.retrieval.writer import LOCK
 
 FEATURE_SUFFIXES = (".jsonl", ".npz", ".parquet")
 PICTURE_SUFFIXES = frozenset((*CLASS_FOLDER_SUFFIXES, ".gif", ".jfif", ".avif", ".heic"))
@@ -79,7 +81,7 @@ def open_source(path: Path, *, id_prefix: str = "") -> Source:
 
 
 def _folder(root: Path, id_prefix: str) -> Source:
-    """All below `root` in sorted order, links followed, each folder once; hidden names are passed over."""
+    """All below `root` in sorted order, links followed, each folder once; hidden names and indexes are passed over."""
     source, seen = Source(os.fspath(root), id_prefix), set()
 
     def unreadable(error: OSError) -> None:
@@ -89,7 +91,7 @@ def _folder(root: Path, id_prefix: str) -> Source:
 
     for place, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
         facts = os.stat(place)
-        if (facts.st_dev, facts.st_ino) in seen:
+        if (facts.st_dev, facts.st_ino) in seen or _is_index(place):
             folders.clear()
             continue
         seen.add((facts.st_dev, facts.st_ino))
@@ -98,6 +100,10 @@ def _folder(root: Path, id_prefix: str) -> Source:
             if not name.startswith("."):
                 _look_at(source, os.path.join(place, name))
     return source
+
+
+def _is_index(folder: str) -> bool:
+    return all(os.path.exists(os.path.join(folder, name)) for name in (manifest.NAME, LOCK))
 
 
 def _look_at(source: Source, path: str) -> None:

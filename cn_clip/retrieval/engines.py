@@ -133,7 +133,7 @@ class GraphEngine:
         return count if 4 * count < num_allowed else None
 
     def _candidates(self, queries_QD: FloatArray, count: int) -> Sequence[IntArray]:
-        matches = self.graph.search(queries_QD, min(count, len(self.graph)), dtype="f32")
+        matches = self.graph.search(queries_QD, min(count, len(self.graph)))
         keys_QC = np.asarray(matches.keys).reshape(len(queries_QD), -1).astype(np.int64)
         counts = getattr(matches, "counts", [keys_QC.shape[1]] * len(queries_QD))
         return [keys[: int(num)] for keys, num in zip(keys_QC, counts, strict=True)]

@@ -130,10 +130,13 @@ def _piece(data: bytes | mmap.mmap, ends_N: IntArray, row: int) -> bytes:
 
 
 def _mapped(path: Path) -> bytes | mmap.mmap:
-    with open(path, "rb") as stream:
-        if not os.fstat(stream.fileno()).st_size:
-            return b""
-        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        with open(path, "rb") as stream:
+            if not os.fstat(stream.fileno()).st_size:
+                return b""
+            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {ADVICE}") from error
 
 
 def _mapped_array(path: Path, shape: tuple[int, int]) -> NDArray[Any]:

@@ -235,6 +235,7 @@ class IndexWriter:
             _remove(rubbish)
         write_segment(building, rows, num_rows, self.manifest.model.embed_dim, self.manifest.vector_type)
         os.replace(building, place)
+        manifest.sync_folder(self.folder)
         return facts_of_segment(place, num_rows)
 
     def _write_removed(self, keys: IntArray) -> DerivedFacts:
