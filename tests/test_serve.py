@@ -3,8 +3,13 @@
 import base64
 import io
 import json
+import re
+import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,6 +27,7 @@ from cn_clip.retrieval.store import Index, open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
 from cn_clip.serve.limits import MAX_JSON_MARKS, MAX_TEXT_CHARS, Limits
 
+ROOT = Path(__file__).parents[1]
 TEXTS = ["戴墨镜的笑脸", "一只猫", "A red HEART"]
 PICTURES = [one.picture for one in load()[:40]]
 LABELS = ["猫脸", "鸟", "水果"]
@@ -354,6 +360,22 @@ def test_metrics_count_requests_by_route_and_status(client: httpx.Client) -> Non
     assert {"/v1/embeddings", "/v1/index/thumbnails/{item_id:path}", "other"} <= routes
     assert not any("made-up" in line for line in lines)
     assert any(line.startswith('cn_clip_batch_size_count{inputs="pictures"}') for line in lines)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_examples_of_the_page_run(address: str) -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(bash|python)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert [language for language, _ in blocks] == ["bash", "python", "bash"]
+    for language, code in blocks:
+        code = code.replace("http://127.0.0.1:8000", address).replace("ViT-B-16", "tiny")
+        start = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+        done = subprocess.run([*start, code], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
+        if language == "python":
+            assert len(json.loads(done.stdout)) == 4
+        else:
+            assert json.loads(done.stdout)["model"] == "tiny"
 
 
 # --- other servers

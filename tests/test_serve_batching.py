@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -158,21 +157,21 @@ def test_a_bad_picture_lets_the_others_of_its_moment_through(backend: WatchedBac
 
 
 def test_two_hundred_clients_at_once_are_each_answered(backend: WatchedBackend) -> None:
+    async def ask_one(client: httpx.AsyncClient, number: int) -> httpx.Response:
+        given = {"model": "tiny", "input": ["猫"] * (1 + number % 3)}
+        answer = await client.post("/v1/embeddings", json=given)
+        # Nothing is computed before the queue of 64 inputs is full.
+        backend.going.set()
+        return answer
+
     async def storm(address: str) -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=200)
         async with httpx.AsyncClient(base_url=address, limits=limits, timeout=120) as client:
-            requests = [
-                client.post("/v1/embeddings", json={"model": "tiny", "input": ["猫"] * (1 + number % 3)})
-                for number in range(200)
-            ]
-            return await asyncio.gather(*requests)
+            return await asyncio.gather(*[ask_one(client, number) for number in range(200)])
 
     with served(Encoder(backend), Limits(max_queue=64, max_items=8)) as address:
         backend.going.clear()
-        opening = threading.Timer(0.5, backend.going.set)
-        opening.start()
         answers = asyncio.run(storm(address))
-        opening.join()
         assert queue_depth(address) == 0
     statuses = Counter(answer.status_code for answer in answers)
     assert statuses.total() == 200
@@ -180,7 +179,8 @@ def test_two_hundred_clients_at_once_are_each_answered(backend: WatchedBackend) 
     for number, answer in enumerate(answers):
         if answer.status_code == 200:
             assert first_numbers(answer) == [3] * (1 + number % 3)
-    assert max(backend.text_batches) == 32
+    # Of at least 62 inputs that waited, in batches of at most 32.
+    assert 31 <= max(backend.text_batches) <= 32
 
 
 def test_a_model_that_cannot_be_opened_is_the_failure_of_the_engine() -> None:
