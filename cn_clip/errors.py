@@ -21,5 +21,9 @@ class DownloadError(CnClipError, RuntimeError):
     """A model file could not be fetched or failed its check."""
 
 
+class StoreError(CnClipError, RuntimeError):
+    """A server that keeps vectors does not answer in time, or refuses; the message starts with its address."""
+
+
 class MissingExtraError(CnClipError, ImportError):
     """An optional package is not installed; the message carries the pip command."""

@@ -8,15 +8,15 @@ from typing import Annotated
 import tyro
 
 from cn_clip import command
-from cn_clip.index.options import AddOptions, IndexFolder
+from cn_clip.index.options import AddOptions, IndexPlace, with_store
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(AddOptions):
     """Adds what a source holds, and removes nothing; what is there already is brought up to date."""
 
-    index: IndexFolder
-    """The folder of the index"""
+    index: IndexPlace
+    """The folder of the index, or --store milvus://HOST:PORT/COLLECTION"""
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A picture, a folder of pictures, an LMDB split or picture features"""
     id_prefix: str = ""
@@ -26,17 +26,17 @@ class Options(AddOptions):
 def run(options: Options) -> None:
     """Adds; raises CnClipError, with all kept that was reported done."""
     from cn_clip.index import building
-    from cn_clip.retrieval import manifest
+    from cn_clip.retrieval import places
 
-    folder = Path(options.index)
-    manifest.read(folder)
-    job = building.Job(folder, Path(options.source), id_prefix=options.id_prefix)
+    index = places.place_of(options.index)
+    places.require(index)
+    job = building.Job(index, Path(options.source), id_prefix=options.id_prefix)
     building.update(options, job, command.Speaker(quiet=options.json))
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    command.execute(run, Options, args)
+    command.execute(run, Options, with_store(args))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ class Options(AddOptions):
     """A folder of pictures, a split's LMDB or its imgs folder, or picture features as jsonl, npz or parquet"""
     output: command.Required = None
     """The folder of the index"""
+    store: str | None = None
+    """Instead of --output: milvus://HOST:PORT/COLLECTION, an index in Milvus"""
     engine: EngineName | None = None
     """How it is searched: exact, or usearch, a graph for millions of vectors; default: as it is, else exact"""
     vector_type: VectorType | None = None
@@ -33,17 +35,27 @@ class Options(AddOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.output is None:
-            raise ConfigError("--output: expected the folder of the index")
+        if (self.output is None) == (self.store is None):
+            raise ConfigError("--output: expected the folder of the index, or in its place --store milvus://…")
+        from cn_clip.retrieval.milvus import Address
+        from cn_clip.retrieval.places import place_of
+
+        if isinstance(place_of(self.place), Address) and (self.engine or self.vector_type):
+            raise ConfigError("--engine, --vector-type: are for folders, Milvus has its own; leave them out")
+
+    @property
+    def place(self) -> str:
+        """Where the index is to be."""
+        return self.output or self.store or ""
 
 
 def run(options: Options) -> None:
     """Builds or updates; raises CnClipError, with all kept that was reported done."""
     from cn_clip.index import building
+    from cn_clip.retrieval.places import place_of
 
-    assert options.output is not None
     job = building.Job(
-        Path(options.output),
+        place_of(options.place),
         Path(options.source),
         engine=options.engine,
         vector_type=options.vector_type,

@@ -18,10 +18,11 @@ from cn_clip.index.models import full_name, open_encoder
 from cn_clip.index.options import AddOptions
 from cn_clip.index.show import shown
 from cn_clip.index.sources import Skipped, Source, Table, is_feature_file, open_source, read_table, row_of
-from cn_clip.retrieval import manifest
+from cn_clip.retrieval import places
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, VectorType
+from cn_clip.retrieval.places import Facts, Place, Writer
 from cn_clip.retrieval.store import same_model
-from cn_clip.retrieval.writer import IndexWriter, NewItem, open_writer
+from cn_clip.retrieval.writer import NewItem
 
 if TYPE_CHECKING:
     from cn_clip.clip.encoder import Encoder
@@ -37,7 +38,7 @@ class Job:
     is_sync: the index is to hold what the source holds, and of this source nothing else.
     """
 
-    folder: Path
+    index: Place
     source: Path
     engine: EngineName | None = None
     vector_type: VectorType | None = None
@@ -49,40 +50,40 @@ class Job:
 class Model:
     """The model of an index, opened when it is first needed, and then compared with the index."""
 
-    def __init__(self, options: AddOptions, folder: Path, say: Speaker) -> None:
-        self.options, self.folder, self.say = options, folder, say
+    def __init__(self, options: AddOptions, index: Place, say: Speaker) -> None:
+        self.options, self.index, self.say = options, index, say
         self._opened: tuple[Encoder, ModelInfo] | None = None
-        self._facts = manifest.read(folder).model if (folder / manifest.NAME).exists() else None
-        if self._facts and options.model and full_name(options.model) != self._facts.name:
+        self.facts: Facts | None = places.facts(index)
+        if self.facts and options.model and full_name(options.model) != self.facts.model.name:
             self.encoder()
 
     def encoder(self) -> "Encoder":
         """Raises ConfigError naming both models when it is not that of the index."""
         if self._opened is None:
-            name = self.options.model or (self._facts.name if self._facts else DEFAULT_MODEL) or DEFAULT_MODEL
+            name = self.options.model or (self.facts.model.name if self.facts else DEFAULT_MODEL) or DEFAULT_MODEL
             self._opened = open_encoder(name, self.options, self.say, kinds=["image"])
-            if self._facts:
-                same_model(self._facts, self._opened[1], self.folder)
+            if self.facts:
+                same_model(self.facts.model, self._opened[1], self.index)
         return self._opened[0]
 
     def info(self) -> ModelInfo:
         """What the index says, or is to say, of it."""
-        if self._facts is None:
+        if self.facts is None:
             self.encoder()
             assert self._opened is not None
             return self._opened[1]
-        return self._facts
+        return self.facts.model
 
 
 def update(options: AddOptions, job: Job, say: Speaker) -> None:
     """Does the job, and says what came of it; raises CnClipError, with all kept that was reported done."""
     table = read_table(Path(options.metadata), options.image_column) if options.metadata else None
-    model = Model(options, job.folder, say)
+    model = Model(options, job.index, say)
     if is_feature_file(job.source):
         _update_from_features(options, job, model, table, say)
         return
     source = open_source(job.source, id_prefix=job.id_prefix)
-    if not source.candidates and not (job.folder / manifest.NAME).exists():
+    if not source.candidates and model.facts is None:
         raise DataError(f"{job.source}: holds no picture{_reasons(source.skipped)}")
     with _writer(job, model, source.name) as writer:
         _refuse_others_ids(writer, source, job)
@@ -96,20 +97,19 @@ def update(options: AddOptions, job: Job, say: Speaker) -> None:
         _say_summary(ingest.summary, writer, job, _unmatched(table, source), say)
 
 
-def _writer(job: Job, model: Model, source: str) -> "AbstractContextManager[IndexWriter]":
-    is_new = not (job.folder / manifest.NAME).exists()
-    if not is_new:
-        facts = manifest.read(job.folder)
+def _writer(job: Job, model: Model, source: str) -> "AbstractContextManager[Writer]":
+    facts = model.facts
+    if facts is not None:
         if job.vector_type not in (None, facts.vector_type):
-            raise ConfigError(f"{job.folder}: holds {facts.vector_type} vectors; build another index for others")
-        return open_writer(job.folder)
+            raise ConfigError(f"{job.index}: holds {facts.vector_type} vectors; build another index for others")
+        return places.open_writer(job.index)
     create = Manifest(
         model.info(), engine=job.engine or "exact", vector_type=job.vector_type or "float32", source=source
     )
-    return open_writer(job.folder, create)
+    return places.open_writer(job.index, create)
 
 
-def _refuse_others_ids(writer: IndexWriter, source: Source, job: Job) -> None:
+def _refuse_others_ids(writer: Writer, source: Source, job: Job) -> None:
     """A picture added from elsewhere must not take the place of one that happens to be called the same."""
     if job.is_sync:
         return
@@ -117,7 +117,7 @@ def _refuse_others_ids(writer: IndexWriter, source: Source, job: Job) -> None:
     for item_id, metadata in writer.items():
         if item_id in wanted and metadata.get("source") != source.name:
             raise ConfigError(
-                f"{job.folder}: has an item {shown(item_id)} of {shown(metadata.get('source', 'elsewhere'))}; "
+                f"{job.index}: has an item {shown(item_id)} of {shown(metadata.get('source', 'elsewhere'))}; "
                 "give --id-prefix, which goes before the ids of what is added"
             )
 
@@ -128,10 +128,10 @@ def _update_from_features(options: AddOptions, job: Job, model: Model, table: Ta
     info = _model_of_features(options, job, model, embed_dim)
     summary = Summary()
     create = Manifest(info, engine=job.engine or "exact", vector_type=job.vector_type or "float32", source=name)
-    with open_writer(job.folder, create) as writer:
+    with places.open_writer(job.index, create) as writer:
         if writer.manifest.model.embed_dim != embed_dim:
             raise DataError(
-                f"{job.source}: vectors of {embed_dim} numbers, the index {job.folder} has those of "
+                f"{job.source}: vectors of {embed_dim} numbers, the index {job.index} has those of "
                 f"{writer.manifest.model.name or 'a model'} of {writer.manifest.model.embed_dim}"
             )
         before, known = writer.manifest.source, dict(writer.items())
@@ -164,7 +164,7 @@ def _update_from_features(options: AddOptions, job: Job, model: Model, table: Ta
 
 def _model_of_features(options: AddOptions, job: Job, model: Model, embed_dim: int) -> ModelInfo:
     """The model named, or nobody's: then text and pictures cannot be searched for, ids can."""
-    if (job.folder / manifest.NAME).exists():
+    if model.facts is not None:
         return model.info()
     if options.model is None:
         return ModelInfo("", "", embed_dim)
@@ -179,10 +179,8 @@ def _is_same(item: NewItem, stored: NewItem) -> bool:
     return is_same_vector and dict(item.metadata) == dict(stored.metadata)
 
 
-def _finish(writer: IndexWriter, job: Job, source: str, say: Speaker) -> None:
-    writer.describe(
-        engine=job.engine or writer.manifest.engine, source=source if job.is_sync else writer.manifest.source
-    )
+def _finish(writer: Writer, job: Job, source: str, say: Speaker) -> None:
+    writer.describe(engine=job.engine, source=source if job.is_sync else writer.manifest.source)
     writer.finish()
 
 
@@ -201,7 +199,7 @@ def _unmatched(table: Table | None, source: Source) -> int:
     return sum(str(key) not in bare for key in table)
 
 
-def _say_summary(summary: Summary, writer: IndexWriter, job: Job, unmatched: int, say: Speaker) -> None:
+def _say_summary(summary: Summary, writer: Writer, job: Job, unmatched: int, say: Speaker) -> None:
     for title, ids in (
         ("已移除 / removed", [shown(one) for one in summary.removed]),
         ("内容重复 / duplicates", [f"{shown(one)} = {shown(other)}" for one, other in summary.duplicates]),
@@ -215,10 +213,10 @@ def _say_summary(summary: Summary, writer: IndexWriter, job: Job, unmatched: int
         f"新编码 / encoded {summary.encoded}, 复用 / reused {summary.reused}, 未变 / unchanged {summary.unchanged}, "
         f"移除 / removed {len(summary.removed)}, 未收录 / not indexed {len(summary.skipped)}"
     )
-    say(f"{job.folder}: {len(writer)} items ({writer.manifest.engine}), {writer.manifest.model.name or '?'}")
+    say(f"{job.index}: {len(writer)} items ({writer.manifest.engine}), {writer.manifest.model.name or '?'}")
     say.result(
         {
-            "index": str(job.folder),
+            "index": str(job.index),
             "num_items": len(writer),
             "encoded": summary.encoded,
             "reused": summary.reused,

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cn_clip import command
-from cn_clip.index.options import AddOptions, IndexFolder
+from cn_clip.errors import ConfigError
+from cn_clip.index.options import AddOptions, IndexPlace
 
 if TYPE_CHECKING:
     from cn_clip.retrieval.inspection import Damage
@@ -19,7 +20,7 @@ class Options(AddOptions):
     With --repair the graph is made from the vectors, and vectors from the pictures where these still are.
     """
 
-    index: IndexFolder
+    index: IndexPlace
     """The folder of the index"""
     repair: bool = False
     """Repair; items of which nothing is left are dropped and counted"""
@@ -28,9 +29,11 @@ class Options(AddOptions):
 def run(options: Options) -> int:
     """Checks and repairs; raises DataError when the manifest or the list of removed items is beyond repair."""
     from cn_clip.index import repairing
-    from cn_clip.retrieval import inspection, manifest
+    from cn_clip.retrieval import inspection, manifest, places
 
-    say, folder = command.Speaker(quiet=options.json), Path(options.index)
+    say, folder = command.Speaker(quiet=options.json), places.place_of(options.index)
+    if not isinstance(folder, Path):
+        raise ConfigError(f"{folder}: Milvus looks after its own files; this command is for folders")
     facts = manifest.read(folder)
     found = list(inspection.inspect(folder, facts))
     for damage in found:

@@ -2,18 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cn_clip import command
-from cn_clip.index.options import IndexFolder
+from cn_clip.index.options import IndexPlace, with_store
+
+if TYPE_CHECKING:
+    from cn_clip.retrieval.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Tells the model, the engine, and how much there is of what."""
 
-    index: IndexFolder
-    """The folder of the index"""
+    index: IndexPlace
+    """The folder of the index, or --store milvus://HOST:PORT/COLLECTION"""
     json: bool = False
     """Print the result as one JSON object"""
 
@@ -21,39 +24,47 @@ class Options:
 def run(options: Options) -> None:
     """Prints the facts; raises DataError when there is no index."""
     from cn_clip.index.show import shown
-    from cn_clip.retrieval import manifest
+    from cn_clip.retrieval import places
+    from cn_clip.retrieval.manifest import Manifest
 
     say = command.Speaker(quiet=options.json)
-    facts = manifest.read(Path(options.index))
-    num_bytes = sum(file.bytes for _, file in facts.files())
-    model = facts.model
+    facts = places.require(places.place_of(options.index))
+    model, more = facts.model, _of_folder(facts) if isinstance(facts, Manifest) else {}
     say(f"模型 / model        {shown(model.name) or '?'} ({model.embed_dim} dimensions, {model.fingerprint or '?'})")
     say(f"条目 / items        {facts.num_items}")
-    say(f"引擎 / engine       {facts.engine}{' (graph)' if facts.graph else ''}")
+    say(f"引擎 / engine       {facts.engine}{' (graph)' if more.get('has_graph') else ''}")
     say(f"向量 / vectors      {facts.vector_type}")
-    say(f"大小 / size         {num_bytes / 2**20:.1f} MiB, {len(facts.segments)} segments")
+    if more:
+        say(f"大小 / size         {more['bytes'] / 2**20:.1f} MiB, {more['num_segments']} segments")
     say(f"来源 / source       {shown(facts.source) or '?'}")
-    say(f"版本 / generation   {facts.generation}")
+    if more:
+        say(f"版本 / generation   {more['generation']}")
     say.result(
         {
             "index": options.index,
             "model": asdict(model),
             "num_items": facts.num_items,
-            "num_removed": facts.num_rows - facts.num_items,
             "engine": facts.engine,
-            "has_graph": facts.graph is not None,
             "vector_type": facts.vector_type,
-            "num_segments": len(facts.segments),
-            "bytes": num_bytes,
             "source": facts.source,
-            "generation": facts.generation,
+            **more,
         }
     )
 
 
+def _of_folder(facts: "Manifest") -> dict[str, Any]:
+    return {
+        "num_removed": facts.num_rows - facts.num_items,
+        "has_graph": facts.graph is not None,
+        "num_segments": len(facts.segments),
+        "bytes": sum(file.bytes for _, file in facts.files()),
+        "generation": facts.generation,
+    }
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    command.execute(run, Options, args)
+    command.execute(run, Options, with_store(args))
 
 
 if __name__ == "__main__":

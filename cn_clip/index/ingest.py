@@ -16,8 +16,9 @@ from cn_clip.clip.pictures import decoded_batches
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import DataError
 from cn_clip.index.sources import OWN_FIELDS, Candidate, Skipped, Table, row_of
+from cn_clip.retrieval.places import Writer
 from cn_clip.retrieval.segments import ItemId
-from cn_clip.retrieval.writer import IndexWriter, NewItem
+from cn_clip.retrieval.writer import NewItem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,7 +75,7 @@ class Ingest:
 
     def __init__(
         self,
-        writer: IndexWriter,
+        writer: Writer,
         encoder: "Callable[[], Encoder]",
         settings: Settings,
         report: Report,

@@ -1,5 +1,7 @@
 """The settings that several commands on indexes share."""
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
@@ -8,7 +10,24 @@ import tyro
 from cn_clip.clip.backends.base import BackendName, Precision, check_precision
 from cn_clip.errors import ConfigError
 
-IndexFolder: TypeAlias = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INDEX")]
+IndexPlace: TypeAlias = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INDEX")]
+
+
+def with_store(args: Sequence[str] | None) -> list[str]:
+    """The command line with INDEX in front where it was given as `--store ADDRESS`."""
+    given, stores = list(sys.argv[1:] if args is None else args), list[str]()
+    rest = iter(given)
+    kept = []
+    for one in rest:
+        if one == "--":
+            kept += [one, *rest]
+        elif one == "--store":
+            stores.append(next(rest, ""))
+        elif one.startswith("--store="):
+            stores.append(one.removeprefix("--store="))
+        else:
+            kept.append(one)
+    return [*stores, *kept]
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from cn_clip import command
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.index.options import IndexFolder
+from cn_clip.index.options import IndexPlace, with_store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +18,8 @@ class Options:
     The picture files stay, so building from them again brings the items back.
     """
 
-    index: IndexFolder
-    """The folder of the index"""
+    index: IndexPlace
+    """The folder of the index, or --store milvus://HOST:PORT/COLLECTION"""
     ids: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="ID")] = ()
     """Items to remove"""
     where: str | None = None
@@ -37,11 +36,11 @@ def run(options: Options) -> None:
     """Removes; raises DataError, with nothing removed, for an id that is not there."""
     from cn_clip.index.show import shown
     from cn_clip.retrieval import filters
-    from cn_clip.retrieval.writer import open_writer
+    from cn_clip.retrieval.places import open_writer, place_of
 
     say = command.Speaker(quiet=options.json)
     condition = filters.parse(options.where) if options.where is not None else None
-    with open_writer(Path(options.index)) as writer:
+    with open_writer(place_of(options.index)) as writer:
         by_name = {str(item_id): item_id for item_id, _ in writer.items()}
         absent = [name for name in options.ids if name not in by_name]
         if absent:
@@ -58,7 +57,7 @@ def run(options: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    command.execute(run, Options, args)
+    command.execute(run, Options, with_store(args))
 
 
 if __name__ == "__main__":

@@ -11,21 +11,22 @@ import tyro
 
 from cn_clip import command
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.index.options import IndexFolder, ModelOptions
+from cn_clip.index.options import IndexPlace, ModelOptions, with_store
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Kind
     from cn_clip.clip.encoder import Encoder
+    from cn_clip.retrieval.places import Searchable
     from cn_clip.retrieval.segments import FloatArray, ItemId
-    from cn_clip.retrieval.store import Hit, Index
+    from cn_clip.retrieval.store import Hit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ModelOptions):
     """Finds the pictures nearest to a text, a picture, both together, or one of the index."""
 
-    index: IndexFolder
-    """The folder of the index"""
+    index: IndexPlace
+    """The folder of the index, or --store milvus://HOST:PORT/COLLECTION"""
     text: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="TEXT")] = None
     """What the pictures should show"""
     image: str | None = None
@@ -60,10 +61,10 @@ class Options(ModelOptions):
 def run(options: Options) -> None:
     """Prints what is found; raises CnClipError naming the file, model or id that does not fit."""
     from cn_clip.retrieval import filters
-    from cn_clip.retrieval.store import open_index
+    from cn_clip.retrieval.places import open_index, place_of
 
     say = command.Speaker(quiet=options.json)
-    index = open_index(options.index)
+    index = open_index(place_of(options.index))
     if options.where is not None:
         filters.parse(options.where)
     own_id = _known_id(index, options.id) if options.id is not None else None
@@ -77,23 +78,23 @@ def run(options: Options) -> None:
         say(line)
     say.result(
         {
-            "index": str(index.folder),
+            "index": index.place,
             "model": index.model.name,
             "hits": [{"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in hits],
         }
     )
 
 
-def _known_id(index: "Index", text: str) -> "ItemId":
+def _known_id(index: "Searchable", text: str) -> "ItemId":
     """The item that is called so; a number is looked for as one, too."""
     number = int(text) if text.lstrip("-").isdecimal() else None
     for candidate in (text, number):
         if candidate is not None and candidate in index:
             return candidate
-    raise DataError(f"{index.folder}: has no item {text!r}")
+    raise DataError(f"{index.place}: has no item {text!r}")
 
 
-def _query(index: "Index", options: Options, own_id: "ItemId | None", say: command.Speaker) -> "FloatArray":
+def _query(index: "Searchable", options: Options, own_id: "ItemId | None", say: command.Speaker) -> "FloatArray":
     import numpy as np
 
     from cn_clip.data.texts import preprocess_text
@@ -115,15 +116,15 @@ def _query(index: "Index", options: Options, own_id: "ItemId | None", say: comma
     return query_D
 
 
-def _encoder(index: "Index", options: Options, kinds: "Sequence[Kind]", say: command.Speaker) -> "Encoder":
+def _encoder(index: "Searchable", options: Options, kinds: "Sequence[Kind]", say: command.Speaker) -> "Encoder":
     from cn_clip.index.models import open_encoder
     from cn_clip.retrieval.store import same_model
 
     name = options.model or index.model.name
     if not name:
-        same_model(index.model, index.model, index.folder)
+        same_model(index.model, index.model, index.place)
     encoder, info = open_encoder(name, options, say, kinds=kinds)
-    same_model(index.model, info, index.folder)
+    same_model(index.model, info, index.place)
     return encoder
 
 
@@ -137,7 +138,7 @@ def _table(hits: "Sequence[Hit]") -> list[str]:
     return columns.align([("分数 score", "编号 id", "说明 caption"), *rows], right=frozenset([0]))
 
 
-def _draw(index: "Index", options: Options, hits: "Sequence[Hit]") -> None:
+def _draw(index: "Searchable", options: Options, hits: "Sequence[Hit]") -> None:
     from PIL import Image
 
     from cn_clip.data.grid import draw_grid
@@ -155,7 +156,7 @@ def _draw(index: "Index", options: Options, hits: "Sequence[Hit]") -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    command.execute(run, Options, args)
+    command.execute(run, Options, with_store(args))
 
 
 if __name__ == "__main__":

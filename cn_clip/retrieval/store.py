@@ -81,9 +81,9 @@ class Snapshot:
 
     def items(self) -> Iterator[tuple[int, ItemId, dict[str, Any]]]:
         """(place, id, metadata) of the items, in order of insertion."""
-        for place in np.flatnonzero(self.alive_N):
-            segment, row = self.rows.segment_of(int(place))
-            yield (int(place), *segment.item(row))
+        for segment, start in zip(self.rows.segments, self.rows.starts, strict=False):
+            for row in np.flatnonzero(self.alive_N[start : start + len(segment)]).tolist():
+                yield (start + row, *segment.item(row))
 
 
 def removed_keys(folder: Path, facts: Manifest) -> IntArray:
@@ -115,6 +115,11 @@ class Index:
         return self.manifest.model
 
     @property
+    def place(self) -> str:
+        """Where the index is."""
+        return str(self.folder)
+
+    @property
     def generation(self) -> int:
         """Rises with every change of the index on disk; that of the folder may be ahead."""
         return self.manifest.generation
@@ -140,7 +145,7 @@ class Index:
         """
         if k < 1:
             raise ConfigError(f"k: expected at least 1, got {k}")
-        queries_QD = self._checked(vectors_QD)
+        queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.place)
         allowed_N = self.snapshot.alive_N if where is None else self._mask(where)
         if not allowed_N.any():
             return [[] for _ in queries_QD]
@@ -180,14 +185,6 @@ class Index:
             return ExactEngine(snapshot.rows)
         return GraphEngine(snapshot.rows, opened, graph.next_key)
 
-    def _checked(self, vectors_QD: FloatArray) -> FloatArray:
-        expected = f"{self.folder}: expected float32 queries of the shape (Q, {self.model.embed_dim})"
-        if vectors_QD.ndim != 2 or vectors_QD.shape[1] != self.model.embed_dim or vectors_QD.dtype != np.float32:
-            raise DataError(f"{expected}, got {vectors_QD.dtype} {vectors_QD.shape}")
-        if not np.isfinite(vectors_QD).all():
-            raise DataError(f"{expected}, all finite; some hold NaN or infinity")
-        return vectors_QD
-
     def _hits(self, places: IntArray, scores: FloatArray, min_score: float | None) -> list[Hit]:
         hits = []
         for place, score in zip(places.tolist(), scores.tolist(), strict=True):
@@ -219,14 +216,24 @@ class Index:
         raise DataError(f"{self.folder}: has no item {item_id!r}")
 
 
-def same_model(found: ModelInfo, given: ModelInfo, folder: Path) -> None:
+def checked_queries(vectors_QD: FloatArray, embed_dim: int, place: str) -> FloatArray:
+    """The queries as they are; raises DataError, naming the index, for another shape or type or what is not finite."""
+    expected = f"{place}: expected float32 queries of the shape (Q, {embed_dim})"
+    if vectors_QD.ndim != 2 or vectors_QD.shape[1] != embed_dim or vectors_QD.dtype != np.float32:
+        raise DataError(f"{expected}, got {vectors_QD.dtype} {vectors_QD.shape}")
+    if not np.isfinite(vectors_QD).all():
+        raise DataError(f"{expected}, all finite; some hold NaN or infinity")
+    return vectors_QD
+
+
+def same_model(found: ModelInfo, given: ModelInfo, place: object) -> None:
     """Raises ConfigError naming both models when vectors of the one cannot be compared with those of the other."""
     if not found.fingerprint:
         raise ConfigError(
-            f"{folder}: nobody said of which model its vectors are; build it again with --model, or search with --id"
+            f"{place}: nobody said of which model its vectors are; build it again with --model, or search with --id"
         )
     if found.fingerprint != given.fingerprint:
         raise ConfigError(
-            f"{folder}: its vectors are of the model {found.name} ({found.fingerprint}), not of {given.name} "
+            f"{place}: its vectors are of the model {found.name} ({found.fingerprint}), not of {given.name} "
             f"({given.fingerprint}); give --model {found.name}, or build another index"
         )

@@ -18,7 +18,7 @@ from cn_clip.errors import ConfigError, DataError
 from cn_clip.jsonl import atomic_write
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.engines import SMALLEST_GRAPH, Mask, Rows, extended_graph, require_usearch
-from cn_clip.retrieval.manifest import DerivedFacts, EngineName, Manifest, SegmentFacts
+from cn_clip.retrieval.manifest import DerivedFacts, EngineName, Manifest, SegmentFacts, VectorType
 from cn_clip.retrieval.segments import (
     IntArray,
     ItemId,
@@ -135,8 +135,9 @@ class IndexWriter:
         segment, row = self._snapshot.rows.segment_of(place)
         return NewItem(item_id, segment.vectors_ND[row], segment.item(row)[1], segment.thumbnail(row))
 
-    def describe(self, *, engine: EngineName, source: str) -> None:
-        """Sets what the manifest says besides the items."""
+    def describe(self, *, engine: EngineName | None, source: str) -> None:
+        """Sets what the manifest says besides the items. engine: None keeps it."""
+        engine = engine or self.manifest.engine
         if engine == "usearch":
             require_usearch()
         if (engine, source) != (self.manifest.engine, self.manifest.source):
@@ -155,7 +156,7 @@ class IndexWriter:
         gone = [self._keys[one] for one in dropped if one in self._keys]
         if not items and not gone and not self._is_mended:
             return
-        lines = self._checked(items)
+        lines = checked_lines(items, self.manifest.model.embed_dim, self.manifest.vector_type)
         first = self.manifest.next_key
         rows = [
             Row(first + place, item.vector_D, line, item.thumbnail)
@@ -193,21 +194,6 @@ class IndexWriter:
                 self._write(replace(facts, graph=self._write_graph()))
         self._graph_is_old = False
         self._tidy()
-
-    def _checked(self, items: Sequence[NewItem]) -> list[bytes]:
-        embed_dim = self.manifest.model.embed_dim
-        if len({item.id for item in items}) < len(items):
-            ids = [item.id for item in items]
-            raise DataError(f"id {next(one for one in ids if ids.count(one) > 1)!r}: comes twice in one commit")
-        for item in items:
-            if item.vector_D.shape != (embed_dim,):
-                raise DataError(
-                    f"id {item.id!r}: expected a vector of {embed_dim} numbers, got the shape {item.vector_D.shape}"
-                )
-            with np.errstate(over="ignore"):
-                if not np.isfinite(item.vector_D.astype(self.manifest.vector_type)).all():
-                    raise DataError(f"id {item.id!r}: its vector holds NaN, infinity or what becomes infinity")
-        return [item_line(item.id, item.metadata) for item in items]
 
     def _change(self, facts: Manifest, removed: IntArray) -> None:
         """Writes a generation of other segments or other removed rows."""
@@ -300,6 +286,22 @@ class IndexWriter:
                 f"{self.folder}: cannot be written ({error.strerror}); all that was reported done is kept: free some "
                 "space and run the command again"
             ) from error
+
+
+def checked_lines(items: Sequence[NewItem], embed_dim: int, vector_type: VectorType) -> list[bytes]:
+    """How the items lie in a segment; raises DataError for those that `IndexWriter.commit` refuses."""
+    if len({item.id for item in items}) < len(items):
+        ids = [item.id for item in items]
+        raise DataError(f"id {next(one for one in ids if ids.count(one) > 1)!r}: comes twice in one commit")
+    for item in items:
+        if item.vector_D.shape != (embed_dim,):
+            raise DataError(
+                f"id {item.id!r}: expected a vector of {embed_dim} numbers, got the shape {item.vector_D.shape}"
+            )
+        with np.errstate(over="ignore"):
+            if not np.isfinite(item.vector_D.astype(vector_type)).all():
+                raise DataError(f"id {item.id!r}: its vector holds NaN, infinity or what becomes infinity")
+    return [item_line(item.id, item.metadata) for item in items]
 
 
 def _with(snapshot: Snapshot) -> Snapshot:
