@@ -1,4 +1,4 @@
-"""Indexes on disk: what is found, what survives kills, damage and other processes; alike for both engines."""
+"""Indexes: what is found, what survives kills, damage and other processes; alike for both engines and Milvus."""
 
 # N items, D dimensions
 
@@ -38,6 +38,42 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> E
     return chosen
 
 
+@dataclass(frozen=True)
+class Home:
+    """Where a test may build an index, for one of the engines or in Milvus."""
+
+    place: Place
+    engine: EngineName = "exact"
+
+    def writer(self, model: ModelInfo | None = None) -> AbstractContextManager[Writer]:
+        """Creates the index when a model is given."""
+        return places.open_writer(self.place, Manifest(model, engine=self.engine) if model else None)
+
+    def open(self) -> Searchable:
+        """As it is now."""
+        return places.open_index(self.place)
+
+    def build(self, vectors: Vectors, *, size: int = 10, model: ModelInfo = MODEL) -> Searchable:
+        """As `build` below."""
+        with self.writer(model) as opened:
+            for start in range(0, len(vectors), size):
+                opened.commit(items(vectors[start : start + size], first=start))
+            opened.finish()
+        return self.open()
+
+
+@pytest.fixture(params=[*ENGINES, pytest.param("milvus", marks=pytest.mark.milvus)])
+def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+    """Three times every test: for both engines in a folder, and in Milvus."""
+    monkeypatch.setattr(engines, "SMALLEST_GRAPH", 8)
+    monkeypatch.setattr(writer, "SMALLEST_GRAPH", 8)
+    if request.param == "milvus":
+        with milvus_server.collection() as address:
+            yield Home(address)
+    else:
+        yield Home(tmp_path / "i", request.param)
+
+
 def unit(count: int, *, seed: int = 0, dim: int = DIM) -> Vectors:
     """Random unit rows."""
     rows = np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
@@ -62,7 +98,7 @@ def build(folder: Path, vectors: Vectors, *, engine: EngineName = "exact", size:
     return open_index(folder)
 
 
-def found(index: Index, queries: Vectors, k: int, **settings: Any) -> list[list[ItemId]]:
+def found(index: Searchable, queries: Vectors, k: int, **settings: Any) -> list[list[ItemId]]:
     """The ids found."""
     return [[hit.id for hit in hits] for hits in index.search(queries, k, **settings)]
 
@@ -70,9 +106,9 @@ def found(index: Index, queries: Vectors, k: int, **settings: Any) -> list[list[
 # --- what is found
 
 
-def test_found_are_the_best_with_their_metadata_and_thumbnails(tmp_path: Path, engine: EngineName) -> None:
+def test_found_are_the_best_with_their_metadata_and_thumbnails(home: Home) -> None:
     vectors = np.eye(DIM, dtype=np.float32)
-    index = build(tmp_path / "i", vectors, engine=engine)
+    index = home.build(vectors)
     query = np.zeros((1, DIM), dtype=np.float32)
     query[0, [3, 6]] = 0.5, 1.0
     best, second, third = index.search(query, 3)[0]
@@ -103,7 +139,7 @@ def test_exact_engine_in_small_blocks_finds_the_same(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("kind", ["random", "clustered"])
 def test_recall_of_the_graph_at_10_is_at_least_95_percent(tmp_path: Path, kind: str) -> None:
-    vectors, queries = unit(4000, dim=64), unit(100, seed=1, dim=64)
+    vectors, queries = unit(12_000, dim=64), unit(100, seed=1, dim=64)
     if kind == "clustered":
         centres = unit(20, seed=2, dim=64)
         rows = [centres[np.arange(len(some)) % 20] + 0.3 * some for some in (vectors, queries)]
@@ -127,22 +163,22 @@ def test_graph_answers_itself_and_not_by_the_exact_engine(tmp_path: Path, monkey
     assert found(index, unit(1500)[:2], 1, where="number<1400") == [["图0"], [1]]
 
 
-def test_filter_narrows_and_k_may_exceed_what_is_left(tmp_path: Path, engine: EngineName) -> None:
-    index = build(tmp_path / "i", unit(100), engine=engine)
+def test_filter_narrows_and_k_may_exceed_what_is_left(home: Home) -> None:
+    index = home.build(unit(100))
     hits = index.search(unit(2, seed=1), 50, where="number>=95")
     assert [sorted(hit.metadata["number"] for hit in some) for some in hits] == [[95, 96, 97, 98, 99]] * 2
     assert index.search(unit(2, seed=1), 5, where="number>=100") == [[], []]
     assert [len(some) for some in index.search(unit(1, seed=1), 500)] == [100]
 
 
-def test_least_score_cuts_the_results(tmp_path: Path, engine: EngineName) -> None:
-    index = build(tmp_path / "i", np.eye(DIM, dtype=np.float32), engine=engine)
+def test_least_score_cuts_the_results(home: Home) -> None:
+    index = home.build(np.eye(DIM, dtype=np.float32))
     assert found(index, np.eye(DIM, dtype=np.float32)[5:6], 4, min_score=1.0) == [[5]]
     assert found(index, np.eye(DIM, dtype=np.float32)[5:6], 4, min_score=1.1) == [[]]
 
 
-def test_empty_index_finds_nothing(tmp_path: Path, engine: EngineName) -> None:
-    index = build(tmp_path / "i", unit(0), engine=engine)
+def test_empty_index_finds_nothing(home: Home) -> None:
+    index = home.build(unit(0))
     assert (len(index), index.search(unit(2), 5)) == (0, [[], []])
 
 
@@ -155,27 +191,27 @@ def test_empty_index_finds_nothing(tmp_path: Path, engine: EngineName) -> None:
         (np.full((1, DIM), np.nan, dtype=np.float32), "some hold NaN or infinity"),
     ],
 )
-def test_queries_of_another_shape_are_refused(tmp_path: Path, queries: Vectors, sentence: str) -> None:
+def test_queries_of_another_shape_are_refused(home: Home, queries: Vectors, sentence: str) -> None:
     with pytest.raises(DataError) as caught:
-        build(tmp_path / "i", unit(3)).search(queries, 1)
+        home.build(unit(3)).search(queries, 1)
     assert sentence in str(caught.value)
 
 
-def test_k_below_1_is_refused(tmp_path: Path) -> None:
+def test_k_below_1_is_refused(home: Home) -> None:
     with pytest.raises(ConfigError, match="k: expected at least 1, got 0"):
-        build(tmp_path / "i", unit(3)).search(unit(1), 0)
+        home.build(unit(3)).search(unit(1), 0)
 
 
 # --- changes
 
 
-def test_removed_and_replaced_items_are_not_found_any_more(tmp_path: Path, engine: EngineName) -> None:
+def test_removed_and_replaced_items_are_not_found_any_more(home: Home) -> None:
     vectors = unit(60)
-    build(tmp_path / "i", vectors, engine=engine)
-    with open_writer(tmp_path / "i") as opened:
+    home.build(vectors)
+    with home.writer() as opened:
         opened.commit([NewItem(7, vectors[0], {"number": 700})], remove=["图0", "absent"])
         opened.finish()
-    index = open_index(tmp_path / "i")
+    index = home.open()
     assert len(index) == 59
     assert found(index, vectors[:1], 1) == [[7]]
     assert index.metadata(7) == {"number": 700}

@@ -2,6 +2,7 @@
 
 # Q queries, N rows of all segments, B rows of a block, D dimensions, K results
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ Found: TypeAlias = tuple[IntArray, FloatArray]
 Mask: TypeAlias = NDArray[np.bool_]
 
 BLOCK = 32768
-GRAPH_OPTIONS = {"connectivity": 16, "expansion_add": 128, "expansion_search": 96}
+# Of 30,000 random vectors of 64 numbers, the hardest case, these find 99 % of the ten best; 16, 128, 96 find 75 %.
+GRAPH_OPTIONS = {"connectivity": 32, "expansion_add": 128, "expansion_search": 256}
 GRAPH_TYPE = "f16"
 # Fewer rows than these are searched exactly, which is faster then: of all there are, and of those a filter admits.
 SMALLEST_GRAPH = 1024
@@ -40,7 +42,7 @@ class Rows:
 
     def segment_of(self, place: int) -> tuple[Segment, int]:
         """(segment, row in it) of a place."""
-        number = int(np.searchsorted(self.starts, place, side="right")) - 1
+        number = bisect.bisect_right(self.starts, place) - 1
         return self.segments[number], place - self.starts[number]
 
     def gather(self, places: IntArray) -> FloatArray:

@@ -85,9 +85,9 @@ class Segment:
                 raise DataError(f"{folder / name}: is not in the manifest; {ADVICE}")
             check_size(folder / name, facts.files[name])
         self.vectors_ND: NDArray[np.floating] = _mapped_array(folder / VECTORS, (facts.num_rows, embed_dim))
-        table_N3 = _mapped_array(folder / ROWS, (facts.num_rows, 3))
-        self.keys_N: IntArray = np.array(table_N3[:, KEY])
-        self._item_ends, self._thumbnail_ends = table_N3[:, ITEM_END], table_N3[:, THUMBNAIL_END]
+        table_3N = np.array(_mapped_array(folder / ROWS, (facts.num_rows, 3)).T, order="C")
+        self.keys_N: IntArray = table_3N[KEY]
+        self._item_ends, self._thumbnail_ends = table_3N[ITEM_END], table_3N[THUMBNAIL_END]
         self._items, self._thumbnails = _mapped(folder / ITEMS), _mapped(folder / THUMBNAILS)
 
     def __len__(self) -> int:
@@ -95,19 +95,18 @@ class Segment:
 
     def item(self, row: int) -> tuple[ItemId, dict[str, Any]]:
         """(id, metadata); raises DataError for a damaged line."""
-        return self.parse(self.item_bytes(row), f"{self.folder / ITEMS}:{row + 1}")
+        try:
+            return _parsed(self.item_bytes(row))
+        except (ValueError, TypeError, KeyError) as error:
+            raise _damaged(f"{self.folder / ITEMS}:{row + 1}", error) from error
 
     @staticmethod
     def parse(line: bytes, where: str) -> tuple[ItemId, dict[str, Any]]:
-        """(id, metadata) of a line of items.jsonl; raises DataError that starts with `where`."""
+        """(id, metadata) of a line of an items.jsonl; raises DataError that starts with `where`."""
         try:
-            values = json.loads(line)
-            item_id, metadata = values["id"], values["metadata"]
-            if type(item_id) not in (int, str) or not isinstance(metadata, dict):
-                raise TypeError(f"id {item_id!r}")
+            return _parsed(line)
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{where} is damaged ({error}); {ADVICE}") from error
-        return item_id, metadata
+            raise _damaged(where, error) from error
 
     def item_bytes(self, row: int) -> bytes:
         """The line of an item, without its end."""
@@ -122,6 +121,18 @@ class Segment:
         for place in places:
             index = int(place)
             yield Row(int(self.keys_N[index]), self.vectors_ND[index], self.item_bytes(index), self.thumbnail(index))
+
+
+def _parsed(line: bytes) -> tuple[ItemId, dict[str, Any]]:
+    values = json.loads(line)
+    item_id, metadata = values["id"], values["metadata"]
+    if type(item_id) not in (int, str) or not isinstance(metadata, dict):
+        raise TypeError(f"id {item_id!r}")
+    return item_id, metadata
+
+
+def _damaged(where: str, error: Exception) -> DataError:
+    return DataError(f"{where} is damaged ({error}); {ADVICE}")
 
 
 def _piece(data: bytes | mmap.mmap, ends_N: IntArray, row: int) -> bytes:
