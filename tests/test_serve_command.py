@@ -69,6 +69,17 @@ def test_sigterm_lets_what_is_queued_finish_and_takes_no_more() -> None:
         assert process.wait(60) == -signal.SIGTERM
 
 
+def test_what_takes_longer_than_the_drain_is_told_that_the_server_stops() -> None:
+    flags = ("--max-wait-ms", "3600000", "--timeout", "3600", "--drain-timeout", "1")
+    with started("--model", "Emoji-Tiny", *flags) as (process, address), ThreadPoolExecutor() as pool:
+        request = {"model": "Emoji-Tiny", "input": "一只猫"}
+        waiting = pool.submit(httpx.post, f"{address}/v1/embeddings", json=request, timeout=120)
+        wait_until(lambda: queue_depth(address) == 1)
+        process.send_signal(signal.SIGTERM)
+        assert (waiting.result().status_code, waiting.result().json()["error"]["code"]) == (503, "stopping")
+        assert process.wait(60) == -signal.SIGTERM
+
+
 def test_the_key_of_the_environment_is_asked_for() -> None:
     with started("--model", "Emoji-Tiny", "--name", "emoji", key="k") as (_, address):
         assert httpx.get(f"{address}/v1/models").status_code == 401

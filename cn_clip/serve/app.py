@@ -192,7 +192,7 @@ def _invalid(error: RequestValidationError) -> RefusalError:
     if first["type"] == "json_invalid":
         return RefusalError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     if not place:
-        message = "expected a JSON object, sent with the header Content-Type: application/json"
+        message = f"expected a JSON object, sent with the header Content-Type: application/json ({first['msg']})"
         return RefusalError(400, message, code="invalid_json")
     param = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in place).lstrip(".")
     return RefusalError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")

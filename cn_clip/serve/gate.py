@@ -116,12 +116,20 @@ class Gate:
             started = True
             await send(message)
 
+        refusal = RefusalError(
+            504,
+            f"not answered within {self.limits.timeout:g} seconds; ask for less at a time",
+            code="timeout",
+            retry_after=1,
+        )
         answer = asyncio.ensure_future(self.app(scope, whole_body, noting))
         leaving = asyncio.ensure_future(_disconnected(receive))
         try:
             done, _ = await asyncio.wait(
                 (answer, leaving), timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED
             )
+        except asyncio.CancelledError:  # the server stops, and has waited for its requests as long as it may
+            done, refusal = set(), RefusalError(503, "the server is stopping", code="stopping", retry_after=5)
         finally:
             left.set()
             leaving.cancel()
@@ -131,8 +139,7 @@ class Gate:
         if not answer.cancelled():
             answer.result()
         elif not done and not started:
-            message = f"not answered within {self.limits.timeout:g} seconds; ask for less at a time"
-            raise RefusalError(504, message, code="timeout", retry_after=1)
+            raise refusal
 
 
 def _announced_size(scope: Scope) -> int:

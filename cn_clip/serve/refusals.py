@@ -26,13 +26,7 @@ class RefusalError(Exception):
 
     def _body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        message, param = (_encodable(text) for text in (self.message, self.param))
-        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
-
-
-def _encodable(text: str | None) -> str | None:
-    """JSON may hold half a surrogate pair, and what is quoted from it must still go out as UTF-8."""
-    return None if text is None else text.encode("utf-8", "replace").decode("utf-8")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def queue_full(what: str, limit: int) -> RefusalError:
