@@ -205,7 +205,7 @@ def _say_summary(summary: Summary, writer: Writer, job: Job, unmatched: int, say
         ("内容重复 / duplicates", [f"{shown(one)} = {shown(other)}" for one, other in summary.duplicates]),
         ("未收录 / not indexed", [f"{shown(one.id)}: {shown(one.reason)}" for one in summary.skipped]),
     ):
-        for line in _listed(title, ids):
+        for line in listed(title, ids):
             say(line)
     if unmatched:
         say(f"表中有 {unmatched} 行没有对应图片 / rows of the table that name no picture: {unmatched}")
@@ -229,7 +229,8 @@ def _say_summary(summary: Summary, writer: Writer, job: Job, unmatched: int, say
     )
 
 
-def _listed(title: str, lines: Sequence[str]) -> Iterator[str]:
+def listed(title: str, lines: Sequence[str]) -> Iterator[str]:
+    """The lines under their title, at most LISTED of them."""
     if lines:
         yield f"{title} ({len(lines)}):"
         yield from (f"  {line}" for line in lines[:LISTED])

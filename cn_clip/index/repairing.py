@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from cn_clip.command import Speaker
 from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.errors import CnClipError
 from cn_clip.eval.feature_files import Features, read_features
-from cn_clip.index.building import Model
+from cn_clip.index.building import Model, listed
 from cn_clip.index.ingest import Ingest, Settings
 from cn_clip.index.options import AddOptions
 from cn_clip.index.show import shown
@@ -37,39 +37,56 @@ def repair(options: AddOptions, folder: Path, facts: Manifest, found: Sequence[D
     """Repairs in one step: until it is done, the index is as it was. Raises CnClipError when it cannot be."""
     inspection.require_removed(folder, facts)
     names = {segment.name for segment in facts.segments} & {damage.owner for damage in found}
-    result, ready, candidates, fallback = Result(), list[NewItem](), list[Candidate](), dict[ItemId, NewItem]()
-    sources = _Sources()
-    for name in sorted(names):
-        damaged = {damage.path.partition("/")[2] for damage in found if damage.owner == name}
-        part = inspection.remains(folder, facts, name, damaged)
-        result.num_nameless += part.num_lost
-        for item in part.items:
-            if part.has_vectors:
-                fallback[item.id] = item
-            vector_D, candidate = sources.find(item)
-            if vector_D is not None:
-                ready.append(NewItem(item.id, vector_D, item.metadata))
-            elif candidate is not None:
-                candidates.append(candidate)
-            elif not part.has_vectors:
-                result.lost.append(item.id)
-    model = Model(options, folder, say)
+    rescued = _rescue(folder, facts, names, found)
+    result, model = rescued.result, Model(options, folder, say)
     with open_writer(folder, without=names) as writer:
         # All goes into one commit, with which the damaged segments cease to count.
         settings = Settings(options.batch_size, options.num_workers, sys.maxsize, options.thumbnail_size)
         ingest = Ingest(writer, model.encoder, settings, lambda done, total: None)
-        ingest.keep([*ready, *fallback.values()])
-        ingest.add(candidates)
-        result.lost += [one.id for one in ingest.summary.skipped if one.id not in fallback]
+        ingest.keep(rescued.ready.values())
+        ingest.add(rescued.pictures)
+        result.lost += [one.id for one in ingest.summary.skipped if one.id not in rescued.ready]
         writer.finish()
         result.num_items = len(writer)
-    for item_id in result.lost[:20]:
-        say(f"丢失 / lost: {shown(item_id)}")
+    _say(result, folder, facts, say)
+    return result
+
+
+@dataclass
+class _Rescued:
+    """Items that can be kept as they are, and pictures to compute again; those of both are kept if that fails."""
+
+    ready: dict[ItemId, NewItem] = field(default_factory=dict)
+    pictures: list[Candidate] = field(default_factory=list)
+    result: Result = field(default_factory=Result)
+
+
+def _rescue(folder: Path, facts: Manifest, names: set[str], found: Sequence[Damage]) -> _Rescued:
+    rescued, sources = _Rescued(), _Sources()
+    for name in sorted(names):
+        damaged = {damage.path.partition("/")[2] for damage in found if damage.owner == name}
+        part = inspection.remains(folder, facts, name, damaged)
+        rescued.result.num_nameless += part.num_lost
+        for item in part.items:
+            vector_D, picture = sources.find(item)
+            if picture is not None:
+                rescued.pictures.append(picture)
+            if vector_D is not None:
+                rescued.ready[item.id] = replace(item, vector_D=vector_D)
+            elif part.has_vectors:
+                rescued.ready[item.id] = item
+            elif picture is None:
+                rescued.result.lost.append(item.id)
+    return rescued
+
+
+def _say(result: Result, folder: Path, facts: Manifest, say: Speaker) -> None:
+    for line in listed("丢失 / lost", [shown(item_id) for item_id in result.lost]):
+        say(line)
     nameless = f"，{result.num_nameless} 项连编号也没有了 / {result.num_nameless} of unknown id lost"
     say(f"已修复 / repaired: {folder}, {result.num_items} items{nameless if result.num_nameless else ''}")
     if result.lost or result.num_nameless:
         say(f"再次运行可补回仍在的图片 / brings back pictures that are still there: cn-clip index build {facts.source}")
-    return result
 
 
 class _Sources:
