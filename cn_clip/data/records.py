@@ -3,10 +3,11 @@
 import base64
 import codecs
 import contextlib
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -217,3 +218,11 @@ def image_line(image_id: RecordId, picture: bytes) -> bytes:
 def text_line(text_id: RecordId, text: str, image_ids: list[RecordId]) -> str:
     """A line of a `*_texts.jsonl`, line end included."""
     return json.dumps({"text_id": text_id, "text": text, "image_ids": image_ids}, ensure_ascii=False) + "\n"
+
+
+def digest_of(values: Iterable[object]) -> str:
+    """A digest of the `repr` of values in order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for value in values:
+        digest.update(repr(value).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()

@@ -31,7 +31,7 @@ def tar_members(stream: BinaryIO, path: str) -> Iterator[Member]:
 
     Raises DataError at a damaged header, at a member cut short, and where the end mark is missing.
     """
-    num_bytes, offset = os.fstat(stream.fileno()).st_size, 0
+    num_bytes, offset = stream.seek(0, os.SEEK_END), 0
     extended: dict[str, str] = {}  # what the extended headers before a member say of it
     if read_at(stream, 0, 6).startswith(_COMPRESSED_BEGIN):
         raise compressed(path)

@@ -5,15 +5,17 @@ from dataclasses import dataclass
 
 from cn_clip import command
 from cn_clip.clip.backends.base import BackendName
-from cn_clip.eval import backends, extraction
+from cn_clip.errors import ConfigError
+from cn_clip.eval import backends, extraction, ray_settings
 from cn_clip.zoo import TextName, VisionName
 
 
 @dataclass(frozen=True)
-class Options(extraction.Settings):
+class Options(ray_settings.RaySettings, extraction.Settings):
     """Writes the unit features of the pictures of an LMDB and of the texts of a JSONL file.
 
     By default one vector a line, as JSON. Run again after it was killed, it goes on where it stopped.
+    --engine ray computes on the processes of a Ray cluster, from folders, tar files, Parquet tables or an LMDB.
     """
 
     resume: command.Required = None
@@ -33,14 +35,29 @@ class Options(extraction.Settings):
     download_root: str | None = None
     """Folder of downloaded and exported models; default: ~/.cache/clip"""
 
+    engine: ray_settings.Engine = "local"
+    """ray: processes of a Ray cluster, which write Parquet shards into --output"""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         backends.check(self)
+        ray_settings.check(self, engine=self.engine)
+        if self.engine == "ray":
+            for name in ("image_feat_output_path", "text_feat_output_path"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"--{name.replace('_', '-')}: --engine ray writes into --output; leave it out")
+            if self.output_format not in (None, "parquet"):
+                raise ConfigError(f"--output-format {self.output_format}: --engine ray writes parquet")
 
 
 def run(options: Options) -> None:
     """Extracts what is asked for; raises CnClipError naming file, line or id of what cannot be read."""
     say = extraction.begin(options)
+    if options.engine == "ray":
+        from cn_clip.eval import ray_extraction
+
+        ray_extraction.extract(options, say)
+        return
     encoder = backends.open_encoder(options, say, kinds=options.kinds)
     extraction.extract(options, encoder, backends.identity(options, encoder), say)
 

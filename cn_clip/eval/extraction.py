@@ -62,7 +62,7 @@ class Settings:
         for name, least in (("img_batch_size", 1), ("text_batch_size", 1), ("context_length", 3), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
-        outputs = [self.output(kind) for kind in self.kinds]
+        outputs = [self.output_file(kind) for kind in self.kinds]
         if len({path for path, _ in outputs}) < len(outputs):
             raise ConfigError(f"--image-feat-output-path, --text-feat-output-path: both are {outputs[0][0]}")
 
@@ -72,7 +72,7 @@ class Settings:
         wanted: dict[Kind, bool] = {"image": self.extract_image_feats, "text": self.extract_text_feats}
         return [kind for kind, is_wanted in wanted.items() if is_wanted]
 
-    def output(self, kind: "Kind") -> tuple[str, OutputFormat]:
+    def output_file(self, kind: "Kind") -> tuple[str, OutputFormat]:
         """The path and the format of an output; raises ConfigError when they contradict each other."""
         path = self.image_feat_output_path if kind == "image" else self.text_feat_output_path
         output_format = format_of(path, self.output_format)
@@ -93,7 +93,7 @@ def begin(options: Settings) -> command.Speaker:
         logging.basicConfig(format="%(levelname)s | %(message)s")
         logging.getLogger("cn_clip").setLevel(logging.DEBUG)
     say.params(options)
-    if any(options.output(kind)[1] == "parquet" for kind in options.kinds):
+    if any(options.output_file(kind)[1] == "parquet" for kind in options.kinds):
         from cn_clip.eval.feature_tables import require_parquet
 
         require_parquet()
@@ -141,7 +141,7 @@ def _partial(
 
     job = {**work.facts(), **identity(work.kind), "version": __version__}
     job |= {"context_length": options.context_length} if work.kind == "text" else {"decode": options.decode}
-    return PartialFeatures(options.output(work.kind)[0], job, encoder.embed_dim, say.note)
+    return PartialFeatures(options.output_file(work.kind)[0], job, encoder.embed_dim, say.note)
 
 
 def _extract(
@@ -150,7 +150,7 @@ def _extract(
     from cn_clip.eval.feature_files import write_rows
 
     say(f"Make inference for {work.kind}s...")
-    path, output_format = options.output(work.kind)
+    path, output_format = options.output_file(work.kind)
     with partial.computing():
         places = work.compute(encoder, partial)
     write_rows(

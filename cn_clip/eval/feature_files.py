@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cn_clip.data.records import RecordId
 from cn_clip.errors import DataError
-from cn_clip.eval import feature_lines, feature_tables
+from cn_clip.eval import feature_lines, feature_shards, feature_tables
 from cn_clip.eval.feature_formats import OutputFormat
 from cn_clip.eval.feature_lines import write_features
 from cn_clip.eval.feature_rows import Blocks, Features, FloatArray, IdField
@@ -53,12 +53,14 @@ def _with_ids(ids: Sequence[RecordId], blocks: Blocks) -> Iterator[tuple[Sequenc
 
 
 def read_features(path: str | os.PathLike[str], field: IdField, *, progress: bool = False) -> Features:
-    """Reads a feature file of any of the formats, which its first bytes tell.
+    """Reads a feature file of any of the formats, which its first bytes tell, or a folder of Parquet shards.
 
     Raises DataError with file and line (JSONL) or row, counted from 1, for an id that came before or is neither int nor
     str, a vector that is empty, not finite or of another length, a damaged file, the file of the other modality, and
     one without rows; MissingExtraError for Parquet without pyarrow.
     """
+    if Path(path).is_dir():
+        return feature_shards.read_shards(Path(path), field)
     beginning = _first_bytes(path)
     for known, magic in _BEGINNINGS.items():
         if beginning.startswith(magic):

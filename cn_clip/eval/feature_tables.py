@@ -2,10 +2,11 @@
 
 # N rows, D embedding
 
+import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -22,9 +23,10 @@ Path: TypeAlias = "str | os.PathLike[str]"
 IdKind: TypeAlias = Literal["int", "str", "json"]
 
 IDS, FEATURES, FIELD, ID_KIND = "ids", "features", "field", "id_kind"
-FEATURE_COLUMN = "feature"
+FEATURE_COLUMN, PATH_COLUMN = "feature", "path"
 METADATA_KEY = b"cn_clip"
 _LARGEST_INT64 = 2**63 - 1
+_NO_FACTS: Mapping[str, object] = {}
 
 
 # --- npz
@@ -87,18 +89,66 @@ def write_parquet(path: Path, field: IdField, ids: Sequence[RecordId], blocks: B
     """
     arrow, parquet = require_parquet()
     kind, kept = _kept_ids(ids)
-    schema = arrow.schema(
-        [(field, arrow.int64() if kind == "int" else arrow.string()), (FEATURE_COLUMN, _list_type(arrow, embed_dim))],
-        metadata={METADATA_KEY: json.dumps({FIELD: field, ID_KIND: kind})},
-    )
+    schema = _schema(arrow, field, kind, embed_dim)
     with atomic_write(path, "wb") as stream, parquet.ParquetWriter(stream, schema, write_page_checksum=True) as writer:
         start = 0
         for block in blocks:
-            values = arrow.array(np.ascontiguousarray(block, dtype=np.float32).reshape(-1))
-            vectors = arrow.FixedSizeListArray.from_arrays(values, embed_dim)
             chosen = arrow.array(kept[start : start + len(block)], type=schema.field(0).type)
-            writer.write_table(arrow.table([chosen, vectors], schema=schema))
+            writer.write_table(arrow.table([chosen, _lists(arrow, block, embed_dim)], schema=schema))
             start += len(block)
+
+
+def parquet_bytes(
+    field: IdField,
+    ids: Sequence[RecordId],
+    rows_ND: FloatArray,
+    *,
+    paths: Sequence[str] | None = None,
+    facts: Mapping[str, object],
+) -> bytes:
+    """A file as `write_parquet` writes it, in memory; with a column `path` where there are paths.
+
+    facts: what JSON can hold, kept in the metadata for `parquet_facts`. Raises MissingExtraError without pyarrow.
+    """
+    arrow, parquet = require_parquet()
+    kind, kept = _kept_ids(ids)
+    schema = _schema(arrow, field, kind, rows_ND.shape[1], facts)
+    columns = [arrow.array(kept, type=schema.field(0).type), _lists(arrow, rows_ND, rows_ND.shape[1])]
+    if paths is not None:
+        schema = schema.append(arrow.field(PATH_COLUMN, arrow.string()))
+        columns.append(arrow.array(paths, type=arrow.string()))
+    sink = io.BytesIO()
+    parquet.write_table(arrow.table(columns, schema=schema), sink, write_page_checksum=True)
+    return sink.getvalue()
+
+
+def parquet_facts(stream: Any) -> tuple[int, dict[str, Any]]:
+    """(number of rows, facts) of a file that `parquet_bytes` made, from its end alone.
+
+    Raises DataError when it is none, or damaged there.
+    """
+    arrow, parquet = require_parquet()
+    try:
+        metadata = parquet.read_metadata(stream)
+        return metadata.num_rows, json.loads((metadata.metadata or {})[METADATA_KEY])
+    except (arrow.ArrowException, OSError, KeyError, ValueError) as error:
+        raise DataError(f"no shard of features ({str(error)[:200]})") from error
+
+
+def read_parquet_parts(folder: Path, parts: Sequence[Path], field: IdField) -> Features:
+    """The rows of the Parquet files of a folder, one after the other; a file may be without rows.
+
+    Raises as `read_parquet`, also for vectors of two lengths, and for an id that two files have.
+    """
+    read = [_read_table(part, field) for part in parts]
+    checked = [_checked(part, field, *table) for part, table in zip(parts, read, strict=True) if table[0]]
+    widths = sorted({features.vectors.shape[1] for features in checked})
+    if len(widths) != 1:
+        what = f"the files have vectors of {widths} numbers" if widths else "its files have no rows"
+        raise DataError(f"{folder}: {what}; extract it again")
+    ids = [item_id for features in checked for item_id in features.ids]
+    check_unique(ids, folder, field)
+    return Features(ids, np.concatenate([features.vectors for features in checked]))
 
 
 def read_parquet(path: Path, field: IdField) -> Features:
@@ -106,6 +156,11 @@ def read_parquet(path: Path, field: IdField) -> Features:
 
     Raises DataError naming the file, and the row counted from 1; MissingExtraError without pyarrow.
     """
+    return _checked(path, field, *_read_table(path, field))
+
+
+def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]:
+    """The ids as kept, the vectors, and how the ids are kept."""
     arrow, parquet = require_parquet()
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
@@ -127,7 +182,7 @@ def read_parquet(path: Path, field: IdField) -> Features:
     if len(widths) > 1:
         raise DataError(f"{path} {FEATURE_COLUMN}: the row groups have vectors of {sorted(widths)} numbers")
     vectors = np.concatenate([part for _, part in parts]) if parts else np.empty((0, 0), dtype=np.float32)
-    return _checked(path, field, ids, vectors, kind)
+    return ids, vectors, kind
 
 
 def require_parquet() -> tuple[Any, Any]:
@@ -137,8 +192,17 @@ def require_parquet() -> tuple[Any, Any]:
     )  # type: ignore[return-value]
 
 
-def _list_type(arrow: Any, embed_dim: int) -> Any:
-    return arrow.list_(arrow.field("element", arrow.float32()), embed_dim)
+def _schema(arrow: Any, field: IdField, kind: IdKind, embed_dim: int, facts: Mapping[str, object] = _NO_FACTS) -> Any:
+    list_type = arrow.list_(arrow.field("element", arrow.float32()), embed_dim)
+    return arrow.schema(
+        [(field, arrow.int64() if kind == "int" else arrow.string()), (FEATURE_COLUMN, list_type)],
+        metadata={METADATA_KEY: json.dumps({FIELD: field, ID_KIND: kind, **facts})},
+    )
+
+
+def _lists(arrow: Any, rows_BD: FloatArray, embed_dim: int) -> Any:
+    values = arrow.array(np.ascontiguousarray(rows_BD, dtype=np.float32).reshape(-1))
+    return arrow.FixedSizeListArray.from_arrays(values, embed_dim)
 
 
 def _check_types(arrow: Any, path: Path, field: IdField, id_type: Any, list_type: Any) -> None:

@@ -2,9 +2,8 @@
 
 # N inputs, M computed rows (equal texts share one), B batch, D embedding
 
-import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -15,7 +14,7 @@ from cn_clip.clip import tokenizer
 from cn_clip.clip.backends.base import Kind
 from cn_clip.clip.encoder import SORTING_WINDOW, Encoder, sorted_batches
 from cn_clip.data.picture_sets import LmdbPictures, PictureSource, StoredPicture, batches
-from cn_clip.data.records import RecordId
+from cn_clip.data.records import RecordId, digest_of
 from cn_clip.data.texts import preprocess_text
 from cn_clip.eval.feature_rows import IdField
 from cn_clip.eval.partial_features import Job, PartialFeatures
@@ -54,7 +53,7 @@ class Texts:
         self.ids = [text_id for text_id, _ in texts]
 
     def facts(self) -> Job:
-        return {"data": _digest(self.texts), "batch_size": self.batch_size}
+        return {"data": digest_of(self.texts), "batch_size": self.batch_size}
 
     def compute(self, encoder: Encoder, partial: PartialFeatures) -> Places:
         places = np.empty(len(self.texts), dtype=np.int64)
@@ -89,7 +88,7 @@ class Pictures:
 
     def facts(self) -> Job:
         status = os.stat(os.path.join(self.pictures.images.folder, "data.mdb"))
-        data = [_digest(self.ids), status.st_size, status.st_mtime_ns]
+        data = [digest_of(self.ids), status.st_size, status.st_mtime_ns]
         return {"data": data, "batch_size": self.batch_size}
 
     def compute(self, encoder: Encoder, partial: PartialFeatures) -> Places:
@@ -116,10 +115,3 @@ class _Rest(Generic[KeyT]):
 
     def __getitem__(self, index: int) -> StoredPicture[KeyT]:
         return self.pictures[self.first + index]
-
-
-def _digest(values: Iterable[object]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for value in values:
-        digest.update(repr(value).encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()

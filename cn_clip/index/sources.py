@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
 from cn_clip.data.picture_sets import CLASS_FOLDER_SUFFIXES
 from cn_clip.errors import DataError
+from cn_clip.eval.feature_shards import is_shard_folder
 from cn_clip.jsonl import read_objects
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.segments import ItemId
@@ -62,7 +63,7 @@ class Source:
 
 def is_feature_file(path: Path) -> bool:
     """Whether a source holds vectors instead of pictures."""
-    return path.is_file() and path.suffix.lower() in FEATURE_SUFFIXES
+    return (path.is_file() and path.suffix.lower() in FEATURE_SUFFIXES) or is_shard_folder(path)
 
 
 def open_source(path: Path, *, id_prefix: str = "") -> Source:

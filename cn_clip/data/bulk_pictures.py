@@ -1,0 +1,352 @@
+"""Pictures of a large collection, listed once and handed out in parts: folders, tar files, Parquet tables, LMDB."""
+
+import contextlib
+import fnmatch
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Protocol
+
+from cn_clip.data.lmdb_store import IMAGES, ImageStore
+from cn_clip.data.picture_sets import CLASS_FOLDER_SUFFIXES, PictureSource, StoredPicture
+from cn_clip.data.records import RecordId, canonical_id, digest_of
+from cn_clip.data.shards import expand_braces
+from cn_clip.data.storage import EXTRA, FoundFile, Storage, is_uri, open_storage
+from cn_clip.data.tars import tar_members
+from cn_clip.errors import DataError
+from cn_clip.extras import require
+
+PICTURE_SUFFIXES = frozenset((*CLASS_FOLDER_SUFFIXES, ".gif", ".jfif"))
+ID_COLUMNS, PICTURE_COLUMNS = ("image_id", "id"), ("image", "image_bytes")
+_LISTING_THREADS = 8
+_ROW_GROUPS_KEPT = 2
+
+
+class Part(PictureSource[RecordId], Protocol):
+    """Some pictures of a collection, small enough to send to another machine, which reads them."""
+
+    @property
+    def ids(self) -> Sequence[RecordId]: ...
+
+    @property
+    def paths(self) -> Sequence[str] | None:
+        """Where each picture lies, where that says more than its id."""
+        ...
+
+
+class Collection(NamedTuple):
+    """All pictures of a place. digest: of what decides on them; part: those from one number to before another."""
+
+    ids: Sequence[RecordId]
+    digest: str
+    part: Callable[[int, int], Part]
+
+
+def open_collection(location: str) -> Collection:
+    """The pictures of a location, local or a URI.
+
+    location: an LMDB split or its `imgs` folder; tar files or Parquet tables by name, with {000..099} and `*` in the
+    last part of the path; or a folder that holds, at any depth, pictures, tar files or tables.
+    Ids: of an LMDB as there; of a folder the path below it; of a tar `TAR/KEY`; of a table its column `image_id` or
+    `id`. Raises DataError naming what cannot be read, a place without pictures or with several kinds of files, and an
+    id that comes twice.
+    """
+    collection = _open(location)
+    if not len(collection.ids):
+        raise DataError(f"{location}: holds no picture")
+    seen: set[RecordId] = set()
+    for image_id in collection.ids:
+        if image_id in seen:
+            raise DataError(f"{location}: image id {image_id!r} comes twice; expected each id once")
+        seen.add(image_id)
+    return collection
+
+
+def _open(location: str) -> Collection:
+    for folder in () if is_uri(location) else (Path(location), Path(location, IMAGES)):
+        if (folder / "data.mdb").is_file():
+            return _open_lmdb(folder)
+    root, files = _listed(location)
+    kinds = {kind: [file for file in files if _suffix(file.path) in suffixes] for kind, suffixes in _SUFFIXES.items()}
+    found = {kind: chosen for kind, chosen in kinds.items() if chosen}
+    if not found:
+        raise DataError(f"{location}: holds no picture, tar or Parquet file, and is no LMDB")
+    if len(found) > 1:
+        counts = ", ".join(f"{len(chosen)} {kind}" for kind, chosen in found.items())
+        raise DataError(f"{location}: holds {counts}; name one kind, such as {location.rstrip('/')}/*.tar")
+    ((kind, chosen),) = found.items()
+    return _OPENERS[kind](root, chosen)
+
+
+def _suffix(path: str) -> str:
+    return PurePosixPath(path).suffix.lower()
+
+
+def _listed(location: str) -> tuple[Storage, list[FoundFile]]:
+    """The folder that ids are relative to, and the files that a location names, or those below it."""
+    address, mark, query = location.partition("?") if is_uri(location) else (location, "", "")
+    marks = [place for place in map(address.find, "{*") if place >= 0]
+    if marks and (is_uri(location) or not Path(address).exists()):
+        start = address.rfind("/", 0, min(marks)) + 1
+        root = open_storage(f"{address[:start] or '.'}{mark}{query}")
+        return root, [file for pattern in expand_braces(address[start:]) for file in _matching(root, pattern)]
+    place = open_storage(location)
+    file = place.find()
+    if file is None:
+        return place, place.list_files()
+    parent = address.rstrip("/").rpartition("/")
+    return open_storage(f"{parent[0]}{parent[1] or '.'}{mark}{query}"), [file]
+
+
+def _matching(root: Storage, pattern: str) -> list[FoundFile]:
+    """The file of a name, or the files of a pattern with `*` in the last part of its path."""
+    folder, _, name = pattern.rpartition("/")
+    if "*" in folder:
+        raise DataError(f"{root.name}/{pattern}: expected * in the last part of the path alone")
+    if "*" in name:
+        listed = (root.child(folder) if folder else root).list_files(recursive=False)
+        found = [file for file in listed if fnmatch.fnmatchcase(PurePosixPath(file.path).name, name)]
+    else:
+        file = root.child(pattern).find()
+        found = [] if file is None else [file]
+    if not found:
+        raise DataError(f"{root.child(pattern).name}: no such file")
+    return found
+
+
+def _digest_of_files(root: Storage, files: Sequence[FoundFile]) -> str:
+    return digest_of((root.below(file.path), file.size, file.mtime_ns) for file in files)
+
+
+# --- an LMDB
+
+
+def _open_lmdb(folder: Path) -> Collection:
+    ids = ImageStore(folder).ids
+    status = (folder / "data.mdb").stat()
+    digest = digest_of([*ids, status.st_size, status.st_mtime_ns])
+    return Collection(ids, digest, lambda start, stop: LmdbPart(str(folder.absolute()), ids[start:stop]))
+
+
+class LmdbPart:
+    """Pictures of an LMDB, by their ids; the folder must be at the same path on every machine."""
+
+    paths = None
+
+    def __init__(self, folder: str, ids: Sequence[RecordId]) -> None:
+        self.folder, self.ids = folder, ids
+        self._store: ImageStore | None = None
+        self._opening = threading.Lock()
+
+    def __getstate__(self) -> tuple[str, Sequence[RecordId]]:
+        return self.folder, self.ids
+
+    def __setstate__(self, state: tuple[str, Sequence[RecordId]]) -> None:
+        LmdbPart.__init__(self, *state)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> StoredPicture[RecordId]:
+        with self._opening:
+            self._store = self._store or ImageStore(self.folder)
+        image_id = self.ids[index]
+        return StoredPicture(image_id, self._store.picture(image_id), f"{self.folder}: image id {image_id!r}")
+
+
+# --- files, and members of tar files
+
+
+class _Item(NamedTuple):
+    """A picture: in `path` whole, or `size` bytes from `offset` on."""
+
+    id: RecordId
+    path: str
+    name: str
+    offset: int = 0
+    size: int = -1
+
+
+class FilePart:
+    """Pictures that are files, or stretches of files."""
+
+    def __init__(self, storage: Storage, items: Sequence[_Item]) -> None:
+        self.storage, self.items = storage, items
+        self.ids: Sequence[RecordId] = [item.id for item in items]
+        self.paths: Sequence[str] | None = [item.name for item in items]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> StoredPicture[RecordId]:
+        item = self.items[index]
+        place = Storage(self.storage.files, item.path, item.name)
+        if item.size < 0:
+            return StoredPicture(item.id, place.read(), item.name)
+        try:
+            with self.storage.files.open_input_file(item.path) as stream:
+                data: bytes = stream.read_at(item.size, item.offset)
+        except OSError as error:
+            raise DataError(f"{item.name}: cannot be read ({error})") from error
+        if len(data) < item.size:
+            raise DataError(f"{item.name}: the file became shorter while it was in use")
+        return StoredPicture(item.id, data, item.name)
+
+
+def _open_folder(root: Storage, files: Sequence[FoundFile]) -> Collection:
+    items = []
+    for file in files:
+        place = root.at(file.path)
+        items.append(_Item(root.below(file.path), file.path, place.name))
+    digest = _digest_of_files(root, files)
+    return Collection([item.id for item in items], digest, lambda start, stop: FilePart(root, items[start:stop]))
+
+
+def _open_tars(root: Storage, files: Sequence[FoundFile]) -> Collection:
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        items = [item for found in pool.map(lambda file: _members(root, file), files) for item in found]
+    digest = _digest_of_files(root, files)
+    return Collection([item.id for item in items], digest, lambda start, stop: FilePart(root, items[start:stop]))
+
+
+def _members(root: Storage, file: FoundFile) -> list[_Item]:
+    place, items = root.at(file.path), []
+    with place.open() as stream:
+        for member in tar_members(stream, place.name):
+            folder, slash, name = member.name.removeprefix("./").rpartition("/")
+            stem, _, suffix = name.partition(".")
+            if stem and f".{suffix.lower()}" in PICTURE_SUFFIXES:
+                image_id = f"{root.below(file.path)}/{folder}{slash}{stem}"
+                items.append(_Item(image_id, file.path, f"{place.name}/{member.name}", member.offset, member.size))
+    return items
+
+
+# --- Parquet tables
+
+
+class _Rows(NamedTuple):
+    """Rows `start` to `stop` of a row group; first: the number of the group's first row in the file."""
+
+    path: str
+    name: str
+    group: int
+    first: int
+    start: int
+    stop: int
+
+
+class _Table(NamedTuple):
+    ids: list[RecordId]
+    rows: list[_Rows]
+    column: str
+
+
+class TablePart:
+    """Pictures of Parquet tables, by row groups; a few of these are kept in memory."""
+
+    paths = None
+
+    def __init__(self, storage: Storage, ids: Sequence[RecordId], rows: Sequence[_Rows], column: str) -> None:
+        self.storage, self.ids, self.rows, self.column = storage, ids, rows, column
+        self._places = [(piece, number) for piece in rows for number in range(piece.start, piece.stop)]
+        self._kept: dict[_Rows, Any] = {}
+        self._reading = threading.Lock()
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.storage, self.ids, self.rows, self.column
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        TablePart.__init__(self, *state)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> StoredPicture[RecordId]:
+        piece, number = self._places[index]
+        where = f"{piece.name}: row {piece.first + number + 1}"
+        with self._reading:
+            value = self._column(piece)[number].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes):
+            raise DataError(f"{where} {self.column}: expected the bytes of a picture, got {type(data).__name__}")
+        return StoredPicture(self.ids[index], data, where)
+
+    def _column(self, piece: _Rows) -> Any:
+        if piece not in self._kept:
+            if len(self._kept) >= _ROW_GROUPS_KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            with _parquet(Storage(self.storage.files, piece.path, piece.name)) as table:
+                self._kept[piece] = table.read_row_group(piece.group, columns=[self.column]).column(self.column)
+        return self._kept[piece]
+
+
+@contextlib.contextmanager
+def _parquet(place: Storage) -> Iterator[Any]:
+    """A Parquet file, opened; what goes wrong with it is a DataError."""
+    arrow, parquet = (require(name, extra=EXTRA, purpose=place.name) for name in ("pyarrow", "pyarrow.parquet"))
+    try:
+        with place.files.open_input_file(place.path) as stream, parquet.ParquetFile(stream) as file:
+            yield file
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{place.name}: cannot be read as Parquet ({str(error).splitlines()[0][:200]})") from error
+
+
+def _open_tables(root: Storage, files: Sequence[FoundFile]) -> Collection:
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        tables = list(pool.map(lambda file: _table(root.at(file.path)), files))
+    columns = {table.column for table in tables}
+    if len(columns) > 1:
+        raise DataError(f"{root.name}: the tables have pictures in different columns, {sorted(columns)}")
+    (column,) = columns
+    ids = [image_id for table in tables for image_id in table.ids]
+    rows = [piece for table in tables for piece in table.rows]
+
+    def part(start: int, stop: int) -> TablePart:
+        return TablePart(root, ids[start:stop], list(_cut(rows, start, stop)), column)
+
+    return Collection(ids, _digest_of_files(root, files), part)
+
+
+def _table(place: Storage) -> _Table:
+    with _parquet(place) as file:
+        names = file.schema_arrow.names
+        id_column = next((name for name in ID_COLUMNS if name in names), None)
+        column = next((name for name in PICTURE_COLUMNS if name in names), None)
+        if id_column is None or column is None:
+            raise DataError(
+                f"{place.name}: expected a column {' or '.join(ID_COLUMNS)} and one with the bytes of pictures, "
+                f"{' or '.join(PICTURE_COLUMNS)}; it has {names}"
+            )
+        values = file.read(columns=[id_column]).column(id_column).to_pylist()
+        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    rows, first = [], 0
+    for group, size in enumerate(sizes):
+        rows.append(_Rows(place.path, place.name, group, first, 0, size))
+        first += size
+    return _Table([_id(value, f"{place.name}: row {row}") for row, value in enumerate(values, 1)], rows, column)
+
+
+def _id(value: object, where: str) -> RecordId:
+    try:
+        return canonical_id(value)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _cut(rows: Sequence[_Rows], start: int, stop: int) -> Iterator[_Rows]:
+    """The pieces of rows `start` to `stop` counted over all of `rows`."""
+    begin = 0
+    for piece in rows:
+        end = begin + piece.stop
+        if begin < stop and start < end:
+            yield piece._replace(start=max(start - begin, 0), stop=min(stop, end) - begin)
+        begin = end
+
+
+_SUFFIXES = {"pictures": PICTURE_SUFFIXES, "tar files": frozenset([".tar"]), "Parquet files": frozenset([".parquet"])}
+_OPENERS: dict[str, Callable[[Storage, Sequence[FoundFile]], Collection]] = {
+    "pictures": _open_folder,
+    "tar files": _open_tars,
+    "Parquet files": _open_tables,
+}

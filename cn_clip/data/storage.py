@@ -1,0 +1,155 @@
+"""Folders and files on a disk or in an object store (s3://, gs://, file://), by pyarrow; for jobs of many machines."""
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.extras import require
+from cn_clip.jsonl import atomic_write
+
+EXTRA = "ray"
+# What is put into these appears whole when the upload ends; a disk needs a rename.
+_OBJECT_STORES = ("s3", "gcs", "abfs")
+_READ_AHEAD = 2**20
+
+
+class StorageError(DataError):
+    """A place does not answer, or refuses; the files in it may be sound."""
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A file of a listing; path: as its `Storage` names it."""
+
+    path: str
+    size: int
+    mtime_ns: int | None
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A place: a file system of pyarrow, and a path in it. May be pickled.
+
+    name: as the user wrote it, without keys and settings; it begins every error.
+    """
+
+    files: Any
+    path: str
+    name: str
+
+    def child(self, name: str) -> "Storage":
+        """The place `name` below this one."""
+        return Storage(self.files, f"{self.path.rstrip('/')}/{name}", f"{self.name.rstrip('/')}/{name}")
+
+    def at(self, path: str) -> "Storage":
+        """The place of a path that `list_files` gave."""
+        return self.child(self.below(path))
+
+    def below(self, path: str) -> str:
+        """What follows this folder in the path of a file below it."""
+        return path.removeprefix(self.path).lstrip("/")
+
+    def find(self) -> FoundFile | None:
+        """The file that is here; raises DataError when the store does not answer."""
+        try:
+            info = self.files.get_file_info(self.path)
+        except OSError as error:
+            raise self._failed("cannot be looked at", error) from error
+        return FoundFile(info.path, info.size, info.mtime_ns) if info.is_file else None
+
+    def list_files(self, *, recursive: bool = True) -> list[FoundFile]:
+        """All files below, in the order of their paths; hidden names are passed over. None where there is no folder."""
+        selector = require("pyarrow.fs", extra=EXTRA, purpose=self.name).FileSelector
+        try:
+            found = self.files.get_file_info(selector(self.path, recursive=recursive, allow_not_found=True))
+            files = [FoundFile(info.path, info.size, info.mtime_ns) for info in found if info.is_file]
+        except OSError as error:
+            raise self._failed("cannot be listed", error) from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.name}: a name in it is no UTF-8 ({error.object!r}); rename that file") from error
+        return sorted((one for one in files if not self._is_hidden(one.path)), key=lambda one: one.path)
+
+    def _is_hidden(self, path: str) -> bool:
+        return any(part.startswith(".") for part in PurePosixPath(self.below(path)).parts)
+
+    def read(self) -> bytes:
+        """The bytes of a file; raises DataError."""
+        try:
+            with self.files.open_input_file(self.path) as stream:
+                data: bytes = stream.read()
+        except OSError as error:
+            raise self._failed("cannot be read", error) from error
+        return data
+
+    def open(self) -> BinaryIO:
+        """A file for reading and seeking, a megabyte at a time; raises DataError."""
+        try:
+            return io.BufferedReader(self.files.open_input_file(self.path), _READ_AHEAD)
+        except OSError as error:
+            raise self._failed("cannot be read", error) from error
+
+    def write(self, data: bytes) -> None:
+        """Writes a file, with its folders, that appears whole or not at all; raises DataError."""
+        try:
+            if self.files.type_name in _OBJECT_STORES:
+                with self.files.open_output_stream(self.path) as stream:
+                    stream.write(data)
+            else:
+                Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(self.path, "wb") as stream:
+                    stream.write(data)
+        except OSError as error:
+            raise self._failed("cannot be written", error) from error
+
+    def delete(self) -> None:
+        """Removes a file; raises DataError."""
+        try:
+            self.files.delete_file(self.path)
+        except OSError as error:
+            raise self._failed("cannot be removed", error) from error
+
+    def delete_leftovers(self, prefix: str) -> None:
+        """Removes what writers that were killed left of files of such names in this folder."""
+        if self.files.type_name not in _OBJECT_STORES:
+            for path in Path(self.path).glob(f".{prefix}*.tmp"):
+                path.unlink(missing_ok=True)
+
+    def _failed(self, what: str, error: OSError) -> DataError:
+        kind = DataError if isinstance(error, FileNotFoundError) else StorageError
+        return kind(f"{self.name}: {what} ({error.strerror or str(error).splitlines()[0][:200]})")
+
+
+def open_storage(location: str) -> Storage:
+    """A local path, or a URI such as s3://bucket/folder; nothing is looked at yet.
+
+    Raises ConfigError for a URI that pyarrow does not know, MissingExtraError without pyarrow.
+    """
+    file_systems = require("pyarrow.fs", extra=EXTRA, purpose=location)
+    name = shown(location)
+    if not is_uri(location):
+        path = os.path.abspath(os.path.expanduser(location))
+        return Storage(file_systems.LocalFileSystem(), path, name)
+    try:
+        files, path = file_systems.FileSystem.from_uri(location)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: {str(error).splitlines()[0]}; expected a path, s3://, gs:// or file://") from error
+    if files.type_name not in (*_OBJECT_STORES, "local"):
+        raise ConfigError(f"{name}: expected a path, s3://, gs:// or file://")
+    return Storage(files, path, name)
+
+
+def is_uri(location: str) -> bool:
+    """Whether a location names its store."""
+    return "://" in location
+
+
+def shown(location: str) -> str:
+    """A location as it may be printed: of a URI, what comes before `?`, without a key before `@`."""
+    if not is_uri(location):
+        return location
+    scheme, _, rest = location.partition("?")[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

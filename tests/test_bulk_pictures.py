@@ -1,0 +1,203 @@
+"""Large collections of pictures: folders, tar files, Parquet tables and LMDBs, by path and by URI, in parts."""
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from dataset_files import picture
+from pyarrow import parquet
+
+from cn_clip.data.bulk_pictures import open_collection
+from cn_clip.data.lmdb_store import SplitWriter
+from cn_clip.data.storage import StorageError, open_storage, shown
+from cn_clip.errors import CnClipError, ConfigError, DataError
+
+# Seven pictures, told apart by their bytes.
+PICTURES = [picture((20 * number, 0, 0)) for number in range(7)]
+
+
+def write_folder(folder: Path) -> str:
+    for number, data in enumerate(PICTURES):
+        path = folder / ("a" if number < 4 else "b/c") / f"{number}.PNG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (folder / "captions.csv").write_text("not looked at")
+    (folder / ".thumbnails").mkdir()
+    (folder / ".thumbnails" / "0.png").write_bytes(b"hidden")
+    return str(folder)
+
+
+def write_tars(folder: Path) -> str:
+    folder.mkdir()
+    for name, numbers in (("00", range(3)), ("01", range(3, 7))):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for number in numbers:
+                for suffix, data in (("png", PICTURES[number]), ("txt", b"caption")):
+                    info = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return f"{folder}/{{00..01}}.tar"
+
+
+def write_tables(folder: Path) -> str:
+    folder.mkdir()
+    for name, numbers in (("x", range(5)), ("y", range(5, 7))):
+        values = {"id": [f"{n}" for n in numbers], "image": [{"bytes": PICTURES[n], "path": None} for n in numbers]}
+        parquet.write_table(pyarrow.table(values), folder / f"{name}.parquet", row_group_size=2)
+    return str(folder)
+
+
+def write_lmdb(folder: Path) -> str:
+    import base64
+
+    with SplitWriter(folder) as writer:
+        for number, data in enumerate(PICTURES):
+            writer.put_image(number, base64.b64encode(data))
+    return str(folder)
+
+
+KINDS: dict[str, tuple[Any, list[Any]]] = {
+    "folder": (write_folder, [f"{'a' if n < 4 else 'b/c'}/{n}.PNG" for n in range(7)]),
+    "tars": (write_tars, [f"{'00' if n < 3 else '01'}.tar/{n:03d}" for n in range(7)]),
+    "tables": (write_tables, list(range(7))),
+    "lmdb": (write_lmdb, list(range(7))),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_the_parts_hold_every_picture_once_in_order(tmp_path: Path, kind: str, size: int) -> None:
+    write, ids = KINDS[kind]
+    collection = open_collection(write(tmp_path / "data"))
+    assert list(collection.ids) == ids
+    parts = [pickle.loads(pickle.dumps(collection.part(start, min(start + size, 7)))) for start in range(0, 7, size)]
+    found = [part[number] for part in parts for number in range(len(part))]
+    assert [one.key for one in found] == ids
+    assert [one.data for one in found] == PICTURES
+    assert [image_id for part in parts for image_id in part.ids] == ids
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars", "tables"])
+def test_a_uri_holds_what_its_path_holds(tmp_path: Path, kind: str) -> None:
+    location = KINDS[kind][0](tmp_path / "data")
+    by_path, by_uri = open_collection(location), open_collection(f"file://{location}")
+    assert (by_uri.ids, by_uri.digest) == (by_path.ids, by_path.digest)
+    part = pickle.loads(pickle.dumps(by_uri.part(2, 7)))
+    assert [part[number].data for number in range(5)] == PICTURES[2:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_digest_tells_other_data(tmp_path: Path, kind: str) -> None:
+    location = KINDS[kind][0](tmp_path / "data")
+    before = open_collection(location).digest
+    assert open_collection(location).digest == before
+    path = next(
+        path for path in sorted((tmp_path / "data").rglob("*.*")) if path.is_file() and "thumb" not in str(path)
+    )
+    if kind == "lmdb":
+        path = tmp_path / "data" / "imgs" / "data.mdb"
+    path.touch()
+    if path.suffix != ".csv":
+        assert open_collection(location).digest != before
+
+
+def test_stars_names_and_single_files_are_found(tmp_path: Path) -> None:
+    write_tars(tmp_path / "data")
+    for name, number in (("*.tar", 7), ("01.tar", 4), ("0[!0]*.tar", 4), ("", 7), ("{01,00}.tar", 7)):
+        assert len(open_collection(f"{tmp_path}/data/{name}").ids) == number
+    assert open_collection(f"{tmp_path}/data/01.tar").ids[0] == "01.tar/003"
+    assert open_collection(f"{tmp_path}/{{data}}/../data/01.tar".replace("{data}", "data")).ids[0] == "01.tar/003"
+
+
+def test_errors_of_a_picture_name_its_place(tmp_path: Path) -> None:
+    folder = open_collection(write_folder(tmp_path / "folder")).part(0, 7)
+    (tmp_path / "folder/a/2.PNG").unlink()
+    with pytest.raises(DataError, match=r"folder/a/2\.PNG: cannot be read") as raised:
+        folder[2]
+    assert not isinstance(raised.value, StorageError)  # this picture alone is missing
+    tars = open_collection(write_tars(tmp_path / "tars")).part(0, 7)
+    assert tars[3].where == f"{tmp_path}/tars/01.tar/003.png"
+    assert tars.paths is not None
+    assert tars.paths[0] == f"{tmp_path}/tars/00.tar/000.png"
+    (tmp_path / "tars/01.tar").write_bytes((tmp_path / "tars/01.tar").read_bytes()[:600])
+    with pytest.raises(DataError, match=r"tars/01\.tar/006\.png: the file became shorter"):
+        tars[6]
+    tables = open_collection(write_tables(tmp_path / "tables")).part(0, 7)
+    assert [tables[number].where for number in (4, 5)] == [
+        f"{tmp_path}/tables/x.parquet: row 5",
+        f"{tmp_path}/tables/y.parquet: row 1",
+    ]
+
+
+def refusal(location: Path | str) -> str:
+    with pytest.raises(CnClipError) as raised:
+        open_collection(str(location))
+    return str(raised.value)
+
+
+def test_places_that_hold_no_pictures_are_told(tmp_path: Path) -> None:
+    assert "holds no picture, tar or Parquet file, and is no LMDB" in refusal(tmp_path / "none")
+    assert refusal(tmp_path / "{0..1}.tar").endswith("0.tar: no such file")
+    assert "expected * in the last part" in refusal(f"{tmp_path}/*/x*.tar")
+    write_folder(tmp_path / "mixed")
+    (tmp_path / "mixed" / "x.tar").write_bytes(b"")
+    assert "holds 7 pictures, 1 tar files; name one kind" in refusal(tmp_path / "mixed")
+    (tmp_path / "cut.tar").write_bytes(b"cut")
+    assert "cut.tar: cut short" in refusal(tmp_path / "cut.tar")
+    (tmp_path / "no.parquet").write_bytes(b"PAR1")
+    assert "no.parquet: cannot be read as Parquet" in refusal(tmp_path / "no.parquet")
+    parquet.write_table(pyarrow.table({"id": [1], "picture": [b""]}), tmp_path / "other.parquet")
+    assert "expected a column image_id or id and one with the bytes" in refusal(tmp_path / "other.parquet")
+    parquet.write_table(pyarrow.table({"id": [1, 1], "image": [b"", b""]}), tmp_path / "twice.parquet")
+    assert "image id 1 comes twice" in refusal(tmp_path / "twice.parquet")
+    parquet.write_table(pyarrow.table({"id": [1, None], "image": [b"", b""]}), tmp_path / "null.parquet")
+    assert "null.parquet: row 2: expected an integer or string id" in refusal(tmp_path / "null.parquet")
+
+
+def test_a_value_that_is_no_picture_is_told(tmp_path: Path) -> None:
+    values = {"id": [1, 2], "image": pyarrow.array([None, "text"])}
+    parquet.write_table(pyarrow.table(values), tmp_path / "text.parquet")
+    part = open_collection(str(tmp_path / "text.parquet")).part(0, 2)
+    for index, got in ((0, "NoneType"), (1, "str")):
+        with pytest.raises(DataError, match=rf"row {index + 1} image: expected the bytes of a picture, got {got}"):
+            part[index]
+
+
+# --- the storage
+
+
+def test_what_is_written_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in (open_storage(str(tmp_path / "new/x")), open_storage(f"file://{tmp_path}/new/y")):
+        place.write(b"first")
+        with monkeypatch.context() as patched:
+            patched.setattr("cn_clip.jsonl.os.replace", _no_space)
+            with pytest.raises(StorageError, match=r"new/[xy]: cannot be written \(No space left"):
+                place.write(b"second")
+        assert place.read() == b"first"
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["x", "y"]
+
+
+def _no_space(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_what_killed_writers_left_goes(tmp_path: Path) -> None:
+    for name in (".part-1.parquet.ab.tmp", ".other.tmp", "part-1.parquet"):
+        (tmp_path / name).write_bytes(b"")
+    open_storage(str(tmp_path)).delete_leftovers("part-")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.tmp", "part-1.parquet"]
+
+
+def test_keys_in_a_uri_are_not_told() -> None:
+    assert shown("s3://KEY:SECRET@bucket/a?endpoint_override=localhost:1") == "s3://bucket/a"
+    assert shown("D/a?b@c") == "D/a?b@c"
+
+
+def test_unknown_stores_are_refused() -> None:
+    for location in ("nope://x/y", "mock:///x"):
+        with pytest.raises(ConfigError, match=r"expected a path, s3://, gs:// or file://"):
+            open_storage(location)

@@ -1,0 +1,417 @@
+"""Features in shards: every input in one, finished ones told by what is there, read back as one; who computes them."""
+
+import json
+import pickle
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cn_clip.clip.encoder import Encoder
+from cn_clip.command import Speaker
+from cn_clip.data.bulk_pictures import open_collection
+from cn_clip.data.storage import Storage, StorageError, open_storage
+from cn_clip.demo import emoji
+from cn_clip.errors import CnClipError, ConfigError, DataError
+from cn_clip.eval import extract_features, feature_shards, make_topk_predictions, ray_extraction
+from cn_clip.eval.feature_files import read_features
+from cn_clip.eval.feature_shards import Finished, Manifest, Shard, Skipped, write_shard
+from cn_clip.eval.ray_extraction import Node, plan_actors
+from cn_clip.eval.shard_worker import Job, ShardWorker, Task, TextPart, model_facts, weights_digest
+from cn_clip.index.sources import is_feature_file
+
+MODEL, DATA = {"digest": "aaaa"}, {"digest": "dddd"}
+NUM_PICTURES = 10
+
+
+def manifest(number: int = 10, size: int = 4, **changed: Any) -> Manifest:
+    return Manifest(
+        **{"field": "image_id", "model": MODEL, "data": DATA, "num_inputs": number, "shard_size": size} | changed
+    )
+
+
+def rows(shard: Shard) -> np.ndarray:
+    return np.arange(shard.start, shard.stop, dtype=np.float32)[:, None] + np.float32([0.25, 0.5])
+
+
+def write(folder: Storage, one: Manifest, shard: Shard) -> Finished:
+    return write_shard(folder, one, shard, [f"p{number}" for number in range(shard.start, shard.stop)], rows(shard))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Storage:
+    return open_storage(str(tmp_path / "out"))
+
+
+@pytest.fixture
+def filled(folder: Storage) -> Storage:
+    """All three shards of `manifest()`."""
+    feature_shards.begin(folder, manifest(), overwrite=False)
+    for shard in manifest().shards():
+        write(folder, manifest(), shard)
+    return folder
+
+
+# --- the plan, and what is done of it
+
+
+def test_ten_inputs_in_fours_are_three_shards() -> None:
+    assert manifest().shards() == [(0, 0, 4), (1, 4, 8), (2, 8, 10)]
+    assert [shard.name for shard in manifest().shards()] == [f"part-0000{n}.parquet" for n in range(3)]
+
+
+@given(st.integers(0, 500), st.integers(1, 60))
+def test_every_input_is_in_one_shard(number: int, size: int) -> None:
+    shards = manifest(number, size).shards()
+    assert [place for shard in shards for place in range(shard.start, shard.stop)] == list(range(number))
+    assert all(0 < shard.stop - shard.start <= size for shard in shards)
+
+
+def test_a_new_folder_has_a_manifest_and_nothing_finished(folder: Storage) -> None:
+    assert feature_shards.begin(folder, manifest(), overwrite=False) == {}
+    assert json.loads(Path(folder.path, "manifest.json").read_text())["num_shards"] == 3
+
+
+def test_shards_that_are_there_are_finished_and_damaged_or_foreign_ones_are_not(filled: Storage) -> None:
+    begin = feature_shards.begin
+    assert begin(filled, manifest(), overwrite=False) == {0: Finished(4), 1: Finished(4), 2: Finished(2)}
+    parts = [Path(filled.path, shard.name) for shard in manifest().shards()]
+    parts[0].write_bytes(parts[0].read_bytes()[:-9])
+    write(filled, manifest(data={"digest": "other"}), Shard(1, 4, 8))
+    assert begin(filled, manifest(), overwrite=False) == {2: Finished(2)}
+    parts[2].write_bytes(parts[1].read_bytes())
+    assert begin(filled, manifest(), overwrite=False) == {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"model": {"digest": "bbbb"}}, "image_id model bbbb data dddd shard-size 4"),
+        ({"data": {"digest": "eeee"}}, "image_id model aaaa data eeee shard-size 4"),
+        ({"shard_size": 5}, "image_id model aaaa data dddd shard-size 5"),
+    ],
+)
+def test_another_job_is_refused_with_both_fingerprints(filled: Storage, changed: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        feature_shards.begin(filled, manifest(**changed), overwrite=False)
+    assert f"[{told}]" in str(raised.value)
+    assert "[image_id model aaaa data dddd shard-size 4]" in str(raised.value)
+    assert len(list(Path(filled.path).glob("part-*"))) == 3
+
+
+def test_overwrite_removes_the_shards_and_nothing_else(filled: Storage) -> None:
+    Path(filled.path, "notes.txt").write_text("mine")
+    other = manifest(model={"digest": "bbbb"})
+    assert feature_shards.begin(filled, other, overwrite=True) == {}
+    assert sorted(path.name for path in Path(filled.path).iterdir()) == ["manifest.json", "notes.txt"]
+    assert feature_shards.begin(filled, other, overwrite=False) == {}
+
+
+def test_shards_of_nobody_knows_what_are_not_written_over(filled: Storage) -> None:
+    Path(filled.path, "manifest.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds 3 Parquet shards but no manifest\.json"):
+        feature_shards.begin(filled, manifest(), overwrite=False)
+
+
+def test_a_manifest_that_is_none_is_told(filled: Storage) -> None:
+    for damaged in (
+        "{",
+        "[]",
+        '{"field": "image_id"}',
+        Path(filled.path, "manifest.json").read_text().replace("4", "5"),
+    ):
+        Path(filled.path, "manifest.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"manifest\.json: is no manifest of feature shards"):
+            feature_shards.begin(filled, manifest(), overwrite=False)
+
+
+# --- reading
+
+
+def test_the_shards_read_as_one_file_in_the_order_of_the_inputs(filled: Storage) -> None:
+    features = read_features(filled.path, "image_id")
+    assert features.ids == [f"p{number}" for number in range(10)]
+    np.testing.assert_array_equal(features.vectors, rows(Shard(0, 0, 10)))
+    assert is_feature_file(Path(filled.path))
+
+
+def test_ids_of_both_types_and_a_shard_without_rows_read_back(folder: Storage) -> None:
+    one = manifest(6, 2)
+    feature_shards.begin(folder, one, overwrite=False)
+    for shard, ids in zip(one.shards(), ([1, 2], [], [3, "004"]), strict=True):
+        skipped = [] if ids else [Skipped("x", "x: damaged"), Skipped("y", "y: damaged")]
+        write_shard(folder, one, shard, ids, rows(shard)[: len(ids)], skipped=skipped)
+    assert read_features(folder.path, "image_id").ids == [1, 2, 3, "004"]
+    finished = feature_shards.begin(folder, one, overwrite=False)
+    assert finished[1] == Finished(0, (Skipped("x", "x: damaged"), Skipped("y", "y: damaged")))
+
+
+def test_what_cannot_be_read_is_told(filled: Storage, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no text_id, only image_id"):
+        read_features(filled.path, "text_id")
+    with pytest.raises(DataError, match="is a folder without manifest"):
+        read_features(tmp_path, "image_id")
+    second = Path(filled.path, "part-00001.parquet")
+    second.write_bytes(Path(filled.path, "part-00000.parquet").read_bytes())
+    with pytest.raises(DataError, match="row 5 image_id: 'p0' is already on row 1"):
+        read_features(filled.path, "image_id")
+    second.unlink()
+    with pytest.raises(DataError, match=r"1 of 3 shards are missing \(part-00001\.parquet\)"):
+        read_features(filled.path, "image_id")
+
+
+def test_topk_takes_folders_of_shards(tmp_path: Path) -> None:
+    for field, name in (("image_id", "images"), ("text_id", "texts")):
+        one = manifest(4, 3, field=field)
+        place = open_storage(str(tmp_path / name))
+        feature_shards.begin(place, one, overwrite=False)
+        for shard in one.shards():
+            write_shard(
+                place,
+                one,
+                shard,
+                list(range(shard.start, shard.stop)),
+                np.eye(4, dtype=np.float32)[shard.start : shard.stop],
+            )
+    flags = [f"--image-feats={tmp_path}/images", f"--text-feats={tmp_path}/texts", "--top-k=1"]
+    make_topk_predictions.main([*flags, f"--output={tmp_path}/top.jsonl"])
+    found = [json.loads(line) for line in (tmp_path / "top.jsonl").read_text().splitlines()]
+    assert [(one["text_id"], one["image_ids"]) for one in found] == [(n, [n]) for n in range(4)]
+
+
+# --- who computes
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings", "expected"),
+    [
+        ([Node(16, 0)], {}, (2, 8, 0, 2)),
+        ([Node(2, 0)], {}, (1, 2, 0, 1)),
+        ([Node(16, 0), Node(8, 0)], {}, (3, 8, 0, 3)),
+        ([Node(16, 0)], {"num_actors": 4}, (4, 4, 0, 4)),
+        ([Node(4, 0)], {"num_actors": 8}, (8, 1, 0, 4)),
+        ([Node(16, 0)], {"cpus_per_actor": 3}, (5, 3, 0, 5)),
+        ([Node(64, 8)], {}, (8, 8, 1, 8)),
+        ([Node(64, 8), Node(4, 0)], {}, (8, 8, 1, 8)),
+        ([Node(64, 8)], {"gpus_per_actor": 0.5}, (16, 4, 0.5, 16)),
+        ([Node(64, 8)], {"device": "cpu"}, (8, 8, 0, 8)),
+    ],
+)
+def test_one_process_a_gpu_or_a_group_of_cores(
+    nodes: list[Node], settings: dict[str, Any], expected: tuple[float, ...]
+) -> None:
+    assert plan_actors(nodes, **settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"cpus_per_actor": 9},
+            "no machine of the Ray cluster has room for 9 CPUs and 0 GPUs; it has: 8 CPUs and 0 GPUs",
+        ),
+        ({"gpus_per_actor": 1}, "has room for 1 CPUs and 1 GPUs"),
+        ({"device": "cuda"}, "the Ray cluster has no GPU"),
+        ({"device": "cuda:1"}, "Ray chooses the GPU of each process"),
+    ],
+)
+def test_what_the_cluster_has_not_is_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        plan_actors([Node(8, 0)], **settings)
+
+
+class Answer:
+    """What ray gives at once for a call; as a key, like no other."""
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+
+
+class FakeRay:
+    """Answers at once, one call after another; a call of a worker that is to die raises."""
+
+    class exceptions:  # noqa: N801 - as ray names it
+        class RayActorError(Exception):
+            pass
+
+    def __init__(self, *, dying: dict[int, int]) -> None:
+        self.dying, self.done, self.hired = dying, [], 0  # type: ignore[var-annotated]
+
+    def hire(self) -> Any:
+        self.hired += 1
+        call = SimpleNamespace
+        return call(ready=call(remote=lambda: Answer(None)), work=call(remote=Answer))
+
+    def wait(self, waiting: list[Any], *, num_returns: int) -> tuple[list[Any], list[Any]]:
+        return waiting[-1:], waiting[:-1]  # the last first: some workers never come
+
+    def get(self, answered: Answer) -> Any:
+        task = answered.task
+        if task is None:
+            return None
+        if self.dying.get(task.shard.number, 0):
+            self.dying[task.shard.number] -= 1
+            raise self.exceptions.RayActorError("gone")
+        if task.inputs == "bad":
+            return DataError("bad picture")
+        self.done.append(task.shard.number)
+        return Finished(task.shard.stop - task.shard.start)
+
+
+def finish(ray: FakeRay, *, bad: int | None = None) -> list[int]:
+    def part(start: int, stop: int) -> str:
+        return "bad" if start == bad else ""
+
+    job = Job("image", open_storage("out"), manifest())
+    inputs = ray_extraction._Inputs({}, 10, lambda shard: part(*shard[1:]))
+    work = ray_extraction._Progress(job, inputs, {})
+    tasks = deque((work, shard) for shard in work.todo())
+    found = ray_extraction._finish(ray, ray.hire, 2, tasks, Speaker(quiet=True))
+    return [shard.number for _, shard, _ in found]
+
+
+def test_a_shard_whose_process_died_is_done_again_and_each_once() -> None:
+    ray = FakeRay(dying={1: 2})
+    assert sorted(finish(ray)) == sorted(ray.done) == [0, 1, 2]
+    assert ray.hired == 4
+
+
+def test_a_shard_that_kills_its_process_time_and_again_stops_the_run() -> None:
+    with pytest.raises(CnClipError, match=r"out/part-00001\.parquet \(inputs 4 to 7\): its process died 3 times"):
+        finish(FakeRay(dying={1: 3}))
+
+
+def test_an_error_in_the_data_is_not_tried_again() -> None:
+    ray = FakeRay(dying={})
+    with pytest.raises(DataError, match="bad picture"):
+        finish(ray, bad=4)
+    assert ray.hired == 2
+
+
+# --- the work of one process
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for one in emoji.load()[:NUM_PICTURES]:
+        (folder / f"{one.number:03d}.png").write_bytes(emoji.png(one))
+    return folder
+
+
+def options(tmp_path: Path, pictures: Path, **settings: Any) -> extract_features.Options:
+    chosen = {"resume": "Emoji-Tiny", "engine": "ray", "output": str(tmp_path / "out"), "image_data": str(pictures)}
+    small = {"extract_image_feats": True, "img_batch_size": 4, "device": "cpu", "num_threads": 1}
+    return extract_features.Options(**{**chosen, **small, **settings})
+
+
+def work_off(chosen: extract_features.Options) -> list[Finished | CnClipError]:
+    """What `extract` does, in this process."""
+    weights = weights_digest(chosen)
+    collection = open_collection(chosen.image_data)
+    of = {"digest": collection.digest}
+    one = Manifest("image_id", model_facts(chosen, "image", weights), of, len(collection.ids), 4)
+    job = Job("image", open_storage(str(chosen.output)).child("images"), one)
+    feature_shards.begin(job.folder, one, overwrite=chosen.overwrite)
+    worker = pickle.loads(pickle.dumps(ShardWorker(chosen, ["image"], weights)))
+    tasks = [Task(job, shard, collection.part(shard.start, shard.stop)) for shard in one.shards()]
+    return [worker.work(pickle.loads(pickle.dumps(task))) for task in tasks]
+
+
+def test_a_worker_writes_the_encoders_rows_with_ids_and_paths(tmp_path: Path, pictures: Path) -> None:
+    from pyarrow import parquet
+
+    assert work_off(options(tmp_path, pictures)) == [Finished(4), Finished(4), Finished(2)]
+    features = read_features(tmp_path / "out" / "images", "image_id")
+    files = sorted(pictures.iterdir())
+    assert features.ids == [path.name for path in files]
+    expected = Encoder("Emoji-Tiny", device="cpu").encode_images(files)
+    np.testing.assert_allclose(features.vectors, expected, atol=1e-6)
+    table = parquet.read_table(tmp_path / "out" / "images" / "part-00002.parquet")
+    assert table.column_names == ["image_id", "feature", "path"]
+    assert table["path"].to_pylist() == [str(path) for path in files[8:]]
+
+
+def test_a_worker_gives_equal_texts_equal_rows(tmp_path: Path, pictures: Path) -> None:
+    chosen = options(tmp_path, pictures, extract_text_feats=True)
+    one = Manifest("text_id", MODEL, DATA, 3, 4)
+    job = Job("text", open_storage(str(tmp_path / "texts")), one)
+    feature_shards.begin(job.folder, one, overwrite=False)
+    task = Task(job, one.shards()[0], TextPart([(7, "CAT 猫"), ("b", "笑脸"), (9, "cat 猫")]))
+    assert ShardWorker(chosen, ["text"], weights_digest(chosen)).work(task) == Finished(3)
+    features = read_features(tmp_path / "texts", "text_id")
+    assert features.ids == [7, "b", 9]
+    expected = Encoder("Emoji-Tiny", device="cpu").encode_texts(["cat 猫", "笑脸", "cat 猫"])
+    np.testing.assert_allclose(features.vectors, expected, atol=1e-6)
+    np.testing.assert_array_equal(features.vectors[0], features.vectors[2])
+
+
+@pytest.fixture
+def with_bad(tmp_path: Path, pictures: Path) -> Path:
+    folder = tmp_path / "with-bad"
+    folder.mkdir()
+    for path in pictures.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "0035-bad.jpg").write_bytes(b"no picture")
+    return folder
+
+
+def test_a_bad_picture_stops_its_shard_or_is_left_out_and_listed(tmp_path: Path, with_bad: Path) -> None:
+    place = f"{with_bad}/0035-bad.jpg"
+    first, second, third = work_off(options(tmp_path, with_bad))
+    assert (type(first), second, third) == (DataError, Finished(4), Finished(3))
+    assert str(first).startswith(f"{place}: the picture of 10 bytes does not decode")
+    first, *_ = work_off(options(tmp_path, with_bad, on_error="skip"))
+    assert isinstance(first, Finished)
+    assert (first.num_rows, [one.id for one in first.skipped]) == (3, ["0035-bad.jpg"])
+    ids = read_features(tmp_path / "out" / "images", "image_id").ids
+    assert len(ids) == NUM_PICTURES
+    assert "0035-bad.jpg" not in ids
+
+
+def test_a_store_that_fails_is_no_reason_to_leave_a_picture_out(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(place: Storage) -> bytes:
+        raise StorageError(f"{place.name}: cannot be read (connection lost)")
+
+    monkeypatch.setattr(Storage, "read", fail)
+    assert [type(one) for one in work_off(options(tmp_path, pictures, on_error="skip"))] == [StorageError] * 3
+
+
+def test_a_worker_with_other_weights_refuses(tmp_path: Path, pictures: Path) -> None:
+    one = manifest(1)
+    task = Task(Job("image", open_storage(str(tmp_path)), one), one.shards()[0], TextPart([(1, "猫")]))
+    error = ShardWorker(options(tmp_path, pictures), ["image"], "other").work(task)
+    assert isinstance(error, ConfigError)
+    assert "Emoji-Tiny is another file there" in str(error)
+
+
+# --- the flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--engine=ray"], "--output: expected the folder"),
+        (["--output=x"], "--output: is for --engine ray"),
+        (["--num-actors=2"], "--num-actors: is for --engine ray"),
+        (["--overwrite"], "--overwrite: is for --engine ray"),
+        (["--engine=ray", "--output=x", "--shard-size=0"], "--shard-size: expected at least 1, got 0"),
+        (["--engine=ray", "--output=x", "--gpus-per-actor=1.5"], "--gpus-per-actor: expected a whole number"),
+        (["--engine=ray", "--output=x", "--image-feat-output-path=y"], "writes into --output; leave it out"),
+        (["--engine=ray", "--output=x", "--output-format=npz"], "--engine ray writes parquet"),
+    ],
+)
+def test_flags_that_the_engine_does_not_take_are_refused(
+    capsys: pytest.CaptureFixture[str], flags: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        extract_features.main(["--extract-image-feats", "--resume=Emoji-Tiny", *flags])
+    assert raised.value.code in (1, 2)
+    assert told in " ".join(capsys.readouterr().err.replace("│", " ").split())
