@@ -8,6 +8,7 @@ import ctypes
 import json
 import weakref
 from enum import IntEnum
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -249,7 +250,9 @@ class IBuilderConfig:
         self.profiles.append(profile)
         return len(self.profiles) - 1
 
-    def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache:
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache | None:
+        if serialized_timing_cache.startswith(b"damaged"):
+            return None
         return ITimingCache(bytes(serialized_timing_cache))
 
     def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
@@ -419,6 +422,7 @@ class IExecutionContext:
 def module(version: str) -> ModuleType:
     """The stand-in of a version, "8.6.1", "10.13.3.9" or "11.4.0.106"; nothing is shared between two of them."""
     trt = ModuleType("tensorrt")
+    trt.__spec__ = ModuleSpec("tensorrt", None)
     trt.__version__ = version  # type: ignore[attr-defined]
     major = int(version.split(".")[0])
     flags = ["TF32", *(["FP16", "OBEY_PRECISION_CONSTRAINTS"] if major < 11 else [])]

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +31,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
 from cn_clip.deploy import onnx_to_tensorrt
 from cn_clip.deploy.tensorrt_utils import TensorRTModel
-from cn_clip.errors import CheckpointError, ConfigError, MissingExtraError
+from cn_clip.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from cn_clip.zoo import ModelConfig
 
 VERSIONS = ["8.6.1", "10.13.3.9", "11.4.0.106"]
@@ -43,15 +44,23 @@ class CpuGpu(tensor_rt.Gpu):
     def current(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
-    def stream(self) -> int:
-        return fake_tensorrt.STREAM
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[int]:
+        yield fake_tensorrt.STREAM
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str) -> ModuleType:
+    """The stand-in; `asked_devices` of it are those a GPU was looked for with."""
     trt = fake_tensorrt.module(version)
+    trt.asked_devices = []  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     gpu = CpuGpu(torch.device("cpu"), fake_tensorrt.GPU, "9.0")
-    monkeypatch.setattr(tensor_rt, "find_gpu", lambda device=None: gpu)
+
+    def find_gpu(device: str | torch.device | None = None) -> CpuGpu:
+        trt.asked_devices.append(device)
+        return gpu
+
+    monkeypatch.setattr(tensor_rt, "find_gpu", find_gpu)
     return trt
 
 
@@ -460,6 +469,32 @@ def test_workspace_and_timing_cache_reach_the_builder(
     convert(*flags, "--fp32", "--timing-cache", cache)
     assert cache.read_bytes() == b"+"
     assert "is of another GPU or TensorRT; measuring again" in capsys.readouterr().out
+    cache.write_bytes(b"damaged")
+    convert(*flags, "--fp32", "--timing-cache", cache)
+    assert cache.read_bytes() == b"+"
+
+
+def test_timings_that_cannot_be_kept_are_told_before_the_build_or_lose_no_engine(
+    trt: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[Kind, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--convert-vision", "--vision-onnx-path", files["image"], "--save-tensorrt-path", tmp_path / "e", "--fp32"]
+    assert refused(capsys, *flags, "--timing-cache", tmp_path / "none" / "t").startswith(
+        f"--timing-cache {tmp_path}/none/t: the folder {tmp_path}/none does not exist"
+    )
+    assert "cannot be read (Is a directory)" in refused(capsys, *flags, "--timing-cache", tmp_path)
+    assert trt.Builder.built == []
+
+    def full(path: Path, mode: str) -> None:
+        raise DataError(f"{path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(engines, "atomic_write", full)
+    convert(*flags, "--timing-cache", tmp_path / "t")
+    assert f"{tmp_path}/t: cannot be written (No space left on device)" in capsys.readouterr().out
+    assert (tmp_path / "e.img.fp32.trt").is_file()
 
 
 @pytest.mark.parametrize(
@@ -602,6 +637,32 @@ def test_engines_are_built_once_and_again_for_another_version(
     newer = install(monkeypatch, "10.14.1.48")
     same_rows()
     assert len(newer.Builder.built) == 1
+
+
+def test_a_failed_first_build_is_tried_again_the_next_time(
+    trt: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"backend": "tensorrt", "precision": "fp16", "download_root": tmp_path, "kinds": ["text"]}
+    trt.Builder.failure = "out of memory"
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="cannot build the engine: out of memory"):
+            open_backend("Emoji-Tiny", **options)  # type: ignore[arg-type]
+    assert len(trt.Builder.built) == 2
+    assert "重新构建" not in capsys.readouterr().err
+    trt.Builder.failure = None
+    assert open_backend("Emoji-Tiny", **options).encode_tokens(IDS).shape == (2, 256)  # type: ignore[arg-type]
+
+
+def test_cached_engines_are_built_and_opened_on_the_gpu_that_is_named(trt: ModuleType, tmp_path: Path) -> None:
+    options = {"backend": "tensorrt", "precision": "fp16", "download_root": tmp_path, "kinds": ["text"]}
+    open_backend("Emoji-Tiny", device="cuda:1", **options)  # type: ignore[arg-type]
+    # The check of a new engine names the place that was found, which is the processor here.
+    assert {str(device) for device in trt.asked_devices} == {"cuda:1", "cpu"}
+
+
+def test_no_rows_give_no_rows(trt: ModuleType, files: dict[Kind, Path], tmp_path: Path) -> None:
+    build_engine(files["text"], "text", tmp_path / "e", Build("fp32"))
+    assert TensorRtTower(tmp_path / "e", "text").run(IDS[:0]).shape == (0, 512)
 
 
 def test_encoder_opens_the_prefix_of_engines(

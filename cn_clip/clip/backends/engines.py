@@ -38,7 +38,7 @@ from cn_clip.clip.backends.tensor_rt import (
     release,
     started,
 )
-from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.errors import CheckpointError, ConfigError, DataError
 from cn_clip.extras import require
 from cn_clip.jsonl import atomic_write
 
@@ -96,6 +96,8 @@ def build_engine(
     started = time.monotonic()
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if build.timing_cache is not None:
+        _read_timings(build.timing_cache)
     trt = library()
     gpu = tensor_rt.find_gpu(device)
     given = _OnnxFile(Path(onnx_path))
@@ -218,16 +220,22 @@ class _Making:
         if plan is None:
             raise CheckpointError(f"TensorRT {self.trt.__version__} cannot build the engine: {reasons(self.log)}")
         if self.build.timing_cache is not None:
-            with atomic_write(self.build.timing_cache, "wb") as stream:
-                stream.write(config.get_timing_cache().serialize())
+            self._save_timings(config, self.build.timing_cache)
         return plan
+
+    def _save_timings(self, config: Any, path: str) -> None:
+        try:
+            with atomic_write(path, "wb") as stream:
+                stream.write(config.get_timing_cache().serialize())
+        except DataError as error:
+            self.say(f"未能保存计时 / the measurements are not kept: {error}")
 
     def _config(self, network: Any, span: Span) -> Any:
         config = self.builder.create_builder_config()
         if self.build.workspace_gib is not None:
             config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, int(self.build.workspace_gib * 2**30))
         if self.build.timing_cache is not None:
-            self._use_timing_cache(config, Path(self.build.timing_cache))
+            self._use_timings(config, self.build.timing_cache)
         tensor = network.get_input(0)
         if None in _shape(tensor):
             profile = self.builder.create_optimization_profile()
@@ -236,12 +244,24 @@ class _Making:
                 raise CheckpointError(f"TensorRT refuses the shapes {span} of {tensor.name}: {reasons(self.log)}")
         return config
 
-    def _use_timing_cache(self, config: Any, path: Path) -> None:
-        saved = path.read_bytes() if path.is_file() else b""
-        if config.set_timing_cache(config.create_timing_cache(saved), False):
+    def _use_timings(self, config: Any, path: str) -> None:
+        cache = config.create_timing_cache(_read_timings(path))
+        if cache is not None and config.set_timing_cache(cache, False):
             return
         self.say(f"{path}: 来自别的环境，重新计时 / is of another GPU or TensorRT; measuring again")
         config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def _read_timings(path: str) -> bytes:
+    """The content of a timing cache, empty for a new one; raises ConfigError where none can be kept."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        if Path(path).parent.is_dir():
+            return b""
+        raise ConfigError(f"--timing-cache {path}: the folder {Path(path).parent} does not exist") from error
+    except OSError as error:
+        raise ConfigError(f"--timing-cache {path}: cannot be read ({error.strerror}); name another file") from error
 
 
 def _network_flags(trt: Any, *, typed: bool) -> int:
@@ -359,17 +379,16 @@ def _open(source: Source, kind: Kind, precision: Precision, device: str | None, 
     onnx_path = tower_file(source, kind, form, say=say)
     path = onnx_path.with_name(_cached_name(kind, precision, trt, gpu))
 
-    def opened() -> TensorRtTower:
-        return TensorRtTower(
-            kept_file(path, lambda: _build_cached(onnx_path, kind, path, precision, device, say)), kind
-        )
+    def built() -> Path:
+        return kept_file(path, lambda: _build_cached(onnx_path, kind, path, precision, device, say))
 
+    engine = built()
     try:
-        return opened()
+        return TensorRtTower(engine, kind, device=device)
     except CheckpointError as error:
         say(f"{error}; 重新构建 / building it again")
         forget(path)
-        return opened()
+    return TensorRtTower(built(), kind, device=device)
 
 
 def _build_cached(

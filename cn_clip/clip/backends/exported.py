@@ -88,7 +88,7 @@ def kept_file(path: Path, make: Callable[[], object]) -> Path:
     """A further file in the folder of a model's exports, made if it is not whole; what `make` makes others wait for."""
     with _alone(path.parent):
         recorded = _read_manifest(path.parent).get(path.name)
-        if recorded is None or recorded != _sizes(path):
+        if not recorded or recorded != _sizes(path):
             _record(path.parent, path.name, None)
             make()
             _record(path.parent, path.name, _sizes(path))
