@@ -113,8 +113,8 @@ def refusal(name: str, rest: Sequence[str]) -> str:
     relatives = family(name)
     if relatives and not rest:
         return f"命令不完整 / incomplete command {name!r}; {_one_of(relatives)}"
-    # The shared first word would make all of a family look near.
-    candidates = {known.split()[-1]: known for known in relatives or COMMANDS}
+    # The shared first word would make all of a family look near. Of commands with the same last word the first counts.
+    candidates = {known.split()[-1]: known for known in reversed(list(relatives or COMMANDS))}
     typed = rest[0] if relatives else name
     nearest = difflib.get_close_matches(typed, candidates, n=1)
     hint = f"是否想用 / did you mean `{PROG} {candidates[nearest[0]]}`?" if nearest else _one_of(relatives or COMMANDS)
