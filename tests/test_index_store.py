@@ -8,17 +8,21 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import milvus_server
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.retrieval import engines, flat, manifest, store, writer
+from cn_clip.retrieval import engines, flat, manifest, places, store, writer
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo
+from cn_clip.retrieval.places import Place, Searchable, Writer
 from cn_clip.retrieval.store import Index, ItemId, open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
 
@@ -138,18 +142,15 @@ def test_exact_engine_in_small_blocks_finds_the_same(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered"])
-def test_recall_of_the_graph_at_10_is_at_least_95_percent(tmp_path: Path, kind: str) -> None:
+def test_recall_at_10_is_at_least_95_percent(home: Home, kind: str) -> None:
     vectors, queries = unit(12_000, dim=64), unit(100, seed=1, dim=64)
     if kind == "clustered":
         centres = unit(20, seed=2, dim=64)
         rows = [centres[np.arange(len(some)) % 20] + 0.3 * some for some in (vectors, queries)]
         vectors, queries = (some / np.linalg.norm(some, axis=1, keepdims=True) for some in rows)
-    model = ModelInfo("Tiny", "0123", 64)
-    with open_writer(tmp_path / "i", Manifest(model, engine="usearch")) as opened:
-        opened.commit(items(vectors))
-        opened.finish()
-    index = open_index(tmp_path / "i")
-    assert isinstance(index.engine, engines.GraphEngine)
+    index = home.build(vectors, size=len(vectors), model=ModelInfo("Tiny", "0123", 64))
+    if isinstance(index, Index) and home.engine == "usearch":
+        assert isinstance(index.engine, engines.GraphEngine)
     exact = flat.top_k(queries, vectors, 10).indices
     hits = [{hit.metadata["number"] for hit in some} for some in index.search(queries, 10)]
     recall = np.mean([len(some & set(best)) / 10 for some, best in zip(hits, exact.tolist(), strict=True)])
@@ -276,6 +277,27 @@ def test_a_reader_goes_on_with_its_generation(tmp_path: Path, engine: EngineName
     assert before.thumbnail(5) == b"jpg5"
     assert found(before, vectors[:1], 1) == [["图0"]]
     assert found(open_index(tmp_path / "i"), vectors[:1], 1) == [[39]]
+
+
+def test_conditions_hold_for_all_kinds_of_values(home: Home) -> None:
+    metadata: list[dict[str, Any]] = [
+        {"year": "2021"},
+        {"year": 2019},
+        {"tags": ["海", "山"]},
+        {"year": True, "a b": "x"},
+    ]
+    with home.writer(MODEL) as opened:
+        opened.commit([NewItem(n, unit(1)[0], values) for n, values in enumerate(metadata)])
+        opened.finish()
+    index = home.open()
+    for where, expected in (
+        ("year>=2020", [0]),
+        ("year=2021,2019", [0, 1]),
+        ("year=true", [3]),
+        ("year!=2021", [1, 2, 3]),
+        ("tags=山", [2]),
+    ):
+        assert found(index, unit(1), 4, where=where) == [expected]
 
 
 @pytest.mark.parametrize(

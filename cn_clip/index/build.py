@@ -37,9 +37,11 @@ class Options(AddOptions):
         super().__post_init__()
         if (self.output is None) == (self.store is None):
             raise ConfigError("--output: expected the folder of the index, or in its place --store milvus://…")
-        from cn_clip.retrieval.milvus import Address
+        from cn_clip.retrieval.milvus import GRAMMAR, SCHEME, Address
         from cn_clip.retrieval.places import place_of
 
+        if self.store is not None and not self.store.startswith(SCHEME):
+            raise ConfigError(f"--store: {GRAMMAR}; got {self.store}")
         if isinstance(place_of(self.place), Address) and (self.engine or self.vector_type):
             raise ConfigError("--engine, --vector-type: are for folders, Milvus has its own; leave them out")
 

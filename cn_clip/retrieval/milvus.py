@@ -22,7 +22,7 @@ from cn_clip.retrieval import filters
 from cn_clip.retrieval.engines import OVERFETCH
 from cn_clip.retrieval.filters import Condition
 from cn_clip.retrieval.manifest import EngineName, ModelInfo
-from cn_clip.retrieval.segments import FloatArray, ItemId, Segment
+from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import Hit, checked_queries
 from cn_clip.retrieval.writer import NewItem, checked_lines
 
@@ -361,7 +361,11 @@ def _first(rows: Iterable[_Row], k: int) -> list[_Row]:
 
 
 def _parsed(row: Mapping[str, Any], where: str) -> tuple[ItemId, dict[str, Any]]:
-    return Segment.parse(row["item"].encode(), f"{where}: item {row.get('place', '')}")
+    try:
+        values = json.loads(row["item"])
+        return values["id"], values["metadata"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{where}: the item at {row.get('place')} is damaged ({error}); build it again") from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,113 @@
+"""A Milvus server for tests: started once, stopped at exit; or the one that MILVUS_ADDRESS=HOST:PORT names."""
+
+import atexit
+import contextlib
+import functools
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cn_clip.errors import StoreError
+from cn_clip.retrieval.milvus import Address, Connection
+
+SECONDS_TO_START = 120
+_numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def collection(name: str | None = None) -> Iterator[Address]:
+    """The address of a collection that is not there yet, and is dropped at the end."""
+    host, _, port = started().rpartition(":")
+    address = Address(host, int(port), name or f"test_{os.getpid()}_{next(_numbers)}")
+    yield address
+    connection = Connection(address)
+    if connection.call("has_collection"):
+        connection.call("drop_collection")
+
+
+@functools.cache
+def started() -> str:
+    """HOST:PORT of a server that answers; skips the test where there is none to start."""
+    given = os.environ.get("MILVUS_ADDRESS")
+    if given:
+        return given
+    program = shutil.which(os.environ.get("MILVUS_SERVER", "milvus-server"))
+    if program is None:
+        pytest.skip("needs a Milvus server: pip install milvus==2.3.5 brings the command milvus-server")
+    folder, port = Path(tempfile.mkdtemp(prefix="milvus-")), free_port()
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(
+            [program, "--data", str(folder), "--proxy-port", str(port)], stdout=log, stderr=subprocess.STDOUT
+        )
+    atexit.register(_stop, process, folder)
+    deadline = time.monotonic() + SECONDS_TO_START
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(StoreError):
+            Connection(Address("127.0.0.1", port, "absent", timeout=2)).call("has_collection")
+            return f"127.0.0.1:{port}"
+        time.sleep(1)
+    raise RuntimeError(f"the Milvus server did not start: {(folder / 'log').read_text()[-2000:]}")
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Relay:
+    """Passes bytes on between a port of its own and a server, until it is told to keep them."""
+
+    def __init__(self, host: str, port: int, own_port: int = 0) -> None:
+        self._target, self._is_stalled = (host, port), threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", own_port))
+        self._sockets: list[socket.socket] = [self._listener]
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def stall(self) -> None:
+        """Nothing passes any more; connections stay open."""
+        self._is_stalled.set()
+
+    def close(self) -> None:
+        """Ends all connections."""
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                ends = self._listener.accept()[0], socket.create_connection(self._target)
+                self._sockets += ends
+                for source, sink in (ends, ends[::-1]):
+                    threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                if self._is_stalled.is_set():
+                    return
+                sink.sendall(data)
+
+
+def _stop(process: "subprocess.Popen[bytes]", folder: Path) -> None:
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,338 @@
+"""Indexes in Milvus: addresses, commands, kills, and servers that are away or slow."""
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import milvus_server
+import numpy as np
+import pytest
+
+from cn_clip import cli
+from cn_clip.demo import emoji
+from cn_clip.errors import ConfigError, DataError, StoreError
+from cn_clip.index.options import with_store
+from cn_clip.retrieval import flat, milvus
+from cn_clip.retrieval.manifest import ModelInfo
+from cn_clip.retrieval.milvus import Address, Connection, MilvusIndex, open_milvus_writer, parse_address
+from cn_clip.retrieval.writer import NewItem
+
+MODEL = ModelInfo("Tiny", "0123", 16)
+BUILD = ("--model", "Emoji-Tiny", "--num-threads", "1")
+needs_server = pytest.mark.milvus
+
+
+@pytest.fixture
+def address() -> Iterator[Address]:
+    """A collection that is not there yet."""
+    with milvus_server.collection() as one:
+        yield one
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs a command: the JSON it prints, or the error line."""
+
+    def call(*args: object, fails: bool = False) -> Any:
+        if not fails:
+            cli.main([*map(str, args), "--json"])
+            return json.loads(capsys.readouterr().out)
+        with pytest.raises(SystemExit, match=r"^1$"):
+            cli.main([*map(str, args)])
+        out = capsys.readouterr()
+        assert out.out == ""
+        assert out.err.count("\n") == 1
+        return out.err.removeprefix("错误 / error: ").strip()
+
+    return call
+
+
+def rows(count: int, *, seed: int = 0, dim: int = 16) -> Any:
+    """Random unit vectors."""
+    vectors = np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+# --- addresses
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("milvus://localhost:19530/photos", Address("localhost", 19530, "photos")),
+        ("milvus://localhost/photos", Address("localhost", 19530, "photos")),
+        ("milvus://a:b%40c@[::1]:1/p_1?timeout=2.5", Address("::1", 1, "p_1", 2.5, "a", "b@c")),
+        ("milvus://localhost:19530", None),
+        ("milvus://localhost:19530/", None),
+        ("milvus://localhost:19530/a/b", None),
+        ("milvus://localhost:19530/照片", None),
+        ("milvus://localhost:x/photos", None),
+        ("milvus://localhost:99999/photos", None),
+        ("milvus:///photos", None),
+        ("milvus://localhost/photos?timeout=0", None),
+        ("milvus://localhost/photos?timeout=nan", None),
+        ("milvus://localhost/photos?timeout=x", None),
+        ("milvus://localhost/photos?tls=1", None),
+    ],
+)
+def test_addresses(text: str, expected: Address | None) -> None:
+    if expected is None:
+        with pytest.raises(ConfigError, match="expected milvus://HOST:PORT/COLLECTION"):
+            parse_address(text)
+    else:
+        assert parse_address(text) == expected
+
+
+def test_passwords_are_never_shown() -> None:
+    assert str(parse_address("milvus://me:secret@localhost/photos")) == "milvus://localhost:19530/photos"
+    with pytest.raises(ConfigError) as caught:
+        parse_address("milvus://me:secret@localhost/照片")
+    assert "secret" not in str(caught.value)
+
+
+def test_store_stands_for_the_index_wherever_it_is_given() -> None:
+    for args in (["--store", "S", "a", "--k", "3"], ["a", "--store", "S", "--k", "3"], ["a", "--k", "3", "--store=S"]):
+        assert with_store(args) == ["S", "a", "--k", "3"]
+    assert with_store(["i", "a"]) == ["i", "a"]
+    assert with_store(["i", "--", "--store"]) == ["i", "--", "--store"]
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ((), "expected the folder of the index, or in its place --store"),
+        (("--output", "i", "--store", "milvus://h/c"), "expected the folder of the index, or in its place --store"),
+        (("--store", "milvus://h/c", "--engine", "exact"), "are for folders, Milvus has its own"),
+        (("--store", "milvus://h/c", "--vector-type", "float16"), "are for folders, Milvus has its own"),
+        (("--store", "h/c"), "--store: expected milvus://HOST:PORT/COLLECTION"),
+    ],
+)
+def test_faulty_settings_are_refused(args: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.main(["index", "build", "pictures", *args])
+    assert sentence in " ".join(re.sub("[│|]", " ", capsys.readouterr().err).split())
+
+
+def test_check_is_for_folders(run: Callable[..., Any]) -> None:
+    assert "Milvus looks after its own files" in run("index", "check", "milvus://localhost/c", fails=True)
+
+
+def test_without_the_package_the_command_that_installs_it_is_said(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pymilvus", None)
+    assert "pip install 'cn_clip[milvus]'" in run("index", "info", "--store", "milvus://localhost/c", fails=True)
+
+
+# --- commands
+
+
+@needs_server
+def test_an_index_in_milvus_finds_what_one_in_a_folder_finds(
+    tmp_path: Path, address: Address, run: Callable[..., Any]
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, one in enumerate(emoji.load("twemoji")[:12]):
+        (pictures / f"{number:02d}.png").write_bytes(emoji.png(one))
+    (pictures / "表\udce6情 '\".png").write_bytes((pictures / "03.png").read_bytes())
+    (tmp_path / "t.csv").write_text("image,group,year\n01.png,甲,2020\n02.png,乙,2021\n03.png,甲,2022\n")
+    table = ("--metadata", tmp_path / "t.csv")
+    at = (("--output", tmp_path / "i"), ("--store", address))
+    folder, server = (run("index", "build", pictures, *place, *table, *BUILD) for place in at)
+    assert (server["encoded"], server["reused"], server["num_items"]) == (12, 1, 13)
+    assert {**server, "index": ""} == {**folder, "index": ""}
+    for query in (
+        ("笑脸",),
+        ("--id", "03.png"),
+        ("笑", "--image", pictures / "05.png"),
+        ("笑", "--where", "year>=2021"),
+    ):
+        folder, server = (run("search", *place, *query) for place in ((tmp_path / "i",), ("--store", address)))
+        assert [hit["id"] for hit in server["hits"]] == [hit["id"] for hit in folder["hits"]]
+        np.testing.assert_allclose(*([hit["score"] for hit in one["hits"]] for one in (server, folder)), atol=1e-6)
+        assert [hit["metadata"] for hit in server["hits"]] == [hit["metadata"] for hit in folder["hits"]]
+
+    assert run("index", "build", pictures, "--store", address)["unchanged"] == 13
+    (pictures / "00.png").unlink()
+    assert run("index", "build", pictures, "--store", address)["removed"] == ["00.png"]
+    assert run("index", "add", "--store", address, pictures / "01.png", "--id-prefix", "x/")["reused"] == 1
+    assert run("index", "remove", "--store", address, "--where", "group=甲")["removed"] == ["01.png", "03.png"]
+    info = run("index", "info", "--store", address)
+    assert (info["num_items"], info["engine"], info["source"]) == (11, "milvus", str(pictures))
+    assert info["model"] == {"name": "Emoji-Tiny", "fingerprint": "dd8b50067459b177", "embed_dim": 256}
+    run("search", "--store", address, "--id", "x/01.png", "--grid", tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+
+
+@needs_server
+def test_another_model_is_refused_with_both_names(address: Address, tmp_path: Path, run: Callable[..., Any]) -> None:
+    with open_milvus_writer(address, ModelInfo("Other", "4567", 256)):
+        pass
+    (tmp_path / "a.png").write_bytes(emoji.png(emoji.load("twemoji")[0]))
+    for args in (("search", "--store", address, "猫"), ("index", "build", tmp_path, "--store", address)):
+        message = run(*args, *BUILD, fails=True)
+        assert f"{address}: its vectors are of the model Other (4567), not of Emoji-Tiny (dd8b" in message
+
+
+@needs_server
+def test_collections_of_others_are_left_alone(address: Address, run: Callable[..., Any]) -> None:
+    connection = Connection(address)
+    connection.call("create_collection", dimension=8)
+    assert run("index", "info", "--store", address, fails=True) == (
+        f"{address}: this collection is no index; give another name"
+    )
+    with milvus_server.collection() as absent:
+        assert f"{absent}: is no index; build one with: cn-clip index build PICTURES --store {absent}" in run(
+            "search", "--store", absent, "猫", fails=True
+        )
+
+
+# --- items
+
+
+@needs_server
+def test_the_graph_of_milvus_finds_what_is_exact(address: Address) -> None:
+    vectors, queries = rows(6000, dim=64), rows(20, seed=1, dim=64)
+    with open_milvus_writer(address, ModelInfo("Tiny", "0123", 64)) as opened:
+        opened.commit([NewItem(number, vector) for number, vector in enumerate(vectors)])
+    Connection(address).call("flush")
+    exact = flat.top_k(queries, vectors, 10).indices
+    found = [{hit.id for hit in hits} for hits in MilvusIndex(address).search(queries, 10)]
+    assert np.mean([len(one & set(best)) / 10 for one, best in zip(found, exact.tolist(), strict=True)]) >= 0.95
+
+
+@needs_server
+def test_few_that_fit_are_found_among_many_in_small_answers(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(milvus, "LARGEST_LIMIT", 64)
+    monkeypatch.setattr(milvus, "WINDOW", 100)
+    monkeypatch.setattr(milvus, "UPSERT_BYTES", 5000)
+    vectors, query = rows(700), rows(1, seed=1)
+    with open_milvus_writer(address, MODEL) as opened:
+        opened.commit([NewItem(number, vector, {"n": number}) for number, vector in enumerate(vectors)])
+        opened.commit(remove=range(100, 400))
+    order = np.argsort(-(vectors @ query[0]))
+    index = MilvusIndex(address)
+    assert index.ids == [*range(100), *range(400, 700)]
+    for where, fits in (("n>=650", lambda n: n >= 650), ("n!=1", lambda n: n != 1)):
+        expected = [n for n in order.tolist() if fits(n) and not 100 <= n < 400]
+        for k in (1, 20, 1000):
+            assert [hit.id for hit in index.search(query, k, where=where)[0]] == expected[:k]
+
+
+@needs_server
+def test_what_milvus_cannot_hold_is_refused_and_nothing_changes(address: Address) -> None:
+    (vector,) = rows(1)
+    with open_milvus_writer(address, MODEL) as opened:
+        opened.commit([NewItem("a", vector)])
+        for item, sentence in (
+            (NewItem("b", vector, thumbnail=b"x" * 49152), "id 'b': its thumbnail has 49152 bytes, Milvus holds 49149"),
+            (NewItem("b", vector, {"text": "x" * 65536}), "id 'b': its metadata take"),
+            (NewItem("a", vector[:3]), "id 'a': expected a vector of 16 numbers"),
+        ):
+            with pytest.raises(DataError, match=re.escape(sentence)):
+                opened.commit([NewItem("c", vector), item], remove=["a"])
+        opened.commit([NewItem("b", vector, {"text": "x" * 65400}, b"x" * 49149)])
+    index = MilvusIndex(address)
+    assert index.ids == ["a", "b"]
+    assert index.thumbnail("b") == b"x" * 49149
+
+
+WRITE = """
+import sys
+import numpy as np
+from cn_clip.retrieval import milvus, writer
+from cn_clip.retrieval.manifest import ModelInfo
+rows = np.eye(16, dtype=np.float32)
+with milvus.open_milvus_writer(milvus.parse_address(sys.argv[1]), ModelInfo("Tiny", "0123", 16)) as opened:
+    for number in range(10**6):
+        opened.commit([writer.NewItem(one % 50, rows[one % 16], {"n": number}) for one in range(number, number + 10)])
+        print(number, flush=True)
+"""
+
+
+@needs_server
+@pytest.mark.parametrize("reports", [1, 9, 100])
+def test_after_a_kill_every_item_is_there_once(address: Address, reports: int) -> None:
+    with subprocess.Popen([sys.executable, "-c", WRITE, address_text(address)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for _ in range(reports):
+            seen = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+    index = MilvusIndex(address)
+    assert len(set(index.ids)) == len(index.ids) == len(index)
+    assert set(index.ids) >= {one % 50 for one in range(max(0, seen - 40), seen + 10)}
+    (hits,) = index.search(np.ones((1, 16), dtype=np.float32), 100)
+    assert sorted(map(str, (hit.id for hit in hits))) == sorted(map(str, index.ids))
+    assert index.metadata((seen + 9) % 50)["n"] >= seen
+
+
+# --- servers that are away or slow
+
+
+def address_text(address: Address, timeout: float = 20) -> str:
+    """As a user types it."""
+    return f"{address}?timeout={timeout:g}"
+
+
+def assert_ends_in_time(run: Callable[..., Any], address: Address) -> None:
+    """Within the time of the address, in one sentence with it."""
+    for args in (
+        ("search", "--store", address_text(address, 2), "--id", "a"),
+        ("index", "info", address_text(address, 2)),
+    ):
+        started = time.monotonic()
+        message = run(*args, fails=True)
+        assert message.startswith(f"{address}: Milvus 在 2 秒内没有回答 / did not answer within 2 s (")
+        assert time.monotonic() - started < 10
+
+
+@needs_server
+def test_nobody_listening_is_said_in_time(run: Callable[..., Any]) -> None:
+    pytest.importorskip("pymilvus")
+    assert_ends_in_time(run, Address("127.0.0.1", milvus_server.free_port(), "photos"))
+
+
+@needs_server
+def test_a_listener_that_never_answers_is_said_in_time(run: Callable[..., Any]) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        assert_ends_in_time(run, Address("127.0.0.1", silent.getsockname()[1], "photos"))
+
+
+@needs_server
+def test_a_server_that_stops_answering_is_said_in_time(address: Address) -> None:
+    with open_milvus_writer(address, MODEL) as opened:
+        opened.commit([NewItem("a", rows(1)[0])])
+    with contextlib.closing(milvus_server.Relay(address.host, address.port)) as relay:
+        near = Address("127.0.0.1", relay.port, address.collection, timeout=2)
+        index = MilvusIndex(near)
+        assert [hit.id for hit in index.search(rows(1), 1)[0]] == ["a"]
+        with open_milvus_writer(near) as opened:
+            relay.stall()
+            for act in (lambda: index.search(rows(1), 1), lambda: opened.commit([NewItem("b", rows(1)[0])])):
+                started = time.monotonic()
+                with pytest.raises(StoreError, match=f"^{near}: .* did not answer within 2 s"):
+                    act()
+                assert time.monotonic() - started < 10
+            assert list(opened.items()) == [("a", {})]
+
+
+@needs_server
+def test_a_server_that_comes_up_late_is_waited_for(address: Address) -> None:
+    port, relays = milvus_server.free_port(), list[milvus_server.Relay]()
+    timer = threading.Timer(1.0, lambda: relays.append(milvus_server.Relay(address.host, address.port, port)))
+    timer.start()
+    assert Connection(Address("127.0.0.1", port, address.collection, timeout=20)).facts() is None
+    timer.join()
+    relays[0].close()
