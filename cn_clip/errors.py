@@ -13,6 +13,10 @@ class DataError(CnClipError, ValueError):
     """An input file or record is not what its format says; the message starts with file and line or id."""
 
 
+class OutputError(DataError, OSError):
+    """A file cannot be written; `strerror` says why."""
+
+
 class CheckpointError(CnClipError, RuntimeError):
     """A weight file cannot be read, or does not fit the model."""
 

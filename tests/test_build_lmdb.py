@@ -15,6 +15,7 @@ from cn_clip.data.lmdb_store import ImageStore, LmdbReader, PairStore
 from cn_clip.data.staging import staged_folder
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.preprocess.build_lmdb_dataset import Options, run, split_names
+from cn_clip.processes import host_name
 
 SCRIPT = "preprocess/build_lmdb_dataset.py"
 GOOD_IMAGES = [tsv_line(1), tsv_line(2), tsv_line(3)]
@@ -218,7 +219,7 @@ def test_a_run_that_died_between_the_two_moves_is_undone(tmp_path: Path) -> None
     dead.wait()
     import cn_clip.data.staging as staging
 
-    retired = tmp_path / f".train.replaced-{staging._host()}-{dead.pid}"
+    retired = tmp_path / f".train.replaced-{host_name()}-{dead.pid}"
     (tmp_path / "train").rename(retired)
     staging.clear_leftovers(tmp_path / "train")
     assert (tmp_path / "train" / "old").read_text() == "old"
@@ -226,9 +227,8 @@ def test_a_run_that_died_between_the_two_moves_is_undone(tmp_path: Path) -> None
 
 
 def test_the_folder_of_a_living_run_is_left_alone(tmp_path: Path) -> None:
-    import cn_clip.data.staging as staging
 
-    living = tmp_path / f".train.building-{staging._host()}-{os.getppid()}"
+    living = tmp_path / f".train.building-{host_name()}-{os.getppid()}"
     living.mkdir()
     with staged_folder(tmp_path / "train"):
         pass

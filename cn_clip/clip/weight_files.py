@@ -1,6 +1,5 @@
 """Writes weights without the rest of a training checkpoint, whole or not at all; for commands that make such files."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -8,6 +7,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from cn_clip import jsonl
 from cn_clip.clip.checkpoint import Checkpoint
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.jsonl import atomic_write
@@ -40,7 +40,8 @@ def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         with atomic_write(path, "wb") as stream:
             write(stream)
     except (OSError, RuntimeError, KeyError) as error:  # KeyError: a type that safetensors does not know
-        raise CheckpointError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be written ({reason})") from error
 
 
 def refuse_inputs(output: str | Path, inputs: Iterable[str | Path], *, suffix: str | None = None) -> None:
@@ -49,10 +50,7 @@ def refuse_inputs(output: str | Path, inputs: Iterable[str | Path], *, suffix: s
         raise ConfigError(f"--output {output}: expected a name that ends in {suffix}")
     if suffix is None and Path(output).suffix == ".safetensors":
         raise ConfigError(f"--output {output}: this command writes .pt; for .safetensors use cn-clip checkpoint export")
-    for path in inputs:
-        is_same = os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
-        if is_same or Path(output).absolute() == Path(path).absolute():
-            raise ConfigError(f"--output {output}: would overwrite {path}, which it reads; give another path")
+    jsonl.refuse_inputs("--output", output, inputs)
 
 
 def check_same_tensors(first: Checkpoint, other: Checkpoint) -> None:

@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-import platform
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from cn_clip.errors import DataError
+from cn_clip.processes import host_name, is_alive
 
 
 @contextlib.contextmanager
@@ -64,11 +64,7 @@ def _replaceable(target: Path) -> Path:
 
 
 def _hidden(target: Path, role: str) -> Path:
-    return target.with_name(f".{target.name}.{role}-{_host()}-{os.getpid()}")
-
-
-def _host() -> str:
-    return re.sub(r"[^\w.]", "_", platform.node()) or "host"
+    return target.with_name(f".{target.name}.{role}-{host_name()}-{os.getpid()}")
 
 
 def clear_leftovers(target: Path) -> None:
@@ -81,20 +77,11 @@ def clear_leftovers(target: Path) -> None:
 
 
 def _leftovers(target: Path) -> list[tuple[Path, str]]:
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(building|replaced)-{re.escape(_host())}-(\d+)")
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(building|replaced)-{re.escape(host_name())}-(\d+)")
     found = [(path, pattern.fullmatch(path.name)) for path in sorted(target.parent.iterdir())]
-    return [(path, match[1]) for path, match in found if match and not _is_alive(int(match[2]))]
+    return [(path, match[1]) for path, match in found if match and not _is_running(int(match[2]))]
 
 
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():  # containers hand out the same few numbers: our own number on an old folder is a dead run's
-        return False
-    if os.name == "nt":  # there, signal 0 would reach the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _is_running(pid: int) -> bool:
+    # Containers hand out the same few numbers: our own number on an old folder is a dead run's.
+    return pid != os.getpid() and is_alive(pid)

@@ -70,8 +70,8 @@ class Gpu:
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[int]:
-        """The handle of a stream of its own, in the order of PyTorch's: on the default one TensorRT waits needlessly."""
-        current, own = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        """The handle of a stream of its own, in the order of PyTorch's: on the default one TensorRT waits too often."""
+        current, own = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         own.wait_stream(current)
         yield own.cuda_stream
         current.wait_stream(own)
