@@ -159,9 +159,50 @@ def test_the_product_that_loses_most_is_left_out_of_int8(
     assert report.left_out == (worst,)
     assert [path.name for path in base.parent.iterdir()] == ["m.img.fp32.onnx"]
     assert everything.smallest < report.smallest
-    assert "1 products in float32" in str(report)
+    assert report.share is not None
+    assert everything.share is not None
+    assert report.share.num_int8 == everything.share.num_int8 - 1
     assert (props(tmp_path / "m.onnx")["left_out"], props(tmp_path / "m.onnx")["precision"]) == ([worst], "int8")
     assert OnnxTower(tmp_path / "m.onnx", "image", device="cpu").facts.left_out == (worst,)
+
+
+@pytest.mark.parametrize("form", ["int8", "int8.openvino"])
+def test_int8_models_too_large_for_one_file_keep_their_weights_outside(
+    tmp_path: Path, outlier: tuple[Path, Reference], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, expected = outlier
+    monkeypatch.setattr(onnx_files, "LARGEST_FILE", 10_000)
+    path = tmp_path / "m.onnx"
+    assert export.derive(base, "image", form, path, expected, tolerance=0.9).smallest > 0.9
+    assert onnx_files.outside_files(path) == ["m.onnx.extra_file"]
+
+
+def test_a_report_says_how_much_became_int8(tmp_path: Path, outlier: tuple[Path, Reference]) -> None:
+    base, expected = outlier
+    report = export.derive(base, "image", "int8", tmp_path / "m.onnx", expected, tolerance=0.9)
+    model = onnx.load(tmp_path / "m.onnx")
+    in_int8 = sum(node.op_type == "MatMulInteger" for node in model.graph.node)
+    others = sum(node.op_type in ("MatMul", "Gemm", "Conv") for node in onnx.load(base).graph.node)
+    assert report.share is not None
+    assert report.share.num_int8 == in_int8 > 0
+    assert in_int8 < report.share.num_products <= others
+    assert f"{in_int8} of {report.share.num_products} products in int8" in str(report)
+    facts = props(tmp_path / "m.onnx")
+    assert (facts["num_int8"], facts["num_products"]) == (in_int8, report.share.num_products)
+    assert facts["levels"] in int8.LEVELS
+
+
+def test_a_picture_tower_of_convolutions_is_said_to_gain_little_from_int8(tmp_path: Path) -> None:
+    model = tiny_model("resnet")
+    expected = reference(model, "image")
+    base = tmp_path / "m.img.fp32.onnx"
+    export.export_tower(model, "image", base, expected)
+    found = int8.share(base, ())
+    assert found.work < 0.2
+    assert str(parity.Share(3, 37, 0.12)) == (
+        "3 of 37 products in int8, 12 % of the work: 大部分仍是 float32，快不了多少 / little is gained"
+    )
+    assert str(parity.Share(36, 37, 0.5)) == "36 of 37 products in int8"
 
 
 def test_an_int8_file_that_is_too_far_off_is_an_error(tmp_path: Path, outlier: tuple[Path, Reference]) -> None:
@@ -328,7 +369,7 @@ def test_the_command_writes_both_towers_in_every_precision(tmp_path: Path, capsy
     ]
     reports = [line for line in lines if "cosine to float32: min 0.9" in line or "cosine to float32: min 1.0" in line]
     assert len(reports) == 8
-    assert all("(32 samples)" in line and "same top-1 " in line for line in reports)
+    assert all("(32 samples" in line and "same top-1 " in line for line in reports)
     assert len(list(prefix.parent.iterdir())) == 10  # eight files and two of outside weights
     exact = Encoder("Emoji-Tiny", device="cpu")
     texts = ["小狗", "红苹果"]

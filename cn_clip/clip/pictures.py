@@ -3,6 +3,7 @@
 # B batch, R resolution
 
 import io
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 # Batches that are decoded, or being decoded, before the one in use is done.
 BATCHES_AHEAD = 2
+# A picture opened lazily is read once, whoever asks; others are read beside it, but for chance.
+_LOADING = [threading.Lock() for _ in range(61)]
 
 
 def decode(picture: str | Path | bytes, draft_size: int | None = None) -> "Image":
@@ -51,7 +54,8 @@ def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) 
         raise TypeError(f"{name}: expected a path, bytes or a PIL picture, got {type(picture).__name__}")
     try:
         if isinstance(picture, Image):
-            picture.load()
+            with _LOADING[id(picture) % len(_LOADING)]:
+                picture.load()
             return picture
         return decode(picture, draft_size)
     except Exception as error:

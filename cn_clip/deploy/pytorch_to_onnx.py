@@ -174,6 +174,8 @@ def _described(report: "Report", path: Path) -> dict[str, Any]:
         "same_top1": report.agreement,
         "num_samples": report.num_samples,
         "left_out": list(report.left_out),
+        "num_int8": report.share.num_int8 if report.share else None,
+        "num_products": report.share.num_products if report.share else None,
     }
 
 

@@ -82,7 +82,8 @@ class TowerFacts:
 
     batch, length: the only batch size and text length taken. max_length: the longest text. precision: of the weights.
     architecture: "VISION@TEXT". weights: a fingerprint that the two towers of one model share. logit_scale: the factor
-    on cosines, exp of the stored parameter. left_out: products that an int8 file keeps in float32.
+    on cosines, exp of the stored parameter. left_out: products that lose too much in int8 and stay float32. levels: the
+    largest weight in int8. num_int8, num_products: products with weights in int8, and all of them.
     """
 
     kind: Kind
@@ -97,6 +98,9 @@ class TowerFacts:
     logit_scale: float | None = None
     num_parameters: int | None = None
     left_out: tuple[str, ...] = ()
+    levels: int | None = None
+    num_int8: int | None = None
+    num_products: int | None = None
 
 
 class Tower(Protocol):

@@ -78,18 +78,24 @@ def derive(
 
     Needs no PyTorch. Raises CheckpointError when it is further from float32 than the tolerance of its form.
     """
-    left_out: list[str] = []
+    choice = share = None
     if form == "fp16":
         proto = half.halved(base)
     elif form in ("int8", "int8.openvino"):
-        proto, left_out = int8.quantised(base, kind, form, path, expected)
+        choice = int8.choose(base, kind, form, path, expected)
+        share = int8.share(base, choice.left_out)
+        proto = int8.quantised(base, form, choice)
     else:
         raise ConfigError(f"form: expected fp16, int8 or int8.openvino, got {form!r}")
     facts = _facts(base, kind, proto)
-    _add_metadata(proto, replace(facts, precision=form.partition(".")[0], left_out=tuple(left_out)))
+    facts = replace(facts, precision=form.partition(".")[0])
+    if choice is not None and share is not None:
+        facts = replace(facts, left_out=choice.left_out, levels=choice.levels)
+        facts = replace(facts, num_int8=share.num_int8, num_products=share.num_products)
+    _add_metadata(proto, facts)
     # Chinese-CLIP's float16 files keep their weights outside, and its guides copy both.
     save(proto, path, outside=True if form == "fp16" else None)
-    return parity.compare(expected, path, kind, form, tolerance=tolerance, left_out=left_out)
+    return parity.compare(expected, path, kind, form, tolerance=tolerance, left_out=facts.left_out, share=share)
 
 
 def facts_of_model(model: "CLIP", kind: Kind) -> TowerFacts:

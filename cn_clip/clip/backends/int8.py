@@ -3,6 +3,7 @@
 # N rows of a product's input, K its columns, M columns of the weight
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from cn_clip.clip.backends import parity
 from cn_clip.clip.backends.base import Kind
 from cn_clip.clip.backends.onnx_files import INPUTS, load, save
-from cn_clip.clip.backends.parity import Reference
+from cn_clip.clip.backends.parity import Reference, Share
 from cn_clip.extras import require
 
 if TYPE_CHECKING:
@@ -28,8 +29,16 @@ SMALLEST_SIDE = 64
 NUM_MEASURED = 4
 
 
-def quantised(base: Path, kind: Kind, form: str, path: Path, reference: Reference) -> "tuple[ModelProto, list[str]]":
-    """The model of a float32 file with int8 products, and the names of those left out.
+@dataclass(frozen=True)
+class Choice:
+    """How a file is quantised. levels: the largest weight in int8. left_out: products that stay float32."""
+
+    levels: int
+    left_out: tuple[str, ...]
+
+
+def choose(base: Path, kind: Kind, form: str, path: Path, reference: Reference) -> Choice:
+    """The choice that gives the products of a float32 file in int8.
 
     form: "int8" (activations become int8 in the graph) or "int8.openvino" (by themselves, in OpenVINO). All products
     are int8 if that is within TARGET of the reference; otherwise the worst are left out, up to half of them.
@@ -37,14 +46,14 @@ def quantised(base: Path, kind: Kind, form: str, path: Path, reference: Referenc
     """
     found = []
     for levels, left_out in _attempts(base, kind, reference, path):
-        proto = _quantise(base, form, levels, left_out)
-        save(proto, path)
+        choice = Choice(levels, tuple(left_out))
+        save(quantised(base, form, choice), path)
         smallest = float(parity.cosines(reference, path, kind, form).min())
-        found.append((smallest, levels, left_out))
         if smallest >= TARGET:
-            return proto, left_out
+            return choice
+        found.append((smallest, levels, left_out))
     _, levels, left_out = max(found)
-    return _quantise(base, form, levels, left_out), left_out
+    return Choice(levels, tuple(left_out))
 
 
 def _attempts(base: Path, kind: Kind, reference: Reference, scratch: Path) -> Iterator[tuple[int, list[str]]]:
@@ -59,11 +68,12 @@ def _attempts(base: Path, kind: Kind, reference: Reference, scratch: Path) -> It
         number *= 2
 
 
-def _quantise(base: Path, form: str, levels: int, left_out: Collection[str]) -> "ModelProto":
+def quantised(base: Path, form: str, choice: Choice) -> "ModelProto":
+    """The model of a float32 file with int8 products."""
     onnx: Any = require("onnx", extra="onnx", purpose="int8 export")
     proto = load(base)
     graph = proto.graph
-    products = {name: weight for name, weight in _products(proto).items() if name not in left_out}
+    products = {name: weight for name, weight in _products(proto).items() if name not in choice.left_out}
     known: dict[str, Any] = {}
     nodes: list[Any] = []
     for node in graph.node:
@@ -72,7 +82,7 @@ def _quantise(base: Path, form: str, levels: int, left_out: Collection[str]) -> 
             continue
         weight = node.input[1]
         if f"{weight}_int8" not in known:
-            rounded_KM, scale_M = rounded(products[node.name], levels)
+            rounded_KM, scale_M = rounded(products[node.name], choice.levels)
             for name, values in ((f"{weight}_int8", rounded_KM), (f"{weight}_scale", scale_M)):
                 known[name] = onnx.numpy_helper.from_array(values, name)
         nodes += (_integer_product if form == "int8" else _dequantised_product)(onnx, node, nodes)
@@ -118,14 +128,35 @@ def rounded(weight_KM: NDArray[np.float32], levels: int) -> tuple[NDArray[np.int
 def _products(proto: "ModelProto") -> Mapping[str, NDArray[np.float32]]:
     """The weights (K, M) of the products that may become int8, by the name of the product."""
     onnx: Any = require("onnx", extra="onnx", purpose="int8 export")
-    initializers = {one.name: one for one in proto.graph.initializer}
-    nodes = [node for node in proto.graph.node if node.op_type == "MatMul" and node.input[1] in initializers]
-    weights = {node.name: initializers[node.input[1]] for node in nodes}
     return {
-        name: onnx.numpy_helper.to_array(weight)
-        for name, weight in weights.items()
-        if len(weight.dims) == 2 and min(weight.dims) >= SMALLEST_SIDE
+        name: onnx.numpy_helper.to_array(weight) for name, weight in _weights(proto).items() if _may_be_int8(weight)
     }
+
+
+def _weights(proto: "ModelProto", operations: Collection[str] = ("MatMul",)) -> dict[str, Any]:
+    """The constant second factors of operations, by the name of the operation."""
+    initializers = {one.name: one for one in proto.graph.initializer}
+    nodes = [node for node in proto.graph.node if node.op_type in operations and node.input[1] in initializers]
+    return {node.name: initializers[node.input[1]] for node in nodes}
+
+
+def _may_be_int8(weight: Any) -> bool:
+    return len(weight.dims) == 2 and min(weight.dims) >= SMALLEST_SIDE
+
+
+def share(base: Path, left_out: Collection[str]) -> Share:
+    """How much of a float32 file becomes int8. Convolutions count, and stay float32."""
+    onnx: Any = require("onnx", extra="onnx", purpose="int8 export")
+    proto = onnx.shape_inference.infer_shapes(onnx.load(base, load_external_data=False))
+    shapes = {one.name: one.type.tensor_type.shape.dim for one in [*proto.graph.value_info, *proto.graph.output]}
+    work = {}
+    for name, weight in _weights(proto, ("MatMul", "Gemm", "Conv")).items():
+        (node,) = (node for node in proto.graph.node if node.name == name)
+        sizes = [dim.dim_value or 1 for dim in shapes.get(node.output[0], ())]  # batch and text length are free
+        places = sizes[2:] if node.op_type == "Conv" else sizes[:-1]
+        work[name] = int(np.prod(weight.dims)) * int(np.prod(places))
+    chosen = [name for name, weight in _weights(proto).items() if _may_be_int8(weight) and name not in left_out]
+    return Share(len(chosen), len(work), sum(work[name] for name in chosen) / max(sum(work.values()), 1))
 
 
 def product_losses(base: Path, kind: Kind, reference: Reference, scratch: Path) -> dict[str, float]:

@@ -141,6 +141,18 @@ def missing_weights(path: str | Path) -> str | None:
     return None
 
 
+def not_opened(place: str, where: str, reason: str, error: Exception) -> CheckpointError:
+    """What to raise when a file that is there cannot be opened; reason: what the library says."""
+    advice = "close other programs" if lacked_memory(error) else "if the file is damaged, export it again"
+    return CheckpointError(f"{place}: cannot be opened by {where} ({reason[:300]}); {advice}")
+
+
+def lacked_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, on the machine or on its GPU, as far as the words of a library tell."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in words for sign in ("alloc", "out of memory"))
+
+
 def outside_files(path: Path) -> list[str]:
     """The files an ONNX file keeps weights in, relative to its folder: the `location` entries of its tensors."""
     if path.stat().st_size > _LARGEST_GRAPH:

@@ -52,11 +52,26 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Share:
+    """How much of a tower is in int8: products with weights, of how many, and their part of the multiplications."""
+
+    num_int8: int
+    num_products: int
+    work: float
+
+    def __str__(self) -> str:
+        counts = f"{self.num_int8} of {self.num_products} products in int8"
+        if self.work >= 0.5:
+            return counts
+        return f"{counts}, {100 * self.work:.0f} % of the work: 大部分仍是 float32，快不了多少 / little is gained"
+
+
+@dataclass(frozen=True)
 class Report:
     """Cosines of the rows of a file to those of float32.
 
     agreement: the share of pictures whose best caption among the samples is the same, where rows of the other tower
-    were at hand. left_out: products that an int8 form keeps in float32.
+    were at hand. left_out, share: of an int8 form, products that lose too much in it, and what it holds.
     """
 
     path: Path
@@ -66,13 +81,14 @@ class Report:
     num_samples: int
     agreement: float | None = None
     left_out: tuple[str, ...] = ()
+    share: Share | None = None
 
     def __str__(self) -> str:
         agreement = "" if self.agreement is None else f", 首选一致 / same top-1 {100 * self.agreement:.1f} %"
-        left_out = f", {len(self.left_out)} products in float32" if self.left_out else ""
+        share = "" if self.share is None else f", {self.share}"
         return (
             f"{self.path.name}: 与 float32 的余弦 / cosine to float32: min {self.smallest:.6f}, mean {self.mean:.6f}"
-            f"{agreement} ({self.num_samples} samples{left_out})"
+            f"{agreement} ({self.num_samples} samples{share})"
         )
 
 
@@ -107,12 +123,14 @@ def compare(
     *,
     tolerance: float | None = None,
     left_out: Iterable[str] = (),
+    share: Share | None = None,
 ) -> Report:
     """How close a file is; raises CheckpointError when its smallest cosine is below the tolerance of its form."""
     rows = _form_rows(expected, path, kind, form)
     cosines_N = (rows * expected.rows[kind]).sum(axis=1)
     agreement = _agreement(expected.rows, {**expected.rows, kind: rows}) if len(expected.rows) == len(KINDS) else None
-    report = Report(path, form, float(cosines_N.min()), float(cosines_N.mean()), len(rows), agreement, tuple(left_out))
+    ends = float(cosines_N.min()), float(cosines_N.mean())
+    report = Report(path, form, *ends, len(rows), agreement, tuple(left_out), share)
     least = TOLERANCES[form] if tolerance is None else tolerance
     if not report.smallest >= least:  # also when it is NaN
         raise CheckpointError(
