@@ -57,11 +57,16 @@ def served(
     api_key: str | None = None,
     index: Index | None = None,
     label_sets: Mapping[str, Sequence[str]] | None = None,
+    with_page: bool = False,
 ) -> Iterator[str]:
     """The address of a server that is ready, on a free port; gone at the end."""
     limits, metrics = limits or Limits(), Metrics()
     engine = Engine("tiny", lambda: encoder, limits, metrics)
     app = create_app(engine, metrics, limits=limits, api_key=api_key, index=index, label_sets=label_sets)
+    if with_page:
+        from cn_clip.serve import page
+
+        page.mount(app, app.state.service, {"backend": "torch"})
     with listen("127.0.0.1", 0) as listener:
         server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", log_level="critical"))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))

@@ -20,7 +20,7 @@ from cn_clip.emoji_pack import load
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.serve import main
 
-COMMAND = [sys.executable, "-m", "cn_clip", "serve", "--port", "0"]
+COMMAND = [sys.executable, "-m", "cn_clip", "serve", "--port", "0", "--no-page"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 

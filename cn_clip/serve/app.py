@@ -126,7 +126,7 @@ def _add_search_routes(app: FastAPI, service: Service) -> None:
         return SearchResponse(
             model=service.engine.name,
             data=[
-                SearchHit(id=hit.id, score=hit.score, metadata=hit.metadata, thumbnail=_thumbnail_path(hit.id))
+                SearchHit(id=hit.id, score=hit.score, metadata=hit.metadata, thumbnail=thumbnail_path(hit.id))
                 for hit in hits
             ],
         )
@@ -228,5 +228,6 @@ def _embedding_list(model: str, rows_ND: Rows, num_tokens: int, encoding_format:
     return json.dumps({"object": "list", "model": model, "data": data, "usage": usage}, ensure_ascii=False).encode()
 
 
-def _thumbnail_path(item_id: int | str) -> str:
+def thumbnail_path(item_id: int | str) -> str:
+    """Where the small picture of an item is."""
     return f"/v1/index/thumbnails/{quote(str(item_id), safe='')}"

@@ -18,9 +18,10 @@ class ClientLeftError(Exception):
 
 
 class Gate:
-    """ASGI middleware. All but the probes need the key, if there is one; under /v1/ body and time are bounded.
+    """ASGI middleware. All but the probes need the key, if there is one; body and time are bounded.
 
-    A client that leaves, or waits too long, has its request cancelled, wherever that is.
+    Not so what is only read outside /v1/: the web page listens to a stream of events. A client that leaves, or waits
+    too long, has its request cancelled, wherever that is.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None) -> None:
@@ -34,7 +35,7 @@ class Gate:
             return
         try:
             self._check_key(scope)
-            if scope["type"] == "http" and scope["path"].startswith(BOUNDED_PREFIX):
+            if _is_bounded(scope):
                 await self._bounded(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
@@ -85,7 +86,7 @@ class Gate:
                 raise RefusalError(
                     503, "too many large requests at a time; ask again later", code="busy", retry_after=1
                 )
-        if sum(map(body.count, (b",", b"[", b"{"))) > MAX_JSON_MARKS:
+        if not _is_upload(scope) and sum(map(body.count, (b",", b"[", b"{"))) > MAX_JSON_MARKS:
             message = f"the body holds more than {MAX_JSON_MARKS} commas and opening brackets; send several requests"
             raise RefusalError(413, message, code="request_too_large")
 
@@ -140,6 +141,18 @@ class Gate:
             answer.result()
         elif not done and not started:
             raise refusal
+
+
+def _is_bounded(scope: Scope) -> bool:
+    return scope["type"] == "http" and (
+        scope["path"].startswith(BOUNDED_PREFIX) or scope["method"] not in ("GET", "HEAD")
+    )
+
+
+def _is_upload(scope: Scope) -> bool:
+    """Whether the body is never read as JSON."""
+    content_type: bytes = dict(scope["headers"]).get(b"content-type", b"")
+    return content_type.startswith(b"multipart/form-data;")
 
 
 def _announced_size(scope: Scope) -> int:

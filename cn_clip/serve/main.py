@@ -14,7 +14,7 @@ import tyro
 
 from cn_clip import command, extras, zoo
 from cn_clip.clip.backends.base import BackendName, Precision, check_precision
-from cn_clip.errors import ConfigError
+from cn_clip.errors import ConfigError, MissingExtraError
 from cn_clip.serve.limits import Limits, flag
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class Options(Limits):
     """Key that requests must bear; better set in the environment as CN_CLIP_API_KEY, where `ps` does not show it"""
     label_sets: tuple[Path, ...] = ()
     """Files of labels, one a line; /v1/classify calls each by its file name without the suffix"""
+    no_page: bool = False
+    """Serve no web page; with a key there is none anyway, for browsers do not send it"""
     drain_timeout: float = 30.0
     """Seconds that requests in hand have to finish after SIGTERM"""
 
@@ -96,8 +98,26 @@ def run(options: Options) -> None:
     _warn_of_strangers(options.host, api_key)
     with listen(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
-        print(f"正在打开 / opening {model}; http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"正在打开 / opening {model}; {address}", flush=True)
+        if not options.no_page:
+            print(add_page(app, options, api_key, address), flush=True)
         serve(app, engine, options, listener)
+
+
+def add_page(app: "FastAPI", options: Options, api_key: str | None, address: str) -> str:
+    """Mounts the web page if it can be used; the line that tells of it."""
+    if api_key is not None:
+        return "设了密钥，所以没有网页：浏览器不会带上密钥 / no web page: browsers do not send the key"
+    try:
+        extras.require("gradio", extra="page", purpose="the web page")
+    except MissingExtraError as error:
+        return f"没有网页 / no web page: {error}"
+    from cn_clip.serve import page
+
+    facts = {"后端 / backend": options.backend, "精度 / precision": options.precision}
+    page.mount(app, app.state.service, facts)
+    return f"网页 / web page: {address}/"
 
 
 def serve(app: "FastAPI", engine: "Engine", options: Options, listener: socket.socket) -> None:

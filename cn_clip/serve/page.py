@@ -1,0 +1,358 @@
+"""The web page of the service, made with Gradio: search by text and by picture, zero-shot labels, facts of the model.
+
+Its handlers ask the same `Service` as the HTTP routes, with the same requests, so the same bounds hold. It loads
+nothing from elsewhere and reports nothing to anyone.
+"""
+
+import asyncio
+import base64
+import contextlib
+import html
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import gradio as gr
+from fastapi import FastAPI
+from fastapi.responses import RedirectResponse, Response
+from pydantic import ValidationError
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cn_clip.retrieval.store import Hit
+from cn_clip.serve import page_texts as texts
+from cn_clip.serve.app import thumbnail_path
+from cn_clip.serve.refusals import RefusalError
+from cn_clip.serve.schemas import ClassifyRequest, QueryPart, SearchRequest
+from cn_clip.serve.service import Service
+
+log = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+PATH = "/page"
+MOST_SHOWN = 100
+MOST_LABELS_SHOWN = 10
+# The field of an item that names it.
+CAPTION = "caption"
+# Seconds between looks for uploads to delete, and their age.
+_DELETE_UPLOADS = (60, 900)
+_FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
+
+
+# What the page asks Gradio for; it would answer far more.
+_READ = (
+    *("config", "theme.css", "assets/", "static/"),
+    *("gradio_api/upload_progress", "gradio_api/queue/data", "gradio_api/heartbeat/"),
+)
+_WRITTEN = ("gradio_api/upload", "gradio_api/queue/join", "gradio_api/cancel", "gradio_api/reset")
+
+
+class Door:
+    """ASGI middleware: of Gradio's routes, those that the page uses; 404 for the rest."""
+
+    def __init__(self, app: ASGIApp, uploads: str) -> None:
+        self.app = app
+        self._read = (*_READ, f"gradio_api/file={uploads}")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or self._is_used(scope):
+            await self.app(scope, receive, send)
+        else:
+            await RefusalError(404, "Not Found").response()(scope, receive, send)
+
+    def _is_used(self, scope: Scope) -> bool:
+        path = str(scope["path"]).removeprefix(scope["root_path"]).lstrip("/")
+        if scope.get("method") == "POST":
+            return path in _WRITTEN
+        return scope.get("method") in ("GET", "HEAD") and (not path or path.startswith(self._read))
+
+
+class Answers:
+    """What the page shows, apart from Gradio. All methods raise RefusalError, or ValidationError naming a field."""
+
+    def __init__(self, service: Service, facts: Mapping[str, object]) -> None:
+        self.service, self._facts = service, facts
+
+    async def by_text(self, text: str, k: float, min_score: float) -> str:
+        """The hits of a phrase as HTML. min_score: -1 for any."""
+        if not text.strip():
+            raise RefusalError(400, texts.NO_TEXT)
+        return await self._search([QueryPart(text=text)], k, min_score)
+
+    async def by_picture(self, path: str | None, text: str, share: float, k: float) -> str:
+        """The hits of an uploaded picture, mixed with a phrase. share: weight of the phrase, 0 to 1."""
+        parts = [QueryPart(image=await self._data_url(path), weight=1 - share if text.strip() else 1)]
+        if text.strip():
+            parts.append(QueryPart(text=text, weight=share))
+        return await self._search(parts, k, None)
+
+    async def labels(self, path: str | None, labels: str, templates: str) -> dict[str, float]:
+        """The probability of each label. labels, templates: one a line."""
+        request = ClassifyRequest(image=await self._data_url(path), labels=_lines(labels), templates=_lines(templates))
+        answer = await self.service.classify(request)
+        return {one.label: one.probability for one in answer.data}
+
+    async def facts(self) -> str:
+        """What there is to know of the model and the index, as HTML."""
+        encoder, index = self.service.engine.encoder, self.service.index
+        rows: dict[str, object] = {
+            "模型 / model": self.service.engine.name,
+            **self._facts,
+            "图片边长 / resolution": f"{encoder.backend.resolution} px",
+            "向量维数 / dimensions": encoder.embed_dim,
+            "文本长度 / context length": f"{encoder.context_length} tokens",
+            "索引里的图片 / pictures in the index": "无索引 / no index" if index is None else f"{len(index):,}",
+        }
+        cells = (
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
+        )
+        return f'<table class="facts">{"".join(cells)}</table>'
+
+    async def _search(self, parts: list[QueryPart], k: float, min_score: float | None) -> str:
+        hits = await self.service.search(SearchRequest(query=parts, k=int(k), min_score=min_score, where=None))
+        index = self.service.opened_index()
+        has_picture = await self.service.engine.call(lambda: [index.thumbnail(hit.id) is not None for hit in hits])
+        return _figures(hits, has_picture)
+
+    async def _data_url(self, path: str | None) -> str:
+        if path is None:
+            raise RefusalError(400, texts.NO_PICTURE)
+        data = await self.service.engine.call(Path(path).read_bytes)
+        return f"data:;base64,{base64.b64encode(data).decode()}"
+
+
+def mount(app: FastAPI, service: Service, facts: Mapping[str, object]) -> None:
+    """Mounts the page at `PATH`, where / leads. facts: more of the model, by what they are called.
+
+    Not for a thread with a running event loop: Gradio, which leaves loops of its own unclosed where it finds none,
+    gets one here.
+    """
+
+    async def mounted() -> None:
+        _mount(app, service, facts)
+
+    asyncio.run(mounted())
+
+
+def _mount(app: FastAPI, service: Service, facts: Mapping[str, object]) -> None:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Gradio's own folder is one for all users of a machine.
+    uploads = os.environ["GRADIO_TEMP_DIR"] = str(Path(tempfile.mkdtemp(prefix="cn-clip-page-")).resolve())
+    blocks = _blocks(Answers(service, facts))
+    _admit_uploads_alone(blocks, uploads)
+    gr.mount_gradio_app(
+        app,
+        blocks,
+        PATH,
+        footer_links=[],
+        app_kwargs={"middleware": [Middleware(Door, uploads=uploads)]},
+        ssr_mode=False,
+        show_error=True,
+        max_file_size=service.limits.max_body_bytes,
+        theme=gr.themes.Default(primary_hue="indigo", font=_FONTS, font_mono=("ui-monospace", "monospace")),
+        css=texts.CSS,
+    )
+    _remove_at_the_end(app, uploads)
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> RedirectResponse:
+        return RedirectResponse(f".{PATH}/")
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return Response(texts.ICON, media_type="image/svg+xml")
+
+
+def _admit_uploads_alone(blocks: gr.Blocks, folder: str) -> None:
+    """Mounted into an application, Gradio lets any component be sent any path or address, and reads what is there."""
+
+    async def uploaded(path: str | Path | None) -> str | None:
+        if path is None:
+            return None
+        if not Path(path).resolve().is_relative_to(folder):
+            raise gr.Error(texts.NO_UPLOAD, print_exception=False)
+        return str(path)
+
+    for component in blocks.blocks.values():
+        vars(component)["async_move_resource_to_block_cache"] = uploaded
+
+
+def _remove_at_the_end(app: FastAPI, folder: str) -> None:
+    inner = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        try:
+            async with inner(app) as state:
+                yield state
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    app.router.lifespan_context = lifespan
+
+
+def _blocks(answers: Answers) -> gr.Blocks:
+    service = answers.service
+    has_index = service.index is not None
+    blocks = gr.Blocks(title=texts.TITLE, analytics_enabled=False, delete_cache=_DELETE_UPLOADS, fill_width=True)
+    with blocks:
+        gr.Markdown(f"# {texts.TITLE}")
+        with gr.Tabs(selected="text" if has_index else "labels"):
+            with gr.Tab("以文搜图 / search by text", id="text"):
+                _text_tab(answers) if has_index else gr.Markdown(texts.NO_INDEX)
+            with gr.Tab("以图搜图 / search by picture"):
+                _picture_tab(answers) if has_index else gr.Markdown(texts.NO_INDEX)
+            with gr.Tab("零样本分类 / zero-shot labels", id="labels"):
+                _labels_tab(answers)
+            with gr.Tab("模型信息 / model", elem_id="facts") as tab:
+                table = gr.HTML()
+                _when([tab.select], answers, answers.facts, [], table)
+    blocks.queue(api_open=False, max_size=service.limits.max_queue, default_concurrency_limit=service.limits.max_batch)
+    return blocks
+
+
+def _text_tab(answers: Answers) -> None:
+    with gr.Row(equal_height=True):
+        text = gr.Textbox(
+            label="想找什么 / what to look for", placeholder=texts.PHRASES[0], scale=8, elem_id="phrase", autofocus=True
+        )
+        button = gr.Button("搜索 / search", variant="primary", scale=1, min_width=120)
+    with gr.Row():
+        examples = [gr.Button(phrase, size="sm", min_width=80) for phrase in texts.PHRASES]
+    with gr.Row():
+        k = _k_slider()
+        min_score = gr.Slider(-1, 1, -1, step=0.01, label="最低分 / minimum score")
+    hits = gr.HTML(elem_id="text-hits")
+    _when([button.click, text.submit], answers, answers.by_text, [text, k, min_score], hits)
+    for phrase, example in zip(texts.PHRASES, examples, strict=True):
+        chosen = example.click(None, None, text, js=f"() => {json.dumps(phrase)}")
+        _when([chosen.then], answers, answers.by_text, [text, k, min_score], hits)
+
+
+def _picture_tab(answers: Answers) -> None:
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            picture = _picture("query-picture")
+            text = gr.Textbox(label="再加一句话（可不填）/ and a phrase", placeholder="黑色的 / black")
+            share = gr.Slider(0, 1, 0.5, step=0.05, label="这句话的权重 / its weight")
+            k = _k_slider()
+            button = gr.Button("搜索 / search", variant="primary")
+        with gr.Column(scale=2, min_width=320):
+            hits = gr.HTML(elem_id="picture-hits")
+    asking = [picture.upload, button.click, text.submit]
+    _when(asking, answers, answers.by_picture, [picture, text, share, k], hits)
+    picture.clear(None, None, hits, js="() => null")
+
+
+def _labels_tab(answers: Answers) -> None:
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            picture = _picture("labelled-picture")
+            labels = gr.Textbox(
+                "\n".join(texts.LABELS),
+                label="标签，一行一个 / labels, one a line",
+                lines=6,
+                max_lines=8,
+                elem_id="labels",
+            )
+            templates = gr.Textbox(
+                "\n".join(texts.TEMPLATES),
+                label="模板，{} 处填标签 / templates, with {} for the label",
+                lines=2,
+                max_lines=6,
+                elem_id="templates",
+            )
+            button = gr.Button("分类 / classify", variant="primary")
+        with gr.Column(scale=1, min_width=320):
+            shares = gr.Label(label="概率 / probabilities", num_top_classes=MOST_LABELS_SHOWN, elem_id="shares")
+            gr.Markdown(texts.SOFTMAX)
+    _when([picture.upload, button.click], answers, answers.labels, [picture, labels, templates], shares)
+    picture.clear(None, None, shares, js="() => null")
+
+
+def _picture(elem_id: str) -> gr.Image:
+    """A place to drop a picture in. Gives the path of the upload, which nothing has looked into."""
+    picture = gr.Image(sources=["upload", "clipboard"], label="图片 / picture", height=240, buttons=[], elem_id=elem_id)
+    # Gradio's own would decode the picture, of whatever size.
+    vars(picture)["preprocess"] = lambda upload: upload and upload.path
+    return picture
+
+
+def _k_slider() -> gr.Slider:
+    return gr.Slider(1, MOST_SHOWN, 12, step=1, label="最多几张 / at most")
+
+
+def _when(
+    events: Sequence[Callable[..., Any]],
+    answers: Answers,
+    function: Callable[..., Awaitable[object]],
+    inputs: Sequence[Any],
+    output: Any,
+) -> None:
+    """Shows what `function` gives, within the time a request has, or a sentence about why there is nothing."""
+    timeout = answers.service.limits.timeout
+
+    async def answer(*given: Any) -> object:
+        try:
+            return await asyncio.wait_for(function(*given), timeout)
+        except asyncio.TimeoutError:
+            _note(texts.TIMEOUT)
+        except RefusalError as refusal:
+            _note(refusal_sentence(refusal))
+        except ValidationError as error:
+            _note(fault_sentence(error))
+        except Exception:
+            log.exception("the page could not answer")
+            _note(texts.FAILED)
+        return None
+
+    for event in events:
+        event(answer, list(inputs), output, api_visibility="private", show_progress="minimal")
+
+
+def _note(sentence: str) -> None:
+    gr.Warning(html.escape(sentence), title=texts.NOTE)
+
+
+def refusal_sentence(refusal: RefusalError) -> str:
+    """What people are told: Chinese first, and what the service itself says."""
+    if refusal.code is None:
+        return refusal.message
+    return f"{texts.REFUSALS.get(refusal.code, texts.REFUSED)} / {refusal.message}"
+
+
+def fault_sentence(error: ValidationError) -> str:
+    """What people are told of the first field that is not as it should be."""
+    first = error.errors()[0]
+    field = "query" if "text" in first["loc"] else str(first["loc"][0])
+    return texts.FAULTS.get(field, f"{texts.REFUSED} / {field}: {first['msg']}")
+
+
+def _figures(hits: Sequence[Hit], has_picture: Sequence[bool]) -> str:
+    if not hits:
+        return f"<p>{html.escape(texts.NOTHING_FOUND)}</p>"
+    return f'<div class="hits">{"".join(map(_figure, hits, has_picture))}</div>'
+
+
+def _figure(hit: Hit, has_picture: bool) -> str:
+    name, item_id = html.escape(_name(hit)), html.escape(str(hit.id))
+    picture = f'<img src="..{html.escape(thumbnail_path(hit.id))}" alt="{name}">' if has_picture else "—"
+    return (
+        f'<figure title="{item_id}"><div class="picture">{picture}</div>'
+        f'<figcaption><span class="name">{name}</span> <span class="score">{hit.score:.3f}</span></figcaption></figure>'
+    )
+
+
+def _name(hit: Hit) -> str:
+    """The caption, else the name of the file."""
+    caption = hit.metadata.get(CAPTION)
+    return str(caption) if caption else PurePosixPath(str(hit.id)).stem
+
+
+def _lines(text: str) -> list[str]:
+    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
