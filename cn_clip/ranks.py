@@ -42,6 +42,10 @@ def choose_device(name: str = "auto") -> "torch.device":
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(device.type, True):
         raise ConfigError(f"device: {name} was asked for, but PyTorch finds none here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: {name} was asked for, but there are {torch.cuda.device_count()} GPUs; the first is 0"
+        )
     return torch.device("cuda", local_rank()) if name == "cuda" and world_size() > 1 else device
 
 

@@ -1,8 +1,10 @@
 """Exported towers in ONNX Runtime and OpenVINO: rows, whatever shapes a file takes; a sentence for what is wrong."""
 
+import functools
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from onnx_towers import LENGTH, RESOLUTION, expected_rows, some_inputs, weights, write_tower
 
 from cn_clip.clip import Encoder
-from cn_clip.clip.backends import onnx_files
+from cn_clip.clip.backends import onnx_files, onnx_runtime
 from cn_clip.clip.backends.base import ExportedBackend, Kind, Tower, unit_rows
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.open_vino import OpenVinoTower, settings_for
@@ -20,7 +22,7 @@ from cn_clip.clip.backends.opening import open_backend
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, MissingExtraError
 
 KINDS: tuple[Kind, ...] = ("image", "text")
-OPENERS: dict[str, Any] = {"onnx": OnnxTower, "openvino": OpenVinoTower}
+OPENERS: dict[str, Any] = {"onnx": functools.partial(OnnxTower, device="cpu"), "openvino": OpenVinoTower}
 BOTH = pytest.mark.parametrize("opener", OPENERS.values(), ids=OPENERS)
 
 
@@ -122,6 +124,13 @@ def test_what_is_no_model_is_a_sentence(tmp_path: Path, opener: Any, content: by
     [
         ("{", "its metadata 'cn_clip' cannot be read"),
         ("7", "its metadata 'cn_clip' cannot be read"),
+        ("[]", "its metadata 'cn_clip' cannot be read"),
+        ('{"kind": ["image"]}', "its metadata 'cn_clip' cannot be read"),
+        ('{"left_out": 3}', "its metadata 'cn_clip' cannot be read"),
+        ('{"left_out": [3]}', "its metadata 'cn_clip' cannot be read"),
+        ('{"logit_scale": "100"}', "its metadata 'cn_clip' cannot be read"),
+        ('{"num_parameters": true}', "its metadata 'cn_clip' cannot be read"),
+        ('{"weights": {}}', "its metadata 'cn_clip' cannot be read"),
         ('{"kind": "text"}', "is the text model; expected the image model"),
     ],
 )
@@ -195,33 +204,142 @@ def test_saving_inside_leaves_no_weights_of_an_earlier_file(tmp_path: Path) -> N
 # --- machines and packages
 
 
-def test_cuda_without_its_provider_names_the_package(tmp_path: Path) -> None:
+def test_cuda_without_its_provider_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
-    assert "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(ConfigError) as caught:
         OnnxTower(write_tower(tmp_path / "tower.onnx", "image"), "image", device="cuda")
     assert "has no CUDAExecutionProvider, only" in str(caught.value)
     assert str(caught.value).endswith("pip uninstall onnxruntime && pip install onnxruntime-gpu")
 
 
-def test_falling_back_to_another_provider_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """ONNX Runtime built for CUDA where there is none: it falls back. The providers that are asked for."""
     import onnxruntime
 
-    path = write_tower(tmp_path / "tower.onnx", "image")
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    opened = onnxruntime.InferenceSession
     asked: list[Any] = []
 
     def fallen_back(place: str, settings: object, *, providers: list[Any]) -> object:
-        asked.extend(providers)
-        return session
+        asked.append(providers)
+        print("EP Error: falling back")  # as ONNX Runtime does
+        return opened(place, settings, providers=["CPUExecutionProvider"])
 
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
     monkeypatch.setattr(onnxruntime, "InferenceSession", fallen_back)
-    with pytest.raises(ConfigError, match="CUDAExecutionProvider was asked for, but ONNX Runtime fell back to CPU"):
+    return asked
+
+
+def test_falling_back_from_what_was_asked_for_is_an_error(tmp_path: Path, no_gpu: list[Any]) -> None:
+    path = write_tower(tmp_path / "tower.onnx", "image")
+    with pytest.raises(ConfigError, match=r'CUDAExecutionProvider was asked for, .* fell back to CPU.*device="cpu"'):
         OnnxTower(path, "image", device="cuda:1")
-    assert asked == [("CUDAExecutionProvider", {"device_id": "1"}), "CPUExecutionProvider"]
+    # Without the option, products of float32 are those of TF32, which has 11 bits.
+    assert no_gpu == [[("CUDAExecutionProvider", {"use_tf32": "0", "device_id": "1"}), "CPUExecutionProvider"]]
+
+
+@pytest.mark.parametrize("device", [None, "auto"])
+def test_without_a_device_named_falling_back_is_said_once(
+    tmp_path: Path, no_gpu: list[Any], device: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_tower(tmp_path / "tower.onnx", "image", batch="batch")
+    onnx_runtime.say_fallen_back.cache_clear()
+    towers = [OnnxTower(path, "image", device=device) for _ in range(2)]
+    assert [(tower.provider, tower.on_gpu) for tower in towers] == [("CPUExecutionProvider", False)] * 2
+    inputs = some_inputs("image", 2)
+    np.testing.assert_allclose(backend_of(towers[0]).encode_pixels(inputs), expected_rows("image", inputs), atol=1e-5)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "CUDAExecutionProvider cannot be used here; computing on cpu" in err
+
+
+def test_int8_in_onnx_runtime_is_for_the_processor(tmp_path: Path, no_gpu: list[Any]) -> None:
+    write_tower(tmp_path / "tiny.img.int8.onnx", "image")
+    backend = open_backend(tmp_path / "tiny", backend="onnx", precision="int8")
+    assert backend.image.provider == "CPUExecutionProvider"  # type: ignore[attr-defined]
+    assert no_gpu == [[("CPUExecutionProvider", {})]]
+    with pytest.raises(ConfigError, match="device: the onnx backend computes int8 on cpu, got 'cuda'; use fp16 or cpu"):
+        open_backend(tmp_path / "tiny", backend="onnx", precision="int8", device="cuda")
+
+
+def test_int8_products_are_exact_on_processors_without_vnni(tmp_path: Path) -> None:
+    tower = OnnxTower(write_tower(tmp_path / "tower.onnx", "image"), "image", device="cpu")
+    settings = tower._session.get_session_options()
+    assert settings.get_session_config_entry("session.x64quantprecision") == "1"
+
+
+def test_a_file_that_opens_elsewhere_is_not_exported_again(
+    tmp_path: Path, exported_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    opened = onnxruntime.InferenceSession
+
+    def without_gpu_7(place: str, settings: object, *, providers: list[Any]) -> object:
+        if providers[0][0] == "CUDAExecutionProvider":
+            raise RuntimeError("CUDA failure 101: invalid device ordinal")
+        return opened(place, settings, providers=providers)
+
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without_gpu_7)
+    said: list[str] = []
+    with pytest.raises(CheckpointError) as caught:
+        open_backend("Emoji-Tiny", backend="onnx", device="cuda:7", download_root=exported_root, say=said.append)
+    assert "cannot be opened by ONNX Runtime on cuda:7 (CUDA failure 101: invalid device ordinal)" in str(caught.value)
+    assert said == []
+
+
+def test_lack_of_memory_is_not_damage(exported_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    def without_memory(*_: object, **__: object) -> object:
+        raise RuntimeError("std::bad_alloc")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without_memory)
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match=r"on cpu \(std::bad_alloc\); close other programs"):
+        open_backend("Emoji-Tiny", backend="onnx", device="cpu", download_root=exported_root, say=said.append)
+    assert said == []
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx", "openvino"])
+@pytest.mark.parametrize("count", [0, -1, 1.5, "2", True])
+def test_threads_that_cannot_be_are_refused_before_anything_is_made(tmp_path: Path, backend: Any, count: Any) -> None:
+    with pytest.raises(ConfigError, match="num_threads: expected a whole number of at least 1, got "):
+        open_backend("Emoji-Tiny", backend=backend, num_threads=count, download_root=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"), [("torch", "gpu"), ("torch", "cuda:x"), ("onnx", "gpu"), ("openvino", "gpu")]
+)
+def test_devices_that_do_not_exist_are_refused_before_anything_is_made(
+    tmp_path: Path, backend: Any, device: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"device: .*'{device}'"):
+        open_backend("Emoji-Tiny", backend=backend, device=device, download_root=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx", "openvino"])
+def test_every_backend_chooses_a_device_by_itself(exported_root: Path, backend: Any) -> None:
+    opened = open_backend("Emoji-Tiny", backend=backend, device="auto", download_root=exported_root)
+    assert opened.resolution == 64
+
+
+def test_openvino_may_be_called_by_two_threads(tmp_path: Path) -> None:
+    tower = OpenVinoTower(write_tower(tmp_path / "tower.onnx", "image", batch="batch"), "image")
+    inputs = some_inputs("image", 64)
+    with ThreadPoolExecutor(8) as pool:
+        for features in pool.map(tower.run, [inputs] * 200):
+            np.testing.assert_allclose(unit_rows(features), expected_rows("image", inputs), atol=1e-5)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu:0", "cuda:x", "mps"])
@@ -291,6 +409,22 @@ def test_a_prefix_without_the_precision_says_what_there_is(tmp_path: Path) -> No
 def test_a_name_that_is_neither_model_nor_prefix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CnClipError, match="not found; available models = "):
         open_backend(tmp_path / "nothing", backend="onnx", download_root=tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx", "openvino"])
+def test_a_file_in_place_of_its_prefix_is_told_what_to_give(tmp_path: Path, backend: Any) -> None:
+    path = write_tower(tmp_path / "tiny.img.fp32.onnx", "image")
+    with pytest.raises(ConfigError) as caught:
+        open_backend(path, backend=backend, download_root=tmp_path / "root")
+    more = ', and use backend="onnx" or backend="openvino"' if backend == "torch" else ""
+    assert str(caught.value) == f"{path}: is one exported tower; give the prefix {tmp_path / 'tiny'}{more}"
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_prefix_for_torch_is_told_which_backends_take_it(tmp_path: Path) -> None:
+    write_tower(tmp_path / "tiny.img.fp32.onnx", "image")
+    with pytest.raises(ConfigError, match='tiny: is the prefix of exported files; use backend="onnx" or'):
+        open_backend(tmp_path / "tiny", backend="torch", download_root=tmp_path / "root")
 
 
 # --- without PyTorch

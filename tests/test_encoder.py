@@ -149,6 +149,15 @@ def test_animations_give_their_first_frame_and_leave_no_file_open(encoder: Encod
         np.testing.assert_array_equal(rows, encoder.encode_images([image]))
 
 
+def test_one_lazily_opened_picture_may_be_given_many_times(encoder: Encoder) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 900, 3), dtype=np.uint8))
+    data = png(image)
+    for _ in range(3):
+        with Image.open(io.BytesIO(data)) as lazily_opened:
+            rows = encoder.encode_images([lazily_opened] * 8, num_threads=4)
+        np.testing.assert_allclose(rows, np.repeat(encoder.encode_images([data]), 8, axis=0), atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["missing.jpg", "text.jpg", "empty.png", "cut.png", "folder"])
 def test_a_picture_that_cannot_be_read_is_named(encoder: Encoder, tmp_path: Path, name: str) -> None:
     (tmp_path / "text.jpg").write_text("这不是图片")
@@ -182,6 +191,30 @@ def test_a_batch_of_nothing_is_refused(encoder: Encoder, batch_size: int) -> Non
         encoder.encode_texts(TEXTS, batch_size=batch_size)
     with pytest.raises(ConfigError, match=f"batch_size: expected at least 1, got {batch_size}"):
         encoder.encode_images(pictures(1), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [2.5, "4", True])
+def test_a_batch_size_that_is_no_whole_number_is_refused(encoder: Encoder, batch_size: Any) -> None:
+    with pytest.raises(ConfigError, match="batch_size: expected at least 1, got "):
+        encoder.encode_texts(TEXTS, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("num_threads", [-1, 1.5, "2"])
+def test_decoding_threads_that_cannot_be_are_refused(encoder: Encoder, num_threads: Any) -> None:
+    with pytest.raises(ConfigError, match="num_threads: expected a whole number of at least 0, got "):
+        encoder.encode_images(pictures(1), num_threads=num_threads)
+
+
+@pytest.mark.parametrize("num_threads", [0, 1.5])
+def test_computing_threads_that_cannot_be_are_refused(num_threads: Any) -> None:
+    with pytest.raises(ConfigError, match="num_threads: expected a whole number of at least 1, got "):
+        Encoder(tiny_model(), num_threads=num_threads)
+
+
+def test_a_device_that_does_not_exist_is_refused_for_a_model_too() -> None:
+    with pytest.raises(ConfigError, match="device: expected auto, cpu, cuda, cuda:N or mps, got 'gpu'"):
+        Encoder(tiny_model(), device="gpu")
+    assert Encoder(tiny_model(), device="auto").embed_dim == 24
 
 
 def test_the_progress_bar_shows_on_stderr_only_when_asked(encoder: Encoder, capsys: pytest.CaptureFixture[str]) -> None:

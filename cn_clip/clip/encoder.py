@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from cn_clip.clip import tokenizer
-from cn_clip.clip.backends.base import USUAL_SIZES, Backend, BackendName, Pixels, Rows, TokenIds
+from cn_clip.clip.backends.base import USUAL_SIZES, Backend, BackendName, Pixels, Rows, TokenIds, check_threads
 from cn_clip.clip.backends.opening import open_backend
 from cn_clip.clip.pictures import Picture, decoded_batches, open_picture
 from cn_clip.clip.transforms import Decode, ImageTransform, check_decode
@@ -40,6 +40,7 @@ class Encoder:
     first use and kept in `exported/` under `download_root`; once it is there, onnx and openvino do without PyTorch.
     precision: "fp32" (default), "bf16", "fp16" or "int8", as the backend has them.
     device: default CUDA where there is one. num_threads: default one a core. compile: `torch.compile` both towers.
+    With int8 a row depends a little on those computed with it, for they share the scale of their activations.
     decode: "fast" decodes JPEG files and bytes at 1/2, 1/4 or 1/8 of their size where both sides stay at least as
     long as the model's; the vectors differ a little. "exact" decodes them whole.
     Raises CheckpointError, DownloadError, ConfigError, or MissingExtraError naming the package to install.
@@ -108,6 +109,7 @@ class Encoder:
 
         images = [images] if isinstance(images, (str, Path, bytes, Image)) else list(images)
         batch_size = _size(batch_size, self._usual_sizes[0])
+        check_threads(num_threads, least=0)
         with _bar(len(images), "picture", progress) as advance:
             batches = decoded_batches(
                 lambda number, out: self._decode(images[number], number, out),
@@ -180,18 +182,17 @@ def _is_backend(model: "CLIP | Backend") -> "TypeGuard[Backend]":
 def _over(model: "CLIP | Backend", backend: BackendName, *, device: Any, **settings: Any) -> Backend:
     if backend != "torch":
         raise ConfigError(f"backend: {backend} runs models from a file or by name; save this one first")
-    from cn_clip.clip.backends.pytorch import TorchBackend
-    from cn_clip.clip.loading import default_device
+    from cn_clip.clip.backends.pytorch import TorchBackend, device_of
     from cn_clip.clip.model import CLIP
 
     if not isinstance(model, CLIP):
         raise TypeError(f"model: expected a name, a path, a CLIP or a Backend, got {type(model).__name__}")
-    return TorchBackend(model, device=device or default_device(), **settings)
+    return TorchBackend(model, device=device_of(device), **settings)
 
 
 def _size(batch_size: int | None, usual: int = USUAL_SIZES[0]) -> int:
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch_size: expected at least 1, got {batch_size}")
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise ConfigError(f"batch_size: expected at least 1, got {batch_size!r}")
     return batch_size or usual
 
 

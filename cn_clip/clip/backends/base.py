@@ -76,6 +76,13 @@ def unit_rows(features_BD: NDArray[np.floating]) -> Rows:
     return rows
 
 
+def check_threads(count: object, *, least: int = 1) -> None:
+    """Raises ConfigError for a number of threads that cannot be; None is one."""
+    is_number = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
+    if count is not None and not (is_number and count >= least):  # type: ignore[operator]
+        raise ConfigError(f"num_threads: expected a whole number of at least {least}, got {count!r}")
+
+
 @dataclass(frozen=True)
 class TowerFacts:
     """What an exported tower takes and gives. None: any number, or not known (files of other exporters say little).

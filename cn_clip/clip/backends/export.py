@@ -163,9 +163,9 @@ def _translated(model: "CLIP", kind: Kind) -> "ModelProto":
 def _facts(base: Path, kind: Kind, proto: "ModelProto") -> TowerFacts:
     text = {one.key: one.value for one in proto.metadata_props}.get(METADATA_KEY)
     known = read_metadata(str(base), kind, text)
-    if not known:
+    if "embed_dim" not in known:
         raise CheckpointError(f"{base}: was not written by this package; export the model again")
-    return TowerFacts(**known)
+    return TowerFacts(**{**known, "kind": kind})
 
 
 def _add_metadata(proto: "ModelProto", facts: TowerFacts) -> None:

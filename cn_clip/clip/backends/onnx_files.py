@@ -26,6 +26,7 @@ LARGEST_FILE = 2**31 - 2**24
 _SMALLEST_OUTSIDE = 1024
 # A file with its weights outside is a graph of a megabyte or two; a larger one has them inside.
 _LARGEST_GRAPH = 1 << 25
+NO_MEMORY = ("bad_alloc", "bad allocation", "allocate memory", "failed to allocate", "out of memory")
 _LOCATION = b"\x0a\x08location\x12"
 
 Shape = tuple[int | None, ...]
@@ -119,8 +120,13 @@ def read_metadata(place: str, kind: Kind, text: str | None) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object, got {type(values).__name__}")
         known = {field.name: values[field.name] for field in fields(TowerFacts) if field.name in values}
-    except (ValueError, TypeError) as error:
+        for name, value in known.items():
+            if not _is_fact(name, value):
+                raise ValueError(f"{name}: {value!r}")
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{place}: its metadata {METADATA_KEY!r} cannot be read ({error}); export it again"
         ) from error
@@ -128,6 +134,15 @@ def read_metadata(place: str, kind: Kind, text: str | None) -> dict[str, Any]:
     if known.get("kind", kind) != kind:
         raise CheckpointError(f"{place}: is the {known['kind']} model; expected the {kind} model")
     return known
+
+
+def _is_fact(name: str, value: object) -> bool:
+    """Whether a value has the type of a fact; numbers are whole but for the scale."""
+    if name == "left_out":
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    words = dict.fromkeys(("kind", "precision", "architecture", "weights"), str)
+    types = {**words, "logit_scale": (int, float)}.get(name, int)
+    return value is None or (isinstance(value, types) and not isinstance(value, bool))  # type: ignore[arg-type]
 
 
 def missing_weights(path: str | Path) -> str | None:
@@ -150,7 +165,7 @@ def not_opened(place: str, where: str, reason: str, error: Exception) -> Checkpo
 def lacked_memory(error: BaseException | None) -> bool:
     """Whether memory ran out, on the machine or on its GPU, as far as the words of a library tell."""
     words = str(error).lower()
-    return isinstance(error, MemoryError) or any(sign in words for sign in ("alloc", "out of memory"))
+    return isinstance(error, MemoryError) or any(sign in words for sign in NO_MEMORY)
 
 
 def outside_files(path: Path) -> list[str]:

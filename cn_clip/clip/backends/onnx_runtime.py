@@ -1,5 +1,9 @@
 """Exported towers in ONNX Runtime, on the processor or through CUDA or TensorRT."""
 
+import contextlib
+import functools
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.clip.backends.base import Kind, Pixels, TokenIds, TowerFacts
-from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, facts_of, missing_weights
+from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, facts_of, missing_weights, not_opened
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
 
@@ -18,13 +22,17 @@ PROVIDERS = {
 }
 
 
+# Without it, int8 products overflow on x86 processors that have no VNNI; others take no notice.
+EXACT_INT8 = "session.x64quantprecision"
+
+
 class OnnxTower:
     """One ONNX file in ONNX Runtime. `provider` is the one in use."""
 
     def __init__(
         self, path: str | Path, kind: Kind, *, device: str | None = None, num_threads: int | None = None
     ) -> None:
-        """device: cpu, cuda, cuda:N or tensorrt; default cuda where there is one. num_threads: default one a core.
+        """device: cpu, cuda, cuda:N or tensorrt; default or "auto": cuda where it works. num_threads: default one a core.
 
         Raises ConfigError when ONNX Runtime has no such provider here, or would compute elsewhere; CheckpointError when
         the file cannot be opened or is no tower of this kind; MissingExtraError without `onnxruntime`.
@@ -35,23 +43,27 @@ class OnnxTower:
         self.on_gpu = self.provider != PROVIDERS["cpu"]
         settings = runtime.SessionOptions()
         settings.log_severity_level = 3  # errors alone; they come as exceptions too
+        settings.add_session_config_entry(EXACT_INT8, "1")
         if num_threads is not None:
             settings.intra_op_num_threads = num_threads
         missing = missing_weights(path)
         if missing:
             raise CheckpointError(missing)
         try:
-            self._session = runtime.InferenceSession(self.place, settings, providers=chosen)
+            with contextlib.redirect_stdout(io.StringIO()) if self.on_gpu else contextlib.nullcontext():
+                self._session = runtime.InferenceSession(self.place, settings, providers=chosen)
         except Exception as error:  # its errors have no common type, and no fixed wording
-            raise CheckpointError(
-                f"{path}: cannot be opened by ONNX Runtime ({str(error).splitlines()[0][:300]}); export it again"
-            ) from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise not_opened(self.place, f"ONNX Runtime on {device or 'auto'}", reason, error) from error
         used = self._session.get_providers()[0]
         if used != self.provider:
-            raise ConfigError(
-                f"device: {self.provider} was asked for, but ONNX Runtime fell back to {used}; its log says why, "
-                "a missing CUDA, cuDNN or TensorRT library as a rule"
-            )
+            if device not in (None, "auto"):
+                raise ConfigError(
+                    f"device: {self.provider} was asked for, but ONNX Runtime fell back to {used}; its log says why, "
+                    'a missing CUDA, cuDNN or TensorRT library as a rule; or use device="cpu"'
+                )
+            say_fallen_back(self.provider)
+            self.provider, self.on_gpu = used, False
         self._session.disable_fallback()
         (inputs, outputs) = self._session.get_inputs(), self._session.get_outputs()
         self.facts: TowerFacts = facts_of(
@@ -70,6 +82,17 @@ class OnnxTower:
         return features
 
 
+@functools.cache
+def say_fallen_back(provider: str) -> None:
+    """Says on stderr, once a process, that a GPU cannot be used although ONNX Runtime is built for it."""
+    print(f"{provider} 用不了，改在 cpu 上计算 / {provider} cannot be used here; computing on cpu", file=sys.stderr)
+
+
+def check_device(device: str | None) -> None:
+    """Raises ConfigError for a device that there is not, or that ONNX Runtime here is not built for."""
+    _provider(require("onnxruntime", extra="onnx", purpose="the onnx backend"), device)
+
+
 def _provider(runtime: Any, device: str | None) -> tuple[str, list[Any]]:
     """The provider of a device, and what to ask ONNX Runtime for: it and those it leans on."""
     available = runtime.get_available_providers()
@@ -84,7 +107,9 @@ def _provider(runtime: Any, device: str | None) -> tuple[str, list[Any]]:
             f"device: this ONNX Runtime has no {provider}, only {', '.join(available)}; "
             "use --device cpu, or install the build for GPUs: pip uninstall onnxruntime && pip install onnxruntime-gpu"
         )
-    options = {"device_id": number} if number else {}
+    options = {"use_tf32": "0"} if name == "cuda" else {}  # float32 is float32
+    if number:
+        options["device_id"] = number
     leaned_on = {"cpu": [], "cuda": ["cpu"], "tensorrt": ["cuda", "cpu"]}[name]
     return provider, [(provider, options), *(PROVIDERS[one] for one in leaned_on)]
 

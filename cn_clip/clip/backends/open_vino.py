@@ -1,5 +1,6 @@
 """Exported towers in OpenVINO, the fastest backend on most processors."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.clip.backends.base import Kind, Pixels, Precision, TokenIds, TowerFacts
-from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, facts_of, missing_weights
+from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, facts_of, missing_weights, not_opened
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
 
@@ -43,7 +44,8 @@ class OpenVinoTower:
             self._request = core.compile_model(model, "CPU", settings).create_infer_request()
         except Exception as error:  # RuntimeErrors of many lines
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
-            raise CheckpointError(f"{path}: cannot be opened by OpenVINO ({reason[:300]}); export it again") from error
+            raise not_opened(self.place, "OpenVINO", reason, error) from error
+        self._alone = threading.Lock()
         self.facts: TowerFacts = facts_of(
             self.place,
             kind,
@@ -55,7 +57,8 @@ class OpenVinoTower:
 
     def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
         # Copies, unless told to share the memory that the next batch overwrites.
-        features: NDArray[np.floating] = self._request.infer({self._input: inputs})[self._output]
+        with self._alone:  # a request computes one batch at a time
+            features: NDArray[np.floating] = self._request.infer({self._input: inputs})[self._output]
         return features
 
 

@@ -1,6 +1,7 @@
 """From a name or a file to a running backend: what `Encoder` and the commands call."""
 
 import glob
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -15,9 +16,10 @@ from cn_clip.clip.backends.base import (
     Precision,
     Tower,
     check_precision,
+    check_threads,
 )
 from cn_clip.clip.backends.exported import Announce, Source, announce, forget, tower_file, tower_files
-from cn_clip.clip.backends.onnx_files import onnx_path
+from cn_clip.clip.backends.onnx_files import lacked_memory, onnx_path
 from cn_clip.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -46,18 +48,20 @@ def open_backend(
     prefix of exported files (`deploy/vit-b-16` for `deploy/vit-b-16.img.fp32.onnx`). What is not exported yet is
     exported into the cache, `exported/` in `download_root`, and `say` is told.
     vision, text: architecture names, for a checkpoint that leaves them open. kinds: the towers wanted.
-    device: of torch, onnx and tensorrt; default CUDA where there is one. compile: torch alone.
+    device: of torch, onnx and tensorrt; default, or "auto": CUDA where there is one. compile: torch alone.
     Raises CnClipError: no such model, backend, precision or device, or a package that is not installed.
     """
     chosen = check_precision(backend, precision)
+    check_threads(num_threads)
+    _check_model(model, backend)
     if compile and backend != "torch":
         raise ConfigError(f"compile: is for the torch backend; {backend} compiles by itself")
     if backend == "torch":
-        from cn_clip.clip.backends.pytorch import TorchBackend
-        from cn_clip.clip.loading import default_device, open_model
+        from cn_clip.clip.backends.pytorch import TorchBackend, device_of
+        from cn_clip.clip.loading import open_model
 
+        place = device_of(device)
         loaded, _ = open_model(model, vision=vision, text=text, download_root=download_root)
-        place = device or default_device()
         return TorchBackend(loaded, device=place, precision=chosen, compile=compile, num_threads=num_threads)
     source = Source(model, vision, text, download_root)
     if backend == "tensorrt":
@@ -70,7 +74,8 @@ def open_backend(
     form = "int8.openvino" if (backend, chosen) == ("openvino", "int8") else chosen
     if backend == "openvino" and chosen == "bf16":
         form = "fp32"  # OpenVINO rounds while it computes
-    towers = _open_all(source, kinds, form, open_tower, say)
+    plain = tower_opener(backend, chosen, "cpu", None)
+    towers = _open_all(source, kinds, form, open_tower, plain, say)
     return ExportedBackend(towers.get("image"), towers.get("text"))
 
 
@@ -87,29 +92,63 @@ def tower_opener(backend: BackendName, precision: Precision, device: str | None,
 
         return open_vino
 
-    def open_onnx(path: Path, kind: Kind) -> Tower:
-        from cn_clip.clip.backends.onnx_runtime import OnnxTower
+    from cn_clip.clip.backends.onnx_runtime import OnnxTower, check_device
 
+    if precision == "int8":
+        if device not in (None, "auto", "cpu"):
+            raise ConfigError(f"device: the onnx backend computes int8 on cpu, got {device!r}; use fp16 or cpu")
+        device = "cpu"
+    check_device(device)
+
+    def open_onnx(path: Path, kind: Kind) -> Tower:
         return OnnxTower(path, kind, device=device, num_threads=num_threads)
 
     return open_onnx
 
 
+def _check_model(model: str | Path, backend: BackendName) -> None:
+    """Raises ConfigError for what can be told from the name alone to be no model of this backend."""
+    if not str(model):
+        raise ConfigError("model: expected a name or a path, got ''")
+    others = 'use backend="onnx" or backend="openvino"'
+    path = Path(model)
+    if path.suffix == ".onnx" and path.is_file():
+        named = re.fullmatch(r"(.+)\.(?:img|txt)\.[a-z0-9.]+\.onnx", path.name)
+        prefix = path.with_name(named[1]) if named else "of files named PREFIX.img.fp32.onnx and PREFIX.txt.fp32.onnx"
+        more = f", and {others}" if backend == "torch" else ""
+        raise ConfigError(f"{model}: is one exported tower; give the prefix {prefix}{more}")
+    if backend == "torch" and _is_prefix(model):
+        raise ConfigError(f"{model}: is the prefix of exported files; {others}")
+
+
 def _open_all(
-    source: Source, kinds: Sequence[Kind], form: str, open_tower: OpenTower, say: Announce
+    source: Source, kinds: Sequence[Kind], form: str, open_tower: OpenTower, plain: OpenTower, say: Announce
 ) -> dict[Kind, Tower]:
     if _is_prefix(source.model):
         return {kind: open_tower(path, kind) for kind, path in _given_files(source.model, kinds, form).items()}
     paths = tower_files(source, kinds, form, say=say)
-    return {kind: _open_kept(source, kind, form, paths[kind], open_tower, say) for kind in kinds}
+    return {kind: _open_kept(source, kind, form, paths[kind], open_tower, plain, say) for kind in kinds}
 
 
-def _open_kept(source: Source, kind: Kind, form: str, path: Path, open_tower: OpenTower, say: Announce) -> Tower:
+def _open_kept(
+    source: Source, kind: Kind, form: str, path: Path, open_tower: OpenTower, plain: OpenTower, say: Announce
+) -> Tower:
     try:
         return open_tower(path, kind)
-    except CheckpointError:  # of the size that was written, but not what was written
-        forget(path)
-        return open_tower(tower_file(source, kind, form, say=say), kind)
+    except CheckpointError:
+        if not _is_damaged(path, kind, plain):
+            raise
+    forget(path)
+    return open_tower(tower_file(source, kind, form, say=say), kind)
+
+
+def _is_damaged(path: Path, kind: Kind, plain: OpenTower) -> bool:
+    """Whether a file has the size that was written but not the content: neither settings nor memory are to blame."""
+    try:
+        plain(path, kind)
+    except CheckpointError as error:
+        return not lacked_memory(error.__cause__)
+    return False
 
 
 def _is_prefix(model: str | Path) -> bool:

@@ -5,7 +5,16 @@
 import torch
 from torch import Tensor
 
-from cn_clip.clip.backends.base import USUAL_SIZES, USUAL_SIZES_ON_GPU, Pixels, Rows, TokenIds, check_precision
+from cn_clip import ranks
+from cn_clip.clip.backends.base import (
+    USUAL_SIZES,
+    USUAL_SIZES_ON_GPU,
+    Pixels,
+    Rows,
+    TokenIds,
+    check_precision,
+    check_threads,
+)
 from cn_clip.clip.model import CLIP, convert_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,12 +37,13 @@ class TorchBackend:
         num_threads: int | None = None,
     ) -> None:
         dtype = DTYPES[check_precision("torch", precision)]
+        check_threads(num_threads)
+        self.device = device_of(device)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         model.float()
         if precision != "fp32":
             convert_weights(model, dtype)
-        self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         self.usual_batch_sizes = USUAL_SIZES_ON_GPU if self.device.type == "cuda" else USUAL_SIZES
         self.resolution = model.resolution
@@ -55,6 +65,16 @@ class TorchBackend:
 
     def _moved(self, inputs: "Pixels | TokenIds") -> Tensor:
         return torch.from_numpy(inputs).to(self.device, non_blocking=True)
+
+
+def device_of(device: str | torch.device | None) -> torch.device:
+    """A device that is there: default CUDA if there is one, else the processor; "auto" takes MPS too.
+
+    Raises ConfigError for one that is not.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ranks.choose_device(str(device))
 
 
 def _unit_rows(features_BD: Tensor) -> Rows:
