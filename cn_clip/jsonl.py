@@ -69,19 +69,12 @@ def replaceable(path: str | os.PathLike[str]) -> Path:
 
 
 def refuse_inputs(flag: str, output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str] | None]) -> None:
-    """Raises ConfigError when `output`, given with `flag`, is one of `inputs` or a file in one of them, or is empty."""
+    """Raises ConfigError when `output`, given with `flag`, is one of `inputs`, by whatever name, or is empty."""
     if not os.fspath(output):
         raise ConfigError(f"{flag}: expected a path, got an empty one")
-    for path in (one for given in inputs if given for one in _with_files(Path(given))):
-        if _is_same(output, path):
+    for path in inputs:
+        if path and _is_same(output, path):
             raise ConfigError(f"{flag} {output}: would overwrite {path}, which it reads; give another path")
-
-
-def _with_files(path: Path) -> list[Path]:
-    try:
-        return [path, *sorted(path.iterdir())] if path.is_dir() else [path]
-    except OSError:
-        return [path]
 
 
 def _is_same(first: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:

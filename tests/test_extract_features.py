@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from dataset_files import REPOSITORY, jsonl_line, picture, run_script, tsv_line,
 from PIL import Image
 
 from cn_clip import cli, zoo
+from cn_clip.clip import hub, tokenizer
 from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
@@ -164,8 +166,8 @@ def test_default_paths_are_those_of_the_reference(text_data: str, text_features:
     options = extract_features.Options(
         extract_image_feats=True, extract_text_feats=True, text_data=text_data, resume="x.pt"
     )
-    assert options.output("text") == (text_features, "jsonl")
-    assert options.output("image") == (image_features, "jsonl")
+    assert options.output_file("text") == (text_features, "jsonl")
+    assert options.output_file("image") == (image_features, "jsonl")
 
 
 @pytest.mark.parametrize("flags", [["--num-workers=1"], ["--img-batch-size=1", "--text-batch-size=64"]])
@@ -488,6 +490,17 @@ def test_json_tells_that_it_goes_on_beside_the_object(killed: Killed, capsys: py
             ],
             "both are x.npz",
         ),
+        (
+            [
+                "--extract-image-feats",
+                "--extract-text-feats",
+                "--resume=x.pt",
+                "--image-feat-output-path=x.npz",
+                "--text-feat-output-path=./y/../x.npz",
+            ],
+            "both are x.npz",
+        ),
+        (["--extract-text-feats", "--resume=x.pt", "--text-feat-output-path="], "expected a path, got an empty one"),
     ],
 )
 def test_wrong_settings_stop_with_status_2(flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -516,6 +529,55 @@ def test_wrong_paths_stop_with_status_1_and_write_nothing(
     assert status == 1
     assert reason in line
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["valid_texts.jsonl", "lmdb/valid/imgs/data.mdb", "tiny.pt", "link"])
+def test_an_input_is_never_overwritten(
+    folder: Path, shared: tuple[Path, CLIP], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "link").symlink_to("valid_texts.jsonl")
+    before = (folder / name).read_bytes()
+    flags = ["--extract-text-feats", "--output-format=jsonl", f"--text-feat-output-path={folder}/{name}"]
+    status, line = refuses(capsys, *arguments(folder, *flags))
+    assert status == 1
+    assert re.search(rf"--text-feat-output-path {folder}/{name}: would overwrite .*, which it reads", line)
+    assert (folder / name).read_bytes() == before
+
+
+@pytest.mark.parametrize(("kind", "first"), [("text", "text_id 40"), ("image", "image_id '9-号'")])
+def test_a_model_that_gives_no_numbers_is_told_with_the_first_id(
+    folder: Path, kind: str, first: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = "encode_tokens" if kind == "text" else "encode_pixels"
+    encode = getattr(TorchBackend, method)
+
+    def faulty(self: TorchBackend, inputs: np.ndarray) -> np.ndarray:
+        rows: np.ndarray = encode(self, inputs)
+        dog = tokenizer.encode(["狗"], 52)[0][1]
+        rows[inputs[:, 1] == dog if kind == "text" else 3] = np.nan
+        return rows
+
+    monkeypatch.setattr(TorchBackend, method, faulty)
+    status, line = refuses(capsys, *arguments(folder, f"--extract-{kind}-feats"))
+    assert status == 1
+    assert f"{first}: the model gives NaN or infinity; compute in fp32 (--precision fp32" in line
+    assert not list(folder.glob("*feat*"))
+
+
+def test_a_text_id_that_comes_twice_is_told_with_both_lines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = folder / "twice.jsonl"
+    texts.write_text('{"text_id": 7, "text": "a"}\n\n{"text_id": 8, "text": "b"}\n{"text_id": 7, "text": "c"}\n')
+    status, line = refuses(capsys, *arguments(folder, "--extract-text-feats", f"--text-data={texts}"))
+    assert status == 1
+    assert f"{texts}:4 text_id: 7 is already on line 1" in line
+
+
+def test_other_files_in_a_transformers_folder_do_not_make_another_model(tmp_path: Path) -> None:
+    names = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+    for name in [*names, "README.md", "x.jsonl.partial", "vocab.txt"]:
+        (tmp_path / name).touch()
+    assert [path.name for path in hub.files_of(tmp_path)] == names
+    assert hub.files_of(tmp_path / "config.json") == [tmp_path / "config.json"]
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

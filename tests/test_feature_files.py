@@ -217,6 +217,16 @@ def test_every_format_gives_back_every_bit_and_every_id(
     assert found.vectors.tobytes() == rows.tobytes()
 
 
+def test_one_long_id_does_not_make_an_npz_explode(tmp_path: Path) -> None:
+    ids = ["short", "x" * 200_000, *map(str, range(98))]
+    with pytest.raises(
+        DataError, match=r"x.npz image_id: 'x+'… has 200000 characters, .*76 MiB.*write parquet or jsonl"
+    ):
+        write(tmp_path / "x.npz", "npz", ids, np.eye(100, dtype=np.float32))
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / "x.npz", "npz", ["y" * 200_000], np.ones((1, 1), dtype=np.float32))
+
+
 def test_numpy_reads_the_npz_without_pickle(tmp_path: Path) -> None:
     for ids, kept in ([[7, -3, 2**40]] * 2, [["甲", "b", "007"]] * 2, [[7, "007", "b"], ["7", '"007"', '"b"']]):
         write(tmp_path / "f.npz", "npz", ids, ROWS)

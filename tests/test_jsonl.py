@@ -107,7 +107,7 @@ def test_an_output_that_is_an_input_by_any_name_is_refused(tmp_path: Path) -> No
     (tmp_path / "hard").hardlink_to(texts)
     for output in (texts, tmp_path / "link", tmp_path / "hard", folder / ".." / "t.jsonl", folder / "data.mdb", folder):
         with pytest.raises(ConfigError, match=rf"--output {output}: would overwrite .*, which it reads"):
-            refuse_inputs("--output", output, [texts, folder])
+            refuse_inputs("--output", output, [texts, folder, folder / "data.mdb"])
     refuse_inputs("--output", tmp_path / "new.jsonl", [texts, folder, None, tmp_path / "gone"])
     with pytest.raises(ConfigError, match="--output: expected a path, got an empty one"):
         refuse_inputs("--output", "", [])

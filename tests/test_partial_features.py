@@ -1,14 +1,14 @@
 """Rows of an unfinished extraction: gone on with, cut back to what is whole, never mixed with those of another job."""
 
 import contextlib
-import os
+import fcntl
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.errors import CheckpointError, ConfigError, DataError
 from cn_clip.eval.partial_features import PartialFeatures
 
 JOB = {"model": [["m.pt", 7, 8]], "batch_size": 2}
@@ -95,12 +95,49 @@ def test_rows_of_another_job_are_dropped_and_what_differs_is_named(
 
 @pytest.mark.parametrize(
     "edit",
-    [lambda data: data[:20], lambda data: b"[]\n" + data, lambda data: b'{"job": 5, "embed_dim": 3}\n', os.urandom],
+    [
+        lambda data: data[:20],
+        lambda data: data[:5],
+        lambda data: bytes(300),
+        lambda data: b'{"embed_dim": 3, "job": 5}\n',
+    ],
 )
 def test_a_file_that_does_not_say_what_it_is_of_is_begun_again(output: Path, edit: Callable[[bytes], bytes]) -> None:
-    change(output, (lambda data: os.urandom(300)) if edit is os.urandom else edit)
+    change(output, edit)
     rows, (line,) = reopened(output)
     assert (len(rows), "it does not say what it is of" in line) == (0, True)
+
+
+@pytest.mark.parametrize("content", [b"[]\n", b"\n# notes", b"my notes", b'{"text_id": 1}\n', b"\x80" * 300])
+def test_a_file_of_something_else_is_left_alone(output: Path, content: bytes) -> None:
+    change(output, lambda data: content)
+    with pytest.raises(DataError, match=r"x\.npz\.partial: is no file of computed rows; move it away"):
+        reopened(output)
+    assert Path(f"{output}.partial").read_bytes() == content
+
+
+def test_a_file_is_removed_while_it_is_locked_and_once(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unlink, locked = Path.unlink, []
+
+    def watched(path: Path, missing_ok: bool = False) -> None:
+        with open(path) as stream, contextlib.suppress(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            raise AssertionError("nobody holds the lock")
+        locked.append(path)
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    with PartialFeatures(output, JOB, 3, Log()) as partial:
+        partial.remove()
+        Path(f"{output}.partial").write_bytes(b"another process's")
+    assert locked == [Path(f"{output}.partial")]
+    assert Path(f"{output}.partial").exists()
+
+
+def test_rows_are_kept_when_the_model_is_at_fault(output: Path) -> None:
+    with pytest.raises(CheckpointError), PartialFeatures(output, JOB, 3, Log()) as partial, partial.computing():
+        raise CheckpointError("NaN")
+    assert len(reopened(output)[0]) == 4
 
 
 def test_a_file_without_rows_is_not_left_behind(tmp_path: Path) -> None:

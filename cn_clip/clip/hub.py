@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# Weights, their index and the configuration in a transformers folder.
+_OF_A_FOLDER = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|config\.json")
 _CHUNK_BYTES = 1 << 22
 
 
@@ -179,3 +181,8 @@ def _explain(published: Published, error: Exception, *, use_modelscope: bool) ->
         f"could not download {published.filename} from {where}: {reason.rstrip('.')}; try again to go on from there, "
         f"{other}, or download the file yourself and pass its path"
     )
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that decide on a model: the weight file, or weights and configuration of a transformers folder."""
+    return [one for one in sorted(path.iterdir()) if _OF_A_FOLDER.fullmatch(one.name)] if path.is_dir() else [path]

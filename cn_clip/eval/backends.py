@@ -152,8 +152,7 @@ def identity(options: ModelOptions, encoder: "Encoder") -> Identity:
         of_towers = tower_identity(backend)
         return lambda kind: {**settings, **of_towers(kind)}
     weights = hub.weight_file(options.resume or "", download_root=options.download_root)
-    parts = sorted(weights.iterdir()) if weights.is_dir() else [weights]
-    facts = {**settings, "model": _files(parts), "device": str(getattr(backend, "device", ""))}
+    facts = {**settings, "model": _files(hub.files_of(weights)), "device": str(getattr(backend, "device", ""))}
     return lambda _: facts
 
 

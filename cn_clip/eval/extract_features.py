@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cn_clip import command
 from cn_clip.clip.backends.base import BackendName
@@ -48,6 +49,12 @@ class Options(ray_settings.RaySettings, extraction.Settings):
                     raise ConfigError(f"--{name.replace('_', '-')}: --engine ray writes into --output; leave it out")
             if self.output_format not in (None, "parquet"):
                 raise ConfigError(f"--output-format {self.output_format}: --engine ray writes parquet")
+
+    def inputs(self) -> list[str | None]:
+        from cn_clip.clip.hub import files_of
+
+        model = Path(self.resume or "")
+        return [*super().inputs(), *(map(str, files_of(model)) if model.exists() else [])]
 
 
 def run(options: Options) -> None:

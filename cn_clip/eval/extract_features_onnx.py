@@ -33,6 +33,9 @@ class Options(exported_models.Settings):
         image = ("--onnx-image-model", self.onnx_image_model)
         exported_models.check_files(self, image=image, text=("--onnx-text-model", self.onnx_text_model))
 
+    def inputs(self) -> list[str | None]:
+        return [*super().inputs(), self.onnx_image_model, self.onnx_text_model]
+
 
 def run(options: Options) -> None:
     """Extracts what is asked for; raises CnClipError naming file, line or id of what cannot be read."""

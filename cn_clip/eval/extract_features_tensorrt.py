@@ -28,6 +28,9 @@ class Options(exported_models.Settings):
         image = ("--tensorrt-image-model", self.tensorrt_image_model)
         exported_models.check_files(self, image=image, text=("--tensorrt-text-model", self.tensorrt_text_model))
 
+    def inputs(self) -> list[str | None]:
+        return [*super().inputs(), self.tensorrt_image_model, self.tensorrt_text_model]
+
 
 def run(options: Options) -> None:
     """Extracts what is asked for; raises CnClipError naming file, line or id of what cannot be read."""

@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from cn_clip import __version__, command
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError
 from cn_clip.eval.feature_formats import OutputFormat, format_of
+from cn_clip.jsonl import refuse_inputs
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Kind
@@ -63,7 +65,7 @@ class Settings:
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
         outputs = [self.output_file(kind) for kind in self.kinds]
-        if len({path for path, _ in outputs}) < len(outputs):
+        if len({os.path.realpath(path) for path, _ in outputs}) < len(outputs):
             raise ConfigError(f"--image-feat-output-path, --text-feat-output-path: both are {outputs[0][0]}")
 
     @property
@@ -75,8 +77,14 @@ class Settings:
     def output_file(self, kind: "Kind") -> tuple[str, OutputFormat]:
         """The path and the format of an output; raises ConfigError when they contradict each other."""
         path = self.image_feat_output_path if kind == "image" else self.text_feat_output_path
+        if path == "":
+            raise ConfigError(f"--{kind}-feat-output-path: expected a path, got an empty one")
         output_format = format_of(path, self.output_format)
         return path or _default_path(self.text_data, kind, output_format), output_format
+
+    def inputs(self) -> list[str | None]:
+        """The files that are read, none of which an output may replace; None for those that are not given."""
+        return [self.text_data, self.image_data, *(f"{self.image_data}/{name}" for name in ("data.mdb", "lock.mdb"))]
 
 
 def _default_path(text_data: str, kind: "Kind", output_format: OutputFormat) -> str:
@@ -107,7 +115,10 @@ def extract(options: Settings, encoder: "Encoder", identity: "Identity", say: co
     Raises CnClipError naming file, line or id of what cannot be read.
     """
     # All is opened before any is worked on: a wrong path is told at once, not after minutes.
+    for kind in options.kinds:
+        refuse_inputs(f"--{kind}-feat-output-path", options.output_file(kind)[0], options.inputs())
     works = _open(options, say)
+    _check_kept(options, works)
     result: dict[str, object] = {}
     with contextlib.ExitStack() as stack:
         opened = [(work, stack.enter_context(_partial(options, work, encoder, identity, say))) for work in works]
@@ -130,8 +141,20 @@ def _open(options: Settings, say: command.Speaker) -> "list[Work]":
         works.append(Pictures(pictures, batch_size=options.img_batch_size, num_workers=options.num_workers))
     if options.extract_text_feats:
         say("Preparing text inference dataset.")
-        works.insert(0, Texts(read_texts(options.text_data), batch_size=options.text_batch_size))
+        works.insert(
+            0, Texts(read_texts(options.text_data), batch_size=options.text_batch_size, path=options.text_data)
+        )
     return works
+
+
+def _check_kept(options: Settings, works: "Sequence[Work]") -> None:
+    """Raises DataError for ids that a format cannot keep."""
+    from cn_clip.eval.feature_tables import check_npz_ids
+
+    for work in works:
+        path, output_format = options.output_file(work.kind)
+        if output_format == "npz":
+            check_npz_ids(path, work.field, work.ids)
 
 
 def _partial(

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from cn_clip.data.records import RecordId
 from cn_clip.data.storage import Storage
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.eval.feature_rows import Features, FloatArray, IdField
+from cn_clip.eval.feature_rows import Features, FloatArray, IdField, check_finite
 from cn_clip.eval.feature_tables import parquet_bytes, parquet_facts, read_parquet_parts
 
 MANIFEST = "manifest.json"
@@ -167,8 +167,12 @@ def write_shard(
     paths: Sequence[str] | None = None,
     skipped: Sequence[Skipped] = (),
 ) -> Finished:
-    """Writes a shard; it appears whole or not at all, in place of one that is there. Raises DataError."""
+    """Writes a shard; it appears whole or not at all, in place of one that is there.
+
+    Raises DataError when it cannot be written, CheckpointError naming the id of a row that holds NaN or infinity.
+    """
     assert len(ids) + len(skipped) == shard.stop - shard.start, "every input has a row or a reason"
+    check_finite(rows_ND, ids, manifest.field)
     facts = {"key": manifest.key, "shard": list(shard), "skipped": [[one.id, one.reason] for one in skipped]}
     data = parquet_bytes(manifest.field, ids, rows_ND, paths=paths, facts=facts)
     folder.child(shard.name).write(data)

@@ -26,6 +26,8 @@ IDS, FEATURES, FIELD, ID_KIND = "ids", "features", "field", "id_kind"
 FEATURE_COLUMN, PATH_COLUMN = "feature", "path"
 METADATA_KEY = b"cn_clip"
 _LARGEST_INT64 = 2**63 - 1
+# What the ids of an npz may take, and how many times their own size if it is more.
+_BYTES_A_CHARACTER, _LARGEST_IDS, _LARGEST_WASTE = 4, 1 << 26, 16
 _NO_FACTS: Mapping[str, object] = {}
 
 
@@ -35,8 +37,9 @@ _NO_FACTS: Mapping[str, object] = {}
 def write_npz(path: Path, field: IdField, ids: Sequence[RecordId], blocks: Blocks, embed_dim: int) -> None:
     """Writes `ids` (int64 or text), `features` (N, D) float32, `field` and `id_kind`, without pickled objects.
 
-    Raises DataError when the folder is missing.
+    Raises DataError when the folder is missing, and as `check_npz_ids`.
     """
+    check_npz_ids(path, field, ids)
     kind, kept = _kept_ids(ids)
     with atomic_write(path, "wb") as stream, zipfile.ZipFile(stream, "w", allowZip64=True) as archive:
         _write_array(archive, IDS, np.array(kept, dtype=np.int64 if kind == "int" else np.str_))
@@ -47,6 +50,18 @@ def write_npz(path: Path, field: IdField, ids: Sequence[RecordId], blocks: Block
                 member.write(np.ascontiguousarray(block, dtype="<f4").tobytes())
         _write_array(archive, FIELD, np.array(field))
         _write_array(archive, ID_KIND, np.array(kind))
+
+
+def check_npz_ids(path: Path, field: IdField, ids: Sequence[RecordId]) -> None:
+    """Raises DataError when one long id would make all of them take its room: numpy keeps texts at one length."""
+    lengths = [len(one) for one in _kept_ids(ids)[1] if isinstance(one, str)]
+    room = _BYTES_A_CHARACTER * max(lengths, default=0) * len(lengths)
+    if room > _LARGEST_IDS and max(lengths) * len(lengths) > _LARGEST_WASTE * sum(lengths):
+        place = lengths.index(max(lengths))
+        raise DataError(
+            f"{path} {field}: {str(ids[place])[:40]!r}… has {max(lengths)} characters, as many as npz would keep of "
+            f"each id ({room / 2**20:.0f} MiB); write parquet or jsonl"
+        )
 
 
 def _write_array(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:

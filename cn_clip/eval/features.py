@@ -16,8 +16,9 @@ from cn_clip.clip.encoder import SORTING_WINDOW, Encoder, sorted_batches
 from cn_clip.data.picture_sets import LmdbPictures, PictureSource, StoredPicture, batches
 from cn_clip.data.records import RecordId, digest_of
 from cn_clip.data.texts import preprocess_text
-from cn_clip.eval.feature_rows import IdField
+from cn_clip.eval.feature_rows import IdField, check_finite, check_unique
 from cn_clip.eval.partial_features import Job, PartialFeatures
+from cn_clip.jsonl import numbered_lines
 
 KeyT = TypeVar("KeyT", covariant=True)
 Places = NDArray[np.int64]
@@ -48,9 +49,14 @@ class Texts:
     kind: Kind = "text"
     field: IdField = "text_id"
 
-    def __init__(self, texts: Sequence[tuple[RecordId, str]], *, batch_size: int) -> None:
+    def __init__(self, texts: Sequence[tuple[RecordId, str]], *, batch_size: int, path: str | os.PathLike[str]) -> None:
+        """path: of the file the texts are from; raises DataError naming both lines of an id that comes twice."""
         self.texts, self.batch_size = texts, batch_size
         self.ids = [text_id for text_id, _ in texts]
+        if len(set(self.ids)) < len(self.ids):
+            check_unique(
+                self.ids, path, self.field, numbers=[number for number, _ in numbered_lines(path)], unit="line"
+            )
 
     def facts(self) -> Job:
         return {"data": digest_of(self.texts), "batch_size": self.batch_size}
@@ -64,10 +70,13 @@ class Texts:
                 # Computed once, equal texts have equal vectors; in batches of other shapes the last digits may differ.
                 distinct = list(dict.fromkeys(prepared))
                 row_of: dict[str, int] = {}
+                first_id = dict(reversed(list(zip(prepared, self.ids[start:], strict=False))))
                 tokens = tokenizer.encode(distinct, encoder.context_length)
                 for chosen, token_ids in sorted_batches(tokens, self.batch_size):
                     if first + len(chosen) > partial.num_rows:
-                        partial.put(first, encoder.backend.encode_tokens(token_ids))
+                        rows_BD = encoder.backend.encode_tokens(token_ids)
+                        check_finite(rows_BD, [first_id[distinct[index]] for index in chosen], self.field)
+                        partial.put(first, rows_BD)
                     row_of |= {distinct[index]: first + row for row, index in enumerate(chosen)}
                     first += len(chosen)
                     bar.update(len(chosen))
@@ -98,7 +107,9 @@ class Pictures:
             if done < count or not count:
                 rest = _Rest(self.pictures, done)
                 for ids, pixels in batches(rest, encoder.transform, self.batch_size, self.num_workers):
-                    partial.put(done, encoder.backend.encode_pixels(pixels))
+                    rows_BD = encoder.backend.encode_pixels(pixels)
+                    check_finite(rows_BD, ids, self.field)
+                    partial.put(done, rows_BD)
                     done += len(ids)
                     bar.update(len(ids))
         return np.arange(count)

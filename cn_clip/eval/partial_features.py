@@ -45,7 +45,8 @@ class PartialFeatures:
     def __init__(self, output: str | os.PathLike[str], job: Job, embed_dim: int, tell: Tell) -> None:
         """Opens the file of `output` and goes on with it, or starts it again, telling why.
 
-        Raises DataError when the folder is missing or not writable, ConfigError when another process is at it.
+        Raises DataError when the folder is missing or not writable, or a file of that name holds something else;
+        ConfigError when another process is at it.
         """
         self.path = Path(f"{os.fspath(output)}{SUFFIX}")
         self.embed_dim = embed_dim
@@ -59,7 +60,11 @@ class PartialFeatures:
 
     def _begin(self, job: Job, tell: Tell) -> None:
         self._stream.seek(0)
-        found = self._stream.read(_LARGEST_HEADER).partition(b"\n")[0]
+        content = self._stream.read(_LARGEST_HEADER)
+        found = content.partition(b"\n")[0]
+        if not _is_ours(content):
+            self._stream.close()
+            raise DataError(f"{self.path}: is no file of computed rows; move it away, or choose another output path")
         if found and found + b"\n" != self._header:
             tell(f"{self.path}: {_difference(found, job, self.embed_dim)}")
         elif found:
@@ -100,19 +105,23 @@ class PartialFeatures:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Removes the file on a CnClipError, which going on would meet again; keeps it whatever else ends the run."""
+        """Removes the file on a DataError, which going on would meet again; keeps it whatever else ends the run."""
         try:
             yield
-        except CnClipError:
+        except DataError:
             if not self._keep:
                 self.remove()
             raise
 
     def remove(self) -> None:
-        """Deletes the file."""
+        """Deletes the file, once; while it is locked, lest it be another process's by then."""
         self.num_rows = 0
-        self._stream.close()
+        if self._stream.closed:
+            return
+        if os.name == "nt":  # an open file cannot be deleted there
+            self._stream.close()
         self.path.unlink(missing_ok=True)
+        self._stream.close()
 
     def _map(self, count: int) -> FloatArray:
         if not count:
@@ -151,6 +160,12 @@ class PartialFeatures:
 def _header(job: Job, embed_dim: int) -> bytes:
     line = json.dumps({"job": job, "embed_dim": embed_dim}, sort_keys=True).encode()
     return line + b" " * (-(len(line) + 1) % _ALIGNMENT) + b"\n"
+
+
+def _is_ours(content: bytes) -> bool:
+    """Whether a file is of this module: empty, zeros after a power failure, or begun as every header begins."""
+    beginning = b'{"embed_dim": '
+    return not content.strip(b"\0") or content[: len(beginning)] == beginning[: len(content)]
 
 
 def _difference(found: bytes, job: Job, embed_dim: int) -> str:

@@ -177,8 +177,7 @@ def _weight_files(options: backends.ModelOptions) -> list[Path]:
         exported = sorted(given.parent.glob(f"{glob.escape(given.name)}.*"))  # the prefix of exported files
         if exported:
             return [path for path in exported if path.is_file()]
-    weights = hub.weight_file(name, download_root=options.download_root)
-    return [path for path in sorted(weights.iterdir()) if path.is_file()] if weights.is_dir() else [weights]
+    return hub.files_of(hub.weight_file(name, download_root=options.download_root))
 
 
 def model_facts(options: backends.ModelOptions, kind: Kind, weights: str) -> Mapping[str, object]:

@@ -59,8 +59,8 @@ class Source:
         Raises CheckpointError or DownloadError when there are no weights.
         """
         path = hub.weight_file(self.model, download_root=self.download_root)
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        seen = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        files = [(file.resolve(), file.stat()) for file in hub.files_of(path)]
+        seen = [(str(file), status.st_size, status.st_mtime_ns) for file, status in files]
         key = hashlib.sha256(repr((FORMAT, self.vision, self.text, seen)).encode()).hexdigest()[:12]
         return self.root / f"{path.stem}-{key}"
 
