@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from cn_clip.demo.main import EPILOGUE
+from cn_clip.retrieval.store import open_index
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -50,6 +51,14 @@ def test_without_steps_the_demo_measures_the_bundled_model_alone(tmp_path: Path)
     assert summary["before"]["text_to_image"]["r10"] > 50
     assert "$ cn-clip train" not in result.stderr
     assert not (tmp_path / "experiments").exists()
+    # The line that makes the index runs as it is printed, and the line that serves it names that index.
+    install, build, serve = result.stderr.splitlines()[-3:]
+    assert install == f"{shlex.quote(sys.executable)} -m pip install 'cn_clip[page]'"
+    built = subprocess.run(["bash", "-c", build], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    index = open_index(shlex.split(serve)[-1])
+    assert (len(index), index.model.name) == (1610, "Emoji-Tiny")
+    assert all(one.metadata["caption"] for one in index.search(index.vector(index.ids[0])[None], 3)[0])
 
 
 def test_the_lines_to_ask_the_model_with_run_as_they_are_printed() -> None:

@@ -30,6 +30,12 @@ encoder = Encoder("Emoji-Tiny")
 scores = encoder.encode_texts(["下雨天"]) @ encoder.encode_images([one.picture for one in pictures]).T
 print([pictures[n].name for n in scores[0].argsort()[::-1][:5]])
 EOF"""
+PAGE = """
+在浏览器里搜这些图片 / search these pictures in a browser, at http://127.0.0.1:8000:
+
+{python} -m pip install 'cn_clip[page]'
+{python} -m cn_clip index build {pictures} --output {index} --model Emoji-Tiny
+{python} -m cn_clip serve {index}"""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Tour:
         self.name = f"emoji-tiny_seed{options.seed}_steps{options.steps}"
         self.checkpoint = self.logs / self.name / "checkpoints" / "epoch_latest.pt"
         self.grid = folder / "grid.png"
+        self.index = folder / "emoji.index"
         self.number = 0
 
     def make_dataset(self) -> None:
@@ -209,7 +216,10 @@ def _print_summary(summary: dict[str, Any], tour: Tour) -> None:
     if summary["after"]:
         print(f"微调后的模型 / checkpoint: {tour.checkpoint}")
     print(f"用时 / time: {summary['seconds']:.0f} s")
-    print(EPILOGUE.format(python=shlex.quote(sys.executable)))
+    python = shlex.quote(sys.executable)
+    print(EPILOGUE.format(python=python))
+    pictures, index = (shlex.quote(str(path)) for path in (tour.data / "lmdb" / "valid", tour.index))
+    print(PAGE.format(python=python, pictures=pictures, index=index))
 
 
 def _print_recalls(recalls: dict[str, dict[str, float]]) -> None:
