@@ -106,6 +106,16 @@ def test_faulty_features_stop_the_run_and_leave_the_old_predictions(
     assert len(list(folder.iterdir())) == 4
 
 
+@pytest.mark.parametrize("name", ["valid_imgs.img_feat.jsonl", "./valid_texts.txt_feat.jsonl"])
+def test_features_are_never_overwritten(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / name).read_bytes()
+    with pytest.raises(SystemExit) as exit_info:
+        make_topk_predictions.main([*FEATURES, "--output", name])
+    assert exit_info.value.code == 1
+    assert f"--output {name}: would overwrite" in capsys.readouterr().err
+    assert (folder / name).read_bytes() == before
+
+
 def test_a_missing_output_folder_stops_before_the_features_are_read(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -231,6 +231,27 @@ def test_settings_that_make_no_sense_are_refused(
     assert "".join(reason.split()) in "".join(error.split())
 
 
+def test_an_output_that_cannot_be_written_is_told_before_the_evaluation(
+    models: Path, lmdb: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refusal(capsys, *arguments(models, lmdb, "--output", tmp_path / "none" / "x.pt"))
+    assert f"the folder {tmp_path}/none does not exist" in error
+    assert "picture" not in error  # no progress bar was begun
+
+
+def test_weights_that_are_no_numbers_name_their_checkpoint(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.visual.proj[0, 0] = float("nan")  # type: ignore[index]
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "tuned.pt")
+    (tmp_path / "zero.pt").write_bytes((models / "zero.pt").read_bytes())
+    error = refusal(capsys, *arguments(tmp_path, None, "--alpha=0.5", "--output", tmp_path / "half.pt"))
+    assert f"{tmp_path}/tuned.pt: visual.proj holds NaN or infinity" in error
+    assert not (tmp_path / "half.pt").exists()
+
+
 def test_an_input_is_never_overwritten(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (models / "tuned.pt").read_bytes()
     error = refusal(capsys, *arguments(models, None, "--alpha=0.5", "--output", models / "tuned.pt"))

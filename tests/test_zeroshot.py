@@ -17,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cn_clip import cli, zoo
+from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
+from cn_clip.data.picture_sets import ClassFolders
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
 from cn_clip.eval import zeroshot, zeroshot_evaluation
@@ -133,7 +135,10 @@ def test_faulty_label_files_are_refused(tmp_path: Path, content: bytes | None, r
         zeroshot_evaluation.read_labels(path)
 
 
-@pytest.mark.parametrize("content", ["[0, 1", "{}", "[0, 3]", "[-1]", "[0.5]", "[true]", "[[0]]", "7"])
+@pytest.mark.parametrize(
+    "content",
+    ["[0, 1", "{}", "[0, 3]", "[-1]", "[0.5]", "[true]", "[[0]]", "7", "[]", "[0, 1]", "[0, 1, 1]", "[0, 1, 2, 2]"],
+)
 def test_an_index_that_is_no_list_of_picture_numbers_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "index.json"
     path.write_text(content)
@@ -299,6 +304,8 @@ def test_labels_may_come_twice_and_lack_pictures(
         ("--resume=/nowhere.pt", "Model /nowhere.pt not found"),
         ("--templates=/nowhere.json", "/nowhere.json: cannot be opened"),
         ("--index=/nowhere.json", "/nowhere.json: cannot be read"),
+        (f"--save-dir={__file__}", "test_zeroshot.py is no folder"),
+        (f"--save-dir={__file__}/below", "test_zeroshot.py is no folder"),
     ],
 )
 def test_wrong_paths_stop_with_status_1_and_write_nothing(
@@ -309,6 +316,35 @@ def test_wrong_paths_stop_with_status_1_and_write_nothing(
     assert exit_info.value.code == 1
     assert reason in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("method", "named"), [("encode_pixels", "picture '"), ("encode_tokens", "label '")])
+def test_no_accuracy_of_features_that_are_no_numbers(
+    flags: list[str],
+    tmp_path: Path,
+    method: str,
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    encode = getattr(TorchBackend, method)
+    monkeypatch.setattr(TorchBackend, method, lambda self, inputs: encode(self, inputs) * np.nan)
+    with pytest.raises(SystemExit):
+        zeroshot_evaluation.main(flags)
+    error = capsys.readouterr().err
+    assert named in error
+    assert "the model gives NaN or infinity; compute in fp32" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_hidden_folders_are_passed_over_and_linked_ones_count_once(tmp_path: Path) -> None:
+    for name in ("a/x/1.png", "a/.trash/2.png", "a/3.png", "b/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "x" / "up").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "y").symlink_to(tmp_path / "a" / "x")
+    found = [(str(Path(path).relative_to(tmp_path)), label) for path, label in ClassFolders(tmp_path).samples]
+    assert found == [("a/3.png", 0), ("a/x/1.png", 0), ("b/4.png", 1)]
 
 
 def test_more_folders_than_labels_stop_with_both_paths_named(
@@ -329,6 +365,8 @@ def test_more_folders_than_labels_stop_with_both_paths_named(
         ("--img-batch-size=0", "--img-batch-size: expected at least 1"),
         ("--num-workers=-1", "--num-workers: expected at least 0"),
         ("--context-length=2", "--context-length: expected at least 3"),
+        ("--dataset=../x", "--dataset: expected a name"),
+        ("--dataset=..", "--dataset: expected a name"),
     ],
 )
 def test_wrong_settings_stop_with_status_2(

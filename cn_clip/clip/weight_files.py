@@ -61,3 +61,10 @@ def check_same_tensors(first: Checkpoint, other: Checkpoint) -> None:
         if shapes[0] != shapes[1]:
             found = " and ".join("missing" if shape is None else str(shape) for shape in shapes)
             raise CheckpointError(f"{first.path} and {other.path} are of different models: {name} is {found}")
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in checkpoint.state_dict.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{checkpoint.path}: {name} holds NaN or infinity; use an earlier checkpoint")

@@ -126,7 +126,8 @@ class ClassFolders:
     """Pictures in one folder per class, known by the class index.
 
     Classes are the sub-folders in sorted order, pictures lie in them at any depth and come in sorted order; hidden
-    files and folders, which editors and file managers leave behind, are not looked at.
+    files and folders, which editors and file managers leave behind, are not looked at. A folder that links name too
+    counts once in its class.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -151,11 +152,24 @@ class ClassFolders:
 
 def _pictures(folder: Path) -> list[str]:
     found = []
-    for place, _, names in sorted(os.walk(folder, followlinks=True)):
+    for place, names in sorted(_places(folder)):
         found += [os.path.join(place, name) for name in sorted(names) if _is_picture_name(name)]
     if not found:
         raise DataError(f"{folder}: holds no picture; expected files ending in {', '.join(CLASS_FOLDER_SUFFIXES)}")
     return found
+
+
+def _places(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The folders below, links followed, each once, with the names in them."""
+    seen: set[str] = set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        real = os.path.realpath(place)
+        if real in seen:
+            below.clear()
+        else:
+            seen.add(real)
+            yield place, names
 
 
 def _is_picture_name(name: str) -> bool:

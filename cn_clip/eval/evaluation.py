@@ -13,7 +13,7 @@ import tyro
 from cn_clip import command
 from cn_clip.data.records import RecordId
 from cn_clip.errors import DataError
-from cn_clip.jsonl import atomic_write, dumps, read_objects
+from cn_clip.jsonl import atomic_write, dumps, read_objects, refuse_inputs
 
 NUM_PREDICTIONS = 10
 
@@ -62,6 +62,7 @@ _WORDS: dict[Direction, _Words] = {
 
 def run(options: Options) -> int:
     """Writes the result or the error JSON; returns 1 for an error."""
+    refuse_inputs("RESULT", options.output, [options.standard, options.submit])
     say = command.Speaker(quiet=options.json)
     say(f"Read standard from {options.standard}")
     say(f"Read user submit file from {options.submit}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from cn_clip import command
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.jsonl import atomic_write, dumps
+from cn_clip.jsonl import atomic_write, dumps, refuse_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,7 @@ def run(options: Options) -> None:
     say.params(options)
     device = choose_device(options.device)
     searched, paths = _OTHER[options.query], {"image": options.image_feats, "text": options.text_feats}
+    refuse_inputs("--output", options.output, [options.image_feats, options.text_feats])
     with atomic_write(options.output) as stream:
         started = time.perf_counter()
         say(f"Begin to load {searched} features...")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cn_clip import command
 from cn_clip.errors import DataError
-from cn_clip.jsonl import atomic_write, dumps
+from cn_clip.jsonl import atomic_write, dumps, refuse_inputs
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ def run(options: Options) -> None:
     if not num_texts:
         raise DataError(f"{options.input}: the file has no lines; expected one JSON object a line")
     output = options.input.removesuffix(".jsonl") + ".tr.jsonl"
+    refuse_inputs("--input: the output", output, [options.input])
     with atomic_write(output) as stream:
         for image_id, text_ids in texts_of.items():
             stream.write(dumps({"image_id": image_id, "text_ids": text_ids}) + "\n")

@@ -54,7 +54,7 @@ class Options:
     precision: Literal["amp", "fp16", "fp32", "bf16"] = "amp"
     """Arithmetic; amp is float32 here, as in the other evaluations"""
     num_workers: int = 4
-    """Processes that decode pictures; 0: decode in this one"""
+    """Threads that decode pictures; 0: decode between the batches"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
     json: bool = False
@@ -101,10 +101,12 @@ class Point:
 def run(options: Options) -> None:
     """Evaluates, prints the table and writes the mixture; raises CheckpointError when the two models do not match."""
     from cn_clip.clip.weight_files import refuse_inputs, write_checkpoint
+    from cn_clip.jsonl import replaceable
 
     say = command.Speaker(quiet=options.json)
     if options.output is not None:
         refuse_inputs(options.output, [options.zeroshot or "", options.finetuned or ""])
+        replaceable(options.output)
     zeroshot, finetuned, model = open_both(options)
     points = [] if options.val_data is None else evaluate(options, model, zeroshot, finetuned)
     # Of equals the nearest to the zero-shot model.
@@ -124,16 +126,17 @@ def run(options: Options) -> None:
 def open_both(options: Options) -> "tuple[Checkpoint, Checkpoint, CLIP]":
     """Both checkpoints with the tensors of their models, which are the same by name and shape, and a model for them.
 
-    Raises CheckpointError naming the first tensor that differs.
+    Raises CheckpointError naming the first tensor that differs, or holds NaN or infinity.
     """
     from cn_clip.clip.loading import open_model
-    from cn_clip.clip.weight_files import check_same_tensors
+    from cn_clip.clip.weight_files import check_finite, check_same_tensors
 
     opened = []
     for name in (options.zeroshot, options.finetuned):
         assert name is not None
         model, checkpoint = open_model(name, vision=options.vision_model, text=options.text_model)
         opened.append(replace(checkpoint, state_dict=dict(model.state_dict())))
+        check_finite(opened[-1])
     zeroshot, finetuned = opened
     check_same_tensors(zeroshot, finetuned)
     return zeroshot, finetuned, model

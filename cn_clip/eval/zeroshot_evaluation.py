@@ -71,9 +71,16 @@ class Options:
         backends.check(self)
         if self.label_file is None:
             raise ConfigError("--label-file: expected a text file with one label a line")
+        if self.dataset in ("", ".", "..") or "/" in self.dataset or "\\" in self.dataset:
+            raise ConfigError(f"--dataset: expected a name, which is that of the output file too, got {self.dataset!r}")
         for name, least in (("img_batch_size", 1), ("context_length", 3), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+
+    @property
+    def output_file(self) -> Path:
+        """The ELEVATER file."""
+        return Path(self.save_dir) / f"{self.dataset}.json"
 
 
 def run(options: Options) -> None:
@@ -87,9 +94,11 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
 
     from cn_clip.data.picture_sets import ClassFolders
     from cn_clip.eval import zeroshot
+    from cn_clip.eval.feature_rows import check_finite
     from cn_clip.eval.templates import load_templates
 
     say.params(options)
+    _check_output(options)
     labels = read_labels(Path(options.label_file or ""))
     templates = load_templates(options.dataset, Path(options.templates) if options.templates else None)
     encoder = backends.open_encoder(options, say)
@@ -99,6 +108,7 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     order = read_index(Path(options.index), len(dataset)) if options.index else None
     say("Building zero-shot classifier")
     classes_CD = zeroshot.classifier(encoder, labels, templates)
+    check_finite(classes_CD, labels, "label")
     say("Using classifier")
     images_ND, folders_N = _picture_features(options, encoder, dataset)
     probabilities_NC = zeroshot.probabilities(images_ND, classes_CD)
@@ -109,6 +119,19 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     path = write_elevater(options, encoder.backend, probabilities_NC)
     _report(say, result, labels, path)
     return result
+
+
+def _check_output(options: Options) -> None:
+    """Raises CnClipError where the ELEVATER file could not be written, before any work."""
+    from cn_clip.jsonl import refuse_inputs, replaceable
+
+    refuse_inputs("--save-dir: the file", options.output_file, [options.label_file, options.index, options.templates])
+    folder = options.output_file.parent
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise DataError(f"--save-dir {options.save_dir}: {place} is no folder; name another one")
+    if folder.exists():
+        replaceable(options.output_file)
 
 
 def read_labels(path: Path) -> list[str]:
@@ -134,11 +157,14 @@ def _picture_features(
     from tqdm import tqdm
 
     from cn_clip.data.picture_sets import batches
+    from cn_clip.eval.feature_rows import check_finite
 
-    rows, targets = [], []
+    rows: list[Rows] = []
+    targets: list[int] = []
     with tqdm(total=len(dataset), unit="picture") as bar:
         for numbers, pixels in batches(dataset, encoder.transform, options.img_batch_size, options.num_workers):
             rows.append(encoder.backend.encode_pixels(pixels))
+            check_finite(rows[-1], [path for path, _ in dataset.samples[len(targets) :]], "picture")
             targets += numbers
             bar.update(len(numbers))
     return np.concatenate(rows), np.array(targets, dtype=np.int64)
@@ -154,7 +180,7 @@ def _class_numbers(options: Options, folders: list[str], num_labels: int) -> lis
 
 
 def read_index(path: Path, num_pictures: int) -> list[int]:
-    """ELEVATER's order of the pictures; raises DataError for anything but a JSON list of picture numbers."""
+    """ELEVATER's order of the pictures; raises DataError for anything but a JSON list of all numbers, each once."""
     import json
 
     try:
@@ -166,6 +192,11 @@ def read_index(path: Path, num_pictures: int) -> list[int]:
     for number in order:
         if type(number) is not int or not 0 <= number < num_pictures:
             raise DataError(f"{path}: expected picture numbers from 0 to {num_pictures - 1}, got {number!r}")
+    if len(order) != num_pictures or len(set(order)) != num_pictures:
+        raise DataError(
+            f"{path}: expected each of the numbers of {num_pictures} pictures once, got {len(order)} numbers, "
+            f"{len(set(order))} different ones; is it the index of this dataset?"
+        )
     return order
 
 
@@ -186,8 +217,13 @@ def write_elevater(options: Options, backend: "Backend", probabilities_NC: "Rows
         "rnd_seeds": [123],
         "predictions": [rounded],
     }
-    path = Path(options.save_dir) / f"{options.dataset}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = options.output_file
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"--save-dir {options.save_dir}: cannot be made ({error.strerror}); name another one"
+        ) from error
     with atomic_write(path) as stream:
         stream.write(dumps(content))
     return path
