@@ -89,10 +89,8 @@ def by_torch(workplace: Workplace) -> tuple[dict[str, np.ndarray], float]:
 
 @pytest.fixture(scope="module")
 def exports(workplace: Workplace) -> Workplace:
-    """The workplace, once both towers are exported, one after the other."""
-    workplace.script("extract_features", *workplace.inputs("text"), *workplace.model("onnx"))
-    assert workplace.exported() == ["model.txt.fp32.onnx"]
-    workplace.script("extract_features", *workplace.inputs("image"), *workplace.model("onnx"))
+    """The workplace, once both towers are exported."""
+    workplace.script("extract_features", *workplace.inputs(), *workplace.model("onnx"))
     assert workplace.exported() == ["model.img.fp32.onnx", "model.txt.fp32.onnx"]
     return workplace
 
@@ -195,12 +193,16 @@ def test_without_a_device_named_the_processor_serves_where_there_is_no_cuda(
 def test_the_tensorrt_script_does_the_same_with_engines(
     exports: Workplace, by_torch: tuple[dict[str, np.ndarray], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def open_engines(image_path: str, text_path: str) -> ExportedBackend:
+    devices = []
+
+    def open_engines(image_path: str, text_path: str, *, device: str) -> ExportedBackend:
+        devices.append(device)
         return ExportedBackend(OnnxTower(image_path, "image", device="cpu"), OnnxTower(text_path, "text", device="cpu"))
 
     monkeypatch.setattr(tensor_rt, "open_engines", open_engines)
     engines = [f"--tensorrt-image-model={exports.file('img')}", f"--tensorrt-text-model={exports.file('txt')}"]
-    extract_features_tensorrt.main([*exports.inputs(), *engines])
+    extract_features_tensorrt.main([*exports.inputs(), *engines, "--device=cuda:1"])
+    assert devices == ["cuda:1"]
     for kind, rows in exports.features().items():
         np.testing.assert_allclose(rows, by_torch[0][kind], atol=2e-5, err_msg=kind)
 

@@ -1,7 +1,9 @@
 """Feature files: what is written is what is read, numbers are rounded as Python rounds them, faults are located."""
 
+import gzip
 import json
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -263,6 +265,43 @@ def test_parquet_of_other_programs_is_read(tmp_path: Path, values: pa.DataType) 
     assert (found.ids, found.vectors.tolist()) == ([3, 1], [[0.5, 2], [4, 8]])
 
 
+@pytest.mark.parametrize("ids", [pa.dictionary(pa.int32(), pa.string()), pa.string_view(), pa.large_string()])
+def test_ids_and_tensors_of_other_kinds_are_read(tmp_path: Path, ids: pa.DataType) -> None:
+    stored = pa.array([[0.5, 2], [4, 8]], pa.list_(pa.float32(), 2))
+    tensors = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float32(), [2]), stored)
+    plain = pa.array(["甲", "b"])
+    names = plain.dictionary_encode() if pa.types.is_dictionary(ids) else plain.cast(ids)
+    pq.write_table(pa.table({"text_id": names, "feature": tensors}), tmp_path / "theirs.pq")
+    found = read_features(tmp_path / "theirs.pq", "text_id")
+    assert (found.ids, found.vectors.tolist()) == (["甲", "b"], [[0.5, 2], [4, 8]])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x93NUMPY\x01\x00v\x00", "is an npy file, which has no ids; save ids and features with np.savez"),
+        (gzip.compress(b"{}"), "is compressed with gzip; unpack it first"),
+        ('{"text_id": 1}'.encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
+    ],
+)
+def test_files_of_other_kinds_are_recognised(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=f"x.jsonl: {message}"):
+        read_features(tmp_path / "x.jsonl", "text_id")
+
+
+def test_an_npz_with_other_members_and_a_table_with_a_column_twice_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("ids", "1 2")
+        archive.writestr("features", "0.5")
+    with pytest.raises(DataError, match=r"x.npz ids: is no numpy array; save the file with np.savez"):
+        read_features(tmp_path / "x.npz", "text_id")
+    twice = pa.table([pa.array([1]), pa.array([2]), pa.array([[0.5]])], ["text_id", "text_id", "feature"])
+    pq.write_table(twice, tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x.parquet: has 2 columns text_id; expected one"):
+        read_features(tmp_path / "x.parquet", "text_id")
+
+
 def test_npz_of_numpy_is_read(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "mine.npz", ids=np.array(["a", "b"]), features=np.array([[0.5], [0.25]]))
     found = read_features(tmp_path / "mine.npz", "text_id")
@@ -292,7 +331,10 @@ def test_a_fault_in_a_table_is_named_with_file_and_row(
         ({"ids": np.array([1]), "features": np.ones((2, 2))}, "one id a row"),
         ({"ids": np.array([1.5]), "features": np.ones((1, 2))}, "expected integers or text, got float64"),
         ({"ids": np.array([1]), "features": np.ones((1, 2), dtype=int)}, "expected floats, got int64"),
-        ({"ids": np.array([1], dtype=object), "features": np.ones((1, 2))}, "cannot be read as npz"),
+        (
+            {"ids": np.array([1], dtype=object), "features": np.ones((1, 2))},
+            "cannot be read as npz .*save ids as integers",
+        ),
         ({"ids": np.empty(0, dtype=int), "features": np.ones((0, 2))}, "the file has no rows"),
         ({"ids": np.array([1]), "features": np.ones((1, 0))}, "the vectors are empty"),
         (

@@ -22,6 +22,8 @@ class Options(exported_models.Settings):
     """Engine of the picture tower"""
     tensorrt_text_model: str | None = None
     """Engine of the text tower"""
+    device: str = "cuda"
+    """cuda or cuda:N"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,7 +40,7 @@ def run(options: Options) -> None:
     def open_files(image: str | None, text: str | None) -> "ExportedBackend":
         from cn_clip.clip.backends.tensor_rt import open_engines
 
-        return open_engines(image, text)
+        return open_engines(image, text, device=options.device)
 
     exported_models.run(options, options.tensorrt_image_model, options.tensorrt_text_model, open_files)
 

@@ -16,6 +16,13 @@ from cn_clip.eval.feature_rows import Blocks, Features, FloatArray, IdField
 __all__ = ["Features", "IdField", "read_features", "write_features", "write_rows"]
 
 _BEGINNINGS: dict[OutputFormat, bytes] = {"npz": b"PK", "parquet": b"PAR1"}
+# What is mistaken for a feature file: its first bytes, what it is and what to do.
+_FOREIGN: dict[bytes, str] = {
+    b"\x93NUMPY": "is an npy file, which has no ids; save ids and features with np.savez",
+    b"\x1f\x8b": "is compressed with gzip; unpack it first",
+    b"\xff\xfe": "is UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "is UTF-16 text; save it as UTF-8",
+}
 _READERS: dict[OutputFormat, feature_tables.Read] = {
     "npz": feature_tables.read_npz,
     "parquet": feature_tables.read_parquet,
@@ -67,12 +74,15 @@ def read_features(path: str | os.PathLike[str], field: IdField, *, progress: boo
             return _READERS[known](path, field)
         if Path(path).suffix.lower() == f".{known}":
             raise DataError(f"{path}: is no {known} file, though its name says so; extract it again")
+    for magic, what in _FOREIGN.items():
+        if beginning.startswith(magic):
+            raise DataError(f"{path}: {what}")
     return feature_lines.read_lines(path, field, progress=progress)
 
 
 def _first_bytes(path: str | os.PathLike[str]) -> bytes:
     try:
         with open(path, "rb") as stream:
-            return stream.read(4)
+            return stream.read(8)
     except OSError as error:
         raise DataError(f"{path}: cannot be opened ({error.strerror})") from error

@@ -79,7 +79,11 @@ def read_npz(path: Path, field: IdField) -> Features:
             found = {name: arrays[name] for name in (IDS, FEATURES, FIELD, ID_KIND) if name in arrays.files}
             names = list(arrays.files)
     except Exception as error:  # zipfile, zlib and numpy raise errors of many types on damaged files
-        raise DataError(f"{path}: cannot be read as npz ({str(error)[:200]}); extract it again") from error
+        again = "save ids as integers or text (np.str_)" if "Object arrays" in str(error) else "extract it again"
+        raise DataError(f"{path}: cannot be read as npz ({str(error)[:200]}); {again}") from error
+    for name, array in found.items():
+        if not isinstance(array, np.ndarray):  # numpy hands out the bytes of a member that is no array
+            raise DataError(f"{path} {name}: is no numpy array; save the file with np.savez")
     if IDS not in found or FEATURES not in found:
         raise DataError(f"{path}: expected the arrays {IDS} and {FEATURES}, it has {names}")
     _check_field(path, field, str(found.get(FIELD, field)))
@@ -185,9 +189,12 @@ def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]
                     f"{path}: expected the columns {field} and {FEATURE_COLUMN}, it has {names}; "
                     "is this the file of the other modality?"
                 )
-            types = file.schema_arrow.field(field).type, file.schema_arrow.field(FEATURE_COLUMN).type
-            _check_types(arrow, path, field, *types)
-            parts = list(_row_groups(path, field, file))
+            for name in (field, FEATURE_COLUMN):
+                if names.count(name) > 1:
+                    raise DataError(f"{path}: has {names.count(name)} columns {name}; expected one")
+            id_type, list_type = (file.schema_arrow.field(name).type for name in (field, FEATURE_COLUMN))
+            _check_types(arrow, path, field, _plain_type(arrow, id_type), _plain_type(arrow, list_type))
+            parts = list(_row_groups(arrow, path, field, file))
     except (arrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0][:200]
         raise DataError(f"{path}: cannot be read as Parquet ({reason}); extract it again") from error
@@ -220,11 +227,21 @@ def _lists(arrow: Any, rows_BD: FloatArray, embed_dim: int) -> Any:
     return arrow.FixedSizeListArray.from_arrays(values, embed_dim)
 
 
+def _plain_type(arrow: Any, column_type: Any) -> Any:
+    """The type of the values of a dictionary, and of the lists that tensors of one dimension are kept as."""
+    if arrow.types.is_dictionary(column_type):
+        return column_type.value_type
+    if isinstance(column_type, arrow.FixedShapeTensorType) and len(column_type.shape) == 1:
+        return column_type.storage_type
+    return column_type
+
+
 def _check_types(arrow: Any, path: Path, field: IdField, id_type: Any, list_type: Any) -> None:
     known_ids: tuple[Callable[[Any], bool], ...] = (
         arrow.types.is_integer,
         arrow.types.is_string,
         arrow.types.is_large_string,
+        getattr(arrow.types, "is_string_view", arrow.types.is_string),
     )
     if not any(fits(id_type) for fits in known_ids):
         raise DataError(f"{path} {field}: expected integers or strings, got {id_type}")
@@ -233,12 +250,19 @@ def _check_types(arrow: Any, path: Path, field: IdField, id_type: Any, list_type
         raise DataError(f"{path} {FEATURE_COLUMN}: expected lists of floats, got {list_type}")
 
 
-def _row_groups(path: Path, field: IdField, file: Any) -> Iterator[tuple[list[RecordId], FloatArray]]:
+def _plain(arrow: Any, column: Any) -> Any:
+    """A column as one array of its plain type."""
+    whole = column.combine_chunks()
+    whole = whole.storage if isinstance(whole, arrow.ExtensionArray) else whole
+    return whole.cast(_plain_type(arrow, column.type))
+
+
+def _row_groups(arrow: Any, path: Path, field: IdField, file: Any) -> Iterator[tuple[list[RecordId], FloatArray]]:
     start = 1
     for number in range(file.num_row_groups):
         table = file.read_row_group(number, columns=[field, FEATURE_COLUMN])
         if len(table):
-            ids, lists = table.column(field), table.column(FEATURE_COLUMN).combine_chunks()
+            ids, lists = (_plain(arrow, table.column(name)) for name in (field, FEATURE_COLUMN))
             for name, column in ((field, ids), (FEATURE_COLUMN, lists)):
                 if column.null_count:
                     empty = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
