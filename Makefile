@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 FILES := cn_clip tests benchmarks tools
 
-.PHONY: help demo test test-slow test-gpu check format clean
+.PHONY: help demo test test-slow test-gpu test-milvus check format clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
 	@echo "make test       运行测试 / run the tests"
 	@echo "make test-slow  完整规模的对照 / full-size comparisons, many minutes"
 	@echo "make test-gpu   需要 CUDA 的测试 / tests that need CUDA"
+	@echo "make test-milvus  在 Milvus 服务上测试检索 / indexes on a Milvus server, which it installs (60 MB)"
 	@echo "make check      静态检查 / ruff, format, mypy, import-linter"
 
 $(VENV)/bin/python:
@@ -28,13 +29,17 @@ demo: $(VENV)/.core
 	$(BIN)/cn-clip demo --output demo-output
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not milvus"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
+
+test-milvus: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[milvus]' milvus==2.3.5
+	MILVUS_SERVER=$(BIN)/milvus-server $(BIN)/python -m pytest -m milvus
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check $(FILES)
