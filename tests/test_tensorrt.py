@@ -5,11 +5,13 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import fake_tensorrt
 import numpy as np
@@ -23,6 +25,7 @@ from cn_clip import cli
 from cn_clip.clip.backends import engines, export, half, onnx_files, parity, tensor_rt
 from cn_clip.clip.backends.base import KINDS, Kind
 from cn_clip.clip.backends.engines import Build, build_engine
+from cn_clip.clip.backends.exported import Source, tower_files
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.opening import open_backend
 from cn_clip.clip.backends.pytorch import TorchBackend
@@ -615,12 +618,29 @@ def test_gpus_are_found_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
         tensor_rt.find_gpu("cuda:2")
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A download root with the text tower of Emoji-Tiny."""
+    root = tmp_path_factory.mktemp("root")
+    tower_files(Source("Emoji-Tiny", download_root=root), ["text"], "fp32")
+    return root
+
+
+@pytest.fixture
+def options(exported: Path, tmp_path: Path) -> dict[str, Any]:
+    shutil.copytree(exported / "exported", tmp_path / "exported")
+    return {"backend": "tensorrt", "precision": "fp16", "download_root": tmp_path, "kinds": ["text"]}
+
+
 def test_engines_are_built_once_and_again_for_another_version(
-    trt: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trt: ModuleType,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def same_rows() -> None:
-        options = {"backend": "tensorrt", "precision": "fp16", "download_root": tmp_path, "kinds": ["text"]}
-        rows = open_backend("Emoji-Tiny", **options).encode_tokens(IDS)  # type: ignore[arg-type]
+        rows = open_backend("Emoji-Tiny", **options).encode_tokens(IDS)
         np.testing.assert_allclose(rows, open_backend("Emoji-Tiny").encode_tokens(IDS), atol=1e-4)
 
     same_rows()
@@ -640,22 +660,20 @@ def test_engines_are_built_once_and_again_for_another_version(
 
 
 def test_a_failed_first_build_is_tried_again_the_next_time(
-    trt: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trt: ModuleType, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"backend": "tensorrt", "precision": "fp16", "download_root": tmp_path, "kinds": ["text"]}
     trt.Builder.failure = "out of memory"
     for _ in range(2):
         with pytest.raises(CheckpointError, match="cannot build the engine: out of memory"):
-            open_backend("Emoji-Tiny", **options)  # type: ignore[arg-type]
+            open_backend("Emoji-Tiny", **options)
     assert len(trt.Builder.built) == 2
     assert "重新构建" not in capsys.readouterr().err
     trt.Builder.failure = None
-    assert open_backend("Emoji-Tiny", **options).encode_tokens(IDS).shape == (2, 256)  # type: ignore[arg-type]
+    assert open_backend("Emoji-Tiny", **options).encode_tokens(IDS).shape == (2, 256)
 
 
-def test_cached_engines_are_built_and_opened_on_the_gpu_that_is_named(trt: ModuleType, tmp_path: Path) -> None:
-    options = {"backend": "tensorrt", "precision": "fp16", "download_root": tmp_path, "kinds": ["text"]}
-    open_backend("Emoji-Tiny", device="cuda:1", **options)  # type: ignore[arg-type]
+def test_cached_engines_are_built_and_opened_on_the_gpu_that_is_named(trt: ModuleType, options: dict[str, Any]) -> None:
+    open_backend("Emoji-Tiny", device="cuda:1", **options)
     # The check of a new engine names the place that was found, which is the processor here.
     assert {str(device) for device in trt.asked_devices} == {"cuda:1", "cpu"}
 
