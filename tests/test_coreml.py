@@ -1,6 +1,5 @@
 """Core ML export: what a package says of itself, what it computes, and that it appears whole or not at all."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,10 +17,10 @@ from cn_clip import __version__
 from cn_clip.clip.model import CLIP
 from cn_clip.data.staging import staged_folder
 from cn_clip.deploy import coreml_package, pytorch_to_coreml
-from cn_clip.errors import CheckpointError, ConfigError, MissingExtraError
+from cn_clip.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 
-if importlib.util.find_spec("coremltools") is None:
-    pytest.skip("needs coremltools", allow_module_level=True)
+if sys.platform == "win32":
+    pytest.skip("coremltools has no wheel for Windows", allow_module_level=True)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from coremltools.models.utils import load_spec
@@ -138,6 +137,40 @@ def test_failed_conversion_leaves_the_earlier_package(tmp_path: Path, monkeypatc
         "x.mlpackage",
         "x.mlpackage/earlier",
     ]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("No space left on device")])
+def test_a_full_disk_is_not_blamed_on_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(coreml_package, "_save", fail)
+    with pytest.raises(DataError) as caught:
+        write(tiny_model(), "text", tmp_path / "x.mlpackage")
+    assert (
+        str(caught.value)
+        == "x.mlpackage: cannot be written (No space left on device); make room or choose another folder"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_packages_appear_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = coreml_package.write_package
+
+    def without_pictures(model: CLIP, kind: Any, path: Path, **settings: Any) -> dict[str, Any]:
+        if kind == "image":
+            raise CheckpointError("no")
+        return written(model, kind, path, **settings)
+
+    monkeypatch.setattr(coreml_package, "write_package", without_pictures)
+    options = pytorch_to_coreml.Options(
+        model_arch="Emoji-Tiny", save_coreml_path=str(tmp_path / "a"), convert_text=True, convert_vision=True, json=True
+    )
+    with pytest.raises(CheckpointError, match="no"):
+        pytorch_to_coreml.run(options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_texts_longer_than_the_model_takes_are_refused(tmp_path: Path) -> None:

@@ -461,6 +461,22 @@ def test_a_file_that_is_not_close_enough_leaves_what_was_there(
     assert (tmp_path / "a.txt.fp32.onnx").read_text() == "before"
 
 
+def test_a_full_disk_is_one_sentence(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    arguments = ["--model-arch", "ViT-Tiny-64", "--pytorch-ckpt-path", checkpoint, "--convert-text"]
+    for module, name in ((onnx, "save_model"), (onnx_files.os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            error = refusal(capsys, *arguments, "--precisions", "fp32", "--save-onnx-path", tmp_path / "a")
+        assert error.splitlines() == [error.strip()]
+        assert "a.txt.fp32.onnx: cannot be written (No space left on device); make room" in error
+        assert list(tmp_path.iterdir()) == []
+
+
 # --- full size
 
 

@@ -27,7 +27,8 @@ class Options:
     """Times every combination in a process of its own and compares its rows with float32 PyTorch.
 
     Measured is a batch from an array in memory to unit rows in memory: pictures are decoded and scaled before, texts
-    are cut into tokens before. A batch of texts holds captions of mixed lengths, padded to the longest.
+    are cut into tokens before. A batch of texts holds captions of mixed lengths, padded to the longest. Peak memory is
+    the largest of the whole process: Python, libraries, opening the model and computing.
     """
 
     model: str | None = None
@@ -80,12 +81,14 @@ def _flag(name: str) -> str:
 def run(options: Options) -> int:
     """Measures, prints the table and writes the files; interrupted, it does so with what there is and returns 130.
 
+    Returns 1 when nothing could be measured.
+
     Raises CnClipError when there is no such model, or the output folder cannot be made.
     """
     from cn_clip.deploy import bench_report
     from cn_clip.deploy.machine import facts
 
-    output = None if options.output is None else _made(Path(options.output))
+    output = None if options.output is None else _checked(Path(options.output))
     rows: list[dict[str, Any]] = []
     status = 0
     try:
@@ -99,7 +102,11 @@ def run(options: Options) -> int:
     result["rows"] = rows
     if not options.json:
         print("\n".join(bench_report.table(rows)))
+    if status == 0 and all("error" in row for row in rows):
+        _say("没有一项能测 / nothing could be measured")
+        status = 1
     if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
         bench_report.write(result, output, say=_say)
     command.Speaker(quiet=options.json).result(result)
     return status
@@ -188,12 +195,12 @@ def _settings(options: Options) -> dict[str, Any]:
     return {"settings": {name: getattr(options, name) for name in names}}
 
 
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--output {folder}: cannot be made a folder ({error.strerror}); choose another") from error
-    if not os.access(folder, os.W_OK):
+def _checked(folder: Path) -> Path:
+    """A folder, there or not yet; raises DataError where it cannot be made or written."""
+    above = next(one for one in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(one))
+    if not above.is_dir():
+        raise DataError(f"--output {folder}: cannot be made a folder, {above} is a file; choose another")
+    if not os.access(above, os.W_OK):
         raise DataError(f"--output {folder}: cannot be written; choose another folder")
     return folder
 

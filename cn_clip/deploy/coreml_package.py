@@ -21,7 +21,7 @@ from cn_clip.clip.backends.onnx_files import METADATA_KEY, metadata
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.transforms import MEAN, STD
 from cn_clip.data.staging import staged_folder
-from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.errors import CheckpointError, ConfigError, DataError
 from cn_clip.extras import require
 
 Precision = Literal["fp16", "fp32"]
@@ -42,7 +42,7 @@ def write_package(
     `image_features`, `text_features`, float32 (B, D), not normalised. B is `batch_size`, L `context_length`.
     precision: of weights and arithmetic. The folder appears whole or not at all. Returns the number of operations
     and the bytes of the weights. Raises MissingExtraError without `coremltools`, CheckpointError when it cannot
-    convert the tower, ConfigError for more tokens than the model takes.
+    convert the tower, ConfigError for more tokens than the model takes, DataError when it cannot be written.
     """
     longest = model.config.text.text_max_position_embeddings
     if kind == "text" and context_length > longest:
@@ -57,14 +57,19 @@ def write_package(
         tools: Any = require("coremltools", extra="coreml", purpose="exporting to Core ML")
         try:
             package = _converted(tools, model, facts)
+        except OSError as error:  # it writes the weights to a temporary folder
+            raise _not_written(path, error) from error
         except Exception as error:  # coremltools raises errors of many types
             raise CheckpointError(
-                f"{path}: coremltools {tools.__version__} could not convert the {kind} tower traced by PyTorch "
+                f"{path.name}: coremltools {tools.__version__} could not convert the {kind} tower traced by PyTorch "
                 f"{torch.__version__} ({_first_line(error)}); install a PyTorch it was tested with"
             ) from error
         _describe(package, facts)
         with staged_folder(path) as folder:
-            _save(package, folder)
+            try:
+                _save(package, folder)
+            except Exception as error:
+                raise _not_written(path, error) from error
     return {"num_operations": _count_operations(package), "num_bytes": _size(path)}
 
 
@@ -124,6 +129,18 @@ def _save(package: Any, folder: Path) -> None:
     for part in inner.iterdir():
         part.rename(folder / part.name)
     inner.rmdir()
+
+
+def move_package(source: Path, target: Path) -> None:
+    """Moves a package to its place on the same disk, where it takes that of an earlier one."""
+    with staged_folder(target) as folder:
+        for part in source.iterdir():
+            part.rename(folder / part.name)
+
+
+def _not_written(path: Path, error: Exception) -> DataError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+    return DataError(f"{path.name}: cannot be written ({reason}); make room or choose another folder")
 
 
 def _first_line(error: Exception) -> str:

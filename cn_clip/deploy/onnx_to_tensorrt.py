@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cn_clip import command
 from cn_clip.deploy.model_arch import RequiredArch, check_arch
+from cn_clip.deploy.prefixes import check_targets
 from cn_clip.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -96,8 +97,11 @@ class Options:
 
 def run(options: Options) -> None:
     """Builds what is asked for; raises CnClipError when an ONNX file or a setting does not fit, and without a GPU."""
-    from cn_clip.clip.backends.tensor_rt import find_gpu, library
+    from cn_clip.clip.backends.tensor_rt import engine_path, find_gpu, library
 
+    assert options.save_tensorrt_path is not None
+    targets = [engine_path(options.save_tensorrt_path, kind, form) for form, kind, _ in _wanted(options)]
+    check_targets("--save-tensorrt-path", options.save_tensorrt_path, targets)
     say = command.Speaker(quiet=options.json)
     say.params(options)
     library()

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cn_clip import command
 from cn_clip.deploy.model_arch import RequiredArch, check_arch, open_arch
+from cn_clip.deploy.prefixes import check_targets
 from cn_clip.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,10 +55,22 @@ class Options:
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
 
+    @property
+    def kinds(self) -> "list[Kind]":
+        """The towers to convert, in the order they are told of."""
+        wanted: list[tuple[Kind, bool]] = [("text", self.convert_text), ("image", self.convert_vision)]
+        return [kind for kind, is_wanted in wanted if is_wanted]
+
 
 def run(options: Options) -> None:
-    """Writes what is asked for; raises CnClipError when the checkpoint cannot be read or converted."""
+    """Writes what is asked for, all of it or nothing; raises CnClipError when it cannot be read or converted."""
+    from cn_clip.data.staging import scratch_folder
+    from cn_clip.deploy.coreml_package import move_package, package_path
+
     assert options.model_arch is not None
+    assert options.save_coreml_path is not None
+    paths = {kind: package_path(options.save_coreml_path, kind) for kind in options.kinds}
+    check_targets("--save-coreml-path", options.save_coreml_path, paths.values(), are_folders=True)
     say = command.Speaker(quiet=options.json)
     say.params(options)
     with command.stdout_to_stderr(when=options.json):
@@ -66,16 +80,23 @@ def run(options: Options) -> None:
             flag="--pytorch-ckpt-path",
             download_root=options.download_root,
         )
-    wanted: dict[Kind, bool] = {"text": options.convert_text, "image": options.convert_vision}
-    say.result({kind: _convert(model, kind, options, say) for kind, is_wanted in wanted.items() if is_wanted})
+    with scratch_folder(Path(options.save_coreml_path)) as scratch:
+        written = {kind: _convert(model, kind, scratch / paths[kind].name, options) for kind in paths}
+        for path in paths.values():
+            move_package(scratch / path.name, path)
+    for kind, path in paths.items():
+        say(f"{TITLES[kind]} model converted to CoreML and saved at: {path}")
+        num_bytes = written[kind]["num_bytes"]
+        say(f"  {written[kind]['num_operations']} operations, {num_bytes / 2**20:.1f} MiB, {options.precision}")
+    say.result(
+        {kind: {"path": str(path), "precision": options.precision, **written[kind]} for kind, path in paths.items()}
+    )
 
 
-def _convert(model: "CLIP", kind: "Kind", options: Options, say: command.Speaker) -> dict[str, Any]:
-    from cn_clip.deploy.coreml_package import package_path, write_package
+def _convert(model: "CLIP", kind: "Kind", path: Path, options: Options) -> dict[str, Any]:
+    from cn_clip.deploy import coreml_package
 
-    assert options.save_coreml_path is not None
-    path = package_path(options.save_coreml_path, kind)
-    written = write_package(
+    return coreml_package.write_package(
         model,
         kind,
         path,
@@ -83,9 +104,6 @@ def _convert(model: "CLIP", kind: "Kind", options: Options, say: command.Speaker
         batch_size=options.batch_size,
         context_length=options.context_length,
     )
-    say(f"{TITLES[kind]} model converted to CoreML and saved at: {path}")
-    say(f"  {written['num_operations']} operations, {written['num_bytes'] / 2**20:.1f} MiB, {options.precision}")
-    return {"path": str(path), "precision": options.precision, **written}
 
 
 def main(args: Sequence[str] | None = None) -> None:

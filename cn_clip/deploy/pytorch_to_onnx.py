@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from cn_clip import command
 from cn_clip.deploy.model_arch import RequiredArch, check_arch, open_arch
+from cn_clip.deploy.prefixes import check_targets
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.zoo import TextName, VisionName
 
@@ -80,10 +81,12 @@ class Options:
 def run(options: Options) -> None:
     """Writes what is asked for, all of it or nothing; raises CnClipError when it cannot be converted faithfully."""
     from cn_clip.clip.backends import export
-    from cn_clip.clip.backends.onnx_files import move
+    from cn_clip.clip.backends.onnx_files import move, onnx_path
     from cn_clip.data.staging import scratch_folder
 
     assert options.save_onnx_path is not None
+    targets = [onnx_path(options.save_onnx_path, kind, form) for kind in options.kinds for form in options.forms]
+    check_targets("--save-onnx-path", options.save_onnx_path, targets)
     say = command.Speaker(quiet=options.json)
     say.params(options)
     export.check_packages(options.forms)

@@ -10,7 +10,7 @@ from cn_clip.deploy.model_arch import RequiredArch, check_arch, open_arch, visio
 from cn_clip.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cn_clip.clip.backends.base import Backend, Kind, Pixels, TokenIds
+    from cn_clip.clip.backends.base import Backend, Kind, Pixels, TokenIds, Tower
 
 # What Chinese-CLIP's test measures with; the picture is the one of examples/pokemon.jpeg.
 PICTURE, TEXT = "🐢", "杰尼龟"
@@ -114,12 +114,24 @@ def _time(options: Options, kind: "Kind", subject: Subject, say: command.Speaker
     say(f"Prepare the {subject.title} from {subject.place}")
     with command.stdout_to_stderr(when=options.json):
         backend, place = subject.open(options, kind)
+    _check_tower(options, subject, getattr(backend, kind, None))
     say(f"Device: {place}")
     call = _call(options, kind, backend)
     say(f"Forward the {subject.name} {kind} model...")
     milliseconds = summary(call_seconds(call, repeats=options.n, warmup=options.warmup))
     say(summary_line(f"{subject.name} {kind} inference speed (batch-size: {options.batch_size}):", milliseconds))
     return milliseconds
+
+
+def _check_tower(options: Options, subject: Subject, tower: "Tower | None") -> None:
+    """Raises ConfigError for an exported file that says it is of another architecture."""
+    assert options.model_arch is not None
+    found = tower.facts.architecture if tower is not None else None
+    vision = found.split("@")[0] if found else "?"
+    if vision not in ("?", vision_name(options.model_arch)):
+        raise ConfigError(
+            f"--model-arch {options.model_arch}: {subject.place} is of {found}; give --model-arch as it was exported"
+        )
 
 
 def _call(options: Options, kind: "Kind", backend: "Backend") -> "Callable[[], object]":

@@ -1,15 +1,16 @@
 """The ONNX files of a model: names, tensor names and metadata, as `deploy/pytorch_to_onnx.py` writes them."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Kind, TowerFacts
-from cn_clip.errors import CheckpointError
+from cn_clip.errors import CheckpointError, DataError
 from cn_clip.extras import require
 
 if TYPE_CHECKING:
@@ -53,32 +54,45 @@ def save(proto: "ModelProto", path: Path, *, outside: bool | None = None) -> Non
     """Writes a model; outside: its weights into PATH.extra_file, by default only where one file cannot hold them.
 
     The name of that file is kept without a folder, so that both can be moved together. `proto` may lose its weights.
+    Raises DataError when it cannot be written.
     """
     onnx: Any = require("onnx", extra="onnx", purpose="exporting to ONNX")
     beside = extra_path(path)
     beside.unlink(missing_ok=True)  # onnx would add to it
     if outside is None:
         outside = sum(len(one.raw_data) for one in proto.graph.initializer) > LARGEST_FILE
-    onnx.save_model(
-        proto,
-        os.fspath(path),
-        save_as_external_data=outside,
-        location=beside.name,
-        size_threshold=_SMALLEST_OUTSIDE,
-    )
-    if outside:
-        beside.chmod(path.stat().st_mode)  # onnx makes it readable by its owner alone
+    with _written(path):
+        onnx.save_model(
+            proto,
+            os.fspath(path),
+            save_as_external_data=outside,
+            location=beside.name,
+            size_threshold=_SMALLEST_OUTSIDE,
+        )
+        if outside:
+            beside.chmod(path.stat().st_mode)  # onnx makes it readable by its owner alone
 
 
 def move(path: Path, folder: Path) -> Path:
     """Moves a file and that of its outside weights, the one that names the other last; returns the new place."""
     target, beside = folder / path.name, extra_path(path)
-    if beside.exists():
-        os.replace(beside, extra_path(target))
-    else:
-        extra_path(target).unlink(missing_ok=True)
-    os.replace(path, target)
+    with _written(target):
+        if beside.exists():
+            os.replace(beside, extra_path(target))
+        else:
+            extra_path(target).unlink(missing_ok=True)
+        os.replace(path, target)
     return target
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path.name}: cannot be written ({error.strerror or error}); make room or choose another folder"
+        ) from error
 
 
 def metadata(facts: TowerFacts) -> str:

@@ -32,7 +32,7 @@ class OnnxTower:
     def __init__(
         self, path: str | Path, kind: Kind, *, device: str | None = None, num_threads: int | None = None
     ) -> None:
-        """device: cpu, cuda, cuda:N or tensorrt; default or "auto": cuda where it works. num_threads: default one a core.
+        """device: cpu, cuda, cuda:N or tensorrt; default: cuda where it works. num_threads: default one a core.
 
         Raises ConfigError when ONNX Runtime has no such provider here, or would compute elsewhere; CheckpointError when
         the file cannot be opened or is no tower of this kind; MissingExtraError without `onnxruntime`.
