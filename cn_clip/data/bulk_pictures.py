@@ -12,7 +12,7 @@ from cn_clip.data.lmdb_store import IMAGES, ImageStore
 from cn_clip.data.picture_sets import CLASS_FOLDER_SUFFIXES, PictureSource, StoredPicture
 from cn_clip.data.records import RecordId, canonical_id, digest_of
 from cn_clip.data.shards import expand_braces
-from cn_clip.data.storage import EXTRA, FoundFile, Storage, is_uri, open_storage
+from cn_clip.data.storage import EXTRA, FoundFile, Storage, is_uri, open_storage, shown
 from cn_clip.data.tars import tar_members
 from cn_clip.errors import DataError
 from cn_clip.extras import require
@@ -54,11 +54,11 @@ def open_collection(location: str) -> Collection:
     """
     collection = _open(location)
     if not len(collection.ids):
-        raise DataError(f"{location}: holds no picture")
+        raise DataError(f"{shown(location)}: holds no picture")
     seen: set[RecordId] = set()
     for image_id in collection.ids:
         if image_id in seen:
-            raise DataError(f"{location}: image id {image_id!r} comes twice; expected each id once")
+            raise DataError(f"{shown(location)}: image id {image_id!r} comes twice; expected each id once")
         seen.add(image_id)
     return collection
 
@@ -71,10 +71,10 @@ def _open(location: str) -> Collection:
     kinds = {kind: [file for file in files if _suffix(file.path) in suffixes] for kind, suffixes in _SUFFIXES.items()}
     found = {kind: chosen for kind, chosen in kinds.items() if chosen}
     if not found:
-        raise DataError(f"{location}: holds no picture, tar or Parquet file, and is no LMDB")
+        raise DataError(f"{shown(location)}: holds no picture, tar or Parquet file, and is no LMDB")
     if len(found) > 1:
         counts = ", ".join(f"{len(chosen)} {kind}" for kind, chosen in found.items())
-        raise DataError(f"{location}: holds {counts}; name one kind, such as {location.rstrip('/')}/*.tar")
+        raise DataError(f"{shown(location)}: holds {counts}; name one kind, such as {shown(location).rstrip('/')}/*.tar")
     ((kind, chosen),) = found.items()
     return _OPENERS[kind](root, chosen)
 
