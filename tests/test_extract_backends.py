@@ -1,5 +1,7 @@
 """Extraction and zero-shot classification through every backend, as typed: the same features, the same accuracy."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -11,13 +13,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from dataset_files import REPOSITORY, jsonl_line, tsv_line, write_split
 
 from cn_clip.clip.backends import tensor_rt
-from cn_clip.clip.backends.base import ExportedBackend
+from cn_clip.clip.backends.base import KINDS, ExportedBackend
+from cn_clip.clip.backends.exported import Source, tower_files
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.demo import emoji
-from cn_clip.eval import extract_features_onnx, extract_features_tensorrt
+from cn_clip.eval import extract_features, extract_features_onnx, extract_features_tensorrt, zeroshot_evaluation
 from cn_clip.eval.feature_files import read_features
 from cn_clip.preprocess import build_lmdb_dataset
 
@@ -82,23 +86,30 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 @pytest.fixture(scope="module")
 def by_torch(workplace: Workplace) -> tuple[dict[str, np.ndarray], float]:
     """The features, and the share of the pictures that zero-shot classification gets right."""
-    done = workplace.script("extract_features", *workplace.inputs(), *workplace.model("torch"))
-    assert "torch imported: True" in done.stderr
-    return workplace.features(), zeroshot(workplace, "torch")[0]
+    threads = torch.get_num_threads()
+    extract_features.main([*workplace.inputs(), *workplace.model("torch")])
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        zeroshot_evaluation.main([*classes(workplace), *workplace.model("torch")])
+    torch.set_num_threads(threads)
+    return workplace.features(), json.loads(told.getvalue())["zeroshot-top1"]
 
 
 @pytest.fixture(scope="module")
 def exports(workplace: Workplace) -> Workplace:
     """The workplace, once both towers are exported."""
-    workplace.script("extract_features", *workplace.inputs(), *workplace.model("onnx"))
+    tower_files(Source("Emoji-Tiny", download_root=workplace.models), KINDS, "fp32")
     assert workplace.exported() == ["model.img.fp32.onnx", "model.txt.fp32.onnx"]
     return workplace
 
 
+def classes(workplace: Workplace) -> list[str]:
+    folder = workplace.folder / "classes"
+    data = [f"--datapath={folder}/test", f"--label-file={folder}/label_cn.txt", "--dataset=emoji", "--json"]
+    return [*data, f"--save-dir={folder}"]
+
+
 def zeroshot(workplace: Workplace, backend: str) -> tuple[float, str]:
-    classes = workplace.folder / "classes"
-    data = [f"--datapath={classes}/test", f"--label-file={classes}/label_cn.txt", "--dataset=emoji", "--json"]
-    done = workplace.script("zeroshot_evaluation", *data, f"--save-dir={classes}", *workplace.model(backend))
+    done = workplace.script("zeroshot_evaluation", *classes(workplace), *workplace.model(backend))
     return json.loads(done.stdout)["zeroshot-top1"], done.stderr
 
 
