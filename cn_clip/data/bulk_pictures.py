@@ -74,7 +74,8 @@ def _open(location: str) -> Collection:
         raise DataError(f"{shown(location)}: holds no picture, tar or Parquet file, and is no LMDB")
     if len(found) > 1:
         counts = ", ".join(f"{len(chosen)} {kind}" for kind, chosen in found.items())
-        raise DataError(f"{shown(location)}: holds {counts}; name one kind, such as {shown(location).rstrip('/')}/*.tar")
+        place = shown(location).rstrip("/")
+        raise DataError(f"{place}: holds {counts}; name one kind, such as {place}/*.tar")
     ((kind, chosen),) = found.items()
     return _OPENERS[kind](root, chosen)
 
