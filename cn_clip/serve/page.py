@@ -316,7 +316,7 @@ def _when(
 
 
 def _note(sentence: str) -> None:
-    gr.Warning(html.escape(sentence), title=texts.NOTE)
+    gr.Warning(html.escape(sentence))
 
 
 def refusal_sentence(refusal: RefusalError) -> str:

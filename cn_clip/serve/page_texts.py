@@ -17,7 +17,6 @@ SOFTMAX = (
     "The probabilities take it for granted that one of the labels is right."
 )
 NOTHING_FOUND = "没有达到最低分的图片 / no picture reaches the minimum score"
-NOTE = "提示 / note"
 NO_TEXT = "请先写一句话 / write a phrase first"
 NO_PICTURE = "请先放一张图片 / drop a picture first"
 NO_UPLOAD = "只读取上传的图片，不读路径和网址 / pictures are read from uploads alone, never from a path or address"
