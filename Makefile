@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FILES := cn_clip tests benchmarks tools
 
-.PHONY: help demo test test-slow test-gpu test-milvus test-ray check format clean
+.PHONY: help demo test test-slow test-gpu test-milvus test-browser test-ray check format clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow  完整规模的对照 / full-size comparisons, many minutes"
 	@echo "make test-gpu   需要 CUDA 的测试 / tests that need CUDA"
 	@echo "make test-milvus  在 Milvus 服务上测试检索 / indexes on a Milvus server, which it installs (60 MB)"
+	@echo "make test-browser  在 Chromium 里测试网页 / the web page in Chromium (Debian: apt-get install chromium)"
 	@echo "make test-ray   需要 Ray 的测试 / tests that need ray"
 	@echo "make check      静态检查 / ruff, format, mypy, import-linter"
 
@@ -30,7 +31,7 @@ demo: $(VENV)/.core
 	$(BIN)/cn-clip demo --output demo-output
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not gpu and not milvus and not ray"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not milvus and not browser and not ray"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
@@ -41,6 +42,11 @@ test-gpu: $(VENV)/.dev
 test-milvus: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[milvus]' milvus==2.3.5
 	MILVUS_SERVER=$(BIN)/milvus-server $(BIN)/python -m pytest -m milvus
+
+test-browser: $(VENV)/.dev
+	@command -v "$${CHROMIUM:-chromium}" >/dev/null || { echo "需要 Chromium / Chromium is needed: apt-get install chromium, or CHROMIUM=path"; exit 1; }
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	$(BIN)/python -m pytest -m browser
 
 test-ray: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'
