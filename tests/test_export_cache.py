@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_two_processes_at_once_export_once_and_one_says_so(
     path = text_file(weights, root)
     assert [out for out, _ in printed] == [f"{path}\n"] * 2
     said = sorted((err.splitlines() for _, err in printed), key=len)
-    assert said[0] == []
+    assert said[0] in ([], [f"{exported.WAITING}: {path.parent}"])
     first, report = said[1]
     assert first == f"{FIRST_USE} {weights} (text, fp32) -> {path.parent}"
     assert report.startswith(
@@ -203,6 +204,49 @@ def test_a_root_that_cannot_be_written_is_a_sentence(weights: Path, tmp_path: Pa
     assert str(caught.value).endswith(
         "exported models cannot be kept there (Not a directory); choose another download_root"
     )
+
+
+def test_an_error_of_the_work_is_not_said_to_be_one_of_the_cache(tmp_path: Path) -> None:
+    def make() -> None:
+        raise FileNotFoundError(2, "No such file or directory", "elsewhere")
+
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        exported.kept_file(tmp_path / "a" / "x", make)
+
+
+def test_who_waits_for_the_lock_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exported, "PATIENCE_S", 0.01)
+    said: list[str] = []
+    with exported._alone(tmp_path):
+        waiting = threading.Thread(target=lambda: exported._alone(tmp_path, said.append).__enter__())
+        waiting.start()
+        waiting.join(0.5)
+        assert said == [f"{exported.WAITING}: {tmp_path}"]
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+def test_a_kept_file_that_is_whole_needs_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    made: list[int] = []
+
+    def make() -> None:
+        made.append(path.write_bytes(b"1234"))
+
+    assert exported.kept_file(path, make) == path
+    monkeypatch.setattr(exported, "_alone", lambda *_: pytest.fail("asked for the lock"))
+    exported.kept_file(path, make)
+    assert made == [4]
+
+
+def test_a_folder_named_by_a_dot_has_its_name_in_the_cache(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "模型").mkdir()
+    shutil.copy(weights, tmp_path / "模型" / "a.pt")
+    monkeypatch.chdir(tmp_path / "模型")
+    monkeypatch.setattr(exported.hub, "weight_file", lambda *_, **__: Path("."))
+    assert Source(".", download_root=tmp_path).folder().name.startswith("模型-")
 
 
 def test_a_finished_cache_needs_no_lock_so_it_may_be_read_only(

@@ -28,6 +28,9 @@ MANIFEST = "manifest.json"
 # Raised when files of older versions of this package must not be used any more.
 FORMAT = 1
 
+# How long the wait for the lock goes without a word.
+PATIENCE_S = 1.0
+WAITING = "另一个进程正在导出，等它完成 / waiting for another process that exports"
 FIRST_USE = "首次使用，正在导出 / first use, exporting"
 DAMAGED = "缓存的文件已损坏，重新导出 / the cached file is damaged, exporting again"
 
@@ -62,7 +65,7 @@ class Source:
         files = [(file.resolve(), file.stat()) for file in hub.files_of(path)]
         seen = [(str(file), status.st_size, status.st_mtime_ns) for file, status in files]
         key = hashlib.sha256(repr((FORMAT, self.vision, self.text, seen)).encode()).hexdigest()[:12]
-        return self.root / f"{path.stem}-{key}"
+        return self.root / f"{path.resolve().stem}-{key}"
 
 
 def tower_files(source: Source, kinds: Sequence[Kind], form: str, *, say: Announce = announce) -> dict[Kind, Path]:
@@ -74,7 +77,7 @@ def tower_files(source: Source, kinds: Sequence[Kind], form: str, *, say: Announ
     folder = source.folder()
     paths = {kind: onnx_path(folder / STEM, kind, form) for kind in kinds}
     if not all(map(_is_whole, paths.values())):
-        with _alone(folder):  # whoever held the lock before may have made them
+        with _alone(folder, say):  # whoever held the lock before may have made them
             _make(source, [kind for kind in kinds if not _is_whole(paths[kind])], form, folder, say)
     return paths
 
@@ -86,9 +89,10 @@ def tower_file(source: Source, kind: Kind, form: str, *, say: Announce = announc
 
 def kept_file(path: Path, make: Callable[[], object]) -> Path:
     """A further file in the folder of a model's exports, made if it is not whole; what `make` makes others wait for."""
+    if _is_whole(path):
+        return path
     with _alone(path.parent):
-        recorded = _read_manifest(path.parent).get(path.name)
-        if not recorded or recorded != _sizes(path):
+        if not _is_whole(path):
             _record(path.parent, path.name, None)
             make()
             _record(path.parent, path.name, _sizes(path))
@@ -153,7 +157,8 @@ def _building(folder: Path) -> Iterator[Path]:
     """An empty folder on the same disk, for whoever holds the lock: what a killed process left there goes."""
     scratch = folder / BUILDING
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    with _keeping(folder):
+        scratch.mkdir()
     try:
         yield scratch
     finally:
@@ -184,18 +189,33 @@ def _record(folder: Path, name: str, sizes: dict[str, int] | None) -> None:
         entries.pop(name, None)
     else:
         entries[name] = sizes
-    with atomic_write(folder / MANIFEST) as stream:
+    with _keeping(folder), atomic_write(folder / MANIFEST) as stream:
         json.dump(entries, stream, indent=1)
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    from filelock import FileLock
+def _alone(folder: Path, say: Announce = announce) -> Iterator[None]:
+    """Holds the lock of a folder; says so when another process makes this one wait."""
+    from filelock import FileLock, Timeout
 
-    try:
+    lock = FileLock(os.fspath(folder / ".lock"))
+    with _keeping(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(os.fspath(folder / ".lock")):
-            yield
+        try:
+            lock.acquire(timeout=PATIENCE_S)
+        except Timeout:
+            say(f"{WAITING}: {folder}")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _keeping(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"{folder}: exported models cannot be kept there ({error.strerror or error}); choose another download_root"
