@@ -475,6 +475,10 @@ def test_an_exported_model_runs_without_pytorch_and_finds_the_same(
     ]
     for rows, expected in zip(found, exact, strict=True):
         assert (rows * expected).sum(axis=1).min() >= least
-    best = [(images @ texts.T).argmax(axis=1).tolist() for images, texts in (found, exact)]
-    assert best[0] == best[1]
-    assert len(set(best[1])) > 5
+    scores, expected_scores = ((images @ texts.T) for images, texts in (found, exact))
+    best, expected_best = scores.argmax(axis=1), expected_scores.argmax(axis=1)
+    runner_up, highest = np.sort(expected_scores, axis=1)[:, -2:].T
+    is_clear = highest - runner_up > 2 * np.abs(scores - expected_scores).max()
+    assert (best == expected_best)[is_clear].all()
+    assert is_clear.sum() > len(best) / 4
+    assert len(set(expected_best.tolist())) > 5
