@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,54 @@ def test_grid_shows_what_was_found(index: Path, tmp_path: Path, capsys: pytest.C
     assert np.abs(cell - wanted).mean() < 8  # JPEG and another filter
 
 
+def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """What a search says that fails."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match=r"^1$"):
+        cli.main(["search", *map(str, args)])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+def test_grid_overwrites_no_picture_query_or_file_of_the_index(
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = index.parent / "p"
+    (tmp_path / "link.png").symlink_to(pictures / "5.webp")
+    os.link(pictures / "6.webp", tmp_path / "hard.png")
+    query = tmp_path / "query.webp"
+    query.write_bytes(EMOJI[0].picture)
+    before = {path: path.read_bytes() for path in [*pictures.iterdir(), *index.rglob("*"), query] if path.is_file()}
+    for grid, reason in (
+        (pictures / "4.webp", f"would overwrite {pictures / '4.webp'}, a picture of the index"),
+        (tmp_path / "link.png", f"would overwrite {pictures / '5.webp'}, a picture of the index"),
+        (tmp_path / "hard.png", f"would overwrite {pictures / '6.webp'}, a picture of the index"),
+        (query, f"would overwrite {query}, which it reads"),
+        (index / "manifest.json", f"lies in the index {index}"),
+        (index / "new.png", f"lies in the index {index}"),
+    ):
+        assert f"--grid {grid}: {reason}" in refused(capsys, index, "--image", query, "--grid", grid)
+    assert before == {path: path.read_bytes() for path in before}
+    search(index, capsys, "--id", "1.webp", "--grid", tmp_path / "own.png")
+    search(index, capsys, "--id", "1.webp", "--grid", tmp_path / "own.png")
+
+
+def test_a_damaged_thumbnail_is_named(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(index, tmp_path / "i")
+    for path in (tmp_path / "i").glob("segment-*/thumbnails.bin"):
+        path.write_bytes(bytes(path.stat().st_size))
+    error = refused(capsys, tmp_path / "i", "--id", "1.webp", "--grid", tmp_path / "g.png")
+    assert "is damaged" in error
+    assert "see `cn-clip index check`" in error
+    assert not (tmp_path / "g.png").exists()
+
+
+@pytest.mark.parametrize("name", ["--5", "-", "²", "9" * 5000])
+def test_a_name_that_is_almost_a_number_is_no_item(index: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"{index}: has no item {name!r}" in refused(capsys, index, f"--id={name}")
+
+
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the exported model is kept."""
@@ -199,6 +248,7 @@ def test_faulty_queries_are_refused_in_one_sentence(
         (("--image", "a", "--id", "b"), "--image, --id: give one of them"),
         (("a", "--text-weight", "1.5"), "--text-weight: expected 0 to 1, got 1.5"),
         (("a", "--text-weight", "nan"), "--text-weight: expected 0 to 1, got nan"),
+        (("a", "--min-score", "nan"), "--min-score: expected a number, got nan"),
         (("a", "--k", "0"), "--k: expected at least 1, got 0"),
     ],
 )

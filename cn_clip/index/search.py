@@ -2,6 +2,9 @@
 
 # D embedding
 
+import math
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from cn_clip import command
+from cn_clip import command, jsonl
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.options import IndexPlace, ModelOptions, with_store
 
@@ -56,6 +59,8 @@ class Options(ModelOptions):
             raise ConfigError(f"--text-weight: expected 0 to 1, got {self.text_weight}")
         if self.k < 1:
             raise ConfigError(f"--k: expected at least 1, got {self.k}")
+        if self.min_score is not None and math.isnan(self.min_score):
+            raise ConfigError("--min-score: expected a number, got nan")
 
 
 def run(options: Options) -> None:
@@ -67,6 +72,8 @@ def run(options: Options) -> None:
     index = open_index(place_of(options.index))
     if options.where is not None:
         filters.parse(options.where)
+    if options.grid is not None:
+        _check_grid(options.grid, index, options)
     own_id = _known_id(index, options.id) if options.id is not None else None
     query_D = _query(index, options, own_id, say)
     more = 0 if own_id is None else 1
@@ -85,9 +92,38 @@ def run(options: Options) -> None:
     )
 
 
+def _check_grid(grid: str, index: "Searchable", options: Options) -> None:
+    """Raises ConfigError for a file that the search reads or the index was made of, DataError as `replaceable`."""
+    jsonl.refuse_inputs("--grid", grid, [options.image, options.model])
+    target, folder = jsonl.replaceable(grid), os.path.realpath(options.index)
+    if folder in map(str, target.parents):
+        raise ConfigError(f"--grid {grid}: lies in the index {options.index}; give a path elsewhere")
+    if not target.exists():
+        return
+    there = os.stat(target)
+    sources = set[str]()
+    for _, metadata in index.items():
+        path, source = metadata.get("path"), metadata.get("source")
+        sources |= {source, os.path.join(source, "data.mdb")} if isinstance(source, str) else set()
+        if isinstance(path, str) and _is_file(path, there):
+            raise ConfigError(f"--grid {grid}: would overwrite {path}, a picture of the index; give another path")
+    for source in sources:
+        if _is_file(source, there):
+            raise ConfigError(
+                f"--grid {grid}: would overwrite {source}, of which the index was made; give another path"
+            )
+
+
+def _is_file(path: str, facts: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), facts)
+    except (OSError, ValueError):  # it is gone, or metadata of another program
+        return False
+
+
 def _known_id(index: "Searchable", text: str) -> "ItemId":
     """The item that is called so; a number is looked for as one, too."""
-    number = int(text) if text.lstrip("-").isdecimal() else None
+    number = int(text) if re.fullmatch(r"-?[0-9]{1,4000}", text) else None
     for candidate in (text, number):
         if candidate is not None and candidate in index:
             return candidate
@@ -142,13 +178,20 @@ def _draw(index: "Searchable", options: Options, hits: "Sequence[Hit]") -> None:
     from PIL import Image
 
     from cn_clip.data.grid import draw_grid
+    from cn_clip.data.pictures import open_picture
     from cn_clip.index.show import shown
 
     if not hits:
         raise DataError(f"--grid {options.grid}: nothing was found to draw")
     cells = []
     for hit in hits:
-        picture = index.thumbnail(hit.id) or Image.new("RGB", (1, 1), "white")
+        small = index.thumbnail(hit.id)
+        try:
+            picture = open_picture(small) if small else Image.new("RGB", (1, 1), "white")
+        except DataError as error:
+            raise DataError(
+                f"{index.place}: the thumbnail of {shown(hit.id)!r} is damaged ({error}); see `cn-clip index check`"
+            ) from error
         cells.append((picture, shown(hit.metadata.get("caption", hit.id)), False))
     query = options.text or options.image or options.id or ""
     draw_grid([(shown(query), cells)], Path(options.grid or ""))

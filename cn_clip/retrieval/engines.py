@@ -100,7 +100,8 @@ class GraphEngine:
     """The graph over the rows of keys below `next_key`, and the exact engine over the later ones.
 
     Candidates of the graph are ordered by exact scores. Where it would have to look at many rows for the few that a
-    filter admits, or gives fewer results than there are, the exact engine answers.
+    filter admits, gives fewer results than there are, or may have left out some that score like the last of them, the
+    exact engine answers.
     """
 
     def __init__(self, rows: Rows, graph: Any, next_key: int) -> None:
@@ -122,9 +123,8 @@ class GraphEngine:
             if len(places) < wanted:
                 results.extend(self.exact.search(queries_QD[number : number + 1], k, allowed_N))
                 continue
-            if later is not None:
-                places = np.concatenate([places, later[number][0]])
-            results.append(self._best(queries_QD[number], places, k))
+            best = self._best(queries_QD[number], places, later[number][0] if later is not None else None, k)
+            results.append(best or self.exact.search(queries_QD[number : number + 1], k, allowed_N)[0])
         return results
 
     def _num_candidates(self, wanted: int, num_allowed: int) -> int | None:
@@ -147,9 +147,15 @@ class GraphEngine:
         kept: IntArray = places[allowed_N[places] & np.isin(self.rows.keys_N[places], keys)]
         return kept
 
-    def _best(self, query_D: FloatArray, places: IntArray, k: int) -> Found:
+    def _best(self, query_D: FloatArray, places: IntArray, later: IntArray | None, k: int) -> Found | None:
+        """None where the k-th is no better than the last candidate: then others may score alike, and come first."""
+        num_candidates = len(places)
+        if later is not None:
+            places = np.concatenate([places, later])
         scores = (self.rows.gather(places).astype(np.float64) * query_D).sum(axis=1).astype(np.float32)
         order = np.argsort(-scores, kind="stable")[:k]
+        if num_candidates > k and scores[order[-1]] == scores[:num_candidates].min():
+            return None
         return places[order], scores[order]
 
 

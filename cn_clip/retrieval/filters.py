@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,6 +19,12 @@ _VALUE = rf"{_QUOTED}|[^\s,\"'=<>!]+"
 _TERM = re.compile(rf"\s*([^\s,\"'=<>!]+)\s*(>=|<=|!=|=|>|<)\s*((?:{_VALUE})(?:\s*,\s*(?:{_VALUE}))*)(?=\s|\Z)")
 _EACH_VALUE = re.compile(_VALUE)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+class Quoted(str):
+    """A value that stood in quotes: text, also where it reads as a number."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,18 @@ class Condition:
         """Whether an item fits."""
         return all(term.admits(metadata) for term in self.terms)
 
+    def check_fields(self, known: Collection[str]) -> None:
+        """Raises ConfigError for a field that is none of `known`, those that any item has; without items, for none."""
+        for term in self.terms:
+            if known and term.field not in known:
+                raise ConfigError(f"where: no item has the field {term.field!r}; there are: {', '.join(sorted(known))}")
+
 
 def parse(text: str) -> Condition:
     """Terms joined by blanks, all of which must hold: `field=value`, `!=`, `<`, `<=`, `>`, `>=`; `field=a,b` is one of.
 
     Values are numbers where both sides read as numbers, else text, ordered by code point (dates written year first
-    come out right); in quotes they may hold blanks and commas, a backslash before a quote or a backslash.
+    come out right); in quotes they are text and may hold blanks and commas, a backslash before a quote or a backslash.
     Raises ConfigError saying where the text leaves the grammar, or that it is longer than 4096 characters.
     """
     if len(text) > MAX_LENGTH:
@@ -76,7 +88,7 @@ def parse(text: str) -> Condition:
 
 
 def _unquoted(value: str) -> str:
-    return re.sub(r"\\(.)", r"\1", value[1:-1], flags=re.DOTALL) if value[0] in "\"'" else value
+    return Quoted(re.sub(r"\\(.)", r"\1", value[1:-1], flags=re.DOTALL)) if value[0] in "\"'" else value
 
 
 def _equal(found: Any, value: str) -> bool:
@@ -98,6 +110,6 @@ def _compared(compare: Ordering, found: Any, value: str) -> bool:
 def _number(value: Any) -> int | float | None:
     if isinstance(value, (int, float)):
         return value
-    if not isinstance(value, str) or len(value) > 300 or not _NUMBER.fullmatch(value):
+    if not isinstance(value, str) or isinstance(value, Quoted) or len(value) > 300 or not _NUMBER.fullmatch(value):
         return None
     return int(value) if value.lstrip("+-").isdecimal() else float(value)

@@ -265,7 +265,12 @@ class MilvusIndex:
     @property
     def ids(self) -> list[ItemId]:
         """All ids, in order of insertion."""
-        return [_parsed(row, self.place)[0] for row in self._connection.scan(["item"])]
+        return [item_id for item_id, _ in self.items()]
+
+    def items(self) -> Iterator[tuple[ItemId, dict[str, Any]]]:
+        """(id, metadata) in order of insertion."""
+        for row in self._connection.scan(["item"]):
+            yield _parsed(row, self.place)
 
     def search(
         self, vectors_QD: FloatArray, k: int, *, where: str | None = None, min_score: float | None = None

@@ -49,7 +49,10 @@ def open_index(path: str | os.PathLike[str]) -> "Index":
     while True:
         facts = manifest.read(folder)
         try:
-            return Index(Snapshot.open(folder, facts))
+            index = Index(Snapshot.open(folder, facts))
+            # Now, for the next writer removes the graph of this generation.
+            _ = index.engine
+            return index
         except DataError as error:
             # A writer may have merged the segments away after the manifest was read: then there is a newer one.
             if not isinstance(error.__cause__, OSError) or manifest.read(folder).generation == facts.generation:
@@ -135,13 +138,19 @@ class Index:
         """All ids, in order of insertion."""
         return list(self._places)
 
+    def items(self) -> Iterator[tuple[ItemId, dict[str, Any]]]:
+        """(id, metadata) in order of insertion."""
+        for _, item_id, metadata in self.snapshot.items():
+            yield item_id, metadata
+
     def search(
         self, vectors_QD: FloatArray, k: int, *, where: str | None = None, min_score: float | None = None
     ) -> list[list[Hit]]:
         """The up to k best items of each query, best first, equal scores in order of insertion.
 
         vectors_QD: finite float32. where: a condition on metadata, see `filters.parse`. min_score: the least score.
-        Raises ConfigError for k below 1 or a faulty condition, DataError for vectors of another shape or type.
+        Raises ConfigError for k below 1, a faulty condition or one on a field that no item has, DataError for vectors
+        of another shape or type.
         """
         if k < 1:
             raise ConfigError(f"k: expected at least 1, got {k}")
@@ -200,7 +209,11 @@ class Index:
         with self._lock:
             if where not in self._masks:
                 mask_N = np.zeros(len(self.snapshot.rows), dtype=np.bool_)
-                mask_N[[place for place, _, values in self.snapshot.items() if condition.admits(values)]] = True
+                known = set[str]()
+                for place, _, values in self.snapshot.items():
+                    known.update(values)
+                    mask_N[place] = condition.admits(values)
+                condition.check_fields(known)
                 while len(self._masks) >= _MASKS_KEPT:
                     del self._masks[next(iter(self._masks))]
                 self._masks[where] = mask_N
