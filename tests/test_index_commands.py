@@ -1,5 +1,6 @@
 """`cn-clip index …`: what is indexed, what is only computed once, what survives a kill, what is refused."""
 
+import errno
 import json
 import os
 import re
@@ -20,8 +21,10 @@ from cn_clip.clip import Encoder
 from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.demo import emoji
 from cn_clip.eval.feature_files import write_features
-from cn_clip.index import building
+from cn_clip.index import building, sources
+from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import Index, open_index
+from cn_clip.retrieval.writer import open_writer
 
 MODEL = ("--model", "Emoji-Tiny", "--num-threads", "1")
 EMOJI = emoji.load("twemoji")
@@ -242,6 +245,66 @@ def test_a_folder_that_moved_keeps_its_vectors(built: Path, tmp_path: Path, comm
     assert (result["encoded"], result["reused"], result["removed"]) == (0, 11, [name(4)])
 
 
+def test_a_source_that_is_not_there_empties_no_index(
+    built: Path, tmp_path: Path, command: Command, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures, before = tmp_path / "pictures", open_index(built).ids
+    args = ("index", "build", pictures, "--output", built)
+
+    def scandir(path: Any = ".") -> Any:
+        if Path(path) == pictures:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    real = os.scandir
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        assert refusal(*args) == f"{pictures}: cannot be read (Permission denied); is the disk there?"
+    picture = pictures / name(2)
+    assert "expected a folder; one picture goes into an index with: cn-clip index add" in refusal(
+        "index", "build", picture, "--output", built
+    )
+    pictures.rename(tmp_path / "unmounted")
+    pictures.mkdir()
+    assert "none of the 12 pictures is there any more, so nothing was removed" in command(*args, status=1)["error"]
+    assert open_index(built).ids == before
+    (pictures / "d0").symlink_to(tmp_path / "absent")
+    shutil.copytree(tmp_path / "unmounted" / "d1", pictures / "d1")
+    command(*args)
+    assert sorted(open_index(built).ids) == sorted(before)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_only_what_is_not_there_is_gone(
+    built: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    pictures, real = tmp_path / "pictures", os.stat
+
+    def stat(path: Any, **options: Any) -> Any:
+        if str(path) == str(pictures / name(2)):
+            raise OSError(number, os.strerror(number))
+        return real(path, **options)
+
+    (pictures / name(4)).unlink()
+    monkeypatch.setattr(os, "stat", stat)
+    assert command("index", "build", pictures, "--output", built)["removed"] == [name(4)]
+
+
+def test_a_folder_that_goes_during_the_walk_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures, real = write_pictures(tmp_path / "pictures", range(4)), os.walk
+
+    def walk(*args: Any, **options: Any) -> Any:
+        for place, folders, names in real(*args, **options):
+            if place.endswith("d0"):
+                shutil.rmtree(place)
+            yield place, folders, names
+
+    monkeypatch.setattr(os, "walk", walk)
+    source = sources.open_source(pictures)
+    assert [one.id for one in source.candidates] == [name(1), name(3)]
+    assert [(one.id, one.is_gone) for one in source.skipped] == [("d0", False)]
+
+
 def test_an_index_among_the_pictures_is_passed_over(tmp_path: Path, command: Command) -> None:
     folder = write_pictures(tmp_path / "pictures", range(3))
     for _ in range(2):
@@ -340,6 +403,65 @@ def test_a_feature_file_is_indexed_as_it_is(tmp_path: Path, command: Command, re
     assert not (tmp_path / "j").exists()
 
 
+def test_features_take_no_place_of_pictures_and_lend_no_vector(
+    built: Path, tmp_path: Path, command: Command, refusal: Callable[..., str]
+) -> None:
+    before, random = vectors(open_index(built)), np.random.default_rng(0).normal(size=(1, 256)).astype(np.float32)
+    write_features(tmp_path / "f.jsonl", "image_id", [([name(2)], random)])
+    assert "nobody said of which model its vectors are" in refusal("index", "add", built, tmp_path / "f.jsonl")
+    model = ("--model", "Emoji-Tiny")
+    assert "give --id-prefix" in refusal("index", "add", built, tmp_path / "f.jsonl", *model)
+    assert "holds float32 vectors" in refusal(
+        "index", "build", tmp_path / "f.jsonl", "--output", built, "--vector-type", "float16", *model
+    )
+    assert vectors(open_index(built)) == before
+    command("index", "build", tmp_path / "f.jsonl", "--output", built, "--keep-missing", *model)
+    index = open_index(built)
+    assert index.vector(name(2)).tolist() == random[0].tolist()
+    assert index.metadata(name(2)) == {"source": str(tmp_path / "f.jsonl")}
+    copy = tmp_path / "more" / "copy.png"
+    copy.parent.mkdir()
+    shutil.copy(tmp_path / "pictures" / name(2), copy)
+    assert command("index", "add", built, copy.parent)["encoded"] == 1
+    np.testing.assert_allclose(open_index(built).vector("copy.png"), before[name(2)], atol=1e-5)
+
+
+def test_an_index_that_came_meanwhile_of_another_model_is_refused(
+    tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures, real = write_pictures(tmp_path / "pictures", [1]), building.open_encoder
+
+    def slow(*args: Any, **options: Any) -> Any:
+        opened = real(*args, **options)
+        with open_writer(tmp_path / "i", Manifest(ModelInfo("Other", "ffff", 256))):
+            return opened
+
+    monkeypatch.setattr(building, "open_encoder", slow)
+    message = refusal("index", "build", pictures, "--output", tmp_path / "i", *MODEL)
+    assert "its vectors are of the model Other (ffff), not of Emoji-Tiny" in message
+    assert len(open_index(tmp_path / "i")) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "sentence"),
+    [
+        ("t.csv", "", "t.csv: holds no row"),
+        ("t.jsonl", "", "t.jsonl: holds no row"),
+        ("t.csv", "a.png,一\nb.png,二\n", "t.csv:1: expected a picture in the column 'image'; has ['a.png', '一']"),
+        ("t.jsonl", '{"image": true}', "t.jsonl:1 image: expected the name of a picture or an int, got True"),
+        ("t.jsonl", '{"image": 1.5}', "t.jsonl:1 image: expected the name of a picture or an int, got 1.5"),
+        ("t.jsonl", '{"image": "a"}\n{"image": "b", "x": NaN}', "t.jsonl:2: id 'b': its metadata is nothing that JSON"),
+    ],
+)
+def test_faulty_tables_are_refused_before_the_work(
+    tmp_path: Path, file: str, text: str, sentence: str, refusal: Callable[..., str]
+) -> None:
+    (tmp_path / file).write_text(text, encoding="utf-8")
+    pictures = write_pictures(tmp_path / "pictures", [1])
+    assert sentence in refusal("index", "build", pictures, "--output", tmp_path / "i", "--metadata", tmp_path / file)
+    assert not (tmp_path / "i").exists()
+
+
 def test_metadata_of_a_table_is_kept_and_filters(
     built: Path, tmp_path: Path, command: Command, refusal: Callable[..., str]
 ) -> None:
@@ -383,8 +505,16 @@ def test_add_and_remove(built: Path, tmp_path: Path, command: Command, refusal: 
     assert refusal("index", "remove", built, name(1), "absent") == f"{built}: has no item 'absent'; nothing was removed"
     result = command("index", "remove", built, name(1), name(1), "030.png")
     assert (result["removed"], result["num_items"]) == ([name(1), "030.png"], 13)
+    everything = refusal("index", "remove", built, "--where", "width=64")
+    assert everything.startswith(
+        "--where width=64: fits all 13 items, so nothing was removed; to remove them all, give"
+    )
+    assert "where: no item has the field 'group'; there are: digest" in refusal(
+        "index", "remove", built, "--where", "group!=x"
+    )
     result = command("index", "remove", built, "--where", f"source={tmp_path / 'more'}")
     assert (sorted(result["removed"]), result["num_items"]) == ([f"more/{name(30)}", f"more/{name(3)}"], 11)
+    assert command("index", "remove", built, "--where", "width=64", "--all")["num_items"] == 0
 
 
 def test_info_tells_model_and_counts(built: Path, command: Command) -> None:
@@ -448,11 +578,28 @@ def test_repair_keeps_vectors_whose_thumbnails_are_damaged(built: Path, tmp_path
 def test_repair_tells_what_has_lost_its_name_and_build_brings_it_back(
     built: Path, tmp_path: Path, command: Command
 ) -> None:
-    flip(sorted(built.glob("segment-*"))[0] / "items.jsonl")
+    before = vectors(open_index(built))
+    shutil.move(tmp_path / "pictures", tmp_path / "away")
+    path = sorted(built.glob("segment-*"))[0] / "items.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = b"?" + lines[1][1:]
+    lines[3] = lines[3].replace(name(6).encode(), name(8).encode(), 1)  # the id, not the path
+    path.write_bytes(b"".join(lines))
     result = command("index", "check", built, "--repair", status=1)
-    assert (result["num_lost"], result["num_items"]) == (5, 7)
-    assert command("index", "build", tmp_path / "pictures", "--output", built)["encoded"] == 5
+    assert (result["num_lost"], result["num_items"]) == (2, 10)
+    assert vectors(open_index(built)) == {one: row for one, row in before.items() if one not in (name(2), name(6))}
+    shutil.move(tmp_path / "away", tmp_path / "pictures")
+    assert command("index", "build", tmp_path / "pictures", "--output", built)["encoded"] == 2
     assert len(open_index(built)) == 12
+
+
+def test_repair_reads_items_without_the_table_of_rows(built: Path, tmp_path: Path, command: Command) -> None:
+    before = vectors(open_index(built))
+    shutil.rmtree(tmp_path / "pictures")
+    flip(sorted(built.glob("segment-*"))[0] / "rows.npy")
+    result = command("index", "check", built, "--repair")
+    assert (result["num_lost"], result["num_items"]) == (0, 12)
+    assert vectors(open_index(built)) == before
 
 
 def test_repair_takes_vectors_from_the_feature_file(tmp_path: Path, command: Command) -> None:

@@ -23,6 +23,7 @@ from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval import engines, flat, manifest, places, store, writer
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo
 from cn_clip.retrieval.places import Place, Searchable, Writer
+from cn_clip.retrieval.segments import Row, write_segment
 from cn_clip.retrieval.store import Index, ItemId, open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
 
@@ -279,6 +280,33 @@ def test_a_reader_goes_on_with_its_generation(tmp_path: Path, engine: EngineName
     assert found(open_index(tmp_path / "i"), vectors[:1], 1) == [[39]]
 
 
+def test_a_reader_that_has_not_searched_yet_keeps_its_graph(tmp_path: Path) -> None:
+    vectors = unit(1500)
+    before = build(tmp_path / "i", vectors, engine="usearch", size=1500)
+    with open_writer(tmp_path / "i") as opened:
+        opened.commit(items(unit(300, seed=5), first=1500))
+        opened.finish()
+    graph = before.manifest.graph
+    assert graph is not None
+    assert not (tmp_path / "i" / graph.name).exists()
+    assert isinstance(before.engine, engines.GraphEngine)
+    assert found(before, vectors[:1], 1) == [["图0"]]
+
+
+def test_of_many_equal_scores_the_first_added_are_found(tmp_path: Path, engine: EngineName) -> None:
+    vectors = unit(1500)
+    vectors[100:600] = vectors[50]
+    index = build(tmp_path / "i", vectors, engine=engine, size=1500)
+    assert [hit.metadata["number"] for hit in index.search(vectors[50:51], 10)[0]] == [50, *range(100, 109)]
+
+
+def test_a_condition_on_a_field_that_no_item_has_names_those_there_are(tmp_path: Path, engine: EngineName) -> None:
+    index = build(tmp_path / "i", unit(5), engine=engine)
+    for where in ("nummer>3", "nummer!=3"):
+        with pytest.raises(ConfigError, match=r"where: no item has the field 'nummer'; there are: number"):
+            index.search(unit(1), 1, where=where)
+
+
 def test_conditions_hold_for_all_kinds_of_values(home: Home) -> None:
     metadata: list[dict[str, Any]] = [
         {"year": "2021"},
@@ -339,6 +367,59 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no index; build one with"), open_writer(tmp_path / "absent"):
         pass
     assert not (tmp_path / "absent").exists()
+
+
+def test_hidden_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".notes.tmp").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"holds '.notes.tmp'"), open_writer(tmp_path / "mine", Manifest(MODEL)):
+        pass
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [".notes.tmp"]
+    build(tmp_path / "i", unit(5))
+    (tmp_path / "i" / ".notes.tmp").write_bytes(b"mine")
+    (tmp_path / "i" / ".manifest.json.host-1-abc.tmp").write_bytes(b"{")
+    with open_writer(tmp_path / "i") as opened:
+        opened.commit(items(unit(1), first=9))
+    hidden = {path.name for path in (tmp_path / "i").iterdir() if path.name.startswith(".")}
+    assert hidden == {".lock", ".notes.tmp"}
+
+
+def test_vectors_take_their_room_on_the_disk_as_they_are_written(tmp_path: Path) -> None:
+    sizes = []
+
+    def rows() -> Iterator[Row]:
+        for number in range(1000):
+            sizes.append((tmp_path / "s" / "vectors.npy").stat().st_size)
+            yield Row(number, unit(1)[0], b"{}")
+
+    write_segment(tmp_path / "s", rows(), 1000, DIM, "float32")
+    assert max(sizes) < np.load(tmp_path / "s" / "vectors.npy").nbytes
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from cn_clip.retrieval import writer
+from cn_clip.retrieval.manifest import Manifest, ModelInfo
+rows = np.eye(16, dtype=np.float32)
+with writer.open_writer(Path(sys.argv[1]), Manifest(ModelInfo("Tiny", "0123", 16))) as opened:
+    opened.commit([writer.NewItem(number, rows[number]) for number in range(16)])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+    try:
+        opened.commit([writer.NewItem(number, rows[number % 16]) for number in range(16, 16 + int(sys.argv[2]))])
+    except writer.DataError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("count", [130, 400])
+def test_a_disk_that_is_full_is_told_in_a_sentence(tmp_path: Path, count: int) -> None:
+    pytest.importorskip("resource")
+    args = [sys.executable, "-c", LIMITED, tmp_path / "i", str(count)]
+    done = subprocess.run(args, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{tmp_path / 'i'}: cannot be written (File too large); all that was reported")
+    assert open_index(tmp_path / "i").ids == list(range(16))
 
 
 # --- damage

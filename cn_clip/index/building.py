@@ -2,11 +2,11 @@
 
 # N rows, D embedding
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,10 +17,21 @@ from cn_clip.index.ingest import Ingest, Report, Settings, Summary
 from cn_clip.index.models import full_name, open_encoder
 from cn_clip.index.options import AddOptions
 from cn_clip.index.show import shown
-from cn_clip.index.sources import Skipped, Source, Table, is_feature_file, open_source, read_table, row_of
+from cn_clip.index.sources import (
+    OWN_FIELDS,
+    Skipped,
+    Source,
+    Table,
+    is_feature_file,
+    is_single_picture,
+    open_source,
+    read_table,
+    row_of,
+)
 from cn_clip.retrieval import places
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, VectorType
 from cn_clip.retrieval.places import Facts, Place, Writer
+from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.store import same_model
 from cn_clip.retrieval.writer import NewItem
 
@@ -66,6 +77,12 @@ class Model:
                 same_model(self.facts.model, self._opened[1], self.index)
         return self._opened[0]
 
+    def settle(self, found: Facts) -> None:
+        """The index, now that nobody else changes it; raises ConfigError when it came to be of another model."""
+        if self._opened is not None:
+            same_model(found.model, self._opened[1], self.index)
+        self.facts = found
+
     def info(self) -> ModelInfo:
         """What the index says, or is to say, of it."""
         if self.facts is None:
@@ -83,10 +100,13 @@ def update(options: AddOptions, job: Job, say: Speaker) -> None:
         _update_from_features(options, job, model, table, say)
         return
     source = open_source(job.source, id_prefix=job.id_prefix)
+    if job.is_sync and is_single_picture(job.source):
+        raise ConfigError(f"{job.source}: expected a folder; one picture goes into an index with: cn-clip index add")
     if not source.candidates and model.facts is None:
         raise DataError(f"{job.source}: holds no picture{_reasons(source.skipped)}")
     with _writer(job, model, source.name) as writer:
-        _refuse_others_ids(writer, source, job)
+        model.settle(writer.manifest)
+        _refuse_others_ids(writer, (one.id for one in source.candidates), source.name, job)
         before = writer.manifest.source
         settings = Settings(options.batch_size, options.num_workers, options.commit_every, options.thumbnail_size)
         ingest = Ingest(writer, model.encoder, settings, _reporter(say), skipped=source.skipped)
@@ -98,24 +118,28 @@ def update(options: AddOptions, job: Job, say: Speaker) -> None:
 
 
 def _writer(job: Job, model: Model, source: str) -> "AbstractContextManager[Writer]":
-    facts = model.facts
-    if facts is not None:
-        if job.vector_type not in (None, facts.vector_type):
-            raise ConfigError(f"{job.index}: holds {facts.vector_type} vectors; build another index for others")
-        return places.open_writer(job.index)
-    create = Manifest(
-        model.info(), engine=job.engine or "exact", vector_type=job.vector_type or "float32", source=source
-    )
-    return places.open_writer(job.index, create)
+    if model.facts is None:
+        return places.open_writer(job.index, _create(job, model.info(), source))
+    _check_vector_type(job, model.facts)
+    return places.open_writer(job.index)
 
 
-def _refuse_others_ids(writer: Writer, source: Source, job: Job) -> None:
-    """A picture added from elsewhere must not take the place of one that happens to be called the same."""
+def _create(job: Job, model: ModelInfo, source: str) -> Manifest:
+    return Manifest(model, engine=job.engine or "exact", vector_type=job.vector_type or "float32", source=source)
+
+
+def _check_vector_type(job: Job, facts: Facts) -> None:
+    if job.vector_type not in (None, facts.vector_type):
+        raise ConfigError(f"{job.index}: holds {facts.vector_type} vectors; build another index for others")
+
+
+def _refuse_others_ids(writer: Writer, ids: Iterable[ItemId], source: str, job: Job) -> None:
+    """An item added from elsewhere must not take the place of one that happens to be called the same."""
     if job.is_sync:
         return
-    wanted = {one.id for one in source.candidates}
+    wanted = set(ids)
     for item_id, metadata in writer.items():
-        if item_id in wanted and metadata.get("source") != source.name:
+        if item_id in wanted and metadata.get("source") != source:
             raise ConfigError(
                 f"{job.index}: has an item {shown(item_id)} of {shown(metadata.get('source', 'elsewhere'))}; "
                 "give --id-prefix, which goes before the ids of what is added"
@@ -127,22 +151,25 @@ def _update_from_features(options: AddOptions, job: Job, model: Model, table: Ta
     name, embed_dim = str(job.source.absolute()), features.vectors.shape[1]
     info = _model_of_features(options, job, model, embed_dim)
     summary = Summary()
-    create = Manifest(info, engine=job.engine or "exact", vector_type=job.vector_type or "float32", source=name)
-    with places.open_writer(job.index, create) as writer:
+    with places.open_writer(job.index, _create(job, info, name)) as writer:
+        _check_vector_type(job, writer.manifest)
         if writer.manifest.model.embed_dim != embed_dim:
             raise DataError(
                 f"{job.source}: vectors of {embed_dim} numbers, the index {job.index} has those of "
                 f"{writer.manifest.model.name or 'a model'} of {writer.manifest.model.embed_dim}"
             )
+        if writer.manifest.model.fingerprint != info.fingerprint:
+            same_model(writer.manifest.model, info, job.index)
         before, known = writer.manifest.source, dict(writer.items())
         ids = [f"{job.id_prefix}{one}" if job.id_prefix else one for one in features.ids]
+        _refuse_others_ids(writer, ids, name, job)
         report = _reporter(say)
         for start in range(0, len(ids), options.commit_every):
             items = []
             end = start + options.commit_every
             for item_id, vector_D in zip(ids[start:end], features.vectors[start:end], strict=True):
                 row = row_of(table, item_id, job.id_prefix) if table is not None else known.get(item_id)
-                item = NewItem(item_id, vector_D, {**(row or {}), "source": name})
+                item = NewItem(item_id, vector_D, {**_foreign(row or {}), "source": name})
                 if item_id in known and _is_same(item, writer.stored(item_id)):
                     summary.unchanged += 1
                 else:
@@ -165,6 +192,11 @@ def _update_from_features(options: AddOptions, job: Job, model: Model, table: Ta
 def _model_of_features(options: AddOptions, job: Job, model: Model, embed_dim: int) -> ModelInfo:
     """The model named, or nobody's: then text and pictures cannot be searched for, ids can."""
     if model.facts is not None:
+        if model.facts.model.fingerprint and options.model is None:
+            raise ConfigError(
+                f"{job.source}: nobody said of which model its vectors are; those of {job.index} are of "
+                f"{model.facts.model.name}: if these are too, give --model {model.facts.model.name}"
+            )
         return model.info()
     if options.model is None:
         return ModelInfo("", "", embed_dim)
@@ -172,6 +204,11 @@ def _model_of_features(options: AddOptions, job: Job, model: Model, embed_dim: i
     if info.embed_dim != embed_dim:
         raise DataError(f"{job.source}: vectors of {embed_dim} numbers, the model {info.name} gives {info.embed_dim}")
     return info
+
+
+def _foreign(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what pictures alone have: vectors of a file are not those of the bytes that a digest names."""
+    return {field: value for field, value in row.items() if field not in OWN_FIELDS}
 
 
 def _is_same(item: NewItem, stored: NewItem) -> bool:

@@ -113,7 +113,7 @@ class Ingest:
             self._take(prepared, pixels)
 
     def prune(self, sources: Collection[str], candidates: Iterable[Candidate]) -> None:
-        """Removes the items of these sources that are not there any more."""
+        """Removes the items of these sources that are not there any more; raises DataError where none would be left."""
         kept = {one.id for one in candidates} - {one.id for one in self.summary.skipped if one.is_gone}
         unread = tuple(f"{one.id}/" for one in self.summary.skipped if not one.is_gone)
         gone = [
@@ -121,6 +121,11 @@ class Ingest:
             for item_id, metadata in self.writer.items()
             if metadata.get("source") in sources and item_id not in kept and not f"{item_id}/".startswith(unread)
         ]
+        if gone and not kept:
+            raise DataError(
+                f"none of the {len(gone)} pictures is there any more, so nothing was removed: see that the disk is "
+                "there, or remove them with cn-clip index remove, or give --keep-missing"
+            )
         self.writer.commit(remove=gone)
         self.summary.removed = gone
         self.summary.duplicates = [pair for pair in self.summary.duplicates if pair[1] in self.writer]

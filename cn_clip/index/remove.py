@@ -24,6 +24,8 @@ class Options:
     """Items to remove"""
     where: str | None = None
     """Condition on metadata, such as group=动物"""
+    all: bool = False
+    """Remove every item, if --where fits every item"""
     json: bool = False
     """Print the result as one JSON object"""
 
@@ -47,7 +49,13 @@ def run(options: Options) -> None:
             raise DataError(f"{options.index}: has no item {shown(absent[0])!r}; nothing was removed")
         chosen = [by_name[name] for name in dict.fromkeys(options.ids)]
         if condition is not None:
+            condition.check_fields({field for _, metadata in writer.items() for field in metadata})
             fitting = [item_id for item_id, metadata in writer.items() if condition.admits(metadata)]
+            if fitting and len(fitting) == len(writer) and not options.all:
+                raise ConfigError(
+                    f"--where {options.where}: fits all {len(writer)} items, so nothing was removed; to remove them "
+                    "all, give --all as well"
+                )
             chosen = list(dict.fromkeys([*chosen, *fitting]))
         writer.commit(remove=chosen)
         writer.finish()

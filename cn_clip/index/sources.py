@@ -1,6 +1,7 @@
 """What an index is built from: folders of pictures, single pictures, LMDB splits, and the tables beside them."""
 
 import csv
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from cn_clip.errors import DataError
 from cn_clip.eval.feature_shards import is_shard_folder
 from cn_clip.jsonl import read_objects
 from cn_clip.retrieval import manifest
-from cn_clip.retrieval.segments import ItemId
+from cn_clip.retrieval.segments import ItemId, item_line
 from cn_clip.retrieval.writer import LOCK
 
 FEATURE_SUFFIXES = (".jsonl", ".npz", ".parquet")
@@ -63,11 +64,26 @@ class Source:
 
 def is_feature_file(path: Path) -> bool:
     """Whether a source holds vectors instead of pictures."""
-    return (path.is_file() and path.suffix.lower() in FEATURE_SUFFIXES) or is_shard_folder(path)
+    try:
+        return (path.is_file() and path.suffix.lower() in FEATURE_SUFFIXES) or is_shard_folder(path)
+    except OSError:  # `open_source` says why
+        return False
 
 
 def open_source(path: Path, *, id_prefix: str = "") -> Source:
-    """Raises DataError when there is nothing at `path`, or an LMDB that cannot be read."""
+    """Raises DataError when there is nothing at `path`, or what cannot be read."""
+    try:
+        return _open(path, id_prefix)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); is the disk there?") from error
+
+
+def is_single_picture(path: Path) -> bool:
+    """Whether a source is one file, and no feature file."""
+    return path.is_file() and not is_feature_file(path)
+
+
+def _open(path: Path, id_prefix: str) -> Source:
     if is_split_folder(path):
         return _lmdb(path / IMAGES, id_prefix)
     if (path / "data.mdb").is_file():
@@ -86,12 +102,19 @@ def _folder(root: Path, id_prefix: str) -> Source:
     source, seen = Source(os.fspath(root), id_prefix), set()
 
     def unreadable(error: OSError) -> None:
+        if error.filename == os.fspath(root):
+            raise error
         source.skipped.append(
             Skipped(_id(source, str(error.filename)), f"cannot be read ({error.strerror})", is_gone=False)
         )
 
     for place, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        facts = os.stat(place)
+        try:
+            facts = os.stat(place)
+        except OSError as error:  # it was removed meanwhile
+            unreadable(error)
+            folders.clear()
+            continue
         if (facts.st_dev, facts.st_ino) in seen or _is_index(place):
             folders.clear()
             continue
@@ -116,7 +139,9 @@ def _look_at(source: Source, path: str) -> None:
     try:
         facts = os.stat(path)
     except OSError as error:
-        source.skipped.append(Skipped(name, f"cannot be read ({error.strerror})"))
+        # A link that leads nowhere may lead to a disk that is not there now.
+        is_gone = error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.islink(path)
+        source.skipped.append(Skipped(name, f"cannot be read ({error.strerror})", is_gone=is_gone))
         return
     if not stat.S_ISREG(facts.st_mode):
         source.skipped.append(Skipped(name, "not a regular file"))
@@ -168,17 +193,25 @@ def read_table(path: Path, image_column: str) -> Table:
     Raises DataError naming file and line, also for a column that the index itself writes.
     """
     table: dict[ItemId, dict[str, Any]] = {}
-    for number, row in _rows(path):
+    for number, row in _rows(path, image_column):
         key = row.pop(image_column, None)
         if key is None or key == "":
             raise DataError(f"{path}:{number}: expected a picture in the column {image_column!r}; has {sorted(row)}")
+        if type(key) not in (int, str):
+            raise DataError(f"{path}:{number} {image_column}: expected the name of a picture or an int, got {key!r}")
         own = sorted(row.keys() & set(OWN_FIELDS))
         if own:
             raise DataError(f"{path}:{number}: the column {own[0]!r} is the index's own; give it another name")
         if CAPTION_COLUMN in row:
             row["caption"] = row.pop(CAPTION_COLUMN)
         name = key if isinstance(key, int) else str(key).removeprefix("./")
+        try:
+            item_line(name, row)
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from error
         table.setdefault(name, {field: value for field, value in row.items() if value not in ("", None)})
+    if not table:
+        raise DataError(f"{path}: holds no row; expected a column {image_column!r} and a row for each picture")
     return table
 
 
@@ -188,7 +221,7 @@ def row_of(table: Table, item_id: ItemId, id_prefix: str = "") -> Mapping[str, A
     return table.get(bare, table.get(str(bare)))
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path, image_column: str) -> Iterator[tuple[int, dict[str, Any]]]:
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
         yield from ((number, dict(row)) for number, row in read_objects(path))
@@ -199,6 +232,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with open(path, encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, dialect="excel-tab" if suffix == ".tsv" else "excel")
             columns = list(reader.fieldnames or [])
+            if columns and image_column not in columns:
+                raise DataError(f"{path}:1: expected a picture in the column {image_column!r}; has {sorted(columns)}")
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(f"{path}:{reader.line_num}: expected {len(columns)} columns as in the first line")

@@ -1,15 +1,17 @@
 """Reads every byte of an index and tells what is damaged, and what of a damaged segment can still be read."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cn_clip.errors import DataError
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.manifest import Manifest
-from cn_clip.retrieval.segments import ITEMS, ROWS, VECTORS, Segment
+from cn_clip.retrieval.segments import ITEM_END, ITEMS, KEY, ROWS, VECTORS, ItemId, Segment
 from cn_clip.retrieval.store import Snapshot, removed_keys
 from cn_clip.retrieval.writer import NewItem
 
@@ -67,22 +69,50 @@ class Remains:
 
 
 def remains(folder: Path, facts: Manifest, name: str, damaged: set[str]) -> Remains:
-    """What can be read of the segment `name`. damaged: its damaged files; num_lost: items without a name."""
+    """What can be read of the segment `name`. damaged: its damaged files; num_lost: items without a name.
+
+    Without rows.npy nobody knows which rows were removed; where any were, and where items.jsonl is damaged too, all of
+    the segment is lost. Of a damaged items.jsonl the lines count that parse and whose id is that of their path.
+    """
     segment = next(one for one in facts.segments if one.name == name)
-    if damaged & {ITEMS, ROWS}:
+    table_N3 = None if ROWS in damaged else np.load(folder / name / ROWS, allow_pickle=False)
+    removed = removed_keys(folder, facts)
+    if table_N3 is None and (ITEMS in damaged or len(removed)):
         return Remains([], segment.num_rows, False)
-    table = np.load(folder / name / ROWS, allow_pickle=False)
-    alive = np.flatnonzero(~np.isin(table[:, 0], removed_keys(folder, facts)))
+    alive = np.arange(segment.num_rows) if table_N3 is None else np.flatnonzero(~np.isin(table_N3[:, KEY], removed))
     width = facts.model.embed_dim
     vectors = np.zeros((segment.num_rows, width), dtype=np.float32)
     if VECTORS not in damaged:
         vectors = np.load(folder / name / VECTORS, mmap_mode="r", allow_pickle=False)
-    lines = (folder / name / ITEMS).read_bytes().splitlines()
-    found = []
+    lines = _lines(folder / name / ITEMS, None if table_N3 is None else table_N3[:, ITEM_END].tolist())
+    found: dict[ItemId, NewItem] = {}
     for row in alive.tolist():
-        item_id, metadata = Segment.parse(lines[row], f"{folder / name / ITEMS}:{row + 1}")
-        found.append(NewItem(item_id, vectors[row], metadata))
-    return Remains(found, 0, VECTORS not in damaged)
+        try:
+            item_id, metadata = Segment.parse(lines[row], f"{folder / name / ITEMS}:{row + 1}")
+        except DataError:
+            continue
+        if ITEMS not in damaged or _is_likely(item_id, metadata):
+            found[item_id] = NewItem(item_id, vectors[row], metadata)
+    return Remains(list(found.values()), len(alive) - len(found), VECTORS not in damaged)
+
+
+def _lines(path: Path, ends: Sequence[int] | None) -> list[bytes]:
+    """The lines of an items.jsonl, cut at `ends` where these are known; empty where the file is gone or shorter."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        data = b""
+    if ends is None:
+        return data.splitlines()
+    return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _is_likely(item_id: ItemId, metadata: Mapping[str, Any]) -> bool:
+    """Whether an id of a damaged file is that of its picture's path, where it has one."""
+    path, source = metadata.get("path"), metadata.get("source")
+    if not isinstance(path, str) or not isinstance(source, str):
+        return True
+    return str(item_id).endswith(os.path.relpath(path, source).replace(os.sep, "/"))
 
 
 def require_removed(folder: Path, facts: Manifest) -> None:

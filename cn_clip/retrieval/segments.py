@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,23 +49,31 @@ def item_line(item_id: ItemId, metadata: Metadata) -> bytes:
 def write_segment(folder: Path, rows: Iterable[Row], num_rows: int, embed_dim: int, vector_type: VectorType) -> None:
     """Writes `num_rows` rows into `folder`, which must not exist; raises OSError. Memory: a row."""
     folder.mkdir()
-    vectors_ND = np.lib.format.open_memmap(
-        folder / VECTORS, mode="w+", dtype=np.dtype(vector_type), shape=(num_rows, embed_dim)
-    )
     table_N3 = np.empty((num_rows, 3), dtype=np.int64)
-    with open(folder / ITEMS, "wb") as items, open(folder / THUMBNAILS, "wb") as thumbnails:
+    with (
+        open(folder / VECTORS, "wb") as vectors,
+        open(folder / ITEMS, "wb") as items,
+        open(folder / THUMBNAILS, "wb") as thumbnails,
+    ):
+        # No memory map: of a full disk that says nothing but SIGBUS.
+        _write_header(vectors, np.dtype(vector_type), (num_rows, embed_dim))
         for place, row in enumerate(rows):
-            vectors_ND[place] = row.vector_D
+            vectors.write(row.vector_D.astype(vector_type).tobytes())
             items.write(row.item + b"\n")
             thumbnails.write(row.thumbnail)
             table_N3[place] = row.key, items.tell(), thumbnails.tell()
-    vectors_ND.flush()
-    del vectors_ND
-    np.save(folder / ROWS, table_N3)
+    with open(folder / ROWS, "wb") as stream:
+        _write_header(stream, table_N3.dtype, table_N3.shape)
+        stream.write(table_N3.tobytes())
     for path in folder.iterdir():
         with open(path, "rb+") as stream:
             os.fsync(stream.fileno())
     sync_folder(folder)
+
+
+def _write_header(stream: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    facts = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, facts)
 
 
 def facts_of_segment(folder: Path, num_rows: int) -> SegmentFacts:

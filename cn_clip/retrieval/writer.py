@@ -3,7 +3,9 @@
 # N rows of all segments, removed ones included, D dimensions
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +34,8 @@ from cn_clip.retrieval.store import Snapshot, removed_keys
 
 LOCK = ".lock"
 BUILDING = ".building"
+# What `atomic_write` begins of the files of an index.
+_TEMPORARY = re.compile(r"\.(manifest\.json|removed-[0-9]{6,}\.npy)\..*-[0-9]+-\w+\.tmp")
 # So many segments of like size become one: then an index of n commits has some log(n) of them.
 SEGMENTS_OF_A_SIZE = 8
 # All is written anew once this share of the rows is removed.
@@ -64,6 +68,7 @@ def open_writer(
         try:
             if create is not None:
                 folder.mkdir(parents=True, exist_ok=True)
+                _refuse_strange(folder)
             elif not folder.is_dir():
                 manifest.read(folder)
             stack.enter_context(FileLock(os.fspath(folder / LOCK), timeout=0))
@@ -74,14 +79,24 @@ def open_writer(
         except OSError as error:
             raise DataError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
         if create is not None and not (folder / manifest.NAME).exists():
+            _refuse_strange(folder)
             _begin(folder, create)
         yield IndexWriter(_snapshot(folder, without), is_mended=bool(without))
 
 
-def _begin(folder: Path, create: Manifest) -> None:
-    strange = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    if strange:
+def _refuse_strange(folder: Path) -> None:
+    """Raises ConfigError for a folder that is no index and holds something."""
+    names = set(os.listdir(folder))
+    strange = sorted(name for name in names if name != LOCK and not _is_temporary(name))
+    if strange and manifest.NAME not in names:
         raise ConfigError(f"{folder}: is no index and holds {strange[0]!r}; choose an empty folder or a new name")
+
+
+def _is_temporary(name: str) -> bool:
+    return name == BUILDING or bool(_TEMPORARY.fullmatch(name))
+
+
+def _begin(folder: Path, create: Manifest) -> None:
     if create.engine == "usearch":
         require_usearch()
     manifest.write(folder, create)
@@ -262,7 +277,10 @@ class IndexWriter:
         building, path = self.folder / BUILDING, self._fresh("graph", ".usearch")
         for rubbish in (building, path):
             _remove(rubbish)
-        graph.save(str(building))
+        try:
+            graph.save(str(building))
+        except RuntimeError as error:  # all that the binding says of a full disk
+            raise OSError(errno.EIO, f"the graph: {error}") from error
         with open(building, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(building, path)
@@ -272,8 +290,7 @@ class IndexWriter:
         """Removes what no manifest names: of commits that were killed, and of generations before."""
         counted = self.manifest.names()
         for entry in self.folder.iterdir():
-            is_temporary = entry.name == BUILDING or (entry.name.startswith(".") and entry.name.endswith(".tmp"))
-            if is_temporary or (manifest.is_own(entry.name) and entry.name not in counted):
+            if _is_temporary(entry.name) or (manifest.is_own(entry.name) and entry.name not in counted):
                 with contextlib.suppress(OSError):  # Windows removes nothing that a reader has mapped
                     _remove(entry)
 
@@ -283,8 +300,8 @@ class IndexWriter:
             yield
         except OSError as error:
             raise DataError(
-                f"{self.folder}: cannot be written ({error.strerror}); all that was reported done is kept: free some "
-                "space and run the command again"
+                f"{self.folder}: cannot be written ({error.strerror or error}); all that was reported done is kept: "
+                "free some space and run the command again"
             ) from error
 
 
