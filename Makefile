@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= auto
 FILES := cn_clip tests benchmarks tools
 
 .PHONY: help demo test test-slow test-gpu test-milvus test-browser test-ray check format clean
@@ -30,8 +31,9 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 demo: $(VENV)/.core
 	$(BIN)/cn-clip demo --output demo-output
 
+# A process a core, one thread each; a file stays in one process, whose fixtures its tests share.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not gpu and not milvus and not browser and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

@@ -1,7 +1,10 @@
 """Where this process runs: device, mixed precision type, rank among its peers."""
 
 import os
+import platform
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cn_clip.errors import ConfigError
@@ -73,3 +76,18 @@ def cpu_has_bf16() -> bool:
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     checks: list[Callable[[], bool]] = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
     return any(check() for check in checks)
+
+
+@cache
+def processor() -> tuple[str, set[str]]:
+    """Its name and what it can do, as Linux tells them; elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), set()
+    values: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        values.setdefault(key.strip().lower(), value.strip())
+    name = values.get("model name") or platform.processor() or platform.machine()
+    return name, set((values.get("flags") or values.get("features") or "").split())

@@ -267,10 +267,23 @@ def test_int8_in_onnx_runtime_is_for_the_processor(tmp_path: Path, no_gpu: list[
         open_backend(tmp_path / "tiny", backend="onnx", precision="int8", device="cuda")
 
 
-def test_int8_products_are_exact_on_processors_without_vnni(tmp_path: Path) -> None:
-    tower = OnnxTower(write_tower(tmp_path / "tower.onnx", "image"), "image", device="cpu")
-    settings = tower._session.get_session_options()
-    assert settings.get_session_config_entry("session.x64quantprecision") == "1"
+@pytest.mark.parametrize(("flags", "is_set"), [({"avx2", "avx512f"}, True), (set(), True), ({"avx_vnni"}, False)])
+def test_int8_products_are_exact_on_processors_without_vnni(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: set[str], is_set: bool
+) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr("cn_clip.ranks.processor", lambda: ("a processor", flags))
+    entries: list[tuple[str, str]] = []
+    options = onnxruntime.SessionOptions
+
+    class Recorded(options):  # type: ignore[misc, valid-type]
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            entries.append((key, value))
+
+    monkeypatch.setattr("onnxruntime.SessionOptions", Recorded)
+    OnnxTower(write_tower(tmp_path / "tower.onnx", "image"), "image", device="cpu")
+    assert entries == ([("session.x64quantprecision", "1")] if is_set else [])
 
 
 def test_a_file_that_opens_elsewhere_is_not_exported_again(
