@@ -33,7 +33,7 @@ PICTURES = [one.picture for one in load()[:40]]
 LABELS = ["猫脸", "鸟", "水果"]
 # Rows of a batch are rounded a little differently from those of another size.
 TOLERANCE = {"rtol": 0, "atol": 2e-6}
-LIMITS = Limits(max_items=64, max_body_mb=1, max_pixels=1_000_000, max_wait_ms=1)
+LIMITS = Limits(max_items=64, max_body_mb=1, max_pixels=1_000_000, max_request_pixels=2_000_000, max_wait_ms=1)
 
 
 def png(width: int, height: int, mode: str = "RGB") -> bytes:
@@ -107,6 +107,7 @@ def test_usage_counts_the_tokens_of_the_texts(client: httpx.Client) -> None:
 
 def test_base64_holds_the_very_numbers_of_float(client: httpx.Client) -> None:
     plain, packed = (embeddings(client, input=TEXTS[:1], encoding_format=form) for form in ("float", "base64"))
+    assert embeddings(client, input=TEXTS[:1], encoding_format=None)["data"] == plain["data"]
     unpacked = np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), dtype="<f4")
     np.testing.assert_array_equal(unpacked, vectors(plain)[0])
     assert np.linalg.norm(unpacked) == pytest.approx(1, abs=1e-6)
@@ -242,6 +243,12 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
     "faulty base64": (embed({"image": "data:image/png;base64,a$b="}), 400, "not valid base64", "input.image"),
     "a bomb": (embed_picture(BOMB), 400, "at most 1000000 pixels", "input[0].image"),
     "too many pixels": (embed_picture(png(1001, 1000, "1")), 400, "this one has 1001 x 1000", "input[0].image"),
+    "many pixels together": (
+        embed([{"image": data_url(png(1000, 1000, "1"))}] * 3),
+        400,
+        "at most 2000000 pixels a request are read, and with this picture there are 3000000",
+        "input[2].image",
+    ),
     "half a JPEG": (embed_picture(TRUNCATED), 400, "does not decode", "input[0].image"),
     "SVG": (embed_picture(SVG), 400, "no known format; expected JPEG", "input[0].image"),
     "TIFF": (embed_picture(TIFF.getvalue()), 400, "no known format", "input[0].image"),
@@ -262,6 +269,16 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
     "an unknown field of half a surrogate": (embed("猫", **{"\ud800": 1}), 400, "unicode string", None),
     "an unknown format": (embed("猫", encoding_format="hex"), 400, "'float' or 'base64'", "encoding_format"),
     "another model": (("/v1/embeddings", {"model": "x", "input": "猫"}), 404, "only 'tiny'", "model"),
+    "a long model": (("/v1/embeddings", {"model": "x" * 600, "input": "猫"}), 400, "at most 512 characters", "model"),
+    "a long user": (embed("猫", user="x" * 600), 400, "at most 512 characters", "user"),
+    "a long set": (label(label_set="x" * 600), 400, "at most 512 characters", "label_set"),
+    "a long id": (find(query={"id": "x" * 4096}), 404, "no item 'xxx", "id"),
+    "much text": (
+        label(labels=["x" * 4000] * 100, templates=["{}", "{}。", "{}！"]),
+        400,
+        "300 texts of 1200800 characters; expected at most 4096 texts of 1000000 characters",
+        "templates",
+    ),
     "no model": (("/v1/embeddings", {"input": "猫"}), 400, "required", "model"),
     "a list": (("/v1/embeddings", []), 400, "expected a JSON object", None),
     "k of a milliard": (find(k=10**9), 400, "less than or equal to 1000", "k"),
@@ -313,6 +330,11 @@ def test_what_is_no_json_is_refused(client: httpx.Client, body: bytes, message: 
     answer = client.post("/v1/embeddings", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
+    assert answer.json()["error"]["code"] == "invalid_json"
+
+
+def test_probes_answer_to_head(client: httpx.Client) -> None:
+    assert [client.head(path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
 
 
 def test_a_body_that_grows_past_the_bound_is_refused_before_its_end(client: httpx.Client) -> None:

@@ -203,11 +203,60 @@ def test_a_model_that_cannot_be_opened_is_the_failure_of_the_engine() -> None:
     engine = asyncio.run(start())
     assert str(engine.failure) == "no such model"
     assert not engine.is_ready
-    with pytest.raises(RefusalError, match="still being opened"):
-        _ = engine.encoder
+    with pytest.raises(RefusalError, match="the model has failed"):
+        engine.check_ready()
+
+
+def test_no_client_is_let_in_before_all_is_prepared_nor_after_a_queue_has_died(backend: WatchedBackend) -> None:
+    from cn_clip.serve.engine import Engine, Text
+    from cn_clip.serve.metrics import Metrics
+    from cn_clip.serve.service import Service
+
+    async def main() -> None:
+        limits = Limits(max_batch=2, max_queue=2, max_items=2)
+        engine = Engine("tiny", lambda: Encoder(backend), limits, Metrics())
+        service = Service(engine, limits, None, {"animals": ["猫", "狗", "鸟"]})
+        backend.going.clear()
+        engine.start(service.prepare)
+        await asyncio.get_running_loop().run_in_executor(None, backend.begun.acquire)
+        with pytest.raises(RefusalError, match="still being opened"):
+            await engine.embed([Text("猫")])
+        with pytest.raises(RefusalError, match="still being opened"):
+            service.check_model(None)
+        backend.going.set()
+        await engine.opened.wait()
+        assert engine.is_ready
+        assert (await engine.embed([Text("猫")]))[0][0].tolist() == [3, 0, 0, 0]
+
+        async def dies() -> None:
+            raise RuntimeError("a fault")
+
+        task = asyncio.ensure_future(dies())
+        task.add_done_callback(engine._ended)
+        await engine.failed.wait()
+        assert (engine.is_ready, str(engine.failure)) == (False, "a fault")
+        with pytest.raises(RefusalError, match="has failed"):
+            engine.check_ready()
+        await engine.stop()
+
+    asyncio.run(main())
 
 
 # --- the parts by themselves
+
+
+def test_a_batch_of_the_wrong_size_fails_and_the_next_is_computed() -> None:
+    missing = [1, 0]
+
+    def compute(items: Sequence[int]) -> Rows:
+        return np.zeros((len(items) - missing.pop(0), 4), dtype=np.float32)
+
+    async def work(batcher: "Batcher[int]") -> object:
+        with pytest.raises(RefusalError, match="could not compute the numbers: ValueError"):
+            await batcher.rows([1, 2])
+        return await batcher.rows([1, 2])
+
+    assert len(batched(work, compute)) == 2  # type: ignore[arg-type]
 
 
 def batched(
@@ -287,6 +336,7 @@ def test_no_more_of_a_body_is_held_than_the_bound_and_all_bodies_share_one() -> 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"max_request_pixels": 9}, r"--max-request-pixels: expected at least --max-pixels \(40000000\), got 9"),
         ({"max_batch": 0}, "--max-batch: expected a positive number, got 0"),
         ({"max_wait_ms": -1}, "--max-wait-ms: expected a positive number"),
         ({"timeout": float("nan")}, "--timeout: expected a positive number"),

@@ -96,6 +96,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         return await service.classify(request)
 
     def card() -> ModelCard:
+        service.engine.check_ready()
         encoder = service.engine.encoder
         return ModelCard(
             id=service.engine.name,
@@ -143,16 +144,17 @@ def _add_search_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_probes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Whether the process answers."""
         return {"status": "ok"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", responses={503: {"model": ErrorResponse}})
     async def readyz() -> dict[str, str]:
         """Whether the model is open."""
-        if not engine.is_ready:
-            raise RefusalError(503, "the model is still being opened", code="not_ready", retry_after=5)
+        engine.check_ready()
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -172,7 +174,9 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     async def no_route(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        response = RefusalError(error.status_code, str(error.detail)).response()
+        # FastAPI's own for a body that is no JSON, not even a faulty one.
+        code = "invalid_json" if error.status_code == 400 else None
+        response = RefusalError(error.status_code, str(error.detail), code=code).response()
         response.headers.update(error.headers or {})
         return response
 
@@ -194,7 +198,7 @@ def _invalid(error: RequestValidationError) -> RefusalError:
     if not place:
         message = f"expected a JSON object, sent with the header Content-Type: application/json ({first['msg']})"
         return RefusalError(400, message, code="invalid_json")
-    param = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in place).lstrip(".")
+    param = "".join(f"[{one}]" if isinstance(one, int) else f".{str(one)[:80]}" for one in place).lstrip(".")
     return RefusalError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
 
 
@@ -217,7 +221,7 @@ def _describe(app: FastAPI) -> None:
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _embedding_list(model: str, rows_ND: Rows, num_tokens: int, encoding_format: str) -> bytes:
+def _embedding_list(model: str, rows_ND: Rows, num_tokens: int, encoding_format: str | None) -> bytes:
     """The answer as JSON. Written here, for thousands of numbers must neither be checked nor hold up the event loop."""
     if encoding_format == "base64":
         vectors: list[Any] = [base64.b64encode(row_D.astype("<f4").tobytes()).decode() for row_D in rows_ND]

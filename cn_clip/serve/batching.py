@@ -102,20 +102,19 @@ class Batcher(Generic[ItemT]):
                 await asyncio.wait_for(self._arrival.wait(), left)
 
     async def _computing(self, batch: Sequence[_Waiting[ItemT]]) -> None:
-        self._observe(len(batch))
-        items = [one.item for one in batch]
         try:
+            self._observe(len(batch))
+            items = [one.item for one in batch]
             rows_ND = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, items)
+            for one, row_D in list(zip(batch, rows_ND, strict=True)):
+                if not one.row.done():
+                    one.row.set_result(row_D)
         except Exception as error:
             log.exception("a batch of %d %s failed", len(batch), self.what)
             failure = RefusalError(500, f"the model could not compute the {self.what}: {type(error).__name__}")
             for one in batch:
                 if not one.row.done():
                     one.row.set_exception(failure)
-        else:
-            for one, row_D in zip(batch, rows_ND, strict=True):
-                if not one.row.done():
-                    one.row.set_result(row_D)
 
 
 async def joined(parts: Iterable[Awaitable[ResultT]]) -> list[ResultT]:

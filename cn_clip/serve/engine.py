@@ -1,4 +1,7 @@
-"""The model as requests use it: opened in the background, one thread that computes, a few that prepare its inputs."""
+"""The model as requests use it: opened in the background, one thread that computes, a few that prepare its inputs.
+
+Pictures have threads of their own, so that texts, answers and searches never stand behind a large one.
+"""
 
 # N inputs, D embedding
 
@@ -20,12 +23,15 @@ from cn_clip.serve.metrics import Metrics
 from cn_clip.serve.refusals import RefusalError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from cn_clip.clip.encoder import Encoder
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
-MOST_PREPARING_THREADS = 4
+# Of those that prepare, and again of those that decode.
+MOST_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -47,20 +53,22 @@ class Engine:
     """Vectors for many requests at a time. All methods are for one event loop; the model is for one thread of its own.
 
     name: what the model is called in answers. open_encoder: opens the model; called once, in the computing thread.
-    is_ready: whether it is open, and what was to follow is done. failure: why it never will be. opened: set when
-    either is known.
+    is_ready: whether it is open, what was to follow is done, and it has not failed since. opened: set when the first
+    two, or the failure, are known. failure: why it will not answer any more; failed: set with it.
     """
 
     def __init__(self, name: str, open_encoder: "Callable[[], Encoder]", limits: Limits, metrics: Metrics) -> None:
         self.name = name
         self.limits = limits
         self.is_ready = False
-        self.opened = asyncio.Event()
-        self.failure: Exception | None = None
+        self.opened, self.failed = asyncio.Event(), asyncio.Event()
+        self.failure: BaseException | None = None
         self._open_encoder = open_encoder
         self._encoder: Encoder | None = None
         self._thread = ThreadPoolExecutor(1, "compute")
-        self._pool = ThreadPoolExecutor(min(MOST_PREPARING_THREADS, os.cpu_count() or 1), "prepare")
+        num_threads = min(MOST_THREADS, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(num_threads, "prepare")
+        self._decoders, self._num_decoders = ThreadPoolExecutor(num_threads, "decode"), num_threads
         self._tasks: list[asyncio.Task[None]] = []
         self._texts = self._batcher("texts", self._encode_token_ids, metrics)
         self._pictures = self._batcher("pictures", self._encode_pixels, metrics)
@@ -72,20 +80,28 @@ class Engine:
     def encoder(self) -> "Encoder":
         """The open model; raises RefusalError (503) before it is open."""
         if self._encoder is None:
-            raise RefusalError(503, "the model is still being opened; ask again later", code="not_ready", retry_after=5)
+            raise self._not_ready()
         return self._encoder
+
+    def check_ready(self) -> None:
+        """Raises RefusalError (503) unless `is_ready`."""
+        if not self.is_ready:
+            raise self._not_ready()
 
     def start(self, then: Callable[[], Coroutine[None, None, None]] | None = None) -> None:
         """Begins to serve: opens the model, runs `then`, and is ready."""
         opening = asyncio.ensure_future(self._opening(then))
-        self._tasks = [opening, *(asyncio.ensure_future(one.run()) for one in (self._texts, self._pictures))]
+        batching = [asyncio.ensure_future(one.run()) for one in (self._texts, self._pictures)]
+        for task in batching:
+            task.add_done_callback(self._ended)
+        self._tasks = [opening, *batching]
 
     async def stop(self) -> None:
         """Ends the threads, after the batch in hand; what still waits is given up."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for executor in (self._pool, self._thread):
+        for executor in (self._pool, self._decoders, self._thread):
             executor.shutdown(cancel_futures=True)
 
     async def call(self, function: Callable[..., ResultT], *args: object) -> ResultT:
@@ -93,11 +109,16 @@ class Engine:
         with self._call_places.taken(1):
             return await self._in_pool(function, *args)
 
+    async def alone(self, function: Callable[..., ResultT], *args: object) -> ResultT:
+        """Calls `function` in the computing thread, past the queue of the clients; for what comes before them."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
     async def embed(self, inputs: Sequence[Text | Picture]) -> tuple[Rows, int]:
         """(unit rows (N, D) in the order given, tokens of the texts), [CLS] and [SEP] included.
 
-        Raises RefusalError: no place in the queue, a picture that cannot be read, a model that is not open.
+        Raises RefusalError: no place in the queue, a picture that cannot be read, a model that is not ready.
         """
+        self.check_ready()
         texts = {place: one.text for place, one in enumerate(inputs) if isinstance(one, Text)}
         pictures = {place: one for place, one in enumerate(inputs) if isinstance(one, Picture)}
         with self._text_places.taken(len(texts)), self._picture_places.taken(len(pictures)):
@@ -133,23 +154,58 @@ class Engine:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
     async def _picture_rows(self, pictures: Sequence[Picture]) -> list[Rows]:
-        pixels = await joined([self._in_pool(self._pixels, picture) for picture in pictures])
-        return await self._pictures.rows(pixels)
+        images = await self._decoding(self._opened, pictures)
+        # No more at a time than there are threads: a request of many lets others in between.
+        turns = asyncio.Semaphore(self._num_decoders)
 
-    def _pixels(self, picture: Picture) -> Pixels:
-        data = untrusted.picture_bytes(picture.data_url, picture.param)
-        return untrusted.pixels(data, picture.param, self.encoder.transform, max_pixels=self.limits.max_pixels)
+        async def pixels(image: "Image", picture: Picture) -> Pixels:
+            async with turns:
+                return await self._decoding(untrusted.pixels, image, picture.param, self.encoder.transform)
+
+        return await self._pictures.rows(await joined(map(pixels, images, pictures)))
+
+    async def _decoding(self, function: Callable[..., ResultT], *args: object) -> ResultT:
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *args)
+
+    def _opened(self, pictures: Sequence[Picture]) -> "list[Image]":
+        """The pictures, not decoded; raises RefusalError when they would have too many pixels together."""
+        images, num_pixels = [], 0
+        for picture in pictures:
+            data = untrusted.picture_bytes(picture.data_url, picture.param)
+            images.append(untrusted.opened(data, picture.param, max_pixels=self.limits.max_pixels))
+            num_pixels += images[-1].width * images[-1].height
+            if num_pixels > self.limits.max_request_pixels:
+                message = (
+                    f"{picture.param}: at most {self.limits.max_request_pixels} pixels a request are read, and with "
+                    f"this picture there are {num_pixels}; send several requests"
+                )
+                raise RefusalError(400, message, param=picture.param, code="image_too_large")
+        return images
 
     async def _opening(self, then: Callable[[], Coroutine[None, None, None]] | None) -> None:
         try:
-            self._encoder = await asyncio.get_running_loop().run_in_executor(self._thread, self._open_encoder)
+            self._encoder = await self.alone(self._open_encoder)
             if then is not None:
                 await then()
-            self.is_ready = True
+            self.is_ready = self.failure is None
         except Exception as error:
-            self.failure = error
+            self._fail(error)
         finally:
             self.opened.set()
+
+    def _ended(self, batching: "asyncio.Task[None]") -> None:
+        if not batching.cancelled():
+            self._fail(batching.exception() or RuntimeError("a queue is no longer computed"))
+
+    def _fail(self, error: BaseException) -> None:
+        self.is_ready, self.failure = False, error
+        self.opened.set()
+        self.failed.set()
+
+    def _not_ready(self) -> RefusalError:
+        if self.failure is not None:
+            return RefusalError(503, "the model has failed; the server's log tells why", code="not_ready")
+        return RefusalError(503, "the model is still being opened; ask again later", code="not_ready", retry_after=5)
 
 
 def _places(what: str, limits: Limits, metrics: Metrics) -> Places:

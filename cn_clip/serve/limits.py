@@ -10,11 +10,13 @@ MOST_PIXELS = 89_478_485
 BODIES_HELD = 16
 # An upper bound on the values of a JSON document is the number of these; each costs far more memory than its byte.
 MAX_JSON_MARKS = 50_000
-# Texts of one request to /v1/classify: labels times templates.
+# Texts of one request to /v1/classify, labels times templates, and their characters together.
 MAX_PROMPTS = 4096
+MAX_PROMPT_CHARS = 1_000_000
 # Bounds that the OpenAPI document states.
 MAX_INPUTS = 2048
 MAX_TEXT_CHARS = 4096
+MAX_NAME_CHARS = 512
 MAX_LABELS = 1000
 MAX_TEMPLATES = 100
 MAX_PARTS = 16
@@ -37,6 +39,8 @@ class Limits:
     """Size of a request body, in MiB"""
     max_pixels: int = 40_000_000
     """Width times height of a picture"""
+    max_request_pixels: int = 100_000_000
+    """Width times height of all pictures of a request together"""
     max_items: int = 128
     """Pictures and texts in one request"""
     timeout: float = 30.0
@@ -49,6 +53,11 @@ class Limits:
                 raise ConfigError(f"{flag(field.name)}: expected a positive number, got {value}")
         if self.max_pixels > MOST_PIXELS:
             raise ConfigError(f"--max-pixels: expected at most {MOST_PIXELS}, got {self.max_pixels}")
+        if self.max_request_pixels < self.max_pixels:
+            raise ConfigError(
+                f"--max-request-pixels: expected at least --max-pixels ({self.max_pixels}), "
+                f"got {self.max_request_pixels}"
+            )
         if not self.max_items <= min(self.max_queue, MAX_INPUTS):
             raise ConfigError(
                 f"--max-items: expected at most --max-queue ({self.max_queue}) and at most {MAX_INPUTS}, "

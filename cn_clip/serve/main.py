@@ -141,10 +141,10 @@ def serve(app: "FastAPI", engine: "Engine", options: Options, listener: socket.s
 async def _serve(server: "uvicorn.Server", engine: "Engine", listener: socket.socket) -> None:
     async def announce() -> None:
         await engine.opened.wait()
-        if engine.failure is not None:
-            server.should_exit = True
-            return
-        print(f"可以使用 / ready: {engine.name}", flush=True)
+        if engine.is_ready:
+            print(f"可以使用 / ready: {engine.name}", flush=True)
+        await engine.failed.wait()
+        server.should_exit = True
 
     announcing = asyncio.ensure_future(announce())
     try:

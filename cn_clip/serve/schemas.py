@@ -8,6 +8,7 @@ from cn_clip.serve.limits import (
     MAX_INPUTS,
     MAX_K,
     MAX_LABELS,
+    MAX_NAME_CHARS,
     MAX_PARTS,
     MAX_TEMPLATES,
     MAX_TEXT_CHARS,
@@ -15,6 +16,7 @@ from cn_clip.serve.limits import (
 )
 
 Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
+Name: TypeAlias = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 Template: TypeAlias = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$", max_length=MAX_TEXT_CHARS)]
 DataUrl: TypeAlias = Annotated[
     str, Field(description="The picture itself as data:image/png;base64,… (JPEG, PNG, WebP, GIF or BMP), no address")
@@ -60,13 +62,13 @@ Inputs: TypeAlias = Annotated[list[Input], Field(min_length=1, max_length=MAX_IN
 class EmbeddingRequest(_Strict):
     """`/v1/embeddings`, as OpenAI's clients send it, and with pictures."""
 
-    model: str
+    model: Name
     input: Annotated[_TextInput | _PictureInput | Annotated[Inputs, Tag("<many>")], Discriminator(_kind, **_error)]
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="null: float")
     dimensions: Annotated[int, Field(strict=True, ge=1)] | None = Field(
         None, description="Only the number that the model has"
     )
-    user: str | None = Field(None, description="Not looked at")
+    user: Name | None = Field(None, description="Not looked at")
 
     @property
     def inputs(self) -> list[str | ImageInput]:
@@ -101,10 +103,10 @@ class EmbeddingResponse(BaseModel):
 class ClassifyRequest(_Strict):
     """`/v1/classify`: one picture, and labels or the name of a set of labels that the server has."""
 
-    model: str | None = None
+    model: Name | None = None
     image: DataUrl
     labels: Annotated[list[Text], Field(min_length=1, max_length=MAX_LABELS, fail_fast=True)] | None = None
-    label_set: str | None = None
+    label_set: Name | None = None
     templates: Annotated[list[Template], Field(min_length=1, max_length=MAX_TEMPLATES, fail_fast=True)] | None = Field(
         None, description="Prompts with {} for the label; default: the general ones of `cn-clip zeroshot`"
     )
@@ -151,7 +153,7 @@ _ManyQuery: TypeAlias = Annotated[
 class SearchRequest(_Strict):
     """`/v1/search`: the nearest items of the index to a text, a picture, an item, or a weighted mixture of them."""
 
-    model: str | None = None
+    model: Name | None = None
     query: Annotated[_TextQuery | _PartQuery | _ManyQuery, Discriminator(_kind, **_QUERY_ERROR)]
     k: Annotated[int, Field(strict=True, ge=1, le=MAX_K)] = 10
     min_score: Annotated[Number, Field(ge=-1, le=1)] | None = None

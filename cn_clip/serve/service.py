@@ -2,6 +2,8 @@
 
 # N inputs, C classes, D embedding
 
+import hashlib
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -16,8 +18,8 @@ from cn_clip.eval import zeroshot
 from cn_clip.eval.templates import DEFAULT, load_templates
 from cn_clip.retrieval.store import Hit, Index
 from cn_clip.serve.engine import Engine, Picture, Text
-from cn_clip.serve.limits import MAX_PROMPTS, Limits
-from cn_clip.serve.refusals import RefusalError
+from cn_clip.serve.limits import MAX_PROMPT_CHARS, MAX_PROMPTS, Limits
+from cn_clip.serve.refusals import RefusalError, shown
 from cn_clip.serve.schemas import (
     ClassifyRequest,
     ClassifyResponse,
@@ -28,12 +30,10 @@ from cn_clip.serve.schemas import (
     SearchRequest,
 )
 
-# Class vectors of the sets of labels asked for last.
-CLASSIFIERS_KEPT = 32
+# Class vectors of the labels asked for last, kept in this many bytes.
+CLASSIFIER_BYTES = 64 << 20
 # Below this length the parts of a mixed query have cancelled each other out.
 _SHORTEST_QUERY = 1e-4
-
-_Labels = tuple[str, ...]
 
 
 @dataclass
@@ -44,15 +44,26 @@ class Service:
     limits: Limits
     index: Index | None = None
     label_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    _classifiers: "OrderedDict[tuple[_Labels, _Labels], Rows]" = field(default_factory=OrderedDict)
+    _stored: dict[str, Rows] = field(default_factory=dict)
+    _recent: "OrderedDict[bytes, Rows]" = field(default_factory=OrderedDict)
 
     async def prepare(self) -> None:
         """Computes the class vectors of the stored sets of labels, and opens what the index opens at first use."""
         if self.index is not None:
             index = self.index
-            await self.engine.call(lambda: (index.engine, 0 in index))
-        for labels in self.label_sets.values():
-            await self._classifier(tuple(labels), _templates(None))
+            await self.engine.alone(lambda: (index.engine, 0 in index))
+        for name, labels in self.label_sets.items():
+            self._stored[name] = await self._computed_alone(labels)
+
+    async def _computed_alone(self, labels: Sequence[str]) -> Rows:
+        """The class vectors, computed past the queue, a batch at a time: whoever stops the server waits for one."""
+        texts = await self.engine.alone(zeroshot.prompts, labels, load_templates(DEFAULT))
+        step = self.limits.max_batch
+        parts = [
+            await self.engine.alone(self.engine.encoder.encode_texts, texts[start : start + step])
+            for start in range(0, len(texts), step)
+        ]
+        return zeroshot.class_vectors(np.concatenate(parts), len(labels))
 
     async def embed(self, request: EmbeddingRequest) -> tuple[Rows, int]:
         """(unit rows (N, D), tokens of the texts); raises RefusalError."""
@@ -72,14 +83,16 @@ class Service:
     async def classify(self, request: ClassifyRequest) -> ClassifyResponse:
         """The labels by falling probability; raises RefusalError."""
         self.check_model(request.model)
-        labels, templates = self._labels(request), _templates(request.templates)
-        if request.labels is not None and len(labels) * len(templates) > MAX_PROMPTS:
-            message = (
-                f"labels: {len(labels)} labels in {len(templates)} templates; expected at most {MAX_PROMPTS} texts"
-            )
-            raise RefusalError(400, f"{message}, give fewer templates", param="templates", code="too_many_items")
+        labels = self._labels(request)
+        templates = load_templates(DEFAULT) if request.templates is None else request.templates
+        is_stored = request.label_set is not None and request.templates is None
+        if not is_stored:
+            _check_prompts(labels, templates)
         image_1D, _ = await self.engine.embed([Picture(request.image, "image")])
-        classes_CD = await self._classifier(labels, templates)
+        if is_stored:
+            classes_CD = self._stored[str(request.label_set)]
+        else:
+            classes_CD = await self._classifier(labels, templates)
         scale = self._scale()
         (shares_C,) = zeroshot.probabilities(image_1D, classes_CD, scale=scale).tolist()
         (cosines_C,) = (image_1D @ classes_CD.T).tolist()
@@ -108,42 +121,47 @@ class Service:
         index = self.opened_index()
         found = await self.engine.call(index.thumbnail, known_id(index, item_id))
         if found is None:
-            raise RefusalError(404, f"the item {item_id!r} has no thumbnail", param="id", code="not_found")
+            raise RefusalError(404, f"the item {shown(item_id)} has no thumbnail", param="id", code="not_found")
         return found
 
     def check_model(self, name: str | None) -> None:
-        """Raises RefusalError (404) for another model than the one that is served."""
+        """Raises RefusalError: 503 before the model is ready, 404 for another than the one that is served."""
+        self.engine.check_ready()
         if name not in (None, self.engine.name):
-            message = f"model: {name!r} is not served here, only {self.engine.name!r}"
+            message = f"model: {shown(name)} is not served here, only {self.engine.name!r}"
             raise RefusalError(404, message, param="model", code="model_not_found")
 
     def opened_index(self) -> Index:
-        """Raises RefusalError (404) when the service was started without one."""
+        """Raises RefusalError: 503 before the model is ready, 404 when the service was started without an index."""
+        self.engine.check_ready()
         if self.index is None:
             message = "no index was opened; start the server as: cn-clip serve INDEX"
             raise RefusalError(404, message, code="index_not_found")
         return self.index
 
-    def _labels(self, request: ClassifyRequest) -> _Labels:
+    def _labels(self, request: ClassifyRequest) -> Sequence[str]:
         if (request.labels is None) == (request.label_set is None):
             raise RefusalError(400, "labels: expected either labels or label_set", param="labels", code="invalid_value")
         if request.labels is not None:
-            return tuple(request.labels)
+            return request.labels
         labels = self.label_sets.get(request.label_set or "")
         if labels is None:
-            message = f"label_set: there is no {request.label_set!r}; known are {sorted(self.label_sets)}"
+            message = f"label_set: there is no {shown(request.label_set)}; known are {sorted(self.label_sets)}"
             raise RefusalError(404, message, param="label_set", code="label_set_not_found")
-        return tuple(labels)
+        return labels
 
-    async def _classifier(self, labels: _Labels, templates: _Labels) -> Rows:
-        key = (labels, templates)
-        if key not in self._classifiers:
-            features = await self.engine.embed_many_texts(zeroshot.prompts(labels, templates))
-            self._classifiers[key] = zeroshot.class_vectors(features, len(labels))
-            while len(self._classifiers) > CLASSIFIERS_KEPT:
-                self._classifiers.popitem(last=False)
-        self._classifiers.move_to_end(key)
-        return self._classifiers[key]
+    async def _classifier(self, labels: Sequence[str], templates: Sequence[str]) -> Rows:
+        key = await self.engine.call(_digest, labels, templates)
+        classes_CD = self._recent.get(key)
+        if classes_CD is None:
+            features = await self.engine.embed_many_texts(await self.engine.call(zeroshot.prompts, labels, templates))
+            classes_CD = await self.engine.call(zeroshot.class_vectors, features, len(labels))
+            self._recent[key] = classes_CD
+            while sum(rows.nbytes for rows in self._recent.values()) > CLASSIFIER_BYTES:
+                self._recent.popitem(last=False)
+        if key in self._recent:
+            self._recent.move_to_end(key)
+        return classes_CD
 
     def _scale(self) -> float:
         return getattr(self.engine.encoder.backend, "logit_scale", None) or zeroshot.LOGIT_SCALE
@@ -174,11 +192,25 @@ def known_id(index: Index, item_id: int | str) -> int | str:
         return item_id
     if isinstance(item_id, str) and re.fullmatch(r"-?[0-9]{1,18}", item_id) and int(item_id) in index:
         return int(item_id)
-    raise RefusalError(404, f"id: the index has no item {item_id!r}", param="id", code="not_found")
+    raise RefusalError(404, f"id: the index has no item {shown(item_id)}", param="id", code="not_found")
 
 
-def _templates(given: Sequence[str] | None) -> _Labels:
-    return tuple(load_templates(DEFAULT) if given is None else given)
+def _check_prompts(labels: Sequence[str], templates: Sequence[str]) -> None:
+    """Raises RefusalError (400) for too much text, before any of it is made."""
+    count = len(labels) * len(templates)
+    num_chars = len(templates) * sum(map(len, labels)) + len(labels) * sum(map(len, templates))
+    if count > MAX_PROMPTS or num_chars > MAX_PROMPT_CHARS:
+        raise RefusalError(
+            400,
+            f"labels: {len(labels)} labels in {len(templates)} templates are {count} texts of {num_chars} characters; "
+            f"expected at most {MAX_PROMPTS} texts of {MAX_PROMPT_CHARS} characters, give fewer templates",
+            param="templates",
+            code="too_many_items",
+        )
+
+
+def _digest(labels: Sequence[str], templates: Sequence[str]) -> bytes:
+    return hashlib.blake2b(json.dumps([labels, templates]).encode()).digest()
 
 
 def _input(given: str | ImageInput, param: str) -> Text | Picture:

@@ -2,10 +2,14 @@
 
 import base64
 import io
+from typing import TYPE_CHECKING
 
 from cn_clip.clip.backends.base import Pixels
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.serve.refusals import RefusalError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Only these plugins of PIL see the bytes, whatever the bytes claim to be.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -27,29 +31,37 @@ def picture_bytes(data_url: str, param: str) -> bytes:
         raise _invalid(f"{param}: not valid base64 ({error}); {_EXPECTED}", param) from error
 
 
-def pixels(data: bytes, param: str, transform: ImageTransform, *, max_pixels: int) -> Pixels:
-    """Pixels (3, R, R) of the first frame; raises RefusalError (400) naming `param`, and the bound if it is passed."""
+def opened(data: bytes, param: str, *, max_pixels: int) -> "Image":
+    """The picture with its head read and nothing decoded; raises RefusalError (400) naming `param`, and the bound."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(image.size, param, max_pixels)
-            image.load()
-            return transform.array(image)
-    except RefusalError:
-        raise
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large("more", param, max_pixels) from error
     except UnidentifiedImageError as error:
         raise _invalid(f"{param}: {len(data)} bytes of no known format; expected {_NAMES}", param) from error
     except Exception as error:  # what PIL's plugins raise has no common type
-        raise _invalid(f"{param}: the picture does not decode ({error})", param) from error
+        raise _undecodable(error, param) from error
+    if image.width * image.height > max_pixels:
+        raise _too_large(f"{image.width} x {image.height}", param, max_pixels)
+    return image
 
 
-def _check_size(size: tuple[int, int], param: str, max_pixels: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        raise _too_large(f"{width} x {height}", param, max_pixels)
+def pixels(image: "Image", param: str, transform: ImageTransform) -> Pixels:
+    """Pixels (3, R, R) of the first frame of what `opened` gave; raises RefusalError (400) naming `param`."""
+    try:
+        with image:
+            if transform.draft_size is not None:
+                image.draft(None, (transform.draft_size, transform.draft_size))
+            image.load()
+            return transform.array(image)
+    except Exception as error:
+        raise _undecodable(error, param) from error
+
+
+def _undecodable(error: Exception, param: str) -> RefusalError:
+    return _invalid(f"{param}: the picture does not decode ({error})", param)
 
 
 def _too_large(size: str, param: str, max_pixels: int) -> RefusalError:
