@@ -10,7 +10,7 @@ HEAD = """# 推理速度对比 / Inference, side by side
 This page is written by one command; in one run all contenders take turns on the same weights, pictures and texts.
 
 ```bash
-# 需要对照环境和 flickr8k-cn 数据，约 30 分钟 / needs the reference's environment and flickr8k-cn, about 30 minutes
+# 需要对照环境和 flickr8k-cn 数据，约 25 分钟 / needs the reference's environment and flickr8k-cn, about 25 minutes
 python benchmarks/side_by_side.py --reference-python REFERENCE/bin/python --data FLICKR8K_CN --output docs/benchmarks.md
 ```
 """
