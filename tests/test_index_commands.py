@@ -290,6 +290,19 @@ def test_only_what_is_not_there_is_gone(
     assert command("index", "build", pictures, "--output", built)["removed"] == [name(4)]
 
 
+def test_an_index_that_may_not_be_entered_is_refused(
+    built: Path, tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(path: Path, *_: object, **__: object) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", deny)
+        patch.setattr(Path, "read_text", deny)
+        message = refusal("index", "build", tmp_path / "pictures", "--output", built)
+    assert message.startswith(f"{built / 'manifest.json'}: cannot be read (")
+
+
 def test_a_folder_that_goes_during_the_walk_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures, real = write_pictures(tmp_path / "pictures", range(4)), os.walk
 

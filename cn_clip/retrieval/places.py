@@ -74,7 +74,11 @@ def facts(place: Place) -> Facts | None:
     """None when there is no index yet; raises DataError for one that cannot be read, StoreError."""
     if isinstance(place, milvus.Address):
         return milvus.Connection(place).facts()
-    return manifest.read(place) if (place / manifest.NAME).exists() else None
+    try:
+        is_there = (place / manifest.NAME).exists()
+    except OSError:  # reading it says why
+        is_there = True
+    return manifest.read(place) if is_there else None
 
 
 def require(place: Place) -> Facts:
