@@ -1,4 +1,5 @@
-# docker build -t cn-clip . && docker run -p 8000:8000 -e CN_CLIP_API_KEY=… -v cn-clip-models:/models cn-clip
+# docker build -t cn-clip . && docker run --stop-timeout 45 -p 8000:8000 -e CN_CLIP_API_KEY=… -v cn-clip-models:/models cn-clip
+# --stop-timeout is longer than --drain-timeout: what is in hand finishes first.
 FROM python:3.12-slim
 
 RUN useradd --create-home --uid 10001 cnclip && install -d -o cnclip /models
