@@ -6,10 +6,11 @@ import io
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import pickle
 import re
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -355,16 +356,28 @@ def test_loading_processes_read_the_samples_that_the_sampler_names(tmp_path: Pat
     assert all(chr(code) == "第" for batch in batches for code in batch[1][:, 0].tolist())
 
 
+# In a process of its own, for forking one that runs tests may take the test runner down.
+FORKING = """
+import os, sys
+from pathlib import Path
+from test_shards import shards
+pairs = shards(Path(sys.argv[1]), [3])
+assert pairs[0].text == "第0张"
+(stream,) = pairs._files._files.values()
+before = stream.tell()
+child = os.fork()
+if child == 0:
+    os._exit(0 if pairs[2].text == "第2张" else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), stream.tell() == before)
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_does_not_move_the_position_of_its_parents_files(tmp_path: Path) -> None:
-    pairs = shards(tmp_path, [3])
-    assert pairs[0].text == "第0张"
-    (stream,) = pairs._files._files.values()
-    before = stream.tell()
-    child = multiprocessing.get_context("fork").Process(target=pairs.__getitem__, args=(2,))
-    child.start()
-    child.join()
-    assert (child.exitcode, stream.tell()) == (0, before)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-W", "ignore", "-c", FORKING, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("0 True\n", "")
 
 
 def test_an_unreadable_picture_is_replaced_from_the_same_shard(
