@@ -31,22 +31,13 @@ import pipeline  # noqa: E402
 import torch  # noqa: E402
 import trained  # noqa: E402
 
-from cn_clip import command  # noqa: E402
+from cn_clip import command, ranks  # noqa: E402
 from cn_clip.clip.loading import open_model  # noqa: E402
 from cn_clip.clip.tokenizer import VOCAB_FILE  # noqa: E402
 from cn_clip.errors import ConfigError  # noqa: E402
 from cn_clip.jsonl import atomic_write  # noqa: E402
 
 VISION, TEXT, RESOLUTION = "ViT-B-16", "RoBERTa-wwm-ext-base-chinese", 224
-OURS = (
-    ("torch", "fp32"),
-    ("torch", "bf16"),
-    ("onnx", "fp32"),
-    ("onnx", "int8"),
-    ("openvino", "fp32"),
-    ("openvino", "bf16"),
-    ("openvino", "int8"),
-)
 # Times as fast as the reference, and the smallest cosine to float32.
 GOALS = {
     "bf16": {"images": 2.5, "texts": 9.0, "cosine": 0.9995},
@@ -174,7 +165,7 @@ def prepare(folder: Path, options: Options, say: command.Speaker) -> list[Conten
             sys.executable,
             {**common, "contender": "ours", "backend": backend, "precision": precision},
         )
-        for backend, precision in OURS
+        for backend, precision in trained.MODES
     ]
     return [*theirs, *ours]
 
@@ -353,19 +344,10 @@ def facts(options: Options) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """What /proc/cpuinfo calls the processor, with the instructions that matter here."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    values = {name.strip(): value.strip() for name, value in fields.items()}
-    flags = [
-        flag
-        for flag in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile")
-        if flag in values.get("flags", "")
-    ]
-    return f"{values.get('model name', platform.machine())} ({', '.join(flags)})"
+    """The processor, with the instructions that matter here."""
+    name, flags = ranks.processor()
+    shown = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile") if flag in flags]
+    return f"{name} ({', '.join(shown)})"
 
 
 def write_page(found: dict[str, Any], missed: list[str]) -> str:

@@ -1,5 +1,6 @@
 """The `--model-arch` of the deployment commands, and the model it and a checkpoint name."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import tyro
@@ -8,6 +9,7 @@ from cn_clip import zoo
 from cn_clip.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cn_clip.clip.backends.base import Kind
     from cn_clip.clip.model import CLIP
 
 ArchName: TypeAlias = Literal[
@@ -23,6 +25,35 @@ ArchName: TypeAlias = Literal[
     "ViT-Tiny-64",
 ]
 RequiredArch: TypeAlias = Annotated[ArchName | None, tyro.conf.arg(help_behavior_hint="(required)")]
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """What the commands that convert a PyTorch model share; each adds where its files go, and in what form."""
+
+    model_arch: RequiredArch = None
+    """The model: a published or bundled one, or the picture tower of the checkpoint"""
+    pytorch_ckpt_path: str | None = None
+    """The checkpoint; default: the published one of that name"""
+    download_root: str | None = None
+    """Where published checkpoints are kept; default: ~/.cache/clip"""
+    convert_text: bool = False
+    """Convert the text tower"""
+    convert_vision: bool = False
+    """Convert the picture tower"""
+    json: bool = False
+    """Print the result as one JSON object"""
+
+    @property
+    def kinds(self) -> "list[Kind]":
+        """The towers to convert, in the order they are told of."""
+        wanted: list[tuple[Kind, bool]] = [("text", self.convert_text), ("image", self.convert_vision)]
+        return [kind for kind, is_wanted in wanted if is_wanted]
+
+    def check_towers(self) -> None:
+        """Raises ConfigError when no tower is asked for."""
+        if not self.kinds:
+            raise ConfigError("give --convert-text, --convert-vision, or both")
 
 
 def check_arch(arch: ArchName | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cn_clip import command
-from cn_clip.deploy.model_arch import RequiredArch, check_arch, open_arch
+from cn_clip.deploy.model_arch import ConversionOptions, check_arch, open_arch
 from cn_clip.deploy.prefixes import check_targets
 from cn_clip.errors import ConfigError
 
@@ -18,48 +18,29 @@ TITLES: "dict[Kind, str]" = {"text": "Text", "image": "Image"}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ConversionOptions):
     """Writes PREFIX.text.mlpackage and PREFIX.image.mlpackage for iOS 15, macOS 12 and later.
 
     Runs on Linux and macOS; only macOS can run what it writes.
     """
 
-    model_arch: RequiredArch = None
-    """The model: a published or bundled one, or the picture tower of the checkpoint"""
-    pytorch_ckpt_path: str | None = None
-    """The checkpoint; default: the published one of that name"""
-    download_root: str | None = None
-    """Where published checkpoints are kept; default: ~/.cache/clip"""
     save_coreml_path: command.Required = None
     """The PREFIX of what is written"""
-    convert_text: bool = False
-    """Convert the text tower"""
-    convert_vision: bool = False
-    """Convert the picture tower"""
     precision: Literal["fp16", "fp32"] = "fp16"
     """Weights and arithmetic; the Neural Engine computes in fp16 alone"""
     context_length: int = 52
     """Tokens that every text is padded to, [CLS] and [SEP] included"""
     batch_size: int = 1
     """Pictures or texts of one prediction"""
-    json: bool = False
-    """Print the result as one JSON object"""
 
     def __post_init__(self) -> None:
         check_arch(self.model_arch)
         if self.save_coreml_path is None:
             raise ConfigError("--save-coreml-path: expected the prefix of the packages to write, such as out/vit-b-16")
-        if not (self.convert_text or self.convert_vision):
-            raise ConfigError("give --convert-text, --convert-vision, or both")
+        self.check_towers()
         for name, least in (("context_length", 3), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
-
-    @property
-    def kinds(self) -> "list[Kind]":
-        """The towers to convert, in the order they are told of."""
-        wanted: list[tuple[Kind, bool]] = [("text", self.convert_text), ("image", self.convert_vision)]
-        return [kind for kind, is_wanted in wanted if is_wanted]
 
 
 def run(options: Options) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from cn_clip import command
-from cn_clip.deploy.model_arch import RequiredArch, check_arch, open_arch
+from cn_clip.deploy.model_arch import ConversionOptions, check_arch, open_arch
 from cn_clip.deploy.prefixes import check_targets
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.zoo import TextName, VisionName
@@ -20,24 +20,14 @@ TITLES: "dict[Kind, str]" = {"text": "text", "image": "vision"}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ConversionOptions):
     """Writes PREFIX.txt.fp32.onnx, PREFIX.img.fp32.onnx, and other precisions; each is compared with PyTorch first.
 
     Batch size and text length are free. float16 files keep their weights in FILE.extra_file: move both together.
     """
 
-    model_arch: RequiredArch = None
-    """The model: a published or bundled one, or the picture tower of the checkpoint"""
-    pytorch_ckpt_path: str | None = None
-    """The checkpoint; default: the published one of that name"""
-    download_root: str | None = None
-    """Where published checkpoints are kept; default: ~/.cache/clip"""
     save_onnx_path: command.Required = None
     """The PREFIX of what is written"""
-    convert_text: bool = False
-    """Convert the text tower"""
-    convert_vision: bool = False
-    """Convert the picture tower"""
     context_length: int = 52
     """Longest text in tokens that the files say they take, [CLS] and [SEP] included; shorter ones need no padding"""
     precisions: tuple[FormName, ...] = ("fp32", "fp16")
@@ -50,27 +40,18 @@ class Options:
     """Picture tower, for an architecture of your own; default: that of the model"""
     text_model: TextName | None = None
     """Text tower; default: what the weights hold"""
-    json: bool = False
-    """Print the result as one JSON object"""
 
     def __post_init__(self) -> None:
         check_arch(self.model_arch)
         if self.save_onnx_path is None:
             raise ConfigError("--save-onnx-path: expected the prefix of the files to write, such as out/vit-b-16")
-        if not (self.convert_text or self.convert_vision):
-            raise ConfigError("give --convert-text, --convert-vision, or both")
+        self.check_towers()
         if not self.precisions:
             raise ConfigError("--precisions: expected one or more of fp32, fp16, int8, int8-openvino")
         if self.context_length < 3:
             raise ConfigError(f"--context-length: expected at least 3, got {self.context_length}")
         if self.tolerance is not None and not -1 <= self.tolerance <= 1:
             raise ConfigError(f"--tolerance: expected a cosine, -1 to 1, got {self.tolerance}")
-
-    @property
-    def kinds(self) -> "list[Kind]":
-        """The towers to convert, in the order they are told of."""
-        wanted: list[tuple[Kind, bool]] = [("text", self.convert_text), ("image", self.convert_vision)]
-        return [kind for kind, is_wanted in wanted if is_wanted]
 
     @property
     def forms(self) -> list[str]:
