@@ -41,6 +41,9 @@ COMMANDS: dict[str, Command] = {
     "features": Command("cn_clip.eval.extract_features", "提取图文特征", "extract picture and text features"),
     "topk": Command("cn_clip.eval.make_topk_predictions", "检索最相近的前 k 个", "find the k nearest"),
     "recall": Command("cn_clip.eval.evaluation", "计算检索结果的召回率", "compute the recall of what was found"),
+    "report": Command(
+        "cn_clip.report.main", "把一次训练和模型的表现写成一个网页", "a page on a run: curves, queries, confusions"
+    ),
     "zeroshot": Command(
         "cn_clip.eval.zeroshot_evaluation", "零样本图像分类", "classify pictures by label names, without training"
     ),
@@ -63,6 +66,9 @@ COMMANDS: dict[str, Command] = {
     "checkpoint average": Command("cn_clip.checkpoints.average", "多个检查点取平均", "average several checkpoints"),
     "checkpoint export": Command(
         "cn_clip.checkpoints.export", "导出为 safetensors", "write the weights as safetensors"
+    ),
+    "convert": Command(
+        "cn_clip.checkpoints.convert", "权重格式互转：.pt、safetensors、transformers", "one form of weights as another"
     ),
     "export tensorrt": Command(
         "cn_clip.deploy.onnx_to_tensorrt", "由 ONNX 构建 TensorRT 引擎", "build TensorRT engines from ONNX files"

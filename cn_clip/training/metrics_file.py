@@ -41,7 +41,7 @@ class MetricsFile:
     def keep(self, wanted: Callable[[Record], bool]) -> list[Record]:
         """Leaves only the wanted records in the file, says what went, opens it for more; returns what stays."""
         self.close()
-        records, num_torn = _read(self.path)
+        records, num_torn = read_records(self.path)
         kept = [record for record in records if wanted(record)]
         if num_torn:
             logger.warning("%s: left out %d lines that are no record (a torn write?)", self.path, num_torn)
@@ -76,8 +76,11 @@ class MetricsFile:
             raise CnClipError(f"{self.path}: cannot be written ({error.strerror}); is the disk full?") from error
 
 
-def _read(path: Path) -> tuple[list[Record], int]:
-    """The records of a metrics file, none where there is no file, and the number of lines that are none."""
+def read_records(path: Path) -> tuple[list[Record], int]:
+    """The records of a metrics file, none where there is no file, and the number of lines that are none.
+
+    Raises DataError for a file that cannot be opened.
+    """
     records, num_torn = [], 0
     for _, line in numbered_lines(path) if path.exists() else ():
         try:
