@@ -190,7 +190,9 @@ async def exchange(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, what: str, body: bytes = b""
 ) -> tuple[int, bytes]:
     """(status, body) of the answer."""
-    head = f"{what} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"{what} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     writer.write(head.encode() + body)
     lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().splitlines()
     length = next(int(line.split(":")[1]) for line in lines if line.startswith("content-length:"))

@@ -15,6 +15,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.retrieval.store import Index
 from cn_clip.serve.app import create_app
 from cn_clip.serve.engine import Engine
+from cn_clip.serve.hosts import Hosts
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.main import listen
 from cn_clip.serve.metrics import Metrics
@@ -54,6 +55,7 @@ def served(
     encoder: Encoder,
     limits: Limits | None = None,
     *,
+    hosts: Hosts | None = None,
     api_key: str | None = None,
     index: Index | None = None,
     label_sets: Mapping[str, Sequence[str]] | None = None,
@@ -62,7 +64,7 @@ def served(
     """The address of a server that is ready, on a free port; gone at the end."""
     limits, metrics = limits or Limits(), Metrics()
     engine = Engine("tiny", lambda: encoder, limits, metrics)
-    app = create_app(engine, metrics, limits=limits, api_key=api_key, index=index, label_sets=label_sets)
+    app = create_app(engine, metrics, limits=limits, api_key=api_key, hosts=hosts, index=index, label_sets=label_sets)
     if with_page:
         from cn_clip.serve import page
 

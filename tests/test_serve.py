@@ -351,7 +351,8 @@ def test_a_content_length_below_the_truth_ends_the_body_there(address: str) -> N
     host, port = address.removeprefix("http://").split(":")
     body = b'{"model": "tiny", "input": "x"}'
     head = (
-        f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n"
     )
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(head.encode() + b"\r\n" + body + b"more than was announced\r\n\r\n")

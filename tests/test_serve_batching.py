@@ -98,7 +98,8 @@ def test_a_full_queue_answers_503_and_serves_again_later(backend: WatchedBackend
 def test_who_leaves_is_dropped_from_the_queue(backend: WatchedBackend, pool: ThreadPoolExecutor) -> None:
     body = b'{"model": "tiny", "input": ["a", "b", "c"]}'
     head = (
-        f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n"
     )
     with served(Encoder(backend), Limits(max_batch=4, max_wait_ms=1)) as address:
         backend.going.clear()
@@ -129,7 +130,7 @@ def test_a_body_that_does_not_come_is_refused_after_the_timeout(backend: Watched
     with served(Encoder(backend), Limits(timeout=0.2)) as address:
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=60) as connection:
-            connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
             assert connection.recv(65536).startswith(b"HTTP/1.1 408")
 
 

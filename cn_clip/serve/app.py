@@ -17,6 +17,7 @@ from cn_clip.clip.backends.base import Rows
 from cn_clip.retrieval.store import Index
 from cn_clip.serve.engine import Engine
 from cn_clip.serve.gate import Gate
+from cn_clip.serve.hosts import Hosts
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.metrics import Measured, Metrics
 from cn_clip.serve.refusals import RefusalError
@@ -38,7 +39,7 @@ from cn_clip.serve.service import Service
 SUMMARY = """Vectors of pictures and Chinese text, zero-shot classification, and search over an index.
 
 Errors have OpenAI's form. Pictures are read from the request alone, never from an address."""
-STATUSES = (400, 401, 404, 408, 413, 500, 503, 504)
+STATUSES = (400, 401, 403, 404, 408, 413, 500, 503, 504)
 _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in STATUSES}
 
 
@@ -47,6 +48,7 @@ def create_app(
     metrics: Metrics,
     *,
     limits: Limits,
+    hosts: Hosts | None = None,
     api_key: str | None = None,
     index: Index | None = None,
     label_sets: Mapping[str, Sequence[str]] | None = None,
@@ -54,7 +56,8 @@ def create_app(
     """The application. It opens the model when it starts, and answers 503 until then; further pages may be mounted.
 
     index: what /v1/search searches. label_sets: labels by the name of their set. api_key: what every request but the
-    probes must bear. `app.state.service` is the `Service` behind the routes.
+    probes must bear. hosts: where there is no key, what the server may be called; default: this machine alone.
+    `app.state.service` is the `Service` behind the routes.
     """
     service = Service(engine, limits, index, label_sets or {})
 
@@ -75,7 +78,7 @@ def create_app(
     _add_error_handlers(app)
     _describe(app)
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
-    app.add_middleware(Gate, limits=limits, api_key=api_key)
+    app.add_middleware(Gate, limits=limits, api_key=api_key, hosts=hosts or Hosts())
     app.add_middleware(Measured, metrics=metrics, routes=paths)
     return app
 

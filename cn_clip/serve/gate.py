@@ -1,14 +1,15 @@
-"""What a request passes before a route sees it: the key, a bound on the body, the deadline, a client that leaves."""
+"""What a request passes before a route sees it: key or host, bounds on body and time, a client that leaves."""
 
 import asyncio
 import hmac
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cn_clip.serve.hosts import Hosts
 from cn_clip.serve.limits import BODIES_HELD, MAX_JSON_MARKS, Limits
 from cn_clip.serve.refusals import RefusalError
 
-# Probes carry no key.
+# Probes carry no key, and name the machine as they like.
 OPEN_PATHS = ("/healthz", "/readyz")
 BOUNDED_PREFIX = "/v1/"
 
@@ -18,14 +19,14 @@ class ClientLeftError(Exception):
 
 
 class Gate:
-    """ASGI middleware. All but the probes need the key, if there is one; body and time are bounded.
+    """ASGI middleware. All but the probes need the key, or else one of `hosts`; body and time are bounded.
 
     Not so what is only read outside /v1/: the web page listens to a stream of events. A client that leaves, or waits
     too long, has its request cancelled, wherever that is.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None) -> None:
-        self.app, self.limits = app, limits
+    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, hosts: Hosts) -> None:
+        self.app, self.limits, self.hosts = app, limits, hosts
         self._key = None if api_key is None else api_key.encode("utf-8")
         self._bytes_held = 0
 
@@ -34,7 +35,8 @@ class Gate:
             await self.app(scope, receive, send)
             return
         try:
-            self._check_key(scope)
+            if scope["path"] not in OPEN_PATHS:
+                self._check_caller(scope)
             if _is_bounded(scope):
                 await self._bounded(scope, receive, send)
             else:
@@ -47,8 +49,9 @@ class Gate:
             else:
                 await refusal.response()(scope, receive, send)
 
-    def _check_key(self, scope: Scope) -> None:
-        if self._key is None or scope["path"] in OPEN_PATHS:
+    def _check_caller(self, scope: Scope) -> None:
+        if self._key is None:
+            self.hosts.check(scope)
             return
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):

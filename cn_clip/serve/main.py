@@ -53,6 +53,9 @@ class Options(Limits):
     """Folder of downloaded and exported models; default: ~/.cache/clip"""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 for all of this machine's"""
+    allowed_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Name by which people reach the service, such as that of a reverse proxy; repeatable. Without a key, others than
+    localhost and --host are refused"""
     port: int = 8000
     """Port to listen at; 0: any that is free"""
     api_key: str | None = None
@@ -85,8 +88,10 @@ def run(options: Options) -> None:
         extras.require(module, extra="serve", purpose=PURPOSE)
     from cn_clip.serve.app import create_app
     from cn_clip.serve.engine import Engine
+    from cn_clip.serve.hosts import Hosts
     from cn_clip.serve.metrics import Metrics
 
+    hosts = Hosts(options.host, options.allowed_host)
     api_key, label_sets = key_of(options), read_label_sets(options.label_sets)
     index = _opened_index(options)
     model = options.model or (index.model.name if index else DEFAULT_MODEL)
@@ -94,7 +99,9 @@ def run(options: Options) -> None:
     engine = Engine(
         options.name or served_name(model), lambda: _open_encoder(options, model, index), options.limits, metrics
     )
-    app = create_app(engine, metrics, limits=options.limits, api_key=api_key, index=index, label_sets=label_sets)
+    app = create_app(
+        engine, metrics, limits=options.limits, api_key=api_key, hosts=hosts, index=index, label_sets=label_sets
+    )
     _warn_of_strangers(options.host, api_key)
     with listen(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
