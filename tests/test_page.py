@@ -243,6 +243,19 @@ def test_uploads_are_gone_when_the_server_is() -> None:
     assert not picture.parent.parent.exists()
 
 
+def test_uploads_that_fill_their_room_are_refused_before_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cn_clip.serve.page.UPLOADS_HELD", 2)
+    with (
+        served(Encoder("Emoji-Tiny", device="cpu"), Limits(max_body_mb=1), with_page=True) as address,
+        httpx.Client(base_url=address) as client,
+    ):
+        pictures = [upload(client, bytes([number]) * 700_000) for number in range(2)]
+        answer = client.post("/page/gradio_api/upload", files={"files": ("picture.png", b"a third")})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "uploads_full")
+        Path(pictures[0]["path"]).unlink()
+        assert Path(upload(client, b"a third")["path"]).read_bytes() == b"a third"
+
+
 def test_with_a_key_there_is_no_page_and_without_gradio_a_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -8,6 +8,8 @@ from cn_clip.errors import ConfigError
 MOST_PIXELS = 89_478_485
 # Bodies of the largest size that are held in memory at a time.
 BODIES_HELD = 16
+# And on the disk, as uploads of the web page.
+UPLOADS_HELD = 64
 # An upper bound on the values of a JSON document is the number of these; each costs far more memory than its byte.
 MAX_JSON_MARKS = 50_000
 # Texts of one request to /v1/classify, labels times templates, and their characters together.

@@ -27,9 +27,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cn_clip.retrieval.store import Hit
 from cn_clip.serve import page_texts as texts
 from cn_clip.serve.app import thumbnail_path
+from cn_clip.serve.limits import UPLOADS_HELD
 from cn_clip.serve.refusals import RefusalError
 from cn_clip.serve.schemas import ClassifyRequest, QueryPart, SearchRequest
 from cn_clip.serve.service import Service
+from cn_clip.serve.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -49,24 +51,31 @@ _READ = (
     *("config", "theme.css", "assets/", "static/"),
     *("gradio_api/upload_progress", "gradio_api/queue/data", "gradio_api/heartbeat/"),
 )
-_WRITTEN = ("gradio_api/upload", "gradio_api/queue/join", "gradio_api/cancel", "gradio_api/reset")
+_UPLOAD = "gradio_api/upload"
+_WRITTEN = (_UPLOAD, "gradio_api/queue/join", "gradio_api/cancel", "gradio_api/reset")
 
 
 class Door:
-    """ASGI middleware: of Gradio's routes, those that the page uses; 404 for the rest."""
+    """ASGI middleware: of Gradio's routes, those that the page uses; 404 for the rest. Uploads need room."""
 
-    def __init__(self, app: ASGIApp, uploads: str) -> None:
-        self.app = app
-        self._read = (*_READ, f"gradio_api/file={uploads}")
+    def __init__(self, app: ASGIApp, uploads: Uploads) -> None:
+        self.app, self.uploads = app, uploads
+        self._read = (*_READ, f"gradio_api/file={uploads.folder}")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or self._is_used(scope):
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
-        else:
-            await RefusalError(404, "Not Found").response()(scope, receive, send)
+            return
+        try:
+            path = str(scope["path"]).removeprefix(scope["root_path"]).lstrip("/")
+            if not self._is_used(scope, path):
+                raise RefusalError(404, "Not Found")
+            async with self.uploads.one_more() if path == _UPLOAD else contextlib.nullcontext():
+                await self.app(scope, receive, send)
+        except RefusalError as refusal:
+            await refusal.response()(scope, receive, send)
 
-    def _is_used(self, scope: Scope) -> bool:
-        path = str(scope["path"]).removeprefix(scope["root_path"]).lstrip("/")
+    def _is_used(self, scope: Scope, path: str) -> bool:
         if scope.get("method") == "POST":
             return path in _WRITTEN
         return scope.get("method") in ("GET", "HEAD") and (not path or path.startswith(self._read))
@@ -142,9 +151,11 @@ def mount(app: FastAPI, service: Service, facts: Mapping[str, object]) -> None:
 def _mount(app: FastAPI, service: Service, facts: Mapping[str, object]) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Gradio's own folder is one for all users of a machine.
-    uploads = os.environ["GRADIO_TEMP_DIR"] = str(Path(tempfile.mkdtemp(prefix="cn-clip-page-")).resolve())
+    folder = os.environ["GRADIO_TEMP_DIR"] = str(Path(tempfile.mkdtemp(prefix="cn-clip-page-")).resolve())
+    largest = service.limits.max_body_bytes
+    uploads = Uploads(Path(folder), most_bytes=UPLOADS_HELD * largest, largest=largest)
     blocks = _blocks(Answers(service, facts))
-    _admit_uploads_alone(blocks, uploads)
+    _admit_uploads_alone(blocks, folder)
     gr.mount_gradio_app(
         app,
         blocks,
@@ -153,11 +164,11 @@ def _mount(app: FastAPI, service: Service, facts: Mapping[str, object]) -> None:
         app_kwargs={"middleware": [Middleware(Door, uploads=uploads)]},
         ssr_mode=False,
         show_error=True,
-        max_file_size=service.limits.max_body_bytes,
+        max_file_size=largest,
         theme=gr.themes.Default(primary_hue="indigo", font=_FONTS, font_mono=("ui-monospace", "monospace")),
         css=texts.CSS,
     )
-    _remove_at_the_end(app, uploads)
+    _remove_at_the_end(app, folder)
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
