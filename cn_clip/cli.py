@@ -25,6 +25,7 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "demo": Command("cn_clip.demo.main", "用内置的表情图片跑通全流程", "the whole job on embedded emoji pictures"),
     "models": Command("cn_clip.models", "列出已发布的和随包的模型", "list the published and bundled models"),
+    "download": Command("cn_clip.download", "下载模型，可续传，并校验", "download a model, resumed and checked"),
     "dataset build": Command(
         "cn_clip.preprocess.build_lmdb_dataset", "把 tsv 与 jsonl 打包成 LMDB", "pack tsv and jsonl files into LMDB"
     ),
@@ -47,6 +48,13 @@ COMMANDS: dict[str, Command] = {
     "zeroshot": Command(
         "cn_clip.eval.zeroshot_evaluation", "零样本图像分类", "classify pictures by label names, without training"
     ),
+    "evaluate": Command(
+        "cn_clip.eval.evaluate", "按名字跑评测集，与公布的指标并列", "run a benchmark by name, beside published figures"
+    ),
+    "linear-probe": Command(
+        "cn_clip.eval.linear_probe", "在冻结的特征上训练线性分类器", "train a linear classifier on frozen features"
+    ),
+    "compare": Command("cn_clip.eval.compare", "把多个结果并成一张表", "merge results into one table"),
     "index build": Command(
         "cn_clip.index.build", "用图片建立索引，再次运行则更新", "make an index of pictures, or bring it up to date"
     ),

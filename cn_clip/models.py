@@ -1,9 +1,9 @@
-"""Lists the models to be had by name, their sizes, and which of them are on this machine.
+"""Lists the models to be had by name, their sizes, published results, and which of them are on this machine.
 
-cn-clip models [--json] [--download-root FOLDER]
+cn-clip models [--results] [--json] [--download-root FOLDER]
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,29 @@ from typing import Any
 from cn_clip import columns, command
 from cn_clip.jsonl import dumps
 from cn_clip.zoo import (
-    BUNDLED,
+    BUNDLED_DIR,
     DOWNLOAD_ROOT,
-    HUGGINGFACE_ORG,
-    PUBLISHED,
     Bundled,
     ModelConfig,
     Published,
     TextConfig,
     VisionConfig,
+    everything,
     model_config,
 )
+from cn_clip.zoo_results import SPLITS, Result, Setup, results_of
 
 
 @dataclass(frozen=True)
 class Options:
-    """Lists the published and the bundled models and where their files are."""
+    """Lists the published and the bundled models, and which files are here."""
 
     download_root: Path = DOWNLOAD_ROOT
     """Folder with downloaded checkpoints"""
+    results: bool = False
+    """List the published recall of the models instead"""
     json: bool = False
-    """Print the list as one JSON object"""
+    """Print the list as one JSON object, with the results if asked for"""
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
@@ -93,9 +95,11 @@ def _bert(text: TextConfig, embed_dim: int) -> int:
 def describe(name: str, entry: Published | Bundled, root: Path) -> dict[str, Any]:
     """What is known of one model; `path` is its file (a published one under `root`), None while it is not there.
 
-    `repository` is None for a model that comes with this package.
+    `repository` (on Hugging Face) is None for a model that comes with this package, `modelscope` also where ModelScope
+    is not known to have it, `num_bytes` and `sha256` of the file where they are unknown.
     """
     total, visual = count_parameters(model_config(entry.vision, entry.text))
+    published = entry if isinstance(entry, Published) else None
     file = entry.path if isinstance(entry, Bundled) else root.expanduser() / entry.filename
     return {
         "name": name,
@@ -104,31 +108,87 @@ def describe(name: str, entry: Published | Bundled, root: Path) -> dict[str, Any
         "resolution": entry.resolution,
         "num_params": total,
         "num_visual_params": visual,
-        "repository": None if isinstance(entry, Bundled) else f"{HUGGINGFACE_ORG}/{entry.repo}",
+        "repository": published and published.huggingface,
+        "modelscope": published and published.modelscope,
         "file": entry.filename,
+        "num_bytes": published.num_bytes if published else file.stat().st_size,
+        "sha256": published and published.sha256,
         "path": str(file) if file.is_file() else None,
-        "bundled": isinstance(entry, Bundled),
+        "bundled": published is None,
     }
 
 
+def table_of_models(models: Iterable[dict[str, Any]]) -> list[str]:
+    """Lines of at most 100 terminal cells, the first two of them the head in Chinese and in English."""
+    head = [
+        ["模型", "像素", "参数", "视觉塔", "大小", "文件", "本机"],
+        ["model", "px", "params", "visual", "size", "file", "here"],
+    ]
+    return columns.align([*head, *map(_row, models)], right=frozenset({1, 2, 3, 4}))
+
+
 def _row(model: dict[str, Any]) -> list[str]:
-    sizes = [f"{model['num_params']:,}", f"{model['num_visual_params']:,}"]
-    repository = model["repository"] or "随包附带 / in this package"
-    where = model["path"] or "未下载 / not here"
-    return [model["name"], model["text_model"], str(model["resolution"]), *sizes, repository, where]
+    numbers = [str(model["resolution"]), *(f"{model[key] / 1e6:.1f}M" for key in ("num_params", "num_visual_params"))]
+    size = "?" if model["num_bytes"] is None else f"{model['num_bytes'] / 1e6:,.0f} MB"
+    here = "随包 / bundled" if model["bundled"] else "已下载 / here" if model["path"] else "未下载 / not here"
+    return [model["name"], *numbers, size, model["file"], here]
 
 
-def run(options: Options) -> int:
-    """Prints the table, or the JSON object."""
-    entries: dict[str, Published | Bundled] = {**PUBLISHED, **BUNDLED}
-    models = [describe(name, entry, options.download_root) for name, entry in entries.items()]
+def tables_of_results(names: Sequence[str]) -> list[str]:
+    """Lines of one table for each dataset and direction, of the models that have results there, and their sources."""
+    found = {name: results_of(name) for name in names}
+    everywhere = [result for results in found.values() for result in results]
+    lines: list[str] = []
+    for dataset, split in SPLITS.items():
+        for query, direction in (("text", "以文搜图 / text → image"), ("image", "以图搜文 / image → text")):
+            here = {name: _of(results, dataset, query) for name, results in found.items()}
+            lines += [f"{dataset} ({split})：{direction}", *_table_of_results({k: v for k, v in here.items() if v}), ""]
+    sources = dict.fromkeys(result.source for result in everywhere)
+    return [*lines, "单位 / in %；MR：三者的平均 / their mean；来源 / from:", *(f"  {source}" for source in sources)]
+
+
+def _of(results: Iterable[Result], dataset: str, query: str) -> dict[Setup, Result]:
+    return {one.setup: one for one in results if (one.dataset, one.query) == (dataset, query)}
+
+
+def _table_of_results(found: dict[str, dict[Setup, Result]]) -> list[str]:
+    """One line a model, one block a setup that any of them has results in."""
+    titles: dict[Setup, str] = {"zero-shot": "零样本 zero-shot", "fine-tuned": "微调 fine-tuned"}
+    blocks = [
+        [title, *_block([results.get(setup) for results in found.values()])]
+        for setup, title in titles.items()
+        if any(setup in results for results in found.values())
+    ]
+    return columns.align(zip(["", "", *found], *blocks, strict=True))
+
+
+def _block(results: Sequence[Result | None]) -> list[str]:
+    """The head and the numbers; the mean only where one is published."""
+    columns_of = {"R@1": "recall_1", "R@5": "recall_5", "R@10": "recall_10", "MR": "mean"}
+    shown = [head for head, field in columns_of.items() if any(one and getattr(one, field) for one in results)]
+    rows = [[_percent(getattr(one, columns_of[head], None)) for head in shown] for one in results]
+    return columns.align([shown, *rows], right=frozenset(range(len(shown))))
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def run(options: Options) -> None:
+    """Prints the tables, or the JSON object."""
+    root = options.download_root.expanduser()
+    models = [describe(name, entry, root) for name, entry in everything().items()]
     if options.json:
-        print(dumps({"download_root": str(options.download_root.expanduser()), "models": models}))
-        return 0
-    head = ["模型 / model", "文本塔 / text tower", "像素 / px", "参数 / parameters", "视觉 / visual"]
-    rows = [[*head, "仓库 / repository", "文件 / file"], *map(_row, models)]
-    print("\n".join(columns.align(rows, right=frozenset({2, 3, 4}))))
-    return 0
+        for model in models if options.results else ():
+            model["results"] = [result._asdict() for result in results_of(model["name"])]
+        print(dumps({"download_root": str(root), "models": models}))
+    elif options.results:
+        print("\n".join(tables_of_results([model["name"] for model in models])))
+        print(f"Emoji-Tiny: {BUNDLED_DIR / 'MODEL_CARD.md'}")
+    else:
+        print("\n".join(table_of_models(models)))
+        print(f"文件夹 / folder: {root}")
+        print("下载 / to download: cn-clip download NAME；成绩 / results: cn-clip models --results")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -66,13 +66,31 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Published:
-    """One checkpoint on the hubs. `vision`, `text` name its architecture; `resolution` is in pixels a side."""
+    """One checkpoint on the hubs. `vision`, `text` name its architecture; `resolution` is in pixels a side.
+
+    `num_bytes` and `sha256` are those of the file on Hugging Face, as the commit that added it has them; None where
+    unknown. `modelscope_organisation` is None where ModelScope is not known to have the file.
+    """
 
     repo: str
     filename: str
     vision: str
     text: str
     resolution: int
+    num_bytes: int | None = None
+    sha256: str | None = None
+    organisation: str = "OFA-Sys"
+    modelscope_organisation: str | None = "AI-ModelScope"
+
+    @property
+    def huggingface(self) -> str:
+        """The repository on Hugging Face."""
+        return f"{self.organisation}/{self.repo}"
+
+    @property
+    def modelscope(self) -> str | None:
+        """The repository on ModelScope, if it is known to be there."""
+        return self.modelscope_organisation and f"{self.modelscope_organisation}/{self.repo}"
 
 
 @dataclass(frozen=True)
@@ -91,18 +109,102 @@ class Bundled:
 
 
 DOWNLOAD_ROOT = Path("~/.cache/clip")
-HUGGINGFACE_ORG = "OFA-Sys"
-MODELSCOPE_ORG = "AI-ModelScope"
 
 _BASE, _LARGE = "RoBERTa-wwm-ext-base-chinese", "RoBERTa-wwm-ext-large-chinese"
 PUBLISHED: dict[str, Published] = {
-    "ViT-B-16": Published("chinese-clip-vit-base-patch16", "clip_cn_vit-b-16.pt", "ViT-B-16", _BASE, 224),
-    "ViT-L-14": Published("chinese-clip-vit-large-patch14", "clip_cn_vit-l-14.pt", "ViT-L-14", _BASE, 224),
-    "ViT-L-14-336": Published(
-        "chinese-clip-vit-large-patch14-336px", "clip_cn_vit-l-14-336.pt", "ViT-L-14-336", _BASE, 336
+    "ViT-B-16": Published(
+        "chinese-clip-vit-base-patch16",
+        "clip_cn_vit-b-16.pt",
+        "ViT-B-16",
+        _BASE,
+        224,
+        753_196_934,
+        "5997ef32c50de18f3ac06eb5d746c324a639053c3bed8f2986f97ebb22b2ecde",
     ),
-    "ViT-H-14": Published("chinese-clip-vit-huge-patch14", "clip_cn_vit-h-14.pt", "ViT-H-14", _LARGE, 224),
-    "RN50": Published("chinese-clip-rn50", "clip_cn_rn50.pt", "RN50", "RBT3-chinese", 224),
+    "ViT-L-14": Published(
+        "chinese-clip-vit-large-patch14",
+        "clip_cn_vit-l-14.pt",
+        "ViT-L-14",
+        _BASE,
+        224,
+        1_625_135_766,
+        "26a0d4ac248fcea33e8c1e32c22a80def0fe9b1770b429129dfcc04bcd978d28",
+    ),
+    "ViT-L-14-336": Published(
+        "chinese-clip-vit-large-patch14-336px",
+        "clip_cn_vit-l-14-336.pt",
+        "ViT-L-14-336",
+        _BASE,
+        336,
+        1_626_446_358,
+        "53b9a3141f14b2e87366b0857ce78ac1c4c99e028d4d3d832ca8107deae0775b",
+    ),
+    "ViT-H-14": Published(
+        "chinese-clip-vit-huge-patch14",
+        "clip_cn_vit-h-14.pt",
+        "ViT-H-14",
+        _LARGE,
+        224,
+        3_830_716_726,
+        "4549b1a9775db38806dfa398e8e97be4e27299b84b71250d8d2ef0472e708aee",
+    ),
+    "RN50": Published(
+        "chinese-clip-rn50",
+        "clip_cn_rn50.pt",
+        "RN50",
+        "RBT3-chinese",
+        224,
+        308_316_425,
+        "b196ee3ee528b70be1158ab1aafb1d2f1c801ad2d9ffb3bae31b0d305f82fc88",
+    ),
+}
+
+# Checkpoints of the same format and architectures, trained by Tencent on other pictures and texts.
+QA_CLIP: dict[str, Published] = {
+    "QA-CLIP-RN50": Published(
+        "QA-CLIP",
+        "QA-CLIP-RN50.pt",
+        "RN50",
+        "RBT3-chinese",
+        224,
+        617_738_279,
+        "160b11a76276dea9e0044238090ce609134d0e6ee689f53fdd5f9a411dd25069",
+        "TencentARC",
+        None,
+    ),
+    "QA-CLIP-ViT-B-16": Published(
+        "QA-CLIP",
+        "QA-CLIP-base.pt",
+        "ViT-B-16",
+        _BASE,
+        224,
+        1_569_891_012,
+        "776aad04ac776a2add7af9ac3839962d8702361d4b718a14f52669a77d21ddf8",
+        "TencentARC",
+        None,
+    ),
+    "QA-CLIP-ViT-L-14": Published(
+        "QA-CLIP",
+        "QA-CLIP-large.pt",
+        "ViT-L-14",
+        _BASE,
+        224,
+        2_443_404_116,
+        "7a94fcafe0d521d22c6fdb88da77cea4caf7f667ef06b3b17e4f1ee9a8e78738",
+        "TencentARC",
+        None,
+    ),
+    "QA-CLIP-ViT-L-14-336": Published(
+        "QA-CLIP",
+        "QA-CLIP-large-336.pt",
+        "ViT-L-14-336",
+        _BASE,
+        336,
+        2_444_715_284,
+        "c518633db550098b276824b6c183f8e366a2e3943b4bb4f4e6fd3f13d418f15c",
+        "TencentARC",
+        None,
+    ),
 }
 
 BUNDLED: dict[str, Bundled] = {
@@ -110,14 +212,19 @@ BUNDLED: dict[str, Bundled] = {
 }
 
 
+def everything() -> dict[str, Published | Bundled]:
+    """All models by name: Chinese-CLIP's five in its order, QA-CLIP's, those that come with this package."""
+    return {**PUBLISHED, **QA_CLIP, **BUNDLED}
+
+
 def available_models() -> list[str]:
-    """Names of the published models, then of those that come with this package, as `load_from_name` takes them."""
-    return [*PUBLISHED, *BUNDLED]
+    """The names that `load_from_name` takes, in the order of `everything`."""
+    return list(everything())
 
 
 def named(name: str) -> Published | Bundled | None:
     """The published or bundled checkpoint of that name, if there is one."""
-    return PUBLISHED.get(name) or BUNDLED.get(name)
+    return everything().get(name)
 
 
 def config_path(name: str) -> Path:

@@ -1,5 +1,9 @@
-"""Fetches a published checkpoint by name, from the Hugging Face hub or ModelScope; `load_from_name` calls it."""
+"""Fetches a published checkpoint by name, from the Hugging Face hub or ModelScope.
 
+`load_from_name` and `cn-clip download` call it.
+"""
+
+import errno
 import hashlib
 import logging
 import os
@@ -9,11 +13,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from cn_clip import zoo
 from cn_clip.errors import CheckpointError, CnClipError, DownloadError
 from cn_clip.extras import require
-from cn_clip.zoo import HUGGINGFACE_ORG, MODELSCOPE_ORG, Published
+from cn_clip.zoo import Published
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
@@ -21,10 +26,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
+DEFAULT_MODELSCOPE_DOMAIN = "www.modelscope.cn"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Weights, their index and the configuration in a transformers folder.
 _OF_A_FOLDER = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|config\.json")
 _CHUNK_BYTES = 1 << 22
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def weight_file(name: str | Path, *, download_root: str | Path | None = None, use_modelscope: bool = False) -> Path:
@@ -42,11 +49,14 @@ def weight_file(name: str | Path, *, download_root: str | Path | None = None, us
     return path
 
 
-def download(published: Published, root: str | os.PathLike[str], *, use_modelscope: bool = False) -> Path:
+def download(
+    published: Published, root: str | os.PathLike[str], *, use_modelscope: bool = False, offline: bool = False
+) -> Path:
     """The path of the checkpoint in the folder `root`, which is made if need be; a file already there is used as is.
 
-    The file appears whole and checked, or not at all. An interrupted download goes on where it stopped, also in a later
-    run; of several processes one downloads and the others wait for it. Reads HF_ENDPOINT and HF_HUB_OFFLINE.
+    The file appears whole and checked (against `published.sha256`, or else what the hub says), or not at all.
+    An interrupted download goes on where it stopped, also in a later run; of several processes one downloads and the
+    others wait for it. Reads HF_ENDPOINT and HF_HUB_OFFLINE; nothing is asked of the network when `offline`.
     Raises DownloadError, with the next step, for anything that goes wrong; MissingExtraError without `modelscope`.
     """
     target = Path(root).expanduser() / published.filename
@@ -54,6 +64,11 @@ def download(published: Published, root: str | os.PathLike[str], *, use_modelsco
         return target
     if target.exists():
         raise DownloadError(f"{target} exists and is not a regular file; move it away or choose another download_root")
+    url = url_of(published, use_modelscope=use_modelscope)
+    told_offline = not use_modelscope and _is_set("HF_HUB_OFFLINE")
+    if offline or told_offline:
+        reason = "HF_HUB_OFFLINE is set" if told_offline else "--offline"
+        raise DownloadError(f"离线 / offline ({reason}): {_by_hand(published, url, target)}")
     _make_folder(target.parent)
     fetch = _from_modelscope if use_modelscope else _from_huggingface
     try:
@@ -61,7 +76,46 @@ def download(published: Published, root: str | os.PathLike[str], *, use_modelsco
     except CnClipError:
         raise
     except Exception as error:  # the hub clients raise errors of many unrelated types, which differ by version
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            raise DownloadError(
+                f"{target.parent}: {published.filename} cannot be written there ({error.strerror}); free space, or "
+                "choose another download_root (--download-root)"
+            ) from error
         raise DownloadError(_explain(published, error, use_modelscope=use_modelscope)) from error
+
+
+def url_of(published: Published, *, use_modelscope: bool = False) -> str:
+    """Where the file is fetched from, under HF_ENDPOINT or MODELSCOPE_DOMAIN if set.
+
+    Raises DownloadError for a file that ModelScope is not known to have.
+    """
+    if not use_modelscope:
+        return f"{_endpoint()}/{published.huggingface}/resolve/main/{quote(published.filename)}"
+    if published.modelscope is None:
+        raise DownloadError(
+            f"{published.filename} is not known to be on ModelScope; leave use_modelscope=True (--hub modelscope) out, "
+            "and set HF_ENDPOINT to a mirror of Hugging Face if need be"
+        )
+    domain = os.environ.get("MODELSCOPE_DOMAIN") or DEFAULT_MODELSCOPE_DOMAIN
+    query = f"Revision=master&FilePath={quote(published.filename)}"
+    return f"https://{domain}/api/v1/models/{published.modelscope}/repo?{query}"
+
+
+def is_published_file(published: Published, path: Path) -> bool | None:
+    """Whether the file has the published SHA-256; None where that is unknown."""
+    return None if published.sha256 is None else _sha256(path) == published.sha256
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _by_hand(published: Published, url: str, target: Path) -> str:
+    size = f"{published.num_bytes:,} 字节 / bytes" if published.num_bytes else "大小未知 / of unknown size"
+    check = f", SHA-256 {published.sha256}" if published.sha256 else ""
+    return (
+        f"请在能联网的机器上下载 / fetch where there is a network {url} ({size}{check})，放到 / and put it at {target}"
+    )
 
 
 def _make_folder(folder: Path) -> None:
@@ -100,17 +154,16 @@ def _from_huggingface(published: Published, folder: Path) -> Path:
     `hf_hub_download` is not used because its recent versions begin again at byte 0 after an interruption, which hurts
     with files of gigabytes.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, exported lazily
 
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise ConnectionError("HF_HUB_OFFLINE is set")
-    # huggingface_hub reads HF_ENDPOINT when it is imported; a user may set it after that.
-    url = hf_hub_url(f"{HUGGINGFACE_ORG}/{published.repo}", published.filename, endpoint=_endpoint())
+    url = url_of(published)
     metadata = get_hf_file_metadata(url)
+    sha256 = _expected_sha256(published, metadata.etag)
     part = _part_file(folder, metadata)
     with open(part, "ab") as stream:
+        _need_room(folder, published.filename, (metadata.size or 0) - stream.tell())
         logger.info("downloading %s (%s bytes, %d of them here already)", url, metadata.size, stream.tell())
         http_get(
             url,
@@ -120,8 +173,32 @@ def _from_huggingface(published: Published, folder: Path) -> Path:
             expected_size=metadata.size,
             displayed_filename=published.filename,
         )
-    _check(part, size=metadata.size, etag=metadata.etag)
+    _check(part, size=metadata.size, sha256=sha256)
     return part
+
+
+def _expected_sha256(published: Published, etag: str | None) -> str | None:
+    """The published SHA-256, or else the hub's, which is its ETag of large files.
+
+    Raises DownloadError where the two are known and differ: before gigabytes come that would be refused.
+    """
+    of_hub = etag if etag and _SHA256.fullmatch(etag) else None
+    if of_hub and published.sha256 and of_hub != published.sha256:
+        raise DownloadError(
+            f"{published.filename} at {_endpoint()} is not the file published as {published.huggingface}: expected the "
+            f"SHA-256 {published.sha256}, the hub says {of_hub}; try another HF_ENDPOINT, or, if you trust that file, "
+            "download it yourself and pass its path"
+        )
+    return published.sha256 or of_hub
+
+
+def _need_room(folder: Path, name: str, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise DownloadError(
+            f"{folder.parent}: {name} takes {num_bytes:,} more bytes and the disk has {free:,} left; free space, or "
+            "choose another download_root (--download-root)"
+        )
 
 
 def _part_file(folder: Path, metadata: "HfFileMetadata") -> Path:
@@ -134,14 +211,14 @@ def _part_file(folder: Path, metadata: "HfFileMetadata") -> Path:
     return part
 
 
-def _check(part: Path, *, size: int | None, etag: str | None) -> None:
-    """Refuses and removes a file of the wrong size, or of the wrong SHA-256 where the hub's ETag is one."""
+def _check(part: Path, *, size: int | None, sha256: str | None) -> None:
+    """Refuses and removes a file of the wrong size or SHA-256, where these are known."""
     actual_size = part.stat().st_size
     wrong = None
     if size is not None and actual_size != size:
         wrong = f"expected {size} bytes, got {actual_size}"
-    elif etag and _SHA256.fullmatch(etag) and _sha256(part) != etag:
-        wrong = f"the SHA-256 of what arrived is not the hub's {etag}"
+    elif sha256 and (actual := _sha256(part)) != sha256:
+        wrong = f"expected the SHA-256 {sha256}, got {actual}"
     if wrong:
         part.unlink()
         raise OSError(f"{wrong}; the file was removed")
@@ -160,10 +237,7 @@ def _from_modelscope(published: Published, folder: Path) -> Path:
     require("modelscope", extra="modelscope", purpose="use_modelscope=True")
     from modelscope.hub.file_download import model_file_download
 
-    path = model_file_download(
-        model_id=f"{MODELSCOPE_ORG}/{published.repo}", file_path=published.filename, local_dir=str(folder)
-    )
-    return Path(path)
+    return Path(model_file_download(model_id=published.modelscope, file_path=published.filename, local_dir=str(folder)))
 
 
 def _endpoint() -> str:
@@ -172,14 +246,15 @@ def _endpoint() -> str:
 
 def _explain(published: Published, error: Exception, *, use_modelscope: bool) -> str:
     if use_modelscope:
-        where, other = f"{MODELSCOPE_ORG}/{published.repo} on ModelScope", "leave use_modelscope=True out"
+        where, others = f"{published.modelscope} on ModelScope", ["leave use_modelscope=True (--hub modelscope) out"]
     else:
-        where = f"{HUGGINGFACE_ORG}/{published.repo} at {_endpoint()}"
-        other = "set HF_ENDPOINT to a mirror, pass use_modelscope=True"
+        where, others = f"{published.huggingface} at {_endpoint()}", ["set HF_ENDPOINT to a mirror"]
+        if published.modelscope:
+            others.append("pass use_modelscope=True (--hub modelscope)")
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return (
         f"could not download {published.filename} from {where}: {reason.rstrip('.')}; try again to go on from there, "
-        f"{other}, or download the file yourself and pass its path"
+        f"{', '.join(others)}, or download the file yourself and pass its path"
     )
 
 

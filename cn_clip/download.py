@@ -1,0 +1,83 @@
+"""Downloads a published model, or checks the one that is here: `cn-clip download ViT-B-16`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from cn_clip import command, zoo
+from cn_clip.errors import ConfigError, DownloadError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Downloads a published model, going on where an interrupted download stopped, and checks its SHA-256.
+
+    A file that is here already is checked only. HF_ENDPOINT names a mirror of Hugging Face.
+    """
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    """One of those that `cn-clip models` lists"""
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    """Where from; modelscope needs pip install 'cn_clip[modelscope]'"""
+    download_root: Path = zoo.DOWNLOAD_ROOT
+    """Folder of the file"""
+    offline: bool = False
+    """Ask nothing of the network; say what to fetch elsewhere, and where to put it"""
+    json: bool = False
+    """Print the result as one JSON object"""
+
+    def __post_init__(self) -> None:
+        if zoo.named(self.name) is None:
+            raise ConfigError(f"{self.name}: no such model; expected one of {', '.join(zoo.available_models())}")
+
+
+def run(options: Options) -> None:
+    """Downloads or checks the file; raises DownloadError with the next step."""
+    say = command.Speaker(quiet=options.json)
+    entry = zoo.named(options.name)
+    assert entry is not None
+    if isinstance(entry, zoo.Bundled):
+        path, is_new, is_checked = entry.path, False, False
+        say(f"随包附带，不用下载 / comes with this package: {path}")
+    else:
+        path, is_new, is_checked = _fetch(entry, options, say)
+    result = {"name": options.name, "path": str(path), "num_bytes": path.stat().st_size}
+    say.result({**result, "downloaded": is_new, "checked": is_checked})
+
+
+def _fetch(published: zoo.Published, options: Options, say: command.Speaker) -> tuple[Path, bool, bool]:
+    """(the file, whether it was downloaded now, whether its SHA-256 is the published one)."""
+    from cn_clip.clip import hub
+
+    use_modelscope = options.hub == "modelscope"
+    is_new = not (options.download_root.expanduser() / published.filename).is_file()
+    if is_new and not options.offline:
+        say.note(f"下载 / downloading {hub.url_of(published, use_modelscope=use_modelscope)}")
+    path = hub.download(published, options.download_root, use_modelscope=use_modelscope, offline=options.offline)
+    is_checked = is_new and not use_modelscope and published.sha256 is not None
+    is_published = is_checked or hub.is_published_file(published, path)
+    if is_published is False and not use_modelscope:
+        raise DownloadError(
+            f"{path}: is not the published file, whose SHA-256 is {published.sha256}; move it away and download again, "
+            "or use it by its path"
+        )
+    verdict = {
+        True: "SHA-256 相符 / matches",
+        False: "SHA-256 与 Hugging Face 上的不同 / is not that on Hugging Face",
+        None: "没有可比的 SHA-256 / no SHA-256 known to compare",
+    }[is_published]
+    done = "已下载 / downloaded" if is_new else "已在本机 / here already"
+    say(f"{done}: {path} ({path.stat().st_size:,} 字节 / bytes; {verdict})")
+    return path, is_new, is_published is True
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()
