@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import httpx
 import numpy as np
-import uvicorn
 
 from cn_clip.clip.backends.base import Pixels, Rows, TokenIds
 from cn_clip.clip.encoder import Encoder
@@ -19,6 +18,7 @@ from cn_clip.serve.hosts import Hosts
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.main import listen
 from cn_clip.serve.metrics import Metrics
+from cn_clip.serve.server import Server
 
 
 class WatchedBackend:
@@ -70,7 +70,7 @@ def served(
 
         page.mount(app, app.state.service, {"backend": "torch"})
     with listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", log_level="critical"))
+        server = Server(app, limits)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         try:

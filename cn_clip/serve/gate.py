@@ -2,15 +2,20 @@
 
 import asyncio
 import hmac
+import logging
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cn_clip.serve.hosts import Hosts
-from cn_clip.serve.limits import BODIES_HELD, MAX_JSON_MARKS, Limits
+from cn_clip.serve.limits import BODIES_HELD, MAX_JSON_MARKS, MAX_READERS, Limits
 from cn_clip.serve.refusals import RefusalError
+
+log = logging.getLogger(__name__)
 
 # Probes carry no key, and name the machine as they like.
 OPEN_PATHS = ("/healthz", "/readyz")
+# Who watches the service sees it also while readers of the page fill it.
+UNCOUNTED_PATHS = (*OPEN_PATHS, "/metrics")
 BOUNDED_PREFIX = "/v1/"
 
 
@@ -21,14 +26,17 @@ class ClientLeftError(Exception):
 class Gate:
     """ASGI middleware. All but the probes need the key, or else one of `hosts`; body and time are bounded.
 
-    Not so what is only read outside /v1/: the web page listens to a stream of events. A client that leaves, or waits
-    too long, has its request cancelled, wherever that is.
+    Not so what is only read outside /v1/: the web page listens to streams of events, which end when `stopping` is set;
+    of these requests, the number is bounded. A client that leaves, or waits too long, has its request cancelled,
+    wherever that is.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, hosts: Hosts) -> None:
-        self.app, self.limits, self.hosts = app, limits, hosts
+    def __init__(
+        self, app: ASGIApp, limits: Limits, *, api_key: str | None, hosts: Hosts, stopping: asyncio.Event
+    ) -> None:
+        self.app, self.limits, self.hosts, self.stopping = app, limits, hosts, stopping
         self._key = None if api_key is None else api_key.encode("utf-8")
-        self._bytes_held = 0
+        self._bytes_held = self._num_readers = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -39,8 +47,10 @@ class Gate:
                 self._check_caller(scope)
             if _is_bounded(scope):
                 await self._bounded(scope, receive, send)
-            else:
+            elif scope["path"] in UNCOUNTED_PATHS:
                 await self.app(scope, receive, send)
+            else:
+                await self._read_by_one_more(scope, receive, send)
         except ClientLeftError:
             pass
         except RefusalError as refusal:
@@ -145,11 +155,58 @@ class Gate:
         elif not done and not started:
             raise refusal
 
+    async def _read_by_one_more(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._num_readers >= MAX_READERS:
+            message = f"{MAX_READERS} requests for the page are open; ask again later"
+            raise RefusalError(503, message, code="busy", retry_after=5)
+        self._num_readers += 1
+        try:
+            await self._until_stopping(scope, receive, send)
+        finally:
+            self._num_readers -= 1
+
+    async def _until_stopping(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers; a stream of events, which has no end of its own, until the server stops."""
+        streaming = asyncio.Event()
+        is_whole = False
+
+        async def noting(message: Message) -> None:
+            nonlocal is_whole
+            if message["type"] == "http.response.start" and _is_event_stream(message):
+                streaming.set()
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        async def stopping() -> None:
+            await streaming.wait()
+            await self.stopping.wait()
+
+        answer, end = asyncio.ensure_future(self.app(scope, receive, noting)), asyncio.ensure_future(stopping())
+        try:
+            done, _ = await asyncio.wait((answer, end), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            end.cancel()
+            if not answer.done():
+                answer.cancel()
+                await asyncio.wait((answer,))
+        if answer in done:
+            answer.result()
+            return
+        if not answer.cancelled() and answer.exception() is not None:
+            log.debug("a stream did not end as it was told", exc_info=answer.exception())
+        if not is_whole:
+            await send({"type": "http.response.body"})
+
 
 def _is_bounded(scope: Scope) -> bool:
     return scope["type"] == "http" and (
         scope["path"].startswith(BOUNDED_PREFIX) or scope["method"] not in ("GET", "HEAD")
     )
+
+
+def _is_event_stream(start: Message) -> bool:
+    content_type: bytes = dict(start.get("headers", ())).get(b"content-type", b"")
+    return content_type.startswith(b"text/event-stream")
 
 
 def _is_upload(scope: Scope) -> bool:

@@ -10,6 +10,10 @@ MOST_PIXELS = 89_478_485
 BODIES_HELD = 16
 # And on the disk, as uploads of the web page.
 UPLOADS_HELD = 64
+# Connections at a time; a process may usually have 1024 files open.
+MAX_CONNECTIONS = 512
+# Of them, those that read from the page: two for each browser that shows it, and those that fetch its files.
+MAX_READERS = 128
 # An upper bound on the values of a JSON document is the number of these; each costs far more memory than its byte.
 MAX_JSON_MARKS = 50_000
 # Texts of one request to /v1/classify, labels times templates, and their characters together.

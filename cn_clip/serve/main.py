@@ -1,7 +1,6 @@
 """The HTTP service: `cn-clip serve photos.index --model ViT-B-16`."""
 
 import asyncio
-import math
 import os
 import socket
 import sys
@@ -18,12 +17,12 @@ from cn_clip.errors import ConfigError, MissingExtraError
 from cn_clip.serve.limits import Limits, flag
 
 if TYPE_CHECKING:
-    import uvicorn
     from fastapi import FastAPI
 
     from cn_clip.clip.encoder import Encoder
     from cn_clip.retrieval.store import Index
     from cn_clip.serve.engine import Engine
+    from cn_clip.serve.server import Server
 
 API_KEY_VARIABLE = "CN_CLIP_API_KEY"
 DEFAULT_MODEL = "ViT-B-16"
@@ -129,23 +128,15 @@ def add_page(app: "FastAPI", options: Options, api_key: str | None, address: str
 
 def serve(app: "FastAPI", engine: "Engine", options: Options, listener: socket.socket) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what is in hand; raises what kept the model from opening."""
-    import uvicorn
+    from cn_clip.serve.server import Server
 
-    config = uvicorn.Config(
-        app,
-        # Unlike httptools, h11 bounds the head of a request.
-        http="h11",
-        ws="none",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=math.ceil(options.drain_timeout),
-    )
-    asyncio.run(_serve(uvicorn.Server(config), engine, listener))
+    server = Server(app, options.limits, drain_timeout=options.drain_timeout)
+    asyncio.run(_serve(server, engine, listener))
     if engine.failure is not None:
         raise engine.failure
 
 
-async def _serve(server: "uvicorn.Server", engine: "Engine", listener: socket.socket) -> None:
+async def _serve(server: "Server", engine: "Engine", listener: socket.socket) -> None:
     async def announce() -> None:
         await engine.opened.wait()
         if engine.is_ready:
