@@ -117,7 +117,7 @@ def extract(options: Settings, encoder: "Encoder", identity: "Identity", say: co
     # All is opened before any is worked on: a wrong path is told at once, not after minutes.
     for kind in options.kinds:
         refuse_inputs(f"--{kind}-feat-output-path", options.output_file(kind)[0], options.inputs())
-    works = _open(options, say)
+    works = open_works(options, say)
     _check_kept(options, works)
     result: dict[str, object] = {}
     with contextlib.ExitStack() as stack:
@@ -128,7 +128,7 @@ def extract(options: Settings, encoder: "Encoder", identity: "Identity", say: co
     say.result(result)
 
 
-def _open(options: Settings, say: command.Speaker) -> "list[Work]":
+def open_works(options: Settings, say: command.Speaker) -> "list[Work]":
     """What is to be extracted, texts first."""
     from cn_clip.data.picture_sets import LmdbPictures
     from cn_clip.data.texts import read_texts
@@ -162,9 +162,14 @@ def _partial(
 ) -> "PartialFeatures":
     from cn_clip.eval.partial_features import PartialFeatures
 
-    job = {**work.facts(), **identity(work.kind), "version": __version__}
-    job |= {"context_length": options.context_length} if work.kind == "text" else {"decode": options.decode}
+    job = job_of(options, work, identity)
     return PartialFeatures(options.output_file(work.kind)[0], job, encoder.embed_dim, say.note)
+
+
+def job_of(options: Settings, work: "Work", identity: "Identity") -> dict[str, object]:
+    """What is extracted, from what, with what: equal jobs give equal files."""
+    job = {**work.facts(), **identity(work.kind), "version": __version__}
+    return job | ({"context_length": options.context_length} if work.kind == "text" else {"decode": options.decode})
 
 
 def _extract(

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cn_clip.clip import tokenizer
 from cn_clip.clip.backends.base import Kind
 from cn_clip.clip.encoder import SORTING_WINDOW, Encoder, sorted_batches
 from cn_clip.data.picture_sets import LmdbPictures, PictureSource, StoredPicture, batches
 from cn_clip.data.records import RecordId, digest_of
-from cn_clip.data.texts import preprocess_text
+from cn_clip.data.texts import preparation
 from cn_clip.eval.feature_rows import IdField, check_finite, check_unique
 from cn_clip.eval.partial_features import Job, PartialFeatures
 from cn_clip.jsonl import numbered_lines
@@ -63,16 +62,17 @@ class Texts:
 
     def compute(self, encoder: Encoder, partial: PartialFeatures) -> Places:
         places = np.empty(len(self.texts), dtype=np.int64)
+        prepare = preparation(encoder.texts)
         first = 0
         with tqdm(total=len(self.texts), unit="text") as bar:
             for start in range(0, len(self.texts), SORTING_WINDOW):
-                prepared = [preprocess_text(text) for _, text in self.texts[start : start + SORTING_WINDOW]]
+                prepared = [prepare(text) for _, text in self.texts[start : start + SORTING_WINDOW]]
                 # Computed once, equal texts have equal vectors; in batches of other shapes the last digits may differ.
                 distinct = list(dict.fromkeys(prepared))
                 row_of: dict[str, int] = {}
                 first_id = dict(reversed(list(zip(prepared, self.ids[start:], strict=False))))
-                tokens = tokenizer.encode(distinct, encoder.context_length)
-                for chosen, token_ids in sorted_batches(tokens, self.batch_size):
+                tokens = encoder.texts.rows(distinct)
+                for chosen, token_ids in sorted_batches(tokens, self.batch_size, encoder.texts.pad):
                     if first + len(chosen) > partial.num_rows:
                         rows_BD = encoder.backend.encode_tokens(token_ids)
                         check_finite(rows_BD, [first_id[distinct[index]] for index in chosen], self.field)
@@ -101,18 +101,35 @@ class Pictures:
         return {"data": data, "batch_size": self.batch_size}
 
     def compute(self, encoder: Encoder, partial: PartialFeatures) -> Places:
-        count = len(self.pictures)
-        done = partial.num_rows if partial.num_rows >= count else partial.num_rows // self.batch_size * self.batch_size
-        with tqdm(total=count, initial=done, unit="picture") as bar:
-            if done < count or not count:
-                rest = _Rest(self.pictures, done)
-                for ids, pixels in batches(rest, encoder.transform, self.batch_size, self.num_workers):
-                    rows_BD = encoder.backend.encode_pixels(pixels)
-                    check_finite(rows_BD, ids, self.field)
-                    partial.put(done, rows_BD)
-                    done += len(ids)
-                    bar.update(len(ids))
-        return np.arange(count)
+        compute_pictures(
+            self.pictures, encoder, partial, ids=self.ids, batch_size=self.batch_size, num_workers=self.num_workers
+        )
+        return np.arange(len(self.pictures))
+
+
+def compute_pictures(
+    pictures: PictureSource[object],
+    encoder: Encoder,
+    partial: PartialFeatures,
+    *,
+    ids: Sequence[object],
+    batch_size: int,
+    num_workers: int,
+) -> None:
+    """Computes the rows that `partial` lacks, in the order of `pictures`; ids: what errors call them.
+
+    Raises DataError naming a picture that cannot be read, CheckpointError for one whose row is no number.
+    """
+    count = len(pictures)
+    done = partial.num_rows if partial.num_rows >= count else partial.num_rows // batch_size * batch_size
+    with tqdm(total=count, initial=done, unit="picture") as bar:
+        if done < count or not count:
+            for keys, pixels in batches(_Rest(pictures, done), encoder.transform, batch_size, num_workers):
+                rows_BD = encoder.backend.encode_pixels(pixels)
+                check_finite(rows_BD, ids[done : done + len(keys)], "image_id")
+                partial.put(done, rows_BD)
+                done += len(keys)
+                bar.update(len(keys))
 
 
 class _Rest(Generic[KeyT]):

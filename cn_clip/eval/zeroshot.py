@@ -2,7 +2,7 @@
 
 # N pictures, C classes, D embedding
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.encoder import Encoder
-from cn_clip.data.texts import preprocess_text
+from cn_clip.data.texts import preparation, preprocess_text
 from cn_clip.errors import DataError
 from cn_clip.eval.templates import fill
 
@@ -25,6 +25,11 @@ class Accuracy:
     top1: float
     top5: float | None
     per_class: list[float | None]
+
+    @property
+    def mean_per_class(self) -> float:
+        """The mean over the classes that have pictures."""
+        return float(np.mean([share for share in self.per_class if share is not None]))
 
 
 def class_numbers(folders: Sequence[str], num_labels: int) -> list[int]:
@@ -46,13 +51,16 @@ def class_numbers(folders: Sequence[str], num_labels: int) -> list[int]:
 
 def classifier(encoder: Encoder, labels: Sequence[str], templates: Sequence[str], *, batch_size: int = 64) -> Rows:
     """Unit class vectors (C, D): the mean over the templates of each label's unit text features."""
-    features = encoder.encode_texts(prompts(labels, templates), batch_size=batch_size, progress=True)
+    texts = prompts(labels, templates, prepare=preparation(encoder.texts))
+    features = encoder.encode_texts(texts, batch_size=batch_size, progress=True)
     return class_vectors(features, len(labels))
 
 
-def prompts(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """The text of each label in each template, the templates of a label together."""
-    return [preprocess_text(fill(template, label)) for label in labels for template in templates]
+def prompts(
+    labels: Sequence[str], templates: Sequence[str], *, prepare: Callable[[str], str] = preprocess_text
+) -> list[str]:
+    """The text of each label in each template, prepared for the tokenizer, the templates of a label together."""
+    return [prepare(fill(template, label)) for label in labels for template in templates]
 
 
 def class_vectors(features: Rows, num_labels: int) -> Rows:

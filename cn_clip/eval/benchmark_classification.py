@@ -1,0 +1,191 @@
+"""Runs a zero-shot classification benchmark by the functions of that command; `evaluate` calls it."""
+
+# N pictures, C classes
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cn_clip.command import Speaker
+from cn_clip.errors import DataError
+from cn_clip.eval.benchmark_sets import ClassName, Metric, class_names
+from cn_clip.eval.model_choice import ModelChoice
+
+if TYPE_CHECKING:
+    from cn_clip.clip.backends.base import Rows
+    from cn_clip.data.picture_sets import ClassFolders
+
+LABEL_FILE, INDEX_FILE = "label_cn.txt", "index.json"
+_RECALL_LEVELS = 11
+
+
+@dataclass(frozen=True)
+class Classified:
+    """Measures in percent, how many pictures, and the file of probabilities in ELEVATER's form."""
+
+    measured: Mapping[Metric, float]
+    num_pictures: int
+    own_labels: bool
+    predictions: Path
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The test pictures in their class folders, the labels, which of them each folder belongs to, ELEVATER's order."""
+
+    folder: Path
+    name: str
+    pictures: "ClassFolders"
+    labels: Sequence[str]
+    numbers: Sequence[int]
+    order: Sequence[int] | None
+
+
+def read_dataset(folder: Path, name: str) -> Dataset:
+    """The labels are those of `label_cn.txt`, else this package's own; raises DataError naming what is missing."""
+    pictures = _test_pictures(folder)
+    labels, numbers = _labels(folder, name, pictures.classes)
+    return Dataset(folder, name, pictures, labels, numbers, _order(folder, len(pictures)))
+
+
+def measure(dataset: Dataset, choice: ModelChoice, output: Path, say: Speaker) -> Classified:
+    """Classifies the test pictures, zero-shot, with the templates of the benchmark.
+
+    `output` exists and receives the features, which another run with the same pictures and model takes as they are, and
+    the probabilities. Raises CnClipError naming a picture that cannot be read.
+    """
+    from cn_clip.eval import backends, class_features, zeroshot, zeroshot_evaluation
+    from cn_clip.eval.feature_rows import check_finite
+    from cn_clip.eval.templates import load_templates
+
+    data, name, pictures, labels = dataset.folder, dataset.name, dataset.pictures, dataset.labels
+    encoder = backends.open_encoder(choice, Speaker(quiet=True))
+    say("提取图片特征 / extracting picture features…")
+    found = class_features.of_folder(
+        data / "test",
+        output / "test_features.npz",
+        encoder,
+        backends.identity(choice, encoder),
+        say,
+        batch_size=choice.batch_size,
+        num_workers=choice.num_workers,
+    )
+    say("零样本分类 / zero-shot classification…")
+    classes_CD = zeroshot.classifier(encoder, labels, load_templates(name), batch_size=choice.batch_size)
+    check_finite(classes_CD, labels, "label")
+    probabilities_NC = zeroshot.probabilities(found.rows_ND, classes_CD)
+    targets_N = np.array(dataset.numbers)[found.labels_N]
+    accuracy = zeroshot.accuracy(probabilities_NC, targets_N)
+    measured: dict[Metric, float] = {"top1": accuracy.top1, "mean_per_class": accuracy.mean_per_class}
+    if _is_multi_label(name):
+        measured["map_11_point"] = _mean_average_precision(pictures, probabilities_NC, targets_N)
+    facts = zeroshot_evaluation.Options(
+        datapath=str(data / "test"),
+        label_file=LABEL_FILE,
+        dataset=name,
+        save_dir=str(output),
+        resume=choice.resume,
+        vision_model=choice.vision_model,  # type: ignore[arg-type]  # zoo names its towers as plain strings
+    )
+    ordered_NC = probabilities_NC if dataset.order is None else probabilities_NC[list(dataset.order)]
+    path = zeroshot_evaluation.write_elevater(facts, encoder.backend, ordered_NC)
+    percent = {metric: 100 * share for metric, share in measured.items()}
+    return Classified(percent, len(pictures), own_labels=not (data / LABEL_FILE).is_file(), predictions=path)
+
+
+def average_precision_11_point(scores_N: "Rows", is_relevant_N: NDArray[np.bool_]) -> float:
+    """PASCAL VOC 2007's average precision in [0, 1]: the mean over the recalls 0, 0.1 … 1 of the best precision there.
+
+    The best precision at a recall is that of any cut that reaches it. Of equal scores the earlier comes first.
+    Raises ValueError without a relevant item. Source: Everingham et al., IJCV 2010, section 4.2.
+    """
+    if not is_relevant_N.any():
+        raise ValueError("expected at least one relevant item")
+    hits_N = np.cumsum(is_relevant_N[np.argsort(-scores_N, kind="stable")])
+    precision_N = hits_N / np.arange(1, len(hits_N) + 1)
+    # In integers: 3 of 10 hits reach the level 0.3 exactly.
+    levels = range(_RECALL_LEVELS)
+    reached = [hits_N * (_RECALL_LEVELS - 1) >= level * hits_N[-1] for level in levels]
+    return float(np.mean([precision_N[cut_N].max() for cut_N in reached]))
+
+
+def _is_multi_label(name: str) -> bool:
+    from cn_clip.eval.benchmark_sets import classification_sets
+
+    return classification_sets()[name].elevater_metric == "map_11_point"
+
+
+def _mean_average_precision(pictures: "ClassFolders", probabilities_NC: "Rows", targets_N: NDArray[np.int64]) -> float:
+    """The mean over the classes; a picture that lies in several class folders is one with several labels."""
+    first: dict[bytes, int] = {}
+    owner_N = np.array([first.setdefault(_digest(pictures, n), n) for n in range(len(pictures))])
+    relevant_NC = np.zeros(probabilities_NC.shape, dtype=np.bool_)
+    relevant_NC[owner_N, targets_N] = True
+    kept_M = np.unique(owner_N)
+    tested = [number for number in range(relevant_NC.shape[1]) if relevant_NC[:, number].any()]
+    values = [average_precision_11_point(probabilities_NC[kept_M, c], relevant_NC[kept_M, c]) for c in tested]
+    return float(np.mean(values))
+
+
+def _digest(pictures: "ClassFolders", number: int) -> bytes:
+    return hashlib.blake2b(pictures[number].data, digest_size=16).digest()
+
+
+def _test_pictures(data: Path) -> "ClassFolders":
+    from cn_clip.data.picture_sets import ClassFolders
+
+    if not data.is_dir():
+        raise DataError(f"{data}: no such folder; expected the folder of the dataset, with test/ in it")
+    if not (data / "test").is_dir():
+        raise DataError(f"{data}: test/ is missing; expected one folder of pictures a class in it, test/000 and so on")
+    return ClassFolders(data / "test")
+
+
+def _labels(data: Path, name: str, folders: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The labels, and which of them each class folder belongs to."""
+    from cn_clip.eval import zeroshot, zeroshot_evaluation
+
+    file = data / LABEL_FILE
+    given = zeroshot_evaluation.read_labels(file) if file.is_file() else None
+    try:
+        if given is not None:
+            return given, zeroshot.class_numbers(folders, len(given))
+        names = class_names(name)
+        return [one.chinese for one in names], own_numbers(folders, names)
+    except DataError as error:
+        raise DataError(f"{data / 'test'}: {error}") from error
+
+
+def own_numbers(folders: Sequence[str], names: Sequence[ClassName]) -> list[int]:
+    """The class of each folder, which bears its number or its name in the dataset (case, blanks, `_`, `-` aside).
+
+    Raises DataError for a folder that is neither: an order by which others belong to classes cannot be guessed.
+    """
+    by_name = {_plain(one.original): number for number, one in enumerate(names)}
+    are_numbers = all(folder.isascii() and folder.isdigit() for folder in folders)
+    numbers = [int(folder) if are_numbers else by_name.get(_plain(folder), -1) for folder in folders]
+    for folder, number in zip(folders, numbers, strict=True):
+        if not 0 <= number < len(names):
+            raise DataError(
+                f"the folder {folder!r} is no class of the {len(names)}; expected numbers from 0 to {len(names) - 1}, "
+                f"names such as {names[0].original!r}, or your own {LABEL_FILE} beside test/"
+            )
+    if len(set(numbers)) < len(numbers):
+        raise DataError(f"two folders are of one class; expected one folder a class, got {', '.join(folders)}")
+    return numbers
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.casefold() if character.isalnum())
+
+
+def _order(data: Path, num_pictures: int) -> list[int] | None:
+    from cn_clip.eval.zeroshot_evaluation import read_index
+
+    file = data / INDEX_FILE
+    return read_index(file, num_pictures) if file.is_file() else None

@@ -1,0 +1,148 @@
+"""Runs a retrieval benchmark: features, top-k and recall by the functions of those commands; `evaluate` calls it."""
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cn_clip.command import Speaker
+from cn_clip.errors import DataError
+from cn_clip.eval.benchmark_sets import RetrievalSet, Split
+from cn_clip.eval.model_choice import ModelChoice
+from cn_clip.jsonl import atomic_write
+from cn_clip.zoo_results import Query
+
+if TYPE_CHECKING:
+    from cn_clip.eval.extract_features import Options as FeatureOptions
+
+NUM_FOUND = 10
+JOB_FILE = "features.json"
+
+
+def measure(
+    data: Path, benchmark: RetrievalSet, split: Split, choice: ModelChoice, output: Path, say: Speaker
+) -> Mapping[Query, Mapping[str, float]]:
+    """Recall in percent, by direction: `r1`, `r5`, `r10`, `mean_recall`; of a dataset that `check` has passed.
+
+    `output` exists and receives features, predictions and annotations; features of the same job that are there are
+    taken as they are, and a killed extraction goes on. Raises CnClipError naming a text or picture that is faulty.
+    """
+    texts = data / f"{split}_texts.jsonl"
+    options = _feature_options(data, texts, split, choice, output)
+    _extract(options, output / f"{split}_{JOB_FILE}", say)
+    annotation = output / f"{split}_texts.jsonl"
+    with atomic_write(annotation, "wb") as stream, texts.open("rb") as source:
+        shutil.copyfileobj(source, stream)
+    return {query: _recall(options, annotation, query, choice.device, say) for query in benchmark.queries}
+
+
+def check(data: Path, split: Split) -> None:
+    """Raises DataError saying which part of a split is missing or cannot be scored, and what to do."""
+    from cn_clip.data.picture_sets import LmdbPictures
+    from cn_clip.eval.evaluation import read_relevant
+
+    images, texts = data / "lmdb" / split / "imgs", data / f"{split}_texts.jsonl"
+    if not data.is_dir():
+        raise DataError(f"{data}: no such folder; expected a dataset with lmdb/{split}/imgs and {split}_texts.jsonl")
+    if not texts.is_file():
+        raise DataError(f"{data}: {split}_texts.jsonl is missing; expected the texts of the split with their image_ids")
+    if not images.is_dir():
+        raise DataError(f"{data}: {_without_lmdb(data, split)}")
+    num_images, num_texts, has_answer = len(LmdbPictures(images)), 0, False
+    for _, found in read_relevant(str(texts)):
+        num_texts, has_answer = num_texts + 1, has_answer or bool(found)
+    if not has_answer:
+        raise DataError(f"{texts}: no text has image_ids, so nothing can be scored; choose a split with answers")
+    for count, what in ((num_images, "pictures"), (num_texts, "texts")):
+        if count < NUM_FOUND:
+            raise DataError(f"{data}: {split} has {count} {what}; recall at 10 needs at least {NUM_FOUND}")
+
+
+def _without_lmdb(data: Path, split: Split) -> str:
+    if (data / f"{split}_imgs.tsv").is_file():
+        return (
+            f"lmdb/{split}/imgs is missing; 先打包 / pack the tsv and jsonl files first: "
+            f"cn-clip dataset build --data_dir {data} --splits {split}"
+        )
+    return f"neither lmdb/{split}/imgs nor {split}_imgs.tsv is there; expected the pictures of the split"
+
+
+def _feature_options(data: Path, texts: Path, split: Split, choice: ModelChoice, output: Path) -> "FeatureOptions":
+    from cn_clip.eval import extract_features
+
+    return extract_features.Options(
+        extract_image_feats=True,
+        extract_text_feats=True,
+        image_data=str(data / "lmdb" / split / "imgs"),
+        text_data=str(texts),
+        image_feat_output_path=str(output / f"{split}_imgs.img_feat.npz"),
+        text_feat_output_path=str(output / f"{split}_texts.txt_feat.npz"),
+        img_batch_size=choice.batch_size,
+        text_batch_size=choice.batch_size,
+        context_length=choice.context_length,
+        num_workers=choice.num_workers,
+        decode=choice.decode,
+        resume=choice.resume,
+        precision=choice.precision,
+        backend=choice.backend,
+        vision_model=choice.vision_model,  # type: ignore[arg-type]  # zoo names its towers as plain strings
+        text_model=choice.text_model,  # type: ignore[arg-type]
+        device=choice.device,
+        num_threads=choice.num_threads,
+        download_root=choice.download_root,
+        json=True,
+    )
+
+
+def _extract(options: "FeatureOptions", job_file: Path, say: Speaker) -> None:
+    """Computes both feature files unless they are there and `job_file` says that they are of this job."""
+    from cn_clip.eval import backends, extraction
+
+    quiet = Speaker(quiet=True)
+    encoder = backends.open_encoder(options, quiet)
+    identity = backends.identity(options, encoder)
+    works = extraction.open_works(options, quiet)
+    job = json.dumps({work.kind: extraction.job_of(options, work, identity) for work in works}, sort_keys=True)
+    files = [Path(options.output_file(kind)[0]) for kind in options.kinds]
+    if all(file.is_file() for file in files):
+        if job_file.is_file() and job_file.read_text(encoding="utf-8") == job:
+            say(f"特征已有，不再计算 / the features are there: {', '.join(map(str, files))}")
+            return
+        say.note(f"{job_file.parent}: 其中的特征属于别的设置，重新计算 / features of another job; computing again")
+    say("提取特征 / extracting features…")
+    job_file.unlink(missing_ok=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        extraction.extract(options, encoder, identity, quiet)
+    with atomic_write(job_file) as stream:
+        stream.write(job)
+
+
+def _recall(
+    options: "FeatureOptions", annotation: Path, query: Query, device: str, say: Speaker
+) -> Mapping[str, float]:
+    from cn_clip.eval import evaluation, make_topk_predictions, transform_ir_annotation_to_tr
+
+    say("以文搜图 / texts find pictures…" if query == "text" else "以图搜文 / pictures find texts…")
+    mark = "" if query == "text" else "tr_"
+    predictions = annotation.with_name(annotation.name.replace("texts.jsonl", f"{mark}predictions.jsonl"))
+    search = make_topk_predictions.Options(
+        image_feats=options.output_file("image")[0],
+        text_feats=options.output_file("text")[0],
+        output=str(predictions),
+        top_k=NUM_FOUND,
+        query=query,
+        device=device,
+        json=True,
+    )
+    standard = annotation
+    with contextlib.redirect_stdout(io.StringIO()):
+        make_topk_predictions.run(search)
+        if query == "image":
+            transform_ir_annotation_to_tr.run(transform_ir_annotation_to_tr.Options(str(annotation), json=True))
+            standard = annotation.with_name(annotation.name.replace(".jsonl", ".tr.jsonl"))
+    result = evaluation.evaluate(str(standard), str(predictions), query=query)
+    scores: dict[str, float] = result["scoreJson"]
+    return {name: scores[name] for name in ("r1", "r5", "r10", "mean_recall")}

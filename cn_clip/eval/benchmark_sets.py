@@ -1,0 +1,101 @@
+"""The benchmarks that `cn-clip evaluate` knows by name: splits, published figures and Chinese class names, as data."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from cn_clip import zoo, zoo_results
+from cn_clip.zoo_results import Query
+
+Metric: TypeAlias = Literal["top1", "mean_per_class", "map_11_point"]
+Split: TypeAlias = Literal["valid", "test"]
+
+FOLDER = Path(__file__).parent / "benchmark_files"
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """A retrieval benchmark, as `zoo_results` calls it, and the directions in which it is searched."""
+
+    title: str
+    queries: tuple[Query, ...]
+
+    @property
+    def split(self) -> Split:
+        """The split of the published figures."""
+        return "valid" if zoo_results.SPLITS[self.title] == "valid" else "test"
+
+    def published(self, model: str | None) -> list[zoo_results.Result]:
+        """The published figures of a model in these directions; empty where there are none."""
+        found = zoo_results.results_of(model) if model else []
+        return [one for one in found if one.dataset == self.title and one.query in self.queries]
+
+
+RETRIEVAL_SETS: Mapping[str, RetrievalSet] = {
+    "muge": RetrievalSet("MUGE", ("text",)),
+    "flickr30k-cn": RetrievalSet("Flickr30K-CN", ("text", "image")),
+    "coco-cn": RetrievalSet("COCO-CN", ("text", "image")),
+}
+
+
+@dataclass(frozen=True)
+class ClassificationSet:
+    """A classification benchmark: how ELEVATER scores it, and the published zero-shot figures in percent by model."""
+
+    title: str
+    elevater_metric: Metric
+    published: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ClassName:
+    """A class as its dataset calls it, and in Chinese."""
+
+    original: str
+    chinese: str
+
+
+@cache
+def classification_sets() -> Mapping[str, ClassificationSet]:
+    """The classification benchmarks by name, which is that of their folder in the published archives."""
+    return {name: ClassificationSet(**facts) for name, facts in _read("classification.json").items()}
+
+
+@cache
+def class_names(name: str) -> tuple[ClassName, ...]:
+    """The classes of a classification benchmark in the order of its numbers, from 0."""
+    return tuple(ClassName(*pair) for pair in _read(f"labels/{name}.json"))
+
+
+def names() -> list[str]:
+    """All benchmarks, those of retrieval first."""
+    return [*RETRIEVAL_SETS, *classification_sets()]
+
+
+def known_name(given: str) -> str | None:
+    """The benchmark meant: case, `_` and `-` make no difference; None for one that is not known."""
+    return {_plain(name): name for name in names()}.get(_plain(given))
+
+
+def published_model(model: str | None, checkpoint: str | None) -> str | None:
+    """The published model whose figures stand beside those of a model, None where there are none.
+
+    A checkpoint of one's own stands beside the model it is said to be of, else beside that whose file name it has.
+    """
+    given = Path(model or checkpoint or "").name
+    for name, entry in {**zoo.PUBLISHED, **zoo.QA_CLIP}.items():
+        # All of QA-CLIP's files are in one repository.
+        if given in (name, entry.filename) or (given == entry.repo and name in zoo.PUBLISHED):
+            return name
+    return None
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("_", "-")
+
+
+def _read(file: str) -> Any:
+    return json.loads((FOLDER / file).read_text(encoding="utf-8"))

@@ -1,0 +1,129 @@
+"""Features of labelled pictures: those of one folder a class, computed once and kept in an npz; evaluation, probing."""
+
+# N pictures, D embedding
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cn_clip import __version__
+from cn_clip.command import Speaker
+from cn_clip.data.picture_sets import ClassFolders
+from cn_clip.data.records import digest_of
+from cn_clip.errors import DataError
+from cn_clip.eval.feature_rows import FloatArray, first_not_finite
+from cn_clip.jsonl import atomic_write
+
+if TYPE_CHECKING:
+    from cn_clip.clip.encoder import Encoder
+    from cn_clip.eval.backends import Identity
+    from cn_clip.eval.partial_features import Job
+
+SUFFIX = ".npz"
+
+
+@dataclass(frozen=True)
+class ClassFeatures:
+    """Rows (N, D) float32, the class number of each (N,), and the names of the classes by number."""
+
+    rows_ND: FloatArray
+    labels_N: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+
+def of_folder(
+    folder: str | os.PathLike[str],
+    file: Path,
+    encoder: "Encoder",
+    identity: "Identity",
+    say: Speaker,
+    *,
+    batch_size: int,
+    num_workers: int,
+) -> ClassFeatures:
+    """The features of the pictures of class folders, from `file` if it is of these pictures and this model.
+
+    Otherwise they are computed and written there; a killed run goes on where it stopped.
+    Raises DataError for a missing folder, one without pictures, a picture that cannot be read and a file that cannot be
+    written, CheckpointError for a model that gives no numbers.
+    """
+    from cn_clip.eval.features import compute_pictures
+    from cn_clip.eval.partial_features import PartialFeatures
+
+    pictures = ClassFolders(folder)
+    job = _job(pictures, encoder, identity, batch_size)
+    kept = _kept(file, job, say)
+    if kept is not None:
+        return kept
+    with PartialFeatures(file, job, encoder.embed_dim, say.note) as partial:
+        with partial.computing():
+            paths = [path for path, _ in pictures.samples]
+            compute_pictures(pictures, encoder, partial, ids=paths, batch_size=batch_size, num_workers=num_workers)
+        labels_N = np.array([label for _, label in pictures.samples], dtype=np.int64)
+        found = ClassFeatures(np.array(partial.rows()), labels_N, tuple(pictures.classes))
+        with atomic_write(file, "wb") as stream:
+            np.savez(stream, features=found.rows_ND, labels=labels_N, classes=found.classes, job=_text(job))
+        partial.is_written = True
+    return found
+
+
+def _job(pictures: ClassFolders, encoder: "Encoder", identity: "Identity", batch_size: int) -> "Job":
+    states = ((path, os.stat(path)) for path, _ in pictures.samples)
+    data = digest_of((path, status.st_size, status.st_mtime_ns) for path, status in states)
+    facts = {"data": data, "batch_size": batch_size, "decode": encoder.decode, "version": __version__}
+    return {**facts, **identity("image")}
+
+
+def _text(job: "Job") -> str:
+    return json.dumps(job, sort_keys=True)
+
+
+def _kept(file: Path, job: "Job", say: Speaker) -> ClassFeatures | None:
+    if not file.is_file():
+        return None
+    arrays = _load(file)
+    if "job" not in arrays:
+        raise DataError(f"{file}: holds features that this command did not write; move it away")
+    if str(arrays["job"]) != _text(job):
+        say.note(f"{file}: 图片、模型或设置变了，重新计算 / of other pictures, model or settings; computing again")
+        return None
+    say(f"{file}: 特征已有，不再计算 / the features are there")
+    return _checked(file, arrays)
+
+
+def read(file: Path) -> ClassFeatures:
+    """Labelled features of an npz: `features` (N, D), `labels` (N,) integers from 0, perhaps `classes`, their names.
+
+    Raises DataError naming the file for anything else.
+    """
+    return _checked(file, _load(file))
+
+
+def _load(file: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # zipfile, zlib and numpy raise errors of many types on damaged files
+        raise DataError(f"{file}: cannot be read as npz ({str(error)[:200]}); compute the features again") from error
+
+
+def _checked(file: Path, arrays: dict[str, NDArray[Any]]) -> ClassFeatures:
+    if "features" not in arrays or "labels" not in arrays:
+        raise DataError(f"{file}: expected the arrays features and labels, it has {sorted(arrays)}")
+    rows, labels = arrays["features"], arrays["labels"]
+    if rows.ndim != 2 or labels.shape != rows.shape[:1] or not rows.size:
+        raise DataError(f"{file}: expected features (N, D) and one label a row, got {rows.shape} and {labels.shape}")
+    if rows.dtype.kind != "f" or labels.dtype.kind not in "iu":
+        raise DataError(f"{file}: expected features of floats and labels of integers, got {rows.dtype}, {labels.dtype}")
+    faulty = first_not_finite(rows.astype(np.float32))
+    if faulty is not None:
+        raise DataError(f"{file}: row {faulty + 1} holds NaN or infinity; compute the features again")
+    names = arrays.get("classes", np.arange(int(labels.max()) + 1))
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise DataError(f"{file}: expected labels from 0 to {len(names) - 1}, got {labels.min()} to {labels.max()}")
+    return ClassFeatures(rows.astype(np.float32), labels.astype(np.int64), tuple(map(str, names.tolist())))

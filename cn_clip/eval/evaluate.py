@@ -1,0 +1,240 @@
+"""Runs a benchmark by name, and prints what was measured beside the published figures of the model.
+
+cn-clip evaluate muge --data datasets/MUGE
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from cn_clip import command
+from cn_clip.errors import ConfigError, OutputError
+from cn_clip.eval import benchmark_sets
+from cn_clip.eval.benchmark_sets import Metric, RetrievalSet, Split
+from cn_clip.eval.model_choice import ModelChoice
+from cn_clip.zoo_results import CHINESE_CLIP, Query, Result, Setup
+
+if TYPE_CHECKING:
+    from cn_clip.eval.benchmark_classification import Classified
+
+RESULT_FILE = "result.json"
+DIRECTIONS: Mapping[Query, str] = {"text": "以文搜图 / text→image", "image": "以图搜文 / image→text"}
+SETUPS: Mapping[Setup, str] = {
+    "zero-shot": "公布，零样本 / published, zero-shot",
+    "fine-tuned": "公布，微调 / published, fine-tuned",
+}
+METRICS: Mapping[Metric, str] = {
+    "top1": "top-1",
+    "mean_per_class": "各类平均 / mean per class",
+    "map_11_point": "11 点 mAP / 11-point mAP",
+}
+_NOT_PUBLISHED = "—"
+
+
+@dataclass(frozen=True)
+class Options(ModelChoice):
+    """Features, search and recall, or zero-shot classification, of a benchmark; beside the published figures."""
+
+    benchmark: Annotated[
+        tyro.conf.Positional[str], tyro.conf.arg(metavar="BENCHMARK", help_behavior_hint="(required)")
+    ] = ""
+    """muge, flickr30k-cn, coco-cn, or a classification set of ELEVATER such as cifar-100"""
+    data: command.Required = None
+    """Folder of the dataset: lmdb/ and *_texts.jsonl, or test/ with a folder a class"""
+    split: Split | None = None
+    """Default: the one of the published figures, valid of MUGE, test of all others"""
+    output: str | None = None
+    """Folder for features, predictions and result.json; default: evaluations/BENCHMARK-SPLIT-MODEL"""
+    json: bool = False
+    """Print the result as one JSON object"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if benchmark_sets.known_name(self.benchmark) is None:
+            raise ConfigError(_unknown(self.benchmark))
+        if not self.data:
+            raise ConfigError("--data: expected the folder of the dataset")
+        if self.name in benchmark_sets.classification_sets() and self.split == "valid":
+            raise ConfigError(f"--split valid: {self.name} is measured on its test pictures; leave --split out")
+        if self.output == "":
+            raise ConfigError("--output: expected a folder, got an empty path")
+
+    @property
+    def name(self) -> str:
+        """The benchmark as the package calls it."""
+        return benchmark_sets.known_name(self.benchmark) or self.benchmark
+
+    @property
+    def used_split(self) -> Split:
+        """The split that is measured."""
+        known = benchmark_sets.RETRIEVAL_SETS.get(self.name)
+        return self.split or (known.split if known else "test")
+
+    @property
+    def folder(self) -> Path:
+        """Where all files go."""
+        return Path(self.output or f"evaluations/{self.name}-{self.used_split}-{self.file_name}")
+
+
+def run(options: Options) -> None:
+    """Measures and reports; raises CnClipError saying which part of the dataset is missing or faulty."""
+    from cn_clip.jsonl import atomic_write, dumps
+
+    say = command.Speaker(quiet=options.json)
+    is_retrieval = options.name in benchmark_sets.RETRIEVAL_SETS
+    result = _retrieval(options, say) if is_retrieval else _classification(options, say)
+    with atomic_write(options.folder / RESULT_FILE) as stream:
+        stream.write(dumps(result) + "\n")
+    say(f"特征与结果保存在 / features and results are in {options.folder}")
+    say.result(result)
+
+
+def _unknown(given: str) -> str:
+    nearest = difflib.get_close_matches(given.casefold().replace("_", "-"), benchmark_sets.names(), n=1)
+    hint = f"是否想用 / did you mean {nearest[0]}? " if nearest else ""
+    known = ", ".join(benchmark_sets.names())
+    return f"没有评测集 / no benchmark {given!r}; {hint}可用 / expected one of: {known}"
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"--output {folder}: cannot be made ({error.strerror}); name another folder") from error
+
+
+def _retrieval(options: Options, say: command.Speaker) -> dict[str, Any]:
+    from cn_clip.eval import benchmark_retrieval
+
+    benchmark, data, split = benchmark_sets.RETRIEVAL_SETS[options.name], Path(options.data or ""), options.used_split
+    benchmark_retrieval.check(data, split)
+    _make(options.folder)
+    measured = benchmark_retrieval.measure(data, benchmark, split, options, options.folder, say)
+    model = _published_model(options)
+    published = benchmark.published(model) if split == benchmark.split else []
+    _say_recalls(options, benchmark, measured, published, say)
+    if split != benchmark.split:
+        say(f"公布的指标属于 {benchmark.split}，不能相比 / the published figures are of {benchmark.split} alone")
+    elif published:
+        say(f"公布的指标来自 / published figures: {published[0].source}")
+    else:
+        say(_no_figures(options))
+    return _facts(options) | {"measured": measured, "published": _published_recalls(published, model)}
+
+
+def _say_recalls(
+    options: Options,
+    benchmark: RetrievalSet,
+    measured: Mapping[Query, Mapping[str, float]],
+    published: Sequence[Result],
+    say: command.Speaker,
+) -> None:
+    from cn_clip import columns
+
+    rows = []
+    for query, scores in measured.items():
+        rows.append((f"{benchmark.title} {options.used_split}，{DIRECTIONS[query]}", "R@1", "R@5", "R@10", "MR"))
+        rows.append((f"  本次测得 / measured: {options.resume}", *(f"{score:.1f}" for score in scores.values())))
+        for one in published:
+            if one.query == query:
+                rows.append((f"  {SETUPS[one.setup]}: {_published_model(options)}", *_shown(one)))
+    for line in columns.align(rows, right=frozenset({1, 2, 3, 4})):
+        say(line)
+
+
+def _shown(one: Result) -> list[str]:
+    figures = (one.recall_1, one.recall_5, one.recall_10, one.mean)
+    return [_NOT_PUBLISHED if figure is None else f"{figure:.1f}" for figure in figures]
+
+
+def _published_recalls(published: Sequence[Result], model: str | None) -> dict[str, Any] | None:
+    if not published:
+        return None
+    setups: dict[str, dict[str, dict[str, float | None]]] = {}
+    for one in published:
+        figures = {"r1": one.recall_1, "r5": one.recall_5, "r10": one.recall_10, "mean_recall": one.mean}
+        setups.setdefault(one.setup, {})[one.query] = figures
+    return {"model": model, **setups, "source": published[0].source}
+
+
+def _classification(options: Options, say: command.Speaker) -> dict[str, Any]:
+    from cn_clip.eval import benchmark_classification
+
+    benchmark = benchmark_sets.classification_sets()[options.name]
+    dataset = benchmark_classification.read_dataset(Path(options.data or ""), options.name)
+    _make(options.folder)
+    found = benchmark_classification.measure(dataset, options, options.folder, say)
+    model = _published_model(options)
+    figure = benchmark.published.get(model or "")
+    _say_accuracy(options, found, figure, model, say)
+    published = None
+    if figure is not None:
+        published = {"model": model, "zero-shot": figure, "elevater_metric": benchmark.elevater_metric}
+        published |= {"source": CHINESE_CLIP}
+    facts = {"num_pictures": found.num_pictures, "own_labels": found.own_labels, "predictions": str(found.predictions)}
+    return _facts(options) | facts | {"measured": found.measured, "published": published}
+
+
+def _say_accuracy(
+    options: Options, found: "Classified", figure: float | None, model: str | None, say: command.Speaker
+) -> None:
+    from cn_clip import columns
+
+    benchmark = benchmark_sets.classification_sets()[options.name]
+    rows = [(f"{benchmark.title} test，{found.num_pictures} 张图片 / pictures", "%")]
+    rows += [
+        (f"  本次测得 / measured, {METRICS[metric]}: {options.resume}", f"{value:.1f}")
+        for metric, value in found.measured.items()
+    ]
+    if figure is not None:
+        rows.append((f"  {SETUPS['zero-shot']}: {model}", f"{figure:.1f}"))
+    for line in columns.align(rows, right=frozenset({1})):
+        say(line)
+    if found.own_labels:
+        say("没有 label_cn.txt，用了本包的中文类别名 / no label_cn.txt there: the class names are this package's own")
+    if figure is None:
+        say(_no_figures(options))
+        return
+    say(f"公布的指标来自 / published figures: {CHINESE_CLIP}")
+    if benchmark.elevater_metric != "top1":
+        metric = METRICS[benchmark.elevater_metric]
+        say(
+            f"出处没有写明指标；ELEVATER 对这个数据集用 {metric}，请与那一行相比 / "
+            "the source does not name its measure; compare with the row of ELEVATER's"
+        )
+
+
+def _published_model(options: Options) -> str | None:
+    return benchmark_sets.published_model(
+        options.model or (None if options.checkpoint else options.resume), options.checkpoint
+    )
+
+
+def _no_figures(options: Options) -> str:
+    if options.checkpoint and not options.model:
+        return (
+            "不知道这份权重是哪个模型的，没有公布的指标可比；用 --model 说明 / "
+            "nothing says which model the checkpoint is of; name it with --model to see published figures"
+        )
+    return f"{options.resume} 没有公布的指标 / has no published figures"
+
+
+def _facts(options: Options) -> dict[str, Any]:
+    model = {
+        "model": options.model or (None if options.checkpoint else options.resume),
+        "checkpoint": options.checkpoint,
+    }
+    return {"benchmark": options.name, "split": options.used_split, **model, "output": str(options.folder)}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The settings with which `evaluate` and `linear-probe` name a model: a published name, or weights of one's own."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cn_clip import zoo
+from cn_clip.clip.backends.base import BackendName
+from cn_clip.clip.transforms import Decode
+from cn_clip.errors import ConfigError
+from cn_clip.eval import backends
+
+DEFAULT_MODEL = "ViT-B-16"
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model computes the features, and how; `cn_clip.eval.backends` opens it."""
+
+    model: str | None = None
+    """A published or bundled model, ViT-B-16 if no checkpoint is given; beside --checkpoint: what that is made of"""
+    checkpoint: str | None = None
+    """Weights of your own: a file or a transformers folder"""
+    backend: BackendName = "torch"
+    """What runs the model; all but torch export it at first use, and keep the export in DOWNLOAD_ROOT/exported"""
+    precision: backends.EvalPrecision = "fp32"
+    """Arithmetic; amp is fp32. int8: onnx and openvino"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps; openvino computes on the cpu alone"""
+    batch_size: int = 64
+    """Pictures, and texts, in a batch"""
+    num_workers: int = 4
+    """Threads that decode pictures; 0: decode between the batches"""
+    num_threads: int | None = None
+    """Threads that compute; default: one a core. tensorrt has none"""
+    decode: Decode = "exact"
+    """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little"""
+    context_length: int = 52
+    """Longest text in tokens, [CLS] and [SEP] included"""
+    download_root: str | None = None
+    """Folder of downloaded and exported models; default: ~/.cache/clip"""
+
+    def __post_init__(self) -> None:
+        if self.model and self.checkpoint and zoo.named(self.model) is None:
+            raise ConfigError(
+                f"--model {self.model}: beside --checkpoint it says what the weights are of; "
+                f"expected one of {', '.join(zoo.available_models())}"
+            )
+        backends.check(self)
+        for name, least in (("batch_size", 1), ("context_length", 3), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+
+    @property
+    def resume(self) -> str:
+        """What is opened."""
+        return self.checkpoint or self.model or DEFAULT_MODEL
+
+    @property
+    def file_name(self) -> str:
+        """The model in the names of files: letters of words, digits, `-` and `.` alone."""
+        return re.sub(r"[^\w.-]+", "_", Path(self.checkpoint).stem if self.checkpoint else self.resume)
+
+    @property
+    def vision_model(self) -> str | None:
+        """The picture tower of a checkpoint said to be of a model; None: what the weights hold."""
+        named = self._named
+        return named.vision if named else None
+
+    @property
+    def text_model(self) -> str | None:
+        """The text tower, likewise."""
+        named = self._named
+        return named.text if named else None
+
+    @property
+    def _named(self) -> zoo.Published | zoo.Bundled | None:
+        return zoo.named(self.model) if self.model and self.checkpoint else None
