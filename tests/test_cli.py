@@ -1,7 +1,6 @@
 """`cn-clip`: the table of commands, its help and refusals, the list of models, and how fast all that answers."""
 
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cn_clip import __version__, cli, columns, models, zoo
+from cn_clip import __version__, cli, columns, models
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,57 +135,6 @@ def test_unknown_flag_exits_with_status_2() -> None:
     done = cn_clip("models", "--nonsense")
     assert done.returncode == 2
     assert "--nonsense" in done.stdout + done.stderr
-
-
-# --- models
-
-
-@pytest.mark.parametrize(
-    ("vision", "text", "total"),
-    [
-        ("RN50", "RBT3-chinese", 76_989_537),
-        ("ViT-B-16", "RoBERTa-wwm-ext-base-chinese", 188_262_913),
-        ("ViT-B-32", "RoBERTa-wwm-ext-base-chinese", 189_919_489),
-        ("ViT-L-14", "RoBERTa-wwm-ext-base-chinese", 406_233_089),
-        ("ViT-L-14-336", "RoBERTa-wwm-ext-base-chinese", 406_560_769),
-        ("ViT-H-14", "RoBERTa-wwm-ext-large-chinese", 957_598_209),
-    ],
-)
-def test_parameters_are_those_of_the_published_models(vision: str, text: str, total: int) -> None:
-    assert models.count_parameters(zoo.model_config(vision, text))[0] == total
-
-
-def test_visual_parameters_of_vit_b_16() -> None:
-    assert models.count_parameters(zoo.model_config("ViT-B-16", "RBT3-chinese"))[1] == 86_192_640
-
-
-def test_models_lists_sizes_and_which_files_are_here(tmp_path: Path) -> None:
-    (tmp_path / "clip_cn_rn50.pt").write_bytes(b"")
-    done = cn_clip("models", "--download-root", str(tmp_path))
-    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
-    assert "86,192,640" in lines["ViT-B-16"]
-    assert "OFA-Sys/chinese-clip-vit-base-patch16" in lines["ViT-B-16"]
-    assert lines["ViT-B-16"].endswith("未下载 / not here")
-    assert lines["RN50"].endswith(str(tmp_path / "clip_cn_rn50.pt"))
-
-
-def test_models_json_is_one_object(tmp_path: Path) -> None:
-    (tmp_path / "clip_cn_rn50.pt").write_bytes(b"")
-    listed = json.loads(cn_clip("models", "--json", "--download-root", str(tmp_path)).stdout)
-    assert [model["name"] for model in listed["models"]] == [*zoo.PUBLISHED, *zoo.BUNDLED]
-    (resnet,) = [model for model in listed["models"] if model["name"] == "RN50"]
-    assert resnet == {
-        "name": "RN50",
-        "vision_model": "RN50",
-        "text_model": "RBT3-chinese",
-        "resolution": 224,
-        "num_params": 76_989_537,
-        "num_visual_params": 38_316_896,
-        "repository": "OFA-Sys/chinese-clip-rn50",
-        "file": "clip_cn_rn50.pt",
-        "path": str(tmp_path / "clip_cn_rn50.pt"),
-        "bundled": False,
-    }
 
 
 # --- columns

@@ -3,30 +3,28 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from dataset_files import jsonl_line, tsv_line, write_split
+from documents import DOCUMENTS, ROOT, Block, blocks, is_run, runners
+from tiny_families import write_family
 
 from cn_clip import cli, models, zoo
 from cn_clip.clip.checkpoint import read_checkpoint
 from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.demo import emoji
+from cn_clip.eval import benchmark_sets
 from cn_clip.preprocess import build_lmdb_dataset
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "README_En.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-# Blocks that begin so set up a machine, or take minutes; only their syntax is checked.
-NOT_RUN = ("make ", "pip install", "git clone", "# 需要")
 # What is exchanged in blocks that train: a full-size model and 128 pairs a step would take hours.
 TRAINING = ("cn-clip train", "wise-ft", "checkpoint average", "_finetune_", "load_state_dict")
 # So are blocks that export: a full-size model would take minutes, and not every processor computes in bfloat16.
-DEPLOYING = ("/deploy", "openvino")
+DEPLOYING = ("/deploy", "openvino", "cn-clip convert")
 TRAINING_EXCHANGES = {
     "cn-clip train": "cn-clip train --num-workers 1 --valid-num-workers 0",
     'load_from_name("ViT-B-16"': 'load_from_name("small.pt"',
@@ -40,6 +38,7 @@ TRAINING_EXCHANGES = {
     "batch_size=64": "batch_size=8",
     "batch-size 64": "batch-size 8",
     "max_epochs=30": "max_epochs=2",
+    "--accum-freq 4": "--accum-freq 1",
     "--max-epochs 30": "--max-epochs 2",
     "--max-epochs 3": "--max-epochs 1",
     "--max-epochs 4": "--max-epochs 2",
@@ -64,24 +63,6 @@ PROGRAMS = {"python": "", "python3": "", "cn-clip": "-m cn_clip", "torchrun": f"
 
 NUM_PICTURES = 12
 DATASET = "MUGE"
-
-
-class Block(NamedTuple):
-    """A fenced block of a document: where it begins, its language, its lines."""
-
-    where: str
-    language: str
-    code: str
-
-
-def blocks(path: Path) -> list[Block]:
-    text = path.read_text(encoding="utf-8")
-    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [Block(f"{path.name}:{text[: one.start()].count(chr(10)) + 1}", one[1], one[2]) for one in found]
-
-
-def is_run(block: Block) -> bool:
-    return block.language in ("bash", "python") and not block.code.startswith(NOT_RUN)
 
 
 # --- the documents by themselves
@@ -146,6 +127,35 @@ def test_every_test_that_the_differences_name_exists() -> None:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
 
 
+def test_every_document_with_commands_is_run_by_a_test() -> None:
+    tests = runners()
+    with_commands = [path.name for path in DOCUMENTS if any(map(is_run, blocks(path)))]
+    assert len(with_commands) > 8
+    assert [name for name in with_commands if not tests[name]] == []
+
+
+def test_the_tool_lists_every_command_and_the_test_that_runs_it() -> None:
+    tool = [sys.executable, str(ROOT / "tools" / "list_doc_commands.py")]
+    printed = subprocess.run(tool, capture_output=True, text=True, check=True).stdout.splitlines()
+    commands = [one for path in DOCUMENTS for one in blocks(path) if one.language in ("bash", "python")]
+    assert [row.split(" | ")[0] for row in printed[2:]] == [f"| {one.where}" for one in commands]
+    of_readme = "`tests/test_docs.py::test_the_commands_of_the_readme_run_from_api_to_zero_shot` |"
+    assert sum(row.endswith(of_readme) for row in printed) > 20
+    assert not any("没有 / none" in row for row in printed)
+
+
+def test_the_page_of_commands_is_what_the_commands_say() -> None:
+    tool = [sys.executable, str(ROOT / "tools" / "build_cli_docs.py"), "--check"]
+    done = subprocess.run(tool, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_site_has_every_page_in_its_navigation_and_no_other() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    named = re.findall(r": ([\w/-]+\.md)$", navigation, re.MULTILINE)
+    assert sorted(named) == sorted(path.relative_to(ROOT).as_posix() for path in DOCUMENTS)
+
+
 # --- the commands
 
 
@@ -207,6 +217,7 @@ class Workplace:
         for folder in classes.glob("test/*"):
             for path in sorted(folder.iterdir())[2:]:
                 path.unlink()
+        shutil.copytree(classes / "test", classes / "train")
 
     def run(self, block: Block) -> str:
         """What the block prints; fails with what it complained about."""
@@ -343,6 +354,46 @@ def test_the_commands_of_the_evaluation_guide_run(workplace: Workplace) -> None:
     assert [share["label"] for share in zeroshot["per_class"]] == ["心", "猫脸"]
 
 
+def test_the_commands_of_the_comparison_guide_put_two_families_into_one_table(workplace: Workplace) -> None:
+    pytest.importorskip("sentencepiece")
+    workplace.build()
+    write_family(workplace.checkout / "models" / "siglip", "siglip")
+    printed = run_all(workplace, ROOT / "docs" / "comparison.md")
+    (table,) = (text for first, text in printed.items() if first.startswith("cn-clip compare"))
+    assert (workplace.checkout / "compared" / "table.md").read_text(encoding="utf-8") == table
+    names, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    assert names[1:] == [f"{way} {one}" for way in ("文搜图", "图搜文") for one in ("R@1", "R@5", "R@10", "MR")] + [
+        "top-1"
+    ]
+    assert [row[0] for row in rows[1:]] == ["Chinese-CLIP", "SigLIP"]
+    assert not any("–" in row for row in rows[1:])
+
+
+def test_the_snippets_of_the_faq_run_and_show_what_it_says(workplace: Workplace) -> None:
+    workplace.build()
+    printed = run_all(workplace, ROOT / "docs" / "faq.md")
+    assert "平均 1.00 对文本相同：损失不低于 0.00，准确率不高于 100%" in printed["import json"]
+    assert printed["from cn_clip.clip import Encoder, load_from_name"].split() == ["torch.float32", "float32"]
+    folder = workplace.data / "experiments" / "faq"
+    weights, checkpoint = folder / "weights.pt", folder / "checkpoints" / "epoch_latest.pt"
+    assert weights.stat().st_size * 3 < checkpoint.stat().st_size
+    assert "['batch', 'length']" in "".join(printed.values())
+
+
+def test_the_commands_of_the_zero_shot_guide_run(workplace: Workplace) -> None:
+    printed = run_all(workplace, ROOT / "docs" / "zeroshot.md")
+    (measured,) = (text for first, text in printed.items() if first.startswith("cn-clip evaluate"))
+    assert "公布，零样本 / published, zero-shot: ViT-B-16    64.4" in measured
+    whole, few = (text for first, text in printed.items() if first.startswith("cn-clip linear-probe"))
+    assert "seed 0: top-1" in whole
+    assert "4 张训练图片" in whole
+    assert few.count("2 张训练图片") == 3
+    assert (workplace.data / "datasets" / "cifar-100" / "train.ViT-B-16.npz").is_file()
+    table = re.findall(r"^\| `([\w-]+)` \| (\d+) \|", (ROOT / "docs" / "zeroshot.md").read_text("utf-8"), re.MULTILINE)
+    known = {name: str(len(benchmark_sets.class_names(name))) for name in benchmark_sets.classification_sets()}
+    assert dict(table) == known
+
+
 def test_the_commands_of_the_search_guide_run(workplace: Workplace) -> None:
     printed = run_all(workplace, ROOT / "docs" / "search.md")
     built, again = (text for first, text in printed.items() if first.startswith("cn-clip index build"))
@@ -352,3 +403,22 @@ def test_the_commands_of_the_search_guide_run(workplace: Workplace) -> None:
     assert len(python.splitlines()) == 3
     assert "完好 / whole: photos.index" in "".join(printed.values())
     assert (workplace.checkout / "found.png").is_file()
+
+
+def test_the_commands_of_the_conversion_guide_run(workplace: Workplace) -> None:
+    (workplace.data / "models").mkdir()
+    printed = run_all(workplace, ROOT / "docs" / "conversion.md")
+    before, after = (
+        read_checkpoint(path).state_dict
+        for path in (workplace.checkout / "small.pt", workplace.data / "models" / "back.pt")
+    )
+    assert list(after) == list(before)
+    assert all(value.float().equal(after[name]) for name, value in before.items())
+    assert "ViT-Tiny-64 @ BERT-Tiny-chinese, 64 px" in "".join(printed.values())
+    (shares,) = (text for first, text in printed.items() if first == "import os")
+    assert shares.count(",") == 3
+
+
+def test_the_commands_of_the_page_on_models_run(workplace: Workplace) -> None:
+    printed = "".join(run_all(workplace, ROOT / "docs" / "models.md").values())
+    assert "QA-CLIP-ViT-B-16" in printed

@@ -5,12 +5,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from fake_hub import CONTENT, PATH, STORAGE_PATH, FakeHub, leftovers, serving
 
 from cn_clip import zoo
 from cn_clip.clip import hub
@@ -18,121 +18,12 @@ from cn_clip.errors import DownloadError, MissingExtraError
 
 # The server's file is not the published one.
 PUBLISHED = replace(zoo.PUBLISHED["RN50"], sha256=None)
-PATH = "/OFA-Sys/chinese-clip-rn50/resolve/main/clip_cn_rn50.pt"
-CONTENT = bytes(range(256)) * 3000
-STORAGE_PATH = "/storage/clip_cn_rn50.pt"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class FakeHub(ThreadingHTTPServer):
-    """Serves one file. `cuts`: so many GETs get half of the body; `refusals`: so many after those get status 403."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.content = CONTENT
-        self.etag = hashlib.sha256(CONTENT).hexdigest()
-        self.cuts = 0
-        self.refusals = 0
-        self.ranges_work = True
-        self.redirects = False
-        self.requests: list[tuple[str, str, str | None]] = []
-        self.tokens: list[tuple[str, str | None]] = []
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def gets(self) -> list[str | None]:
-        """The Range header of each GET of the file so far."""
-        return [range_header for method, path, range_header in self.requests if (method, path) == ("GET", PATH)]
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no error."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: FakeHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer(send_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(send_body=True)
-
-    def _answer(self, *, send_body: bool) -> None:
-        hub_server, asked = self.server, self.headers.get("Range")
-        hub_server.requests.append((self.command, self.path, asked))
-        hub_server.tokens.append((self.path, self.headers.get("Authorization")))
-        if self.path not in (PATH, STORAGE_PATH):
-            return self._refuse(404, "EntryNotFound")
-        if self.path == PATH and hub_server.redirects:
-            return self._redirect(f"http://localhost:{hub_server.server_port}{STORAGE_PATH}")
-        start = int(asked.removeprefix("bytes=").split("-")[0]) if asked and hub_server.ranges_work else 0
-        cut = send_body and hub_server.cuts > 0
-        if send_body and not cut and hub_server.refusals > 0:
-            hub_server.refusals -= 1
-            return self._refuse(403, "Forbidden")
-        hub_server.cuts -= cut
-        self._send(hub_server.content, start, send_body=send_body, cut=cut)
-
-    def _send(self, content: bytes, start: int, *, send_body: bool, cut: bool) -> None:
-        body = content[start:]
-        self.send_response(206 if start else 200)
-        self._send_metadata()
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if send_body:
-            self.wfile.write(body[: len(body) // 2] if cut else body)
-        self.close_connection = cut
-
-    def _redirect(self, location: str) -> None:
-        self.send_response(302)
-        self._send_metadata()
-        self.send_header("Location", location)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def _send_metadata(self) -> None:
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", '"of-the-storage"')
-        self.send_header("X-Linked-Etag", f'"{self.server.etag}"')
-        self.send_header("X-Linked-Size", str(len(self.server.content)))
-        self.send_header("Accept-Ranges", "bytes")
-
-    def _refuse(self, status: int, code: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    with FakeHub() as fake:
-        thread = threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
-        monkeypatch.setenv("HF_ENDPOINT", fake.endpoint)
-        # Bytes reach the disk in chunks of 10 MB otherwise, and none of this small file would be there to go on from.
-        monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 14)
+    with serving(monkeypatch) as fake:
         yield fake
-        fake.shutdown()
-        thread.join()
-
-
-def _leftovers(root: Path) -> list[str]:
-    """What lies in the folder beside the empty lock file."""
-    return sorted(path.name for path in root.rglob("*") if not path.name.endswith(".lock"))
 
 
 def test_a_fresh_download_makes_the_folder_and_leaves_the_file_alone(server: FakeHub, tmp_path: Path) -> None:
@@ -140,7 +31,7 @@ def test_a_fresh_download_makes_the_folder_and_leaves_the_file_alone(server: Fak
     path = hub.download(PUBLISHED, root)
     assert path == root / "clip_cn_rn50.pt"
     assert path.read_bytes() == CONTENT
-    assert _leftovers(root) == ["clip_cn_rn50.pt"]
+    assert leftovers(root) == ["clip_cn_rn50.pt"]
     assert server.gets() == [None]
 
 
@@ -177,7 +68,7 @@ def test_a_later_run_goes_on_where_an_interrupted_one_stopped(server: FakeHub, t
     server.refusals = 0
     assert hub.download(PUBLISHED, tmp_path).read_bytes() == CONTENT
     _assert_went_on(server.gets())
-    assert _leftovers(tmp_path) == ["clip_cn_rn50.pt"]
+    assert leftovers(tmp_path) == ["clip_cn_rn50.pt"]
 
 
 def _assert_went_on(ranges: list[str | None]) -> None:
@@ -230,7 +121,7 @@ def test_a_corrupt_file_is_refused_and_removed(server: FakeHub, tmp_path: Path) 
     server.content = b"\1" + CONTENT[1:]
     with pytest.raises(DownloadError, match=r"expected the SHA-256 [0-9a-f]{64}, got [0-9a-f]{64}; the file was"):
         hub.download(PUBLISHED, tmp_path)
-    assert _leftovers(tmp_path) == []
+    assert leftovers(tmp_path) == []
     server.content = CONTENT
     assert hub.download(PUBLISHED, tmp_path).read_bytes() == CONTENT
 
@@ -249,7 +140,7 @@ def test_a_missing_file_names_the_repository_the_server_and_the_next_step(server
     assert "404" in message
     assert "set HF_ENDPOINT to a mirror, pass use_modelscope=True (--hub modelscope), or download the file" in message
     assert "\n" not in message
-    assert _leftovers(tmp_path) == []
+    assert leftovers(tmp_path) == []
 
 
 def test_a_server_that_does_not_answer_is_a_download_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -317,7 +208,7 @@ def test_modelscope_is_asked_for_its_own_repository(monkeypatch: pytest.MonkeyPa
         assert path == tmp_path / PUBLISHED.filename
         assert path.read_bytes() == CONTENT
     assert asked == [("AI-ModelScope/chinese-clip-rn50", "clip_cn_rn50.pt")]
-    assert _leftovers(tmp_path) == ["clip_cn_rn50.pt"]
+    assert leftovers(tmp_path) == ["clip_cn_rn50.pt"]
 
 
 def test_a_failure_of_modelscope_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -327,7 +218,7 @@ def test_a_failure_of_modelscope_names_it(monkeypatch: pytest.MonkeyPatch, tmp_p
     _install_modelscope(monkeypatch, fetch)
     with pytest.raises(DownloadError, match="AI-ModelScope/chinese-clip-rn50 on ModelScope: no such model; try again"):
         hub.download(PUBLISHED, tmp_path, use_modelscope=True)
-    assert _leftovers(tmp_path) == []
+    assert leftovers(tmp_path) == []
 
 
 def test_modelscope_absent_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

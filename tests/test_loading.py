@@ -52,7 +52,8 @@ def tiny_file(tmp_path: Path) -> Path:
 
 
 def test_the_published_models_are_listed_in_the_known_order_and_the_bundled_one_after_them() -> None:
-    assert available_models() == ["ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "RN50", "Emoji-Tiny"]
+    qa_clip = [f"QA-CLIP-{name}" for name in ("RN50", "ViT-B-16", "ViT-L-14", "ViT-L-14-336")]
+    assert available_models() == ["ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "RN50", *qa_clip, "Emoji-Tiny"]
 
 
 def test_a_path_with_names_prints_the_lines_of_the_guides(small_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,9 +60,9 @@ def download(
     Raises DownloadError, with the next step, for anything that goes wrong; MissingExtraError without `modelscope`.
     """
     target = Path(root).expanduser() / published.filename
-    if target.is_file():
+    if os.path.isfile(target):  # unlike Path.is_file, also where the folder may not be entered
         return target
-    if target.exists():
+    if os.path.exists(target):
         raise DownloadError(f"{target} exists and is not a regular file; move it away or choose another download_root")
     url = url_of(published, use_modelscope=use_modelscope)
     told_offline = not use_modelscope and _is_set("HF_HUB_OFFLINE")
