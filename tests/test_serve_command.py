@@ -1,6 +1,7 @@
 """The command `cn-clip serve` as a process: it starts, drains at SIGTERM, and says in one line what it cannot open."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -38,7 +39,7 @@ def started(
             assert process.stdout is not None
             lines = iter(process.stdout)
             address = next(lines).split("; ")[-1].strip()
-            assert any(line.startswith("可以使用 / ready: ") for line in lines)
+            assert any("可以使用 / ready: " in line for line in lines)
             yield process, address
         finally:
             process.kill()
@@ -48,7 +49,7 @@ def refusal(*args: str) -> str:
     """What a command that cannot start says, in one line."""
     done = subprocess.run([*COMMAND, *args], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
     assert done.returncode == 1, done.stderr
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("INFO:")]
+    lines = [line for line in done.stderr.splitlines() if " INFO:" not in line]
     assert len(lines) == 1, done.stderr
     return lines[0]
 
@@ -108,6 +109,24 @@ def test_sigterm_ends_open_streams_of_the_page_and_still_answers_what_is_in_hand
         # Far less than the time that requests in hand would have.
         assert process.wait(60) == 0
     assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
+
+
+def test_lines_tell_when_it_started_was_ready_and_stopped_and_with_a_flag_who_asked() -> None:
+    with started("--no-page", "--model", "Emoji-Tiny", "--access-log") as (process, address):
+        httpx.get(f"{address}/v1/models?a=1")
+        process.terminate()
+        assert process.stdout is not None
+        lines = process.stdout.read().splitlines()
+        assert process.wait(60) == 0
+    times = [line[:20] for line in lines]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", time) for time in times), lines
+    assert '"GET /v1/models?a=1 HTTP/1.1" 200' in lines[0]
+    assert [line[20:] for line in lines[1:]] == ["已停止 / stopped: Emoji-Tiny"]
+
+
+def test_fast_decoding_reaches_the_model() -> None:
+    encoder = main._open_encoder(main.Options(decode="fast", device="cpu"), "Emoji-Tiny", None)
+    assert encoder.transform.draft_size == encoder.backend.resolution
 
 
 def test_the_key_of_the_environment_is_asked_for() -> None:

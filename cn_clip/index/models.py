@@ -15,11 +15,12 @@ from cn_clip.retrieval.manifest import ModelInfo
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Backend
     from cn_clip.clip.encoder import Encoder
+    from cn_clip.clip.transforms import Decode
     from cn_clip.index.options import ModelOptions
 
 
 def open_encoder(
-    model: str, options: "ModelOptions", say: Speaker, *, kinds: Sequence[Kind] = KINDS
+    model: str, options: "ModelOptions", say: Speaker, *, kinds: Sequence[Kind] = KINDS, decode: "Decode" = "exact"
 ) -> "tuple[Encoder, ModelInfo]":
     """The towers wanted, and what an index says of their model; raises as `open_backend`."""
     from cn_clip.clip.encoder import Encoder
@@ -41,9 +42,9 @@ def open_encoder(
         known = _known_fingerprint(opened)
         if known is None and set(kinds) != set(KINDS):
             # It is made of both files, whichever is asked for.
-            return open_encoder(model, options, say)
+            return open_encoder(model, options, say, decode=decode)
         fingerprint = known or _fingerprint_of_files(opened)
-    return Encoder(opened), ModelInfo(full_name(model), fingerprint, opened.embed_dim)
+    return Encoder(opened, decode=decode), ModelInfo(full_name(model), fingerprint, opened.embed_dim)
 
 
 def full_name(model: str) -> str:

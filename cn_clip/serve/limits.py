@@ -6,6 +6,8 @@ from cn_clip.errors import ConfigError
 
 # PIL itself refuses pictures twice as large as this.
 MOST_PIXELS = 89_478_485
+# How log lines tell the time.
+LOG_TIME = "%Y-%m-%d %H:%M:%S"
 # Bodies of the largest size that are held in memory at a time.
 BODIES_HELD = 16
 # And on the disk, as uploads of the web page.

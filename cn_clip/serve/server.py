@@ -2,17 +2,18 @@
 
 import asyncio
 import contextlib
+import copy
 import math
 import signal
 import socket
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from cn_clip.serve.limits import MAX_CONNECTIONS, Limits
+from cn_clip.serve.limits import LOG_TIME, MAX_CONNECTIONS, Limits
 from cn_clip.serve.refusals import RefusalError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Server(uvicorn.Server):
                 app,
                 http=_protocol(limits.timeout),
                 ws="none",
+                log_config=_logs(),
                 access_log=access_log,
                 server_header=False,
                 timeout_graceful_shutdown=math.ceil(drain_timeout),
@@ -55,6 +57,14 @@ class Server(uvicorn.Server):
         finally:
             for one, handler in handlers.items():
                 signal.signal(one, handler)
+
+
+def _logs() -> dict[str, Any]:
+    """Uvicorn's logs, each line with its time."""
+    logs = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    for formatter in logs["formatters"].values():
+        formatter.update(fmt=f"%(asctime)s {formatter['fmt']}", datefmt=LOG_TIME)
+    return logs
 
 
 def _protocol(head_timeout: float) -> type[asyncio.Protocol]:
