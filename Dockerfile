@@ -16,6 +16,7 @@ VOLUME /models
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=3s --start-period=300s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=2)"]
-# Give CN_CLIP_API_KEY: the service listens to everyone who reaches the container.
+# Give CN_CLIP_API_KEY: the service listens to everyone who reaches the container. Without a key, requests may name it
+# by localhost, an address, or what --allowed-host says, such as the name of a Compose service.
 ENTRYPOINT ["cn-clip", "serve", "--host", "0.0.0.0", "--port", "8000", "--download-root", "/models"]
 CMD ["--model", "ViT-B-16", "--backend", "openvino", "--precision", "bf16"]
