@@ -1,4 +1,4 @@
-"""Folders of transformers' ChineseCLIPModel: their tensors' names and their config.json, in this package's terms."""
+"""Folders of transformers' ChineseCLIPModel: their tensors' names and their config.json, to this package's and back."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cn_clip.errors import CheckpointError
+from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.zoo import ModelConfig, TextConfig, VisionConfig
 
 CONFIG_FILE = "config.json"
@@ -116,6 +116,40 @@ def _text_config(fields: Mapping[str, Any]) -> TextConfig:
     return TextConfig(vocab_size=values.pop("vocab_size"), **{f"text_{name}": v for name, v in values.items()})
 
 
+def fields_of_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a ChineseCLIPModel of this architecture; it computes in float32 unless asked for less.
+
+    Raises ConfigError for a picture tower that is no Vision Transformer.
+    """
+    vision, text = config.vision, config.text
+    if vision.vision_patch_size is None:
+        raise ConfigError("the picture tower is a ResNet, but ChineseCLIPModel of transformers knows no other than ViT")
+    names = [name for name in _TEXT_DEFAULTS if name != "vocab_size"]
+    return {
+        "architectures": ["ChineseCLIPModel"],
+        "model_type": "chinese_clip",
+        "dtype": "float32",
+        "projection_dim": vision.embed_dim,
+        "text_config": {
+            "model_type": "chinese_clip_text_model",
+            "vocab_size": text.vocab_size,
+            **{name: getattr(text, f"text_{name}") for name in names},
+            **_FIXED["text_config"],
+        },
+        "vision_config": {
+            "model_type": "chinese_clip_vision_model",
+            "projection_dim": vision.embed_dim,
+            "hidden_size": vision.vision_width,
+            "intermediate_size": 4 * vision.vision_width,
+            "image_size": vision.image_resolution,
+            "num_attention_heads": vision.vision_width // vision.vision_head_width,
+            "num_hidden_layers": vision.vision_layers,
+            "patch_size": vision.vision_patch_size,
+            **_FIXED["vision_config"],
+        },
+    }
+
+
 def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     # Files of old versions say it twice, and the second name wins there.
     for spelling in (f"{name}_dict", name):
@@ -156,11 +190,31 @@ def to_reference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return translated
 
 
-def _rename(key: str) -> str:
-    for theirs, ours in _PREFIXES:
-        if key.startswith(theirs):
-            key = ours + key.removeprefix(theirs)
+def from_reference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `to_reference`, bit for bit; the parts of in_proj share its memory.
+
+    tensors: those of a whole model with a Vision Transformer, under this package's names, and no others.
+    """
+    theirs = {ours: name for name, ours in _TRANSPOSED.items()}
+    translated: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if key in theirs:
+            translated[theirs[key]] = value.t().contiguous()
+        elif ".attn.in_proj_" in key:
+            for name, part in zip("qkv", value.chunk(3), strict=True):
+                translated[_rename(key.replace(".attn.in_proj_", f".self_attn.{name}_proj."), back=True)] = part
+        else:
+            translated[_rename(key, back=True)] = value
+    return translated
+
+
+def _rename(key: str, *, back: bool = False) -> str:
+    """The name here of one there, or the reverse; a name is of one part alone, so at most one prefix fits."""
+    old, new = (1, 0) if back else (0, 1)
+    for names in _PREFIXES:
+        if key.startswith(names[old]):
+            key = names[new] + key.removeprefix(names[old])
             break
-    for theirs, ours in _BLOCK_NAMES:
-        key = key.replace(theirs, ours)
+    for names in _BLOCK_NAMES:
+        key = key.replace(names[old], names[new])
     return key

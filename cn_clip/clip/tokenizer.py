@@ -99,7 +99,8 @@ class Tokenizer:
         return max(map(len, self.vocab))
 
     @cached_property
-    def _rust(self) -> "RustTokenizer":
+    def rust(self) -> "RustTokenizer":
+        """The rules as a tokenizer of Rust; shared, so not to be changed."""
         from tokenizers import Tokenizer as RustTokenizer
         from tokenizers.models import WordPiece
         from tokenizers.normalizers import BertNormalizer
@@ -121,7 +122,7 @@ class Tokenizer:
         """The ids by Rust; right only for text of FAST_CHARACTERS."""
         # One call a text rather than encode_batch: that starts a thread pool, which does not survive the fork of a
         # DataLoader worker and warns about it.
-        ids: list[int] = self._rust.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.rust.encode(text, add_special_tokens=False).ids
         return ids
 
     def exact_ids(self, text: str) -> list[int]:
