@@ -1,7 +1,9 @@
 """What many clients of the HTTP service do to each other: join batches, fill the queue, leave, wait too long."""
 
 import asyncio
+import itertools
 import socket
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,13 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from serving import WatchedBackend, data_url, queue_depth, served, wait_until
 
 from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.encoder import Encoder
 from cn_clip.emoji_pack import load
 from cn_clip.errors import ConfigError
-from cn_clip.serve.batching import Batcher, Places
+from cn_clip.serve.batching import Batcher, Places, alike
 from cn_clip.serve.gate import Gate
 from cn_clip.serve.limits import BODIES_HELD, Limits
 from cn_clip.serve.refusals import RefusalError
@@ -273,6 +277,59 @@ def batched(
                 running.cancel()
 
     return asyncio.run(main())
+
+
+def cost(parts: Sequence[Sequence[int]], lengths: Sequence[int], overhead: int) -> int:
+    return sum(overhead + len(part) * max(lengths[place] for place in part) for part in parts)
+
+
+def splits(order: list[int]) -> Iterator[list[list[int]]]:
+    """All ways to cut a list into pieces."""
+    for cuts in itertools.product((False, True), repeat=len(order) - 1):
+        places = [0, *[place for place, cut in enumerate(cuts, 1) if cut], len(order)]
+        yield [order[begin:end] for begin, end in itertools.pairwise(places)]
+
+
+def test_inputs_of_like_length_are_put_together() -> None:
+    # 24 + 2 * 4 and 24 + 2 * 40 are 136 together; all at once, padded to 40, would be 24 + 4 * 40 = 184.
+    assert alike([40, 4, 39, 3], overhead=24) == [[3, 1], [2, 0]]
+    # 24 + 3 * 9 = 51 is less than 24 + 2 * 8 + 24 + 9 = 73.
+    assert alike([8, 9, 8], overhead=24) == [[0, 2, 1]]
+    assert alike([7], overhead=24) == [[0]]
+
+
+@given(st.lists(st.integers(1, 52), min_size=1, max_size=8), st.integers(0, 60))
+def test_no_other_parts_would_take_less_time(lengths: list[int], overhead: int) -> None:
+    found = alike(lengths, overhead)
+    assert sorted(place for part in found for place in part) == list(range(len(lengths)))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    assert cost(found, lengths, overhead) == min(cost(parts, lengths, overhead) for parts in splits(order))
+
+
+def test_short_inputs_are_answered_before_the_long_ones_of_their_batch() -> None:
+    going = threading.Event()
+    computed: list[list[str]] = []
+
+    def compute(items: Sequence[str]) -> Rows:
+        computed.append(list(items))
+        if "x" * 52 in items:
+            going.wait()
+        return np.array([[len(item)] for item in items], dtype=np.float32)
+
+    async def asked() -> list[float]:
+        with ThreadPoolExecutor(1) as thread:
+            batcher = Batcher("texts", compute, thread, max_batch=4, max_wait=60, length=len)
+            running = asyncio.ensure_future(batcher.run())
+            long = asyncio.ensure_future(batcher.rows(["x" * 52, "x" * 51]))
+            short = await batcher.rows(["x", "xx"])
+            assert not long.done()
+            going.set()
+            rows = [*short, *await long]
+            running.cancel()
+        return [float(row[0]) for row in rows]
+
+    assert asyncio.run(asked()) == [1, 2, 52, 51]
+    assert computed == [["x", "xx"], ["x" * 51, "x" * 52]]
 
 
 def test_rows_come_back_in_the_order_of_the_items() -> None:

@@ -16,6 +16,9 @@ from cn_clip.serve.refusals import RefusalError, queue_full
 
 log = logging.getLogger(__name__)
 
+# What one more call of the text tower costs, in tokens: with ViT-B-16's on 2 CPU cores 4 ms, when a token takes 0.2.
+PART_OVERHEAD = 24
+
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -49,7 +52,8 @@ class Batcher(Generic[ItemT]):
     """One queue of like inputs, for use on one event loop.
 
     what: name of the inputs in messages. compute: items to rows (N, D); called in `thread`, never twice at a time.
-    max_wait: seconds, counted from the oldest input of a batch. observe: told the size of each batch.
+    max_wait: seconds, counted from the oldest input of a batch. length: of an item, if `compute` pads all to the
+    longest: items of like length are then computed, and answered, together. observe: told the size of each batch.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Batcher(Generic[ItemT]):
         *,
         max_batch: int,
         max_wait: float,
+        length: Callable[[ItemT], int] | None = None,
         observe: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.what = what
@@ -67,6 +72,7 @@ class Batcher(Generic[ItemT]):
         self.max_wait = max_wait
         self._compute = compute
         self._thread = thread
+        self._length = length
         self._observe = observe
         self._waiting: deque[_Waiting[ItemT]] = deque()
         self._arrival = asyncio.Event()
@@ -102,19 +108,49 @@ class Batcher(Generic[ItemT]):
                 await asyncio.wait_for(self._arrival.wait(), left)
 
     async def _computing(self, batch: Sequence[_Waiting[ItemT]]) -> None:
+        self._observe(len(batch))
+        parts = [list(batch)]
+        if self._length is not None:
+            parts = [[batch[place] for place in part] for part in alike([self._length(one.item) for one in batch])]
+        # All of them at once: the thread does not wait for the event loop, which answers one part during the next.
+        computing = [asyncio.ensure_future(self._computing_part(part)) for part in parts]
+        await asyncio.wait(computing)
+
+    async def _computing_part(self, part: Sequence[_Waiting[ItemT]]) -> None:
         try:
-            self._observe(len(batch))
-            items = [one.item for one in batch]
+            items = [one.item for one in part]
             rows_ND = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, items)
-            for one, row_D in list(zip(batch, rows_ND, strict=True)):
+            for one, row_D in list(zip(part, rows_ND, strict=True)):
                 if not one.row.done():
                     one.row.set_result(row_D)
         except Exception as error:
-            log.exception("a batch of %d %s failed", len(batch), self.what)
+            log.exception("a batch of %d %s failed", len(part), self.what)
             failure = RefusalError(500, f"the model could not compute the {self.what}: {type(error).__name__}")
-            for one in batch:
+            for one in part:
                 if not one.row.done():
                     one.row.set_exception(failure)
+
+
+def alike(lengths: Sequence[int], overhead: int = PART_OVERHEAD) -> list[list[int]]:
+    """The places of `lengths` in parts that, computed one after the other, take the least time.
+
+    A part is padded to its longest: it takes as long as its count times that length, and `overhead` besides.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    ends = [
+        end for end in range(1, len(order) + 1) if end == len(order) or lengths[order[end - 1]] < lengths[order[end]]
+    ]
+    # By where a part ends: the least time until there, and where that part begins.
+    best = {0: (0, 0)}
+    for end in ends:
+        longest = lengths[order[end - 1]]
+        best[end] = min((time + overhead + (end - begin) * longest, begin) for begin, (time, _) in best.items())
+    parts, end = [], len(order)
+    while end:
+        begin = best[end][1]
+        parts.append(order[begin:end])
+        end = begin
+    return parts[::-1]
 
 
 async def joined(parts: Iterable[Awaitable[ResultT]]) -> list[ResultT]:
