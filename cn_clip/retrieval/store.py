@@ -9,6 +9,7 @@ hits = index.search(vectors_QD, 10, where="group=动物")[0]
 
 import contextlib
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -149,11 +150,10 @@ class Index:
         """The up to k best items of each query, best first, equal scores in order of insertion.
 
         vectors_QD: finite float32. where: a condition on metadata, see `filters.parse`. min_score: the least score.
-        Raises ConfigError for k below 1, a faulty condition or one on a field that no item has, DataError for vectors
-        of another shape or type.
+        Raises ConfigError for k below 1 or no integer, a min_score of NaN, a faulty condition or one on a field that
+        no item has, DataError for vectors of another shape or type.
         """
-        if k < 1:
-            raise ConfigError(f"k: expected at least 1, got {k}")
+        check_bounds(k, min_score)
         queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.place)
         allowed_N = self.snapshot.alive_N if where is None else self._mask(where)
         if not allowed_N.any():
@@ -227,6 +227,14 @@ class Index:
         with contextlib.suppress(KeyError):
             return self._places[item_id]
         raise DataError(f"{self.folder}: has no item {item_id!r}")
+
+
+def check_bounds(k: int, min_score: float | None) -> None:
+    """Raises ConfigError for what bounds no search."""
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise ConfigError(f"k: expected an integer, at least 1, got {k!r}")
+    if min_score is not None and math.isnan(min_score):
+        raise ConfigError("min_score: expected a number, got nan")
 
 
 def checked_queries(vectors_QD: FloatArray, embed_dim: int, place: str) -> FloatArray:

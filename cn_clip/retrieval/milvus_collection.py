@@ -1,0 +1,207 @@
+"""A collection on a Milvus server: where it is, what it says of itself, and calls that end in time; for `milvus`."""
+
+import contextlib
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from cn_clip import extras
+from cn_clip.errors import ConfigError, DataError, StoreError
+from cn_clip.retrieval.manifest import ModelInfo
+
+SCHEME = "milvus://"
+GRAMMAR = "expected milvus://HOST:PORT/COLLECTION, the name of letters, digits and _"
+DEFAULT_PORT = 19530
+DEFAULT_TIMEOUT = 20.0
+
+FORMAT = 1
+GRAPH_OPTIONS = {"M": 16, "efConstruction": 200}
+# Milvus measures it in bytes of UTF-8.
+LARGEST_TEXT = 65535
+KEY_BYTES = 16
+# Rows without their vectors in one answer: some 10 MB.
+WINDOW = 8192
+RETRY_PAUSE = 0.5
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
+_SOURCE = "cn_clip.source"
+_NO_CONNECTION = 2
+
+Fields: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a collection is. timeout: seconds within which Milvus answers, or is given up."""
+
+    host: str
+    port: int
+    collection: str
+    timeout: float = DEFAULT_TIMEOUT
+    user: str = ""
+    password: str = ""
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{SCHEME}{host}:{self.port}/{self.collection}"
+
+
+def parse_address(text: str) -> Address:
+    """milvus://[USER:PASSWORD@]HOST[:PORT]/COLLECTION[?timeout=SECONDS]; raises ConfigError for anything else."""
+    try:
+        parts = urlsplit(text)
+        port, settings = parts.port or DEFAULT_PORT, parse_qs(parts.query, strict_parsing=bool(parts.query))
+        timeout = float(settings.pop("timeout", [str(DEFAULT_TIMEOUT)])[-1])
+    except ValueError as error:
+        raise ConfigError(f"{_without_password(text)}: {error}; {GRAMMAR}") from error
+    name = parts.path.removeprefix("/")
+    is_name = _NAME.fullmatch(name) is not None
+    if parts.scheme != "milvus" or not parts.hostname or not is_name or settings or not 0 < timeout < 86400:
+        raise ConfigError(f"{_without_password(text)}: {GRAMMAR}; after it at most ?timeout=SECONDS")
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    return Address(parts.hostname, port, name, timeout, user, password)
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^@/]*@", "//", text)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a collection says of itself, and how many items it has."""
+
+    model: ModelInfo
+    num_items: int
+    source: str
+    engine: str = "milvus"
+    vector_type: str = "float32"
+
+
+class Collection:
+    """A collection on a server that answered."""
+
+    def __init__(self, address: Address) -> None:
+        """Raises StoreError when no server answers within the address's timeout, MissingExtraError."""
+        self.address, self._client = address, _connect(address)
+
+    def call(self, method: str, **options: Any) -> Any:
+        """What the client's method returns for this collection; raises StoreError."""
+        with _answering(self.address):
+            function = getattr(self._client, method)
+            return function(collection_name=self.address.collection, timeout=self.address.timeout, **options)
+
+    def query(self, condition: str, fields: Sequence[str]) -> list[Fields]:
+        """The rows that Milvus's own condition admits, in any order; all that was written before is seen."""
+        found = self.call("query", filter=condition, output_fields=list(fields), consistency_level="Strong")
+        return [dict(one) for one in found]
+
+    def count(self, condition: str = "") -> int:
+        """How many rows there are."""
+        return int(self.query(condition, ["count(*)"])[0]["count(*)"])
+
+    def scan(self, fields: Sequence[str]) -> Iterator[Fields]:
+        """All rows in order of insertion; memory: `WINDOW` of them."""
+        left, start = self.count(), 0
+        while left > 0:
+            rows = self.query(f"place >= {start} and place < {start + WINDOW}", [*fields, "place"])
+            if not rows and not self.count(f"place >= {start}"):  # others have removed them meanwhile
+                return
+            yield from sorted(rows, key=lambda row: int(row["place"]))
+            left, start = left - len(rows), start + WINDOW
+
+    def facts(self) -> Facts | None:
+        """None when there is no such collection; raises DataError for one that is no index."""
+        if not self.call("has_collection"):
+            return None
+        described = self.call("describe_collection")
+        try:
+            values = json.loads(described["description"])
+            model, version = ModelInfo(**values["model"]), values["cn_clip"]
+            source = json.loads(described.get("properties", {}).get(_SOURCE, '""'))
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{self.address}: this collection is no index; give another name") from error
+        if version != FORMAT:
+            raise DataError(f"{self.address}: is of format {version!r}, this version reads {FORMAT}; build it again")
+        self._open()
+        return Facts(model, self.count(), source)
+
+    def require(self) -> Facts:
+        """Raises DataError when there is no such collection."""
+        facts = self.facts()
+        if facts is None:
+            raise DataError(
+                f"{self.address}: is no index; build one with: cn-clip index build PICTURES --store {self.address}"
+            )
+        return facts
+
+    def create(self, model: ModelInfo, source: str) -> None:
+        """Makes the collection of the vectors of a model."""
+        from pymilvus import DataType, MilvusClient
+
+        description = json.dumps({"cn_clip": FORMAT, "model": asdict(model)})
+        schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=description)
+        schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=2 * KEY_BYTES)
+        schema.add_field("place", DataType.INT64)
+        schema.add_field("item", DataType.VARCHAR, max_length=LARGEST_TEXT)
+        schema.add_field("thumbnail", DataType.VARCHAR, max_length=LARGEST_TEXT)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=model.embed_dim)
+        self.call("create_collection", schema=schema, consistency_level="Strong")
+        self.set_source(source)
+        self._open()
+
+    def set_source(self, source: str) -> None:
+        """Notes what the index was built from."""
+        self.call("alter_collection_properties", properties={_SOURCE: json.dumps(source)})
+
+    def _open(self) -> None:
+        """Also ends what a run that was killed had begun."""
+        if not self.call("list_indexes"):
+            params = self._client.prepare_index_params()
+            params.add_index("vector", index_type="HNSW", metric_type="IP", params=GRAPH_OPTIONS)
+            self.call("create_index", index_params=params)
+        self.call("load_collection")
+
+
+def _connect(address: Address) -> Any:
+    pymilvus = extras.require("pymilvus", extra="milvus", purpose="an index in Milvus")
+    # It logs tracebacks of what it raises as well.
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    deadline = time.monotonic() + address.timeout
+    while True:
+        left = max(deadline - time.monotonic(), RETRY_PAUSE)
+        with _answering(address):
+            try:
+                return pymilvus.MilvusClient(
+                    uri=f"http://{host}:{address.port}", user=address.user, password=address.password, timeout=left
+                )
+            except pymilvus.MilvusException as error:
+                if error.code != _NO_CONNECTION or time.monotonic() + RETRY_PAUSE > deadline:
+                    raise
+        time.sleep(RETRY_PAUSE)
+
+
+@contextlib.contextmanager
+def _answering(address: Address) -> Iterator[None]:
+    """Makes one sentence of whatever goes wrong inside."""
+    import grpc
+    from pymilvus import MilvusException
+
+    try:
+        yield
+    except (grpc.RpcError, MilvusException) as error:
+        code = error.code() if isinstance(error, grpc.RpcError) else error.code
+        name = getattr(code, "name", "")
+        reason = str(getattr(error, "message", "") or name or error).splitlines()[0][:200]
+        if name in ("DEADLINE_EXCEEDED", "UNAVAILABLE") or code == _NO_CONNECTION or "timeout" in reason.lower():
+            raise StoreError(
+                f"{address}: Milvus 在 {address.timeout:g} 秒内没有回答 / did not answer within "
+                f"{address.timeout:g} s ({reason}); see that it runs there, or give it longer with ?timeout=SECONDS "
+                "after the address"
+            ) from error
+        raise StoreError(f"{address}: Milvus 拒绝了请求 / refused the request ({reason})") from error
