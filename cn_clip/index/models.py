@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from cn_clip.clip.transforms import Decode
     from cn_clip.index.options import ModelOptions
 
+BLOCK = 1 << 20
+
 
 def open_encoder(
     model: str, options: "ModelOptions", say: Speaker, *, kinds: Sequence[Kind] = KINDS, decode: "Decode" = "exact"
@@ -73,8 +75,9 @@ def _known_fingerprint(backend: ExportedBackend) -> str | None:
 
 def _fingerprint_of_files(backend: ExportedBackend) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for tower in (backend.image, backend.text):
-        if tower is not None:
-            for path in (Path(tower.place), extra_path(Path(tower.place))):
-                digest.update(path.read_bytes() if path.is_file() else b"")
+    places = [Path(tower.place) for tower in (backend.image, backend.text) if tower is not None]
+    for path in (one for place in places for one in (place, extra_path(place)) if one.is_file()):
+        with open(path, "rb") as stream:
+            while block := stream.read(BLOCK):
+                digest.update(block)
     return f"file:{digest.hexdigest()}"

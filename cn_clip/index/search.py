@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from cn_clip.retrieval.segments import FloatArray, ItemId
     from cn_clip.retrieval.store import Hit
 
+# Of a text and a picture mixed; what is shorter is rounding error.
+SHORTEST_QUERY = 1e-4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ModelOptions):
@@ -148,7 +151,10 @@ def _query(index: "Searchable", options: Options, own_id: "ItemId | None", say: 
     if picture_D is None:
         return text_D
     mixed_D = options.text_weight * text_D + (1 - options.text_weight) * picture_D
-    query_D: FloatArray = (mixed_D / np.linalg.norm(mixed_D)).astype(np.float32)
+    length = float(np.linalg.norm(mixed_D))
+    if length < SHORTEST_QUERY:
+        raise ConfigError(f"--text-weight {options.text_weight}: the text and the picture cancel each other out")
+    query_D: FloatArray = (mixed_D / length).astype(np.float32)
     return query_D
 
 
