@@ -1,28 +1,46 @@
-"""`cn-clip search`: by text, by picture, by both and by item, on an index of embedded pictures."""
+"""`cn-clip search`: by text, by picture, by both and by item; the same tests for a folder, its graph, and Milvus."""
 
+import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import milvus_server
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cn_clip import cli
 from cn_clip.clip import Encoder
+from cn_clip.clip.loading import create_model
 from cn_clip.demo import emoji
+from cn_clip.retrieval import engines, places, writer
+from cn_clip.retrieval.places import Place
 from cn_clip.retrieval.store import open_index
 
 NUM_PICTURES = 200
 EMOJI = emoji.load("twemoji")[:NUM_PICTURES]
+STORES = ("exact", "usearch", pytest.param("milvus", marks=pytest.mark.milvus))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_graphs() -> Iterator[None]:
+    """Graphs of few rows, so that the tests stay small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "SMALLEST_GRAPH", 8)
+        patch.setattr(writer, "SMALLEST_GRAPH", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first pictures of Twemoji with name and group, called 0, 1, ..."""
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first pictures of Twemoji, called 0, 1, ...; beside them t.csv with name and group."""
     folder = tmp_path_factory.mktemp("search")
     (folder / "p").mkdir()
     rows = ["image,text,group"]
@@ -30,12 +48,41 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "p" / f"{number}.webp").write_bytes(one.picture)
         rows.append(f"{number}.webp,{one.name},{one.group}")
     (folder / "t.csv").write_text("\n".join(rows), encoding="utf-8")
-    args = ["index", "build", folder / "p", "--output", folder / "i", "--metadata", folder / "t.csv"]
-    cli.main([*map(str, args), "--model", "Emoji-Tiny", "--json"])
-    return folder / "i"
+    return folder / "p"
 
 
-def search(index: Path, capsys: pytest.CaptureFixture[str], *args: object) -> list[dict[str, Any]]:
+def build(pictures: Path, *more: object) -> None:
+    """Builds an index of pictures and the table beside them."""
+    args = ["index", "build", pictures, "--metadata", pictures.parent / "t.csv", "--model", "Emoji-Tiny", *more]
+    cli.main([*map(str, args), "--json"])
+
+
+@contextlib.contextmanager
+def settled(store: str, folder: Path) -> Iterator[tuple[Place, list[str]]]:
+    """Where an index of a store may be, and the settings that build it there."""
+    if store == "milvus":
+        with milvus_server.collection() as address:
+            yield address, ["--store", str(address)]
+    else:
+        yield folder, ["--output", str(folder), "--engine", store]
+
+
+@pytest.fixture(scope="module", params=STORES)
+def index(request: pytest.FixtureRequest, pictures: Path) -> Iterator[Place]:
+    """The index of the pictures in each of the stores."""
+    with settled(request.param, pictures.parent / request.param) as (place, settings):
+        build(pictures, *settings)
+        yield place
+
+
+@pytest.fixture(scope="module")
+def folder(pictures: Path) -> Path:
+    """The index of the pictures, as a folder."""
+    build(pictures, "--output", pictures.parent / "i")
+    return pictures.parent / "i"
+
+
+def search(index: Place, capsys: pytest.CaptureFixture[str], *args: object) -> list[dict[str, Any]]:
     """The hits that the command prints."""
     capsys.readouterr()
     cli.main(["search", str(index), *map(str, args), "--json"])
@@ -58,13 +105,18 @@ def expected(query_D: Any, vectors_ND: Any, k: int) -> list[tuple[str, float]]:
     return [(f"{place}.webp", round(float(scores[place]), 3)) for place in np.argsort(-scores)[:k].tolist()]
 
 
+def _digest(*towers: Path) -> str:
+    """What tells the files of a model apart that bear no fingerprint."""
+    return f"file:{hashlib.blake2b(b''.join(path.read_bytes() for path in towers), digest_size=8).hexdigest()}"
+
+
 def summary(hits: list[dict[str, Any]]) -> list[tuple[str, float]]:
     return [(hit["id"], round(hit["score"], 3)) for hit in hits]
 
 
 @pytest.mark.parametrize("text", ["哭", "ＯＫ OK", "“爱心”"])
 def test_text_finds_the_nearest_pictures(
-    index: Path, vectors: tuple[Any, Encoder], text: str, capsys: pytest.CaptureFixture[str]
+    index: Place, vectors: tuple[Any, Encoder], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows, encoder = vectors
     lowered = text.lower().replace("“", '"').replace("”", '"')
@@ -74,7 +126,7 @@ def test_text_finds_the_nearest_pictures(
 
 
 def test_picture_text_and_both(
-    index: Path, vectors: tuple[Any, Encoder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    index: Place, vectors: tuple[Any, Encoder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows, encoder = vectors
     picture = emoji.load("noto")[30].picture
@@ -88,7 +140,7 @@ def test_picture_text_and_both(
 
 
 def test_item_finds_others_and_not_itself(
-    index: Path, vectors: tuple[Any, Encoder], capsys: pytest.CaptureFixture[str]
+    index: Place, vectors: tuple[Any, Encoder], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows, encoder = vectors
     assert summary(search(index, capsys, "--id", "3.webp", "--k", 4)) == expected(rows[3], rows, 5)[1:]
@@ -98,7 +150,7 @@ def test_item_finds_others_and_not_itself(
     assert hits == [hit for hit in everything if hit[0] != "3.webp"][:10]
 
 
-def test_conditions_and_least_score_narrow_the_results(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_conditions_and_least_score_narrow_the_results(index: Place, capsys: pytest.CaptureFixture[str]) -> None:
     everything = search(index, capsys, "哭", "--k", NUM_PICTURES)
     assert len(everything) == NUM_PICTURES
     groups = {one.group for one in EMOJI}
@@ -109,9 +161,12 @@ def test_conditions_and_least_score_narrow_the_results(index: Path, capsys: pyte
     ]
     fifth = everything[4]["score"]
     assert search(index, capsys, "哭", "--min-score", fifth) == everything[:5]
+    assert search(index, capsys, "哭", "--k", 10 * NUM_PICTURES) == everything
+    assert search(index, capsys, "哭", "--k", 1) == everything[:1]
+    assert search(index, capsys, "哭", "--where", "group=无") == []
 
 
-def test_table_has_score_id_and_caption_in_columns(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_has_score_id_and_caption_in_columns(index: Place, capsys: pytest.CaptureFixture[str]) -> None:
     hits = search(index, capsys, "哭", "--k", 3)
     cli.main(["search", str(index), "哭", "--k", "3"])
     lines = capsys.readouterr().out.splitlines()
@@ -123,13 +178,15 @@ def test_table_has_score_id_and_caption_in_columns(index: Path, capsys: pytest.C
     assert capsys.readouterr().out == "没有找到 / nothing found\n"
 
 
-def test_grid_shows_what_was_found(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_grid_shows_what_was_found(
+    index: Place, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     best = search(index, capsys, "哭", "--k", 3, "--grid", tmp_path / "g.png")[0]
     with Image.open(tmp_path / "g.png") as drawn:
         assert drawn.size[0] == 2 * 32 + 340 + 3 * 172
         top, left = 32 + 12 + 6, 32 + 340 + (172 - 128) // 2
         cell = np.asarray(drawn.crop((left, top, left + 128, top + 128)), dtype=float)
-    with Image.open(index.parent / "p" / best["id"]) as picture:
+    with Image.open(pictures / best["id"]) as picture:
         wanted = np.asarray(picture.convert("RGB").resize((128, 128)), dtype=float)
     assert np.abs(cell - wanted).mean() < 8  # JPEG and another filter
 
@@ -145,30 +202,29 @@ def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 
 
 def test_grid_overwrites_no_picture_query_or_file_of_the_index(
-    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = index.parent / "p"
     (tmp_path / "link.png").symlink_to(pictures / "5.webp")
     os.link(pictures / "6.webp", tmp_path / "hard.png")
     query = tmp_path / "query.webp"
     query.write_bytes(EMOJI[0].picture)
-    before = {path: path.read_bytes() for path in [*pictures.iterdir(), *index.rglob("*"), query] if path.is_file()}
+    before = {path: path.read_bytes() for path in [*pictures.iterdir(), *folder.rglob("*"), query] if path.is_file()}
     for grid, reason in (
         (pictures / "4.webp", f"would overwrite {pictures / '4.webp'}, a picture of the index"),
         (tmp_path / "link.png", f"would overwrite {pictures / '5.webp'}, a picture of the index"),
         (tmp_path / "hard.png", f"would overwrite {pictures / '6.webp'}, a picture of the index"),
         (query, f"would overwrite {query}, which it reads"),
-        (index / "manifest.json", f"lies in the index {index}"),
-        (index / "new.png", f"lies in the index {index}"),
+        (folder / "manifest.json", f"lies in the index {folder}"),
+        (folder / "new.png", f"lies in the index {folder}"),
     ):
-        assert f"--grid {grid}: {reason}" in refused(capsys, index, "--image", query, "--grid", grid)
+        assert f"--grid {grid}: {reason}" in refused(capsys, folder, "--image", query, "--grid", grid)
     assert before == {path: path.read_bytes() for path in before}
-    search(index, capsys, "--id", "1.webp", "--grid", tmp_path / "own.png")
-    search(index, capsys, "--id", "1.webp", "--grid", tmp_path / "own.png")
+    search(folder, capsys, "--id", "1.webp", "--grid", tmp_path / "own.png")
+    search(folder, capsys, "--id", "1.webp", "--grid", tmp_path / "own.png")
 
 
-def test_a_damaged_thumbnail_is_named(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(index, tmp_path / "i")
+def test_a_damaged_thumbnail_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder, tmp_path / "i")
     for path in (tmp_path / "i").glob("segment-*/thumbnails.bin"):
         path.write_bytes(bytes(path.stat().st_size))
     error = refused(capsys, tmp_path / "i", "--id", "1.webp", "--grid", tmp_path / "g.png")
@@ -178,7 +234,7 @@ def test_a_damaged_thumbnail_is_named(index: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("name", ["--5", "-", "²", "9" * 5000])
-def test_a_name_that_is_almost_a_number_is_no_item(index: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_is_almost_a_number_is_no_item(index: Place, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{index}: has no item {name!r}" in refused(capsys, index, f"--id={name}")
 
 
@@ -190,31 +246,33 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
 def test_other_backends_search_what_torch_has_built(
-    index: Path, backend: str, exports: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, backend: str, exports: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hits = search(index, capsys, "哭", "--backend", backend, "--download-root", exports)
-    assert summary(hits) == summary(search(index, capsys, "哭"))
+    hits = search(folder, capsys, "哭", "--backend", backend, "--download-root", exports)
+    assert summary(hits) == summary(search(folder, capsys, "哭"))
 
 
 def test_files_of_other_exporters_are_told_apart_by_their_bytes(
-    index: Path, exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, pictures: Path, exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     onnx = pytest.importorskip("onnx")
-    search(index, capsys, "--image", index.parent / "p" / "1.webp", "--backend", "onnx", "--download-root", exports)
-    search(index, capsys, "哭", "--backend", "onnx", "--download-root", exports)
+    search(folder, capsys, "--image", pictures / "1.webp", "--backend", "onnx", "--download-root", exports)
+    search(folder, capsys, "哭", "--backend", "onnx", "--download-root", exports)
     for path in exports.rglob("model.*.fp32.onnx"):
         proto = onnx.load(path)
         del proto.metadata_props[:]
         onnx.save(proto, tmp_path / path.name)
     args = ["--model", tmp_path / "model", "--backend", "onnx"]
-    cli.main(["index", "build", str(index.parent / "p"), "--output", str(tmp_path / "i"), *map(str, args)])
+    cli.main(["index", "build", str(pictures), "--output", str(tmp_path / "i"), *map(str, args)])
     capsys.readouterr()
     cli.main(["search", str(tmp_path / "i"), "哭", "--backend", "onnx", "--json"])
     hits = json.loads(capsys.readouterr().out)["hits"]
-    assert summary(hits) == summary(search(index, capsys, "哭"))
-    assert open_index(tmp_path / "i").model.fingerprint.startswith("file:")
+    assert summary(hits) == summary(search(folder, capsys, "哭"))
+    assert open_index(tmp_path / "i").model.fingerprint == _digest(
+        tmp_path / "model.img.fp32.onnx", tmp_path / "model.txt.fp32.onnx"
+    )
     with pytest.raises(SystemExit, match=r"^1$"):
-        cli.main(["search", str(index), "哭", *map(str, args)])
+        cli.main(["search", str(folder), "哭", *map(str, args)])
     assert "its vectors are of the model Emoji-Tiny (" in capsys.readouterr().err
 
 
@@ -224,13 +282,14 @@ def test_files_of_other_exporters_are_told_apart_by_their_bytes(
         (("--id", "absent"), "{index}: has no item 'absent'"),
         (("--image", "{tmp}/absent.png"), "{tmp}/absent.png: not a picture that can be decoded"),
         (("哭", "--where", "group"), "where: 'group' is no condition; expected terms such as"),
+        (("哭", "--where", "gruppe!=1"), "where: no item has the field 'gruppe'; there are: caption, digest, group"),
         (("哭", "--model", "{tmp}/absent.pt"), "absent.pt not found; available models"),
         (("哭", "--min-score", "1.1", "--grid", "{tmp}/g.png"), "--grid {tmp}/g.png: nothing was found to draw"),
         (("哭", "--grid", "{tmp}/absent/g.png"), "the folder {tmp}/absent does not exist"),
     ],
 )
 def test_faulty_queries_are_refused_in_one_sentence(
-    index: Path, tmp_path: Path, args: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+    index: Place, tmp_path: Path, args: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match=r"^1$"):
         cli.main(["search", str(index), *(one.format(tmp=tmp_path) for one in args)])
@@ -248,6 +307,7 @@ def test_faulty_queries_are_refused_in_one_sentence(
         (("--image", "a", "--id", "b"), "--image, --id: give one of them"),
         (("a", "--text-weight", "1.5"), "--text-weight: expected 0 to 1, got 1.5"),
         (("a", "--text-weight", "nan"), "--text-weight: expected 0 to 1, got nan"),
+        (("a", "--text-weight", "inf"), "--text-weight: expected 0 to 1, got inf"),
         (("a", "--min-score", "nan"), "--min-score: expected a number, got nan"),
         (("a", "--k", "0"), "--k: expected at least 1, got 0"),
     ],
@@ -260,10 +320,104 @@ def test_faulty_settings_are_refused_with_status_2(
     assert sentence in " ".join(re.sub("[│|]", " ", capsys.readouterr().err).split())
 
 
-def test_no_picture_of_the_index_is_needed_to_search(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    os.rename(index.parent / "p", index.parent / "away")
+def test_no_picture_of_the_index_is_needed_to_search(
+    index: Place, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.rename(pictures, pictures.parent / "away")
     try:
         assert len(search(index, capsys, "哭")) == 10
-        assert open_index(index).thumbnail("0.webp") is not None
+        assert places.open_index(index).thumbnail("0.webp") is not None
     finally:
-        os.rename(index.parent / "away", index.parent / "p")
+        os.rename(pictures.parent / "away", pictures)
+
+
+def test_a_text_and_a_picture_that_cancel_each_other_out_are_refused(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zeros = {"image_id": "空", "feature": [0.0] * 256}
+    (tmp_path / "z.jsonl").write_text(json.dumps(zeros) + "\n", encoding="utf-8")
+    args = ["index", "build", tmp_path / "z.jsonl", "--output", tmp_path / "i", "--model", "Emoji-Tiny"]
+    cli.main(list(map(str, args)))
+    message = refused(capsys, tmp_path / "i", "哭", "--id", "空", "--text-weight", "0")
+    assert "--text-weight 0.0: the text and the picture cancel each other out" in message
+
+
+# --- changes
+
+
+WILD = "表\udce6情 '\"%.webp"
+
+
+@pytest.fixture(params=STORES)
+def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Place, Callable[..., None]]]:
+    """An index of twelve pictures in tmp_path / "p", and what builds it again; one of them is called `WILD`."""
+    (tmp_path / "p").mkdir()
+    for number, one in enumerate(EMOJI[:11]):
+        (tmp_path / "p" / f"{number:02d}.webp").write_bytes(one.picture)
+    (tmp_path / "p" / WILD).write_bytes(EMOJI[11].picture)
+    rows = ["image,year", *(f"{number:02d}.webp,{2015 + number}" for number in range(11))]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    with settled(request.param, tmp_path / "i") as (place, settings):
+
+        def update() -> None:
+            build(tmp_path / "p", *settings)
+
+        update()
+        yield place, update
+
+
+def nearest(index: Place, capsys: pytest.CaptureFixture[str], picture: Path, *args: object) -> tuple[str, float]:
+    """The best hit for a picture."""
+    return summary(search(index, capsys, "--image", picture, "--k", 1, *args))[0]
+
+
+def test_what_is_changed_added_and_removed_is_found_as_it_is_now(
+    small: tuple[Place, Callable[..., None]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index, update = small
+    old, new = tmp_path / "old.webp", tmp_path / "new.webp"
+    old.write_bytes(EMOJI[3].picture)
+    new.write_bytes(EMOJI[50].picture)
+    assert nearest(index, capsys, old) == ("03.webp", 1.0)
+    thumbnail = places.open_index(index).thumbnail("03.webp")
+    (tmp_path / "p" / "03.webp").write_bytes(new.read_bytes())
+    (tmp_path / "p" / "12.webp").write_bytes(EMOJI[51].picture)
+    update()
+    assert nearest(index, capsys, new) == ("03.webp", 1.0)
+    assert nearest(index, capsys, old)[1] < 1.0
+    assert nearest(index, capsys, tmp_path / "p" / "12.webp") == ("12.webp", 1.0)
+    opened = places.open_index(index)
+    assert (len(opened), len(set(opened.ids))) == (13, 13)
+    assert opened.metadata("03.webp")["year"] == "2018"
+    assert opened.thumbnail("03.webp") not in (None, thumbnail)
+
+    (tmp_path / "p" / "12.webp").unlink()
+    update()
+    cli.main(["index", "remove", str(index), "--where", "year>=2018 year<2020"])
+    assert {WILD, *(f"{number:02d}.webp" for number in (0, 1, 2, 5, 6, 7, 8, 9, 10))} == {
+        hit["id"] for hit in search(index, capsys, "哭", "--k", 100)
+    }
+    assert f"{index}: has no item '03.webp'" in refused(capsys, index, "--id", "03.webp")
+
+
+def test_names_that_are_no_text_are_found_and_removed(
+    small: tuple[Place, Callable[..., None]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index, _ = small
+    assert nearest(index, capsys, tmp_path / "p" / WILD) == (WILD, 1.0)
+    assert WILD not in [hit["id"] for hit in search(index, capsys, "--id", WILD, "--k", 12)]
+    cli.main(["index", "remove", str(index), WILD])
+    assert WILD not in places.open_index(index)
+
+
+def test_another_model_is_refused_by_search_and_by_build(
+    small: tuple[Place, Callable[..., None]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index, _ = small
+    other = tmp_path / "other.pt"
+    torch.save({"state_dict": create_model("ViT-Tiny-64@BERT-Tiny-chinese").state_dict()}, other)
+    sentence = f"{index}: its vectors are of the model Emoji-Tiny ("
+    assert sentence in refused(capsys, index, "哭", "--model", other)
+    with pytest.raises(SystemExit, match=r"^1$"):
+        cli.main(["index", "add", str(index), str(tmp_path / "p" / "00.webp"), "--model", str(other)])
+    assert sentence in capsys.readouterr().err
