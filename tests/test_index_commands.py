@@ -24,7 +24,7 @@ from cn_clip.eval.feature_files import write_features
 from cn_clip.index import building, sources
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import Index, open_index
-from cn_clip.retrieval.writer import open_writer
+from cn_clip.retrieval.writer import NewItem, open_writer
 
 MODEL = ("--model", "Emoji-Tiny", "--num-threads", "1")
 EMOJI = emoji.load("twemoji")
@@ -582,10 +582,32 @@ def test_repair_keeps_vectors_whose_thumbnails_are_damaged(built: Path, tmp_path
     shutil.rmtree(tmp_path / "pictures")
     (sorted(built.glob("segment-*"))[0] / "thumbnails.bin").write_bytes(b"")
     result = command("index", "check", built, "--repair")
-    assert (result["lost"], result["num_items"]) == ([], 12)
+    assert (result["lost"], result["num_items"], result["num_without_thumbnails"]) == ([], 12, 5)
     index = open_index(built)
     assert vectors(index) == before
     assert [index.thumbnail(one) is None for one in index.ids] == [False] * 7 + [True] * 5
+
+
+def test_repair_keeps_thumbnails_of_pictures_that_are_gone(built: Path, tmp_path: Path, command: Command) -> None:
+    index = open_index(built)
+    before = {one: index.thumbnail(one) for one in index.ids}
+    shutil.rmtree(tmp_path / "pictures")
+    path = sorted(built.glob("segment-*"))[0] / "items.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"width"', b'"breit"', 1))
+    result = command("index", "check", built, "--repair")
+    assert (result["lost"], result["num_without_thumbnails"]) == ([], 0)
+    index = open_index(built)
+    assert {one: index.thumbnail(one) for one in index.ids} == before
+
+
+def test_repair_says_what_it_cannot_repair(built: Path, command: Command) -> None:
+    with open_writer(built) as opened:
+        opened._keys.clear()  # a fault of the program
+        opened.commit([NewItem(name(1), np.ones(256, dtype=np.float32))])
+    damage = [{"path": "manifest.json", "reason": "1 ids come twice"}]
+    for flags in ((), ("--repair",)):
+        result = command("index", "check", built, *flags, status=1)
+        assert (result["damaged"], result["remaining"]) == (damage, damage)
 
 
 def test_repair_tells_what_has_lost_its_name_and_build_brings_it_back(

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(AddOptions):
-    """Lists what is damaged; exits with status 1 when something is and stays so.
+    """Lists what is damaged; exits with status 1 when something is and stays so, or items are lost.
 
-    With --repair the graph is made from the vectors, and vectors from the pictures where these still are.
+    With --repair the graph is made from the vectors, and vectors from the pictures, as they are now, where these still
+    are. Beyond repair are the manifest and the list of removed items.
     """
 
     index: IndexPlace
     """The folder of the index"""
     repair: bool = False
-    """Repair; items of which nothing is left are dropped and counted"""
+    """Repair; items of which neither vector nor picture is left are dropped and counted"""
 
 
 def run(options: Options) -> int:
@@ -43,6 +44,7 @@ def run(options: Options) -> int:
         say(f"完好 / whole: {folder}, {facts.num_items} items")
     if found and not options.repair:
         say("用 --repair 修复 / --repair repairs what can be")
+    remaining = result.remaining if result else found
     lost = result.lost if result else []
     num_lost = len(lost) + (result.num_nameless if result else 0)
     say.result(
@@ -51,11 +53,13 @@ def run(options: Options) -> int:
             "num_items": result.num_items if result else facts.num_items,
             "damaged": [_as_dict(one) for one in found],
             "repaired": result is not None,
+            "remaining": [_as_dict(one) for one in remaining],
             "lost": lost,
             "num_lost": num_lost,
+            "num_without_thumbnails": result.num_bare if result else 0,
         }
     )
-    return int(bool(found) if result is None else num_lost > 0)
+    return int(bool(remaining) or num_lost > 0)
 
 
 def _as_dict(damage: "Damage") -> dict[str, str]:

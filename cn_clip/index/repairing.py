@@ -17,7 +17,7 @@ from cn_clip.index.ingest import Ingest, Settings
 from cn_clip.index.options import AddOptions
 from cn_clip.index.show import shown
 from cn_clip.index.sources import Candidate, is_feature_file, read_file
-from cn_clip.retrieval import inspection
+from cn_clip.retrieval import inspection, manifest
 from cn_clip.retrieval.inspection import Damage
 from cn_clip.retrieval.manifest import Manifest
 from cn_clip.retrieval.segments import ItemId
@@ -26,11 +26,17 @@ from cn_clip.retrieval.writer import NewItem, open_writer
 
 @dataclass
 class Result:
-    """What became of a repair. lost: items that are gone; num_nameless: those of which not even the id is left."""
+    """What became of a repair.
+
+    lost: items that are gone; num_nameless: those of which not even the id is left; num_bare: those kept whose
+    thumbnails are gone; remaining: damage that is still there.
+    """
 
     num_items: int = 0
     lost: list[ItemId] = field(default_factory=list)
     num_nameless: int = 0
+    num_bare: int = 0
+    remaining: list[Damage] = field(default_factory=list)
 
 
 def repair(options: AddOptions, folder: Path, facts: Manifest, found: Sequence[Damage], say: Speaker) -> Result:
@@ -48,16 +54,22 @@ def repair(options: AddOptions, folder: Path, facts: Manifest, found: Sequence[D
         result.lost += [one.id for one in ingest.summary.skipped if one.id not in rescued.ready]
         writer.finish()
         result.num_items = len(writer)
+        result.num_bare = sum(not writer.stored(one).thumbnail for one in rescued.bare if one in writer)
+    result.remaining = list(inspection.inspect(folder, manifest.read(folder)))
     _say(result, folder, facts, say)
     return result
 
 
 @dataclass
 class _Rescued:
-    """Items that can be kept as they are, and pictures to compute again; those of both are kept if that fails."""
+    """Items that can be kept as they are, and pictures to compute again; those of both are kept if that fails.
+
+    bare: items whose thumbnails can only be made again.
+    """
 
     ready: dict[ItemId, NewItem] = field(default_factory=dict)
     pictures: list[Candidate] = field(default_factory=list)
+    bare: list[ItemId] = field(default_factory=list)
     result: Result = field(default_factory=Result)
 
 
@@ -67,6 +79,8 @@ def _rescue(folder: Path, facts: Manifest, names: set[str], found: Sequence[Dama
         damaged = {damage.path.partition("/")[2] for damage in found if damage.owner == name}
         part = inspection.remains(folder, facts, name, damaged)
         rescued.result.num_nameless += part.num_lost
+        if not part.has_thumbnails:
+            rescued.bare += [item.id for item in part.items]
         for item in part.items:
             vector_D, picture = sources.find(item)
             if picture is not None:
@@ -83,8 +97,15 @@ def _rescue(folder: Path, facts: Manifest, names: set[str], found: Sequence[Dama
 def _say(result: Result, folder: Path, facts: Manifest, say: Speaker) -> None:
     for line in listed("丢失 / lost", [shown(item_id) for item_id in result.lost]):
         say(line)
+    for damage in result.remaining:
+        say(f"修不好 / beyond repair: {folder / damage.path}: {damage.reason}; build the index again in another folder")
     nameless = f"，{result.num_nameless} 项连编号也没有了 / {result.num_nameless} of unknown id lost"
-    say(f"已修复 / repaired: {folder}, {result.num_items} items{nameless if result.num_nameless else ''}")
+    bare = f"，{result.num_bare} 项的缩略图没有了 / {result.num_bare} without their thumbnails"
+    done = "部分修复 / repaired in part" if result.remaining else "已修复 / repaired"
+    say(
+        f"{done}: {folder}, {result.num_items} items"
+        f"{nameless if result.num_nameless else ''}{bare if result.num_bare else ''}"
+    )
     if result.lost or result.num_nameless:
         say(f"再次运行可补回仍在的图片 / brings back pictures that are still there: cn-clip index build {facts.source}")
 

@@ -1,7 +1,7 @@
 """Reads every byte of an index and tells what is damaged, and what of a damaged segment can still be read."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,18 @@ import numpy as np
 from cn_clip.errors import DataError
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.manifest import Manifest
-from cn_clip.retrieval.segments import ITEM_END, ITEMS, KEY, ROWS, VECTORS, ItemId, Segment
+from cn_clip.retrieval.segments import (
+    ITEM_END,
+    ITEMS,
+    KEY,
+    ROWS,
+    THUMBNAIL_END,
+    THUMBNAILS,
+    VECTORS,
+    IntArray,
+    ItemId,
+    Segment,
+)
 from cn_clip.retrieval.store import Snapshot, removed_keys
 from cn_clip.retrieval.writer import NewItem
 
@@ -61,11 +72,15 @@ def _contradictions(folder: Path, facts: Manifest) -> Iterator[Damage]:
 
 @dataclass(frozen=True)
 class Remains:
-    """The items of a damaged segment that its other files still tell of. has_vectors: their vectors are whole."""
+    """The items of a damaged segment that its other files still tell of.
+
+    has_vectors, has_thumbnails: theirs are whole; without, the items have zeros, or no thumbnail.
+    """
 
     items: list[NewItem]
     num_lost: int
     has_vectors: bool
+    has_thumbnails: bool
 
 
 def remains(folder: Path, facts: Manifest, name: str, damaged: set[str]) -> Remains:
@@ -78,13 +93,16 @@ def remains(folder: Path, facts: Manifest, name: str, damaged: set[str]) -> Rema
     table_N3 = None if ROWS in damaged else np.load(folder / name / ROWS, allow_pickle=False)
     removed = removed_keys(folder, facts)
     if table_N3 is None and (ITEMS in damaged or len(removed)):
-        return Remains([], segment.num_rows, False)
+        return Remains([], segment.num_rows, has_vectors=False, has_thumbnails=False)
     alive = np.arange(segment.num_rows) if table_N3 is None else np.flatnonzero(~np.isin(table_N3[:, KEY], removed))
     width = facts.model.embed_dim
     vectors = np.zeros((segment.num_rows, width), dtype=np.float32)
     if VECTORS not in damaged:
         vectors = np.load(folder / name / VECTORS, mmap_mode="r", allow_pickle=False)
-    lines = _lines(folder / name / ITEMS, None if table_N3 is None else table_N3[:, ITEM_END].tolist())
+    lines = _lines(folder / name / ITEMS, table_N3)
+    thumbnails = None
+    if table_N3 is not None and THUMBNAILS not in damaged:
+        thumbnails = _cut(folder / name / THUMBNAILS, table_N3[:, THUMBNAIL_END])
     found: dict[ItemId, NewItem] = {}
     for row in alive.tolist():
         try:
@@ -92,18 +110,28 @@ def remains(folder: Path, facts: Manifest, name: str, damaged: set[str]) -> Rema
         except DataError:
             continue
         if ITEMS not in damaged or _is_likely(item_id, metadata):
-            found[item_id] = NewItem(item_id, vectors[row], metadata)
-    return Remains(list(found.values()), len(alive) - len(found), VECTORS not in damaged)
+            found[item_id] = NewItem(item_id, vectors[row], metadata, thumbnails[row] if thumbnails else b"")
+    had_thumbnails = segment.files[THUMBNAILS].bytes > 0
+    return Remains(
+        list(found.values()),
+        len(alive) - len(found),
+        has_vectors=VECTORS not in damaged,
+        has_thumbnails=thumbnails is not None or not had_thumbnails,
+    )
 
 
-def _lines(path: Path, ends: Sequence[int] | None) -> list[bytes]:
-    """The lines of an items.jsonl, cut at `ends` where these are known; empty where the file is gone or shorter."""
+def _lines(path: Path, table_N3: IntArray | None) -> list[bytes]:
+    """The lines of an items.jsonl, cut where the table says; without it, at the ends of lines."""
+    return path.read_bytes().splitlines() if table_N3 is None else _cut(path, table_N3[:, ITEM_END])
+
+
+def _cut(path: Path, ends_N: IntArray) -> list[bytes]:
+    """The pieces of a file, each up to its end; empty where the file is gone or shorter."""
     try:
         data = path.read_bytes()
     except OSError:
         data = b""
-    if ends is None:
-        return data.splitlines()
+    ends = ends_N.tolist()
     return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
