@@ -135,8 +135,10 @@ def test_every_document_with_commands_is_run_by_a_test() -> None:
 
 
 def test_the_tool_lists_every_command_and_the_test_that_runs_it() -> None:
-    tool = [sys.executable, str(ROOT / "tools" / "list_doc_commands.py")]
-    printed = subprocess.run(tool, capture_output=True, text=True, check=True).stdout.splitlines()
+    (written,) = (one.code.split() for one in blocks(ROOT / "docs" / "contributing.md") if is_run(one))
+    assert written[0] == "python"
+    tool = [sys.executable, *written[1:]]
+    printed = subprocess.run(tool, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     commands = [one for path in DOCUMENTS for one in blocks(path) if one.language in ("bash", "python")]
     assert [row.split(" | ")[0] for row in printed[2:]] == [f"| {one.where}" for one in commands]
     of_readme = "`tests/test_docs.py::test_the_commands_of_the_readme_run_from_api_to_zero_shot` |"
