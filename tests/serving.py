@@ -11,7 +11,7 @@ import numpy as np
 
 from cn_clip.clip.backends.base import Pixels, Rows, TokenIds
 from cn_clip.clip.encoder import Encoder
-from cn_clip.retrieval.store import Index
+from cn_clip.retrieval.places import Searchable
 from cn_clip.serve.app import create_app
 from cn_clip.serve.engine import Engine
 from cn_clip.serve.hosts import Hosts
@@ -57,7 +57,7 @@ def served(
     *,
     hosts: Hosts | None = None,
     api_key: str | None = None,
-    index: Index | None = None,
+    index: Searchable | None = None,
     label_sets: Mapping[str, Sequence[str]] | None = None,
     with_page: bool = False,
 ) -> Iterator[str]:

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Rows
-from cn_clip.retrieval.store import Index
+from cn_clip.retrieval.places import Searchable
 from cn_clip.serve.engine import Engine
 from cn_clip.serve.gate import Gate
 from cn_clip.serve.hosts import Hosts
@@ -51,7 +51,7 @@ def create_app(
     limits: Limits,
     hosts: Hosts | None = None,
     api_key: str | None = None,
-    index: Index | None = None,
+    index: Searchable | None = None,
     label_sets: Mapping[str, Sequence[str]] | None = None,
 ) -> FastAPI:
     """The application. It opens the model when it starts, and answers 503 until then; further pages may be mounted.

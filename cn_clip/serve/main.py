@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from cn_clip.clip.encoder import Encoder
-    from cn_clip.retrieval.store import Index
+    from cn_clip.retrieval.places import Searchable
     from cn_clip.serve.engine import Engine
     from cn_clip.serve.server import Server
 
@@ -36,7 +36,7 @@ class Options(Limits):
     """Answers over HTTP: /v1/embeddings as OpenAI's clients ask, /v1/classify, /v1/search; /metrics, /readyz."""
 
     index: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="INDEX")] = None
-    """Index folder that /v1/search searches"""
+    """Index that /v1/search searches: a folder, or milvus://HOST:PORT/COLLECTION"""
     model: str | None = None
     """Published name, checkpoint, transformers folder, or prefix of exported files; default: that of the index, else
     ViT-B-16"""
@@ -99,7 +99,7 @@ def run(options: Options) -> None:
     hosts = Hosts(options.host, options.allowed_host)
     api_key, label_sets = key_of(options), read_label_sets(options.label_sets)
     index = _opened_index(options)
-    model = options.model or (index.model.name if index else DEFAULT_MODEL)
+    model = options.model or (index.model.name if index is not None else DEFAULT_MODEL)
     metrics = Metrics()
     engine = Engine(
         options.name or served_name(model), lambda: _open_encoder(options, model, index), options.limits, metrics
@@ -197,15 +197,15 @@ def read_label_sets(paths: Sequence[Path]) -> dict[str, list[str]]:
     return found
 
 
-def _opened_index(options: Options) -> "Index | None":
+def _opened_index(options: Options) -> "Searchable | None":
     if options.index is None:
         return None
-    from cn_clip.retrieval.store import open_index
+    from cn_clip.retrieval.places import open_index, place_of
 
-    return open_index(options.index)
+    return open_index(place_of(options.index))
 
 
-def _open_encoder(options: Options, model: str, index: "Index | None") -> "Encoder":
+def _open_encoder(options: Options, model: str, index: "Searchable | None") -> "Encoder":
     from cn_clip.index.models import open_encoder
     from cn_clip.index.options import ModelOptions
     from cn_clip.retrieval.store import same_model
@@ -219,7 +219,7 @@ def _open_encoder(options: Options, model: str, index: "Index | None") -> "Encod
     )
     encoder, facts = open_encoder(model, settings, command.Speaker(quiet=False), decode=options.decode)
     if index is not None:
-        same_model(index.model, facts, index.folder)
+        same_model(index.model, facts, index.place)
     return encoder
 
 

@@ -109,13 +109,14 @@ class Answers:
     async def facts(self) -> str:
         """What there is to know of the model and the index, as HTML."""
         encoder, index = self.service.engine.encoder, self.service.index
+        count = "无索引 / no index" if index is None else f"{await self.service.ask_index(len, index):,}"
         rows: dict[str, object] = {
             "模型 / model": self.service.engine.name,
             **self._facts,
             "图片边长 / resolution": f"{encoder.backend.resolution} px",
             "向量维数 / dimensions": encoder.embed_dim,
             "文本长度 / context length": f"{encoder.context_length} tokens",
-            "索引里的图片 / pictures in the index": "无索引 / no index" if index is None else f"{len(index):,}",
+            "索引里的图片 / pictures in the index": count,
         }
         cells = (
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
@@ -125,7 +126,7 @@ class Answers:
     async def _search(self, parts: list[QueryPart], k: float, min_score: float | None) -> str:
         hits = await self.service.search(SearchRequest(query=parts, k=int(k), min_score=min_score, where=None))
         index = self.service.opened_index()
-        has_picture = await self.service.engine.call(lambda: [index.thumbnail(hit.id) is not None for hit in hits])
+        has_picture = await self.service.ask_index(lambda: [index.thumbnail(hit.id) is not None for hit in hits])
         return _figures(hits, has_picture)
 
     async def _data_url(self, path: str | None) -> str:

@@ -4,19 +4,21 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cn_clip.clip.backends.base import Rows
-from cn_clip.errors import CnClipError
+from cn_clip.errors import ConfigError, StoreError
 from cn_clip.eval import zeroshot
 from cn_clip.eval.templates import DEFAULT, load_templates
-from cn_clip.retrieval.store import Hit, Index
+from cn_clip.retrieval.places import Searchable
+from cn_clip.retrieval.store import Hit
 from cn_clip.serve.engine import Engine, Picture, Text
 from cn_clip.serve.limits import MAX_PROMPT_CHARS, MAX_PROMPTS, Limits
 from cn_clip.serve.refusals import RefusalError, shown
@@ -30,6 +32,10 @@ from cn_clip.serve.schemas import (
     SearchRequest,
 )
 
+logger = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+
 # Class vectors of the labels asked for last, kept in this many bytes.
 CLASSIFIER_BYTES = 64 << 20
 # Below this length the parts of a mixed query have cancelled each other out.
@@ -42,7 +48,7 @@ class Service:
 
     engine: Engine
     limits: Limits
-    index: Index | None = None
+    index: Searchable | None = None
     label_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     _stored: dict[str, Rows] = field(default_factory=dict)
     _recent: "OrderedDict[bytes, Rows]" = field(default_factory=OrderedDict)
@@ -51,7 +57,7 @@ class Service:
         """Computes the class vectors of the stored sets of labels, and opens what the index opens at first use."""
         if self.index is not None:
             index = self.index
-            await self.engine.alone(lambda: (index.engine, 0 in index))
+            await self.engine.alone(lambda: 0 in index)
         for name, labels in self.label_sets.items():
             self._stored[name] = await self._computed_alone(labels)
 
@@ -109,20 +115,29 @@ class Service:
         index = self.opened_index()
         query_1D = await self._query(request.parts, index)
         try:
-            (hits,) = await self.engine.call(
+            (hits,) = await self.ask_index(
                 lambda: index.search(query_1D, request.k, where=request.where, min_score=request.min_score)
             )
-        except CnClipError as error:
+        except ConfigError as error:
             raise RefusalError(400, str(error), param="where", code="invalid_value") from error
         return hits
 
     async def thumbnail(self, item_id: str) -> bytes:
         """The small JPEG of an item; raises RefusalError (404)."""
         index = self.opened_index()
-        found = await self.engine.call(index.thumbnail, known_id(index, item_id))
+        found = await self.ask_index(lambda: index.thumbnail(known_id(index, item_id)))
         if found is None:
             raise RefusalError(404, f"the item {shown(item_id)} has no thumbnail", param="id", code="not_found")
         return found
+
+    async def ask_index(self, function: Callable[..., ResultT], *args: object) -> ResultT:
+        """Calls `function`, which reads the index; raises RefusalError (503) when the server that keeps it is away."""
+        try:
+            return await self.engine.call(function, *args)
+        except StoreError as error:
+            logger.error("%s", error)
+            message = "the index does not answer; the server's log tells why"
+            raise RefusalError(503, message, code="index_unavailable", retry_after=5) from error
 
     def check_model(self, name: str | None) -> None:
         """Raises RefusalError: 503 before the model is ready, 404 for another than the one that is served."""
@@ -131,7 +146,7 @@ class Service:
             message = f"model: {shown(name)} is not served here, only {self.engine.name!r}"
             raise RefusalError(404, message, param="model", code="model_not_found")
 
-    def opened_index(self) -> Index:
+    def opened_index(self) -> Searchable:
         """Raises RefusalError: 503 before the model is ready, 404 when the service was started without an index."""
         self.engine.check_ready()
         if self.index is None:
@@ -166,7 +181,7 @@ class Service:
     def _scale(self) -> float:
         return getattr(self.engine.encoder.backend, "logit_scale", None) or zeroshot.LOGIT_SCALE
 
-    async def _query(self, parts: Sequence[QueryPart], index: Index) -> Rows:
+    async def _query(self, parts: Sequence[QueryPart], index: Searchable) -> Rows:
         """The unit vector (1, D) of the weighted sum of the parts."""
         named = [(part, "query" if len(parts) == 1 else f"query[{place}]") for place, part in enumerate(parts)]
         inputs = {place: one for place, (part, param) in enumerate(named) if (one := _part(part, param)) is not None}
@@ -175,7 +190,7 @@ class Service:
             rows_ND[list(inputs)], _ = await self.engine.embed(list(inputs.values()))
         for place, (part, _) in enumerate(named):
             if part.id is not None:
-                rows_ND[place] = await self.engine.call(index.vector, known_id(index, part.id))
+                rows_ND[place] = await self.ask_index(_vector, index, part.id)
         sum_D = np.array([part.weight for part in parts], dtype=np.float32) @ rows_ND
         length = float(np.linalg.norm(sum_D))
         if length < _SHORTEST_QUERY:
@@ -186,13 +201,17 @@ class Service:
         return unit_1D
 
 
-def known_id(index: Index, item_id: int | str) -> int | str:
+def known_id(index: Searchable, item_id: int | str) -> int | str:
     """The id as the index has it, an integer also from its digits; raises RefusalError (404) for an unknown one."""
     if item_id in index:
         return item_id
     if isinstance(item_id, str) and re.fullmatch(r"-?[0-9]{1,18}", item_id) and int(item_id) in index:
         return int(item_id)
     raise RefusalError(404, f"id: the index has no item {shown(item_id)}", param="id", code="not_found")
+
+
+def _vector(index: Searchable, item_id: int | str) -> Rows:
+    return index.vector(known_id(index, item_id))
 
 
 def _check_prompts(labels: Sequence[str], templates: Sequence[str]) -> None:
