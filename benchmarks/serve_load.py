@@ -54,6 +54,8 @@ class Options:
     """Batch of the service, and of the encoding offline"""
     max_wait_ms: float = 5.0
     """Longest time a batch waits"""
+    texts: Path | None = None
+    """File of texts to send: one a line, or the captions of a dataset (.jsonl); default: the short names of emoji"""
     num_threads: int | None = None
     """Threads that compute, in both"""
     download_root: str | None = None
@@ -87,14 +89,15 @@ class Load:
 
 def run(options: Options) -> None:
     say = command.Speaker(quiet=options.json)
-    offline = {kind: offline_rate(kind, options) for kind in KINDS}
+    texts = [one.name for one in load()] if options.texts is None else read_texts(options.texts)
+    offline = {kind: offline_rate(kind, texts, options) for kind in KINDS}
     for kind, rate in offline.items():
         say(f"offline, {kind}: {rate:.1f}/s in batches of {options.max_batch}")
     loads = []
-    with service(options) as port:
+    with service(flags_of(options)) as (_, port):
         for kind in KINDS:
             for number in options.numbers:
-                loads.append(measured(kind, number, port, offline[kind], options))
+                loads.append(measured(request_bodies(kind, texts), kind, number, port, offline[kind], options))
     say(table(loads))
     say.result(
         {
@@ -106,7 +109,13 @@ def run(options: Options) -> None:
     )
 
 
-def offline_rate(kind: Kind, options: Options) -> float:
+def read_texts(path: Path) -> list[str]:
+    """Lines of a file, or the field "text" of those of a .jsonl."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines] if path.suffix == ".jsonl" else lines
+
+
+def offline_rate(kind: Kind, texts: Sequence[str], options: Options) -> float:
     """Inputs a second of `Encoder` in one call, the second time."""
     encoder = Encoder(
         options.model,
@@ -115,24 +124,30 @@ def offline_rate(kind: Kind, options: Options) -> float:
         num_threads=options.num_threads,
         download_root=options.download_root,
     )
-    inputs = [value for value, _ in zip(cycle(load()), range(OFFLINE_INPUTS), strict=False)]
+    given: Sequence[Any] = texts if kind == "text" else [one.picture for one in load()]
+    inputs = [value for value, _ in zip(cycle(given), range(OFFLINE_INPUTS), strict=False)]
     for _ in range(2):
         begin = time.perf_counter()
         if kind == "text":
-            encoder.encode_texts([one.name for one in inputs], batch_size=options.max_batch)
+            encoder.encode_texts(inputs, batch_size=options.max_batch)
         else:
-            encoder.encode_images([one.picture for one in inputs], batch_size=options.max_batch)
+            encoder.encode_images(inputs, batch_size=options.max_batch)
         seconds = time.perf_counter() - begin
     return OFFLINE_INPUTS / seconds
 
 
-@contextmanager
-def service(options: Options) -> Iterator[int]:
-    """The port of a service whose model is open."""
+def flags_of(options: Options) -> list[str]:
+    """The service's flags."""
     flags = ["--model", options.model, "--backend", options.backend, "--precision", options.precision]
     flags += ["--max-batch", str(options.max_batch), "--max-wait-ms", str(options.max_wait_ms), "--name", "served"]
     for flag, value in (("--num-threads", options.num_threads), ("--download-root", options.download_root)):
         flags += [flag, str(value)] if value is not None else []
+    return flags
+
+
+@contextmanager
+def service(flags: Sequence[str]) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+    """A service whose model is open, and its port."""
     start = [sys.executable, "-m", "cn_clip", "serve", "--port", "0", *flags]
     with subprocess.Popen(start, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
@@ -141,16 +156,18 @@ def service(options: Options) -> Iterator[int]:
             address = next(line for line in lines if "http://" in line)
             if not any("ready" in line for line in lines):
                 raise ConfigError(f"the service did not start: {' '.join(start)}")
-            yield int(address.strip().rsplit(":", 1)[1])
+            yield process, int(address.strip().rsplit(":", 1)[1])
         finally:
             process.terminate()
 
 
-def measured(kind: Kind, num_clients: int, port: int, offline: float, options: Options) -> Load:
+def measured(
+    bodies: Sequence[bytes], kind: Kind, num_clients: int, port: int, offline: float, options: Options
+) -> Load:
     """One number of clients, after the warm-up."""
-    asyncio.run(crowd(kind, num_clients, port, options.warmup))
+    asyncio.run(crowd(bodies, num_clients, port, options.warmup))
     before = asyncio.run(batches(kind, port))
-    seconds, refused = asyncio.run(crowd(kind, num_clients, port, options.seconds))
+    seconds, refused = asyncio.run(crowd(bodies, num_clients, port, options.seconds))
     after = asyncio.run(batches(kind, port))
     cuts = statistics.quantiles(seconds, n=100)
     rate = len(seconds) / options.seconds
@@ -158,11 +175,10 @@ def measured(kind: Kind, num_clients: int, port: int, offline: float, options: O
     return Load(kind, num_clients, rate, rate / offline, cuts[49] * 1e3, cuts[94] * 1e3, cuts[98] * 1e3, size, refused)
 
 
-async def crowd(kind: Kind, num_clients: int, port: int, duration: float) -> tuple[list[float], int]:
-    """(seconds that each answer took, number of refusals)."""
+async def crowd(bodies: Sequence[bytes], num_clients: int, port: int, duration: float) -> tuple[list[float], int]:
+    """(seconds that each answer took, number of refusals). Raises where a request is left without an answer."""
     until = time.perf_counter() + duration
-    bodies = request_bodies(kind)
-    results = await asyncio.gather(*[client(bodies[number:], port, until) for number in range(num_clients)])
+    results = await asyncio.gather(*[client(rotated(bodies, number), port, until) for number in range(num_clients)])
     return [one for seconds, _ in results for one in seconds], sum(refused for _, refused in results)
 
 
@@ -211,14 +227,19 @@ async def batches(kind: Kind, port: int) -> tuple[float, float]:
     return total, count
 
 
-def request_bodies(kind: Kind) -> list[bytes]:
-    return [json.dumps({"model": "served", "encoding_format": "base64", "input": one}).encode() for one in given(kind)]
+def rotated(bodies: Sequence[bytes], start: int) -> Sequence[bytes]:
+    """The same bodies from another one on."""
+    start %= len(bodies)
+    return [*bodies[start:], *bodies[:start]]
 
 
-def given(kind: Kind) -> list[Any]:
-    if kind == "text":
-        return [one.name for one in load()]
-    return [{"image": f"data:image/webp;base64,{base64.b64encode(one.picture).decode()}"} for one in load()]
+def request_bodies(kind: Kind, texts: Sequence[str]) -> list[bytes]:
+    given = texts if kind == "text" else [{"image": data_url(one.picture)} for one in load()]
+    return [json.dumps({"model": "served", "encoding_format": "base64", "input": one}).encode() for one in given]
+
+
+def data_url(picture: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(picture).decode()}"
 
 
 def table(loads: Sequence[Load]) -> str:
