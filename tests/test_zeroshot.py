@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from cn_clip import cli, zoo
 from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.inputs import ChineseTexts
 from cn_clip.clip.model import CLIP
 from cn_clip.data.picture_sets import ClassFolders
 from cn_clip.demo import emoji
@@ -33,6 +34,8 @@ GOLDEN = json.loads((pipeline_weights.GOLDEN / "zeroshot.json").read_text())
 
 class TextTable:
     """An encoder that knows the vectors of some texts."""
+
+    texts = ChineseTexts(52)
 
     def __init__(self, rows: dict[str, list[float]]) -> None:
         self.rows = rows

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from cn_clip.clip import tokenizer
 from cn_clip.clip.backends.base import USUAL_SIZES, Backend, BackendName, Pixels, Rows, TokenIds, check_threads
 from cn_clip.clip.backends.opening import open_backend
+from cn_clip.clip.foreign.names import is_foreign
+from cn_clip.clip.foreign.opening import open_parts
+from cn_clip.clip.inputs import ChineseTexts, Parts, PictureTransform, TextTransform
 from cn_clip.clip.pictures import Picture, decoded_batches, open_picture
 from cn_clip.clip.transforms import Decode, ImageTransform, check_decode
 from cn_clip.errors import ConfigError
@@ -36,6 +38,8 @@ class Encoder:
 
     model: a published name, a checkpoint file, a transformers folder, a loaded `CLIP` (moved to `device` and put into
     `precision` itself, not copied), a `Backend`, or, for backends other than torch, the prefix of exported files.
+    Models of other families: `hf:FOLDER` (CLIP, SigLIP, AltCLIP, MetaCLIP 2; a folder or a hub id),
+    `open_clip:ARCHITECTURE@FILE`, or `Parts`; pictures and texts are prepared as theirs are.
     backend: "torch", "onnx" (ONNX Runtime), "openvino" or "tensorrt". All but torch run an exported model, made at
     first use and kept in `exported/` under `download_root`; once it is there, onnx and openvino do without PyTorch.
     precision: "fp32" (default), "bf16", "fp16" or "int8", as the backend has them.
@@ -48,7 +52,7 @@ class Encoder:
 
     def __init__(
         self,
-        model: "str | Path | CLIP | Backend" = "ViT-B-16",
+        model: "str | Path | CLIP | Backend | Parts" = "ViT-B-16",
         *,
         backend: BackendName = "torch",
         device: "str | torch.device | None" = None,
@@ -61,8 +65,27 @@ class Encoder:
     ) -> None:
         check_decode(decode)
         self.decode = decode
+        self._pictures: PictureTransform | None = None
+        self.texts: TextTransform = ChineseTexts(context_length)
         self.backend: Backend
-        if isinstance(model, (str, Path)):
+        if is_foreign(model):
+            if compile:
+                raise ConfigError("compile: is for Chinese-CLIP; leave it out")
+            model = open_parts(
+                str(model),
+                backend=backend,
+                precision=precision,
+                device=device,
+                num_threads=num_threads,
+                download_root=download_root,
+                decode=decode,
+            )
+            backend, device, precision, num_threads = "torch", None, "fp32", None
+        if isinstance(model, Parts):
+            _check_unset("parts", backend, device, precision, num_threads, compile)
+            _check_context_length(context_length, model.texts.context_length)
+            self.backend, self._pictures, self.texts = model.backend, model.pictures, model.texts
+        elif isinstance(model, (str, Path)):
             self.backend = open_backend(
                 model,
                 backend=backend,
@@ -73,18 +96,21 @@ class Encoder:
                 compile=compile,
             )
         elif _is_backend(model):
-            if (backend, device, precision, num_threads, compile) != ("torch", None, "fp32", None, False):
-                raise ConfigError("model: is a backend, opened with settings of its own; give it no others here")
+            _check_unset("a backend", backend, device, precision, num_threads, compile)
             self.backend = model
         else:
             settings = {"device": device, "precision": precision, "num_threads": num_threads, "compile": compile}
             self.backend = _over(model, backend, **settings)
-        self.context_length = context_length
+
+    @property
+    def context_length(self) -> int:
+        """The longest text in tokens, special ones included."""
+        return self.texts.context_length
 
     @cached_property
-    def transform(self) -> ImageTransform:
+    def transform(self) -> PictureTransform:
         """From a PIL picture to the pixels the picture tower takes."""
-        return ImageTransform(self.backend.resolution, self.decode)
+        return self._pictures or ImageTransform(self.backend.resolution, self.decode)
 
     @property
     def embed_dim(self) -> int:
@@ -138,7 +164,7 @@ class Encoder:
         """
         batch_size = _size(batch_size, self._usual_sizes[1])
         for start in range(0, len(texts), SORTING_WINDOW):
-            rows = tokenizer.encode(list(texts[start : start + SORTING_WINDOW]), self.context_length)
+            rows = self.texts.rows(texts[start : start + SORTING_WINDOW])
             yield self._encode_sorted(rows, batch_size, advance or (lambda _: None))
 
     @property
@@ -148,7 +174,7 @@ class Encoder:
 
     def _encode_sorted(self, rows: list[list[int]], batch_size: int, advance: Advance) -> Rows:
         output = np.empty((len(rows), self.embed_dim), dtype=np.float32)
-        for chosen, token_ids in sorted_batches(rows, batch_size):
+        for chosen, token_ids in sorted_batches(rows, batch_size, self.texts.pad):
             output[chosen] = self.backend.encode_tokens(token_ids)
             advance(len(chosen))
         return output
@@ -166,17 +192,30 @@ class Encoder:
         return np.concatenate([np.empty((0, self.embed_dim), dtype=np.float32), *pieces])
 
 
-def sorted_batches(rows: list[list[int]], batch_size: int) -> Iterator[tuple[list[int], TokenIds]]:
-    """(places in `rows`, their token ids (B, L) padded to the longest of them), rows of like length together."""
+def sorted_batches(
+    rows: list[list[int]], batch_size: int, pad: Callable[[list[list[int]]], TokenIds]
+) -> Iterator[tuple[list[int], TokenIds]]:
+    """(places in `rows`, their token ids (B, L) as `pad` makes them), rows of like length together."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for start in range(0, len(order), _size(batch_size)):
         chosen = order[start : start + batch_size]
-        longest = len(rows[chosen[-1]])
-        yield chosen, tokenizer.pad([rows[index] for index in chosen], longest)
+        yield chosen, pad([rows[index] for index in chosen])
 
 
 def _is_backend(model: "CLIP | Backend") -> "TypeGuard[Backend]":
     return hasattr(model, "encode_pixels")
+
+
+def _check_unset(
+    what: str, backend: BackendName, device: object, precision: str, num_threads: int | None, compile: bool
+) -> None:
+    if (backend, device, precision, num_threads, compile) != ("torch", None, "fp32", None, False):
+        raise ConfigError(f"model: is {what}, opened with settings of its own; give it no others here")
+
+
+def _check_context_length(given: int, longest: int) -> None:
+    if given not in (DEFAULT_CONTEXT_LENGTH, longest):
+        raise ConfigError(f"context_length {given}: this model cuts texts at {longest} tokens of its own; leave it out")
 
 
 def _over(model: "CLIP | Backend", backend: BackendName, *, device: Any, **settings: Any) -> Backend:

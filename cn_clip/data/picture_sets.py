@@ -12,8 +12,8 @@ from typing import Generic, Protocol, TypeVar
 from PIL.Image import Image
 
 from cn_clip.clip.backends.base import Pixels
+from cn_clip.clip.inputs import PictureTransform
 from cn_clip.clip.pictures import decoded_batches
-from cn_clip.clip.transforms import ImageTransform
 from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId
@@ -47,7 +47,7 @@ class PictureSource(Protocol[KeyT]):
 
 
 def batches(
-    pictures: PictureSource[KeyT], transform: ImageTransform, batch_size: int, num_threads: int = 1, *, first: int = 0
+    pictures: PictureSource[KeyT], transform: PictureTransform, batch_size: int, num_threads: int = 1, *, first: int = 0
 ) -> Iterator[tuple[list[KeyT], Pixels]]:
     """(keys, pixels (B, 3, R, R)) in order from number `first` on; meanwhile `num_threads` threads decode the next.
 

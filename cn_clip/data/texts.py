@@ -1,7 +1,9 @@
 """The texts of a split: how they are read, and how they are adapted to the vocabulary."""
 
 import os
+from collections.abc import Callable
 
+from cn_clip.clip.inputs import ChineseTexts, TextTransform
 from cn_clip.data.records import RecordId, canonical_id
 from cn_clip.errors import DataError
 from cn_clip.jsonl import json_object, numbered_lines
@@ -10,6 +12,11 @@ from cn_clip.jsonl import json_object, numbered_lines
 def preprocess_text(text: str) -> str:
     """Lower-cased, curly double quotes straightened: how Chinese-CLIP adapts text to its vocabulary."""
     return text.lower().replace("\N{LEFT DOUBLE QUOTATION MARK}", '"').replace("\N{RIGHT DOUBLE QUOTATION MARK}", '"')
+
+
+def preparation(texts: TextTransform) -> Callable[[str], str]:
+    """What a text goes through before a tokenizer: `preprocess_text` for Chinese-CLIP's, nothing for others'."""
+    return preprocess_text if isinstance(texts, ChineseTexts) else str
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[tuple[RecordId, str]]:

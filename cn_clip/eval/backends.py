@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias
+
+import tyro
 
 from cn_clip import zoo
 from cn_clip.clip.backends.base import KINDS, BackendName, Kind, check_precision
+from cn_clip.clip.foreign.names import files_of as foreign_files
+from cn_clip.clip.foreign.names import is_foreign
 from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError
 
@@ -15,6 +19,9 @@ if TYPE_CHECKING:
     from cn_clip.clip.transforms import Decode
 
 EvalPrecision: TypeAlias = Literal["amp", "fp16", "fp32", "bf16", "int8"]
+Model: TypeAlias = Annotated[
+    str | None, tyro.conf.arg(help_behavior_hint="(required)", aliases=("--model",), metavar="MODEL")
+]
 # What decides on the rows a tower gives, besides its inputs: values that JSON can hold.
 Identity: TypeAlias = Callable[[Kind], Mapping[str, object]]
 
@@ -48,10 +55,25 @@ def check(options: ModelOptions) -> None:
     """Raises ConfigError for settings of which no model could be opened."""
     if options.resume is None:
         raise ConfigError("--resume: expected a checkpoint file, or a model's name such as ViT-B-16")
+    if is_foreign(options.resume):
+        _check_foreign(options)
     precision_of(options)
     check_threads(options.num_threads)
     if options.backend == "tensorrt" and options.num_threads is not None:
         raise ConfigError("--num-threads: the tensorrt backend computes on the GPU; leave it out")
+
+
+def _check_foreign(options: ModelOptions) -> None:
+    from cn_clip.clip.foreign.opening import check as check_name
+
+    try:
+        check_name(options.resume or "", options.backend)
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from error
+    if options.vision_model or options.text_model:
+        raise ConfigError(
+            f"--vision-model, --text-model: {options.resume} says itself what its towers are; leave them out"
+        )
 
 
 def check_threads(num_threads: int | None) -> None:
@@ -73,11 +95,32 @@ def open_encoder(options: ModelOptions, say: Speaker, *, kinds: Sequence[Kind] =
     from cn_clip.clip.encoder import Encoder
 
     assert options.resume is not None
+    if is_foreign(options.resume):
+        return _open_foreign(options, say)
     for kind, name in (("vision", options.vision_model), ("text", options.text_model)):
         if name:
             say(f"Loading {kind} model config from {zoo.config_path(name)}")
     opened = _open_torch(options, say) if options.backend == "torch" else _open_exported(options, say, kinds)
     return Encoder(opened, context_length=options.context_length, decode=options.decode)
+
+
+def _open_foreign(options: ModelOptions, say: Speaker) -> "Encoder":
+    from cn_clip import ranks
+    from cn_clip.clip.encoder import Encoder
+
+    assert options.resume is not None
+    say(f"Begin to load model checkpoint from {options.resume}.")
+    encoder = Encoder(
+        options.resume,
+        precision=precision_of(options),
+        device=str(ranks.choose_device(options.device)),
+        context_length=options.context_length,
+        download_root=options.download_root,
+        num_threads=options.num_threads,
+        decode=options.decode,
+    )
+    say(f"=> opened '{options.resume}' (texts of at most {encoder.context_length} tokens)")
+    return encoder
 
 
 def _open_torch(options: ModelOptions, say: Speaker) -> "Backend":
@@ -151,8 +194,12 @@ def identity(options: ModelOptions, encoder: "Encoder") -> Identity:
     if isinstance(backend, ExportedBackend):
         of_towers = tower_identity(backend)
         return lambda kind: {**settings, **of_towers(kind)}
-    weights = hub.weight_file(options.resume or "", download_root=options.download_root)
-    facts = {**settings, "model": _files(hub.files_of(weights)), "device": str(getattr(backend, "device", ""))}
+    if is_foreign(options.resume):
+        files = foreign_files(options.resume or "", download_root=options.download_root)
+        settings["name"] = options.resume
+    else:
+        files = hub.files_of(hub.weight_file(options.resume or "", download_root=options.download_root))
+    facts = {**settings, "model": _files(files), "device": str(getattr(backend, "device", ""))}
     return lambda _: facts
 
 

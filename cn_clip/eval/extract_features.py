@@ -19,8 +19,9 @@ class Options(ray_settings.RaySettings, extraction.Settings):
     --engine ray computes on the processes of a Ray cluster, from folders, tar files, Parquet tables or an LMDB.
     """
 
-    resume: command.Required = None
-    """Checkpoint: a file, a transformers folder, or the name of a published model"""
+    resume: backends.Model = None
+    """Checkpoint: a file, a transformers folder, or the name of a published model; of other families hf:FOLDER or
+    open_clip:ARCHITECTURE@FILE"""
     precision: backends.EvalPrecision = "amp"
     """Arithmetic; amp is float32 here, as in Chinese-CLIP. int8: onnx and openvino"""
     backend: BackendName = "torch"
@@ -51,10 +52,16 @@ class Options(ray_settings.RaySettings, extraction.Settings):
                 raise ConfigError(f"--output-format {self.output_format}: --engine ray writes parquet")
 
     def inputs(self) -> list[str | None]:
-        from cn_clip.clip.hub import files_of
+        return [*super().inputs(), *map(str, self._model_files())]
 
+    def _model_files(self) -> list[Path]:
+        from cn_clip.clip import hub
+        from cn_clip.clip.foreign import names
+
+        if names.is_foreign(self.resume):
+            return names.files_of(self.resume or "", download_root=self.download_root)
         model = Path(self.resume or "")
-        return [*super().inputs(), *(map(str, files_of(model)) if model.exists() else [])]
+        return hub.files_of(model) if model.exists() else []
 
 
 def run(options: Options) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tqdm import tqdm
 
 from cn_clip.clip.backends.base import Kind
+from cn_clip.clip.foreign.names import absolute, is_foreign
 from cn_clip.command import Speaker
 from cn_clip.data.bulk_pictures import Collection, open_collection
 from cn_clip.data.records import digest_of
@@ -227,14 +228,19 @@ def _run(
 
 def _for_workers(options: "Options", plan: Actors) -> "Options":
     """The settings as they hold in the processes, which run in other folders."""
-    resume = options.resume or ""
     return replace(
         options,
-        resume=os.path.abspath(resume) if os.path.dirname(resume) or os.path.exists(resume) else resume,
+        resume=_from_the_root(options.resume or ""),
         download_root=options.download_root and os.path.abspath(os.path.expanduser(options.download_root)),
         num_threads=options.num_threads or (None if options.backend == "tensorrt" else plan.cpus),
         device="cpu" if options.device == "auto" and not plan.gpus else options.device,
     )
+
+
+def _from_the_root(model: str) -> str:
+    if is_foreign(model):
+        return absolute(model)
+    return os.path.abspath(model) if os.path.dirname(model) or os.path.exists(model) else model
 
 
 def _finish(

@@ -16,13 +16,14 @@ import numpy as np
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Kind, Pixels
 from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.foreign.names import files_of, is_foreign
 from cn_clip.clip.pictures import decoded_batches
 from cn_clip.command import Speaker
 from cn_clip.data.bulk_pictures import Part
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId
 from cn_clip.data.storage import Storage, StorageError
-from cn_clip.data.texts import preprocess_text
+from cn_clip.data.texts import preparation
 from cn_clip.errors import CnClipError, ConfigError, DataError
 from cn_clip.eval import backends
 from cn_clip.eval.feature_rows import FloatArray
@@ -102,7 +103,8 @@ class ShardWorker:
 
 
 def _do_texts(encoder: Encoder, task: Task, part: TextPart, options: Options) -> Finished:
-    prepared = [preprocess_text(text) for _, text in part.texts]
+    prepare = preparation(encoder.texts)
+    prepared = [prepare(text) for _, text in part.texts]
     row_of = {text: row for row, text in enumerate(dict.fromkeys(prepared))}
     rows_MD = encoder.encode_texts(list(row_of), batch_size=options.text_batch_size)
     rows_ND = rows_MD[[row_of[text] for text in prepared]]
@@ -172,6 +174,8 @@ def _weight_files(options: backends.ModelOptions) -> list[Path]:
     from cn_clip.clip import hub
 
     name = options.resume or ""
+    if is_foreign(name):
+        return files_of(name, download_root=options.download_root)
     given = Path(name)
     if zoo.named(name) is None and not given.exists():
         exported = sorted(given.parent.glob(f"{glob.escape(given.name)}.*"))  # the prefix of exported files

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cn_clip import command
 from cn_clip.clip.backends.base import BackendName
+from cn_clip.clip.foreign.names import is_foreign
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.eval import backends
@@ -50,8 +51,9 @@ class Options:
     """Pictures in a batch"""
     context_length: int = 52
     """Longest text in tokens, [CLS] and [SEP] included"""
-    resume: command.Required = None
-    """Checkpoint: a file, a transformers folder, or the name of a published model"""
+    resume: backends.Model = None
+    """Checkpoint: a file, a transformers folder, or the name of a published model; of other families hf:FOLDER or
+    open_clip:ARCHITECTURE@FILE"""
     num_workers: int = 4
     """Threads that decode pictures; 0: decode between the batches"""
     decode: Decode = "exact"
@@ -207,7 +209,7 @@ def write_elevater(options: Options, backend: "Backend", probabilities_NC: "Rows
     total, visual = backends.num_parameters(backend)
     rounded = [[round(value, 6) for value in row] for row in probabilities_NC.tolist()]
     content = {
-        "model_name": f"CN-CLIP-{options.vision_model or Path(options.resume or '').stem}",
+        "model_name": _model_name(options),
         "dataset_name": options.dataset,
         "num_trainable_params": 0,
         "num_params": total,
@@ -227,6 +229,12 @@ def write_elevater(options: Options, backend: "Backend", probabilities_NC: "Rows
     with atomic_write(path) as stream:
         stream.write(dumps(content))
     return path
+
+
+def _model_name(options: Options) -> str:
+    if is_foreign(options.resume):
+        return options.resume or ""
+    return f"CN-CLIP-{options.vision_model or Path(options.resume or '').stem}"
 
 
 def _report(say: command.Speaker, result: "Accuracy", labels: list[str], path: Path) -> None:

@@ -9,6 +9,7 @@ from cn_clip import ranks, zoo
 from cn_clip.clip.backends.base import KINDS, ExportedBackend, Kind, check_precision
 from cn_clip.clip.backends.onnx_files import extra_path
 from cn_clip.clip.backends.opening import open_backend
+from cn_clip.clip.foreign.names import absolute, files_of, is_foreign
 from cn_clip.command import Speaker
 from cn_clip.retrieval.manifest import ModelInfo
 
@@ -27,6 +28,8 @@ def open_encoder(
     """The towers wanted, and what an index says of their model; raises as `open_backend`."""
     from cn_clip.clip.encoder import Encoder
 
+    if is_foreign(model):
+        return _open_foreign(model, options, decode)
     if options.backend == "torch":
         opened, fingerprint = _open_torch(model, options)
     else:
@@ -45,13 +48,31 @@ def open_encoder(
         if known is None and set(kinds) != set(KINDS):
             # It is made of both files, whichever is asked for.
             return open_encoder(model, options, say, decode=decode)
-        fingerprint = known or _fingerprint_of_files(opened)
+        fingerprint = known or _fingerprint_of_files(_files_of_towers(opened))
     return Encoder(opened, decode=decode), ModelInfo(full_name(model), fingerprint, opened.embed_dim)
 
 
 def full_name(model: str) -> str:
     """A published name as it is, a path from the root on: the index may be opened from another folder."""
+    if is_foreign(model):
+        return absolute(model)
     return model if zoo.named(model) else str(Path(model).absolute())
+
+
+def _open_foreign(model: str, options: "ModelOptions", decode: "Decode") -> "tuple[Encoder, ModelInfo]":
+    from cn_clip.clip.encoder import Encoder
+
+    encoder = Encoder(
+        model,
+        backend=options.backend,
+        precision=options.precision,
+        device=str(ranks.choose_device(options.device)),
+        download_root=options.download_root,
+        num_threads=options.num_threads,
+        decode=decode,
+    )
+    fingerprint = _fingerprint_of_files(files_of(model, download_root=options.download_root))
+    return encoder, ModelInfo(full_name(model), fingerprint, encoder.embed_dim)
 
 
 def _open_torch(model: str, options: "ModelOptions") -> "tuple[Backend, str]":
@@ -73,10 +94,14 @@ def _known_fingerprint(backend: ExportedBackend) -> str | None:
     return next((tower.facts.weights for tower in towers if tower.facts.weights), None)
 
 
-def _fingerprint_of_files(backend: ExportedBackend) -> str:
-    digest = hashlib.blake2b(digest_size=8)
+def _files_of_towers(backend: ExportedBackend) -> list[Path]:
     places = [Path(tower.place) for tower in (backend.image, backend.text) if tower is not None]
-    for path in (one for place in places for one in (place, extra_path(place)) if one.is_file()):
+    return [one for place in places for one in (place, extra_path(place)) if one.is_file()]
+
+
+def _fingerprint_of_files(paths: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
         with open(path, "rb") as stream:
             while block := stream.read(BLOCK):
                 digest.update(block)

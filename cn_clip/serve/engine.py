@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from cn_clip.clip import tokenizer
 from cn_clip.clip.backends.base import Pixels, Rows
 from cn_clip.serve import untrusted
 from cn_clip.serve.batching import Batcher, Places, joined
@@ -32,6 +31,8 @@ ResultT = TypeVar("ResultT")
 
 # Of those that prepare, and again of those that decode.
 MOST_THREADS = 4
+# Characters; so few are cut into tokens on the event loop, for a thread and back would take longer.
+SHORT = 512
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Engine:
         self._pool = ThreadPoolExecutor(num_threads, "prepare")
         self._decoders, self._num_decoders = ThreadPoolExecutor(num_threads, "decode"), num_threads
         self._tasks: list[asyncio.Task[None]] = []
-        self._texts = self._batcher("texts", self._encode_token_ids, metrics)
+        self._texts = self._batcher("texts", self._encode_token_ids, metrics, length=len)
         self._pictures = self._batcher("pictures", self._encode_pixels, metrics)
         self._text_places = _places("texts", limits, metrics)
         self._picture_places = _places("pictures", limits, metrics)
@@ -122,8 +123,7 @@ class Engine:
         texts = {place: one.text for place, one in enumerate(inputs) if isinstance(one, Text)}
         pictures = {place: one for place, one in enumerate(inputs) if isinstance(one, Picture)}
         with self._text_places.taken(len(texts)), self._picture_places.taken(len(pictures)):
-            context_length = self.encoder.context_length
-            token_ids = await self._in_pool(tokenizer.encode, list(texts.values()), context_length)
+            token_ids = await self._token_ids(list(texts.values()))
             parts = await joined([self._texts.rows(token_ids), self._picture_rows(list(pictures.values()))])
         rows = dict(zip([*texts, *pictures], [row for part in parts for row in part], strict=True))
         return np.stack([rows[place] for place in range(len(inputs))]), sum(map(len, token_ids))
@@ -134,21 +134,33 @@ class Engine:
         parts = [await self.embed(list(map(Text, texts[start : start + step]))) for start in range(0, len(texts), step)]
         return np.concatenate([rows for rows, _ in parts])
 
-    def _batcher(self, what: str, compute: Callable[[Sequence[ItemT]], Rows], metrics: Metrics) -> Batcher[ItemT]:
+    def _batcher(
+        self,
+        what: str,
+        compute: Callable[[Sequence[ItemT]], Rows],
+        metrics: Metrics,
+        length: Callable[[ItemT], int] | None = None,
+    ) -> Batcher[ItemT]:
         return Batcher(
             what,
             compute,
             self._thread,
             max_batch=self.limits.max_batch,
             max_wait=self.limits.max_wait_ms / 1000,
+            length=length,
             observe=metrics.observe_batch(what),
         )
 
     def _encode_token_ids(self, token_ids: Sequence[list[int]]) -> Rows:
-        return self.encoder.backend.encode_tokens(tokenizer.pad(token_ids, max(map(len, token_ids))))
+        return self.encoder.backend.encode_tokens(self.encoder.texts.pad(token_ids))
 
     def _encode_pixels(self, pixels: Sequence[Pixels]) -> Rows:
         return self.encoder.backend.encode_pixels(np.stack(pixels))
+
+    async def _token_ids(self, texts: list[str]) -> list[list[int]]:
+        if sum(map(len, texts)) <= SHORT:
+            return self.encoder.texts.rows(texts)
+        return await self._in_pool(self.encoder.texts.rows, texts)
 
     async def _in_pool(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)

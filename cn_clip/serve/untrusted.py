@@ -5,7 +5,7 @@ import io
 from typing import TYPE_CHECKING
 
 from cn_clip.clip.backends.base import Pixels
-from cn_clip.clip.transforms import ImageTransform
+from cn_clip.clip.inputs import PictureTransform
 from cn_clip.serve.refusals import RefusalError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def opened(data: bytes, param: str, *, max_pixels: int) -> "Image":
     return image
 
 
-def pixels(image: "Image", param: str, transform: ImageTransform) -> Pixels:
+def pixels(image: "Image", param: str, transform: PictureTransform) -> Pixels:
     """Pixels (3, R, R) of the first frame of what `opened` gave; raises RefusalError (400) naming `param`."""
     try:
         with image:

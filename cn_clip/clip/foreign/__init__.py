@@ -1,0 +1,1 @@
+"""Models of other families, of transformers and of open_clip, as parts of an `Encoder`."""

@@ -1,0 +1,279 @@
+"""Models of transformers: CLIP, SigLIP, AltCLIP, MetaCLIP 2 and Chinese-CLIP folders, run by transformers itself.
+
+Pictures go through the processor of the folder and texts through its tokenizer: nothing of them is repeated here.
+Code that comes with a folder is never run, and pickled weights are read by `torch.load(weights_only=True)` alone.
+"""
+
+# B batch, R resolution, L tokens, D embedding
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cn_clip.clip.backends.base import Pixels, TokenIds
+from cn_clip.clip.file_formats import first_sentence
+from cn_clip.clip.foreign.towers import ForeignTowers
+from cn_clip.clip.inputs import Parts
+from cn_clip.clip.transforms import Decode
+from cn_clip.errors import CheckpointError, CnClipError, MissingExtraError
+from cn_clip.extras import require
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_VISUAL_PARTS = ("vision_model.", "visual_projection.")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the texts of a family were padded when it was trained.
+
+    is_masked: padding is hidden from attention; where it is not, the tower looks back alone, or was trained with it.
+    is_full: every text is padded to the longest that the tower takes. has_spare_positions: as in RoBERTa, the first
+    position embeddings, one more than the id of padding, are no text's. processor: of pictures, where the folder does
+    not say which.
+    """
+
+    is_masked: bool = False
+    is_full: bool = False
+    has_spare_positions: bool = False
+    processor: str = "CLIPImageProcessor"
+
+
+# By the `model_type` of config.json.
+FAMILIES = {
+    "clip": Family(),
+    "siglip": Family(is_full=True, processor="SiglipImageProcessor"),
+    "altclip": Family(is_masked=True, has_spare_positions=True),
+    "metaclip_2": Family(),
+    "chinese_clip": Family(is_masked=True, processor="ChineseCLIPImageProcessor"),
+}
+PROCESSORS = {family.processor for family in FAMILIES.values()}
+
+
+class ProcessedPictures:
+    """A folder's image processor as a `PictureTransform`."""
+
+    def __init__(self, processor: Any, decode: Decode) -> None:
+        from PIL.Image import new
+
+        self._processor, self.decode = processor, decode
+        self.shape: tuple[int, ...] = self._pixels(new("RGB", (3, 2))).shape
+
+    @property
+    def resolution(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def draft_size(self) -> int | None:
+        if self.decode != "fast":
+            return None
+        size = getattr(self._processor, "size", None) or {}
+        return int(size.get("shortest_edge") or self.resolution)
+
+    def array(self, image: "Image", out: Pixels | None = None) -> Pixels:
+        pixels_3RR = self._pixels(image if image.mode == "RGB" else image.convert("RGB"))
+        if out is None:
+            return pixels_3RR
+        out[...] = pixels_3RR
+        return out
+
+    def __call__(self, image: "Image") -> Tensor:
+        return torch.from_numpy(self.array(image))
+
+    def _pixels(self, image: "Image") -> Pixels:
+        batch = self._processor(images=[image], return_tensors="np")
+        pixels: Pixels = np.ascontiguousarray(batch["pixel_values"][0], dtype=np.float32)
+        return pixels
+
+
+class TokenizedTexts:
+    """A folder's tokenizer as a `TextTransform`."""
+
+    def __init__(self, tokenizer: Any, *, context_length: int, is_full: bool) -> None:
+        self._tokenizer, self.context_length, self.is_full = tokenizer, context_length, is_full
+        self.pad_id = int(tokenizer.pad_token_id or 0)
+
+    def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self._tokenizer(list(texts), truncation=True, max_length=self.context_length, padding=False)
+        rows: list[list[int]] = encoded["input_ids"]
+        return rows
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> TokenIds:
+        length = self.context_length if self.is_full else max(map(len, rows), default=0)
+        filled = [[*row, *[self.pad_id] * (length - len(row))] for row in rows]
+        return np.array(filled, dtype=np.int64).reshape(len(rows), length)
+
+
+def open_folder(
+    folder: Path,
+    *,
+    device: torch.device,
+    precision: str = "fp32",
+    num_threads: int | None = None,
+    decode: Decode = "exact",
+) -> Parts:
+    """The model of a transformers folder with its processor and tokenizer.
+
+    Raises CheckpointError for a folder of another family, one that does not fit its config.json, lacks weights or asks
+    for code of its own; MissingExtraError without transformers.
+    """
+    config = _read_config(folder)
+    family = _family(folder, config)
+    require("transformers", extra="hf", purpose=f"hf:{folder}")
+    if (folder / "spiece.model").is_file():
+        # Without it transformers 5 takes another tokenizer of the folder, which leaves out what SigLIP does to a text.
+        require("sentencepiece", extra="hf", purpose=f"hf:{folder}")
+    with _quiet(), _explained(folder):
+        model = _load_model(folder)
+        pictures = ProcessedPictures(_load_processor(folder, family.processor), decode)
+        _check_pixels(folder, pictures, model.config.vision_config)
+        tokenizer = _load_tokenizer(folder)
+        longest = _longest(model, tokenizer, family)
+        texts = TokenizedTexts(tokenizer, context_length=longest, is_full=family.is_full)
+        towers = ForeignTowers(
+            model,
+            encode_image=lambda pixels_B3RR: _features(model.get_image_features(pixel_values=pixels_B3RR)),
+            encode_text=_text_tower(model, family, texts.pad_id),
+            resolution=pictures.resolution,
+            logit_scale=float(model.logit_scale.detach().exp()),
+            visual_parts=_VISUAL_PARTS,
+            device=device,
+            precision=precision,
+            num_threads=num_threads,
+        )
+    return Parts(towers, pictures, texts)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); expected a transformers folder, with config.json in it"
+        ) from error
+    return config if isinstance(config, dict) else {}
+
+
+def _family(folder: Path, config: dict[str, Any]) -> Family:
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        more = ", and code that comes with a folder is not run" if "auto_map" in config else ""
+        raise CheckpointError(
+            f"{folder}: is of the family {kind!r}, expected one of {', '.join(sorted(FAMILIES))}{more}"
+        )
+    return FAMILIES[kind]
+
+
+def _load_model(folder: Path) -> Any:
+    from transformers import AutoModel
+
+    model, found = AutoModel.from_pretrained(
+        folder,
+        local_files_only=True,
+        trust_remote_code=False,
+        weights_only=True,
+        use_safetensors=True if any(folder.glob("*.safetensors")) else None,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    # transformers would go on, with random values in their place.
+    for what in ("missing_keys", "mismatched_keys"):
+        if wrong := sorted(map(str, found.get(what) or ())):
+            listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            raise CheckpointError(f"{folder}: the weights do not fit config.json: {what.replace('_', ' ')} {listed}")
+    return model
+
+
+def _load_processor(folder: Path, usual: str) -> Any:
+    """The processor over PIL: those over torchvision, which AutoImageProcessor needs, resize a little differently."""
+    import transformers
+
+    ending = "Pil" if int(transformers.__version__.split(".")[0]) > 4 else ""
+    settings, _ = getattr(transformers, usual + ending).get_image_processor_dict(folder, local_files_only=True)
+    written = settings.get("image_processor_type") or settings.get("feature_extractor_type") or usual
+    name = written.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    if name not in PROCESSORS:
+        raise CheckpointError(f"{folder}: has the processor {written}, expected one of {', '.join(sorted(PROCESSORS))}")
+    return getattr(transformers, name + ending).from_pretrained(folder, local_files_only=True)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _check_pixels(folder: Path, pictures: ProcessedPictures, config: Any) -> None:
+    expected = (3, config.image_size, config.image_size)
+    if pictures.shape != expected:
+        raise CheckpointError(
+            f"{folder}: preprocessor_config.json makes pixels {pictures.shape}, the model takes {expected}"
+        )
+
+
+def _longest(model: Any, tokenizer: Any, family: Family) -> int:
+    """Tokens of the longest text, as tokenizer and position embeddings have them."""
+    config = model.config.text_config
+    spare = int(config.pad_token_id) + 1 if family.has_spare_positions else 0
+    return min(int(tokenizer.model_max_length), int(config.max_position_embeddings) - spare)
+
+
+def _text_tower(model: Any, family: Family, pad_id: int) -> Callable[[Tensor], Tensor]:
+    def encode(token_ids_BL: Tensor) -> Tensor:
+        mask = {"attention_mask": (token_ids_BL != pad_id).long()} if family.is_masked else {}
+        return _features(model.get_text_features(input_ids=token_ids_BL, **mask))
+
+    return encode
+
+
+def _features(output: Any) -> Tensor:
+    """transformers 4 gives the features, 5 an object that holds them."""
+    features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return features
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and warnings, which speak of what is checked here."""
+    from transformers.utils import logging
+
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turns whatever transformers raises, of no common type, into a sentence that names the folder."""
+    try:
+        yield
+    except CnClipError:
+        raise
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{folder}: transformers lacks a package for it ({_first_line(error)}); "
+            "install it with: pip install 'cn_clip[hf]'"
+        ) from error
+    except Exception as error:
+        raise CheckpointError(f"{folder}: not a folder that transformers can open ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return first_sentence(type(error)(str(error).strip()))

@@ -1,0 +1,123 @@
+"""Models of the package open_clip, by the name of an architecture and a weight file."""
+
+# B batch, R resolution, L tokens
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cn_clip.clip.backends.base import Pixels, TokenIds
+from cn_clip.clip.file_formats import first_sentence
+from cn_clip.clip.foreign.names import ForeignName
+from cn_clip.clip.foreign.towers import ForeignTowers
+from cn_clip.clip.inputs import Parts
+from cn_clip.clip.transforms import Decode
+from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.extras import require
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_VISUAL_PARTS = ("visual.",)
+
+
+class ComposedPictures:
+    """open_clip's transform for validation as a `PictureTransform`."""
+
+    def __init__(self, compose: Any, resolution: int, decode: Decode) -> None:
+        self._compose, self.resolution, self.decode = compose, resolution, decode
+
+    @property
+    def draft_size(self) -> int | None:
+        return self.resolution if self.decode == "fast" else None
+
+    def array(self, image: "Image", out: Pixels | None = None) -> Pixels:
+        pixels_3RR: Pixels = self(image).numpy()
+        if out is None:
+            return pixels_3RR
+        out[...] = pixels_3RR
+        return out
+
+    def __call__(self, image: "Image") -> Tensor:
+        pixels_3RR: Tensor = self._compose(image)
+        return pixels_3RR
+
+
+class PaddedTexts:
+    """open_clip's tokenizer as a `TextTransform`: it pads every text to one length itself."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.context_length = int(tokenizer.context_length)
+
+    def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        rows: list[list[int]] = self._tokenizer(list(texts)).tolist() if texts else []
+        return rows
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> TokenIds:
+        return np.array(rows, dtype=np.int64).reshape(len(rows), self.context_length)
+
+
+def open_model(
+    name: ForeignName,
+    *,
+    device: torch.device,
+    precision: str = "fp32",
+    num_threads: int | None = None,
+    download_root: str | Path | None = None,
+    decode: Decode = "exact",
+) -> Parts:
+    """An architecture with the weights of a file, or of a tag that open_clip knows and downloads.
+
+    Raises CheckpointError for weights that cannot be read or do not fit, ConfigError for an architecture that there is
+    not, MissingExtraError without open_clip.
+    """
+    open_clip = require("open_clip", extra="open-clip", purpose=str(name))
+    _check(name, open_clip)
+    file = Path(name.place).expanduser()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights that are still to come
+            model, _, compose = open_clip.create_model_and_transforms(
+                name.architecture,
+                pretrained=None if file.is_file() else name.place,
+                precision="fp32",
+                pretrained_hf=False,
+                cache_dir=None if download_root is None else str(download_root),
+            )
+            if file.is_file():
+                open_clip.load_checkpoint(model, str(file), strict=True, weights_only=True)
+            texts = PaddedTexts(open_clip.get_tokenizer(name.architecture))
+    except Exception as error:  # of no common type
+        raise CheckpointError(f"{name}: open_clip cannot open it ({first_sentence(error)})") from error
+    size = model.visual.image_size
+    resolution = int(size[0] if isinstance(size, (tuple, list)) else size)
+    towers = ForeignTowers(
+        model,
+        encode_image=model.encode_image,
+        encode_text=model.encode_text,
+        resolution=resolution,
+        logit_scale=float(model.logit_scale.detach().exp()),
+        visual_parts=_VISUAL_PARTS,
+        device=device,
+        precision=precision,
+        num_threads=num_threads,
+    )
+    return Parts(towers, ComposedPictures(compose, resolution, decode), texts)
+
+
+def _check(name: ForeignName, open_clip: Any) -> None:
+    if name.architecture not in open_clip.list_models():
+        raise ConfigError(
+            f"{name}: open_clip has no architecture {name.architecture!r}; open_clip.list_models() has all"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name.architecture)
+    if not Path(name.place).expanduser().is_file() and name.place not in tags:
+        raise CheckpointError(
+            f"{name}: {name.place} is no file, and no weights that open_clip knows of {name.architecture}"
+        )

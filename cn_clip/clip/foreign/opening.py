@@ -1,0 +1,61 @@
+"""From `hf:…` or `open_clip:…` to the parts of an `Encoder`: what `Encoder` and the commands call."""
+
+from typing import TYPE_CHECKING
+
+from cn_clip.clip.backends.base import BackendName, check_precision
+from cn_clip.clip.foreign import names
+from cn_clip.clip.transforms import Decode
+from cn_clip.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from cn_clip.clip.inputs import Parts
+
+
+def check(name: str, backend: BackendName) -> None:
+    """Raises ConfigError for an incomplete name, or a backend that does not run such models."""
+    parsed = names.parse(name)
+    if backend != "torch":
+        raise ConfigError(f"backend: {backend} runs Chinese-CLIP alone; {parsed.scheme} models run in torch")
+
+
+def open_parts(
+    name: str,
+    *,
+    backend: BackendName = "torch",
+    precision: str = "fp32",
+    device: "str | torch.device | None" = None,
+    num_threads: int | None = None,
+    download_root: "str | Path | None" = None,
+    decode: Decode = "exact",
+) -> "Parts":
+    """The towers, the picture transform and the tokenizer of a model of another family.
+
+    name: `hf:FOLDER`, a transformers folder or an id of the Hugging Face hub; `open_clip:ARCHITECTURE@FILE`, or a tag
+    instead of the file. device: default CUDA where there is one. download_root: where downloads are kept.
+    Raises CnClipError: no such model, a family that is not known, or a package that is not installed.
+    """
+    check(name, backend)
+    chosen = check_precision("torch", precision)
+    parsed = names.parse(name)
+    from cn_clip.clip.backends.pytorch import device_of
+
+    place = device_of(device)
+    if parsed.scheme == "hf":
+        from cn_clip.clip.foreign.hf_models import open_folder
+
+        folder = names.folder_of(parsed, download_root=download_root)
+        return open_folder(folder, device=place, precision=chosen, num_threads=num_threads, decode=decode)
+    from cn_clip.clip.foreign.open_clip_models import open_model
+
+    return open_model(
+        parsed,
+        device=place,
+        precision=chosen,
+        num_threads=num_threads,
+        download_root=download_root,
+        decode=decode,
+    )

@@ -1,0 +1,70 @@
+"""Towers of other families in PyTorch, as a `Backend`."""
+
+# B batch, R resolution, L tokens, D embedding
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cn_clip.clip.backends.base import (
+    USUAL_SIZES,
+    USUAL_SIZES_ON_GPU,
+    Pixels,
+    Rows,
+    TokenIds,
+    check_precision,
+    check_threads,
+    unit_rows,
+)
+from cn_clip.clip.backends.pytorch import DTYPES
+
+
+class ForeignTowers:
+    """A model that is moved to `device` and put into `precision` itself.
+
+    encode_image: normalised pixels (B, 3, R, R) in the model's dtype to features (B, D). encode_text: int64 token ids
+    (B, L) to features (B, D). visual_parts: beginnings of the names of the picture tower's parameters.
+    logit_scale: the factor on cosines. num_threads: sets PyTorch's threads, for the whole process.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        encode_image: Callable[[Tensor], Tensor],
+        encode_text: Callable[[Tensor], Tensor],
+        resolution: int,
+        logit_scale: float | None,
+        visual_parts: tuple[str, ...],
+        device: torch.device,
+        precision: str = "fp32",
+        num_threads: int | None = None,
+    ) -> None:
+        self._dtype = DTYPES[check_precision("torch", precision)]
+        check_threads(num_threads)
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self.device = device
+        self.model = model.to(device=device, dtype=self._dtype).eval()
+        self.usual_batch_sizes = USUAL_SIZES_ON_GPU if device.type == "cuda" else USUAL_SIZES
+        self.resolution = resolution
+        self.logit_scale = logit_scale
+        sizes = {name: one.numel() for name, one in model.named_parameters()}
+        visual = sum(size for name, size in sizes.items() if name.startswith(visual_parts))
+        self.num_parameters = (sum(sizes.values()), visual)
+        self._encode_image, self._encode_text = encode_image, encode_text
+        # No two families keep the width of their rows in the same place.
+        self.embed_dim = self.encode_pixels(torch.zeros(1, 3, resolution, resolution).numpy()).shape[1]
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
+        return _rows(self._encode_image(torch.from_numpy(pixels_B3RR).to(self.device, self._dtype)))
+
+    @torch.inference_mode()
+    def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
+        return _rows(self._encode_text(torch.from_numpy(token_ids_BL).to(self.device)))
+
+
+def _rows(features_BD: Tensor) -> Rows:
+    return unit_rows(features_BD.float().cpu().numpy())

@@ -1,0 +1,75 @@
+"""How pictures and texts become the numbers a model takes: Chinese-CLIP's way, and the protocols of any other."""
+
+# R resolution, B batch, L tokens
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from cn_clip.clip import tokenizer
+from cn_clip.clip.backends.base import Backend, Pixels, TokenIds
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+
+class PictureTransform(Protocol):
+    """From a PIL picture of any mode to normalised pixels; called by several threads at once."""
+
+    @property
+    def resolution(self) -> int:
+        """R, pixels a side."""
+        ...
+
+    @property
+    def draft_size(self) -> int | None:
+        """The side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole."""
+        ...
+
+    def array(self, image: "Image", out: Pixels | None = None) -> Pixels:
+        """float32 (3, R, R), in `out` where it is given."""
+        ...
+
+    def __call__(self, image: "Image") -> "torch.Tensor":
+        """The same pixels as a tensor."""
+        ...
+
+
+class TextTransform(Protocol):
+    """From texts to token ids."""
+
+    @property
+    def context_length(self) -> int:
+        """The longest row, special tokens included; longer texts are cut."""
+        ...
+
+    def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, special tokens included, before padding."""
+        ...
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> TokenIds:
+        """Rows of ids as the text tower takes them: int64 (B, L), padded to the longest or to a fixed length."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChineseTexts:
+    """The tokenizer of Chinese-CLIP, padding with zeros to the longest row."""
+
+    context_length: int
+
+    def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        return tokenizer.encode(texts, self.context_length)
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> TokenIds:
+        return tokenizer.pad(rows, max(map(len, rows), default=0))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that an `Encoder` needs: towers, and how their inputs are made."""
+
+    backend: Backend
+    pictures: PictureTransform
+    texts: TextTransform

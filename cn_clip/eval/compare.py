@@ -1,0 +1,167 @@
+"""Merges results into a table of Markdown: `cn-clip compare ours=recall.json clip=clip/recall.json --output table.md`.
+
+It reads what `cn-clip recall` writes, and what `cn-clip zeroshot --json` prints.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeAlias
+
+import tyro
+
+from cn_clip import command
+from cn_clip.errors import ConfigError, DataError
+
+# Percentages by column, and by the name of a row.
+Values: TypeAlias = dict[str, float]
+Table: TypeAlias = dict[str, Values]
+
+# What the results call their values, what the columns are called, and the factor to percent.
+RECALL = {"r1": "R@1", "r5": "R@5", "r10": "R@10", "mean_recall": "MR"}
+ZEROSHOT = {"zeroshot-top1": "top-1", "zeroshot-top5": "top-5"}
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Prints a table of Markdown, a row a model, in percent, the best of each column in bold.
+
+    NAME=FILE names the row; files of one name share a row. NAME/GROUP=FILE puts GROUP before the names of its columns,
+    which tells several datasets, or both directions of retrieval, apart. A file alone is a row of its own name.
+    """
+
+    results: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME[/GROUP]=]FILE")] = ()
+    """What cn-clip recall wrote, or cn-clip zeroshot --json printed"""
+    output: str | None = None
+    """File to write the table into, besides printing it"""
+    json: bool = False
+    """Print the table as one JSON object"""
+
+    def __post_init__(self) -> None:
+        if not self.results:
+            raise ConfigError("expected result files: what cn-clip recall wrote, or cn-clip zeroshot --json printed")
+
+
+class Source(NamedTuple):
+    """A result file and its place in the table."""
+
+    row: str
+    group: str
+    path: Path
+
+
+def run(options: Options) -> None:
+    """Prints the table; raises DataError for a file that is no result, or a value that is there twice."""
+    from cn_clip.jsonl import atomic_write, refuse_inputs
+
+    sources = [source_of(given) for given in options.results]
+    if options.output is not None:
+        refuse_inputs("--output", options.output, [str(one.path) for one in sources])
+    table = merged(sources)
+    lines = markdown(table)
+    if options.output is not None:
+        with atomic_write(options.output) as stream:
+            stream.write("".join(f"{line}\n" for line in lines))
+    say = command.Speaker(quiet=options.json)
+    for line in lines:
+        say(line)
+    say.result({"columns": columns_of(table), "rows": [{"name": name, **values} for name, values in table.items()]})
+
+
+def source_of(given: str) -> Source:
+    """The parts of `[NAME[/GROUP]=]FILE`; a file whose own name has a = in it is found too."""
+    before, equals, after = given.partition("=")
+    if not equals or Path(given).is_file():
+        return Source(Path(given).stem, "", Path(given))
+    row, _, group = before.partition("/")
+    if not row.strip() or not after:
+        raise ConfigError(f"{given!r}: expected NAME=FILE or NAME/GROUP=FILE")
+    return Source(row.strip(), group.strip(), Path(after))
+
+
+def merged(sources: Sequence[Source]) -> Table:
+    """Rows and columns in the order of the files; raises DataError for a value that is there twice."""
+    table: Table = {}
+    for row, group, path in sources:
+        values = table.setdefault(row, {})
+        for column, value in read_result(path).items():
+            name = f"{group} {column}".strip()
+            if name in values:
+                raise DataError(f"{path}: the row {row!r} has a value of {name} already; use NAME/GROUP=FILE")
+            values[name] = value
+    return table
+
+
+def read_result(path: Path) -> Values:
+    """Percentages by column; raises DataError for what is no result, or one of an evaluation that failed."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); expected the result of an evaluation") from error
+    if not isinstance(result, dict):
+        raise DataError(f"{path}: holds a {type(result).__name__}; expected the result of an evaluation, an object")
+    if result.get("success") is False:
+        raise DataError(f"{path}: the evaluation failed ({result.get('errorDetail')}); run it again")
+    scores = result.get("scoreJson")
+    values = _values(path, scores, RECALL, 1.0) if isinstance(scores, dict) else {}
+    values |= _values(path, result, ZEROSHOT, 100.0)
+    if not values:
+        raise DataError(
+            f"{path}: has neither scoreJson nor zeroshot-top1; expected what cn-clip recall wrote, or "
+            "cn-clip zeroshot --json printed"
+        )
+    return values
+
+
+def _values(path: Path, scores: Mapping[str, Any], names: Mapping[str, str], factor: float) -> Values:
+    values: Values = {}
+    for name, column in names.items():
+        value = scores.get(name)
+        if value is None:  # top-5 of fewer than 6 classes
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= factor * value <= 100:
+            raise DataError(f"{path} {name}: expected a number from 0 to {100 / factor:g}, got {value!r}")
+        values[column] = factor * value
+    return values
+
+
+def columns_of(table: Table) -> list[str]:
+    """All columns, in the order in which they come up."""
+    return list(dict.fromkeys(column for values in table.values() for column in values))
+
+
+def markdown(table: Table) -> list[str]:
+    """The lines of the table: two decimals, the best of two or more values in bold, also where several are."""
+    names = columns_of(table)
+    best = {name: _best([values[name] for values in table.values() if name in values]) for name in names}
+    rows = [[_escaped(row), *(_cell(values.get(name), best[name]) for name in names)] for row, values in table.items()]
+    head = ["模型 / model", *map(_escaped, names)]
+    rule = ["---", *["---:"] * len(names)]
+    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
+
+
+def _best(values: Sequence[float]) -> float:
+    """What a cell must reach to be bold, as it is shown; nothing reaches it where there is nothing to compare."""
+    return round(max(values), 2) if len(values) > 1 else math.inf
+
+
+def _cell(value: float | None, best: float) -> str:
+    if value is None:
+        return MISSING
+    return f"**{value:.2f}**" if round(value, 2) >= best else f"{value:.2f}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()
