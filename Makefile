@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 FILES := cn_clip tests benchmarks tools
 
-.PHONY: help demo test test-slow test-gpu test-milvus test-browser test-ray check format clean
+.PHONY: help demo test test-slow test-gpu test-milvus test-families test-browser test-ray check format clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  完整规模的对照 / full-size comparisons, many minutes"
 	@echo "make test-gpu   需要 CUDA 的测试 / tests that need CUDA"
 	@echo "make test-milvus  在 Milvus 服务上测试检索 / indexes on a Milvus server, which it installs (60 MB)"
+	@echo "make test-families  用 open_clip 的测试 / tests with open_clip, which brings torchvision"
 	@echo "make test-browser  在 Chromium 里测试网页 / the web page in Chromium (Debian: apt-get install chromium)"
 	@echo "make test-ray   需要 Ray 的测试 / tests that need ray"
 	@echo "make check      静态检查 / ruff, format, mypy, import-linter"
@@ -48,6 +49,10 @@ test-gpu: $(VENV)/.dev
 test-milvus: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[milvus]' milvus==2.3.5
 	MILVUS_SERVER=$(BIN)/milvus-server $(BIN)/python -m pytest -m milvus
+
+test-families: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[dev,open-clip]'
+	$(BIN)/python -m pytest -m families
 
 test-browser: $(VENV)/.dev
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || { echo "需要 Chromium / Chromium is needed: apt-get install chromium, or CHROMIUM=path"; exit 1; }
