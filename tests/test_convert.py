@@ -14,7 +14,7 @@ import torch
 from dataset_files import tree
 from deterministic import SMALL_MODEL, TEXT_TOWER, TEXTS, picture_bytes, weight
 from PIL import Image
-from tiny_models import tiny_model
+from tiny_models import TOKENS, tiny_model
 
 from cn_clip import cli, zoo
 from cn_clip.checkpoints import hf_folders
@@ -144,12 +144,13 @@ def test_each_architecture_has_the_names_and_shapes_that_transformers_expects(vi
 def test_each_architecture_gives_the_features_of_transformers(vision: str, text: str) -> None:
     transformers = pytest.importorskip("transformers")
     full = zoo.model_config(vision, text)
-    config = zoo.ModelConfig(replace(full.vision, vision_layers=1), replace(full.text, text_num_hidden_layers=1))
+    text_config = replace(full.text, text_num_hidden_layers=1, vocab_size=40)
+    config = zoo.ModelConfig(replace(full.vision, vision_layers=1), text_config)
     config = zoo.at_resolution(config, 2 * int(full.vision.vision_patch_size or 0))
     model = deterministic(config)
     theirs = transformers.ChineseCLIPModel(transformers.ChineseCLIPConfig(**hf.fields_of_config(config))).eval()
     theirs.load_state_dict(hf.from_reference(model.state_dict()))
-    pixels, tokens = image_transform(model.resolution)(PICTURE)[None], tokenize(TEXTS)
+    pixels, tokens = image_transform(model.resolution)(PICTURE)[None], TOKENS
     with torch.inference_mode():
         pairs = [
             (model.encode_image(pixels), theirs.get_image_features(pixel_values=pixels)),
@@ -195,14 +196,15 @@ def test_transformers_opens_the_folder_without_a_warning(
 def test_transformers_treats_pictures_and_texts_as_this_package_does(reference: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     convert(reference, tmp_path / "folder")
-    pil = {"use_fast": False} if transformers.__version__.startswith("4.") else {"backend": "pil"}
-    pictures = transformers.AutoImageProcessor.from_pretrained(tmp_path / "folder", **pil)
+    is_four = transformers.__version__.startswith("4.")
+    with_pil = transformers.ChineseCLIPImageProcessor if is_four else transformers.ChineseCLIPImageProcessorPil
+    pictures = with_pil.from_pretrained(tmp_path / "folder")
     tall = Image.fromarray(picture_bytes(5, height=111, width=37))
     for picture in (PICTURE, tall, tall.convert("L"), tall.resize((32, 32))):
         theirs = np.asarray(pictures(picture, return_tensors="np")["pixel_values"][0])
         np.testing.assert_allclose(theirs, image_transform(32).array(picture), atol=1e-6)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
-    texts = [*TEXTS, "ÉLAN Naïve", "[SEP] 与 [PAD]", "很长" * 60, "a" * 150, "\u2028", "WiFi！（５Ｇ）𠀀"]
+    texts = [*TEXTS, "ÉLAN Naïve", "[SEP] 与 [PAD]", "很长" * 60, "a" * 100, "\u2028", "WiFi！（５Ｇ）𠀀"]
     assert tokenizer.model_max_length == 52
     ids = tokenizer(texts, padding="max_length", truncation=True)["input_ids"]
     assert ids == tokenize(texts).tolist()
@@ -368,7 +370,7 @@ def test_what_cannot_be_done_is_told_in_one_line_and_changes_nothing(
     torch.save({name: value for name, value in state.items() if name != "text_projection"}, "lacking.pt")
     torch.save({name: value for name, value in state.items() if name.startswith("visual.")}, "openai.pt")
     for name in ("folder", "heads"):
-        hf_folders.write_transformers(made(name), state, zoo.config_from_info(SMALL_MODEL), {"format": "pt"})
+        hf_folders.write_transformers(made(name), state, zoo.config_from_info(SMALL_MODEL))
     config = json.loads(Path("heads/config.json").read_text())
     config["text_config"]["num_attention_heads"] = 2
     Path("heads/config.json").write_text(json.dumps(config))

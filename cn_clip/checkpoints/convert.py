@@ -93,9 +93,7 @@ def kind_of(target: str, to: Kind | None) -> Kind:
             raise ConfigError(f"TARGET {target}: --to {to} does not go with a name in {suffix}; change one of them")
         return to
     if told is None and suffix and not Path(target).is_dir():
-        raise ConfigError(
-            f"TARGET {target}: the suffix {suffix} tells no form; give --to, or a name in .pt or .safetensors"
-        )
+        raise ConfigError(f"TARGET {target}: {suffix} tells no form; give --to, or a name in .pt or .safetensors")
     return told or "transformers"
 
 
@@ -165,14 +163,13 @@ def write_file(target: Path, kind: Kind, model: "Checkpoint") -> None:
 def write_folder(target: Path, kind: Kind, model: "Checkpoint") -> None:
     """The folder, in one piece; raises ConfigError for a model that transformers cannot hold."""
     from cn_clip.checkpoints import hf_folders
-    from cn_clip.checkpoints.export import metadata
     from cn_clip.clip.checkpoint import infer_config
     from cn_clip.data.staging import staged_folder
 
     write = hf_folders.write_transformers if kind == "transformers" else hf_folders.write_sentence_transformers
     try:
         with staged_folder(target) as folder:
-            write(folder, model.state_dict, infer_config(model), metadata(model))
+            write(folder, model.state_dict, infer_config(model))
     except ConfigError as error:
         raise ConfigError(f"{model.path}: {error}; a .pt or .safetensors can hold it") from error
     except OSError as error:

@@ -27,11 +27,14 @@ _MODULES = (
 )
 
 
-def write_transformers(
-    folder: Path, tensors: Mapping[str, Tensor], config: ModelConfig, metadata: Mapping[str, str]
-) -> None:
+# All that transformers asks for; with more, the order of the entries, and so the bytes of the file, would be random.
+_METADATA = {"format": "pt"}
+
+
+def write_transformers(folder: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
     """A ChineseCLIPModel with its processor, into an existing folder; `tensors` under this package's names.
 
+    The same model gives the same bytes.
     Raises ConfigError for a model that transformers cannot hold, CheckpointError when a file cannot be written.
     """
     fields = hf.fields_of_config(config)
@@ -41,14 +44,12 @@ def write_transformers(
     _write_json(folder / "tokenizer.json", tokenizer)
     _write_json(folder / "tokenizer_config.json", TOKENIZER_FIELDS)
     shutil.copyfile(VOCAB_FILE, folder / "vocab.txt")
-    write_safetensors(folder / hf.WEIGHT_FILES[0], hf.from_reference(tensors), metadata)
+    write_safetensors(folder / hf.WEIGHT_FILES[0], hf.from_reference(tensors), _METADATA)
 
 
-def write_sentence_transformers(
-    folder: Path, tensors: Mapping[str, Tensor], config: ModelConfig, metadata: Mapping[str, str]
-) -> None:
+def write_sentence_transformers(folder: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
     """The same, and what makes it a SentenceTransformer that gives unit rows for texts and pictures; raises alike."""
-    write_transformers(folder, tensors, config, metadata)
+    write_transformers(folder, tensors, config)
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": kind} for number, (path, kind) in enumerate(_MODULES)
     ]
@@ -107,9 +108,7 @@ def tokenizer_json(vocab_size: int) -> dict[str, Any]:
     # As transformers reads vocab.txt: it keeps blanks of Unicode around a word.
     words = VOCAB_FILE.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if len(words) != vocab_size:
-        raise ConfigError(
-            f"the text tower knows {vocab_size} words, but the vocabulary of this package has {len(words)}"
-        )
+        raise ConfigError(f"the text tower knows {vocab_size} words, but this package's vocabulary has {len(words)}")
     vocab = {word: number for number, word in enumerate(words)}
     content: dict[str, Any] = json.loads(Tokenizer().rust.to_str())
     content["model"]["vocab"] = vocab
