@@ -21,6 +21,7 @@ from cn_clip.emoji_pack import load
 from cn_clip.errors import ConfigError
 from cn_clip.serve.batching import Batcher, Places, alike
 from cn_clip.serve.gate import Gate
+from cn_clip.serve.hosts import Hosts
 from cn_clip.serve.limits import BODIES_HELD, Limits
 from cn_clip.serve.refusals import RefusalError
 
@@ -359,7 +360,7 @@ def test_no_more_of_a_body_is_held_than_the_bound_and_all_bodies_share_one() -> 
     async def app(scope: object, receive: object, send: object) -> None:
         arrived.set_result(gate._bytes_held)
 
-    gate = Gate(app, limits, None)
+    gate = Gate(app, limits, api_key=None, hosts=Hosts(), stopping=asyncio.Event())
 
     async def request(num_pieces: int) -> int:
         """How many pieces of 256 bytes the gate asked for."""
@@ -375,7 +376,8 @@ def test_no_more_of_a_body_is_held_than_the_bound_and_all_bodies_share_one() -> 
         async def send(message: dict[str, object]) -> None:
             sent.append(message)
 
-        await gate({"type": "http", "method": "POST", "path": "/v1/x", "headers": []}, receive, send)  # type: ignore[arg-type]
+        scope = {"type": "http", "method": "POST", "path": "/v1/x", "headers": [(b"host", b"localhost")]}
+        await gate(scope, receive, send)  # type: ignore[arg-type]
         return given
 
     # Four pieces are held, a fifth is too many, and four more are heard before the answer.
