@@ -56,10 +56,12 @@ def line_chart(title: Markup, lines: Sequence[Line], *, form: Callable[[float], 
 
 def ticks(low: float, high: float, *, count: int, whole: bool = False) -> list[float]:
     """Round values, about `count` of them, evenly apart, the first at most `low` and the last at least `high`."""
-    span = high - low if high > low else max(abs(high), 1.0) * 0.1
+    size = max(abs(low), abs(high))
+    span = high - low if high - low > 1e-9 * size + 1e-30 else 0.1 * max(size, 1.0)
     rough = span / max(count - 1, 1)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    factors = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+    step = next(factor * power for factor in factors if factor * power >= rough * 0.999)
     step = max(1.0, step) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [place * step for place in range(first, max(last, first + 1) + 1)]
@@ -102,10 +104,9 @@ def _grid_line(frame: _Frame, value: float, text: str) -> Markup:
 
 
 def _step_tick(frame: _Frame, step: float) -> Markup:
-    # The name of the axis stands at its end.
-    anchor = "start" if step == 0 else "middle"
-    text = element("text", f"{step:,.0f}", class_="tick", x=frame.x(step), y=HEIGHT - BOTTOM + 17, text_anchor=anchor)
     x = frame.x(step)
+    anchor = "start" if step == 0 else "end" if x > WIDTH - RIGHT - 16 else "middle"
+    text = element("text", f"{step:,.0f}", class_="tick", x=x, y=HEIGHT - BOTTOM + 17, text_anchor=anchor)
     return joined([element("line", class_="axis", x1=x, x2=x, y1=HEIGHT - BOTTOM, y2=HEIGHT - BOTTOM + 4), text])
 
 
@@ -158,4 +159,6 @@ def confusion_chart(
         marks.append(element("text", shown, class_="name", x=margin - 6, y=middle + 4, text_anchor="end"))
         turn = f"translate({number(middle + 4)} {number(margin - 6)}) rotate(-90)"
         marks.append(element("text", shown, class_="name", transform=turn))
-    return element("div", _svg(side, side, said, marks), class_="matrix", style=f"max-width:{number(side)}px")
+    # On a narrow screen it is scrolled rather than made too small to read.
+    style = f"max-width:{number(side)}px;min-width:{number(min(side, 520))}px"
+    return element("div", element("div", _svg(side, side, said, marks), style=style), class_="matrix")

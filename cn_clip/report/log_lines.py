@@ -72,7 +72,7 @@ class Log:
         self.records.append({"step": int(found[1]), "kind": "train", **values})
 
     def _take_speed(self, found: re.Match[str]) -> None:
-        if self.records:
+        if self.records and self.records[-1]["kind"] == "train":
             values = {"samples_per_second": _finite(found[1]), "peak_memory_gib": _finite(found[2])}
             self.records[-1].update(values)
 

@@ -108,6 +108,12 @@ class Options:
         repeated = (list(given) * (count if len(given) == 1 else 1) for given in (pictures, texts))
         return list(zip(*repeated, strict=True))
 
+    def inputs(self) -> list[str | Path | None]:
+        """The files that are read, as far as their names are known."""
+        patterns = ("metrics.jsonl", "out_*.log", "params_*.txt") if self.run else ()
+        of_run = (path for pattern in patterns for path in Path(self.run).glob(pattern))
+        return [self.checkpoint, self.labels, self.templates, *self.picture, *of_run]
+
 
 def run(options: Options) -> None:
     """Writes the page, as a whole or not at all; raises CnClipError naming what cannot be read."""
@@ -116,7 +122,7 @@ def run(options: Options) -> None:
     from cn_clip.report.run_folder import read_run
 
     say = command.Speaker(quiet=options.json)
-    refuse_inputs("--output", options.output, [options.checkpoint, options.labels, options.templates, *options.picture])
+    refuse_inputs("--output", options.output, options.inputs())
     replaceable(options.output)
     found = read_run(Path(options.run)) if options.run else None
     facts: dict[str, Any] = {}

@@ -57,7 +57,8 @@ svg text { font-family: inherit; fill: var(--faint); }
 .chance { color: var(--faint); } .line.chance { stroke-dasharray: 2 4; stroke-width: 1.5; }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 4px 12px; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+tbody th, thead tr:first-child > :first-child { text-align: left; padding-left: 0; }
+th[scope=colgroup] { text-align: center; }
 thead th { color: var(--faint); font-weight: 600; }
 tr.best td, tr.best th { color: var(--green); font-weight: 700; }
 details { margin: 14px 0; } summary { cursor: pointer; color: var(--blue); }
@@ -66,21 +67,22 @@ details { margin: 14px 0; } summary { cursor: pointer; color: var(--blue); }
 .query { border-top: 1px solid var(--rule); padding: 12px 0 14px; break-inside: avoid; }
 .query h4 { margin: 0 0 8px; font-size: 16px; font-weight: 600; }
 .query h4 .rank { font-weight: 400; font-size: 14px; color: var(--faint); margin-left: 10px; }
-.hits { display: grid; grid-template-columns: repeat(auto-fill, minmax(116px, 1fr)); gap: 10px; padding: 0; margin: 0;
-  list-style: none; max-width: 820px; }
+.hits { display: grid; grid-template-columns: repeat(auto-fill, minmax(146px, 1fr)); gap: 12px; padding: 0; margin: 0;
+  list-style: none; }
 .shot { font-size: 13px; color: var(--faint); text-align: center; font-variant-numeric: tabular-nums; }
-.shot img { display: block; width: 100%; height: 104px; object-fit: contain; background: var(--tint);
-  border-radius: 8px; border: 3px solid transparent; }
-.shot.right img { border-color: var(--green); } .shot.right { color: var(--green); font-weight: 700; }
-.shot.own { border-left: 2px dashed var(--rule); padding-left: 10px; }
-.matrix { margin: 14px 0; } .paper { fill: var(--tint); }
+.shot img { display: block; width: 100%; height: 118px; object-fit: contain; background: #fff;
+  border-radius: 8px; border: 1px solid var(--rule); margin-bottom: 3px; }
+.shot.right img { border-color: var(--green); box-shadow: 0 0 0 2px var(--green); }
+.shot.right { color: var(--green); font-weight: 700; }
+.shot.own { border-left: 2px dashed var(--faint); padding-left: 10px; }
+.matrix { margin: 14px 0; overflow-x: auto; } .paper { fill: var(--tint); }
 svg .right { fill: var(--green); } svg .wrong { fill: var(--red); }
 .matrix .name { font-size: 12.5px; } .matrix .count { font-size: 13px; text-anchor: middle; fill: var(--ink); }
 .matrix .count.over { fill: var(--paper); }
 .mistakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 16px; padding: 0;
   list-style: none; }
-.mistakes img { display: block; width: 100%; height: 120px; object-fit: contain; background: var(--tint);
-  border-radius: 8px; }
+.mistakes img { display: block; width: 100%; height: 120px; object-fit: contain; background: #fff;
+  border: 1px solid var(--rule); border-radius: 8px; margin-bottom: 4px; }
 .mistakes li { font-size: 14px; break-inside: avoid; }
 .bars { columns: 280px; column-gap: 34px; padding: 0; list-style: none; font-size: 14px; }
 .bars li { display: grid; grid-template-columns: 6.5em 1fr 3.6em; gap: 8px; align-items: center; break-inside: avoid;
@@ -91,8 +93,9 @@ svg .right { fill: var(--green); } svg .wrong { fill: var(--red); }
 .pair { border-top: 1px solid var(--rule); padding: 16px 0; display: grid; gap: 14px 30px;
   grid-template-columns: minmax(min(100%, 400px), 470px) minmax(0, 1fr); break-inside: avoid; }
 @media (max-width: 760px) { .pair { grid-template-columns: minmax(0, 1fr); } }
+.pair h3 { margin-top: 0; }
 .views { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; } .views img { width: 100%; height: auto;
-  border-radius: 8px; } .views figcaption { font-size: 13px; color: var(--faint); }
+  border: 1px solid var(--rule); border-radius: 8px; } .views figcaption { font-size: 13px; color: var(--faint); }
 .scale { height: 10px; border-radius: 5px; margin: 6px 0 2px;
   background: linear-gradient(90deg, #440154, #3b528b, #21918c, #5ec962, #fde725); }
 .ends { display: flex; justify-content: space-between; font-size: 13px; color: var(--faint);
@@ -109,7 +112,8 @@ svg .right { fill: var(--green); } svg .wrong { fill: var(--red); }
 footer { color: var(--faint); font-size: 14px; padding-top: 26px; padding-bottom: 36px; }
 @media (max-width: 480px) { body { font-size: 15px; } main, header, footer { padding-left: 16px; padding-right: 16px; }
   h1 { font-size: 25px; } dl.facts { grid-template-columns: 1fr; } dl.facts dd { margin-bottom: 6px; }
-  .tick { font-size: 15px; } .hits { grid-template-columns: repeat(3, 1fr); } .shot img { height: 88px; } }
+  .tick { font-size: 15px; } .hits { grid-template-columns: repeat(3, 1fr); } .shot img { height: 88px; }
+  th, td { padding: 4px 7px; } tbody th .en { display: block; } }
 @media print { :root { color-scheme: light; --paper: #fff; --tint: #f5f7f9; --rule: #dde2e8; --ink: #000; --faint: #444;
   --blue: #1f6fb4; --red: #c63d4f; --green: #16804a; --amber: #b36b00; --violet: #5b3a9e; --lilac: #9a7fd1; }
   body { font-size: 11pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; } nav, .more { display: none; }

@@ -111,11 +111,11 @@ OPACITY = 0.62
 def overlaid(image: Image.Image, map_HW: NDArray[np.float32]) -> Image.Image:
     """The picture in grey under the map in colours, lowest value dark, highest bright; RGB, in the picture's size.
 
-    Between the middles of places the map is interpolated.
+    Each place is one tile: a smooth map would promise more than there is.
     """
     low, high = float(map_HW.min()), float(map_HW.max())
     shares_HW = (map_HW - low) / (high - low) if high > low else np.zeros_like(map_HW)
-    whole = Image.fromarray(shares_HW.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
+    whole = Image.fromarray(shares_HW.astype(np.float32)).resize(image.size, Image.Resampling.NEAREST)
     place = np.clip(np.asarray(whole), 0.0, 1.0) * (len(_COLOURS) - 1)
     stops = np.arange(len(_COLOURS))
     channels = [np.interp(place, stops, _COLOURS[:, channel]) for channel in range(3)]

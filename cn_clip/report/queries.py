@@ -74,7 +74,7 @@ def examine(
     texts_MD = encoder.encode_texts(split.texts, batch_size=batch_size)
     recall = recall_from_features(images_ND, texts_MD, split.pairs)
     ranking = rank_all(images_ND, texts_MD, split.pairs)
-    groups = choose(ranking.order_M, group_size)
+    groups = choose(first_of_each(ranking.order_M, split.texts), group_size)
     queries = [_queries(chosen, split, images_ND, texts_MD, ranking, k) for chosen in groups]
     return Retrieval(folder, len(images_ND), len(texts_MD), recall, ranking.ranks_M, *queries, pictures)
 
@@ -114,9 +114,16 @@ def rank_all(images_ND: Rows, texts_MD: Rows, pairs: Sequence[tuple[int, int]]) 
     return Ranking(ranks_M, right_M, scores_M, np.lexsort((-margins_M, ranks_M)))
 
 
-def choose(order_M: NDArray[np.int64], group_size: int) -> tuple[list[int], list[int], list[int]]:
+def first_of_each(order_M: NDArray[np.int64], texts: Sequence[str]) -> list[int]:
+    """The numbers of the texts in their order, of texts in the same words only the first."""
+    numbers: dict[str, int] = {}
+    for number in order_M.tolist():
+        numbers.setdefault(texts[number], number)
+    return list(numbers.values())
+
+
+def choose(order: list[int], group_size: int) -> tuple[list[int], list[int], list[int]]:
     """(best first, from the middle, worst first) of texts in order of success: no text twice, the best served first."""
-    order: list[int] = order_M.tolist()
     size = min(group_size, max(1, len(order) // 3))
     best, rest = order[:size], order[size:]
     worst, rest = rest[-size:][::-1], rest[: max(0, len(rest) - size)]

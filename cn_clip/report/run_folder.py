@@ -13,8 +13,7 @@ import numpy as np
 from cn_clip.errors import DataError
 from cn_clip.report.log_lines import Log, read_logs
 from cn_clip.training.curves import Points
-from cn_clip.training.metrics_file import Record, read_records
-from cn_clip.training.monitor import METRICS
+from cn_clip.training.metrics_file import METRICS, Record, read_records
 
 if TYPE_CHECKING:
     from typing import TypeGuard

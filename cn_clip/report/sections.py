@@ -1,21 +1,26 @@
 """The parts of the report as HTML: what was read and computed goes in, markup comes out."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from cn_clip.clip.pictures import open_picture
 from cn_clip.data.pictures import load_picture
 from cn_clip.report import charts
-from cn_clip.report.confusion import Confusion, Mistake, most_confused
 from cn_clip.report.markup import Markup, both, element, joined, quoted
 from cn_clip.report.page import Section
-from cn_clip.report.places import PairView, overlaid
-from cn_clip.report.queries import Hit, Query, Retrieval
 from cn_clip.report.run_folder import DIRECTIONS, Run, is_finite, mean_recall
 from cn_clip.report.thumbnails import LARGEST_SIDE, flattened, thumbnail
 from cn_clip.retrieval.recall import KS, Recall
 from cn_clip.training.curves import smoothed
+
+if TYPE_CHECKING:
+    from cn_clip.report.confusion import Confusion, Mistake
+    from cn_clip.report.places import PairView
+    from cn_clip.report.queries import Hit, Query, Retrieval
 
 # Bytes of JPEG: 24 queries of 10 pictures and their own, 12 mistakes and 12 pairs stay below 3 MB as base64.
 HIT_SIDE, HIT_BYTES = 144, 6_000
@@ -42,7 +47,7 @@ FACTS = {
 
 def percent(value: float) -> str:
     """Percent with as many decimals as tell something."""
-    return f"{value:.0f}" if value >= 99.995 or value == 0 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:.0f}" if value >= 99.95 or value == 0 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def duration(seconds: float) -> str:
@@ -79,8 +84,8 @@ def _headline(run: Run) -> Markup:
     _, losses = run.points("train", "loss")
     if len(losses):
         entries.append((f"{losses[-1]:.3f}", "最后的训练损失", "last training loss"))
-    of_all = f" / {run.max_steps:,}" if run.max_steps else ""
-    entries.append((f"{run.last_step:,}{of_all}", "步", "steps"))
+    of_all = ("步，共 " + f"{run.max_steps:,}", f"of {run.max_steps:,} steps") if run.max_steps else ("步", "steps")
+    entries.append((f"{run.last_step:,}", *of_all))
     if run.log.seconds:
         entries.append((duration(run.log.seconds), "用时", "time, by the log"))
     _, speeds = run.points("train", "samples_per_second")
@@ -115,7 +120,7 @@ def _charts(run: Run) -> Markup:
         charts.Line("", (steps, losses), "raw"),
         charts.Line("训练 train", (steps, smoothed(losses)), "blue"),
         charts.Line("验证 valid", run.points("valid", "loss"), "red", marked=True),
-        charts.Line("瞎猜 chance", run.points("train", "chance_loss"), "chance"),
+        charts.Line("随机 chance", run.points("train", "chance_loss"), "chance"),
     ]
     drawn = [charts.line_chart(both("损失", "loss, nats"), loss_lines, form=lambda value: f"{value:.4g}")]
     drawn += [_recall_chart(run, way) for way in DIRECTIONS]
@@ -192,7 +197,7 @@ def _settings(run: Run) -> Markup:
 # --- retrieval
 
 
-def retrieval_section(retrieval: Retrieval) -> Section:
+def retrieval_section(retrieval: "Retrieval") -> Section:
     """Recall of the split, then the best, the middling and the worst queries with their pictures."""
     intro = both(
         f"{retrieval.num_texts:,} 条文本在 {retrieval.num_images:,} 张图片里找自己的图片。",
@@ -223,7 +228,7 @@ def retrieval_section(retrieval: Retrieval) -> Section:
     return Section("retrieval", "检索：最好与最差的查询", "Retrieval, best and worst", joined([*body, *groups]))
 
 
-def _recall_table(retrieval: Retrieval) -> Markup:
+def _recall_table(retrieval: "Retrieval") -> Markup:
     names = [*(f"R@{k}" for k in KS), "MR"]
     head = element("tr", element("td"), *(element("th", name, scope="col") for name in names))
     rows = [
@@ -237,14 +242,14 @@ def _recall_cells(recall: Recall) -> list[Markup]:
     return [element("td", f"{value * 100:.2f}") for value in (*recall.at.values(), recall.mean)]
 
 
-def _query_group(retrieval: Retrieval, queries: Sequence[Query], chinese: str, english: str) -> Markup:
+def _query_group(retrieval: "Retrieval", queries: Sequence["Query"], chinese: str, english: str) -> Markup:
     if not queries:
         return Markup("")
     rows = (_query(retrieval, query) for query in queries)
     return joined([element("h3", both(f"{len(queries)} 条{chinese}", english)), *rows])
 
 
-def _query(retrieval: Retrieval, query: Query) -> Markup:
+def _query(retrieval: "Retrieval", query: "Query") -> Markup:
     shots = [_shot(retrieval, hit, place) for place, hit in enumerate(query.hits, start=1)]
     if query.rank > len(query.hits):
         shots.append(_shot(retrieval, query.right, query.rank, own=True))
@@ -253,7 +258,7 @@ def _query(retrieval: Retrieval, query: Query) -> Markup:
     return element("article", heading, element("ol", *shots, class_="hits"), class_="query")
 
 
-def _shot(retrieval: Retrieval, hit: Hit, place: int, *, own: bool = False) -> Markup:
+def _shot(retrieval: "Retrieval", hit: "Hit", place: int, *, own: bool = False) -> Markup:
     stored = retrieval.pictures[hit.image]
     said = f"第 {place} 名，图片 {stored.key}" + ("，正确" if hit.is_right else "")
     picture = load_picture(
@@ -261,14 +266,14 @@ def _shot(retrieval: Retrieval, hit: Hit, place: int, *, own: bool = False) -> M
     )
     mark = "✓ " if hit.is_right else ""
     style = " ".join(["shot", *(["right"] if hit.is_right else []), *(["own"] if own else [])])
-    rank = f" 第 {place:,} 名" if own else ""
-    return element("li", picture, f"{mark}{hit.score:.3f}{rank}", class_=style)
+    rank = [element("br"), f"第 {place:,} 名"] if own else []
+    return element("li", picture, f"{mark}{hit.score:.3f}", *rank, class_=style)
 
 
 # --- zero-shot classification
 
 
-def confusion_section(confusion: Confusion) -> Section:
+def confusion_section(confusion: "Confusion") -> Section:
     """Accuracy, the matrix, the pairs confused most with a picture each, accuracy per class."""
     tops = [(f"{percent(confusion.accuracy.top1 * 100)} %", "第一名正确", "top-1 accuracy")]
     if confusion.accuracy.top5 is not None:
@@ -279,7 +284,9 @@ def confusion_section(confusion: Confusion) -> Section:
     return Section("zeroshot", "零样本分类：混淆矩阵", "Zero-shot, confusion matrix", joined(body))
 
 
-def _matrix(confusion: Confusion) -> Markup:
+def _matrix(confusion: "Confusion") -> Markup:
+    from cn_clip.report.confusion import most_confused
+
     chosen = most_confused(confusion.counts_CC, charts.MOST_CLASSES)
     labels = [confusion.labels[number] for number in chosen]
     said = f"混淆矩阵，{len(labels)} 类，第一名正确率 {confusion.accuracy.top1 * 100:.1f} %"
@@ -294,7 +301,7 @@ def _matrix(confusion: Confusion) -> Markup:
     return joined([element("p", both(told, english), class_="note"), drawing])
 
 
-def _mistakes(confusion: Confusion) -> Markup:
+def _mistakes(confusion: "Confusion") -> Markup:
     heading = element("h3", both("最常混淆的", "confused most often"))
     if not confusion.mistakes:
         return joined([heading, element("p", both("没有答错的图片。", "No picture was taken for another class."))])
@@ -302,14 +309,11 @@ def _mistakes(confusion: Confusion) -> Markup:
     return joined([heading, element("ul", *items, class_="mistakes")])
 
 
-def _mistake(confusion: Confusion, mistake: Mistake) -> Markup:
+def _mistake(confusion: "Confusion", mistake: "Mistake") -> Markup:
     true, taken = (confusion.labels[number] for number in (mistake.true, mistake.taken))
-    with open(mistake.sample, "rb") as stream:
-        data = stream.read()
     said = f"{true}，被认成{taken}"
-    picture = load_picture(
-        data, mistake.sample, lambda image: thumbnail(image, side=HIT_SIDE, alt=said, num_bytes=HIT_BYTES)
-    )
+    image = open_picture(Path(mistake.sample), name=mistake.sample)
+    picture = thumbnail(image, side=HIT_SIDE, alt=said, num_bytes=HIT_BYTES)
     share = f"{mistake.count} / {confusion.counts_CC[mistake.true].sum()}"
     sure = both(f"这张的概率 {percent(mistake.probability * 100)} %", "probability of this one")
     words = [
@@ -323,7 +327,7 @@ def _mistake(confusion: Confusion, mistake: Mistake) -> Markup:
     return element("li", picture, *words)
 
 
-def _bars(confusion: Confusion) -> Markup:
+def _bars(confusion: "Confusion") -> Markup:
     tested = [
         (share, label)
         for share, label in zip(confusion.accuracy.per_class, confusion.labels, strict=True)
@@ -347,7 +351,7 @@ def _bars(confusion: Confusion) -> Markup:
 # --- pairs
 
 
-def pairs_section(views: Sequence[PairView]) -> Section:
+def pairs_section(views: Sequence["PairView"]) -> Section:
     """For each pair: the picture, where the text is found in it, and which tokens matter."""
     meaning = both(
         "右图的颜色是每个位置与这句话的余弦：在最后一层注意力里，让每个位置只看它自己，再像整张图一样投影"
@@ -368,7 +372,9 @@ def pairs_section(views: Sequence[PairView]) -> Section:
     )
 
 
-def _pair(view: PairView) -> Markup:
+def _pair(view: "PairView") -> Markup:
+    from cn_clip.report.places import overlaid
+
     small = flattened(view.image)
     small.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
     height, width = view.map_HW.shape
@@ -382,14 +388,14 @@ def _pair(view: PairView) -> Markup:
         element("figure", places, element("figcaption", grid)),
         class_="views",
     )
-    low, high = (f"{value:+.3f}" for value in (view.map_HW.min(), view.map_HW.max()))
+    low, high = (f"{value:.3f}" for value in (view.map_HW.min(), view.map_HW.max()))
     scale = [element("div", class_="scale"), element("div", element("span", low), element("span", high), class_="ends")]
     told = both(f"相似度 {view.similarity:.3f}", "cosine of picture and text")
     text = [element("h3", quoted(view.text)), element("p", told), _tokens(view)]
     return element("article", element("div", views, *scale), element("div", *text), class_="pair")
 
 
-def _tokens(view: PairView) -> Markup:
+def _tokens(view: "PairView") -> Markup:
     most = max((abs(drop) for _, drop in view.tokens), default=0.0) or 1.0
     items = []
     for piece, drop in view.tokens:

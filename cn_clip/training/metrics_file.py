@@ -12,6 +12,8 @@ from cn_clip.errors import CnClipError, DataError
 from cn_clip.jsonl import atomic_write, json_object, numbered_lines
 from cn_clip.training.logs import logger
 
+METRICS = "metrics.jsonl"
+
 Record = dict[str, Any]
 
 

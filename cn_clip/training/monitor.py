@@ -13,14 +13,14 @@ from cn_clip.errors import MissingExtraError
 from cn_clip.extras import require
 from cn_clip.training.curves import History, draw
 from cn_clip.training.logs import logger
-from cn_clip.training.metrics_file import MetricsFile, Record
+from cn_clip.training.metrics_file import METRICS, MetricsFile, Record
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Kind = Literal["train", "valid"]
 
-METRICS, CURVES, EVENTS = "metrics.jsonl", "curves.png", "tensorboard"
+CURVES, EVENTS = "curves.png", "tensorboard"
 
 # The published fine-tuning settings: this rate at this global batch.
 FINE_TUNING_RATE, FINE_TUNING_BATCH = 5e-5, 1024
