@@ -127,7 +127,7 @@ def _mean_average_precision(pictures: "ClassFolders", probabilities_NC: "Rows", 
     relevant_NC = np.zeros(probabilities_NC.shape, dtype=np.bool_)
     relevant_NC[owner_N, targets_N] = True
     kept_M = np.unique(owner_N)
-    tested = [number for number in range(relevant_NC.shape[1]) if relevant_NC[:, number].any()]
+    tested = [number for number in range(probabilities_NC.shape[1]) if relevant_NC[:, number].any()]
     values = [average_precision_11_point(probabilities_NC[kept_M, c], relevant_NC[kept_M, c]) for c in tested]
     return float(np.mean(values))
 

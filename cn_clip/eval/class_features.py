@@ -73,10 +73,17 @@ def of_folder(
 
 
 def _job(pictures: ClassFolders, encoder: "Encoder", identity: "Identity", batch_size: int) -> "Job":
-    states = ((path, os.stat(path)) for path, _ in pictures.samples)
-    data = digest_of((path, status.st_size, status.st_mtime_ns) for path, status in states)
+    data = digest_of(map(_state, (path for path, _ in pictures.samples)))
     facts = {"data": data, "batch_size": batch_size, "decode": encoder.decode, "version": __version__}
     return {**facts, **identity("image")}
+
+
+def _state(path: str) -> tuple[str, int, int]:
+    try:
+        status = os.stat(path)
+    except OSError as error:  # a link that leads nowhere
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    return path, status.st_size, status.st_mtime_ns
 
 
 def _text(job: "Job") -> str:

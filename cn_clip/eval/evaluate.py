@@ -135,7 +135,7 @@ def _say_recalls(
 ) -> None:
     from cn_clip import columns
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for query, scores in measured.items():
         rows.append((f"{benchmark.title} {options.used_split}，{DIRECTIONS[query]}", "R@1", "R@5", "R@10", "MR"))
         rows.append((f"  本次测得 / measured: {options.resume}", *(f"{score:.1f}" for score in scores.values())))
@@ -201,17 +201,14 @@ def _say_accuracy(
         return
     say(f"公布的指标来自 / published figures: {CHINESE_CLIP}")
     if benchmark.elevater_metric != "top1":
-        metric = METRICS[benchmark.elevater_metric]
         say(
-            f"出处没有写明指标；ELEVATER 对这个数据集用 {metric}，请与那一行相比 / "
-            "the source does not name its measure; compare with the row of ELEVATER's"
+            "出处没有写明用什么指标；ELEVATER 规定的是 / the source does not name its measure; ELEVATER's is: "
+            f"{METRICS[benchmark.elevater_metric]}"
         )
 
 
 def _published_model(options: Options) -> str | None:
-    return benchmark_sets.published_model(
-        options.model or (None if options.checkpoint else options.resume), options.checkpoint
-    )
+    return benchmark_sets.published_model(options.model_name, options.checkpoint)
 
 
 def _no_figures(options: Options) -> str:
@@ -224,10 +221,7 @@ def _no_figures(options: Options) -> str:
 
 
 def _facts(options: Options) -> dict[str, Any]:
-    model = {
-        "model": options.model or (None if options.checkpoint else options.resume),
-        "checkpoint": options.checkpoint,
-    }
+    model = {"model": options.model_name, "checkpoint": options.checkpoint}
     return {"benchmark": options.name, "split": options.used_split, **model, "output": str(options.folder)}
 
 

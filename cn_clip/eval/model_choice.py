@@ -18,7 +18,8 @@ class ModelChoice:
     """Which model computes the features, and how; `cn_clip.eval.backends` opens it."""
 
     model: str | None = None
-    """A published or bundled model, ViT-B-16 if no checkpoint is given; beside --checkpoint: what that is made of"""
+    """A published or bundled model, or one of another family, hf:FOLDER or open_clip:ARCHITECTURE@FILE; ViT-B-16 if no
+    checkpoint is given. Beside --checkpoint: the model whose weights these are"""
     checkpoint: str | None = None
     """Weights of your own: a file or a transformers folder"""
     backend: BackendName = "torch"
@@ -55,6 +56,11 @@ class ModelChoice:
     def resume(self) -> str:
         """What is opened."""
         return self.checkpoint or self.model or DEFAULT_MODEL
+
+    @property
+    def model_name(self) -> str | None:
+        """The model meant; None for a checkpoint of which nothing is said."""
+        return self.model or (None if self.checkpoint else DEFAULT_MODEL)
 
     @property
     def file_name(self) -> str:
