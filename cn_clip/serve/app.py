@@ -40,6 +40,8 @@ from cn_clip.serve.service import Service
 SUMMARY = """Vectors of pictures and Chinese text, zero-shot classification, and search over an index.
 
 Errors have OpenAI's form. Pictures are read from the request alone, never from an address."""
+# Numbers; so few are written on the event loop, for a thread and back would take longer.
+SMALL_ANSWER = 1024
 STATUSES = (400, 401, 403, 404, 408, 413, 500, 503, 504)
 _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in STATUSES}
 
@@ -89,9 +91,11 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     async def embeddings(request: EmbeddingRequest) -> Response:
         """Unit vectors of texts and pictures."""
         rows_ND, num_tokens = await service.embed(request)
-        answer = await service.engine.call(
-            _embedding_list, service.engine.name, rows_ND, num_tokens, request.encoding_format
-        )
+        parts = (service.engine.name, rows_ND, num_tokens, request.encoding_format)
+        if rows_ND.size <= SMALL_ANSWER:
+            answer = _embedding_list(*parts)
+        else:
+            answer = await service.engine.call(_embedding_list, *parts)
         return Response(answer, media_type="application/json")
 
     @app.post("/v1/classify", responses=_ERRORS)

@@ -1,6 +1,7 @@
 """The HTTP service: `cn-clip serve photos.index --model ViT-B-16`."""
 
 import asyncio
+import gc
 import os
 import socket
 import sys
@@ -147,6 +148,9 @@ async def _serve(server: "Server", engine: "Engine", listener: socket.socket) ->
         await engine.opened.wait()
         if engine.is_ready:
             _say(f"可以使用 / ready: {engine.name}")
+            # What is there now stays. Looking through it all for garbage, again and again, holds up every answer.
+            gc.collect()
+            gc.freeze()
         await engine.failed.wait()
         server.should_exit = True
 
