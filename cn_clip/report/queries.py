@@ -75,8 +75,9 @@ def examine(
     recall = recall_from_features(images_ND, texts_MD, split.pairs)
     ranking = rank_all(images_ND, texts_MD, split.pairs)
     groups = choose(first_of_each(ranking.order_M, split.texts), group_size)
-    queries = [_queries(chosen, split, images_ND, texts_MD, ranking, k) for chosen in groups]
-    return Retrieval(folder, len(images_ND), len(texts_MD), recall, ranking.ranks_M, *queries, pictures)
+    best, median, worst = (_queries(chosen, split, images_ND, texts_MD, ranking, k) for chosen in groups)
+    sizes = (len(images_ND), len(texts_MD))
+    return Retrieval(folder, *sizes, recall, ranking.ranks_M, best, median, worst, pictures)
 
 
 class Ranking(NamedTuple):
