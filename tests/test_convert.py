@@ -150,16 +150,14 @@ def test_each_architecture_gives_the_features_of_transformers(vision: str, text:
     model = deterministic(config)
     theirs = transformers.ChineseCLIPModel(transformers.ChineseCLIPConfig(**hf.fields_of_config(config))).eval()
     theirs.load_state_dict(hf.from_reference(model.state_dict()))
-    pixels, tokens = image_transform(model.resolution)(PICTURE)[None], TOKENS
+    pixels = image_transform(model.resolution)(PICTURE)[None]
     with torch.inference_mode():
-        pairs = [
-            (model.encode_image(pixels), theirs.get_image_features(pixel_values=pixels)),
-            (model.encode_text(tokens), theirs.get_text_features(input_ids=tokens, attention_mask=tokens.ne(0).long())),
-        ]
-    for own, their_output in pairs:
-        other = their_output if isinstance(their_output, torch.Tensor) else their_output.pooler_output
-        # Sums of thousands of float32 products in another order.
-        torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+        # Not get_text_features: that of 4.57 fails.
+        output = theirs(pixel_values=pixels, input_ids=TOKENS, attention_mask=TOKENS.ne(0).long())
+        image_BE, text_TE, _ = model(pixels, TOKENS)
+    # Sums of thousands of float32 products in another order.
+    torch.testing.assert_close(image_BE, output.image_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(text_TE, output.text_embeds, atol=1e-5, rtol=0)
     assert_same_bits(
         {name: hf.to_reference(theirs.state_dict())[name] for name in model.state_dict()}, model.state_dict()
     )
@@ -230,6 +228,7 @@ def test_sentence_transformers_opens_the_folder(reference: Path, tmp_path: Path)
     library = pytest.importorskip("sentence_transformers", minversion="5.4")
     convert(reference, tmp_path / "sbert", "--to", "sentence-transformers")
     model = library.SentenceTransformer(str(tmp_path / "sbert"), device="cpu")
+    assert model.modalities == ["text", "image"]
     rows = np.concatenate([model.encode([PICTURE]), model.encode(TEXTS)])
     expected = torch.nn.functional.normalize(features(reference)).numpy()
     np.testing.assert_allclose(rows[1:], expected[1:], atol=1e-5)

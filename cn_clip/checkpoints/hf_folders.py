@@ -27,6 +27,14 @@ _MODULES = (
 )
 
 
+# Left out, sentence-transformers takes the model for one of texts alone.
+_FEATURES = {
+    "transformer_task": "feature-extraction",
+    "modality_config": {
+        kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"} for kind in ("text", "image")
+    },
+    "module_output_name": "sentence_embedding",
+}
 # All that transformers asks for; with more, the order of the entries, and so the bytes of the file, would be random.
 _METADATA = {"format": "pt"}
 
@@ -54,7 +62,7 @@ def write_sentence_transformers(folder: Path, tensors: Mapping[str, Tensor], con
         {"idx": number, "name": str(number), "path": path, "type": kind} for number, (path, kind) in enumerate(_MODULES)
     ]
     _write_json(folder / "modules.json", modules)
-    _write_json(folder / "sentence_bert_config.json", {"transformer_task": "feature-extraction"})
+    _write_json(folder / "sentence_bert_config.json", _FEATURES)
     _write_json(
         folder / "config_sentence_transformers.json",
         {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}},
