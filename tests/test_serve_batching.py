@@ -20,9 +20,11 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.emoji_pack import load
 from cn_clip.errors import ConfigError
 from cn_clip.serve.batching import Batcher, Places, alike
+from cn_clip.serve.engine import Engine, Text
 from cn_clip.serve.gate import Gate
 from cn_clip.serve.hosts import Hosts
 from cn_clip.serve.limits import BODIES_HELD, Limits
+from cn_clip.serve.metrics import Metrics
 from cn_clip.serve.refusals import RefusalError
 
 # Long enough for all that a test sends to be in one batch, were it not full before.
@@ -190,9 +192,6 @@ def test_two_hundred_clients_at_once_are_each_answered(backend: WatchedBackend) 
 
 
 def test_a_model_that_cannot_be_opened_is_the_failure_of_the_engine() -> None:
-    from cn_clip.serve.engine import Engine
-    from cn_clip.serve.metrics import Metrics
-
     def missing() -> Encoder:
         raise ConfigError("no such model")
 
@@ -249,6 +248,28 @@ def test_no_client_is_let_in_before_all_is_prepared_nor_after_a_queue_has_died(b
 
 
 # --- the parts by themselves
+
+
+def test_an_index_that_does_not_answer_holds_up_no_texts(backend: WatchedBackend) -> None:
+    going = threading.Event()
+
+    async def asked() -> list[float]:
+        engine = Engine("tiny", lambda: Encoder(backend), Limits(), Metrics())
+        engine.start()
+        await engine.opened.wait()
+        searches = [asyncio.ensure_future(engine.ask(going.wait)) for _ in range(64)]
+        await asyncio.sleep(0)
+        try:
+            # Long enough not to be cut into tokens on the event loop.
+            rows, _ = await asyncio.wait_for(engine.embed([Text("猫" * 1000)]), 60)
+            assert not any(search.done() for search in searches)
+        finally:
+            going.set()
+            await asyncio.gather(*searches)
+            await engine.stop()
+        return [float(row[0]) for row in rows]
+
+    assert asyncio.run(asked()) == [52]
 
 
 def test_a_batch_of_the_wrong_size_fails_and_the_next_is_computed() -> None:

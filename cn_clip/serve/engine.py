@@ -1,6 +1,7 @@
 """The model as requests use it: opened in the background, one thread that computes, a few that prepare its inputs.
 
-Pictures have threads of their own, so that texts, answers and searches never stand behind a large one.
+Pictures and the index have threads of their own: texts and answers stand behind neither a large picture nor a store
+that does not answer.
 """
 
 # N inputs, D embedding
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
-# Of those that prepare, and again of those that decode.
+# Of those that prepare, and again of those that decode, and that search.
 MOST_THREADS = 4
 # Characters; so few are cut into tokens on the event loop, for a thread and back would take longer.
 SHORT = 512
@@ -69,6 +70,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, "compute")
         num_threads = min(MOST_THREADS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(num_threads, "prepare")
+        self._searchers = ThreadPoolExecutor(num_threads, "search")
         self._decoders, self._num_decoders = ThreadPoolExecutor(num_threads, "decode"), num_threads
         self._tasks: list[asyncio.Task[None]] = []
         self._texts = self._batcher("texts", self._encode_token_ids, metrics, length=len)
@@ -76,6 +78,7 @@ class Engine:
         self._text_places = _places("texts", limits, metrics)
         self._picture_places = _places("pictures", limits, metrics)
         self._call_places = _places("calls", limits, metrics)
+        self._search_places = _places("searches", limits, metrics)
 
     @property
     def encoder(self) -> "Encoder":
@@ -102,13 +105,18 @@ class Engine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for executor in (self._pool, self._decoders, self._thread):
+        for executor in (self._pool, self._searchers, self._decoders, self._thread):
             executor.shutdown(cancel_futures=True)
 
     async def call(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         """Calls `function` in one of the preparing threads; raises RefusalError (503) when too many wait."""
         with self._call_places.taken(1):
             return await self._in_pool(function, *args)
+
+    async def ask(self, function: Callable[..., ResultT], *args: object) -> ResultT:
+        """Calls `function` in one of the threads for the index; raises RefusalError (503) when too many wait."""
+        with self._search_places.taken(1):
+            return await asyncio.get_running_loop().run_in_executor(self._searchers, function, *args)
 
     async def alone(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         """Calls `function` in the computing thread, past the queue of the clients; for what comes before them."""

@@ -133,7 +133,7 @@ class Service:
     async def ask_index(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         """Calls `function`, which reads the index; raises RefusalError (503) when the server that keeps it is away."""
         try:
-            return await self.engine.call(function, *args)
+            return await self.engine.ask(function, *args)
         except StoreError as error:
             logger.error("%s", error)
             message = "the index does not answer; the server's log tells why"
