@@ -63,6 +63,7 @@ def runners() -> dict[str, list[str]]:
 
 
 def _tests(source: str) -> Iterator[tuple[str, str]]:
+    lines = source.splitlines()
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            yield node.name, ast.get_source_segment(source, node) or ""
+            yield node.name, "\n".join(lines[node.lineno - 1 : node.end_lineno])

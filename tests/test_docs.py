@@ -24,7 +24,7 @@ from cn_clip.preprocess import build_lmdb_dataset
 # What is exchanged in blocks that train: a full-size model and 128 pairs a step would take hours.
 TRAINING = ("cn-clip train", "wise-ft", "checkpoint average", "_finetune_", "load_state_dict")
 # So are blocks that export: a full-size model would take minutes, and not every processor computes in bfloat16.
-DEPLOYING = ("/deploy", "openvino", "cn-clip convert")
+DEPLOYING = ("/deploy", "openvino", "cn-clip convert", "compared/")
 TRAINING_EXCHANGES = {
     "cn-clip train": "cn-clip train --num-workers 1 --valid-num-workers 0",
     'load_from_name("ViT-B-16"': 'load_from_name("small.pt"',
@@ -259,9 +259,19 @@ def workplace(tmp_path: Path, weights: Path) -> Workplace:
     return Workplace(tmp_path, weights)
 
 
-def run_all(workplace: Workplace, path: Path) -> dict[str, str]:
-    """Runs the blocks of a document in order; what each printed, by its first line of code."""
-    return {one.code.split("\n")[0]: workplace.run(one) for one in blocks(path) if is_run(one)}
+def run_all(workplace: Workplace, path: Path, *, python_in_one_process: bool = False) -> dict[str, str]:
+    """Runs the blocks of a document in order; what each printed, by its first line of code.
+
+    python_in_one_process: those in Python come first, each with names of its own, for PyTorch is slow to import; what
+    they printed is under "python".
+    """
+    found = [one for one in blocks(path) if is_run(one)]
+    if python_in_one_process:
+        codes = [one.code for one in found if one.language == "python"]
+        everything = Block(path.name, "python", f"for code in {codes!r}:\n    exec(code, {{}})")
+        python = {"python": workplace.run(everything)}
+        return python | {one.code.split("\n")[0]: workplace.run(one) for one in found if one.language == "bash"}
+    return {one.code.split("\n")[0]: workplace.run(one) for one in found}
 
 
 def num_lines(path: Path) -> int:
@@ -373,9 +383,16 @@ def test_the_commands_of_the_comparison_guide_put_two_families_into_one_table(wo
 
 def test_the_snippets_of_the_faq_run_and_show_what_it_says(workplace: Workplace) -> None:
     workplace.build()
-    printed = run_all(workplace, ROOT / "docs" / "faq.md")
-    assert "平均 1.00 对文本相同：损失不低于 0.00，准确率不高于 100%" in printed["import json"]
-    assert printed["from cn_clip.clip import Encoder, load_from_name"].split() == ["torch.float32", "float32"]
+    printed = run_all(workplace, ROOT / "docs" / "faq.md", python_in_one_process=True)
+    python = printed["python"]
+    assert "平均 1.00 对文本相同：损失不低于 0.00，准确率不高于 100%" in python
+    assert "{'苹果': 1.0}\n" in python
+    right = [int(share) for share in re.findall(r"找到的里面 (\d+)% 是对的", python)]
+    assert right == pytest.approx([10, 25, 60], abs=3)
+    assert "88 字， 90 个 token，默认留下 52 个\n(1, 256)\n" in python
+    assert "'一', '只', 'cat', '在', 'so', '##fa', '上'" in python
+    assert "'猫', '咪', '与', '圣', '诞', '树'" in python
+    assert python.endswith("torch.float32\nfloat32\n")
     folder = workplace.data / "experiments" / "faq"
     weights, checkpoint = folder / "weights.pt", folder / "checkpoints" / "epoch_latest.pt"
     assert weights.stat().st_size * 3 < checkpoint.stat().st_size

@@ -4,6 +4,7 @@ A page lies in the site where its file lies in the repository, README.md being t
 right on GitHub, in a checkout and in the site, and a fact needs one page only.
 """
 
+import logging
 import re
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def linked(start: list[Path]) -> list[Path]:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Puts the files of docs/ under docs/, and beside it what they link to in the rest of the repository."""
+    logging.getLogger("jieba").setLevel(logging.WARNING)  # it tells how it reads its dictionary
     docs = Path(config.docs_dir)
     theme = [file for file in files if file.src_dir != config.docs_dir]
     pages = [ROOT / name for name in HOME] + sorted(path for path in docs.rglob("*") if path.is_file())
