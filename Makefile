@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 FILES := cn_clip tests benchmarks tools
 
-.PHONY: help demo test test-slow test-gpu test-milvus test-families test-browser test-ray check format clean
+.PHONY: help demo test test-slow test-gpu test-milvus test-families test-browser test-ray check format docs docs-cli notebook test-notebook test-wheel clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
@@ -16,6 +16,11 @@ help:
 	@echo "make test-families  用 open_clip 的测试 / tests with open_clip, which brings torchvision"
 	@echo "make test-browser  在 Chromium 里测试网页 / the web page in Chromium (Debian: apt-get install chromium)"
 	@echo "make test-ray   需要 Ray 的测试 / tests that need ray"
+	@echo "make docs       建网站到 site/ / the documents as a site"
+	@echo "make docs-cli   重新生成 docs/cli.md / writes docs/cli.md again, after options changed"
+	@echo "make test-notebook  运行笔记本 / runs the notebooks"
+	@echo "make notebook   运行笔记本，存下输出 / runs the notebooks and keeps what they print"
+	@echo "make test-wheel  打包，装进空环境试用 / the wheel, installed and tried elsewhere"
 	@echo "make check      静态检查 / ruff, format, mypy, import-linter"
 
 $(VENV)/bin/python:
@@ -63,6 +68,30 @@ test-ray: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -m ray
 
+$(VENV)/.docs: pyproject.toml | $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.notebook: pyproject.toml | $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[notebook]'
+	@touch $@
+
+# The theme prints an advertisement without this; the versions that it warns of are excluded in pyproject.toml.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-cli: $(VENV)/.core
+	$(BIN)/python tools/build_cli_docs.py
+
+test-notebook: $(VENV)/.notebook
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -p no:warnings --nbmake --nbmake-timeout=300 notebooks
+
+notebook: $(VENV)/.notebook
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+test-wheel: $(VENV)/.dev
+	tools/try_wheel.sh $(BIN)/python
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check $(FILES)
 	$(BIN)/ruff format --check $(FILES)
@@ -74,4 +103,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format $(FILES)
 
 clean:
-	rm -rf $(VENV) demo-output build dist *.egg-info
+	rm -rf $(VENV) demo-output site build dist *.egg-info
