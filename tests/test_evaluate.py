@@ -12,9 +12,10 @@ import torch
 from dataset_files import jsonl_line, picture, tsv_line, write_split
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_families import write_family
 
 from cn_clip import cli, zoo
-from cn_clip.clip import load_from_name
+from cn_clip.clip import Encoder, load_from_name
 from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
@@ -114,6 +115,13 @@ def test_average_precision_of_a_ranking_worked_by_hand() -> None:
     relevant = np.array([True, True, False, True, False, False])
     expected = (4 * 1 + 3 * 2 / 3 + 4 * 1 / 2) / 11
     assert classification.average_precision_11_point(scores, relevant) == pytest.approx(expected)
+
+
+def test_the_best_precision_of_a_deeper_cut_counts() -> None:
+    # Ranked: no, yes, yes. The cut after two has precision 1/2, that after three 2/3 and every recall.
+    relevant = np.array([False, True, True])
+    scores = np.array([3, 2, 1], dtype=np.float32)
+    assert classification.average_precision_11_point(scores, relevant) == pytest.approx(2 / 3)
 
 
 def test_a_recall_that_is_a_level_reaches_it() -> None:
@@ -218,6 +226,23 @@ def test_recall_is_that_of_the_separate_commands(
     names = {"benchmark": "flickr30k-cn", "split": "test", "model": "Emoji-Tiny", "output": str(folder)}
     assert facts == {**names, "checkpoint": None, "published": None}
     assert json.loads((folder / "result.json").read_text()) == result
+
+
+def test_models_of_other_families_are_measured_too(
+    datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    write_family(tmp_path / "family", "clip")
+    name = f"hf:{tmp_path}/family"
+    result = evaluated("muge", "--data", datasets / "flickr", "--model", name, "--output", tmp_path, capsys=capsys)
+    shown, encoder = emoji.load()[:NUM_PICTURES], Encoder(name, device="cpu")
+    lines = (datasets / "flickr" / "valid_texts.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line) for line in lines]
+    images_ND = encoder.encode_images([emoji.png(one) for one in shown])
+    found = (encoder.encode_texts([one["text"] for one in texts]) @ images_ND.T).argmax(axis=1)
+    hits = [shown[best].number in one["image_ids"] for best, one in zip(found.tolist(), texts, strict=True)]
+    assert result["measured"]["text"]["r1"] == pytest.approx(100 * np.mean(hits))
+    assert (result["model"], result["published"]) == (name, None)
 
 
 def test_the_table_has_the_published_rows_beside_the_measured(

@@ -52,7 +52,7 @@ class ClassificationSet:
 
 @dataclass(frozen=True)
 class ClassName:
-    """A class as its dataset calls it, and in Chinese."""
+    """A class in English, by the name its dataset gives it where it gives one, and in Chinese."""
 
     original: str
     chinese: str
