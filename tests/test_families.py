@@ -26,10 +26,10 @@ from cn_clip.clip.transforms import MEAN, STD, ImageTransform
 from cn_clip.command import Speaker
 from cn_clip.data.texts import preparation
 from cn_clip.demo import emoji
-from cn_clip.errors import CheckpointError, CnClipError, ConfigError, DownloadError
+from cn_clip.errors import CheckpointError, CnClipError, ConfigError, DownloadError, MissingExtraError
 from cn_clip.eval import backends, extract_features, shard_worker, zeroshot_evaluation
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")
 
 # The longest text of each tiny model: of its tokenizer, or of its position embeddings (of RoBERTa's 40, 2 are spare).
 LENGTHS = {"clip": 77, "siglip": 64, "altclip": 38, "metaclip_2": 77, "chinese_clip": 52}
@@ -60,7 +60,7 @@ def pictures() -> list[Image.Image]:
 def theirs(folder: Path, kind: str, images: list[Image.Image], texts: list[str]) -> tuple[Rows, Rows]:
     """Unit rows as a user of transformers computes them: processor, tokenizer and model of the folder, in one batch."""
     name = json.loads((folder / "preprocessor_config.json").read_text())["image_processor_type"]
-    processor = getattr(transformers, name + ("Pil" if hasattr(transformers, f"{name}Pil") else ""))
+    processor = getattr(transformers, f"{name}Pil")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     padding = "max_length" if kind == "siglip" else True
     tokens = tokenizer(texts, padding=padding, truncation=True, max_length=LENGTHS[kind], return_tensors="pt")
@@ -246,6 +246,16 @@ def test_a_missing_package_is_named_with_its_command(
     folder = folders(kind)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(CnClipError, match=r"pip install 'cn_clip\[hf\]'"):
+        Encoder(f"hf:{folder}")
+
+
+def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch, folders: Any) -> None:
+    from types import ModuleType
+
+    folder, old = folders("clip"), ModuleType("transformers")
+    old.__version__ = "4.57.6"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformers", old)
+    with pytest.raises(MissingExtraError, match=r"needs transformers 5, 4\.57\.6 is installed"):
         Encoder(f"hf:{folder}")
 
 

@@ -129,7 +129,7 @@ def open_folder(
     """
     config = _read_config(folder)
     family = _family(folder, config)
-    require("transformers", extra="hf", purpose=f"hf:{folder}")
+    _check_version(folder, require("transformers", extra="hf", purpose=f"hf:{folder}").__version__)
     if (folder / "spiece.model").is_file():
         # Without it transformers 5 takes another tokenizer of the folder, which leaves out what SigLIP does to a text.
         require("sentencepiece", extra="hf", purpose=f"hf:{folder}")
@@ -142,7 +142,7 @@ def open_folder(
         texts = TokenizedTexts(tokenizer, context_length=longest, is_full=family.is_full)
         towers = ForeignTowers(
             model,
-            encode_image=lambda pixels_B3RR: _features(model.get_image_features(pixel_values=pixels_B3RR)),
+            encode_image=lambda pixels_B3RR: _pooled(model.get_image_features(pixel_values=pixels_B3RR)),
             encode_text=_text_tower(model, family, texts.pad_id),
             resolution=pictures.resolution,
             logit_scale=float(model.logit_scale.detach().exp()),
@@ -152,6 +152,13 @@ def open_folder(
             num_threads=num_threads,
         )
     return Parts(towers, pictures, texts)
+
+
+def _check_version(folder: Path, version: str) -> None:
+    if int(version.split(".")[0]) < 5:  # 4.57 fails on the texts of a ChineseCLIPModel, and has other processors
+        raise MissingExtraError(
+            f"hf:{folder}: needs transformers 5, {version} is installed; install it with: pip install 'cn_clip[hf]'"
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -199,13 +206,12 @@ def _load_processor(folder: Path, usual: str) -> Any:
     """The processor over PIL: those over torchvision, which AutoImageProcessor needs, resize a little differently."""
     import transformers
 
-    ending = "Pil" if int(transformers.__version__.split(".")[0]) > 4 else ""
-    settings, _ = getattr(transformers, usual + ending).get_image_processor_dict(folder, local_files_only=True)
+    settings, _ = getattr(transformers, f"{usual}Pil").get_image_processor_dict(folder, local_files_only=True)
     written = settings.get("image_processor_type") or settings.get("feature_extractor_type") or usual
     name = written.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if name not in PROCESSORS:
         raise CheckpointError(f"{folder}: has the processor {written}, expected one of {', '.join(sorted(PROCESSORS))}")
-    return getattr(transformers, name + ending).from_pretrained(folder, local_files_only=True)
+    return getattr(transformers, f"{name}Pil").from_pretrained(folder, local_files_only=True)
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -232,22 +238,22 @@ def _longest(model: Any, tokenizer: Any, family: Family) -> int:
 def _text_tower(model: Any, family: Family, pad_id: int) -> Callable[[Tensor], Tensor]:
     def encode(token_ids_BL: Tensor) -> Tensor:
         mask = {"attention_mask": (token_ids_BL != pad_id).long()} if family.is_masked else {}
-        return _features(model.get_text_features(input_ids=token_ids_BL, **mask))
+        return _pooled(model.get_text_features(input_ids=token_ids_BL, **mask))
 
     return encode
 
 
-def _features(output: Any) -> Tensor:
-    """transformers 4 gives the features, 5 an object that holds them."""
-    features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+def _pooled(output: Any) -> Tensor:
+    features: Tensor = output.pooler_output
     return features
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' bars and warnings, which speak of what is checked here."""
-    from transformers.utils import logging
+    from transformers import utils
 
+    logging: Any = utils.logging
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
