@@ -80,7 +80,6 @@ try:
     facts["sentence_transformers"] = sentence_transformers.__version__
     library = sentence_transformers.SentenceTransformer(str(work / "sentence"), device="cpu")
     rows["sentence"] = np.concatenate([library.encode(pictures), library.encode(texts)])
-    facts["mixed"] = list(library.encode([pictures[0], texts[0]]).shape)
 except ImportError as error:
     facts["sentence_transformers"] = facts.get("sentence_transformers") or None
     facts["sentence_error"] = str(error)

@@ -23,7 +23,7 @@ BICUBIC = 3  # as PIL numbers it
 # Since sentence-transformers 5.4 its Transformer asks a model of two towers for the features of each.
 _MODULES = (
     ("", "sentence_transformers.base.modules.transformer.Transformer"),
-    ("1_Normalize", "sentence_transformers.base.modules.normalize.Normalize"),
+    ("1_Normalize", "sentence_transformers.sentence_transformer.modules.Normalize"),
 )
 
 
