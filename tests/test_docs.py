@@ -386,7 +386,7 @@ def test_the_snippets_of_the_faq_run_and_show_what_it_says(workplace: Workplace)
     workplace.build()
     printed = run_all(workplace, ROOT / "docs" / "faq.md", python_in_one_process=True)
     python = printed["python"]
-    assert "平均 1.00 对文本相同：损失不低于 0.00，准确率不高于 100%" in python
+    assert "每批 12 对：损失最低约 0.00，批内准确率最高约 100%" in python
     assert "{'苹果': 1.0}\n" in python
     right = [int(share) for share in re.findall(r"找到的里面 (\d+)% 是对的", python)]
     assert right == pytest.approx([10, 25, 60], abs=3)
