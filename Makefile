@@ -87,7 +87,8 @@ test-notebook: $(VENV)/.notebook
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -p no:warnings --nbmake --nbmake-timeout=300 notebooks
 
 notebook: $(VENV)/.notebook
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m nbconvert --to notebook --execute --inplace --coalesce-streams notebooks/*.ipynb
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(BIN)/python -m nbconvert --coalesce-streams --inplace notebooks/*.ipynb
 
 test-wheel: $(VENV)/.dev
 	tools/try_wheel.sh $(BIN)/python
