@@ -77,8 +77,9 @@ $(VENV)/.notebook: pyproject.toml | $(VENV)/.dev
 	@touch $@
 
 # The theme prints an advertisement without this; the versions that it warns of are excluded in pyproject.toml.
+# With --quiet, --strict would not see the warnings.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-cli: $(VENV)/.core
 	$(BIN)/python tools/build_cli_docs.py
