@@ -13,7 +13,7 @@ help:
 	@echo "make test-slow  完整规模的对照 / full-size comparisons, many minutes"
 	@echo "make test-gpu   需要 CUDA 的测试 / tests that need CUDA"
 	@echo "make test-milvus  在 Milvus 服务上测试检索 / indexes on a Milvus server, which it installs (60 MB)"
-	@echo "make test-families  用 open_clip 的测试 / tests with open_clip, which brings torchvision"
+	@echo "make test-families  用 open_clip 和 sentence-transformers 的测试 / tests with both; open_clip brings torchvision"
 	@echo "make test-browser  在 Chromium 里测试网页 / the web page in Chromium (Debian: apt-get install chromium)"
 	@echo "make test-ray   需要 Ray 的测试 / tests that need ray"
 	@echo "make docs       建网站到 site/ / the documents as a site"
@@ -56,7 +56,7 @@ test-milvus: $(VENV)/.dev
 	MILVUS_SERVER=$(BIN)/milvus-server $(BIN)/python -m pytest -m milvus
 
 test-families: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --editable '.[dev,open-clip]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,open-clip]' 'sentence-transformers>=5.4,<7'
 	$(BIN)/python -m pytest -m families
 
 test-browser: $(VENV)/.dev
