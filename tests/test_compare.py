@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,12 @@ def write_recall(path: Path, r1: float, r5: float = 50.0, r10: float = 75.0) -> 
 def write_zeroshot(path: Path, top1: float, top5: float | None = None) -> Path:
     result = {"zeroshot-top1": top1, "zeroshot-top5": top5, "per_class": [], "predictions": "x.json"}
     path.write_text(json.dumps(result), encoding="utf-8")
+    return path
+
+
+def write_benchmark(path: Path, measured: object) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"benchmark": "b", "split": "test", "measured": measured, "published": None}))
     return path
 
 
@@ -48,6 +55,68 @@ def test_groups_tell_directions_apart(tmp_path: Path, capsys: pytest.CaptureFixt
     assert result["columns"] == ["文搜图 R@1", "文搜图 R@5", "文搜图 R@10", "文搜图 MR"] + [
         f"图搜文 {one}" for one in ("R@1", "R@5", "R@10", "MR")
     ]
+
+
+def test_both_directions_of_a_benchmark_stand_beside_those_of_recall(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recall = {"r1": 12.5, "r5": 25.0, "r10": 75.0, "mean_recall": 37.5}
+    both = write_benchmark(tmp_path / "ours" / "result.json", {"text": recall, "image": recall | {"r1": 87.5}})
+    found = write_recall(tmp_path / "t2i.json", 25.0)
+    cli.main(["compare", str(both), f"CLIP/文搜图={found}"])
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    columns = [f"{way} {one}" for way in ("文搜图", "图搜文") for one in ("R@1", "R@5", "R@10", "MR")]
+    assert head == f"| 模型 / model | {' | '.join(columns)} |"
+    assert rows == [
+        "| ours | 12.50 | 25.00 | **75.00** | 37.50 | 87.50 | 25.00 | 75.00 | 37.50 |",
+        "| CLIP | **25.00** | **50.00** | **75.00** | **50.00** | – | – | – | – |",
+    ]
+
+
+def test_a_benchmark_of_one_direction_and_one_of_classes_share_a_row(tmp_path: Path) -> None:
+    muge = write_benchmark(tmp_path / "muge" / "result.json", {"text": {"r1": 50.0, "mean_recall": 62.5}})
+    classes = {"top1": 75.0, "mean_per_class": 62.5, "map_11_point": 50.0}
+    voc = write_benchmark(tmp_path / "voc" / "result.json", classes)
+    sources = [compare.source_of(f"ours/MUGE={muge}"), compare.source_of(f"ours={voc}")]
+    assert compare.merged(sources) == {
+        "ours": {
+            "MUGE 文搜图 R@1": 50.0,
+            "MUGE 文搜图 MR": 62.5,
+            "top-1": 75.0,
+            "各类平均 / mean per class": 62.5,
+            "11-point mAP": 50.0,
+        }
+    }
+
+
+def test_a_linear_probe_does_not_share_the_column_of_zero_shot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Two classes on either side of 0; of three test rows of class a, one lies on the side of b, as that of b does.
+    train = {"features": [[1.0], [2.0], [-1.0], [-2.0]], "labels": [0, 0, 1, 1]}
+    test = {"features": [[1.0], [2.0], [-1.0], [-2.0]], "labels": [0, 0, 0, 1]}
+    for name, arrays in (("train", train), ("test", test)):
+        features = np.array(arrays["features"], dtype=np.float32)
+        np.savez(tmp_path / f"{name}.npz", features=features, labels=np.array(arrays["labels"]))
+    zero = write_zeroshot(tmp_path / "zero.json", 0.5)
+    sources = [f"ours={zero}"]
+    for shots in ([], ["--shots", "1"]):
+        files = ["--train", str(tmp_path / "train.npz"), "--test", str(tmp_path / "test.npz")]
+        cli.main(["linear-probe", *files, *shots, "--c", "1", "--json"])
+        path = tmp_path / f"probe{len(shots)}.json"
+        path.write_text(capsys.readouterr().out, encoding="utf-8")
+        sources.append(f"ours={path}")
+    cli.main(["compare", *sources, "--json"])
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    probe, mean = "线性探测 / linear probe", "各类平均 / mean per class"
+    assert row == {
+        "name": "ours",
+        "top-1": 50.0,
+        f"{probe} top-1": 75.0,
+        f"{probe} {mean}": pytest.approx(100 * (2 / 3 + 1) / 2),
+        f"{probe} 1-shot top-1": 75.0,
+        f"{probe} 1-shot {mean}": pytest.approx(100 * (2 / 3 + 1) / 2),
+    }
 
 
 def test_json_holds_unrounded_percentages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,12 +146,24 @@ def test_a_file_with_an_equals_sign_in_its_name_is_a_file(tmp_path: Path) -> Non
     assert compare.source_of(f"a/b/c={path}") == ("a", "b/c", path)
 
 
+def test_a_result_without_a_name_bears_that_of_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert compare.source_of("evaluations/muge-valid-ours/result.json").row == "muge-valid-ours"
+    (tmp_path / "ours").mkdir()
+    monkeypatch.chdir(tmp_path / "ours")
+    assert compare.source_of("result.json").row == "ours"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("{", "cannot be read as JSON"),
         ("[]", "holds a list"),
-        ("{}", "has neither scoreJson nor zeroshot-top1"),
+        ("{}", "has none of scoreJson, zeroshot-top1, measured, runs with values in it; expected what"),
+        ('{"scoreJson": null}', "has none of scoreJson"),
+        ('{"measured": [], "runs": []}', "has none of scoreJson"),
+        ('{"measured": {"text": 50, "top5": 50}}', "has none of scoreJson"),
+        ('{"measured": {"image": {"r5": 101}}}', "r5: expected a number from 0 to 100, got 101"),
+        ('{"runs": [], "top1": -1}', "top1: expected a number from 0 to 100, got -1"),
         ('{"success": false, "errorDetail": "no such id", "scoreJson": {}}', r"the evaluation failed \(no such id\)"),
         ('{"scoreJson": {"r1": "25"}}', "r1: expected a number from 0 to 100, got '25'"),
         ('{"zeroshot-top1": 87.5}', "zeroshot-top1: expected a number from 0 to 1, got 87.5"),

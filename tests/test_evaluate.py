@@ -21,6 +21,7 @@ from cn_clip.demo import emoji
 from cn_clip.errors import DataError
 from cn_clip.eval import benchmark_classification as classification
 from cn_clip.eval import benchmark_sets as sets
+from cn_clip.eval import compare
 from cn_clip.eval import evaluate as evaluate_command
 from cn_clip.eval.benchmark_sets import ClassName
 from cn_clip.zoo_results import CHINESE_CLIP
@@ -226,6 +227,9 @@ def test_recall_is_that_of_the_separate_commands(
     names = {"benchmark": "flickr30k-cn", "split": "test", "model": "Emoji-Tiny", "output": str(folder)}
     assert facts == {**names, "checkpoint": None, "published": None}
     assert json.loads((folder / "result.json").read_text()) == result
+    compared = compare.read_result(folder / "result.json")
+    assert len(compared) == 8
+    assert compared["图搜文 R@1"] == expected["image"]["r1"]
 
 
 def test_models_of_other_families_are_measured_too(
@@ -389,6 +393,7 @@ def test_accuracy_and_probabilities_are_those_of_the_separate_command(
     assert result["measured"]["mean_per_class"] == pytest.approx(100 * np.mean(shares))
     assert set(result["measured"]) == {"top1", "mean_per_class"}
     assert (result["own_labels"], result["num_pictures"]) == (False, count)
+    assert compare.read_result(tmp_path / "out" / "result.json")["top-1"] == result["measured"]["top1"]
     assert Path(result["predictions"]).read_bytes() == (tmp_path / "separate" / "cifar-10.json").read_bytes()
 
 

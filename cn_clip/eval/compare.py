@@ -1,11 +1,12 @@
 """Merges results into a table of Markdown: `cn-clip compare ours=recall.json clip=clip/recall.json --output table.md`.
 
-It reads what `cn-clip recall` writes, and what `cn-clip zeroshot --json` prints.
+It reads what `cn-clip recall` and `cn-clip evaluate` write, and what `cn-clip zeroshot --json` and
+`cn-clip linear-probe --json` print.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias
@@ -14,15 +15,20 @@ import tyro
 
 from cn_clip import command
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.eval.evaluate import RESULT_FILE
 
 # Percentages by column, and by the name of a row.
 Values: TypeAlias = dict[str, float]
 Table: TypeAlias = dict[str, Values]
 
-# What the results call their values, what the columns are called, and the factor to percent.
+# What the results call their values, and what the columns are called.
 RECALL = {"r1": "R@1", "r5": "R@5", "r10": "R@10", "mean_recall": "MR"}
 ZEROSHOT = {"zeroshot-top1": "top-1", "zeroshot-top5": "top-5"}
+ACCURACY = {"top1": "top-1", "mean_per_class": "各类平均 / mean per class", "map_11_point": "11-point mAP"}
+DIRECTIONS = {"text": "文搜图", "image": "图搜文"}
+PROBE = "线性探测 / linear probe"
 MISSING = "–"
+EXPECTED = "what cn-clip recall or evaluate wrote, or cn-clip zeroshot --json or linear-probe --json printed"
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,12 @@ class Options:
     """Prints a table of Markdown, a row a model, in percent, the best of each column in bold.
 
     NAME=FILE names the row; files of one name share a row. NAME/GROUP=FILE puts GROUP before the names of its columns,
-    which tells several datasets, or both directions of retrieval, apart. A file alone is a row of its own name.
+    which tells several datasets, or both directions of retrieval, apart. A file alone is a row of its own name, and
+    result.json of its folder's.
     """
 
     results: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME[/GROUP]=]FILE")] = ()
-    """What cn-clip recall wrote, or cn-clip zeroshot --json printed"""
+    """What cn-clip recall or evaluate wrote, or cn-clip zeroshot --json or linear-probe --json printed"""
     output: str | None = None
     """File to write the table into, besides printing it"""
     json: bool = False
@@ -42,7 +49,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if not self.results:
-            raise ConfigError("expected result files: what cn-clip recall wrote, or cn-clip zeroshot --json printed")
+            raise ConfigError(f"expected result files: {EXPECTED}")
 
 
 class Source(NamedTuple):
@@ -75,7 +82,8 @@ def source_of(given: str) -> Source:
     """The parts of `[NAME[/GROUP]=]FILE`; a file whose own name has a = in it is found too."""
     before, equals, after = given.partition("=")
     if not equals or Path(given).is_file():
-        return Source(Path(given).stem, "", Path(given))
+        path = Path(given)
+        return Source(path.resolve().parent.name if path.name == RESULT_FILE else path.stem, "", path)
     row, _, group = before.partition("/")
     if not row.strip() or not after:
         raise ConfigError(f"{given!r}: expected NAME=FILE or NAME/GROUP=FILE")
@@ -87,8 +95,7 @@ def merged(sources: Sequence[Source]) -> Table:
     table: Table = {}
     for row, group, path in sources:
         values = table.setdefault(row, {})
-        for column, value in read_result(path).items():
-            name = f"{group} {column}".strip()
+        for name, value in _grouped(group, read_result(path)).items():
             if name in values:
                 raise DataError(f"{path}: the row {row!r} has a value of {name} already; use NAME/GROUP=FILE")
             values[name] = value
@@ -105,26 +112,58 @@ def read_result(path: Path) -> Values:
         raise DataError(f"{path}: holds a {type(result).__name__}; expected the result of an evaluation, an object")
     if result.get("success") is False:
         raise DataError(f"{path}: the evaluation failed ({result.get('errorDetail')}); run it again")
-    scores = result.get("scoreJson")
-    values = _values(path, scores, RECALL, 1.0) if isinstance(scores, dict) else {}
-    values |= _values(path, result, ZEROSHOT, 100.0)
-    if not values:
-        raise DataError(
-            f"{path}: has neither scoreJson nor zeroshot-top1; expected what cn-clip recall wrote, or "
-            "cn-clip zeroshot --json printed"
-        )
+    for field, read in READERS.items():
+        if field in result and (values := read(path, result)):
+            return values
+    raise DataError(f"{path}: has none of {', '.join(READERS)} with values in it; expected {EXPECTED}")
+
+
+def _recall(path: Path, result: Mapping[str, Any]) -> Values:
+    return _values(path, result["scoreJson"], RECALL)
+
+
+def _zeroshot(path: Path, result: Mapping[str, Any]) -> Values:
+    return _values(path, result, ZEROSHOT, to_percent=100.0)
+
+
+def _benchmark(path: Path, result: Mapping[str, Any]) -> Values:
+    """Recall in each direction that was measured, or the accuracy of a zero-shot classification."""
+    measured = result["measured"]
+    values = _values(path, measured, ACCURACY)
+    for query, title in DIRECTIONS.items():
+        if isinstance(measured, dict) and query in measured:
+            values |= _grouped(title, _values(path, measured[query], RECALL))
     return values
 
 
-def _values(path: Path, scores: Mapping[str, Any], names: Mapping[str, str], factor: float) -> Values:
+def _probe(path: Path, result: Mapping[str, Any]) -> Values:
+    """The means over the seeds; how many shots a class there were belongs to the group."""
+    shots = result.get("shots")
+    return _grouped(PROBE if shots is None else f"{PROBE} {shots}-shot", _values(path, result, ACCURACY))
+
+
+# By the field that tells whose result it is.
+READERS: Mapping[str, Callable[[Path, Mapping[str, Any]], Values]] = {
+    "scoreJson": _recall,
+    "zeroshot-top1": _zeroshot,
+    "measured": _benchmark,
+    "runs": _probe,
+}
+
+
+def _grouped(group: str, values: Values) -> Values:
+    return {f"{group} {column}".strip(): value for column, value in values.items()}
+
+
+def _values(path: Path, scores: object, names: Mapping[str, str], *, to_percent: float = 1.0) -> Values:
     values: Values = {}
     for name, column in names.items():
-        value = scores.get(name)
+        value = scores.get(name) if isinstance(scores, dict) else None
         if value is None:  # top-5 of fewer than 6 classes
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= factor * value <= 100:
-            raise DataError(f"{path} {name}: expected a number from 0 to {100 / factor:g}, got {value!r}")
-        values[column] = factor * value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= to_percent * value <= 100:
+            raise DataError(f"{path} {name}: expected a number from 0 to {100 / to_percent:g}, got {value!r}")
+        values[column] = to_percent * value
     return values
 
 
