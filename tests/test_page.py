@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 from PIL import Image
-from serving import served
+from serving import served, wait_until
 
 from cn_clip.clip.encoder import Encoder
 from cn_clip.emoji_pack import load
@@ -22,6 +22,7 @@ from cn_clip.retrieval.writer import NewItem, open_writer
 from cn_clip.serve import main
 from cn_clip.serve import page_texts as texts
 from cn_clip.serve.limits import MAX_K, MAX_LABELS, MAX_TEXT_CHARS, Limits
+from cn_clip.serve.uploads import bytes_on_disk
 
 pytest.importorskip("gradio")
 # Gradio asks pandas for what it will no longer do.
@@ -254,6 +255,32 @@ def test_uploads_that_fill_their_room_are_refused_before_they_are_written(monkey
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "uploads_full")
         Path(pictures[0]["path"]).unlink()
         assert Path(upload(client, b"a third")["path"]).read_bytes() == b"a third"
+
+
+def test_an_upload_of_several_files_is_refused_and_nothing_written(client: httpx.Client) -> None:
+    folder = Path(upload(client, CAT.picture)["path"]).parent.parent
+    before = bytes_on_disk(folder)
+    several = [("files", (f"{number}.png", b"x%d" % number)) for number in range(2)]
+    answer = client.post("/page/gradio_api/upload", files=several)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (
+        400,
+        "an upload holds one file; send the others by themselves",
+    )
+    assert bytes_on_disk(folder) == before
+    for headers in ({}, {"Content-Type": "multipart/form-data"}):
+        assert client.post("/page/gradio_api/upload", content=b"x", headers=headers).status_code == 400
+
+
+def test_old_uploads_are_swept_while_the_server_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cn_clip.serve.uploads.SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr("cn_clip.serve.uploads.MAX_AGE", 0.0)
+    with (
+        served(Encoder("Emoji-Tiny", device="cpu"), with_page=True) as address,
+        httpx.Client(base_url=address) as client,
+    ):
+        folder = Path(upload(client, CAT.picture)["path"]).parent.parent
+        wait_until(lambda: bytes_on_disk(folder) == 0)
+        upload(client, CAT.picture)
 
 
 def test_with_a_key_there_is_no_page_and_without_gradio_a_line_says_what_to_install(

@@ -21,8 +21,10 @@ import gradio as gr
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse, Response
 from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cn_clip.retrieval.store import Hit
 from cn_clip.serve import page_texts as texts
@@ -41,8 +43,6 @@ MOST_SHOWN = 100
 MOST_LABELS_SHOWN = 10
 # The field of an item that names it.
 CAPTION = "caption"
-# Seconds between looks for uploads to delete, and their age.
-_DELETE_UPLOADS = (60, 900)
 _FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 
 
@@ -52,11 +52,16 @@ _READ = (
     *("gradio_api/upload_progress", "gradio_api/queue/data", "gradio_api/heartbeat/"),
 )
 _UPLOAD = "gradio_api/upload"
+# The boundary stands before a part and behind the last.
+_MARKS_OF_ONE_PART = 2
 _WRITTEN = (_UPLOAD, "gradio_api/queue/join", "gradio_api/cancel", "gradio_api/reset")
 
 
 class Door:
-    """ASGI middleware: of Gradio's routes, those that the page uses; 404 for the rest. Uploads need room."""
+    """ASGI middleware: of Gradio's routes, those that the page uses; 404 for the rest.
+
+    An upload needs room, and holds one file: Gradio would take a thousand, each in a folder of its own.
+    """
 
     def __init__(self, app: ASGIApp, uploads: Uploads) -> None:
         self.app, self.uploads = app, uploads
@@ -70,7 +75,11 @@ class Door:
             path = str(scope["path"]).removeprefix(scope["root_path"]).lstrip("/")
             if not self._is_used(scope, path):
                 raise RefusalError(404, "Not Found")
-            async with self.uploads.one_more() if path == _UPLOAD else contextlib.nullcontext():
+            if path == _UPLOAD:
+                body = await _with_one_file(scope, receive)
+                async with self.uploads.one_more():
+                    await self.app(scope, body, send)
+            else:
                 await self.app(scope, receive, send)
         except RefusalError as refusal:
             await refusal.response()(scope, receive, send)
@@ -79,6 +88,24 @@ class Door:
         if scope.get("method") == "POST":
             return path in _WRITTEN
         return scope.get("method") in ("GET", "HEAD") and (not path or path.startswith(self._read))
+
+
+async def _with_one_file(scope: Scope, receive: Receive) -> Receive:
+    """What gives the body once more; raises RefusalError (400) where it is of several parts."""
+    _, options = parse_options_header(Headers(scope=scope).get("content-type", ""))
+    mark, messages = b"--" + options.get(b"boundary", b""), list[Message]()
+    more = True
+    while more:
+        message = await receive()
+        messages.append(message)
+        more = message.get("more_body", False)
+    if b"".join(message.get("body", b"") for message in messages).count(mark) > _MARKS_OF_ONE_PART:
+        raise RefusalError(400, "an upload holds one file; send the others by themselves")
+
+    async def again() -> Message:
+        return messages.pop(0) if messages else await receive()
+
+    return again
 
 
 class Answers:
@@ -169,7 +196,7 @@ def _mount(app: FastAPI, service: Service, facts: Mapping[str, object]) -> None:
         theme=gr.themes.Default(primary_hue="indigo", font=_FONTS, font_mono=("ui-monospace", "monospace")),
         css=texts.CSS,
     )
-    _remove_at_the_end(app, folder)
+    _keep_small(app, blocks, uploads)
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
@@ -194,24 +221,35 @@ def _admit_uploads_alone(blocks: gr.Blocks, folder: str) -> None:
         vars(component)["async_move_resource_to_block_cache"] = uploaded
 
 
-def _remove_at_the_end(app: FastAPI, folder: str) -> None:
+def _keep_small(app: FastAPI, blocks: gr.Blocks, uploads: Uploads) -> None:
+    """Deletes old uploads while the application runs, and all at its end."""
     inner = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        sweeping = asyncio.ensure_future(uploads.keep_sweeping())
         try:
             async with inner(app) as state:
                 yield state
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            sweeping.cancel()
+            await asyncio.wait((sweeping,))
+            shutil.rmtree(uploads.folder, ignore_errors=True)
 
     app.router.lifespan_context = lifespan
+    # Gradio remembers the name of each upload, for a sweep of its own that leaves the folders behind.
+    vars(blocks)["upload_file_set"] = _Forgetful()
+
+
+class _Forgetful(set[str]):
+    def update(self, *names: object) -> None:
+        pass
 
 
 def _blocks(answers: Answers) -> gr.Blocks:
     service = answers.service
     has_index = service.index is not None
-    blocks = gr.Blocks(title=texts.TITLE, analytics_enabled=False, delete_cache=_DELETE_UPLOADS, fill_width=True)
+    blocks = gr.Blocks(title=texts.TITLE, analytics_enabled=False, fill_width=True)
     with blocks:
         gr.Markdown(f"# {texts.TITLE}")
         with gr.Tabs(selected="text" if has_index else "labels"):
