@@ -19,3 +19,5 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         raise MissingExtraError(
             f"{purpose} needs the package `{package}`{reason}; install it with: pip install 'cn_clip[{extra}]'"
         ) from error
+    except Exception as error:  # matplotlib, say, when MPLBACKEND names what it does not have
+        raise MissingExtraError(f"{purpose} needs the package `{module}`, which does not load: {error}") from error

@@ -1,5 +1,8 @@
 """What is missing is named: the optional package, or the one that it needs and does not find."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,3 +34,12 @@ def test_the_package_at_fault_is_named(
 def test_a_package_that_is_absent_is_named_without_its_modules() -> None:
     with pytest.raises(MissingExtraError, match=r"^the page needs the package `absent_extra`; install it with"):
         extras.require("absent_extra.part", extra="page", purpose="the page")
+
+
+def test_a_package_that_fails_while_it_loads_says_why(tmp_path: Path) -> None:
+    program = "from cn_clip import extras; extras.require('matplotlib', extra='plot', purpose='the plot')"
+    environment = {**os.environ, "MPLBACKEND": "module://absent.backend", "MPLCONFIGDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "MissingExtraError: the plot needs the package `matplotlib`, which does not load: " in last
+    assert "module://absent.backend" in last

@@ -196,7 +196,9 @@ def test_torchrun_understands_how_it_is_called(tmp_path: Path) -> None:
     (checkout / "cn_clip" / "training").mkdir(parents=True)
     (checkout / "run_scripts").symlink_to(ROOT / "run_scripts")
     facts = "*map(os.environ.get, ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_PORT'))"
-    (checkout / "cn_clip" / "training" / "main.py").write_text(f"import os\nprint('fact', {facts}, flush=True)\n")
+    # Written at once, so that the other process does not come in between.
+    program = f"import os\nos.write(1, ' '.join(['fact', {facts}]).encode() + b'\\n')\n"
+    (checkout / "cn_clip" / "training" / "main.py").write_text(program)
     port = str(free_port())
     script = checkout / "run_scripts" / "muge_finetune_vit-b-16_rbt-base.sh"
     done = bash(str(script), "/data", GPUS_PER_NODE="2", MASTER_PORT=port, OMP_NUM_THREADS="1")
