@@ -257,6 +257,13 @@ def test_uploads_that_fill_their_room_are_refused_before_they_are_written(monkey
         assert Path(upload(client, b"a third")["path"]).read_bytes() == b"a third"
 
 
+def test_pages_of_other_sites_read_nothing(client: httpx.Client) -> None:
+    for origin, status in (("http://evil.example", 403), ("null", 403), (str(client.base_url), 200)):
+        answer = client.get("/page/config", headers={"Origin": origin})
+        assert answer.status_code == status, origin
+        assert status == 200 or "access-control-allow-origin" not in answer.headers
+
+
 def test_an_upload_of_several_files_is_refused_and_nothing_written(client: httpx.Client) -> None:
     folder = Path(upload(client, CAT.picture)["path"]).parent.parent
     before = bytes_on_disk(folder)

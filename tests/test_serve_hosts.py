@@ -53,11 +53,12 @@ def test_any_other_name_is_refused(host: str | None) -> None:
 
 
 def test_a_machine_that_listens_to_all_is_served_under_any_address_but_no_name() -> None:
-    for listens_at in ("0.0.0.0", "::", ""):
+    for listens_at in ("0.0.0.0", "::", "", "0:0:0:0:0:0:0:0", "0::0"):
         everywhere = Hosts(listens_at)
         for host in ("10.0.0.7:8000", "[fe80::1]:8000", "localhost"):
             assert verdict(everywhere, host) is None, host
         assert verdict(everywhere, "example.com:8000") == "host_not_allowed"
+        assert verdict(everywhere, ".") == "host_not_allowed"
         # The page of an address is as foreign as that of a name.
         assert verdict(everywhere, "10.0.0.7:8000", "http://10.6.6.6") == "origin_not_allowed"
 
@@ -70,30 +71,67 @@ def test_the_address_listened_at_and_those_allowed_are_served() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "host"),
+    [
+        ("FD00:0:0:0:0:0:0:7", "[fd00::7]:8000"),
+        ("[fd00::7]", "[fd00:0::0:7]"),
+        ("照片.cn", "xn--2uxqs.cn:8000"),
+        ("XN--2UXQS.CN", "xn--2uxqs.cn"),
+        ("Bücher.Example", "XN--BCHER-KVA.example."),
+        ("photos.example.com.", "photos.example.com"),
+        ("photo_server", "photo_server:8000"),
+        ("10.0.0.7", "10.0.0.7."),
+    ],
+)
+def test_names_are_compared_as_browsers_write_them(given: str, host: str) -> None:
+    assert verdict(Hosts(allowed=[given]), host, f"https://{host}") is None
+    assert verdict(Hosts(given.strip("[]")), host, f"https://{host}") is None
+    assert verdict(Hosts(), host) == "host_not_allowed"
+
+
+@pytest.mark.parametrize(
     ("origin", "expected"),
     [
         (None, None),
         ("http://10.0.0.7:8000", None),
         ("https://photos.example.com", None),
         ("http://localhost:3000", None),
+        ("http://10.0.0.7:9000", None),
         ("http://example.com", "origin_not_allowed"),
         ("http://10.0.0.8:8000", "origin_not_allowed"),
         ("null", "origin_not_allowed"),
         ("", "origin_not_allowed"),
     ],
 )
-def test_a_page_may_send_what_its_own_server_or_an_allowed_one_gave_it(
-    origin: str | None, expected: str | None
-) -> None:
+def test_a_page_may_ask_if_its_own_server_or_an_allowed_one_gave_it(origin: str | None, expected: str | None) -> None:
     hosts = Hosts("0.0.0.0", ["photos.example.com"])
-    assert verdict(hosts, "10.0.0.7:8000", origin) == expected
-    assert verdict(hosts, "10.0.0.7:8000", origin, method="GET") is None
+    for method in ("POST", "GET", "HEAD", "OPTIONS"):
+        assert verdict(hosts, "10.0.0.7:8000", origin, method=method) == expected
 
 
-@pytest.mark.parametrize("given", ["https://photos.example.com", "photos.example.com:443", "", "a b"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("https://photos.example.com", "photos.example.com:443", "", ".", "a b", "a..b", "a" * 64),
+        *("*", "*.example.com", "[fd00::8", "fd00::8]", "[photos.example.com]", "[fd00::8]:8000", "[10.0.0.7]"),
+    ],
+)
 def test_an_allowed_host_is_a_name_or_an_address(given: str) -> None:
-    with pytest.raises(ConfigError, match="--allowed-host: expected a name or an address without scheme and port"):
+    with pytest.raises(ConfigError) as caught:
         Hosts(allowed=[given])
+    assert str(caught.value) == (
+        f"--allowed-host: expected a name or an address, without scheme, port and *, got {given!r}; "
+        "for several names give it several times"
+    )
+
+
+@pytest.mark.parametrize(("host", "origin"), [("", None), (":8000", None), ("localhost", "null"), ("localhost", "")])
+def test_a_refusal_advises_no_name_where_there_is_none(host: str, origin: str | None) -> None:
+    headers = [(b"host", host.encode())] + ([] if origin is None else [(b"origin", origin.encode())])
+    with pytest.raises(RefusalError) as caught:
+        Hosts().check({"type": "http", "method": "POST", "headers": headers})
+    header, value = ("Host", host) if origin is None else ("Origin", origin)
+    assert caught.value.message == f"{header}: {value!r} names no host; a server without an API key answers none such"
 
 
 @pytest.fixture(scope="module")

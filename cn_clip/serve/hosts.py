@@ -1,7 +1,8 @@
 """Which names a service without a key answers to: a page of another site, open in a browser here, must not reach it.
 
 Such a page may have its own name resolve to this machine (DNS rebinding); then `Host` bears that name, and what it asks
-for counts as its own. Or it sends a form, whose answer it cannot read; then `Origin` bears its name.
+for counts as its own. Or it asks by a name of this machine, and `Origin` bears its own: Gradio lets any page read the
+answer.
 """
 
 import ipaddress
@@ -14,10 +15,8 @@ from cn_clip.errors import ConfigError
 from cn_clip.serve.refusals import RefusalError, shown
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# Addresses of all interfaces, as --host may spell them.
-EVERYWHERE = ("", "0.0.0.0", "::")
-_AUTHORITY = re.compile(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^\s\[\]:/@]+))(?::\d{1,5})?", re.IGNORECASE)
-_READING = ("GET", "HEAD")
+_AUTHORITY = re.compile(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[!-~]+?))(?::\d{1,5})?", re.IGNORECASE)
+_NO_NAME = re.compile(r"[\s\[\]:/@*]")
 
 
 class Hosts:
@@ -27,34 +26,52 @@ class Hosts:
     """
 
     def __init__(self, listens_at: str = LOOPBACK[1], allowed: Iterable[str] = ()) -> None:
-        self._names = {*LOOPBACK, listens_at.lower(), *map(_allowed_name, allowed)}
-        self._any_address = listens_at in EVERYWHERE
+        self._names = {*LOOPBACK, normal_name(listens_at), *map(_allowed_name, allowed)} - {None}
+        self._any_address = not listens_at or _is_unspecified(listens_at)
 
     def check(self, scope: Scope) -> None:
-        """Raises RefusalError (403) for a foreign `Host`, and for what a page of a foreign `Origin` sends."""
+        """Raises RefusalError (403) for a foreign `Host`, and for what a page of a foreign `Origin` asks.
+
+        Ports do not count: whoever serves a page at another port of an allowed host is trusted as well.
+        """
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         name = _name(host)
         # No page can have an address for its name that is not its own.
         if name is None or not (name in self._names or (self._any_address and _is_address(name))):
-            raise _refused("Host", host, "host_not_allowed")
-        if b"origin" in headers and scope.get("method") not in _READING:
+            raise _refused("Host", host, name, "host_not_allowed")
+        if b"origin" in headers:
             origin = headers[b"origin"].decode("latin-1")
-            authority = origin.partition("://")[2]
-            if authority.lower() != host.lower() and _name(authority) not in self._names:
-                raise _refused("Origin", origin, "origin_not_allowed")
+            page = _name(origin.partition("://")[2])
+            if page is None or page not in (name, *self._names):
+                raise _refused("Origin", origin, page, "origin_not_allowed")
+
+
+def normal_name(given: str) -> str | None:
+    """A name or an address, an IPv6 one without brackets, as browsers write it; None for what is neither."""
+    name = given.removesuffix(".")
+    if _is_address(name):
+        return str(ipaddress.ip_address(name))
+    try:
+        return None if not name or _NO_NAME.search(name) else name.encode("idna").decode().lower()
+    except UnicodeError:  # a part is empty, or too long
+        return None
 
 
 def _name(authority: str) -> str | None:
-    """The name or address in `host[:port]`, in lower case; None where there is none."""
+    """The name or address in `host[:port]`; None where there is none."""
     found = _AUTHORITY.fullmatch(authority)
-    return None if found is None else (found["v6"] or found["name"]).lower().removesuffix(".")
+    return None if found is None else normal_name(found["v6"] or found["name"])
 
 
 def _allowed_name(given: str) -> str:
-    name = given.lower().removeprefix("[").removesuffix("]")
-    if not _is_address(name) and (":" in name or _name(name) is None):
-        raise ConfigError(f"--allowed-host: expected a name or an address without scheme and port, got {given!r}")
+    is_v6 = given.startswith("[") and given.endswith("]") and ":" in given
+    name = normal_name(given[1:-1] if is_v6 else given)
+    if name is None:
+        raise ConfigError(
+            f"--allowed-host: expected a name or an address, without scheme, port and *, got {given!r}; "
+            "for several names give it several times"
+        )
     return name
 
 
@@ -66,7 +83,16 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _refused(header: str, given: str, code: str) -> RefusalError:
-    name = "HOST" if (found := _name(given.partition("://")[2] or given)) is None else found
-    message = f"{header}: {shown(given)} is not served here; if it should be, start the server with"
-    return RefusalError(403, f"{message} --allowed-host {name[:80]}, or with an API key", param=header, code=code)
+def _is_unspecified(name: str) -> bool:
+    return _is_address(name) and ipaddress.ip_address(name).is_unspecified
+
+
+def _refused(header: str, given: str, name: str | None, code: str) -> RefusalError:
+    if name is None:
+        message = f"{header}: {shown(given)} names no host; a server without an API key answers none such"
+    else:
+        message = (
+            f"{header}: {shown(given)} is not served here; if it should be, start the server with "
+            f"--allowed-host {name[:80]}, or with an API key"
+        )
+    return RefusalError(403, message, param=header, code=code)
