@@ -214,6 +214,11 @@ def test_output_that_is_a_file_is_refused_before_anything_is_measured(tmp_path: 
         bench.run(bench.Options(model="x", output=str(tmp_path / "file")))
 
 
+def test_models_of_other_families_are_refused_as_such() -> None:
+    with pytest.raises(ConfigError, match="hf:somewhere: only Chinese-CLIP is taken here"):
+        bench.run(bench.Options(model="hf:somewhere"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

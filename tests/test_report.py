@@ -575,6 +575,7 @@ def test_settings_that_do_not_fit_are_refused(
         (["nowhere"], "nowhere: no such folder; expected the folder of a run"),
         (["{empty}"], "neither metrics.jsonl nor an out_*.log with a step is here"),
         (["{run}", "--data", "x"], "neither epoch_best.pt nor epoch_latest.pt is there; name a checkpoint"),
+        (["--checkpoint", "hf:{empty}", "--data", "x"], "empty: only Chinese-CLIP is taken here"),
         (["{run}", "--checkpoint", "Emoji-Tiny", "--data", "{empty}"], "no built split is here"),
         (["{run}", "--output", "{empty}"], "is a folder; expected the path of a file to write"),
         (["{run}", "--output", "{run}/metrics.jsonl"], "metrics.jsonl, which it reads"),

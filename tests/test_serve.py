@@ -18,10 +18,12 @@ import openai
 import pytest
 from PIL import Image
 from serving import data_url, served
+from tiny_families import write_family
 
 from cn_clip.clip.encoder import Encoder
 from cn_clip.emoji_pack import load
 from cn_clip.eval import zeroshot
+from cn_clip.eval.templates import DEFAULT, load_templates
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import Index, open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
@@ -130,6 +132,31 @@ def test_dimensions_may_only_be_those_of_the_model(client: httpx.Client, encoder
     answer = client.post("/v1/embeddings", json={"model": "tiny", "input": "猫", "dimensions": 7})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "dimensions"
+
+
+# --- models of other families
+
+
+def test_texts_and_labels_reach_another_family_as_they_are(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    # Its tokenizer keeps upper and lower case apart, unlike that of Chinese-CLIP.
+    family = Encoder(f"hf:{write_family(tmp_path / 'family', 'metaclip_2')}", device="cpu")
+    labels, templates = ["Cat", "Dog", "“Sun”"], ["A Photo of {}", "{}"]
+    texts = np.array([template.format(label) for label in labels for template in templates])
+    rows = np.concatenate([family.encode_texts([text]) for text in texts])
+    classes = rows.reshape(3, 2, -1).mean(axis=1)
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    stored = zeroshot.classifier(family, labels, load_templates(DEFAULT))
+    image = family.encode_images(PICTURES[:1])
+    with served(family, LIMITS, label_sets={"three": labels}) as address, httpx.Client(base_url=address) as client:
+        found = vectors(embeddings(client, input=texts.tolist()))
+        request = {"image": data_url(PICTURES[0], "webp")}
+        given = client.post("/v1/classify", json={**request, "labels": labels, "templates": templates}).json()
+        kept = client.post("/v1/classify", json={**request, "label_set": "three"}).json()
+    np.testing.assert_allclose(found, rows, **TOLERANCE)
+    for answer, expected in ((given, classes), (kept, stored)):
+        cosines = [one["cosine"] for one in sorted(answer["data"], key=lambda one: one["index"])]
+        np.testing.assert_allclose(cosines, (image @ expected.T)[0], **TOLERANCE)
 
 
 # --- /v1/classify

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import IO
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from serving import data_url, queue_depth, wait_until
+from tiny_families import write_family
 
+from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.loading import create_model
 from cn_clip.emoji_pack import load
 from cn_clip.errors import ConfigError, DataError
@@ -141,6 +144,22 @@ def test_what_cannot_be_opened_is_said_in_one_line(tmp_path: Path) -> None:
     assert "is no index; build one with" in refusal(str(tmp_path), "--model", "Emoji-Tiny")
 
 
+def test_a_model_of_another_family_answers_in_torch_alone(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    family = f"hf:{write_family(tmp_path / 'family', 'siglip')}"
+    (tmp_path / "animals.txt").write_text("Cat\nDog\n", encoding="utf-8")
+    with started("--no-page", "--model", family, "--label-sets", str(tmp_path / "animals.txt")) as (_, address):
+        request = {"model": "family", "input": ["a red HEART", {"image": data_url(load()[0].picture, "webp")}]}
+        answer = httpx.post(f"{address}/v1/embeddings", json=request).json()
+        found = np.array([one["embedding"] for one in answer["data"]], dtype=np.float32)
+        labels = {"image": data_url(load()[0].picture, "webp"), "label_set": "animals"}
+        assert len(httpx.post(f"{address}/v1/classify", json=labels).json()["data"]) == 2
+    encoder = Encoder(family, device="cpu")
+    expected = [encoder.encode_texts(["a red HEART"])[0], encoder.encode_images([load()[0].picture])[0]]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+    assert "backend: onnx runs Chinese-CLIP alone" in refusal("--model", family, "--backend", "onnx")
+
+
 def test_an_index_is_searched_with_its_own_model_and_no_other(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for one in load()[:5]:
@@ -194,3 +213,4 @@ def test_the_key_comes_from_the_flag_or_the_environment(monkeypatch: pytest.Monk
 def test_the_model_is_called_by_its_name_or_that_of_its_file() -> None:
     assert main.served_name("Emoji-Tiny") == "Emoji-Tiny"
     assert main.served_name("/somewhere/epoch3.pt") == "epoch3"
+    assert main.served_name("hf:siglip") == main.served_name("hf:models/siglip") == "siglip"

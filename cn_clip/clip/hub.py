@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from cn_clip import zoo
+from cn_clip.clip.foreign.names import is_foreign
 from cn_clip.errors import CheckpointError, CnClipError, DownloadError
 from cn_clip.extras import require
 from cn_clip.zoo import Published
@@ -37,12 +38,17 @@ _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 def weight_file(name: str | Path, *, download_root: str | Path | None = None, use_modelscope: bool = False) -> Path:
     """The file of a name, downloaded if it is a published one that is not here yet; a path as it is.
 
-    Raises CheckpointError when there is neither such a name nor such a file, DownloadError.
+    Raises CheckpointError when there is neither such a name nor such a file, or it is of another family; DownloadError.
     """
     entry = zoo.named(str(name))
     if isinstance(entry, zoo.Published):
         root = Path(download_root or zoo.DOWNLOAD_ROOT).expanduser()
         return download(entry, root, use_modelscope=use_modelscope)
+    if is_foreign(name):
+        raise CheckpointError(
+            f"{name}: only Chinese-CLIP is taken here; models of other families are by Encoder and by "
+            "cn-clip features, zeroshot, evaluate, linear-probe, index and serve"
+        )
     path = entry.path if entry else Path(name)
     if not path.exists():
         raise CheckpointError(f"Model {name} not found; available models = {zoo.available_models()}, or give a file")

@@ -2,7 +2,7 @@
 
 # N pictures, C classes, D embedding
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.encoder import Encoder
-from cn_clip.data.texts import preparation, preprocess_text
+from cn_clip.clip.inputs import TextTransform
+from cn_clip.data.texts import preparation
 from cn_clip.errors import DataError
 from cn_clip.eval.templates import fill
 
@@ -51,15 +52,14 @@ def class_numbers(folders: Sequence[str], num_labels: int) -> list[int]:
 
 def classifier(encoder: Encoder, labels: Sequence[str], templates: Sequence[str], *, batch_size: int = 64) -> Rows:
     """Unit class vectors (C, D): the mean over the templates of each label's unit text features."""
-    texts = prompts(labels, templates, prepare=preparation(encoder.texts))
+    texts = prompts(labels, templates, texts=encoder.texts)
     features = encoder.encode_texts(texts, batch_size=batch_size, progress=True)
     return class_vectors(features, len(labels))
 
 
-def prompts(
-    labels: Sequence[str], templates: Sequence[str], *, prepare: Callable[[str], str] = preprocess_text
-) -> list[str]:
+def prompts(labels: Sequence[str], templates: Sequence[str], *, texts: TextTransform) -> list[str]:
     """The text of each label in each template, prepared for the tokenizer, the templates of a label together."""
+    prepare = preparation(texts)
     return [prepare(fill(template, label)) for label in labels for template in templates]
 
 

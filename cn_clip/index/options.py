@@ -35,7 +35,8 @@ class ModelOptions:
     """What runs the model of an index."""
 
     model: str | None = None
-    """Model: a published name, a checkpoint or a transformers folder; default: that of the index, else ViT-B-16"""
+    """Model: a published name, a checkpoint or a transformers folder; of other families hf:FOLDER or
+    open_clip:ARCHITECTURE@FILE; default: that of the index, else ViT-B-16"""
     backend: BackendName = "torch"
     """What runs the model; any backend may search what another has built"""
     precision: Precision = "fp32"

@@ -56,9 +56,7 @@ def examine(
         numbers = zeroshot.class_numbers(dataset.classes, len(labels))
     except DataError as error:
         raise DataError(f"{folder} and {labels_file}: {error}") from error
-    classes_CD = zeroshot.class_vectors(
-        encoder.encode_texts(zeroshot.prompts(labels, templates), batch_size=batch_size), len(labels)
-    )
+    classes_CD = zeroshot.classifier(encoder, labels, templates, batch_size=batch_size)
     check_finite(classes_CD, labels, "label")
     pixel_batches = batches(dataset, encoder.transform, batch_size, num_threads)
     images_ND = np.concatenate([encoder.backend.encode_pixels(pixels) for _, pixels in pixel_batches])

@@ -39,8 +39,8 @@ class Options(Limits):
     index: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="INDEX")] = None
     """Index that /v1/search searches: a folder, or milvus://HOST:PORT/COLLECTION"""
     model: str | None = None
-    """Published name, checkpoint, transformers folder, or prefix of exported files; default: that of the index, else
-    ViT-B-16"""
+    """Published name, checkpoint, transformers folder, or prefix of exported files; of other families hf:FOLDER or
+    open_clip:ARCHITECTURE@FILE; default: that of the index, else ViT-B-16"""
     name: str | None = None
     """What the model is called in requests; default: its name, or that of its file"""
     backend: BackendName = "torch"
@@ -188,7 +188,7 @@ def key_of(options: Options) -> str | None:
 
 def served_name(model: str) -> str:
     """A name for a model: that of a file or folder without where it lies."""
-    return model if zoo.named(model) else Path(model).stem
+    return model if zoo.named(model) else Path(model.removeprefix("hf:")).stem
 
 
 def read_label_sets(paths: Sequence[Path]) -> dict[str, list[str]]:
