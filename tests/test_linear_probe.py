@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_families import write_family
 
 from cn_clip import cli
 from cn_clip.clip.backends.pytorch import TorchBackend
@@ -233,6 +234,26 @@ def test_pictures_are_probed_as_their_features_are(
     assert result["top1"] > 90
     monkeypatch.setattr(TorchBackend, "encode_pixels", None)  # the features are there: nothing is computed
     assert probe(*folders, capsys=capsys) == result
+
+
+def test_features_of_another_family_are_probed_as_they_are(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    model = f"hf:{write_family(tmp_path / 'family', 'siglip')}"
+    train, test = pictures / "noto" / "test", pictures / "twemoji" / "test"
+    flags = ["--train", train, "--test", test, "--model", model, "--cache", tmp_path, "--num-workers", 0, "--c", 10]
+    result = probe(*flags, capsys=capsys)
+    encoder = Encoder(model, device="cpu")
+    arrays = {}
+    for name, folder in (("train", train), ("test", test)):
+        files = sorted(folder.glob("*/*"))
+        labels = np.array([int(file.parent.name) for file in files])
+        arrays[name] = save(tmp_path / f"{name}.npz", encoder.encode_images(files, batch_size=64), labels)
+    assert (
+        probe("--train", arrays["train"], "--test", arrays["test"], "--c", 10, capsys=capsys)["runs"] == result["runs"]
+    )
+    assert result["embed_dim"] == encoder.embed_dim
 
 
 def test_few_shots_are_drawn_by_seed_and_averaged(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
