@@ -194,6 +194,24 @@ def test_a_log_of_chinese_clip_says_the_same(tmp_path: Path) -> None:
     assert run.best() is None
 
 
+def test_a_log_that_chinese_clip_wrote_is_read_whole() -> None:
+    # cn_clip 1.6.0, by benchmarks/record_log_golden.py; it validates twice at the end of an epoch.
+    run = read_run(REPOSITORY / "tests" / "golden" / "training_log")
+    assert run.source == "out_2026-11-22-00-33-35.log"
+    assert (run.max_steps, run.global_batch, run.log.seconds, run.last_step) == (4, 4, 18.0, 4)
+    assert run.begin_and_end == (datetime(2026, 11, 22, 0, 33, 36), datetime(2026, 11, 22, 0, 33, 54))
+    steps, losses = run.points("train", "loss")
+    assert (steps.tolist(), losses.tolist()) == ([1, 2, 3, 4], [1.407055, 1.398269, 1.379691, 1.391590])
+    assert run.points("train", "lr")[1].tolist() == [1e-5, 1e-5, 8e-6, 3e-6]
+    assert run.points("train", "samples_per_second")[1].round(3).tolist() == [1.305, 1.656, 2.044, 2.036]
+    assert run.points("train", "logit_scale")[1].tolist() == [2.659] * 4
+    values = {"kind": "valid", "image_to_text_acc": 0.25, "text_to_image_acc": 0.25}
+    assert run.validations() == [{**values, "step": 2, "loss": 1.386325}, {**values, "step": 4, "loss": 1.386338}]
+    written = (run.folder / "params_2026-11-22-00-33-35.txt").read_text(encoding="utf-8").splitlines()
+    assert run.params == run.log.params == dict(line.split(": ", 1) for line in written)
+    assert len(run.params) == 54
+
+
 def test_lines_of_speed_and_recall_belong_to_the_step_before(tmp_path: Path) -> None:
     path = tmp_path / "out_1.log"
     more = """\
