@@ -280,7 +280,7 @@ def test_ids_and_tensors_of_other_kinds_are_read(tmp_path: Path, ids: pa.DataTyp
     ("content", "message"),
     [
         (b"\x93NUMPY\x01\x00v\x00", "is an npy file, which has no ids; save ids and features with np.savez"),
-        (gzip.compress(b"{}"), "is compressed with gzip; unpack it first"),
+        (gzip.compress(b"{}", mtime=0), "is compressed with gzip; unpack it first"),
         ('{"text_id": 1}'.encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
     ],
 )
