@@ -440,6 +440,24 @@ def test_the_commands_of_the_conversion_guide_run(workplace: Workplace) -> None:
     assert shares.count(",") == 3
 
 
+def test_the_commands_of_the_guide_on_reports_look_at_what_the_demo_leaves(workplace: Workplace) -> None:
+    output = workplace.checkout / "demo-output"
+    run = output / "experiments" / "emoji-tiny_seed123_steps100"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "epoch_latest.pt").symlink_to(workplace.checkout / "small.pt")
+    shutil.copy(next(Path(__file__).parent.glob("golden/training_log/out_*.log")), run)
+    workplace.build()
+    (output / "datasets").mkdir()
+    (output / "datasets" / "emoji").symlink_to(workplace.data / "datasets" / DATASET)
+    few = {label: emoji.CLASSES[label] for label in ("时钟", "心", "猫脸")}
+    assert list(emoji.drawn_classes("twemoji"))[: len(few)] == list(few)
+    emoji.write_classification(output / "datasets" / "emoji-classes", few, vendor="twemoji")
+    printed = run_all(workplace, ROOT / "docs" / "report.md")
+    assert [text.count("报告 / report: report.html") for text in printed.values()] == [1, 1]
+    page = (workplace.checkout / "report.html").read_text(encoding="utf-8")
+    assert all(words in page for words in ("猫脸", "一只猫", "一条狗"))
+
+
 def test_the_commands_of_the_page_on_models_run(workplace: Workplace) -> None:
     printed = "".join(run_all(workplace, ROOT / "docs" / "models.md").values())
     assert "QA-CLIP-ViT-B-16" in printed

@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import shlex
 from datetime import datetime
 from html.parser import HTMLParser
 from io import BytesIO
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import tiny_model, tiny_pixels
 
-from cn_clip import command
 from cn_clip.clip import tokenizer
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.resnet import ModifiedResNet
@@ -554,14 +552,6 @@ def test_a_run_alone_needs_no_model(tmp_path: Path) -> None:
     assert titles[1] == "text → image: 42.5 → 42.5; image → text: 40 → 40"
     assert len(titles) == 4  # loss, accuracy, rate, speed
     assert "192" in read.texts  # samples a second: the median of 128 and 256
-
-
-def test_the_commands_of_the_guide_are_understood() -> None:
-    guide = (REPOSITORY / "docs" / "report.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```bash\ncn-clip report (.*?)^```$", guide, re.MULTILINE | re.DOTALL)
-    first, second = (command.parse(report.Options, shlex.split(block.replace("\\\n", " "))) for block in blocks)
-    assert (first.run, first.data, first.pairs) == ("experiments/emoji", "datasets/emoji/lmdb/valid", [])
-    assert [text for _, text in second.pairs] == ["一只猫", "一条狗"]
 
 
 @pytest.mark.parametrize(
