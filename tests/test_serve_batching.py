@@ -23,7 +23,7 @@ from cn_clip.serve.batching import Batcher, Places, alike
 from cn_clip.serve.engine import Engine, Text
 from cn_clip.serve.gate import Gate
 from cn_clip.serve.hosts import Hosts
-from cn_clip.serve.limits import BODIES_HELD, Limits
+from cn_clip.serve.limits import BODIES_HELD, MAX_JSON_MARKS, Limits
 from cn_clip.serve.metrics import Metrics
 from cn_clip.serve.refusals import RefusalError
 
@@ -354,6 +354,76 @@ def test_short_inputs_are_answered_before_the_long_ones_of_their_batch() -> None
     assert computed == [["x", "xx"], ["x" * 51, "x" * 52]]
 
 
+class Held:
+    """Computes the length of each text once it may."""
+
+    def __init__(self) -> None:
+        self.begun, self.going = threading.Event(), threading.Event()
+        self.computed: list[list[str]] = []
+        self.observed: list[int] = []
+
+    def compute(self, items: Sequence[str]) -> Rows:
+        self.computed.append(list(items))
+        self.begun.set()
+        assert self.going.wait(60)
+        return np.array([[len(item)] for item in items], dtype=np.float32)
+
+    def batcher(self, thread: ThreadPoolExecutor) -> "Batcher[str]":
+        return Batcher(
+            "texts", self.compute, thread, max_batch=3, max_wait=60, length=len, observe=self.observed.append
+        )
+
+
+def test_each_part_is_observed_and_none_is_computed_for_those_who_have_left() -> None:
+    held = Held()
+
+    async def asked() -> list[Rows]:
+        with ThreadPoolExecutor(1) as thread:
+            batcher = held.batcher(thread)
+            running = asyncio.ensure_future(batcher.run())
+            short = asyncio.ensure_future(batcher.rows(["x", "xx"]))
+            long = asyncio.ensure_future(batcher.rows(["x" * 52]))
+            await asyncio.to_thread(held.begun.wait, 60)
+            long.cancel()
+            await asyncio.wait((long,))
+            held.going.set()
+            again = asyncio.ensure_future(batcher.rows(["y", "y", "y"]))
+            rows = [*await short, *await again]
+            running.cancel()
+        return rows
+
+    assert np.array(asyncio.run(asked())).ravel().tolist() == [1, 2, 1, 1, 1]
+    assert held.computed == [["x", "xx"], ["y", "y", "y"]]
+    assert held.observed == [2, 3]
+
+
+@pytest.mark.parametrize("is_computing", [True, False])
+def test_the_end_of_a_queue_is_the_end_of_all_parts_of_its_batch(is_computing: bool) -> None:
+    held = Held()
+
+    async def asked() -> None:
+        with ThreadPoolExecutor(1) as thread:
+            batcher = held.batcher(thread)
+            asking = [asyncio.ensure_future(batcher.rows([text])) for text in ("x", "xx", "x" * 52)]
+            await asyncio.sleep(0)
+            running = asyncio.ensure_future(batcher.run())
+            if is_computing:
+                await asyncio.to_thread(held.begun.wait, 60)
+            else:  # the parts are tasks that have not begun
+                await asyncio.sleep(0)
+            running.cancel()
+            try:
+                await asyncio.wait_for(asyncio.wait((running, *asking)), 10)
+            finally:
+                held.going.set()
+        assert running.cancelled()
+        assert all(one.cancelled() for one in asking)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(asked())
+    assert held.computed == ([["x", "xx"]] if is_computing else [])
+
+
 def test_rows_come_back_in_the_order_of_the_items() -> None:
     sizes = []
 
@@ -412,6 +482,28 @@ def test_no_more_of_a_body_is_held_than_the_bound_and_all_bodies_share_one() -> 
     asyncio.run(request(4))
     assert sent[-2]["status"] == 503
     assert gate._bytes_held == BODIES_HELD * limits.max_body_bytes - 1023
+
+
+def test_only_the_content_type_that_is_read_spares_a_body_the_count_of_its_marks() -> None:
+    async def app(scope: object, receive: object, send: object) -> None:
+        raise AssertionError("let in")
+
+    async def statuses() -> list[int]:
+        gate, sent = Gate(app, Limits(), api_key=None, hosts=Hosts(), stopping=asyncio.Event()), list[int]()
+
+        async def receive() -> dict[str, object]:
+            return {"type": "http.request", "body": b"[" * (MAX_JSON_MARKS + 1), "more_body": False}
+
+        async def send(message: dict[str, object]) -> None:
+            if "status" in message:
+                sent.append(message["status"])  # type: ignore[arg-type]
+
+        types = [(b"content-type", b"application/json"), (b"content-type", b"multipart/form-data; boundary=x")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/x", "headers": [(b"host", b"localhost"), *types]}
+        await gate(scope, receive, send)  # type: ignore[arg-type]
+        return sent
+
+    assert asyncio.run(statuses()) == [413]
 
 
 @pytest.mark.parametrize(

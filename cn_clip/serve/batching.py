@@ -53,7 +53,8 @@ class Batcher(Generic[ItemT]):
 
     what: name of the inputs in messages. compute: items to rows (N, D); called in `thread`, never twice at a time.
     max_wait: seconds, counted from the oldest input of a batch. length: of an item, if `compute` pads all to the
-    longest: items of like length are then computed, and answered, together. observe: told the size of each batch.
+    longest: items of like length are then computed, and answered, together. observe: told, in `thread`, how many
+    are computed together.
     """
 
     def __init__(
@@ -108,18 +109,21 @@ class Batcher(Generic[ItemT]):
                 await asyncio.wait_for(self._arrival.wait(), left)
 
     async def _computing(self, batch: Sequence[_Waiting[ItemT]]) -> None:
-        self._observe(len(batch))
         parts = [list(batch)]
         if self._length is not None:
             parts = [[batch[place] for place in part] for part in alike([self._length(one.item) for one in batch])]
-        # All of them at once: the thread does not wait for the event loop, which answers one part during the next.
-        computing = [asyncio.ensure_future(self._computing_part(part)) for part in parts]
-        await asyncio.wait(computing)
+        try:
+            # All of them at once: the thread does not wait for the event loop, which answers one part during the next.
+            await joined(self._computing_part(part) for part in parts)
+        finally:
+            for one in batch:
+                one.row.cancel()
 
     async def _computing_part(self, part: Sequence[_Waiting[ItemT]]) -> None:
         try:
-            items = [one.item for one in part]
-            rows_ND = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, items)
+            rows_ND = await asyncio.get_running_loop().run_in_executor(self._thread, self._rows_of, part)
+            if rows_ND is None:
+                return
             for one, row_D in list(zip(part, rows_ND, strict=True)):
                 if not one.row.done():
                     one.row.set_result(row_D)
@@ -129,6 +133,13 @@ class Batcher(Generic[ItemT]):
             for one in part:
                 if not one.row.done():
                     one.row.set_exception(failure)
+
+    def _rows_of(self, part: Sequence[_Waiting[ItemT]]) -> Rows | None:
+        """None when all who waited have left."""
+        if all(one.row.done() for one in part):
+            return None
+        self._observe(len(part))
+        return self._compute([one.item for one in part])
 
 
 def alike(lengths: Sequence[int], overhead: int = PART_OVERHEAD) -> list[list[int]]:

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import logging
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cn_clip.serve.hosts import Hosts
@@ -167,15 +168,16 @@ class Gate:
 
     async def _until_stopping(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers; a stream of events, which has no end of its own, until the server stops."""
+        # Set once the stream has begun, for only then can it be ended.
         streaming = asyncio.Event()
         is_whole = False
 
         async def noting(message: Message) -> None:
             nonlocal is_whole
+            await send(message)
             if message["type"] == "http.response.start" and _is_event_stream(message):
                 streaming.set()
             is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
-            await send(message)
 
         async def stopping() -> None:
             await streaming.wait()
@@ -211,8 +213,8 @@ def _is_event_stream(start: Message) -> bool:
 
 def _is_upload(scope: Scope) -> bool:
     """Whether the body is never read as JSON."""
-    content_type: bytes = dict(scope["headers"]).get(b"content-type", b"")
-    return content_type.startswith(b"multipart/form-data;")
+    # The first of several, as the routes read it.
+    return Headers(scope=scope).get("content-type", "").startswith("multipart/form-data;")
 
 
 def _announced_size(scope: Scope) -> int:
