@@ -46,8 +46,8 @@ def weight_file(name: str | Path, *, download_root: str | Path | None = None, us
         return download(entry, root, use_modelscope=use_modelscope)
     if is_foreign(name):
         raise CheckpointError(
-            f"{name}: only Chinese-CLIP is taken here; other families are taken by Encoder and cn-clip features, zeroshot, "
-            "evaluate, linear-probe, index and serve"
+            f"{name}: only Chinese-CLIP is taken here; other families are taken by Encoder and cn-clip features, "
+            "zeroshot, evaluate, linear-probe, index and serve"
         )
     path = entry.path if entry else Path(name)
     if not path.exists():
