@@ -9,6 +9,7 @@ The resident memory of the service is read every ten seconds; exits with 1 when 
 import asyncio
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -50,7 +51,7 @@ class Options:
     index: Annotated[Path, tyro.conf.Positional]
     """Index folder that is searched"""
     minutes: float = 10.0
-    """How long"""
+    """How long; at least 1"""
     clients: int = 4
     """Clients of each kind of request"""
     backend: BackendName = "torch"
@@ -61,8 +62,10 @@ class Options:
     """Print the result as one JSON object"""
 
     def __post_init__(self) -> None:
-        if self.minutes <= 0 or self.clients < 1:
-            raise ConfigError("--minutes, --clients: expected more than nothing")
+        if not 1 <= self.minutes < math.inf:
+            raise ConfigError(f"--minutes: expected at least 1, for each third needs samples, got {self.minutes:g}")
+        if self.clients < 1:
+            raise ConfigError(f"--clients: expected at least 1, got {self.clients}")
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,8 @@ def run(options: Options) -> None:
     with service(flags) as (process, port):
         seconds, refused, memory_mb = asyncio.run(soak(options, process.pid, port))
     rows = [["requests", "answered", "503", "p50 ms", "p95 ms", "p99 ms"]]
-    for kind, taken in seconds.items():
-        cuts = statistics.quantiles(taken, n=100)
-        rows.append([kind, str(len(taken)), str(refused[kind]), *(f"{cuts[at] * 1e3:.0f}" for at in (49, 94, 98))])
+    for kind in sorted({*seconds, *refused}):
+        rows.append([kind, str(len(seconds[kind])), str(refused[kind]), *percentiles_ms(seconds[kind])])
     say("\n".join(columns.align(rows, right=frozenset(range(1, 6)))))
     first, middle, last = (statistics.mean(part) for part in thirds(memory_mb))
     say(f"memory, mean of each third of {options.minutes:g} minutes: {first:.0f}, {middle:.0f}, {last:.0f} MB")
@@ -98,6 +100,14 @@ def run(options: Options) -> None:
     )
     if last > middle * (1 + TOLERANCE):
         raise DataError(f"memory grew from {middle:.0f} to {last:.0f} MB over the last third")
+
+
+def percentiles_ms(seconds: Sequence[float]) -> list[str]:
+    """The 50th, 95th and 99th of the times, in milliseconds; dashes for too few of them."""
+    if len(seconds) < 2:
+        return ["-"] * 3
+    cuts = statistics.quantiles(seconds, n=100)
+    return [f"{cuts[at] * 1e3:.0f}" for at in (49, 94, 98)]
 
 
 def kinds() -> dict[str, Kind]:

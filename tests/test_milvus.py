@@ -99,9 +99,19 @@ def test_addresses(text: str, expected: Address | None) -> None:
 
 def test_passwords_are_never_shown() -> None:
     assert str(parse_address("milvus://me:secret@localhost/photos")) == "milvus://localhost:19530/photos"
-    with pytest.raises(ConfigError) as caught:
-        parse_address("milvus://me:secret@localhost/照片")
-    assert "secret" not in str(caught.value)
+    for text in (
+        "milvus://me:secret@localhost/照片",
+        "milvus://me:sec/ret@localhost/photos",
+        "milvus://me:secret@ret@localhost:x/photos",
+        "milvus://me:sec\nret@localhost:x/photos",
+        "milvus://me:sec#ret@localhost/photos",
+        "milvus:me:secret@localhost/photos",
+        "milvus://[me:secret@localhost/photos",
+    ):
+        with pytest.raises(ConfigError, match="expected milvus://HOST:PORT/COLLECTION") as caught:
+            parse_address(text)
+        assert "sec" not in str(caught.value).removesuffix("?timeout=SECONDS"), text
+        assert "ret" not in str(caught.value), text
 
 
 def test_store_stands_for_the_index_wherever_it_is_given() -> None:

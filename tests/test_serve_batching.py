@@ -491,8 +491,12 @@ def test_only_the_content_type_that_is_read_spares_a_body_the_count_of_its_marks
     async def statuses() -> list[int]:
         gate, sent = Gate(app, Limits(), api_key=None, hosts=Hosts(), stopping=asyncio.Event()), list[int]()
 
+        bodies = [b"[" * (MAX_JSON_MARKS + 1)]
+
         async def receive() -> dict[str, object]:
-            return {"type": "http.request", "body": b"[" * (MAX_JSON_MARKS + 1), "more_body": False}
+            if not bodies:
+                await asyncio.Event().wait()
+            return {"type": "http.request", "body": bodies.pop(), "more_body": False}
 
         async def send(message: dict[str, object]) -> None:
             if "status" in message:

@@ -53,22 +53,24 @@ class Address:
 
 def parse_address(text: str) -> Address:
     """milvus://[USER:PASSWORD@]HOST[:PORT]/COLLECTION[?timeout=SECONDS]; raises ConfigError for anything else."""
+    refused = ConfigError(f"{_without_password(text)}: {GRAMMAR}; after it at most ?timeout=SECONDS")
     try:
         parts = urlsplit(text)
         port, settings = parts.port or DEFAULT_PORT, parse_qs(parts.query, strict_parsing=bool(parts.query))
         timeout = float(settings.pop("timeout", [str(DEFAULT_TIMEOUT)])[-1])
-    except ValueError as error:
-        raise ConfigError(f"{_without_password(text)}: {error}; {GRAMMAR}") from error
+    except ValueError:  # which may repeat the password
+        raise refused from None
     name = parts.path.removeprefix("/")
     is_name = _NAME.fullmatch(name) is not None
     if parts.scheme != "milvus" or not parts.hostname or not is_name or settings or not 0 < timeout < 86400:
-        raise ConfigError(f"{_without_password(text)}: {GRAMMAR}; after it at most ?timeout=SECONDS")
+        raise refused
     user, password = unquote(parts.username or ""), unquote(parts.password or "")
     return Address(parts.hostname, port, name, timeout, user, password)
 
 
 def _without_password(text: str) -> str:
-    return re.sub(r"//[^@/]*@", "//", text)
+    """Of an address, however wrong: a password may hold anything, `@` and `/` too."""
+    return re.sub(r"^([a-z]*:)?.*@", r"\1//", text, flags=re.DOTALL)
 
 
 @dataclass(frozen=True)
