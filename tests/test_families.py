@@ -534,6 +534,88 @@ def test_open_clip_gives_its_own_vectors(open_clip_file: Path) -> None:
     assert backend.num_parameters[0] > backend.num_parameters[1] > 0
 
 
+class OpenClip:
+    """The part of open_clip that knows architectures and tags, with entries as it has them."""
+
+    OPENAI = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28), "interpolation": "bicubic"}
+    ENTRIES = {
+        "MobileCLIP-S1": {"datacompdr": {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bilinear"}},
+        "ViT-B-32": {"openai": OPENAI, "laion2b": {**OPENAI, "url": "elsewhere"}},
+        "ViT-L-14": {"openai": OPENAI, "laion2b": {**OPENAI, "mean": (0.5,) * 3}},
+        "EVA": {},
+    }
+
+    def list_models(self) -> list[str]:
+        return list(self.ENTRIES)
+
+    def list_pretrained_tags_by_model(self, name: str) -> list[str]:
+        return list(self.ENTRIES[name])
+
+    def get_pretrained_cfg(self, name: str, tag: str) -> dict[str, Any]:
+        return self.ENTRIES[name][tag]
+
+
+def pixels_for(architecture: str, place: Path) -> dict[str, Any]:
+    from cn_clip.clip.foreign import open_clip_models
+
+    name = names.parse(f"open_clip:{architecture}@{place}")
+    open_clip_models._check(name, OpenClip())
+    return open_clip_models._pixels_of_tags(name, OpenClip())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "mean"),
+    [
+        ("MobileCLIP-S1", (0.0,) * 3),
+        ("ViT-B-32", OpenClip.OPENAI["mean"]),
+        ("ViT-L-14:laion2b", (0.5,) * 3),
+        ("ViT-L-14:openai", OpenClip.OPENAI["mean"]),
+        ("EVA", None),
+    ],
+)
+def test_a_file_of_open_clip_takes_its_pictures_as_the_tags_say(architecture: str, mean: Any, tmp_path: Path) -> None:
+    (tmp_path / "w.pt").touch()
+    assert pixels_for(architecture, tmp_path / "w.pt").get("image_mean") == mean
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ViT-L-14@{file}", r"different ways; .* as in open_clip:ViT-L-14:openai@.*w\.pt \(openai, laion2b\)"),
+        ("ViT-L-14:nobody@{file}", "no weights 'nobody' of ViT-L-14, but openai, laion2b"),
+        ("ViT-L-14:openai@laion2b", "a tag goes before a file alone; give open_clip:ViT-L-14@laion2b"),
+        ("ViT-Q:openai@{file}", "no architecture 'ViT-Q'"),
+    ],
+)
+def test_a_tag_that_says_nothing_of_the_file_is_refused(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "w.pt").touch()
+    architecture, place = name.format(file=tmp_path / "w.pt").split("@")
+    with pytest.raises(ConfigError, match=words):
+        pixels_for(architecture, Path(place))
+
+
+@pytest.mark.families
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("architecture", ["MobileCLIP-S1", "ViT-B-16-SigLIP", "ViT-B-32"])
+def test_settings_reach_the_transform_of_open_clip(architecture: str, open_clip_file: Path) -> None:
+    import open_clip
+
+    entry = open_clip.get_pretrained_cfg(architecture, open_clip.list_pretrained_tags_by_model(architecture)[0])
+    with pytest.MonkeyPatch.context() as patch:  # a small model under the name of a large one
+        create = open_clip.create_model_and_transforms
+        patch.setattr(open_clip, "create_model_and_transforms", lambda _, **more: create("tiny-open-clip", **more))
+        patch.setattr(
+            open_clip, "get_tokenizer", lambda _, tokenizer=open_clip.get_tokenizer: tokenizer("tiny-open-clip")
+        )
+        encoder = Encoder(f"open_clip:{architecture}@{open_clip_file}", device="cpu")
+    steps: Any = encoder.transform
+    resize, normalize = steps._compose.transforms[0], steps._compose.transforms[-1]
+    assert (tuple(normalize.mean), tuple(normalize.std)) == (tuple(entry["mean"]), tuple(entry["std"]))
+    assert resize.interpolation.value == entry["interpolation"]
+    squeezed = {"shortest": (32, 43), "squash": (32, 32)}[entry["resize_mode"]]
+    assert resize(Image.new("RGB", (50, 37))).size[::-1] == squeezed
+
+
 @pytest.mark.families
 @pytest.mark.filterwarnings("default")
 def test_open_clip_refuses_what_it_does_not_know_and_what_would_run_code(open_clip_file: Path, tmp_path: Path) -> None:

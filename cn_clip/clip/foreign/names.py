@@ -16,7 +16,10 @@ _DECIDING = re.compile(r".*\.(safetensors|bin|json|txt|model)")
 
 
 class ForeignName(NamedTuple):
-    """place: a folder or a hub id (hf), a weight file or a tag (open_clip). architecture: of open_clip."""
+    """place: a folder or a hub id (hf), a weight file or a tag (open_clip).
+
+    architecture: of open_clip, with `:TAG` behind it where a file takes its pictures as the weights of that tag do.
+    """
 
     scheme: Scheme
     place: str

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _VISUAL_PARTS = ("visual.",)
+# How open_clip's entry of a tag treats pictures: its names, and those of the settings that replace its default.
+_PIXELS = {
+    "mean": "image_mean",
+    "std": "image_std",
+    "interpolation": "image_interpolation",
+    "resize_mode": "image_resize_mode",
+}
 
 
 class ComposedPictures:
@@ -74,25 +81,28 @@ def open_model(
 ) -> Parts:
     """An architecture with the weights of a file, or of a tag that open_clip knows and downloads.
 
-    Raises CheckpointError for weights that cannot be read or do not fit, ConfigError for an architecture that there is
-    not, MissingExtraError without open_clip.
+    Pictures are treated as the tag says, also for a file: as the tag behind the architecture, else as all its tags.
+    Raises CheckpointError for weights that cannot be read or do not fit, ConfigError for an architecture or a tag that
+    there is not, or where the tags of a file's architecture differ; MissingExtraError without open_clip.
     """
     open_clip = require("open_clip", extra="open-clip", purpose=str(name))
+    architecture, file = name.architecture.partition(":")[0], Path(name.place).expanduser()
     _check(name, open_clip)
-    file = Path(name.place).expanduser()
+    pixels = _pixels_of_tags(name, open_clip) if file.is_file() else {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights that are still to come
             model, _, compose = open_clip.create_model_and_transforms(
-                name.architecture,
+                architecture,
                 pretrained=None if file.is_file() else name.place,
                 precision="fp32",
                 pretrained_hf=False,
                 cache_dir=None if download_root is None else str(download_root),
+                **pixels,
             )
             if file.is_file():
                 open_clip.load_checkpoint(model, str(file), strict=True, weights_only=True)
-            texts = PaddedTexts(open_clip.get_tokenizer(name.architecture))
+            texts = PaddedTexts(open_clip.get_tokenizer(architecture))
     except Exception as error:  # of no common type
         raise CheckpointError(f"{name}: open_clip cannot open it ({first_sentence(error)})") from error
     size = model.visual.image_size
@@ -112,12 +122,31 @@ def open_model(
 
 
 def _check(name: ForeignName, open_clip: Any) -> None:
-    if name.architecture not in open_clip.list_models():
+    architecture, is_tagged, tag = name.architecture.partition(":")
+    if architecture not in open_clip.list_models():
+        raise ConfigError(f"{name}: open_clip has no architecture {architecture!r}; open_clip.list_models() has all")
+    tags, is_file = open_clip.list_pretrained_tags_by_model(architecture), Path(name.place).expanduser().is_file()
+    if not is_file and name.place not in tags:
+        raise CheckpointError(f"{name}: {name.place} is no file, and no weights that open_clip knows of {architecture}")
+    if is_tagged and not is_file:
+        raise ConfigError(f"{name}: a tag goes before a file alone; give open_clip:{architecture}@{name.place}")
+    if is_tagged and tag not in tags:
+        raise ConfigError(f"{name}: open_clip knows no weights {tag!r} of {architecture}, but {', '.join(tags)}")
+
+
+def _pixels_of_tags(name: ForeignName, open_clip: Any) -> dict[str, Any]:
+    """How pictures are treated for a file: open_clip keeps that with its tags, and a file has none."""
+    architecture, _, tag = name.architecture.partition(":")
+    tags = [tag] if tag else open_clip.list_pretrained_tags_by_model(architecture)
+    found = {one: _pixels_of(open_clip.get_pretrained_cfg(architecture, one)) for one in tags}
+    settings = list(found.values())
+    if any(one != settings[0] for one in settings):
         raise ConfigError(
-            f"{name}: open_clip has no architecture {name.architecture!r}; open_clip.list_models() has all"
+            f"{name}: weights of {architecture} take pictures in different ways; name those that this file was trained "
+            f"like, as in open_clip:{architecture}:{tags[0]}@{name.place} ({', '.join(tags)})"
         )
-    tags = open_clip.list_pretrained_tags_by_model(name.architecture)
-    if not Path(name.place).expanduser().is_file() and name.place not in tags:
-        raise CheckpointError(
-            f"{name}: {name.place} is no file, and no weights that open_clip knows of {name.architecture}"
-        )
+    return settings[0] if settings else {}
+
+
+def _pixels_of(entry: dict[str, Any]) -> dict[str, Any]:
+    return {ours: entry[theirs] for theirs, ours in _PIXELS.items() if entry.get(theirs) is not None}
