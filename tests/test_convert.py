@@ -343,6 +343,15 @@ def test_overwrite_replaces_a_folder_of_either_form_and_a_file(reference: Path, 
         (["run.pt", "run.pt", "--overwrite"], "TARGET run.pt: would overwrite run.pt, which it reads"),
         (["folder", "folder", "--overwrite"], "TARGET folder: would overwrite folder, which it reads"),
         (["folder/model.safetensors", "folder", "--overwrite"], "TARGET folder: holds folder/model.safetensors"),
+        (
+            ["folder", "folder/model.safetensors", "--overwrite"],
+            "TARGET folder/model.safetensors: is inside folder, which",
+        ),
+        (["folder", "folder/model.pt"], "TARGET folder/model.pt: is inside folder, which is read"),
+        (["folder", "folder/new"], "TARGET folder/new: is inside folder, which is read"),
+        (["folder/model.safetensors", "./folder/config.json", "--to", "pt", "--overwrite"], "config.json, which"),
+        (["run.pt", "deep", "--overwrite"], "deep: holds other things (1_Normalize/photo.png); choose a new folder"),
+        (["odd", "out.pt"], "odd: image_resolution is 36, which a file of weights cannot say"),
         (["run.pt", "nowhere/out.pt"], "the folder nowhere does not exist"),
         (["resnet.pt", "out"], "resnet.pt: the picture tower is a ResNet, but ChineseCLIPModel of transformers"),
         (["words.pt", "out"], "words.pt: the text tower knows 40 words, but this package's vocabulary has 21128"),
@@ -365,16 +374,17 @@ def test_what_cannot_be_done_is_told_in_one_line_and_changes_nothing(
     Path("file").write_bytes(b"earlier")
     Path("full").mkdir()
     Path("full/photo.png").write_bytes(b"mine")
+    Path("deep/1_Normalize").mkdir(parents=True)
+    Path("deep/1_Normalize/photo.png").write_bytes(b"mine")
     torch.save({"state_dict": tiny_model("resnet").state_dict()}, "resnet.pt")
     torch.save({"state_dict": tiny_model("vit").state_dict()}, "words.pt")
     state = read_checkpoint(reference).state_dict
     torch.save({name: value for name, value in state.items() if name != "text_projection"}, "lacking.pt")
     torch.save({name: value for name, value in state.items() if name.startswith("visual.")}, "openai.pt")
-    for name in ("folder", "heads"):
+    for name in ("folder", "heads", "odd"):
         hf_folders.write_transformers(made(name), state, zoo.config_from_info(SMALL_MODEL))
-    config = json.loads(Path("heads/config.json").read_text())
-    config["text_config"]["num_attention_heads"] = 2
-    Path("heads/config.json").write_text(json.dumps(config))
+    changed("heads", "text_config", num_attention_heads=2)
+    changed("odd", "vision_config", image_size=36)
     before = tree(tmp_path)
     assert reason in refusal(capsys, *args)
     assert tree(tmp_path) == before
@@ -383,6 +393,12 @@ def test_what_cannot_be_done_is_told_in_one_line_and_changes_nothing(
 def made(name: str) -> Path:
     Path(name).mkdir()
     return Path(name)
+
+
+def changed(folder: str, section: str, **fields: object) -> None:
+    config = json.loads(Path(folder, "config.json").read_text())
+    config[section] |= fields
+    Path(folder, "config.json").write_text(json.dumps(config))
 
 
 def test_a_disk_that_is_full_leaves_the_earlier_folder(

@@ -7,7 +7,7 @@ import shutil
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -537,8 +537,12 @@ def test_open_clip_gives_its_own_vectors(open_clip_file: Path) -> None:
 class OpenClip:
     """The part of open_clip that knows architectures and tags, with entries as it has them."""
 
-    OPENAI = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28), "interpolation": "bicubic"}
-    ENTRIES = {
+    OPENAI: ClassVar[dict[str, Any]] = {
+        "mean": (0.48, 0.46, 0.41),
+        "std": (0.27, 0.26, 0.28),
+        "interpolation": "bicubic",
+    }
+    ENTRIES: ClassVar[dict[str, dict[str, Any]]] = {
         "MobileCLIP-S1": {"datacompdr": {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bilinear"}},
         "ViT-B-32": {"openai": OPENAI, "laion2b": {**OPENAI, "url": "elsewhere"}},
         "ViT-L-14": {"openai": OPENAI, "laion2b": {**OPENAI, "mean": (0.5,) * 3}},

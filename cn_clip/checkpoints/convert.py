@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,16 +25,17 @@ OPENED_BY = {
     "safetensors": "cn_clip.clip.load_from_name({!r})",
     "pt": "cn_clip.clip.load_from_name({!r})",
 }
-# What a folder of either form holds; one that holds more is never replaced.
+# What a folder of either form holds, folders too; one that holds more is never replaced.
 FOLDER_FILES = frozenset(
     {
         *("model.safetensors", "config.json", "preprocessor_config.json"),
         *("vocab.txt", "tokenizer.json", "tokenizer_config.json"),
-        *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Normalize"),
+        *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+        *("1_Normalize", "1_Normalize/config.json"),
     }
 )
 # What leaves a trace in features but none in the names and shapes of tensors.
-_UNSEEN = ("vision_head_width", "text_num_attention_heads", "text_hidden_act")
+_UNSEEN = ("image_resolution", "vision_head_width", "text_num_attention_heads", "text_hidden_act")
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,10 @@ def require_room(target: Path, kind: Kind, *, overwrite: bool) -> None:
     if kind not in FOLDERS:
         jsonl.replaceable(target)
     elif target.is_dir():
-        others = sorted({path.name for path in target.iterdir()} - FOLDER_FILES)
+        inside = (path.relative_to(target).as_posix() for path in target.rglob("*"))
+        others = sorted(islice((name for name in inside if name not in FOLDER_FILES), 3))
         if others:
-            raise DataError(f"{target}: holds other things ({', '.join(others[:3])}); choose a new folder")
+            raise DataError(f"{target}: holds other things ({', '.join(others)}); choose a new folder")
     elif target.exists():
         raise DataError(f"{target}: is a file; expected the name of a folder for --to {kind}")
     if not overwrite and (any(target.iterdir()) if target.is_dir() else target.exists()):
@@ -114,10 +117,13 @@ def require_room(target: Path, kind: Kind, *, overwrite: bool) -> None:
 
 
 def refuse_source(target: Path, source: Path) -> None:
-    """Raises ConfigError when writing `target` would replace `source`, or a folder that holds it."""
+    """Raises ConfigError when writing `target` would replace `source` or a folder that holds it, or change its files."""
     from cn_clip import jsonl
+    from cn_clip.clip.hf import CONFIG_FILE
 
-    jsonl.refuse_inputs("TARGET", target, [source])
+    jsonl.refuse_inputs("TARGET", target, [source, source.with_name(CONFIG_FILE)])
+    if source.is_dir() and source.resolve() in target.resolve().parents:
+        raise ConfigError(f"TARGET {target}: is inside {source}, which is read; give another path")
     if target.resolve() in source.resolve().parents:
         raise ConfigError(f"TARGET {target}: holds {source}, which is read; give another path")
 
