@@ -94,6 +94,8 @@ COMMANDS: dict[str, Command] = {
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its status; status 2 with one line for a command that does not exist."""
     given = list(sys.argv[1:] if args is None else args)
+    if given[:1] == ["help"] and len(given) > 1:
+        given = [*given[1:], "--help"]
     if not given or given[0] in ("-h", "--help", "help"):
         print(help_text())
         return

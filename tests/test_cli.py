@@ -50,6 +50,14 @@ def test_help_of_a_family_lists_its_commands_only(capsys: pytest.CaptureFixture[
     assert "recall" not in out
 
 
+@pytest.mark.parametrize("name", ["models", "dataset check"])
+def test_help_takes_the_name_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["help", *name.split()])
+    assert stopped.value.code in (0, None)
+    assert f"usage: cn-clip {name} " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flag", ["--version", "-V"])
 def test_version_is_the_package_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main([flag])

@@ -75,3 +75,12 @@ def test_steps_that_are_none_are_refused(steps: str, tmp_path: Path) -> None:
     result = run("cn_clip/demo/main.py", f"--output={tmp_path}", f"--steps={steps}")
     assert result.returncode != 0
     assert "--steps" in result.stderr
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/deep/er"])
+def test_a_file_in_the_place_of_the_output_is_named(place: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    result = run("cn_clip/demo/main.py", f"--output={tmp_path / place}", "--steps=0")
+    assert result.returncode == 1
+    line = f"--output {tmp_path / place}: expected a folder, {tmp_path / 'taken'} is a file"
+    assert result.stderr.strip() == f"错误 / error: {line}"

@@ -245,6 +245,21 @@ def test_a_folder_that_moved_keeps_its_vectors(built: Path, tmp_path: Path, comm
     assert (result["encoded"], result["reused"], result["removed"]) == (0, 11, [name(4)])
 
 
+def test_another_folder_empties_no_index_unless_told_to(
+    built: Path, tmp_path: Path, command: Command, refusal: Callable[..., str]
+) -> None:
+    write_pictures(tmp_path / "others", [30, 31])
+    args = ("index", "build", tmp_path / "others", "--output", built)
+    assert refusal(*args).startswith(
+        f"{built}: was built from {tmp_path / 'pictures'}, and 12 of its 12 items are not in {tmp_path / 'others'}; "
+    )
+    assert command("index", "info", built)["num_items"] == 12
+    result = command(*args, "--replace-source")
+    assert (len(result["removed"]), result["encoded"], result["num_items"]) == (12, 2, 2)
+    # Once more from there, nothing is to be replaced any more.
+    assert command(*args)["unchanged"] == 2
+
+
 def test_a_source_that_is_not_there_empties_no_index(
     built: Path, tmp_path: Path, command: Command, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -216,6 +216,13 @@ def test_the_encoder_and_the_datasets_decode_fast_alike(tmp_path: Path, num_thre
     np.testing.assert_allclose(rows, encoder.backend.encode_pixels(expected), atol=1e-6)
 
 
+def test_a_picture_that_is_not_there_is_called_so(tmp_path: Path) -> None:
+    path = tmp_path / "nope.jpg"
+    with pytest.raises(DataError) as caught:
+        open_picture(path, name=str(path))
+    assert str(caught.value) == f"{path}: no such file"
+
+
 def test_other_ways_of_decoding_are_refused() -> None:
     for make in (lambda: ImageTransform(16, "quick"), lambda: Encoder(tiny_model(), decode="quick")):  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="decode: expected exact or fast, got 'quick'"):

@@ -122,6 +122,17 @@ def test_weights_alone_are_taken_with_the_reset_flags(
             1,
             "--resume no/such.pt: no such file; training stops rather than start from scratch",
         ),
+        (
+            ["--resume=weights/clip_cn_vit-b-16.pt"],
+            1,
+            "no such file; fetch it with: cn-clip download ViT-B-16 --download-root weights; training stops",
+        ),
+        (
+            ["--resume=Emoji-Tiny", "--reset-optimizer"],
+            1,
+            "is it another architecture? It holds RN-Small-64 @ BERT-Tiny-chinese: "
+            "give --vision-model RN-Small-64 --text-model BERT-Tiny-chinese",
+        ),
         (["--batch-size=25"], 1, "--batch-size 25: larger than the 24 pairs of the data"),
         (["--bach-size=8"], 2, "--bach-size"),
         (["--precision=fp16"], 1, "--precision fp16: needs CUDA"),

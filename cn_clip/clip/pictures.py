@@ -58,6 +58,8 @@ def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) 
                 picture.load()
             return picture
         return decode(picture, draft_size)
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: no such file") from error
     except Exception as error:
         raise DataError(f"{name}: not a picture that can be decoded ({error})") from error
 

@@ -59,7 +59,11 @@ class Options:
 def run(options: Options) -> None:
     """Runs every step; the results lie in `options.output`."""
     started = time.monotonic()
-    tour = Tour(options, Path(options.output))
+    output = Path(options.output)
+    file = next((path for path in (output, *output.parents) if path.is_file()), None)
+    if file is not None:
+        raise ConfigError(f"--output {output}: expected a folder, {file} is a file")
+    tour = Tour(options, output)
     with command.stdout_to_stderr(when=options.json):
         tour.make_dataset()
         before, after = tour.recalls(MODEL), None

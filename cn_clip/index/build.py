@@ -32,6 +32,8 @@ class Options(AddOptions):
     """float16 halves the disk; default: as it is, else float32"""
     keep_missing: bool = False
     """Keep the items whose pictures are gone"""
+    replace_source: bool = False
+    """Remove what came from another source before, though most of it is not in this one"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +65,7 @@ def run(options: Options) -> None:
         vector_type=options.vector_type,
         is_sync=True,
         keep_missing=options.keep_missing,
+        replace_source=options.replace_source,
     )
     building.update(options, job, command.Speaker(quiet=options.json))
 

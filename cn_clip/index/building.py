@@ -46,7 +46,8 @@ LISTED = 20
 class Job:
     """A source to bring into an index. engine, vector_type: None keeps what the index has.
 
-    is_sync: the index is to hold what the source holds, and of this source nothing else.
+    is_sync: the index is to hold what the source holds, and of this source nothing else. replace_source: also when that
+    is another source than the last one.
     """
 
     index: Place
@@ -56,6 +57,7 @@ class Job:
     id_prefix: str = ""
     is_sync: bool = False
     keep_missing: bool = False
+    replace_source: bool = False
 
 
 class Model:
@@ -106,7 +108,9 @@ def update(options: AddOptions, job: Job, say: Speaker) -> None:
         raise DataError(f"{job.source}: holds no picture{_reasons(source.skipped)}")
     with _writer(job, model, source.name) as writer:
         model.settle(writer.manifest)
-        _refuse_others_ids(writer, (one.id for one in source.candidates), source.name, job)
+        ids = [one.id for one in source.candidates]
+        _refuse_others_ids(writer, ids, source.name, job)
+        _refuse_another_source(writer, ids, source.name, job)
         before = writer.manifest.source
         settings = Settings(options.batch_size, options.num_workers, options.commit_every, options.thumbnail_size)
         ingest = Ingest(writer, model.encoder, settings, _reporter(say), skipped=source.skipped)
@@ -146,6 +150,21 @@ def _refuse_others_ids(writer: Writer, ids: Iterable[ItemId], source: str, job: 
             )
 
 
+def _refuse_another_source(writer: Writer, ids: Iterable[ItemId], source: str, job: Job) -> None:
+    """A folder that moved holds most of what it held. Another one would empty the index, which few mean to do."""
+    before = writer.manifest.source
+    if not job.is_sync or job.keep_missing or job.replace_source or not before or before == source:
+        return
+    old, wanted = {item_id for item_id, metadata in writer.items() if metadata.get("source") == before}, set(ids)
+    num_gone = len(old - wanted)
+    if 2 * num_gone > len(old):
+        raise ConfigError(
+            f"{job.index}: was built from {before}, and {num_gone} of its {len(old)} items are not in {source}; "
+            "to have both, use cn-clip index add; to have the new ones alone, give --replace-source; for a second "
+            "index, give another --output"
+        )
+
+
 def _update_from_features(options: AddOptions, job: Job, model: Model, table: Table | None, say: Speaker) -> None:
     features = read_features(job.source, "image_id")
     name, embed_dim = str(job.source.absolute()), features.vectors.shape[1]
@@ -163,6 +182,7 @@ def _update_from_features(options: AddOptions, job: Job, model: Model, table: Ta
         before, known = writer.manifest.source, dict(writer.items())
         ids = [f"{job.id_prefix}{one}" if job.id_prefix else one for one in features.ids]
         _refuse_others_ids(writer, ids, name, job)
+        _refuse_another_source(writer, ids, name, job)
         report = _reporter(say)
         for start in range(0, len(ids), options.commit_every):
             items = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cn_clip import command, ranks, zoo
-from cn_clip.errors import ConfigError
+from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.training.params import Options
 
 if TYPE_CHECKING:
@@ -176,8 +176,24 @@ def load_start(options: Options, model: "CLIP", checkpoint_dir: Path) -> "Checkp
     logger.info("=> begin to load checkpoint '%s'", checkpoint.path)
     bias = state.resume_entry(checkpoint).get(SIGMOID_BIAS)
     tensors = checkpoint.state_dict if bias is None else {**checkpoint.state_dict, SIGMOID_BIAS: bias}
-    adapt.load_plain_state_dict(model, tensors, checkpoint.path)
+    try:
+        adapt.load_plain_state_dict(model, tensors, checkpoint.path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_advice(options, checkpoint)}") from error
     return checkpoint
+
+
+def _advice(options: Options, checkpoint: "Checkpoint") -> str:
+    """The flags that fit the checkpoint, where its towers have names and others were asked for."""
+    from cn_clip.clip.checkpoint import infer_config
+
+    try:
+        vision, text = zoo.tower_names(infer_config(checkpoint))
+    except CheckpointError:
+        return ""
+    if None in (vision, text) or (vision, text) == (options.vision_model, options.text_model):
+        return ""
+    return f" It holds {vision} @ {text}: give --vision-model {vision} --text-model {text}"
 
 
 def agree_on_start(trainer: "Trainer") -> None:

@@ -141,7 +141,12 @@ def find_resume(resume: str | None, checkpoint_dir: Path) -> list[Path]:
     if resume is not None:
         path = weight_file(resume) if zoo.named(resume) and not Path(resume).exists() else Path(resume)
         if not path.exists():
-            raise CheckpointError(f"--resume {resume}: no such file; training stops rather than start from scratch")
+            known = {model.filename: name for name, model in {**zoo.PUBLISHED, **zoo.QA_CLIP}.items()}
+            name = known.get(path.name)
+            fetch = f"; fetch it with: cn-clip download {name} --download-root {path.parent}" if name else ""
+            raise CheckpointError(
+                f"--resume {resume}: no such file{fetch}; training stops rather than start from scratch"
+            )
         return [path]
     latest = checkpoint_dir / LATEST
     return [path for path in (latest, *_newest_first(checkpoint_dir)) if path.is_file()]
