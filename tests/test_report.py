@@ -25,9 +25,9 @@ from cn_clip.clip.vit import VisualTransformer
 from cn_clip.data.texts import preprocess_text
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
-from cn_clip.eval import evaluation, extract_features, make_topk_predictions
+from cn_clip.eval import evaluation, extract_features, make_topk_predictions, zeroshot
 from cn_clip.preprocess import build_lmdb_dataset
-from cn_clip.report import charts, confusion, places, queries
+from cn_clip.report import charts, confusion, places, queries, sections
 from cn_clip.report import main as report
 from cn_clip.report.log_lines import read_logs
 from cn_clip.report.markup import Markup, element, quoted
@@ -317,6 +317,33 @@ def test_of_many_classes_those_with_most_mistakes_are_drawn() -> None:
     assert drawing.all("script") == []
 
 
+def test_shares_are_of_all_pictures_of_a_class_also_of_those_taken_for_classes_not_shown() -> None:
+    # Of each of 40 classes 10 pictures are right and 2 taken for its neighbour; one of class 0 for class 40, which
+    # has the fewest mistakes and is left out.
+    counts = np.diag([10] * 41)
+    counts[range(40), [number ^ 1 for number in range(40)]] = 2
+    counts[0, 40] = 1
+    labels = [f"第{number}类" for number in range(41)]
+    accuracy = zeroshot.Accuracy(top1=0.8, top5=None, per_class=[0.8] * 41)
+    section = sections.confusion_section(confusion.Confusion(Path("test"), labels, counts, accuracy, []))
+    read = Reader(section.body)
+    titles = [text for text in read.texts if " → " in text]
+    assert titles[:2] == ["第0类 → 第0类: 10 / 13", "第0类 → 第1类: 2 / 13"]
+    assert titles[2:4] == ["第1类 → 第0类: 2 / 12", "第1类 → 第1类: 10 / 12"]
+    assert len(titles) == 80
+    assert float(read.all("rect", "right")[0]["fill-opacity"] or 0) == pytest.approx(0.12 + 0.88 * 10 / 13, abs=0.005)
+
+
+def test_long_labels_do_not_make_a_long_page() -> None:
+    labels = [f"{number:02d}" + "&" * 298 for number in range(charts.MOST_CLASSES)]
+    counts = np.ones((len(labels), len(labels)), dtype=np.int64)
+    drawing = charts.confusion_chart(labels, counts, counts.sum(axis=1), "said")
+    cut = "&" * 37 + "…"
+    assert f"00{cut} → 39{cut}: 1 / 40" in Reader(drawing).texts
+    # 1,600 cells of two labels of 40 characters, each five bytes as HTML, and the rectangle around them.
+    assert len(drawing.encode()) < 1600 * (2 * 40 * 5 + 200)
+
+
 # --- places and tokens
 
 
@@ -566,6 +593,9 @@ def test_a_run_alone_needs_no_model(tmp_path: Path) -> None:
         (["run", "--picture", "a", "--text", *"1234567890123"], "13 pairs; expected at most 12"),
         (["run", "--top-k", "11"], "--top-k: expected 1 to 10, got 11"),
         (["run", "--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
+        (["run", "--templates", "x"], "--templates: nothing to do for it; add --zeroshot"),
+        (["run", "--dataset", "emoji"], "--dataset: nothing to do for it; add --zeroshot"),
+        (["run", "--top-k", "3"], "--top-k: nothing to do for it; add --data"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
@@ -587,7 +617,7 @@ def test_settings_that_do_not_fit_are_refused(
         (["{run}", "--checkpoint", "Emoji-Tiny", "--data", "{empty}"], "no built split is here"),
         (["{run}", "--output", "{empty}"], "is a folder; expected the path of a file to write"),
         (["{run}", "--output", "{run}/metrics.jsonl"], "metrics.jsonl, which it reads"),
-        (["{run}", "--checkpoint", "Emoji-Tiny", "--picture", "nope.png", "--text", "猫"], "nope.png: not a picture"),
+        (["{run}", "--checkpoint", "Emoji-Tiny", "--picture", "nope.png", "--text", "猫"], "nope.png: no such file"),
         (["{run}", "--checkpoint", "Emoji-Tiny", "--data", "x", "--context-length", "5000"], "--context-length 5000"),
     ],
 )
@@ -606,3 +636,48 @@ def test_what_is_missing_is_one_sentence(
     assert len(error.strip().splitlines()) == 1
     assert output.read_text(encoding="utf-8") == "an earlier report"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "report.html", "run"]
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("run/metrics.jsonl", "would overwrite"),
+        ("run/curves.png", "would overwrite"),
+        ("run/checkpoints/epoch_best.pt", "would overwrite"),
+        ("run/checkpoints/epoch3.pt", "would overwrite"),
+        ("run/tensorboard/events.out", "would overwrite"),
+        ("lmdb/valid/pairs/data.mdb", "lies in"),
+        ("lmdb/valid/new.html", "lies in"),
+        ("test/000/1.png", "lies in"),
+        ("link/000/1.png", "lies in"),
+        ("test/new.html", "lies in"),
+        ("folder/config.json", "lies in"),
+        ("labels.txt", "would overwrite"),
+    ],
+)
+def test_no_page_takes_the_place_of_what_is_read(
+    place: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("run"))
+    for folder in ("run/checkpoints", "run/tensorboard", "lmdb/valid/pairs", "test/000", "folder"):
+        Path(folder).mkdir(parents=True)
+    Path("link").symlink_to("test")
+    if Path(place).suffix != ".html":
+        Path(place).write_text("kept", encoding="utf-8")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    inputs = ["--checkpoint", "folder", "--data", "lmdb/valid", "--zeroshot", "test", "--labels", "labels.txt"]
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["run", *inputs, "--output", place])
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert f"--output {place}: {said} " in error
+    assert len(error.strip().splitlines()) == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_page_in_the_folder_of_its_run_may_be_written_again(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for _ in range(2):
+        report.main([str(run), "--output", str(run / "report.html")])
+    assert "37.5 %" in (run / "report.html").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip.report.markup import Markup, element, joined, number
+from cn_clip.report.markup import Markup, element, joined, number, shortened
 from cn_clip.training.curves import Points
 
 WIDTH, HEIGHT = 480, 250
@@ -17,7 +17,8 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 34
 MOST_POINTS = 600
 # Cells with their counts written in them, and the classes that a matrix shows at most.
 MOST_WRITTEN, MOST_CLASSES = 12, 40
-LABEL_LENGTH = 8
+# Characters of a class beside its row, and in what a cell says: 1,600 cells say two classes each.
+LABEL_LENGTH, TITLE_LENGTH = 8, 40
 
 
 @dataclass(frozen=True)
@@ -141,13 +142,14 @@ def confusion_chart(
     cell = max(14.0, min(44.0, 560.0 / max(size, 1)))
     margin = 20 + 13.0 * max((min(len(label), LABEL_LENGTH) for label in labels), default=1)
     side = margin + size * cell + 4
+    titles = [shortened(label, TITLE_LENGTH) for label in labels]
     marks = [element("rect", class_="paper", x=margin, y=margin, width=size * cell, height=size * cell)]
     for row, column in np.argwhere(counts_CC):
         count = int(counts_CC[row, column])
         x, y = margin + column * cell, margin + row * cell
         kind = "right" if row == column else "wrong"
         share = count / max(int(totals_C[row]), 1)
-        words = element("title", f"{labels[row]} → {labels[column]}: {count} / {totals_C[row]}")
+        words = element("title", f"{titles[row]} → {titles[column]}: {count} / {totals_C[row]}")
         box = {"x": x + 0.5, "y": y + 0.5, "width": cell - 1, "height": cell - 1}
         marks.append(element("rect", words, class_=kind, fill_opacity=0.12 + 0.88 * share, **box))
         if size <= MOST_WRITTEN:
@@ -155,7 +157,7 @@ def confusion_chart(
             marks.append(element("text", str(count), class_=style, x=x + cell / 2, y=y + cell / 2 + 4))
     for index, label in enumerate(labels):
         middle = margin + (index + 0.5) * cell
-        shown = label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 1] + "…"
+        shown = shortened(label, LABEL_LENGTH)
         marks.append(element("text", shown, class_="name", x=margin - 6, y=middle + 4, text_anchor="end"))
         turn = f"translate({number(middle + 4)} {number(margin - 6)}) rotate(-90)"
         marks.append(element("text", shown, class_="name", transform=turn))

@@ -1,5 +1,6 @@
 """One HTML file on a run and what its model finds: `cn-clip report RUN [--data LMDB/valid] …`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,7 @@ class Options:
             if bool(getattr(self, first)) != bool(getattr(self, second)):
                 raise ConfigError(f"--{first} and --{second}: expected both or neither")
         self._check_numbers()
+        self._check_parts()
         self.pairs  # noqa: B018 - raises
 
     def _check_numbers(self) -> None:
@@ -88,6 +90,12 @@ class Options:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
         if not 1 <= self.top_k <= MOST_HITS:
             raise ConfigError(f"--top-k: expected 1 to {MOST_HITS}, got {self.top_k}")
+
+    def _check_parts(self) -> None:
+        """Raises ConfigError for a setting of a part that is not asked for."""
+        for name, part in (("templates", "zeroshot"), ("dataset", "zeroshot"), ("top_k", "data")):
+            if getattr(self, name) != getattr(Options, name) and not getattr(self, part):
+                raise ConfigError(f"--{name.replace('_', '-')}: nothing to do for it; add --{part}")
 
     @property
     def needs_model(self) -> bool:
@@ -108,21 +116,31 @@ class Options:
         repeated = (list(given) * (count if len(given) == 1 else 1) for given in (pictures, texts))
         return list(zip(*repeated, strict=True))
 
-    def inputs(self) -> list[str | Path | None]:
-        """The files that are read, as far as their names are known."""
-        patterns = ("metrics.jsonl", "out_*.log", "params_*.txt") if self.run else ()
-        of_run = (path for pattern in patterns for path in Path(self.run).glob(pattern))
-        return [self.checkpoint, self.labels, self.templates, *self.picture, *of_run]
+    def check_output(self) -> None:
+        """Raises ConfigError where the page would take the place of what is read, or of what a run left."""
+        from cn_clip.jsonl import refuse_inputs
+
+        refuse_inputs("--output", self.output, [self.checkpoint, self.labels, self.templates, *self.picture])
+        refuse_inputs("--output", self.output, self._files_of_run())
+        target = Path(os.path.realpath(self.output))
+        for folder in (self.data, self.zeroshot, self.checkpoint):
+            if folder and Path(folder).is_dir() and target.is_relative_to(os.path.realpath(folder)):
+                raise ConfigError(f"--output {self.output}: lies in {folder}, which it reads; give another path")
+
+    def _files_of_run(self) -> list[Path]:
+        """All files of the run, its checkpoints and events too; not pages, which earlier reports may be."""
+        found = (path for pattern in ("*", "*/*") for path in Path(self.run).glob(pattern)) if self.run else ()
+        return [path for path in found if path.is_file() and path.suffix not in (".html", ".htm")]
 
 
 def run(options: Options) -> None:
     """Writes the page, as a whole or not at all; raises CnClipError naming what cannot be read."""
-    from cn_clip.jsonl import atomic_write, refuse_inputs, replaceable
+    from cn_clip.jsonl import atomic_write, replaceable
     from cn_clip.report.page import page
     from cn_clip.report.run_folder import read_run
 
     say = command.Speaker(quiet=options.json)
-    refuse_inputs("--output", options.output, options.inputs())
+    options.check_output()
     replaceable(options.output)
     found = read_run(Path(options.run)) if options.run else None
     facts: dict[str, Any] = {}

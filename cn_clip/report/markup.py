@@ -38,8 +38,12 @@ def joined(parts: Iterable[str]) -> Markup:
 
 def quoted(text: str, *, longest: int = LONGEST) -> Markup:
     """Words of the data: cut to `longest` characters, their direction of writing kept from the words around them."""
-    shown = text if len(text) <= longest else text[: longest - 1] + "…"
-    return element("bdi", shown)
+    return element("bdi", shortened(text, longest))
+
+
+def shortened(text: str, longest: int) -> str:
+    """Text of at most `longest` characters, `…` in place of what is cut off."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def both(chinese: str, english: str) -> Markup:

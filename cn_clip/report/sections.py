@@ -10,7 +10,7 @@ from PIL import Image
 from cn_clip.clip.pictures import open_picture
 from cn_clip.data.pictures import load_picture
 from cn_clip.report import charts
-from cn_clip.report.markup import Markup, both, element, joined, quoted
+from cn_clip.report.markup import Markup, both, element, joined, quoted, shortened
 from cn_clip.report.page import Section
 from cn_clip.report.run_folder import DIRECTIONS, Run, is_finite, mean_recall
 from cn_clip.report.thumbnails import LARGEST_SIDE, flattened, thumbnail
@@ -310,16 +310,17 @@ def _mistakes(confusion: "Confusion") -> Markup:
 
 
 def _mistake(confusion: "Confusion", mistake: "Mistake") -> Markup:
-    true, taken = (confusion.labels[number] for number in (mistake.true, mistake.taken))
+    labels = (confusion.labels[number] for number in (mistake.true, mistake.taken))
+    true, taken = (shortened(label, charts.TITLE_LENGTH) for label in labels)
     said = f"{true}，被认成{taken}"
     image = open_picture(Path(mistake.sample), name=mistake.sample)
     picture = thumbnail(image, side=HIT_SIDE, alt=said, num_bytes=HIT_BYTES)
     share = f"{mistake.count} / {confusion.counts_CC[mistake.true].sum()}"
     sure = both(f"这张的概率 {percent(mistake.probability * 100)} %", "probability of this one")
     words = [
-        quoted(true, longest=40),
+        quoted(true),
         " → ",
-        element("b", quoted(taken, longest=40)),
+        element("b", quoted(taken)),
         f"，{share} ",
         element("br"),
         sure,
