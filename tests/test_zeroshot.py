@@ -90,8 +90,7 @@ def test_a_target_that_is_no_class_is_refused() -> None:
         (["猫", "狗"], 2, [0, 1]),  # by order
         (["001", "004"], 5, [1, 4]),  # labels without pictures
         (["0", "1", "10", "2", "3", "4", "5", "6", "7", "8", "9"], 11, [0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9]),
-        (["1", "2", "3"], 3, [0, 1, 2]),  # counted from 1: by order
-        (["01", "1"], 2, [0, 1]),
+        (["²", "①"], 2, [0, 1]),  # no numbers: by order
     ],
 )
 def test_class_folders_belong_to_labels_by_number_or_by_order(
@@ -107,6 +106,21 @@ def test_class_folders_belong_to_labels_by_number_or_by_order(
 def test_folders_that_fit_no_labels_are_refused(folders: list[str], num_labels: int) -> None:
     with pytest.raises(DataError, match=f"{len(folders)} class folders and {num_labels} labels"):
         zeroshot.class_numbers(folders, num_labels)
+
+
+@pytest.mark.parametrize(
+    ("folders", "faulty"),
+    [
+        (["1", "2", "3"], "'3'"),
+        (["1", "10", *"23456789"], "'10'"),  # by order 10 would be the second
+        (["001", "002"], "'002'"),
+        (["1990", "2000"], "'1990'"),
+        (["00", "000", "1"], "'00' and '000'"),
+    ],
+)
+def test_numbers_that_are_not_those_of_the_labels_are_refused(folders: list[str], faulty: str) -> None:
+    with pytest.raises(DataError, match=f"numbers start at 0 .*got {faulty}"):
+        zeroshot.class_numbers(folders, len(folders))
 
 
 @given(st.integers(1, 300))

@@ -37,17 +37,31 @@ def class_numbers(folders: Sequence[str], num_labels: int) -> list[int]:
     """The line (from 0) of the label file that each class folder, given in sorted order, belongs to.
 
     Folders named by the label's number (`7`, `007`) belong to it, also when some numbers have no folder. Folders of
-    other names belong to the labels by their order, as many folders as labels. Raises DataError when neither fits.
+    other names belong to the labels by their order, as many folders as labels. Raises DataError when neither fits,
+    also for numbers that are not those of labels: their order as words is not that of the lines.
     """
-    numbers = [int(name) for name in folders if name.isascii() and name.isdigit()]
-    if len(numbers) == len(folders) and len(set(numbers)) == len(numbers) and max(numbers) < num_labels:
-        return numbers
+    if all(name.isascii() and name.isdigit() for name in folders):
+        return _by_number(folders, num_labels)
     if len(folders) == num_labels:
         return list(range(num_labels))
     raise DataError(
         f"{len(folders)} class folders and {num_labels} labels; expected one folder a label, in the same order, or "
         f"folders named 000 to {num_labels - 1:03d} after their label's number"
     )
+
+
+def _by_number(folders: Sequence[str], num_labels: int) -> list[int]:
+    bearer: dict[int, str] = {}
+    for name in folders:
+        number = int(name)
+        if number >= num_labels or number in bearer:
+            got = f"{bearer[number]!r} and {name!r}" if number in bearer else repr(name)
+            raise DataError(
+                f"{len(folders)} class folders and {num_labels} labels; the folders' numbers start at 0 for the first "
+                f"label: expected each of 000 to {num_labels - 1:03d} once at most, got {got}; rename the folders"
+            )
+        bearer[number] = name
+    return list(bearer)
 
 
 def classifier(encoder: Encoder, labels: Sequence[str], templates: Sequence[str], *, batch_size: int = 64) -> Rows:
