@@ -21,7 +21,7 @@ from cn_clip.demo import emoji
 from cn_clip.errors import DataError
 from cn_clip.eval import benchmark_classification as classification
 from cn_clip.eval import benchmark_sets as sets
-from cn_clip.eval import compare
+from cn_clip.eval import compare, linear_probe
 from cn_clip.eval import evaluate as evaluate_command
 from cn_clip.eval.benchmark_sets import ClassName
 from cn_clip.zoo_results import CHINESE_CLIP
@@ -98,6 +98,15 @@ def test_classes_of_alphabetical_datasets_are_in_that_order(name: str) -> None:
         ("TencentARC/QA-CLIP", None, None),
         ("Emoji-Tiny", None, None),
         (None, None, None),
+        ("weights/clip_cn_rn50.pt", None, "RN50"),
+        (None, "hub/chinese-clip-vit-base-patch16", "ViT-B-16"),
+        ("hf:hub/chinese-clip-vit-base-patch16/", None, "ViT-B-16"),
+        # What merely bears a name is another model.
+        (None, "runs/ViT-B-16", None),
+        ("runs/ViT-B-16", None, None),
+        ("hf:runs/ViT-B-16", None, None),
+        ("open_clip:ViT-B-16@runs/ViT-B-16", None, None),
+        ("open_clip:ViT-B-16@weights/clip_cn_vit-b-16.pt", None, None),
     ],
 )
 def test_a_model_stands_beside_the_figures_of_the_published_one(
@@ -140,6 +149,19 @@ def test_average_precision_is_1_for_hits_first_and_never_above(relevant: list[bo
     assert classification.average_precision_11_point(scores, np.array(sorted(relevant, reverse=True))) == 1
 
 
+@pytest.mark.parametrize("relevant", [[True, False, True], [True, True, False]])
+def test_equal_scores_are_cut_together(relevant: list[bool]) -> None:
+    # Cut after one: precision 1, recall 1/2; after all three, of which two are equal: 2/3 and 1.
+    scores = np.array([3, 2, 2], dtype=np.float32)
+    expected = (6 * 1 + 5 * 2 / 3) / 11
+    assert classification.average_precision_11_point(scores, np.array(relevant)) == pytest.approx(expected)
+
+
+def test_scores_that_say_nothing_have_the_precision_of_chance() -> None:
+    relevant = np.arange(40) // 10 == 0  # the first of four classes, in the order of the folders
+    assert classification.average_precision_11_point(np.ones(40, dtype=np.float32), relevant) == 0.25
+
+
 def test_average_precision_needs_something_to_find() -> None:
     with pytest.raises(ValueError, match="at least one relevant item"):
         classification.average_precision_11_point(np.ones(2, dtype=np.float32), np.zeros(2, dtype=np.bool_))
@@ -172,6 +194,20 @@ def test_folders_are_of_the_class_of_their_number_or_name(folders: list[str], nu
 def test_folders_of_no_class_are_refused(folders: list[str], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         classification.own_numbers(folders, FEW)
+
+
+def test_numbers_of_eurosat_need_its_labels(tmp_path: Path) -> None:
+    # Its archive's order of the classes is not the alphabetical one of its names.
+    for folder in ("Forest", "River"):
+        (tmp_path / "test" / folder).mkdir(parents=True)
+        (tmp_path / "test" / folder / "1.png").write_bytes(picture((1, 2, 3)))
+    assert classification.read_dataset(tmp_path, "eurosat_clip").numbers == [1, 8]
+    (tmp_path / "test" / "Forest").rename(tmp_path / "test" / "001")
+    (tmp_path / "test" / "River").rename(tmp_path / "test" / "008")
+    with pytest.raises(DataError, match="the folder '001' is no class of the 10; expected names such as 'AnnualCrop'"):
+        classification.read_dataset(tmp_path, "eurosat_clip")
+    (tmp_path / "label_cn.txt").write_text("\n".join("甲乙丙丁戊己庚辛壬癸"), encoding="utf-8")
+    assert classification.read_dataset(tmp_path, "eurosat_clip").numbers == [1, 8]
 
 
 # --- retrieval, end to end
@@ -509,6 +545,32 @@ def test_what_a_classification_set_lacks_is_told_in_one_sentence(
 
 
 # --- settings
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({}, "ViT-B-16"),
+        ({"checkpoint": "weights/mine.pt"}, "mine"),
+        ({"checkpoint": "logs/a/checkpoints/epoch_best.pt"}, "a-epoch_best"),
+        ({"checkpoint": "logs/b/checkpoints/../checkpoints/epoch_best.pt"}, "b-epoch_best"),
+        ({"checkpoint": "checkpoints/epoch_best.pt"}, "here-epoch_best"),
+        ({"model": "RN50", "checkpoint": "logs/a b/checkpoints/epoch3.pt"}, "a_b-epoch3"),
+        ({"model": "hf:org/family", "precision": "bf16"}, "hf_org_family-bf16"),
+        ({"precision": "amp"}, "ViT-B-16"),
+        ({"backend": "openvino"}, "ViT-B-16-openvino"),
+        ({"checkpoint": "mine.pt", "backend": "onnx", "precision": "int8"}, "mine-onnx-int8"),
+    ],
+)
+def test_files_bear_the_names_of_run_checkpoint_and_arithmetic(
+    given: dict[str, Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    options = evaluate_command.Options(benchmark="muge", data="d", **given)
+    assert options.folder == Path(f"evaluations/muge-valid-{name}")
+    probing = linear_probe.Options(train="t/train", test="t/test", **given)
+    assert linear_probe._cache_file(Path("t/train"), probing) == tmp_path / "here" / "t" / f"train.{name}.npz"
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_families import write_family
 
 from cn_clip import cli
+from cn_clip.clip import load_from_name
 from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.encoder import Encoder
 from cn_clip.command import Speaker
@@ -203,6 +205,39 @@ def test_features_by_hand_are_classified_and_counted(tmp_path: Path, capsys: pyt
     assert [(run["seed"], run["c"], run["num_train"]) for run in result["runs"]] == [(0, 1e-6, 30)]
 
 
+def test_c_is_chosen_on_rows_that_are_held_out_then_all_are_fitted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, labels = made_up()
+    train, test = save(tmp_path / "train.npz", rows, labels), save(tmp_path / "test.npz", -rows[:5], labels[:5])
+    fit, logits = logistic.fit, logistic.Classifier.logits
+    fitted: list[set[tuple[float, ...]]] = []
+    scored: list[set[tuple[float, ...]]] = []
+
+    def distinct(rows_ND: Any) -> set[tuple[float, ...]]:
+        found = set(map(tuple, rows_ND.tolist()))
+        assert len(found) == len(rows_ND)
+        return found
+
+    def recorded_fit(rows_ND: Any, *arguments: Any, **settings: Any) -> logistic.Classifier:
+        fitted.append(distinct(rows_ND))
+        return fit(rows_ND, *arguments, **settings)
+
+    def recorded_logits(self: logistic.Classifier, rows_ND: Any) -> Any:
+        scored.append(distinct(rows_ND))
+        return logits(self, rows_ND)
+
+    monkeypatch.setattr(logistic, "fit", recorded_fit)
+    monkeypatch.setattr(logistic.Classifier, "logits", recorded_logits)
+    probe("--train", train, "--test", test, capsys=capsys)
+    assert len(fitted) >= len(logistic.FIRST_EXPONENTS) + 1
+    for kept, held in zip(fitted[:-1], scored[:-1], strict=True):
+        assert (len(kept), len(held)) == (24, 6)
+        assert kept | held == distinct(rows)
+    assert fitted[-1] == distinct(rows)
+    assert scored[-1] == distinct(-rows[:5])
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five classes of drawings: `noto/test` to train on, `twemoji/test` by another hand to test on."""
@@ -254,6 +289,28 @@ def test_features_of_another_family_are_probed_as_they_are(
         probe("--train", arrays["train"], "--test", arrays["test"], "--c", 10, capsys=capsys)["runs"] == result["runs"]
     )
     assert result["embed_dim"] == encoder.embed_dim
+
+
+def test_features_of_another_checkpoint_of_the_same_name_are_computed_again(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, cache = pictures / "twemoji" / "test", tmp_path / "cache"
+    cache.mkdir()
+    state = load_from_name("Emoji-Tiny")[0].state_dict()
+    capsys.readouterr()  # what loading prints
+    found, names = [], []
+    for name, sign in (("a", 1), ("b", -1)):
+        for end in ("weight", "bias"):
+            state[f"visual.attnpool.c_proj.{end}"] *= sign
+        (tmp_path / name).mkdir()
+        torch.save({"state_dict": state}, tmp_path / name / "mine.pt")
+        model = ["--checkpoint", tmp_path / name / "mine.pt", "--cache", cache, "--num-workers", 0]
+        probe("--train", folder, "--test", folder, *model, "--c", 1, capsys=capsys)
+        (file,) = cache.iterdir()
+        found.append(class_features.read(file).rows_ND)
+        names.append(file.name)
+    assert names[0] == names[1]
+    np.testing.assert_allclose(found[1], -found[0], atol=1e-6)
 
 
 def test_few_shots_are_drawn_by_seed_and_averaged(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,6 +370,12 @@ def test_features_of_changed_pictures_are_computed_again_and_a_killed_run_goes_o
         (["--train", "two.npz", "--test", "two.npz", "--shots", "0"], 2, "--shots: expected at least 1"),
         (["--train", "two.npz", "--test", "two.npz", "--c", "0"], 2, "--c: expected a number above 0"),
         (["--train", "two.npz", "--test", "two.npz", "--seeds", "1", "1"], 2, "--seeds: expected different numbers"),
+        (["--train", "two.npz", "--test", "two.npz", "--c", "1", "--seeds", "1", "2"], 2, "--seeds: nothing is drawn"),
+        (["--train", "two.npz", "--test", "two.npz", "--context-length", "9"], 2, "--context-length"),
+        (["--train", "two.npz", "--test", "two.npz", "--model", "RN50"], 1, "--model: no model is opened"),
+        (["--train", "two.npz", "--test", "two.npz", "--cache", "x"], 1, "--cache: no model is opened"),
+        (["--train", "two.npz", "--test", "two.npz", "--checkpoint", "x"], 1, "--checkpoint: no model is opened"),
+        (["--train", "two.npz", "--test", "two.npz", "--precision", "bf16"], 1, "--precision: no model is opened"),
         (["--train", "none", "--test", "two.npz"], 1, "--train none: no such folder or file"),
         (["--train", "two.npz", "--test", "wide.npz"], 1, "features of 2 numbers, wide.npz of 3; use one model"),
         (["--train", "one.npz", "--test", "two.npz"], 1, "one.npz: expected two classes or more"),

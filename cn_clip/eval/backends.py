@@ -100,7 +100,7 @@ def open_encoder(options: ModelOptions, say: Speaker, *, kinds: Sequence[Kind] =
     for kind, name in (("vision", options.vision_model), ("text", options.text_model)):
         if name:
             say(f"Loading {kind} model config from {zoo.config_path(name)}")
-    opened = _open_torch(options, say) if options.backend == "torch" else _open_exported(options, say, kinds)
+    opened = _open_torch(options, say, kinds) if options.backend == "torch" else _open_exported(options, say, kinds)
     return Encoder(opened, context_length=options.context_length, decode=options.decode)
 
 
@@ -123,7 +123,7 @@ def _open_foreign(options: ModelOptions, say: Speaker) -> "Encoder":
     return encoder
 
 
-def _open_torch(options: ModelOptions, say: Speaker) -> "Backend":
+def _open_torch(options: ModelOptions, say: Speaker, kinds: Sequence[Kind]) -> "Backend":
     from cn_clip import ranks
     from cn_clip.clip.backends.pytorch import TorchBackend
     from cn_clip.clip.loading import open_model
@@ -134,7 +134,8 @@ def _open_torch(options: ModelOptions, say: Speaker) -> "Backend":
     model, checkpoint = open_model(
         options.resume, vision=options.vision_model, text=options.text_model, download_root=options.download_root
     )
-    _check_length(options.resume, model.config.text.text_max_position_embeddings, options.context_length)
+    if "text" in kinds:
+        _check_length(options.resume, model.config.text.text_max_position_embeddings, options.context_length)
     say(f"=> loaded checkpoint '{options.resume}' (epoch {checkpoint.epoch} @ {checkpoint.step} steps)")
     return TorchBackend(model, device=device, precision=precision_of(options), num_threads=options.num_threads)
 

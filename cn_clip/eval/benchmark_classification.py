@@ -1,6 +1,6 @@
 """Runs a zero-shot classification benchmark by the functions of that command; `evaluate` calls it."""
 
-# N pictures, C classes
+# N pictures, C classes, K cuts of a ranking
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cn_clip.command import Speaker
 from cn_clip.errors import DataError
-from cn_clip.eval.benchmark_sets import ClassName, Metric, class_names
+from cn_clip.eval.benchmark_sets import ClassName, Metric, class_names, classification_sets
 from cn_clip.eval.model_choice import ModelChoice
 
 if TYPE_CHECKING:
@@ -101,22 +101,22 @@ def measure(dataset: Dataset, choice: ModelChoice, output: Path, say: Speaker) -
 def average_precision_11_point(scores_N: "Rows", is_relevant_N: NDArray[np.bool_]) -> float:
     """PASCAL VOC 2007's average precision in [0, 1]: the mean over the recalls 0, 0.1 … 1 of the best precision there.
 
-    The best precision at a recall is that of any cut that reaches it. Of equal scores the earlier comes first.
+    The best precision at a recall is that of any cut that reaches it. Equal scores are never cut apart.
     Raises ValueError without a relevant item. Source: Everingham et al., IJCV 2010, section 4.2.
     """
     if not is_relevant_N.any():
         raise ValueError("expected at least one relevant item")
-    hits_N = np.cumsum(is_relevant_N[np.argsort(-scores_N, kind="stable")])
-    precision_N = hits_N / np.arange(1, len(hits_N) + 1)
+    order_N = np.argsort(-scores_N, kind="stable")
+    last_K = np.append(np.flatnonzero(np.diff(scores_N[order_N])), len(order_N) - 1)
+    hits_K = np.cumsum(is_relevant_N[order_N])[last_K]
+    precision_K = hits_K / (last_K + 1)
     # In integers: 3 of 10 hits reach the level 0.3 exactly.
     levels = range(_RECALL_LEVELS)
-    reached = [hits_N * (_RECALL_LEVELS - 1) >= level * hits_N[-1] for level in levels]
-    return float(np.mean([precision_N[cut_N].max() for cut_N in reached]))
+    reached = [hits_K * (_RECALL_LEVELS - 1) >= level * hits_K[-1] for level in levels]
+    return float(np.mean([precision_K[cut_K].max() for cut_K in reached]))
 
 
 def _is_multi_label(name: str) -> bool:
-    from cn_clip.eval.benchmark_sets import classification_sets
-
     return classification_sets()[name].elevater_metric == "map_11_point"
 
 
@@ -156,23 +156,26 @@ def _labels(data: Path, name: str, folders: Sequence[str]) -> tuple[list[str], l
         if given is not None:
             return given, zeroshot.class_numbers(folders, len(given))
         names = class_names(name)
-        return [one.chinese for one in names], own_numbers(folders, names)
+        by_number = classification_sets()[name].is_numbered
+        return [one.chinese for one in names], own_numbers(folders, names, by_number=by_number)
     except DataError as error:
         raise DataError(f"{data / 'test'}: {error}") from error
 
 
-def own_numbers(folders: Sequence[str], names: Sequence[ClassName]) -> list[int]:
-    """The class of each folder, which bears its number or its name in the dataset (case, blanks, `_`, `-` aside).
+def own_numbers(folders: Sequence[str], names: Sequence[ClassName], *, by_number: bool = True) -> list[int]:
+    """The class of each folder, which bears its name in the dataset (case, blanks, `_`, `-` aside) or its number.
 
+    by_number: whether the numbers of the dataset's folders are known to be those of `names`; if not they are no names.
     Raises DataError for a folder that is neither: an order by which others belong to classes cannot be guessed.
     """
     by_name = {_plain(one.original): number for number, one in enumerate(names)}
-    are_numbers = all(folder.isascii() and folder.isdigit() for folder in folders)
+    are_numbers = by_number and all(folder.isascii() and folder.isdigit() for folder in folders)
+    numbered = f"numbers from 0 to {len(names) - 1}, " if by_number else ""
     numbers = [int(folder) if are_numbers else by_name.get(_plain(folder), -1) for folder in folders]
     for folder, number in zip(folders, numbers, strict=True):
         if not 0 <= number < len(names):
             raise DataError(
-                f"the folder {folder!r} is no class of the {len(names)}; expected numbers from 0 to {len(names) - 1}, "
+                f"the folder {folder!r} is no class of the {len(names)}; expected {numbered}"
                 f"names such as {names[0].original!r}, or your own {LABEL_FILE} beside test/"
             )
     if len(set(numbers)) < len(numbers):

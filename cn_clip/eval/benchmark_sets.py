@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from cn_clip import zoo, zoo_results
+from cn_clip.clip.foreign.names import is_foreign
 from cn_clip.zoo_results import Query
 
 Metric: TypeAlias = Literal["top1", "mean_per_class", "map_11_point"]
@@ -43,11 +44,15 @@ RETRIEVAL_SETS: Mapping[str, RetrievalSet] = {
 
 @dataclass(frozen=True)
 class ClassificationSet:
-    """A classification benchmark: how ELEVATER scores it, and the published zero-shot figures in percent by model."""
+    """A classification benchmark: how ELEVATER scores it, and the published zero-shot figures in percent by model.
+
+    is_numbered: whether the folders' numbers in the published archive are known to be those of `class_names`.
+    """
 
     title: str
     elevater_metric: Metric
     published: Mapping[str, float]
+    is_numbered: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,18 @@ def known_name(given: str) -> str | None:
 def published_model(model: str | None, checkpoint: str | None) -> str | None:
     """The published model whose figures stand beside those of a model, None where there are none.
 
-    A checkpoint of one's own stands beside the model it is said to be of, else beside that whose file name it has.
+    A checkpoint of one's own stands beside the model it is said to be of, else beside that whose file or repository is
+    called alike; a folder or file that merely bears the name of a model is another one.
     """
-    given = Path(model or checkpoint or "").name
-    for name, entry in {**zoo.PUBLISHED, **zoo.QA_CLIP}.items():
+    published = {**zoo.PUBLISHED, **zoo.QA_CLIP}
+    given = model or checkpoint or ""
+    if given in published:
+        return given
+    file = Path(given).name
+    for name, entry in published.items():
         # All of QA-CLIP's files are in one repository.
-        if given in (name, entry.filename) or (given == entry.repo and name in zoo.PUBLISHED):
+        is_repository = file == entry.repo and name in zoo.PUBLISHED
+        if is_repository or (file == entry.filename and not is_foreign(given)):
             return name
     return None
 

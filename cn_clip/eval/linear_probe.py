@@ -7,7 +7,7 @@ cn-clip linear-probe --train datasets/dtd/train --test datasets/dtd/test
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 HELD_OUT_SHARE = 0.2
 # With one picture a class nothing can be held out to choose by; CLIP's example for its own features takes this.
 C_OF_ONE_SHOT = 0.316
+DEFAULT_SEEDS = (0,)
+# Settings that have nothing to do where both --train and --test are features; the device is that of the fit too.
+_OF_MODELS = {one.name for one in fields(ModelChoice)} - {"device"} | {"cache"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Options(ModelChoice):
     """Test pictures or features, likewise; their classes are among those of --train"""
     shots: int | None = None
     """Train on so many pictures a class, drawn at random; default: on all"""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = DEFAULT_SEEDS
     """One result for each seed, which draws the shots and the held-out part; and their mean"""
     c: float | None = None
     """Inverse strength of the L2 regularisation, as scikit-learn's C; default: chosen among 1e-6 to 1e6"""
@@ -62,6 +65,8 @@ class Options(ModelChoice):
             raise ConfigError(f"--seeds: expected different numbers from 0 on, got {list(self.seeds)}")
         if self.c is not None and not (self.c > 0 and math.isfinite(self.c)):
             raise ConfigError(f"--c: expected a number above 0, got {self.c}")
+        if self.c is not None and self.shots is None and self.seeds != DEFAULT_SEEDS:
+            raise ConfigError("--seeds: nothing is drawn where --c is given and --shots is not; leave --seeds out")
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,8 @@ def _features(options: Options, say: command.Speaker) -> "tuple[ClassFeatures, C
     encoder: Encoder | None = None
     if any(place.is_dir() for place in places):
         encoder = backends.open_encoder(options, command.Speaker(quiet=True), kinds=["image"])
+    else:
+        _refuse_model_settings(options)
     found = []
     for place in places:
         if encoder is None or not place.is_dir():
@@ -161,6 +168,13 @@ def _features(options: Options, say: command.Speaker) -> "tuple[ClassFeatures, C
         sizes = {"batch_size": options.batch_size, "num_workers": options.num_workers}
         found.append(class_features.of_folder(place, file, encoder, identity, say, **sizes))
     return found[0], found[1]
+
+
+def _refuse_model_settings(options: Options) -> None:
+    for setting in fields(Options):
+        if setting.name in _OF_MODELS and getattr(options, setting.name) != setting.default:
+            flag = f"--{setting.name.replace('_', '-')}"
+            raise ConfigError(f"{flag}: no model is opened, --train and --test are features already; leave it out")
 
 
 def _cache_file(folder: Path, options: Options) -> Path:

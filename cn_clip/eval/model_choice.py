@@ -1,5 +1,6 @@
 """The settings with which `evaluate` and `linear-probe` name a model: a published name, or weights of one's own."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,10 @@ from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError
 from cn_clip.eval import backends
 
-DEFAULT_MODEL = "ViT-B-16"
+DEFAULT_MODEL, DEFAULT_CONTEXT_LENGTH = "ViT-B-16", 52
+# The folder of a run in which the training keeps its checkpoints; all runs name them alike.
+_CHECKPOINTS = "checkpoints"
+_USUAL = frozenset({"torch", "fp32", "amp"})
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,6 @@ class ModelChoice:
     """Threads that compute; default: one a core. tensorrt has none"""
     decode: Decode = "exact"
     """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little"""
-    context_length: int = 52
-    """Longest text in tokens, [CLS] and [SEP] included"""
     download_root: str | None = None
     """Folder of downloaded and exported models; default: ~/.cache/clip"""
 
@@ -48,7 +50,7 @@ class ModelChoice:
                 f"expected one of {', '.join(zoo.available_models())}"
             )
         backends.check(self)
-        for name, least in (("batch_size", 1), ("context_length", 3), ("num_workers", 0)):
+        for name, least in (("batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
 
@@ -63,9 +65,27 @@ class ModelChoice:
         return self.model or (None if self.checkpoint else DEFAULT_MODEL)
 
     @property
+    def context_length(self) -> int:
+        """Longest text in tokens; commands that read texts have it as a setting."""
+        return DEFAULT_CONTEXT_LENGTH
+
+    @property
     def file_name(self) -> str:
-        """The model in the names of files: letters of words, digits, `-` and `.` alone."""
-        return re.sub(r"[^\w.-]+", "_", Path(self.checkpoint).stem if self.checkpoint else self.resume)
+        """The model in the names of files: letters of words, digits, `-` and `.` alone.
+
+        A checkpoint of a run has the name of the run before its own; backend and precision follow where they are not
+        the usual ones.
+        """
+        arithmetic = [one for one in (self.backend, self.precision) if one not in _USUAL]
+        return re.sub(r"[^\w.-]+", "_", "-".join([*self._name_parts, *arithmetic]))
+
+    @property
+    def _name_parts(self) -> list[str]:
+        if not self.checkpoint:
+            return [self.resume]
+        path = Path(os.path.abspath(self.checkpoint))
+        is_of_run = path.parent.name == _CHECKPOINTS
+        return [path.parent.parent.name, path.stem] if is_of_run else [path.stem]
 
     @property
     def vision_model(self) -> str | None:
