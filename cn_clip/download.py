@@ -1,5 +1,6 @@
 """Downloads a published model, or checks the one that is here: `cn-clip download ViT-B-16`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +54,12 @@ def _fetch(published: zoo.Published, options: Options, say: command.Speaker) -> 
     from cn_clip.clip import hub
 
     use_modelscope = options.hub == "modelscope"
-    is_new = not (options.download_root.expanduser() / published.filename).is_file()
+    is_new = not os.path.isfile(options.download_root.expanduser() / published.filename)
     if is_new and not options.offline:
         say.note(f"下载 / downloading {hub.url_of(published, use_modelscope=use_modelscope)}")
     path = hub.download(published, options.download_root, use_modelscope=use_modelscope, offline=options.offline)
-    is_checked = is_new and not use_modelscope and published.sha256 is not None
-    is_published = is_checked or hub.is_published_file(published, path)
+    # Also what was not here before: while this process waited, another one may have put it there, or a person.
+    is_published = hub.is_published_file(published, path)
     if is_published is False and not use_modelscope:
         raise DownloadError(
             f"{path}: is not the published file, whose SHA-256 is {published.sha256}; move it away and download again, "

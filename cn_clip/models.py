@@ -3,6 +3,7 @@
 cn-clip models [--results] [--json] [--download-root FOLDER]
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def describe(name: str, entry: Published | Bundled, root: Path) -> dict[str, Any
         "file": entry.filename,
         "num_bytes": published.num_bytes if published else file.stat().st_size,
         "sha256": published and published.sha256,
-        "path": str(file) if file.is_file() else None,
+        "path": str(file) if os.path.isfile(file) else None,
         "bundled": published is None,
     }
 

@@ -655,3 +655,14 @@ def test_the_bias_of_the_sigmoid_loss_is_left_out_of_a_model_without_it(tmp_path
     model, checkpoint = open_model(tmp_path / "run.pt")
     assert "logit_bias" in checkpoint.state_dict
     assert model.state_dict().keys() == state_of().keys()
+
+
+@pytest.mark.parametrize("name", ["hf:google/siglip", "open_clip:ViT-B-32@openai"])
+def test_names_of_other_families_are_told_apart_from_files(name: str) -> None:
+    with pytest.raises(CheckpointError, match="only Chinese-CLIP is taken here; other families are taken by Encoder"):
+        read_checkpoint(name)
+
+
+def test_a_name_that_is_too_long_is_no_file() -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_checkpoint("x" * 300)

@@ -152,6 +152,29 @@ def test_a_file_put_there_by_hand_is_checked_without_a_network(
     assert server.requests == []
 
 
+def test_a_file_that_someone_puts_there_meanwhile_is_checked(
+    server: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the command has seen that there is none, and before it holds the lock."""
+    from filelock import FileLock
+
+    acquire = FileLock.acquire
+
+    def wait(self: FileLock, *args: object, **more: object) -> object:
+        (tmp_path / FILE).write_bytes(b"not the published file")
+        return acquire(self, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FileLock, "acquire", wait)
+    assert f"{FILE}: is not the published file, whose SHA-256 is" in refusal(capsys, tmp_path)
+    assert server.gets() == []
+
+
+def test_a_folder_whose_name_is_too_long_is_a_sentence(
+    server: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "cannot be made a folder (File name too long)" in refusal(capsys, tmp_path / ("x" * 300))
+
+
 @pytest.mark.parametrize("how", ["--offline", "HF_HUB_OFFLINE is set"])
 def test_offline_it_says_what_to_fetch_and_where_to_put_it(
     server: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, how: str

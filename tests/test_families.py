@@ -227,6 +227,8 @@ def test_a_folder_that_lacks_a_file_is_a_sentence(missing: str, folders: Any, tm
         ("open_clip:ViT-B-32", {}, "expected hf:FOLDER or open_clip:ARCHITECTURE@FILE"),
         ("hf:./nowhere", {}, "no such folder"),
         ("hf:{folder}/config.json", {}, "is a file"),
+        ("hf:./" + "x" * 300, {}, "no such folder"),
+        ("x" * 300, {}, "not found; available models"),
         ("hf:{folder}", {"backend": "onnx"}, "onnx runs Chinese-CLIP alone"),
         ("hf:{folder}", {"precision": "int8"}, "computes in fp32"),
         ("hf:{folder}", {"compile": True}, "compile"),

@@ -13,7 +13,7 @@ from tiny_models import TOKENS
 from cn_clip.clip import Encoder, load_from_name
 from cn_clip.clip.hf import config_from_folder
 from cn_clip.clip.loading import open_model
-from cn_clip.errors import CheckpointError
+from cn_clip.errors import CheckpointError, CnClipError
 
 TEXT_FIELDS: dict[str, Any] = {
     "vocab_size": 50,
@@ -172,10 +172,86 @@ def test_a_config_of_something_else_is_refused(tmp_path: Path, content: str, sai
     assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: {said}")
 
 
-def test_weights_that_do_not_fit_the_config_are_refused(folder: Path, tmp_path: Path) -> None:
+def with_config(folder: Path, target: Path, **sections: dict[str, Any]) -> Path:
+    """The folder with other values in some sections of its config.json."""
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] = 3
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match=r"the tensor bert\.encoder\.layer\.2\..* is missing"):
-        open_model(tmp_path)
+    for name, fields in sections.items():
+        config[name] |= fields
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    return target
+
+
+GRID = r"position_embedding\.weight is \(17, 40\), but config\.json makes it"
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "said"),
+    [
+        ("text_config", {"num_hidden_layers": 3}, "text_config.num_hidden_layers is 3, but the weights have 2"),
+        ("vision_config", {"num_hidden_layers": 2**20}, "is 1048576, but the weights have 2"),
+        ("vision_config", {"num_hidden_layers": 10**8}, "expected an integer from 1 to 1048576, got 100000000"),
+        ("vision_config", {"num_hidden_layers": 0}, "num_hidden_layers: expected an integer from 1"),
+        ("vision_config", {"image_size": 64}, rf"{GRID} \(65, 40\)"),
+        ("vision_config", {"image_size": 24}, rf"{GRID} \(10, 40\)"),
+        ("vision_config", {"image_size": 2**20}, GRID),
+        ("vision_config", {"image_size": 2_000_000}, "image_size: expected an integer from 1 to 1048576, got 2000000"),
+        ("vision_config", {"image_size": -32}, "image_size: expected an integer"),
+        ("vision_config", {"image_size": 4}, "image_size 4 is less than patch_size 8"),
+        ("vision_config", {"image_size": True}, "image_size: expected an integer from 1 to 1048576, got True"),
+        ("vision_config", {"patch_size": 0}, "patch_size: expected an integer"),
+        (
+            "vision_config",
+            {"patch_size": 2**20, "image_size": 2**20},
+            r"patch_embedding\.weight is \(40, 3, 8, 8\), but",
+        ),
+        ("vision_config", {"num_attention_heads": 0}, "num_attention_heads: expected an integer"),
+        ("vision_config", {"num_attention_heads": -1}, "num_attention_heads: expected an integer"),
+        ("text_config", {"num_attention_heads": -1}, "num_attention_heads: expected an integer"),
+        ("text_config", {"num_attention_heads": 7}, "hidden_size 48 is not a multiple of num_attention_heads 7"),
+        ("text_config", {"hidden_size": float("inf")}, "hidden_size: expected an integer from 1 to 1048576, got inf"),
+        ("vision_config", {"hidden_size": float("nan")}, "hidden_size: expected an integer from 1 to 1048576, got nan"),
+        ("vision_config", {"hidden_size": 10**30}, "hidden_size: expected an integer"),
+        ("text_config", {"hidden_size": [[1]] * 10**4}, r"got .{40}…\)"),
+        ("text_config", {"hidden_size": 49152}, "has shape"),
+        ("text_config", {"hidden_dropout_prob": 10**400}, "hidden_dropout_prob: expected a number from 0 to 1"),
+        ("text_config", {"hidden_dropout_prob": None}, "hidden_dropout_prob: expected a number from 0 to 1, got None"),
+        ("text_config", {"hidden_act": ["gelu"]}, "hidden_act: expected a word"),
+        ("text_config", {"hidden_act": "tanh"}, "text_hidden_act: expected one of"),
+    ],
+)
+def test_a_config_that_is_not_that_of_the_weights_is_refused(
+    section: str, fields: dict[str, Any], said: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CnClipError, match=said):
+        Encoder(with_config(folder, tmp_path, **{section: fields}), device="cpu")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, '{"projection_dim": ' + "9" * 5000 + "}"])
+def test_json_that_cannot_be_parsed_is_a_sentence(content: str, folder: Path, tmp_path: Path) -> None:
+    with_config(folder, tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    for model in (tmp_path, f"hf:{tmp_path}"):
+        with pytest.raises(CheckpointError, match=r"config\.json: "):
+            Encoder(model, device="cpu")
+
+
+@pytest.mark.parametrize("shards", [None, [1], {}, {"a": 1}, {"a": 1, "b": "x"}, "model.safetensors"])
+def test_an_index_that_names_no_files_is_refused(shards: Any, folder: Path, tmp_path: Path) -> None:
+    (with_config(folder, tmp_path) / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(CheckpointError, match="weight_map: expected an object from tensors to names of files"):
+        Encoder(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["..", "", "a\0b", "nowhere.safetensors", "x" * 300])
+def test_a_shard_that_is_no_file_is_a_sentence(shard: str, folder: Path, tmp_path: Path) -> None:
+    (with_config(folder, tmp_path) / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(CheckpointError):
+        Encoder(tmp_path)
+
+
+def test_the_pictures_of_a_folder_may_be_larger_on_purpose(folder: Path) -> None:
+    model, transform = load_from_name(str(folder), device="cpu", input_resolution=48)
+    assert (model.resolution, transform.resolution) == (48, 48)

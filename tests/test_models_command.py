@@ -47,6 +47,10 @@ def test_the_table_tells_sizes_and_which_files_are_here(tmp_path: Path, capsys: 
     assert f"文件夹 / folder: {tmp_path}" in out
 
 
+def test_a_folder_whose_name_is_too_long_holds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "未下载 / not here" in printed(capsys, "--download-root", "x" * 300)
+
+
 @pytest.mark.parametrize("args", [[], ["--results"]])
 def test_what_is_printed_fits_a_terminal_of_100_columns(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     starts_of_paths = ("文件夹", "Emoji-Tiny:")

@@ -1,5 +1,6 @@
 """Weights of one form as another: `cn-clip convert epoch3.pt my-model --to transformers`, and back."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -94,7 +95,7 @@ def kind_of(target: str, to: Kind | None) -> Kind:
         if told not in (None, to):
             raise ConfigError(f"TARGET {target}: --to {to} does not go with a name in {suffix}; change one of them")
         return to
-    if told is None and suffix and not Path(target).is_dir():
+    if told is None and suffix and not os.path.isdir(target):
         raise ConfigError(f"TARGET {target}: {suffix} tells no form; give --to, or a name in .pt or .safetensors")
     return told or "transformers"
 
@@ -105,24 +106,24 @@ def require_room(target: Path, kind: Kind, *, overwrite: bool) -> None:
 
     if kind not in FOLDERS:
         jsonl.replaceable(target)
-    elif target.is_dir():
+    elif os.path.isdir(target):
         inside = (path.relative_to(target).as_posix() for path in target.rglob("*"))
         others = sorted(islice((name for name in inside if name not in FOLDER_FILES), 3))
         if others:
             raise DataError(f"{target}: holds other things ({', '.join(others)}); choose a new folder")
-    elif target.exists():
+    elif os.path.exists(target):
         raise DataError(f"{target}: is a file; expected the name of a folder for --to {kind}")
-    if not overwrite and (any(target.iterdir()) if target.is_dir() else target.exists()):
+    if not overwrite and (any(target.iterdir()) if os.path.isdir(target) else os.path.exists(target)):
         raise DataError(f"{target}: exists; give --overwrite or choose another TARGET")
 
 
 def refuse_source(target: Path, source: Path) -> None:
-    """Raises ConfigError when writing `target` would replace `source` or a folder that holds it, or change its files."""
+    """Raises ConfigError when writing `target` would replace `source`, a folder that holds it, or a file of it."""
     from cn_clip import jsonl
     from cn_clip.clip.hf import CONFIG_FILE
 
     jsonl.refuse_inputs("TARGET", target, [source, source.with_name(CONFIG_FILE)])
-    if source.is_dir() and source.resolve() in target.resolve().parents:
+    if os.path.isdir(source) and source.resolve() in target.resolve().parents:
         raise ConfigError(f"TARGET {target}: is inside {source}, which is read; give another path")
     if target.resolve() in source.resolve().parents:
         raise ConfigError(f"TARGET {target}: holds {source}, which is read; give another path")

@@ -3,6 +3,7 @@
 # S tokens of a position embedding (class token + grid), D width
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from cn_clip.clip import hf, low_rank, torchscript
 from cn_clip.clip.file_formats import first_sentence, is_torchscript, only_tensors, read_content
+from cn_clip.clip.foreign.names import refuse
 from cn_clip.errors import CheckpointError
 from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, TextConfig, VisionConfig, text_config, vision_config
 
@@ -51,8 +53,10 @@ def read_checkpoint(path: str | Path, *, merge_lora: bool = True) -> Checkpoint:
     Raises CheckpointError naming the file when it is none of these.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _read_folder(path)
+    if not os.path.exists(path):
+        refuse(str(path))
     content = read_content(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
@@ -71,8 +75,11 @@ def _read_folder(folder: Path) -> Checkpoint:
 
 
 def _neighbouring_config(tensors: Mapping[str, Tensor], folder: Path) -> ModelConfig | None:
-    is_folder = hf.is_transformers(tensors) and (folder / hf.CONFIG_FILE).is_file()
-    return hf.config_from_folder(folder) if is_folder else None
+    if not hf.is_transformers(tensors) or not (folder / hf.CONFIG_FILE).is_file():
+        return None
+    config = hf.config_from_folder(folder)
+    hf.check_weights(config, tensors, folder)
+    return config
 
 
 def _read_training(content: Mapping[str, Any], path: Path) -> Checkpoint:

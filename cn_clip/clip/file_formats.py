@@ -1,5 +1,6 @@
 """Reads the file of a checkpoint in whatever format, without running code in it; `checkpoint` makes sense of it."""
 
+import os
 import pickle
 import re
 import warnings
@@ -17,7 +18,7 @@ from cn_clip.errors import CheckpointError
 
 def read_content(path: Path) -> Any:
     """What a file holds, on the CPU; raises CheckpointError when it is no weight file, or reading it would run code."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
         raise CheckpointError(f"{path}: no such file; give the path of a checkpoint or a model's name")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)

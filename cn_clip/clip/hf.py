@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,14 @@ _FIXED: dict[str, dict[str, Any]] = {
     "vision_config": {"layer_norm_eps": 1e-5, "hidden_act": "quick_gelu", "num_channels": 3},
 }
 
+# No model has more of anything. What is far beyond would be built before its weights could be found not to fit.
+_MOST = 1 << 20
+_LAYERS = {
+    "text_config": r"text_model\.encoder\.layer\.(\d+)\.",
+    "vision_config": r"vision_model\.encoder\.layers\.(\d+)\.",
+}
+_EMBEDDINGS = "vision_model.embeddings."
+
 # Longest spellings first; each pair is (transformers, here). Projections are stored transposed there.
 _PREFIXES = (
     ("text_model.", "bert."),
@@ -70,11 +78,17 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = _read_json(index).get("weight_map", {})
-            return [folder / Path(shard).name for shard in sorted(set(shards.values()))]
+            return [folder / shard for shard in _shards(index)]
     raise CheckpointError(
         f"{folder}: a folder without {' or '.join(WEIGHT_FILES)}; expected a transformers folder or a file"
     )
+
+
+def _shards(index: Path) -> list[str]:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise CheckpointError(f"{index}: weight_map: expected an object from tensors to names of files")
+    return sorted({Path(shard).name for shard in shards.values()})
 
 
 def config_from_folder(folder: Path) -> ModelConfig:
@@ -83,7 +97,7 @@ def config_from_folder(folder: Path) -> ModelConfig:
     Raises CheckpointError when it is not one, or asks for something this package's towers do not do.
     """
     path = folder / CONFIG_FILE
-    config = _read_json(path)
+    config = read_json(path)
     for part, fixed in _FIXED.items():
         for name, value in fixed.items():
             if (actual := _section(config, part).get(name, value)) != value:
@@ -91,29 +105,90 @@ def config_from_folder(folder: Path) -> ModelConfig:
     text = _TEXT_DEFAULTS | _section(config, "text_config")
     vision = _VISION_DEFAULTS | _section(config, "vision_config")
     try:
-        return ModelConfig(_vision_config(vision, int(config.get("projection_dim", 512))), _text_config(text))
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+        embed_dim = _count({"projection_dim": 512} | config, "projection_dim")
+        return ModelConfig(_vision_config(vision, embed_dim), _text_config(text))
+    except ValueError as error:
         raise CheckpointError(f"{path}: not the configuration of a ChineseCLIPModel ({error})") from error
 
 
 def _vision_config(fields: Mapping[str, Any], embed_dim: int) -> VisionConfig:
-    width, heads = int(fields["hidden_size"]), int(fields["num_attention_heads"])
-    if width % heads:
-        raise ValueError(f"vision hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    width, heads = _width_and_heads(fields)
+    resolution, patch = _count(fields, "image_size"), _count(fields, "patch_size")
+    if resolution < patch:
+        raise ValueError(f"image_size {resolution} is less than patch_size {patch}")
     return VisionConfig(
         embed_dim=embed_dim,
-        image_resolution=int(fields["image_size"]),
-        vision_layers=int(fields["num_hidden_layers"]),
+        image_resolution=resolution,
+        vision_layers=_count(fields, "num_hidden_layers"),
         vision_width=width,
-        vision_patch_size=int(fields["patch_size"]),
+        vision_patch_size=patch,
         vision_head_width=width // heads,
     )
 
 
 def _text_config(fields: Mapping[str, Any]) -> TextConfig:
-    kinds = {name: type(default) for name, default in _TEXT_DEFAULTS.items()}
-    values = {name: kind(fields[name]) for name, kind in kinds.items()}
+    _width_and_heads(fields)
+    values = {name: _READ[type(default)](fields, name) for name, default in _TEXT_DEFAULTS.items()}
     return TextConfig(vocab_size=values.pop("vocab_size"), **{f"text_{name}": v for name, v in values.items()})
+
+
+def _width_and_heads(fields: Mapping[str, Any]) -> tuple[int, int]:
+    width, heads = _count(fields, "hidden_size"), _count(fields, "num_attention_heads")
+    if width % heads:
+        raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    return width, heads
+
+
+def _count(fields: Mapping[str, Any], name: str) -> int:
+    value = fields[name]
+    if type(value) is not int or not 1 <= value <= _MOST:
+        raise ValueError(f"{name}: expected an integer from 1 to {_MOST}, got {_shown(value)}")
+    return value
+
+
+def _share(fields: Mapping[str, Any], name: str) -> float:
+    value = fields[name]
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {_shown(value)}")
+    return float(value)
+
+
+def _word(fields: Mapping[str, Any], name: str) -> str:
+    value = fields[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected a word, got {_shown(value)}")
+    return value
+
+
+_READ: dict[type, Callable[[Mapping[str, Any], str], Any]] = {int: _count, float: _share, str: _word}
+
+
+def _shown(value: object) -> str:
+    """At most 40 characters: a file from elsewhere may hold megabytes there."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+def check_weights(config: ModelConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raises CheckpointError where the numbers of layers, or the grid of patches, are not those of the weights.
+
+    tensors: under the names of transformers. What else differs shows when the model is built; these would before that
+    cost memory without bound, and another grid would be taken for a wish to resize the position embedding.
+    """
+    vision, patch = config.vision, config.vision.vision_patch_size or 1
+    layers = {"text_config": config.text.text_num_hidden_layers, "vision_config": vision.vision_layers}
+    for section, told in layers.items():
+        found = len({match[1] for name in tensors if (match := re.match(_LAYERS[section], name))})
+        if told != found:
+            raise CheckpointError(f"{folder}: {section}.num_hidden_layers is {told}, but the weights have {found}")
+    shapes = {
+        "patch_embedding.weight": (vision.vision_width, 3, patch, patch),
+        "position_embedding.weight": ((vision.image_resolution // patch) ** 2 + 1, vision.vision_width),
+    }
+    for name, expected in shapes.items():
+        shape = tuple(tensors[f"{_EMBEDDINGS}{name}"].shape) if f"{_EMBEDDINGS}{name}" in tensors else expected
+        if shape != expected:
+            raise CheckpointError(f"{folder}: {_EMBEDDINGS}{name} is {shape}, but {CONFIG_FILE} makes it {expected}")
 
 
 def fields_of_config(config: ModelConfig) -> dict[str, Any]:
@@ -158,10 +233,11 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises CheckpointError when there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a JSON file that can be read ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an object")

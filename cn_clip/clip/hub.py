@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from cn_clip import zoo
-from cn_clip.clip.foreign.names import is_foreign
+from cn_clip.clip.foreign.names import refuse
 from cn_clip.errors import CheckpointError, CnClipError, DownloadError
 from cn_clip.extras import require
 from cn_clip.zoo import Published
@@ -44,13 +44,9 @@ def weight_file(name: str | Path, *, download_root: str | Path | None = None, us
     if isinstance(entry, zoo.Published):
         root = Path(download_root or zoo.DOWNLOAD_ROOT).expanduser()
         return download(entry, root, use_modelscope=use_modelscope)
-    if is_foreign(name):
-        raise CheckpointError(
-            f"{name}: only Chinese-CLIP is taken here; other families are taken by Encoder and cn-clip features, "
-            "zeroshot, evaluate, linear-probe, index and serve"
-        )
+    refuse(name)
     path = entry.path if entry else Path(name)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, also for a name that is too long
         raise CheckpointError(f"Model {name} not found; available models = {zoo.available_models()}, or give a file")
     return path
 
@@ -142,7 +138,7 @@ def _fetch_alone(published: Published, target: Path, fetch: Callable[[Published,
 
     partial = target.parent / f".{target.name}.download"
     with FileLock(target.parent / f".{target.name}.lock"):
-        if target.is_file():  # whoever held the lock before has finished
+        if os.path.isfile(target):  # whoever held the lock before has finished
             return target
         partial.mkdir(exist_ok=True)
         try:
@@ -266,4 +262,6 @@ def _explain(published: Published, error: Exception, *, use_modelscope: bool) ->
 
 def files_of(path: Path) -> list[Path]:
     """The files that decide on a model: the weight file, or weights and configuration of a transformers folder."""
-    return [one for one in sorted(path.iterdir()) if _OF_A_FOLDER.fullmatch(one.name)] if path.is_dir() else [path]
+    return (
+        [one for one in sorted(path.iterdir()) if _OF_A_FOLDER.fullmatch(one.name)] if os.path.isdir(path) else [path]
+    )

@@ -1,6 +1,7 @@
 """From a name or a file to a running backend: what `Encoder` and the commands call."""
 
 import glob
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -112,7 +113,7 @@ def _check_model(model: str | Path, backend: BackendName) -> None:
         raise ConfigError("model: expected a name or a path, got ''")
     others = 'use backend="onnx" or backend="openvino"'
     path = Path(model)
-    if path.suffix == ".onnx" and path.is_file():
+    if path.suffix == ".onnx" and os.path.isfile(path):
         named = re.fullmatch(r"(.+)\.(?:img|txt)\.[a-z0-9.]+\.onnx", path.name)
         prefix = path.with_name(named[1]) if named else "of files named PREFIX.img.fp32.onnx and PREFIX.txt.fp32.onnx"
         more = f", and {others}" if backend == "torch" else ""
@@ -152,7 +153,7 @@ def _is_damaged(path: Path, kind: Kind, plain: OpenTower) -> bool:
 
 
 def _is_prefix(model: str | Path) -> bool:
-    return zoo.named(str(model)) is None and not Path(model).exists() and bool(_files_of_prefix(model))
+    return zoo.named(str(model)) is None and not os.path.exists(model) and bool(_files_of_prefix(model))
 
 
 def _files_of_prefix(model: str | Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Names of models of other families: `hf:FOLDER` and `open_clip:ARCHITECTURE@FILE`; needs no PyTorch."""
 
+import os
 import re
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
@@ -34,6 +35,15 @@ def is_foreign(name: object) -> bool:
     return isinstance(name, str) and name.partition(":")[0] in SCHEMES and ":" in name
 
 
+def refuse(name: object) -> None:
+    """Raises CheckpointError for the name of a model of another family, where only Chinese-CLIP is taken."""
+    if is_foreign(name):
+        raise CheckpointError(
+            f"{name}: only Chinese-CLIP is taken here; other families are taken by Encoder and cn-clip features, "
+            "zeroshot, evaluate, linear-probe, index and serve"
+        )
+
+
 def parse(name: str) -> ForeignName:
     """The parts of a name for which `is_foreign`; raises ConfigError for an incomplete one."""
     scheme, _, rest = name.partition(":")
@@ -49,7 +59,7 @@ def absolute(name: str) -> str:
     """The name with a local path from the root on, for those who open it from another folder."""
     parsed = parse(name)
     path = Path(parsed.place).expanduser()
-    return str(parsed._replace(place=str(path.absolute()))) if path.exists() else name
+    return str(parsed._replace(place=str(path.absolute()))) if os.path.exists(path) else name
 
 
 def folder_of(name: ForeignName, *, download_root: str | Path | None = None) -> Path:
@@ -58,9 +68,9 @@ def folder_of(name: ForeignName, *, download_root: str | Path | None = None) -> 
     download_root: where downloads are kept; default: the cache of the hub's client.
     """
     path = Path(name.place).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(f"{name}: {path} is a file; expected a transformers folder, with config.json in it")
     if not _HUB_ID.fullmatch(name.place):
         raise CheckpointError(f"{name}: no such folder; expected a transformers folder, with config.json in it")
@@ -74,6 +84,6 @@ def files_of(name: str, *, download_root: str | Path | None = None) -> list[Path
     parsed = parse(name)
     if parsed.scheme == "open_clip":
         file = Path(parsed.place).expanduser()
-        return [file] if file.is_file() else []
+        return [file] if os.path.isfile(file) else []
     folder = folder_of(parsed, download_root=download_root)
     return [one for one in sorted(folder.iterdir()) if one.is_file() and _DECIDING.fullmatch(one.name)]

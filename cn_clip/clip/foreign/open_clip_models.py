@@ -2,6 +2,7 @@
 
 # B batch, R resolution, L tokens
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,19 +89,20 @@ def open_model(
     open_clip = require("open_clip", extra="open-clip", purpose=str(name))
     architecture, file = name.architecture.partition(":")[0], Path(name.place).expanduser()
     _check(name, open_clip)
-    pixels = _pixels_of_tags(name, open_clip) if file.is_file() else {}
+    is_file = os.path.isfile(file)
+    pixels = _pixels_of_tags(name, open_clip) if is_file else {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights that are still to come
             model, _, compose = open_clip.create_model_and_transforms(
                 architecture,
-                pretrained=None if file.is_file() else name.place,
+                pretrained=None if is_file else name.place,
                 precision="fp32",
                 pretrained_hf=False,
                 cache_dir=None if download_root is None else str(download_root),
                 **pixels,
             )
-            if file.is_file():
+            if is_file:
                 open_clip.load_checkpoint(model, str(file), strict=True, weights_only=True)
             texts = PaddedTexts(open_clip.get_tokenizer(architecture))
     except Exception as error:  # of no common type
@@ -125,7 +127,8 @@ def _check(name: ForeignName, open_clip: Any) -> None:
     architecture, is_tagged, tag = name.architecture.partition(":")
     if architecture not in open_clip.list_models():
         raise ConfigError(f"{name}: open_clip has no architecture {architecture!r}; open_clip.list_models() has all")
-    tags, is_file = open_clip.list_pretrained_tags_by_model(architecture), Path(name.place).expanduser().is_file()
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    is_file = os.path.isfile(Path(name.place).expanduser())
     if not is_file and name.place not in tags:
         raise CheckpointError(f"{name}: {name.place} is no file, and no weights that open_clip knows of {architecture}")
     if is_tagged and not is_file:
