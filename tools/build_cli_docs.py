@@ -20,7 +20,8 @@ HEAD = """# 命令参考 / Command reference
 *Summary: every command of `cn-clip` with all its options, as `--help` tells them. This page is generated: after
 a change of options run `make docs-cli`.*
 
-本页由 `make docs-cli` 从各命令的 `--help` 生成，不要手改。选项里的 `-` 和 `_` 可以互换；每条命令也可以直接运行脚本。选项的说明目前只有英文。
+本页由 `make docs-cli` 从各命令的 `--help` 生成，不要手改。选项里的 `-` 和 `_` 可以互换；每条命令也可以直接运行脚本。
+选项的说明目前只有英文。
 """
 TABLE_HEAD = ["| 选项 / option | 作用 / what it does | 默认 / default |", "| --- | --- | --- |"]
 
