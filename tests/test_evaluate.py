@@ -462,6 +462,18 @@ def test_own_labels_are_used_and_the_published_figure_shown(
     )
 
 
+def test_labels_of_another_number_are_not_compared_with_published_figures(
+    mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_command, "_published_model", lambda _: "RN50")
+    flags = ["--data", str(mnist), "--model", "Emoji-Tiny", "--output", str(tmp_path / "out")]
+    cli.main(["evaluate", "mnist", *flags, "--num-workers", "0", "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "3 labels, MNIST has 10: not compared with published figures" in text
+    assert "公布的指标来自" not in text
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["published"] is None
+
+
 def test_pictures_in_several_folders_of_voc_have_several_labels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -575,7 +575,7 @@ def test_a_run_alone_needs_no_model(tmp_path: Path) -> None:
     assert [found["id"] for found in read.all("h2") if "id" in found] == ["run"]
     assert "验证批内准确率 %（日志里没有召回率）" in read.text
     titles = [found["aria-label"] for found in read.all("svg")]
-    assert titles[0] == ": 2.5 → 2.5; 训练 train: 2.5 → 2.5; 验证 valid: 1.25 → 1.25"
+    assert titles[0] == ": 2.5 → 2.5; 训练（平滑）train, smoothed: 2.5 → 2.5; 验证 valid: 1.25 → 1.25"
     assert titles[1] == "text → image: 42.5 → 42.5; image → text: 40 → 40"
     assert len(titles) == 4  # loss, accuracy, rate, speed
     assert "192" in read.texts  # samples a second: the median of 128 and 256

@@ -174,8 +174,16 @@ def _classification(options: Options, say: command.Speaker) -> dict[str, Any]:
     _make(options.folder)
     found = benchmark_classification.measure(dataset, options, options.folder, say)
     model = _published_model(options)
-    figure = benchmark.published.get(model or "")
-    _say_accuracy(options, found, figure, model, say)
+    figure, reason = benchmark.published.get(model or ""), _no_figures(options)
+    num_classes, num_labels = len(benchmark_sets.class_names(options.name)), len(dataset.labels)
+    if num_labels != num_classes:
+        figure = None
+        reason = (
+            f"注意：标签有 {num_labels} 类，{benchmark.title} 有 {num_classes} 类，不与公布的指标相比；"
+            f"自己的数据请用 cn-clip zeroshot / {num_labels} labels, {benchmark.title} has {num_classes}: not compared "
+            "with published figures; for data of your own use cn-clip zeroshot"
+        )
+    _say_accuracy(options, found, figure, model, reason, say)
     published = None
     if figure is not None:
         published = {"model": model, "zero-shot": figure, "elevater_metric": benchmark.elevater_metric}
@@ -185,8 +193,9 @@ def _classification(options: Options, say: command.Speaker) -> dict[str, Any]:
 
 
 def _say_accuracy(
-    options: Options, found: "Classified", figure: float | None, model: str | None, say: command.Speaker
+    options: Options, found: "Classified", figure: float | None, model: str | None, reason: str, say: command.Speaker
 ) -> None:
+    """reason: why there is no figure to compare with."""
     from cn_clip import columns
 
     benchmark = benchmark_sets.classification_sets()[options.name]
@@ -202,7 +211,7 @@ def _say_accuracy(
     if found.own_labels:
         say("没有 label_cn.txt，用了本包的中文类别名 / no label_cn.txt there: the class names are this package's own")
     if figure is None:
-        say(_no_figures(options))
+        say(reason)
         return
     say(f"公布的指标来自 / published figures: {CHINESE_CLIP}")
     if benchmark.elevater_metric != "top1":

@@ -118,7 +118,7 @@ def _charts(run: Run) -> Markup:
     steps, losses = run.points("train", "loss")
     loss_lines = [
         charts.Line("", (steps, losses), "raw"),
-        charts.Line("训练 train", (steps, smoothed(losses)), "blue"),
+        charts.Line("训练（平滑）train, smoothed", (steps, smoothed(losses)), "blue"),
         charts.Line("验证 valid", run.points("valid", "loss"), "red", marked=True),
         charts.Line("随机 chance", run.points("train", "chance_loss"), "chance"),
     ]
