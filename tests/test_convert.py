@@ -390,6 +390,7 @@ def test_what_cannot_be_done_is_told_in_one_line_and_changes_nothing(
         hf_folders.write_transformers(made(name), state, zoo.config_from_info(SMALL_MODEL))
     changed("heads", "text_config", num_attention_heads=2)
     changed("odd", "vision_config", image_size=36)
+    Path("odd/preprocessor_config.json").unlink()
     before = tree(tmp_path)
     assert reason in refusal(capsys, *args)
     assert tree(tmp_path) == before

@@ -22,6 +22,7 @@ from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.foreign import names, snapshots
 from cn_clip.clip.foreign.opening import open_parts
 from cn_clip.clip.inputs import ChineseTexts, Parts
+from cn_clip.clip.tokenizer import VOCAB_FILE
 from cn_clip.clip.transforms import MEAN, STD, ImageTransform
 from cn_clip.command import Speaker
 from cn_clip.data.texts import preparation
@@ -148,7 +149,122 @@ def test_texts_of_other_families_reach_their_tokenizer_as_they_are(folders: Any)
     assert preparation(ChineseTexts(52))("A “Cat”") == 'a "cat"'
 
 
+# --- folders of Chinese-CLIP opened without hf:
+
+
+OTHER_WORDS = "\n".join(VOCAB_FILE.read_text(encoding="utf-8").split("\n")[::-1])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.5] * 3}, r"image_mean is \[0\.5, 0\.5, 0\.5\], expected"),
+        ("preprocessor_config.json", {"image_std": None}, "image_std is None"),
+        ("preprocessor_config.json", {"size": {"height": 48, "width": 48}}, "size is .*48.*, expected .*32"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 36}, "do_center_crop": True}, "size is"),
+        ("preprocessor_config.json", {"do_center_crop": True, "crop_size": {"height": 16, "width": 32}}, "crop_size"),
+        ("preprocessor_config.json", {"resample": 2}, "resample is 2, expected 3"),
+        ("preprocessor_config.json", {"do_normalize": False}, "do_normalize is False"),
+        ("preprocessor_config.json", {"rescale_factor": 1.0}, r"rescale_factor is 1\.0"),
+        ("processor_config.json", {"image_processor": {"image_mean": [0.5] * 3}}, "image_mean is"),
+        ("vocab.txt", OTHER_WORDS, "is another vocabulary than that of Chinese-CLIP"),
+        ("vocab.txt", "[PAD]\n", "is another vocabulary"),
+        ("vocab.txt", b"\xff", "not a vocabulary that can be read"),
+        ("tokenizer.json", {"model": {"vocab": {"[PAD]": 0, "a": 1}}}, "is another vocabulary"),
+        ("tokenizer.json", {"model": {"vocab": [["a", -1.0]]}}, "holds no vocabulary of words"),
+    ],
+)
+def test_a_folder_that_prepares_its_inputs_differently_is_sent_to_hf(
+    file: str, content: Any, words: str, folders: Any, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders("chinese_clip"), tmp_path / "mine")
+    if isinstance(content, dict):
+        before = json.loads((folder / file).read_text(encoding="utf-8")) if (folder / file).exists() else {}
+        content = json.dumps(before | content)
+    (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for place in (folder, folder / "model.safetensors"):
+        with pytest.raises(CheckpointError, match=rf"{file}: .*{words}|{file}: {words}") as caught:
+            Encoder(place, device="cpu")
+    if content != b"\xff":
+        assert f"use hf:{folder}" in str(caught.value)
+
+
+def squeezed_to(resolution: int) -> dict[str, Any]:
+    """As the published folders of Chinese-CLIP have it."""
+    size = {"height": resolution, "width": resolution}
+    return {
+        "crop_size": {"height": 224, "width": 224},
+        "do_center_crop": False,
+        "do_convert_rgb": True,
+        "feature_extractor_type": "ChineseCLIPFeatureExtractor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "rescale_factor": 0.00392156862745098,
+        "size": size,
+    }
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        squeezed_to(32),
+        {**squeezed_to(32), "do_center_crop": True, "crop_size": {"height": 32, "width": 32}},
+        {"image_mean": [0.48145466, 0.4578275, 0.40821073]},
+        {},
+    ],
+)
+def test_a_folder_that_says_what_is_done_here_is_opened(
+    fields: dict[str, Any], folders: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(folders("chinese_clip"), tmp_path / "mine")
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields), encoding="utf-8")
+    (folder / "vocab.txt").write_bytes(VOCAB_FILE.read_bytes().replace(b"\n", b"\r\n"))
+    expected = Encoder(folders("chinese_clip"), device="cpu").encode_texts(["小猫"])
+    np.testing.assert_array_equal(Encoder(folder, device="cpu").encode_texts(["小猫"]), expected)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("size", [32, {"shortest_edge": 32}])
+def test_a_folder_that_keeps_proportions_is_opened_with_a_warning(
+    size: Any, folders: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = {"size": size, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+    folder = spoiled(folders("chinese_clip"), tmp_path / "mine", "preprocessor_config.json", **more)
+    Encoder(folder, device="cpu")
+    (record,) = caplog.records
+    assert "keeps the proportions of pictures; here they are squeezed" in record.getMessage()
+
+
+def test_what_transformers_saves_of_an_own_folder_is_opened_again(folders: Any, tmp_path: Path) -> None:
+    folder = folders("chinese_clip")
+    transformers.AutoModel.from_pretrained(folder).save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    pictures_of = transformers.ChineseCLIPImageProcessorPil.from_pretrained(folder)
+    transformers.ChineseCLIPProcessor(image_processor=pictures_of, tokenizer=tokenizer).save_pretrained(tmp_path)
+    assert {"processor_config.json", "tokenizer.json"} <= {path.name for path in tmp_path.iterdir()}
+    here, there = Encoder(tmp_path, device="cpu"), Encoder(folder, device="cpu")
+    np.testing.assert_array_equal(here.encode_texts(TEXTS), there.encode_texts(TEXTS))
+
+
 # --- what is refused
+
+
+@pytest.mark.parametrize("name", ["size", "crop_size"])
+@pytest.mark.parametrize("size", [{"height": 14000, "width": 14000}, {"height": 129, "width": 32}])
+def test_a_processor_that_makes_huge_pictures_is_refused_before_it_makes_one(
+    name: str, size: Any, folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = spoiled(folders("clip"), tmp_path / "clip", "preprocessor_config.json", **{name: size})
+
+    def made(*_: object, **__: object) -> None:
+        raise AssertionError("a picture was made")
+
+    monkeypatch.setattr("cn_clip.clip.foreign.hf_models.ProcessedPictures", made)
+    with pytest.raises(
+        CheckpointError, match=rf"preprocessor_config\.json: {name}: expected 1 to 128 pixels a side, got"
+    ):
+        Encoder(f"hf:{folder}")
 
 
 def spoiled(folder: Path, target: Path, file: str, **changes: object) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from cn_clip.clip import hf
+from cn_clip.clip.hf_inputs import PICTURE_FILE, picture_fields
 from cn_clip.clip.tokenizer import CONTEXT_LENGTH, END, START, UNKNOWN, VOCAB_FILE, Tokenizer
-from cn_clip.clip.transforms import MEAN, STD
 from cn_clip.clip.weight_files import write_safetensors
 from cn_clip.errors import ConfigError
 from cn_clip.jsonl import atomic_write
@@ -18,7 +18,6 @@ from cn_clip.zoo import ModelConfig
 
 PROCESSOR = "ChineseCLIPProcessor"
 PAD, MASK = "[PAD]", "[MASK]"
-BICUBIC = 3  # as PIL numbers it
 
 # Since sentence-transformers 5.4 its Transformer asks a model of two towers for the features of each.
 _MODULES = (
@@ -35,6 +34,11 @@ _FEATURES = {
     },
     "module_output_name": "sentence_embedding",
 }
+_PROCESSOR_FIELDS = {
+    "image_processor_type": "ChineseCLIPImageProcessor",
+    "processor_class": PROCESSOR,
+    "do_convert_rgb": True,
+}
 # All that transformers asks for; with more, the order of the entries, and so the bytes of the file, would be random.
 _METADATA = {"format": "pt"}
 
@@ -48,7 +52,7 @@ def write_transformers(folder: Path, tensors: Mapping[str, Tensor], config: Mode
     fields = hf.fields_of_config(config)
     tokenizer = tokenizer_json(config.text.vocab_size)
     _write_json(folder / hf.CONFIG_FILE, fields)
-    _write_json(folder / "preprocessor_config.json", picture_fields(config.vision.image_resolution))
+    _write_json(folder / PICTURE_FILE, _PROCESSOR_FIELDS | picture_fields(config.vision.image_resolution))
     _write_json(folder / "tokenizer.json", tokenizer)
     _write_json(folder / "tokenizer_config.json", TOKENIZER_FIELDS)
     shutil.copyfile(VOCAB_FILE, folder / "vocab.txt")
@@ -69,26 +73,6 @@ def write_sentence_transformers(folder: Path, tensors: Mapping[str, Tensor], con
     )
     (folder / "1_Normalize").mkdir()
     _write_json(folder / "1_Normalize" / "config.json", {"module_input_name": "sentence_embedding"})
-
-
-def picture_fields(resolution: int) -> dict[str, Any]:
-    """The preprocessor_config.json that treats pictures as `clip.transforms` does: squeezed, not cropped."""
-    size = {"height": resolution, "width": resolution}
-    return {
-        "image_processor_type": "ChineseCLIPImageProcessor",
-        "processor_class": PROCESSOR,
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": size,
-        "resample": BICUBIC,
-        "do_center_crop": False,
-        "crop_size": size,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": MEAN,
-        "image_std": STD,
-    }
 
 
 TOKENIZER_FIELDS: dict[str, Any] = {

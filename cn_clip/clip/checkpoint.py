@@ -17,6 +17,7 @@ from torch import Tensor
 from cn_clip.clip import hf, low_rank, torchscript
 from cn_clip.clip.file_formats import first_sentence, is_torchscript, only_tensors, read_content
 from cn_clip.clip.foreign.names import refuse
+from cn_clip.clip.hf_inputs import check_inputs
 from cn_clip.errors import CheckpointError
 from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, TextConfig, VisionConfig, text_config, vision_config
 
@@ -79,6 +80,7 @@ def _neighbouring_config(tensors: Mapping[str, Tensor], folder: Path) -> ModelCo
         return None
     config = hf.config_from_folder(folder)
     hf.check_weights(config, tensors, folder)
+    check_inputs(folder, config.vision.image_resolution)
     return config
 
 

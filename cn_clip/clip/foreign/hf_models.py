@@ -135,7 +135,9 @@ def open_folder(
         require("sentencepiece", extra="hf", purpose=f"hf:{folder}")
     with _quiet(), _explained(folder):
         model = _load_model(folder)
-        pictures = ProcessedPictures(_load_processor(folder, family.processor), decode)
+        processor = _load_processor(folder, family.processor)
+        _check_sizes(folder, processor, model.config.vision_config.image_size)
+        pictures = ProcessedPictures(processor, decode)
         _check_pixels(folder, pictures, model.config.vision_config)
         tokenizer = _load_tokenizer(folder)
         longest = _longest(model, tokenizer, family)
@@ -218,6 +220,18 @@ def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _check_sizes(folder: Path, processor: Any, image_size: int) -> None:
+    """Before a picture is made: one as large as the file says may not fit into memory."""
+    most = 4 * image_size
+    for name, switch in (("size", "do_resize"), ("crop_size", "do_center_crop")):
+        sides = dict(getattr(processor, name, None) or {}) if getattr(processor, switch, False) else {}
+        for side in sides.values():
+            if side is not None and not 1 <= side <= most:
+                raise CheckpointError(
+                    f"{folder}/preprocessor_config.json: {name}: expected 1 to {most} pixels a side, got {side}"
+                )
 
 
 def _check_pixels(folder: Path, pictures: ProcessedPictures, config: Any) -> None:
