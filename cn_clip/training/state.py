@@ -14,6 +14,7 @@ import torch
 
 from cn_clip import zoo
 from cn_clip.clip.checkpoint import Checkpoint
+from cn_clip.clip.foreign.names import refuse
 from cn_clip.clip.hub import weight_file
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.jsonl import atomic_write
@@ -139,8 +140,9 @@ def find_resume(resume: str | None, checkpoint_dir: Path) -> list[Path]:
     a run never starts from scratch in silence.
     """
     if resume is not None:
-        path = weight_file(resume) if zoo.named(resume) and not Path(resume).exists() else Path(resume)
-        if not path.exists():
+        path = weight_file(resume) if zoo.named(resume) and not os.path.exists(resume) else Path(resume)
+        if not os.path.exists(path):  # unlike Path.exists, also for a name that is too long
+            refuse(resume)
             known = {model.filename: name for name, model in {**zoo.PUBLISHED, **zoo.QA_CLIP}.items()}
             name = known.get(path.name)
             fetch = f"; fetch it with: cn-clip download {name} --download-root {path.parent}" if name else ""
