@@ -210,6 +210,7 @@ def squeezed_to(resolution: int) -> dict[str, Any]:
     [
         squeezed_to(32),
         {**squeezed_to(32), "do_center_crop": True, "crop_size": {"height": 32, "width": 32}},
+        {**squeezed_to(32), "do_center_crop": True, "crop_size": 32},
         {"image_mean": [0.48145466, 0.4578275, 0.40821073]},
         {},
     ],

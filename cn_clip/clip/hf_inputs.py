@@ -70,6 +70,8 @@ def _instead(folder: Path) -> str:
 
 
 def _is_same(given: object, expected: object) -> bool:
+    if isinstance(expected, dict) and isinstance(given, int):  # one number means a square
+        return {given} == set(expected.values())
     if isinstance(expected, (list, tuple)):
         return isinstance(given, list) and len(given) == len(expected) and all(map(_is_same, given, expected))
     if isinstance(expected, float):
