@@ -280,7 +280,7 @@ def test_files_of_other_exporters_are_told_apart_by_their_bytes(
     ("args", "sentence"),
     [
         (("--id", "absent"), "{index}: has no item 'absent'"),
-        (("--image", "{tmp}/absent.png"), "{tmp}/absent.png: not a picture that can be decoded"),
+        (("--image", "{tmp}/absent.png"), "{tmp}/absent.png: no such file"),
         (("哭", "--where", "group"), "where: 'group' is no condition; expected terms such as"),
         (("哭", "--where", "gruppe!=1"), "where: no item has the field 'gruppe'; there are: caption, digest, group"),
         (("哭", "--model", "{tmp}/absent.pt"), "absent.pt not found; available models"),
