@@ -43,7 +43,11 @@ def relative_error(ours: torch.Tensor, theirs: Any) -> float:
     return float((difference / np.linalg.norm(theirs, axis=-1)).max())
 
 
-@pytest.mark.parametrize("vision", TEXT_TOWER)
+@pytest.mark.parametrize(
+    "vision",
+    # These two take a minute and a half: a like one at another resolution, and the largest.
+    [pytest.param(name, marks=pytest.mark.slow if name in ("ViT-L-14-336", "ViT-H-14") else ()) for name in TEXT_TOWER],
+)
 def test_features_equal_the_reference_within_1e_4(vision: str) -> None:
     golden = np.load(GOLDEN / "features" / f"{vision}.npz")
     model = deterministic_model(vision)
