@@ -403,8 +403,7 @@ def test_the_snippets_of_the_faq_run_and_show_what_it_says(workplace: Workplace)
 def test_the_commands_of_the_zero_shot_guide_run(workplace: Workplace) -> None:
     printed = run_all(workplace, ROOT / "docs" / "zeroshot.md")
     (measured,) = (text for first, text in printed.items() if first.startswith("cn-clip evaluate"))
-    (published,) = (line for line in measured.splitlines() if "published, zero-shot: ViT-B-16" in line)
-    assert published.endswith(" 64.4")
+    assert "2 labels, CIFAR-100 has 100: not compared with published figures" in measured
     whole, few = (text for first, text in printed.items() if first.startswith("cn-clip linear-probe"))
     assert "seed 0: top-1" in whole
     assert "4 张训练图片" in whole
