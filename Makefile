@@ -57,8 +57,10 @@ test-milvus: $(VENV)/.dev
 	MILVUS_SERVER=$(BIN)/milvus-server $(BIN)/python -m pytest -m milvus
 
 test-families: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --editable '.[dev,open-clip]' 'sentence-transformers>=5.4,<7'
-	$(BIN)/python -m pytest -m families
+	$(BIN)/python -m pip install --quiet 'sentence-transformers>=5.4,<7'
+	$(BIN)/python -m pytest -m families tests/test_convert.py
+	$(BIN)/python -m pip install --quiet --editable '.[dev,open-clip]'
+	$(BIN)/python -m pytest -m families tests/test_families.py
 
 test-browser: $(VENV)/.dev
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || { echo "需要 Chromium / Chromium is needed: apt-get install chromium, or CHROMIUM=path"; exit 1; }
