@@ -212,9 +212,14 @@ BUNDLED: dict[str, Bundled] = {
 }
 
 
+def downloadable() -> dict[str, Published]:
+    """The models on the hubs by name: Chinese-CLIP's five in its order, then QA-CLIP's."""
+    return {**PUBLISHED, **QA_CLIP}
+
+
 def everything() -> dict[str, Published | Bundled]:
-    """All models by name: Chinese-CLIP's five in its order, QA-CLIP's, those that come with this package."""
-    return {**PUBLISHED, **QA_CLIP, **BUNDLED}
+    """All models by name: those on the hubs, then those that come with this package."""
+    return {**downloadable(), **BUNDLED}
 
 
 def available_models() -> list[str]:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from cn_clip.clip.backends.base import USUAL_SIZES, Backend, BackendName, Pixels, Rows, TokenIds, check_threads
+from cn_clip.clip.backends.base import (
+    DEFAULT_CONTEXT_LENGTH,
+    USUAL_SIZES,
+    Backend,
+    BackendName,
+    Pixels,
+    Rows,
+    TokenIds,
+    check_threads,
+)
 from cn_clip.clip.backends.opening import open_backend
 from cn_clip.clip.foreign.names import is_foreign
 from cn_clip.clip.foreign.opening import open_parts
@@ -28,7 +37,6 @@ if TYPE_CHECKING:
 
 Advance: TypeAlias = Callable[[int], object]
 
-DEFAULT_CONTEXT_LENGTH = 52
 # Texts sorted by length together: long enough to fill batches of equal lengths, short enough to stream.
 SORTING_WINDOW = 8192
 

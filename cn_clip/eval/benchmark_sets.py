@@ -91,7 +91,7 @@ def published_model(model: str | None, checkpoint: str | None) -> str | None:
     A checkpoint of one's own stands beside the model it is said to be of, else beside that whose file or repository is
     called alike; a folder or file that merely bears the name of a model is another one.
     """
-    published = {**zoo.PUBLISHED, **zoo.QA_CLIP}
+    published = zoo.downloadable()
     given = model or checkpoint or ""
     if given in published:
         return given

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from cn_clip import command
+from cn_clip.clip.backends.base import DEFAULT_CONTEXT_LENGTH
 from cn_clip.errors import ConfigError, OutputError
 from cn_clip.eval import benchmark_sets
 from cn_clip.eval.benchmark_sets import Metric, RetrievalSet, Split
-from cn_clip.eval.model_choice import DEFAULT_CONTEXT_LENGTH, ModelChoice
+from cn_clip.eval.model_choice import ModelChoice
 from cn_clip.zoo_results import CHINESE_CLIP, Query, Result, Setup
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 cn-clip linear-probe --train datasets/dtd/train --test datasets/dtd/test
 """
 
-# N rows, D embedding, C classes
+# N rows, M of them held out, D embedding, C classes
 
 import math
 from collections.abc import Sequence
@@ -130,17 +130,17 @@ def _chosen_c(data: "ClassFeatures", seed: int, device: "torch.device | None") -
     is_held_N = logistic.held_out(data.labels_N, share=HELD_OUT_SHARE, seed=seed)
     if not is_held_N.any():
         return C_OF_ONE_SHOT
+    rows_ND, labels_N = data.rows_ND[~is_held_N], data.labels_N[~is_held_N]
+    held_rows_MD, held_labels_M = data.rows_ND[is_held_N], data.labels_N[is_held_N]
     start: logistic.Classifier | None = None
 
     with tqdm(desc="C", unit="fit") as bar:
 
         def score(exponent: float) -> float:
             nonlocal start
-            rows_ND, labels_N = data.rows_ND[~is_held_N], data.labels_N[~is_held_N]
             start = logistic.fit(rows_ND, labels_N, len(data.classes), c=10**exponent, device=device, start=start)
             bar.update(1)
-            found_N = start.logits(data.rows_ND[is_held_N]).argmax(axis=1)
-            return float((found_N == data.labels_N[is_held_N]).mean())
+            return float((start.logits(held_rows_MD).argmax(axis=1) == held_labels_M).mean())
 
         exponent, _ = logistic.choose(score)
     return float(10**exponent)

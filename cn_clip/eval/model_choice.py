@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cn_clip import zoo
-from cn_clip.clip.backends.base import BackendName
+from cn_clip.clip.backends.base import DEFAULT_CONTEXT_LENGTH, BackendName
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError
 from cn_clip.eval import backends
 
-DEFAULT_MODEL, DEFAULT_CONTEXT_LENGTH = "ViT-B-16", 52
+DEFAULT_MODEL = "ViT-B-16"
 # The folder of a run in which the training keeps its checkpoints; all runs name them alike.
 _CHECKPOINTS = "checkpoints"
 _USUAL = frozenset({"torch", "fp32", "amp"})

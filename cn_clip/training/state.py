@@ -143,7 +143,7 @@ def find_resume(resume: str | None, checkpoint_dir: Path) -> list[Path]:
         path = weight_file(resume) if zoo.named(resume) and not os.path.exists(resume) else Path(resume)
         if not os.path.exists(path):  # unlike Path.exists, also for a name that is too long
             refuse(resume)
-            known = {model.filename: name for name, model in {**zoo.PUBLISHED, **zoo.QA_CLIP}.items()}
+            known = {model.filename: name for name, model in zoo.downloadable().items()}
             name = known.get(path.name)
             fetch = f"; fetch it with: cn-clip download {name} --download-root {path.parent}" if name else ""
             raise CheckpointError(

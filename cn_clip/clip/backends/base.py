@@ -28,6 +28,9 @@ PRECISIONS: dict[BackendName, tuple[Precision, ...]] = {
 }
 
 
+# Longest text in tokens, [CLS] and [SEP] included, as Chinese-CLIP trains.
+DEFAULT_CONTEXT_LENGTH = 52
+
 # Pictures, and texts, in a batch when nobody says: enough to keep every core busy, few enough to stay in its cache.
 USUAL_SIZES = (32, 64)
 USUAL_SIZES_ON_GPU = (256, 512)
