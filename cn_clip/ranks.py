@@ -28,28 +28,56 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def choose_device(name: str = "auto") -> "torch.device":
-    """The named device, or with "auto" the best there is: CUDA, then MPS, then CPU.
+def choose_device(device: "str | torch.device | None" = "auto") -> "torch.device":
+    """The device to compute on. One of CUDA always has its index: `torch.cuda.set_device` and others insist on it.
 
-    Plain "cuda" is the device of this process's number on its machine.
-    Raises ConfigError when the named device is not there.
+    None: CUDA if there is one, else the CPU, as Chinese-CLIP chooses. "auto": the same, but MPS before the CPU.
+    "cuda" without an index: PyTorch's current device.
+    Raises ConfigError for what is not a device, or one that this machine does not have.
     """
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device: expected auto, cpu, cuda, cuda:N or mps, got {name!r}") from error
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device.type, True):
-        raise ConfigError(f"device: {name} was asked for, but PyTorch finds none here; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device is None or device == "auto":
+        device = "cuda" if available["cuda"] else "mps" if device and available["mps"] else "cpu"
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device: expected auto, cpu, cuda, cuda:N or mps, got {device!r}") from error
+    if not available.get(chosen.type, True):
+        raise ConfigError(f"device: {chosen} was asked for, but PyTorch finds none here; use --device cpu")
+    if chosen.type != "cuda":
+        return chosen
+    index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    if index >= torch.cuda.device_count():
         raise ConfigError(
-            f"device: {name} was asked for, but there are {torch.cuda.device_count()} GPUs; the first is 0"
+            f"device: {chosen} was asked for, but there are {torch.cuda.device_count()} GPUs; the first is cuda:0"
         )
-    return torch.device("cuda", local_rank()) if name == "cuda" and world_size() > 1 else device
+    return torch.device("cuda", index)
+
+
+def own_device(name: str = "auto") -> "torch.device":
+    """The device of this process among those that torchrun started: on CUDA the one with its number on its machine.
+
+    Raises ConfigError as `choose_device`, for "cuda:N" with several processes, and for more processes than GPUs.
+    """
+    import torch
+
+    if world_size() == 1 or not torch.cuda.is_available() or not name.startswith(("auto", "cuda")):
+        return choose_device(name)
+    if name not in ("auto", "cuda"):
+        raise ConfigError(
+            f"--device {name}: names one GPU for {world_size()} processes; use --device cuda, which gives each process "
+            "its own, and choose among the GPUs of this machine with CUDA_VISIBLE_DEVICES"
+        )
+    # Not choose_device("cuda"): asking for the current device takes memory of the first GPU for every process.
+    if local_rank() >= torch.cuda.device_count():
+        raise ConfigError(
+            f"LOCAL_RANK is {local_rank()}, but this process sees {torch.cuda.device_count()} GPUs; start no more "
+            "processes on a machine than it has GPUs (torchrun --nproc-per-node), and let each see all of them "
+            "(CUDA_VISIBLE_DEVICES)"
+        )
+    return torch.device("cuda", local_rank())
 
 
 def autocast_dtype(precision: str, device: "torch.device") -> "torch.dtype | None":

@@ -562,9 +562,9 @@ def test_training_from_shards_resumes_in_an_epoch_as_if_it_had_not_stopped(value
 
 def test_training_refuses_what_the_shards_cannot_give(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"4 shards for 5 loading processes \(1 x 5 by --num-workers\)"):
-        training_data(Options(value, num_workers=5, batch_size=4), 32)
+        training_data(Options(value, num_workers=5, batch_size=4), 32, torch.device("cpu"))
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="--batch-size 7 in each of 4 processes: larger than the 24 pairs"):
-        training_data(Options(value, num_workers=1, batch_size=7), 32)
+        training_data(Options(value, num_workers=1, batch_size=7), 32, torch.device("cpu"))
     with pytest.raises(DataError, match=r"000004\.tar: no such shard"):
-        training_data(Options(value.replace("3}", "4}"), num_workers=1, batch_size=4), 32)
+        training_data(Options(value.replace("3}", "4}"), num_workers=1, batch_size=4), 32, torch.device("cpu"))

@@ -614,7 +614,7 @@ def test_gpus_are_found_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, index))
     assert tensor_rt.find_gpu() == tensor_rt.find_gpu("cuda") == tensor_rt.find_gpu("cuda:1")
     assert tensor_rt.find_gpu("cuda:0") == tensor_rt.Gpu(torch.device("cuda:0"), "NVIDIA A", "8.0")
-    with pytest.raises(ConfigError, match="there are 2 GPUs, numbered from 0; got 'cuda:2'"):
+    with pytest.raises(ConfigError, match="device: cuda:2 was asked for, but there are 2 GPUs; the first is cuda:0"):
         tensor_rt.find_gpu("cuda:2")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from cn_clip import ranks
 from cn_clip.clip.backends.base import (
     DEFAULT_CONTEXT_LENGTH,
     USUAL_SIZES,
@@ -229,12 +230,12 @@ def _check_context_length(given: int, longest: int) -> None:
 def _over(model: "CLIP | Backend", backend: BackendName, *, device: Any, **settings: Any) -> Backend:
     if backend != "torch":
         raise ConfigError(f"backend: {backend} runs models from a file or by name; save this one first")
-    from cn_clip.clip.backends.pytorch import TorchBackend, device_of
+    from cn_clip.clip.backends.pytorch import TorchBackend
     from cn_clip.clip.model import CLIP
 
     if not isinstance(model, CLIP):
         raise TypeError(f"model: expected a name, a path, a CLIP or a Backend, got {type(model).__name__}")
-    return TorchBackend(model, device=device_of(device), **settings)
+    return TorchBackend(model, device=ranks.choose_device(device), **settings)
 
 
 def _size(batch_size: int | None, usual: int = USUAL_SIZES[0]) -> int:

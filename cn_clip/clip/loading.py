@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cn_clip import zoo
+from cn_clip import ranks, zoo
 from cn_clip.clip.checkpoint import Checkpoint, fit, infer_config, normalise_keys, read_checkpoint
 from cn_clip.clip.hub import weight_file
 from cn_clip.clip.model import CLIP, convert_weights
@@ -18,11 +18,6 @@ from cn_clip.clip.transforms import ImageTransform, image_transform
 from cn_clip.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
-
-
-def default_device() -> str:
-    """ "cuda" where there is one, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def open_model(
@@ -100,7 +95,7 @@ def load_from_name(
     device: default CUDA where there is one. Weights are float32 with full precision on CPU and MPS, float16 on CUDA.
     Raises CheckpointError (a RuntimeError) or DownloadError.
     """
-    device = torch.device(device or default_device())
+    device = ranks.choose_device(device or None)
     model, _ = open_model(
         name,
         vision=vision_model_name,
@@ -151,7 +146,7 @@ def load(
         _initialise(model, Path(clip_path), ("visual.", "logit_scale"))
     if bert_path:
         _initialise(model, Path(bert_path), ("bert.",))
-    return model.to(torch.device(device or default_device())).eval()
+    return model.to(ranks.choose_device(device or None)).eval()
 
 
 def _initialise(model: CLIP, path: Path, prefixes: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from cn_clip import command
+from cn_clip import command, ranks
 from cn_clip.deploy.model_arch import RequiredArch, check_arch, open_arch, vision_name
 from cn_clip.errors import ConfigError
 
@@ -81,8 +81,6 @@ class Subject(NamedTuple):
 
 def run(options: Options) -> None:
     """Times what is given, pictures first; raises CnClipError when something cannot be opened."""
-    from cn_clip import ranks
-
     say = command.Speaker(quiet=options.json)
     say.params(options)
     if options.device == "cuda":
@@ -163,12 +161,11 @@ def _token_ids(options: Options) -> "TokenIds":
 
 def _open_torch(options: Options, kind: "Kind") -> "tuple[Backend, str]":
     from cn_clip.clip.backends.pytorch import TorchBackend
-    from cn_clip.clip.loading import default_device
 
     assert options.model_arch is not None
-    device = default_device() if options.device == "auto" else options.device
+    device = ranks.choose_device(None if options.device == "auto" else options.device)
     model = open_arch(options.model_arch, options.pytorch_ckpt, flag="--pytorch-ckpt")
-    return TorchBackend(model, device=device, precision=options.pytorch_precision), device
+    return TorchBackend(model, device=device, precision=options.pytorch_precision), device.type
 
 
 def _open_onnx(options: Options, kind: "Kind") -> "tuple[Backend, str]":

@@ -105,7 +105,6 @@ def open_encoder(options: ModelOptions, say: Speaker, *, kinds: Sequence[Kind] =
 
 
 def _open_foreign(options: ModelOptions, say: Speaker) -> "Encoder":
-    from cn_clip import ranks
     from cn_clip.clip.encoder import Encoder
 
     assert options.resume is not None
@@ -113,7 +112,7 @@ def _open_foreign(options: ModelOptions, say: Speaker) -> "Encoder":
     encoder = Encoder(
         options.resume,
         precision=precision_of(options),
-        device=str(ranks.choose_device(options.device)),
+        device=options.device,
         context_length=options.context_length,
         download_root=options.download_root,
         num_threads=options.num_threads,

@@ -66,7 +66,7 @@ def _open_foreign(model: str, options: "ModelOptions", decode: "Decode") -> "tup
         model,
         backend=options.backend,
         precision=options.precision,
-        device=str(ranks.choose_device(options.device)),
+        device=options.device,
         download_root=options.download_root,
         num_threads=options.num_threads,
         decode=decode,

@@ -19,7 +19,7 @@ from cn_clip.training.sampling import EpochNumbers, EpochSampler, ShardSampler
 from cn_clip.training.trainer import TrainingData, ValidationData
 
 
-def training_data(options: Options, resolution: int) -> TrainingData:
+def training_data(options: Options, resolution: int, device: torch.device) -> TrainingData:
     """This process's part of the training split; raises ConfigError when it holds less than one batch."""
     source, sampler = _shards(options) if is_shards(options.train_data) else _lmdb(options)
     dataset = PairDataset(
@@ -36,7 +36,7 @@ def training_data(options: Options, resolution: int) -> TrainingData:
         options.batch_size,
         options.num_workers,
         sampler=EpochNumbers(sampler),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device.type == "cuda",
         generator=_loader_generator(options),
     )
     return TrainingData(loader, sampler)

@@ -32,7 +32,7 @@ def run(options: Options) -> None:
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    device = ranks.choose_device(options.device)
+    device = ranks.own_device(options.device)
     folder = Path(options.logs) / options.name
     checkpoint_dir = folder / "checkpoints"
     checkpoint_dir.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def build_trainer(options: Options, device: "torch.device", checkpoint_dir: Path
     model = build_model(options, device)
     checkpoint = load_start(options, model, checkpoint_dir)
     torch.manual_seed(options.seed + ranks.rank())  # every process draws its own dropout
-    training = inputs.training_data(options, model.resolution)
+    training = inputs.training_data(options, model.resolution, device)
     validation = inputs.validation_data(options, model.resolution)
     if options.compile:
         distributed.compile_blocks(model)

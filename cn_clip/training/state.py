@@ -197,22 +197,22 @@ def resume_position(checkpoint: Checkpoint, extent: Extent) -> Position:
     return Position(saved["epoch"], saved["batch"], checkpoint.step)
 
 
-def rng_state() -> dict[str, Any]:
-    """The random state of PyTorch: dropout, patch masks."""
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The random state of PyTorch on the CPU and on the device of the run: dropout, patch masks."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()  # of the current device, which is that of the run
-    if torch.backends.mps.is_available():
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
         state["mps"] = torch.mps.get_rng_state()
     return state
 
 
-def restore_rng(state: dict[str, Any]) -> None:
-    """Puts back what `rng_state` took."""
+def restore_rng(state: dict[str, Any], device: torch.device) -> None:
+    """Puts back what `rng_state` took, as far as it is of this kind of device."""
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    if "mps" in state and torch.backends.mps.is_available():
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif "mps" in state and device.type == "mps":
         torch.mps.set_rng_state(state["mps"])
 
 

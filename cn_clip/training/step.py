@@ -84,7 +84,7 @@ class Learner:
         rows = list(zip(image.split_with_sizes(sizes), text.split_with_sizes(sizes), strict=True))
         last = len(batches) - 1
         for number, batch in enumerate(batches):
-            state.restore_rng(randomness[number])
+            state.restore_rng(randomness[number], self.parallel.device)
             with self.parallel.accumulating(more_to_come=number < last):
                 with self.autocast():
                     again = self._forward(batch)
@@ -102,7 +102,7 @@ class Learner:
         randomness, parts = [], []
         with self.parallel.without_gradients(), self.autocast():
             for batch in batches:
-                randomness.append(state.rng_state())
+                randomness.append(state.rng_state(self.parallel.device))
                 parts.append(self._forward(batch))
         image, text = (torch.cat([part[place] for part in parts]) for place in (0, 1))
         return randomness, Features(image, text, parts[0].scale)

@@ -134,7 +134,7 @@ class Trainer:
             self._restore_optimizer(checkpoint)
             logger.info("=> optimizer state is restored from the checkpoint")
         if saved and not self.options.reset_data_offset:
-            state.restore_rng(saved["rng"][ranks.rank()])
+            state.restore_rng(saved["rng"][ranks.rank()], self.device)
             self.early_stop.load_state_dict(saved["early_stop"])
             self.validated_step, self.closed = saved["validated_step"], saved["closed"]
         step = self.position.step
@@ -329,7 +329,7 @@ class Trainer:
         resume = {
             "extent": asdict(self.extent),
             "scaler": self.learner.scaler.state_dict(),
-            "rng": distributed.every_object(state.rng_state()),
+            "rng": distributed.every_object(state.rng_state(self.device)),
             "early_stop": self.early_stop.state_dict(),
             "validated_step": self.validated_step,
             "closed": self.closed,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from cn_clip import zoo
+from cn_clip import ranks, zoo
 from cn_clip.clip.backends.base import (
     KINDS,
     Backend,
@@ -58,10 +58,10 @@ def open_backend(
     if compile and backend != "torch":
         raise ConfigError(f"compile: is for the torch backend; {backend} compiles by itself")
     if backend == "torch":
-        from cn_clip.clip.backends.pytorch import TorchBackend, device_of
+        from cn_clip.clip.backends.pytorch import TorchBackend
         from cn_clip.clip.loading import open_model
 
-        place = device_of(device)
+        place = ranks.choose_device(device)
         loaded, _ = open_model(model, vision=vision, text=text, download_root=download_root)
         return TorchBackend(loaded, device=place, precision=chosen, compile=compile, num_threads=num_threads)
     source = Source(model, vision, text, download_root)

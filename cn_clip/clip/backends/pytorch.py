@@ -38,7 +38,7 @@ class TorchBackend:
     ) -> None:
         dtype = DTYPES[check_precision("torch", precision)]
         check_threads(num_threads)
-        self.device = device_of(device)
+        self.device = ranks.choose_device(device)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         model.float()
@@ -65,16 +65,6 @@ class TorchBackend:
 
     def _moved(self, inputs: "Pixels | TokenIds") -> Tensor:
         return torch.from_numpy(inputs).to(self.device, non_blocking=True)
-
-
-def device_of(device: str | torch.device | None) -> torch.device:
-    """A device that is there: default CUDA if there is one, else the processor; "auto" takes MPS too.
-
-    Raises ConfigError for one that is not.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ranks.choose_device(str(device))
 
 
 def _unit_rows(features_BD: Tensor) -> Rows:

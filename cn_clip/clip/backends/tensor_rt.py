@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cn_clip import ranks
 from cn_clip.clip.backends.base import ExportedBackend, Kind, Pixels, TokenIds, TowerFacts
 from cn_clip.clip.backends.onnx_files import INPUTS, MIDDLE, OUTPUTS, facts_of
 from cn_clip.errors import CheckpointError, ConfigError
@@ -91,11 +92,9 @@ def find_gpu(device: str | torch.device | None = None) -> Gpu:
             "the tensorrt backend needs an NVIDIA GPU, and PyTorch finds none here; "
             "use the backend openvino or onnx on a processor"
         )
-    index = torch.cuda.current_device() if chosen.index is None else chosen.index
-    if index >= torch.cuda.device_count():
-        raise ConfigError(f"device: there are {torch.cuda.device_count()} GPUs, numbered from 0; got {str(device)!r}")
-    major, minor = torch.cuda.get_device_capability(index)
-    return Gpu(torch.device("cuda", index), torch.cuda.get_device_name(index), f"{major}.{minor}")
+    gpu = ranks.choose_device(chosen)
+    major, minor = torch.cuda.get_device_capability(gpu.index)
+    return Gpu(gpu, torch.cuda.get_device_name(gpu.index), f"{major}.{minor}")
 
 
 def make_log(trt: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from cn_clip import ranks
 from cn_clip.clip.backends.base import BackendName, check_precision
 from cn_clip.clip.foreign import names
 from cn_clip.clip.transforms import Decode
@@ -41,9 +42,7 @@ def open_parts(
     check(name, backend)
     chosen = check_precision("torch", precision)
     parsed = names.parse(name)
-    from cn_clip.clip.backends.pytorch import device_of
-
-    place = device_of(device)
+    place = ranks.choose_device(device)
     if parsed.scheme == "hf":
         from cn_clip.clip.foreign.hf_models import open_folder
 
