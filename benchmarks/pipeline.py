@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from two_sides import Side, two_sides  # noqa: E402
 
 from cn_clip import command, zoo  # noqa: E402
+from cn_clip.clip.backends.opening import settle_precision  # noqa: E402
 from cn_clip.clip.model import CLIP  # noqa: E402
 from cn_clip.errors import ConfigError  # noqa: E402
 from cn_clip.eval.feature_files import read_features  # noqa: E402
@@ -64,8 +65,8 @@ class Options:
     """How many of the pictures, with their captions."""
     model: VisionName = "ViT-B-16"
     """Picture tower; the text tower is the one it is published with."""
-    modes: tuple[str, ...] = ("torch:fp32", "openvino:bf16", "openvino:int8")
-    """What is measured beside the reference: backend:precision."""
+    modes: tuple[str, ...] = ("torch:fp32", "openvino:auto", "openvino:int8")
+    """What is measured beside the reference: backend:precision; auto: the fastest this processor has, close to fp32."""
     rounds: int = 1
     """How often to run everything; the median counts."""
     batch_size: int = 32
@@ -88,6 +89,7 @@ def run(options: Options) -> int:
 
 def measure(options: Options, say: command.Speaker) -> dict[str, Any]:
     """Times all stages for the reference and each mode, in turns; names what was missed."""
+    options = replace(options, modes=tuple(map(settled_mode, options.modes)))
     reference, ours = two_sides(options.reference_python)
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)
@@ -127,6 +129,12 @@ def measure(options: Options, say: command.Speaker) -> dict[str, Any]:
         "largest_feature_difference": errors,
         "missed": missed,
     }
+
+
+def settled_mode(mode: str) -> str:
+    """`mode` with the precision that is computed in; raises ConfigError for one that this processor lacks."""
+    backend, precision = mode.split(":")
+    return f"{backend}:{settle_precision(backend, precision)}"  # type: ignore[arg-type]  # checked there
 
 
 def export_seconds(side: Side, folder: Path, model: str) -> float:
