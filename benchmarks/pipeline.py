@@ -160,12 +160,12 @@ def save_model(path: Path, options: Options) -> None:
 def write_part(folder: Path, data: Path, num_pictures: int) -> dict[str, int]:
     """The first pictures and the captions of just these; how many there are of each."""
     folder.mkdir()
-    with (data / "valid_imgs.tsv").open() as source:
+    with (data / "valid_imgs.tsv").open(encoding="utf-8") as source:
         lines = list(islice(source, num_pictures))
     ids = {int(line.split("\t")[0]) for line in lines}
     with (data / "valid_texts.jsonl").open(encoding="utf-8") as source:
         texts = [line for line in source if ids.issuperset(json.loads(line)["image_ids"])]
-    (folder / "valid_imgs.tsv").write_text("".join(lines))
+    (folder / "valid_imgs.tsv").write_text("".join(lines), encoding="utf-8")
     (folder / "valid_texts.jsonl").write_text("".join(texts), encoding="utf-8")
     return {"pictures": len(lines), "texts": len(texts)}
 
@@ -213,7 +213,9 @@ def largest_difference(theirs: Path, ours: Path) -> float:
 
 def facts_of(options: Options, reference: Side) -> dict[str, Any]:
     code = "import torch; print(torch.__version__)"
-    version = subprocess.run([reference.python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    version = subprocess.run(
+        [reference.python, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
+    ).stdout.strip()
     return {
         "model": f"{options.model}@{text_tower(options.model)}",
         "batch_size": options.batch_size,

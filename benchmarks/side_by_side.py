@@ -111,7 +111,13 @@ class Contender:
         path = str(ROOT / "benchmarks")
         environment = {**os.environ, "PYTHONPATH": path}
         return subprocess.Popen(
-            worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+            worker,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+            encoding="utf-8",
         )
 
 
@@ -197,7 +203,7 @@ def save_weights(folder: Path) -> None:
 def save_inputs(folder: Path, options: Options) -> tuple[list[str], str]:
     """The first pictures as files, and the first captions as lines."""
     paths = []
-    with (options.data / "valid_imgs.tsv").open() as source:
+    with (options.data / "valid_imgs.tsv").open(encoding="utf-8") as source:
         for number, line in enumerate(islice(source, options.num_pictures)):
             path = folder / f"{number:04d}.jpg"
             path.write_bytes(base64.urlsafe_b64decode(line.split("\t")[1].strip()))

@@ -88,7 +88,7 @@ def twemoji() -> tuple[list[bytes], list[str], Any]:
 
 
 def split(data: Path) -> tuple[list[bytes], list[str], Any]:
-    lines = (data / "valid_imgs.tsv").read_text().splitlines()
+    lines = (data / "valid_imgs.tsv").read_text(encoding="utf-8").splitlines()
     ids = [int(line.split("\t")[0]) for line in lines]
     pictures = [decode_base64(line.split("\t")[1].encode()) for line in lines]
     records = [json.loads(line) for line in (data / "valid_texts.jsonl").read_text(encoding="utf-8").splitlines()]
