@@ -19,4 +19,4 @@ HEALTHCHECK --interval=30s --timeout=3s --start-period=300s \
 # Give CN_CLIP_API_KEY: the service listens to everyone who reaches the container. Without a key, requests may name it
 # by localhost, an address, or what --allowed-host says, such as the name of a Compose service.
 ENTRYPOINT ["cn-clip", "serve", "--host", "0.0.0.0", "--port", "8000", "--download-root", "/models"]
-CMD ["--model", "ViT-B-16", "--backend", "openvino", "--precision", "bf16"]
+CMD ["--model", "ViT-B-16", "--backend", "openvino", "--precision", "auto"]

@@ -176,7 +176,7 @@ def write_inputs(work: Path) -> np.ndarray:
     """Pictures, texts, and what this package makes of them; returns its unit rows from run.pt."""
     for number in range(NUM_PICTURES):
         Image.fromarray(picture_bytes(number, height=300 + 40 * number, width=400)).save(work / f"{number}.png")
-    (work / "texts.json").write_text(json.dumps(TEXTS))
+    (work / "texts.json").write_text(json.dumps(TEXTS), encoding="utf-8")
     _, transform = load_quietly(work / "run.pt")
     pictures = [Image.open(path) for path in sorted(work.glob("*.png"))]
     pixels = np.stack([transform.array(picture) for picture in pictures])
@@ -210,7 +210,9 @@ def worst(one: np.ndarray, other: np.ndarray) -> float:
 
 def open_with(python: str, work: Path, rows: np.ndarray, say: command.Speaker) -> dict[str, Any]:
     """What transformers of that environment says and computes."""
-    done = subprocess.run([python, "-c", OPEN, str(work)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, "-c", OPEN, str(work)], capture_output=True, text=True, check=False, encoding="utf-8"
+    )
     if done.returncode:
         raise RuntimeError(f"{python}: {done.stderr[-2000:]}")
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -79,7 +79,7 @@ def run(options: Options) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_dataset(folder)
-        (folder / "sitecustomize.py").write_text(NO_DROPOUT)
+        (folder / "sitecustomize.py").write_text(NO_DROPOUT, encoding="utf-8")
         sides = two_sides(options.reference_python, PYTHONPATH=str(folder), **alone())
         results = {side.name: cross(side, sides, folder, say) for side in sides[::-1]}
     say.result(results)
@@ -106,7 +106,7 @@ def write_dataset(folder: Path) -> None:
         images.append(f"{number}\t{base64.b64encode(stream.getvalue()).decode()}\n")
         texts.append(text_line(number, f"第{number}张图，有{'红绿蓝黄'[number % 4]}色的波纹", [number]))
     for split in ("train", "valid"):
-        (folder / f"{split}_imgs.tsv").write_text("".join(images))
+        (folder / f"{split}_imgs.tsv").write_text("".join(images), encoding="utf-8")
         (folder / f"{split}_texts.jsonl").write_text("".join(texts), encoding="utf-8")
     with command.stdout_to_stderr(when=True):
         build_lmdb_dataset.main([f"--data_dir={folder}", "--splits=train,valid"])
@@ -150,7 +150,7 @@ def train(side: Side, folder: Path, name: str, max_steps: int, *more: str) -> di
         *("--context-length=24", "--save-epoch-frequency=-1", *TOWERS, *more),
     ]
     side.run("training.main", settings if side.is_reference else [*settings, "--device=cpu"], folder)
-    log = "".join(path.read_text() for path in (folder / "logs" / name).glob("out_*.log"))
+    log = "".join(path.read_text(encoding="utf-8") for path in (folder / "logs" / name).glob("out_*.log"))
     if more and "optimizer state is restored" not in log:
         raise RuntimeError(f"{name}: the log does not say that the optimizer state was restored")
     return {int(step): float(loss) for step, loss in LOSS.findall(log)}

@@ -118,7 +118,13 @@ def probe(python: Path, path: Path, *, is_reference: bool) -> dict[str, Any]:
     kind, import_path = ("reference", ROOT / "benchmarks") if is_reference else ("ours", ROOT)
     arguments = [str(python), "-c", PROBE, str(path), kind, VISION, TEXT, str(RESOLUTION)]
     answer = subprocess.run(
-        arguments, cwd=path.parent, env=environment(import_path), capture_output=True, text=True, check=True
+        arguments,
+        cwd=path.parent,
+        env=environment(import_path),
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
     )
     content: dict[str, Any] = json.loads(answer.stdout.rpartition("ANSWER ")[2])
     return content

@@ -66,7 +66,7 @@ def _start(start: dict[str, float], goal: float) -> str:
     return f"""
 ## 启动 / Start
 
-从启动进程到第一张图片的向量，模型已导出（openvino bf16）：{start["ours"]:.2f} 秒，cn_clip 1.6.0：{start["reference"]:.2f} 秒；目标 ≤ {goal} 秒。
+从启动进程到第一张图片的向量，模型已导出（openvino auto）：{start["ours"]:.2f} 秒，cn_clip 1.6.0：{start["reference"]:.2f} 秒；目标 ≤ {goal} 秒。
 From the start of the process to the first vector, the model exported before.
 """
 

@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from two_sides import Side, two_sides  # noqa: E402
 
 from cn_clip import command, zoo  # noqa: E402
+from cn_clip.clip.backends.opening import settle_precision  # noqa: E402
 from cn_clip.clip.model import CLIP  # noqa: E402
 from cn_clip.errors import ConfigError  # noqa: E402
 from cn_clip.eval.feature_files import read_features  # noqa: E402
@@ -64,8 +65,8 @@ class Options:
     """How many of the pictures, with their captions."""
     model: VisionName = "ViT-B-16"
     """Picture tower; the text tower is the one it is published with."""
-    modes: tuple[str, ...] = ("torch:fp32", "openvino:bf16", "openvino:int8")
-    """What is measured beside the reference: backend:precision."""
+    modes: tuple[str, ...] = ("torch:fp32", "openvino:auto", "openvino:int8")
+    """What is measured beside the reference: backend:precision; auto: the fastest this processor has, close to fp32."""
     rounds: int = 1
     """How often to run everything; the median counts."""
     batch_size: int = 32
@@ -88,6 +89,7 @@ def run(options: Options) -> int:
 
 def measure(options: Options, say: command.Speaker) -> dict[str, Any]:
     """Times all stages for the reference and each mode, in turns; names what was missed."""
+    options = replace(options, modes=tuple(map(settled_mode, options.modes)))
     reference, ours = two_sides(options.reference_python)
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)
@@ -129,6 +131,12 @@ def measure(options: Options, say: command.Speaker) -> dict[str, Any]:
     }
 
 
+def settled_mode(mode: str) -> str:
+    """`mode` with the precision that is computed in; raises ConfigError for one that this processor lacks."""
+    backend, precision = mode.split(":")
+    return f"{backend}:{settle_precision(backend, precision)}"  # type: ignore[arg-type]  # checked there
+
+
 def export_seconds(side: Side, folder: Path, model: str) -> float:
     """Opens the model once, which exports it where the backend wants that."""
     backend, precision = side.name.split(":")
@@ -152,12 +160,12 @@ def save_model(path: Path, options: Options) -> None:
 def write_part(folder: Path, data: Path, num_pictures: int) -> dict[str, int]:
     """The first pictures and the captions of just these; how many there are of each."""
     folder.mkdir()
-    with (data / "valid_imgs.tsv").open() as source:
+    with (data / "valid_imgs.tsv").open(encoding="utf-8") as source:
         lines = list(islice(source, num_pictures))
     ids = {int(line.split("\t")[0]) for line in lines}
     with (data / "valid_texts.jsonl").open(encoding="utf-8") as source:
         texts = [line for line in source if ids.issuperset(json.loads(line)["image_ids"])]
-    (folder / "valid_imgs.tsv").write_text("".join(lines))
+    (folder / "valid_imgs.tsv").write_text("".join(lines), encoding="utf-8")
     (folder / "valid_texts.jsonl").write_text("".join(texts), encoding="utf-8")
     return {"pictures": len(lines), "texts": len(texts)}
 
@@ -205,7 +213,9 @@ def largest_difference(theirs: Path, ours: Path) -> float:
 
 def facts_of(options: Options, reference: Side) -> dict[str, Any]:
     code = "import torch; print(torch.__version__)"
-    version = subprocess.run([reference.python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    version = subprocess.run(
+        [reference.python, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
+    ).stdout.strip()
     return {
         "model": f"{options.model}@{text_tower(options.model)}",
         "batch_size": options.batch_size,

@@ -72,7 +72,7 @@ def record_results() -> dict[str, str]:
 def faulty_submissions(query: str) -> dict[str, str]:
     """Prediction files with one fault each."""
     field, found = ("text_id", "image_ids") if query == "text" else ("image_id", "text_ids")
-    lines = Path(PREDICTIONS[query]).read_text().splitlines()
+    lines = Path(PREDICTIONS[query]).read_text(encoding="utf-8").splitlines()
     third = json.loads(lines[2])
     ids = third[found]
 
@@ -115,9 +115,9 @@ def main() -> None:
     os.chdir(GOLDEN)
     write_inputs()
     printed = record_results()
-    Path("printed.json").write_text(json.dumps(printed, indent=1) + "\n")
+    Path("printed.json").write_text(json.dumps(printed, indent=1) + "\n", encoding="utf-8")
     faults = record_faults("text") + record_faults("image")
-    Path("faults.json").write_text(json.dumps(faults, indent=1) + "\n")
+    Path("faults.json").write_text(json.dumps(faults, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

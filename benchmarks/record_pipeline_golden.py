@@ -52,11 +52,11 @@ def record_centre(data: Path) -> None:
     """Last biases of both towers, minus the mean of what they add to on the first pictures and their captions."""
     model = empty_model()
     model.load_state_dict(tensors(model, deterministic.state_dict))
-    with (data / "valid_imgs.tsv").open() as lines:
+    with (data / "valid_imgs.tsv").open(encoding="utf-8") as lines:
         pictures = [base64.urlsafe_b64decode(line.split("\t")[1]) for line in islice(lines, CENTRE_PICTURES)]
     transform = image_transform(model.visual.input_resolution)
     images = model.encode_image(torch.stack([transform(Image.open(io.BytesIO(picture))) for picture in pictures]))
-    with (data / "valid_texts.jsonl").open() as lines:
+    with (data / "valid_texts.jsonl").open(encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in islice(lines, 5 * CENTRE_PICTURES)]
     tokens = clip.tokenize(texts, context_length=52)
     hidden = model.bert(tokens, attention_mask=tokens.ne(0).float())[0][:, 0]
@@ -68,9 +68,9 @@ def record_centre(data: Path) -> None:
 
 def write_part(data: Path, folder: Path, num_pictures: int) -> None:
     """The first pictures of valid and the captions of just these."""
-    with (data / "valid_imgs.tsv").open() as source:
+    with (data / "valid_imgs.tsv").open(encoding="utf-8") as source:
         lines = list(islice(source, num_pictures))
-    (folder / "valid_imgs.tsv").write_text("".join(lines))
+    (folder / "valid_imgs.tsv").write_text("".join(lines), encoding="utf-8")
     ids = {int(line.split("\t")[0]) for line in lines}
     with (data / "valid_texts.jsonl").open(encoding="utf-8") as source:
         kept = [line for line in source if ids.issuperset(json.loads(line)["image_ids"])]
@@ -81,7 +81,9 @@ def run(folder: Path, module: str, *arguments: str) -> str:
     """What a script of the reference prints; it runs in `folder`."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     line = [sys.executable, str(ROOT / "benchmarks" / "reference_run.py"), f"cn_clip.{module}", *arguments]
-    done = subprocess.run(line, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        line, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True, encoding="utf-8"
+    )
     return done.stdout
 
 
@@ -119,7 +121,7 @@ def save_checkpoint(folder: Path) -> None:
 
 
 def lines_of(path: Path, step: int = 1) -> Iterator[str]:
-    with path.open() as stream:
+    with path.open(encoding="utf-8") as stream:
         yield from islice(stream, 0, None, step)
 
 
@@ -137,7 +139,7 @@ def sample(folder: Path, picture_step: int, text_step: int) -> dict[str, Any]:
         ("valid_texts.txt_feat.jsonl", "text", text_step),
     ):
         lines = list(lines_of(folder / name, step))
-        (inner / name).write_text("".join(lines))
+        (inner / name).write_text("".join(lines), encoding="utf-8")
         records = [json.loads(line) for line in lines]
         arrays[f"{field}_ids"] = np.array([record[f"{field}_id"] for record in records])
         arrays[f"{field}s"] = np.array([record["feature"] for record in records], dtype=np.float32)
@@ -159,8 +161,8 @@ def record_part(data: Path, name: str) -> None:
             "printed": printed,
             "predictions": [list(json.loads(x).values()) for x in lines_of(folder / "valid_predictions.jsonl")],
             "tr_predictions": [list(json.loads(x).values()) for x in lines_of(folder / "valid_tr_predictions.jsonl")],
-            "result": (folder / "result.json").read_text(),
-            "tr_result": (folder / "tr_result.json").read_text(),
+            "result": (folder / "result.json").read_text(encoding="utf-8"),
+            "tr_result": (folder / "tr_result.json").read_text(encoding="utf-8"),
             "sha256": {name: sha256(folder / name) for name in ("valid_texts.tr.jsonl",)},
             "sample_sha256": sampled["sha256"],
         }
@@ -189,8 +191,8 @@ def record_zeroshot() -> None:
         sys.argv = ["zeroshot_evaluation", *(f"--{name}={value}" for name, value in settings.items())]
         with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
             runpy.run_module("cn_clip.eval.zeroshot_evaluation", run_name="__main__")
-        content = {"printed": printed.getvalue(), "written": (folder / "waves.json").read_text()}
-    (GOLDEN / "zeroshot.json").write_text(json.dumps(content, indent=1) + "\n")
+        content = {"printed": printed.getvalue(), "written": (folder / "waves.json").read_text(encoding="utf-8")}
+    (GOLDEN / "zeroshot.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(content["printed"][-60:])
 
 

@@ -149,7 +149,7 @@ def flags_of(options: Options) -> list[str]:
 def service(flags: Sequence[str]) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     """A service whose model is open, and its port."""
     start = [sys.executable, "-m", "cn_clip", "serve", "--port", "0", *flags]
-    with subprocess.Popen(start, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with subprocess.Popen(start, stdout=subprocess.PIPE, text=True, cwd=ROOT, encoding="utf-8") as process:
         try:
             assert process.stdout is not None
             lines = iter(process.stdout)

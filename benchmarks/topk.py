@@ -105,7 +105,10 @@ def write_inputs(folder: Path, options: Options) -> None:
         write_features(folder / "images.jsonl", "image_id", batches(options.images))
     if not (folder / "texts.jsonl").exists():
         write_features(folder / "texts.jsonl", "text_id", batches(options.texts))
-    with (folder / "texts.jsonl").open() as all_texts, (folder / "part.jsonl").open("w") as part:
+    with (
+        (folder / "texts.jsonl").open(encoding="utf-8") as all_texts,
+        (folder / "part.jsonl").open("w", encoding="utf-8") as part,
+    ):
         part.writelines(line for line, _ in zip(all_texts, range(options.reference_texts), strict=False))
 
 
@@ -115,7 +118,7 @@ def units(rows: Any) -> Any:
 
 def run_reference(folder: Path, python: str) -> dict[str, Any]:
     shim = folder / "shim.py"
-    shim.write_text(SHIM)
+    shim.write_text(SHIM, encoding="utf-8")
     return timed(
         [python, str(shim), *arguments(folder, "part.jsonl", "reference.jsonl")],
         lambda out: json.loads(out.rpartition("ANSWER ")[2]),
@@ -140,7 +143,7 @@ def arguments(folder: Path, texts: str, output: str) -> list[str]:
 def timed(line: list[str], answer: Callable[[str], dict[str, Any]], environment: dict[str, str]) -> dict[str, Any]:
     """The answer of a command with the seconds of the whole process, start and imports included."""
     started = time.perf_counter()
-    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment, encoding="utf-8")
     if done.returncode:
         raise ConfigError(f"{line[0]}: the run ended with status {done.returncode}: {done.stderr[-2000:]}")
     return {**answer(done.stdout), "process_seconds": time.perf_counter() - started}
@@ -150,7 +153,10 @@ def compare(folder: Path) -> dict[str, Any]:
     """How many texts have the same ids in the same order, and how far the exact scores of the others differ."""
     images = read_features(folder / "images.jsonl", "image_id")
     texts = read_features(folder / "part.jsonl", "text_id")
-    with (folder / "reference.jsonl").open() as theirs, (folder / "ours.jsonl").open() as ours:
+    with (
+        (folder / "reference.jsonl").open(encoding="utf-8") as theirs,
+        (folder / "ours.jsonl").open(encoding="utf-8") as ours,
+    ):
         pairs = [(json.loads(one), json.loads(other)) for one, other in zip(theirs, ours, strict=False)]
     scores = exact_scores(images, texts)
     different = [pair for pair in pairs if pair[0] != pair[1]]

@@ -153,7 +153,7 @@ def main() -> None:
 def _peak_gb() -> float:
     """Of this process alone: `ru_maxrss` begins with what the parent held when it started this one."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     (line,) = (one for one in lines if one.startswith("VmHWM:"))

@@ -14,11 +14,13 @@ import numpy as np  # noqa: E402
 from cn_clip import command, emoji_pack, zoo  # noqa: E402
 from cn_clip.clip import Encoder  # noqa: E402
 from cn_clip.clip.backends.base import BackendName, Rows  # noqa: E402
+from cn_clip.clip.backends.opening import settle_precision  # noqa: E402
 from cn_clip.data.records import decode_base64  # noqa: E402
 from cn_clip.data.texts import preprocess_text  # noqa: E402
+from cn_clip.errors import ConfigError  # noqa: E402
 from cn_clip.retrieval.recall import recall_from_features  # noqa: E402
 
-MODES: tuple[tuple[BackendName, str], ...] = (
+ALL_MODES: tuple[tuple[BackendName, str], ...] = (
     ("torch", "fp32"),
     ("torch", "bf16"),
     ("onnx", "fp32"),
@@ -27,6 +29,18 @@ MODES: tuple[tuple[BackendName, str], ...] = (
     ("openvino", "bf16"),
     ("openvino", "int8"),
 )
+
+
+def is_computed_here(backend: BackendName, precision: str) -> bool:
+    """Whether this processor has the precision."""
+    try:
+        settle_precision(backend, precision)
+    except ConfigError:
+        return False
+    return True
+
+
+MODES = tuple(mode for mode in ALL_MODES if is_computed_here(*mode))
 
 
 def measure(model: str, data: Path, say: command.Speaker) -> list[dict[str, Any]]:
@@ -74,7 +88,7 @@ def twemoji() -> tuple[list[bytes], list[str], Any]:
 
 
 def split(data: Path) -> tuple[list[bytes], list[str], Any]:
-    lines = (data / "valid_imgs.tsv").read_text().splitlines()
+    lines = (data / "valid_imgs.tsv").read_text(encoding="utf-8").splitlines()
     ids = [int(line.split("\t")[0]) for line in lines]
     pictures = [decode_base64(line.split("\t")[1].encode()) for line in lines]
     records = [json.loads(line) for line in (data / "valid_texts.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -150,7 +150,9 @@ def probe(options: Options, name: str, precision: str, *, checkpointing: bool) -
     # Elsewhere than here: the folder of a run comes first among those Python imports from.
     with tempfile.TemporaryDirectory() as folder:
         environment = {"PYTHONPATH": str(import_path)}
-        answer = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        answer = subprocess.run(
+            line, cwd=folder, env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
+        )
     if answer.returncode:
         raise ConfigError(f"{name}: ended with status {answer.returncode}: {answer.stderr[-2000:]}")
     content: dict[str, Any] = json.loads(answer.stdout.rpartition("ANSWER ")[2])

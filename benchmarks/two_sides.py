@@ -50,7 +50,9 @@ class Side:
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment = {**inherited, **more, **({"PYTHONPATH": path} if path else {})}
         started = time.perf_counter()
-        done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            line, cwd=folder, env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
+        )
         if done.returncode:
             raise ConfigError(f"{' '.join(line)[:200]}: ended with status {done.returncode}: {done.stderr[-2000:]}")
         return Finished(done.stdout, time.perf_counter() - started)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from cn_clip import __version__, columns
+from cn_clip import __version__, columns, terminal
 
 PROG = "cn-clip"
 
@@ -93,7 +93,11 @@ COMMANDS: dict[str, Command] = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its status; status 2 with one line for a command that does not exist."""
-    given = list(sys.argv[1:] if args is None else args)
+    with terminal.ending():
+        _dispatch(list(sys.argv[1:] if args is None else args))
+
+
+def _dispatch(given: list[str]) -> None:
     if given[:1] == ["help"] and len(given) > 1:
         given = [*given[1:], "--help"]
     if not given or given[0] in ("-h", "--help", "help"):

@@ -1,15 +1,14 @@
-"""What every command shares: options from the command line, log set-up, errors as one line, exit status."""
+"""What every command shares: options from the command line, what it prints, its exit status."""
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, NoReturn, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import tyro
 
-from cn_clip.errors import CnClipError
+from cn_clip import terminal
 
 OptionsT = TypeVar("OptionsT")
 
@@ -19,35 +18,17 @@ Required: TypeAlias = Annotated[str | None, tyro.conf.arg(help_behavior_hint="(r
 
 def parse(options: type[OptionsT], args: Sequence[str] | None, *, prog: str | None = None) -> OptionsT:
     """Parses `args` (default: sys.argv) into the frozen dataclass `options`; exits with status 2 when it cannot."""
-    try:
+    with terminal.ending(status=2):
         return tyro.cli(options, args=args, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
-    except CnClipError as error:
-        _fail(error, status=2)
-    except BrokenPipeError:  # --help into a pager that closed
-        sys.stderr.close()
-        sys.exit(141)
 
 
 def execute(run: Callable[[OptionsT], int | None], options: type[OptionsT], args: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: status 0, the status `run` returns, 1 with one line for a CnClipError."""
+    """Runs a command and exits: status 0, the status `run` returns, or as `terminal.ending` says."""
     parsed = parse(options, args)
-    try:
+    with terminal.ending():
         status = run(parsed) or 0
-    except CnClipError as error:
-        _fail(error, status=1)
-    except KeyboardInterrupt:
-        print("已中断 / interrupted", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        status = 141
     if status:
         sys.exit(status)
-
-
-def _fail(error: CnClipError, *, status: int) -> NoReturn:
-    print(f"错误 / error: {error}", file=sys.stderr)
-    sys.exit(status)
 
 
 class Speaker:
@@ -72,8 +53,7 @@ class Speaker:
     def result(self, values: dict[str, Any]) -> None:
         """The result for programs."""
         if self.quiet:
-            # File names that are no UTF-8 hold lone surrogates: these come out as JSON's own escapes.
-            print(json.dumps(values, ensure_ascii=False).encode(errors="backslashreplace").decode())
+            terminal.print_json(values)
 
 
 @contextlib.contextmanager

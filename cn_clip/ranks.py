@@ -98,6 +98,9 @@ def autocast_dtype(precision: str, device: "torch.device") -> "torch.dtype | Non
 
 def cpu_has_bf16() -> bool:
     """Whether bfloat16 products run in hardware (AVX-512 BF16 or AMX)."""
+    flags = processor()[1]
+    if flags:
+        return bool(flags & {"avx512_bf16", "amx_bf16"})
     import torch
 
     # Private functions, absent on some builds.

@@ -372,7 +372,7 @@ def test_openvino_refuses_a_precision_that_the_processor_lacks() -> None:
     old = ["FP32", "INT8", "BIN"]
     with pytest.raises(ConfigError) as caught:
         settings_for(old, "bf16")
-    assert str(caught.value) == "precision: this processor does not compute in bf16; use one of fp32, int8"
+    assert str(caught.value) == "precision: this processor does not compute in bf16; use auto, or one of fp32, int8"
     assert settings_for(old, "fp32")["INFERENCE_PRECISION_HINT"] == "f32"
     assert settings_for(old, "int8")["INFERENCE_PRECISION_HINT"] == "f32"
     assert settings_for([*old, "BF16"], "int8")["INFERENCE_PRECISION_HINT"] == "bf16"

@@ -157,7 +157,7 @@ def fetch(pack: Pack, cache: Path) -> Path:
     if not archive.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         command = ["npm", "pack", f"{pack.package}@{pack.version}", "--silent"]
-        done = subprocess.run(command, cwd=cache, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=cache, capture_output=True, text=True, encoding="utf-8")
         if done.returncode or not archive.is_file():
             raise DataError(f"{' '.join(command)} failed: {done.stderr.strip()}; put {pack.archive} into {cache}")
     digest = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()

@@ -51,7 +51,8 @@ class Encoder:
     `open_clip:ARCHITECTURE@FILE`, or `Parts`; pictures and texts are prepared as theirs are.
     backend: "torch", "onnx" (ONNX Runtime), "openvino" or "tensorrt". All but torch run an exported model, made at
     first use and kept in `exported/` under `download_root`; once it is there, onnx and openvino do without PyTorch.
-    precision: "fp32" (default), "bf16", "fp16" or "int8", as the backend has them.
+    precision: "fp32" (default), "bf16", "fp16" or "int8", as the backend has them; "auto": the fastest that keeps a
+    cosine of 0.999 to float32 and that the device has in hardware. `encoder.backend.precision` says which it is.
     device: default CUDA where there is one. num_threads: default one a core. compile: `torch.compile` both towers.
     With int8 a row depends a little on those computed with it, for they share the scale of their activations.
     decode: "fast" decodes JPEG files and bytes at 1/2, 1/4 or 1/8 of their size where both sides stay at least as

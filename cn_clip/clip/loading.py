@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cn_clip import ranks, zoo
+from cn_clip import ranks, terminal, zoo
 from cn_clip.clip.checkpoint import Checkpoint, fit, infer_config, normalise_keys, read_checkpoint
 from cn_clip.clip.hub import weight_file
 from cn_clip.clip.model import CLIP, convert_weights
@@ -165,6 +165,7 @@ def _initialise(model: CLIP, path: Path, prefixes: tuple[str, ...]) -> None:
 def _print_config(vision: str | None, text: str | None, config: zoo.ModelConfig) -> None:
     """The lines Chinese-CLIP prints when it loads a model; guides show them."""
     if vision and text:
-        print("Loading vision model config from", zoo.config_path(vision))
-        print("Loading text model config from", zoo.config_path(text))
-    print("Model info", {name: list(v) if isinstance(v, tuple) else v for name, v in config.info().items()})
+        terminal.say(f"Loading vision model config from {zoo.config_path(vision)}")
+        terminal.say(f"Loading text model config from {zoo.config_path(text)}")
+    info = {name: list(v) if isinstance(v, tuple) else v for name, v in config.info().items()}
+    terminal.say(f"Model info {info}")

@@ -1,5 +1,6 @@
 """The LMDB layout of a dataset split, `imgs` and `pairs`, as Chinese-CLIP lays it out; built and read only here."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -23,6 +24,8 @@ FIRST_MAP_BYTES = 16 * 2**20
 BATCH_BYTES = 16 * 2**20
 BATCH_ITEMS = 5000
 
+BUILD_AGAIN = "build the dataset again"
+
 
 class Pair(NamedTuple):
     """One training sample: a picture, a sentence that describes it."""
@@ -30,6 +33,17 @@ class Pair(NamedTuple):
     image_id: RecordId
     text_id: RecordId
     text: str
+
+
+@contextlib.contextmanager
+def _explained(folder: "str | os.PathLike[str]", what: str, step: str) -> Iterator[None]:
+    """Turns errors of LMDB and of its folder into DataErrors: `FOLDER: WHAT (REASON); STEP`."""
+    place = os.fspath(folder)
+    try:
+        yield
+    except (lmdb.Error, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{place}: ")
+        raise DataError(f"{place}: {what} ({reason}); {step}") from error
 
 
 class LmdbWriter:
@@ -40,9 +54,11 @@ class LmdbWriter:
     """
 
     def __init__(self, folder: Path, count_key: bytes, *, map_bytes: int = FIRST_MAP_BYTES) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        # One sync at the end is enough: a folder that is not complete is never moved into place.
-        self._env = lmdb.open(os.fspath(folder), map_size=map_bytes, sync=False, metasync=False, meminit=False)
+        with _explained(folder, "cannot be written", "is the disk full, or the folder read-only?"):
+            folder.mkdir(parents=True, exist_ok=True)
+            # One sync at the end is enough: a folder that is not complete is never moved into place.
+            self._env = lmdb.open(os.fspath(folder), map_size=map_bytes, sync=False, metasync=False, meminit=False)
+        self._folder = folder
         self._count_key = count_key
         self._batch: list[tuple[bytes, bytes]] = []
         self._batch_bytes = 0
@@ -57,18 +73,21 @@ class LmdbWriter:
             self._flush()
 
     def _flush(self) -> None:
-        while True:
-            try:
-                with self._env.begin(write=True) as transaction:
-                    for key, value in self._batch:
-                        transaction.put(key, value)
-                break
-            except lmdb.MapFullError:  # the transaction is undone as a whole
+        with _explained(self._folder, "cannot be written", "is the disk full?"):
+            while not self._put_batch():
                 self._env.set_mapsize(self._env.info()["map_size"] * 2)
-            except lmdb.Error as error:
-                raise DataError(f"{self._env.path()}: cannot be written ({error}); is the disk full?") from error
         self._batch.clear()
         self._batch_bytes = 0
+
+    def _put_batch(self) -> bool:
+        """Whether the map held it; if not, nothing of it was stored."""
+        try:
+            with self._env.begin(write=True) as transaction:
+                for key, value in self._batch:
+                    transaction.put(key, value)
+        except lmdb.MapFullError:
+            return False
+        return True
 
     def __enter__(self) -> "LmdbWriter":
         return self
@@ -80,7 +99,8 @@ class LmdbWriter:
             if kind is None:
                 self._batch.append((self._count_key, str(self.count).encode()))
                 self._flush()
-                self._env.sync(True)
+                with _explained(self._folder, "cannot be written", "is the disk full?"):
+                    self._env.sync(True)
         finally:
             self._env.close()
 
@@ -150,11 +170,9 @@ def _environment(folder: str) -> Any:
 
 
 def _open(folder: str, num_bytes: int) -> Any:
-    try:
+    with _explained(folder, "cannot be read as an LMDB", BUILD_AGAIN):
         environment = lmdb.open(folder, readonly=True, create=False, lock=False, readahead=False, meminit=False)
         needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    except lmdb.Error as error:
-        raise DataError(f"{folder}: cannot be read as an LMDB ({error}); build the dataset again") from error
     if num_bytes < needed:  # reading behind the end of a memory-mapped file kills the process
         environment.close()
         raise DataError(f"{folder}/data.mdb: cut short, {num_bytes} of {needed} bytes; copy or build it again")
@@ -180,20 +198,18 @@ class LmdbReader:
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, or None; a copy, safe to keep."""
-        try:
-            with self._env().begin() as transaction:
-                value: bytes | None = transaction.get(key)
-        except lmdb.Error as error:
-            raise DataError(f"{self.folder}: cannot read key {key!r} ({error}); build the dataset again") from error
+        with _explained(self.folder, f"cannot read key {key!r}", BUILD_AGAIN), self._env().begin() as transaction:
+            value: bytes | None = transaction.get(key)
         return value
 
     def list_keys(self) -> Iterator[bytes]:
         """All keys in byte order."""
-        try:
-            with self._env().begin() as transaction, transaction.cursor() as cursor:
-                yield from cursor.iternext(keys=True, values=False)
-        except lmdb.Error as error:
-            raise DataError(f"{self.folder}: cannot list its keys ({error}); build the dataset again") from error
+        with (
+            _explained(self.folder, "cannot list its keys", BUILD_AGAIN),
+            self._env().begin() as transaction,
+            transaction.cursor() as cursor,
+        ):
+            yield from cursor.iternext(keys=True, values=False)
 
     def stored_count(self, key: bytes) -> int:
         """The number under `num_images` or `num_samples`; raises DataError when there is none."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cn_clip import command, zoo
+from cn_clip import command, terminal, zoo
 from cn_clip.demo import emoji
 from cn_clip.errors import ConfigError
 
@@ -75,7 +75,7 @@ def run(options: Options) -> None:
         summary["seconds"] = round(time.monotonic() - started, 1)
         _print_summary(summary, tour)
     if options.json:
-        print(json.dumps(summary, ensure_ascii=False))
+        terminal.print_json(summary)
 
 
 class Tour:

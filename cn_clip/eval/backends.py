@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cn_clip.clip.encoder import Encoder
     from cn_clip.clip.transforms import Decode
 
-EvalPrecision: TypeAlias = Literal["amp", "fp16", "fp32", "bf16", "int8"]
+EvalPrecision: TypeAlias = Literal["amp", "auto", "fp16", "fp32", "bf16", "int8"]
 Model: TypeAlias = Annotated[
     str | None, tyro.conf.arg(help_behavior_hint="(required)", aliases=("--model",), metavar="MODEL")
 ]
@@ -57,7 +57,10 @@ def check(options: ModelOptions) -> None:
         raise ConfigError("--resume: expected a checkpoint file, or a model's name such as ViT-B-16")
     if is_foreign(options.resume):
         _check_foreign(options)
-    precision_of(options)
+    try:
+        check_precision(options.backend, _plain(options.precision))
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from error
     check_threads(options.num_threads)
     if options.backend == "tensorrt" and options.num_threads is not None:
         raise ConfigError("--num-threads: the tensorrt backend computes on the GPU; leave it out")
@@ -83,11 +86,20 @@ def check_threads(num_threads: int | None) -> None:
 
 
 def precision_of(options: ModelOptions) -> "Precision":
-    """What is computed in: "amp" is "fp32", as in Chinese-CLIP's evaluation. Raises ConfigError where it is not had."""
+    """What is computed in: "amp" is "fp32", as in Chinese-CLIP's evaluation, "auto" what is the fastest here.
+
+    Raises ConfigError for one that the backend, or this processor, does not have.
+    """
+    from cn_clip.clip.backends.opening import settle_precision
+
     try:
-        return check_precision(options.backend, "fp32" if options.precision == "amp" else options.precision)
+        return settle_precision(options.backend, _plain(options.precision), options.device)
     except ConfigError as error:
         raise ConfigError(f"--{error}") from error
+
+
+def _plain(precision: str) -> str:
+    return "fp32" if precision == "amp" else precision
 
 
 def open_encoder(options: ModelOptions, say: Speaker, *, kinds: Sequence[Kind] = KINDS) -> "Encoder":
@@ -95,6 +107,8 @@ def open_encoder(options: ModelOptions, say: Speaker, *, kinds: Sequence[Kind] =
     from cn_clip.clip.encoder import Encoder
 
     assert options.resume is not None
+    if options.precision == "auto":
+        say(f"精度 / precision: auto -> {precision_of(options)}")
     if is_foreign(options.resume):
         return _open_foreign(options, say)
     for kind, name in (("vision", options.vision_model), ("text", options.text_model)):

@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cn_clip import ranks, zoo
-from cn_clip.clip.backends.base import KINDS, ExportedBackend, Kind, check_precision
+from cn_clip.clip.backends.base import KINDS, ExportedBackend, Kind
 from cn_clip.clip.backends.onnx_files import extra_path
-from cn_clip.clip.backends.opening import open_backend
+from cn_clip.clip.backends.opening import open_backend, settle_precision
 from cn_clip.clip.foreign.names import absolute, files_of, is_foreign
 from cn_clip.command import Speaker
 from cn_clip.retrieval.manifest import ModelInfo
@@ -28,6 +29,10 @@ def open_encoder(
     """The towers wanted, and what an index says of their model; raises as `open_backend`."""
     from cn_clip.clip.encoder import Encoder
 
+    if options.precision == "auto":
+        precision = settle_precision(options.backend, "auto", options.device)
+        say.note(f"精度 / precision: auto -> {precision}")
+        options = replace(options, precision=precision)
     if is_foreign(model):
         return _open_foreign(model, options, decode)
     if options.backend == "torch":
@@ -80,12 +85,11 @@ def _open_torch(model: str, options: "ModelOptions") -> "tuple[Backend, str]":
     from cn_clip.clip.backends.pytorch import TorchBackend
     from cn_clip.clip.loading import open_model
 
-    precision = check_precision("torch", options.precision)
     device = ranks.choose_device(options.device)
     loaded, _ = open_model(model, download_root=options.download_root)
     # Of the weights as they are exported too, before they are rounded for a precision.
     digits = fingerprint(loaded.float())
-    return TorchBackend(loaded, device=device, precision=precision, num_threads=options.num_threads), digits
+    return TorchBackend(loaded, device=device, precision=options.precision, num_threads=options.num_threads), digits
 
 
 def _known_fingerprint(backend: ExportedBackend) -> str | None:

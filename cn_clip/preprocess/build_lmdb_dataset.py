@@ -3,14 +3,13 @@
 python cn_clip/preprocess/build_lmdb_dataset.py --data_dir ${DATAPATH}/datasets/MUGE --splits train,valid,test
 """
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from cn_clip import command
+from cn_clip import command, terminal
 from cn_clip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def run(options: Options) -> None:
         raise DataError(f"{options.data_dir}: no split has a usable record left; see the list of faults")
     print("done!", file=out)
     if options.json:
-        print(json.dumps({"splits": [report.as_dict() for report in reports]}, ensure_ascii=False))
+        terminal.print_json({"splits": [report.as_dict() for report in reports]})
 
 
 def _require_inputs(options: Options, splits: list[str]) -> None:

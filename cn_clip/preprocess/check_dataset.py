@@ -3,14 +3,13 @@
 python cn_clip/preprocess/check_dataset.py --data_dir ${DATAPATH}/datasets/MUGE --splits train,valid
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cn_clip import command
+from cn_clip import command, terminal
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.preprocess.build_lmdb_dataset import split_names
 
@@ -59,7 +58,7 @@ def run(options: Options) -> int:
     num_faults = sum(len(result.faults) for result in results)
     if options.json:
         summary = {"ok": not num_faults, "faults": num_faults, "splits": [result.as_dict() for result in results]}
-        print(json.dumps(summary, ensure_ascii=False))
+        terminal.print_json(summary)
         return int(num_faults > 0)
     for result in results:
         for fault in result.faults:

@@ -6,7 +6,6 @@ python cn_clip/preprocess/dataset_from_folder.py --folder pictures --output ${DA
 import contextlib
 import hashlib
 import itertools
-import json
 import math
 import os
 import sys
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
-from cn_clip import command
+from cn_clip import command, terminal
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.preprocess.build_lmdb_dataset import print_skipped, split_names
 
@@ -117,7 +116,7 @@ def run(options: Options) -> None:
     if options.lmdb:
         _build_lmdb(output, list(splits), out)
     if options.json:
-        print(json.dumps(_summary(output, splits, faults), ensure_ascii=False))
+        terminal.print_json(_summary(output, splits, faults))
 
 
 def _listed(options: Options, faults: "list[Fault]") -> "list[tuple[RecordId, Picture]]":

@@ -7,14 +7,14 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from cn_clip import command, extras, zoo
-from cn_clip.clip.backends.base import BackendName, Precision, check_precision
+from cn_clip.clip.backends.base import BackendName, PrecisionChoice, check_precision
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError, MissingExtraError
 from cn_clip.serve.limits import LOG_TIME, Limits, flag
@@ -45,8 +45,8 @@ class Options(Limits):
     """What the model is called in requests; default: its name, or that of its file"""
     backend: BackendName = "torch"
     """What runs the model; all but torch export it at first use, and keep the export in DOWNLOAD_ROOT/exported"""
-    precision: Precision = "fp32"
-    """Arithmetic, as the backend has it"""
+    precision: PrecisionChoice = "fp32"
+    """Arithmetic, as the backend has it; auto: the fastest close to fp32 (cosine 0.999) that the device has"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; openvino computes on the cpu alone"""
     num_threads: int | None = None
@@ -92,11 +92,13 @@ def run(options: Options) -> None:
     """Serves until it is told to stop; raises CnClipError for what cannot be opened."""
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         extras.require(module, extra="serve", purpose=PURPOSE)
+    from cn_clip.clip.backends.opening import settle_precision
     from cn_clip.serve.app import create_app
     from cn_clip.serve.engine import Engine
     from cn_clip.serve.hosts import Hosts
     from cn_clip.serve.metrics import Metrics
 
+    options = replace(options, precision=settle_precision(options.backend, options.precision, options.device))
     hosts = Hosts(options.host, options.allowed_host)
     api_key, label_sets = key_of(options), read_label_sets(options.label_sets)
     index = _opened_index(options)

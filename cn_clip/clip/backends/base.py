@@ -2,7 +2,7 @@
 
 # B batch, R resolution, L tokens, D embedding
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, get_args
 
@@ -17,6 +17,7 @@ TokenIds: TypeAlias = NDArray[np.int64]
 Kind: TypeAlias = Literal["image", "text"]
 BackendName: TypeAlias = Literal["torch", "onnx", "openvino", "tensorrt"]
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
+PrecisionChoice: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # What each backend computes in; the machine may lack some of it.
@@ -24,6 +25,14 @@ PRECISIONS: dict[BackendName, tuple[Precision, ...]] = {
     "torch": ("fp32", "bf16", "fp16"),
     "onnx": ("fp32", "fp16", "int8"),
     "openvino": ("fp32", "bf16", "int8"),
+    "tensorrt": ("fp16", "fp32"),
+}
+# What "auto" takes: the first that the device multiplies in hardware. All keep a cosine of 0.999 to float32 (measured
+# on ViT-B-16: bf16 0.9998, docs/benchmarks.md); int8 is faster and does not.
+FASTEST: dict[BackendName, tuple[Precision, ...]] = {
+    "torch": ("fp16", "bf16", "fp32"),
+    "onnx": ("fp16", "fp32"),
+    "openvino": ("bf16", "fp32"),
     "tensorrt": ("fp16", "fp32"),
 }
 
@@ -61,15 +70,24 @@ class Backend(Protocol):
         ...
 
 
-def check_precision(backend: BackendName, precision: str) -> Precision:
+def check_precision(backend: BackendName, precision: str) -> PrecisionChoice:
     """`precision` as a type; raises ConfigError for a backend or a precision it does not have."""
     if backend not in PRECISIONS:
         raise ConfigError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
-    known = PRECISIONS[backend]
+    known: tuple[PrecisionChoice, ...] = (*PRECISIONS[backend], "auto")
     for name in known:
         if precision == name:
             return name
     raise ConfigError(f"precision: the {backend} backend computes in {' or '.join(known)}, got {precision!r}")
+
+
+def settled(backend: BackendName, precision: str, native: Collection[Precision]) -> Precision:
+    """`precision`, or for "auto" the fastest of those in `native`, what the device multiplies in hardware.
+
+    Raises what `check_precision` raises.
+    """
+    chosen = check_precision(backend, precision)
+    return next(one for one in FASTEST[backend] if one in native) if chosen == "auto" else chosen
 
 
 def unit_rows(features_BD: NDArray[np.floating]) -> Rows:
@@ -136,9 +154,9 @@ class ExportedBackend:
     take: batches are cut, the last one filled up, and texts padded.
     """
 
-    def __init__(self, image: Tower | None, text: Tower | None) -> None:
-        """Raises ConfigError when the towers are of different models."""
-        self.image, self.text = image, text
+    def __init__(self, image: Tower | None, text: Tower | None, *, precision: Precision | None = None) -> None:
+        """precision: what they compute in, if known. Raises ConfigError when the towers are of different models."""
+        self.image, self.text, self.precision = image, text, precision
         if image is not None and text is not None:
             _check_siblings(image, text)
 

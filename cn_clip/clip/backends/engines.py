@@ -363,7 +363,7 @@ def open_towers(
     Raises what `TensorRtTower`, `tower_file` and `build_engine` raise.
     """
     towers = {kind: _open(source, kind, precision, device, say) for kind in kinds}
-    return ExportedBackend(towers.get("image"), towers.get("text"))
+    return ExportedBackend(towers.get("image"), towers.get("text"), precision=precision)
 
 
 def _open(source: Source, kind: Kind, precision: Precision, device: str | None, say: Announce) -> TensorRtTower:

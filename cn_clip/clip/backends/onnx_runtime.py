@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip import ranks
-from cn_clip.clip.backends.base import Kind, Pixels, TokenIds, TowerFacts
+from cn_clip.clip.backends.base import Kind, Pixels, Precision, TokenIds, TowerFacts
 from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, facts_of, missing_weights, not_opened
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
@@ -94,6 +94,12 @@ def say_fallen_back(provider: str) -> None:
 def check_device(device: str | None) -> None:
     """Raises ConfigError for a device that there is not, or that ONNX Runtime here is not built for."""
     _provider(require("onnxruntime", extra="onnx", purpose="the onnx backend"), device)
+
+
+def native_precisions(device: str | None) -> tuple[Precision, ...]:
+    """What a device multiplies in hardware, of what keeps its cosine; raises as `check_device`."""
+    provider, _ = _provider(require("onnxruntime", extra="onnx", purpose="the onnx backend"), device)
+    return ("fp32",) if provider == PROVIDERS["cpu"] else ("fp16", "fp32")
 
 
 def _provider(runtime: Any, device: str | None) -> tuple[str, list[Any]]:

@@ -1,12 +1,14 @@
 """Exported towers in OpenVINO, the fastest backend on most processors."""
 
 import threading
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cn_clip import ranks
 from cn_clip.clip.backends.base import Kind, Pixels, Precision, TokenIds, TowerFacts
 from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, facts_of, missing_weights, not_opened
 from cn_clip.errors import CheckpointError, ConfigError
@@ -30,10 +32,9 @@ class OpenVinoTower:
         Raises ConfigError for a precision this processor lacks; CheckpointError when the file cannot be opened or is no
         tower of this kind; MissingExtraError without `openvino`.
         """
-        vino: Any = require("openvino", extra="openvino", purpose="the openvino backend")
+        core = _core()
         self.place = str(path)
-        core = vino.Core()
-        settings = settings_for(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"), precision)
+        settings = settings_for(capabilities(), precision)
         if num_threads is not None:
             settings["INFERENCE_NUM_THREADS"] = str(num_threads)
         missing = missing_weights(path)
@@ -62,11 +63,35 @@ class OpenVinoTower:
         return features
 
 
+@cache
+def capabilities() -> list[str]:
+    """What OpenVINO computes in on this processor, in its own words; raises MissingExtraError without `openvino`."""
+    found: list[str] = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return found
+
+
+def native_precisions() -> tuple[Precision, ...]:
+    """What this processor multiplies in hardware, of what keeps its cosine.
+
+    OpenVINO computes in bfloat16 with plain AVX-512 too, by way of float32, which is not faster.
+    """
+    flags = ranks.processor()[1]
+    has_bf16 = "BF16" in capabilities() and (not flags or ranks.cpu_has_bf16())
+    return ("bf16", "fp32") if has_bf16 else ("fp32",)
+
+
+def _core() -> Any:
+    vino: Any = require("openvino", extra="openvino", purpose="the openvino backend")
+    return vino.Core()
+
+
 def settings_for(capabilities: list[str], precision: Precision) -> dict[str, str]:
     """What OpenVINO is told, given what a processor computes in; raises ConfigError for a precision it lacks."""
     if CAPABILITIES[precision] not in capabilities:
         known = [name for name, capability in CAPABILITIES.items() if capability in capabilities]
-        raise ConfigError(f"precision: this processor does not compute in {precision}; use one of {', '.join(known)}")
+        raise ConfigError(
+            f"precision: this processor does not compute in {precision}; use auto, or one of {', '.join(known)}"
+        )
     # One request at a time, over all cores.
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS.get(precision, "f32")}
     if precision == "int8":

@@ -10,10 +10,11 @@ from cn_clip.clip.backends.base import (
     USUAL_SIZES,
     USUAL_SIZES_ON_GPU,
     Pixels,
+    Precision,
     Rows,
     TokenIds,
-    check_precision,
     check_threads,
+    settled,
 )
 from cn_clip.clip.model import CLIP, convert_weights
 
@@ -21,8 +22,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchBackend:
-    """The towers in PyTorch. `model` itself is moved to `device` and put into `precision`: "fp32", "bf16" or "fp16".
+    """The towers in PyTorch. `model` itself is moved to `device` and put into `precision`.
 
+    precision: "fp32", "bf16", "fp16", or "auto" for the fastest that the device multiplies in hardware.
     compile: `torch.compile` both towers; the first batches take minutes, and every later one is faster.
     num_threads: sets PyTorch's threads, for the whole process.
     """
@@ -36,14 +38,14 @@ class TorchBackend:
         compile: bool = False,
         num_threads: int | None = None,
     ) -> None:
-        dtype = DTYPES[check_precision("torch", precision)]
-        check_threads(num_threads)
         self.device = ranks.choose_device(device)
+        self.precision = settled("torch", precision, native_precisions(self.device))
+        check_threads(num_threads)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         model.float()
-        if precision != "fp32":
-            convert_weights(model, dtype)
+        if self.precision != "fp32":
+            convert_weights(model, DTYPES[self.precision])
         self.model = model.to(self.device).eval()
         self.usual_batch_sizes = USUAL_SIZES_ON_GPU if self.device.type == "cuda" else USUAL_SIZES
         self.resolution = model.resolution
@@ -65,6 +67,13 @@ class TorchBackend:
 
     def _moved(self, inputs: "Pixels | TokenIds") -> Tensor:
         return torch.from_numpy(inputs).to(self.device, non_blocking=True)
+
+
+def native_precisions(device: torch.device) -> tuple[Precision, ...]:
+    """What a device multiplies in hardware, of what keeps its cosine."""
+    if device.type == "cuda":
+        return "fp16", "fp32"
+    return ("bf16", "fp32") if device.type == "cpu" and ranks.cpu_has_bf16() else ("fp32",)
 
 
 def _unit_rows(features_BD: Tensor) -> Rows:

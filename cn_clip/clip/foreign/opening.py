@@ -40,20 +40,20 @@ def open_parts(
     Raises CnClipError: no such model, a family that is not known, or a package that is not installed.
     """
     check(name, backend)
-    chosen = check_precision("torch", precision)
+    check_precision("torch", precision)
     parsed = names.parse(name)
     place = ranks.choose_device(device)
     if parsed.scheme == "hf":
         from cn_clip.clip.foreign.hf_models import open_folder
 
         folder = names.folder_of(parsed, download_root=download_root)
-        return open_folder(folder, device=place, precision=chosen, num_threads=num_threads, decode=decode)
+        return open_folder(folder, device=place, precision=precision, num_threads=num_threads, decode=decode)
     from cn_clip.clip.foreign.open_clip_models import open_model
 
     return open_model(
         parsed,
         device=place,
-        precision=chosen,
+        precision=precision,
         num_threads=num_threads,
         download_root=download_root,
         decode=decode,

@@ -13,11 +13,11 @@ from cn_clip.clip.backends.base import (
     Pixels,
     Rows,
     TokenIds,
-    check_precision,
     check_threads,
+    settled,
     unit_rows,
 )
-from cn_clip.clip.backends.pytorch import DTYPES
+from cn_clip.clip.backends.pytorch import DTYPES, native_precisions
 
 
 class ForeignTowers:
@@ -41,7 +41,8 @@ class ForeignTowers:
         precision: str = "fp32",
         num_threads: int | None = None,
     ) -> None:
-        self._dtype = DTYPES[check_precision("torch", precision)]
+        self.precision = settled("torch", precision, native_precisions(device))
+        self._dtype = DTYPES[self.precision]
         check_threads(num_threads)
         if num_threads is not None:
             torch.set_num_threads(num_threads)

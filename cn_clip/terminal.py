@@ -1,0 +1,113 @@
+"""What every command does with its terminal or pipe: any encoding is written, every end is one line and a status."""
+
+import contextlib
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, NoReturn, TextIO
+
+from cn_clip.errors import CnClipError
+
+# By the name of the error number, what to do about a path.
+NEXT_STEPS = {
+    "EACCES": "check who may read and write it, or choose another",
+    "EPERM": "check who may read and write it, or choose another",
+    "EROFS": "choose a path on another disk",
+    "ENOSPC": "free some space, or choose another disk",
+    "EDQUOT": "free some space, or choose another disk",
+    "ENOTDIR": "a part of the path is a file; choose another",
+    "EISDIR": "give the path of a file",
+    "EEXIST": "choose another path, or remove it",
+    "ENOENT": "check the path",
+    "ENAMETOOLONG": "choose a shorter name",
+    "EMFILE": "raise the limit of open files (ulimit -n), or use fewer workers",
+}
+
+
+def tolerate() -> None:
+    """Lets this process's standard output and error write escapes for characters that their encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(line: str, *, to: TextIO | None = None) -> None:
+    """Prints a line at once, for functions that other programs call: their standard output may lack its characters."""
+    stream = sys.stdout if to is None else to
+    try:
+        print(line, file=stream, flush=True)
+    except UnicodeEncodeError:
+        print(line.encode(stream.encoding, "backslashreplace").decode(stream.encoding), file=stream, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """Prints one line of JSON; characters that standard output lacks become JSON's own escapes."""
+    # A file name that is not UTF-8 holds lone surrogates, which no encoding has.
+    line = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    try:
+        line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(value)
+    print(line)
+
+
+@contextlib.contextmanager
+def ending(*, status: int = 1) -> Iterator[None]:
+    """Around the work of a command: whatever ends it is one line on standard error and an exit status.
+
+    `status` for a CnClipError, 1 for a path that cannot be used or a lack of memory, 130 for Ctrl-C, 141 when the
+    reader of the output is gone. Other exceptions are faults of this package and keep their traceback.
+    """
+    tolerate()
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()  # at exit, a reader that is gone would be a traceback
+    except CnClipError as error:
+        _fail(f"错误 / error: {error}", status=status)
+    except KeyboardInterrupt:
+        _fail("已中断 / interrupted", status=130)
+    except Exception as error:
+        if _is_closed_pipe(error):
+            _drop_output()
+            sys.exit(141)
+        sentence = explained(error)
+        if sentence is None:
+            raise
+        _fail(f"错误 / error: {sentence}", status=1)
+
+
+def explained(error: Exception) -> str | None:
+    """One sentence on an error of the system: a path that cannot be used, no memory. None for any other error."""
+    if isinstance(error, MemoryError):
+        return (
+            f"内存不足 / not enough memory{f' ({error})' if str(error) else ''}; use smaller batches or fewer workers"
+        )
+    if isinstance(error, OSError):
+        paths = [os.fsdecode(one) for one in (error.filename, error.filename2) if isinstance(one, (str, bytes))]
+        reason = error.strerror or str(error) or type(error).__name__
+        step = NEXT_STEPS.get(errno.errorcode.get(error.errno or 0, ""))
+        return ": ".join([*paths, reason]) + (f"; {step}" if step else "")
+    if isinstance(error, ValueError) and "null byte" in str(error):
+        return "a path holds a NUL character, which no file system allows; check the names in the input"
+    return None
+
+
+def _is_closed_pipe(error: Exception) -> bool:
+    """Windows calls it an invalid argument, of no file."""
+    if isinstance(error, BrokenPipeError):
+        return True
+    return sys.platform == "win32" and isinstance(error, OSError) and (error.errno, error.filename) == (22, None)
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere, or Python would complain of it at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(line: str, *, status: int) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(status)
