@@ -1,5 +1,6 @@
 """JSON Lines in and out: errors carry file and line, files appear whole or not at all."""
 
+import codecs
 import contextlib
 import json
 import os
@@ -121,17 +122,31 @@ def _umask() -> int:
     return mask
 
 
-def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number from 1, bytes without line end) of the non-blank lines of a file."""
+def numbered_lines(path: str | os.PathLike[str], *, with_blank: bool = False) -> Iterator[tuple[int, bytes]]:
+    """Yields (line number from 1, bytes without line end) of the lines of a file, blank ones only with `with_blank`.
+
+    A line ends with "\\n" or "\\r\\n" and with no other character; a byte-order mark does not belong to the first line.
+    Raises DataError when the file cannot be opened.
+    """
     try:
         stream = open(path, "rb")  # noqa: SIM115 - closed by the `with` below; opened here to word the error
     except OSError as error:
         raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
     with stream:
         for number, line in enumerate(stream, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             stripped = line.rstrip(b"\r\n")
-            if stripped.strip():
+            if with_blank or stripped.strip():
                 yield number, stripped
+
+
+def text_of(line: bytes, where: str) -> str:
+    """The line as text, without blanks around it; raises DataError that starts with `where` when it is not UTF-8."""
+    try:
+        return line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: invalid UTF-8 at byte {error.start}; save the file as UTF-8") from error
 
 
 def json_object(line: bytes) -> dict[str, Any]:

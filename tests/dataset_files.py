@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from cn_clip.clip import tokenizer
+from cn_clip.clip.backends.base import TokenIds
 
 REPOSITORY = Path(__file__).parents[1]
 GOLDEN_LMDB = REPOSITORY / "tests" / "golden" / "lmdb_reference"
@@ -41,6 +45,19 @@ def run_script(script: str, *arguments: object) -> "subprocess.CompletedProcess[
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, f"cn_clip/{script}", *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@dataclass(frozen=True)
+class CodePoints:
+    """Stands in for a text transform: the code points of a text are its ids."""
+
+    context_length: int = 52
+
+    def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[ord(character) for character in text][: self.context_length] for text in texts]
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> TokenIds:
+        return tokenizer.pad(rows, self.context_length)
 
 
 def tree(folder: Path) -> dict[str, Any]:

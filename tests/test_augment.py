@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_files import picture
+from dataset_files import CodePoints, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -216,7 +216,7 @@ def epoch_pixels(split: Path, *, num_workers: int = 0, epoch: int = 0, start: in
     dataset = PairDataset(
         LmdbPairs(split),
         image_transform(16),
-        lambda texts, length: torch.zeros(len(texts), length, dtype=torch.int64),
+        CodePoints(),
         augment=Augmentation(16),
         seed=seed,
     )

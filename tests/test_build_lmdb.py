@@ -85,7 +85,7 @@ BAD_TEXTS = {
     "duplicate id": (jsonl_line("10", "蓝", [1]), 2, "duplicate text id 10, first in line 1"),
     "no object": (b"[]\n", 2, "expected a JSON object, got list"),
     "no field": (b'{"text_id": 12, "text": "a"}\n', 2, "the field 'image_ids' is missing"),
-    "no string": (jsonl_line(12, 5, [1]), 2, "text of text_id 12: expected a string, got number 5"),
+    "no string": (jsonl_line(12, None, [1]), 2, "text of text_id 12: expected a string, got null null"),
     "invalid UTF-8": (b'{"text_id": 12, "text": "\xff", "image_ids": []}\n', 2, "invalid UTF-8 at byte"),
 }
 

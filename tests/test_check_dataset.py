@@ -43,7 +43,7 @@ def test_every_fault_is_listed_with_file_line_and_id(tmp_path: Path) -> None:
         jsonl_line(1, "红"),
         b'{"text_id": 5}\n',
         b"\xff\n",
-        jsonl_line(2, 3),
+        jsonl_line(2, [3]),
     ]
     write_split(tmp_path, images, texts)
     result = run_script(SCRIPT, "--data_dir", tmp_path, "--splits", "train", "--json")

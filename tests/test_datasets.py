@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_files import GOLDEN_LMDB, jsonl_line, picture
+from dataset_files import GOLDEN_LMDB, CodePoints, jsonl_line, picture
 from PIL import Image
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from cn_clip.clip.transforms import MEAN, STD, ImageTransform
 from cn_clip.data.datasets import LmdbPairs, PairBatch, PairDataset, make_loader
 from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.data.picture_sets import ClassFolders, LmdbPictures, PictureDataset, PictureFiles, batches
-from cn_clip.data.texts import preprocess_text, read_texts
+from cn_clip.data.texts import read_texts
 from cn_clip.errors import ConfigError, DataError
 
 REFERENCE = GOLDEN_LMDB / "lmdb" / "train"
@@ -29,12 +29,6 @@ def to_tensor(image: Image.Image) -> Tensor:
     """Stands in for the transform of a model: the colour of the first pixel as (3, 1, 1)."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)[:1, :1]
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-
-
-def tokenize(texts: list[str], context_length: int) -> Tensor:
-    """Stands in for the tokenizer: code points."""
-    rows = [[ord(character) for character in text][:context_length] for text in texts]
-    return torch.tensor([row + [0] * (context_length - len(row)) for row in rows])
 
 
 def fail(_image: Image.Image) -> Tensor:
@@ -52,11 +46,11 @@ def make_split(folder: Path, *, broken: bool = False) -> Path:
 
 def test_pairs_of_the_reference_come_as_pictures_and_tokens(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        dataset = PairDataset(LmdbPairs(REFERENCE), to_tensor, tokenize, context_length=12)
+        dataset = PairDataset(LmdbPairs(REFERENCE), to_tensor, CodePoints(12))
     assert caplog.messages == ["train LMDB file contains 4 images and 4 pairs."]
     pair = dataset[1]
     assert pair.pixels.flatten().tolist() == [251, 239, 190]
-    assert "".join(map(chr, pair.tokens.tolist())) == '"浅黄"的 block\0'
+    assert "".join(map(chr, pair.tokens.tolist())) == "“浅黄”的 Block\0"
     ids = [(pair.image_id, pair.text_id) for pair in (dataset[index] for index in range(len(dataset)))]
     assert ids == [(10, 1), (9, 2), (10, 2), ("a-7", "t-3")]
 
@@ -113,7 +107,7 @@ def test_impossible_settings_of_batches_are_refused(batch_size: int, num_threads
 
 
 def test_a_sampler_sets_the_order_and_drop_last_drops(tmp_path: Path) -> None:
-    dataset = PairDataset(LmdbPairs(make_split(tmp_path / "train")), to_tensor, tokenize, context_length=4)
+    dataset = PairDataset(LmdbPairs(make_split(tmp_path / "train")), to_tensor, CodePoints(4))
     (batch,) = make_loader(dataset, 2, sampler=[3, 1, 7], drop_last=True)
     assert isinstance(batch, PairBatch)
     assert (batch.pixels[:, 0].flatten().tolist(), batch.tokens[:, 0].tolist()) == ([3, 1], [100, 98])
@@ -121,7 +115,7 @@ def test_a_sampler_sets_the_order_and_drop_last_drops(tmp_path: Path) -> None:
 
 
 def test_a_spawned_worker_reads_the_pickled_dataset(tmp_path: Path) -> None:
-    dataset = PairDataset(LmdbPairs(make_split(tmp_path / "train")), to_tensor, tokenize, context_length=4)
+    dataset = PairDataset(LmdbPairs(make_split(tmp_path / "train")), to_tensor, CodePoints(4))
     pair = pickle.loads(pickle.dumps(dataset))[3]
     assert (pair.pixels.flatten().tolist(), pair.tokens.tolist()) == ([3, 0, 0], [100, 0, 0, 0])
 
@@ -129,7 +123,7 @@ def test_a_spawned_worker_reads_the_pickled_dataset(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_picture_that_does_not_decode_stops_with_folder_and_id(tmp_path: Path, num_workers: int) -> None:
     folder = make_split(tmp_path / "train", broken=True)
-    loader = make_loader(PairDataset(LmdbPairs(folder), to_tensor, tokenize), 2, num_workers)
+    loader = make_loader(PairDataset(LmdbPairs(folder), to_tensor, CodePoints()), 2, num_workers)
     with pytest.raises(DataError) as caught:
         list(loader)
     assert str(caught.value) == (
@@ -143,7 +137,9 @@ def test_an_error_inside_the_transform_names_the_picture(tmp_path: Path) -> None
 
 
 def test_skipping_puts_the_next_pair_in_place_and_counts_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dataset = PairDataset(LmdbPairs(make_split(tmp_path / "train", broken=True)), to_tensor, tokenize, on_error="skip")
+    dataset = PairDataset(
+        LmdbPairs(make_split(tmp_path / "train", broken=True)), to_tensor, CodePoints(), on_error="skip"
+    )
     pair = dataset[5]
     assert (pair.pixels[0].item(), pair.tokens[0].item(), pair.image_id, pair.num_skipped) == (6, ord("g"), 6, 1)
     assert "image id 5" in caplog.text
@@ -151,7 +147,7 @@ def test_skipping_puts_the_next_pair_in_place_and_counts_it(tmp_path: Path, capl
 
 
 def test_skipping_everything_stops(tmp_path: Path) -> None:
-    dataset = PairDataset(LmdbPairs(make_split(tmp_path / "train")), fail, tokenize, on_error="skip")
+    dataset = PairDataset(LmdbPairs(make_split(tmp_path / "train")), fail, CodePoints(), on_error="skip")
     with pytest.raises(DataError, match="image id 7: broken data stream; nor can any other"):
         dataset[0]
 
@@ -244,7 +240,3 @@ def test_an_empty_text_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_bytes(b"\n")
     with pytest.raises(DataError, match=r"t.jsonl: the file is empty"):
         read_texts(tmp_path / "t.jsonl")
-
-
-def test_text_is_adapted_to_the_vocabulary() -> None:
-    assert preprocess_text("“Hello” İ「世界」") == '"hello" i̇「世界」'

@@ -110,6 +110,70 @@ def test_string_ids_are_admitted_where_the_annotation_has_them(folder: Path) -> 
     assert scores == {"score": 2 / 3 * 100, "mean_recall": 2 / 3 * 100, "r1": 0.0, "r5": 100.0, "r10": 100.0}
 
 
+def scores_of(annotation: str, submission: str, query: str = "text") -> dict[str, float]:
+    evaluation.main([annotation, submission, "result.json", "--query", query])
+    result: dict[str, Any] = json.loads(Path("result.json").read_text())
+    assert result["success"] is True
+    return dict(result["scoreJson"])
+
+
+@pytest.mark.parametrize("where", ["pictures", "texts", "both", "predicted too"])
+@pytest.mark.parametrize("query", ["text", "image"])
+def test_digits_in_quotes_are_the_integer(folder: Path, where: str, query: str) -> None:
+    asked, found = ("text_id", "image_ids") if query == "text" else ("image_id", "text_ids")
+    predictions = {"text": "valid_predictions.jsonl", "image": "valid_tr_predictions.jsonl"}[query]
+    plain = scores_of(ANNOTATIONS[query], predictions, query)
+    records = [json.loads(line) for line in Path(ANNOTATIONS[query]).read_text().splitlines()]
+    predicted = [json.loads(line) for line in Path(predictions).read_text().splitlines()]
+    for record in records if where != "predicted too" else [*records, *predicted]:
+        if where != "texts":
+            record[found] = list(map(str, record[found]))
+        if where != "pictures":
+            record[asked] = str(record[asked])
+    annotation, submission = write_lines(folder / "a.jsonl", *records), write_lines(folder / "p.jsonl", *predicted)
+    assert scores_of(annotation, submission, query) == plain
+    if query == "text":
+        transform_ir_annotation_to_tr.main(["--input", "a.jsonl"])
+        assert (folder / "a.tr.jsonl").read_bytes() == (GOLDEN / "valid_texts.tr.jsonl").read_bytes()
+
+
+def test_integers_that_differ_beyond_2_to_the_53_differ(folder: Path) -> None:
+    large = 2**53
+    annotation = write_lines(folder / "a.jsonl", {"text_id": 1, "image_ids": [str(large + 1)]})
+    found = [large, *range(9)]
+    assert scores_of(annotation, write_lines(folder / "p.jsonl", {"text_id": 1, "image_ids": found}))["r10"] == 0
+    found = [large + 1, *range(9)]
+    assert scores_of(annotation, write_lines(folder / "p.jsonl", {"text_id": 1, "image_ids": found}))["r1"] == 100
+
+
+def test_leading_zeros_make_another_id(folder: Path) -> None:
+    annotation = write_lines(folder / "a.jsonl", {"text_id": 1, "image_ids": ["007"]})
+    submission = write_lines(folder / "p.jsonl", {"text_id": 1, "image_ids": [7, *range(10, 19)]})
+    assert scores_of(annotation, submission)["r10"] == 0
+
+
+def test_a_prediction_that_names_a_picture_as_integer_and_as_string_names_it_twice(folder: Path) -> None:
+    annotation = write_lines(folder / "a.jsonl", {"text_id": 1, "image_ids": ["7"]})
+    submission = write_lines(folder / "p.jsonl", {"text_id": 1, "image_ids": ["7", 7, *range(10, 18)]})
+    assert "duplicate topk images" in fails("text", annotation, submission)["errorMsg"]
+
+
+def test_byte_order_marks_and_carriage_returns_change_nothing(folder: Path) -> None:
+    plain = scores_of("valid_texts.jsonl", "valid_predictions.jsonl")
+    for name in ("valid_texts.jsonl", "valid_predictions.jsonl"):
+        Path(name).write_bytes(b"\xef\xbb\xbf" + Path(name).read_bytes().replace(b"\n", b"\r\n"))
+    assert scores_of("valid_texts.jsonl", "valid_predictions.jsonl") == plain
+
+
+def test_an_annotation_of_which_nothing_was_predicted_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    annotation = write_lines(folder / "a.jsonl", {"text_id": 1, "image_ids": ["a/7.jpg"]})
+    submission = write_lines(folder / "p.jsonl", {"text_id": 1, "image_ids": [f"b/{number}.jpg" for number in TEN]})
+    assert scores_of(annotation, submission)["r10"] == 0
+    (message,) = caplog.messages
+    assert "a.jsonl: none of its image_ids is among those predicted: expected some such as 'a/7.jpg'" in message
+    assert "'b/0.jpg'" in message
+
+
 def test_string_queries_do_not_admit_string_pictures(folder: Path) -> None:
     annotation = write_lines(folder / "a.jsonl", {"text_id": "甲", "image_ids": [4]})
     submission = write_lines(folder / "p.jsonl", {"text_id": "甲", "image_ids": [str(number) for number in TEN]})

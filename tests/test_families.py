@@ -25,7 +25,6 @@ from cn_clip.clip.inputs import ChineseTexts, Parts
 from cn_clip.clip.tokenizer import VOCAB_FILE
 from cn_clip.clip.transforms import MEAN, STD, ImageTransform
 from cn_clip.command import Speaker
-from cn_clip.data.texts import preparation
 from cn_clip.demo import emoji
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, DownloadError, MissingExtraError
 from cn_clip.eval import backends, extract_features, shard_worker, zeroshot_evaluation
@@ -145,8 +144,8 @@ def test_an_encoder_can_be_made_of_parts_of_ones_own(folders: Any) -> None:
 
 def test_texts_of_other_families_reach_their_tokenizer_as_they_are(folders: Any) -> None:
     clip = Encoder(f"hf:{folders('clip')}", device="cpu")
-    assert preparation(clip.texts)("A “Cat”") == "A “Cat”"
-    assert preparation(ChineseTexts(52))("A “Cat”") == 'a "cat"'
+    assert clip.texts.rows(["“Cat”"]) != clip.texts.rows(['"Cat"'])
+    assert ChineseTexts(52).rows(["A “Cat”"]) == ChineseTexts(52).rows(['a "cat"'])
 
 
 # --- folders of Chinese-CLIP opened without hf:

@@ -151,7 +151,7 @@ def test_text_lines_become_records(tmp_path: Path) -> None:
         (b'{"text_id": 1, "image_ids": []}', "the field 'text' is missing"),
         (b'{"text_id": 1, "text": "a"}', "the field 'image_ids' is missing"),
         (b'{"text_id": true, "text": "a", "image_ids": []}', "text_id: expected an integer or string id, got boolean"),
-        (b'{"text_id": 1, "text": 5, "image_ids": []}', "text of text_id 1: expected a string, got number 5"),
+        (b'{"text_id": 1, "text": true, "image_ids": []}', "text of text_id 1: expected a string, got boolean true"),
         (b'{"text_id": 1, "text": "a", "image_ids": 7}', "image_ids of text_id 1: expected a list of ids, got number"),
         (
             b'{"text_id": 1, "text": "a", "image_ids": [7, 1.5]}',

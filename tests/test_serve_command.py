@@ -196,7 +196,7 @@ def test_answers_do_not_wait_for_acknowledgements() -> None:
 def test_label_sets_are_called_by_their_files_names(tmp_path: Path) -> None:
     (tmp_path / "animals.txt").write_text("猫\n狗\n", encoding="utf-8")
     assert main.read_label_sets([tmp_path / "animals.txt"]) == {"animals": ["猫", "狗"]}
-    with pytest.raises(DataError, match=r"other\.txt: cannot be read"):
+    with pytest.raises(DataError, match=r"other\.txt: cannot be opened"):
         main.read_label_sets([tmp_path / "other.txt"])
     with pytest.raises(ConfigError, match="files of different names"):
         main.read_label_sets([tmp_path / "animals.txt"] * 2)

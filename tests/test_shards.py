@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_files import jsonl_line, picture, run_script, tree, tsv_line, write_split
+from dataset_files import CodePoints, jsonl_line, picture, run_script, tree, tsv_line, write_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -56,11 +56,6 @@ def sample(number: int, name: str | None = None) -> dict[str, bytes]:
 def colour(image: Image.Image) -> Tensor:
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)[:1, :1]
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-
-
-def tokenize(texts: list[str], context_length: int) -> Tensor:
-    rows = [[ord(character) for character in text][:context_length] for text in texts]
-    return torch.tensor([row + [0] * (context_length - len(row)) for row in rows])
 
 
 @pytest.mark.parametrize(
@@ -350,7 +345,7 @@ def test_loading_processes_read_the_samples_that_the_sampler_names(tmp_path: Pat
     sampler = ShardSampler(pairs.shard_sizes, 3, seed=1, num_workers=num_workers)
     sampler.epoch, sampler.start = 2, 1
     pairs[0]  # opens a file in this process, whose position must not be shared
-    dataset = PairDataset(pairs, colour, tokenize, context_length=8)
+    dataset = PairDataset(pairs, colour, CodePoints(8))
     batches = list(make_loader(dataset, 3, num_workers, sampler=EpochNumbers(sampler)))
     assert [batch[0][:, 0].flatten().tolist() for batch in batches] == sampler.batches()
     assert all(chr(code) == "第" for batch in batches for code in batch[1][:, 0].tolist())
@@ -383,7 +378,7 @@ def test_a_forked_process_does_not_move_the_position_of_its_parents_files(tmp_pa
 def test_an_unreadable_picture_is_replaced_from_the_same_shard(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dataset = PairDataset(shards(tmp_path, [2, 3, 2], broken=4), colour, tokenize, on_error="skip")
+    dataset = PairDataset(shards(tmp_path, [2, 3, 2], broken=4), colour, CodePoints(), on_error="skip")
     with caplog.at_level(logging.WARNING):
         pair = dataset[4]
     assert (pair.pixels[0].item(), pair.num_skipped, pair.image_id) == (2, 1, f"{tmp_path}/001.tar/0002")

@@ -140,8 +140,8 @@ def test_labels_are_read_without_byte_order_mark_and_trailing_blank_lines(tmp_pa
         ("猫\n\n狗\n".encode(), "label_cn.txt:2: an empty line"),
         (b"\n\n", "no labels in it"),
         (b"", "no labels in it"),
-        ("标签".encode("gbk"), "expected UTF-8"),
-        (None, "cannot be read"),
+        ("猫\n标签".encode("gbk"), "label_cn.txt:1: invalid UTF-8 at byte 0; save the file as UTF-8"),
+        (None, "cannot be opened"),
     ],
 )
 def test_faulty_label_files_are_refused(tmp_path: Path, content: bytes | None, reason: str) -> None:
@@ -317,7 +317,7 @@ def test_labels_may_come_twice_and_lack_pictures(
     ("flag", "reason"),
     [
         ("--datapath=/nowhere", "/nowhere: no such folder"),
-        ("--label-file=/nowhere.txt", "/nowhere.txt: cannot be read"),
+        ("--label-file=/nowhere.txt", "/nowhere.txt: cannot be opened"),
         ("--resume=/nowhere.pt", "Model /nowhere.pt not found"),
         ("--templates=/nowhere.json", "/nowhere.json: cannot be opened"),
         ("--index=/nowhere.json", "/nowhere.json: cannot be read"),

@@ -37,7 +37,7 @@ class PictureTransform(Protocol):
 
 
 class TextTransform(Protocol):
-    """From texts to token ids."""
+    """From texts, as people wrote them, to token ids; called by several threads at once."""
 
     @property
     def context_length(self) -> int:
@@ -45,7 +45,7 @@ class TextTransform(Protocol):
         ...
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, special tokens included, before padding."""
+        """The ids of each text, special tokens included, before padding. Raises TypeError for what is not a str."""
         ...
 
     def pad(self, rows: Sequence[Sequence[int]]) -> TokenIds:
@@ -53,14 +53,22 @@ class TextTransform(Protocol):
         ...
 
 
+def preprocess_text(text: str) -> str:
+    """Lower-cased, curly double quotes straightened: how Chinese-CLIP adapts text to its vocabulary."""
+    return text.lower().replace("\N{LEFT DOUBLE QUOTATION MARK}", '"').replace("\N{RIGHT DOUBLE QUOTATION MARK}", '"')
+
+
 @dataclass(frozen=True)
 class ChineseTexts:
-    """The tokenizer of Chinese-CLIP, padding with zeros to the longest row."""
+    """Chinese-CLIP's: `preprocess_text`, its tokenizer, zeros up to the longest row. `clip.tokenize` skips the first.
+
+    context_length: the longest row. Raises ConfigError from `rows` where it is below 2.
+    """
 
     context_length: int
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
-        return tokenizer.encode(texts, self.context_length)
+        return tokenizer.encode(map(preprocess_text, tokenizer.checked_texts(texts)), self.context_length)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> TokenIds:
         return tokenizer.pad(rows, max(map(len, rows), default=0))

@@ -64,7 +64,7 @@ def encode(texts: str | Iterable[str], context_length: int = CONTEXT_LENGTH) -> 
     """The rows of `tokenize` before padding: [CLS] ids [SEP], 2 to context_length ids each."""
     room = _checked_length(context_length) - 2
     start, end = _default().vocab[START], _default().vocab[END]
-    return [[start, *_default().ids(text)[:room], end] for text in _checked_texts(texts)]
+    return [[start, *_default().ids(text)[:room], end] for text in checked_texts(texts)]
 
 
 def pad(rows: Sequence[Sequence[int]], length: int) -> NDArray[np.int64]:
@@ -224,7 +224,8 @@ def _checked_length(context_length: int) -> int:
     return length
 
 
-def _checked_texts(texts: str | Iterable[str]) -> list[str]:
+def checked_texts(texts: str | Iterable[str]) -> list[str]:
+    """The texts as a list; raises TypeError naming the first that is not a str."""
     if isinstance(texts, str):
         return [texts]
     if isinstance(texts, (bytes, bytearray)) or not isinstance(texts, Iterable):

@@ -21,17 +21,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cn_clip.clip import tokenizer
+from cn_clip.clip.inputs import TextTransform
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId
-from cn_clip.data.texts import preprocess_text
 from cn_clip.errors import CnClipError, ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
 Augment: TypeAlias = Callable[[Image.Image, random.Random], Image.Image]
-Tokenize: TypeAlias = Callable[[list[str], int], Tensor]
 ItemT = TypeVar("ItemT")
 ItemT_co = TypeVar("ItemT_co", covariant=True)
 
@@ -117,16 +117,18 @@ class PairDataset(Dataset[Pair]):
         self,
         source: PairSource,
         transform: Transform,
-        tokenize: Tokenize,
+        texts: TextTransform,
         *,
-        context_length: int = 52,
         on_error: Literal["stop", "skip"] = "stop",
         augment: Augment | None = None,
         seed: int = 0,
     ) -> None:
-        """on_error="skip" puts the next readable pair in the place of one that cannot be read, with a warning in the
-        log and counted in num_skipped. augment: varies a picture before `transform`."""
-        self.source, self.transform, self.tokenize, self.context_length = source, transform, tokenize, context_length
+        """texts: zeros pad its rows to its context_length. augment: varies a picture before `transform`.
+
+        on_error="skip" puts the next readable pair in the place of one that cannot be read, with a warning in the log
+        and counted in num_skipped.
+        """
+        self.source, self.transform, self.texts = source, transform, texts
         self.on_error, self.augment, self.seed = on_error, augment, seed
 
     def __len__(self) -> int:
@@ -151,7 +153,7 @@ class PairDataset(Dataset[Pair]):
         stored, augment = self.source[number], self.augment
         transform = self.transform if augment is None else lambda image: self.transform(augment(image, rng))
         pixels = load_picture(stored.picture, stored.where, transform)
-        tokens = self.tokenize([preprocess_text(stored.text)], self.context_length)[0]
+        tokens = torch.from_numpy(tokenizer.pad(self.texts.rows([stored.text]), self.texts.context_length))[0]
         return Pair(pixels, tokens, stored.image_id, stored.text_id, num_skipped)
 
 

@@ -1,13 +1,12 @@
 """Dataset records, `*_imgs.tsv` and `*_texts.jsonl`, and the meaning of an id; for all who read or write them."""
 
 import base64
-import codecs
 import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -19,7 +18,7 @@ RecordId: TypeAlias = int | str
 MAX_ID_BYTES = 511  # the longest key that LMDB stores
 NUM_IMAGES_KEY = b"num_images"  # sits among the picture keys of an LMDB, so no picture may be called so
 
-_CANONICAL_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
+_CANONICAL_INTEGER = re.compile(rf"0|-?[1-9][0-9]{{0,{MAX_ID_BYTES}}}")
 _BASE64_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 _BLANKS = b" \t\r\n\v\f"
 
@@ -88,7 +87,12 @@ def canonical_id(value: object) -> RecordId:
         _require_short(len(value.encode("utf-8")), repr(value[:20] + "..."))
     except UnicodeEncodeError as error:
         raise DataError(f"an id is valid Unicode text, got {value[:80]!r}") from error
-    return int(value) if _CANONICAL_INTEGER.fullmatch(value) else value
+    return plain_id(value)
+
+
+def plain_id(value: RecordId) -> RecordId:
+    """`"7"` as the int 7, all else as it is: what `canonical_id` gives, without its checks; for ids of other tools."""
+    return int(value) if isinstance(value, str) and _CANONICAL_INTEGER.fullmatch(value) else value
 
 
 def _require_short(num_bytes: float, what: str) -> None:
@@ -140,16 +144,22 @@ def parse_image_line(line: bytes) -> ImageFields:
 
 def parse_text_object(record: dict[str, Any]) -> TextFields:
     """`{"text_id", "text", "image_ids"}` -> (text id, text, image ids); raises DataError naming the field."""
-    for field in ("text_id", "text", "image_ids"):
-        if field not in record:
-            raise DataError(f"the field {field!r} is missing; expected text_id, text and image_ids")
-    text_id = _field_id("text_id", record["text_id"])
-    text, image_ids = record["text"], record["image_ids"]
-    if not isinstance(text, str):
-        raise DataError(f"text of text_id {text_id!r}: expected a string, got {json_type(text)}")
+    text_id, text = text_fields(record, ("text_id", "text", "image_ids"))
+    image_ids = record["image_ids"]
     if not isinstance(image_ids, list):
         raise DataError(f"image_ids of text_id {text_id!r}: expected a list of ids, got {json_type(image_ids)}")
     return text_id, text, tuple(_field_id(f"image_ids of text_id {text_id!r}", value) for value in image_ids)
+
+
+def text_fields(record: dict[str, Any], required: Sequence[str] = ("text_id", "text")) -> tuple[RecordId, str]:
+    """(text id, text) of a record; a number as text becomes a string. Raises DataError naming the field."""
+    for field in required:
+        if field not in record:
+            raise DataError(f"the field {field!r} is missing; expected {', '.join(required[:-1])} and {required[-1]}")
+    text_id, text = _field_id("text_id", record["text_id"]), record["text"]
+    if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+        raise DataError(f"text of text_id {text_id!r}: expected a string, got {json_type(text)}")
+    return text_id, str(text)
 
 
 def _field_id(name: str, value: object) -> RecordId:
@@ -200,8 +210,6 @@ def _read(
     is_empty = True
     for number, line in numbered_lines(path):
         is_empty = False
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
         try:
             yield parse(line, number)
         except DataError as error:

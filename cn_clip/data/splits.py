@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 from cn_clip.data.lmdb_store import PairStore
 from cn_clip.data.records import RecordId
-from cn_clip.data.texts import preprocess_text
 from cn_clip.errors import DataError
 
 
 @dataclass(frozen=True)
 class Split:
-    """Ids of the pictures, texts as the tokenizer takes them, (picture number, text number) of each pair in order."""
+    """Ids of the pictures, texts as written, (picture number, text number) of each pair in order."""
 
     image_ids: Sequence[RecordId]
     texts: list[str]
@@ -24,7 +23,7 @@ def read_split(pairs: PairStore, image_ids: Sequence[RecordId]) -> Split:
     Raises DataError for a pair whose picture is not in the split.
     """
     rows = [pairs[index] for index in range(len(pairs))]
-    texts = {pair.text_id: preprocess_text(pair.text) for pair in rows}
+    texts = {pair.text_id: pair.text for pair in rows}
     text_numbers = {text_id: number for number, text_id in enumerate(texts)}
     image_numbers = {image_id: number for number, image_id in enumerate(image_ids)}
     for number, pair in enumerate(rows):

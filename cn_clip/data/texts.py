@@ -1,22 +1,10 @@
-"""The texts of a split: how they are read, and how they are adapted to the vocabulary."""
+"""The texts of a split, as they are read from its file."""
 
 import os
-from collections.abc import Callable
 
-from cn_clip.clip.inputs import ChineseTexts, TextTransform
-from cn_clip.data.records import RecordId, canonical_id
+from cn_clip.data.records import RecordId, text_fields
 from cn_clip.errors import DataError
 from cn_clip.jsonl import json_object, numbered_lines
-
-
-def preprocess_text(text: str) -> str:
-    """Lower-cased, curly double quotes straightened: how Chinese-CLIP adapts text to its vocabulary."""
-    return text.lower().replace("\N{LEFT DOUBLE QUOTATION MARK}", '"').replace("\N{RIGHT DOUBLE QUOTATION MARK}", '"')
-
-
-def preparation(texts: TextTransform) -> Callable[[str], str]:
-    """What a text goes through before a tokenizer: `preprocess_text` for Chinese-CLIP's, nothing for others'."""
-    return preprocess_text if isinstance(texts, ChineseTexts) else str
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[tuple[RecordId, str]]:
@@ -32,13 +20,6 @@ def read_texts(path: str | os.PathLike[str]) -> list[tuple[RecordId, str]]:
 
 def _read_text(line: bytes, where: str) -> tuple[RecordId, str]:
     try:
-        record = json_object(line)
-        for name in ("text_id", "text"):
-            if name not in record:
-                raise DataError(f"the field {name!r} is missing; expected text_id and text")
-        text_id, text = canonical_id(record["text_id"]), record["text"]
-        if isinstance(text, bool) or not isinstance(text, (str, int, float)):
-            raise DataError(f"text of text_id {text_id!r}: expected a string, got {type(text).__name__}")
+        return text_fields(json_object(line))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    return text_id, str(text)

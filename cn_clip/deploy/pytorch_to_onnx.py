@@ -121,7 +121,6 @@ def _samples(options: Options) -> "Samples":
         return parity.embedded_samples(options.context_length)
     from cn_clip.clip.pictures import open_picture
     from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore
-    from cn_clip.data.texts import preprocess_text
 
     images, pairs = ImageStore(Path(options.check_data, IMAGES)), PairStore(Path(options.check_data, PAIRS))
     count = min(parity.NUM_SAMPLES, len(pairs))
@@ -130,7 +129,7 @@ def _samples(options: Options) -> "Samples":
     chosen = [pairs[number * len(pairs) // count] for number in range(count)]
     return parity.Samples(
         [open_picture(images.picture(one.image_id), name=f"{images.folder}: {one.image_id!r}") for one in chosen],
-        [preprocess_text(one.text) for one in chosen],
+        [one.text for one in chosen],
         options.context_length,
     )
 

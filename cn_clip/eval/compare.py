@@ -105,7 +105,7 @@ def merged(sources: Sequence[Source]) -> Table:
 def read_result(path: Path) -> Values:
     """Percentages by column; raises DataError for what is no result, or one of an evaluation that failed."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); expected the result of an evaluation") from error
     if not isinstance(result, dict):

@@ -4,6 +4,8 @@ python cn_clip/eval/evaluation.py STANDARD.jsonl PREDICTIONS.jsonl RESULT.json
 """
 
 import json
+import logging
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
@@ -11,9 +13,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 import tyro
 
 from cn_clip import command
-from cn_clip.data.records import RecordId
+from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError
-from cn_clip.jsonl import atomic_write, dumps, read_objects, refuse_inputs
+from cn_clip.jsonl import atomic_write, dumps, numbered_lines, read_objects, refuse_inputs
+
+logger = logging.getLogger(__name__)
 
 NUM_PREDICTIONS = 10
 
@@ -91,10 +95,28 @@ def evaluate(standard: str, submit: str, *, query: Direction = "text") -> dict[s
     predicted = read_predictions(submit, relevant, query=query)
     if not relevant:
         raise DataError(f"{standard}: the file has no lines; expected the relevant ids of one query a line")
+    relevant, predicted = _plain(relevant), _plain(predicted)
+    _warn_of_strangers(standard, relevant, predicted, _WORDS[query].found_ids)
     recall = recall_at_k([predicted[query_id] for query_id in relevant], list(relevant.values()))
     score = recall.mean * 100
     percent = {f"r{k}": value * 100 for k, value in recall.at.items()}
     return {"success": True, "score": score, "scoreJson": {"score": score, "mean_recall": score, **percent}}
+
+
+def _plain(ranking: Ranking) -> Ranking:
+    """With ids of one form, so that `"7"` in one file is 7 in the other."""
+    return {plain_id(query_id): list(map(plain_id, found)) for query_id, found in ranking.items()}
+
+
+def _warn_of_strangers(standard: str, relevant: Ranking, predicted: Ranking, field: str) -> None:
+    """Warns when no relevant id was predicted for any query: then 0 says nothing about the model."""
+    expected = {found_id for found in relevant.values() for found_id in found}
+    if expected and expected.isdisjoint(found_id for found in predicted.values() for found_id in found):
+        wanted, got = (next(found[0] for found in one.values() if found) for one in (relevant, predicted))
+        logger.warning(
+            "%s: none of its %s is among those predicted: expected some such as %r, the predictions have such as %r; "
+            "are both of the same split, and the ids written alike?", standard, field, wanted, got,
+        )  # fmt: skip
 
 
 def _failure(message: str) -> dict[str, Any]:
@@ -106,12 +128,15 @@ def _readable(scores: dict[str, float]) -> str:
 
 
 def read_annotation(path: str, *, query: Direction = "text") -> Ranking:
-    """Query id -> relevant ids, in file order; the last line of an id counts. Raises DataError with file and line."""
+    """Query id -> relevant ids as written, in file order; the last line of an id counts.
+
+    Raises DataError with file and line.
+    """
     return dict(read_relevant(path, query=query))
 
 
 def read_relevant(path: str, *, query: Direction = "text") -> Iterator[tuple[RecordId, list[RecordId]]]:
-    """Yields (query id, relevant ids) of each line of an annotation; raises DataError with file and line."""
+    """Yields (query id, relevant ids) as each line of an annotation has them; raises DataError with file and line."""
     words = _WORDS[query]
     for number, record in read_objects(path):
         for field in (words.query_id, words.found_ids):
@@ -126,7 +151,7 @@ def read_relevant(path: str, *, query: Direction = "text") -> Iterator[tuple[Rec
 
 
 def read_predictions(path: str, relevant: Ranking, *, query: Direction = "text") -> Ranking:
-    """Query id -> the 10 ids predicted, best first; ids may be strings only where the annotation has strings.
+    """Query id -> the 10 ids predicted as written, best first; strings only where the annotation has strings.
 
     Raises DataError in the words of Chinese-CLIP for the first faulty line, then for queries without prediction.
     """
@@ -154,14 +179,10 @@ def _is_id(value: object, types: tuple[type, ...]) -> bool:
 
 def _lines(path: str) -> Iterable[str]:
     """Every line, blank ones too, without white space around; bytes that are no UTF-8 are written as escapes."""
-    try:
-        with open(path, "rb") as stream:
-            for line in stream:
-                yield line.decode("utf-8", errors="backslashreplace").strip()
-    except FileNotFoundError as error:
-        raise DataError("The submission file is not found!") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
+    if not os.path.exists(path):
+        raise DataError("The submission file is not found!")
+    for _, line in numbered_lines(path, with_blank=True):
+        yield line.decode("utf-8", errors="backslashreplace").strip()
 
 
 def _parse(line: str) -> Any:
@@ -200,18 +221,18 @@ def _found_ids(found: Any, query_id: RecordId, words: _Words, types: tuple[type,
                 f"{subject} an invalid predicted {words.found_id} {found_id} at rank {rank}, "
                 "it should be an integer (not string), please check your schema"
             )
-    if len(set(found)) != NUM_PREDICTIONS:
+    if len(set(map(plain_id, found))) != NUM_PREDICTIONS:
         raise DataError(f"{subject} duplicate topk {words.found_noun} in your prediction. Pleace check again!")
     return found
 
 
 def _check_complete(relevant: Ranking, predicted: Collection[RecordId], words: _Words) -> None:
-    missing: Collection[RecordId] = set(relevant) - set(predicted)
+    missing: Collection[RecordId] = set(map(plain_id, relevant)) - set(map(plain_id, predicted))
     if not missing:
         return
     # Integers keep the order of the set, which is that of Chinese-CLIP; strings have another order in each process.
     if any(isinstance(query_id, str) for query_id in missing):
-        missing = [query_id for query_id in relevant if query_id in missing]
+        missing = [query_id for query_id in map(plain_id, relevant) if query_id in missing]
     listed = ", ".join(str(query_id) for query_id in missing)
     raise DataError(
         f"The following {words.query_id}s have no prediction in your submission, please check again: {listed}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cn_clip.data.records import RecordId
+from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError
 from cn_clip.eval.decimal_text import parse_rows
 from cn_clip.eval.feature_rows import Features, FloatArray, IdField, check_unique, first_not_finite
@@ -40,7 +40,7 @@ def write_features(
 
 
 def read_lines(path: str | os.PathLike[str], field: IdField, *, progress: bool = False) -> Features:
-    """Reads every line; ids keep their type, numbers are rounded as float32(float(text)); blank lines are skipped.
+    """Reads every line but blank ones; ids are as `plain_id` gives them, numbers rounded as float32(float(text)).
 
     Raises DataError with file and line for a line that is no JSON object, lacks `field` or "feature", has an id that
     is neither int nor str or came before, or a vector that is empty, not of numbers, not finite or of another length
@@ -85,7 +85,7 @@ def _read_canonical(batch: list[Line], field: IdField) -> tuple[list[RecordId], 
         head = json.loads(line[:opening] + b"0}")
         if head.keys() != {field, "feature"} or head["feature"] != 0 or type(head[field]) not in (int, str):
             raise ValueError("other fields")
-        ids.append(head[field])
+        ids.append(plain_id(head[field]))
         bodies.append(line[opening + 1 : -2])
     return ids, parse_rows(bodies)
 
@@ -108,7 +108,7 @@ def _id_of(record: dict[str, Any], field: IdField, where: str) -> RecordId:
         raise DataError(f"{where}: no field {field}, only {sorted(record)}; is this the file of the other modality?")
     value = record[field]
     if type(value) is int or type(value) is str:
-        return value
+        return plain_id(value)
     raise DataError(f"{where} {field}: expected an integer or a string, got {value!r}")
 
 

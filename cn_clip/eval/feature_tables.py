@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip.data.records import RecordId
+from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError
 from cn_clip.eval.feature_rows import Blocks, Features, FloatArray, IdField, check_unique, first_not_finite
 from cn_clip.extras import require
@@ -323,6 +323,7 @@ def _checked(path: Path, field: IdField, ids: list[Any], vectors_ND: FloatArray,
         )
     if kind == "json":
         ids = [_from_json(path, field, text, row) for row, text in enumerate(ids, start=1)]
+    ids = list(map(plain_id, ids))
     check_unique(ids, path, field)
     return Features(ids, vectors_ND)
 

@@ -14,7 +14,6 @@ from cn_clip.clip.backends.base import Kind
 from cn_clip.clip.encoder import SORTING_WINDOW, Encoder, sorted_batches
 from cn_clip.data.picture_sets import LmdbPictures, PictureSource, StoredPicture, batches
 from cn_clip.data.records import RecordId, digest_of
-from cn_clip.data.texts import preparation
 from cn_clip.eval.feature_rows import IdField, check_finite, check_unique
 from cn_clip.eval.partial_features import Job, PartialFeatures
 from cn_clip.jsonl import numbered_lines
@@ -62,26 +61,25 @@ class Texts:
 
     def compute(self, encoder: Encoder, partial: PartialFeatures) -> Places:
         places = np.empty(len(self.texts), dtype=np.int64)
-        prepare = preparation(encoder.texts)
         first = 0
         with tqdm(total=len(self.texts), unit="text") as bar:
             for start in range(0, len(self.texts), SORTING_WINDOW):
-                prepared = [prepare(text) for _, text in self.texts[start : start + SORTING_WINDOW]]
-                # Computed once, equal texts have equal vectors; in batches of other shapes the last digits may differ.
-                distinct = list(dict.fromkeys(prepared))
-                row_of: dict[str, int] = {}
-                first_id = dict(reversed(list(zip(prepared, self.ids[start:], strict=False))))
-                tokens = encoder.texts.rows(distinct)
+                window = encoder.texts.rows([text for _, text in self.texts[start : start + SORTING_WINDOW]])
+                # Computed once, equal rows have equal vectors; in batches of other shapes the last digits may differ.
+                number_of = {tuple(row): number for number, row in reversed(list(enumerate(window)))}
+                distinct = sorted(number_of.values())
+                row_of: dict[int, int] = {}
+                tokens = [window[number] for number in distinct]
                 for chosen, token_ids in sorted_batches(tokens, self.batch_size, encoder.texts.pad):
                     if first + len(chosen) > partial.num_rows:
                         rows_BD = encoder.backend.encode_tokens(token_ids)
-                        check_finite(rows_BD, [first_id[distinct[index]] for index in chosen], self.field)
+                        check_finite(rows_BD, [self.ids[start + distinct[index]] for index in chosen], self.field)
                         partial.put(first, rows_BD)
                     row_of |= {distinct[index]: first + row for row, index in enumerate(chosen)}
                     first += len(chosen)
                     bar.update(len(chosen))
-                places[start : start + len(prepared)] = [row_of[text] for text in prepared]
-                bar.update(len(prepared) - len(distinct))
+                places[start : start + len(window)] = [row_of[number_of[tuple(row)]] for row in window]
+                bar.update(len(window) - len(distinct))
         return places
 
 

@@ -23,7 +23,6 @@ from cn_clip.data.bulk_pictures import Part
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId
 from cn_clip.data.storage import Storage, StorageError
-from cn_clip.data.texts import preparation
 from cn_clip.errors import CnClipError, ConfigError, DataError
 from cn_clip.eval import backends
 from cn_clip.eval.feature_rows import FloatArray
@@ -103,13 +102,17 @@ class ShardWorker:
 
 
 def _do_texts(encoder: Encoder, task: Task, part: TextPart, options: Options) -> Finished:
-    prepare = preparation(encoder.texts)
-    prepared = [prepare(text) for _, text in part.texts]
-    row_of = {text: row for row, text in enumerate(dict.fromkeys(prepared))}
-    rows_MD = encoder.encode_texts(list(row_of), batch_size=options.text_batch_size)
-    rows_ND = rows_MD[[row_of[text] for text in prepared]]
+    rows_ND = text_rows(encoder, part, batch_size=options.text_batch_size)
     ids = [text_id for text_id, _ in part.texts]
     return write_shard(task.job.folder, task.job.manifest, task.shard, ids, rows_ND)
+
+
+def text_rows(encoder: Encoder, part: TextPart, *, batch_size: int) -> FloatArray:
+    """Unit rows (N, D) of the texts of a shard; equal texts are computed once."""
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(text for _, text in part.texts))}
+    rows_MD = encoder.encode_texts(list(row_of), batch_size=batch_size)
+    rows_ND: FloatArray = rows_MD[[row_of[text] for _, text in part.texts]]
+    return rows_ND
 
 
 def _do_pictures(encoder: Encoder, task: Task, part: Part, options: Options) -> Finished:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cn_clip.errors import DataError
-from cn_clip.jsonl import numbered_lines
+from cn_clip.jsonl import numbered_lines, text_of
 
 SLOT = "{}"
 FOLDER = Path(__file__).parent / "prompt_templates"
@@ -58,10 +58,7 @@ def _checked(file: Path) -> Iterator[str]:
 
 def _text_lines(file: Path) -> Iterator[tuple[str, str]]:
     for number, line in numbered_lines(file):
-        try:
-            yield f"{file}:{number}", line.decode("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}:{number}: invalid UTF-8 at byte {error.start}; save the file as UTF-8") from error
+        yield f"{file}:{number}", text_of(line, f"{file}:{number}")
 
 
 def _json_items(file: Path) -> Iterator[tuple[str, Any]]:

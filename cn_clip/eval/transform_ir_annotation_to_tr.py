@@ -23,6 +23,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Reads and writes; raises DataError with file and line, before anything is written, for a faulty line."""
+    from cn_clip.data.records import plain_id
     from cn_clip.eval.evaluation import read_relevant
 
     texts_of: dict[int | str, list[int | str]] = {}
@@ -30,7 +31,7 @@ def run(options: Options) -> None:
     for text_id, image_ids in read_relevant(options.input, query="text"):
         num_texts += 1
         for image_id in image_ids:
-            texts_of.setdefault(image_id, []).append(text_id)
+            texts_of.setdefault(plain_id(image_id), []).append(plain_id(text_id))
     if not num_texts:
         raise DataError(f"{options.input}: the file has no lines; expected one JSON object a line")
     output = options.input.removesuffix(".jsonl") + ".tr.jsonl"

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.inputs import TextTransform
-from cn_clip.data.texts import preparation
 from cn_clip.errors import DataError
 from cn_clip.eval.templates import fill
 
@@ -66,15 +64,14 @@ def _by_number(folders: Sequence[str], num_labels: int) -> list[int]:
 
 def classifier(encoder: Encoder, labels: Sequence[str], templates: Sequence[str], *, batch_size: int = 64) -> Rows:
     """Unit class vectors (C, D): the mean over the templates of each label's unit text features."""
-    texts = prompts(labels, templates, texts=encoder.texts)
+    texts = prompts(labels, templates)
     features = encoder.encode_texts(texts, batch_size=batch_size, progress=True)
     return class_vectors(features, len(labels))
 
 
-def prompts(labels: Sequence[str], templates: Sequence[str], *, texts: TextTransform) -> list[str]:
-    """The text of each label in each template, prepared for the tokenizer, the templates of a label together."""
-    prepare = preparation(texts)
-    return [prepare(fill(template, label)) for label in labels for template in templates]
+def prompts(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """The text of each label in each template, the templates of a label together."""
+    return [fill(template, label) for label in labels for template in templates]
 
 
 def class_vectors(features: Rows, num_labels: int) -> Rows:

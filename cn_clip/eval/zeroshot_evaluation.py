@@ -139,18 +139,17 @@ def _check_output(options: Options) -> None:
 
 def read_labels(path: Path) -> list[str]:
     """The labels, one a line; raises DataError for an empty line or a file that cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected UTF-8 text with one label a line") from error
-    while lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise DataError(f"{path}:{number}: an empty line; expected one label a line, in the order of the folders")
-    if not lines:
+    from cn_clip.jsonl import numbered_lines, text_of
+
+    labels = [text_of(line, f"{path}:{number}") for number, line in numbered_lines(path, with_blank=True)]
+    while labels and not labels[-1]:
+        labels.pop()
+    if not labels:
         raise DataError(f"{path}: no labels in it; expected one a line")
-    return [line.strip() for line in lines]
+    if "" in labels:
+        number = labels.index("") + 1
+        raise DataError(f"{path}:{number}: an empty line; expected one label a line, in the order of the folders")
+    return labels
 
 
 def _picture_features(
@@ -187,7 +186,7 @@ def read_index(path: Path, num_pictures: int) -> list[int]:
     import json
 
     try:
-        order = json.loads(path.read_text(encoding="utf-8"))
+        order = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); expected a JSON list of picture numbers") from error
     if not isinstance(order, list):

@@ -136,8 +136,6 @@ def _known_id(index: "Searchable", text: str) -> "ItemId":
 def _query(index: "Searchable", options: Options, own_id: "ItemId | None", say: command.Speaker) -> "FloatArray":
     import numpy as np
 
-    from cn_clip.data.texts import preparation
-
     given: dict[Kind, str | None] = {"text": options.text, "image": options.image}
     kinds = [kind for kind, value in given.items() if value is not None]
     encoder = _encoder(index, options, kinds, say) if kinds else None
@@ -147,7 +145,7 @@ def _query(index: "Searchable", options: Options, own_id: "ItemId | None", say: 
     if encoder is None or options.text is None:
         assert picture_D is not None, "a text, a picture or an id is given"
         return picture_D
-    text_D: FloatArray = encoder.encode_texts([preparation(encoder.texts)(options.text)])[0]
+    text_D: FloatArray = encoder.encode_texts([options.text])[0]
     if picture_D is None:
         return text_D
     mixed_D = options.text_weight * text_D + (1 - options.text_weight) * picture_D

@@ -19,7 +19,6 @@ from cn_clip.clip.model import CLIP
 from cn_clip.clip.pictures import open_picture
 from cn_clip.clip.resnet import ModifiedResNet
 from cn_clip.clip.vit import ResidualAttentionBlock, VisualTransformer
-from cn_clip.data.texts import preprocess_text
 from cn_clip.errors import DataError
 from cn_clip.report.thumbnails import flattened
 
@@ -44,7 +43,7 @@ def examine(encoder: Encoder, path: str, text: str) -> PairView:
     """Looks into one pair; raises DataError for a picture that cannot be read and a text without tokens."""
     assert isinstance(encoder.backend, TorchBackend), "the report opens models in PyTorch"
     image = open_picture(Path(path), name=path)
-    ids = tokenizer.encode([preprocess_text(text)], encoder.context_length)[0]
+    ids = encoder.texts.rows([text])[0]
     if len(ids) <= 2:
         raise DataError(f"--text {text!r}: no token is left of it; expected words")
     pixels_3RR = torch.from_numpy(encoder.transform.array(image))

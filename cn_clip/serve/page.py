@@ -405,4 +405,4 @@ def _name(hit: Hit) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    return list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))

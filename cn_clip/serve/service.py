@@ -63,7 +63,7 @@ class Service:
 
     async def _computed_alone(self, labels: Sequence[str]) -> Rows:
         """The class vectors, computed past the queue, a batch at a time: whoever stops the server waits for one."""
-        texts = await self.engine.alone(self._prompts, labels, load_templates(DEFAULT))
+        texts = await self.engine.alone(zeroshot.prompts, labels, load_templates(DEFAULT))
         step = self.limits.max_batch
         parts = [
             await self.engine.alone(self.engine.encoder.encode_texts, texts[start : start + step])
@@ -169,7 +169,7 @@ class Service:
         key = await self.engine.call(_digest, labels, templates)
         classes_CD = self._recent.get(key)
         if classes_CD is None:
-            features = await self.engine.embed_many_texts(await self.engine.call(self._prompts, labels, templates))
+            features = await self.engine.embed_many_texts(await self.engine.call(zeroshot.prompts, labels, templates))
             classes_CD = await self.engine.call(zeroshot.class_vectors, features, len(labels))
             self._recent[key] = classes_CD
             while sum(rows.nbytes for rows in self._recent.values()) > CLASSIFIER_BYTES:
@@ -177,9 +177,6 @@ class Service:
         if key in self._recent:
             self._recent.move_to_end(key)
         return classes_CD
-
-    def _prompts(self, labels: Sequence[str], templates: Sequence[str]) -> list[str]:
-        return zeroshot.prompts(labels, templates, texts=self.engine.encoder.texts)
 
     def _scale(self) -> float:
         return getattr(self.engine.encoder.backend, "logit_scale", None) or zeroshot.LOGIT_SCALE

@@ -3,7 +3,7 @@
 import torch
 
 from cn_clip import ranks
-from cn_clip.clip import tokenizer
+from cn_clip.clip.inputs import ChineseTexts
 from cn_clip.clip.transforms import image_transform
 from cn_clip.data.augment import Augmentation
 from cn_clip.data.datasets import LmdbPairs, PairDataset, PairSource, make_loader
@@ -25,8 +25,7 @@ def training_data(options: Options, resolution: int, device: torch.device) -> Tr
     dataset = PairDataset(
         source,
         image_transform(resolution),
-        tokenizer.tokenize,
-        context_length=options.context_length,
+        ChineseTexts(options.context_length),
         on_error=options.on_error,
         augment=Augmentation(resolution) if options.use_augment else None,
         seed=options.seed,
@@ -80,7 +79,7 @@ def validation_data(options: Options, resolution: int) -> ValidationData | None:
         generator=_loader_generator(options),
     )
     split = read_split(pairs, images.ids)
-    return ValidationData(split, tokenizer.encode(split.texts, options.context_length), loader, sampler)
+    return ValidationData(split, ChineseTexts(options.context_length).rows(split.texts), loader, sampler)
 
 
 def _loader_generator(options: Options) -> torch.Generator:

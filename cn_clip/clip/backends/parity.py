@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cn_clip import emoji_pack
 from cn_clip.clip import tokenizer
 from cn_clip.clip.backends.base import KINDS, Backend, ExportedBackend, Kind, Rows, Tower
+from cn_clip.clip.inputs import ChineseTexts
 from cn_clip.clip.pictures import open_picture
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.errors import CheckpointError
@@ -39,8 +40,8 @@ class Samples:
         if kind == "image":
             transform = ImageTransform(resolution)
             return np.stack([transform.array(picture) for picture in self.pictures])
-        rows = tokenizer.encode(self.captions, self.context_length)
-        return tokenizer.pad(rows, max(map(len, rows)))
+        texts = ChineseTexts(self.context_length)
+        return texts.pad(texts.rows(self.captions))
 
 
 @dataclass(frozen=True)
