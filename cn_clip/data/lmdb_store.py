@@ -187,6 +187,10 @@ class LmdbReader:
             raise DataError(f"{self.folder}: cannot read key {key!r} ({error}); build the dataset again") from error
         return value
 
+    def transaction(self) -> Any:
+        """LMDB's own transaction for reading, in this process; its values are views of the map: copy what is kept."""
+        return self._env().begin(buffers=True)
+
     def list_keys(self) -> Iterator[bytes]:
         """All keys in byte order."""
         try:

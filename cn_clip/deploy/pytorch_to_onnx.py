@@ -1,11 +1,12 @@
 """Exports a model to ONNX: `python cn_clip/deploy/pytorch_to_onnx.py --model-arch ViT-B-16 --convert-vision …`."""
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from cn_clip import command
+from cn_clip import command, drop_in
 from cn_clip.deploy.model_arch import ConversionOptions, check_arch, open_arch
 from cn_clip.deploy.prefixes import check_targets
 from cn_clip.errors import ConfigError, DataError
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 FormName: TypeAlias = Literal["fp32", "fp16", "int8", "int8-openvino"]
 TITLES: "dict[Kind, str]" = {"text": "text", "image": "vision"}
+
+__getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,11 @@ def _described(report: "Report", path: Path) -> dict[str, Any]:
         "num_int8": report.share.num_int8 if report.share else None,
         "num_products": report.share.num_products if report.share else None,
     }
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options, required=("model_arch", "save_onnx_path"))
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,11 +1,12 @@
 """Times PyTorch, ONNX and TensorRT: `python cn_clip/deploy/speed_benchmark.py --model-arch ViT-B-16 …`."""
 
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from cn_clip import command
+from cn_clip import command, drop_in
 from cn_clip.deploy.model_arch import RequiredArch, check_arch, open_arch, vision_name
 from cn_clip.errors import ConfigError
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 # What Chinese-CLIP's test measures with; the picture is the one of examples/pokemon.jpeg.
 PICTURE, TEXT = "🐢", "杰尼龟"
+
+__getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,11 @@ def _open_engine(options: Options, kind: "Kind") -> "tuple[Backend, str]":
 
     path = getattr(options, f"tensorrt_{kind}_model")
     return open_engines(*((path, None) if kind == "image" else (None, path))), "cuda"
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options, required=("model_arch",), device="cuda")
 
 
 def main(args: Sequence[str] | None = None) -> None:

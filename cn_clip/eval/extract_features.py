@@ -1,14 +1,17 @@
 """Extracts picture and text features: `python cn_clip/eval/extract_features.py --extract-image-feats …`."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cn_clip import command
+from cn_clip import command, drop_in
 from cn_clip.clip.backends.base import BackendName
 from cn_clip.errors import ConfigError
 from cn_clip.eval import backends, extraction, ray_settings
 from cn_clip.zoo import TextName, VisionName
+
+__getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ def run(options: Options) -> None:
         return
     encoder = backends.open_encoder(options, say, kinds=options.kinds)
     extraction.extract(options, encoder, backends.identity(options, encoder), say)
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options, vision_model="ViT-B-16", text_model="RoBERTa-wwm-ext-base-chinese")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,8 +1,10 @@
 """The settings of training: one frozen dataclass, flags and defaults as in Chinese-CLIP."""
 
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Literal
 
+from cn_clip import command
 from cn_clip.errors import ConfigError
 from cn_clip.zoo import TextName, VisionName
 
@@ -170,3 +172,19 @@ class Options:
 def _require(holds: bool, name: str, expected: str, value: object) -> None:
     if not holds:
         raise ConfigError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
+
+
+def get_default_params(model_name: str) -> dict[str, float]:
+    """AdamW's lr, beta1, beta2 and eps for a picture tower; empty for towers that Chinese-CLIP has no settings for."""
+    known = {"ViT-B-32": _VIT, "ViT-B-16": _VIT, "ViT-H-14": _VIT, "RN101": _RESNET, "RN50x4": _RESNET}
+    return dict({**known, **OPTIMIZER_DEFAULTS}.get(model_name, {}))
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, `aggregate`, and AdamW's settings of the picture tower."""
+    args = command.namespace(Options)
+    args.aggregate = not args.skip_aggregate
+    for name, value in get_default_params(args.vision_model).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
