@@ -33,6 +33,8 @@ def default_of(value: Any) -> Any:
     """A default as JSON; what JSON has no form for by the name of its type."""
     if isinstance(value, tuple):
         return list(value)
+    if isinstance(value, str) and Path(value).is_absolute():
+        return {"type": "path"}
     return value if isinstance(value, (str, int, float, bool, type(None))) else {"type": type(value).__name__}
 
 
@@ -51,7 +53,7 @@ def methods(cls: type) -> dict[str, list[list[Any]]]:
         if base.__module__.startswith("cn_clip"):
             for name, value in vars(base).items():
                 function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-                is_public = not name.startswith("__") or name in ("__init__", "__call__", "__getitem__", "__len__")
+                is_public = not name.startswith("_") or name in ("__init__", "__call__", "__getitem__", "__len__")
                 if is_public and isinstance(function, FunctionType):
                     found[name] = parameters(getattr(cls, name))
     return found

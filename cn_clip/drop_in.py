@@ -24,6 +24,7 @@ NAMES: dict[str, str] = {
     "cn_clip.training.main": "CLIP convert_models_to_fp32 convert_state_dict convert_weights cosine_lr evaluate "
     "get_data is_master load parse_args resize_pos_embed setup_primary_logging setup_worker_logging train "
     "torch_version_str_compare_lessequal",
+    "cn_clip.training.train": "convert_state_dict",
     "cn_clip.eval.extract_features": f"CLIP convert_models_to_fp32 convert_weights {_EXTRACTION}",
     "cn_clip.eval.extract_features_onnx": _EXTRACTION,
     "cn_clip.eval.extract_features_tensorrt": f"TensorRTModel {_EXTRACTION}",

@@ -12,6 +12,7 @@ from cn_clip.errors import ConfigError
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Backend, Kind, Pixels, TokenIds, Tower
+    from cn_clip.clip.model import CLIP
 
 # What Chinese-CLIP's test measures with; the picture is the one of examples/pokemon.jpeg.
 PICTURE, TEXT = "🐢", "杰尼龟"
@@ -188,6 +189,24 @@ def _open_engine(options: Options, kind: "Kind") -> "tuple[Backend, str]":
 
     path = getattr(options, f"tensorrt_{kind}_model")
     return open_engines(*((path, None) if kind == "image" else (None, path))), "cuda"
+
+
+# --- the names of Chinese-CLIP ----------------------------------------------------------------------------------------
+
+onnx_execution_provider_map = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def prepare_pytorch_model(args: Namespace) -> "CLIP":
+    """The model of `args.pytorch_ckpt` in eval mode, in `args.pytorch_precision`, on CUDA if `args.device` says so.
+
+    Raises CheckpointError when it is not of `args.model_arch`.
+    """
+    from cn_clip.clip.model import convert_weights
+
+    model = open_arch(args.model_arch, args.pytorch_ckpt, flag="--pytorch-ckpt")
+    if args.pytorch_precision == "fp16":
+        convert_weights(model)
+    return model.cuda() if args.device == "cuda" else model
 
 
 def parse_args() -> Namespace:

@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from cn_clip import command, drop_in
 from cn_clip.clip.backends.base import BackendName
@@ -42,6 +43,15 @@ class Options(ray_settings.RaySettings, extraction.Settings):
 
     engine: ray_settings.Engine = "local"
     """ray: processes of a Ray cluster, which write Parquet shards into --output"""
+
+    # See `command.spelled_out`.
+    ADDED: ClassVar = (
+        "cpus_per_actor",
+        "decode",
+        "device",
+        "download_root",
+        "ray_address",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

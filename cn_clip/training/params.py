@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from cn_clip import command
 from cn_clip.errors import ConfigError
-from cn_clip.zoo import TextName, VisionName
+from cn_clip.zoo import VISION_MODELS, TextName, VisionName
 
 # AdamW's settings by picture tower. Source: arXiv:2103.00020, tables 19 and 20; eps and beta2 differ by family.
 _VIT = {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1.0e-6}
@@ -141,6 +141,19 @@ class Options:
     report_to: Literal["none", "tensorboard"] = "none"
     """Write events for TensorBoard into the experiment's folder"""
 
+    # See `command.spelled_out`.
+    ADDED: ClassVar = (
+        "compile",
+        "device",
+        "early_stop",
+        "freeze_text",
+        "freeze_text_layers",
+        "fsdp",
+        "keep_checkpoints",
+        "num_threads",
+        "report_to",
+    )
+
     def __post_init__(self) -> None:
         for name in ("batch_size", "valid_batch_size", "max_epochs", "log_interval", "accum_freq"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
@@ -175,9 +188,9 @@ def _require(holds: bool, name: str, expected: str, value: object) -> None:
 
 
 def get_default_params(model_name: str) -> dict[str, float]:
-    """AdamW's lr, beta1, beta2 and eps for a picture tower; empty for towers that Chinese-CLIP has no settings for."""
-    known = {"ViT-B-32": _VIT, "ViT-B-16": _VIT, "ViT-H-14": _VIT, "RN101": _RESNET, "RN50x4": _RESNET}
-    return dict({**known, **OPTIMIZER_DEFAULTS}.get(model_name, {}))
+    """AdamW's lr, beta1, beta2 and eps for a picture tower; empty for an unknown one."""
+    settings = {**dict.fromkeys(VISION_MODELS, _VIT), **OPTIMIZER_DEFAULTS, "RN101": _RESNET, "RN50x4": _RESNET}
+    return dict(settings.get(model_name, {}))
 
 
 def parse_args() -> Namespace:

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import torch
 
-from cn_clip.training.optim import learning_rate
-from cn_clip.training.optim import set_learning_rate as assign_learning_rate
+from cn_clip.training.optim import learning_rate, set_learning_rate
 
-__all__ = ["assign_learning_rate", "cosine_lr"]
+
+def assign_learning_rate(optimizer: torch.optim.Optimizer, new_lr: float) -> None:
+    """Gives every group of the optimizer the same rate."""
+    set_learning_rate(optimizer, new_lr)
 
 
 def _warmup_lr(base_lr: float, warmup_length: int, step: int) -> float:

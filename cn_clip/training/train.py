@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cn_clip import ranks
+from cn_clip import drop_in, ranks
 from cn_clip.errors import ConfigError
 from cn_clip.training import state
 from cn_clip.training.distill import Teacher, feature_distillation_loss
@@ -28,6 +28,8 @@ from cn_clip.training.optim import clamp_logit_scale
 from cn_clip.training.report import Plan, Report, validation_line
 from cn_clip.training.state import Position
 from cn_clip.training.step import Batch, Learner, cut_to_longest
+
+__getattr__ = drop_in.names(__name__)
 
 
 def is_master(args: Any) -> bool:
