@@ -3,7 +3,6 @@
 REFERENCE/bin/python benchmarks/record_training_golden.py
 """
 
-# ruff: noqa: I001  (the shim comes before anything that imports torchvision)
 import os
 import sys
 from pathlib import Path

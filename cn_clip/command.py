@@ -2,24 +2,90 @@
 
 import contextlib
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
-from typing import Annotated, Any, TypeAlias, TypeVar
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_type_hints
 
 import tyro
 
 from cn_clip import terminal
+from cn_clip.errors import ConfigError
 
 OptionsT = TypeVar("OptionsT")
 
 # A flag that the check of the options asks for: it says what is expected, the parser only that something is missing.
 Required: TypeAlias = Annotated[str | None, tyro.conf.arg(help_behavior_hint="(required)")]
+_POSITIONAL = get_args(tyro.conf.Positional[str])[1]
 
 
 def parse(options: type[OptionsT], args: Sequence[str] | None, *, prog: str | None = None) -> OptionsT:
-    """Parses `args` (default: sys.argv) into the frozen dataclass `options`; exits with status 2 when it cannot."""
+    """Parses `args` (default: sys.argv) into the frozen dataclass `options`; exits with status 2 when it cannot.
+
+    Options may be shortened as argparse allows, see `spelled_out`.
+    """
     with terminal.ending(status=2):
-        return tyro.cli(options, args=args, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+        written = spelled_out(options, sys.argv[1:] if args is None else args)
+        return tyro.cli(options, args=written, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def spelled_out(options: type[Any], args: Sequence[str]) -> list[str]:
+    """The arguments with every shortened option in full: `--vision X` as `--vision-model X`.
+
+    Of several options that begin so, one of Chinese-CLIP comes before ours, which `options.ADDED` names where that
+    matters: scripts written for Chinese-CLIP mean it. Raises ConfigError with the candidates when two are left.
+    """
+    flags = _flags(options)
+    written: list[str] = []
+    for number, word in enumerate(args):
+        if word == "--":
+            return [*written, *args[number:]]
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        candidates = sorted({full for flag, full in flags.items() if flag.startswith(name)})
+        if len(candidates) > 1:
+            added = {f"--{field.replace('_', '-')}" for field in getattr(options, "ADDED", ())}
+            candidates = [full for full in candidates if full not in added] or candidates
+        if not name.startswith("--") or name in flags or not candidates:
+            written.append(word)
+        elif len(candidates) == 1:
+            written.append(f"{candidates[0]}{equals}{value}")
+        else:
+            raise ConfigError(f"{word}: fits {', '.join(candidates)}; write more of the one that is meant")
+    return written
+
+
+def _flags(options: type[Any]) -> dict[str, str]:
+    """Every spelling of an option in full -> its first."""
+    hints = get_type_hints(options, include_extras=True)
+    found = {"--help": "--help"}
+    for field in fields(options):
+        settings = getattr(hints[field.name], "__metadata__", ())
+        if _POSITIONAL not in settings:
+            flag = f"--{field.name.replace('_', '-')}"
+            aliases = [alias for one in settings for alias in getattr(one, "aliases", None) or ()]
+            found |= dict.fromkeys((flag, *aliases), flag)
+    return found
+
+
+def namespace(options: type[Any], *, required: Sequence[str] = (), **defaults: Any) -> Namespace:
+    """What Chinese-CLIP's `parse_args` of a command returns: the options of sys.argv, not checked further.
+
+    defaults: Chinese-CLIP's, where ours differ. required: options that must be given, where ours are checked later.
+    Exits with status 2 when sys.argv cannot be parsed.
+    """
+    hints = get_type_hints(options, include_extras=True)
+    changes = {"__post_init__": lambda _: None, "__annotations__": {name: hints[name] for name in defaults}}
+    unchecked: Any = dataclass(frozen=True)(
+        type(options.__name__, (options,), {"__doc__": options.__doc__, **changes, **defaults})
+    )
+    given = parse(unchecked, None)
+    parsed = Namespace(**{field.name: getattr(given, field.name) for field in fields(given)})
+    with terminal.ending(status=2):
+        for name in required:
+            if getattr(parsed, name) is None:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected a value; this option is required")
+    return parsed
 
 
 def execute(run: Callable[[OptionsT], int | None], options: type[OptionsT], args: Sequence[str] | None = None) -> None:

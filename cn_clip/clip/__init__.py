@@ -59,3 +59,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if __name__ == "clip":  # found in cn_clip/, which is on the path
+    from cn_clip import drop_in
+
+    drop_in.lead(__name__)

@@ -202,6 +202,10 @@ class LmdbReader:
             value: bytes | None = transaction.get(key)
         return value
 
+    def transaction(self) -> Any:
+        """LMDB's own transaction for reading, in this process; its values are views of the map: copy what is kept."""
+        return self._env().begin(buffers=True)
+
     def list_keys(self) -> Iterator[bytes]:
         """All keys in byte order."""
         with (

@@ -77,7 +77,7 @@ def _converted(tools: Any, model: CLIP, facts: TowerFacts) -> Any:
     example = _example(facts)
     trace: Any = torch.jit.trace
     with torch.no_grad():
-        traced = trace(_Tower(model, facts.kind).eval(), (example,))
+        traced = trace(ENCODERS[facts.kind](model).eval(), (example,))
     return tools.convert(
         traced,
         inputs=[tools.TensorType(name=facts.kind, shape=tuple(example.shape), dtype=example.numpy().dtype.type)],
@@ -89,15 +89,29 @@ def _converted(tools: Any, model: CLIP, facts: TowerFacts) -> Any:
     )
 
 
-class _Tower(nn.Module):
-    """One tower as a module of one input, as tracing wants it."""
+class ImageEncoder(nn.Module):
+    """The picture tower as a module of one input, as tracing wants it."""
 
-    def __init__(self, model: CLIP, kind: Kind) -> None:
+    def __init__(self, clip_model: CLIP) -> None:
         super().__init__()
-        self.model, self.kind = model, kind
+        self.clip_model = clip_model
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.model.encode_image(inputs) if self.kind == "image" else self.model.encode_text(inputs)
+    def forward(self, image: Tensor) -> Tensor:
+        return self.clip_model.encode_image(image)
+
+
+class TextEncoder(nn.Module):
+    """The text tower as a module of one input, as tracing wants it."""
+
+    def __init__(self, clip_model: CLIP) -> None:
+        super().__init__()
+        self.clip_model = clip_model
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.clip_model.encode_text(text)
+
+
+ENCODERS: dict[Kind, type[nn.Module]] = {"image": ImageEncoder, "text": TextEncoder}
 
 
 def _example(facts: TowerFacts) -> Tensor:

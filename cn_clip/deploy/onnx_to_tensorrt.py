@@ -4,11 +4,12 @@ Tested with a stand-in for the Python bindings of TensorRT, and not yet on a GPU
 """
 
 import shlex
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from cn_clip import command
+from cn_clip import command, drop_in
 from cn_clip.deploy.model_arch import RequiredArch, check_arch
 from cn_clip.deploy.prefixes import check_targets
 from cn_clip.errors import ConfigError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 Form = Literal["fp32", "fp16"]
 # Of a tower: its name in flags and messages.
 TITLES: "dict[Kind, str]" = {"text": "text", "image": "vision"}
+
+__getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Options:
     """cuda or cuda:N"""
     json: bool = False
     """Print the result as one JSON object"""
+
+    ADDED: ClassVar = ("max_batch_size", "timing_cache")  # see `command.spelled_out`
 
     def __post_init__(self) -> None:
         check_arch(self.model_arch)
@@ -167,6 +172,11 @@ def command_line(options: Options) -> str:
         if value is not True:
             words.append(str(value))
     return shlex.join(words)
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options, required=("model_arch", "save_tensorrt_path"))
 
 
 def main(args: Sequence[str] | None = None) -> None:

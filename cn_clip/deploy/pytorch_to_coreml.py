@@ -1,11 +1,12 @@
 """Exports a model to Core ML: `python cn_clip/deploy/pytorch_to_coreml.py --model-arch ViT-B-16 --convert-vision …`."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cn_clip import command
+from cn_clip import command, drop_in
 from cn_clip.deploy.model_arch import ConversionOptions, check_arch, open_arch
 from cn_clip.deploy.prefixes import check_targets
 from cn_clip.errors import ConfigError
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from cn_clip.clip.model import CLIP
 
 TITLES: "dict[Kind, str]" = {"text": "Text", "image": "Image"}
+
+__getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ def _convert(model: "CLIP", kind: "Kind", path: Path, options: Options) -> dict[
         batch_size=options.batch_size,
         context_length=options.context_length,
     )
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options, required=("model_arch", "save_coreml_path"))
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,11 +1,12 @@
 """Exports a model to ONNX: `python cn_clip/deploy/pytorch_to_onnx.py --model-arch ViT-B-16 --convert-vision …`."""
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-from cn_clip import command
+from cn_clip import command, drop_in
 from cn_clip.deploy.model_arch import ConversionOptions, check_arch, open_arch
 from cn_clip.deploy.prefixes import check_targets
 from cn_clip.errors import ConfigError, DataError
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 FormName: TypeAlias = Literal["fp32", "fp16", "int8", "int8-openvino"]
 TITLES: "dict[Kind, str]" = {"text": "text", "image": "vision"}
+
+__getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Options(ConversionOptions):
     """Picture tower, for an architecture of your own; default: that of the model"""
     text_model: TextName | None = None
     """Text tower; default: what the weights hold"""
+
+    ADDED: ClassVar = ("precisions",)  # see `command.spelled_out`
 
     def __post_init__(self) -> None:
         check_arch(self.model_arch)
@@ -160,6 +165,29 @@ def _described(report: "Report", path: Path) -> dict[str, Any]:
         "num_int8": report.share.num_int8 if report.share else None,
         "num_products": report.share.num_products if report.share else None,
     }
+
+
+def packing_small_onnx_files(onnx_path: str) -> None:
+    """Puts the weights of an ONNX file, in it or in many files beside it, into one, FILE.extra_file.
+
+    Chinese-CLIP's. Raises DataError when it cannot be written; then all is as it was.
+    """
+    from cn_clip.clip.backends import onnx_files
+    from cn_clip.data.staging import scratch_folder
+
+    path = Path(onnx_path)
+    old = [path.parent / name for name in onnx_files.outside_files(path)]
+    with scratch_folder(path) as scratch:
+        onnx_files.save(onnx_files.load(path), scratch / path.name, outside=True)
+        onnx_files.move(scratch / path.name, path.parent)
+    for file in old:
+        if file != onnx_files.extra_path(path):
+            file.unlink(missing_ok=True)
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options, required=("model_arch", "save_onnx_path"))
 
 
 def main(args: Sequence[str] | None = None) -> None:

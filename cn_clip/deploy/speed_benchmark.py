@@ -1,19 +1,23 @@
 """Times PyTorch, ONNX and TensorRT: `python cn_clip/deploy/speed_benchmark.py --model-arch ViT-B-16 …`."""
 
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from cn_clip import command, ranks
+from cn_clip import command, drop_in, ranks
 from cn_clip.deploy.model_arch import RequiredArch, check_arch, open_arch, vision_name
 from cn_clip.errors import ConfigError
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Backend, Kind, Pixels, TokenIds, Tower
+    from cn_clip.clip.model import CLIP
 
 # What Chinese-CLIP's test measures with; the picture is the one of examples/pokemon.jpeg.
 PICTURE, TEXT = "🐢", "杰尼龟"
+
+__getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,29 @@ def _open_engine(options: Options, kind: "Kind") -> "tuple[Backend, str]":
 
     path = getattr(options, f"tensorrt_{kind}_model")
     return open_engines(*((path, None) if kind == "image" else (None, path))), "cuda"
+
+
+# --- the names of Chinese-CLIP ----------------------------------------------------------------------------------------
+
+onnx_execution_provider_map = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def prepare_pytorch_model(args: Namespace) -> "CLIP":
+    """The model of `args.pytorch_ckpt` in eval mode, in `args.pytorch_precision`, on CUDA if `args.device` says so.
+
+    Raises CheckpointError when it is not of `args.model_arch`.
+    """
+    from cn_clip.clip.model import convert_weights
+
+    model = open_arch(args.model_arch, args.pytorch_ckpt, flag="--pytorch-ckpt")
+    if args.pytorch_precision == "fp16":
+        convert_weights(model)
+    return model.cuda() if args.device == "cuda" else model
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options, required=("model_arch",), device="cuda")
 
 
 def main(args: Sequence[str] | None = None) -> None:

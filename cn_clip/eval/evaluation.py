@@ -3,6 +3,7 @@
 python cn_clip/eval/evaluation.py STANDARD.jsonl PREDICTIONS.jsonl RESULT.json
 """
 
+import errno
 import json
 import logging
 import os
@@ -74,10 +75,9 @@ def run(options: Options) -> int:
         result = evaluate(options.standard, options.submit, query=options.query)
         ending = f"The evaluation finished successfully.\n{_readable(result['scoreJson'])}"
     except DataError as error:
-        result = _failure(str(error))
+        result = _failure(str(error), str(error))
         ending = f"The evaluation failed: {error}"
-    with atomic_write(options.output) as stream:
-        stream.write(dumps(result))
+    dump_2_json(result, options.output)
     say(ending)
     say.result(result)
     return 0 if result["success"] else 1
@@ -98,8 +98,12 @@ def evaluate(standard: str, submit: str, *, query: Direction = "text") -> dict[s
     relevant, predicted = _plain(relevant), _plain(predicted)
     _warn_of_strangers(standard, relevant, predicted, _WORDS[query].found_ids)
     recall = recall_at_k([predicted[query_id] for query_id in relevant], list(relevant.values()))
-    score = recall.mean * 100
-    percent = {f"r{k}": value * 100 for k, value in recall.at.items()}
+    return _success(*recall.at.values())
+
+
+def _success(r1: float, r5: float, r10: float) -> dict[str, Any]:
+    score = (r1 + r5 + r10) / 3 * 100
+    percent = {"r1": r1 * 100, "r5": r5 * 100, "r10": r10 * 100}
     return {"success": True, "score": score, "scoreJson": {"score": score, "mean_recall": score, **percent}}
 
 
@@ -119,8 +123,8 @@ def _warn_of_strangers(standard: str, relevant: Ranking, predicted: Ranking, fie
         )  # fmt: skip
 
 
-def _failure(message: str) -> dict[str, Any]:
-    return {"errorDetail": message, "errorMsg": message, "score": 0, "scoreJson": {}, "success": False}
+def _failure(detail: str, message: str) -> dict[str, Any]:
+    return {"errorDetail": detail, "errorMsg": message, "score": 0, "scoreJson": {}, "success": False}
 
 
 def _readable(scores: dict[str, float]) -> str:
@@ -150,7 +154,9 @@ def read_relevant(path: str, *, query: Direction = "text") -> Iterator[tuple[Rec
         yield query_id, found
 
 
-def read_predictions(path: str, relevant: Ranking, *, query: Direction = "text") -> Ranking:
+def read_predictions(
+    path: str, relevant: Ranking, *, query: Direction = "text", num_predictions: int = NUM_PREDICTIONS
+) -> Ranking:
     """Query id -> the 10 ids predicted as written, best first; strings only where the annotation has strings.
 
     Raises DataError in the words of Chinese-CLIP for the first faulty line, then for queries without prediction.
@@ -164,7 +170,8 @@ def read_predictions(path: str, relevant: Ranking, *, query: Direction = "text")
         query_id = _query_id(record, line, words, query_types)
         if words.found_ids not in record:
             raise DataError(f"There exists one line not containing the predicted {words.found_ids}: {line}")
-        predicted[query_id] = _found_ids(record[words.found_ids], query_id, words, found_types)
+        found = record[words.found_ids]
+        predicted[query_id] = _found_ids(found, query_id, words, found_types, num_predictions)
     _check_complete(relevant, predicted, words)
     return predicted
 
@@ -204,15 +211,17 @@ def _query_id(record: Any, line: str, words: _Words, types: tuple[type, ...]) ->
     return query_id
 
 
-def _found_ids(found: Any, query_id: RecordId, words: _Words, types: tuple[type, ...]) -> list[RecordId]:
+def _found_ids(
+    found: Any, query_id: RecordId, words: _Words, types: tuple[type, ...], num_predictions: int
+) -> list[RecordId]:
     if not isinstance(found, list):
         raise DataError(
             f"The {words.found_ids} field of {words.query_id} {query_id} is not a list, please check your schema"
         )
     subject = f"{words.query} {query_id} has"
-    if len(found) != NUM_PREDICTIONS:
+    if len(found) != num_predictions:
         raise DataError(
-            f"{subject} wrong number of predicted {words.found_ids}! Require {NUM_PREDICTIONS}, "
+            f"{subject} wrong number of predicted {words.found_ids}! Require {num_predictions}, "
             f"but {len(found)} founded."
         )
     for rank, found_id in enumerate(found, start=1):
@@ -221,7 +230,7 @@ def _found_ids(found: Any, query_id: RecordId, words: _Words, types: tuple[type,
                 f"{subject} an invalid predicted {words.found_id} {found_id} at rank {rank}, "
                 "it should be an integer (not string), please check your schema"
             )
-    if len(set(map(plain_id, found))) != NUM_PREDICTIONS:
+    if len(set(map(plain_id, found))) != num_predictions:
         raise DataError(f"{subject} duplicate topk {words.found_noun} in your prediction. Pleace check again!")
     return found
 
@@ -237,6 +246,50 @@ def _check_complete(relevant: Ranking, predicted: Collection[RecordId], words: _
     raise DataError(
         f"The following {words.query_id}s have no prediction in your submission, please check again: {listed}"
     )
+
+
+# --- the names of Chinese-CLIP ----------------------------------------------------------------------------------------
+
+NUM_K = NUM_PREDICTIONS
+
+
+def read_reference(path: str, *, query: Direction = "text") -> Ranking:
+    """`read_annotation`; raises FileNotFoundError when there is no such file."""
+    _require_file(path)
+    return read_annotation(path, query=query)
+
+
+def _require_file(path: str) -> None:
+    if not os.path.exists(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
+def read_submission(submit_path: str, reference: Ranking, k: int = 5, *, query: Direction = "text") -> Ranking:
+    """`read_predictions`, of k ids for each query."""
+    return read_predictions(submit_path, reference, query=query, num_predictions=k)
+
+
+def compute_score(golden_file: str, predict_file: str, *, query: Direction = "text") -> list[float]:
+    """[mean recall, R@1, R@5, R@10] in percent; raises what `read_reference` and `evaluate` raise."""
+    _require_file(golden_file)
+    scores = evaluate(golden_file, predict_file, query=query)["scoreJson"]
+    return [scores[name] for name in ("mean_recall", "r1", "r5", "r10")]
+
+
+def dump_2_json(info: Any, path: str) -> None:
+    """Writes one JSON value, whole or not at all."""
+    with atomic_write(path) as stream:
+        stream.write(dumps(info))
+
+
+def report_score(r1: float, r5: float, r10: float, out_p: str) -> None:
+    """Writes the result JSON of three recalls in [0, 1]."""
+    dump_2_json(_success(r1, r5, r10), out_p)
+
+
+def report_error_msg(detail: str, showMsg: str, out_p: str) -> None:
+    """Writes the error JSON."""
+    dump_2_json(_failure(detail, showMsg), out_p)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,14 +1,18 @@
 """Extracts picture and text features: `python cn_clip/eval/extract_features.py --extract-image-feats …`."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from cn_clip import command
+from cn_clip import command, drop_in
 from cn_clip.clip.backends.base import BackendName
 from cn_clip.errors import ConfigError
 from cn_clip.eval import backends, extraction, ray_settings
 from cn_clip.zoo import TextName, VisionName
+
+__getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,15 @@ class Options(ray_settings.RaySettings, extraction.Settings):
 
     engine: ray_settings.Engine = "local"
     """ray: processes of a Ray cluster, which write Parquet shards into --output"""
+
+    # See `command.spelled_out`.
+    ADDED: ClassVar = (
+        "cpus_per_actor",
+        "decode",
+        "device",
+        "download_root",
+        "ray_address",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +88,11 @@ def run(options: Options) -> None:
         return
     encoder = backends.open_encoder(options, say, kinds=options.kinds)
     extraction.extract(options, encoder, backends.identity(options, encoder), say)
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options, vision_model="ViT-B-16", text_model="RoBERTa-wwm-ext-base-chinese")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -3,15 +3,18 @@
 The files are those of `deploy/pytorch_to_onnx.py`, this package's or Chinese-CLIP's.
 """
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cn_clip import command
+from cn_clip import command, drop_in
 from cn_clip.eval import backends, exported_models
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import ExportedBackend, Kind
+
+__getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ def run(options: Options) -> None:
         return ExportedBackend(tower(image, "image"), tower(text, "text"))
 
     exported_models.run(options, options.onnx_image_model, options.onnx_text_model, open_files)
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options, device="cuda", vision_model="ViT-B-16", text_model="RoBERTa-wwm-ext-base-chinese")
 
 
 def main(args: Sequence[str] | None = None) -> None:

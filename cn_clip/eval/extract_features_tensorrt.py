@@ -3,15 +3,18 @@
 The engines are those of `deploy/onnx_to_tensorrt.py`; they run on the kind of GPU they were built on.
 """
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from cn_clip import command
+from cn_clip import command, drop_in
 from cn_clip.eval import exported_models
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import ExportedBackend
+
+__getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Options(exported_models.Settings):
     """Engine of the text tower"""
     device: str = "cuda"
     """cuda or cuda:N"""
+
+    ADDED: ClassVar = ("decode", "device")  # see `command.spelled_out`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +48,11 @@ def run(options: Options) -> None:
         return open_engines(image, text, device=options.device)
 
     exported_models.run(options, options.tensorrt_image_model, options.tensorrt_text_model, open_files)
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options, vision_model="ViT-B-16", text_model="RoBERTa-wwm-ext-base-chinese")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ python cn_clip/eval/make_topk_predictions.py --image-feats IMG.jsonl --text-feat
 """
 
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -109,6 +110,11 @@ def _ranked(
             for query_id, row in zip(queries.ids[step], found.indices.tolist(), strict=True):
                 yield query_id, [gallery.ids[index] for index in row]
             bar.update(len(found.indices))
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options)
 
 
 def main(args: Sequence[str] | None = None) -> None:

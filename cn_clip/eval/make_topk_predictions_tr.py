@@ -3,6 +3,7 @@
 python cn_clip/eval/make_topk_predictions_tr.py --image-feats I.jsonl --text-feats T.jsonl --output PREDICTIONS.jsonl
 """
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,11 @@ class Options(make_topk_predictions.Options):
 
     query: make_topk_predictions.Side = "image"
     """What is looked up: text (texts find pictures) or image (pictures find texts)"""
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options)
 
 
 def main(args: Sequence[str] | None = None) -> None:

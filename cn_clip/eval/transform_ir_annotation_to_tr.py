@@ -3,6 +3,7 @@
 python cn_clip/eval/transform_ir_annotation_to_tr.py --input VALID_texts.jsonl
 """
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,11 @@ def run(options: Options) -> None:
     say = command.Speaker(quiet=options.json)
     say("Done!")
     say.result({"output": output, "num_texts": num_texts, "num_images": len(texts_of)})
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options)
 
 
 def main(args: Sequence[str] | None = None) -> None:

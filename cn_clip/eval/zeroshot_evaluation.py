@@ -1,11 +1,12 @@
 """Classifies pictures by Chinese labels, zero-shot: `python cn_clip/eval/zeroshot_evaluation.py --datapath=… …`."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from cn_clip import command
+from cn_clip import command, drop_in
 from cn_clip.clip.backends.base import BackendName
 from cn_clip.clip.foreign.names import is_foreign
 from cn_clip.clip.transforms import Decode
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from cn_clip.eval.zeroshot import Accuracy
 
 MOST_CLASSES_SHOWN = 50
+
+__getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Options:
     json: bool = False
     """Print the result as one JSON object"""
 
+    ADDED: ClassVar = ("num_threads", "templates")  # see `command.spelled_out`
+
     def __post_init__(self) -> None:
         backends.check(self)
         if self.label_file is None:
@@ -86,7 +91,7 @@ class Options:
         return Path(self.save_dir) / f"{self.dataset}.json"
 
 
-def run(options: Options) -> None:
+def run_command(options: Options) -> None:
     """Evaluates and reports; raises CnClipError when labels, folders or checkpoint do not fit together."""
     evaluate(options, command.Speaker(quiet=options.json))
 
@@ -254,9 +259,14 @@ def _report(say: command.Speaker, result: "Accuracy", labels: list[str], path: P
     say.result({**top, "per_class": shares, "predictions": str(path)})
 
 
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options, vision_model="ViT-B-16", text_model="RoBERTa-wwm-ext-base-chinese")
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    command.execute(run, Options, args)
+    command.execute(run_command, Options, args)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python cn_clip/preprocess/build_lmdb_dataset.py --data_dir ${DATAPATH}/datasets/
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +172,11 @@ def _print_report(report: SplitReport, out: Any) -> None:
     for count, what, folder in ((report.num_pairs, "pairs", "pairs"), (report.num_images, "images", "imgs")):
         place = Path(report.lmdb_dir) / folder
         print(f"Finished serializing {count} {report.split} split {what} into {place}.", file=out)
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 python cn_clip/preprocess/transform_openai_pretrain_weights.py --raw-ckpt-path ViT-B-16.pt
 """
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,11 @@ def run(options: Options) -> None:
         torch.save(state_dict, stream)
     print(f"Transformed openai ckpt {options.raw_ckpt_path} to {target}!")
     print("Done!")
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, with its defaults."""
+    return command.namespace(Options)
 
 
 def main(args: Sequence[str] | None = None) -> None:

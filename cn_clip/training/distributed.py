@@ -183,6 +183,11 @@ class Parallel:
     def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs)
 
+    @property
+    def logit_bias(self) -> nn.Parameter | None:
+        """Of the sigmoid loss; None without it."""
+        return self.model.logit_bias
+
     @contextlib.contextmanager
     def without_gradients(self) -> Iterator[None]:
         """A forward pass alone: DDP has nothing to prepare, and statistics of batch normalisation stay."""

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cn_clip import command, ranks, zoo
+from cn_clip import command, drop_in, ranks, zoo
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.training.params import Options
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from cn_clip.training.loss import Objective
     from cn_clip.training.monitor import Monitor
     from cn_clip.training.trainer import Trainer
+
+__getattr__ = drop_in.names(__name__)
 
 
 def run(options: Options) -> None:
@@ -41,10 +43,10 @@ def run(options: Options) -> None:
     started = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
     log = folder / f"out_{started}.log"
     with logs.logging_to(log, rank=ranks.rank(), debug=options.debug), distributed.process_group(device):
-        train(options, device, folder, started)
+        train_in_group(options, device, folder, started)
 
 
-def train(options: Options, device: "torch.device", folder: Path, started: str) -> None:
+def train_in_group(options: Options, device: "torch.device", folder: Path, started: str) -> None:
     """Builds and trains. A function of its own, so that nothing of it outlives the process group."""
     from cn_clip.training import logs
 

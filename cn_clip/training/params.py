@@ -1,10 +1,12 @@
 """The settings of training: one frozen dataclass, flags and defaults as in Chinese-CLIP."""
 
+from argparse import Namespace
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+from cn_clip import command
 from cn_clip.errors import ConfigError
-from cn_clip.zoo import TextName, VisionName
+from cn_clip.zoo import VISION_MODELS, TextName, VisionName
 
 # AdamW's settings by picture tower. Source: arXiv:2103.00020, tables 19 and 20; eps and beta2 differ by family.
 _VIT = {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1.0e-6}
@@ -139,6 +141,19 @@ class Options:
     report_to: Literal["none", "tensorboard"] = "none"
     """Write events for TensorBoard into the experiment's folder"""
 
+    # See `command.spelled_out`.
+    ADDED: ClassVar = (
+        "compile",
+        "device",
+        "early_stop",
+        "freeze_text",
+        "freeze_text_layers",
+        "fsdp",
+        "keep_checkpoints",
+        "num_threads",
+        "report_to",
+    )
+
     def __post_init__(self) -> None:
         for name in ("batch_size", "valid_batch_size", "max_epochs", "log_interval", "accum_freq"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
@@ -170,3 +185,19 @@ class Options:
 def _require(holds: bool, name: str, expected: str, value: object) -> None:
     if not holds:
         raise ConfigError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
+
+
+def get_default_params(model_name: str) -> dict[str, float]:
+    """AdamW's lr, beta1, beta2 and eps for a picture tower; empty for an unknown one."""
+    settings = {**dict.fromkeys(VISION_MODELS, _VIT), **OPTIMIZER_DEFAULTS, "RN101": _RESNET, "RN50x4": _RESNET}
+    return dict(settings.get(model_name, {}))
+
+
+def parse_args() -> Namespace:
+    """What Chinese-CLIP's gives: its options and ours, `aggregate`, and AdamW's settings of the picture tower."""
+    args = command.namespace(Options)
+    args.aggregate = not args.skip_aggregate
+    for name, value in get_default_params(args.vision_model).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args

@@ -28,6 +28,17 @@ class Plan:
     has_chance_loss: bool
 
 
+def validation_line(
+    where: str, loss: float, image_to_text_acc: float, text_to_image_acc: float, *, logit_scale: float, batch_size: int
+) -> str:
+    """Chinese-CLIP's line on a validation; accuracies are shares in [0, 1]."""
+    return (
+        f"Validation Result {where} | Valid Loss: {loss:.6f} | Image2Text Acc: {image_to_text_acc * 100:.2f} | "
+        f"Text2Image Acc: {text_to_image_acc * 100:.2f} | logit_scale: {logit_scale:.3f} | "
+        f"Valid Batch Size: {batch_size}"
+    )
+
+
 class Clock:
     """Seconds of the last step, and pairs a second since the last question."""
 
@@ -111,12 +122,8 @@ class Report:
         self, where: str, result: Validation, *, step: int, logit_scale: float, batch_size: int, sizes: tuple[int, int]
     ) -> None:
         """The result of a validation; sizes: pictures and texts it ranked."""
-        logger.info(
-            f"Validation Result {where} | Valid Loss: {result.loss:.6f} | "
-            f"Image2Text Acc: {result.image_to_text_acc * 100:.2f} | "
-            f"Text2Image Acc: {result.text_to_image_acc * 100:.2f} | "
-            f"logit_scale: {logit_scale:.3f} | Valid Batch Size: {batch_size}"
-        )
+        in_batches = (result.loss, result.image_to_text_acc, result.text_to_image_acc)
+        logger.info(validation_line(where, *in_batches, logit_scale=logit_scale, batch_size=batch_size))
         logger.info(
             f"Validation Recall {where} | {sizes[0]} images, {sizes[1]} texts | "
             f"Text2Image {result.text_to_image.line()} | Image2Text {result.image_to_text.line()}"

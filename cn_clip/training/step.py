@@ -59,7 +59,7 @@ class Learner:
         with self.parallel.accumulating(more_to_come=False):
             with self.autocast():
                 features = self._forward(batches[0])
-                scores = self._score(features, self.parallel.model.logit_bias, batches)
+                scores = self._score(features, self.parallel.logit_bias, batches)
             torch.autograd.backward(self.scaler.scale(scores.loss))
         self.parallel.finish_gradients()
         return scores._replace(loss=scores.loss.detach())
@@ -73,7 +73,7 @@ class Learner:
         Both passes of a batch start from the same random state. Source: arXiv:2101.06983.
         """
         randomness, features = self._features_alone(batches)
-        own_bias = self.parallel.model.logit_bias
+        own_bias = self.parallel.logit_bias
         leaves = [tensor.detach().requires_grad_() for tensor in features]
         bias = None if own_bias is None else own_bias.detach().requires_grad_()
         with self.autocast():
