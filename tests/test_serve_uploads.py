@@ -3,6 +3,10 @@
 import asyncio
 import contextlib
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -11,7 +15,7 @@ import pytest
 
 from cn_clip.serve import uploads as module
 from cn_clip.serve.refusals import RefusalError
-from cn_clip.serve.uploads import MAX_AGE, Uploads, bytes_on_disk, delete_older
+from cn_clip.serve.uploads import MAX_AGE, HeldFolder, Uploads, bytes_on_disk, delete_older
 
 MIB = 1 << 20
 # Three blocks: see `uploads`.
@@ -184,3 +188,110 @@ def test_tiny_uploads_stay_below_the_bound(tmp_path: Path) -> None:
     # Of two blocks each, until there is no room for another of the largest.
     assert number == pytest.approx(3 * MIB / 8192, abs=2)
     assert bytes_on_disk(tmp_path) <= 4 * MIB
+
+
+# --- reading
+
+
+@pytest.fixture
+def readable(tmp_path: Path) -> Uploads:
+    """A folder of uploads with all that no upload is, and files beside it; the largest has 100 bytes."""
+    folder, outside = tmp_path / "uploads", tmp_path / "secret"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "picture.png").write_bytes(b"picture")
+    outside.write_bytes(b"secret")
+    (tmp_path / "uploads-of-others").mkdir()
+    (tmp_path / "uploads-of-others" / "x").write_bytes(b"secret")
+    (folder / "a" / "link").symlink_to(outside)
+    (folder / "a" / "inner-link").symlink_to(folder / "a" / "picture.png")
+    (folder / "linked").symlink_to(tmp_path)
+    (folder / "a" / "hard").hardlink_to(outside)
+    (folder / "a" / "zero").symlink_to("/dev/zero")
+    os.mkfifo(folder / "a" / "pipe")
+    (folder / "a" / "large").write_bytes(bytes(101))
+    with (folder / "a" / "sparse").open("wb") as stream:
+        stream.truncate(1 << 40)
+    return Uploads(folder, most_bytes=MIB, largest=100)
+
+
+NO_UPLOADS = [
+    *("a/link", "a/inner-link", "linked/secret", "linked", "a/hard", "a/zero", "a/pipe", "a/large", "a/sparse"),
+    *("", ".", "a", "a/", "a/none", "none/picture.png", "a/picture.png/x", "../secret", "a/../../secret"),
+    *("a/../a/picture.png", "../uploads-of-others/x", "\0", "a/\0", "a/\ud800", "a/" * 1000 + "x", "x" * 5000),
+]
+
+
+@pytest.mark.parametrize("name", NO_UPLOADS, ids=lambda name: ascii(name)[:30])
+def test_what_is_no_upload_is_refused_alike(readable: Uploads, name: str) -> None:
+    descriptors = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    with pytest.raises(RefusalError, match="no path or address") as caught:
+        readable.read(f"{readable.folder}/{name}")
+    assert (caught.value.status, caught.value.code) == (400, "no_upload")
+    assert descriptors is None or len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/etc/passwd", "/proc/self/environ", "/proc/self/fd/0", "/dev/zero", "/dev/stdin", "/", "a/picture.png"),
+        *("", "~", "file:///etc/passwd", "http://example.com/a.png", None, 7, ["/etc/passwd"], {"path": "x"}, b"/etc"),
+    ],
+    ids=ascii,
+)
+def test_what_is_not_below_the_folder_is_refused(readable: Uploads, path: object) -> None:
+    with pytest.raises(RefusalError, match="no path or address"):
+        readable.read(path)
+
+
+def test_an_upload_is_read_and_one_that_was_deleted_or_grew_is_refused(
+    readable: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = readable.folder / "a" / "picture.png"
+    assert readable.read(str(path)) == b"picture"
+    assert readable.read(f"{readable.folder}//a/./picture.png") == b"picture"
+    facts = os.stat(path)
+    path.write_bytes(bytes(101))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", lambda _: facts)
+        with pytest.raises(RefusalError, match="no path or address"):
+            readable.read(str(path))
+    path.unlink()
+    with pytest.raises(RefusalError, match="no path or address"):
+        readable.read(str(path))
+
+
+# --- the folder of a server that was killed
+
+_HOLDER = """
+import time
+from cn_clip.serve.uploads import HeldFolder
+folder = HeldFolder()
+(folder.path / "picture.png").write_bytes(b"x")
+print(folder.path, flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_uploads_of_a_server_that_was_killed_are_deleted_by_the_next_and_of_one_that_runs_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "cn-clip-page-made-just-now").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLDER], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            theirs = Path(process.stdout.readline().strip())
+            HeldFolder().remove()
+            assert (theirs / "picture.png").exists()
+            process.send_signal(signal.SIGKILL)
+            process.wait(60)
+        finally:
+            process.kill()
+    folder = HeldFolder()
+    assert not theirs.parent.exists()
+    assert folder.path.stat().st_mode & 0o077 == 0
+    folder.remove()
+    assert [one.name for one in tmp_path.iterdir()] == ["cn-clip-page-made-just-now"]

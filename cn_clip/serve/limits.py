@@ -12,6 +12,8 @@ LOG_TIME = "%Y-%m-%d %H:%M:%S"
 BODIES_HELD = 16
 # And on the disk, as uploads of the web page.
 UPLOADS_HELD = 64
+# Visitors of the web page whose settings are kept.
+VISITORS_HELD = 128
 # Connections at a time; a process may usually have 1024 files open.
 MAX_CONNECTIONS = 512
 # Of them, those that read from the page: two for each browser that shows it, and those that fetch its files.

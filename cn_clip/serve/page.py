@@ -11,8 +11,6 @@ import html
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -29,11 +27,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cn_clip.retrieval.store import Hit
 from cn_clip.serve import page_texts as texts
 from cn_clip.serve.app import thumbnail_path
-from cn_clip.serve.limits import UPLOADS_HELD
+from cn_clip.serve.limits import UPLOADS_HELD, VISITORS_HELD
 from cn_clip.serve.refusals import RefusalError
 from cn_clip.serve.schemas import ClassifyRequest, QueryPart, SearchRequest
 from cn_clip.serve.service import Service
-from cn_clip.serve.uploads import Uploads
+from cn_clip.serve.uploads import HeldFolder, Uploads
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +39,7 @@ ResultT = TypeVar("ResultT")
 PATH = "/page"
 MOST_SHOWN = 100
 MOST_LABELS_SHOWN = 10
+MOST_LOGGED_CHARS = 200
 # The field of an item that names it.
 CAPTION = "caption"
 _FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
@@ -71,18 +70,35 @@ class Door:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
+        is_begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal is_begun
+            is_begun = True
+            await send(message)
+
         try:
-            path = str(scope["path"]).removeprefix(scope["root_path"]).lstrip("/")
-            if not self._is_used(scope, path):
-                raise RefusalError(404, "Not Found")
-            if path == _UPLOAD:
-                body = await _with_one_file(scope, receive)
-                async with self.uploads.one_more():
-                    await self.app(scope, body, send)
-            else:
-                await self.app(scope, receive, send)
+            await self._admitted(scope, receive, noting)
         except RefusalError as refusal:
             await refusal.response()(scope, receive, send)
+        except Exception as error:
+            # What Gradio raises for requests that its scripts do not send; the server would log 100 lines of each.
+            log.warning("a request to the page was refused: %s", _one_line(error))
+            if not is_begun:
+                await RefusalError(400, f"{texts.REFUSED} / no request of the page's own").response()(
+                    scope, receive, send
+                )
+
+    async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = str(scope["path"]).removeprefix(scope["root_path"]).lstrip("/")
+        if not self._is_used(scope, path):
+            raise RefusalError(404, "Not Found")
+        if path == _UPLOAD:
+            body = await _with_one_file(scope, receive)
+            async with self.uploads.one_more():
+                await self.app(scope, body, send)
+        else:
+            await self.app(scope, receive, send)
 
     def _is_used(self, scope: Scope, path: str) -> bool:
         if scope.get("method") == "POST":
@@ -109,10 +125,13 @@ async def _with_one_file(scope: Scope, receive: Receive) -> Receive:
 
 
 class Answers:
-    """What the page shows, apart from Gradio. All methods raise RefusalError, or ValidationError naming a field."""
+    """What the page shows, apart from Gradio. All methods raise RefusalError, or ValidationError naming a field.
 
-    def __init__(self, service: Service, facts: Mapping[str, object]) -> None:
-        self.service, self._facts = service, facts
+    path: of an upload, as the request wrote it, which may be anything; None for no picture.
+    """
+
+    def __init__(self, service: Service, uploads: Uploads, facts: Mapping[str, object]) -> None:
+        self.service, self.uploads, self._facts = service, uploads, facts
 
     async def by_text(self, text: str, k: float, min_score: float) -> str:
         """The hits of a phrase as HTML. min_score: -1 for any."""
@@ -120,14 +139,14 @@ class Answers:
             raise RefusalError(400, texts.NO_TEXT)
         return await self._search([QueryPart(text=text)], k, min_score)
 
-    async def by_picture(self, path: str | None, text: str, share: float, k: float) -> str:
+    async def by_picture(self, path: object, text: str, share: float, k: float) -> str:
         """The hits of an uploaded picture, mixed with a phrase. share: weight of the phrase, 0 to 1."""
         parts = [QueryPart(image=await self._data_url(path), weight=1 - share if text.strip() else 1)]
         if text.strip():
             parts.append(QueryPart(text=text, weight=share))
         return await self._search(parts, k, None)
 
-    async def labels(self, path: str | None, labels: str, templates: str) -> dict[str, float]:
+    async def labels(self, path: object, labels: str, templates: str) -> dict[str, float]:
         """The probability of each label. labels, templates: one a line."""
         request = ClassifyRequest(image=await self._data_url(path), labels=_lines(labels), templates=_lines(templates))
         answer = await self.service.classify(request)
@@ -156,10 +175,10 @@ class Answers:
         has_picture = await self.service.ask_index(lambda: [index.thumbnail(hit.id) is not None for hit in hits])
         return _figures(hits, has_picture)
 
-    async def _data_url(self, path: str | None) -> str:
+    async def _data_url(self, path: object) -> str:
         if path is None:
             raise RefusalError(400, texts.NO_PICTURE)
-        data = await self.service.engine.call(Path(path).read_bytes)
+        data = await self.service.engine.call(self.uploads.read, path)
         return f"data:;base64,{base64.b64encode(data).decode()}"
 
 
@@ -179,11 +198,15 @@ def mount(app: FastAPI, service: Service, facts: Mapping[str, object]) -> None:
 def _mount(app: FastAPI, service: Service, facts: Mapping[str, object]) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Gradio's own folder is one for all users of a machine.
-    folder = os.environ["GRADIO_TEMP_DIR"] = str(Path(tempfile.mkdtemp(prefix="cn-clip-page-")).resolve())
+    folder = HeldFolder()
+    os.environ["GRADIO_TEMP_DIR"] = str(folder.path)
     largest = service.limits.max_body_bytes
-    uploads = Uploads(Path(folder), most_bytes=UPLOADS_HELD * largest, largest=largest)
-    blocks = _blocks(Answers(service, facts))
-    _admit_uploads_alone(blocks, folder)
+    uploads = Uploads(folder.path, most_bytes=UPLOADS_HELD * largest, largest=largest)
+    blocks = _blocks(Answers(service, uploads, facts))
+    _fetch_nothing(blocks, uploads)
+    _log_one_line(blocks)
+    # Gradio keeps a copy of the page's settings for each visitor, 100 KB, which the page never reads.
+    blocks.state_session_capacity = VISITORS_HELD
     gr.mount_gradio_app(
         app,
         blocks,
@@ -196,7 +219,7 @@ def _mount(app: FastAPI, service: Service, facts: Mapping[str, object]) -> None:
         theme=gr.themes.Default(primary_hue="indigo", font=_FONTS, font_mono=("ui-monospace", "monospace")),
         css=texts.CSS,
     )
-    _keep_small(app, blocks, uploads)
+    _keep_small(app, blocks, uploads, folder)
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
@@ -207,21 +230,44 @@ def _mount(app: FastAPI, service: Service, facts: Mapping[str, object]) -> None:
         return Response(texts.ICON, media_type="image/svg+xml")
 
 
-def _admit_uploads_alone(blocks: gr.Blocks, folder: str) -> None:
-    """Mounted into an application, Gradio lets any component be sent any path or address, and reads what is there."""
+def _fetch_nothing(blocks: gr.Blocks, uploads: Uploads) -> None:
+    """Mounted into an application, Gradio lets any component be sent any path or address, and copies what is there.
+
+    It asks here only for files of one shape; `Uploads.read` is what keeps all other paths out.
+    """
 
     async def uploaded(path: str | Path | None) -> str | None:
-        if path is None:
-            return None
-        if not Path(path).resolve().is_relative_to(folder):
-            raise gr.Error(texts.NO_UPLOAD, print_exception=False)
-        return str(path)
+        try:
+            return None if path is None else str(uploads.folder.joinpath(*uploads.names(str(path))))
+        except RefusalError as refusal:
+            raise gr.Error(refusal_sentence(refusal), print_exception=False) from refusal
 
     for component in blocks.blocks.values():
         vars(component)["async_move_resource_to_block_cache"] = uploaded
 
 
-def _keep_small(app: FastAPI, blocks: gr.Blocks, uploads: Uploads) -> None:
+def _log_one_line(blocks: gr.Blocks) -> None:
+    """Gradio prints a traceback for each request that the page's own scripts would not have sent."""
+    process = blocks.process_api
+
+    async def process_api(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await process(*args, **kwargs)
+        except gr.Error as error:
+            error.print_exception = False
+            raise
+        except Exception as error:
+            log.warning("a request to the page was refused: %s", _one_line(error))
+            raise gr.Error(texts.REFUSED, print_exception=False) from error
+
+    vars(blocks)["process_api"] = process_api
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:MOST_LOGGED_CHARS]}"
+
+
+def _keep_small(app: FastAPI, blocks: gr.Blocks, uploads: Uploads, folder: HeldFolder) -> None:
     """Deletes old uploads while the application runs, and all at its end."""
     inner = app.router.lifespan_context
 
@@ -234,7 +280,7 @@ def _keep_small(app: FastAPI, blocks: gr.Blocks, uploads: Uploads) -> None:
         finally:
             sweeping.cancel()
             await asyncio.wait((sweeping,))
-            shutil.rmtree(uploads.folder, ignore_errors=True)
+            folder.remove()
 
     app.router.lifespan_context = lifespan
     # Gradio remembers the name of each upload, for a sweep of its own that leaves the folders behind.
@@ -326,7 +372,7 @@ def _labels_tab(answers: Answers) -> None:
 
 
 def _picture(elem_id: str) -> gr.Image:
-    """A place to drop a picture in. Gives the path of the upload, which nothing has looked into."""
+    """A place to drop a picture in. Gives the path of the upload as the request has it, which may be any."""
     picture = gr.Image(sources=["upload", "clipboard"], label="图片 / picture", height=240, buttons=[], elem_id=elem_id)
     # Gradio's own would decode the picture, of whatever size.
     vars(picture)["preprocess"] = lambda upload: upload and upload.path

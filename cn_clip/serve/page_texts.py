@@ -19,7 +19,6 @@ SOFTMAX = (
 NOTHING_FOUND = "没有达到最低分的图片 / no picture reaches the minimum score"
 NO_TEXT = "请先写一句话 / write a phrase first"
 NO_PICTURE = "请先放一张图片 / drop a picture first"
-NO_UPLOAD = "只读取上传的图片，不读路径和网址 / pictures are read from uploads alone, never from a path or address"
 TIMEOUT = "没有在限定的时间内算完，请稍后再试 / not answered in time; try again later"
 FAILED = "服务器出错，原因在它的日志里 / the server failed; its log tells why"
 
@@ -44,6 +43,7 @@ REFUSALS = {
     "timeout": "没有在限定的时间内算完，请稍后再试",
     "image_too_large": "图片的像素太多",
     "invalid_image": "读不出这张图片",
+    "no_upload": "只读取上传的图片，不读路径和网址",
     "index_not_found": "启动时没有给出索引",
     "too_many_items": "标签和模板太多",
 }

@@ -1,12 +1,20 @@
-"""What the uploads of the web page take on the disk together: bounded before another one is written, and swept."""
+"""The uploads of a web page: what they take on the disk, bounded before another is written, and how they are read.
+
+`Uploads.read` is the one way from a path that a request names to the bytes of a file.
+"""
 
 import asyncio
 import contextlib
 import logging
 import os
+import shutil
+import stat
+import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path, PurePath
+
+from filelock import FileLock, Timeout
 
 from cn_clip.serve.refusals import RefusalError
 
@@ -17,11 +25,53 @@ SWEEP_SECONDS = 60.0
 MAX_AGE = 900.0
 # Seconds after which the oldest uploads may have been deleted.
 RETRY_AFTER = 60
+_PREFIX, _LOCK = "cn-clip-page-", "lock"
 _BLOCK = 512
 # What the smallest file or folder is charged with, that there be not too many of them.
 _LEAST_BYTES = 4096
 # An upload is a file of less than the body that brought it, in whole blocks, and a folder.
 _OVERHEAD = 3 * _LEAST_BYTES
+# A link is not followed, and a pipe without a writer does not block. Windows has neither flag.
+_OPEN_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+
+
+class HeldFolder:
+    """A new folder below that of temporary files, which this process holds by a lock until it removes it, or dies.
+
+    The next one to be made deletes the folders of this user that no process holds any more.
+    """
+
+    def __init__(self) -> None:
+        _delete_abandoned(Path(tempfile.gettempdir()))
+        self._parent = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
+        # The lock lies outside what is swept.
+        self.path = self._parent / "uploads"
+        self.path.mkdir(mode=0o700)
+        self._lock = FileLock(self._parent / _LOCK, thread_local=False)
+        self._lock.acquire(timeout=0)
+
+    def remove(self) -> None:
+        """Deletes it with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.release()
+        shutil.rmtree(self._parent, ignore_errors=True)
+
+
+def _delete_abandoned(temporary: Path) -> None:
+    for folder in temporary.glob(f"{_PREFIX}*"):
+        lock = folder / _LOCK
+        with contextlib.suppress(OSError, Timeout):
+            # One without a lock file is being made just now.
+            if not (_is_own(folder, stat.S_ISDIR) and _is_own(lock, stat.S_ISREG)):
+                continue
+            with FileLock(lock, timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+                log.info("%s: the uploads of a server that was killed are deleted", folder)
+
+
+def _is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
+    facts = os.lstat(path)
+    return is_kind(facts.st_mode) and facts.st_uid == getattr(os, "getuid", lambda: facts.st_uid)()
 
 
 class Uploads:
@@ -32,10 +82,44 @@ class Uploads:
     """
 
     def __init__(self, folder: Path, *, most_bytes: int, largest: int) -> None:
-        self.folder, self.most_bytes, self._charge = folder, most_bytes, largest + _OVERHEAD
+        self.folder, self.most_bytes, self.largest = folder.resolve(), most_bytes, largest
+        self._charge = largest + _OVERHEAD
         self._charged = self._num_writing = 0
         self._admission, self._idle = asyncio.Lock(), asyncio.Event()
         self._idle.set()
+
+    def read(self, path: object) -> bytes:
+        """The bytes of an upload, which `path` names as a request wrote it.
+
+        Raises RefusalError (400) for anything but a regular file of the folder, under one name, of at most `largest`
+        bytes; the same for all, so that the answer says nothing of other files.
+        """
+        try:
+            descriptor = _open_below(self.folder, self.names(path))
+        except (OSError, ValueError) as error:  # ValueError: a name with NUL, or one that the disk cannot spell
+            raise _no_upload() from error
+        try:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1 or facts.st_size > self.largest:
+                raise _no_upload()
+            with open(descriptor, "rb", closefd=False) as stream:
+                data = stream.read(self.largest + 1)
+        finally:
+            os.close(descriptor)
+        if len(data) > self.largest:  # it grew meanwhile
+            raise _no_upload()
+        return data
+
+    def names(self, path: object) -> tuple[str, ...]:
+        """The folders and the file that `path` names below the folder; raises RefusalError (400) for any other path.
+
+        Looks at no disk: a link is found when the file is opened.
+        """
+        given = PurePath(path) if isinstance(path, str) else PurePath()
+        names = given.parts[len(self.folder.parts) :]
+        if given.parts[: len(self.folder.parts)] != self.folder.parts or not names or ".." in names:
+            raise _no_upload()
+        return names
 
     @contextlib.asynccontextmanager
     async def one_more(self) -> AsyncIterator[None]:
@@ -77,6 +161,27 @@ class Uploads:
             await _to_the_end(delete_older, self.folder, time.time() - MAX_AGE)
         unfinished = self._num_writing * self._charge
         self._charged = unfinished + await asyncio.to_thread(bytes_on_disk, self.folder)
+
+
+def _open_below(folder: Path, names: Sequence[str]) -> int:
+    """A descriptor of a file below `folder`, no name of which is a link; raises OSError."""
+    if os.open not in os.supports_dir_fd:  # Windows
+        path = folder.joinpath(*names)
+        if path.resolve(strict=True) != path:
+            raise FileNotFoundError(path)
+        return os.open(path, _OPEN_FLAGS)
+    at = os.open(folder, _OPEN_FLAGS)
+    for name in names:
+        try:
+            inner = os.open(name, _OPEN_FLAGS, dir_fd=at)
+        finally:
+            os.close(at)
+        at = inner
+    return at
+
+
+def _no_upload() -> RefusalError:
+    return RefusalError(400, "a picture is read from an upload of the page only, no path or address", code="no_upload")
 
 
 async def _to_the_end(function: Callable[..., object], *args: object) -> None:
