@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_process_runs import emoji_split, options
+from in_process_runs import options
 from tiny_models import tiny_model
 from torch import nn
 

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from cn_clip import zoo
 from cn_clip.clip import tokenizer
+from cn_clip.clip.inputs import preprocess_text as _preprocess_text
 from cn_clip.clip.tokenizer import tokenize
 from cn_clip.clip.transforms import ImageTransform, image_transform
 from cn_clip.data.picture_sets import ClassFolders, LmdbPictures
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId
-from cn_clip.data.texts import preprocess_text as _preprocess_text
 from cn_clip.data.texts import read_texts
 
 __all__ = ["tokenize"]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cn_clip.clip.inputs import preprocess_text
 from cn_clip.clip.tokenizer import tokenize
-from cn_clip.data.texts import preprocess_text
 from cn_clip.eval.zeroshot import LOGIT_SCALE
 from cn_clip.eval.zeroshot_evaluation import read_index
 

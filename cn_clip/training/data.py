@@ -17,13 +17,13 @@ from torch.utils.data.distributed import DistributedSampler
 
 from cn_clip import ranks, zoo
 from cn_clip.clip import _tokenizer
+from cn_clip.clip.inputs import preprocess_text as _preprocess_text
 from cn_clip.clip.tokenizer import tokenize
 from cn_clip.clip.transforms import image_transform
 from cn_clip.data.augment import Augmentation
 from cn_clip.data.datasets import LmdbPairs
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, LmdbReader
 from cn_clip.data.pictures import load_picture
-from cn_clip.data.texts import preprocess_text as _preprocess_text
 
 __all__ = ["_tokenizer"]
 
