@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Encoder",
+    "FullTokenizer",
     "available_models",
     "convert_state_dict",
     "create_model",
@@ -30,6 +31,7 @@ __all__ = [
 
 _HOMES = {
     "Encoder": "cn_clip.clip.encoder",
+    "FullTokenizer": "cn_clip.clip.bert_tokenizer",
     "available_models": "cn_clip.zoo",
     "convert_state_dict": "cn_clip.clip.checkpoint",
     "create_model": "cn_clip.clip.loading",
@@ -39,7 +41,7 @@ _HOMES = {
     "tokenize": "cn_clip.clip.tokenizer",
 }
 # Reading the vocabulary takes longer than most imports; the modules are attributes of the package in Chinese-CLIP too.
-_MODULES = ("bert_tokenizer", "model", "utils")
+_MODULES = ("bert_tokenizer", "configuration_bert", "model", "modeling_bert", "utils")
 
 
 def __getattr__(name: str) -> Any:

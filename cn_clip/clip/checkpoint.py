@@ -153,15 +153,20 @@ def normalise_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Switches between the plain and the fused (FlashAttention) spelling of attention weights, each tower by itself.
 
-    Returns a new dictionary; a `module.` prefix stays. Source: the two spellings found in Chinese-CLIP checkpoints.
+    Changes `state_dict` and returns it; a `module.` prefix stays. None and {} are returned as they are.
+    Source: the two spellings found in Chinese-CLIP checkpoints.
     """
+    if not state_dict:
+        return state_dict
     prefix = "module." if any(key.startswith("module.") for key in state_dict) else ""
     tensors = {key.removeprefix(prefix): value for key, value in state_dict.items()}
     parts: dict[str, Tensor] = {}
     for is_bert in (False, True):
         tower = {key: value for key, value in tensors.items() if key.startswith("bert.") == is_bert}
         parts |= split_wqkv(tower) if any(".Wqkv." in key for key in tower) else fuse_wqkv(tower)
-    return {f"{prefix}{key}": value for key, value in parts.items()}
+    state_dict.clear()
+    state_dict.update({f"{prefix}{key}": value for key, value in parts.items()})
+    return state_dict
 
 
 def _tensorflow_to_torch(found: re.Match[str]) -> str:
@@ -289,8 +294,8 @@ def _grid_side(position_SD: Tensor) -> int:
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def resize_position_embedding(position_SD: Tensor, side: int) -> Tensor:
-    """The embedding for a grid of `side` x `side` patches: bicubic with aligned corners, class token kept.
+def resize_position_embedding(position_SD: Tensor, side: int, mode: str = "bicubic") -> Tensor:
+    """The embedding for a grid of `side` x `side` patches: interpolated with aligned corners, class token kept.
 
     Source: the interpolation Chinese-CLIP uses when a checkpoint meets another resolution.
     Raises ValueError when the rows of `position_SD` are not a class token and a square grid.
@@ -301,7 +306,7 @@ def resize_position_embedding(position_SD: Tensor, side: int) -> Tensor:
     if old == side:
         return position_SD
     grid = position_SD[1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=True)
+    grid = F.interpolate(grid, size=(side, side), mode=mode, align_corners=True)
     rows = grid.permute(0, 2, 3, 1).reshape(side * side, -1)
     return torch.cat([position_SD[:1], rows.to(position_SD.dtype)])
 

@@ -143,14 +143,33 @@ def load(
     """
     del use_flash_attention
     if clip_path:
-        _initialise(model, Path(clip_path), ("visual.", "logit_scale"))
+        _initialise(model, read_checkpoint(Path(clip_path)).state_dict, _PICTURE_SIDE, Path(clip_path))
     if bert_path:
-        _initialise(model, Path(bert_path), ("bert.",))
+        _initialise(model, read_checkpoint(Path(bert_path)).state_dict, _TEXT_SIDE, Path(bert_path))
     return model.to(ranks.choose_device(device or None)).eval()
 
 
-def _initialise(model: CLIP, path: Path, prefixes: tuple[str, ...]) -> None:
-    tensors = read_checkpoint(path).state_dict
+def restore_model(
+    model: CLIP,
+    clip_state_dict: Mapping[str, Tensor] | None,
+    bert_state_dict: Mapping[str, Tensor] | None,
+    use_flash_attention: bool,
+) -> CLIP:
+    """`load` from dictionaries instead of files, on the device the model is on; None leaves a side as it is."""
+    del use_flash_attention
+    for tensors, prefixes, name in (
+        (clip_state_dict, _PICTURE_SIDE, "clip_state_dict"),
+        (bert_state_dict, _TEXT_SIDE, "bert_state_dict"),
+    ):
+        if tensors is not None:
+            _initialise(model, normalise_keys(tensors), prefixes, Path(name))
+    return model.eval()
+
+
+_PICTURE_SIDE, _TEXT_SIDE = ("visual.", "logit_scale"), ("bert.",)
+
+
+def _initialise(model: CLIP, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...], path: Path) -> None:
     part = {key: value for key, value in tensors.items() if key.startswith(prefixes)}
     state = model.state_dict()
     homeless = part.keys() - state.keys()

@@ -2,26 +2,46 @@
 
 # B batch of pictures, T batch of texts, L tokens, R resolution, E embedding
 
+import collections.abc
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import repeat
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from cn_clip.clip import _tokenizer
 from cn_clip.clip.bert import BertModel
 from cn_clip.clip.checkpoint import convert_state_dict, resize_position_embedding
-from cn_clip.clip.layers import SelfAttention
-from cn_clip.clip.resnet import ModifiedResNet
-from cn_clip.clip.vit import VisualTransformer
+from cn_clip.clip.configuration_bert import BertConfig
+from cn_clip.clip.layers import LayerNorm, QuickGELU
+from cn_clip.clip.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
+from cn_clip.clip.vit import ResidualAttentionBlock, Transformer, VisualTransformer
 from cn_clip.errors import ConfigError
-from cn_clip.zoo import ModelConfig, VisionConfig, config_from_info
+from cn_clip.zoo import ModelConfig, TextConfig, VisionConfig, config_from_info
+
+if TYPE_CHECKING:
+    from cn_clip.clip.loading import restore_model
 
 __all__ = [
     "CLIP",
+    "AttentionPool2d",
+    "BertConfig",
+    "BertModel",
+    "Bottleneck",
+    "LayerNorm",
+    "ModifiedResNet",
+    "QuickGELU",
+    "ResidualAttentionBlock",
+    "Transformer",
+    "VisualTransformer",
     "convert_models_to_fp32",
     "convert_state_dict",
     "convert_weights",
     "resize_pos_embed",
+    "restore_model",
 ]
 
 PAD_ID = 0
@@ -31,21 +51,63 @@ INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 class CLIP(nn.Module):
     """Picture tower `visual`, text tower `bert`, one space of `embed_dim` dimensions.
 
-    Takes the fields of the configuration files as keywords (`CLIP(**model_info)`). `use_flash_attention` is accepted
-    and changes nothing: PyTorch's scaled_dot_product_attention uses FlashAttention where it can.
+    Takes the fields of the configuration files by name (`CLIP(**model_info)`) or in the order of Chinese-CLIP.
+    tokenizer: its `vocab["[PAD]"]` is the id of padding. `use_flash_attention` changes nothing: PyTorch's
+    scaled_dot_product_attention uses FlashAttention where it can.
     """
 
-    def __init__(self, *, use_flash_attention: bool = False, **model_info: Any) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        image_resolution: int,
+        vision_layers: int | Sequence[int],
+        vision_width: int,
+        vision_patch_size: int | None,
+        vocab_size: int,
+        text_attention_probs_dropout_prob: float,
+        text_hidden_act: str,
+        text_hidden_dropout_prob: float,
+        text_hidden_size: int,
+        text_initializer_range: float,
+        text_intermediate_size: int,
+        text_max_position_embeddings: int,
+        text_num_attention_heads: int,
+        text_num_hidden_layers: int,
+        text_type_vocab_size: int,
+        tokenizer: Any = _tokenizer,
+        vision_head_width: int = 64,
+        use_flash_attention: bool = False,
+    ) -> None:
+        info = {name: value for name, value in locals().items() if name not in _NO_FIELDS}
         super().__init__()
-        del use_flash_attention
-        self.config: ModelConfig = config_from_info(model_info)
-        self.visual = _picture_tower(self.config.vision)
-        self.bert = BertModel(self.config.text)
-        width, embed_dim = self.config.text.text_hidden_size, self.config.vision.embed_dim
-        self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
+        self.config: ModelConfig = config_from_info(info)
+        self.visual = _picture_tower(self.config.vision, use_flash_attention)
+        self.bert_config = _bert_config(self.config.text, use_flash_attention)
+        self.bert = BertModel(self.bert_config)
+        self.text_projection = nn.Parameter(torch.empty(text_hidden_size, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         self.logit_bias: nn.Parameter | None
         self.register_parameter("logit_bias", None)
+        self.tokenizer = tokenizer
+        self.initialize_parameters()
+
+    def initialize_parameters(self) -> None:
+        """Draws the projections and a ResNet's attention pool anew, zeroes what it begins its blocks with."""
+        self.logit_scale.data.fill_(INITIAL_LOGIT_SCALE)
+        if isinstance(self.visual, ModifiedResNet):
+            self.visual.initialize_parameters()
+        nn.init.normal_(self.text_projection, std=self.bert_config.hidden_size**-0.5)
+
+    @property
+    def tokenizer(self) -> Any:
+        """What the model's texts are made with; only its id of padding counts here."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        vocab = None if tokenizer is _tokenizer else getattr(tokenizer, "vocab", None)
+        self._pad_id = PAD_ID if vocab is None else vocab["[PAD]"]
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> "CLIP":
@@ -79,20 +141,18 @@ class CLIP(nn.Module):
         image: (B, 3, R, R), normalised pixels. mask_ratio: share of patches dropped (ViT only; a ResNet ignores it).
         Raises ConfigError when the size is not the model's resolution.
         """
-        if image.ndim != 4 or image.shape[1:] != (3, self.resolution, self.resolution):
-            raise ConfigError(
-                f"pictures of shape {tuple(image.shape)}; this model takes (B, 3, {self.resolution}, {self.resolution})"
-            )
         image = image.to(self.dtype)
-        if isinstance(self.visual, ModifiedResNet):
-            features: Tensor = self.visual(image)
-        else:
-            features = self.visual(image, mask_ratio)
+        takes_ratio = mask_ratio and not isinstance(self.visual, ModifiedResNet)
+        features: Tensor = self.visual(image, mask_ratio) if takes_ratio else self.visual(image)
         return features
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Text features (T, E) in the type of the weights, not normalised. text: int64 (T, L), 0 is padding."""
-        hidden = self.bert.hidden_states(text, text.ne(PAD_ID), first_only=True)
+        mask = text.ne(self._pad_id)
+        # A program may have put a module of its own in the place of the tower.
+        shortcut = isinstance(self.bert, BertModel) and self.bert.class_token_suffices()
+        options = {"first_only": True} if shortcut else {}
+        hidden: Tensor = self.bert(text, attention_mask=mask.to(self.dtype), **options)[0]
         features: Tensor = hidden[:, 0].to(self.dtype) @ self.text_projection
         return features
 
@@ -121,26 +181,25 @@ class CLIP(nn.Module):
         return logits_per_image, logits_per_image.t()
 
 
-def _picture_tower(config: VisionConfig) -> ModifiedResNet | VisualTransformer:
-    layers = config.vision_layers
+# The arguments of CLIP that are no fields of a configuration file.
+_NO_FIELDS = ("self", "tokenizer", "use_flash_attention", "__class__")
+
+
+def _picture_tower(config: VisionConfig, use_flash_attention: bool) -> ModifiedResNet | VisualTransformer:
+    layers, width = config.vision_layers, config.vision_width
     if not isinstance(layers, int):
-        return ModifiedResNet(
-            layers=layers,
-            output_dim=config.embed_dim,
-            heads=config.vision_width * 32 // config.vision_head_width,
-            input_resolution=config.image_resolution,
-            width=config.vision_width,
-        )
+        heads = width * 32 // config.vision_head_width
+        return ModifiedResNet(layers, config.embed_dim, heads, config.image_resolution, width)
     if config.vision_patch_size is None:
         raise ConfigError("vision_patch_size: a Vision Transformer needs one")
-    return VisualTransformer(
-        input_resolution=config.image_resolution,
-        patch_size=config.vision_patch_size,
-        width=config.vision_width,
-        layers=layers,
-        heads=config.vision_width // config.vision_head_width,
-        output_dim=config.embed_dim,
-    )
+    heads = width // config.vision_head_width
+    sizes = (config.image_resolution, config.vision_patch_size, width, layers, heads, config.embed_dim)
+    return VisualTransformer(*sizes, use_flash_attention)
+
+
+def _bert_config(config: TextConfig, use_flash_attention: bool) -> BertConfig:
+    fields = {name.removeprefix("text_"): value for name, value in asdict(config).items()}
+    return BertConfig(fields.pop("vocab_size"), **fields, use_flash_attention=use_flash_attention)
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -153,7 +212,7 @@ def convert_weights(model: nn.Module, dtype: torch.dtype = torch.float16) -> Non
     Normalisation of the picture tower and the logit scale stay float32, as in the checkpoints of Chinese-CLIP.
     """
     for module in model.modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear, SelfAttention, BertModel)):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention, BertModel)):
             module.to(dtype)
         for name in ("text_projection", "proj"):
             parameter = getattr(module, name, None)
@@ -166,10 +225,40 @@ def convert_models_to_fp32(model: nn.Module) -> None:
     model.float()
 
 
-def resize_pos_embed(state_dict: dict[str, Tensor], model: nn.Module, prefix: str = "") -> None:
-    """Fits the position embedding of a ViT in `state_dict` to the resolution of `model`, in place."""
-    inner = model.module if isinstance(getattr(model, "module", None), nn.Module) else model
-    assert isinstance(inner, CLIP)
+def resize_pos_embed(
+    state_dict: dict[str, Tensor], model: nn.Module, interpolation: str = "bicubic", seq_dim: int = 1, prefix: str = ""
+) -> None:
+    """Fits the position embedding of a ViT in `state_dict` to the resolution of `model`, in place.
+
+    interpolation: a mode of `torch.nn.functional.interpolate` that aligns corners. `seq_dim` changes nothing.
+    """
+    del seq_dim
+    inner: Any = model.module if hasattr(model, "module") else model
     key = f"{prefix}visual.positional_embedding"
-    if key in state_dict and isinstance(inner.visual, VisualTransformer):
-        state_dict[key] = resize_position_embedding(state_dict[key], inner.visual.grid_size[0])
+    if key in state_dict and hasattr(inner.visual, "grid_size"):
+        side, _ = to_2tuple(inner.visual.grid_size)
+        state_dict[key] = resize_position_embedding(state_dict[key], side, interpolation)
+
+
+def _ntuple(n: int) -> Callable[[Any], Any]:
+    def parse(x: Any) -> Any:
+        """`x` if it can be iterated over, else a tuple that holds it n times."""
+        return x if isinstance(x, collections.abc.Iterable) else tuple(repeat(x, n))
+
+    return parse
+
+
+to_1tuple, to_2tuple, to_3tuple, to_4tuple = map(_ntuple, (1, 2, 3, 4))
+
+
+def to_ntuple(n: int, x: Any) -> Any:
+    """`x` if it can be iterated over, else a tuple that holds it n times."""
+    return _ntuple(n)(x)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "restore_model":  # its module needs this one
+        from cn_clip.clip.loading import restore_model
+
+        return restore_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cn_clip.clip.layers import attend
-
-EXPANSION = 4
+from cn_clip.clip.layers import attend, check_pixels
 
 
 class Bottleneck(nn.Module):
     """Residual block of 1x1, 3x3 and 1x1 convolutions; a stride is an average pool before the last one."""
 
+    expansion = 4
+
     def __init__(self, inplanes: int, planes: int, stride: int = 1) -> None:
         super().__init__()
-        outplanes = planes * EXPANSION
+        outplanes = planes * Bottleneck.expansion
         self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
@@ -27,6 +27,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outplanes)
         self.relu = nn.ReLU(inplace=True)
+        self.stride = stride
         self.downsample: nn.Module | None = None
         if stride > 1 or inplanes != outplanes:
             # "-1", "0", "1" are the names in every published checkpoint
@@ -49,23 +50,21 @@ class Bottleneck(nn.Module):
 class AttentionPool2d(nn.Module):
     """One attention query, the mean position, over all positions of the feature map."""
 
-    def __init__(self, side: int, width: int, heads: int, output_dim: int) -> None:
+    def __init__(self, spacial_dim: int, embed_dim: int, num_heads: int, output_dim: int | None = None) -> None:
         super().__init__()
-        self.positional_embedding = nn.Parameter(torch.randn(side**2 + 1, width) / width**0.5)
-        self.k_proj = nn.Linear(width, width)
-        self.q_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.c_proj = nn.Linear(width, output_dim)
-        self.heads = heads
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
-            nn.init.normal_(projection.weight, std=width**-0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(spacial_dim**2 + 1, embed_dim) / embed_dim**0.5)
+        self.k_proj = nn.Linear(embed_dim, embed_dim)
+        self.q_proj = nn.Linear(embed_dim, embed_dim)
+        self.v_proj = nn.Linear(embed_dim, embed_dim)
+        self.c_proj = nn.Linear(embed_dim, output_dim or embed_dim)
+        self.num_heads = num_heads
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Pooled embedding (B, E)."""
         x_BSC = features_BCHW.flatten(2).transpose(1, 2)
         x_BSC = torch.cat([x_BSC.mean(dim=1, keepdim=True), x_BSC], dim=1)
         x_BSC = x_BSC + self.positional_embedding.to(x_BSC.dtype)
-        pooled = attend(self.q_proj(x_BSC[:, :1]), self.k_proj(x_BSC), self.v_proj(x_BSC), self.heads)
+        pooled = attend(self.q_proj(x_BSC[:, :1]), self.k_proj(x_BSC), self.v_proj(x_BSC), self.num_heads)
         embedding: Tensor = self.c_proj(pooled[:, 0])
         return embedding
 
@@ -74,7 +73,7 @@ class ModifiedResNet(nn.Module):
     """Pixels (B, 3, R, R) to embeddings (B, E), not normalised."""
 
     def __init__(
-        self, *, layers: Sequence[int], output_dim: int, heads: int, input_resolution: int, width: int
+        self, layers: Sequence[int], output_dim: int, heads: int, input_resolution: int = 224, width: int = 64
     ) -> None:
         super().__init__()
         self.output_dim = output_dim
@@ -88,17 +87,23 @@ class ModifiedResNet(nn.Module):
         self.avgpool = nn.AvgPool2d(2)
         self.relu = nn.ReLU(inplace=True)
         self.num_stages = len(layers)
-        inplanes = width
+        self._inplanes = width
         for number, blocks in enumerate(layers):
-            planes, stride = width * 2**number, 1 if number == 0 else 2
-            stage = [Bottleneck(inplanes, planes, stride)]
-            inplanes = planes * EXPANSION
-            stage += [Bottleneck(inplanes, planes) for _ in range(1, blocks)]
-            setattr(self, f"layer{number + 1}", nn.Sequential(*stage))
+            stage = self._make_layer(width * 2**number, blocks, stride=1 if number == 0 else 2)
+            setattr(self, f"layer{number + 1}", stage)
         self.attnpool = AttentionPool2d(input_resolution // 32, width * 32, heads, output_dim)
-        self._zero_last_norms()
 
-    def _zero_last_norms(self) -> None:
+    def _make_layer(self, planes: int, blocks: int, stride: int = 1) -> nn.Sequential:
+        stage = [Bottleneck(self._inplanes, planes, stride)]
+        self._inplanes = planes * Bottleneck.expansion
+        stage += [Bottleneck(self._inplanes, planes) for _ in range(1, blocks)]
+        return nn.Sequential(*stage)
+
+    def initialize_parameters(self) -> None:
+        """Draws the weights of the attention pool, and lets every block begin as what its shortcut passes."""
+        pool = self.attnpool
+        for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
+            nn.init.normal_(projection.weight, std=pool.c_proj.in_features**-0.5)
         for module in self.modules():
             if isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
@@ -107,6 +112,10 @@ class ModifiedResNet(nn.Module):
         """Does nothing: recomputing would update the running statistics of batch normalisation twice a step."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Raises ConfigError for pixels of another size than `input_resolution`."""
+        # A program that put a pool of its own here knows what fits.
+        check_pixels(x, self.input_resolution if isinstance(self.attnpool, AttentionPool2d) else None)
+        x = x.to(self.conv1.weight.dtype)
         x = x.contiguous(memory_format=torch.channels_last)  # the layout convolutions are fastest in
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = self.relu(norm(conv(x)))

@@ -3,7 +3,7 @@
 import operator
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,8 +140,7 @@ def load_vocab(path: str | Path) -> dict[str, int]:
     Raises DataError when the file cannot be read or lacks [UNK], [CLS] or [SEP].
     """
     try:
-        with open(path, encoding="utf-8") as lines:
-            tokens = {line.strip(): number for number, line in enumerate(lines)}
+        tokens = read_vocab(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot be read as a vocabulary ({error}); expected UTF-8, one token a line"
@@ -152,18 +151,28 @@ def load_vocab(path: str | Path) -> dict[str, int]:
     return tokens
 
 
+def read_vocab(path: str | Path) -> dict[str, int]:
+    """`load_vocab` without its checks: raises what reading raises, and takes any lines."""
+    with open(path, encoding="utf-8") as lines:
+        return {line.strip(): number for number, line in enumerate(lines)}
+
+
 def basic_words(text: str, *, lower: bool = True) -> list[str]:
     """Splits text into words: cleaned, every Han and punctuation character alone; lower case without accents."""
-    text = "".join(map(_cleaned, text))
+    text = "".join(map(cleaned, text))
     if lower:
         # Lower first: İ becomes i and a dot above, and only then loses the dot.
-        text = unicodedata.normalize("NFD", text.lower())
-        text = "".join(char for char in text if unicodedata.category(char) != "Mn")
-    return "".join(map(_punctuation_apart, text)).split()
+        text = without_accents(text.lower())
+    return "".join(map(punctuation_apart, text)).split()
+
+
+def without_accents(text: str) -> str:
+    """The text with its characters taken apart (NFD) and what combines with them left out."""
+    return "".join(char for char in unicodedata.normalize("NFD", text) if unicodedata.category(char) != "Mn")
 
 
 def word_pieces(
-    word: str, vocab: Mapping[str, int], *, longest: int, unknown: str = UNKNOWN, max_chars: int = MAX_WORD_CHARS
+    word: str, vocab: Container[str], *, longest: int, unknown: str = UNKNOWN, max_chars: int = MAX_WORD_CHARS
 ) -> list[str]:
     """Greedy longest-match pieces of one word, `##` before all but the first; [unknown] if any part has none.
 
@@ -189,7 +198,7 @@ def _candidates(word: str, start: int, longest: int) -> Iterator[str]:
 
 
 @lru_cache(maxsize=1 << 16)
-def _cleaned(char: str) -> str:
+def cleaned(char: str) -> str:
     """What a character becomes before the split: nothing, a blank, itself, or itself between blanks (Han)."""
     if char in " \t\n\r":
         return " "
@@ -202,7 +211,8 @@ def _cleaned(char: str) -> str:
 
 
 @lru_cache(maxsize=1 << 16)
-def _punctuation_apart(char: str) -> str:
+def punctuation_apart(char: str) -> str:
+    """A punctuation character between blanks; any other as it is."""
     is_punctuation = char in _ASCII_PUNCTUATION or unicodedata.category(char).startswith("P")
     return f" {char} " if is_punctuation else char
 

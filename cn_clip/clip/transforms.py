@@ -2,7 +2,9 @@
 
 # R resolution
 
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,57 @@ _STD_311 = np.array(STD, dtype=np.float32)[:, None, None]
 Decode: TypeAlias = Literal["exact", "fast"]
 
 
+@dataclass
+class Resize:
+    """A PIL picture, or a tensor (..., height, width), at another size: (height, width), bicubic, not cut."""
+
+    size: tuple[int, int]
+    interpolation: str = "bicubic"
+
+    def __call__(self, image: Any) -> Any:
+        height, width = self.size
+        if not hasattr(image, "resize_"):  # which tensors have and pictures do not
+            from PIL.Image import Resampling
+
+            return image.resize((width, height), Resampling[self.interpolation.upper()])
+        import torch.nn.functional as F
+
+        batch = image.reshape(-1, *image.shape[-3:]).float()
+        resized = F.interpolate(batch, (height, width), mode=self.interpolation, antialias=True)
+        resized = resized.reshape(*image.shape[:-2], height, width)
+        return resized if image.is_floating_point() else resized.round().clamp(0, 255).to(image.dtype)
+
+
+def _convert_to_rgb(image: "Image") -> "Image":
+    return image.convert("RGB")
+
+
+@dataclass
+class ToTensor:
+    """A PIL picture, or an array (height, width[, C]), as a tensor (C, height, width); bytes are divided by 255."""
+
+    def __call__(self, image: Any) -> "torch.Tensor":
+        import torch
+
+        values = np.asarray(image)
+        if values.dtype == bool:  # of a picture in black and white
+            values = values.astype(np.uint8) * np.uint8(255)
+        planes = torch.from_numpy(np.array(np.atleast_3d(values).transpose(2, 0, 1), order="C"))
+        return planes.float().div(255) if values.dtype == np.uint8 else planes
+
+
+@dataclass
+class Normalize:
+    """(x - mean) / std of a tensor (..., 3, height, width)."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __call__(self, x: "torch.Tensor") -> "torch.Tensor":
+        mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (x - mean) / std
+
+
 class ImageTransform:
     """Callable: PIL picture of any mode to a float32 tensor (3, R, R), normalised. Can be pickled.
 
@@ -30,6 +83,7 @@ class ImageTransform:
     EXIF. Palette pictures are scaled by nearest neighbour, as PIL does.
 
     decode: what `draft_size` tells those who open picture files for it; a PIL picture is taken as it is.
+    transforms: the steps, as torchvision's `Compose` has them; each can be called by itself, and the list changed.
     """
 
     def __init__(self, resolution: int, decode: Decode = "exact") -> None:
@@ -38,6 +92,7 @@ class ImageTransform:
         check_decode(decode)
         self.resolution = resolution
         self.decode = decode
+        self.transforms = _steps(resolution)
 
     @property
     def draft_size(self) -> int | None:
@@ -47,12 +102,25 @@ class ImageTransform:
     def __call__(self, image: "Image") -> "torch.Tensor":
         import torch
 
-        return torch.from_numpy(self.array(image))
+        if self.transforms == _steps(self.resolution):
+            return torch.from_numpy(self.array(image))
+        x: Any = image
+        for step in self.transforms:
+            x = step(x)
+        pixels: torch.Tensor = x
+        return pixels
 
     def array(self, image: "Image", out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """The same pixels without PyTorch, float32 (3, R, R), in `out` where it is given."""
+        """The same pixels without PyTorch, float32 (3, R, R), in `out` where it is given.
+
+        Raises ConfigError when `transforms` was changed: such steps are only obeyed by the call.
+        """
         from PIL.Image import Resampling
 
+        if self.transforms != _steps(self.resolution):
+            raise ConfigError(
+                "transforms: the steps were changed; call the preprocessing itself, or use them unchanged"
+            )
         size = (self.resolution, self.resolution)
         if image.size != size:
             image = image.resize(size, Resampling.BICUBIC)
@@ -67,6 +135,10 @@ class ImageTransform:
 
     def __repr__(self) -> str:
         return f"ImageTransform({self.resolution}, decode={self.decode!r})"
+
+
+def _steps(resolution: int) -> list[Callable[[Any], Any]]:
+    return [Resize((resolution, resolution)), _convert_to_rgb, ToTensor(), Normalize(MEAN, STD)]
 
 
 def check_decode(decode: str) -> None:

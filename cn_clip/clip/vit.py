@@ -1,60 +1,138 @@
-"""The Vision Transformer picture tower."""
+"""The Vision Transformer picture tower.
+
+Its parts pass rows as (L, B, D), as Chinese-CLIP's do, and programs that look inside expect. In memory the rows of one
+picture lie side by side, which is faster: what is passed is the transposed view.
+"""
 
 # B batch, R resolution, L tokens (patches + class token), D width, E embedding
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cn_clip.clip.layers import LayerNorm, QuickGELU, SelfAttention
+from cn_clip.clip.layers import LayerNorm, QuickGELU, SelfAttention, check_pixels, unhooked, unwatched
 from cn_clip.errors import ConfigError
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block, (L, B, D) to (L, B, D).
 
-    def __init__(self, width: int, heads: int) -> None:
+    attn_mask: None, or as `nn.MultiheadAttention` takes it. `use_flash_attention` changes nothing.
+    """
+
+    def __init__(
+        self, d_model: int, n_head: int, attn_mask: Tensor | None = None, use_flash_attention: bool = False
+    ) -> None:
         super().__init__()
-        self.attn = SelfAttention(width, heads)
-        self.ln_1 = LayerNorm(width)
-        layers = [("c_fc", nn.Linear(width, width * 4)), ("gelu", QuickGELU()), ("c_proj", nn.Linear(width * 4, width))]
+        self.attn = SelfAttention(d_model, n_head)
+        self.ln_1 = LayerNorm(d_model)
+        layers = [
+            ("c_fc", nn.Linear(d_model, d_model * 4)),
+            ("gelu", QuickGELU()),
+            ("c_proj", nn.Linear(d_model * 4, d_model)),
+        ]
         self.mlp = nn.Sequential(OrderedDict(layers))
-        self.ln_2 = LayerNorm(width)
+        self.ln_2 = LayerNorm(d_model)
+        self.attn_mask = attn_mask
+        self.use_flash_attention = use_flash_attention
 
-    def forward(self, x_BLD: Tensor, first_only: bool = False) -> Tensor:
-        residual = x_BLD[:, :1] if first_only else x_BLD
-        x = residual + self.attn(self.ln_1(x_BLD), first_only=first_only)
-        output: Tensor = x + self.mlp(self.ln_2(x))
+    def attention(self, x: Tensor) -> Tensor:
+        """Attention among normalised rows (L, B, D)."""
+        return self._attention(x, x)
+
+    def _attention(self, query_QBD: Tensor, x_LBD: Tensor) -> Tensor:
+        mask = self.attn_mask
+        if mask is not None:
+            mask = mask.to(x_LBD.device, x_LBD.dtype if mask.is_floating_point() else mask.dtype)
+        output: Tensor = self.attn(query_QBD, x_LBD, x_LBD, need_weights=False, attn_mask=mask)[0]
         return output
+
+    def forward(self, x: Tensor, *, first_only: bool = False) -> Tensor:
+        """All tokens (L, B, D); with `first_only` the class token (1, B, D)."""
+        if first_only:
+            x_BLD = x.transpose(0, 1)
+            normed = self.ln_1(x_BLD).transpose(0, 1)
+            x_BLD = x_BLD[:, :1] + self._attention(normed[:1], normed).transpose(0, 1)
+        elif unwatched(self.ln_1, self.mlp, self.ln_2):
+            x_BLD = x.transpose(0, 1)
+            x_BLD = x_BLD + self.attention(self.ln_1(x_BLD).transpose(0, 1)).transpose(0, 1)
+        else:
+            x = x + self.attention(self.ln_1(x))
+            output: Tensor = x + self.mlp(self.ln_2(x))
+            return output
+        output = x_BLD + self.mlp(self.ln_2(x_BLD))
+        return output.transpose(0, 1)
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; `grad_checkpointing` trades time for memory in training."""
+    """A stack of blocks, (L, B, D) to (L, B, D); `grad_checkpointing` trades time for memory in training."""
 
-    def __init__(self, width: int, layers: int, heads: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        attn_mask: Tensor | None = None,
+        use_flash_attention: bool = False,
+    ) -> None:
         super().__init__()
+        self.width = width
+        self.layers = layers
         self.grad_checkpointing = False
-        self.resblocks = nn.Sequential(*[ResidualAttentionBlock(width, heads) for _ in range(layers)])
+        blocks = [ResidualAttentionBlock(width, heads, attn_mask, use_flash_attention) for _ in range(layers)]
+        self.resblocks = nn.Sequential(*blocks)
 
-    def forward(self, x_BLD: Tensor, *, first_only: bool = False) -> Tensor:
-        """All tokens (B, L, D); with `first_only` the last block computes the class token alone, (B, 1, D)."""
+    def forward(self, x: Tensor, *, first_only: bool = False) -> Tensor:
+        """All tokens (L, B, D); with `first_only` the last block computes the class token alone, (1, B, D)."""
+        recompute = self.grad_checkpointing and self.training
+        if not (recompute or first_only):
+            every: Tensor = self.resblocks(x)
+            return every
         last = len(self.resblocks) - 1
         for number, block in enumerate(self.resblocks):
-            arguments = (x_BLD, first_only and number == last)
-            if self.grad_checkpointing and self.training:
-                x_BLD = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x_BLD = block(*arguments)
-        return x_BLD
+            options: dict[str, Any] = {"first_only": True} if first_only and number == last else {}
+            x = checkpoint(block, x, use_reentrant=False, **options) if recompute else block(x, **options)
+        return x
+
+    def class_token_suffices(self) -> bool:
+        """Whether no program looks at the other tokens of the last block, or has put its own code there."""
+        if not len(self.resblocks) or not (unhooked(self) and unhooked(self.resblocks)):
+            return False
+        last = self.resblocks[-1]
+        return (
+            isinstance(last, ResidualAttentionBlock)
+            and (type(self).forward, type(last).forward) == (_TRANSFORMER_FORWARD, _BLOCK_FORWARD)
+            and type(last).attention is _BLOCK_ATTENTION
+            and "attention" not in last.__dict__
+            and unwatched(last)
+        )
+
+
+# As they are here: a program may put others in their place, which know no `first_only`.
+_TRANSFORMER_FORWARD, _BLOCK_FORWARD = Transformer.forward, ResidualAttentionBlock.forward
+_BLOCK_ATTENTION = ResidualAttentionBlock.attention
 
 
 class VisualTransformer(nn.Module):
-    """Pixels to embeddings: patches, class token, transformer, projection of the class token."""
+    """Pixels to embeddings: patches, class token, transformer, projection of the class token.
+
+    `use_flash_attention` changes nothing: PyTorch's attention uses FlashAttention where it can.
+    """
+
+    proj: nn.Parameter | None
 
     def __init__(
-        self, *, input_resolution: int, patch_size: int, width: int, layers: int, heads: int, output_dim: int
+        self,
+        input_resolution: int,
+        patch_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        output_dim: int,
+        use_flash_attention: bool = False,
     ) -> None:
         super().__init__()
         self.input_resolution = input_resolution
@@ -66,25 +144,39 @@ class VisualTransformer(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(side * side + 1, width))
         self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        self.transformer = Transformer(width, layers, heads, use_flash_attention=use_flash_attention)
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.transformer.grad_checkpointing = enable
 
-    def forward(self, pixels_B3RR: Tensor, mask_ratio: float = 0.0) -> Tensor:
-        """Embeddings (B, E), not normalised. `mask_ratio` in [0, 1) drops that share of the patches at random."""
+    def forward(self, x: Tensor, mask_ratio: float = 0.0) -> Tensor:
+        """Embeddings (B, E) of pixels (B, 3, R, R), not normalised; with `proj` None, (B, D).
+
+        mask_ratio: in [0, 1), the share of the patches dropped at random.
+        Raises ConfigError for another share, and for pixels that the position embedding does not fit.
+        """
         if not 0 <= mask_ratio < 1:
             raise ConfigError(f"mask_ratio: expected a value in [0, 1), got {mask_ratio}")
-        patches_BLD = self.conv1(pixels_B3RR).flatten(2).transpose(1, 2)
+        # A program that gave the tower a position embedding of its own knows what fits.
+        own_positions = self.positional_embedding.shape[0] == self.grid_size[0] * self.grid_size[1] + 1
+        check_pixels(x, self.input_resolution if own_positions else None)
+        patches_BLD = self.conv1(x).flatten(2).transpose(1, 2)
         class_token = self.class_embedding.to(patches_BLD.dtype).expand(patches_BLD.shape[0], 1, -1)
         x = torch.cat([class_token, patches_BLD], dim=1) + self.positional_embedding.to(patches_BLD.dtype)
         if mask_ratio:
-            x = keep_random_patches(x, mask_ratio)
-        x = self.transformer(self.ln_pre(x), first_only=True)
-        embedding: Tensor = self.ln_post(x[:, 0]) @ self.proj
-        return embedding
+            x = self.random_masking(x, mask_ratio)
+        x_LBD = self.ln_pre(x).transpose(0, 1)
+        # A program may have put a module of its own in the place of the transformer.
+        shortcut = isinstance(self.transformer, Transformer) and self.transformer.class_token_suffices()
+        x_LBD = self.transformer(x_LBD, first_only=True) if shortcut else self.transformer(x_LBD)
+        embedding: Tensor = self.ln_post(x_LBD[0])
+        return embedding if self.proj is None else embedding @ self.proj
+
+    def random_masking(self, x: Tensor, mask_ratio: float) -> Tensor:
+        """As `keep_random_patches`."""
+        return keep_random_patches(x, mask_ratio)
 
 
 def keep_random_patches(x_BLD: Tensor, mask_ratio: float) -> Tensor:
