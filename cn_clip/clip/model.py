@@ -46,6 +46,7 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         self.logit_bias: nn.Parameter | None
         self.register_parameter("logit_bias", None)
+        self.context_length: int | None = None  # what its checkpoint says of the longest text it was trained with
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> "CLIP":
