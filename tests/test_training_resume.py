@@ -282,7 +282,7 @@ def test_a_transformers_folder_or_a_models_name_gives_the_first_weights(
         trainer = build(split, tmp_path, vision_model=vision, init=init)
         expected = open_model(init)[0].state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
-    with pytest.raises(CheckpointError, match="--init no/such.pt: no such file"):
+    with pytest.raises(CheckpointError, match=r"--init no/such\.pt: no such file"):
         build(split, tmp_path, init="no/such.pt")
 
 
