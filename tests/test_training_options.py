@@ -18,7 +18,7 @@ from cn_clip.clip.low_rank import is_adapter
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.resnet import ModifiedResNet
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.training import distributed
+from cn_clip.training import distributed, inputs
 from cn_clip.training.main import build_model, synchronise_norms
 from cn_clip.training.params import Options
 from cn_clip.training.trainer import Trainer
@@ -267,12 +267,31 @@ def test_the_sigmoid_loss_keeps_its_bias_over_a_resume_and_out_of_the_model(spli
     assert "Global Steps: 4/6" in run(split, tmp_path, loss="siglip", max_epochs=2, **NO_VALIDATION)
 
 
-def test_pairs_of_one_text_are_no_negatives_when_asked(tmp_path: Path) -> None:
+def test_pairs_of_one_text_are_no_negatives_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All pairs share their text: nothing is left to tell apart, and the loss is 0."""
+    monkeypatch.setattr(inputs, "_require_two", lambda *_: None)
     split = emoji_split(tmp_path / "lmdb", same_text=True)
     plain, aware = (build(split, tmp_path, multi_positive=use) for use in (False, True))
     assert first_loss(plain) > 1
     assert first_loss(aware) == pytest.approx(0, abs=1e-6)
+    log = run(split, tmp_path, multi_positive=True, max_epochs=1, **NO_VALIDATION)
+    assert log.count("the loss is 0, so this step trains nothing") == 1
+
+
+@pytest.mark.parametrize(("settings", "same"), [({"same_text": True}, "text"), ({"same_picture": True}, "picture")])
+@pytest.mark.parametrize("length", [52, 3])
+def test_data_that_leave_nothing_to_tell_apart_are_refused(
+    settings: dict[str, bool], same: str, length: int, tmp_path: Path
+) -> None:
+    split = emoji_split(tmp_path / "lmdb", **settings)
+    with pytest.raises(DataError, match=f"lmdb: all {NUM_PAIRS} pairs have the same {same}"):
+        build(split, tmp_path, context_length=length)
+
+
+def test_a_teacher_may_teach_pictures_of_one_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    split = emoji_split(tmp_path / "lmdb", same_text=True)
+    build(split, tmp_path, distillation=True, teacher_model_name="Emoji-Tiny")
+    assert "have the same text: there is nothing to tell apart, only --distillation teaches" in caplog.text
 
 
 def test_the_teacher_is_learned_from_with_its_weight(split: Path, tmp_path: Path) -> None:
