@@ -63,6 +63,8 @@ def _require_two(source: PairSource, options: Options) -> None:
         texts.add(tuple(tokenizer.encode([preprocess_text(pair.text)], options.context_length)[0]))
         if len(pictures) > 1 and len(texts) > 1:
             return
+    if not texts:
+        return
     same = "text" if len(texts) == 1 else "picture"
     message = f"{options.train_data}: all {len(source)} pairs have the same {same}: there is nothing to tell apart"
     if not options.distillation:
