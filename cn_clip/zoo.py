@@ -19,6 +19,14 @@ VISION_MODELS: tuple[str, ...] = get_args(VisionName)
 TEXT_MODELS: tuple[str, ...] = get_args(TextName)
 
 
+class UsualLength(int):
+    """A context length that nobody asked for: a checkpoint that was trained with another one has its own."""
+
+
+# Longest text in tokens, [CLS] and [SEP] included, as Chinese-CLIP trains.
+CONTEXT_LENGTH = UsualLength(52)
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """The picture tower. `vision_layers` is a depth (ViT) or four block counts (ResNet, no patch size)."""

@@ -27,9 +27,13 @@ num_workers=${num_workers:-4}                                 # 准备训练数�
 valid_num_workers=${valid_num_workers:-1}                     # 准备验证数据的进程数
 
 # 从哪里开始
-resume=${resume-$DATAPATH/pretrained_weights/clip_cn_vit-b-16.pt}  # 权重文件；设为空就接着本实验最近一次保存的练
-reset_data_offset=${reset_data_offset---reset-data-offset}          # 数据从头读；接着练时设为空
-reset_optimizer=${reset_optimizer---reset-optimizer}                # 优化器从头来；接着练时设为空
+init=${init-$DATAPATH/pretrained_weights/clip_cn_vit-b-16.pt}  # 最初的权重；被杀后同一条命令再运行，就从本实验自己的检查点接着练
+resume=${resume-}                            # 原版的写法：不用 init，从这个文件开始；被杀后再运行会拒绝，不会冲掉练过的
+if [ -n "$resume" ]; then
+  init=
+  reset_data_offset=${reset_data_offset---reset-data-offset}  # 数据从头读；要接着它练就设为空
+  reset_optimizer=${reset_optimizer---reset-optimizer}        # 优化器从头来；要接着它练就设为空
+fi
 
 # 超参数
 context_length=${context_length:-52}            # 文本的最大长度，含 [CLS] 和 [SEP]
@@ -86,9 +90,10 @@ exec "${launch[@]}" "$root/cn_clip/training/main.py" \
   --val-data="$val_data" \
   --num-workers="$num_workers" \
   --valid-num-workers="$valid_num_workers" \
+  ${init:+--init="$init"} \
   ${resume:+--resume="$resume"} \
-  $reset_data_offset \
-  $reset_optimizer \
+  ${reset_data_offset-} \
+  ${reset_optimizer-} \
   --logs="$output_base_dir" \
   --name="$name" \
   --save-step-frequency="$save_step_frequency" \

@@ -18,13 +18,17 @@ RATE = 1e-3
 TOWERS: dict[str, Any] = {"vision_model": "ViT-Tiny-64", "text_model": "BERT-Tiny-chinese"}
 
 
-def emoji_split(folder: Path, *, corrupt: int | None = None, same_text: bool = False) -> Path:
+def emoji_split(
+    folder: Path, *, corrupt: int | None = None, same_text: bool = False, same_picture: bool = False
+) -> Path:
     """An LMDB of twelve pictures, each with its name. corrupt: a picture that is none, by its place."""
+    first = emoji.load()[0].number
     with SplitWriter(folder) as writer:
         for place, one in enumerate(emoji.load()[:NUM_PAIRS]):
             data = b"no picture" if place == corrupt else emoji.png(one)
             writer.put_image(one.number, tsv_line(one.number, data).split(b"\t")[1].strip())
-            writer.put_pair(Pair(one.number, one.number, "表情" if same_text else one.name))
+            number = first if same_picture else one.number
+            writer.put_pair(Pair(number, one.number, "表情" if same_text else one.name))
     return folder
 
 

@@ -34,7 +34,7 @@ from cn_clip.clip.loading import build, open_model
 from cn_clip.clip.low_rank import LowRank, merge
 from cn_clip.clip.model import CLIP
 from cn_clip.errors import CheckpointError
-from cn_clip.training.state import find_resume
+from cn_clip.training.state import find_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 State = dict[str, torch.Tensor]
@@ -660,12 +660,12 @@ def test_the_bias_of_the_sigmoid_loss_is_left_out_of_a_model_without_it(tmp_path
 
 @pytest.mark.parametrize("name", ["hf:google/siglip", "open_clip:ViT-B-32@openai"])
 def test_names_of_other_families_are_told_apart_from_files(name: str) -> None:
-    for read in (read_checkpoint, lambda name: find_resume(name, Path("checkpoints"))):
+    for read in (read_checkpoint, lambda name: find_weights("--resume", name)):
         with pytest.raises(CheckpointError, match="only Chinese-CLIP is taken here; other families are taken by"):
             read(name)
 
 
 def test_a_name_that_is_too_long_is_no_file() -> None:
-    for read in (read_checkpoint, lambda name: find_resume(name, Path("checkpoints"))):
+    for read in (read_checkpoint, lambda name: find_weights("--resume", name)):
         with pytest.raises(CheckpointError, match="no such file"):
             read("x" * 300)

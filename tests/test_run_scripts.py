@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -84,13 +85,12 @@ def arguments(script: str, *args: str, recorder: str, **variables: str) -> list[
 
 
 # The original's settings. In its own scripts all variants of a dataset share one name; here each has its own, because
-# a run that finds the checkpoints of another would go on from them.
+# a run that finds the checkpoints of another would go on from them. --init begins as the original's --resume with the
+# two reset flags does; the same command again goes on.
 COMMON = {
     "--num-workers": "4",
     "--valid-num-workers": "1",
-    "--resume": "/data/pretrained_weights/clip_cn_vit-b-16.pt",
-    "--reset-data-offset": "",
-    "--reset-optimizer": "",
+    "--init": "/data/pretrained_weights/clip_cn_vit-b-16.pt",
     "--logs": "/data/experiments/",
     "--save-step-frequency": "999999",
     "--save-epoch-frequency": "1",
@@ -169,9 +169,16 @@ def test_settings_of_the_environment_win_and_spaces_survive(recorder: str) -> No
 
 
 def test_a_setting_made_empty_is_left_out(recorder: str) -> None:
-    nothing = {"resume": "", "reset_optimizer": "", "reset_data_offset": ""}
+    nothing = {"init": "", "resume": "", "reset_optimizer": "", "reset_data_offset": ""}
     given = arguments(MUGE, "/data", recorder=recorder, **nothing)[1:]
-    assert [word for word in given if word == "" or word.startswith(("--resume", "--reset"))] == []
+    assert [word for word in given if word == "" or word.startswith(("--init", "--resume", "--reset"))] == []
+
+
+@pytest.mark.parametrize("resets", [{}, {"reset_optimizer": "", "reset_data_offset": ""}])
+def test_a_file_to_resume_from_takes_the_place_of_init(resets: dict[str, str], recorder: str) -> None:
+    given = arguments(MUGE, "/data", recorder=recorder, resume="/my model.pt", **resets)[1:]
+    where = [word for word in given if word.startswith(("--init", "--resume", "--reset"))]
+    assert where == ["--resume=/my model.pt", *([] if resets else ["--reset-data-offset", "--reset-optimizer"])]
 
 
 def test_more_than_one_process_is_started_by_torchrun(recorder: str) -> None:
@@ -213,22 +220,36 @@ def free_port() -> int:
         return port
 
 
-def test_the_muge_script_trains_from_the_checkpoint_and_goes_on(datapath: Path) -> None:
-    quick = {**SMALL, "num_workers": "0", "valid_num_workers": "0"}
-    first = bash(MUGE, datapath, *ALONE, **quick, max_epochs="1", valid_step_interval="2")
-    assert first.returncode == 0, first.stderr
+def test_the_muge_script_killed_and_started_again_goes_on(datapath: Path) -> None:
+    quick = {**SMALL, "num_workers": "0", "valid_num_workers": "0", "valid_step_interval": "2"}
+    quick |= {"max_epochs": "2", "save_step_frequency": "1", "PYTHON": sys.executable}
+    inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    lines = []
+    with subprocess.Popen(
+        ["bash", MUGE, datapath, *ALONE], cwd=ROOT, env={**inherited, **quick}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line)
+            if "Saved checkpoint" in line and "@ 4 steps" in line:
+                process.kill()  # the script has become the training command: there is one process
+    first = "".join(lines)
+    assert process.returncode == -signal.SIGKILL, first
     folder = datapath / "experiments" / "muge_finetune_vit-b-16_roberta-base_bs4_1gpu"
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"epoch1.pt", "epoch_latest.pt"}
     loaded = datapath / "pretrained_weights" / "clip_cn_vit-b-16.pt"
-    assert f"=> loaded checkpoint '{loaded}'" in first.stderr
-    for text in ("Global Steps: 3/3", "Image2Text Acc", "(epoch 1 @ 2 steps)", "(epoch 1 @ 3 steps)", "Rank 0"):
-        assert text in first.stderr, text
-    goes_on = {"resume": "", "reset_optimizer": "", "reset_data_offset": "", "val_data": "None"}
-    second = bash(MUGE, datapath, *ALONE, **quick, **goes_on, max_epochs="2")
+    assert f"=> loaded checkpoint '{loaded}' (epoch 0 @ 0 steps)" in first
+    for text in ("Global Steps: 3/6", "Image2Text Acc", "(epoch 1 @ 2 steps)", "(epoch 1 @ 3 steps)", "Rank 0"):
+        assert text in first, text
+    second = bash(MUGE, datapath, *ALONE, **quick)
     assert second.returncode == 0, second.stderr
-    assert "Global Steps: 3/6" not in second.stderr
-    assert "Global Steps: 4/6" in second.stderr
-    assert "Validation" not in second.stderr
+    assert f"it goes on from {folder / 'checkpoints' / 'epoch_latest.pt'}" in second.stderr
+    assert "Global Steps: 4/6" not in second.stderr
+    assert "Global Steps: 6/6" in second.stderr
+    assert {"epoch1.pt", "epoch2.pt", "epoch_latest.pt"} <= {path.name for path in (folder / "checkpoints").iterdir()}
+    again = bash(MUGE, datapath, *ALONE, **quick, resume=str(loaded))
+    assert again.returncode == 1
+    assert f"would begin at step 0, but {folder / 'checkpoints' / 'epoch_latest.pt'} holds step 6" in again.stderr
+    assert f"give --init {loaded}" in again.stderr
 
 
 @pytest.mark.parametrize(

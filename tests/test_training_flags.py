@@ -187,6 +187,10 @@ TESTED: dict[str, str] = {
     "early_stop": "test_training_state.py::"
     "test_validation_begins_before_the_first_step_and_early_stop_ends_a_run_that_does_not_improve",
     "report_to": "test_training_options.py::test_events_for_tensorboard_are_written_when_asked",
+    "init": "test_training_resume.py::test_init_gives_the_first_weights_and_the_same_command_goes_on_after_a_kill, "
+    "test_run_scripts.py::test_the_muge_script_killed_and_started_again_goes_on",
+    "overwrite": "test_training_resume.py::"
+    "test_overwrite_replaces_all_of_the_old_run_but_only_once_the_new_one_can_train",
 }
 # The same for what the scripts and old launchers take.
 AROUND = {

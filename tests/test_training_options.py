@@ -8,17 +8,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from in_process_runs import BATCH, NUM_PAIRS, RATE, TOWERS, build, checkpoint, emoji_split, run
 from training_runs import losses, train
 
-from cn_clip.clip import load_from_name
+from cn_clip.checkpoints import strip
+from cn_clip.clip import Encoder, load_from_name
 from cn_clip.clip.low_rank import is_adapter
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.resnet import ModifiedResNet
-from cn_clip.errors import ConfigError, DataError
-from cn_clip.training import distributed
+from cn_clip.errors import CheckpointError, ConfigError, DataError
+from cn_clip.eval import extract_features
+from cn_clip.training import distributed, inputs
 from cn_clip.training.main import build_model, synchronise_norms
 from cn_clip.training.params import Options
 from cn_clip.training.trainer import Trainer
@@ -76,6 +79,62 @@ def test_texts_are_cut_to_the_context_length_in_training_and_validation(split: P
     assert {(row[0], row[2], len(row)) for row in batch.tokens_BL.tolist()} == {(101, 102, 3)}
     assert trainer.validation is not None
     assert {len(row) for row in trainer.validation.tokens} == {3}
+
+
+def test_the_context_length_of_the_training_is_that_of_the_checkpoint_wherever_it_is_opened(
+    split: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = ["一张画着许多可爱小动物的表情图片"]
+    run(split, tmp_path, context_length=6, max_epochs=1, valid_step_interval=1)
+    folder = tmp_path / "x" / "checkpoints"
+    latest = str(folder / "epoch_latest.pt")
+    assert {torch.load(path, weights_only=True)["context_length"] for path in folder.iterdir()} == {6}
+    stripped, exported = str(tmp_path / "stripped.pt"), {"backend": "onnx", "download_root": tmp_path / "root"}
+    strip.run(strip.Options(file=latest, output=stripped))
+    asked, longer = Encoder(latest, context_length=6), Encoder(latest, context_length=52)
+    assert "context length 52: " in caplog.text
+    expected = asked.encode_texts(text)
+    assert not np.allclose(longer.encode_texts(text), expected, atol=1e-3)
+    for encoder in (Encoder(latest), Encoder(stripped), Encoder(latest, **exported)):
+        assert encoder.context_length == 6
+        np.testing.assert_allclose(encoder.encode_texts(text), expected, atol=1e-5)
+
+    content = torch.load(latest, weights_only=True)
+    del content["context_length"]
+    torch.save(content, tmp_path / "theirs.pt")
+    assert Encoder(tmp_path / "theirs.pt").context_length == 52
+    torch.save({**content, "context_length": "6"}, tmp_path / "wrong.pt")
+    with pytest.raises(CheckpointError, match=r"wrong\.pt: context_length is '6', expected an integer from 3 to 512"):
+        Encoder(tmp_path / "wrong.pt")
+
+
+def test_a_run_that_goes_on_keeps_its_context_length_unless_another_is_asked_for(
+    split: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(split, tmp_path, context_length=6, max_steps=1, **NO_VALIDATION)
+    folder = tmp_path / "x" / "checkpoints"
+    assert build(split, folder).options.context_length == 6
+    assert "context length" not in caplog.text
+    assert build(split, tmp_path, init=str(folder / "epoch_latest.pt"), context_length=20).options.context_length == 20
+    assert "epoch_latest.pt was trained with texts of at most 6 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(("given", "expected"), [([], 6), (["--context-length=52"], 52)])
+def test_features_cut_texts_as_the_checkpoint_was_trained(
+    given: list[str], expected: int, split: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(split, tmp_path, context_length=6, max_steps=1, **NO_VALIDATION)
+    latest = str(tmp_path / "x" / "checkpoints" / "epoch_latest.pt")
+    sentence = "一张画着许多可爱小动物的表情图片"
+    texts = tmp_path / "test_texts.jsonl"
+    texts.write_text(json.dumps({"text_id": 1, "text": sentence, "image_ids": [1]}) + "\n", encoding="utf-8")
+    extract_features.main(
+        ["--extract-text-feats", f"--text-data={texts}", f"--resume={latest}", "--device=cpu", *given]
+    )
+    (row,) = map(json.loads, (tmp_path / "test_texts.txt_feat.jsonl").read_text(encoding="utf-8").splitlines())
+    vectors = Encoder(latest, context_length=expected).encode_texts([sentence])
+    np.testing.assert_allclose(row["feature"], vectors[0], atol=1e-6)
+    assert ("context length 52: " in caplog.text) is (expected == 52)
 
 
 def test_augmentation_varies_training_pictures_and_no_others(split: Path, tmp_path: Path) -> None:
@@ -267,12 +326,31 @@ def test_the_sigmoid_loss_keeps_its_bias_over_a_resume_and_out_of_the_model(spli
     assert "Global Steps: 4/6" in run(split, tmp_path, loss="siglip", max_epochs=2, **NO_VALIDATION)
 
 
-def test_pairs_of_one_text_are_no_negatives_when_asked(tmp_path: Path) -> None:
+def test_pairs_of_one_text_are_no_negatives_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All pairs share their text: nothing is left to tell apart, and the loss is 0."""
+    monkeypatch.setattr(inputs, "_require_two", lambda *_: None)
     split = emoji_split(tmp_path / "lmdb", same_text=True)
     plain, aware = (build(split, tmp_path, multi_positive=use) for use in (False, True))
     assert first_loss(plain) > 1
     assert first_loss(aware) == pytest.approx(0, abs=1e-6)
+    log = run(split, tmp_path, multi_positive=True, max_epochs=1, **NO_VALIDATION)
+    assert log.count("the loss is 0, so this step trains nothing") == 1
+
+
+@pytest.mark.parametrize(("settings", "same"), [({"same_text": True}, "text"), ({"same_picture": True}, "picture")])
+@pytest.mark.parametrize("length", [52, 3])
+def test_data_that_leave_nothing_to_tell_apart_are_refused(
+    settings: dict[str, bool], same: str, length: int, tmp_path: Path
+) -> None:
+    split = emoji_split(tmp_path / "lmdb", **settings)
+    with pytest.raises(DataError, match=f"lmdb: all {NUM_PAIRS} pairs have the same {same}"):
+        build(split, tmp_path, context_length=length)
+
+
+def test_a_teacher_may_teach_pictures_of_one_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    split = emoji_split(tmp_path / "lmdb", same_text=True)
+    build(split, tmp_path, distillation=True, teacher_model_name="Emoji-Tiny")
+    assert "have the same text: there is nothing to tell apart, only --distillation teaches" in caplog.text
 
 
 def test_the_teacher_is_learned_from_with_its_weight(split: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run that was stopped at an awkward moment does next; inside the process of the test."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 import torch
 from in_process_runs import build, checkpoint, emoji_split, run
 
+from cn_clip.checkpoints import convert
 from cn_clip.clip.loading import open_model
+from cn_clip.errors import CheckpointError, ConfigError, DataError
 from cn_clip.training.stopping import StopRequest
 from cn_clip.training.trainer import Trainer
 
@@ -95,10 +98,11 @@ def test_what_is_said_at_a_stop_is_what_goes_on(fine_tunes: bool, split: Path, t
     latest = tmp_path / "x" / "checkpoints" / "epoch_latest.pt"
     (log,) = (tmp_path / "x").glob("out_*.log")
     said = log.read_text(encoding="utf-8")
-    assert (f"--resume {latest}, without --reset-optimizer and --reset-data-offset, goes on" in said) is fine_tunes
-    assert ("the same command goes on from here" in said) is not fine_tunes
+    flags = f" without --resume {settings.get('resume')} --reset-optimizer --reset-data-offset" if fine_tunes else ""
+    assert f"the same command{flags} goes on from here" in said
+    assert latest.is_file()
     if fine_tunes:
-        settings |= {"resume": str(latest), "reset_optimizer": False, "reset_data_offset": False}
+        settings |= {"resume": None, "reset_optimizer": False, "reset_data_offset": False}
     assert "Global Steps: 2/3" in run(split, tmp_path, **settings)
     assert checkpoint(tmp_path)["step"] == PER_EPOCH
 
@@ -147,3 +151,146 @@ def test_what_a_killed_save_left_half_written_is_cleared_away(split: Path, tmp_p
     remains.write_bytes(b"half")
     run(split, tmp_path, max_steps=1, valid_epoch_interval=-1)
     assert not remains.exists()
+
+
+# --- the same command again -------------------------------------------------------------------------------------------
+
+TRIPLE = {"reset_optimizer": True, "reset_data_offset": True}
+QUIET: dict[str, Any] = {"valid_epoch_interval": -1, "val_data": None}
+
+
+@pytest.fixture
+def pretrained(split: Path, tmp_path: Path) -> str:
+    """A checkpoint of another run, with the state of its optimizer."""
+    run(split, tmp_path, name="pretrained", max_epochs=1, seed=7, **QUIET)
+    return str(tmp_path / "pretrained" / "checkpoints" / "epoch_latest.pt")
+
+
+def files(logs: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (logs / "x" / "checkpoints").iterdir()}
+
+
+def test_init_gives_the_first_weights_and_the_same_command_goes_on_after_a_kill(
+    pretrained: str, split: Path, tmp_path: Path
+) -> None:
+    settings = {"init": pretrained, "max_epochs": 2, "save_step_frequency": 1, **QUIET}
+    trainer = build(split, tmp_path / "nothing", **settings)
+    begun = torch.load(pretrained, weights_only=True)["state_dict"]
+    assert all(torch.equal(begun[f"module.{name}"], value) for name, value in trainer.model.state_dict().items())
+    assert (trainer.position.step, trainer.optimizer.state) == (0, {})
+
+    run(split, tmp_path / "whole", **settings)
+    killed_in("_step", 2, split, tmp_path, **settings)
+    log = run(split, tmp_path, **settings)
+    assert f"--init {pretrained} gave this run its first weights; it goes on from " in log
+    assert "Global Steps: 2/6" not in log
+    assert "Global Steps: 3/6" in log
+    ours, whole = checkpoint(tmp_path), checkpoint(tmp_path / "whole")
+    assert all(torch.equal(ours["state_dict"][name], value) for name, value in whole["state_dict"].items())
+    records = [json.loads(line)["step"] for line in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()]
+    assert records == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("resets", [{}, TRIPLE])
+def test_a_resume_that_would_lose_progress_is_refused_and_says_what_goes_on(
+    resets: dict[str, bool], pretrained: str, split: Path, tmp_path: Path
+) -> None:
+    settings = {"resume": pretrained, "max_epochs": 3, "save_step_frequency": 1, "seed": 7, **resets, **QUIET}
+    begin = 0 if resets else PER_EPOCH
+    killed_in("_step", begin + 2, split, tmp_path, **settings)
+    before = files(tmp_path)
+    message = f"holds step {begin + 2} of this run.* --init {pretrained} .*--overwrite; .*another --name"
+    with pytest.raises(ConfigError, match=message):
+        run(split, tmp_path, **settings)
+    assert files(tmp_path) == before
+    goes_on = {"init": pretrained, "max_epochs": 3, "seed": 7, **QUIET}
+    assert f"Global Steps: {begin + 3}/9" in run(split, tmp_path, **goes_on)
+
+
+def test_a_run_may_be_resumed_from_its_own_newest_file_and_its_data_begun_again(split: Path, tmp_path: Path) -> None:
+    run(split, tmp_path, max_epochs=1, **QUIET)
+    newest = str(tmp_path / "x" / "checkpoints" / "epoch_latest.pt")
+    log = run(split, tmp_path, max_epochs=1, resume=newest, **TRIPLE, **QUIET)
+    assert "Global Steps: 1/3" in log
+    assert "Global Steps: 1/3" in run(split, tmp_path, max_epochs=1, reset_data_offset=True, **QUIET)
+
+
+def test_overwrite_replaces_all_of_the_old_run_but_only_once_the_new_one_can_train(
+    pretrained: str, split: Path, tmp_path: Path
+) -> None:
+    run(split, tmp_path, max_epochs=2, valid_step_interval=1)
+    before = files(tmp_path)
+    assert {"epoch1.pt", "epoch2.pt", "epoch_latest.pt"} < before.keys() | {"epoch_best.pt"}
+    again = {"init": pretrained, "overwrite": True, "max_steps": 1}
+    with pytest.raises(DataError):
+        run(split, tmp_path, **{**again, "val_data": str(tmp_path / "nothing")})
+    assert files(tmp_path) == before
+    log = run(split, tmp_path, **again, **QUIET)
+    assert "Global Steps: 1/1" in log
+    assert "of the run before (--overwrite)" in log
+    assert files(tmp_path).keys() == {"epoch1.pt", "epoch_latest.pt"}
+    assert checkpoint(tmp_path, file="epoch1.pt")["step"] == 1
+    records = [json.loads(line) for line in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["kind"]) for record in records] == [(1, "train")]
+
+
+def test_overwrite_goes_back_to_an_earlier_file_of_the_run_and_keeps_it(split: Path, tmp_path: Path) -> None:
+    run(split, tmp_path, max_epochs=2, **QUIET)
+    earlier = str(tmp_path / "x" / "checkpoints" / "epoch1.pt")
+    settings = {"resume": earlier, "max_steps": PER_EPOCH + 1, **QUIET}
+    with pytest.raises(ConfigError, match=f"would begin at step {PER_EPOCH}, but .* holds step {2 * PER_EPOCH}"):
+        run(split, tmp_path, **settings)
+    run(split, tmp_path, overwrite=True, **settings)
+    assert (checkpoint(tmp_path, file="epoch1.pt")["step"], checkpoint(tmp_path)["step"]) == (PER_EPOCH, PER_EPOCH + 1)
+
+
+def test_other_first_weights_than_those_of_the_run_are_refused(pretrained: str, split: Path, tmp_path: Path) -> None:
+    run(split, tmp_path, init=pretrained, max_epochs=1, **QUIET)
+    run(split, tmp_path, name="scratch", max_epochs=1, **QUIET)
+    other = tmp_path / "other.pt"
+    other.write_bytes(Path(pretrained).read_bytes())
+    with pytest.raises(ConfigError, match=f"began with {pretrained}.* give --init {pretrained}; .*--overwrite"):
+        run(split, tmp_path, init=str(other), max_epochs=2, **QUIET)
+    with pytest.raises(ConfigError, match=r"began with random weights\. .* leave --init out"):
+        run(split, tmp_path, name="scratch", init=str(other), max_epochs=2, **QUIET)
+    relative = os.path.relpath(pretrained)
+    assert "Global Steps: 4/6" in run(split, tmp_path, init=relative, max_epochs=2, **QUIET)
+
+
+def test_adapters_are_merged_into_the_first_weights(split: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    run(split, tmp_path, name="lora", lora_rank=2, max_epochs=1, **QUIET)
+    adapted = tmp_path / "lora" / "checkpoints" / "epoch_latest.pt"
+    merged, _ = open_model(adapted)
+    plain = build(split, tmp_path, init=str(adapted)).model.state_dict()
+    fresh = build(split, tmp_path, init=str(adapted), lora_rank=4).model.state_dict()
+    for name, value in merged.state_dict().items():
+        assert torch.equal(plain[name], value), name
+    layer = "bert.encoder.layer.0.attention.self.query"
+    assert torch.equal(fresh[f"{layer}.base_layer.weight"], plain[f"{layer}.weight"])
+    adapters = [value for name, value in fresh.items() if "lora_B" in name]
+    assert adapters
+    assert not any(value.any() for value in adapters)
+
+
+def test_a_transformers_folder_or_a_models_name_gives_the_first_weights(
+    pretrained: str, split: Path, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "folder")
+    convert.run(convert.Options(source=pretrained, target=folder))
+    for init, vision in ((folder, "ViT-Tiny-64"), ("Emoji-Tiny", "RN-Small-64")):
+        trainer = build(split, tmp_path, vision_model=vision, init=init)
+        expected = open_model(init)[0].state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"--init no/such\.pt: no such file"):
+        build(split, tmp_path, init="no/such.pt")
+
+
+def test_every_checkpoint_is_a_file_of_its_own(split: Path, tmp_path: Path) -> None:
+    run(split, tmp_path, max_epochs=1, **QUIET)
+    folder = tmp_path / "x" / "checkpoints"
+    first, latest = folder / "epoch1.pt", folder / "epoch_latest.pt"
+    before = latest.read_bytes()
+    assert first.read_bytes() == before
+    first.write_bytes(b"edited")
+    assert latest.read_bytes() == before

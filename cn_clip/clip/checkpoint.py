@@ -44,6 +44,12 @@ class Checkpoint:
     config: ModelConfig | None = None
     lora: low_rank.LowRank | None = None
 
+    @property
+    def context_length(self) -> int | None:
+        """The longest text in tokens it was trained with; None when the file does not say."""
+        length: int | None = self.extra.get("context_length")
+        return length
+
 
 def read_checkpoint(path: str | Path, *, merge_lora: bool = True) -> Checkpoint:
     """Reads any supported file, memory-mapped where the format allows; no code in it is ever run.
@@ -92,6 +98,9 @@ def _read_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
     for name, value in counts.items():
         if not isinstance(value, int):
             raise CheckpointError(f"{path}: {name} is a {type(value).__name__}, expected an integer")
+    length = rest.get("context_length")
+    if length is not None and not (type(length) is int and 3 <= length <= 512):
+        raise CheckpointError(f"{path}: context_length is {length!r}, expected an integer from 3 to 512")
     if not isinstance(optimizer, dict | None):
         raise CheckpointError(f"{path}: optimizer is a {type(optimizer).__name__}, expected a dictionary")
     return Checkpoint(path, tensors, optimizer=optimizer, extra=rest, lora=_low_rank(tensors, rest, path), **counts)

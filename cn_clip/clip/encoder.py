@@ -24,7 +24,7 @@ from cn_clip.clip.backends.base import (
 from cn_clip.clip.backends.opening import open_backend
 from cn_clip.clip.foreign.names import is_foreign
 from cn_clip.clip.foreign.opening import open_parts
-from cn_clip.clip.inputs import ChineseTexts, Parts, PictureTransform, TextTransform
+from cn_clip.clip.inputs import ChineseTexts, Parts, PictureTransform, TextTransform, text_length
 from cn_clip.clip.pictures import Picture, decoded_batches, open_picture
 from cn_clip.clip.transforms import Decode, ImageTransform, check_decode
 from cn_clip.errors import ConfigError
@@ -54,6 +54,7 @@ class Encoder:
     precision: "fp32" (default), "bf16", "fp16" or "int8", as the backend has them; "auto": the fastest that keeps a
     cosine of 0.999 to float32 and that the device has in hardware. `encoder.backend.precision` says which it is.
     device: default CUDA where there is one. num_threads: default one a core. compile: `torch.compile` both towers.
+    context_length: longest text in tokens; default: what the checkpoint was trained with, 52 where it does not say.
     With int8 a row depends a little on those computed with it, for they share the scale of their activations.
     decode: "fast" decodes JPEG files and bytes at 1/2, 1/4 or 1/8 of their size where both sides stay at least as
     long as the model's; the vectors differ a little. "exact" decodes them whole.
@@ -76,7 +77,7 @@ class Encoder:
         check_decode(decode)
         self.decode = decode
         self._pictures: PictureTransform | None = None
-        self.texts: TextTransform = ChineseTexts(context_length)
+        self.texts: TextTransform
         self.backend: Backend
         if is_foreign(model):
             if compile:
@@ -95,7 +96,8 @@ class Encoder:
             _check_unset("parts", backend, device, precision, num_threads, compile)
             _check_context_length(context_length, model.texts.context_length)
             self.backend, self._pictures, self.texts = model.backend, model.pictures, model.texts
-        elif isinstance(model, (str, Path)):
+            return
+        if isinstance(model, (str, Path)):
             self.backend = open_backend(
                 model,
                 backend=backend,
@@ -111,6 +113,8 @@ class Encoder:
         else:
             settings = {"device": device, "precision": precision, "num_threads": num_threads, "compile": compile}
             self.backend = _over(model, backend, **settings)
+        name = model if isinstance(model, (str, Path)) else "the model"
+        self.texts = ChineseTexts(text_length(context_length, getattr(self.backend, "context_length", None), name))
 
     @property
     def context_length(self) -> int:

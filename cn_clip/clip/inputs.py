@@ -2,16 +2,21 @@
 
 # R resolution, B batch, L tokens
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from cn_clip import zoo
 from cn_clip.clip import tokenizer
 from cn_clip.clip.backends.base import Backend, Pixels, TokenIds
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+
+
+logger = logging.getLogger(__name__)
 
 
 class PictureTransform(Protocol):
@@ -72,6 +77,20 @@ class ChineseTexts:
 
     def pad(self, rows: Sequence[Sequence[int]]) -> TokenIds:
         return tokenizer.pad(rows, max(map(len, rows), default=0))
+
+
+def text_length(asked: int, trained: int | None, model: object) -> int:
+    """The longest text in tokens: `asked`, but when nobody asked (zoo.CONTEXT_LENGTH) what the model was trained with.
+
+    trained: what its checkpoint says, None for one that says nothing. Warns when another length is asked for.
+    """
+    if trained is None or trained == asked:
+        return int(asked)
+    if isinstance(asked, zoo.UsualLength):
+        logger.info("texts are cut at %d tokens, as %s was trained", trained, model)
+        return trained
+    logger.warning("context length %d: %s was trained with texts of at most %d tokens", asked, model, trained)
+    return asked
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ def build(config: zoo.ModelConfig, checkpoint: Checkpoint) -> CLIP:
     fitted = fit(checkpoint.state_dict, model.state_dict(), checkpoint.path)
     full = {key: value.float() if value.is_floating_point() else value for key, value in fitted.items()}
     model.load_state_dict(full, assign=True)
+    model.context_length = checkpoint.context_length
     return model.eval()
 
 

@@ -89,6 +89,7 @@ class CLIP(nn.Module):
         self.logit_bias: nn.Parameter | None
         self.register_parameter("logit_bias", None)
         self.tokenizer = tokenizer
+        self.context_length: int | None = None  # what its checkpoint says of the longest text it was trained with
         self.initialize_parameters()
 
     def initialize_parameters(self) -> None:

@@ -10,6 +10,7 @@ from cn_clip import command, drop_in
 from cn_clip.deploy.model_arch import ConversionOptions, check_arch, open_arch
 from cn_clip.deploy.prefixes import check_targets
 from cn_clip.errors import ConfigError
+from cn_clip.zoo import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Kind
@@ -31,8 +32,8 @@ class Options(ConversionOptions):
     """The PREFIX of what is written"""
     precision: Literal["fp16", "fp32"] = "fp16"
     """Weights and arithmetic; the Neural Engine computes in fp16 alone"""
-    context_length: int = 52
-    """Tokens that every text is padded to, [CLS] and [SEP] included"""
+    context_length: int = CONTEXT_LENGTH
+    """Tokens that every text is padded to, [CLS] and [SEP] included; default: as the checkpoint was trained, else 52"""
     batch_size: int = 1
     """Pictures or texts of one prediction"""
 
@@ -78,6 +79,7 @@ def run(options: Options) -> None:
 
 
 def _convert(model: "CLIP", kind: "Kind", path: Path, options: Options) -> dict[str, Any]:
+    from cn_clip.clip.inputs import text_length
     from cn_clip.deploy import coreml_package
 
     return coreml_package.write_package(
@@ -86,7 +88,7 @@ def _convert(model: "CLIP", kind: "Kind", path: Path, options: Options) -> dict[
         path,
         precision=options.precision,
         batch_size=options.batch_size,
-        context_length=options.context_length,
+        context_length=text_length(options.context_length, model.context_length, options.pytorch_ckpt_path),
     )
 
 

@@ -105,7 +105,7 @@ def _extract(options: "FeatureOptions", job_file: Path, say: Speaker) -> None:
     encoder = backends.open_encoder(options, quiet)
     identity = backends.identity(options, encoder)
     works = extraction.open_works(options, quiet)
-    job = json.dumps({work.kind: extraction.job_of(options, work, identity) for work in works}, sort_keys=True)
+    job = json.dumps({work.kind: extraction.job_of(options, work, encoder, identity) for work in works}, sort_keys=True)
     files = [Path(options.output_file(kind)[0]) for kind in options.kinds]
     if all(file.is_file() for file in files):
         if job_file.is_file() and job_file.read_text(encoding="utf-8") == job:

@@ -49,7 +49,7 @@ class Options(ModelChoice):
     split: Split | None = None
     """Default: the one of the published figures, valid of MUGE, test of all others"""
     context_length: int = DEFAULT_CONTEXT_LENGTH
-    """Longest text in tokens, [CLS] and [SEP] included"""
+    """Longest text in tokens, [CLS] and [SEP] included; default: that of the checkpoint's training, else 52"""
     output: str | None = None
     """Folder for features, predictions and result.json; default: evaluations/BENCHMARK-SPLIT-MODEL,
     where MODEL is RUN-CHECKPOINT for a file in RUN/checkpoints, with backend and precision unless torch and fp32"""

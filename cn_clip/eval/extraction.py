@@ -12,6 +12,7 @@ from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError
 from cn_clip.eval.feature_formats import OutputFormat, format_of
 from cn_clip.jsonl import refuse_inputs
+from cn_clip.zoo import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Kind
@@ -47,8 +48,8 @@ class Settings:
     """Pictures in a batch"""
     text_batch_size: int = 64
     """Texts in a batch"""
-    context_length: int = 52
-    """Longest text in tokens, [CLS] and [SEP] included"""
+    context_length: int = CONTEXT_LENGTH
+    """Longest text in tokens, [CLS] and [SEP] included; default: that of the checkpoint's training, else 52"""
     num_workers: int = 1
     """Threads that decode pictures; 0: decode between the batches"""
     decode: Decode = "exact"
@@ -162,14 +163,14 @@ def _partial(
 ) -> "PartialFeatures":
     from cn_clip.eval.partial_features import PartialFeatures
 
-    job = job_of(options, work, identity)
+    job = job_of(options, work, encoder, identity)
     return PartialFeatures(options.output_file(work.kind)[0], job, encoder.embed_dim, say.note)
 
 
-def job_of(options: Settings, work: "Work", identity: "Identity") -> dict[str, object]:
+def job_of(options: Settings, work: "Work", encoder: "Encoder", identity: "Identity") -> dict[str, object]:
     """What is extracted, from what, with what: equal jobs give equal files."""
     job = {**work.facts(), **identity(work.kind), "version": __version__}
-    return job | ({"context_length": options.context_length} if work.kind == "text" else {"decode": options.decode})
+    return job | ({"context_length": encoder.context_length} if work.kind == "text" else {"decode": options.decode})
 
 
 def _extract(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cn_clip import columns, command
 from cn_clip.errors import ConfigError
+from cn_clip.zoo import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +50,8 @@ class Options:
     """Text tower; default: what the checkpoints hold"""
     batch_size: int = 64
     """Pictures, or texts, in a batch"""
-    context_length: int = 52
-    """Longest text in tokens, [CLS] and [SEP] included"""
+    context_length: int = CONTEXT_LENGTH
+    """Longest text in tokens, [CLS] and [SEP] included; default: that of the checkpoint's training, else 52"""
     precision: Literal["amp", "auto", "fp16", "fp32", "bf16"] = "amp"
     """Arithmetic; amp is float32 here, as in the other evaluations. auto: the fastest close to it (cosine 0.999) that
     the device has"""

@@ -12,7 +12,7 @@ from cn_clip.clip.foreign.names import is_foreign
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.eval import backends
-from cn_clip.zoo import TextName, VisionName
+from cn_clip.zoo import CONTEXT_LENGTH, TextName, VisionName
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,8 +53,8 @@ class Options:
     """Folder for the ELEVATER JSON file"""
     img_batch_size: int = 64
     """Pictures in a batch"""
-    context_length: int = 52
-    """Longest text in tokens, [CLS] and [SEP] included"""
+    context_length: int = CONTEXT_LENGTH
+    """Longest text in tokens, [CLS] and [SEP] included; default: that of the checkpoint's training, else 52"""
     resume: backends.Model = None
     """Checkpoint: a file, a transformers folder, or the name of a published model; of other families hf:FOLDER or
     open_clip:ARCHITECTURE@FILE"""

@@ -10,6 +10,7 @@ import tyro
 
 from cn_clip import command
 from cn_clip.errors import ConfigError
+from cn_clip.zoo import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
     from cn_clip.clip.encoder import Encoder
@@ -58,8 +59,8 @@ class Options:
     """Pictures or texts in a batch"""
     num_workers: int = 2
     """Threads that decode pictures; 0: decode between the batches"""
-    context_length: int = 52
-    """Longest text in tokens, [CLS] and [SEP] included"""
+    context_length: int = CONTEXT_LENGTH
+    """Longest text in tokens, [CLS] and [SEP] included; default: that of the checkpoint's training, else 52"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
     num_threads: int | None = None

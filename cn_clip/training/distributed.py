@@ -6,9 +6,9 @@ import contextlib
 import gc
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from cn_clip.errors import CnClipError, ConfigError
 from cn_clip.training.logs import logger
 
 Gather = Literal["none", "values", "gradients"]
+ResultT = TypeVar("ResultT")
 
 
 @contextlib.contextmanager
@@ -84,6 +85,22 @@ def from_first(value: Any) -> Any:
     if ranks.world_size() > 1:
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def together(do: Callable[[], ResultT]) -> ResultT:
+    """What `do` returns; fails in every process when it fails in one: none waits for one that has ended.
+
+    Every process must ask. Raises the CnClipError of the first process that has one.
+    """
+    result, error = None, None
+    try:
+        result = do()
+    except CnClipError as raised:
+        error = raised
+    first = next((one for one in every_object(error) if one is not None), None)
+    if first is not None:
+        raise error or first
+    return cast(ResultT, result)
 
 
 def every_object(value: Any) -> list[Any]:

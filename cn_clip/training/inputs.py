@@ -1,5 +1,7 @@
 """From the settings to batches of pixels and token ids."""
 
+import math
+
 import torch
 
 from cn_clip import ranks
@@ -11,7 +13,7 @@ from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
 from cn_clip.data.picture_sets import LmdbPictures, PictureDataset
 from cn_clip.data.shards import ShardPairs, is_shards
 from cn_clip.data.splits import read_split
-from cn_clip.errors import ConfigError
+from cn_clip.errors import ConfigError, DataError
 from cn_clip.training.distributed import own_share
 from cn_clip.training.logs import logger
 from cn_clip.training.params import Options
@@ -22,6 +24,7 @@ from cn_clip.training.trainer import TrainingData, ValidationData
 def training_data(options: Options, resolution: int, device: torch.device) -> TrainingData:
     """This process's part of the training split; raises ConfigError when it holds less than one batch."""
     source, sampler = _shards(options) if is_shards(options.train_data) else _lmdb(options)
+    _require_two(source, options)
     dataset = PairDataset(
         source,
         image_transform(resolution),
@@ -39,6 +42,33 @@ def training_data(options: Options, resolution: int, device: torch.device) -> Tr
         generator=_loader_generator(options),
     )
     return TrainingData(loader, sampler)
+
+
+def _require_two(source: PairSource, options: Options) -> None:
+    """Raises DataError when all pairs have one picture, or one text as the model reads it: there is nothing to learn.
+
+    Reads pairs from far apart until two pictures and two texts are found, which is at once but for such data. A
+    teacher's features can be learned from any pictures: then it only warns.
+    """
+    pictures, texts = set(), set()
+    transform = ChineseTexts(options.context_length)
+    step = next(step for step in range(len(source) // 2 + 1, len(source) + 2) if math.gcd(step, len(source)) == 1)
+    for count in range(len(source)):
+        try:
+            pair = source[count * step % len(source)]
+        except DataError:  # it is told, or passed over, when its turn comes
+            continue
+        pictures.add(pair.image_id)
+        texts.add(tuple(transform.rows([pair.text])[0]))
+        if len(pictures) > 1 and len(texts) > 1:
+            return
+    if not texts:
+        return
+    same = "text" if len(texts) == 1 else "picture"
+    message = f"{options.train_data}: all {len(source)} pairs have the same {same}: there is nothing to tell apart"
+    if not options.distillation:
+        raise DataError(f"{message}; expected pairs of different pictures and texts")
+    logger.warning("%s, only --distillation teaches", message)
 
 
 def _lmdb(options: Options) -> tuple[PairSource, EpochSampler]:

@@ -1,17 +1,18 @@
 """Trains or fine-tunes: `python cn_clip/training/main.py --train-data=…/lmdb/train …` or `cn-clip train …`."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cn_clip import command, drop_in, ranks, zoo
-from cn_clip.errors import CheckpointError, ConfigError
-from cn_clip.training.params import Options
+from cn_clip import command, drop_in, ranks, settings, zoo
+from cn_clip.errors import CheckpointError, ConfigError, OutputError
+from cn_clip.training.params import RULES, Options
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from cn_clip.training.distill import Teacher
     from cn_clip.training.loss import Objective
     from cn_clip.training.monitor import Monitor
+    from cn_clip.training.state import Start
     from cn_clip.training.trainer import Trainer
 
 __getattr__ = drop_in.names(__name__)
@@ -36,13 +38,18 @@ def run(options: Options) -> None:
         torch.set_num_threads(options.num_threads)
     device = ranks.own_device(options.device)
     folder = Path(options.logs) / options.name
-    checkpoint_dir = folder / "checkpoints"
-    checkpoint_dir.mkdir(parents=True, exist_ok=True)
-    if ranks.rank() == 0:
-        state.clear_remains(checkpoint_dir)
     started = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
-    log = folder / f"out_{started}.log"
-    with logs.logging_to(log, rank=ranks.rank(), debug=options.debug), distributed.process_group(device):
+    with contextlib.ExitStack() as stack:
+        try:
+            state.make_folder(folder / "checkpoints")
+            log = folder / f"out_{started}.log"
+            stack.enter_context(logs.logging_to(log, rank=ranks.rank(), debug=options.debug))
+        except OSError as error:
+            raise OutputError(
+                f"--logs {options.logs}: the folder {folder} cannot be made or written ({error.strerror}); "
+                "choose another --logs"
+            ) from error
+        stack.enter_context(distributed.process_group(device))
         train_in_group(options, device, folder, started)
 
 
@@ -52,6 +59,9 @@ def train_in_group(options: Options, device: "torch.device", folder: Path, start
 
     checkpoint_dir = folder / "checkpoints"
     trainer = build_trainer(options, device, checkpoint_dir)
+    options = trainer.options
+    if options.overwrite:
+        set_aside_old_run(folder, trainer.start)
     values = {**asdict(options), "checkpoint_path": str(checkpoint_dir), "device": device}
     values |= {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
     values |= {name: options.optimizer_setting(name) for name in ("lr", "beta1", "beta2", "eps")}
@@ -59,12 +69,27 @@ def train_in_group(options: Options, device: "torch.device", folder: Path, start
     if ranks.rank() == 0:
         logs.log_params(values, folder / f"params_{started}.txt")
     logs.logger.info("Use device: %s for training, precision %s", device, arithmetic(options, trainer))
-    with monitor(options, folder, start_step=trainer.position.step) as trainer.report.monitor:
+    goes_on = trainer.start is not None and trainer.start.is_own
+    with monitor(options, folder, start_step=trainer.position.step, goes_on=goes_on) as trainer.report.monitor:
         trainer.train()
 
 
+def set_aside_old_run(folder: Path, start: "Start | None") -> None:
+    """Deletes the checkpoints of the run that --overwrite replaces, but for the one that the new run begins from.
+
+    Every process must ask.
+    """
+    from cn_clip.training import distributed, state
+    from cn_clip.training.logs import logger
+
+    if ranks.rank() == 0:
+        for path in state.discard(folder / "checkpoints", kept=None if start is None else start.path):
+            logger.info("Deleted %s of the run before (--overwrite)", path)
+    distributed.wait_for_all()
+
+
 def build_trainer(options: Options, device: "torch.device", checkpoint_dir: Path) -> "Trainer":
-    """Model, data, optimizer and loop of a run, standing where --resume or its latest checkpoint stands."""
+    """Model, data, optimizer and loop of a run, at the place where --resume, its latest checkpoint or --init begins."""
     import torch
 
     from cn_clip.training import distributed, inputs
@@ -74,7 +99,8 @@ def build_trainer(options: Options, device: "torch.device", checkpoint_dir: Path
 
     torch.manual_seed(options.seed)
     model = build_model(options, device)
-    checkpoint = load_start(options, model, checkpoint_dir)
+    start, checkpoint = load_start(options, model, checkpoint_dir)
+    options = with_length_of(options, checkpoint)
     torch.manual_seed(options.seed + ranks.rank())  # every process draws its own dropout
     training = inputs.training_data(options, model.resolution, device)
     validation = inputs.validation_data(options, model.resolution)
@@ -100,10 +126,11 @@ def build_trainer(options: Options, device: "torch.device", checkpoint_dir: Path
         teacher=open_teacher(options, device),
     )
     trainer = Trainer(options, learner, optimizer, training, validation, checkpoint_dir=checkpoint_dir)
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
+    if start is not None and checkpoint is not None:
+        trainer.restore(checkpoint, start)
     agree_on_start(trainer)
-    warn_of_rate(options, trainer.global_batch)
+    if ranks.rank() == 0:
+        warn_of_rate(options, trainer.global_batch, trainer.max_steps)
     return trainer
 
 
@@ -117,6 +144,8 @@ def build_model(options: Options, device: "torch.device") -> "CLIP":
     if ranks.rank() == 0:
         print("Loading vision model config from", zoo.config_path(options.vision_model))
         print("Loading text model config from", zoo.config_path(options.text_model))
+        for rule in settings.broken(options, RULES):
+            logger.warning("%s", rule.message)
     model = CLIP.from_config(zoo.model_config(options.vision_model, options.text_model))
     if options.loss == "siglip":
         model.add_logit_bias()
@@ -132,17 +161,10 @@ def build_model(options: Options, device: "torch.device") -> "CLIP":
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
         logger.info("Grad-checkpointing activated.")
-    if options.use_flash_attention:
-        logger.warning("--use-flash-attention changes nothing: FlashAttention is used wherever PyTorch offers it.")
     adapt.freeze(model, vision=options.freeze_vision, text=options.freeze_text, text_layers=options.freeze_text_layers)
     if options.lora_rank:
         adapt.add_lora(model, options.lora_rank, options.lora_alpha)
         model.to(device)
-    if isinstance(zoo.vision_config(options.vision_model).vision_layers, tuple):
-        if options.mask_ratio:
-            logger.warning("--mask-ratio changes nothing: a ResNet has no patches to leave out.")
-        if options.grad_checkpointing:
-            logger.warning("--grad-checkpointing works on the text tower alone, not on a ResNet.")
     return synchronise_norms(options, model, device)
 
 
@@ -163,26 +185,44 @@ def synchronise_norms(options: Options, model: "CLIP", device: "torch.device") -
     return synchronised
 
 
-def load_start(options: Options, model: "CLIP", checkpoint_dir: Path) -> "Checkpoint | None":
-    """Puts the weights of --resume, or of this experiment's last good checkpoint, into the model."""
-    from cn_clip.clip.checkpoint import SIGMOID_BIAS
-    from cn_clip.training import adapt, state
+def load_start(options: Options, model: "CLIP", checkpoint_dir: Path) -> "tuple[Start, Checkpoint] | tuple[None, None]":
+    """What the run begins from, as rank 0 chooses, and its checkpoint, whose weights are put into the model.
+
+    Adapters (LoRA) of a file that is gone on from stay apart when the run has adapters too; those of --init are merged.
+    """
+    from cn_clip.clip.checkpoint import SIGMOID_BIAS, read_checkpoint
+    from cn_clip.training import adapt, distributed, state
     from cn_clip.training.logs import logger
 
-    paths = state.find_resume(options.resume, checkpoint_dir)
-    checkpoint, errors = state.read_first_good(paths, partial(adapt.read_for_training, model))
-    for error in errors:
-        logger.warning("%s; the next older checkpoint is tried.", error)
-    if checkpoint is None:
-        return None
-    logger.info("=> begin to load checkpoint '%s'", checkpoint.path)
+    choose = partial(state.choose_start, options, checkpoint_dir)
+    chosen = distributed.together(choose if ranks.rank() == 0 else lambda: None)
+    start: Start | None = distributed.from_first(chosen)
+    if start is None:
+        return None, None
+    if not start.is_own and options.init is not None:
+        read: Callable[[Path], Checkpoint] = read_checkpoint
+    else:
+        read = partial(adapt.read_for_training, model)
+    logger.info("=> begin to load checkpoint '%s'", start.path)
+    checkpoint = distributed.together(lambda: read(start.path))
     bias = state.resume_entry(checkpoint).get(SIGMOID_BIAS)
     tensors = checkpoint.state_dict if bias is None else {**checkpoint.state_dict, SIGMOID_BIAS: bias}
     try:
         adapt.load_plain_state_dict(model, tensors, checkpoint.path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_advice(options, checkpoint)}") from error
-    return checkpoint
+    return start, checkpoint
+
+
+def with_length_of(options: Options, checkpoint: "Checkpoint | None") -> Options:
+    """The settings with the context length of the checkpoint that a run begins from, unless they ask for another."""
+    from cn_clip.clip.inputs import text_length
+
+    if checkpoint is None:
+        return options
+    return replace(
+        options, context_length=text_length(options.context_length, checkpoint.context_length, checkpoint.path)
+    )
 
 
 def _advice(options: Options, checkpoint: "Checkpoint") -> str:
@@ -227,28 +267,32 @@ def open_teacher(options: Options, device: "torch.device") -> "Teacher | None":
     return distill.open_teacher(options.teacher_model_name, device)
 
 
-def warn_of_rate(options: Options, global_batch: int) -> None:
-    """Says when the learning rate is far above what the batch size bears."""
+def warn_of_rate(options: Options, global_batch: int, max_steps: int) -> None:
+    """Says when the learning rate is far above what the batch size bears, and when the warm-up never ends."""
     from cn_clip.training.logs import logger
     from cn_clip.training.monitor import rate_warning
 
     # A run that goes on with its optimizer may have begun from scratch; adapters bear more than weights.
-    pretrained = bool((options.resume and options.reset_optimizer) or options.clip_weight_path)
+    pretrained = bool(options.init or (options.resume and options.reset_optimizer) or options.clip_weight_path)
     # The rule is that of the published models, which see 224 pixels and more; the small towers bear more too.
     is_small = zoo.vision_config(options.vision_model).image_resolution < 224
     pretrained = pretrained and not options.lora_rank and not is_small
     warning = rate_warning(options.optimizer_setting("lr"), global_batch, pretrained=pretrained)
     if warning:
         logger.warning("%s", warning)
+    if options.warmup > max_steps:
+        logger.warning("--warmup %d: the run has %d steps, so the rate never reaches --lr", options.warmup, max_steps)
 
 
-def monitor(options: Options, folder: Path, *, start_step: int) -> "AbstractContextManager[Monitor | None]":
+def monitor(
+    options: Options, folder: Path, *, start_step: int, goes_on: bool
+) -> "AbstractContextManager[Monitor | None]":
     """Keeps the numbers of the run in its folder; on other processes than the first, nothing."""
     from cn_clip.training.monitor import Monitor
 
     if ranks.rank() != 0:
         return nullcontext()
-    return Monitor(folder, start_step=start_step, tensorboard=options.report_to == "tensorboard")
+    return Monitor(folder, start_step=start_step, goes_on=goes_on, tensorboard=options.report_to == "tensorboard")
 
 
 def arithmetic(options: Options, trainer: "Trainer") -> str:

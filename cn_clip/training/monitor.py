@@ -36,19 +36,20 @@ class Monitor:
     train "loss", "lr", "chance_loss" (ln of the pairs contrasted; leave it out where guessing costs something else);
     valid "loss" and "{text_to_image,image_to_text}_{r1,r5,r10,mean_recall}", shares in [0, 1].
 
-    start_step: the steps done so far; what an earlier process wrote of later steps is dropped. A run that begins at 0
-    gives the file of an earlier one of its name the name `metrics_{time}.jsonl`. tensorboard: also write events; raises
+    start_step: the steps done so far; what an earlier process wrote of later steps is dropped. A run that begins at 0,
+    or with the checkpoint of another run (not goes_on), gives the file of an earlier one of its name the name
+    `metrics_{time}.jsonl`. tensorboard: also write events; raises
     MissingExtraError without the package.
     Raises CnClipError when the metrics cannot be written.
     """
 
-    def __init__(self, folder: Path, *, start_step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, *, start_step: int, tensorboard: bool, goes_on: bool = True) -> None:
         if tensorboard:
             require("tensorboard", extra="tensorboard", purpose="--report-to tensorboard")
         self.folder = folder
         self._can_draw = True
         self._file = MetricsFile(folder / METRICS)
-        if not start_step:
+        if not start_step or not goes_on:
             self._file.set_aside()
         self._keep(lambda record: record["step"] <= start_step)
         self._events = _event_writer(folder / EVENTS, start_step) if tensorboard else None

@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from cn_clip import command
-from cn_clip.errors import ConfigError
-from cn_clip.zoo import VISION_MODELS, TextName, VisionName
+from cn_clip import command, ranks
+from cn_clip.settings import Range, Rule, check, excludes, flag, is_given, needs
+from cn_clip.zoo import CONTEXT_LENGTH, VISION_MODELS, TextName, VisionName, vision_config
 
 # AdamW's settings by picture tower. Source: arXiv:2103.00020, tables 19 and 20; eps and beta2 differ by family.
 _VIT = {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1.0e-6}
@@ -24,43 +24,43 @@ class Options:
     """Path to the LMDB directory with training data split, or WebDataset shards: 'shards/{000..099}.tar'"""
     val_data: str | None = None
     """Path to the LMDB directory with validation data split; None disables validation"""
-    num_workers: int = 4
+    num_workers: Annotated[int, Range(least=0)] = 4
     """Number of processes that prepare training data"""
-    valid_num_workers: int = 1
+    valid_num_workers: Annotated[int, Range(least=0)] = 1
     """Number of processes that prepare validation data"""
     logs: str = "./logs/"
     """Where experiments are stored, each in a folder of its name"""
     name: str = "train_clip"
     """Name of the experiment"""
-    log_interval: int = 10
+    log_interval: Annotated[int, Range(least=1)] = 10
     """Log every N steps"""
     report_training_batch_acc: bool = False
     """Log the accuracy inside the training batch"""
-    batch_size: int = 64
+    batch_size: Annotated[int, Range(least=1)] = 64
     """Pairs in a training batch"""
-    valid_batch_size: int = 64
+    valid_batch_size: Annotated[int, Range(least=1)] = 64
     """Pairs in a validation batch"""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, Range(least=1)] = None
     """Number of steps to train for; --max-steps overrides --max-epochs"""
-    max_epochs: int = 32
+    max_epochs: Annotated[int, Range(least=1)] = 32
     """Number of epochs to train for; --max-steps overrides --max-epochs"""
-    valid_step_interval: int | None = None
+    valid_step_interval: Annotated[int | None, Range(least=-1)] = None
     """Validate every N steps; None or -1: never by steps"""
-    valid_epoch_interval: int | None = 1
+    valid_epoch_interval: Annotated[int | None, Range(least=-1)] = 1
     """Validate every N epochs; None or -1: never by epochs"""
-    context_length: int = 52
-    """Longest text in tokens, [CLS] and [SEP] included"""
-    lr: float | None = None
+    context_length: Annotated[int, Range(least=3, most=512)] = CONTEXT_LENGTH
+    """Longest text in tokens, [CLS] and [SEP] included; default: that of the checkpoint it begins from, else 52"""
+    lr: Annotated[float | None, Range(above=0)] = None
     """Learning rate; default by picture tower"""
-    beta1: float | None = None
+    beta1: Annotated[float | None, Range(least=0, below=1)] = None
     """Adam's beta 1; default by picture tower"""
-    beta2: float | None = None
+    beta2: Annotated[float | None, Range(least=0, below=1)] = None
     """Adam's beta 2; default by picture tower"""
-    eps: float | None = None
+    eps: Annotated[float | None, Range(above=0)] = None
     """Adam's epsilon; default by picture tower"""
-    wd: float = 0.2
+    wd: Annotated[float, Range(least=0)] = 0.2
     """Weight decay"""
-    warmup: int = 500
+    warmup: Annotated[int, Range(least=0)] = 500
     """Number of steps over which the learning rate rises"""
     use_bn_sync: bool = False
     """Synchronise batch normalisation between processes (CUDA)"""
@@ -68,12 +68,12 @@ class Options:
     """Vary training pictures: random crop, flip, AutoAugment"""
     skip_scheduler: bool = False
     """Keep the learning rate after warm-up instead of the cosine decay"""
-    save_epoch_frequency: int = 1
+    save_epoch_frequency: Annotated[int, Range(least=-1)] = 1
     """Keep a checkpoint every N epochs; -1: only the last"""
-    save_step_frequency: int = -1
+    save_step_frequency: Annotated[int, Range(least=-1)] = -1
     """Keep a checkpoint every N steps; -1: never by steps"""
     resume: str | None = None
-    """Checkpoint to start from, or a model's name; default: the latest checkpoint of this experiment, if any"""
+    """Checkpoint to go on from, with optimizer and place in the data; default: this experiment's latest, if any"""
     reset_optimizer: bool = False
     """Start from the weights of --resume without its optimizer state"""
     reset_data_offset: bool = False
@@ -82,7 +82,7 @@ class Options:
     """Arithmetic; amp: mixed float16 on CUDA, mixed bfloat16 on CPUs that have it, float32 elsewhere"""
     vision_model: VisionName = "ViT-B-16"
     """Picture tower"""
-    mask_ratio: float = 0
+    mask_ratio: Annotated[float, Range(least=0, below=1)] = 0
     """Share of the patches left out at random in training (FLIP)"""
     clip_weight_path: str | None = None
     """OpenAI CLIP weights the picture tower starts from"""
@@ -96,7 +96,7 @@ class Options:
     """Recompute activations in the backward pass: less memory, more time"""
     use_flash_attention: bool = False
     """Accepted; FlashAttention is used wherever PyTorch offers it"""
-    accum_freq: int = 1
+    accum_freq: Annotated[int, Range(least=1)] = 1
     """Batches joined into one update, with the gradient of one large batch"""
     gather_with_grad: bool = False
     """Gather features of all processes with gradients"""
@@ -104,17 +104,17 @@ class Options:
     """Do not gather features: each process contrasts its own batch alone"""
     debug: bool = False
     """Log at level DEBUG too"""
-    seed: int = 123
+    seed: Annotated[int, Range(least=-(2**63), most=2**63 - 1)] = 123
     """Seed of the data order and of random weights"""
     distillation: bool = False
     """Learn from the picture features of a teacher model too"""
     teacher_model_name: str | None = None
     """The teacher of --distillation: a checkpoint, a model's name, or a ModelScope model id"""
-    kd_loss_weight: float = 0.5
+    kd_loss_weight: Annotated[float, Range(least=0)] = 0.5
     """Weight of the loss of --distillation"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
-    num_threads: int | None = None
+    num_threads: Annotated[int | None, Range(least=1)] = None
     """CPU threads of PyTorch; default: its own choice"""
     fsdp: bool = False
     """Split weights, gradients and optimizer state over the processes (FSDP2) instead of copying them (DDP)"""
@@ -126,20 +126,24 @@ class Options:
     """Pairs of one batch that share a picture or a text are not each other's negatives"""
     freeze_text: bool = False
     """Do not train the text tower"""
-    freeze_text_layers: int = 0
+    freeze_text_layers: Annotated[int, Range(least=0)] = 0
     """Do not train the embeddings and the first N layers of the text tower"""
-    lora_rank: int = 0
+    lora_rank: Annotated[int, Range(least=0)] = 0
     """Train low-rank adapters of this rank instead of the weights (needs peft); 0: off"""
-    lora_alpha: float | None = None
+    lora_alpha: Annotated[float | None, Range(above=0)] = None
     """Scale of the adapters, divided by their rank; default: twice the rank"""
     on_error: Literal["stop", "skip"] = "stop"
     """A training picture that cannot be read: stop and name it, or train on with the next pair and count it"""
-    keep_checkpoints: int | None = None
+    keep_checkpoints: Annotated[int | None, Range(least=1)] = None
     """Keep the N newest epoch files besides the latest and the best one; default: all"""
-    early_stop: int | None = None
+    early_stop: Annotated[int | None, Range(least=1)] = None
     """Stop after N validations in a row without a better mean recall; default: never"""
     report_to: Literal["none", "tensorboard"] = "none"
     """Write events for TensorBoard into the experiment's folder"""
+    init: str | None = None
+    """First weights: a checkpoint or a model's name. The same command again goes on from its own checkpoints"""
+    overwrite: bool = False
+    """Start again: delete the checkpoints that this experiment has, once the new run is ready to train"""
 
     # See `command.spelled_out`.
     ADDED: ClassVar = (
@@ -155,26 +159,19 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "valid_batch_size", "max_epochs", "log_interval", "accum_freq"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("num_workers", "valid_num_workers", "warmup"):
-            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
-        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
-        _require(0 <= self.mask_ratio < 1, "mask_ratio", "a value in [0, 1)", self.mask_ratio)
-        _require(3 <= self.context_length <= 512, "context_length", "3 to 512", self.context_length)
-        for name in ("freeze_text_layers", "lora_rank"):
-            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
-        for name in ("keep_checkpoints", "early_stop"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, "at least 1", value)
-        if self.distillation and not self.teacher_model_name:
-            raise ConfigError("--distillation: needs --teacher-model-name, a checkpoint or the name of a model")
-        if self.fsdp and self.precision == "fp16":
-            raise ConfigError(
-                "--fsdp and --precision fp16: FSDP takes weights of one type; use --precision bf16 or amp"
-            )
-        if self.gather_with_grad and self.skip_aggregate:
-            raise ConfigError("--gather-with-grad and --skip-aggregate contradict each other; choose one")
+        check(self, RULES)
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run is ever validated."""
+        intervals = (self.valid_step_interval, self.valid_epoch_interval)
+        return self.val_data is not None and any(interval is not None and interval > 0 for interval in intervals)
+
+    @property
+    def num_contrasted(self) -> int:
+        """Pairs among which the loss lets the model choose."""
+        processes = 1 if self.skip_aggregate else ranks.world_size()
+        return self.batch_size * self.accum_freq * processes
 
     def optimizer_setting(self, name: Literal["lr", "beta1", "beta2", "eps"]) -> float:
         """The given value, else the default of the picture tower."""
@@ -182,9 +179,140 @@ class Options:
         return OPTIMIZER_DEFAULTS.get(self.vision_model, _VIT)[name] if value is None else value
 
 
-def _require(holds: bool, name: str, expected: str, value: object) -> None:
-    if not holds:
-        raise ConfigError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
+def _num_kept_patches(options: Options) -> int | None:
+    """The patches that --mask-ratio leaves of a picture; None for a ResNet, which has none."""
+    config = vision_config(options.vision_model)
+    if config.vision_patch_size is None:
+        return None
+    return int((config.image_resolution // config.vision_patch_size) ** 2 * (1 - options.mask_ratio))
+
+
+def _has_resnet(options: Options) -> bool:
+    return _num_kept_patches(options) is None
+
+
+def _asks_for_validation(options: Options) -> bool:
+    intervals = ("valid_step_interval", "valid_epoch_interval")
+    return any(is_given(options, name) for name in ("valid_batch_size", "valid_num_workers")) or any(
+        is_given(options, name) and (getattr(options, name) or 0) > 0 for name in intervals
+    )
+
+
+# Which options need, exclude or silence each other. Refused: what cannot be meant, and flags that Chinese-CLIP does not
+# have. Warned of: what Chinese-CLIP takes although it changes nothing, so that its command lines still run.
+RULES: tuple[Rule, ...] = (
+    Rule(("name",), lambda options: not options.name, "--name: expected the name of a folder in --logs", True),
+    excludes("init", "resume", "both name the first weights; give one of them", refused=True),
+    excludes("init", "reset_optimizer", "--init begins with a fresh optimizer anyway; leave it out", refused=True),
+    excludes(
+        "init", "reset_data_offset", "--init begins at the beginning of the data anyway; leave it out", refused=True
+    ),
+    *(
+        excludes(
+            name, other, f"{flag(name)} gives the weights of both towers; leave {flag(other)} out", refused=refused
+        )
+        for name, refused in (("init", True), ("resume", False))
+        for other in ("clip_weight_path", "bert_weight_path")
+    ),
+    needs("distillation", "teacher_model_name", ", a checkpoint or the name of a model", refused=True),
+    needs("teacher_model_name", "distillation", refused=False),
+    needs("kd_loss_weight", "distillation", refused=False),
+    needs("lora_alpha", "lora_rank", refused=True),
+    Rule(
+        ("lora_rank", "freeze_vision", "freeze_text"),
+        lambda options: options.lora_rank and options.freeze_vision and options.freeze_text,
+        "--lora-rank with --freeze-vision and --freeze-text: both towers are frozen, there is nothing to adapt; "
+        "leave one to be trained",
+        True,
+    ),
+    excludes("freeze_text", "freeze_text_layers", "the first one freezes all layers; leave one out", refused=False),
+    needs("early_stop", "val_data", refused=True),
+    Rule(
+        ("early_stop", "valid_step_interval", "valid_epoch_interval"),
+        lambda options: options.early_stop and options.val_data is not None and not options.validates,
+        "--early-stop: needs validation; --valid-step-interval and --valid-epoch-interval ask for none",
+        True,
+    ),
+    Rule(
+        ("valid_batch_size", "valid_num_workers", "valid_step_interval", "valid_epoch_interval", "val_data"),
+        lambda options: options.val_data is None and _asks_for_validation(options),
+        "no --val-data: --valid-batch-size, --valid-num-workers, --valid-step-interval, --valid-epoch-interval change "
+        "nothing",
+        False,
+    ),
+    Rule(
+        ("val_data", "valid_step_interval", "valid_epoch_interval"),
+        lambda options: options.val_data is not None and not options.validates,
+        "--val-data: changes nothing; --valid-step-interval and --valid-epoch-interval ask for no validation",
+        False,
+    ),
+    Rule(
+        ("valid_batch_size", "val_data"),
+        lambda options: options.validates and options.valid_batch_size == 1,
+        "--valid-batch-size 1: loss and accuracies inside a batch of one pair say nothing; look at Validation Recall "
+        "of --val-data",
+        False,
+    ),
+    excludes("max_steps", "max_epochs", "the steps count, the epochs change nothing", refused=False),
+    Rule(
+        ("batch_size", "accum_freq", "skip_aggregate"),
+        lambda options: options.num_contrasted < 2 and not options.distillation,
+        "--batch-size 1: a pair is learned by telling it from others, and a global batch of one pair has none: the "
+        "loss would be 0; raise --batch-size or --accum-freq, or gather the features of several processes (no "
+        "--skip-aggregate)",
+        True,
+    ),
+    Rule(
+        ("batch_size", "accum_freq", "skip_aggregate", "distillation"),
+        lambda options: options.num_contrasted < 2 and options.distillation,
+        "--batch-size 1: a global batch of one pair has nothing to tell apart: only --distillation teaches, the text "
+        "tower learns nothing; raise --batch-size or --accum-freq, or leave --skip-aggregate out",
+        False,
+    ),
+    excludes("gather_with_grad", "skip_aggregate", "they contradict each other; choose one", refused=True),
+    Rule(
+        ("fsdp", "precision"),
+        lambda options: options.fsdp and options.precision == "fp16",
+        "--fsdp and --precision fp16: FSDP takes weights of one type; use --precision bf16 or amp",
+        True,
+    ),
+    Rule(
+        ("mask_ratio", "vision_model"),
+        lambda options: _num_kept_patches(options) == 0,
+        "--mask-ratio: leaves no patch of a picture of this --vision-model; choose a smaller one",
+        True,
+    ),
+    Rule(
+        ("mask_ratio", "vision_model"),
+        lambda options: options.mask_ratio and _has_resnet(options),
+        "--mask-ratio changes nothing: a ResNet (--vision-model) has no patches to leave out.",
+        False,
+    ),
+    Rule(
+        ("grad_checkpointing", "vision_model"),
+        lambda options: options.grad_checkpointing and _has_resnet(options),
+        "--grad-checkpointing works only on the text tower: this --vision-model is a ResNet.",
+        False,
+    ),
+    Rule(
+        ("use_bn_sync", "vision_model"),
+        lambda options: options.use_bn_sync and not _has_resnet(options),
+        "--use-bn-sync changes nothing: this --vision-model has no batch normalisation.",
+        False,
+    ),
+    Rule(
+        ("use_flash_attention",),
+        lambda options: options.use_flash_attention,
+        "--use-flash-attention changes nothing: FlashAttention is used wherever PyTorch offers it.",
+        False,
+    ),
+    Rule(
+        ("keep_checkpoints", "save_epoch_frequency", "save_step_frequency"),
+        lambda options: options.keep_checkpoints and max(options.save_epoch_frequency, options.save_step_frequency) < 1,
+        "--keep-checkpoints changes nothing: --save-epoch-frequency and --save-step-frequency keep only the last one",
+        False,
+    ),
+)
 
 
 def get_default_params(model_name: str) -> dict[str, float]:

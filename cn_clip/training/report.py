@@ -80,6 +80,7 @@ class Report:
     clock: Clock = field(default_factory=Clock)
     num_skipped: int = 0
     _told_skipped: int = 0
+    _told_zero: bool = False
 
     def step(self, position: Position, scores: Scores, *, rate: float, logit_scale: float) -> None:
         """The step before `position`."""
@@ -98,6 +99,13 @@ class Report:
         self._tell_skipped()
         values = {"loss": loss, "lr": rate, "logit_scale": logit_scale}
         values |= {"samples_per_second": speed, "peak_memory_gib": memory}
+        if loss == 0 and not self._told_zero:
+            self._told_zero = True
+            logger.warning(
+                "step %d: the loss is 0, so this step trains nothing: the pairs of the batch share their texts or "
+                "pictures (are the data sorted?), or are known by heart",
+                position.step,
+            )
         if plan.has_chance_loss:
             values["chance_loss"] = math.log(plan.contrasted)
             warning = self.stuck.observe(position.step, loss, plan.contrasted)

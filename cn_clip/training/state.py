@@ -7,17 +7,21 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from cn_clip import zoo
-from cn_clip.clip.checkpoint import Checkpoint
+from cn_clip import ranks, zoo
+from cn_clip.clip.checkpoint import Checkpoint, read_checkpoint
 from cn_clip.clip.foreign.names import refuse
 from cn_clip.clip.hub import weight_file
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.jsonl import atomic_write
+from cn_clip.settings import flag
+from cn_clip.training.logs import logger
+from cn_clip.training.params import Options
 
 LATEST, BEST = "epoch_latest.pt", "epoch_best.pt"
 _EPOCH_FILE = re.compile(r"epoch(\d+|_\d+_\d+)\.pt")  # a copy that a user gave another name is theirs
@@ -54,14 +58,15 @@ def checkpoint_content(
     *,
     name: str,
     position: Position,
+    context_length: int,
     resume: dict[str, Any] | None,
     lora: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The dictionary a checkpoint file holds.
 
     `epoch`, `step`, `name`, `state_dict` (with "module." names) and `optimizer` are the format of Chinese-CLIP, which
-    counts a begun epoch as its own number; `resume` is what it has no place for, `lora` what adapters are. What is None
-    is left out.
+    counts a begun epoch as its own number. It has no place for `context_length`, the longest text in tokens, for
+    `resume`, which only training reads, and for `lora`, what adapters are. What is None is left out.
     """
     begun_epoch = position.epoch + (1 if position.batch else 0)
     content: dict[str, Any] = {
@@ -69,6 +74,7 @@ def checkpoint_content(
         "step": position.step,
         "name": name,
         "state_dict": {f"module.{key}": value for key, value in tensors.items()},
+        "context_length": int(context_length),
     }
     if optimizer is not None:
         content["optimizer"] = optimizer
@@ -80,42 +86,52 @@ def checkpoint_content(
 
 
 def save(content: dict[str, Any], paths: list[Path]) -> float:
-    """Writes the file once, gives it every name in `paths`, and returns the seconds it took.
+    """Writes a file of its own under each of `paths`, all or none, and returns the seconds it took.
 
-    Raises CheckpointError when it cannot be written, e.g. on a full disk; files written earlier stay as they were.
+    Raises CheckpointError when they cannot be written, e.g. on a full disk; files written earlier stay as they were.
     """
     begin = time.monotonic()
-    first, *others = paths
     try:
-        with atomic_write(first, "wb") as stream:
-            torch.save(content, stream)
-        for other in others:
-            _give_name(first, other)
+        with contextlib.ExitStack() as stack:
+            # The last one opened is the first to get its name: a kill in between leaves a run whose newest file counts.
+            first, *others = [stack.enter_context(atomic_write(path, "wb")) for path in reversed(paths)][::-1]
+            torch.save(content, first)
+            first.flush()
+            for other in others:
+                _copy(first, other)
+            for stream in (first, *others):
+                os.fsync(stream.fileno())
     except (OSError, RuntimeError) as error:  # torch.save wraps the error of the file system
         cause = error.__cause__ or error.__context__ or error
         raise CheckpointError(
-            f"{first}: could not be written ({cause}); the checkpoints written before are intact; "
+            f"{paths[0]}: could not be written ({cause}); the checkpoints written before are intact; "
             "free some space (--keep-checkpoints N deletes old ones) and start the same command again"
         ) from error
     return time.monotonic() - begin
 
 
-def _give_name(file: Path, name: Path) -> None:
-    """Makes `name` the same file by a hard link, or a copy where the file system has none; never a torn one."""
-    temporary = name.with_name(f".{name.name}.tmp")
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
-    try:
-        os.link(file, temporary)
-    except OSError:
-        shutil.copyfile(file, temporary)
-    os.replace(temporary, name)
+def _copy(source: IO[bytes], target: IO[bytes]) -> None:
+    """Fills an empty file with the bytes of another; a file system that can share their blocks copies none of them."""
+    size, done = os.fstat(source.fileno()).st_size, 0
+    with contextlib.suppress(OSError, AttributeError):  # neither here nor between these files: copied below
+        while done < size:
+            step = os.copy_file_range(source.fileno(), target.fileno(), size - done, done, done)
+            if not step:
+                break
+            done += step
+    with os.fdopen(os.dup(source.fileno()), "rb") as again:
+        again.seek(done)
+        target.seek(done)
+        shutil.copyfileobj(again, target, 1 << 20)
+    target.flush()
 
 
-def clear_remains(checkpoint_dir: Path) -> None:
-    """Deletes what saves that were killed left half written."""
-    for path in checkpoint_dir.glob(".epoch*.tmp"):
-        path.unlink()
+def make_folder(checkpoint_dir: Path) -> None:
+    """Makes the folder of the checkpoints; rank 0 clears away what killed saves left half written. Raises OSError."""
+    checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    if ranks.rank() == 0:
+        for path in checkpoint_dir.glob(".epoch*.tmp"):
+            path.unlink()
 
 
 def prune(checkpoint_dir: Path, keep: int | None) -> list[Path]:
@@ -133,25 +149,133 @@ def _newest_first(checkpoint_dir: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
-def find_resume(resume: str | None, checkpoint_dir: Path) -> list[Path]:
-    """The checkpoints to start from, best first: the given one alone, else those of this experiment, newest first.
-
-    resume: a path, or the name of a published or bundled model. Raises CheckpointError when the given one is not there:
-    a run never starts from scratch in silence.
-    """
-    if resume is not None:
-        path = weight_file(resume) if zoo.named(resume) and not os.path.exists(resume) else Path(resume)
-        if not os.path.exists(path):  # unlike Path.exists, also for a name that is too long
-            refuse(resume)
-            known = {model.filename: name for name, model in zoo.downloadable().items()}
-            name = known.get(path.name)
-            fetch = f"; fetch it with: cn-clip download {name} --download-root {path.parent}" if name else ""
-            raise CheckpointError(
-                f"--resume {resume}: no such file{fetch}; training stops rather than start from scratch"
-            )
-        return [path]
+def own_checkpoints(checkpoint_dir: Path) -> list[Path]:
+    """The checkpoints that this experiment has written, best to go on from first."""
     latest = checkpoint_dir / LATEST
     return [path for path in (latest, *_newest_first(checkpoint_dir)) if path.is_file()]
+
+
+def discard(checkpoint_dir: Path, *, kept: Path | None) -> list[Path]:
+    """Deletes the checkpoints of this experiment but for `kept`; returns the deleted ones."""
+    old = [path for path in {*own_checkpoints(checkpoint_dir), checkpoint_dir / BEST} if path.is_file()]
+    old = sorted(path for path in old if kept is None or not path.samefile(kept))
+    for path in old:
+        path.unlink()
+    return old
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint a run begins from. is_own: this experiment wrote it. origin: what the run's first weights were.
+
+    with_optimizer, with_position: whether optimizer state, and place in the data, are taken from it too.
+    """
+
+    path: Path
+    is_own: bool
+    origin: str | None
+    with_optimizer: bool
+    with_position: bool
+
+
+def choose_start(options: Options, checkpoint_dir: Path) -> Start | None:
+    """What a run begins from, None for random weights: --resume, else its own newest checkpoint, else --init.
+
+    With --overwrite its own checkpoints do not count. Raises CheckpointError when a given file is not there (a run
+    never starts from scratch in silence) or no checkpoint of its own can be read, ConfigError when progress would be
+    overwritten, or when --init is not what its own checkpoints began with.
+    """
+    takes = {"with_optimizer": not options.reset_optimizer, "with_position": not options.reset_data_offset}
+    own = None if options.overwrite else _newest_own(checkpoint_dir, must_be_good=options.resume is None)
+    if options.resume is not None:
+        path = find_weights("--resume", options.resume)
+        given = read_checkpoint(path, merge_lora=False)
+        is_own = path.resolve().parent == checkpoint_dir.resolve()
+        if own is not None:
+            _refuse_lost_progress(options, own, kept=given.step if is_own or takes["with_position"] else 0)
+        return Start(path, is_own, _origin(given) if is_own else _identity(options.resume), **takes)
+    if own is not None:
+        _refuse_other_origin(options, own)
+        if options.init is not None:
+            logger.info("--init %s gave this run its first weights; it goes on from %s", options.init, own.path)
+        return Start(own.path, True, _origin(own), **takes)
+    for name in ("reset_optimizer", "reset_data_offset"):
+        if getattr(options, name):
+            logger.warning("%s changes nothing: the run begins from no checkpoint.", flag(name))
+    if options.init is None:
+        return None
+    path = find_weights("--init", options.init)
+    return Start(path, False, _identity(options.init), with_optimizer=False, with_position=False)
+
+
+def _newest_own(checkpoint_dir: Path, *, must_be_good: bool) -> Checkpoint | None:
+    try:
+        own, errors = read_first_good(own_checkpoints(checkpoint_dir), partial(read_checkpoint, merge_lora=False))
+    except CheckpointError:
+        if must_be_good:
+            raise
+        return None
+    for error in errors:
+        logger.warning("%s; the next older checkpoint is tried.", error)
+    return own
+
+
+def find_weights(name: str, value: str) -> Path:
+    """The file or folder of a path, or of the name of a published or bundled model, given with the flag `name`.
+
+    Raises CheckpointError when it is not there.
+    """
+    path = weight_file(value) if zoo.named(value) and not os.path.exists(value) else Path(value)
+    if not os.path.exists(path):  # unlike Path.exists, also for a name that is too long
+        refuse(value)
+        known = {model.filename: name for name, model in zoo.downloadable().items()}
+        model = known.get(path.name)
+        fetch = f"; fetch it with: cn-clip download {model} --download-root {path.parent}" if model else ""
+        raise CheckpointError(f"{name} {value}: no such file{fetch}; training stops rather than start from scratch")
+    return path
+
+
+def _identity(value: str) -> str:
+    """What tells first weights apart in a checkpoint: the name of a model, or a whole path."""
+    return value if zoo.named(value) and not os.path.exists(value) else os.path.realpath(value)
+
+
+def _origin(checkpoint: Checkpoint) -> str | None:
+    """The first weights of the run that wrote a checkpoint; None when they were random, or it does not say."""
+    origin: str | None = resume_entry(checkpoint).get("origin")
+    return origin
+
+
+def _refuse_lost_progress(options: Options, own: Checkpoint, *, kept: int) -> None:
+    """Raises ConfigError when the run would begin at step `kept`, before its own checkpoint.
+
+    Worked example: --resume pretrained.pt --reset-data-offset begins at step 0. In an empty folder it runs; killed at
+    step 500 and started again it is refused, for the folder holds step 500. --resume with the folder's own newest file
+    loses nothing, whatever is reset.
+    """
+    if own.step <= kept:
+        return
+    resets = [flag(name) for name in ("reset_optimizer", "reset_data_offset") if getattr(options, name)]
+    raise ConfigError(
+        f"{' '.join([f'--resume {options.resume}', *resets])}: would begin at step {kept}, but {own.path} holds step "
+        f"{own.step} of this run. To go on from there, leave these flags out, or give --init {options.resume} in their "
+        "place: the same command then begins and goes on; to start again and delete the old checkpoints, add "
+        "--overwrite; to keep both runs, choose another --name"
+    )
+
+
+def _refuse_other_origin(options: Options, own: Checkpoint) -> None:
+    """Raises ConfigError when --init names other weights than those the run is known to have begun with."""
+    origin = _origin(own)
+    if options.init is None or "origin" not in resume_entry(own) or origin in (options.init, _identity(options.init)):
+        return
+    began, goes_on = "random weights", "leave --init out"
+    if origin is not None:
+        began, goes_on = origin, f"give --init {origin}"
+    raise ConfigError(
+        f"--init {options.init}: {own.path} is of a run that began with {began}. To go on with that run, {goes_on}; to "
+        "start again and delete the old checkpoints, add --overwrite; to keep both runs, choose another --name"
+    )
 
 
 def read_first_good(

@@ -18,6 +18,7 @@ from cn_clip.data.datasets import Loader, PairBatch
 from cn_clip.data.records import RecordId
 from cn_clip.data.splits import Split
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError
+from cn_clip.settings import flag
 from cn_clip.training import adapt, distributed, state
 from cn_clip.training.logs import logger
 from cn_clip.training.loss import Scores
@@ -33,7 +34,7 @@ from cn_clip.training.optim import (
 from cn_clip.training.params import Options
 from cn_clip.training.report import Plan, Report
 from cn_clip.training.sampling import EpochSampler
-from cn_clip.training.state import Extent, Position
+from cn_clip.training.state import Extent, Position, Start
 from cn_clip.training.step import Batch, Learner, make_batch
 from cn_clip.training.stopping import StopRequest
 from cn_clip.training.validation import Validation, validate
@@ -88,6 +89,7 @@ class Trainer:
         self.max_epochs = -(-self.max_steps // self.steps_per_epoch)
         self.global_batch = options.batch_size * options.accum_freq * ranks.world_size()
         self.position = Position()
+        self.start: Start | None = None
         self.early_stop = EarlyStop()
         self.groups = decay_groups(self.model)  # once: FSDP shows other parameters while it holds a layer together
         self.validated_step = -1
@@ -98,13 +100,12 @@ class Trainer:
         self.report = Report(self._plan(), stuck, self.device, options.report_training_batch_acc)
 
     def _plan(self) -> Plan:
-        processes = ranks.world_size() if self.learner.gather == "none" else 1
         return Plan(
             max_steps=self.max_steps,
             steps_per_epoch=self.steps_per_epoch,
             num_padded=self.training.sampler.num_padded,
             global_batch=self.global_batch,
-            contrasted=self.global_batch // processes,
+            contrasted=self.options.num_contrasted,
             has_chance_loss=self.options.loss == "clip" and not self.options.distillation,
         )
 
@@ -122,18 +123,19 @@ class Trainer:
             seed=self.options.seed,
         )
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes on where a checkpoint stands, as far as the reset flags let it; the weights are loaded already.
+    def restore(self, checkpoint: Checkpoint, start: Start) -> None:
+        """Takes from a checkpoint what `start` says; the weights are loaded already.
 
         Raises CheckpointError when the file has no fitting optimizer state, or counts in another extent.
         """
+        self.start = start
         saved = state.resume_entry(checkpoint)
-        if not self.options.reset_data_offset:
+        if start.with_position:
             self.position = state.resume_position(checkpoint, self.extent)
-        if not self.options.reset_optimizer:
+        if start.with_optimizer:
             self._restore_optimizer(checkpoint)
             logger.info("=> optimizer state is restored from the checkpoint")
-        if saved and not self.options.reset_data_offset:
+        if saved and start.with_position:
             state.restore_rng(saved["rng"][ranks.rank()], self.device)
             self.early_stop.load_state_dict(saved["early_stop"])
             self.validated_step, self.closed = saved["validated_step"], saved["closed"]
@@ -142,7 +144,10 @@ class Trainer:
 
     def _restore_optimizer(self, checkpoint: Checkpoint) -> None:
         if checkpoint.optimizer is None:
-            raise CheckpointError(f"{checkpoint.path}: no optimizer state in it; add --reset-optimizer")
+            raise CheckpointError(
+                f"{checkpoint.path}: no optimizer state in it; to begin with its weights, give it as --init, or add "
+                "--reset-optimizer"
+            )
         try:
             load_optimizer_state(self.optimizer, self.groups, checkpoint.optimizer)
         except (ValueError, KeyError) as error:
@@ -157,7 +162,7 @@ class Trainer:
     def train(self) -> None:
         """Runs the remaining epochs. Raises SystemExit after SIGTERM or SIGINT, with a checkpoint written."""
         with self.stop_request.noted(), state.explained_memory():
-            if self.position.step == 0 and self._ever_validates():
+            if self.position.step == 0 and self.options.validates:
                 self.validate(-1)
                 self._leave_if_asked(-1)
             while (self._next_step() < self.max_steps or not self.closed) and not self._should_stop():
@@ -169,16 +174,12 @@ class Trainer:
         self._train_epoch(epoch)
         if self.position.batch == self.steps_per_epoch:
             self.position = Position(epoch + 1, 0, self.position.step)
-        is_end = self.position.step >= self.max_steps and self._ever_validates()
+        is_end = self.position.step >= self.max_steps and self.options.validates
         if is_end or _is_due(epoch + 1, self.options.valid_epoch_interval):
             self.validate(epoch)
         self.closed = True
         self._save_epoch(epoch)
         self._leave_if_asked(epoch, is_saved=True)
-
-    def _ever_validates(self) -> bool:
-        intervals = (self.options.valid_step_interval, self.options.valid_epoch_interval)
-        return any(interval is not None and interval > 0 for interval in intervals)
 
     def _next_step(self) -> int:
         return self.steps_per_epoch * self.position.epoch + self.position.batch
@@ -279,10 +280,11 @@ class Trainer:
         if self.position.step and not is_saved:
             self._save([state.LATEST], epoch)
         number = self.stop_request.number or signal.SIGTERM
-        how = "the same command goes on from here"
-        if self.options.resume is not None:
-            latest = self.checkpoint_dir / state.LATEST
-            how = f"--resume {latest}, without --reset-optimizer and --reset-data-offset, goes on from here"
+        names = [name for name in ("reset_optimizer", "reset_data_offset", "overwrite") if getattr(self.options, name)]
+        left_out = [f"--resume {self.options.resume}"] if self.options.resume is not None else []
+        left_out += map(flag, names)
+        without = f" without {' '.join(left_out)}" if left_out else ""
+        how = f"the same command{without} goes on from here"
         logger.warning("Stopped by %s; %s.", signal.Signals(number).name, how)
         raise SystemExit(128 + number)
 
@@ -333,6 +335,7 @@ class Trainer:
             "early_stop": self.early_stop.state_dict(),
             "validated_step": self.validated_step,
             "closed": self.closed,
+            "origin": None if self.start is None else self.start.origin,
         }
         optimizer = optimizer_state(self.optimizer, self.groups)
         self._write(names, epoch, optimizer=optimizer, resume=resume)
@@ -361,6 +364,7 @@ class Trainer:
             optimizer,
             name=self.options.name,
             position=self.position,
+            context_length=self.options.context_length,
             resume=resume,
             lora=None if lora is None else lora.entry(),
         )

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from cn_clip import zoo
 from cn_clip.errors import ConfigError
 
 Rows: TypeAlias = NDArray[np.float32]
@@ -37,8 +38,7 @@ FASTEST: dict[BackendName, tuple[Precision, ...]] = {
 }
 
 
-# Longest text in tokens, [CLS] and [SEP] included, as Chinese-CLIP trains.
-DEFAULT_CONTEXT_LENGTH = 52
+DEFAULT_CONTEXT_LENGTH = zoo.CONTEXT_LENGTH
 
 # Pictures, and texts, in a batch when nobody says: enough to keep every core busy, few enough to stay in its cache.
 USUAL_SIZES = (32, 64)
@@ -108,7 +108,8 @@ def check_threads(count: object, *, least: int = 1) -> None:
 class TowerFacts:
     """What an exported tower takes and gives. None: any number, or not known (files of other exporters say little).
 
-    batch, length: the only batch size and text length taken. max_length: the longest text. precision: of the weights.
+    batch, length: the only batch size and text length taken. max_length: the longest text taken; context_length: the
+    longest the model was trained with, None for the usual one. precision: of the weights.
     architecture: "VISION@TEXT". weights: a fingerprint that the two towers of one model share. logit_scale: the factor
     on cosines, exp of the stored parameter. left_out: products that lose too much in int8 and stay float32. levels: the
     largest weight in int8. num_int8, num_products: products with weights in int8, and all of them.
@@ -120,6 +121,7 @@ class TowerFacts:
     batch: int | None = None
     length: int | None = None
     max_length: int | None = None
+    context_length: int | None = None
     precision: str | None = None
     architecture: str | None = None
     weights: str | None = None
@@ -169,6 +171,11 @@ class ExportedBackend:
     @property
     def embed_dim(self) -> int:
         return self._tower("image" if self.text is None else "text").facts.embed_dim
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest text in tokens the model was trained with; None when the files do not say."""
+        return None if self.text is None else self.text.facts.context_length
 
     @property
     def usual_batch_sizes(self) -> tuple[int, int]:

@@ -108,6 +108,7 @@ def facts_of_model(model: "CLIP", kind: Kind) -> TowerFacts:
         embed_dim=model.config.vision.embed_dim,
         resolution=model.resolution if kind == "image" else None,
         max_length=model.config.text.text_max_position_embeddings if kind == "text" else None,
+        context_length=model.context_length if kind == "text" else None,
         precision="fp32",
         architecture="@".join(name or "?" for name in names) if any(names) else None,
         weights=fingerprint(model),

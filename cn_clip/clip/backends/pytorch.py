@@ -50,6 +50,7 @@ class TorchBackend:
         self.usual_batch_sizes = USUAL_SIZES_ON_GPU if self.device.type == "cuda" else USUAL_SIZES
         self.resolution = model.resolution
         self.embed_dim = model.config.vision.embed_dim
+        self.context_length = model.context_length
         self.logit_scale = float(model.logit_scale.detach().exp())
         self.num_parameters = tuple(sum(one.numel() for one in part.parameters()) for part in (model, model.visual))
         self._encode_image, self._encode_text = model.encode_image, model.encode_text
