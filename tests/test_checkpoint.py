@@ -1,10 +1,12 @@
 """The weight reader: every spelling of a file gives the same tensors, and what is no checkpoint is refused."""
 
 import gzip
+import io
 import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -373,21 +375,167 @@ def refusal(path: Path) -> str:
     return message.removeprefix(str(path))
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", "not a PyTorch checkpoint"),
-        (bytes(range(1, 256)) * 20, "not a PyTorch checkpoint"),
-        ("<!DOCTYPE html><html>404 没有</html>".encode(), "not a PyTorch checkpoint"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "not a PyTorch checkpoint"),
-        (pickle.dumps([1, 2]), "not a PyTorch checkpoint"),
-    ],
-)
-def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
+def zipped(**files: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return stream.getvalue()
+
+
+def arrays() -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, a=np.ones(3))
+    return stream.getvalue()
+
+
+# What people have under the name of a weight file, and what is said of it by whatever reads it.
+OTHER_KINDS: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is empty; download or copy it again"),
+    "page": (
+        "\n<!DOCTYPE html><html>404 没有</html>".encode(),
+        "is a web page, as a hub sends instead of a file; down",
+    ),
+    "pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+        "is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder",
+    ),
+    "json": (b'{"error": "Repository not found"}', "is JSON text; give the weight file that it belongs to"),
+    "text": ("Entry not found 没有\n".encode() * 99, "is text; give the weight file"),
+    "gzip": (gzip.compress(b"a"), "is compressed by gzip; unpack it"),
+    "tar": (b"a" * 257 + b"ustar" + b"\0" * 300, "is a tar archive; unpack it"),
+    "zip": (zipped(readme=b"a"), "is a zip archive that torch.save did not write; unpack it"),
+    "npz": (arrays(), "is arrays of NumPy (npz); save the weights with torch.save(model.state_dict(), path)"),
+    "hdf5": (
+        b"\x89HDF\r\n\x1a\n" + b"\0" * 99,
+        "is a file of Keras or TensorFlow (HDF5); convert it to PyTorch's format",
+    ),
+    "tensorflow": (
+        b"\0" * 99 + bytes.fromhex("57fb808b247547db"),
+        "is a TensorFlow checkpoint; convert it to PyTorch's format",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.bin", "model.safetensors", "folder/model.safetensors"])
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_files_of_other_kinds_are_refused_with_the_next_step(tmp_path: Path, name: str, kind: str) -> None:
+    content, said = OTHER_KINDS[kind]
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    message = refusal(path.parent if name.startswith("folder") else path)
+    assert message.removeprefix("/model.safetensors").startswith(f": {said}")
+
+
+@pytest.mark.parametrize("content", [bytes(range(1, 256)) * 20, pickle.dumps([1, 2])])
+def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path, content: bytes) -> None:
     for name in ("model.pt", "model.safetensors"):
         (tmp_path / name).write_bytes(content)
-        expected = said if name.endswith(".pt") else "not a safetensors file"
+        expected = "not a PyTorch checkpoint" if name.endswith(".pt") else "not a safetensors file"
         assert refusal(tmp_path / name).startswith(f": {expected}")
+
+
+@pytest.mark.parametrize("name", ["plain.pt", "tensors.safetensors"])
+def test_the_content_of_a_file_says_its_format_and_not_its_name(tmp_path: Path, name: str) -> None:
+    SPELLINGS[name](tmp_path / name, state_of())
+    for suffix in (".pth", ".ckpt", ".bin", ""):
+        path = (tmp_path / name).rename(tmp_path / f"model{suffix}")
+        assert open_model(path)[0].resolution == 32
+        path.rename(tmp_path / name)
+
+
+def test_a_file_of_torch_named_safetensors_is_told(tmp_path: Path) -> None:
+    save_plain(tmp_path / "model.safetensors", state_of())
+    assert refusal(tmp_path / "model.safetensors") == ": is a file of torch.save; rename it to .pt"
+
+
+def test_one_of_several_files_and_their_index_name_the_folder(tmp_path: Path) -> None:
+    save_sharded_folder(tmp_path / "folder", state_of())
+    shard = tmp_path / "folder" / "model-00001-of-00002.safetensors"
+    (tmp_path / "folder" / "model-0.safetensors").rename(shard)
+    assert refusal(shard) == f": is one of several files of a model; give their folder, {tmp_path / 'folder'}"
+    index = tmp_path / "folder" / "model.safetensors.index.json"
+    assert refusal(index) == ": is the index of a model in several files; give their folder"
+
+
+def test_a_folder_of_checkpoints_names_one(tmp_path: Path) -> None:
+    save_plain(tmp_path / "epoch1.pt", state_of())
+    assert refusal(tmp_path).endswith("expected a transformers folder or a file, such as epoch1.pt in it")
+
+
+# --- names that wrappers and larger models give
+
+WRAPPERS = [
+    "module.",
+    "model.",
+    "_orig_mod.",
+    "clip_model.",
+    "net.",
+    "module._orig_mod.",
+    "_orig_mod.module.",
+    "model.clip_model._orig_mod.",
+    "module.module.",
+    "student.",
+]
+
+
+@pytest.mark.parametrize("convert", [lambda state: state, transformers_names])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_are_read_through_any_wrapper(tmp_path: Path, wrapper: str, convert: Callable[[State], State]) -> None:
+    state = state_of()
+    save_plain(tmp_path / "wrapped.pt", {wrapper + key: value for key, value in convert(state).items()})
+    read = read_checkpoint(tmp_path / "wrapped.pt").state_dict
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+@pytest.mark.parametrize("at", ["visual.", "bert.", "visual.transformer.resblocks.0.", "bert.encoder.layer.1."])
+def test_names_are_read_where_only_a_part_was_wrapped(tmp_path: Path, wrapper: str, at: str) -> None:
+    state = state_of()
+    save_plain(tmp_path / "wrapped.pt", {key.replace(at, at + wrapper): value for key, value in state.items()})
+    assert read_checkpoint(tmp_path / "wrapped.pt").state_dict.keys() == state.keys()
+
+
+def test_towers_in_two_places_are_read(tmp_path: Path) -> None:
+    state = state_of()
+    parts = {"visual.": "image_encoder.visual.", "bert.": "text_encoder.model.bert."}
+    for part, name in parts.items():
+        state = {key.replace(part, name) if key.startswith(part) else key: value for key, value in state.items()}
+    save_plain(tmp_path / "towers.pt", state)
+    assert read_checkpoint(tmp_path / "towers.pt").state_dict.keys() == state_of().keys()
+
+
+def test_two_models_in_one_dictionary_are_told_apart_and_none_is_guessed(tmp_path: Path) -> None:
+    state = state_of()
+    both = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in state.items()}
+    save_plain(tmp_path / "both.pt", both)
+    assert refusal(tmp_path / "both.pt").startswith(": holds several models, under 'student.' and 'teacher.'; save the")
+
+
+@pytest.mark.parametrize("rest", [{}, {"epoch": "last", "optimizer_state_dict": {"state": {0: {"m": torch.ones(2)}}}}])
+@pytest.mark.parametrize("name", ["model", "model_state_dict", "net", "module", "weights", "checkpoint.model"])
+def test_a_dictionary_of_weights_is_read_under_any_name(tmp_path: Path, name: str, rest: dict[str, Any]) -> None:
+    state = state_of()
+    outer, _, inner = name.partition(".")
+    content = {outer: {inner: prefixed(state)} if inner else prefixed(state), "loss": torch.tensor(0.5), **rest}
+    torch.save(content, tmp_path / "run.pt")
+    read = read_checkpoint(tmp_path / "run.pt")
+    assert (read.epoch, read.optimizer, read.state_dict.keys()) == (0, None, state.keys())
+
+
+def test_a_file_of_lightning_is_read(tmp_path: Path) -> None:
+    state = {f"model.{key}": value for key, value in state_of().items()}
+    content = {"epoch": 2, "global_step": 9, "pytorch-lightning_version": "2.5", "state_dict": state, "callbacks": {}}
+    torch.save(content, tmp_path / "last.ckpt")
+    assert read_checkpoint(tmp_path / "last.ckpt").state_dict.keys() == state_of().keys()
+    assert open_model(tmp_path / "last.ckpt")[0].resolution == 32
+
+
+def test_two_dictionaries_of_weights_are_named_and_none_is_guessed(tmp_path: Path) -> None:
+    torch.save({"model": state_of(), "ema": state_of()}, tmp_path / "run.pt")
+    assert refusal(tmp_path / "run.pt").startswith(": holds the models model and ema; save the one you want by itself")
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
@@ -418,7 +566,9 @@ def test_a_plain_pickle_that_would_run_code_runs_none(tmp_path: Path) -> None:
 
 def test_a_whole_pickled_model_is_refused_by_its_class(tmp_path: Path) -> None:
     torch.save(tiny_model(), tmp_path / "model.pt")
-    assert "cn_clip.clip.model.CLIP" in refusal(tmp_path / "model.pt")
+    said = refusal(tmp_path / "model.pt")
+    assert "cn_clip.clip.model.CLIP" in said
+    assert said.endswith("where it was made, save torch.save(model.state_dict(), path)")
 
 
 def test_a_missing_file_says_which_names_there_are(tmp_path: Path) -> None:

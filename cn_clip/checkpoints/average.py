@@ -41,8 +41,8 @@ def run(options: Options) -> None:
     assert options.output is not None
     say = command.Speaker(quiet=options.json)
     refuse_inputs(options.output, options.files)
-    # Memory-mapped where the format allows; adapters are merged, for the mean of products is no product of means.
-    checkpoints = [read_checkpoint(file) for file in options.files]
+    # Mapped: only one tensor of each is in memory at a time. Adapters are merged, for the mean of products is no product of means.
+    checkpoints = [read_checkpoint(file, mapped=True) for file in options.files]
     tensors = mean(checkpoints)
     write_checkpoint(options.output, tensors, checkpoints[-1])
     say(f"Mean of {len(checkpoints)} checkpoints -> {options.output}, {len(tensors)} tensors")

@@ -72,7 +72,7 @@ def run(options: Options) -> None:
     say = command.Speaker(quiet=options.json)
     path = weight_file(options.source)
     refuse_source(target, path)
-    model = whole(read_checkpoint(path), options.precision)
+    model = whole(read_checkpoint(path, mapped=True), options.precision)
     if kind in FOLDERS:
         write_folder(target, kind, model)
     else:

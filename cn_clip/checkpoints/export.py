@@ -29,7 +29,7 @@ def run(options: Options) -> None:
     assert options.output is not None
     say = command.Speaker(quiet=options.json)
     refuse_inputs(options.output, [options.file], suffix=".safetensors")
-    checkpoint = read_checkpoint(options.file)
+    checkpoint = read_checkpoint(options.file, mapped=True)
     tensors = in_precision(checkpoint, options.precision)
     about = metadata(checkpoint)
     write_safetensors(options.output, tensors, about)

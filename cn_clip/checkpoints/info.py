@@ -29,7 +29,7 @@ def run(options: Options) -> None:
     from cn_clip.clip.checkpoint import read_checkpoint
 
     say = command.Speaker(quiet=options.json)
-    found = describe(read_checkpoint(options.file, merge_lora=False))
+    found = describe(read_checkpoint(options.file, merge_lora=False, mapped=True))
     for line in columns.align(_rows(found)):
         say(line)
     say.result(found)

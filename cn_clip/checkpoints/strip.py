@@ -27,7 +27,7 @@ def run(options: Options) -> None:
     assert options.output is not None
     say = command.Speaker(quiet=options.json)
     refuse_inputs(options.output, [options.file])
-    checkpoint = read_checkpoint(options.file)
+    checkpoint = read_checkpoint(options.file, mapped=True)
     tensors = in_precision(checkpoint, options.precision)
     # Chinese-CLIP refuses a tensor it does not know; similarity does not need this one.
     kept = {name: value for name, value in tensors.items() if name != SIGMOID_BIAS}

@@ -25,6 +25,13 @@ POSITION_KEYS = ("visual.positional_embedding", "visual.attnpool.positional_embe
 SIGMOID_BIAS = "logit_bias"  # of the sigmoid loss alone: similarity does not use it, Chinese-CLIP does not know it
 DROPPED_KEYS = ("bert.pooler.", "bert.embeddings.position_ids")
 _TENSORFLOW_NAME = re.compile(r"(?<=\.LayerNorm\.)(gamma|beta)$")
+# What DataParallel, torch.compile, FSDP and checkpointing put into names, wherever they wrap a part of a model.
+_OF_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# The towers, here and in transformers; what comes before them is the name that a larger model gave to this one.
+_BEFORE_TOWERS = re.compile(r"^((?:[^.]+\.)*?)(?:visual|bert|vision_model|text_model)\.")
+_SAVE_ONE = "save the one you want by itself: torch.save(model.state_dict(), path)"
+# One of the files of a model in several.
+_SHARD = re.compile(r".*-\d{5}-of-(?!00001)\d{5}\.\w+")
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Checkpoint:
     """What a weight file holds: tensors under this package's names, and the rest of a training checkpoint.
 
     config: what a transformers folder says of its architecture; None for files that say nothing. lora: the adapters
-    trained, whether they stand apart in `state_dict` or are merged into it.
+    trained, whether they stand apart in `state_dict` or are merged into it. is_mapped: the tensors may lie in the file.
     """
 
     path: Path
@@ -43,6 +50,7 @@ class Checkpoint:
     extra: dict[str, Any] = field(default_factory=dict)
     config: ModelConfig | None = None
     lora: low_rank.LowRank | None = None
+    is_mapped: bool = False
 
     @property
     def context_length(self) -> int | None:
@@ -51,34 +59,62 @@ class Checkpoint:
         return length
 
 
-def read_checkpoint(path: str | Path, *, merge_lora: bool = True) -> Checkpoint:
-    """Reads any supported file, memory-mapped where the format allows; no code in it is ever run.
+def read_checkpoint(path: str | Path, *, merge_lora: bool = True, mapped: bool = False) -> Checkpoint:
+    """Reads any supported file; no code in it is ever run.
 
     Takes `.pt` of Chinese-CLIP (plain, DataParallel, with pooler, position ids, optimizer or fused Wqkv), bare state
-    dicts, `.safetensors`, OpenAI's CLIP archives, and transformers folders or their weight files. Adapters (LoRA) are
-    added to their weights; without `merge_lora` they stand apart, as training resumes from them.
+    dicts, dictionaries that hold one under any name, `.safetensors`, OpenAI's CLIP archives, and transformers folders
+    or their weight files; names as in `normalise_keys`. Adapters (LoRA) are added to their weights; without
+    `merge_lora` they stand apart, as training resumes from them.
+    mapped: tensors are read from the file when they are used, where its format allows: for a caller that is done with
+    them before anybody may write the file, and that does not want all of them, or all at a time.
     Raises CheckpointError naming the file when it is none of these.
     """
     path = Path(path)
     if os.path.isdir(path):
-        return _read_folder(path)
+        return _read_folder(path, mapped=mapped)
     if not os.path.exists(path):
         refuse(str(path))
-    content = read_content(path)
+    content = read_content(path, mapped=mapped)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
     if isinstance(content.get("state_dict"), Mapping):
-        checkpoint = _read_training(content, path)
+        checkpoint = replace(_read_training(content, path), is_mapped=mapped)
         return _merged(checkpoint) if merge_lora else checkpoint
-    tensors = only_tensors(content, path)
-    return Checkpoint(path, _named(tensors, path), config=_neighbouring_config(tensors, path.parent))
+    if _SHARD.fullmatch(path.name):
+        raise CheckpointError(f"{path}: is one of several files of a model; give their folder, {path.parent}")
+    tensors = only_tensors(_model_in(content, path), path)
+    config = _neighbouring_config(tensors, path.parent)
+    return Checkpoint(path, _named(tensors, path), config=config, is_mapped=mapped)
 
 
-def _read_folder(folder: Path) -> Checkpoint:
+def _model_in(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The dictionary of tensors: `content` itself, or the one entry of it, or of an entry, that holds towers."""
+    if _holds_towers(content):
+        return content
+    entries = {str(key): value for key, value in content.items() if isinstance(value, Mapping)}
+    entries |= {
+        f"{key}.{inner}": value
+        for key, outer in list(entries.items())
+        for inner, value in outer.items()
+        if isinstance(value, Mapping)
+    }
+    models = [key for key, value in entries.items() if _holds_towers(value)]
+    if len(models) > 1:
+        raise CheckpointError(f"{path}: holds the models {' and '.join(models)}; {_SAVE_ONE}")
+    return entries[models[0]] if models else content
+
+
+def _holds_towers(content: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) and _wrapper(str(key)) is not None for key, value in content.items())
+
+
+def _read_folder(folder: Path, *, mapped: bool) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     for file in hf.weight_files(folder):
-        tensors |= only_tensors(read_content(file), file)
-    return Checkpoint(folder, _named(tensors, folder), config=_neighbouring_config(tensors, folder))
+        tensors |= only_tensors(read_content(file, mapped=mapped), file)
+    config = _neighbouring_config(tensors, folder)
+    return Checkpoint(folder, _named(tensors, folder), config=config, is_mapped=mapped)
 
 
 def _neighbouring_config(tensors: Mapping[str, Tensor], folder: Path) -> ModelConfig | None:
@@ -129,6 +165,8 @@ def _named(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         return normalise_keys(tensors)
     except KeyError as error:
         raise CheckpointError(f"{path}: the tensor {error.args[0]} is missing") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: the attention weights are not of one model ({first_sentence(error)})"
@@ -147,16 +185,37 @@ def read_openai_archive(path: str | Path) -> dict[str, Tensor]:
 
 
 def normalise_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under this package's names: no `module.`, pooler, position ids, fused Wqkv or names of transformers.
+    """Tensors under this package's names: no wrappers, pooler, position ids, fused Wqkv or names of transformers.
 
-    BERT files made from TensorFlow's call the weight and bias of a normalisation gamma and beta.
+    Wrappers are `module.`, `_orig_mod.` and their like anywhere, and whatever stands before the towers: `model.` of
+    Lightning, `clip_model.` of a larger model. BERT files made from TensorFlow's call the weight and bias of a
+    normalisation gamma and beta.
+    Raises CheckpointError when two tensors have one name then: those of a student and a teacher, for example.
     """
-    tensors = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    tensors = {_TENSORFLOW_NAME.sub(_tensorflow_to_torch, key): value for key, value in tensors.items()}
+    tensors = {_TENSORFLOW_NAME.sub(_tensorflow_to_torch, key): value for key, value in _unwrapped(state_dict).items()}
     if hf.is_transformers(tensors):
         tensors = hf.to_reference(tensors)
     tensors = {key: value for key, value in tensors.items() if not key.startswith(DROPPED_KEYS)}
     return split_wqkv(tensors)
+
+
+def _unwrapped(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`model._orig_mod.visual.proj` and `model.logit_scale` as `visual.proj` and `logit_scale`."""
+    wrappers = {wrapper for key in state_dict if (wrapper := _wrapper(key)) is not None}
+    names = {key: _OF_WRAPPERS.sub("", key) for key in state_dict}
+    for key, name in names.items():
+        longest = max((one for one in wrappers if name.startswith(one)), key=len, default="")
+        names[key] = name.removeprefix(longest)
+    tensors = {names[key]: value for key, value in state_dict.items()}
+    if len(tensors) < len(names):
+        raise CheckpointError(f"holds several models, under {' and '.join(map(repr, sorted(wrappers)))}; {_SAVE_ONE}")
+    return tensors
+
+
+def _wrapper(key: str) -> str | None:
+    """What stands before the tower that a tensor belongs to; None when it belongs to none."""
+    found = _BEFORE_TOWERS.match(_OF_WRAPPERS.sub("", key))
+    return None if found is None else found[1]
 
 
 def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

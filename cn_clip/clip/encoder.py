@@ -3,6 +3,7 @@
 # N inputs, D embedding
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -45,8 +46,9 @@ SORTING_WINDOW = 8192
 class Encoder:
     """Pictures and Chinese text to unit vectors.
 
-    model: a published name, a checkpoint file, a transformers folder, a loaded `CLIP` (moved to `device` and put into
-    `precision` itself, not copied), a `Backend`, or, for backends other than torch, the prefix of exported files.
+    model: a published name, a checkpoint file, a transformers folder, a loaded `CLIP`, a `Backend`, or, for backends
+    other than torch, the prefix of exported files. A `CLIP` stays as it is, and its weights are shared, so that the
+    vectors follow its training, unless another `device` or `precision` needs copies.
     Models of other families: `hf:FOLDER` (CLIP, SigLIP, AltCLIP, MetaCLIP 2; a folder or a hub id),
     `open_clip:ARCHITECTURE@FILE`, or `Parts`; pictures and texts are prepared as theirs are.
     backend: "torch", "onnx" (ONNX Runtime), "openvino" or "tensorrt". All but torch run an exported model, made at
@@ -240,7 +242,16 @@ def _over(model: "CLIP | Backend", backend: BackendName, *, device: Any, **setti
 
     if not isinstance(model, CLIP):
         raise TypeError(f"model: expected a name, a path, a CLIP or a Backend, got {type(model).__name__}")
-    return TorchBackend(model, device=ranks.choose_device(device), **settings)
+    return TorchBackend(_same_weights(model), device=ranks.choose_device(device), **settings)
+
+
+def _same_weights(model: "CLIP") -> "CLIP":
+    """Another model over the same weights: its mode, types and device change without those of `model`."""
+    import torch
+
+    memo: dict[int, Any] = {id(one): torch.nn.Parameter(one.detach(), one.requires_grad) for one in model.parameters()}
+    memo |= {id(one): one.detach() for one in model.buffers()}
+    return copy.deepcopy(model, memo)
 
 
 def _size(batch_size: int | None, usual: int = USUAL_SIZES[0]) -> int:

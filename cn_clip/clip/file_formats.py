@@ -1,8 +1,11 @@
 """Reads the file of a checkpoint in whatever format, without running code in it; `checkpoint` makes sense of it."""
 
+import ctypes
+import mmap
 import os
 import pickle
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -13,18 +16,68 @@ import torch
 from torch import Tensor
 
 from cn_clip.clip import torchscript
+from cn_clip.clip.file_kinds import is_safetensors, is_zip, what_it_is
 from cn_clip.errors import CheckpointError
 
 
-def read_content(path: Path) -> Any:
-    """What a file holds, on the CPU; raises CheckpointError when it is no weight file, or reading it would run code."""
+def read_content(path: Path, *, mapped: bool = False) -> Any:
+    """What a file holds, on the CPU; raises CheckpointError when it is no weight file, or reading it would run code.
+
+    mapped: the tensors stay in the file where its format allows. They change when the file is written, and reading
+    them ends the process (SIGBUS) once it is shorter: `owned` copies those that are kept.
+    """
     if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
         raise CheckpointError(f"{path}: no such file; give the path of a checkpoint or a model's name")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if is_torchscript(path):
-        return torchscript.read_state_dict(path)
-    return _torch_load(path)
+    try:
+        if path.suffix == ".safetensors" or is_safetensors(path):
+            tensors = _read_safetensors(path)
+            return tensors if mapped else owned(tensors, give_back=True)
+        if is_torchscript(path):
+            return torchscript.read_state_dict(path)
+        return _torch_load(path, mapped=mapped and is_zip(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except _UnreadableError as error:
+        raise CheckpointError(f"{path}: {what_it_is(path) or error}") from error
+
+
+def owned(
+    tensors: Mapping[str, Tensor], *, floating: torch.dtype | None = None, give_back: bool = False
+) -> dict[str, Tensor]:
+    """The tensors, each contiguous, in memory that belongs to it and to no file; as few copies as that takes.
+
+    floating: the type to turn floats into. give_back: for tensors in a mapped file that nobody writes to: once copied,
+    the system may have their memory back, so that a model is never in memory twice.
+    """
+    result: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, value in tensors.items():
+        own = value.detach()
+        if floating is not None and own.is_floating_point():
+            own = own.to(floating)
+        if not _is_whole(own) or own.data_ptr() in taken:
+            own = own.clone(memory_format=torch.contiguous_format)
+        taken.add(own.data_ptr())
+        result[name] = own
+        if give_back and not value.untyped_storage().resizable():
+            _give_back(value.untyped_storage())
+    return result
+
+
+def _is_whole(value: Tensor) -> bool:
+    """Whether torch allocated the memory, as it did not for a mapped file, and for this tensor only."""
+    storage = value.untyped_storage()
+    return storage.resizable() and storage.nbytes() == value.numel() * value.element_size() and value.is_contiguous()
+
+
+def _give_back(storage: torch.UntypedStorage) -> None:
+    """Takes the pages of a mapped file out of this process; they are read again when they are used again."""
+    if sys.platform != "linux":  # elsewhere the system takes them when memory runs short
+        return
+    begin = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def only_tensors(content: Any, path: Path) -> dict[str, Tensor]:
@@ -48,6 +101,10 @@ def _stored_bytes(value: Tensor) -> int:
         return 0
 
 
+class _UnreadableError(Exception):
+    """Why a file cannot be read, in the words of its reader; what it is by its first bytes says more, if known."""
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -55,7 +112,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
+        raise _UnreadableError(f"not a safetensors file ({error})") from error
 
 
 def is_torchscript(path: Path) -> bool:
@@ -67,30 +124,28 @@ def is_torchscript(path: Path) -> bool:
         return False
 
 
-def _torch_load(path: Path) -> Any:
+def _torch_load(path: Path, *, mapped: bool) -> Any:
     try:
-        with open(path, "rb") as stream:
-            is_zip = stream.read(4) == b"PK\x03\x04"
         with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_scalar_globals()):
             # Warnings are about pickles that are then refused, or read all the same.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: {_refusal(str(error))}") from error
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found:
+            raise CheckpointError(
+                f"{path}: refused, because loading it would run code ({found[1]}); expected tensors and plain values "
+                "only: where it was made, save torch.save(model.state_dict(), path)"
+            ) from error
+        raise _UnreadableError("not a PyTorch checkpoint; expected a file written by torch.save") from error
     except Exception as error:  # whatever a damaged pickle makes its reader stumble over
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or damaged ({first_sentence(error)})") from error
+        reason = first_sentence(error)
+        raise _UnreadableError(f"not a PyTorch checkpoint, or damaged ({reason}); download or copy it again") from error
 
 
 def first_sentence(error: Exception) -> str:
     """The message of an error, to its first full stop; its type when it has none."""
     return re.split(r"\.?\n|\. |\.$", str(error), maxsplit=1)[0] or type(error).__name__
-
-
-def _refusal(message: str) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", message)
-    if found:
-        return f"refused, because loading it would run code ({found[1]}); expected tensors and plain values only"
-    return "not a PyTorch checkpoint; expected a file written by torch.save"
 
 
 def _numpy_scalar_globals() -> list[Any]:

@@ -79,8 +79,10 @@ def weight_files(folder: Path) -> list[Path]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             return [folder / shard for shard in _shards(index)]
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".ckpt", ".safetensors"))
+    such = f", such as {others[0]} in it" if others else ""
     raise CheckpointError(
-        f"{folder}: a folder without {' or '.join(WEIGHT_FILES)}; expected a transformers folder or a file"
+        f"{folder}: a folder without {' or '.join(WEIGHT_FILES)}; expected a transformers folder or a file{such}"
     )
 
 

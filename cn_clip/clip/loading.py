@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from cn_clip import ranks, terminal, zoo
 from cn_clip.clip.checkpoint import Checkpoint, fit, infer_config, normalise_keys, read_checkpoint
+from cn_clip.clip.file_formats import owned
 from cn_clip.clip.hub import weight_file
 from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.clip.transforms import ImageTransform, image_transform
@@ -29,7 +31,10 @@ def open_model(
     download_root: str | Path | None = None,
     use_modelscope: bool = False,
 ) -> tuple[CLIP, Checkpoint]:
-    """The float32 model of a name or of a weight file on the CPU, in eval mode, and the checkpoint read.
+    """The float32 model of a name or of a weight file on the CPU, in eval mode, and its checkpoint.
+
+    The checkpoint has the model's tensors, and no optimizer. Neither of them depends on the file any more: it may be
+    written, cut off or removed.
 
     vision, text: architecture names; when not given they come from the name's entry or from the tensors.
     resolution: pixels a side; position embeddings are resized when it is not the checkpoint's.
@@ -39,9 +44,14 @@ def open_model(
     if entry is not None:
         vision, text = vision or entry.vision, text or entry.text
     path = weight_file(name, download_root=download_root, use_modelscope=use_modelscope)
-    checkpoint = read_checkpoint(path)
+    # Mapped: the weights go to the model one by one, in its type, and the state of an optimizer is not read at all.
+    checkpoint = read_checkpoint(path, mapped=True)
     config = choose_config(checkpoint, vision=vision, text=text, resolution=resolution)
-    return build(config, checkpoint), checkpoint
+    model = build(config, checkpoint)
+    tensors = model.state_dict()
+    others = owned({key: value for key, value in checkpoint.state_dict.items() if key not in tensors})
+    extra = {key: value for key, value in checkpoint.extra.items() if isinstance(value, str | int | float)}
+    return model, replace(checkpoint, state_dict=tensors | others, optimizer=None, extra=extra, is_mapped=False)
 
 
 def choose_config(
@@ -59,11 +69,15 @@ def choose_config(
 
 
 def build(config: zoo.ModelConfig, checkpoint: Checkpoint) -> CLIP:
-    """A float32 model in eval mode holding the checkpoint's tensors; float32 ones are shared, not copied."""
+    """A float32 model in eval mode holding the checkpoint's tensors.
+
+    Tensors that are float32 already are shared with `checkpoint` when they have memory of their own; all others, those
+    of a mapped file too, are copied.
+    """
     with torch.device("meta"), _NoRandomNumbers():
         model = CLIP.from_config(config)
     fitted = fit(checkpoint.state_dict, model.state_dict(), checkpoint.path)
-    full = {key: value.float() if value.is_floating_point() else value for key, value in fitted.items()}
+    full = owned(fitted, floating=torch.float32, give_back=checkpoint.is_mapped)
     model.load_state_dict(full, assign=True)
     model.context_length = checkpoint.context_length
     return model.eval()
@@ -115,7 +129,7 @@ def load_from_name(
 
 
 def create_model(model_name: str, checkpoint: Mapping[str, Any] | None = None) -> CLIP:
-    """A float32 model for "VISION@TEXT" holding `checkpoint["state_dict"]`, or random weights; in eval mode.
+    """A float32 model for "VISION@TEXT" holding copies of `checkpoint["state_dict"]`, or random weights; in eval mode.
 
     Raises ConfigError for an unknown name, CheckpointError for tensors that do not fit.
     """
@@ -126,7 +140,7 @@ def create_model(model_name: str, checkpoint: Mapping[str, Any] | None = None) -
     _print_config(vision, text, config)
     if checkpoint is None:
         return CLIP.from_config(config).eval()
-    tensors: dict[str, Tensor] = normalise_keys(checkpoint["state_dict"])
+    tensors: dict[str, Tensor] = {key: value.clone() for key, value in normalise_keys(checkpoint["state_dict"]).items()}
     return build(config, Checkpoint(Path("checkpoint"), tensors))
 
 
@@ -144,9 +158,9 @@ def load(
     """
     del use_flash_attention
     if clip_path:
-        _initialise(model, read_checkpoint(Path(clip_path)).state_dict, _PICTURE_SIDE, Path(clip_path))
+        _initialise(model, read_checkpoint(Path(clip_path), mapped=True).state_dict, _PICTURE_SIDE, Path(clip_path))
     if bert_path:
-        _initialise(model, read_checkpoint(Path(bert_path)).state_dict, _TEXT_SIDE, Path(bert_path))
+        _initialise(model, read_checkpoint(Path(bert_path), mapped=True).state_dict, _TEXT_SIDE, Path(bert_path))
     return model.to(ranks.choose_device(device or None)).eval()
 
 

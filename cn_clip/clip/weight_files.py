@@ -1,6 +1,5 @@
 """Writes weights without the rest of a training checkpoint, whole or not at all; for commands that make such files."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from cn_clip import jsonl
 from cn_clip.clip.checkpoint import Checkpoint
+from cn_clip.clip.file_formats import owned
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.jsonl import atomic_write
 
@@ -30,18 +30,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
     """A `.safetensors` under the names of this package; raises as `write_checkpoint`."""
     from safetensors.torch import save
 
-    _write(Path(path), lambda stream: stream.write(save(_apart(tensors), dict(metadata))))
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the tensors that share memory, as the parts of a fused weight do: the format refuses them."""
-    uses = Counter(value.untyped_storage().data_ptr() for value in tensors.values())
-    return {
-        name: value.detach()
-        if value.is_contiguous() and uses[value.untyped_storage().data_ptr()] == 1
-        else value.detach().clone(memory_format=torch.contiguous_format)
-        for name, value in tensors.items()
-    }
+    _write(Path(path), lambda stream: stream.write(save(owned(tensors), dict(metadata))))
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
