@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
-from cn_clip.data.picture_sets import CLASS_FOLDER_SUFFIXES
+from cn_clip.data.picture_names import PICTURE_SUFFIXES, suffix_of
 from cn_clip.errors import DataError
 from cn_clip.eval.feature_shards import is_shard_folder
 from cn_clip.jsonl import read_objects
@@ -20,7 +20,6 @@ from cn_clip.retrieval.segments import ItemId, item_line
 from cn_clip.retrieval.writer import LOCK
 
 FEATURE_SUFFIXES = (".jsonl", ".npz", ".parquet")
-PICTURE_SUFFIXES = frozenset((*CLASS_FOLDER_SUFFIXES, ".gif", ".jfif", ".avif", ".heic"))
 LARGEST_PICTURE = 256 * 2**20
 CAPTION_COLUMN = "text"
 # What the commands themselves write into the metadata of an item.
@@ -132,7 +131,7 @@ def _is_index(folder: str) -> bool:
 
 def _look_at(source: Source, path: str) -> None:
     name = _id(source, path)
-    suffix = os.path.splitext(name)[1].lower()
+    suffix = suffix_of(name)
     if suffix and suffix not in PICTURE_SUFFIXES:
         source.skipped.append(Skipped(name, "not a picture by its name"))
         return

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cn_clip.clip.backends.base import Rows
+from cn_clip.clip.pictures import is_data_url
 from cn_clip.errors import ConfigError, StoreError
 from cn_clip.eval import zeroshot
 from cn_clip.eval.templates import DEFAULT, load_templates
@@ -233,7 +234,9 @@ def _digest(labels: Sequence[str], templates: Sequence[str]) -> bytes:
 
 
 def _input(given: str | ImageInput, param: str) -> Text | Picture:
-    return Text(given) if isinstance(given, str) else Picture(given.image, f"{param}.image")
+    if isinstance(given, str):
+        return Picture(given, param) if is_data_url(given) else Text(given)
+    return Picture(given.image, f"{param}.image")
 
 
 def _part(part: QueryPart, param: str) -> Text | Picture | None:
