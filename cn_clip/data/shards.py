@@ -238,16 +238,14 @@ class ShardPairs:
 def _caption(text: bytes | None, values: dict[str, Any], where: str) -> str:
     if text is None:
         found = next((values[name] for name in TEXT_FIELDS if name in values), None)
-        if not isinstance(found, str):
+        if isinstance(found, bool) or not isinstance(found, (str, int, float)):
             raise DataError(f"{where}: expected a string under text or caption in its .json, got {found!r:.60}")
-        caption = found
+        caption = str(found)
     else:
         try:
             caption = text.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: its .txt is not UTF-8 (byte {error.start})") from error
-    if not caption.strip():
-        raise DataError(f"{where}: its text is empty")
     return caption.strip()
 
 

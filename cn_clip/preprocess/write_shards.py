@@ -115,8 +115,6 @@ def _chosen(pairs: "PairStore", numbers: list[int], advance: Callable[[], object
     for number in numbers:
         pair = pairs[number]
         where = f"{pairs.folder}: text id {pair.text_id!r}"
-        if not pair.text.strip():
-            raise DataError(f"{where}: its text is empty; leave it out, or give it one, and build the dataset again")
         try:
             text = pair.text.encode("utf-8")
         except UnicodeEncodeError as error:
