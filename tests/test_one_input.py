@@ -1,8 +1,11 @@
 """One text, or one picture, gives one vector, by whichever way it comes in."""
 
 import contextlib
+import importlib.util
 import io
 import json
+import random
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,19 +15,27 @@ import numpy as np
 import pytest
 import torch
 from dataset_files import jsonl_line, tsv_line, write_split
+from PIL import Image
 from serving import data_url, served
 
 import cn_clip.clip as clip
 from cn_clip import cli
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.inputs import ChineseTexts
+from cn_clip.clip.transforms import ImageTransform, in_8_bits
+from cn_clip.data.augment import Augmentation
+from cn_clip.data.bulk_pictures import open_collection
 from cn_clip.data.datasets import LmdbPairs, PairDataset
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
-from cn_clip.data.picture_sets import LmdbPictures
+from cn_clip.data.picture_sets import ClassFolders, LmdbPictures, batches
+from cn_clip.data.pictures import check_picture
 from cn_clip.data.splits import read_split
 from cn_clip.demo import emoji
+from cn_clip.errors import DataError
 from cn_clip.eval import shard_worker, zeroshot
 from cn_clip.eval.feature_files import read_features
+from cn_clip.index.ingest import thumbnail
+from cn_clip.report.thumbnails import flattened
 from cn_clip.retrieval.store import Index, open_index
 
 MODEL = ("--device", "cpu", "--num-threads", "1")
@@ -164,3 +175,189 @@ def test_training_and_validation_read_the_ids_of_them(data: Path) -> None:
     assert [pairs[number].tokens.tolist() for number in range(len(pairs))] == clip.tokenize(PREPARED).tolist()
     whole = read_split(PairStore(split / PAIRS), LmdbPictures(split / IMAGES).ids)
     assert texts.rows(whole.texts) == texts.rows(PREPARED)
+
+
+# --- pictures
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+def gradient(dtype: str, highest: float) -> Image.Image:
+    """16 x 16 values from 0 to `highest`, falling from left to right and rising downwards."""
+    steps = np.linspace(0, 1, 256).reshape(16, 16)[:, ::-1] * highest
+    return Image.fromarray(steps.astype(dtype))
+
+
+RGB = Image.open(io.BytesIO(emoji.png(emoji.load()[3]))).convert("RGB").resize((40, 30))
+PICTURES = {
+    "png": encoded(RGB),
+    "jpeg": encoded(RGB, "JPEG"),
+    "tiff": encoded(RGB, "TIFF"),
+    "palette": encoded(RGB.quantize(16), "GIF"),
+    "grey and alpha": encoded(RGB.convert("LA")),
+    "alpha": encoded(RGB.convert("RGBA")),
+    "cmyk": encoded(RGB.convert("CMYK"), "JPEG"),
+    "1 bit": encoded(RGB.convert("1")),
+    "16 bit": encoded(gradient("uint16", 65535)),
+    "16 bit, dark": encoded(gradient("uint16", 255)),
+    "32 bit": encoded(gradient("int32", 40000), "TIFF"),
+    "floats": encoded(gradient("float32", 1), "TIFF"),
+}
+
+
+def test_a_picture_gives_one_vector_by_every_way_in(encoder: Encoder, tmp_path: Path) -> None:
+    images = tmp_path / "all" / "pictures"
+    images.mkdir(parents=True)
+    paths = [images / f"{number:02d}{name}" for number, name in enumerate(PICTURES)]
+    for path, data in zip(paths, PICTURES.values(), strict=True):
+        path.write_bytes(data)  # without a suffix
+    expected = encoder.encode_images(paths)
+    urls = [data_url(data, "whatever") for data in PICTURES.values()]
+    opened = [Image.open(io.BytesIO(data)) for data in PICTURES.values()]
+    for given in (list(PICTURES.values()), list(map(str, paths)), urls, opened):
+        np.testing.assert_allclose(encoder.encode_images(given), expected, **TOLERANCE)
+    lines = [tsv_line(number, data) for number, data in enumerate(PICTURES.values())]
+    write_split(tmp_path, lines, [jsonl_line(1)], split="test")
+    quietly("dataset", "build", "--data_dir", tmp_path, "--splits", "test")
+    sources = [tmp_path / "lmdb" / "test", images]
+    with tarfile.open(tmp_path / "p.tar", "w") as tar:
+        for number, path in enumerate(paths):
+            tar.add(path, f"{number:02d}.png")
+    for source in sources:
+        folder = tmp_path / f"{source.name}.index"
+        quietly("index", "build", source, "--output", folder, "--model", "Emoji-Tiny")
+        index = open_index(folder)
+        order = sorted(index.ids, key=lambda one: (isinstance(one, str), one))
+        np.testing.assert_allclose([index.vector(one) for one in order], expected, **TOLERANCE)
+    parts = [tmp_path / "p.tar", *sources]
+    if importlib.util.find_spec("pyarrow"):
+        for place in parts:
+            collection = open_collection(str(place))
+            part = collection.part(0, len(collection.ids))
+            rows = [encoder.encode_images([part[number].data])[0] for number in range(len(part))]
+            order = np.argsort([int(str(one).rpartition("/")[2][:2]) for one in collection.ids])
+            np.testing.assert_allclose(np.array(rows)[order], expected, **TOLERANCE)
+    classes = ClassFolders(tmp_path / "all")
+    rows = [encoder.backend.encode_pixels(pixels) for _, pixels in batches(classes, encoder.transform, 5)]
+    np.testing.assert_allclose(np.concatenate(rows), expected, **TOLERANCE)
+
+
+def test_data_urls_and_page_pictures_give_the_vectors_of_the_file(client: httpx.Client, encoder: Encoder) -> None:
+    served_kinds = ["png", "jpeg", "palette", "grey and alpha", "alpha", "cmyk", "1 bit", "16 bit", "16 bit, dark"]
+    for data in (PICTURES[name] for name in served_kinds):
+        expected = encoder.encode_images([data])[0]
+        for given in (data_url(data), {"image": data_url(data)}, [data_url(data)]):
+            found = vectors(post(client, "embeddings", input=given))[0]
+            np.testing.assert_allclose(found, expected, **TOLERANCE)
+
+
+def test_a_data_url_is_a_picture_wherever_a_plain_string_may_be_one(client: httpx.Client, encoder: Encoder) -> None:
+    url = data_url(PICTURES["png"], "PNG")
+    mixed = vectors(post(client, "embeddings", input=["“生日”蛋糕", url]))
+    np.testing.assert_allclose(mixed[1], encoder.encode_images([PICTURES["png"]])[0], **TOLERANCE)
+    assert post(client, "search", query=url, k=3) == post(client, "search", query={"image": url}, k=3)
+    body = {"model": "tiny", "input": "data:image/png;base64,a$b="}
+    answer = client.post("/v1/embeddings", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input")
+    assert "not valid base64" in answer.json()["error"]["message"]
+
+
+def test_where_words_are_expected_a_data_url_is_refused_with_what_to_send(
+    client: httpx.Client, encoder: Encoder
+) -> None:
+    url = data_url(PICTURES["png"] * 9)
+    for route, fields, param in (
+        ("search", {"query": {"text": url}}, "query.text"),
+        ("classify", {"image": url, "labels": ["猫", url]}, "labels[1]"),
+    ):
+        answer = client.post(f"/v1/{route}", json=fields)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, param)
+        assert 'send it as {"image": …}' in error["message"]
+    with pytest.raises(DataError, match=r"texts\[1\]: is a picture as a data URL, no text; give it to encode_images"):
+        encoder.encode_texts(["猫", url])
+    with pytest.raises(
+        DataError, match=r"picture 0: not a picture that can be decoded \(the data URL is not in base64"
+    ):
+        encoder.encode_images("data:image/png,abc")
+
+
+# --- grey of more than 8 bits
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (gradient("uint16", 65535), gradient("uint16", 65535 / 256)),
+        (gradient("uint16", 4095), gradient("uint16", 4095 / 256)),
+        (gradient("int32", 65535), gradient("uint16", 65535 / 256)),
+        (gradient("float32", 1), np.round(np.asarray(gradient("float32", 1)) * 255)),
+    ],
+)
+def test_grey_of_more_bits_is_scaled_to_eight(image: Image.Image, expected: Any) -> None:
+    eight = in_8_bits(image)
+    assert eight.mode == "L"
+    np.testing.assert_array_equal(np.asarray(eight), np.asarray(expected))
+    transform = ImageTransform(16)
+    np.testing.assert_array_equal(transform.array(image), transform.array(eight))
+
+
+def test_values_that_fit_eight_bits_and_other_modes_are_left_as_they_are() -> None:
+    for image in (gradient("uint16", 255), gradient("int32", 255), gradient("float32", 255), RGB, RGB.convert("LA")):
+        assert in_8_bits(image) is image
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (Image.fromarray(np.array([[-1024, 3071]], dtype=np.int32)), "values from -1024 to 3071; expected 0 to 65535"),
+        (Image.fromarray(np.array([[0, 1e9]], dtype=np.float32)), r"values from 0 to 1e\+09"),
+        (Image.fromarray(np.array([[0, np.nan]], dtype=np.float32)), "values from nan to nan"),
+    ],
+)
+def test_other_ranges_are_refused_by_the_name_of_the_picture(
+    encoder: Encoder, tmp_path: Path, image: Image.Image, reason: str
+) -> None:
+    (tmp_path / "a.tif").write_bytes(encoded(image, "TIFF"))
+    with pytest.raises(DataError, match=rf"a\.tif: a grey picture with {reason}"):
+        encoder.encode_images([tmp_path / "a.tif"])
+    with pytest.raises(DataError, match=reason):
+        check_picture(encoded(image, "TIFF"), "decode")
+
+
+def test_reference_clips_to_white_as_chinese_clip_does(encoder: Encoder) -> None:
+    transform = ImageTransform(16, "reference")
+    white, clipped = (transform.array(Image.new("RGB", (16, 16), "white")), transform.array(gradient("uint16", 65535)))
+    assert (clipped == white).mean() > 0.9
+    as_is = Encoder("Emoji-Tiny", device="cpu", decode="reference")
+    picture = PICTURES["16 bit"]
+    assert float(as_is.encode_images([picture])[0] @ encoder.encode_images([picture])[0]) < 0.95
+    np.testing.assert_array_equal(as_is.encode_images([PICTURES["png"]]), encoder.encode_images([PICTURES["png"]]))
+
+
+def test_the_check_tells_how_many_pictures_are_scaled_and_how_many_texts_are_blank(tmp_path: Path) -> None:
+    images = [tsv_line(number, PICTURES[name]) for number, name in enumerate(["16 bit", "png", "32 bit"])]
+    write_split(tmp_path, images, [jsonl_line(1, "", [0]), jsonl_line(2, " \u3000", [1]), jsonl_line(3, "猫", [2])])
+    for built in (False, True):
+        if built:
+            quietly("dataset", "build", "--data_dir", tmp_path, "--splits", "train")
+            (tmp_path / "train_imgs.tsv").unlink()
+            (tmp_path / "train_texts.jsonl").unlink()
+        summary = quietly("dataset", "check", "--data_dir", tmp_path)
+        (split,) = summary["splits"]
+        assert (summary["ok"], split["images"], split["texts"]) == (True, 3, 3)
+        deep, blank = split["notes"]
+        assert deep.startswith("2 pictures are grey of more than 8 bits: they are scaled to 8")
+        assert blank.startswith("2 texts are empty or blank")
+
+
+def test_augmentation_and_thumbnails_see_the_scaled_picture() -> None:
+    deep, eight = gradient("uint16", 65535), in_8_bits(gradient("uint16", 65535))
+    first, second = (Augmentation(16)(image, random.Random(7)) for image in (deep, eight))
+    np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
+    assert thumbnail(deep, 16) == thumbnail(eight, 16)
+    np.testing.assert_array_equal(np.asarray(flattened(deep)), np.asarray(flattened(eight)))

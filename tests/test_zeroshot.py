@@ -45,7 +45,7 @@ class TextTable:
 
 
 def test_classifier_is_the_unit_mean_over_the_templates() -> None:
-    table = TextTable({"猫 photo": [1, 0], "画猫": [0, 1], "狗 photo": [0.6, 0.8], "画狗": [0.6, 0.8]})
+    table = TextTable({"猫 PHOTO": [1, 0], "画猫": [0, 1], "狗 PHOTO": [0.6, 0.8], "画狗": [0.6, 0.8]})
     classes = zeroshot.classifier(table, ["猫", "狗"], ["{} PHOTO", "画{}"])  # type: ignore[arg-type]
     np.testing.assert_allclose(classes, [[0.5**0.5, 0.5**0.5], [0.6, 0.8]], atol=1e-6)
 

@@ -26,9 +26,9 @@ from cn_clip.clip.backends.opening import open_backend
 from cn_clip.clip.foreign.names import is_foreign
 from cn_clip.clip.foreign.opening import open_parts
 from cn_clip.clip.inputs import ChineseTexts, Parts, PictureTransform, TextTransform, text_length
-from cn_clip.clip.pictures import Picture, decoded_batches, open_picture
+from cn_clip.clip.pictures import Picture, decoded_batches, is_data_url, open_picture
 from cn_clip.clip.transforms import Decode, ImageTransform, check_decode
-from cn_clip.errors import ConfigError
+from cn_clip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -59,7 +59,8 @@ class Encoder:
     context_length: longest text in tokens; default: what the checkpoint was trained with, 52 where it does not say.
     With int8 a row depends a little on those computed with it, for they share the scale of their activations.
     decode: "fast" decodes JPEG files and bytes at 1/2, 1/4 or 1/8 of their size where both sides stay at least as
-    long as the model's; the vectors differ a little. "exact" decodes them whole.
+    long as the model's; the vectors differ a little. "exact" decodes them whole. "reference" as well,
+    and clips grey of 16 bits to white, as Chinese-CLIP does; the others scale it to 8 bits.
     Raises CheckpointError, DownloadError, ConfigError, or MissingExtraError naming the package to install.
     """
 
@@ -143,7 +144,7 @@ class Encoder:
     ) -> Rows:
         """Unit rows (N, D), float32, in the order given.
 
-        images: paths, encoded bytes or PIL pictures. The next batch is decoded by threads while one is computed.
+        images: paths, data URLs, encoded bytes or PIL pictures. Threads decode the next batch while one is computed.
         batch_size: default 32, on a GPU 256.
         Raises DataError naming the picture that cannot be read.
         """
@@ -165,7 +166,8 @@ class Encoder:
     def encode_texts(self, texts: Iterable[str], *, batch_size: int | None = None, progress: bool = False) -> Rows:
         """Unit rows (N, D), float32, in the order given. Texts of like length are computed together.
 
-        batch_size: default 64, on a GPU 512.
+        texts: as people write them; what a model needs (Chinese-CLIP: lower case, straight quotes) is done here.
+        batch_size: default 64, on a GPU 512. Raises DataError for a picture given as a data URL.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         with _bar(len(texts), "text", progress) as advance:
@@ -179,6 +181,9 @@ class Encoder:
         advance: called with the number of texts of each batch done.
         """
         batch_size = _size(batch_size, self._usual_sizes[1])
+        for number, text in enumerate(texts):
+            if isinstance(text, str) and is_data_url(text):
+                raise DataError(f"texts[{number}]: is a picture as a data URL, no text; give it to encode_images")
         for start in range(0, len(texts), SORTING_WINDOW):
             rows = self.texts.rows(texts[start : start + SORTING_WINDOW])
             yield self._encode_sorted(rows, batch_size, advance or (lambda _: None))
@@ -201,8 +206,13 @@ class Encoder:
         return rows
 
     def _decode(self, picture: Picture, number: int, out: Pixels) -> None:
-        name = str(picture) if isinstance(picture, (str, Path)) else f"picture {number}"
-        self.transform.array(open_picture(picture, name=name, draft_size=self.transform.draft_size), out)
+        is_path = isinstance(picture, Path) or (isinstance(picture, str) and not is_data_url(picture))
+        name = str(picture) if is_path else f"picture {number}"
+        image = open_picture(picture, name=name, draft_size=self.transform.draft_size)
+        try:
+            self.transform.array(image, out)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
 
     def _joined(self, pieces: Iterable[Rows]) -> Rows:
         return np.concatenate([np.empty((0, self.embed_dim), dtype=np.float32), *pieces])

@@ -1,7 +1,8 @@
-"""Pictures from paths, bytes or PIL, decoded by threads while the batch before is computed."""
+"""Pictures from paths, data URLs, bytes or PIL, decoded by threads while the batch before is computed."""
 
 # B batch, R resolution
 
+import base64
 import io
 import threading
 from collections import deque
@@ -27,6 +28,22 @@ BATCHES_AHEAD = 2
 _LOADING = [threading.Lock() for _ in range(61)]
 
 
+def is_data_url(text: str) -> bool:
+    """Whether a string holds a picture itself, as data:image/png;base64,…, which nobody means as words or as a path."""
+    return text[:11].lower() == "data:image/"
+
+
+def data_url_bytes(url: str) -> bytes:
+    """The bytes in a data URL; raises DataError for one that is not of base64."""
+    head, comma, payload = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise DataError("the data URL is not in base64")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except ValueError as error:
+        raise DataError(f"not valid base64 ({error})") from error
+
+
 def decode(picture: str | Path | bytes, draft_size: int | None = None) -> "Image":
     """The loaded picture of a file or of encoded bytes, mode and size as there; the first frame of an animation.
 
@@ -44,7 +61,7 @@ def decode(picture: str | Path | bytes, draft_size: int | None = None) -> "Image
 
 
 def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) -> "Image":
-    """A loaded PIL picture from a path or encoded bytes (see `decode`), or PIL itself.
+    """A loaded PIL picture from a path, a data URL or encoded bytes (see `decode`), or PIL itself.
 
     Raises DataError saying `name` when it cannot be decoded, TypeError for any other kind of object.
     """
@@ -53,6 +70,8 @@ def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) 
     if not isinstance(picture, (str, Path, bytes, Image)):
         raise TypeError(f"{name}: expected a path, bytes or a PIL picture, got {type(picture).__name__}")
     try:
+        if isinstance(picture, str) and is_data_url(picture):
+            picture = data_url_bytes(picture)
         if isinstance(picture, Image):
             with _LOADING[id(picture) % len(_LOADING)]:
                 picture.load()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip.errors import ConfigError
+from cn_clip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 _MEAN_311 = np.array(MEAN, dtype=np.float32)[:, None, None]
 _STD_311 = np.array(STD, dtype=np.float32)[:, None, None]
 
-Decode: TypeAlias = Literal["exact", "fast"]
+Decode: TypeAlias = Literal["exact", "fast", "reference"]
+_LARGEST_16_BITS = 65535
 
 
 @dataclass
@@ -82,8 +83,10 @@ class ImageTransform:
     The picture is squeezed to R x R (bicubic), then turned into RGB; the first frame of an animation, no rotation by
     EXIF. Palette pictures are scaled by nearest neighbour, as PIL does.
 
-    decode: what `draft_size` tells those who open picture files for it; a PIL picture is taken as it is.
+    decode: what `draft_size` tells those who open picture files for it; a PIL picture is taken as it is. Grey of more
+    than 8 bits goes through `in_8_bits` first, but for "reference", which clips it at 255 as Chinese-CLIP does.
     transforms: the steps, as torchvision's `Compose` has them; each can be called by itself, and the list changed.
+    Raises DataError as `in_8_bits`.
     """
 
     def __init__(self, resolution: int, decode: Decode = "exact") -> None:
@@ -121,6 +124,8 @@ class ImageTransform:
             raise ConfigError(
                 "transforms: the steps were changed; call the preprocessing itself, or use them unchanged"
             )
+        if self.decode != "reference":
+            image = in_8_bits(image)
         size = (self.resolution, self.resolution)
         if image.size != size:
             image = image.resize(size, Resampling.BICUBIC)
@@ -141,10 +146,34 @@ def _steps(resolution: int) -> list[Callable[[Any], Any]]:
     return [Resize((resolution, resolution)), _convert_to_rgb, ToTensor(), Normalize(MEAN, STD)]
 
 
+def is_deep(image: "Image") -> bool:
+    """Whether a picture is grey of more than 8 bits a pixel: PIL's modes I;16 and its kin, I and F."""
+    return image.mode[0] in "IF"
+
+
+def in_8_bits(image: "Image") -> "Image":
+    """Grey of more than 8 bits as grey of 8: PIL's own conversion makes all above 255 white. Others come back as is.
+
+    Values up to 255 stay what they are. Beyond, 65535 is white: 300 becomes 1, as PIL reads colour of 16 bits.
+    Floats from 0 to 1 become 0 to 255. Raises DataError for values below 0, above 65535 or not finite.
+    """
+    if not is_deep(image):
+        return image
+    from PIL.Image import fromarray
+
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not 0 <= low <= high <= _LARGEST_16_BITS:
+        raise DataError(f"a grey picture with values from {low:g} to {high:g}; expected 0 to {_LARGEST_16_BITS}")
+    if image.mode == "F" and high <= 1:
+        return fromarray(np.round(values * 255).astype(np.uint8))
+    return fromarray((values // 256).astype(np.uint8)) if high > 255 else image
+
+
 def check_decode(decode: str) -> None:
     """Raises ConfigError for a way of decoding that there is not."""
     if decode not in get_args(Decode):
-        raise ConfigError(f"decode: expected {' or '.join(get_args(Decode))}, got {decode!r}")
+        raise ConfigError(f"decode: expected {', '.join(get_args(Decode))}, got {decode!r}")
 
 
 def image_transform(image_size: int = 224) -> ImageTransform:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 from PIL import Image, ImageEnhance, ImageOps
 from PIL.Image import Resampling, Transform, Transpose
 
-from cn_clip.clip.transforms import MEAN
+from cn_clip.clip.transforms import MEAN, in_8_bits
 from cn_clip.errors import ConfigError
 
 Operation: TypeAlias = Callable[[Image.Image, int, random.Random], Image.Image]
@@ -69,6 +69,7 @@ class Augmentation:
         self.resolution = resolution
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        image = in_8_bits(image)
         crop = image.crop(crop_box(*image.size, rng))  # cropped first: resize(box=...) would look beyond the edges
         image = crop.resize((self.resolution, self.resolution), Resampling.BICUBIC)
         if rng.random() < FLIP_PROBABILITY:

@@ -2,14 +2,16 @@
 
 import contextlib
 import fnmatch
+import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 from cn_clip.data.lmdb_store import IMAGES, ImageStore
-from cn_clip.data.picture_sets import CLASS_FOLDER_SUFFIXES, PictureSource, StoredPicture
+from cn_clip.data.picture_names import HEAD_BYTES, PICTURE_SUFFIXES, begins_as_picture, passed_over, suffix_of
+from cn_clip.data.picture_sets import PictureSource, StoredPicture
 from cn_clip.data.records import RecordId, canonical_id, digest_of
 from cn_clip.data.shards import expand_braces
 from cn_clip.data.storage import EXTRA, FoundFile, Storage, is_uri, open_storage, shown
@@ -17,7 +19,8 @@ from cn_clip.data.tars import tar_members
 from cn_clip.errors import DataError
 from cn_clip.extras import require
 
-PICTURE_SUFFIXES = frozenset((*CLASS_FOLDER_SUFFIXES, ".gif", ".jfif"))
+logger = logging.getLogger(__name__)
+
 ID_COLUMNS, PICTURE_COLUMNS = ("image_id", "id"), ("image", "image_bytes")
 _LISTING_THREADS = 8
 _ROW_GROUPS_KEPT = 2
@@ -50,7 +53,7 @@ def open_collection(location: str) -> Collection:
     last part of the path; or a folder that holds, at any depth, pictures, tar files or tables.
     Ids: of an LMDB as there; of a folder the path below it; of a tar `TAR/KEY`; of a table its column `image_id` or
     `id`. Raises DataError naming what cannot be read, a place without pictures or with several kinds of files, and an
-    id that comes twice.
+    id that comes twice. Other files of a folder are counted in the log.
     """
     collection = _open(location)
     if not len(collection.ids):
@@ -68,7 +71,11 @@ def _open(location: str) -> Collection:
         if (folder / "data.mdb").is_file():
             return _open_lmdb(folder)
     root, files = _listed(location)
-    kinds = {kind: [file for file in files if _suffix(file.path) in suffixes] for kind, suffixes in _SUFFIXES.items()}
+    begun = _begun_as_pictures(root, [file for file in files if not suffix_of(file.path)])
+    kinds = {
+        kind: [file for file in files if suffix_of(file.path) in suffixes or (kind == "pictures" and file in begun)]
+        for kind, suffixes in _SUFFIXES.items()
+    }
     found = {kind: chosen for kind, chosen in kinds.items() if chosen}
     if not found:
         raise DataError(f"{shown(location)}: holds no picture, tar or Parquet file, and is no LMDB")
@@ -77,11 +84,27 @@ def _open(location: str) -> Collection:
         place = shown(location).rstrip("/")
         raise DataError(f"{place}: holds {counts}; name one kind, such as {place}/*.tar")
     ((kind, chosen),) = found.items()
+    _say_passed_over(location, {file.path for file in files} - {file.path for file in chosen})
     return _OPENERS[kind](root, chosen)
 
 
-def _suffix(path: str) -> str:
-    return PurePosixPath(path).suffix.lower()
+def _begun_as_pictures(root: Storage, files: Sequence[FoundFile]) -> set[FoundFile]:
+    """Those of the files whose first bytes are those of a picture."""
+
+    def head(file: FoundFile) -> bytes:
+        with root.at(file.path).open() as stream:
+            return stream.read(HEAD_BYTES)
+
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        return {
+            file for file, beginning in zip(files, pool.map(head, files), strict=True) if begins_as_picture(beginning)
+        }
+
+
+def _say_passed_over(location: str, names: Iterable[str]) -> None:
+    sentence = passed_over(shown(location), names)
+    if sentence:
+        logger.warning("%s", sentence)
 
 
 def _listed(location: str) -> tuple[Storage, list[FoundFile]]:
@@ -345,7 +368,7 @@ def _cut(rows: Sequence[_Rows], start: int, stop: int) -> Iterator[_Rows]:
         begin = end
 
 
-_SUFFIXES = {"pictures": PICTURE_SUFFIXES, "tar files": frozenset([".tar"]), "Parquet files": frozenset([".parquet"])}
+_SUFFIXES = {"pictures": PICTURE_SUFFIXES, "tar files": (".tar",), "Parquet files": (".parquet",)}
 _OPENERS: dict[str, Callable[[Storage, Sequence[FoundFile]], Collection]] = {
     "pictures": _open_folder,
     "tar files": _open_tars,

@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -82,10 +82,10 @@ def _checked_pictures(
 
 def _checked_picture(path: str | os.PathLike[str], record: ImageRecord, check: PictureCheck) -> ImageRecord | Fault:
     try:
-        check_picture(decode_base64(record.base64), check)
+        is_deep = check_picture(decode_base64(record.base64), check)
     except DataError as error:
         return Fault(str(path), record.line, f"image id {record.image_id!r}: {error}", record.image_id)
-    return record
+    return replace(record, is_deep=True) if is_deep else record
 
 
 def checked_texts(
@@ -133,13 +133,29 @@ def _checked_names(
 
 @dataclass
 class SplitCheck:
-    """What a check of one split saw; `num_pairs` counts LMDB pairs and is None when the split has no LMDB."""
+    """What a check of one split saw; `num_pairs` counts LMDB pairs and is None when the split has no LMDB.
+
+    num_deep: pictures in grey of more than 8 bits. num_blank: texts without a character to see.
+    """
 
     split: str
     num_images: int = 0
     num_texts: int = 0
+    num_deep: int = 0
+    num_blank: int = 0
     num_pairs: int | None = None
     faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is no fault, and yet to be known."""
+        deep, blank = self.num_deep, self.num_blank
+        notes = {
+            f"{deep} pictures are grey of more than 8 bits: they are scaled to 8, where Chinese-CLIP clips to white "
+            "what is above 255 (--decode reference)": deep,
+            f"{blank} texts are empty or blank: they are trained on and searched for as they are": blank,
+        }
+        return [note for note, count in notes.items() if count]
 
     def as_dict(self) -> dict[str, Any]:
         """The check as JSON holds it."""
@@ -148,6 +164,7 @@ class SplitCheck:
             "images": self.num_images,
             "texts": self.num_texts,
             "pairs": self.num_pairs,
+            "notes": self.notes,
             "faults": [fault.as_dict() for fault in self.faults],
         }
 
@@ -205,6 +222,7 @@ def _check_images(
             result.faults.append(item)
             continue
         known.add(item.image_id)
+        result.num_deep += item.is_deep
         stored = stores[0].base64(item.image_id) if stores else item.base64
         if stores and stored != item.base64:
             state = "is missing" if stored is None else "is not the picture of the tsv file"
@@ -227,6 +245,7 @@ def _check_texts(
             result.faults.append(item)
             continue
         result.num_texts += 1
+        result.num_blank += not item.text.strip()
         if stores:
             expected.extend((Pair(image_id, item.text_id, item.text), item.line) for image_id in item.image_ids)
     if stores:
@@ -255,20 +274,20 @@ def _check_stores(stores: "tuple[ImageStore, PairStore]", result: SplitCheck, ch
     images, pairs = stores
     for image_id in images.ids:
         try:
-            check_picture(images.picture(image_id), check)
+            result.num_deep += check_picture(images.picture(image_id), check)
             result.num_images += 1
         except DataError as error:
             message = str(error).removeprefix(f"{images.folder}: image id {image_id!r}: ")
             result.faults.append(Fault(images.folder, None, f"image id {image_id!r}: {message}", image_id))
-    known, text_ids = set(images.ids), set()
+    known, texts = set(images.ids), dict[RecordId, str]()
     for index in range(len(pairs)):
         try:
             pair = pairs[index]
         except DataError as error:
             result.faults.append(Fault(pairs.folder, None, str(error).removeprefix(f"{pairs.folder}: ")))
             continue
-        text_ids.add(pair.text_id)
+        texts[pair.text_id] = pair.text
         if pair.image_id not in known:
             message = f"pair {index} names picture {pair.image_id!r}, which is not in {images.folder}"
             result.faults.append(Fault(pairs.folder, None, message, pair.text_id))
-    result.num_texts = len(text_ids)
+    result.num_texts, result.num_blank = len(texts), sum(not text.strip() for text in texts.values())

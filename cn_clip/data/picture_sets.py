@@ -15,6 +15,7 @@ from cn_clip.clip.backends.base import Pixels
 from cn_clip.clip.inputs import PictureTransform
 from cn_clip.clip.pictures import decoded_batches
 from cn_clip.data.lmdb_store import ImageStore
+from cn_clip.data.picture_names import PICTURE_SUFFIXES, is_picture_file, passed_over
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId
 from cn_clip.errors import ConfigError, DataError
@@ -23,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 KeyT = TypeVar("KeyT", covariant=True)
 PixelsT = TypeVar("PixelsT")
-
-CLASS_FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class ClassFolders:
 
     Classes are the sub-folders in sorted order, pictures lie in them at any depth and come in sorted order; hidden
     files and folders, which editors and file managers leave behind, are not looked at. A folder that links name too
-    counts once in its class.
+    counts once in its class. Other files that are no pictures are counted in the log.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -140,7 +139,12 @@ class ClassFolders:
         )
         if not self.classes:
             raise DataError(f"{root}: holds no sub-folder; expected one sub-folder of pictures per class")
-        self.samples = [(path, label) for label, name in enumerate(self.classes) for path in _pictures(root / name)]
+        others: list[str] = []
+        self.samples = [
+            (path, label) for label, name in enumerate(self.classes) for path in _pictures(root / name, others)
+        ]
+        if others:
+            logger.warning("%s", passed_over(root, others))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -150,12 +154,14 @@ class ClassFolders:
         return StoredPicture(label, _read_bytes(path), path)
 
 
-def _pictures(folder: Path) -> list[str]:
-    found = []
+def _pictures(folder: Path, others: list[str]) -> list[str]:
+    """The pictures below a folder; the names of what is none go into `others`."""
+    found: list[str] = []
     for place, names in sorted(_places(folder)):
-        found += [os.path.join(place, name) for name in sorted(names) if _is_picture_name(name)]
+        for path in (os.path.join(place, name) for name in sorted(names) if not name.startswith(".")):
+            (found if is_picture_file(path) else others).append(path)
     if not found:
-        raise DataError(f"{folder}: holds no picture; expected files ending in {', '.join(CLASS_FOLDER_SUFFIXES)}")
+        raise DataError(f"{folder}: holds no picture; expected files ending in {', '.join(PICTURE_SUFFIXES)}")
     return found
 
 
@@ -170,7 +176,3 @@ def _places(folder: Path) -> Iterator[tuple[str, list[str]]]:
         else:
             seen.add(real)
             yield place, names
-
-
-def _is_picture_name(name: str) -> bool:
-    return name.lower().endswith(CLASS_FOLDER_SUFFIXES) and not name.startswith(".")

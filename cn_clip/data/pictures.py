@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias, TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from cn_clip.clip.pictures import decode
+from cn_clip.clip.transforms import in_8_bits, is_deep
 from cn_clip.errors import DataError
 
 PixelsT = TypeVar("PixelsT")
@@ -34,19 +35,21 @@ def load_picture(
         raise DataError(f"{where}: {error}") from error
 
 
-def check_picture(data: bytes, check: PictureCheck) -> None:
-    """Raises DataError when the bytes are no readable picture.
+def check_picture(data: bytes, check: PictureCheck) -> bool:
+    """Whether the picture is grey of more than 8 bits; raises DataError when the bytes are no readable picture.
 
     "decode" reads all the compressed data (JPEG at one eighth of the size, which costs half), "header" only the
     structure at the front, "none" nothing.
     """
     if check == "none":
-        return
+        return False
     try:
         image = Image.open(BytesIO(data))
         if check == "decode":
             image.draft("L", (1, 1))
             image.load()
+            in_8_bits(image)
+        return is_deep(image)
     except Exception as error:
         raise _not_a_picture(data, error) from error
 

@@ -46,11 +46,15 @@ class Fault:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One line of a `*_imgs.tsv`: the id, and the picture file's bytes as base64 (not yet decoded)."""
+    """One line of a `*_imgs.tsv`: the id, and the picture file's bytes as base64 (not yet decoded).
+
+    is_deep: whether a check found grey of more than 8 bits.
+    """
 
     image_id: RecordId
     base64: bytes
     line: int = 0
+    is_deep: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ import numpy as np
 
 from cn_clip import ranks
 from cn_clip.data.datasets import SourcePair, logger
+from cn_clip.data.picture_names import PICTURE_SUFFIXES
 from cn_clip.data.records import RecordId, canonical_id
 from cn_clip.data.tars import Member, compressed, read_at, tar_members
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.jsonl import parse_object
 
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 TEXT_FIELDS = ("text", "caption")
 MAX_SHARDS = 1_000_000
 
-_ROLES = {**dict.fromkeys(PICTURE_SUFFIXES, "picture"), "txt": "text", "json": "record"}
+_ROLES = {**dict.fromkeys(PICTURE_SUFFIXES, "picture"), ".txt": "text", ".json": "record"}
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _SCAN_THREADS = 4
@@ -156,7 +156,7 @@ def _scan(path: str) -> _Scan:
 def _add(samples: dict[str, dict[str, Member]], member: Member, path: str, faults: list[str]) -> None:
     folder, slash, name = member.name.removeprefix("./").rpartition("/")
     stem, _, suffix = name.partition(".")
-    role = _ROLES.get(suffix.lower())
+    role = _ROLES.get(f".{suffix.lower()}")
     if role is None or not stem or stem.startswith("__"):  # files of other tools, and WebDataset's notes to itself
         return
     parts = samples.setdefault(f"{folder}{slash}{stem}", {})
@@ -166,7 +166,7 @@ def _add(samples: dict[str, dict[str, Member]], member: Member, path: str, fault
 
 def _lacking(parts: dict[str, Member]) -> str:
     if "picture" not in parts:
-        return f"picture (.{', .'.join(PICTURE_SUFFIXES)})"
+        return f"picture ({', '.join(PICTURE_SUFFIXES)})"
     return "" if "text" in parts or "record" in parts else "text (.txt, or .json with text or caption)"
 
 
@@ -238,16 +238,14 @@ class ShardPairs:
 def _caption(text: bytes | None, values: dict[str, Any], where: str) -> str:
     if text is None:
         found = next((values[name] for name in TEXT_FIELDS if name in values), None)
-        if not isinstance(found, str):
+        if isinstance(found, bool) or not isinstance(found, (str, int, float)):
             raise DataError(f"{where}: expected a string under text or caption in its .json, got {found!r:.60}")
-        caption = found
+        caption = str(found)
     else:
         try:
             caption = text.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: its .txt is not UTF-8 (byte {error.start})") from error
-    if not caption.strip():
-        raise DataError(f"{where}: its text is empty")
     return caption.strip()
 
 

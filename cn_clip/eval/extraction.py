@@ -53,7 +53,8 @@ class Settings:
     num_workers: int = 1
     """Threads that decode pictures; 0: decode between the batches"""
     decode: Decode = "exact"
-    """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little"""
+    """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little.
+    reference: grey of 16 bits is clipped to white, as by Chinese-CLIP, not scaled to 8 bits"""
     debug: bool = False
     """Log what is opened and downloaded, to stderr"""
     json: bool = False

@@ -40,7 +40,8 @@ class ModelChoice:
     num_threads: int | None = None
     """Threads that compute; default: one a core. tensorrt has none"""
     decode: Decode = "exact"
-    """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little"""
+    """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little.
+    reference: grey of 16 bits is clipped to white, as by Chinese-CLIP, not scaled to 8 bits"""
     download_root: str | None = None
     """Folder of downloaded and exported models; default: ~/.cache/clip"""
 

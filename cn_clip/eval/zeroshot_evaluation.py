@@ -61,7 +61,8 @@ class Options:
     num_workers: int = 4
     """Threads that decode pictures; 0: decode between the batches"""
     decode: Decode = "exact"
-    """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little"""
+    """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little.
+    reference: grey of 16 bits is clipped to white, as by Chinese-CLIP, not scaled to 8 bits"""
     templates: str | None = None
     """File of your own prompt templates: a JSON list, or one a line, each with one {}"""
     device: str = "auto"

@@ -13,6 +13,7 @@ import numpy as np
 
 from cn_clip.clip.backends.base import Pixels
 from cn_clip.clip.pictures import decoded_batches
+from cn_clip.clip.transforms import in_8_bits
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import DataError
 from cn_clip.index.sources import OWN_FIELDS, Candidate, Skipped, Table, row_of
@@ -228,7 +229,7 @@ def thumbnail(image: "Image", size: int) -> bytes:
     """A JPEG of at most `size` pixels a side, upright, on white."""
     from PIL import Image, ImageOps
 
-    small = image.copy()
+    small = in_8_bits(image).copy()
     small.thumbnail((size, size))
     with contextlib.suppress(Exception):  # EXIF that is damaged in one way or another says nothing
         small = ImageOps.exif_transpose(small)

@@ -4,7 +4,6 @@
 
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,11 +125,12 @@ def _is_file(path: str, facts: os.stat_result) -> bool:
 
 def _known_id(index: "Searchable", text: str) -> "ItemId":
     """The item that is called so; a number is looked for as one, too."""
-    number = int(text) if re.fullmatch(r"-?[0-9]{1,4000}", text) else None
-    for candidate in (text, number):
-        if candidate is not None and candidate in index:
-            return candidate
-    raise DataError(f"{index.place}: has no item {text!r}")
+    from cn_clip.retrieval.places import item_called
+
+    found = item_called(index, text)
+    if found is None:
+        raise DataError(f"{index.place}: has no item {text!r}")
+    return found
 
 
 def _query(index: "Searchable", options: Options, own_id: "ItemId | None", say: command.Speaker) -> "FloatArray":

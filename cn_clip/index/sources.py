@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
-from cn_clip.data.picture_sets import CLASS_FOLDER_SUFFIXES
+from cn_clip.data.picture_names import PICTURE_SUFFIXES, suffix_of
 from cn_clip.errors import DataError
 from cn_clip.eval.feature_shards import is_shard_folder
 from cn_clip.jsonl import read_objects
@@ -20,13 +20,12 @@ from cn_clip.retrieval.segments import ItemId, item_line
 from cn_clip.retrieval.writer import LOCK
 
 FEATURE_SUFFIXES = (".jsonl", ".npz", ".parquet")
-PICTURE_SUFFIXES = frozenset((*CLASS_FOLDER_SUFFIXES, ".gif", ".jfif", ".avif", ".heic"))
 LARGEST_PICTURE = 256 * 2**20
 CAPTION_COLUMN = "text"
 # What the commands themselves write into the metadata of an item.
 OWN_FIELDS = ("source", "path", "size", "mtime_ns", "digest", "width", "height")
 
-Table: TypeAlias = Mapping[ItemId, Mapping[str, Any]]
+Table: TypeAlias = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def _is_index(folder: str) -> bool:
 
 def _look_at(source: Source, path: str) -> None:
     name = _id(source, path)
-    suffix = os.path.splitext(name)[1].lower()
+    suffix = suffix_of(name)
     if suffix and suffix not in PICTURE_SUFFIXES:
         source.skipped.append(Skipped(name, "not a picture by its name"))
         return
@@ -192,7 +191,7 @@ def read_table(path: Path, image_column: str) -> Table:
     Empty cells are left out; the column `text` is called `caption`.
     Raises DataError naming file and line, also for a column that the index itself writes.
     """
-    table: dict[ItemId, dict[str, Any]] = {}
+    table: dict[str, dict[str, Any]] = {}
     for number, row in _rows(path, image_column):
         key = row.pop(image_column, None)
         if key is None or key == "":
@@ -204,7 +203,7 @@ def read_table(path: Path, image_column: str) -> Table:
             raise DataError(f"{path}:{number}: the column {own[0]!r} is the index's own; give it another name")
         if CAPTION_COLUMN in row:
             row["caption"] = row.pop(CAPTION_COLUMN)
-        name = key if isinstance(key, int) else str(key).removeprefix("./")
+        name = str(key).removeprefix("./")
         try:
             item_line(name, row)
         except DataError as error:
@@ -216,9 +215,9 @@ def read_table(path: Path, image_column: str) -> Table:
 
 
 def row_of(table: Table, item_id: ItemId, id_prefix: str = "") -> Mapping[str, Any] | None:
-    """The row of an item: under its id, or, as tables hold text, under the id as text."""
+    """The row of an item: under its id as text, for a table may hold 7 or "7"."""
     bare = item_id.removeprefix(id_prefix) if isinstance(item_id, str) else item_id
-    return table.get(bare, table.get(str(bare)))
+    return table.get(str(bare))
 
 
 def _rows(path: Path, image_column: str) -> Iterator[tuple[int, dict[str, Any]]]:

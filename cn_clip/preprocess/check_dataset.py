@@ -63,6 +63,8 @@ def run(options: Options) -> int:
     for result in results:
         for fault in result.faults:
             print(fault)
+        for note in result.notes:
+            print(f"{result.split}: {note}")
         lmdb = "no LMDB" if result.num_pairs is None else f"LMDB with {result.num_pairs} pairs"
         counts = f"{result.num_images} sound images, {result.num_texts} sound texts, {lmdb}"
         print(f"{result.split}: {counts}, {len(result.faults)} faults")

@@ -121,6 +121,7 @@ def run(options: Options) -> None:
 
 def _listed(options: Options, faults: "list[Fault]") -> "list[tuple[RecordId, Picture]]":
     from cn_clip.data.checks import sound_records
+    from cn_clip.data.picture_names import PICTURE_SUFFIXES
     from cn_clip.preprocess import picture_lists
 
     folder = Path(options.folder) if options.folder is not None else Path(str(options.table)).parent
@@ -133,7 +134,7 @@ def _listed(options: Options, faults: "list[Fault]") -> "list[tuple[RecordId, Pi
         found = picture_lists.pictures_from_table(Path(options.table), folder, **columns)
     pictures = list(sound_records(found, options.on_error, faults))
     if not pictures:
-        endings = ", ".join(picture_lists.PICTURE_SUFFIXES)
+        endings = ", ".join(PICTURE_SUFFIXES)
         raise DataError(
             f"{options.table or folder}: no usable picture; expected files ending in {endings} and their text"
         )

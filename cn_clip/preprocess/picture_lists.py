@@ -1,6 +1,7 @@
 """Which pictures there are and what Chinese text they carry, from file names or a table; for dataset_from_folder."""
 
 import csv
+import logging
 import os
 import re
 import unicodedata
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from cn_clip import extras
+from cn_clip.data.picture_names import is_picture_file, passed_over
 from cn_clip.data.records import Fault, RecordId, canonical_id
 from cn_clip.errors import DataError
 
 IdSource: TypeAlias = Literal["auto", "number", "sequence", "name"]
 Row: TypeAlias = tuple[int, dict[str, Any]]
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+logger = logging.getLogger(__name__)
 
 _LEADING_NUMBER = re.compile(r"[0-9]+")
 _LEADING_COUNTER = re.compile(r"\A[0-9_\-\s]+")
@@ -40,7 +42,10 @@ def caption_of(file_name: str) -> str:
 
 
 def pictures_from_names(folder: Path) -> Iterator[Picture | Fault]:
-    """The picture files below a folder in sorted order, hidden ones left out, captions from their names."""
+    """The picture files below a folder in sorted order, hidden ones left out, captions from their names.
+
+    Other files are counted in the log.
+    """
     for path in _picture_files(folder):
         name, caption = path.relative_to(folder).as_posix(), caption_of(path.name)
         try:
@@ -55,11 +60,20 @@ def pictures_from_names(folder: Path) -> Iterator[Picture | Fault]:
 
 
 def _picture_files(folder: Path) -> list[Path]:
-    found = []
+    found: list[Path] = []
+    others: list[str] = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        shown = (name for name in names if not name.startswith("."))
-        found += [Path(place, name) for name in shown if name.lower().endswith(PICTURE_SUFFIXES)]
+        for name in names:
+            if name.startswith("."):
+                continue
+            path = Path(place, name)
+            if is_picture_file(str(path)):
+                found.append(path)
+            else:
+                others.append(name)
+    if others:
+        logger.warning("%s", passed_over(folder, others))
     return sorted(found)
 
 
@@ -76,6 +90,8 @@ def pictures_from_table(
     columns = [image_column, text_column, *([id_column] if id_column else [])]
     for line, row in _rows(table, columns):
         try:
+            if None in row:
+                raise DataError("has more cells than the first line; put a text with commas into double quotes")
             name, text = Path(_cell(row, image_column)).as_posix(), _cell(row, text_column)
             path = folder / name
             if not path.is_file():

@@ -115,8 +115,6 @@ def _chosen(pairs: "PairStore", numbers: list[int], advance: Callable[[], object
     for number in numbers:
         pair = pairs[number]
         where = f"{pairs.folder}: text id {pair.text_id!r}"
-        if not pair.text.strip():
-            raise DataError(f"{where}: its text is empty; leave it out, or give it one, and build the dataset again")
         try:
             text = pair.text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -158,23 +156,22 @@ def _suffix(data: bytes, where: str) -> str:
 
     from PIL import Image
 
+    from cn_clip.data.picture_names import SUFFIXES_OF
     from cn_clip.data.pictures import check_picture
 
     try:
         check_picture(data, "header")
         with Image.open(BytesIO(data)) as image:
             kind = str(image.format)
-        return SUFFIXES[kind]
+        return SUFFIXES_OF[_FORMATS.get(kind, kind)][0].removeprefix(".")
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     except KeyError as error:
-        raise DataError(f"{where}: is a {kind} picture; expected one of {', '.join(SUFFIXES)}") from error
+        raise DataError(f"{where}: is a {kind} picture; expected one of {', '.join(SUFFIXES_OF)}") from error
 
 
-# By PIL's names; MPO is a JPEG with more pictures behind it.
-SUFFIXES = {
-    "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif", "PPM": "ppm"
-}  # fmt: skip
+# MPO is a JPEG with more pictures behind it.
+_FORMATS = {"MPO": "JPEG"}
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from io import BytesIO
 
 from PIL import Image
 
+from cn_clip.clip.transforms import in_8_bits
 from cn_clip.report.markup import Markup, element
 
 LARGEST_SIDE = 224
@@ -13,6 +14,7 @@ QUALITIES = (82, 68, 50)
 
 def flattened(image: Image.Image) -> Image.Image:
     """The picture in RGB, on white where it is transparent; not turned by EXIF, as models see it."""
+    image = in_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         drawing = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing).convert("RGB")

@@ -1,6 +1,7 @@
 """Where an index is, a folder or a collection of Milvus: opens it for searching and changing; the commands use it."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -97,3 +98,11 @@ def open_writer(place: Place, create: Manifest | None = None) -> AbstractContext
     if not isinstance(place, Address):
         return writer.open_writer(place, create)
     return milvus.open_milvus_writer(place, create.model if create else None, create.source if create else "")
+
+
+def item_called(index: Searchable, name: ItemId) -> ItemId | None:
+    """The id as the index has it, 7 and "7" being one; None for an item that it has not."""
+    other: ItemId | None = str(name) if isinstance(name, int) else None
+    if isinstance(name, str) and re.fullmatch(r"0|-?[1-9][0-9]{0,511}", name):
+        other = int(name)
+    return next((one for one in (name, other) if one is not None and one in index), None)

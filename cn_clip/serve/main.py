@@ -67,7 +67,8 @@ class Options(Limits):
     no_page: bool = False
     """Serve no web page; with a key there is none anyway, for browsers do not send it"""
     decode: Decode = "exact"
-    """fast decodes large JPEG files at 1/2, 1/4 or 1/8 of their size: much faster, and vectors differ a little"""
+    """fast decodes large JPEG files at 1/2, 1/4 or 1/8 of their size: much faster, and vectors differ a little.
+    reference clips grey of 16 bits to white, as Chinese-CLIP does"""
     access_log: bool = False
     """Print a line for each request"""
     drain_timeout: float = 30.0

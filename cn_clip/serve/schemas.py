@@ -2,8 +2,10 @@
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
+from cn_clip.clip.pictures import is_data_url
 from cn_clip.serve.limits import (
     MAX_INPUTS,
     MAX_K,
@@ -15,7 +17,14 @@ from cn_clip.serve.limits import (
     MAX_WEIGHT,
 )
 
-Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
+
+def _words(value: Any) -> Any:
+    if isinstance(value, str) and is_data_url(value):
+        raise PydanticCustomError("picture", 'expected words, got a picture as a data URL; send it as {"image": …}')
+    return value
+
+
+Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS), BeforeValidator(_words)]
 Name: TypeAlias = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 Template: TypeAlias = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$", max_length=MAX_TEXT_CHARS)]
 DataUrl: TypeAlias = Annotated[
@@ -42,7 +51,7 @@ TAG_MARK = "<"
 
 def _kind(value: Any) -> str | None:
     if isinstance(value, str):
-        return "<text>"
+        return "<url>" if is_data_url(value) else "<text>"
     if isinstance(value, (dict, ImageInput)):
         return "<picture>"
     return "<many>" if isinstance(value, list) else None
@@ -55,7 +64,8 @@ EXPECTED_INPUT = (
 _error: dict[str, Any] = {"custom_error_type": "input", "custom_error_message": EXPECTED_INPUT}
 _TextInput: TypeAlias = Annotated[Text, Tag("<text>")]
 _PictureInput: TypeAlias = Annotated[ImageInput, Tag("<picture>")]
-Input: TypeAlias = Annotated[_TextInput | _PictureInput, Discriminator(_kind, **_error)]
+_UrlInput: TypeAlias = Annotated[DataUrl, Tag("<url>")]
+Input: TypeAlias = Annotated[_TextInput | _UrlInput | _PictureInput, Discriminator(_kind, **_error)]
 Inputs: TypeAlias = Annotated[list[Input], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 
 
@@ -63,7 +73,9 @@ class EmbeddingRequest(_Strict):
     """`/v1/embeddings`, as OpenAI's clients send it, and with pictures."""
 
     model: Name
-    input: Annotated[_TextInput | _PictureInput | Annotated[Inputs, Tag("<many>")], Discriminator(_kind, **_error)]
+    input: Annotated[
+        _TextInput | _UrlInput | _PictureInput | Annotated[Inputs, Tag("<many>")], Discriminator(_kind, **_error)
+    ]
     encoding_format: Literal["float", "base64"] | None = Field(None, description="null: float")
     dimensions: Annotated[int, Field(strict=True, ge=1)] | None = Field(
         None, description="Only the number that the model has"
@@ -154,7 +166,7 @@ class SearchRequest(_Strict):
     """`/v1/search`: the nearest items of the index to a text, a picture, an item, or a weighted mixture of them."""
 
     model: Name | None = None
-    query: Annotated[_TextQuery | _PartQuery | _ManyQuery, Discriminator(_kind, **_QUERY_ERROR)]
+    query: Annotated[_TextQuery | _UrlInput | _PartQuery | _ManyQuery, Discriminator(_kind, **_QUERY_ERROR)]
     k: Annotated[int, Field(strict=True, ge=1, le=MAX_K)] = 10
     min_score: Annotated[Number, Field(ge=-1, le=1)] | None = None
     where: Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)] | None = Field(
@@ -165,7 +177,7 @@ class SearchRequest(_Strict):
     def parts(self) -> list[QueryPart]:
         """The query as weighted parts."""
         if isinstance(self.query, str):
-            return [QueryPart(text=self.query)]
+            return [QueryPart(image=self.query) if is_data_url(self.query) else QueryPart(text=self.query)]
         return self.query if isinstance(self.query, list) else [self.query]
 
 

@@ -5,7 +5,6 @@
 import hashlib
 import json
 import logging
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +13,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cn_clip.clip.backends.base import Rows
+from cn_clip.clip.pictures import is_data_url
 from cn_clip.errors import ConfigError, StoreError
 from cn_clip.eval import zeroshot
 from cn_clip.eval.templates import DEFAULT, load_templates
-from cn_clip.retrieval.places import Searchable
+from cn_clip.retrieval.places import Searchable, item_called
 from cn_clip.retrieval.store import Hit
 from cn_clip.serve.engine import Engine, Picture, Text
 from cn_clip.serve.limits import MAX_PROMPT_CHARS, MAX_PROMPTS, Limits
@@ -202,11 +202,10 @@ class Service:
 
 
 def known_id(index: Searchable, item_id: int | str) -> int | str:
-    """The id as the index has it, an integer also from its digits; raises RefusalError (404) for an unknown one."""
-    if item_id in index:
-        return item_id
-    if isinstance(item_id, str) and re.fullmatch(r"-?[0-9]{1,18}", item_id) and int(item_id) in index:
-        return int(item_id)
+    """The id as the index has it; raises RefusalError (404) for an unknown one."""
+    found = item_called(index, item_id)
+    if found is not None:
+        return found
     raise RefusalError(404, f"id: the index has no item {shown(item_id)}", param="id", code="not_found")
 
 
@@ -233,7 +232,9 @@ def _digest(labels: Sequence[str], templates: Sequence[str]) -> bytes:
 
 
 def _input(given: str | ImageInput, param: str) -> Text | Picture:
-    return Text(given) if isinstance(given, str) else Picture(given.image, f"{param}.image")
+    if isinstance(given, str):
+        return Picture(given, param) if is_data_url(given) else Text(given)
+    return Picture(given.image, f"{param}.image")
 
 
 def _part(part: QueryPart, param: str) -> Text | Picture | None:

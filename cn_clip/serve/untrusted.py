@@ -1,11 +1,12 @@
 """Pictures that strangers send: from a data URL to a decoded picture, bounded before anything is decoded."""
 
-import base64
 import io
 from typing import TYPE_CHECKING
 
 from cn_clip.clip.backends.base import Pixels
 from cn_clip.clip.inputs import PictureTransform
+from cn_clip.clip.pictures import data_url_bytes
+from cn_clip.errors import DataError
 from cn_clip.serve.refusals import RefusalError
 
 if TYPE_CHECKING:
@@ -20,15 +21,12 @@ _SHOWN_CHARS = 40
 
 def picture_bytes(data_url: str, param: str) -> bytes:
     """The bytes in a data URL; raises RefusalError (400) naming `param`. Addresses and paths are never followed."""
-    head, comma, payload = data_url.partition(",")
-    if not head.lower().startswith("data:"):
+    if not data_url[:5].lower() == "data:":
         raise _invalid(f"{param}: no URL or path is read, got {data_url[:_SHOWN_CHARS]!a}; {_EXPECTED}", param)
-    if not comma or not head.lower().endswith(";base64"):
-        raise _invalid(f"{param}: the data URL is not in base64; {_EXPECTED}", param)
     try:
-        return base64.b64decode(payload, validate=True)
-    except ValueError as error:
-        raise _invalid(f"{param}: not valid base64 ({error}); {_EXPECTED}", param) from error
+        return data_url_bytes(data_url)
+    except DataError as error:
+        raise _invalid(f"{param}: {error}; {_EXPECTED}", param) from error
 
 
 def opened(data: bytes, param: str, *, max_pixels: int) -> "Image":

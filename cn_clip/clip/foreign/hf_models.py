@@ -21,7 +21,7 @@ from cn_clip.clip.backends.base import Pixels, TokenIds
 from cn_clip.clip.file_formats import first_sentence
 from cn_clip.clip.foreign.towers import ForeignTowers
 from cn_clip.clip.inputs import Parts
-from cn_clip.clip.transforms import Decode
+from cn_clip.clip.transforms import Decode, in_8_bits
 from cn_clip.errors import CheckpointError, CnClipError, MissingExtraError
 from cn_clip.extras import require
 
@@ -79,6 +79,8 @@ class ProcessedPictures:
         return int(size.get("shortest_edge") or self.resolution)
 
     def array(self, image: "Image", out: Pixels | None = None) -> Pixels:
+        if self.decode != "reference":
+            image = in_8_bits(image)
         pixels_3RR = self._pixels(image if image.mode == "RGB" else image.convert("RGB"))
         if out is None:
             return pixels_3RR

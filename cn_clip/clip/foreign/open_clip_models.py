@@ -17,7 +17,7 @@ from cn_clip.clip.file_formats import first_sentence
 from cn_clip.clip.foreign.names import ForeignName
 from cn_clip.clip.foreign.towers import ForeignTowers
 from cn_clip.clip.inputs import Parts
-from cn_clip.clip.transforms import Decode
+from cn_clip.clip.transforms import Decode, in_8_bits
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
 
@@ -52,7 +52,7 @@ class ComposedPictures:
         return out
 
     def __call__(self, image: "Image") -> Tensor:
-        pixels_3RR: Tensor = self._compose(image)
+        pixels_3RR: Tensor = self._compose(image if self.decode == "reference" else in_8_bits(image))
         return pixels_3RR
 
 
