@@ -1,12 +1,11 @@
 """Bytes to PIL pictures, with errors in one sentence; used by the dataset checks and the torch datasets."""
 
 from collections.abc import Callable
-from io import BytesIO
 from typing import Literal, TypeAlias, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
-from cn_clip.clip.pictures import decode
+from cn_clip.clip.pictures import decode, opened
 from cn_clip.errors import DataError
 
 PixelsT = TypeVar("PixelsT")
@@ -43,7 +42,7 @@ def check_picture(data: bytes, check: PictureCheck) -> None:
     if check == "none":
         return
     try:
-        image = Image.open(BytesIO(data))
+        image = opened(data)
         if check == "decode":
             image.draft("L", (1, 1))
             image.load()
@@ -54,5 +53,7 @@ def check_picture(data: bytes, check: PictureCheck) -> None:
 def _not_a_picture(data: bytes, error: Exception) -> DataError:
     if not data:
         return DataError("the picture is empty (0 bytes)")
+    if isinstance(error, DataError):
+        return DataError(f"the picture of {len(data)} bytes is not decoded: {error}")
     reason = "no known picture format" if isinstance(error, UnidentifiedImageError) else f"{error}"
     return DataError(f"the picture of {len(data)} bytes does not decode ({reason})")
