@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import numpy as np
 
 from cn_clip.clip.backends.base import Pixels
+from cn_clip.clip.picture_heads import look
 from cn_clip.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+# What Pillow is asked to read, by whatever name a file goes: EPS is a program that Ghostscript would run.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000")
 
 Picture: TypeAlias = "str | Path | bytes | Image"
 T = TypeVar("T")
@@ -44,16 +48,28 @@ def data_url_bytes(url: str) -> bytes:
         raise DataError(f"not valid base64 ({error})") from error
 
 
+def opened(data: bytes) -> "Image":
+    """The picture with its head read and nothing decoded; the one place that hands bytes to Pillow.
+
+    Raises DataError for a file that would take far longer than its pixels (see `picture_heads`), and what Pillow's
+    plugins raise: UnidentifiedImageError for a format that is not one of `FORMATS`, and others.
+    """
+    from PIL import Image
+
+    head = look(data)
+    if head is not None:
+        return Image.open(io.BytesIO(data), formats=(head.format,))
+    Image.init()
+    return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
 def decode(picture: str | Path | bytes, draft_size: int | None = None) -> "Image":
     """The loaded picture of a file or of encoded bytes, mode and size as there; the first frame of an animation.
 
     draft_size: decodes a JPEG at 1/2, 1/4 or 1/8 of its size, the smallest whose sides are both at least so long.
-    Raises what PIL's plugins raise: OSError, SyntaxError, ValueError, struct.error, IndexError and others.
+    Raises what `opened` raises, and OSError, SyntaxError, ValueError, struct.error, IndexError and others.
     """
-    from PIL.Image import open as open_file
-
-    image: Image
-    with open_file(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+    with opened(picture if isinstance(picture, bytes) else Path(picture).read_bytes()) as image:
         if draft_size is not None:
             image.draft(None, (draft_size, draft_size))
         image.load()
@@ -79,6 +95,8 @@ def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) 
         return decode(picture, draft_size)
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file") from error
+    except DataError as error:
+        raise DataError(f"{name}: not decoded: {error}") from error
     except Exception as error:
         raise DataError(f"{name}: not a picture that can be decoded ({error})") from error
 

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
+from cn_clip.clip.pictures import opened
 from cn_clip.errors import ConfigError
 from cn_clip.jsonl import atomic_write
 
@@ -117,7 +118,7 @@ class _Sheet:
 
 def _fitted(picture: bytes | Image.Image) -> Image.Image:
     """The whole picture on a white square of PICTURE pixels a side."""
-    image = Image.open(BytesIO(picture)) if isinstance(picture, bytes) else picture
+    image = opened(picture) if isinstance(picture, bytes) else picture
     drawing = image.convert("RGBA")
     scale = PICTURE / max(drawing.size)
     size = (max(1, round(drawing.width * scale)), max(1, round(drawing.height * scale)))

@@ -1,12 +1,11 @@
 """Bytes to PIL pictures, with errors in one sentence; used by the dataset checks and the torch datasets."""
 
 from collections.abc import Callable
-from io import BytesIO
 from typing import Literal, TypeAlias, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
-from cn_clip.clip.pictures import decode
+from cn_clip.clip.pictures import decode, opened
 from cn_clip.clip.transforms import in_8_bits, is_deep
 from cn_clip.errors import DataError
 
@@ -44,7 +43,7 @@ def check_picture(data: bytes, check: PictureCheck) -> bool:
     if check == "none":
         return False
     try:
-        image = Image.open(BytesIO(data))
+        image = opened(data)
         if check == "decode":
             image.draft("L", (1, 1))
             image.load()
@@ -57,5 +56,7 @@ def check_picture(data: bytes, check: PictureCheck) -> bool:
 def _not_a_picture(data: bytes, error: Exception) -> DataError:
     if not data:
         return DataError("the picture is empty (0 bytes)")
+    if isinstance(error, DataError):
+        return DataError(f"the picture of {len(data)} bytes is not decoded: {error}")
     reason = "no known picture format" if isinstance(error, UnidentifiedImageError) else f"{error}"
     return DataError(f"the picture of {len(data)} bytes does not decode ({reason})")

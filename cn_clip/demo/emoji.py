@@ -86,10 +86,10 @@ def _names(vendor: Vendor) -> frozenset[str]:
 
 def png(emoji: Emoji) -> bytes:
     """The picture as a PNG file, RGB."""
-    from PIL import Image
+    from cn_clip.clip.pictures import opened
 
     stream = BytesIO()
-    with Image.open(BytesIO(emoji.picture)) as picture:
+    with opened(emoji.picture) as picture:
         picture.convert("RGB").save(stream, "PNG")
     return stream.getvalue()
 

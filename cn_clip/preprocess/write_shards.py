@@ -152,16 +152,13 @@ def _add(tar: Any, name: str, data: bytes) -> None:
 
 def _suffix(data: bytes, where: str) -> str:
     """The ending of a picture's file name, from its bytes; raises DataError for what other tools would not open."""
-    from io import BytesIO
-
-    from PIL import Image
-
+    from cn_clip.clip.pictures import opened
     from cn_clip.data.picture_names import SUFFIXES_OF
     from cn_clip.data.pictures import check_picture
 
     try:
         check_picture(data, "header")
-        with Image.open(BytesIO(data)) as image:
+        with opened(data) as image:
             kind = str(image.format)
         return SUFFIXES_OF[_FORMATS.get(kind, kind)][0].removeprefix(".")
     except DataError as error:
