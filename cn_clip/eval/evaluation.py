@@ -4,6 +4,7 @@ python cn_clip/eval/evaluation.py STANDARD.jsonl PREDICTIONS.jsonl RESULT.json
 """
 
 import json
+import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
@@ -91,10 +92,25 @@ def evaluate(standard: str, submit: str, *, query: Direction = "text") -> dict[s
     predicted = read_predictions(submit, relevant, query=query)
     if not relevant:
         raise DataError(f"{standard}: the file has no lines; expected the relevant ids of one query a line")
+    _tell_nothing_in_common(standard, submit, relevant, predicted, _WORDS[query])
     recall = recall_at_k([predicted[query_id] for query_id in relevant], list(relevant.values()))
     score = recall.mean * 100
     percent = {f"r{k}": value * 100 for k, value in recall.at.items()}
     return {"success": True, "score": score, "scoreJson": {"score": score, "mean_recall": score, **percent}}
+
+
+def _tell_nothing_in_common(standard: str, submit: str, relevant: Ranking, predicted: Ranking, words: _Words) -> None:
+    """Says on stderr why the score is 0.00 when no id of the annotation is predicted for any query."""
+    expected, found = (
+        dict.fromkeys(one for ids in ranking.values() for one in ids) for ranking in (relevant, predicted)
+    )
+    if expected and expected.keys().isdisjoint(found):
+        print(
+            f"提示 / note: {submit}: none of the {len(expected)} {words.found_ids} of {standard} is predicted for any "
+            f"query (one of them is {next(iter(expected))!r}, one predicted is {next(iter(found))!r}), so the score is "
+            "0.00; are both files of the same split and direction?",
+            file=sys.stderr,
+        )
 
 
 def _failure(message: str) -> dict[str, Any]:
