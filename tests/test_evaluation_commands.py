@@ -235,6 +235,26 @@ def test_json_prints_the_result_and_nothing_else(folder: Path, capsys: pytest.Ca
     assert json.loads(capsys.readouterr().out)["errorMsg"] == "The submission file is not found!"
 
 
+@pytest.mark.parametrize(("query", "fields"), [("text", ("text_id", "image_ids")), ("image", ("image_id", "text_ids"))])
+def test_an_annotation_none_of_whose_ids_is_predicted_says_why_the_score_is_0(
+    query: str, fields: tuple[str, str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [[77, 78], [79]]
+    standard = write_lines(folder / "a.jsonl", *({fields[0]: n, fields[1]: ids} for n, ids in enumerate(found)))
+    submit = write_lines(folder / "p.jsonl", *({fields[0]: n, fields[1]: TEN} for n in range(2)))
+    COMMANDS[query]([standard, submit, "result.json"])
+    captured = capsys.readouterr()
+    assert "R@1 0.00" in captured.out
+    assert f"none of the 3 {fields[1]} of {standard} is predicted for any query (one of them is 77, " in captured.err
+    assert captured.err.count("\n") == 1
+    assert json.loads((folder / "result.json").read_text())["success"] is True
+
+    # Wrong ids, but those of the annotation: the score says it all.
+    submit = write_lines(folder / "p.jsonl", *({fields[0]: n, fields[1]: [*TEN[1:], 79 - 2 * n]} for n in range(2)))
+    COMMANDS[query]([standard, submit, "result.json"])
+    assert capsys.readouterr().err == ""
+
+
 def test_a_missing_result_folder_is_an_error_of_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         evaluation.main(["valid_texts.jsonl", "valid_predictions.jsonl", "absent/result.json"])

@@ -5,8 +5,8 @@ python cn_clip/eval/evaluation.py STANDARD.jsonl PREDICTIONS.jsonl RESULT.json
 
 import errno
 import json
-import logging
 import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
@@ -18,7 +18,6 @@ from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError
 from cn_clip.jsonl import atomic_write, dumps, numbered_lines, read_objects, refuse_inputs
 
-logger = logging.getLogger(__name__)
 
 NUM_PREDICTIONS = 10
 
@@ -96,7 +95,7 @@ def evaluate(standard: str, submit: str, *, query: Direction = "text") -> dict[s
     if not relevant:
         raise DataError(f"{standard}: the file has no lines; expected the relevant ids of one query a line")
     relevant, predicted = _plain(relevant), _plain(predicted)
-    _warn_of_strangers(standard, relevant, predicted, _WORDS[query].found_ids)
+    _tell_nothing_in_common(standard, submit, relevant, predicted, _WORDS[query])
     recall = recall_at_k([predicted[query_id] for query_id in relevant], list(relevant.values()))
     return _success(*recall.at.values())
 
@@ -112,15 +111,18 @@ def _plain(ranking: Ranking) -> Ranking:
     return {plain_id(query_id): list(map(plain_id, found)) for query_id, found in ranking.items()}
 
 
-def _warn_of_strangers(standard: str, relevant: Ranking, predicted: Ranking, field: str) -> None:
-    """Warns when no relevant id was predicted for any query: then 0 says nothing about the model."""
-    expected = {found_id for found in relevant.values() for found_id in found}
-    if expected and expected.isdisjoint(found_id for found in predicted.values() for found_id in found):
-        wanted, got = (next(found[0] for found in one.values() if found) for one in (relevant, predicted))
-        logger.warning(
-            "%s: none of its %s is among those predicted: expected some such as %r, the predictions have such as %r; "
-            "are both of the same split, and the ids written alike?", standard, field, wanted, got,
-        )  # fmt: skip
+def _tell_nothing_in_common(standard: str, submit: str, relevant: Ranking, predicted: Ranking, words: _Words) -> None:
+    """Says on stderr why the score is 0.00 when no id of the annotation is predicted for any query."""
+    expected, found = (
+        dict.fromkeys(one for ids in ranking.values() for one in ids) for ranking in (relevant, predicted)
+    )
+    if expected and expected.keys().isdisjoint(found):
+        print(
+            f"提示 / note: {submit}: none of the {len(expected)} {words.found_ids} of {standard} is predicted for any "
+            f"query (one of them is {next(iter(expected))!r}, one predicted is {next(iter(found))!r}), so the score is "
+            "0.00; are both files of the same split and direction?",
+            file=sys.stderr,
+        )
 
 
 def _failure(detail: str, message: str) -> dict[str, Any]:
