@@ -357,8 +357,9 @@ def test_a_place_of_a_vit_passes_the_last_layer_alone() -> None:
     with torch.inference_mode():
         patches = model.visual.conv1(pixels[None]).flatten(2).transpose(1, 2)
         tokens = torch.cat([model.visual.class_embedding.expand(1, 1, -1), patches], dim=1)
-        tokens = model.visual.transformer(model.visual.ln_pre(tokens + model.visual.positional_embedding))
-        expected = F.normalize(model.visual.ln_post(tokens[0]) @ model.visual.proj, dim=-1)
+        tokens = model.visual.ln_pre(tokens + model.visual.positional_embedding).transpose(0, 1)
+        tokens = model.visual.transformer(tokens)[:, 0]
+        expected = F.normalize(model.visual.ln_post(tokens) @ model.visual.proj, dim=-1)
         whole = F.normalize(model.encode_image(pixels[None])[0], dim=-1)
     assert vectors.shape == (4, 4, 24)
     torch.testing.assert_close(vectors.reshape(16, 24), expected[1:])

@@ -186,7 +186,7 @@ def test_the_towers_are_those_named() -> None:
 def test_patches_are_left_out_in_training_and_not_in_validation(split: Path, tmp_path: Path) -> None:
     trainer = build(split, tmp_path, mask_ratio=0.5)
     lengths = []
-    trainer.model.visual.transformer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    trainer.model.visual.transformer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[0]))
     changed_by_an_update(trainer)
     trainer.validate(0)
     assert set(lengths[:1]) == {1 + 32}  # of 8 x 8 patches

@@ -101,13 +101,14 @@ class BertSelfAttention(nn.Module):
         attention_mask: Tensor | None = None,
         head_mask: Tensor | None = None,
         *,
-        first_only: bool = False,
+        looking: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """(context (B, L, D),), with `output_attentions` (context, shares (B, H, L, L)).
+        """(context (B, Q, D),), with `output_attentions` (context, shares (B, H, Q, L)).
 
-        attention_mask: added to the scores. head_mask: multiplies the shares. first_only: rows of the first token.
+        attention_mask: added to the scores. head_mask: multiplies the shares. looking: the rows (B, Q, D) that attend
+        to `hidden_states` (B, L, D); default those themselves.
         """
-        query = self.query(hidden_states[:, :1] if first_only else hidden_states)
+        query = self.query(hidden_states if looking is None else looking)
         key, value = self.key(hidden_states), self.value(hidden_states)
         bias = None if attention_mask is None else attention_mask.to(query.dtype)
         if not self.output_attentions and head_mask is None and unwatched(self.dropout):
@@ -166,9 +167,11 @@ class BertAttention(nn.Module):
         *,
         first_only: bool = False,
     ) -> tuple[Tensor, ...]:
-        options = {"first_only": True} if first_only else {}
-        context, *shares = self.self(input_tensor, attention_mask, head_mask, **options)
-        return (self.output(context, input_tensor[:, :1] if first_only else input_tensor), *shares)
+        if first_only:
+            first = input_tensor[:, :1]
+            return (self.output(self.self(input_tensor, attention_mask, head_mask, looking=first)[0], first),)
+        context, *shares = self.self(input_tensor, attention_mask, head_mask)
+        return (self.output(context, input_tensor), *shares)
 
 
 class BertIntermediate(nn.Module):

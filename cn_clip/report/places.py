@@ -86,10 +86,10 @@ def place_vectors(model: CLIP, pixels_3RR: Tensor) -> tuple[Tensor, Tensor]:
     return F.normalize(image_E.float(), dim=-1), places_HWE
 
 
-def _places_of_vit(visual: VisualTransformer, x_1LD: Tensor) -> tuple[int, Tensor]:
+def _places_of_vit(visual: VisualTransformer, x_L1D: Tensor) -> tuple[int, Tensor]:
     block = visual.transformer.resblocks[-1]
     assert isinstance(block, ResidualAttentionBlock)
-    x_SD, width = x_1LD[0, 1:], x_1LD.shape[-1]
+    x_SD, width = x_L1D[1:, 0], x_L1D.shape[-1]
     value_SD = F.linear(block.ln_1(x_SD), block.attn.in_proj_weight[-width:], block.attn.in_proj_bias[-width:])
     x_SD = x_SD + block.attn.out_proj(value_SD)
     x_SD = x_SD + block.mlp(block.ln_2(x_SD))
