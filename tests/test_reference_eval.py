@@ -217,15 +217,15 @@ def test_scores_of_a_small_case(module: Any, query: str, found: str, tmp_path: P
     reference = module.read_reference(golden)
     assert reference == {1: [5], 2: [20, 3], 3: [9]}
     assert module.read_submission(submitted, reference, 10)[2] == ten
-    with pytest.raises(Exception, match="wrong number of predicted .*! Require 5, but 10 founded"):
+    with pytest.raises(Exception, match=r"wrong number of predicted .*! Require 5, but 10 founded"):
         module.read_submission(submitted, reference)
     with pytest.raises(Exception, match="The submission file is not found!"):
         module.read_submission(str(tmp_path / "none"), reference, k=10)
     for read in (module.read_reference, lambda path: module.compute_score(path, submitted)):
         with pytest.raises(FileNotFoundError, match="none"):
             read(str(tmp_path / "none"))
+    (tmp_path / "golden.jsonl").write_text("{")
     with pytest.raises(ValueError, match="golden"):
-        (tmp_path / "golden.jsonl").write_text("{")
         module.read_reference(golden)
 
 

@@ -32,8 +32,8 @@ from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.backends.tensor_rt import TensorRtTower, open_engines
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
-from cn_clip.deploy import onnx_to_tensorrt
-from cn_clip.deploy.tensorrt_utils import TensorRTModel
+from cn_clip.deploy import onnx_to_tensorrt, tensorrt_utils
+from cn_clip.deploy.tensorrt_utils import TensorRTModel, TensorRTShape
 from cn_clip.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from cn_clip.zoo import ModelConfig
 
@@ -700,6 +700,65 @@ def test_encoder_opens_the_prefix_of_engines(
 
 def test_cn_clip_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.COMMANDS["export tensorrt"].module == "cn_clip.deploy.onnx_to_tensorrt"
+
+
+# --- the helpers of Chinese-CLIP
+
+
+def test_an_engine_is_built_by_the_helpers_of_chinese_clip(
+    trt: ModuleType, files: dict[Kind, Path], tiny: CLIP, tmp_path: Path
+) -> None:
+    runtime = trt.Runtime(tensorrt_utils.TRT_LOGGER)
+    shape = TensorRTShape((1, 3, 32, 32), (2, 3, 32, 32), (4, 3, 32, 32), "image")
+    engine = tensorrt_utils.build_engine(
+        runtime=runtime,
+        onnx_file_path=str(files["image"]),
+        logger=None,
+        input_shapes=[shape],
+        workspace_size=2**31,
+        fp16=False,
+        int8=False,
+    )
+    network, config = trt.Builder.built[-1]
+    assert config.profiles[0].shapes == {"image": [(1, 3, 32, 32), (2, 3, 32, 32), (4, 3, 32, 32)]}
+    assert config.pools[trt.MemoryPoolType.WORKSPACE] == 2**31
+    assert tensorrt_utils.get_binding_idxs(engine, 0) == ([0], [1])
+    room = tensorrt_utils.get_output_tensors(engine.create_execution_context(), [torch.zeros(3, 3, 32, 32)], [0], [1])
+    assert {name: tuple(tensor.shape) for name, tensor in room.items()} == {"unnorm_image_features": (3, 512)}
+    assert tensorrt_utils.fix_fp16_network(network, ["MatMul"]) is network
+    lengths = {"min_shape": (1, 8), "optimal_shape": (1, 8), "max_shape": (1, 8)}
+    text = tensorrt_utils.build_engine(runtime, str(files["text"]), None, True, False, **lengths)
+    assert text.get_tensor_profile_shape("text", 0)[2] == [1, 8]
+    with pytest.raises(ConfigError, match="int8"):
+        tensorrt_utils.build_engine(runtime, str(files["text"]), None, True, True, **lengths)
+    with pytest.raises(AssertionError, match="input_shapes"):
+        tensorrt_utils.build_engine(runtime, str(files["text"]), None, True, False)
+
+
+def test_an_opened_engine_times_its_calls_and_opens_others(
+    trt: ModuleType, files: dict[Kind, Path], tiny: CLIP, tmp_path: Path
+) -> None:
+    build_engine(files["image"], "image", tmp_path / "e.trt", Build("fp32", max_batch=3))
+    model, seconds = TensorRTModel(str(tmp_path / "e.trt")), []
+    pixels = tiny_pixels(tiny)
+    outputs = model(inputs={"image": pixels}, time_buffer=seconds)
+    assert torch.equal(outputs["unnorm_image_features"], model({"image": pixels})["unnorm_image_features"])
+    assert [one > 0 for one in seconds] == [True]
+    assert model.load_engine(str(tmp_path / "e.trt")).num_io_tensors == 2
+    with pytest.raises(AssertionError, match="no such file"):
+        model.load_engine(str(tmp_path / "none"))
+
+
+def test_shapes_of_chinese_clip_are_checked_and_copied() -> None:
+    shape = TensorRTShape([1, 8], [2, 8], [4, 8], None)
+    assert shape.generate_multiple_shapes(["a", "b"])[1] == TensorRTShape([1, 8], [2, 8], [4, 8], "b")
+    with pytest.raises(AssertionError, match="input_name"):
+        shape.check_validity()
+    for wrong in (([1], [2, 8], [4, 8]), ([0], [1], [1]), ([], [], [])):
+        with pytest.raises(AssertionError, match="three shapes of one length"):
+            TensorRTShape(*wrong, input_name="a").check_validity()
+    with pytest.raises(AssertionError, match="expected None, got 'a'"):
+        shape.make_copy("a").generate_multiple_shapes(["b"])
 
 
 @pytest.mark.gpu
