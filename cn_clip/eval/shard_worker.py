@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from cn_clip import __version__
-from cn_clip.clip.backends.base import Kind, Pixels
+from cn_clip.clip.backends.base import Kind, Pixels, named
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.foreign.names import files_of, is_foreign
 from cn_clip.clip.pictures import decoded_batches
@@ -106,7 +106,8 @@ def _do_texts(encoder: Encoder, task: Task, part: TextPart, options: Options) ->
     prepare = preparation(encoder.texts)
     prepared = [prepare(text) for _, text in part.texts]
     row_of = {text: row for row, text in enumerate(dict.fromkeys(prepared))}
-    rows_MD = encoder.encode_texts(list(row_of), batch_size=options.text_batch_size)
+    with named("text_id", lambda row: part.texts[prepared.index(list(row_of)[row])][0]):
+        rows_MD = encoder.encode_texts(list(row_of), batch_size=options.text_batch_size)
     rows_ND = rows_MD[[row_of[text] for text in prepared]]
     ids = [text_id for text_id, _ in part.texts]
     return write_shard(task.job.folder, task.job.manifest, task.shard, ids, rows_ND)
@@ -149,7 +150,9 @@ def _encode(encoder: Encoder, part: Part, options: Options) -> tuple[list[Skippe
     rows_ND = np.empty((len(part), encoder.embed_dim), dtype=np.float32)
     batches = decoded_batches(load, range(len(part)), transform.resolution, options.img_batch_size, options.num_workers)
     for outcome, pixels in batches:
-        rows_ND[len(outcomes) : len(outcomes) + len(outcome)] = encoder.backend.encode_pixels(pixels)
+        ids = part.ids[len(outcomes) : len(outcomes) + len(outcome)]
+        with named("image_id", ids.__getitem__):
+            rows_ND[len(outcomes) : len(outcomes) + len(outcome)] = encoder.backend.encode_pixels(pixels)
         outcomes += outcome
     return outcomes, rows_ND
 

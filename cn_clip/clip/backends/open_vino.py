@@ -33,6 +33,7 @@ class OpenVinoTower:
         vino: Any = require("openvino", extra="openvino", purpose="the openvino backend")
         self.place = str(path)
         core = vino.Core()
+        core.set_property({"ENABLE_MMAP": False})  # rows must not change, nor the process end, when a file is written
         settings = settings_for(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"), precision)
         if num_threads is not None:
             settings["INFERENCE_NUM_THREADS"] = str(num_threads)

@@ -14,6 +14,7 @@ from cn_clip.clip.backends.base import (
     TokenIds,
     check_precision,
     check_threads,
+    checked_rows,
 )
 from cn_clip.clip.model import CLIP, convert_weights
 
@@ -80,4 +81,4 @@ def device_of(device: str | torch.device | None) -> torch.device:
 def _unit_rows(features_BD: Tensor) -> Rows:
     features_BD = features_BD.float()
     rows: Rows = (features_BD / features_BD.norm(dim=-1, keepdim=True)).cpu().numpy()
-    return rows
+    return checked_rows(rows)
