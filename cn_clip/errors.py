@@ -1,5 +1,7 @@
 """The error tree: everything this package raises on purpose, so that callers can catch one type."""
 
+from collections.abc import Sequence
+
 
 class CnClipError(Exception):
     """Base of all errors that name their cause; commands print it on one line and exit with status 1."""
@@ -19,6 +21,17 @@ class OutputError(DataError, OSError):
 
 class CheckpointError(CnClipError, RuntimeError):
     """A weight file cannot be read, or does not fit the model."""
+
+
+class NotFiniteError(CheckpointError):
+    """A model gives rows that are no unit vectors; `positions`: of their inputs, counted from 0."""
+
+    def __init__(self, what: str, positions: Sequence[int]) -> None:
+        super().__init__(
+            f"{what}: the model gives NaN or infinity; compute in fp32 (--precision fp32, or a file exported so), and "
+            "if that does not help, check the weights"
+        )
+        self.positions = list(positions)
 
 
 class DownloadError(CnClipError, RuntimeError):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +13,15 @@ import numpy as np
 import onnx
 import pytest
 from onnx_towers import LENGTH, RESOLUTION, expected_rows, some_inputs, weights, write_tower
+from other_kinds import OTHER_KINDS
 
 from cn_clip.clip import Encoder
 from cn_clip.clip.backends import onnx_files, onnx_runtime
-from cn_clip.clip.backends.base import ExportedBackend, Kind, Tower, unit_rows
+from cn_clip.clip.backends.base import ExportedBackend, Kind, Tower, TowerFacts, unit_rows
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.open_vino import OpenVinoTower, settings_for
 from cn_clip.clip.backends.opening import open_backend
-from cn_clip.errors import CheckpointError, CnClipError, ConfigError, MissingExtraError
+from cn_clip.errors import CheckpointError, CnClipError, ConfigError, MissingExtraError, NotFiniteError
 
 KINDS: tuple[Kind, ...] = ("image", "text")
 OPENERS: dict[str, Any] = {"onnx": functools.partial(OnnxTower, device="cpu"), "openvino": OpenVinoTower}
@@ -495,3 +497,56 @@ def test_an_exported_model_runs_without_pytorch_and_finds_the_same(
     assert (best == expected_best)[is_clear].all()
     assert is_clear.sum() > len(best) / 4
     assert len(set(expected_best.tolist())) > 5
+
+
+# --- files that change, and rows that are no numbers
+
+
+@BOTH
+@pytest.mark.parametrize("outside", [True, False])
+def test_an_open_model_gives_the_same_rows_when_its_files_are_written_over(
+    tmp_path: Path, opener: Any, outside: bool
+) -> None:
+    path = tmp_path / "tower.onnx"
+    onnx_files.save(onnx.load(write_tower(tmp_path / "plain.onnx", "text", batch="N", width=64)), path, outside=outside)
+    tower, inputs = opener(path, "text"), some_inputs("text", 2)
+    before = tower.run(inputs)
+    for file in (path, onnx_files.extra_path(path)):
+        if file.exists():
+            file.write_bytes(bytes(file.stat().st_size))  # `cp` over it
+    np.testing.assert_array_equal(tower.run(inputs), before)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+@pytest.mark.parametrize("outside", [True, False])
+def test_exported_files_of_other_kinds_are_refused_with_the_next_step(
+    tmp_path: Path, opener: Any, kind: str, outside: bool
+) -> None:
+    content, said = OTHER_KINDS[kind]
+    path = tmp_path / "tower.onnx"
+    onnx_files.save(onnx.load(write_tower(tmp_path / "plain.onnx", "text", width=64)), path, outside=True)
+    wrong = onnx_files.extra_path(path) if outside else path
+    wrong.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(f'{wrong}: {said}')}"):
+        opener(path, "text")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0, 1e30])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_no_unit_vectors_do_not_leave_a_backend(kind: Kind, bad: float) -> None:
+    features = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+    features[[1, 3]] = bad
+
+    class Broken:
+        facts = TowerFacts(kind, 8, resolution=RESOLUTION)
+        place = "broken"
+
+        def run(self, inputs: Any) -> Any:
+            return features[: len(inputs)]
+
+    backend = backend_of(Broken())
+    with pytest.raises(NotFiniteError, match=r"^row 1 of a batch of 4: the model gives NaN or infinity") as caught:
+        encode(backend, kind, some_inputs(kind, 4))
+    assert caught.value.positions == [1, 3]
+    np.testing.assert_allclose(np.linalg.norm(encode(backend, kind, some_inputs(kind, 1)), axis=1), 1, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Which device everything runs on, without a GPU: a CUDA that is only said to be there, as PyTorch's own checks see it."""
+"""Which device everything runs on, without a GPU: a CUDA that only PyTorch's own checks say is there."""
 
 import ast
 from collections.abc import Callable

@@ -1,5 +1,6 @@
 """`Encoder`: unit rows in the order given, whatever the batches, the kind of input and the backend."""
 
+import copy
 import io
 import warnings
 from pathlib import Path
@@ -18,7 +19,7 @@ from cn_clip.clip import Encoder, tokenize
 from cn_clip.clip.backends.base import Pixels, Rows, TokenIds
 from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.model import CLIP
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.errors import ConfigError, DataError, NotFiniteError
 
 TEXTS = ["皮卡丘", "一只黑白相间的狗在雪地里奔跑，嘴里叼着一个红色的飞盘", "", "a", "小火龙" * 40, "妙蛙种子 和 杰尼龟"]
 
@@ -289,6 +290,27 @@ def test_lower_precisions_stay_close_and_return_float32() -> None:
 def test_full_precision_is_full_precision_for_a_model_in_half_precision() -> None:
     backend = TorchBackend(tiny_model().half(), precision="fp32")
     assert {parameter.dtype for parameter in backend.model.parameters()} == {torch.float32}
+
+
+def test_a_text_or_picture_without_a_vector_is_named(model: CLIP, tmp_path: Path) -> None:
+    broken = copy.deepcopy(model)
+    broken.bert.embeddings.word_embeddings.weight.data[tokenize(["坏"])[0, 1]] = np.nan
+    encoder = Encoder(broken, device="cpu")
+    texts = ["皮卡丘"] * 3 + ["坏人", "很坏的人，" * 20, "好"]
+    with pytest.raises(
+        NotFiniteError, match=r"^text 3 \('坏人'\): the model gives NaN or infinity; compute in fp32"
+    ) as one:
+        encoder.encode_texts(texts, batch_size=6)
+    assert one.value.positions == [3, 4]
+    with pytest.raises(NotFiniteError, match=r"^text 4 \('很坏的人，很坏"):
+        encoder.encode_texts([texts[index] for index in (0, 1, 2, 5, 4)], batch_size=2)
+    assert encoder.encode_texts(["好"]).shape == (1, 24)
+    broken.visual.proj.data[:] = np.inf
+    pictures(1)[0].save(tmp_path / "a.png")
+    with pytest.raises(NotFiniteError, match=r"a\.png: the model gives NaN or infinity"):
+        encoder.encode_images([tmp_path / "a.png"])
+    with pytest.raises(NotFiniteError, match=r"^picture 0: the model gives NaN or infinity"):
+        encoder.encode_images(pictures(3), batch_size=2)
 
 
 def test_an_unknown_precision_is_refused() -> None:

@@ -673,6 +673,21 @@ def test_repair_without_the_list_of_removed_items_is_refused(
 # --- refusals
 
 
+def test_a_picture_that_the_model_has_no_vector_for_is_named(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    import torch
+
+    from cn_clip.clip.loading import open_model
+
+    write_pictures(tmp_path / "pictures", range(3))
+    model, _ = open_model("Emoji-Tiny")
+    model.visual.attnpool.c_proj.bias.data[0] = float("nan")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "nan.pt")
+    message = refusal(
+        "index", "build", tmp_path / "pictures", "--output", tmp_path / "i", "--model", tmp_path / "nan.pt"
+    )
+    assert re.search(r"id '.+': the model gives NaN or infinity; compute in fp32", message)
+
+
 def test_another_model_is_refused_with_both_names(
     built: Path, tmp_path: Path, refusal: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:

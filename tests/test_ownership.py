@@ -1,11 +1,8 @@
 """What has been loaded stays what it was, whatever happens to its file or to whoever shares its tensors."""
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +14,7 @@ from tiny_models import CONFIGS, TOKENS, tiny_model, tiny_pixels
 from cn_clip.clip import create_model
 from cn_clip.clip.checkpoint import read_checkpoint
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.loading import build, load, open_model
-from cn_clip.clip.weight_files import write_safetensors
+from cn_clip.clip.loading import load, open_model
 
 
 def is_mapped(path: Path) -> bool:

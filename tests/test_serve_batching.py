@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving import WatchedBackend, data_url, queue_depth, served, wait_until
 
+from cn_clip.clip import tokenizer
 from cn_clip.clip.backends.base import Rows
+from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.encoder import Encoder
 from cn_clip.emoji_pack import load
 from cn_clip.errors import ConfigError
@@ -152,6 +154,28 @@ def test_a_batch_that_fails_is_a_500_for_its_requests_alone(backend: WatchedBack
         assert answer.json()["error"]["message"] == "the model could not compute the texts: RuntimeError"
         backend.encode_tokens = working  # type: ignore[method-assign]
         assert first_numbers(ask(address, "猫")) == [3]
+
+
+def test_a_text_without_a_vector_is_a_500_of_its_own_and_lets_the_others_of_its_batch_through(
+    pool: ThreadPoolExecutor,
+) -> None:
+    encoder = Encoder("Emoji-Tiny", device="cpu")
+    expected = encoder.encode_texts(["猫", "一只狗"])
+    token = tokenizer.encode(["坏"], 52)[0][1]
+    assert isinstance(encoder.backend, TorchBackend)
+    encoder.backend.model.bert.embeddings.word_embeddings.weight.data[token] = np.nan
+    with served(encoder, Limits(max_batch=4, max_wait_ms=PATIENT_MS)) as address:
+        texts = ["猫", "坏", "一只狗", "很坏的狗"]
+        answers = [one.result(60) for one in [pool.submit(ask, address, text) for text in texts]]
+    assert [answer.status_code for answer in answers] == [200, 500, 200, 500]
+    rows = [answers[position].json()["data"][0]["embedding"] for position in (0, 2)]
+    np.testing.assert_allclose(rows, expected, rtol=0, atol=2e-6)
+    for answer in (answers[1], answers[3]):
+        error = answer.json()["error"]
+        assert error["message"] == (
+            "the model gives NaN or infinity for one of the texts; the server's log tells what to do"
+        )
+        assert (error["type"], error["code"]) == ("server_error", "not_finite")
 
 
 def test_a_bad_picture_lets_the_others_of_its_moment_through(backend: WatchedBackend, pool: ThreadPoolExecutor) -> None:

@@ -41,7 +41,8 @@ def run(options: Options) -> None:
     assert options.output is not None
     say = command.Speaker(quiet=options.json)
     refuse_inputs(options.output, options.files)
-    # Mapped: only one tensor of each is in memory at a time. Adapters are merged, for the mean of products is no product of means.
+    # Mapped: of each file only the tensor in use is in memory. Adapters are merged: the mean of products is no product
+    # of means.
     checkpoints = [read_checkpoint(file, mapped=True) for file in options.files]
     tensors = mean(checkpoints)
     write_checkpoint(options.output, tensors, checkpoints[-1])

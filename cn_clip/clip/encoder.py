@@ -28,7 +28,7 @@ from cn_clip.clip.foreign.opening import open_parts
 from cn_clip.clip.inputs import ChineseTexts, Parts, PictureTransform, TextTransform, text_length
 from cn_clip.clip.pictures import Picture, decoded_batches, is_data_url, open_picture
 from cn_clip.clip.transforms import Decode, ImageTransform, check_decode
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.errors import ConfigError, DataError, NotFiniteError
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -41,6 +41,8 @@ Advance: TypeAlias = Callable[[int], object]
 
 # Texts sorted by length together: long enough to fill batches of equal lengths, short enough to stream.
 SORTING_WINDOW = 8192
+# Characters of a text in a message.
+_SHOWN = 40
 
 
 class Encoder:
@@ -146,7 +148,7 @@ class Encoder:
 
         images: paths, data URLs, encoded bytes or PIL pictures. Threads decode the next batch while one is computed.
         batch_size: default 32, on a GPU 256.
-        Raises DataError naming the picture that cannot be read.
+        Raises DataError naming the picture that cannot be read, NotFiniteError one that the model has no vector for.
         """
         from PIL.Image import Image
 
@@ -161,13 +163,14 @@ class Encoder:
                 batch_size,
                 num_threads,
             )
-            return self._joined(self._encode_pictures(pixels, advance) for _, pixels in batches)
+            return self._joined(self._encode_pictures(images, batches, advance))
 
     def encode_texts(self, texts: Iterable[str], *, batch_size: int | None = None, progress: bool = False) -> Rows:
         """Unit rows (N, D), float32, in the order given. Texts of like length are computed together.
 
         texts: as people write them; what a model needs (Chinese-CLIP: lower case, straight quotes) is done here.
-        batch_size: default 64, on a GPU 512. Raises DataError for a picture given as a data URL.
+        batch_size: default 64, on a GPU 512. Raises DataError for a picture given as a data URL, NotFiniteError naming
+        a text that the model has no vector for.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         with _bar(len(texts), "text", progress) as advance:
@@ -186,7 +189,11 @@ class Encoder:
                 raise DataError(f"texts[{number}]: is a picture as a data URL, no text; give it to encode_images")
         for start in range(0, len(texts), SORTING_WINDOW):
             rows = self.texts.rows(texts[start : start + SORTING_WINDOW])
-            yield self._encode_sorted(rows, batch_size, advance or (lambda _: None))
+            try:
+                yield self._encode_sorted(rows, batch_size, advance or (lambda _: None))
+            except NotFiniteError as error:
+                wrong = [start + position for position in error.positions]
+                raise NotFiniteError(f"text {wrong[0]} ({texts[wrong[0]][:_SHOWN]!r})", wrong) from error
 
     @property
     def _usual_sizes(self) -> tuple[int, int]:
@@ -196,18 +203,29 @@ class Encoder:
     def _encode_sorted(self, rows: list[list[int]], batch_size: int, advance: Advance) -> Rows:
         output = np.empty((len(rows), self.embed_dim), dtype=np.float32)
         for chosen, token_ids in sorted_batches(rows, batch_size, self.texts.pad):
-            output[chosen] = self.backend.encode_tokens(token_ids)
+            try:
+                output[chosen] = self.backend.encode_tokens(token_ids)
+            except NotFiniteError as error:
+                wrong = sorted(chosen[position] for position in error.positions)
+                raise NotFiniteError(f"text {wrong[0]}", wrong) from error
             advance(len(chosen))
         return output
 
-    def _encode_pictures(self, pixels: Pixels, advance: Advance) -> Rows:
-        rows = self.backend.encode_pixels(pixels)
-        advance(len(pixels))
-        return rows
+    def _encode_pictures(
+        self, images: Sequence[Picture], batches: Iterable[tuple[object, Pixels]], advance: Advance
+    ) -> Iterator[Rows]:
+        start = 0
+        for _, pixels in batches:
+            try:
+                yield self.backend.encode_pixels(pixels)
+            except NotFiniteError as error:
+                wrong = [start + position for position in error.positions]
+                raise NotFiniteError(_picture_name(images[wrong[0]], wrong[0]), wrong) from error
+            start += len(pixels)
+            advance(len(pixels))
 
     def _decode(self, picture: Picture, number: int, out: Pixels) -> None:
-        is_path = isinstance(picture, Path) or (isinstance(picture, str) and not is_data_url(picture))
-        name = str(picture) if is_path else f"picture {number}"
+        name = _picture_name(picture, number)
         image = open_picture(picture, name=name, draft_size=self.transform.draft_size)
         try:
             self.transform.array(image, out)
@@ -226,6 +244,11 @@ def sorted_batches(
     for start in range(0, len(order), _size(batch_size)):
         chosen = order[start : start + batch_size]
         yield chosen, pad([rows[index] for index in chosen])
+
+
+def _picture_name(picture: Picture, number: int) -> str:
+    is_path = isinstance(picture, Path) or (isinstance(picture, str) and not is_data_url(picture))
+    return str(picture) if is_path else f"picture {number}"
 
 
 def _is_backend(model: "CLIP | Backend") -> "TypeGuard[Backend]":

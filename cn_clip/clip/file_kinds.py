@@ -50,7 +50,8 @@ def what_it_is(path: str | os.PathLike[str]) -> str | None:
     for magic, what in _MAGIC.items():
         if head.startswith(magic):
             return f"is {what}"
-    return next((f"is {what}" for look in _LOOKS if (what := look(path, head, size)) is not None), None)
+    found = next((told for look in _LOOKS if (told := look(path, head, size)) is not None), None)
+    return None if found is None else f"is {found}"
 
 
 def _head(path: Path) -> bytes:

@@ -18,7 +18,6 @@ from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError
 from cn_clip.jsonl import atomic_write, dumps, numbered_lines, read_objects, refuse_inputs
 
-
 NUM_PREDICTIONS = 10
 
 Ranking: TypeAlias = dict[RecordId, list[RecordId]]

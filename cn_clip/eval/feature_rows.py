@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.data.records import RecordId
-from cn_clip.errors import CheckpointError, DataError
+from cn_clip.errors import DataError, NotFiniteError
 
 IdField: TypeAlias = Literal["image_id", "text_id"]
 FloatArray: TypeAlias = NDArray[np.float32]
@@ -48,10 +48,7 @@ def check_finite(rows_ND: FloatArray, names: Sequence[object], field: str) -> No
     """Raises CheckpointError naming the first row that holds NaN or infinity, which no input is to blame for."""
     faulty = first_not_finite(rows_ND)
     if faulty is not None:
-        raise CheckpointError(
-            f"{field} {names[faulty]!r}: the model gives NaN or infinity; compute in fp32 (--precision fp32, or a file "
-            "exported so), and if that does not help, check the weights"
-        )
+        raise NotFiniteError(f"{field} {names[faulty]!r}", [faulty])
 
 
 def first_not_finite(vectors_ND: FloatArray) -> int | None:

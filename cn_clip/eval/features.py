@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cn_clip.clip.backends.base import Kind
+from cn_clip.clip.backends.base import Kind, named
 from cn_clip.clip.encoder import SORTING_WINDOW, Encoder, sorted_batches
 from cn_clip.data.picture_sets import LmdbPictures, PictureSource, StoredPicture, batches
 from cn_clip.data.records import RecordId, digest_of
@@ -72,8 +72,10 @@ class Texts:
                 tokens = [window[number] for number in distinct]
                 for chosen, token_ids in sorted_batches(tokens, self.batch_size, encoder.texts.pad):
                     if first + len(chosen) > partial.num_rows:
-                        rows_BD = encoder.backend.encode_tokens(token_ids)
-                        check_finite(rows_BD, [self.ids[start + distinct[index]] for index in chosen], self.field)
+                        names = [self.ids[start + distinct[index]] for index in chosen]
+                        with named(self.field, names.__getitem__):
+                            rows_BD = encoder.backend.encode_tokens(token_ids)
+                        check_finite(rows_BD, names, self.field)
                         partial.put(first, rows_BD)
                     row_of |= {distinct[index]: first + row for row, index in enumerate(chosen)}
                     first += len(chosen)
@@ -123,8 +125,10 @@ def compute_pictures(
     with tqdm(total=count, initial=done, unit="picture") as bar:
         if done < count or not count:
             for keys, pixels in batches(_Rest(pictures, done), encoder.transform, batch_size, num_workers):
-                rows_BD = encoder.backend.encode_pixels(pixels)
-                check_finite(rows_BD, ids[done : done + len(keys)], "image_id")
+                names = ids[done : done + len(keys)]
+                with named("image_id", names.__getitem__):
+                    rows_BD = encoder.backend.encode_pixels(pixels)
+                check_finite(rows_BD, names, "image_id")
                 partial.put(done, rows_BD)
                 done += len(keys)
                 bar.update(len(keys))

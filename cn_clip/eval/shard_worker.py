@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from cn_clip import __version__
-from cn_clip.clip.backends.base import Kind, Pixels
+from cn_clip.clip.backends.base import Kind, Pixels, named
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.foreign.names import files_of, is_foreign
 from cn_clip.clip.pictures import decoded_batches
@@ -109,8 +109,10 @@ def _do_texts(encoder: Encoder, task: Task, part: TextPart, options: Options) ->
 
 def text_rows(encoder: Encoder, part: TextPart, *, batch_size: int) -> FloatArray:
     """Unit rows (N, D) of the texts of a shard; equal texts are computed once."""
-    row_of = {text: row for row, text in enumerate(dict.fromkeys(text for _, text in part.texts))}
-    rows_MD = encoder.encode_texts(list(row_of), batch_size=batch_size)
+    first_id = {text: text_id for text_id, text in reversed(part.texts)}
+    row_of = {text: row for row, text in enumerate(first_id)}
+    with named("text_id", lambda row: list(first_id.values())[row]):
+        rows_MD = encoder.encode_texts(list(first_id), batch_size=batch_size)
     rows_ND: FloatArray = rows_MD[[row_of[text] for _, text in part.texts]]
     return rows_ND
 
@@ -152,7 +154,9 @@ def _encode(encoder: Encoder, part: Part, options: Options) -> tuple[list[Skippe
     rows_ND = np.empty((len(part), encoder.embed_dim), dtype=np.float32)
     batches = decoded_batches(load, range(len(part)), transform.resolution, options.img_batch_size, options.num_workers)
     for outcome, pixels in batches:
-        rows_ND[len(outcomes) : len(outcomes) + len(outcome)] = encoder.backend.encode_pixels(pixels)
+        ids = part.ids[len(outcomes) : len(outcomes) + len(outcome)]
+        with named("image_id", ids.__getitem__):
+            rows_ND[len(outcomes) : len(outcomes) + len(outcome)] = encoder.backend.encode_pixels(pixels)
         outcomes += outcome
     return outcomes, rows_ND
 

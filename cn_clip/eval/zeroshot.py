@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip.clip.backends.base import Rows
+from cn_clip.clip.backends.base import Rows, named
 from cn_clip.clip.encoder import Encoder
 from cn_clip.errors import DataError
 from cn_clip.eval.templates import fill
@@ -65,7 +65,8 @@ def _by_number(folders: Sequence[str], num_labels: int) -> list[int]:
 def classifier(encoder: Encoder, labels: Sequence[str], templates: Sequence[str], *, batch_size: int = 64) -> Rows:
     """Unit class vectors (C, D): the mean over the templates of each label's unit text features."""
     texts = prompts(labels, templates)
-    features = encoder.encode_texts(texts, batch_size=batch_size, progress=True)
+    with named("label", lambda position: labels[position // len(templates)]):
+        features = encoder.encode_texts(texts, batch_size=batch_size, progress=True)
     return class_vectors(features, len(labels))
 
 

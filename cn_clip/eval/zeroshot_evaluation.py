@@ -164,6 +164,7 @@ def _picture_features(
     import numpy as np
     from tqdm import tqdm
 
+    from cn_clip.clip.backends.base import named
     from cn_clip.data.picture_sets import batches
     from cn_clip.eval.feature_rows import check_finite
 
@@ -171,8 +172,10 @@ def _picture_features(
     targets: list[int] = []
     with tqdm(total=len(dataset), unit="picture") as bar:
         for numbers, pixels in batches(dataset, encoder.transform, options.img_batch_size, options.num_workers):
-            rows.append(encoder.backend.encode_pixels(pixels))
-            check_finite(rows[-1], [path for path, _ in dataset.samples[len(targets) :]], "picture")
+            paths = [path for path, _ in dataset.samples[len(targets) : len(targets) + len(numbers)]]
+            with named("picture", paths.__getitem__):
+                rows.append(encoder.backend.encode_pixels(pixels))
+            check_finite(rows[-1], paths, "picture")
             targets += numbers
             bar.update(len(numbers))
     return np.concatenate(rows), np.array(targets, dtype=np.int64)

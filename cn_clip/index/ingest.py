@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from cn_clip.clip.backends.base import Pixels
+from cn_clip.clip.backends.base import Pixels, named
 from cn_clip.clip.pictures import decoded_batches
 from cn_clip.clip.transforms import in_8_bits
 from cn_clip.data.pictures import open_picture
@@ -171,7 +171,9 @@ class Ingest:
 
     def _take(self, batch: Sequence[_Prepared | Skipped], pixels: Pixels) -> None:
         fresh = [n for n, one in enumerate(batch) if isinstance(one, _Prepared) and not one.known]
-        rows = self.encoder().backend.encode_pixels(np.ascontiguousarray(pixels[fresh])) if fresh else pixels[:0]
+        ids = [one.candidate.id for one in batch if isinstance(one, _Prepared) and not one.known]
+        with named("id", ids.__getitem__):
+            rows = self.encoder().backend.encode_pixels(np.ascontiguousarray(pixels[fresh])) if fresh else pixels[:0]
         vectors = dict(zip(fresh, rows, strict=True))
         for number, one in enumerate(batch):
             if isinstance(one, Skipped):
@@ -203,7 +205,8 @@ class Ingest:
         pixels = encoder.transform.array(image)
         size = self.settings.thumbnail_size
         facts = {"width": image.width, "height": image.height}
-        vector_D = encoder.backend.encode_pixels(pixels[None])[0]
+        with named("id", lambda _: one.candidate.id):
+            vector_D = encoder.backend.encode_pixels(pixels[None])[0]
         self.summary.encoded += 1
         self._put(one, vector_D, facts, thumbnail(image, size) if size else b"")
 

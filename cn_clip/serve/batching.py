@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from cn_clip.clip.backends.base import Rows
+from cn_clip.errors import NotFiniteError
 from cn_clip.serve.refusals import RefusalError, queue_full
 
 log = logging.getLogger(__name__)
@@ -127,6 +128,8 @@ class Batcher(Generic[ItemT]):
             for one, row_D in list(zip(part, rows_ND, strict=True)):
                 if not one.row.done():
                     one.row.set_result(row_D)
+        except NotFiniteError as error:
+            await self._without(part, error)
         except Exception as error:
             log.exception("a batch of %d %s failed", len(part), self.what)
             failure = RefusalError(500, f"the model could not compute the {self.what}: {type(error).__name__}")
@@ -134,12 +137,27 @@ class Batcher(Generic[ItemT]):
                 if not one.row.done():
                     one.row.set_exception(failure)
 
+    async def _without(self, part: Sequence[_Waiting[ItemT]], error: NotFiniteError) -> None:
+        """Refuses the inputs that the model has no vector for, and computes those that only shared their batch."""
+        log.error("%d of %d %s: %s", len(error.positions), len(part), self.what, error)
+        for position in error.positions:
+            if not part[position].row.done():
+                part[position].row.set_exception(_no_vector(self.what))
+        others = [one for position, one in enumerate(part) if position not in error.positions]
+        if others:
+            await self._computing_part(others)
+
     def _rows_of(self, part: Sequence[_Waiting[ItemT]]) -> Rows | None:
         """None when all who waited have left."""
         if all(one.row.done() for one in part):
             return None
         self._observe(len(part))
         return self._compute([one.item for one in part])
+
+
+def _no_vector(what: str) -> RefusalError:
+    message = f"the model gives NaN or infinity for one of the {what}; the server's log tells what to do"
+    return RefusalError(500, message, code="not_finite")
 
 
 def alike(lengths: Sequence[int], overhead: int = PART_OVERHEAD) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 # B batch, R resolution, L tokens, D embedding
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, get_args
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip import zoo
-from cn_clip.errors import ConfigError
+from cn_clip.errors import ConfigError, NotFiniteError
 
 Rows: TypeAlias = NDArray[np.float32]
 Pixels: TypeAlias = NDArray[np.float32]
@@ -44,6 +45,9 @@ DEFAULT_CONTEXT_LENGTH = zoo.CONTEXT_LENGTH
 USUAL_SIZES = (32, 64)
 USUAL_SIZES_ON_GPU = (256, 512)
 
+# How far the square of a unit row's length may be from 1.
+_ROUNDING = 1e-3
+
 
 class Backend(Protocol):
     """What runs the towers. `Encoder`, `eval`, `serve` and the benchmarks know nothing else of it.
@@ -62,11 +66,11 @@ class Backend(Protocol):
         ...
 
     def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
-        """Unit float32 rows (B, D) of normalised pixels, B at least 1."""
+        """Unit float32 rows (B, D) of normalised pixels, B at least 1; raises NotFiniteError for any that is not."""
         ...
 
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
-        """Unit float32 rows (B, D) of int64 token ids, 0 being padding, B at least 1."""
+        """Unit float32 rows (B, D) of int64 token ids, 0 being padding, B at least 1; raises as `encode_pixels`."""
         ...
 
 
@@ -91,10 +95,35 @@ def settled(backend: BackendName, precision: str, native: Collection[Precision])
 
 
 def unit_rows(features_BD: NDArray[np.floating]) -> Rows:
-    """Rows of length 1, float32."""
+    """Rows of length 1, float32; raises as `checked_rows`."""
     features_BD = features_BD.astype(np.float32, copy=False)
-    rows: Rows = features_BD / np.linalg.norm(features_BD, axis=-1, keepdims=True)
-    return rows
+    with np.errstate(invalid="ignore", over="ignore"):
+        rows: Rows = features_BD / np.linalg.norm(features_BD, axis=-1, keepdims=True)
+    return checked_rows(rows)
+
+
+def checked_rows(rows_BD: Rows) -> Rows:
+    """The rows, once each of them is of length 1: every backend sends its own through here, and nobody checks again.
+
+    Raises NotFiniteError for those that hold NaN or infinity, or come from zeros only, which have no direction.
+    """
+    lengths_B = np.einsum("bd,bd->b", rows_BD, rows_BD)
+    wrong = np.flatnonzero(~(np.abs(lengths_B - 1) < _ROUNDING))  # a comparison with NaN is false
+    if len(wrong):
+        raise NotFiniteError(f"row {wrong[0]} of a batch of {len(rows_BD)}", wrong.tolist())
+    return rows_BD
+
+
+@contextlib.contextmanager
+def named(kind: str, names: Callable[[int], object]) -> Iterator[None]:
+    """Names the input in a NotFiniteError from within: `image_id 17` instead of its row in a batch.
+
+    names: from the position of an input to what its user calls it.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{kind} {names(error.positions[0])!r}", error.positions) from error
 
 
 def check_threads(count: object, *, least: int = 1) -> None:

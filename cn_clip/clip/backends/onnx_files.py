@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Kind, TowerFacts
+from cn_clip.clip.file_kinds import what_it_is
 from cn_clip.errors import CheckpointError, DataError
 from cn_clip.extras import require
 
@@ -172,6 +173,9 @@ def missing_weights(path: str | Path) -> str | None:
 
 def not_opened(place: str, where: str, reason: str, error: Exception) -> CheckpointError:
     """What to raise when a file that is there cannot be opened; reason: what the library says."""
+    for file in (Path(place), *(Path(place).parent / name for name in outside_files(Path(place)))):
+        if (known := what_it_is(file)) is not None:
+            return CheckpointError(f"{file}: {known}")
     advice = "close other programs" if lacked_memory(error) else "if the file is damaged, export it again"
     return CheckpointError(f"{place}: cannot be opened by {where} ({reason[:300]}); {advice}")
 

@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from cn_clip import ranks
 from cn_clip.clip.backends.base import Kind, Pixels, Precision, TokenIds, TowerFacts
-from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, facts_of, missing_weights, not_opened
+from cn_clip.clip.backends.onnx_files import (
+    INPUTS,
+    METADATA_KEY,
+    OUTPUTS,
+    facts_of,
+    missing_weights,
+    not_opened,
+    outside_files,
+)
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
 
@@ -52,12 +60,14 @@ class OnnxTower:
         missing = missing_weights(path)
         if missing:
             raise CheckpointError(missing)
+        weights = _given_weights(settings, Path(path))
         try:
             with contextlib.redirect_stdout(io.StringIO()) if self.on_gpu else contextlib.nullcontext():
                 self._session = runtime.InferenceSession(self.place, settings, providers=chosen)
         except Exception as error:  # its errors have no common type, and no fixed wording
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise not_opened(self.place, f"ONNX Runtime on {device or 'auto'}", reason, error) from error
+        del weights  # the session has copied them
         used = self._session.get_providers()[0]
         if used != self.provider:
             if device not in (None, "auto"):
@@ -83,6 +93,21 @@ class OnnxTower:
         fed = inputs if self._type is None else inputs.astype(self._type)
         features: NDArray[np.floating] = self._session.run([self._output], {self._input: fed})[0]
         return features
+
+
+def _given_weights(settings: Any, path: Path) -> list[NDArray[np.uint8]]:
+    """Outside weights, read here: ONNX Runtime would map their files, and give other rows once these are written.
+
+    Older versions than 1.23 cannot be given them; there a file must be replaced, not written over. The result is to be
+    kept until the session is made.
+    """
+    names = outside_files(path)
+    give = getattr(settings, "add_external_initializers_from_files_in_memory", None)
+    if not names or give is None:
+        return []
+    weights = [np.fromfile(path.parent / name, np.uint8) for name in names]
+    give(names, weights, [len(one) for one in weights])
+    return weights
 
 
 @functools.cache

@@ -34,6 +34,7 @@ class OpenVinoTower:
         """
         core = _core()
         self.place = str(path)
+        core.set_property({"ENABLE_MMAP": False})  # rows must not change, nor the process end, when a file is written
         settings = settings_for(capabilities(), precision)
         if num_threads is not None:
             settings["INFERENCE_NUM_THREADS"] = str(num_threads)

@@ -14,6 +14,7 @@ from cn_clip.clip.backends.base import (
     Rows,
     TokenIds,
     check_threads,
+    checked_rows,
     settled,
 )
 from cn_clip.clip.model import CLIP, convert_weights
@@ -80,4 +81,4 @@ def native_precisions(device: torch.device) -> tuple[Precision, ...]:
 def _unit_rows(features_BD: Tensor) -> Rows:
     features_BD = features_BD.float()
     rows: Rows = (features_BD / features_BD.norm(dim=-1, keepdim=True)).cpu().numpy()
-    return rows
+    return checked_rows(rows)
