@@ -125,13 +125,20 @@ def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
     """Yields (line number from 1, bytes without line end) of the non-blank lines of a file."""
     try:
         stream = open(path, "rb")  # noqa: SIM115 - closed by the `with` below; opened here to word the error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise DataError(f"{path}: cannot be opened ({getattr(error, 'strerror', None) or error})") from error
     with stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(_lines(stream, path), start=1):
             stripped = line.rstrip(b"\r\n")
             if stripped.strip():
                 yield number, stripped
+
+
+def _lines(stream: IO[bytes], path: str | os.PathLike[str]) -> Iterator[bytes]:
+    try:
+        yield from stream
+    except OSError as error:  # a bad disk, a share that went away: the system does not name the file
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def json_object(line: bytes) -> dict[str, Any]:
