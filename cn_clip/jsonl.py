@@ -130,10 +130,10 @@ def numbered_lines(path: str | os.PathLike[str], *, with_blank: bool = False) ->
     """
     try:
         stream = open(path, "rb")  # noqa: SIM115 - closed by the `with` below; opened here to word the error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise DataError(f"{path}: cannot be opened ({getattr(error, 'strerror', None) or error})") from error
     with stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(_lines(stream, path), start=1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             stripped = line.rstrip(b"\r\n")
@@ -147,6 +147,13 @@ def text_of(line: bytes, where: str) -> str:
         return line.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: invalid UTF-8 at byte {error.start}; save the file as UTF-8") from error
+
+
+def _lines(stream: IO[bytes], path: str | os.PathLike[str]) -> Iterator[bytes]:
+    try:
+        yield from stream
+    except OSError as error:  # a bad disk, a share that went away: the system does not name the file
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def json_object(line: bytes) -> dict[str, Any]:

@@ -90,6 +90,8 @@ def explained(error: Exception) -> str | None:
         reason = error.strerror or str(error) or type(error).__name__
         step = NEXT_STEPS.get(errno.errorcode.get(error.errno or 0, ""))
         return ": ".join([*paths, reason]) + (f"; {step}" if step else "")
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Path.resolve, before Python 3.13
+        return f"{error}; give the path of a file or folder"
     if isinstance(error, ValueError) and "null byte" in str(error):
         return "a path holds a NUL character, which no file system allows; check the names in the input"
     return None

@@ -180,8 +180,14 @@ def _in_process(task: Literal["reference", "prepare", "measure"], job: Job) -> d
     place = folder / "result.json"
     place.unlink(missing_ok=True)
     worker = [sys.executable, "-m", "cn_clip.deploy.bench_worker", task, str(folder / "job.json"), str(place)]
+    # Its last line is read here, whatever the encoding of this process's own output.
     done = subprocess.run(
-        worker, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", encoding="utf-8"
+        worker,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
     )
     with contextlib.suppress(OSError, ValueError):
         result: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))

@@ -53,7 +53,7 @@ def cells(row: Row) -> list[str]:
         f"{row['p95_ms']:.2f}",
         f"{row['per_second']:.1f}",
         f"{row['load_s']:.2f}",
-        f"{row['peak_bytes'] / 2**20:.0f}",
+        f"{row['peak_bytes'] / 2**20:.0f}" if row["peak_bytes"] else MISSING,
         f"{row['cosine_min']:.5f}",
         f"{row['cosine_mean']:.5f}",
     ]

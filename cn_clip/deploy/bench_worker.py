@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from cn_clip.clip.backends.base import KINDS, Backend, BackendName, Kind, Pixels, Rows, TokenIds
 from cn_clip.errors import CnClipError
+from cn_clip.processes import peak_bytes
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.exported import Announce
@@ -106,22 +107,6 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 TASKS: dict[str, Callable[[Job], dict[str, Any]]] = {"reference": reference, "prepare": prepare, "measure": measure}
-
-
-def peak_bytes() -> int:
-    """The largest memory this process has had.
-
-    On Linux from /proc: `ru_maxrss` begins there with the memory of the process that started this one.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def chosen_texts(ids_NL: TokenIds, count: int, length: int | None) -> TokenIds:

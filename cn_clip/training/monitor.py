@@ -1,7 +1,6 @@
 """What tells a trainer how a run goes: `metrics.jsonl`, TensorBoard events, `curves.png`, and a few warnings."""
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +10,7 @@ import torch
 
 from cn_clip.errors import MissingExtraError
 from cn_clip.extras import require
+from cn_clip.processes import peak_bytes
 from cn_clip.training.curves import History, draw
 from cn_clip.training.logs import logger
 from cn_clip.training.metrics_file import METRICS, MetricsFile, Record
@@ -124,23 +124,10 @@ def _event_writer(folder: Path, start_step: int) -> "SummaryWriter":
 
 
 def peak_memory(device: torch.device | str) -> int:
-    """The most memory in use so far, bytes: CUDA tensors of this process on a GPU, else its resident memory; 0 unknown.
-
-    On Linux from /proc: ru_maxrss there also counts the process that started this one.
-    """
+    """The most memory in use so far, bytes: CUDA tensors of this process on a GPU, else its resident memory; 0 unknown."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_bytes()
 
 
 class StuckLoss:

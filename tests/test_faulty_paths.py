@@ -1,0 +1,91 @@
+"""Every command with a path that cannot be used, in every place where it takes one: one sentence, status 1 or 2."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from command_lines import LINES, world
+
+from cn_clip import cli
+
+OF_KIND = {
+    "read file": ("missing", "too long", "below a file", "loop", "NUL", "unreadable", "folder", "garbage"),
+    "read folder": ("missing", "too long", "below a file", "loop", "NUL", "file"),
+    "write file": ("too long", "below a file", "NUL", "impossible", "folder"),
+    "write folder": ("too long", "below a file", "loop", "NUL", "impossible", "file"),
+}
+# `index add` goes on without pictures that cannot be decoded, and lists them.
+FINE = {("index add", "pictures", "file")}
+CASES = [
+    pytest.param(command, slot, fault, id=f"{command} {slot} {fault}")
+    for command, line in LINES.items()
+    for slot, kind in line.slots.items()
+    for fault in OF_KIND[kind]
+    if (command, slot, fault) not in FINE
+]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("world")
+    found = world(folder)
+    line = f"{found['pictures']} --model {found['checkpoint']} --output {found['index']} --device cpu --num-threads 1"
+    cli.main(["index", "build", *shlex.split(line)])
+    return found
+
+
+@pytest.fixture
+def faults(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "file").write_bytes(b"\x00\xff\xfe no such thing\n")
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    return {
+        "missing": str(tmp_path / "none" / "x"),
+        "too long": str(tmp_path / ("长" * 200)),
+        "below a file": str(tmp_path / "file" / "x" / "y"),
+        "loop": str(tmp_path / "loop"),
+        "NUL": f"{tmp_path}/a\0b",
+        "unreadable": "/proc/self/mem",
+        "impossible": "/proc/none/x",
+        "folder": str(tmp_path / "folder"),
+        "file": str(tmp_path / "file"),
+        "garbage": str(tmp_path / "file"),
+    }
+
+
+def arguments(command: str, values: dict[str, str]) -> list[str]:
+    return [*command.split(), *(word.format(**values) for word in LINES[command].arguments.split())]
+
+
+def test_every_command_has_a_line() -> None:
+    assert LINES.keys() == cli.COMMANDS.keys()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc holds paths that cannot be read or made")
+@pytest.mark.parametrize(("command", "slot", "fault"), CASES)
+def test_a_path_that_cannot_be_used_is_one_sentence(
+    command: str,
+    slot: str,
+    fault: str,
+    paths: dict[str, Path],
+    faults: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    values = {name: str(paths.get(name, tmp_path / f"out-{name}")) for name in LINES[command].slots}
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments(command, {**values, slot: faults[fault]}))
+    printed, error = capsys.readouterr()
+    assert stopped.value.code in (1, 2), error
+    if command == "recall" and not error:  # it says what is wrong with a file in its result, as Chinese-CLIP does
+        error = "错误 / error: " + json.loads((tmp_path / "out-out").read_text(encoding="utf-8"))["errorMsg"]
+    last = error.strip().splitlines()[-1].strip()
+    # The check of the options is printed in a box.
+    assert last.startswith(("错误 / error: ", "For full helptext, see")), error
+    assert "Traceback" not in printed + error
+    assert len(last) > len("错误 / error: Input/output error"), "a reason without a path"
+    if LINES[command].slots[slot].startswith("write"):
+        assert sorted(tmp_path.rglob("*")) == before
