@@ -24,6 +24,8 @@ from cn_clip.serve.refusals import RefusalError
 
 log = logging.getLogger(__name__)
 
+# For a process to be ready; those of models that come with code of their own import a lot.
+START_SECONDS = 60.0
 # The path of the modules comes by the arguments: the folder that this process was started in is not on it.
 _COMMAND = "import sys; sys.path[:] = sys.argv[1:]; from cn_clip.serve.decoding import main; main()"
 # Not for one that a picture might take over.
@@ -75,10 +77,14 @@ class Decoders:
         assert outcome is not None
         return outcome
 
-    def close(self) -> None:
-        """Kills the processes, and ends the threads."""
+    def kill(self) -> None:
+        """Kills the processes; may be called by any thread."""
         for worker in self._workers:
             worker.close()
+
+    def close(self) -> None:
+        """Kills the processes, and ends the threads."""
+        self.kill()
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.reap()
@@ -102,7 +108,8 @@ class Decoders:
         loop, worker = asyncio.get_running_loop(), self._idle.pop()
         self._busy_since[worker] = loop.time()
         # Its processor time is bounded by the system; this is for one that does not compute, and for Windows.
-        deadline = loop.call_later(self._limits.timeout, worker.kill)
+        seconds = self._limits.timeout + (0 if worker.is_running else START_SECONDS)
+        deadline = loop.call_later(seconds, worker.kill)
 
         def give_back(_: object) -> None:
             deadline.cancel()
@@ -129,9 +136,13 @@ class _Worker:
         self._settings, self._resolution = settings, resolution
         self._num_bytes = 3 * resolution * resolution * np.dtype(np.float32).itemsize
 
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> RefusalError | None:
         """Has the process running, and waits until it is ready; returns why it cannot be."""
-        if self._process is not None and self._process.poll() is None:
+        if self.is_running:
             return None
         self.kill()
         self.reap()

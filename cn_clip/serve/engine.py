@@ -92,6 +92,16 @@ class Engine:
         if not self.is_ready:
             raise self._not_ready()
 
+    def check_moving(self) -> None:
+        """Raises RefusalError (503) unless it is ready and what is asked of it is being answered."""
+        self.check_ready()
+        now = asyncio.get_running_loop().time()
+        for one in (self._texts, self._pictures):
+            if one.computing_since is not None and now - one.computing_since > self.limits.timeout:
+                message = f"a batch of {one.what} has been computed for {now - one.computing_since:.0f} seconds"
+                raise RefusalError(503, message, code="stalled", retry_after=5)
+        self._decoders.check_moving(now)
+
     def start(self, then: Callable[[], Coroutine[None, None, None]] | None = None) -> None:
         """Begins to serve: opens the model, runs `then`, and is ready."""
         opening = asyncio.ensure_future(self._opening(then))
@@ -108,6 +118,10 @@ class Engine:
         self._decoders.close()
         for executor in (self._pool, self._searchers, self._thread):
             executor.shutdown(cancel_futures=True)
+
+    def kill_decoders(self) -> None:
+        """Ends the processes that decode; may be called by any thread."""
+        self._decoders.kill()
 
     async def call(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         """Calls `function` in one of the preparing threads; raises RefusalError (503) when too many wait."""

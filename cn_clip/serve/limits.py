@@ -22,6 +22,8 @@ DECODE_BYTES, DECODE_BYTES_PER_PIXEL = 256 << 20, 24
 MAX_CONNECTIONS = 512
 # Of them, those that read from the page: two for each browser that shows it, and those that fetch its files.
 MAX_READERS = 128
+# A request's line and headers, as h11 bounds them where they come in pieces.
+MAX_HEAD_BYTES = 16 << 10
 # An upper bound on the values of a JSON document is the number of these; each costs far more memory than its byte.
 MAX_JSON_MARKS = 50_000
 # Texts of one request to /v1/classify, labels times templates, and their characters together.
