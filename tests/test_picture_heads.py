@@ -1,4 +1,4 @@
-"""What is read of a picture file before Pillow sees it: its size, and whether it would cost far more than its pixels."""
+"""What is read of a picture file before Pillow sees it: its size, and whether it costs far more than its pixels."""
 
 import ast
 import io

@@ -42,7 +42,7 @@ SUMMARY = """Vectors of pictures and Chinese text, zero-shot classification, and
 Errors have OpenAI's form. Pictures are read from the request alone, never from an address."""
 # Numbers; so few are written on the event loop, for a thread and back would take longer.
 SMALL_ANSWER = 1024
-STATUSES = (400, 401, 403, 404, 408, 413, 500, 503, 504)
+STATUSES = (400, 401, 403, 404, 408, 413, 429, 431, 500, 503, 504)
 _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in STATUSES}
 
 
@@ -148,7 +148,7 @@ def _add_search_routes(app: FastAPI, service: Service) -> None:
     async def thumbnail(item_id: Annotated[str, Path(max_length=4096)]) -> Response:
         """A small picture of an item."""
         data = await service.thumbnail(item_id)
-        return Response(data, media_type="image/jpeg", headers={"X-Content-Type-Options": "nosniff"})
+        return Response(data, media_type="image/jpeg")
 
 
 def _add_probes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
@@ -161,8 +161,8 @@ def _add_probes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", responses={503: {"model": ErrorResponse}})
     async def readyz() -> dict[str, str]:
-        """Whether the model is open."""
-        engine.check_ready()
+        """Whether the model is open, batches are computed and pictures decoded."""
+        engine.check_moving()
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

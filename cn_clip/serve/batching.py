@@ -78,6 +78,8 @@ class Batcher(Generic[ItemT]):
         self._observe = observe
         self._waiting: deque[_Waiting[ItemT]] = deque()
         self._arrival = asyncio.Event()
+        # When the batch in hand was begun, by the time of the event loop.
+        self.computing_since: float | None = None
 
     async def rows(self, items: Sequence[ItemT]) -> list[Rows]:
         """The row (D,) of each item. When cancelled, those not yet computed leave the queue."""
@@ -96,7 +98,9 @@ class Batcher(Generic[ItemT]):
         """Computes batch after batch until cancelled."""
         while True:
             await self._gathering()
+            self.computing_since = asyncio.get_running_loop().time()
             await self._computing([self._waiting.popleft() for _ in range(min(len(self._waiting), self.max_batch))])
+            self.computing_since = None
 
     async def _gathering(self) -> None:
         """Returns when a batch is full, or its oldest input has waited long enough."""

@@ -1,7 +1,7 @@
 """The model as requests use it: opened in the background, one thread that computes, a few that prepare its inputs.
 
-Pictures and the index have threads of their own: texts and answers stand behind neither a large picture nor a store
-that does not answer.
+Pictures have processes of their own, and the index threads: texts and answers stand behind neither a large picture nor
+a store that does not answer.
 """
 
 # N inputs, D embedding
@@ -18,13 +18,13 @@ import numpy as np
 from cn_clip.clip.backends.base import Pixels, Rows
 from cn_clip.serve import untrusted
 from cn_clip.serve.batching import Batcher, Places, joined
+from cn_clip.serve.decoders import Decoders
+from cn_clip.serve.decoders import Picture as File
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.metrics import Metrics
 from cn_clip.serve.refusals import RefusalError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from cn_clip.clip.encoder import Encoder
 
 ItemT = TypeVar("ItemT")
@@ -71,7 +71,7 @@ class Engine:
         num_threads = min(MOST_THREADS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(num_threads, "prepare")
         self._searchers = ThreadPoolExecutor(num_threads, "search")
-        self._decoders, self._num_decoders = ThreadPoolExecutor(num_threads, "decode"), num_threads
+        self._decoders = Decoders(num_threads, limits)
         self._tasks: list[asyncio.Task[None]] = []
         self._texts = self._batcher("texts", self._encode_token_ids, metrics, length=len)
         self._pictures = self._batcher("pictures", self._encode_pixels, metrics)
@@ -92,6 +92,16 @@ class Engine:
         if not self.is_ready:
             raise self._not_ready()
 
+    def check_moving(self) -> None:
+        """Raises RefusalError (503) unless it is ready and what is asked of it is being answered."""
+        self.check_ready()
+        now = asyncio.get_running_loop().time()
+        for one in (self._texts, self._pictures):
+            if one.computing_since is not None and now - one.computing_since > self.limits.timeout:
+                message = f"a batch of {one.what} has been computed for {now - one.computing_since:.0f} seconds"
+                raise RefusalError(503, message, code="stalled", retry_after=5)
+        self._decoders.check_moving(now)
+
     def start(self, then: Callable[[], Coroutine[None, None, None]] | None = None) -> None:
         """Begins to serve: opens the model, runs `then`, and is ready."""
         opening = asyncio.ensure_future(self._opening(then))
@@ -105,8 +115,13 @@ class Engine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for executor in (self._pool, self._searchers, self._decoders, self._thread):
+        self._decoders.close()
+        for executor in (self._pool, self._searchers, self._thread):
             executor.shutdown(cancel_futures=True)
+
+    def kill_decoders(self) -> None:
+        """Ends the processes that decode; may be called by any thread."""
+        self._decoders.kill()
 
     async def call(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         """Calls `function` in one of the preparing threads; raises RefusalError (503) when too many wait."""
@@ -132,7 +147,9 @@ class Engine:
         pictures = {place: one for place, one in enumerate(inputs) if isinstance(one, Picture)}
         with self._text_places.taken(len(texts)), self._picture_places.taken(len(pictures)):
             token_ids = await self._token_ids(list(texts.values()))
-            parts = await joined([self._texts.rows(token_ids), self._picture_rows(list(pictures.values()))])
+            waiting = [self._texts.rows(token_ids)] if texts else []
+            waiting += [self._picture_rows(list(pictures.values()))] if pictures else []
+            parts = await joined(waiting)
         rows = dict(zip([*texts, *pictures], [row for part in parts for row in part], strict=True))
         return np.stack([rows[place] for place in range(len(inputs))]), sum(map(len, token_ids))
 
@@ -174,37 +191,35 @@ class Engine:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
     async def _picture_rows(self, pictures: Sequence[Picture]) -> list[Rows]:
-        images = await self._decoding(self._opened, pictures)
-        # No more at a time than there are threads: a request of many lets others in between.
-        turns = asyncio.Semaphore(self._num_decoders)
+        files = await self._in_pool(self._looked_at, pictures)
+        # No more at a time than there are processes: a request of many lets others in between.
+        turns = asyncio.Semaphore(self._decoders.count)
 
-        async def pixels(image: "Image", picture: Picture) -> Pixels:
+        async def pixels(file: File) -> Pixels:
             async with turns:
-                return await self._decoding(untrusted.pixels, image, picture.param, self.encoder.transform)
+                return await self._decoders.pixels(file)
 
-        return await self._pictures.rows(await joined(map(pixels, images, pictures)))
+        return await self._pictures.rows(await joined(map(pixels, files)))
 
-    async def _decoding(self, function: Callable[..., ResultT], *args: object) -> ResultT:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *args)
-
-    def _opened(self, pictures: Sequence[Picture]) -> "list[Image]":
+    def _looked_at(self, pictures: Sequence[Picture]) -> list[File]:
         """The pictures, not decoded; raises RefusalError when they would have too many pixels together."""
-        images, num_pixels = [], 0
+        files, num_pixels = list[File](), 0
         for picture in pictures:
             data = untrusted.picture_bytes(picture.data_url, picture.param)
-            images.append(untrusted.opened(data, picture.param, max_pixels=self.limits.max_pixels))
-            num_pixels += images[-1].width * images[-1].height
+            files.append(untrusted.looked_at(data, picture.param, max_pixels=self.limits.max_pixels))
+            num_pixels += files[-1].head.width * files[-1].head.height
             if num_pixels > self.limits.max_request_pixels:
                 message = (
                     f"{picture.param}: at most {self.limits.max_request_pixels} pixels a request are read, and with "
                     f"this picture there are {num_pixels}; send several requests"
                 )
                 raise RefusalError(400, message, param=picture.param, code="image_too_large")
-        return images
+        return files
 
     async def _opening(self, then: Callable[[], Coroutine[None, None, None]] | None) -> None:
         try:
             self._encoder = await self.alone(self._open_encoder)
+            await self._decoders.open(self._encoder.transform)
             if then is not None:
                 await then()
             self.is_ready = self.failure is None

@@ -7,8 +7,9 @@ import logging
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cn_clip.serve.guesses import Guesses
 from cn_clip.serve.hosts import Hosts
-from cn_clip.serve.limits import BODIES_HELD, MAX_JSON_MARKS, MAX_READERS, Limits
+from cn_clip.serve.limits import BODIES_HELD, MAX_HEAD_BYTES, MAX_JSON_MARKS, MAX_READERS, Limits
 from cn_clip.serve.refusals import RefusalError
 
 log = logging.getLogger(__name__)
@@ -18,6 +19,12 @@ OPEN_PATHS = ("/healthz", "/readyz")
 # Who watches the service sees it also while readers of the page fill it.
 UNCOUNTED_PATHS = (*OPEN_PATHS, "/metrics")
 BOUNDED_PREFIX = "/v1/"
+# Pages of other sites may neither show what is answered here, as a picture or in a frame, nor take it for a script.
+_HEADERS = (
+    (b"content-security-policy", b"frame-ancestors 'self'"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"x-content-type-options", b"nosniff"),
+)
 
 
 class ClientLeftError(Exception):
@@ -37,13 +44,16 @@ class Gate:
     ) -> None:
         self.app, self.limits, self.hosts, self.stopping = app, limits, hosts, stopping
         self._key = None if api_key is None else api_key.encode("utf-8")
+        self._guesses = Guesses()
         self._bytes_held = self._num_readers = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
+        send = _with_headers(send)
         try:
+            _check_head(scope)
             if scope["path"] not in OPEN_PATHS:
                 self._check_caller(scope)
             if _is_bounded(scope):
@@ -65,7 +75,10 @@ class Gate:
             self.hosts.check(scope)
             return
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        address = str((scope.get("client") or ("",))[0])
+        self._guesses.check(address)
         if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
+            self._guesses.add(address)
             raise RefusalError(
                 401, "no valid API key; send the header Authorization: Bearer KEY", code="invalid_api_key"
             )
@@ -88,7 +101,7 @@ class Gate:
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> None:
         """Fills `body`; never holds more than the bound, whatever Content-Length says."""
         if _announced_size(scope) > self.limits.max_body_bytes:
-            await self._too_large(receive)
+            await self._too_large(receive, is_waiting=_waits_to_send(scope))
         more = True
         while more:
             piece, more = await _next_piece(receive)
@@ -104,9 +117,12 @@ class Gate:
             message = f"the body holds more than {MAX_JSON_MARKS} commas and opening brackets; send several requests"
             raise RefusalError(413, message, code="request_too_large")
 
-    async def _too_large(self, receive: Receive) -> None:
-        """Raises the refusal once the client has sent a little more: one that is still sending may not hear it."""
-        thrown_away, more = 0, True
+    async def _too_large(self, receive: Receive, *, is_waiting: bool = False) -> None:
+        """Raises the refusal once the client has sent a little more: one that is still sending may not hear it.
+
+        is_waiting: it sends nothing before it is told to; to receive would tell it to.
+        """
+        thrown_away, more = 0, not is_waiting
         while more and thrown_away < self.limits.max_body_bytes:
             piece, more = await _next_piece(receive)
             thrown_away += len(piece)
@@ -200,6 +216,22 @@ class Gate:
             await send({"type": "http.response.body"})
 
 
+def _check_head(scope: Scope) -> None:
+    num_bytes = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
+    num_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
+    if num_bytes > MAX_HEAD_BYTES:
+        raise RefusalError(431, f"the head of the request is larger than {MAX_HEAD_BYTES} bytes", code="head_too_large")
+
+
+def _with_headers(send: Send) -> Send:
+    async def adding(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
+        await send(message)
+
+    return adding
+
+
 def _is_bounded(scope: Scope) -> bool:
     return scope["type"] == "http" and (
         scope["path"].startswith(BOUNDED_PREFIX) or scope["method"] not in ("GET", "HEAD")
@@ -220,6 +252,10 @@ def _is_upload(scope: Scope) -> bool:
 def _announced_size(scope: Scope) -> int:
     given = dict(scope["headers"]).get(b"content-length", b"0")
     return int(given) if given.isdigit() else 0
+
+
+def _waits_to_send(scope: Scope) -> bool:
+    return dict(scope["headers"]).get(b"expect", b"").lower() == b"100-continue"
 
 
 async def _next_piece(receive: Receive) -> tuple[bytes, bool]:

@@ -112,6 +112,7 @@ def run(options: Options) -> None:
         engine, metrics, limits=options.limits, api_key=api_key, hosts=hosts, index=index, label_sets=label_sets
     )
     _warn_of_strangers(options.host, api_key)
+    _warn_of_weak(api_key)
     with listen(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -140,10 +141,24 @@ def serve(app: "FastAPI", engine: "Engine", options: Options, listener: socket.s
     """Serves until SIGTERM or SIGINT, then finishes what is in hand; raises what kept the model from opening."""
     from cn_clip.serve.server import Server
 
-    server = Server(app, options.limits, drain_timeout=options.drain_timeout, access_log=options.access_log)
+    server = Server(
+        app,
+        options.limits,
+        drain_timeout=options.drain_timeout,
+        access_log=options.access_log,
+        end=lambda: _end(engine),
+    )
     asyncio.run(_serve(server, engine, listener))
+    server.ended()
     if engine.failure is not None:
         raise engine.failure
+
+
+def _end(engine: "Engine") -> None:
+    """Ends the process, whatever its threads wait for."""
+    engine.kill_decoders()
+    _say(f"已停止，有线程没有结束 / stopped, with threads that did not end: {engine.name}")
+    os._exit(0)
 
 
 async def _serve(server: "Server", engine: "Engine", listener: socket.socket) -> None:
@@ -235,6 +250,18 @@ def _warn_of_strangers(host: str, api_key: str | None) -> None:
         print(
             f"注意：其他机器可以访问 {host}，而没有设置 {API_KEY_VARIABLE} / "
             f"other machines can reach {host}, and no {API_KEY_VARIABLE} is set",
+            file=sys.stderr,
+        )
+
+
+def _warn_of_weak(api_key: str | None) -> None:
+    from cn_clip.serve.guesses import LEAST_KEY_CHARS, is_weak
+
+    if api_key is not None and is_weak(api_key):
+        print(
+            f"注意：密钥太容易猜，至少用 {LEAST_KEY_CHARS} 个随机字符 / the API key can be guessed; use at least "
+            f"{LEAST_KEY_CHARS} random characters, such as those of: "
+            'python -c "import secrets; print(secrets.token_urlsafe())"',
             file=sys.stderr,
         )
 

@@ -7,7 +7,7 @@ import math
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -19,14 +19,27 @@ from cn_clip.serve.refusals import RefusalError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+# Seconds for what follows the drain.
+END_SECONDS = 2
+
 
 class Server(uvicorn.Server):
     """Ends at SIGTERM or SIGINT with status 0: that is what it was told, and what was in hand is done.
 
-    `app.state.stopping` is set before the connections are waited for.
+    `app.state.stopping` is set before the connections are waited for. end: called by a thread of its own when the end
+    takes `END_SECONDS` longer than the drain may, because another thread waits for what does not come: a disk, a store.
     """
 
-    def __init__(self, app: "FastAPI", limits: Limits, *, drain_timeout: float = 30, access_log: bool = False) -> None:
+    def __init__(
+        self,
+        app: "FastAPI",
+        limits: Limits,
+        *,
+        drain_timeout: float = 30,
+        access_log: bool = False,
+        end: Callable[[], None] | None = None,
+    ) -> None:
+        drain_seconds = math.ceil(drain_timeout)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -35,15 +48,26 @@ class Server(uvicorn.Server):
                 log_config=_logs(),
                 access_log=access_log,
                 server_header=False,
-                timeout_graceful_shutdown=math.ceil(drain_timeout),
+                timeout_graceful_shutdown=drain_seconds,
             )
         )
         self._stopping: asyncio.Event = app.state.stopping
+        self._watch: threading.Timer | None = None
+        if end is not None:
+            self._watch = threading.Timer(drain_seconds + END_SECONDS, end)
+            self._watch.daemon = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends event streams, waits for the other requests, and closes the application."""
         self._stopping.set()
+        if self._watch is not None:
+            self._watch.start()
         await super().shutdown(sockets)
+
+    def ended(self) -> None:
+        """All threads have ended: `end` is not called any more."""
+        if self._watch is not None:
+            self._watch.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

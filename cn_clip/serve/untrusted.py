@@ -1,19 +1,13 @@
-"""Pictures that strangers send: from a data URL to a decoded picture, bounded before anything is decoded."""
+"""Pictures that strangers send: from a data URL to bytes that a decoder may see, bounded by what they declare."""
 
-import io
-from typing import TYPE_CHECKING
 
-from cn_clip.clip.backends.base import Pixels
-from cn_clip.clip.inputs import PictureTransform
+from cn_clip.clip.picture_heads import look
 from cn_clip.clip.pictures import data_url_bytes
 from cn_clip.errors import DataError
+from cn_clip.serve.decoders import Picture, too_large, undecodable
 from cn_clip.serve.refusals import RefusalError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-# Only these plugins of PIL see the bytes, whatever the bytes claim to be.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# Those that `look` reads.
 _NAMES = "JPEG, PNG, WebP, GIF or BMP"
 _EXPECTED = f'expected "data:image/png;base64,…" ({_NAMES}) with the picture itself'
 _SHOWN_CHARS = 40
@@ -29,42 +23,17 @@ def picture_bytes(data_url: str, param: str) -> bytes:
         raise _invalid(f"{param}: {error}; {_EXPECTED}", param) from error
 
 
-def opened(data: bytes, param: str, *, max_pixels: int) -> "Image":
+def looked_at(data: bytes, param: str, *, max_pixels: int) -> Picture:
     """The picture with its head read and nothing decoded; raises RefusalError (400) naming `param`, and the bound."""
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large("more", param, max_pixels) from error
-    except UnidentifiedImageError as error:
-        raise _invalid(f"{param}: {len(data)} bytes of no known format; expected {_NAMES}", param) from error
-    except Exception as error:  # what PIL's plugins raise has no common type
-        raise _undecodable(error, param) from error
-    if image.width * image.height > max_pixels:
-        raise _too_large(f"{image.width} x {image.height}", param, max_pixels)
-    return image
-
-
-def pixels(image: "Image", param: str, transform: PictureTransform) -> Pixels:
-    """Pixels (3, R, R) of the first frame of what `opened` gave; raises RefusalError (400) naming `param`."""
-    try:
-        with image:
-            if transform.draft_size is not None:
-                image.draft(None, (transform.draft_size, transform.draft_size))
-            image.load()
-            return transform.array(image)
-    except Exception as error:
-        raise _undecodable(error, param) from error
-
-
-def _undecodable(error: Exception, param: str) -> RefusalError:
-    return _invalid(f"{param}: the picture does not decode ({error})", param)
-
-
-def _too_large(size: str, param: str, max_pixels: int) -> RefusalError:
-    message = f"{param}: at most {max_pixels} pixels a picture are read, this one has {size}"
-    return RefusalError(400, message, param=param, code="image_too_large")
+        head = look(data)
+    except DataError as error:
+        raise undecodable(error, param) from error
+    if head is None:
+        raise _invalid(f"{param}: {len(data)} bytes of no known format; expected {_NAMES}", param)
+    if head.width * head.height > max_pixels:
+        raise too_large(f"{head.width} x {head.height}", param, max_pixels)
+    return Picture(data, head, param)
 
 
 def _invalid(message: str, param: str) -> RefusalError:
