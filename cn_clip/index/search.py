@@ -64,6 +64,8 @@ class Options(ModelOptions):
             raise ConfigError(f"--k: expected at least 1, got {self.k}")
         if self.min_score is not None and math.isnan(self.min_score):
             raise ConfigError("--min-score: expected a number, got nan")
+        if settings.is_given(self, "text_weight") and (self.text is None or (self.image is None and self.id is None)):
+            raise ConfigError("--text-weight: needs TEXT and a picture (--image or --id) to weigh it against")
 
 
 def run(options: Options) -> None:
