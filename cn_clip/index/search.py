@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from cn_clip import command, jsonl
+from cn_clip import command, jsonl, settings
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.options import IndexPlace, ModelOptions, with_store
 
