@@ -227,7 +227,7 @@ class Workplace:
         if any(word in code for word in (*TRAINING, *DEPLOYING)):
             for written, instead in TRAINING_EXCHANGES.items():
                 code = code.replace(written, instead)
-            small = {**TRAINING_SETTINGS, "resume": str(self.data / "pretrained_weights" / "small.pt")}
+            small = {**TRAINING_SETTINGS, "init": str(self.data / "pretrained_weights" / "small.pt")}
         variables = {
             "DATAPATH": str(self.data),
             "dataset_name": DATASET,

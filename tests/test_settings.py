@@ -10,6 +10,9 @@ import pytest
 
 from cn_clip import settings
 from cn_clip.errors import ConfigError
+from cn_clip.eval import extract_features, extraction, wise_ft
+from cn_clip.index import search
+from cn_clip.index.options import AddOptions
 from cn_clip.settings import Range
 from cn_clip.training.params import RULES, Options
 
@@ -249,6 +252,46 @@ def test_bounds_say_what_they_hold(bounds: Range, words: str, inside: list[float
     assert str(bounds) == words
     assert all(value in bounds for value in inside)
     assert not any(value in bounds for value in [*outside, math.nan, math.inf])
+
+
+@pytest.mark.parametrize(
+    ("options", "values", "message"),
+    [
+        (AddOptions, {"image_column": "file"}, "--image-column: needs --metadata, the table that has it"),
+        (AddOptions, {"metadata": "a.csv", "image_column": "file"}, None),
+        (wise_ft.Options, {"alpha": 0.5, "output": "o.pt", "alphas": "0,1"}, "--alphas: needs --val-data"),
+        (wise_ft.Options, {"alpha": 0.5, "output": "o.pt", "num_workers": 1}, "--num-workers: needs --val-data"),
+        (wise_ft.Options, {"alphas": "0,1", "val_data": "v"}, None),
+        (
+            search.Options,
+            {"index": "i", "text": "猫", "text_weight": 0.9},
+            "--text-weight: needs TEXT and a picture (--image or --id) to weigh it against",
+        ),
+        (search.Options, {"index": "i", "text": "猫", "id": "7", "text_weight": 0.9}, None),
+    ],
+)
+def test_other_commands_refuse_what_they_would_ignore(
+    options: Any, values: dict[str, Any], message: str | None
+) -> None:
+    given = {"zeroshot": "a.pt", "finetuned": "b.pt", **values} if options is wise_ft.Options else values
+    if message is None:
+        options(**given)
+        return
+    with pytest.raises(ConfigError) as refused:
+        options(**given)
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(("asked", "given"), [("text", "image"), ("image", "text")])
+def test_an_output_for_features_that_are_not_extracted_is_warned_of(
+    asked: str, given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = extract_features.Options(
+        resume="a.pt", **{f"extract_{asked}_feats": True, f"{given}_feat_output_path": "out.jsonl"}
+    )
+    extraction.begin(options)
+    expected = f"--{given}-feat-output-path: changes nothing without --extract-{given}-feats"
+    assert expected in capsys.readouterr().err
 
 
 def test_none_is_in_any_range() -> None:

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from in_process_runs import build, checkpoint, emoji_split, run
+from in_process_runs import build, checkpoint, emoji_split, options, run
+from test_distributed import torchrun
+from training_runs import TINY
 
 from cn_clip.checkpoints import convert
 from cn_clip.clip.loading import open_model
-from cn_clip.errors import CheckpointError, ConfigError, DataError
+from cn_clip.errors import CheckpointError, ConfigError, DataError, OutputError
+from cn_clip.training import main as training
 from cn_clip.training.stopping import StopRequest
 from cn_clip.training.trainer import Trainer
 
@@ -284,6 +287,39 @@ def test_a_transformers_folder_or_a_models_name_gives_the_first_weights(
         assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
     with pytest.raises(CheckpointError, match=r"--init no/such\.pt: no such file"):
         build(split, tmp_path, init="no/such.pt")
+
+
+def test_two_processes_agree_on_where_to_begin_and_on_what_is_wrong(
+    pretrained: str, split: Path, tmp_path: Path
+) -> None:
+    script = "cn_clip/training/main.py"
+    common = [f"--train-data={split}", f"--logs={tmp_path}", *TINY, "--batch-size=3", "--name=two"]
+    settings = [f"--init={pretrained}", "--save-step-frequency=1"]
+    first = torchrun(script, *common, *settings, "--max-steps=1")
+    assert first.returncode == 0, first.stderr
+    second = torchrun(script, *common, *settings, "--max-epochs=1")
+    assert second.returncode == 0, second.stderr
+    assert "Global Steps: 1/2" not in second.stderr
+    assert "Global Steps: 2/2" in second.stderr
+    flags = [f"--resume={pretrained}", "--reset-optimizer", "--reset-data-offset", "--max-epochs=1"]
+    refused = torchrun(script, *common, *flags)
+    assert refused.returncode == 1
+    assert refused.stderr.count("错误 / error: --resume") == 2  # each process ends with the reason
+
+
+@pytest.mark.parametrize("name", ["x", "n" * 300])
+def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(name: str, split: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    logs = file if name == "x" else tmp_path
+    with pytest.raises(OutputError, match=f"^--logs {logs}: the folder .* cannot be made or written .*another --logs$"):
+        training.run(options(split, logs, name=name, max_steps=1, **QUIET))
+
+
+def test_missing_validation_data_are_named(split: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"{tmp_path / 'nothing'}"):
+        run(split, tmp_path, val_data=str(tmp_path / "nothing"), max_steps=1)
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_every_checkpoint_is_a_file_of_its_own(split: Path, tmp_path: Path) -> None:

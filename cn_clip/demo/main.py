@@ -182,15 +182,14 @@ class Tour:
 
         self._headline("微调：从随包模型接着学这些图片", "fine-tuning: the bundled model learns these drawings")
         entry, steps = zoo.BUNDLED[MODEL], self.options.steps
-        begin = [] if self.checkpoint.exists() else ["--resume", MODEL, "--reset-optimizer", "--reset-data-offset"]
         self._call(
             "train",
             training,
-            *("--train-data", self.data / "lmdb" / "train", "--val-data", self.data / "lmdb" / "valid", *begin),
+            *("--train-data", self.data / "lmdb" / "train", "--init", MODEL),
             *("--vision-model", entry.vision, "--text-model", entry.text, "--logs", self.logs, "--name", self.name),
-            *("--batch-size", 256, "--valid-batch-size", 256, "--num-workers", 1, "--max-steps", steps),
+            *("--batch-size", 256, "--num-workers", 1, "--max-steps", steps),
             *("--lr", 5e-4, "--beta2", 0.98, "--wd", 0.1, "--warmup", max(1, steps // 10), "--multi-positive"),
-            *("--valid-epoch-interval", -1, "--save-epoch-frequency", -1, "--log-interval", 10),
+            *("--save-epoch-frequency", -1, "--log-interval", 10),
             *("--seed", self.options.seed, "--report-training-batch-acc"),
         )
 

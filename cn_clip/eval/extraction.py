@@ -3,15 +3,17 @@
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from cn_clip import __version__, command
+from cn_clip import __version__, command, settings
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError
 from cn_clip.eval.feature_formats import OutputFormat, format_of
 from cn_clip.jsonl import refuse_inputs
+from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
     from cn_clip.eval.feature_rows import FloatArray
     from cn_clip.eval.features import Places, Work
     from cn_clip.eval.partial_features import PartialFeatures
+
+# What Chinese-CLIP takes although nothing is done with it.
+RULES = [
+    settings.needs("image_feat_output_path", "extract_image_feats", refused=False),
+    settings.needs("text_feat_output_path", "extract_text_feats", refused=False),
+]
 
 # Rows of one write, and of one row group of a Parquet file.
 ROWS_A_BLOCK = 8192
@@ -44,13 +52,13 @@ class Settings:
     """Where text features go; default: X_texts.txt_feat.jsonl"""
     output_format: OutputFormat | None = None
     """Kind of feature file; default: what the suffix of the output path says, else jsonl. parquet needs pyarrow"""
-    img_batch_size: int = 64
+    img_batch_size: Annotated[int, Range(least=1)] = 64
     """Pictures in a batch"""
-    text_batch_size: int = 64
+    text_batch_size: Annotated[int, Range(least=1)] = 64
     """Texts in a batch"""
-    context_length: int = CONTEXT_LENGTH
+    context_length: Annotated[int, Range(least=3)] = CONTEXT_LENGTH
     """Longest text in tokens, [CLS] and [SEP] included; default: that of the checkpoint's training, else 52"""
-    num_workers: int = 1
+    num_workers: Annotated[int, Range(least=0)] = 1
     """Threads that decode pictures; 0: decode between the batches"""
     decode: Decode = "exact"
     """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little.
@@ -63,9 +71,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.kinds:
             raise ConfigError("give --extract-image-feats, --extract-text-feats, or both")
-        for name, least in (("img_batch_size", 1), ("text_batch_size", 1), ("context_length", 3), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+        settings.check(self)
         outputs = [self.output_file(kind) for kind in self.kinds]
         if len({os.path.realpath(path) for path, _ in outputs}) < len(outputs):
             raise ConfigError(f"--image-feat-output-path, --text-feat-output-path: both are {outputs[0][0]}")
@@ -103,6 +109,8 @@ def begin(options: Settings) -> command.Speaker:
         logging.basicConfig(format="%(levelname)s | %(message)s")
         logging.getLogger("cn_clip").setLevel(logging.DEBUG)
     say.params(options)
+    for rule in settings.broken(options, RULES):
+        print(f"提示 / note: {rule.message}", file=sys.stderr)
     if any(options.output_file(kind)[1] == "parquet" for kind in options.kinds):
         from cn_clip.eval.feature_tables import require_parquet
 

@@ -5,10 +5,11 @@ cn-clip wise-ft --zeroshot ViT-B-16 --finetuned epoch3.pt --val-data lmdb/valid 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from cn_clip import columns, command
+from cn_clip import columns, command, settings
 from cn_clip.errors import ConfigError
+from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from cn_clip.retrieval.recall import RecallBothWays
 
 TENTHS = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
+
+
+# What does nothing when there is nothing to evaluate on.
+RULES = [
+    settings.needs(name, "val_data", refused=True)
+    for name in ("alphas", "batch_size", "context_length", "num_workers", "precision")
+]
 
 
 @dataclass(frozen=True)
@@ -48,14 +56,14 @@ class Options:
     """Picture tower; default: what the checkpoints hold"""
     text_model: str | None = None
     """Text tower; default: what the checkpoints hold"""
-    batch_size: int = 64
+    batch_size: Annotated[int, Range(least=1)] = 64
     """Pictures, or texts, in a batch"""
-    context_length: int = CONTEXT_LENGTH
+    context_length: Annotated[int, Range(least=3)] = CONTEXT_LENGTH
     """Longest text in tokens, [CLS] and [SEP] included; default: that of the checkpoint's training, else 52"""
     precision: Literal["amp", "auto", "fp16", "fp32", "bf16"] = "amp"
     """Arithmetic; amp is float32 here, as in the other evaluations. auto: the fastest close to it (cosine 0.999) that
     the device has"""
-    num_workers: int = 4
+    num_workers: Annotated[int, Range(least=0)] = 4
     """Threads that decode pictures; 0: decode between the batches"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
@@ -72,9 +80,7 @@ class Options:
             raise ConfigError(f"--alpha: expected a value from 0 to 1, got {self.alpha}")
         if self.val_data is None and self.alpha is None:
             raise ConfigError("--val-data: expected the LMDB folder of a split, such as datasets/MUGE/lmdb/valid")
-        for name, least in (("batch_size", 1), ("context_length", 3), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+        settings.check(self, RULES)
         self.line()
 
     def line(self) -> list[float]:

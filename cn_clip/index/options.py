@@ -7,8 +7,9 @@ from typing import Annotated, TypeAlias
 
 import tyro
 
+from cn_clip import settings
 from cn_clip.clip.backends.base import BackendName, PrecisionChoice, check_precision
-from cn_clip.errors import ConfigError
+from cn_clip.settings import Range
 
 IndexPlace: TypeAlias = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INDEX")]
 
@@ -43,7 +44,7 @@ class ModelOptions:
     """Arithmetic, of those the backend has; auto: the fastest close to fp32 (cosine 0.999) that the device has"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; openvino computes on the cpu alone"""
-    num_threads: int | None = None
+    num_threads: Annotated[int | None, Range(least=1)] = None
     """Threads that compute; default: one a core"""
     download_root: str | None = None
     """Folder of downloaded and exported models; default: ~/.cache/clip"""
@@ -52,7 +53,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         check_precision(self.backend, self.precision)
-        _at_least("num_threads", self.num_threads, 1)
+        settings.check(self)
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,15 @@ class AddOptions(ModelOptions):
     """A .csv, .tsv or .jsonl table with a row a picture; its columns become metadata, `text` the caption"""
     image_column: str = "image"
     """The table's column of picture files, relative to the folder, or of ids"""
-    batch_size: int = 32
+    batch_size: Annotated[int, Range(least=1)] = 32
     """Pictures in a batch"""
-    num_workers: int = 2
+    num_workers: Annotated[int, Range(least=0)] = 2
     """Threads that read and decode pictures; 0: between the batches"""
-    commit_every: int = 1000
+    commit_every: Annotated[int, Range(least=1)] = 1000
     """Pictures after which all so far is safe on disk, and reported"""
-    thumbnail_size: int = 160
+    thumbnail_size: Annotated[int, Range(least=0)] = 160
     """Longest side of the thumbnails in pixels; 0: none"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("batch_size", 1), ("num_workers", 0), ("commit_every", 1), ("thumbnail_size", 0)):
-            _at_least(name, getattr(self, name), least)
-
-
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+        settings.check(self, [settings.needs("image_column", "metadata", ", the table that has it", refused=True)])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from cn_clip import command, jsonl
+from cn_clip import command, jsonl, settings
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.options import IndexPlace, ModelOptions, with_store
 
@@ -63,6 +63,8 @@ class Options(ModelOptions):
             raise ConfigError(f"--k: expected at least 1, got {self.k}")
         if self.min_score is not None and math.isnan(self.min_score):
             raise ConfigError("--min-score: expected a number, got nan")
+        if settings.is_given(self, "text_weight") and (self.text is None or (self.image is None and self.id is None)):
+            raise ConfigError("--text-weight: needs TEXT and a picture (--image or --id) to weigh it against")
 
 
 def run(options: Options) -> None:
