@@ -54,8 +54,9 @@ class ResidualAttentionBlock(nn.Module):
         """All tokens (L, B, D); with `first_only` the class token (1, B, D)."""
         if first_only:
             x_BLD = x.transpose(0, 1)
-            normed = self.ln_1(x_BLD).transpose(0, 1)
-            x_BLD = x_BLD[:, :1] + self._attention(normed[:1], normed).transpose(0, 1)
+            normed = self.ln_1(x_BLD)
+            attended = self._attention(normed[:, :1].transpose(0, 1), normed.transpose(0, 1))
+            x_BLD = x_BLD[:, :1] + attended.transpose(0, 1)
         elif unwatched(self.ln_1, self.mlp, self.ln_2):
             x_BLD = x.transpose(0, 1)
             x_BLD = x_BLD + self.attention(self.ln_1(x_BLD).transpose(0, 1)).transpose(0, 1)
@@ -171,7 +172,7 @@ class VisualTransformer(nn.Module):
         # A program may have put a module of its own in the place of the transformer.
         shortcut = isinstance(self.transformer, Transformer) and self.transformer.class_token_suffices()
         x_LBD = self.transformer(x_LBD, first_only=True) if shortcut else self.transformer(x_LBD)
-        embedding: Tensor = self.ln_post(x_LBD[0])
+        embedding: Tensor = self.ln_post(x_LBD.transpose(0, 1)[:, 0])
         return embedding if self.proj is None else embedding @ self.proj
 
     def random_masking(self, x: Tensor, mask_ratio: float) -> Tensor:
