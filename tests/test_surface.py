@@ -1,4 +1,4 @@
-"""Every name of cn_clip 1.6.0 (golden/surface.json) is here and takes what it takes, or differences.md says why not."""
+"""Every name of cn_clip 1.6.0 (golden/names.json) is here and takes what it takes, or differences.md says why not."""
 
 import importlib
 import inspect
@@ -15,7 +15,7 @@ from cn_clip import command, drop_in
 from cn_clip.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-SURFACE: dict[str, dict[str, dict[str, Any]]] = json.loads((ROOT / "tests" / "golden" / "surface.json").read_text())
+SURFACE: dict[str, dict[str, dict[str, Any]]] = json.loads((ROOT / "tests" / "golden" / "names.json").read_text())
 # What `parse_args` of each command takes. `training.main` hands on that of `training.params`.
 PARSERS = {module: names["parse_args"]["options"] for module, names in SURFACE.items() if "options" in str(names)}
 ROOMS = ("clip", "deploy", "eval", "preprocess", "training")
