@@ -95,6 +95,7 @@ def entry_of(module: ModuleType, name: str, value: Any) -> dict[str, Any] | None
     """None for what the module merely imports from other packages."""
     if isinstance(value, (ModuleType, mock.NonCallableMock)):
         return None
+    value = inspect.unwrap(value) if callable(value) else value  # a function that is cached
     home = getattr(value, "__module__", None)
     if isinstance(value, (type, FunctionType)):
         home = {"clip.utils": "cn_clip.clip.utils", "tensorrt_utils": "cn_clip.deploy.tensorrt_utils"}.get(home, home)

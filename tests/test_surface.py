@@ -80,7 +80,10 @@ def call_faults(name: str, function: Any, recorded: list[list[Any]]) -> list[str
     """Why a call that is valid for the recorded parameters might not be for `function`."""
     if not callable(function):
         return [f"{name}: {function!r}, expected a function"]
-    own = list(inspect.signature(function).parameters.values())
+    try:
+        own = list(inspect.signature(function).parameters.values())
+    except ValueError as error:  # some that are written in C do not say
+        return [f"{name}: {error}"]
     variable = {one.kind.name for one in own} & {"VAR_POSITIONAL", "VAR_KEYWORD"}
     positional = [one for one in own if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     found = []
