@@ -56,14 +56,19 @@ HOMES: dict[str, str] = {
 _HOME_OF = {name: home for home, names in HOMES.items() for name in names.split()}
 
 
+def home_of(module: str, name: str) -> str | None:
+    """The module that a name of another comes from; None for what is not handed on."""
+    return _HOME_OF[name] if name in NAMES.get(module, "").split() else None
+
+
 def names(module: str) -> Callable[[str], Any]:
     """The `__getattr__` of a module of `NAMES`."""
-    handed_on = NAMES.get(module, "").split()
 
     def get(name: str) -> Any:
-        if name not in handed_on:
+        home = home_of(module, name)
+        if home is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(_HOME_OF[name]), name)
+        return getattr(importlib.import_module(home), name)
 
     return get
 

@@ -1,6 +1,6 @@
-"""Records tests/golden/surface.json, every name of every module of cn_clip 1.6.0, its arguments and options:
+"""Records tests/golden/names.json, every name of every module of cn_clip 1.6.0, its arguments and options:
 
-REFERENCE/bin/python benchmarks/record_surface_golden.py
+REFERENCE/bin/python benchmarks/record_names_golden.py
 """
 
 import argparse
@@ -95,6 +95,7 @@ def entry_of(module: ModuleType, name: str, value: Any) -> dict[str, Any] | None
     """None for what the module merely imports from other packages."""
     if isinstance(value, (ModuleType, mock.NonCallableMock)):
         return None
+    value = inspect.unwrap(value) if callable(value) else value  # a function that is cached
     home = getattr(value, "__module__", None)
     if isinstance(value, (type, FunctionType)):
         home = {"clip.utils": "cn_clip.clip.utils", "tensorrt_utils": "cn_clip.deploy.tensorrt_utils"}.get(home, home)
@@ -135,7 +136,7 @@ def main() -> None:
     lines = [
         f"{json.dumps(name)}: {{\n{entries}\n}}" for name, entries in ((m, one_a_line(e)) for m, e in found.items())
     ]
-    (ROOT / "tests" / "golden" / "surface.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    (ROOT / "tests" / "golden" / "names.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     print(len(found), "modules,", sum(map(len, found.values())), "names")
 
 
