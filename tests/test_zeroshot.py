@@ -140,7 +140,7 @@ def test_labels_are_read_without_byte_order_mark_and_trailing_blank_lines(tmp_pa
         ("猫\n\n狗\n".encode(), "label_cn.txt:2: an empty line"),
         (b"\n\n", "no labels in it"),
         (b"", "no labels in it"),
-        ("猫\n标签".encode("gbk"), "label_cn.txt:1: invalid UTF-8 at byte 0; save the file as UTF-8"),
+        ("猫\n标签".encode("gbk"), "label_cn.txt:2: invalid UTF-8 at byte 0; save the file as UTF-8"),
         (None, "cannot be opened"),
     ],
 )

@@ -142,7 +142,7 @@ def _params(folder: Path) -> dict[str, str]:
     if not paths:
         return {}
     try:
-        lines = paths[-1].read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = paths[-1].read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise DataError(f"{paths[-1]}: cannot be read ({error.strerror})") from error
     parts = (line.partition(": ") for line in lines)
