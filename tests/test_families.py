@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from functools import cache
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from dataset_files import jsonl_line, tsv_line, write_split
+from other_kinds import OTHER_KINDS
 from PIL import Image
 from tiny_families import EMBED_DIM, KINDS, RESOLUTION, write_family
 
@@ -762,3 +764,24 @@ def test_open_clip_goes_through_the_evaluation(open_clip_file: Path, split: Path
     rows = Encoder(open_parts(name)).encode_texts([one.name for one in chosen])
     np.testing.assert_allclose(np.load(files["text"])["features"], rows, atol=1e-5)
     assert names.files_of(name) == [open_clip_file]
+
+
+# --- files that change, and files of other kinds
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_model_keeps_its_weights_when_its_file_is_written_over(tmp_path: Path, safe: bool) -> None:
+    encoder = Encoder(f"hf:{write_family(tmp_path / 'clip', 'clip', safe=safe)}", device="cpu")
+    before = encoder.encode_texts(["a", "cat"])
+    for file in [*(tmp_path / "clip").glob("*.safetensors"), *(tmp_path / "clip").glob("*.bin")]:
+        file.write_bytes(bytes(file.stat().st_size))
+    np.testing.assert_array_equal(encoder.encode_texts(["a", "cat"]), before)
+
+
+@pytest.mark.parametrize("kind", ["pointer", "page", "empty"])
+def test_weights_of_other_kinds_are_refused_with_the_next_step(tmp_path: Path, kind: str) -> None:
+    content, said = OTHER_KINDS[kind]
+    file = write_family(tmp_path / "clip", "clip") / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(f'{file}: {said}')}"):
+        Encoder(f"hf:{tmp_path / 'clip'}", device="cpu")

@@ -22,6 +22,7 @@ from torch import Tensor
 from cn_clip import ranks
 from cn_clip.clip.backends.base import ExportedBackend, Kind, Pixels, TokenIds, TowerFacts
 from cn_clip.clip.backends.onnx_files import INPUTS, MIDDLE, OUTPUTS, facts_of
+from cn_clip.clip.file_kinds import what_it_is
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
 
@@ -178,6 +179,8 @@ class TensorRTModel:
         runtime = started(trt.Runtime, self._log, self.gpu)
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
+            if (known := what_it_is(self.path)) is not None:
+                raise CheckpointError(f"{self.path}: {known}")
             raise CheckpointError(f"{self._stale(trt)} (TensorRT: {reasons(self._log)})")
         return runtime, engine
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cn_clip.clip.backends.base import Pixels, TokenIds
 from cn_clip.clip.file_formats import first_sentence
+from cn_clip.clip.file_kinds import what_it_is
 from cn_clip.clip.foreign.towers import ForeignTowers
 from cn_clip.clip.inputs import Parts
 from cn_clip.clip.transforms import Decode, in_8_bits
@@ -294,6 +295,9 @@ def _explained(folder: Path) -> Iterator[None]:
             "install it with: pip install 'cn_clip[hf]'"
         ) from error
     except Exception as error:
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+            if (known := what_it_is(file)) is not None:
+                raise CheckpointError(f"{file}: {known}") from error
         raise CheckpointError(f"{folder}: not a folder that transformers can open ({_first_line(error)})") from error
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cn_clip.clip.backends.base import Pixels, TokenIds
 from cn_clip.clip.file_formats import first_sentence
+from cn_clip.clip.file_kinds import what_it_is
 from cn_clip.clip.foreign.names import ForeignName
 from cn_clip.clip.foreign.towers import ForeignTowers
 from cn_clip.clip.inputs import Parts
@@ -106,6 +107,8 @@ def open_model(
                 open_clip.load_checkpoint(model, str(file), strict=True, weights_only=True)
             texts = PaddedTexts(open_clip.get_tokenizer(architecture))
     except Exception as error:  # of no common type
+        if is_file and (known := what_it_is(file)) is not None:
+            raise CheckpointError(f"{file}: {known}") from error
         raise CheckpointError(f"{name}: open_clip cannot open it ({first_sentence(error)})") from error
     size = model.visual.image_size
     resolution = int(size[0] if isinstance(size, (tuple, list)) else size)

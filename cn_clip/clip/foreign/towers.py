@@ -18,6 +18,7 @@ from cn_clip.clip.backends.base import (
     unit_rows,
 )
 from cn_clip.clip.backends.pytorch import DTYPES, native_precisions
+from cn_clip.clip.file_formats import owned
 
 
 class ForeignTowers:
@@ -48,6 +49,9 @@ class ForeignTowers:
             torch.set_num_threads(num_threads)
         self.device = device
         self.model = model.to(device=device, dtype=self._dtype).eval()
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, value in owned(tensors).items():  # transformers leaves them in the mapped file
+            tensors[name].data = value
         self.usual_batch_sizes = USUAL_SIZES_ON_GPU if device.type == "cuda" else USUAL_SIZES
         self.resolution = resolution
         self.logit_scale = logit_scale
