@@ -49,8 +49,8 @@ def check_finite(rows_ND: FloatArray, names: Sequence[object], field: str) -> No
     faulty = first_not_finite(rows_ND)
     if faulty is not None:
         raise CheckpointError(
-            f"{field} {names[faulty]!r}: the model gives NaN or infinity; compute in fp32 (--precision fp32, or a file "
-            "exported so), and if that does not help, check the weights"
+            f"{field} {names[faulty]!r}: the model gives NaN or infinity; compute in fp32, or with a file exported so, "
+            "and if that does not help, check the weights"
         )
 
 
