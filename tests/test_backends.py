@@ -82,7 +82,7 @@ def test_texts_are_padded_to_the_length_of_a_file_and_longer_ones_are_refused(tm
     with pytest.raises(ConfigError) as caught:
         backend.encode_tokens(np.ones((1, 53), np.int64))
     assert str(caught.value) == (
-        f"{path}: was exported for texts of 52 tokens, got 53; use --context-length 52, or export it again"
+        f"{path}: was exported for texts of 52 tokens, got 53; use a context length of 52, or export it again"
     )
 
 
@@ -91,7 +91,7 @@ def test_texts_beyond_the_length_that_the_metadata_state_are_refused(tmp_path: P
     model = onnx.load(path)
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "length"
     onnx.save(model, path)
-    with pytest.raises(ConfigError, match=r"texts of at most 20 tokens, got 21; use a context_length of 20, or export"):
+    with pytest.raises(ConfigError, match=r"texts of at most 20 tokens, got 21; use a context length of 20, or export"):
         backend_of(OnnxTower(path, "text")).encode_tokens(np.ones((1, 21), np.int64))
 
 

@@ -340,7 +340,9 @@ def test_a_width_that_leaves_the_heads_open_is_refused_with_the_next_step() -> N
 
 def test_a_file_without_a_chinese_text_tower_is_refused() -> None:
     tensors = {key: value for key, value in state_of().items() if not key.startswith("bert.")}
-    with pytest.raises(CheckpointError, match=r"^openai\.pt: no Chinese text tower .* as --clip-weight-path .* does$"):
+    with pytest.raises(
+        CheckpointError, match=r"^openai\.pt: no Chinese text tower .* as `cn-clip train --clip-weight-path` does$"
+    ):
         infer_config(Checkpoint(Path("openai.pt"), tensors))
 
 

@@ -206,7 +206,7 @@ def test_a_disk_without_room_is_told_before_the_file_comes(
     message = refusal(capsys, tmp_path)
     assert message.endswith(
         f"{tmp_path}: {FILE} takes {len(CONTENT):,} more bytes and the disk has 1,000 left; free space, or choose "
-        "another download_root (--download-root)"
+        "another download_root"
     )
     assert server.gets() == []
 
@@ -228,7 +228,7 @@ def test_a_disk_that_fills_meanwhile_is_told_in_one_sentence(server: FakeHub, tm
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"错误 / error: {tmp_path}: {FILE} cannot be written there (File too large); free space, or choose another "
-        "download_root (--download-root)"
+        "download_root"
     )
     assert not (tmp_path / FILE).exists()
 

@@ -418,7 +418,7 @@ def test_a_feature_file_is_indexed_as_it_is(tmp_path: Path, command: Command, re
     assert [index.vector(number).tolist() for number in index.ids] == rows.tolist()
     assert index.metadata(3) == {"source": str(path), "caption": "三", "group": "奇"}
     assert index.thumbnail(3) is None
-    assert "nobody said of which model" in refusal("search", tmp_path / "i", "猫")
+    assert "does not record its model" in refusal("search", tmp_path / "i", "猫")
     feature_file(path, 4)
     result = command(*args)
     assert (result["unchanged"], result["encoded"], result["removed"]) == (4, 0, [4])
@@ -436,7 +436,7 @@ def test_features_take_no_place_of_pictures_and_lend_no_vector(
 ) -> None:
     before, random = vectors(open_index(built)), np.random.default_rng(0).normal(size=(1, 256)).astype(np.float32)
     write_features(tmp_path / "f.jsonl", "image_id", [([name(2)], random)])
-    assert "nobody said of which model its vectors are" in refusal("index", "add", built, tmp_path / "f.jsonl")
+    assert "does not record its model" in refusal("index", "add", built, tmp_path / "f.jsonl")
     model = ("--model", "Emoji-Tiny")
     assert "give --id-prefix" in refusal("index", "add", built, tmp_path / "f.jsonl", *model)
     assert "holds float32 vectors" in refusal(

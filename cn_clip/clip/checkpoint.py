@@ -287,7 +287,7 @@ def infer_config(checkpoint: Checkpoint) -> ModelConfig:
     if "bert.embeddings.word_embeddings.weight" not in tensors:
         raise CheckpointError(
             f"{checkpoint.path}: no Chinese text tower (bert.*); an OpenAI CLIP file can only initialise the picture "
-            "tower, as --clip-weight-path of training does"
+            "tower, as `cn-clip train --clip-weight-path` does"
         )
     try:
         return ModelConfig(_infer_vision(tensors), _infer_text(tensors))

@@ -81,7 +81,7 @@ def download(
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             raise DownloadError(
                 f"{target.parent}: {published.filename} cannot be written there ({error.strerror}); free space, or "
-                "choose another download_root (--download-root)"
+                "choose another download_root"
             ) from error
         raise DownloadError(_explain(published, error, use_modelscope=use_modelscope)) from error
 
@@ -95,8 +95,8 @@ def url_of(published: Published, *, use_modelscope: bool = False) -> str:
         return f"{_endpoint()}/{published.huggingface}/resolve/main/{quote(published.filename)}"
     if published.modelscope is None:
         raise DownloadError(
-            f"{published.filename} is not known to be on ModelScope; leave use_modelscope=True (--hub modelscope) out, "
-            "and set HF_ENDPOINT to a mirror of Hugging Face if need be"
+            f"{published.filename} is not known to be on ModelScope; fetch it from Hugging Face, and set HF_ENDPOINT "
+            "to a mirror if need be"
         )
     domain = os.environ.get("MODELSCOPE_DOMAIN") or DEFAULT_MODELSCOPE_DOMAIN
     query = f"Revision=master&FilePath={quote(published.filename)}"
@@ -199,7 +199,7 @@ def _need_room(folder: Path, name: str, num_bytes: int) -> None:
     if num_bytes > free:
         raise DownloadError(
             f"{folder.parent}: {name} takes {num_bytes:,} more bytes and the disk has {free:,} left; free space, or "
-            "choose another download_root (--download-root)"
+            "choose another download_root"
         )
 
 
@@ -248,11 +248,13 @@ def _endpoint() -> str:
 
 def _explain(published: Published, error: Exception, *, use_modelscope: bool) -> str:
     if use_modelscope:
-        where, others = f"{published.modelscope} on ModelScope", ["leave use_modelscope=True (--hub modelscope) out"]
+        where, others = f"{published.modelscope} on ModelScope", ["fetch it from Hugging Face"]
     else:
         where, others = f"{published.huggingface} at {_endpoint()}", ["set HF_ENDPOINT to a mirror"]
         if published.modelscope:
-            others.append("pass use_modelscope=True (--hub modelscope)")
+            names = {one.filename: name for name, one in zoo.downloadable().items()}
+            name = names.get(published.filename, "MODEL")
+            others.append(f"run `cn-clip download {name} --hub modelscope`")
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return (
         f"could not download {published.filename} from {where}: {reason.rstrip('.')}; try again to go on from there, "

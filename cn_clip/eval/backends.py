@@ -74,9 +74,7 @@ def _check_foreign(options: ModelOptions) -> None:
     except ConfigError as error:
         raise ConfigError(f"--{error}") from error
     if options.vision_model or options.text_model:
-        raise ConfigError(
-            f"--vision-model, --text-model: {options.resume} says itself what its towers are; leave them out"
-        )
+        raise ConfigError(f"{options.resume}: is of another family and says itself what its towers are; name no others")
 
 
 def check_threads(num_threads: int | None) -> None:

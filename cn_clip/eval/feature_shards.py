@@ -99,7 +99,7 @@ def read_manifest(data: bytes, where: str) -> Manifest:
             raise ValueError("its key is another")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{where}: is no manifest of feature shards ({error}); extract again with --overwrite"
+            f"{where}: is no manifest of feature shards ({error}); extract again with `cn-clip features --overwrite`"
         ) from error
     return manifest
 
@@ -194,8 +194,8 @@ def read_shards(folder: Path, field: IdField) -> Features:
         manifest = read_manifest(place.read_bytes(), str(place))
     except OSError as error:
         raise DataError(
-            f"{folder}: is a folder without {MANIFEST}; expected a feature file, or --output of "
-            "extract_features --engine ray"
+            f"{folder}: is a folder without {MANIFEST}; expected a feature file, or what "
+            "`cn-clip features --engine ray` wrote into its --output"
         ) from error
     if manifest.field != field:
         raise DataError(f"{folder}: no {field}, only {manifest.field}; is this the folder of the other modality?")

@@ -251,7 +251,8 @@ def same_model(found: ModelInfo, given: ModelInfo, place: object) -> None:
     """Raises ConfigError naming both models when vectors of the one cannot be compared with those of the other."""
     if not found.fingerprint:
         raise ConfigError(
-            f"{place}: nobody said of which model its vectors are; build it again with --model, or search with --id"
+            f"{place}: the index does not record its model; build it again with `cn-clip index build --model`, or "
+            "search it with `cn-clip search --id`"
         )
     if found.fingerprint != given.fingerprint:
         raise ConfigError(

@@ -124,7 +124,7 @@ def _event_writer(folder: Path, start_step: int) -> "SummaryWriter":
 
 
 def peak_memory(device: torch.device | str) -> int:
-    """The most memory in use so far, bytes: CUDA tensors of this process on a GPU, else its resident memory; 0 unknown."""
+    """The most memory in use so far, in bytes: on a GPU this process's CUDA tensors, else what was resident."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_bytes()

@@ -265,13 +265,13 @@ def _at_length(ids_BL: TokenIds, tower: Tower) -> TokenIds:
         if facts.max_length is not None and length > facts.max_length:
             raise ConfigError(
                 f"{tower.place}: takes texts of at most {facts.max_length} tokens, got {length}; use a "
-                f"context_length of {facts.max_length}, or export it again with a larger --context-length"
+                f"context length of {facts.max_length}, or export it again for longer ones"
             )
         return ids_BL
     if length > facts.length:
         raise ConfigError(
             f"{tower.place}: was exported for texts of {facts.length} tokens, got {length}; use "
-            f"--context-length {facts.length}, or export it again"
+            f"a context length of {facts.length}, or export it again"
         )
     return np.pad(ids_BL, ((0, 0), (0, facts.length - length)))
 

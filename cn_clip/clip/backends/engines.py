@@ -147,8 +147,8 @@ def _check_rows(onnx_path: Path, made: Path, kind: Kind, build: Build, gpu: Gpu)
     if not cosine >= parity.TOLERANCES[build.precision]:  # also when it is NaN
         raise CheckpointError(
             f"{onnx_path}: its {build.precision} engine differs from it by more than it may: smallest cosine "
-            f"{cosine:.6f}, tolerance {parity.TOLERANCES[build.precision]}; use --fp32, or keep layers in float32 with "
-            "--fp16-banned-ops"
+            f"{cosine:.6f}, tolerance {parity.TOLERANCES[build.precision]}; use fp32, or keep layers in float32 with "
+            "`cn-clip export tensorrt --fp16-banned-ops`"
         )
     return cosine
 

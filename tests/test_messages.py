@@ -1,0 +1,112 @@
+"""The options that messages name: the commands that print a message have them, or the message names the command."""
+
+import ast
+import dataclasses
+import importlib
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import cn_clip
+from cn_clip.cli import COMMANDS
+
+ROOT = Path(cn_clip.__file__).parent
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![\w-])")
+NAMED = re.compile("cn-clip (" + "|".join(sorted(COMMANDS, key=len, reverse=True)) + r")\b")
+TENSORRT = {"export tensorrt"}
+# Options that the modules which all commands share name, and the commands whose settings lead to that message.
+RAISED_BY: dict[tuple[str, str], set[str]] = {
+    **{
+        ("clip/backends/engines.py", flag): TENSORRT
+        for flag in ("--fp16", "--fp32", "--fp16-banned-ops", "--model-arch", "--batch-size", "--context-length")
+    },
+    ("clip/backends/engines.py", "--timing-cache"): TENSORRT,
+    ("clip/backends/onnx_runtime.py", "--device"): {"features", "zeroshot", "evaluate", "linear-probe", "index build"}
+    | {"index add", "index check", "search", "serve", "bench"},
+    ("clip/hub.py", "--offline"): {"download"},
+    ("clip/weight_files.py", "--output"): {"checkpoint strip", "checkpoint average", "checkpoint export"},
+    ("data/checks.py", "--on-error"): {"dataset build", "dataset from-folder"},
+    ("data/shards.py", "--on-error"): {"train", "features"},
+    ("ranks.py", "--device"): {"train", "features", "topk", "report", "zeroshot", "evaluate", "linear-probe", "wise-ft"}
+    | {"index build", "index add", "index check", "search", "serve", "bench"},
+    ("retrieval/milvus.py", "--thumbnail-size"): {"index build", "index add"},
+    ("retrieval/milvus.py", "--engine"): {"index build"},
+    ("retrieval/store.py", "--model"): {"index build", "index add", "index check", "search", "serve"},
+}
+SHARED = ("clip", "data", "retrieval")
+# Not options of ours: of pip, of torchrun, of style sheets.
+OTHERS = {
+    ("training/distill.py", "--upgrade"),
+    ("training/main.py", "--local-rank"),
+    ("deploy/speed_benchmark.py", "--pytorch-ckpt"),
+}
+STYLES = ("report/page.py", "serve/page_texts.py")
+
+
+@cache
+def options_of(command: str) -> frozenset[str]:
+    names = dataclasses.fields(importlib.import_module(COMMANDS[command].module).Options)
+    return frozenset({"--help", "--store", *(f"--{field.name.replace('_', '-')}" for field in names)})
+
+
+def messages(path: Path) -> list[str]:
+    """The texts of a module that are not docstrings, the parts of an f-string joined."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.JoinedStr):
+            parts = [one.value if isinstance(one, ast.Constant) else "…" for one in node.values]
+            skipped |= {id(one) for one in node.values}
+            found.append("".join(map(str, parts)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
+
+
+def faults(name: str, text: str, own: frozenset[str]) -> list[str]:
+    """The options a message of a module names that its reader may not have. own: options of the module's commands."""
+    found = []
+    for flag in FLAG.finditer(text):
+        command = [one[1] for one in NAMED.finditer(text[: flag.start()])]
+        if command and flag[0] in options_of(command[-1]):
+            continue
+        raised_by = RAISED_BY.get((name, flag[0]), set())
+        lacking = [one for one in raised_by if flag[0] not in options_of(one)]
+        if lacking or not (raised_by or flag[0] in own or (name, flag[0]) in OTHERS):
+            found.append(f"{name}: {flag[0]} in {text!r}{f', not of {lacking}' if lacking else ''}")
+    return found
+
+
+def options_of_package(name: str) -> frozenset[str]:
+    """Of the commands and scripts in the folder of a module; none for what all commands share."""
+    folder = name.partition("/")[0]
+    if "/" not in name or folder in SHARED:
+        return frozenset()
+    found: set[str] = set()
+    for path in (ROOT / folder).glob("*.py"):
+        module = importlib.import_module(f"cn_clip.{folder}.{path.stem}")
+        for kind in vars(module).values():
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                found |= {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)}
+    return frozenset(found)
+
+
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+LIGHT = [name for name in FILES if name not in STYLES and not name.startswith("demo/")]
+
+
+@pytest.mark.parametrize("folder", sorted({name.rpartition("/")[0] or "." for name in LIGHT}))
+def test_messages_name_options_that_the_commands_have(folder: str) -> None:
+    names = [name for name in LIGHT if (name.rpartition("/")[0] or ".") == folder and name not in ("cli.py",)]
+    own = options_of_package(names[0]) | {"--help", "--version"}
+    assert [fault for name in names for text in messages(ROOT / name) for fault in faults(name, text, own)] == []
+
+
+def test_an_option_of_another_command_would_be_found() -> None:
+    assert faults("clip/hub.py", "pass --hub modelscope", frozenset())
+    assert not faults("clip/hub.py", "run `cn-clip download ViT-B-16 --hub modelscope`", frozenset())
