@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn, TypeAlias, TypeVar
 
 import tyro
 
-from cn_clip.errors import CnClipError
+from cn_clip.errors import CnClipError, ConfigError, lacked_memory
 
 OptionsT = TypeVar("OptionsT")
 
@@ -35,6 +35,10 @@ def execute(run: Callable[[OptionsT], int | None], options: type[OptionsT], args
         status = run(parsed) or 0
     except CnClipError as error:
         _fail(error, status=1)
+    except (MemoryError, RuntimeError) as error:
+        if not lacked_memory(error):
+            raise
+        _fail(_out_of_memory(error, parsed), status=1)
     except KeyboardInterrupt:
         print("已中断 / interrupted", file=sys.stderr)
         status = 130
@@ -43,6 +47,16 @@ def execute(run: Callable[[OptionsT], int | None], options: type[OptionsT], args
         status = 141
     if status:
         sys.exit(status)
+
+
+def _out_of_memory(error: BaseException, options: Any) -> ConfigError:
+    """The first line of what a library says, and the options of this command that need less."""
+    names = [field.name for field in fields(options)]
+    less = [f"a smaller --{name.replace('_', '-')}" for name in names if "batch" in name]
+    less += [f"--{name} {value}" for name, value in (("precision", "bf16"), ("device", "cpu")) if name in names]
+    advice = f"; these need less: {', '.join(less)}" if less else ""
+    reason = (str(error).splitlines() or ["no details"])[0].split(" If reserved")[0]
+    return ConfigError(f"显存或内存不够 / out of memory ({reason}){advice}")
 
 
 def _fail(error: CnClipError, *, status: int) -> NoReturn:

@@ -31,3 +31,12 @@ class StoreError(CnClipError, RuntimeError):
 
 class MissingExtraError(CnClipError, ImportError):
     """An optional package is not installed; the message carries the pip command."""
+
+
+_NO_MEMORY = ("bad_alloc", "bad allocation", "allocate memory", "failed to allocate", "out of memory")
+
+
+def lacked_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, on the machine or on its GPU, as far as the words of a library tell."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in words for sign in _NO_MEMORY)

@@ -14,6 +14,7 @@ from cn_clip.clip.layers import SelfAttention
 from cn_clip.clip.resnet import ModifiedResNet
 from cn_clip.clip.vit import VisualTransformer
 from cn_clip.errors import ConfigError
+from cn_clip.processes import compute_alone_in_children
 from cn_clip.zoo import ModelConfig, VisionConfig, config_from_info
 
 __all__ = [
@@ -37,6 +38,7 @@ class CLIP(nn.Module):
 
     def __init__(self, *, use_flash_attention: bool = False, **model_info: Any) -> None:
         super().__init__()
+        compute_alone_in_children()
         del use_flash_attention
         self.config: ModelConfig = config_from_info(model_info)
         self.visual = _picture_tower(self.config.vision)

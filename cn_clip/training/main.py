@@ -26,12 +26,10 @@ if TYPE_CHECKING:
 
 def run(options: Options) -> None:
     """Trains to the last step; raises CnClipError with the reason when it cannot."""
-    import torch
 
     from cn_clip.training import distributed, logs, state
 
-    if options.num_threads is not None:
-        torch.set_num_threads(options.num_threads)
+    ranks.use_threads(options.num_threads)
     device = ranks.own_device(options.device)
     folder = Path(options.logs) / options.name
     checkpoint_dir = folder / "checkpoints"
@@ -40,7 +38,8 @@ def run(options: Options) -> None:
         state.clear_remains(checkpoint_dir)
     started = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
     log = folder / f"out_{started}.log"
-    with logs.logging_to(log, rank=ranks.rank(), debug=options.debug), distributed.process_group(device):
+    logging = logs.logging_to(log, rank=ranks.rank(), debug=options.debug)
+    with logging, distributed.process_group(device), state.explained_memory():
         train(options, device, folder, started)
 
 

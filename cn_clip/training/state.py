@@ -16,7 +16,7 @@ from cn_clip import zoo
 from cn_clip.clip.checkpoint import Checkpoint
 from cn_clip.clip.foreign.names import refuse
 from cn_clip.clip.hub import weight_file
-from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.errors import CheckpointError, CnClipError, ConfigError, lacked_memory
 from cn_clip.jsonl import atomic_write
 
 LATEST, BEST = "epoch_latest.pt", "epoch_best.pt"
@@ -221,10 +221,10 @@ def explained_memory() -> Iterator[None]:
     """Turns "out of memory" into a ConfigError that names the flags that help."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, CnClipError) or not lacked_memory(error):
             raise
+        text = str(error)
         raise ConfigError(
             f"out of memory ({text.splitlines()[0] if text else 'no details'}); these flags need less, in this order: "
             "--grad-checkpointing, --precision bf16, a smaller --batch-size with a larger --accum-freq (the same "

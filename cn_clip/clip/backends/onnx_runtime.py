@@ -15,6 +15,7 @@ from cn_clip.clip.backends.base import Kind, Pixels, TokenIds, TowerFacts
 from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, facts_of, missing_weights, not_opened
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
+from cn_clip.processes import hold_in_children
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -58,6 +59,7 @@ class OnnxTower:
         except Exception as error:  # its errors have no common type, and no fixed wording
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise not_opened(self.place, f"ONNX Runtime on {device or 'auto'}", reason, error) from error
+        hold_in_children(self)
         used = self._session.get_providers()[0]
         if used != self.provider:
             if device not in (None, "auto"):

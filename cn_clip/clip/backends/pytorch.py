@@ -39,8 +39,7 @@ class TorchBackend:
         dtype = DTYPES[check_precision("torch", precision)]
         check_threads(num_threads)
         self.device = ranks.choose_device(device)
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
+        ranks.use_threads(num_threads)
         model.float()
         if precision != "fp32":
             convert_weights(model, dtype)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from cn_clip import ranks
 from cn_clip.clip.backends.base import (
     USUAL_SIZES,
     USUAL_SIZES_ON_GPU,
@@ -18,6 +19,7 @@ from cn_clip.clip.backends.base import (
     unit_rows,
 )
 from cn_clip.clip.backends.pytorch import DTYPES
+from cn_clip.processes import compute_alone_in_children
 
 
 class ForeignTowers:
@@ -41,10 +43,10 @@ class ForeignTowers:
         precision: str = "fp32",
         num_threads: int | None = None,
     ) -> None:
+        compute_alone_in_children()
         self._dtype = DTYPES[check_precision("torch", precision)]
         check_threads(num_threads)
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
+        ranks.use_threads(num_threads)
         self.device = device
         self.model = model.to(device=device, dtype=self._dtype).eval()
         self.usual_batch_sizes = USUAL_SIZES_ON_GPU if device.type == "cuda" else USUAL_SIZES
