@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_type_hints
 import tyro
 
 from cn_clip import terminal
-from cn_clip.errors import ConfigError
+from cn_clip.errors import ConfigError, lacked_memory
 
 OptionsT = TypeVar("OptionsT")
 
@@ -92,9 +92,24 @@ def execute(run: Callable[[OptionsT], int | None], options: type[OptionsT], args
     """Runs a command and exits: status 0, the status `run` returns, or as `terminal.ending` says."""
     parsed = parse(options, args)
     with terminal.ending():
-        status = run(parsed) or 0
+        try:
+            status = run(parsed) or 0
+        except (MemoryError, RuntimeError) as error:
+            if not lacked_memory(error):
+                raise
+            raise _out_of_memory(error, parsed) from error
     if status:
         sys.exit(status)
+
+
+def _out_of_memory(error: BaseException, options: Any) -> ConfigError:
+    """The first line of what a library says, and the options of this command that need less."""
+    names = [field.name for field in fields(options)]
+    less = [f"a smaller --{name.replace('_', '-')}" for name in names if "batch" in name]
+    less += [f"--{name} {value}" for name, value in (("precision", "bf16"), ("device", "cpu")) if name in names]
+    advice = f"; these need less: {', '.join(less)}" if less else ""
+    reason = (str(error).splitlines() or ["no details"])[0].split(" If reserved")[0]
+    return ConfigError(f"显存或内存不够 / out of memory ({reason}){advice}")
 
 
 class Speaker:

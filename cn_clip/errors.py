@@ -28,8 +28,8 @@ class NotFiniteError(CheckpointError):
 
     def __init__(self, what: str, positions: Sequence[int]) -> None:
         super().__init__(
-            f"{what}: the model gives NaN or infinity; compute in fp32 (--precision fp32, or a file exported so), and "
-            "if that does not help, check the weights"
+            f"{what}: the model gives NaN or infinity; compute in fp32, or with a file exported so, and if that does "
+            "not help, check the weights"
         )
         self.positions = list(positions)
 
@@ -44,3 +44,12 @@ class StoreError(CnClipError, RuntimeError):
 
 class MissingExtraError(CnClipError, ImportError):
     """An optional package is not installed; the message carries the pip command."""
+
+
+_NO_MEMORY = ("bad_alloc", "bad allocation", "allocate memory", "failed to allocate", "out of memory")
+
+
+def lacked_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, on the machine or on its GPU, as far as the words of a library tell."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in words for sign in _NO_MEMORY)

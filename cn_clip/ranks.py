@@ -2,12 +2,14 @@
 
 import os
 import platform
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cn_clip.errors import ConfigError
+from cn_clip.processes import computes_alone
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,11 @@ def world_size() -> int:
 def local_rank() -> int:
     """Number of this process on its machine. Source: LOCAL_RANK, set by torchrun."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine. Source: LOCAL_WORLD_SIZE, set by torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def choose_device(device: "str | torch.device | None" = "auto") -> "torch.device":
@@ -78,6 +85,26 @@ def own_device(name: str = "auto") -> "torch.device":
             "(CUDA_VISIBLE_DEVICES)"
         )
     return torch.device("cuda", local_rank())
+
+
+def use_threads(count: int | None) -> None:
+    """Sets PyTorch's threads for the whole process, None leaves them as they are.
+
+    In a forked child that must compute with one it warns instead: more would wait for ever.
+    """
+    import torch
+
+    if count is None:
+        return
+    if count > 1 and computes_alone():
+        warnings.warn(
+            f"num_threads {count}: this process was forked from one that had opened a model, and computes with one "
+            "thread; start processes with spawn or forkserver to have more",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    torch.set_num_threads(count)
 
 
 def autocast_dtype(precision: str, device: "torch.device") -> "torch.dtype | None":

@@ -5,13 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cn_clip import __version__, cli, columns, models
+from cn_clip import __version__, cli, columns, command, models
 
 ROOT = Path(__file__).parents[1]
 
@@ -163,3 +164,30 @@ def test_align_fills_by_cells_left_and_right() -> None:
 @given(st.lists(st.text(alphabet="a中é，", max_size=9), min_size=1))
 def test_padded_texts_are_equally_wide(texts: list[str]) -> None:
     assert {columns.width(columns.pad(text, 20)) for text in texts} == {20}
+
+
+@dataclass(frozen=True)
+class _Sized:
+    img_batch_size: int = 4
+    device: str = "auto"
+
+
+def test_out_of_memory_is_one_line_with_the_options_that_the_command_has(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    def allocate(_: _Sized) -> None:
+        torch.empty(2**50)
+
+    with pytest.raises(SystemExit, match="1"):
+        command.execute(allocate, _Sized, [])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("错误 / error: 显存或内存不够 / out of memory (")
+    assert line.endswith("; these need less: a smaller --img-batch-size, --device cpu")
+
+
+def test_other_errors_of_libraries_keep_their_traceback() -> None:
+    def fail(_: _Sized) -> None:
+        raise RuntimeError("size of tensor")
+
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        command.execute(fail, _Sized, [])

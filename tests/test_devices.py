@@ -1,6 +1,7 @@
-"""Which device everything runs on, without a GPU: a CUDA that only PyTorch's own checks say is there."""
+"""Which device everything runs on, without a GPU: a CUDA that is only said to be there."""
 
 import ast
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,9 @@ def test_no_other_place_chooses_a_device() -> None:
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             text = ast.unparse(node) if isinstance(node, ast.Call) else ""
-            asks = text.startswith(("torch.cuda.is_available(", "torch.cuda.current_device(", "torch.cuda.device_count("))
+            asks = text.startswith(
+                ("torch.cuda.is_available(", "torch.cuda.current_device(", "torch.cuda.device_count(")
+            )
             names = text in ("torch.device('cuda')", "choose('cuda')") or text.endswith((".cuda()", ".to('cuda')"))
             if asks or names:
                 found.add(path.relative_to(PACKAGE).as_posix())

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from deterministic import SMALL_MODEL, state_dict, training_batches
+from in_process_runs import emoji_split, options
 from torch.utils.data import DistributedSampler
 
 from cn_clip.clip import tokenizer
 from cn_clip.clip.model import CLIP
 from cn_clip.data.splits import Split
 from cn_clip.errors import ConfigError
+from cn_clip.training import main as training
 from cn_clip.training.distributed import Parallel
 from cn_clip.training.loss import Objective, Pairs, contrastive_scores
 from cn_clip.training.optim import build_optimizer, clamp_logit_scale, learning_rate
@@ -159,6 +161,17 @@ def test_out_of_memory_names_the_flags_that_help() -> None:
         torch.empty(2**50)  # more than any machine has
     with pytest.raises(ConfigError, match="CUDA out of memory"), explained_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def test_a_model_too_large_for_the_device_is_told_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(torch.nn.Module, "to", too_large)
+    with pytest.raises(ConfigError, match=r"out of memory \(CUDA .*--grad-checkpointing"):
+        training.run(options(emoji_split(tmp_path / "data"), tmp_path))
 
 
 def test_other_errors_pass_as_they_are() -> None:

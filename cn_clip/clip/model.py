@@ -20,6 +20,7 @@ from cn_clip.clip.layers import LayerNorm, QuickGELU
 from cn_clip.clip.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
 from cn_clip.clip.vit import ResidualAttentionBlock, Transformer, VisualTransformer
 from cn_clip.errors import ConfigError
+from cn_clip.processes import compute_alone_in_children
 from cn_clip.zoo import ModelConfig, TextConfig, VisionConfig, config_from_info
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class CLIP(nn.Module):
     ) -> None:
         info = {name: value for name, value in locals().items() if name not in _NO_FIELDS}
         super().__init__()
+        compute_alone_in_children()
         self.config: ModelConfig = config_from_info(info)
         self.visual = _picture_tower(self.config.vision, use_flash_attention)
         self.bert_config = _bert_config(self.config.text, use_flash_attention)

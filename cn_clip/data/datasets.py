@@ -6,21 +6,26 @@ The batch of training pairs has names, PairBatch.
 
 # Shapes: B batch, R resolution, L context length.
 
+import functools
 import itertools
 import logging
+import math
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from cn_clip import ranks
 from cn_clip.clip import tokenizer
 from cn_clip.clip.inputs import TextTransform
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore
@@ -184,8 +189,33 @@ def collate(items: list[Any]) -> Any:
     if failure is not None:
         return failure
     columns = zip(*items, strict=True)
-    batch = (torch.stack(column) if isinstance(column[0], Tensor) else list(column) for column in columns)
+    batch = [torch.stack(column) if isinstance(column[0], Tensor) else list(column) for column in columns]
+    if not _has_shared_memory_for(sum(part.nbytes for part in batch if isinstance(part, Tensor))):
+        batch = [part.numpy() if isinstance(part, Tensor) else part for part in batch]
     return PairBatch._make(batch) if isinstance(items[0], Pair) else tuple(batch)
+
+
+def _has_shared_memory_for(size: int) -> bool:
+    """Whether this worker may hand over tensors of so many bytes in shared memory, even if all workers do so at once.
+
+    PyTorch loses a batch for which there is no room, and the training waits for it for ever. Arrays go through a pipe.
+    """
+    worker = get_worker_info()
+    if worker is None:
+        return True
+    num_writers = worker.num_workers * ranks.local_world_size()
+    return free_shared_memory() > 2 * size * num_writers  # twice: the batch before may still be on its way
+
+
+def free_shared_memory() -> float:
+    """Bytes free in /dev/shm, where PyTorch puts the tensors of workers; infinite on systems without such a limit."""
+    if sys.platform != "linux":
+        return math.inf
+    try:
+        status = os.statvfs("/dev/shm")
+    except OSError:
+        return 0
+    return status.f_bavail * status.f_frsize
 
 
 def _begin_worker(_worker: int) -> None:
@@ -208,16 +238,39 @@ class Loader(Generic[ItemT]):
 
     def __init__(self, batches: "DataLoader[Any]", dataset: Items[ItemT]) -> None:
         self._batches = batches
+        self._iterator: Any = None
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        for batch in self._batches:
+        # Kept here when a signal interrupts the wait for a batch: ending workers takes seconds, and saving comes first.
+        self._iterator = iter(self._batches)
+        for worker in getattr(self._iterator, "_workers", ()):
+            worker.terminate = worker.kill  # they ignore SIGTERM, see `_begin_worker`; one that is stuck must end too
+        for batch in self._iterator:
             if isinstance(batch, _Failure):
                 raise DataError(batch.message)
-            yield batch
+            yield _with_tensors(batch)
+        self._iterator = None
+
+
+def _with_tensors(batch: Any) -> Any:
+    if not any(isinstance(part, np.ndarray) for part in batch):
+        return batch
+    _say_small_shared_memory()
+    parts = [torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in batch]
+    return PairBatch._make(parts) if isinstance(batch, PairBatch) else tuple(parts)
+
+
+@functools.cache
+def _say_small_shared_memory() -> None:
+    logger.warning(
+        "/dev/shm has only %.0f MB free, too little for the batches of all workers: they go through pipes, which is "
+        "slower. Start the container with docker run --shm-size=8g or --ipc=host, or use fewer --num-workers.",
+        free_shared_memory() / 1e6,
+    )
 
 
 def make_loader(

@@ -30,12 +30,10 @@ __getattr__ = drop_in.names(__name__)
 
 def run(options: Options) -> None:
     """Trains to the last step; raises CnClipError with the reason when it cannot."""
-    import torch
 
     from cn_clip.training import distributed, logs, state
 
-    if options.num_threads is not None:
-        torch.set_num_threads(options.num_threads)
+    ranks.use_threads(options.num_threads)
     device = ranks.own_device(options.device)
     folder = Path(options.logs) / options.name
     started = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
@@ -50,6 +48,7 @@ def run(options: Options) -> None:
                 "choose another --logs"
             ) from error
         stack.enter_context(distributed.process_group(device))
+        stack.enter_context(state.explained_memory())
         train_in_group(options, device, folder, started)
 
 

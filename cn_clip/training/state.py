@@ -17,7 +17,7 @@ from cn_clip import ranks, zoo
 from cn_clip.clip.checkpoint import Checkpoint, read_checkpoint
 from cn_clip.clip.foreign.names import refuse
 from cn_clip.clip.hub import weight_file
-from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.errors import CheckpointError, CnClipError, ConfigError, lacked_memory
 from cn_clip.jsonl import atomic_write
 from cn_clip.settings import flag
 from cn_clip.training.logs import logger
@@ -345,10 +345,10 @@ def explained_memory() -> Iterator[None]:
     """Turns "out of memory" into a ConfigError that names the flags that help."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, CnClipError) or not lacked_memory(error):
             raise
+        text = str(error)
         raise ConfigError(
             f"out of memory ({text.splitlines()[0] if text else 'no details'}); these flags need less, in this order: "
             "--grad-checkpointing, --precision bf16, a smaller --batch-size with a larger --accum-freq (the same "

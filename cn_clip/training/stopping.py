@@ -7,11 +7,16 @@ from contextlib import contextmanager
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class StopWaiting(BaseException):
+    """A signal came while the run waited for something that may never come."""
+
+
 class StopRequest:
     """`number` is the signal that asked, or None."""
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._is_waiting = False
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -31,7 +36,19 @@ class StopRequest:
             for name, handler in zip(SIGNALS, before, strict=True):
                 signal.signal(name, handler)
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A signal ends the block by StopWaiting; nothing in it may be lost by that."""
+        self._is_waiting = True
+        try:
+            yield
+        finally:
+            self._is_waiting = False
+
     def _note(self, number: int, _frame: object) -> None:
         self.number = number
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
+        if self._is_waiting:
+            self._is_waiting = False
+            raise StopWaiting

@@ -36,7 +36,7 @@ from cn_clip.training.report import Plan, Report
 from cn_clip.training.sampling import EpochSampler
 from cn_clip.training.state import Extent, Position, Start
 from cn_clip.training.step import Batch, Learner, make_batch
-from cn_clip.training.stopping import StopRequest
+from cn_clip.training.stopping import StopRequest, StopWaiting
 from cn_clip.training.validation import Validation, validate
 
 
@@ -161,12 +161,15 @@ class Trainer:
 
     def train(self) -> None:
         """Runs the remaining epochs. Raises SystemExit after SIGTERM or SIGINT, with a checkpoint written."""
-        with self.stop_request.noted(), state.explained_memory():
-            if self.position.step == 0 and self.options.validates:
-                self.validate(-1)
-                self._leave_if_asked(-1)
-            while (self._next_step() < self.max_steps or not self.closed) and not self._should_stop():
-                self._run_epoch(self.position.epoch)
+        with self.stop_request.noted():
+            try:
+                if self.position.step == 0 and self.options.validates:
+                    self.validate(-1)
+                    self._leave_if_asked(-1)
+                while (self._next_step() < self.max_steps or not self.closed) and not self._should_stop():
+                    self._run_epoch(self.position.epoch)
+            except StopWaiting:
+                self._leave_if_asked(self.position.epoch)
         self.report.end()
 
     def _run_epoch(self, epoch: int) -> None:
@@ -224,13 +227,28 @@ class Trainer:
         number = self.options.accum_freq
         self.training.start_epoch(epoch, self.position.batch * number)
         batches: list[Batch] = []
-        for pairs in self.training.loader:
+        for pairs in self._awaited(self.training.loader):
             assert isinstance(pairs, PairBatch)
             self.report.num_skipped += sum(pairs.num_skipped)
             batches.append(make_batch(pairs, self.device, with_keys=self.learner.multi_positive))
             if len(batches) == number:
                 yield batches
                 batches = []
+
+    def _awaited(self, loader: Loader[Any]) -> Iterator[Any]:
+        """The batches of a loader; a signal ends the wait for one, which a disk that hangs would make endless.
+
+        Not with several processes, which must leave at the same step: the others wait for this one, and torchrun ends
+        them all after 30 seconds.
+        """
+        batches = iter(loader)
+        waiting = self.stop_request.waiting if ranks.world_size() == 1 else nullcontext
+        while True:
+            with waiting():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def _set_training_mode(self) -> None:
         adapt.set_training_mode(self.model, self.options)
@@ -294,11 +312,11 @@ class Trainer:
         if data is None or step == self.validated_step:
             return None
         self._check_loss()
-        self.validated_step = step
         logger.info("Begin to eval on validation set (epoch %d @ %d steps)...", epoch + 1, step)
         self.parallel.share_statistics()
-        pixels = (batch for _, batch in data.pixels)
+        pixels = (batch for _, batch in self._awaited(data.pixels))
         result = validate(self.model, data.split, data.tokens, pixels, data.sampler, self.validation_autocast)
+        self.validated_step = step
         self.report.validation(
             f"(epoch {epoch + 1} @ {step} steps)",
             result,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Kind, TowerFacts
 from cn_clip.clip.file_kinds import what_it_is
-from cn_clip.errors import CheckpointError, DataError
+from cn_clip.errors import CheckpointError, DataError, lacked_memory
 from cn_clip.extras import require
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ LARGEST_FILE = 2**31 - 2**24
 _SMALLEST_OUTSIDE = 1024
 # A file with its weights outside is a graph of a megabyte or two; a larger one has them inside.
 _LARGEST_GRAPH = 1 << 25
-NO_MEMORY = ("bad_alloc", "bad allocation", "allocate memory", "failed to allocate", "out of memory")
 _LOCATION = b"\x0a\x08location\x12"
 
 Shape = tuple[int | None, ...]
@@ -178,12 +177,6 @@ def not_opened(place: str, where: str, reason: str, error: Exception) -> Checkpo
             return CheckpointError(f"{file}: {known}")
     advice = "close other programs" if lacked_memory(error) else "if the file is damaged, export it again"
     return CheckpointError(f"{place}: cannot be opened by {where} ({reason[:300]}); {advice}")
-
-
-def lacked_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out, on the machine or on its GPU, as far as the words of a library tell."""
-    words = str(error).lower()
-    return isinstance(error, MemoryError) or any(sign in words for sign in NO_MEMORY)
 
 
 def outside_files(path: Path) -> list[str]:

@@ -23,6 +23,7 @@ from cn_clip.clip.backends.onnx_files import (
 )
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
+from cn_clip.processes import hold_in_children
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -68,6 +69,7 @@ class OnnxTower:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise not_opened(self.place, f"ONNX Runtime on {device or 'auto'}", reason, error) from error
         del weights  # the session has copied them
+        hold_in_children(self)
         used = self._session.get_providers()[0]
         if used != self.provider:
             if device not in (None, "auto"):

@@ -13,6 +13,7 @@ from cn_clip.clip.backends.base import Kind, Pixels, Precision, TokenIds, TowerF
 from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, facts_of, missing_weights, not_opened
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
+from cn_clip.processes import hold_in_children
 
 HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
 CAPABILITIES: dict[Precision, str] = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
@@ -47,6 +48,7 @@ class OpenVinoTower:
         except Exception as error:  # RuntimeErrors of many lines
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
             raise not_opened(self.place, "OpenVINO", reason, error) from error
+        hold_in_children(self)
         self._alone = threading.Lock()
         self.facts: TowerFacts = facts_of(
             self.place,

@@ -21,8 +21,8 @@ from cn_clip.clip.backends.base import (
     settled,
 )
 from cn_clip.clip.backends.exported import Announce, Source, announce, forget, tower_file, tower_files
-from cn_clip.clip.backends.onnx_files import lacked_memory, onnx_path
-from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.clip.backends.onnx_files import onnx_path
+from cn_clip.errors import CheckpointError, ConfigError, lacked_memory
 
 if TYPE_CHECKING:
     import torch

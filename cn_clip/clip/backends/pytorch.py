@@ -42,8 +42,7 @@ class TorchBackend:
         self.device = ranks.choose_device(device)
         self.precision = settled("torch", precision, native_precisions(self.device))
         check_threads(num_threads)
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
+        ranks.use_threads(num_threads)
         model.float()
         if self.precision != "fp32":
             convert_weights(model, DTYPES[self.precision])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from cn_clip import ranks
 from cn_clip.clip.backends.base import (
     USUAL_SIZES,
     USUAL_SIZES_ON_GPU,
@@ -19,6 +20,7 @@ from cn_clip.clip.backends.base import (
 )
 from cn_clip.clip.backends.pytorch import DTYPES, native_precisions
 from cn_clip.clip.file_formats import owned
+from cn_clip.processes import compute_alone_in_children
 
 
 class ForeignTowers:
@@ -42,11 +44,11 @@ class ForeignTowers:
         precision: str = "fp32",
         num_threads: int | None = None,
     ) -> None:
+        compute_alone_in_children()
         self.precision = settled("torch", precision, native_precisions(device))
         self._dtype = DTYPES[self.precision]
         check_threads(num_threads)
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
+        ranks.use_threads(num_threads)
         self.device = device
         self.model = model.to(device=device, dtype=self._dtype).eval()
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -1,0 +1,211 @@
+"""Processes of one run: children of a fork, workers without shared memory, stuck workers, other start methods."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from in_process_runs import BATCH, NUM_PAIRS, checkpoint, emoji_split, options, run
+
+from cn_clip.data import datasets
+from cn_clip.data.datasets import PairDataset, make_loader
+from cn_clip.training import main as training
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 120  # only for a child that hangs
+
+PROGRAM = """
+import os, sys, threading
+import numpy as np
+from pathlib import Path
+sys.path.insert(0, "tests")
+kind, folder, end = sys.argv[1:]
+
+def open_and_compute():
+    if kind == "torch":
+        from cn_clip.clip import Encoder
+        from cn_clip.demo import emoji
+        encoder = Encoder("Emoji-Tiny", num_threads=2)
+        pictures = [one.picture for one in emoji.load()[:16]]
+        return lambda: encoder.encode_images(pictures)
+    from onnx_towers import some_inputs, write_tower
+    path = Path(folder, "tower.onnx")
+    if kind == "onnx":
+        from cn_clip.clip.backends.onnx_runtime import OnnxTower as Tower
+    else:
+        from cn_clip.clip.backends.open_vino import OpenVinoTower as Tower
+    if not path.exists():
+        write_tower(path, "image", batch="batch", width=256)
+    tower, inputs = Tower(path, "image", num_threads=2), some_inputs("image", 512)
+    return lambda: tower.run(inputs)
+
+compute = open_and_compute()
+expected = compute()
+pid = os.fork()
+if pid == 0:
+    assert np.abs(compute() - expected).max() < 1e-5
+    compute = open_and_compute()  # frees what the parent opened
+    assert np.abs(compute() - expected).max() < 1e-5
+    if end == "exit":
+        sys.exit()
+    os._exit(0)
+threading.Timer(100, lambda: os.kill(pid, 9)).start()
+status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+print("child:", status, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork here")
+@pytest.mark.parametrize(("kind", "end"), [("torch", "exit"), ("onnx", "_exit"), ("openvino", "exit")])
+def test_what_a_parent_opened_computes_and_is_freed_in_a_forked_child(kind: str, end: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", PROGRAM, kind, str(tmp_path), end],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)} | {"OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.stdout == "child: 0\n", done.stderr
+    assert ("num_threads 2: this process was forked" in done.stderr) == (kind == "torch")
+
+
+# --- shared memory
+
+
+class Rows:
+    """Items of a tensor and an id."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> "tuple[torch.Tensor, int]":
+        return torch.full((1000,), float(index)), index
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the workers would not see what the test patches")
+
+
+@needs_fork
+@pytest.mark.parametrize("free", [0.0, 8000.0 * 4, 8000.0 * 4 + 1, float("inf")])
+def test_batches_go_through_pipes_when_shared_memory_has_no_room_for_all_workers(
+    free: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A batch of 2 rows is 8000 bytes; 2 workers may hand over 2 each at once.
+    datasets._say_small_shared_memory.cache_clear()
+    monkeypatch.setattr(datasets, "free_shared_memory", lambda: free)
+    shared = []
+    monkeypatch.setattr(datasets, "_with_tensors", lambda batch: shared.append(batch) or with_tensors(batch))
+    batches = list(make_loader(Rows(), 2, 2, multiprocessing_context="fork"))
+    assert [isinstance(rows, torch.Tensor) for rows, _ in shared] == [free > 8000 * 4] * 4
+    assert torch.equal(torch.cat([rows for rows, _ in batches])[:, 0], torch.arange(8.0))
+    assert [number for _, numbers in batches for number in numbers] == list(range(8))
+    warnings = [record.message for record in caplog.records]
+    assert len(warnings) == (free <= 8000 * 4)  # once, not for every batch
+    assert all("docker run --shm-size" in warning and "--num-workers" in warning for warning in warnings)
+
+
+with_tensors = datasets._with_tensors
+
+
+@needs_fork
+def test_training_without_shared_memory_gives_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "free_shared_memory", lambda: 0.0)
+    datasets._say_small_shared_memory.cache_clear()
+    split = emoji_split(tmp_path / "data")
+    assert "/dev/shm has only 0 MB free" in run(split, tmp_path / "a", num_workers=1, valid_num_workers=1, max_steps=2)
+    run(split, tmp_path / "b", max_steps=2)
+    pipes, alone = (checkpoint(tmp_path / name)["state_dict"] for name in ("a", "b"))
+    assert all(torch.equal(value, alone[name]) for name, value in pipes.items())
+
+
+# --- signals
+
+
+@needs_fork
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_ends_a_run_whose_loader_waits_for_ever_and_the_run_is_saved(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split, sign, load = emoji_split(tmp_path / "data"), tmp_path / "stuck", PairDataset.__getitem__
+
+    def stuck(dataset: PairDataset, index: int) -> object:
+        if index < NUM_PAIRS:
+            return load(dataset, index)
+        sign.touch()  # in the second epoch a disk hangs
+        time.sleep(1000)
+        raise AssertionError("the test has ended long ago")
+
+    def end() -> None:
+        while not sign.exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def give_up(*_: object) -> None:
+        raise AssertionError("the run waits for its loader for ever")
+
+    monkeypatch.setattr(PairDataset, "__getitem__", stuck)
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(100)
+    try:
+        threading.Thread(target=end, daemon=True).start()
+        with pytest.raises(SystemExit) as left:
+            training.run(options(split, tmp_path, num_workers=workers, max_epochs=3, val_data=None))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert left.value.code == 128 + signal.SIGTERM
+    saved = checkpoint(tmp_path)
+    assert saved["step"] == NUM_PAIRS // BATCH
+    del left  # its traceback holds the loader
+    gc.collect()
+    assert not multiprocessing.active_children()  # killed: they ignore SIGTERM
+
+
+# --- start methods
+
+START = """
+import multiprocessing, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+
+def main():
+    multiprocessing.set_start_method(sys.argv[1])
+    from in_process_runs import emoji_split, run
+    folder = Path(sys.argv[2])
+    split = emoji_split(folder / "data")
+    run(split, folder, num_workers=1, valid_num_workers=1, max_steps=1, use_augment=True)
+    from cn_clip import cli
+    saved = folder / "x" / "checkpoints" / "epoch_latest.pt"
+    output = folder / "rows.jsonl"
+    cli.main(["features", "--extract-image-feats", f"--image-data={split}/imgs", f"--image-feat-output-path={output}",
+              f"--resume={saved}", "--vision-model=ViT-Tiny-64", "--text-model=BERT-Tiny-chinese", "--device=cpu"])
+    print("rows:", len(output.read_text().splitlines()))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_training_and_extraction_run_under_the_start_method_of_python_3_14(tmp_path: Path) -> None:
+    """forkserver, as spawn of macOS and Windows, pickles all that workers are given."""
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    program = tmp_path / "program.py"
+    program.write_text(START, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(program), method, str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"rows: {NUM_PAIRS}" in done.stdout
