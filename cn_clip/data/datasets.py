@@ -189,7 +189,7 @@ def collate(items: list[Any]) -> Any:
     if failure is not None:
         return failure
     columns = zip(*items, strict=True)
-    batch = [torch.stack(column) if isinstance(column[0], Tensor) else list(column) for column in columns]
+    batch: list[Any] = [torch.stack(column) if isinstance(column[0], Tensor) else list(column) for column in columns]
     if not _has_shared_memory_for(sum(part.nbytes for part in batch if isinstance(part, Tensor))):
         batch = [part.numpy() if isinstance(part, Tensor) else part for part in batch]
     return PairBatch._make(batch) if isinstance(items[0], Pair) else tuple(batch)

@@ -1,6 +1,5 @@
 """Pictures that strangers send: from a data URL to bytes that a decoder may see, bounded by what they declare."""
 
-
 from cn_clip.clip.picture_heads import look
 from cn_clip.clip.pictures import data_url_bytes
 from cn_clip.errors import DataError
