@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from cn_clip import command
 from cn_clip.errors import ConfigError
@@ -142,7 +142,7 @@ class Options:
     """Write events for TensorBoard into the experiment's folder"""
 
     # See `command.spelled_out`.
-    ADDED: ClassVar = (
+    ADDED = (
         "compile",
         "device",
         "early_stop",
