@@ -308,6 +308,23 @@ def test_joined_batches_give_the_update_of_the_large_batch(model: CLIP) -> None:
         assert torch.allclose(value, other.state_dict()[name], atol=1e-5), name
 
 
+def test_a_static_graph_of_ddp_takes_joined_batches_and_checkpointing(model: CLIP, tmp_path: Path) -> None:
+    model.set_grad_checkpointing()
+    other = copy.deepcopy(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel._set_static_graph()
+        for one in (parallel, other):
+            epoch = {"train": SimpleNamespace(dataloader=batches(), sampler=None)}
+            optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+            assert train.train(one, epoch, 0, optimizer, None, lambda step: None, arguments(accum_freq=2), 0) == 2
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, other.state_dict()[name], atol=1e-6), name
+
+
 def test_a_validation_logs_means_over_its_batches(model: CLIP, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "cn_clip"):
         train.evaluate(model.train(), {"val": SimpleNamespace(dataloader=batches())}, 1, arguments(), 9)

@@ -7,7 +7,7 @@ import shlex
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cn_clip import command, drop_in
 from cn_clip.deploy.model_arch import RequiredArch, check_arch
@@ -66,7 +66,7 @@ class Options:
     json: bool = False
     """Print the result as one JSON object"""
 
-    ADDED: ClassVar = ("max_batch_size", "timing_cache")  # see `command.spelled_out`
+    ADDED = ("max_batch_size", "timing_cache")  # see `command.spelled_out`
 
     def __post_init__(self) -> None:
         check_arch(self.model_arch)

@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from cn_clip import command, drop_in
 from cn_clip.deploy.model_arch import ConversionOptions, check_arch, open_arch
@@ -44,7 +44,7 @@ class Options(ConversionOptions):
     text_model: TextName | None = None
     """Text tower; default: what the weights hold"""
 
-    ADDED: ClassVar = ("precisions",)  # see `command.spelled_out`
+    ADDED = ("precisions",)  # see `command.spelled_out`
 
     def __post_init__(self) -> None:
         check_arch(self.model_arch)

@@ -4,7 +4,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from cn_clip import command, drop_in
 from cn_clip.clip.backends.base import BackendName
@@ -46,7 +45,7 @@ class Options(ray_settings.RaySettings, extraction.Settings):
     """ray: processes of a Ray cluster, which write Parquet shards into --output"""
 
     # See `command.spelled_out`.
-    ADDED: ClassVar = (
+    ADDED = (
         "cpus_per_actor",
         "decode",
         "device",

@@ -6,7 +6,7 @@ The engines are those of `deploy/onnx_to_tensorrt.py`; they run on the kind of G
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from cn_clip import command, drop_in
 from cn_clip.eval import exported_models
@@ -28,7 +28,7 @@ class Options(exported_models.Settings):
     device: str = "cuda"
     """cuda or cuda:N"""
 
-    ADDED: ClassVar = ("decode", "device")  # see `command.spelled_out`
+    ADDED = ("decode", "device")  # see `command.spelled_out`
 
     def __post_init__(self) -> None:
         super().__post_init__()

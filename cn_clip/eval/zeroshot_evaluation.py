@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from cn_clip import command, drop_in
 from cn_clip.clip.backends.base import BackendName
@@ -74,7 +74,7 @@ class Options:
     json: bool = False
     """Print the result as one JSON object"""
 
-    ADDED: ClassVar = ("num_threads", "templates")  # see `command.spelled_out`
+    ADDED = ("num_threads", "templates")  # see `command.spelled_out`
 
     def __post_init__(self) -> None:
         backends.check(self)

@@ -2,7 +2,13 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
+<<<<<<< HEAD
 from typing import Annotated, ClassVar, Literal
+||||||| 0191c2b
+from typing import ClassVar, Literal
+=======
+from typing import Literal
+>>>>>>> w-eval
 
 from cn_clip import command, ranks
 from cn_clip.settings import Range, Rule, check, excludes, flag, is_given, needs
@@ -146,7 +152,7 @@ class Options:
     """Start again: delete the checkpoints that this experiment has, once the new run is ready to train"""
 
     # See `command.spelled_out`.
-    ADDED: ClassVar = (
+    ADDED = (
         "compile",
         "device",
         "early_stop",

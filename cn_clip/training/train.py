@@ -6,7 +6,7 @@ The gradients come from `step` and the log lines from `report`, as those of `cn-
 # B batch, N rows of all processes, D embedding
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -129,6 +129,17 @@ class _Given(Parallel):
     @property
     def logit_bias(self) -> nn.Parameter | None:
         return getattr(self.model, "logit_bias", None)
+
+    @contextmanager
+    def accumulating(self, more_to_come: bool) -> Iterator[None]:
+        """Passes before the last one go past the wrapper: `no_sync` fails with a static graph, which Chinese-CLIP asks
+        for with --grad-checkpointing."""
+        wrapped = self.module
+        self.module = self.model if more_to_come else wrapped
+        try:
+            yield
+        finally:
+            self.module = wrapped
 
 
 def train(
