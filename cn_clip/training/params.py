@@ -2,13 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
-<<<<<<< HEAD
-from typing import Annotated, ClassVar, Literal
-||||||| 0191c2b
-from typing import ClassVar, Literal
-=======
-from typing import Literal
->>>>>>> w-eval
+from typing import Annotated, Literal
 
 from cn_clip import command, ranks
 from cn_clip.settings import Range, Rule, check, excludes, flag, is_given, needs
