@@ -1,7 +1,6 @@
 """Which device everything runs on, without a GPU: a CUDA that is only said to be there."""
 
 import ast
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
