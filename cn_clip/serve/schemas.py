@@ -64,7 +64,8 @@ EXPECTED_INPUT = (
 _error: dict[str, Any] = {"custom_error_type": "input", "custom_error_message": EXPECTED_INPUT}
 _TextInput: TypeAlias = Annotated[Text, Tag("<text>")]
 _PictureInput: TypeAlias = Annotated[ImageInput, Tag("<picture>")]
-_UrlInput: TypeAlias = Annotated[DataUrl, Tag("<url>")]
+# Only said, not checked again: `_kind` has looked, and takes capitals too.
+_UrlInput: TypeAlias = Annotated[DataUrl, Field(json_schema_extra={"pattern": "^data:image/"}), Tag("<url>")]
 Input: TypeAlias = Annotated[_TextInput | _UrlInput | _PictureInput, Discriminator(_kind, **_error)]
 Inputs: TypeAlias = Annotated[list[Input], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 
