@@ -4,12 +4,13 @@ FROM python:3.12-slim
 
 RUN useradd --create-home --uid 10001 cnclip && install -d -o cnclip /models
 WORKDIR /app
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY tools/emoji_dataset tools/emoji_dataset
 COPY cn_clip cn_clip
-# The index of CPU wheels first: those of PyPI bring CUDA along.
-RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu \
-    && pip install --no-cache-dir '.[serve,onnx,openvino,search]'
+# torch from the index of CPU builds first: those of PyPI bring CUDA along. The constraint keeps the second line from
+# replacing it.
+RUN pip install --no-cache-dir --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu torch \
+    && pip install --no-cache-dir --constraint constraints.txt '.[serve,onnx,openvino,search]'
 
 USER cnclip
 VOLUME /models

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= auto
+CONSTRAINTS ?= constraints.txt
+PIP := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 FILES := cn_clip tests benchmarks tools
 
 .PHONY: help demo test test-slow test-gpu test-milvus test-families test-browser test-ray check format docs docs-cli notebook test-notebook test-wheel clean
@@ -26,12 +28,12 @@ help:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.core: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
+$(VENV)/.core: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.core
 
 demo: $(VENV)/.core
@@ -53,30 +55,30 @@ test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
 
 test-milvus: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --editable '.[milvus]' milvus==2.3.5
+	$(PIP) --editable '.[milvus]' milvus==2.3.5
 	MILVUS_SERVER=$(BIN)/milvus-server $(BIN)/python -m pytest -m milvus
 
 test-families: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet 'sentence-transformers>=5.4,<7'
+	$(PIP) 'sentence-transformers>=5.4,<7'
 	$(BIN)/python -m pytest -m families tests/test_convert.py
-	$(BIN)/python -m pip install --quiet --editable '.[dev,open-clip]'
+	$(PIP) --editable '.[dev,open-clip]'
 	$(BIN)/python -m pytest -m families tests/test_families.py
 
 test-browser: $(VENV)/.dev
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || { echo "需要 Chromium / Chromium is needed: apt-get install chromium, or CHROMIUM=path"; exit 1; }
-	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	$(PIP) --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser
 
 test-ray: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'
+	$(PIP) --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -m ray
 
-$(VENV)/.docs: pyproject.toml | $(VENV)/.core
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+$(VENV)/.docs: pyproject.toml $(CONSTRAINTS) | $(VENV)/.core
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
-$(VENV)/.notebook: pyproject.toml | $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --editable '.[notebook]'
+$(VENV)/.notebook: pyproject.toml $(CONSTRAINTS) | $(VENV)/.dev
+	$(PIP) --editable '.[notebook]'
 	@touch $@
 
 # The theme prints an advertisement without this; the versions that it warns of are excluded in pyproject.toml.

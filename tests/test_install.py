@@ -1,0 +1,95 @@
+"""What installs the package: pyproject.toml, constraints.txt, Makefile and Dockerfile agree with each other."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from cn_clip import command
+from cn_clip.serve.main import Options
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+CONSTRAINTS = [
+    Requirement(line)
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if line and not line.startswith("#")
+]
+# Torch releases on which the tests passed.
+TESTED_TORCH = ("2.13.0", "2.14.1", "2.15.0")
+
+
+def requirement(name: str) -> Requirement:
+    found = re.search(rf'^  "({name}[<>=].*)",$', PYPROJECT, re.MULTILINE)
+    assert found is not None
+    return Requirement(found[1])
+
+
+def dockerfile() -> dict[str, list[str]]:
+    """Instruction -> what follows it, continued lines joined."""
+    lines = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text(encoding="utf-8")).splitlines()
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if line and not line.startswith("#"):
+            word, _, rest = line.partition(" ")
+            found.setdefault(word, []).append(rest)
+    return found
+
+
+def test_constraints_lie_in_the_range_of_the_package() -> None:
+    for one in CONSTRAINTS:
+        (version,) = one.specifier
+        assert version.operator == "=="
+        assert requirement(one.name).specifier.contains(version.version)
+
+
+def test_the_range_of_torch_ends_after_the_newest_tested() -> None:
+    bound = requirement("torch").specifier
+    assert all(bound.contains(version) for version in TESTED_TORCH)
+    major, minor, _ = map(int, TESTED_TORCH[-1].split("."))
+    assert not bound.contains(f"{major}.{minor + 1}.0")
+
+
+def test_make_and_docker_install_under_the_constraints() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    installs = [line for line in makefile.splitlines() if "pip install" in line]
+    assert installs == ["PIP := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))"]
+    (run,) = (one for one in dockerfile()["RUN"] if "pip" in one)
+    for step in run.split("&&"):
+        words = shlex.split(step)
+        assert words[:2] == ["pip", "install"]
+        assert words[words.index("--constraint") + 1] == "constraints.txt"
+    copied = [name for line in dockerfile()["COPY"] for name in line.split()[:-1]]
+    assert "constraints.txt" in copied
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_the_image_installs_torch_for_processors_before_anything_that_wants_it() -> None:
+    (run,) = (one for one in dockerfile()["RUN"] if "pip" in one)
+    first, second = map(shlex.split, run.split("&&"))
+    assert first[-1] == "torch"
+    assert first[first.index("--index-url") + 1].endswith("/cpu")
+    assert second[-1].startswith(".[")
+    extras = set(second[-1][2:-1].split(","))
+    assert extras <= set(re.findall(r"^([a-z-]+) = \[", PYPROJECT, re.MULTILINE))
+
+
+@pytest.mark.parametrize("more", [[], ["--model", "Emoji-Tiny", "--backend", "onnx"]], ids=["default", "other"])
+def test_the_command_of_the_image_is_one_that_every_processor_can_run(more: list[str]) -> None:
+    entry, default = (json.loads(dockerfile()[word][0]) for word in ("ENTRYPOINT", "CMD"))
+    assert entry[:2] == ["cn-clip", "serve"]
+    options = command.parse(Options, [*entry[2:], *(more or default)])
+    assert options.precision == ("fp32" if more else "auto")
+
+
+def test_classifiers_name_the_pythons_that_are_supported() -> None:
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PYPROJECT)
+    found = re.search(r'^requires-python = "(.*)"$', PYPROJECT, re.MULTILINE)
+    assert found is not None
+    assert all(SpecifierSet(found[1]).contains(f"{version}.0") for version in named)
+    assert f"{sys.version_info.major}.{sys.version_info.minor}" in named
