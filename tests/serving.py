@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import httpx
 import numpy as np
+from harmful_pictures import Harmful
 
 from cn_clip.clip.backends.base import Pixels, Rows, TokenIds
 from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.inputs import ChineseTexts, Parts
 from cn_clip.retrieval.places import Searchable
 from cn_clip.serve.app import create_app
 from cn_clip.serve.engine import Engine
@@ -48,6 +50,11 @@ class WatchedBackend:
         rows = np.zeros((len(first_B), self.embed_dim), dtype=np.float32)
         rows[:, 0] = first_B
         return rows
+
+
+def harmed(backend: WatchedBackend) -> Encoder:
+    """An encoder whose pictures go through `Harmful`."""
+    return Encoder(Parts(backend, Harmful(8), ChineseTexts(52)))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -88,6 +89,74 @@ def test_what_takes_longer_than_the_drain_is_told_that_the_server_stops() -> Non
         process.send_signal(signal.SIGTERM)
         assert (waiting.result().status_code, waiting.result().json()["error"]["code"]) == (503, "stopping")
         assert process.wait(60) == 0
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_sigterm_ends_a_server_whose_decoders_stand_still_and_them() -> None:
+    flags = ("--timeout", "3600", "--drain-timeout", "1")
+    with started("--no-page", "--model", "Emoji-Tiny", *flags) as (process, address), ThreadPoolExecutor() as pool:
+        decoders = children(process.pid)
+        assert decoders
+        for pid in decoders:
+            os.kill(pid, signal.SIGSTOP)
+        request = {"model": "Emoji-Tiny", "input": [{"image": data_url(load()[0].picture, "webp")}] * 8}
+        waiting = pool.submit(httpx.post, f"{address}/v1/embeddings", json=request, timeout=120)
+        wait_until(lambda: queue_depth(address, "pictures") == 8)
+        # No text waits for them.
+        text = httpx.post(f"{address}/v1/embeddings", json={"model": "Emoji-Tiny", "input": "一只猫"}, timeout=120)
+        assert text.status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert (waiting.result().status_code, waiting.result().json()["error"]["code"]) == (503, "stopping")
+        assert process.wait(60) == 0
+        assert not any(Path(f"/proc/{pid}").exists() for pid in decoders)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_the_decoders_of_a_server_that_is_killed_end_too() -> None:
+    with started("--no-page", "--model", "Emoji-Tiny") as (process, _):
+        decoders = children(process.pid)
+        assert decoders
+        process.kill()
+        process.wait(60)
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in decoders))
+
+
+_STUCK = """
+import sys, threading
+from cn_clip.serve import main
+main._open_encoder = lambda *_: threading.Event().wait()
+main.main(sys.argv[1:])
+"""
+
+
+def test_sigterm_ends_a_server_one_of_whose_threads_never_returns() -> None:
+    command = [sys.executable, "-c", _STUCK, "--no-page", "--port", "0", "--drain-timeout", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().split("; ")[-1].strip()
+            wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 503)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+            assert "有线程没有结束 / stopped, with threads that did not end" in process.stdout.read()
+        finally:
+            process.kill()
+
+
+def test_a_key_that_can_be_guessed_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("secret", "a" * 40, "password1234567"):
+        main._warn_of_weak(key)
+        assert "the API key can be guessed" in capsys.readouterr().err
+    for key in (None, secrets.token_urlsafe(), secrets.token_hex(16)):
+        main._warn_of_weak(key)
+        assert capsys.readouterr().err == ""
 
 
 def test_sigterm_ends_open_streams_of_the_page_and_still_answers_what_is_in_hand(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
+from cn_clip.data.names import spelled
 from cn_clip.data.picture_names import PICTURE_SUFFIXES, suffix_of
 from cn_clip.errors import DataError
 from cn_clip.eval.feature_shards import is_shard_folder
@@ -150,7 +151,7 @@ def _look_at(source: Source, path: str) -> None:
 
 
 def _id(source: Source, path: str) -> str:
-    return source.id_prefix + os.path.relpath(path, source.name).replace(os.sep, "/")
+    return source.id_prefix + spelled(os.path.relpath(path, source.name).replace(os.sep, "/"))
 
 
 def read_file(path: str) -> bytes:

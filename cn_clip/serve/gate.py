@@ -255,8 +255,7 @@ def _announced_size(scope: Scope) -> int:
 
 
 def _waits_to_send(scope: Scope) -> bool:
-    expected: bytes = dict(scope["headers"]).get(b"expect", b"")
-    return expected.lower() == b"100-continue"
+    return bool(dict(scope["headers"]).get(b"expect", b"").lower() == b"100-continue")
 
 
 async def _next_piece(receive: Receive) -> tuple[bytes, bool]:

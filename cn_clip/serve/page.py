@@ -30,7 +30,7 @@ from cn_clip.serve.app import thumbnail_path
 from cn_clip.serve.limits import UPLOADS_HELD, VISITORS_HELD
 from cn_clip.serve.refusals import RefusalError
 from cn_clip.serve.schemas import ClassifyRequest, QueryPart, SearchRequest
-from cn_clip.serve.service import Service
+from cn_clip.serve.service import Service, known_id
 from cn_clip.serve.uploads import HeldFolder, Uploads
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,9 @@ class Answers:
     async def _search(self, parts: list[QueryPart], k: float, min_score: float | None) -> str:
         hits = await self.service.search(SearchRequest(query=parts, k=int(k), min_score=min_score, where=None))
         index = self.service.opened_index()
-        has_picture = await self.service.ask_index(lambda: [index.thumbnail(hit.id) is not None for hit in hits])
+        has_picture = await self.service.ask_index(
+            lambda: [index.thumbnail(known_id(index, hit.id)) is not None for hit in hits]
+        )
         return _figures(hits, has_picture)
 
     async def _data_url(self, path: object) -> str:

@@ -63,6 +63,8 @@ class Server(uvicorn.Server):
         if self._watch is not None:
             self._watch.start()
         await super().shutdown(sockets)
+        if self.server_state.tasks:  # cancelled, and about to say so to their clients
+            await asyncio.wait(self.server_state.tasks, timeout=END_SECONDS / 2)
 
     def ended(self) -> None:
         """All threads have ended: `end` is not called any more."""

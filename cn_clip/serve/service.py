@@ -2,6 +2,7 @@
 
 # N inputs, C classes, D embedding
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ import numpy as np
 
 from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.pictures import is_data_url
+from cn_clip.data.names import path_of, readable
 from cn_clip.errors import ConfigError, StoreError
 from cn_clip.eval import zeroshot
 from cn_clip.eval.templates import DEFAULT, load_templates
@@ -110,7 +112,7 @@ class Service:
         return ClassifyResponse(model=self.engine.name, scale=scale, data=scores)
 
     async def search(self, request: SearchRequest) -> list[Hit]:
-        """The hits, best first; raises RefusalError."""
+        """The hits, best first, with ids and metadata that JSON holds; raises RefusalError."""
         self.check_model(request.model)
         index = self.opened_index()
         query_1D = await self._query(request.parts, index)
@@ -120,7 +122,8 @@ class Service:
             )
         except ConfigError as error:
             raise RefusalError(400, str(error), param="where", code="invalid_value") from error
-        return hits
+        # Indexes of before hold names as they lie on the disk.
+        return [Hit(readable(hit.id), hit.score, readable(hit.metadata)) for hit in hits]
 
     async def thumbnail(self, item_id: str) -> bytes:
         """The small JPEG of an item; raises RefusalError (404)."""
@@ -202,10 +205,16 @@ class Service:
 
 
 def known_id(index: Searchable, item_id: int | str) -> int | str:
-    """The id as the index has it; raises RefusalError (404) for an unknown one."""
+    """The id as the index has it, a name on a disk also from its spelling.
+
+    Raises RefusalError (404) for an unknown one.
+    """
     found = item_called(index, item_id)
     if found is not None:
         return found
+    with contextlib.suppress(ValueError):  # no spelling
+        if isinstance(item_id, str) and (path := path_of(item_id)) in index:
+            return path
     raise RefusalError(404, f"id: the index has no item {shown(item_id)}", param="id", code="not_found")
 
 

@@ -1,0 +1,68 @@
+"""Paths as text: a name on a disk is any bytes, and JSON, addresses, logs and tables hold Unicode alone.
+
+Archives unpacked on another system leave names in GBK; Python reads such a byte as a lone surrogate. `spelled` gives
+each path a spelling that all of these hold, the same for no two paths, and readable where the bytes are GBK.
+"""
+
+import contextlib
+import re
+from typing import Any
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+# Before a part of a path that is spelled otherwise than by its own characters.
+_UTF8, _GBK, _BYTES, _PAIRS = "utf-8:", "gbk:", "bytes:", "utf-16:"
+_MARKS = (_UTF8, _GBK, _BYTES, _PAIRS)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_UNQUOTED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "").replace("/", "")
+
+
+def spelled(path: str) -> str:
+    """The spelling of a path, its parts joined by "/"; that of a UTF-8 path is the path itself.
+
+    `照片/b.jpg` stays. The bytes `\\xd5\\xd5\\xc6\\xac/b.jpg`, 照片 in GBK, become `gbk:照片/b.jpg`; `\\xff.jpg`, in
+    neither, becomes `bytes:%FF.jpg`; a part that begins with such a mark gets another: `utf-8:gbk:a.jpg`.
+    """
+    return "/".join(map(_spelled, path.split("/"))) if _SURROGATE.search(path) or ":" in path else path
+
+
+def path_of(spelling: str) -> str:
+    """The path of a spelling, as Python reads it from a disk: the inverse of `spelled`.
+
+    Raises ValueError for what is no spelling.
+    """
+    return "/".join(map(_path_of, spelling.split("/")))
+
+
+def readable(value: Any) -> Any:
+    """A value of JSON whose texts hold no lone surrogate: those that do are spelled."""
+    if isinstance(value, str):
+        return spelled(value) if _SURROGATE.search(value) else value
+    if isinstance(value, dict):
+        return {readable(key): readable(one) for key, one in value.items()}
+    return [readable(one) for one in value] if isinstance(value, list) else value
+
+
+def _spelled(part: str) -> str:
+    if not _SURROGATE.search(part):
+        return _UTF8 + part if part.startswith(_MARKS) else part
+    data = _SURROGATE.sub("", part).encode()
+    with contextlib.suppress(UnicodeEncodeError):
+        data = part.encode("utf-8", "surrogateescape")
+    if data.decode("utf-8", "surrogateescape") != part:  # from a disk of Windows, where a name is any 16-bit numbers
+        return _PAIRS + quote_from_bytes(part.encode("utf-8", "surrogatepass"), safe=_UNQUOTED)
+    text = data.decode("gbk", "replace")
+    if text.isprintable() and text.encode("gbk", "replace") == data:
+        return _GBK + text
+    return _BYTES + quote_from_bytes(data, safe=_UNQUOTED)
+
+
+def _path_of(part: str) -> str:
+    if part.startswith(_UTF8):
+        return part.removeprefix(_UTF8)
+    if part.startswith(_GBK):
+        return part.removeprefix(_GBK).encode("gbk").decode("utf-8", "surrogateescape")
+    if part.startswith(_PAIRS):
+        return unquote_to_bytes(part.removeprefix(_PAIRS)).decode("utf-8", "surrogatepass")
+    if part.startswith(_BYTES):
+        return unquote_to_bytes(part.removeprefix(_BYTES)).decode("utf-8", "surrogateescape")
+    return part
