@@ -1,5 +1,6 @@
 """Processes of one run: children of a fork, workers without shared memory, stuck workers, other start methods."""
 
+import gc
 import multiprocessing
 import os
 import signal
