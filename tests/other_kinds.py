@@ -33,7 +33,7 @@ OTHER_KINDS: dict[str, tuple[bytes, str]] = {
         "is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder",
     ),
     "json": (b'{"error": "Repository not found"}', "is JSON text; give the weight file that it belongs to"),
-    "text": ("Entry not found 没有\n".encode() * 99, "is text; give the weight file"),
+    "text": ("Entry not found 没有\n".encode() * 99, "is text, not weights; give the weight file"),
     "gzip": (gzip.compress(b"a"), "is compressed by gzip; unpack it"),
     "tar": (b"a" * 257 + b"ustar" + b"\0" * 300, "is a tar archive; unpack it"),
     "zip": (zipped(readme=b"a"), "is a zip archive that torch.save did not write; unpack it"),

@@ -321,12 +321,12 @@ def test_the_file_that_is_read_is_never_overwritten(
 @pytest.mark.parametrize(
     ("args", "reason"),
     [
-        (["info", "bad.pt"], "bad.pt: not a PyTorch checkpoint"),
-        (["info", "torn.pt"], "torn.pt: not a PyTorch checkpoint, or damaged"),
+        (["info", "bad.pt"], "bad.pt: is text, not weights; give the weight file"),
+        (["info", "torn.pt"], "torn.pt: is cut off, or damaged; download or copy it again"),
         (["export", "vast.pt", "--output", "x.safetensors"], "vast.pt: a holds fewer values than its shape"),
         (["export", "complex.pt", "--output", "x.safetensors"], "x.safetensors: cannot be written (torch.complex128)"),
         (["strip", "missing.pt", "--output", "x.pt"], "missing.pt: no such file"),
-        (["average", "run.pt", "bad.pt", "--output", "x.pt"], "bad.pt: not a PyTorch checkpoint"),
+        (["average", "run.pt", "bad.pt", "--output", "x.pt"], "bad.pt: is text, not weights; give the weight file"),
         (["average", "run.pt", "--output", "x.pt"], "expected two or more checkpoints, got 1"),
         (["export", "run.pt", "--output", "x.pt"], "expected a name that ends in .safetensors"),
         (["strip", "run.pt", "--output", "x.safetensors"], "use cn-clip checkpoint export"),

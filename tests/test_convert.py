@@ -331,7 +331,7 @@ def test_overwrite_replaces_a_folder_of_either_form_and_a_file(reference: Path, 
     ("args", "reason"),
     [
         (["missing.pt", "out"], "Model missing.pt not found"),
-        (["bad.pt", "out"], "bad.pt: not a PyTorch checkpoint"),
+        (["bad.pt", "out"], "bad.pt: is text, not weights; give the weight file"),
         (["run.pt", "out.bin"], "TARGET out.bin: .bin tells no form; give --to, or a name in .pt or .safetensors"),
         (["run.pt", "out.pt", "--to", "safetensors"], "--to safetensors does not go with a name in .pt"),
         (["run.pt", ""], "TARGET: expected a path, got an empty one"),

@@ -111,7 +111,7 @@ def test_a_torn_latest_file_gives_way_to_the_last_good_one(
     (folder / "epoch_latest.pt").write_bytes(good.read_bytes()[:100_000])
     result = train(lmdb / "train", tmp_path, *FLAGS)
     assert result.returncode == 0, result.stderr
-    assert "epoch_latest.pt: not a PyTorch checkpoint, or damaged" in result.stderr
+    assert "epoch_latest.pt: is cut off, or damaged" in result.stderr
     assert f"=> loaded checkpoint '{folder / 'epoch_4_12.pt'}' (epoch 4 @ 12 steps)" in result.stderr
 
 

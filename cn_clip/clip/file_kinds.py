@@ -124,7 +124,11 @@ def _text(_: Path, head: bytes, __: int) -> str | None:
         if error.start < len(head) - 3 or not error.start:  # no character cut at the end of the piece
             return None
         text = head[: error.start].decode()
-    return "text; give the weight file" if text.isprintable() or text.replace("\n", "").isprintable() else None
+    return (
+        "text, not weights; give the weight file"
+        if text.isprintable() or text.replace("\n", "").isprintable()
+        else None
+    )
 
 
 _LOOKS: tuple[Callable[[Path, bytes, int], str | None], ...] = (
