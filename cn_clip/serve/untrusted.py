@@ -4,7 +4,7 @@ import base64
 
 from cn_clip.clip.picture_heads import look
 from cn_clip.errors import DataError
-from cn_clip.serve.decoders import Picture, too_large, undecodable
+from cn_clip.serve.decoders import EncodedPicture, too_large, undecodable
 from cn_clip.serve.refusals import RefusalError
 
 # Those that `look` reads.
@@ -26,7 +26,7 @@ def picture_bytes(data_url: str, param: str) -> bytes:
         raise _invalid(f"{param}: not valid base64 ({error}); {_EXPECTED}", param) from error
 
 
-def looked_at(data: bytes, param: str, *, max_pixels: int) -> Picture:
+def looked_at(data: bytes, param: str, *, max_pixels: int) -> EncodedPicture:
     """The picture with its head read and nothing decoded; raises RefusalError (400) naming `param`, and the bound."""
     try:
         head = look(data)
@@ -36,7 +36,7 @@ def looked_at(data: bytes, param: str, *, max_pixels: int) -> Picture:
         raise _invalid(f"{param}: {len(data)} bytes of no known format; expected {_NAMES}", param)
     if head.width * head.height > max_pixels:
         raise too_large(f"{head.width} x {head.height}", param, max_pixels)
-    return Picture(data, head, param)
+    return EncodedPicture(data, head, param)
 
 
 def _invalid(message: str, param: str) -> RefusalError:
