@@ -23,7 +23,7 @@ from cn_clip.clip.picture_heads import Head, look
 from cn_clip.clip.pictures import decode
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.serve import decoders as module
-from cn_clip.serve.decoders import Decoders, Picture
+from cn_clip.serve.decoders import Decoders, EncodedPicture
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.refusals import RefusalError
 
@@ -37,10 +37,10 @@ def encoded(width: int = 9, height: int = 8, kind: str = "PNG", mode: str = "RGB
     return stream.getvalue()
 
 
-def picture(data: bytes) -> Picture:
+def picture(data: bytes) -> EncodedPicture:
     head = look(data)
     assert head is not None
-    return Picture(data, head, "input")
+    return EncodedPicture(data, head, "input")
 
 
 def decoding(
@@ -115,7 +115,7 @@ def test_a_picture_that_harms_its_process_is_refused_and_the_next_is_decoded(
 def test_a_file_of_more_pixels_than_it_declared_is_not_decoded() -> None:
     async def work(decoders: Decoders) -> None:
         with pytest.raises(RefusalError, match="at most 100 pixels a picture are read, this one has 40 x 30") as caught:
-            await decoders.pixels(Picture(encoded(40, 30), Head("PNG", 1, 1), "input"))
+            await decoders.pixels(EncodedPicture(encoded(40, 30), Head("PNG", 1, 1), "input"))
         assert caught.value.code == "image_too_large"
 
     decoding(work, limits=Limits(max_pixels=100))

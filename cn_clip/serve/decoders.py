@@ -33,7 +33,7 @@ _SECRETS = ("CN_CLIP_API_KEY",)
 
 
 @dataclass(frozen=True)
-class Picture:
+class EncodedPicture:
     """An encoded picture that was looked at; `param` names the field it came in, for errors."""
 
     data: bytes
@@ -66,7 +66,7 @@ class Decoders:
             worker.prepare(settings, transform.resolution)
         await asyncio.gather(*[self._with_a_worker(_Worker.start) for _ in range(self.count)])
 
-    async def pixels(self, picture: Picture) -> Pixels:
+    async def pixels(self, picture: EncodedPicture) -> Pixels:
         """float32 (3, R, R) of the first frame; raises RefusalError naming its field.
 
         400: it does not decode, or not with the time and memory that a picture has. 503: no process can be started.
@@ -167,7 +167,7 @@ class _Worker:
                 log.error("no process can be started that decodes pictures: %s (status %s)", error, self.reap())
         return _unavailable() if self.has_failed or self._is_closed else None
 
-    def decode(self, picture: Picture, max_pixels: int) -> Pixels | RefusalError:
+    def decode(self, picture: EncodedPicture, max_pixels: int) -> Pixels | RefusalError:
         """The pixels, or why there are none."""
         if (refusal := self.start()) is not None:
             return refusal
@@ -216,7 +216,7 @@ class _Worker:
             raise ConnectionError("it ended")
         return kind, data
 
-    def _ended(self, picture: Picture) -> RefusalError:
+    def _ended(self, picture: EncodedPicture) -> RefusalError:
         was_killed = self._is_killed
         self.kill()
         status = self.reap()

@@ -18,8 +18,7 @@ import numpy as np
 from cn_clip.clip.backends.base import Pixels, Rows
 from cn_clip.serve import untrusted
 from cn_clip.serve.batching import Batcher, Places, joined
-from cn_clip.serve.decoders import Decoders
-from cn_clip.serve.decoders import Picture as File
+from cn_clip.serve.decoders import Decoders, EncodedPicture
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.metrics import Metrics
 from cn_clip.serve.refusals import RefusalError
@@ -195,15 +194,15 @@ class Engine:
         # No more at a time than there are processes: a request of many lets others in between.
         turns = asyncio.Semaphore(self._decoders.count)
 
-        async def pixels(file: File) -> Pixels:
+        async def pixels(picture: EncodedPicture) -> Pixels:
             async with turns:
-                return await self._decoders.pixels(file)
+                return await self._decoders.pixels(picture)
 
         return await self._pictures.rows(await joined(map(pixels, files)))
 
-    def _looked_at(self, pictures: Sequence[Picture]) -> list[File]:
+    def _looked_at(self, pictures: Sequence[Picture]) -> list[EncodedPicture]:
         """The pictures, not decoded; raises RefusalError when they would have too many pixels together."""
-        files, num_pixels = list[File](), 0
+        files, num_pixels = list[EncodedPicture](), 0
         for picture in pictures:
             data = untrusted.picture_bytes(picture.data_url, picture.param)
             files.append(untrusted.looked_at(data, picture.param, max_pixels=self.limits.max_pixels))

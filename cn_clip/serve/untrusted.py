@@ -3,7 +3,7 @@
 from cn_clip.clip.picture_heads import look
 from cn_clip.clip.pictures import data_url_bytes
 from cn_clip.errors import DataError
-from cn_clip.serve.decoders import Picture, too_large, undecodable
+from cn_clip.serve.decoders import EncodedPicture, too_large, undecodable
 from cn_clip.serve.refusals import RefusalError
 
 # Those that `look` reads.
@@ -22,7 +22,7 @@ def picture_bytes(data_url: str, param: str) -> bytes:
         raise _invalid(f"{param}: {error}; {_EXPECTED}", param) from error
 
 
-def looked_at(data: bytes, param: str, *, max_pixels: int) -> Picture:
+def looked_at(data: bytes, param: str, *, max_pixels: int) -> EncodedPicture:
     """The picture with its head read and nothing decoded; raises RefusalError (400) naming `param`, and the bound."""
     try:
         head = look(data)
@@ -32,7 +32,7 @@ def looked_at(data: bytes, param: str, *, max_pixels: int) -> Picture:
         raise _invalid(f"{param}: {len(data)} bytes of no known format; expected {_NAMES}", param)
     if head.width * head.height > max_pixels:
         raise too_large(f"{head.width} x {head.height}", param, max_pixels)
-    return Picture(data, head, param)
+    return EncodedPicture(data, head, param)
 
 
 def _invalid(message: str, param: str) -> RefusalError:

@@ -43,12 +43,17 @@ class HeldFolder:
 
     def __init__(self) -> None:
         _delete_abandoned(Path(tempfile.gettempdir()))
-        self._parent = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
-        # The lock lies outside what is swept.
+        while True:
+            self._parent = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
+            # The lock lies outside what is swept.
+            self._lock = FileLock(self._parent / _LOCK, thread_local=False)
+            self._lock.acquire()
+            if Path(self._lock.lock_file).exists():
+                break
+            # Another that starts took it before it was held, and deleted it.
+            self._lock.release()
         self.path = self._parent / "uploads"
         self.path.mkdir(mode=0o700)
-        self._lock = FileLock(self._parent / _LOCK, thread_local=False)
-        self._lock.acquire(timeout=0)
 
     def remove(self) -> None:
         """Deletes it with all that is in it."""
