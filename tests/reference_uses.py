@@ -888,17 +888,16 @@ def steps_of_the_preprocessing() -> Values:
 
 
 def signatures() -> Values:
-    """Names and defaults of arguments, of what programs build or call."""
-    owners = (utils, model, bert_tokenizer, clip)
+    """Names and defaults of the arguments of what each module defines, and of the classes' methods."""
     found = {}
-    for owner in owners:
+    for owner in (utils, model, bert_tokenizer, clip):
         for name, value in sorted(vars(owner).items()):
             if inspect.isroutine(value) and getattr(value, "__module__", "").startswith("cn_clip.clip"):
-                found[f"{owner.__name__}.{name}"] = arguments(value)
+                found[f"{owner.__name__}:{name}"] = arguments(value)
     for kind in KINDS:
         for name, value in sorted(vars(kind).items()):
             if inspect.isfunction(value) and (name == "__init__" or not name.startswith("_")):
-                found[f"{kind.__name__}.{name}"] = arguments(value)
+                found[f"{kind.__module__}:{kind.__name__}.{name}"] = arguments(value)
     return {"signatures": found}
 
 
@@ -910,11 +909,11 @@ KINDS = (
 
 
 def arguments(function: Any) -> list[str]:
-    """ "name" or "name=default" of the positional arguments; a default that is an object is only "…"."""
+    """ "name" or "name=default" of the positional arguments; a default that is a path, a device or an object is "…"."""
     rows = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            plain = isinstance(parameter.default, (str, int, float, bool, type(None)))
+            plain = isinstance(parameter.default, (int, float, bool)) or parameter.default in ("", "bicubic", "gelu")
             default = "" if parameter.default is parameter.empty else f"={parameter.default if plain else '…'}"
             rows.append(f"{parameter.name}{default}")
     return rows

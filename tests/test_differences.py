@@ -12,6 +12,9 @@ from tiny_models import tiny_model
 
 from cn_clip import ranks
 from cn_clip.clip import create_model, load_from_name
+from cn_clip.clip.configuration_bert import BertConfig
+from cn_clip.clip.model import restore_model
+from cn_clip.clip.modeling_bert import BertModel
 from cn_clip.command import Speaker
 from cn_clip.errors import CnClipError, ConfigError
 from cn_clip.eval import backends, extract_features
@@ -43,6 +46,22 @@ def test_models_on_the_cpu_keep_every_bit_of_their_float32_weights(tmp_path: Pat
 def test_created_models_are_float32() -> None:
     model = create_model("RN-Tiny-64@BERT-Tiny-chinese")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_restored_models_keep_their_type() -> None:
+    model = tiny_model()
+    restored = restore_model(model, tiny_model(seed=1).state_dict(), None, False)
+    assert {parameter.dtype for parameter in restored.parameters()} == {torch.float32}
+    assert torch.equal(restored.visual.conv1.weight, tiny_model(seed=1).visual.conv1.weight)
+
+
+def test_what_failed_without_a_word_says_what_it_wants() -> None:
+    with pytest.raises(ConfigError, match="text and image cannot both be None"):
+        tiny_model()(None, None)
+    with pytest.raises(ConfigError, match="texts of 600 tokens; this model takes at most 512"):
+        tiny_model().bert(torch.ones(1, 600, dtype=torch.long))
+    with pytest.raises(ConfigError, match="expected one of .*'gelu'.*, got 'tanh'"):
+        BertModel(BertConfig(7, 8, 1, 1, 8, hidden_act="tanh"))
 
 
 def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path: Path) -> None:

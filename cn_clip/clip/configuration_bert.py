@@ -1,7 +1,10 @@
 """The settings of a BERT under the names of Chinese-CLIP; the models' own are in `cn_clip.zoo`."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class BertConfig:

@@ -59,9 +59,9 @@ class AttentionPool2d(nn.Module):
         self.c_proj = nn.Linear(embed_dim, output_dim or embed_dim)
         self.num_heads = num_heads
 
-    def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Pooled embedding (B, E)."""
-        x_BSC = features_BCHW.flatten(2).transpose(1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled embedding (B, E) of a feature map (B, C, H, W)."""
+        x_BSC = x.flatten(2).transpose(1, 2)
         x_BSC = torch.cat([x_BSC.mean(dim=1, keepdim=True), x_BSC], dim=1)
         x_BSC = x_BSC + self.positional_embedding.to(x_BSC.dtype)
         pooled = attend(self.q_proj(x_BSC[:, :1]), self.k_proj(x_BSC), self.v_proj(x_BSC), self.num_heads)
