@@ -24,7 +24,11 @@ def _words(value: Any) -> Any:
     return value
 
 
-Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS), BeforeValidator(_words)]
+Text: TypeAlias = Annotated[
+    str,
+    Field(min_length=1, max_length=MAX_TEXT_CHARS, json_schema_extra={"not": {"pattern": "^data:image/"}}),
+    BeforeValidator(_words),
+]
 Name: TypeAlias = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 Template: TypeAlias = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$", max_length=MAX_TEXT_CHARS)]
 DataUrl: TypeAlias = Annotated[
