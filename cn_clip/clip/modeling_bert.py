@@ -52,7 +52,16 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-gelu, swish = ACT2FN["gelu"], ACT2FN["swish"]
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`ACT2FN["gelu"]`, by its name."""
+    return ACT2FN["gelu"](x)
+
+
+def swish(x: Tensor) -> Tensor:
+    """`ACT2FN["swish"]`, by its name."""
+    return ACT2FN["swish"](x)
 
 
 class BertPooler(nn.Module):
