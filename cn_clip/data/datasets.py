@@ -238,22 +238,28 @@ class Loader(Generic[ItemT]):
 
     def __init__(self, batches: "DataLoader[Any]", dataset: Items[ItemT]) -> None:
         self._batches = batches
-        self._iterator: Any = None
+        self._interrupted: Any = None
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        # Kept here when a signal interrupts the wait for a batch: ending workers takes seconds, and saving comes first.
-        self._iterator = iter(self._batches)
-        for worker in getattr(self._iterator, "_workers", ()):
+        iterator = iter(self._batches)
+        for worker in getattr(iterator, "_workers", ()):
             worker.terminate = worker.kill  # they ignore SIGTERM, see `_begin_worker`; one that is stuck must end too
-        for batch in self._iterator:
-            if isinstance(batch, _Failure):
-                raise DataError(batch.message)
-            yield _with_tensors(batch)
-        self._iterator = None
+        try:
+            for batch in iterator:
+                if isinstance(batch, _Failure):
+                    raise DataError(batch.message)
+                yield _with_tensors(batch)
+        except (Exception, GeneratorExit):
+            raise
+        except (
+            BaseException
+        ):  # of a signal: ending the workers takes seconds, and whoever waits for a batch saves first
+            self._interrupted = iterator
+            raise
 
 
 def _with_tensors(batch: Any) -> Any:

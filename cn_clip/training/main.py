@@ -1,6 +1,7 @@
 """Trains or fine-tunes: `python cn_clip/training/main.py --train-data=…/lmdb/train …` or `cn-clip train …`."""
 
 import contextlib
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ def run(options: Options) -> None:
 
     from cn_clip.training import distributed, logs, state
 
+    # Python 3.14 starts workers by a server: it imports PyTorch once, else every worker would, at every epoch.
+    multiprocessing.set_forkserver_preload(["__main__", "cn_clip.training.inputs"])
     ranks.use_threads(options.num_threads)
     device = ranks.own_device(options.device)
     folder = Path(options.logs) / options.name
