@@ -76,8 +76,8 @@ LINES: dict[str, Line] = {
         "{standard} {predictions} {out}", {"standard": "read file", "predictions": "read file", "out": "write file"}
     ),
     "report": Line(
-        f"--checkpoint {{checkpoint}} --data {{data}} --output {{out}} {MODEL}",
-        {"checkpoint": "read file", "data": "read folder", "out": "write file"},
+        f"--checkpoint {{checkpoint}} --data {{lmdb}} --output {{out}} {MODEL}",
+        {"checkpoint": "read file", "lmdb": "read folder", "out": "write file"},
     ),
     "zeroshot": Line(
         f"--datapath {{classes}} --label-file {{labels}} --resume {{checkpoint}} --save-dir {{out}} {MODEL}",

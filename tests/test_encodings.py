@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from cn_clip.clip import load_from_name
 
 ENCODINGS = ("cp1252", "gbk", "ascii")
 # What these need is not on this machine, whatever the encoding.
-ENDS_IN_A_SENTENCE = {"download", "serve", "export tensorrt"}
+ENDS_IN_A_SENTENCE = {"download", "evaluate", "serve", "export tensorrt"}
 # Processes of their own, or minutes.
 SLOW = {"bench", "train", "export coreml", "export onnx"}
 HAS_JSON = {name for name in LINES if name not in ("train", "serve", "download", "features")}
@@ -36,11 +37,11 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def printing(encoding: str) -> Iterator[tuple[io.BytesIO, io.BytesIO]]:
     """Standard output and error of an encoding, strict, as Python opens them."""
     out, err = io.BytesIO(), io.BytesIO()
-    with (
-        contextlib.redirect_stdout(io.TextIOWrapper(out, encoding=encoding, errors="strict", write_through=True)),
-        contextlib.redirect_stderr(io.TextIOWrapper(err, encoding=encoding, errors="strict", write_through=True)),
-    ):
+    streams = [io.TextIOWrapper(one, encoding=encoding, errors="strict", write_through=True) for one in (out, err)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         yield out, err
+    for stream in streams:
+        stream.detach()  # when it goes, it would close the bytes
 
 
 def run(words: list[str], encoding: str) -> tuple[int, str, str]:
@@ -65,7 +66,12 @@ def test_help_and_errors_are_printed(command: str, encoding: str) -> None:
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("command", [name for name in LINES if name not in SLOW])
 def test_a_run_ends_as_it_would_in_utf8(command: str, encoding: str, paths: dict[str, Path], tmp_path: Path) -> None:
-    values = {name: str(paths.get(name, tmp_path / f"输出-{name}")) for name in LINES[command].slots}
+    suffix = ".safetensors" if command == "checkpoint export" else ""
+    values = {name: str(paths.get(name, tmp_path / f"输出-{name}{suffix}")) for name in LINES[command].slots}
+    if command == "index remove":
+        values["index"] = shutil.copytree(paths["index"], tmp_path / "索引")
+    if command == "linear-probe":
+        Path(values["out"]).mkdir()
     words = [*command.split(), *LINES[command].arguments.format(**values).split()]
     status, _, error = run(words, encoding)
     if command in ENDS_IN_A_SENTENCE:
