@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_type_hints
 import tyro
 
 from cn_clip import terminal
-from cn_clip.errors import ConfigError, lacked_memory
+from cn_clip.errors import CnClipError, ConfigError, lacked_memory
 
 OptionsT = TypeVar("OptionsT")
 
@@ -95,7 +95,7 @@ def execute(run: Callable[[OptionsT], int | None], options: type[OptionsT], args
         try:
             status = run(parsed) or 0
         except (MemoryError, RuntimeError) as error:
-            if not lacked_memory(error):
+            if isinstance(error, CnClipError) or not lacked_memory(error):
                 raise
             raise _out_of_memory(error, parsed) from error
     if status:

@@ -567,7 +567,7 @@ def test_a_file_of_the_model_is_not_written_over(folders: Any, split: Path, tmp_
     ("more", "words"),
     [
         (["--backend", "onnx"], "--backend: onnx runs Chinese-CLIP alone"),
-        (["--vision-model", "ViT-B-16"], "--vision-model, --text-model:"),
+        (["--vision-model", "ViT-B-16"], "is of another family and says itself what its"),
         (["--context-length", "30"], "this model cuts texts at 77 tokens"),
         (["--precision", "int8"], "--precision"),
     ],

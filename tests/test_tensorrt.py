@@ -414,7 +414,7 @@ def test_files_that_are_no_engines_are_told(trt: ModuleType, tmp_path: Path) -> 
         CheckpointError, match=r"gone: cannot be read \(No such file or directory\); build the engine with"
     ):
         TensorRTModel(tmp_path / "gone")
-    (tmp_path / "e").write_bytes(b"no engine")
+    (tmp_path / "e").write_bytes(b"\0no engine")
     with pytest.raises(CheckpointError, match=r"e: no engine for this machine.*magicTag"):
         TensorRTModel(tmp_path / "e")
     (tmp_path / "e.json").write_text("[1]")
