@@ -214,7 +214,7 @@ def _model_of_features(options: AddOptions, job: Job, model: Model, embed_dim: i
     if model.facts is not None:
         if model.facts.model.fingerprint and options.model is None:
             raise ConfigError(
-                f"{job.source}: nobody said of which model its vectors are; those of {job.index} are of "
+                f"{job.source}: the file does not record its model; the vectors of {job.index} are of "
                 f"{model.facts.model.name}: if these are too, give --model {model.facts.model.name}"
             )
         return model.info()
