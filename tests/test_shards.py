@@ -410,7 +410,7 @@ def test_shards_hold_every_pair_of_the_dataset_with_its_bytes(dataset: Path, tmp
     result = run_script(*command)
     assert result.returncode == 0, result.stderr
     assert (
-        f"Wrote 24 pairs into 5 shards, 0.2 MB: --train-data '{tmp_path}/out/{{000000..000004}}.tar'" in result.stdout
+        f"MB\nTrain on them with: cn-clip train --train-data '{tmp_path}/out/{{000000..000004}}.tar'\n" in result.stdout
     )
     files = [f"{shard:06d}.tar" for shard in range(5)]
     assert sorted(os.listdir(tmp_path / "out")) == [*files, "sizes.json"]

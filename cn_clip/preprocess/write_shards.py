@@ -68,8 +68,9 @@ def run(options: Options) -> None:
         _write(folder, images, pairs, shards)
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     pattern = str(output / (f"{{{0:06d}..{len(shards) - 1:06d}}}.tar" if len(shards) > 1 else "000000.tar"))
-    say(f"Wrote {len(pairs)} pairs into {len(shards)} shards, {num_bytes / 1e6:.1f} MB: --train-data '{pattern}'")
-    say(f"They serve up to {len(shards)} loading processes (processes of a run x --num-workers).")
+    say(f"Wrote {len(pairs)} pairs into {len(shards)} shards, {num_bytes / 1e6:.1f} MB")
+    say(f"Train on them with: cn-clip train --train-data '{pattern}'")
+    say(f"They serve up to {len(shards)} loading processes (processes of a run x its --num-workers).")
     say.result({"train_data": pattern, "shards": len(shards), "pairs": len(pairs), "bytes": num_bytes})
 
 
