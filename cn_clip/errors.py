@@ -27,11 +27,14 @@ class NotFiniteError(CheckpointError):
     """A model gives rows that are no unit vectors; `positions`: of their inputs, counted from 0."""
 
     def __init__(self, what: str, positions: Sequence[int]) -> None:
-        super().__init__(
-            f"{what}: the model gives NaN or infinity; compute in fp32, or with a file exported so, and if that does "
-            "not help, check the weights"
+        super().__init__(what, positions)  # by these it is made again in another process
+        self.what, self.positions = what, list(positions)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what}: the model gives NaN or infinity; compute in fp32, or with a file exported so, and if that "
+            "does not help, check the weights"
         )
-        self.positions = list(positions)
 
 
 class DownloadError(CnClipError, RuntimeError):

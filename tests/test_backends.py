@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -549,4 +550,6 @@ def test_rows_that_are_no_unit_vectors_do_not_leave_a_backend(kind: Kind, bad: f
     with pytest.raises(NotFiniteError, match=r"^row 1 of a batch of 4: the model gives NaN or infinity") as caught:
         encode(backend, kind, some_inputs(kind, 4))
     assert caught.value.positions == [1, 3]
+    again = pickle.loads(pickle.dumps(caught.value))  # as a worker hands it over
+    assert (str(again), again.positions) == (str(caught.value), [1, 3])
     np.testing.assert_allclose(np.linalg.norm(encode(backend, kind, some_inputs(kind, 1)), axis=1), 1, atol=1e-6)
