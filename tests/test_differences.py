@@ -60,7 +60,7 @@ def test_what_failed_without_a_word_says_what_it_wants() -> None:
         tiny_model()(None, None)
     with pytest.raises(ConfigError, match="texts of 600 tokens; this model takes at most 512"):
         tiny_model().bert(torch.ones(1, 600, dtype=torch.long))
-    with pytest.raises(ConfigError, match="expected one of .*'gelu'.*, got 'tanh'"):
+    with pytest.raises(ConfigError, match=r"expected one of .*'gelu'.*, got 'tanh'"):
         BertModel(BertConfig(7, 8, 1, 1, 8, hidden_act="tanh"))
 
 
