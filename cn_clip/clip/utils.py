@@ -1,30 +1,23 @@
 """The import path of Chinese-CLIP guides; the code is in `loading`, `tokenizer`, `transforms`, `hub` and `model`."""
 
 from cn_clip import zoo
-from cn_clip.clip import _tokenizer
+from cn_clip.clip import _tokenizer as _tokenizer
 from cn_clip.clip.hub import download
-from cn_clip.clip.loading import create_model, load, load_from_name, restore_model
-from cn_clip.clip.model import CLIP, convert_weights
+from cn_clip.clip.loading import create_model as create_model
+from cn_clip.clip.loading import load, load_from_name
+from cn_clip.clip.loading import restore_model as restore_model
+from cn_clip.clip.model import CLIP as CLIP
+from cn_clip.clip.model import convert_weights as convert_weights
 from cn_clip.clip.tokenizer import tokenize
-from cn_clip.clip.transforms import Normalize, Resize, ToTensor, _convert_to_rgb, image_transform
+from cn_clip.clip.transforms import Normalize as Normalize
+from cn_clip.clip.transforms import Resize as Resize
+from cn_clip.clip.transforms import ToTensor as ToTensor
+from cn_clip.clip.transforms import _convert_to_rgb as _convert_to_rgb
+from cn_clip.clip.transforms import image_transform
 from cn_clip.zoo import available_models
 
-__all__ = [
-    "CLIP",
-    "Normalize",
-    "Resize",
-    "ToTensor",
-    "_convert_to_rgb",
-    "_tokenizer",
-    "available_models",
-    "convert_weights",
-    "create_model",
-    "image_transform",
-    "load",
-    "load_from_name",
-    "restore_model",
-    "tokenize",
-]
+# What `import *` takes, as in Chinese-CLIP; the other names are imported by themselves.
+__all__ = ["available_models", "image_transform", "load", "load_from_name", "tokenize"]
 
 # Chinese-CLIP's five, in the form that its deployment guide reads.
 _MODELS = {name: (published.repo, published.filename) for name, published in zoo.PUBLISHED.items()}
