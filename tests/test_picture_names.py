@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, features
 
+from cn_clip.clip.picture_names import PICTURE_SUFFIXES, SUFFIXES_OF, begins_as_picture
 from cn_clip.data.bulk_pictures import open_collection
-from cn_clip.data.picture_names import PICTURE_SUFFIXES, SUFFIXES_OF, begins_as_picture
 from cn_clip.data.picture_sets import ClassFolders
 from cn_clip.data.records import Fault
 from cn_clip.data.shards import ShardPairs

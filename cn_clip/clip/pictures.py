@@ -15,13 +15,14 @@ import numpy as np
 
 from cn_clip.clip.backends.base import Pixels
 from cn_clip.clip.picture_heads import look
+from cn_clip.clip.picture_names import SUFFIXES_OF
 from cn_clip.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # What Pillow is asked to read, by whatever name a file goes: EPS is a program that Ghostscript would run.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000")
+FORMATS = tuple(SUFFIXES_OF)
 
 Picture: TypeAlias = "str | Path | bytes | Image"
 T = TypeVar("T")

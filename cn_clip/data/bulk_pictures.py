@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
+from cn_clip.clip.picture_names import HEAD_BYTES, PICTURE_SUFFIXES, begins_as_picture, passed_over, suffix_of
 from cn_clip.data.lmdb_store import IMAGES, ImageStore
-from cn_clip.data.picture_names import HEAD_BYTES, PICTURE_SUFFIXES, begins_as_picture, passed_over, suffix_of
 from cn_clip.data.picture_sets import PictureSource, StoredPicture
 from cn_clip.data.records import RecordId, canonical_id, digest_of
 from cn_clip.data.shards import expand_braces

@@ -13,9 +13,9 @@ from PIL.Image import Image
 
 from cn_clip.clip.backends.base import Pixels
 from cn_clip.clip.inputs import PictureTransform
+from cn_clip.clip.picture_names import PICTURE_SUFFIXES, is_picture_file, passed_over
 from cn_clip.clip.pictures import decoded_batches
 from cn_clip.data.lmdb_store import ImageStore
-from cn_clip.data.picture_names import PICTURE_SUFFIXES, is_picture_file, passed_over
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId
 from cn_clip.errors import ConfigError, DataError

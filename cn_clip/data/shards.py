@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from cn_clip import ranks
+from cn_clip.clip.picture_names import PICTURE_SUFFIXES
 from cn_clip.data.datasets import SourcePair, logger
-from cn_clip.data.picture_names import PICTURE_SUFFIXES
 from cn_clip.data.records import RecordId, canonical_id
 from cn_clip.data.tars import Member, compressed, read_at, tar_members
 from cn_clip.errors import ConfigError, DataError

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from cn_clip.clip.picture_names import PICTURE_SUFFIXES, suffix_of
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
 from cn_clip.data.names import spelled
-from cn_clip.data.picture_names import PICTURE_SUFFIXES, suffix_of
 from cn_clip.errors import DataError
 from cn_clip.eval.feature_shards import is_shard_folder
 from cn_clip.jsonl import read_objects

@@ -120,8 +120,8 @@ def run(options: Options) -> None:
 
 
 def _listed(options: Options, faults: "list[Fault]") -> "list[tuple[RecordId, Picture]]":
+    from cn_clip.clip.picture_names import PICTURE_SUFFIXES
     from cn_clip.data.checks import sound_records
-    from cn_clip.data.picture_names import PICTURE_SUFFIXES
     from cn_clip.preprocess import picture_lists
 
     folder = Path(options.folder) if options.folder is not None else Path(str(options.table)).parent

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from cn_clip import extras
-from cn_clip.data.picture_names import is_picture_file, passed_over
+from cn_clip.clip.picture_names import is_picture_file, passed_over
 from cn_clip.data.records import Fault, RecordId, canonical_id
 from cn_clip.errors import DataError
 

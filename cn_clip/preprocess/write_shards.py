@@ -153,8 +153,8 @@ def _add(tar: Any, name: str, data: bytes) -> None:
 
 def _suffix(data: bytes, where: str) -> str:
     """The ending of a picture's file name, from its bytes; raises DataError for what other tools would not open."""
+    from cn_clip.clip.picture_names import SUFFIXES_OF
     from cn_clip.clip.pictures import opened
-    from cn_clip.data.picture_names import SUFFIXES_OF
     from cn_clip.data.pictures import check_picture
 
     try:
