@@ -314,7 +314,9 @@ def test_a_text_or_picture_without_a_vector_is_named(model: CLIP, tmp_path: Path
 
 
 def test_an_unknown_precision_is_refused() -> None:
-    with pytest.raises(ConfigError, match="precision: the torch backend computes in fp32 or bf16 or fp16, got 'int8'"):
+    with pytest.raises(
+        ConfigError, match="precision: the torch backend computes in fp32 or bf16 or fp16 or auto, got 'int8'"
+    ):
         Encoder(tiny_model(), device="cpu", precision="int8")
 
 

@@ -196,8 +196,8 @@ def test_patches_are_left_out_in_training_and_not_in_validation(split: Path, tmp
 def test_a_resnet_says_which_flags_it_cannot_obey(caplog: pytest.LogCaptureFixture) -> None:
     small = {**TOWERS, "vision_model": "RN-Tiny-64"}
     build_model(Options(train_data="x", mask_ratio=0.5, grad_checkpointing=True, **small), CPU)
-    assert "--mask-ratio changes nothing: a ResNet has no patches to leave out." in caplog.text
-    assert "--grad-checkpointing works on the text tower alone, not on a ResNet." in caplog.text
+    assert "--mask-ratio changes nothing: a ResNet (--vision-model) has no patches to leave out." in caplog.text
+    assert "--grad-checkpointing works only on the text tower: this --vision-model is a ResNet." in caplog.text
 
 
 def test_both_towers_recompute_activations_when_asked() -> None:

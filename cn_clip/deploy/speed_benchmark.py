@@ -203,7 +203,7 @@ def prepare_pytorch_model(args: Namespace) -> "CLIP":
     model = open_arch(args.model_arch, args.pytorch_ckpt, flag="--pytorch-ckpt")
     if args.pytorch_precision == "fp16":
         convert_weights(model)
-    return model.cuda() if args.device == "cuda" else model
+    return model.to(ranks.choose_device(args.device))
 
 
 def parse_args() -> Namespace:

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
-from cn_clip import zoo
+from cn_clip import ranks, zoo
 from cn_clip.clip import tokenizer
 from cn_clip.clip.inputs import preprocess_text as _preprocess_text
 from cn_clip.clip.tokenizer import tokenize
@@ -128,7 +127,9 @@ def get_eval_img_dataset(args: Any) -> DataInfo:
 
 def _in_order(dataset: EvalTxtDataset | EvalImgDataset, batch_size: int) -> DataInfo:
     sampler = SequentialSampler(dataset)
-    loader: Any = DataLoader(dataset, batch_size=batch_size, sampler=sampler, pin_memory=torch.cuda.is_available())
+    loader: Any = DataLoader(
+        dataset, batch_size=batch_size, sampler=sampler, pin_memory=ranks.choose_device(None).type == "cuda"
+    )
     loader.num_samples, loader.num_batches = len(dataset), len(loader)
     return DataInfo(loader, sampler)
 
