@@ -16,7 +16,6 @@ from cn_clip.clip import Encoder  # noqa: E402
 from cn_clip.clip.backends.base import BackendName, Rows  # noqa: E402
 from cn_clip.clip.backends.opening import settle_precision  # noqa: E402
 from cn_clip.data.records import decode_base64  # noqa: E402
-from cn_clip.data.texts import preprocess_text  # noqa: E402
 from cn_clip.errors import ConfigError  # noqa: E402
 from cn_clip.retrieval.recall import recall_from_features  # noqa: E402
 
@@ -94,4 +93,4 @@ def split(data: Path) -> tuple[list[bytes], list[str], Any]:
     records = [json.loads(line) for line in (data / "valid_texts.jsonl").read_text(encoding="utf-8").splitlines()]
     number_of = {image_id: number for number, image_id in enumerate(ids)}
     pairs = [(number_of[one], number) for number, record in enumerate(records) for one in record["image_ids"]]
-    return pictures, [preprocess_text(record["text"]) for record in records], np.array(pairs)
+    return pictures, [record["text"] for record in records], np.array(pairs)
