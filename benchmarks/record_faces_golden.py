@@ -66,7 +66,8 @@ def numbered(folder: Path) -> tuple[str, str]:
     with lmdb.open(str(folder / "imgs"), map_size=2**24) as environment, environment.begin(write=True) as transaction:
         for key, value in [*pictures, [b"num_images", str(len(pictures)).encode()]]:
             transaction.put(key, value)
-    lines = [line for line in TEXTS.read_text(encoding="utf-8").splitlines() if isinstance(json.loads(line)["text_id"], int)]
+    texts = TEXTS.read_text(encoding="utf-8").splitlines()
+    lines = [line for line in texts if isinstance(json.loads(line)["text_id"], int)]
     (folder / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return str(folder / "imgs"), str(folder / "texts.jsonl")
 
