@@ -328,7 +328,7 @@ def test_command_measures_what_it_can_and_says_what_it_does(measured: tuple[Path
         assert row["load_s"] > 0
         assert row["shape"][0] == 2
     assert {row["error"] for row in result["rows"] if "error" in row} == {
-        "precision: the onnx backend computes in fp32 or fp16 or int8, got 'bf16'"
+        "precision: the onnx backend computes in fp32 or fp16 or int8 or auto, got 'bf16'"
     }
     assert "[4/4] text onnx bf16 ×2: —" in said
     assert re.search(r"\[1/4\] text torch fp32 ×2: \d+\.\d\d ms, ", said)

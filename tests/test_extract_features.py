@@ -469,7 +469,7 @@ def test_json_tells_that_it_goes_on_beside_the_object(killed: Killed, capsys: py
         (["--extract-image-feats", "--resume=x.pt", "--num-threads=0"], "--num-threads: expected at least 1"),
         (
             ["--extract-image-feats", "--resume=x.pt", "--precision=int8"],
-            "--precision: the torch backend computes in fp32 or bf16 or fp16, got 'int8'",
+            "--precision: the torch backend computes in fp32 or bf16 or fp16 or auto, got 'int8'",
         ),
         (
             ["--extract-image-feats", "--resume=x.pt", "--backend=openvino", "--precision=fp16"],
