@@ -36,6 +36,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Removes; raises DataError, with nothing removed, for an id that is not there."""
+    from cn_clip.data.names import readable
     from cn_clip.index.show import shown
     from cn_clip.retrieval import filters
     from cn_clip.retrieval.places import open_writer, place_of
@@ -44,10 +45,11 @@ def run(options: Options) -> None:
     condition = filters.parse(options.where) if options.where is not None else None
     with open_writer(place_of(options.index)) as writer:
         by_name = {str(item_id): item_id for item_id, _ in writer.items()}
-        absent = [name for name in options.ids if name not in by_name]
+        names = [name if name in by_name else readable(name) for name in options.ids]
+        absent = [name for name in names if name not in by_name]
         if absent:
             raise DataError(f"{options.index}: has no item {shown(absent[0])!r}; nothing was removed")
-        chosen = [by_name[name] for name in dict.fromkeys(options.ids)]
+        chosen = [by_name[name] for name in dict.fromkeys(names)]
         if condition is not None:
             condition.check_fields({field for _, metadata in writer.items() for field in metadata})
             fitting = [item_id for item_id, metadata in writer.items() if condition.admits(metadata)]
