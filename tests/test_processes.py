@@ -136,6 +136,7 @@ def test_a_signal_ends_a_run_whose_loader_waits_for_ever_and_the_run_is_saved(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split, sign, load = emoji_split(tmp_path / "data"), tmp_path / "stuck", PairDataset.__getitem__
+    has_ended = threading.Event()
 
     def stuck(dataset: PairDataset, index: int) -> object:
         if index < NUM_PAIRS:
@@ -148,19 +149,21 @@ def test_a_signal_ends_a_run_whose_loader_waits_for_ever_and_the_run_is_saved(
         while not sign.exists():
             time.sleep(0.05)
         time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not has_ended.is_set():  # else it would end the tests
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def give_up(*_: object) -> None:
         raise AssertionError("the run waits for its loader for ever")
 
     monkeypatch.setattr(PairDataset, "__getitem__", stuck)
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(100)
+    signal.alarm(400)
     try:
         threading.Thread(target=end, daemon=True).start()
         with pytest.raises(SystemExit) as left:
             training.run(options(split, tmp_path, num_workers=workers, max_epochs=3, val_data=None))
     finally:
+        has_ended.set()
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
     assert left.value.code == 128 + signal.SIGTERM
