@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_lines import LINES, world
+from command_lines import LINES, line_of, with_index
 from dataset_files import REPOSITORY
 
 from cn_clip import cli, terminal
@@ -27,20 +27,18 @@ HAS_JSON = {name for name in LINES if name not in ("train", "serve", "download",
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = world(tmp_path_factory.mktemp("世界"))  # a folder whose name most encodings lack
-    cli.main(["index", "build", *LINES["index build"].arguments.format(**found, out=found["index"]).split()])
-    return found
+    return with_index(tmp_path_factory.mktemp("世界"))  # a folder whose name most encodings lack
 
 
 @contextlib.contextmanager
 def printing(encoding: str) -> Iterator[tuple[io.BytesIO, io.BytesIO]]:
     """Standard output and error of an encoding, strict, as Python opens them."""
-    out, err = io.BytesIO(), io.BytesIO()
-    with (
-        contextlib.redirect_stdout(io.TextIOWrapper(out, encoding=encoding, errors="strict", write_through=True)),
-        contextlib.redirect_stderr(io.TextIOWrapper(err, encoding=encoding, errors="strict", write_through=True)),
-    ):
-        yield out, err
+    raw = io.BytesIO(), io.BytesIO()
+    out, err = (io.TextIOWrapper(one, encoding=encoding, errors="strict", write_through=True) for one in raw)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield raw
+    out.detach()
+    err.detach()
 
 
 def run(words: list[str], encoding: str) -> tuple[int, str, str]:
@@ -65,8 +63,8 @@ def test_help_and_errors_are_printed(command: str, encoding: str) -> None:
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("command", [name for name in LINES if name not in SLOW])
 def test_a_run_ends_as_it_would_in_utf8(command: str, encoding: str, paths: dict[str, Path], tmp_path: Path) -> None:
-    values = {name: str(paths.get(name, tmp_path / f"输出-{name}")) for name in LINES[command].slots}
-    words = [*command.split(), *LINES[command].arguments.format(**values).split()]
+    (tmp_path / "输出").mkdir()
+    words = line_of(command, paths, tmp_path / "输出")
     status, _, error = run(words, encoding)
     if command in ENDS_IN_A_SENTENCE:
         assert status == 1

@@ -138,9 +138,7 @@ def test_a_missing_file_names_the_repository_the_server_and_the_next_step(server
     message = str(caught.value)
     assert message.startswith(f"could not download none.pt from OFA-Sys/chinese-clip-none at {server.endpoint}: ")
     assert "404" in message
-    assert (
-        "set HF_ENDPOINT to a mirror, run `cn-clip download MODEL --hub modelscope`, or download the file" in message
-    )
+    assert "set HF_ENDPOINT to a mirror, run `cn-clip download MODEL --hub modelscope`, or download the file" in message
     assert "\n" not in message
     assert leftovers(tmp_path) == []
 
