@@ -27,7 +27,7 @@ class Line(NamedTuple):
     slots: dict[str, str]
 
 
-SMALL_RUN = "--vision-model ViT-Tiny-64 --text-model BERT-Tiny-chinese --batch-size 2 --valid-batch-size 2 "
+SMALL_RUN = "--vision-model RN-Small-64 --text-model BERT-Tiny-chinese --batch-size 2 --valid-batch-size 2 "
 SMALL_RUN += "--max-epochs 1 --num-workers 0 --valid-num-workers 0 --device cpu --precision fp32 --num-threads 1"
 MODEL = "--device cpu --num-threads 1"
 LINES: dict[str, Line] = {
@@ -84,12 +84,12 @@ LINES: dict[str, Line] = {
         {"classes": "read folder", "labels": "read file", "checkpoint": "read file", "out": "write folder"},
     ),
     "evaluate": Line(
-        f"flickr30k-cn --data {{data}} --checkpoint {{checkpoint}} --output {{out}} {MODEL}",
+        f"flickr30k-cn --split valid --data {{data}} --checkpoint {{checkpoint}} --output {{out}} {MODEL}",
         {"data": "read folder", "checkpoint": "read file", "out": "write folder"},
     ),
     "linear-probe": Line(
-        f"--checkpoint {{checkpoint}} --train {{classes}} --test {{classes2}} --cache {{out}} {MODEL}",
-        {"checkpoint": "read file", "classes": "read folder", "classes2": "read folder", "out": "write folder"},
+        f"--checkpoint {{checkpoint}} --train {{classes}} --test {{classes2}} --cache {{cache}} {MODEL}",
+        {"checkpoint": "read file", "classes": "read folder", "classes2": "read folder", "cache": "read folder"},
     ),
     "compare": Line("红={result} --output {out}", {"result": "read file", "out": "write file"}),
     "index build": Line(
@@ -121,7 +121,9 @@ LINES: dict[str, Line] = {
         "{checkpoint} {checkpoint2} --output {out}",
         {"checkpoint": "read file", "checkpoint2": "read file", "out": "write file"},
     ),
-    "checkpoint export": Line("{checkpoint} --output {out}", {"checkpoint": "read file", "out": "write file"}),
+    "checkpoint export": Line(
+        "{checkpoint} --output {safetensors}", {"checkpoint": "read file", "safetensors": "write file"}
+    ),
     "convert": Line("{checkpoint} {out} --to pt", {"checkpoint": "read file", "out": "write file"}),
     "export tensorrt": Line(
         "--model-arch Emoji-Tiny --convert-text --text-onnx-path {onnx} --save-tensorrt-path {out} --fp16",
@@ -153,6 +155,7 @@ def world(folder: Path) -> dict[str, Path]:
         write_split(data, *split, split=name)
     cli.main(["dataset", "build", "--data-dir", str(data), "--splits", "train,valid"])
     (folder / "pictures").mkdir()
+    (folder / "cache").mkdir()
     for number, one in enumerate(pictures):
         (folder / "pictures" / f"{'abcd'[number]}.png").write_bytes(one)
         (folder / "classes" / str(number)).mkdir(parents=True)
@@ -179,6 +182,7 @@ def world(folder: Path) -> dict[str, Path]:
         "picture": folder / "pictures" / "a.png",
         "classes": folder / "classes",
         "classes2": folder / "classes",
+        "cache": folder / "cache",
         "labels": folder / "labels.txt",
         "table": folder / "table.csv",
         "checkpoint": folder / "one.pt",
@@ -193,3 +197,19 @@ def world(folder: Path) -> dict[str, Path]:
         "onnx": folder / "x.npy",
         "index": folder / "index",
     }
+
+
+def with_index(folder: Path) -> dict[str, Path]:
+    """`world`, and an index of its pictures."""
+    paths = world(folder)
+    words = LINES["index build"].arguments.format(**paths, out=paths["index"]).split()
+    cli.main(["index", "build", *words])
+    return paths
+
+
+def line_of(command: str, paths: dict[str, Path], output: Path, **other: str) -> list[str]:
+    """The words of a command that writes into the folder `output`, on a copy of the index. other: paths of slots."""
+    values = {name: str(paths.get(name, output / f"out.{name}")) for name in LINES[command].slots}
+    if command.startswith("index ") and "index" in values:
+        values["index"] = str(shutil.copytree(paths["index"], output / "copy.index"))
+    return [*command.split(), *(word.format(**{**values, **other}) for word in LINES[command].arguments.split())]

@@ -5,14 +5,13 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_lines import LINES, world
+from command_lines import LINES, line_of, with_index
 from dataset_files import REPOSITORY
 
 from cn_clip import cli, terminal
@@ -20,7 +19,7 @@ from cn_clip.clip import load_from_name
 
 ENCODINGS = ("cp1252", "gbk", "ascii")
 # What these need is not on this machine, whatever the encoding.
-ENDS_IN_A_SENTENCE = {"download", "evaluate", "serve", "export tensorrt"}
+ENDS_IN_A_SENTENCE = {"download", "serve", "export tensorrt"}
 # Processes of their own, or minutes.
 SLOW = {"bench", "train", "export coreml", "export onnx"}
 HAS_JSON = {name for name in LINES if name not in ("train", "serve", "download", "features")}
@@ -28,20 +27,18 @@ HAS_JSON = {name for name in LINES if name not in ("train", "serve", "download",
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = world(tmp_path_factory.mktemp("世界"))  # a folder whose name most encodings lack
-    cli.main(["index", "build", *LINES["index build"].arguments.format(**found, out=found["index"]).split()])
-    return found
+    return with_index(tmp_path_factory.mktemp("世界"))  # a folder whose name most encodings lack
 
 
 @contextlib.contextmanager
 def printing(encoding: str) -> Iterator[tuple[io.BytesIO, io.BytesIO]]:
     """Standard output and error of an encoding, strict, as Python opens them."""
-    out, err = io.BytesIO(), io.BytesIO()
-    streams = [io.TextIOWrapper(one, encoding=encoding, errors="strict", write_through=True) for one in (out, err)]
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-        yield out, err
-    for stream in streams:
-        stream.detach()  # when it goes, it would close the bytes
+    raw = io.BytesIO(), io.BytesIO()
+    out, err = (io.TextIOWrapper(one, encoding=encoding, errors="strict", write_through=True) for one in raw)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield raw
+    out.detach()
+    err.detach()
 
 
 def run(words: list[str], encoding: str) -> tuple[int, str, str]:
@@ -66,13 +63,8 @@ def test_help_and_errors_are_printed(command: str, encoding: str) -> None:
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("command", [name for name in LINES if name not in SLOW])
 def test_a_run_ends_as_it_would_in_utf8(command: str, encoding: str, paths: dict[str, Path], tmp_path: Path) -> None:
-    suffix = ".safetensors" if command == "checkpoint export" else ""
-    values = {name: str(paths.get(name, tmp_path / f"输出-{name}{suffix}")) for name in LINES[command].slots}
-    if command == "index remove":
-        values["index"] = shutil.copytree(paths["index"], tmp_path / "索引")
-    if command == "linear-probe":
-        Path(values["out"]).mkdir()
-    words = [*command.split(), *LINES[command].arguments.format(**values).split()]
+    (tmp_path / "输出").mkdir()
+    words = line_of(command, paths, tmp_path / "输出")
     status, _, error = run(words, encoding)
     if command in ENDS_IN_A_SENTENCE:
         assert status == 1
@@ -135,7 +127,6 @@ OPENERS = {"open", "fdopen", "NamedTemporaryFile", "TemporaryFile"}
 READERS = {"read_text", "write_text", "FileHandler", "TextIOWrapper"}
 # Their `open` opens something else than a text file.
 OTHER_OPENERS = {"Image", "lmdb", "tarfile", "os", "zipfile", "archive", "Snapshot", "subject", "place", "webbrowser"}
-OTHER_OPENERS |= {"_decoders"}
 
 
 def names_no_encoding(node: ast.Call) -> bool:
@@ -148,10 +139,10 @@ def names_no_encoding(node: ast.Call) -> bool:
         return True
     if name in OPENERS:
         owner = function.value if isinstance(function, ast.Attribute) else None
-        if name == "open" and getattr(owner, "id", getattr(owner, "attr", None)) in OTHER_OPENERS:
+        if name == "open" and isinstance(owner, ast.Name) and owner.id in OTHER_OPENERS:
             return False
         if isinstance(owner, ast.Call):  # Storage.child(…).open() reads bytes
-            return not (isinstance(owner.func, ast.Attribute) and owner.func.attr in ("at", "child"))
+            return not (isinstance(owner.func, ast.Attribute) and owner.func.attr == "child")
         words = [one.value for one in (*node.args, given.get("mode")) if isinstance(one, ast.Constant)]
         return not any(isinstance(one, str) and "b" in one and len(one) < 5 for one in words)
     return any(

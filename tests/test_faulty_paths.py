@@ -1,12 +1,11 @@
 """Every command with a path that cannot be used, in every place where it takes one: one sentence, status 1 or 2."""
 
 import json
-import shlex
 import sys
 from pathlib import Path
 
 import pytest
-from command_lines import LINES, world
+from command_lines import LINES, line_of, with_index
 
 from cn_clip import cli
 
@@ -33,11 +32,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("world")
-    found = world(folder)
-    line = f"{found['pictures']} --model {found['checkpoint']} --output {found['index']} --device cpu --num-threads 1"
-    cli.main(["index", "build", *shlex.split(line)])
-    return found
+    return with_index(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -59,10 +54,6 @@ def faults(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def arguments(command: str, values: dict[str, str]) -> list[str]:
-    return [*command.split(), *(word.format(**values) for word in LINES[command].arguments.split())]
-
-
 def test_every_command_has_a_line() -> None:
     assert LINES.keys() == cli.COMMANDS.keys()
 
@@ -78,14 +69,14 @@ def test_a_path_that_cannot_be_used_is_one_sentence(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    values = {name: str(paths.get(name, tmp_path / f"out-{name}")) for name in LINES[command].slots}
+    words = line_of(command, paths, tmp_path, **{slot: faults[fault]})
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments(command, {**values, slot: faults[fault]}))
+        cli.main(words)
     printed, error = capsys.readouterr()
     assert stopped.value.code in (1, 2), error
     if command == "recall" and not error:  # it says what is wrong with a file in its result, as Chinese-CLIP does
-        error = "错误 / error: " + json.loads((tmp_path / "out-out").read_text(encoding="utf-8"))["errorMsg"]
+        error = "错误 / error: " + json.loads((tmp_path / "out.out").read_text(encoding="utf-8"))["errorMsg"]
     last = error.strip().splitlines()[-1].strip()
     # The check of the options is printed in a box.
     assert last.startswith(("错误 / error: ", "For full helptext, see")), error

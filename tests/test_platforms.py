@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_lines import LINES, world
+from command_lines import LINES, line_of, with_index
 
 from cn_clip import cli, processes
 from cn_clip.deploy import bench, bench_report, bench_worker
@@ -17,7 +17,7 @@ from cn_clip.deploy.bench_worker import Job
 POSIX_MODULES = ("fcntl", "resource", "pwd", "grp", "termios", "pty", "tty", "posix", "syslog", "readline", "curses")
 POSIX_NAMES = (
     *("fork", "getuid", "geteuid", "getgid", "getegid", "setsid", "killpg", "sched_getaffinity", "sched_setaffinity"),
-    *("statvfs", "pread", "pwrite", "preadv", "posix_fadvise", "posix_fallocate", "sendfile", "mkfifo", "mknod"),
+    *("statvfs", "pread", "pwrite", "preadv", "posix_fadvise", "posix_fallocate", "mkfifo", "mknod"),
     *("chown", "fchown", "fchmod", "uname", "getloadavg", "sysconf", "register_at_fork", "wait4", "waitid", "nice"),
     *("O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK", "lockf", "sync"),
 )
@@ -27,7 +27,7 @@ ENDS_IN_A_SENTENCE = {"download", "serve", "export tensorrt"}
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return world(tmp_path_factory.mktemp("world"))
+    return with_index(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -47,7 +47,6 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in POSIX_NAMES:
         monkeypatch.delattr(os, name, raising=False)
     monkeypatch.setattr(Path, "read_text", without_proc)
-    monkeypatch.setattr(sys, "platform", "win32")
 
 
 def test_memory_is_unknown_where_no_system_says_it(windows: None) -> None:
@@ -92,13 +91,10 @@ def test_bench_measures_without_posix(windows: None, tmp_path: Path) -> None:
 def test_every_command_runs_without_posix(
     command: str, paths: dict[str, Path], windows: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = {name: str(paths.get(name, tmp_path / f"out-{name}")) for name in LINES[command].slots}
-    if command.startswith(("index", "search", "serve")) and not paths["index"].exists():
-        line = LINES["index build"].arguments.format(**{**paths, "out": paths["index"]})
-        cli.main(["index", "build", *line.split()])
     try:
-        cli.main([*command.split(), *LINES[command].arguments.format(**values).split()])
+        cli.main(line_of(command, paths, tmp_path))
     except SystemExit as stopped:
         if stopped.code:
-            assert command in ENDS_IN_A_SENTENCE, capsys.readouterr().err
-            assert "错误 / error: " in capsys.readouterr().err
+            error = capsys.readouterr().err
+            assert command in ENDS_IN_A_SENTENCE, error
+            assert "错误 / error: " in error
