@@ -28,6 +28,7 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     ("clip/hub.py", "--offline"): {"download"},
     ("clip/weight_files.py", "--output"): {"checkpoint strip", "checkpoint average", "checkpoint export"},
     ("data/checks.py", "--on-error"): {"dataset build", "dataset from-folder"},
+    ("data/datasets.py", "--num-workers"): {"train"},
     ("data/shards.py", "--on-error"): {"train", "features"},
     ("ranks.py", "--device"): {"train", "features", "topk", "report", "zeroshot", "evaluate", "linear-probe", "wise-ft"}
     | {"index build", "index add", "index check", "search", "serve", "bench"},
@@ -36,8 +37,11 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     ("retrieval/store.py", "--model"): {"index build", "index add", "index check", "search", "serve"},
 }
 SHARED = ("clip", "data", "retrieval")
-# Not options of ours: of pip, of torchrun, of style sheets.
+# Not options of ours: of docker, of pip, of torchrun, of style sheets.
 OTHERS = {
+    ("data/datasets.py", "--ipc"),
+    ("data/datasets.py", "--shm-size"),
+    ("ranks.py", "--nproc-per-node"),
     ("training/distill.py", "--upgrade"),
     ("training/main.py", "--local-rank"),
     ("deploy/speed_benchmark.py", "--pytorch-ckpt"),
