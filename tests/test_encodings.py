@@ -19,7 +19,7 @@ from cn_clip.clip import load_from_name
 
 ENCODINGS = ("cp1252", "gbk", "ascii")
 # What these need is not on this machine, whatever the encoding.
-ENDS_IN_A_SENTENCE = {"download", "serve", "export tensorrt"}
+ENDS_IN_A_SENTENCE = {"download", "evaluate", "serve", "export tensorrt"}
 # Processes of their own, or minutes.
 SLOW = {"bench", "train", "export coreml", "export onnx"}
 HAS_JSON = {name for name in LINES if name not in ("train", "serve", "download", "features")}
@@ -127,6 +127,7 @@ OPENERS = {"open", "fdopen", "NamedTemporaryFile", "TemporaryFile"}
 READERS = {"read_text", "write_text", "FileHandler", "TextIOWrapper"}
 # Their `open` opens something else than a text file.
 OTHER_OPENERS = {"Image", "lmdb", "tarfile", "os", "zipfile", "archive", "Snapshot", "subject", "place", "webbrowser"}
+OTHER_OPENERS |= {"_decoders"}
 
 
 def names_no_encoding(node: ast.Call) -> bool:
@@ -139,10 +140,10 @@ def names_no_encoding(node: ast.Call) -> bool:
         return True
     if name in OPENERS:
         owner = function.value if isinstance(function, ast.Attribute) else None
-        if name == "open" and isinstance(owner, ast.Name) and owner.id in OTHER_OPENERS:
+        if name == "open" and getattr(owner, "id", getattr(owner, "attr", None)) in OTHER_OPENERS:
             return False
         if isinstance(owner, ast.Call):  # Storage.child(…).open() reads bytes
-            return not (isinstance(owner.func, ast.Attribute) and owner.func.attr == "child")
+            return not (isinstance(owner.func, ast.Attribute) and owner.func.attr in ("at", "child"))
         words = [one.value for one in (*node.args, given.get("mode")) if isinstance(one, ast.Constant)]
         return not any(isinstance(one, str) and "b" in one and len(one) < 5 for one in words)
     return any(
