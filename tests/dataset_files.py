@@ -5,12 +5,12 @@ import io
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import warm_python
 from PIL import Image
 
 from cn_clip.clip import tokenizer
@@ -43,7 +43,7 @@ def write_split(folder: Path, images: Iterable[bytes], texts: Iterable[bytes], *
 
 def run_script(script: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, f"cn_clip/{script}", *map(str, arguments)]
+    command = [warm_python.program(), f"cn_clip/{script}", *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
 
 

@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_python
 from distributed_worker import MODES, batches_of, update
 
 from cn_clip.errors import ConfigError
@@ -21,7 +21,7 @@ SPLIT = ["fsdp", "fsdp_accumulated"]
 def torchrun(*args: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     # Without "--", torchrun takes the script's --logs for an abbreviation of its own options.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", *args]
+    command = [warm_python.program(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", *args]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from dataset_files import jsonl_line, tsv_line, write_split
 from documents import DOCUMENTS, ROOT, Block, blocks, is_run, runners
 from tiny_families import write_family
@@ -198,7 +199,7 @@ class Workplace:
         (self.data / "pretrained_weights").symlink_to(weights)
         for program, arguments in PROGRAMS.items():
             path = self.programs / program
-            path.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
+            path.write_text(f'#!/bin/sh\nexec "{warm_python.program()}" {arguments} "$@"\n')
             path.chmod(0o755)
         self._write_data()
 
@@ -237,9 +238,9 @@ class Workplace:
         # One thread: several at once on a busy machine wait for each other.
         quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         path = f"{self.programs}{os.pathsep}{os.environ['PATH']}"
-        start = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
+        start = ["bash", "-euo", "pipefail"] if block.language == "bash" else [warm_python.program()]
         done = subprocess.run(
-            [*start, code],
+            [*start, "-c", code],
             cwd=self.checkout,
             env={**os.environ, **variables, **quiet, **small, "PATH": path},
             capture_output=True,

@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 from PIL import Image
 
 from cn_clip.demo import emoji
@@ -24,7 +24,7 @@ ARCHIVE = ROOT / "cn_clip" / "emoji_pack" / "noto_emoji.zip"
 
 def run_script(*args: object) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run([warm_python.program(), *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from dataset_files import tsv_line
 
 from cn_clip import command, zoo
@@ -38,7 +39,9 @@ SETTINGS = {"PYTHON", "WORKER_CNT", "GPUS_PER_NODE", "RANK", "WORLD_SIZE", "MAST
 
 def bash(script: str, *args: object, **variables: str) -> "subprocess.CompletedProcess[str]":
     inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    environment = {**inherited, "PYTHON": sys.executable, **variables}
+    python = warm_python.program()
+    # torchrun starts its workers with PYTHON_EXEC.
+    environment = {**inherited, "PYTHON": python, "PYTHON_EXEC": python, **variables}
     command = ["bash", script, *map(str, args)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 

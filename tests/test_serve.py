@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import warm_python
 from PIL import Image
 from serving import data_url, served
 from tiny_families import write_family
@@ -422,7 +422,7 @@ def test_the_examples_of_the_page_run(address: str) -> None:
     assert [language for language, _ in blocks] == ["bash", "python", "bash"]
     for language, code in blocks:
         code = code.replace("http://127.0.0.1:8000", address).replace("ViT-B-16", "tiny")
-        start = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+        start = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [warm_python.program(), "-c"]
         done = subprocess.run([*start, code], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, f"{code}\n{done.stderr}"
         if language == "python":

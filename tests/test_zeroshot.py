@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pipeline_weights
 import pytest
 import torch
+import warm_python
 from dataset_files import REPOSITORY, picture
 from hypothesis import given
 from hypothesis import strategies as st
@@ -233,7 +233,7 @@ def test_the_script_of_the_guide_writes_and_prints_the_result(emojis: tuple[Path
     count = len(pictures_of(folder))
     (tmp_path / "index.json").write_text(json.dumps(list(range(count))[::-1]))
     script = ["bash", "run_scripts/zeroshot_eval.sh", "0", str(tmp_path), "emoji", *TINY, str(folder / "tiny.pt")]
-    environment = {**os.environ, "PYTHON": sys.executable}
+    environment = {**os.environ, "PYTHON": warm_python.program()}
     done = subprocess.run(
         [*script, str(tmp_path / "index.json")], cwd=REPOSITORY, env=environment, capture_output=True, text=True
     )

@@ -4,11 +4,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import warm_python
 
 from cn_clip.demo import emoji
 
@@ -19,7 +19,7 @@ TINY += ["--valid-num-workers=0", "--device=cpu", "--precision=fp32", "--warmup=
 
 def run(script: str, *args: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, f"cn_clip/{script}.py", *args]
+    command = [warm_python.program(), f"cn_clip/{script}.py", *args]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
