@@ -1,20 +1,26 @@
 """The pieces of training against values worked by hand and recorded from the reference."""
 
 import contextlib
+import io
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dataset_files import tsv_line
 from deterministic import SMALL_MODEL, state_dict, training_batches
 from in_process_runs import emoji_split, options
+from PIL import Image
 from torch.utils.data import DistributedSampler
 
 from cn_clip.clip import tokenizer
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.transforms import MEAN, STD
+from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.data.splits import Split
 from cn_clip.errors import ConfigError
+from cn_clip.training import inputs
 from cn_clip.training import main as training
 from cn_clip.training.distributed import Parallel
 from cn_clip.training.loss import Objective, Pairs, contrastive_scores
@@ -60,6 +66,32 @@ def test_logit_scale_is_kept_between_0_and_ln_100() -> None:
     scale.data.fill_(-1)
     clamp_logit_scale(scale)
     assert scale.item() == 0
+
+
+@pytest.mark.parametrize("use_augment", [False, True])
+def test_grey_of_16_bits_is_scaled_unless_the_reference_is_asked_for(use_augment: bool, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((64, 64), 257 * 100, dtype=np.uint16)).save(buffer, "PNG")
+    with SplitWriter(tmp_path / "train") as writer:
+        for number in range(4):
+            writer.put_image(number, tsv_line(number, buffer.getvalue()).split(b"\t")[1].strip())
+            writer.put_pair(Pair(number, number, f"猫{number}"))
+    white = (1 - np.array(MEAN)) / np.array(STD)
+    grey = (100 / 255 - np.array(MEAN)) / np.array(STD)
+    trained, validated = {}, {}
+    for decode in ("exact", "reference"):
+        chosen = options(tmp_path / "train", tmp_path, decode=decode, use_augment=use_augment)
+        data = inputs.validation_data(chosen, 64)
+        assert data is not None
+        (validated[decode],) = {tuple(pixels[:, 32, 32].tolist()) for pixels in next(iter(data.pixels))[1]}
+        trained[decode] = next(iter(inputs.training_data(chosen, 64, torch.device("cpu")).loader))[0][:, :, 32, 32]
+    assert validated["reference"] == pytest.approx(white, abs=1e-5)
+    assert validated["exact"] == pytest.approx(grey, abs=1e-5)
+    if use_augment:  # which changes the values
+        assert not torch.allclose(trained["exact"], trained["reference"], atol=0.1)
+    else:
+        assert trained["reference"][0].tolist() == pytest.approx(white, abs=1e-5)
+        assert trained["exact"][0].tolist() == pytest.approx(grey, abs=1e-5)
 
 
 @pytest.mark.parametrize(("num_samples", "batch_size", "epoch"), [(10, 4, 0), (12, 4, 3), (7, 7, 1)])

@@ -13,7 +13,7 @@ from typing import TypeAlias
 from PIL import Image, ImageEnhance, ImageOps
 from PIL.Image import Resampling, Transform, Transpose
 
-from cn_clip.clip.transforms import MEAN, in_8_bits
+from cn_clip.clip.transforms import MEAN, Decode, in_8_bits
 from cn_clip.errors import ConfigError
 
 Operation: TypeAlias = Callable[[Image.Image, int, random.Random], Image.Image]
@@ -61,15 +61,18 @@ class Augmentation:
 
     In this order, as Chinese-CLIP's --use-augment: crop to 90 to 100 % of the area and 3:4 to 4:3, squeezed to R x R
     (bicubic); mirrored half of the time; one sub-policy of AutoAugment.
+
+    decode: as of `ImageTransform`.
     """
 
-    def __init__(self, resolution: int) -> None:
+    def __init__(self, resolution: int, decode: Decode = "exact") -> None:
         if resolution < 1:
             raise ConfigError(f"resolution: expected a positive number of pixels, got {resolution}")
-        self.resolution = resolution
+        self.resolution, self.decode = resolution, decode
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        image = in_8_bits(image)
+        if self.decode != "reference":
+            image = in_8_bits(image)
         crop = image.crop(crop_box(*image.size, rng))  # cropped first: resize(box=...) would look beyond the edges
         image = crop.resize((self.resolution, self.resolution), Resampling.BICUBIC)
         if rng.random() < FLIP_PROBABILITY:

@@ -152,7 +152,7 @@ class SplitCheck:
         deep, blank = self.num_deep, self.num_blank
         notes = {
             f"{deep} pictures are grey of more than 8 bits: they are scaled to 8, where Chinese-CLIP clips to white "
-            "what is above 255 (as does cn-clip features --decode reference)": deep,
+            "what is above 255 (as does --decode reference)": deep,
             f"{blank} texts are empty or blank: they are trained on and searched for as they are": blank,
         }
         return [note for note, count in notes.items() if count]

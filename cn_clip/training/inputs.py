@@ -6,7 +6,7 @@ import torch
 
 from cn_clip import ranks
 from cn_clip.clip.inputs import ChineseTexts
-from cn_clip.clip.transforms import image_transform
+from cn_clip.clip.transforms import ImageTransform
 from cn_clip.data.augment import Augmentation
 from cn_clip.data.datasets import LmdbPairs, PairDataset, PairSource, make_loader
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
@@ -27,10 +27,10 @@ def training_data(options: Options, resolution: int, device: torch.device) -> Tr
     _require_two(source, options)
     dataset = PairDataset(
         source,
-        image_transform(resolution),
+        ImageTransform(resolution, options.decode),
         ChineseTexts(options.context_length),
         on_error=options.on_error,
-        augment=Augmentation(resolution) if options.use_augment else None,
+        augment=Augmentation(resolution, options.decode) if options.use_augment else None,
         seed=options.seed,
     )
     loader = make_loader(
@@ -102,7 +102,7 @@ def validation_data(options: Options, resolution: int) -> ValidationData | None:
         options, len(pairs), options.valid_batch_size, "--valid-batch-size", world_size=ranks.world_size()
     )
     loader = make_loader(
-        PictureDataset(images, image_transform(resolution)),
+        PictureDataset(images, ImageTransform(resolution, options.decode)),
         options.valid_batch_size,
         options.valid_num_workers,
         sampler=own_share(len(images)),

@@ -134,6 +134,8 @@ class Options:
     """Scale of the adapters, divided by their rank; default: twice the rank"""
     on_error: Literal["stop", "skip"] = "stop"
     """A training picture that cannot be read: stop and name it, or train on with the next pair and count it"""
+    decode: Literal["exact", "reference"] = "exact"
+    """reference: grey of 16 bits is clipped to white, as by Chinese-CLIP, not scaled to 8 bits"""
     keep_checkpoints: Annotated[int | None, Range(least=1)] = None
     """Keep the N newest epoch files besides the latest and the best one; default: all"""
     early_stop: Annotated[int | None, Range(least=1)] = None
@@ -148,6 +150,7 @@ class Options:
     # See `command.spelled_out`.
     ADDED = (
         "compile",
+        "decode",
         "device",
         "early_stop",
         "freeze_text",
