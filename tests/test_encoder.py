@@ -18,7 +18,9 @@ from cn_clip import zoo
 from cn_clip.clip import Encoder, tokenize
 from cn_clip.clip.backends.base import Pixels, Rows, TokenIds
 from cn_clip.clip.backends.pytorch import TorchBackend
+from cn_clip.clip.inputs import ChineseTexts, Parts
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.transforms import ImageTransform
 from cn_clip.errors import ConfigError, DataError, NotFiniteError
 
 TEXTS = ["皮卡丘", "一只黑白相间的狗在雪地里奔跑，嘴里叼着一个红色的飞盘", "", "a", "小火龙" * 40, "妙蛙种子 和 杰尼龟"]
@@ -268,10 +270,30 @@ def test_the_backend_knows_its_usual_batch_sizes() -> None:
     assert [shape[0] for shape in backend.shapes] == [2, 1, 3, 1]
 
 
-@pytest.mark.parametrize("setting", [{"precision": "bf16"}, {"backend": "onnx"}, {"num_threads": 2}, {"device": "cpu"}])
-def test_settings_for_a_backend_that_is_open_are_refused(setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="model: is a backend, opened with settings of its own"):
+SETTINGS: list[dict[str, Any]] = [
+    {"precision": "bf16"},
+    {"backend": "onnx"},
+    {"num_threads": 2},
+    {"device": "cpu"},
+    {"compile": True},
+    {"download_root": "x"},
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda one: next(iter(one)))
+def test_settings_for_a_model_that_is_open_are_refused(setting: dict[str, Any]) -> None:
+    (name,) = setting
+    with pytest.raises(ConfigError, match=f"{name}: the model is a backend, opened with its own settings"):
         Encoder(FixedBackend(), **setting)
+    parts = Parts(FixedBackend(), ImageTransform(4), ChineseTexts(52))
+    for one in (setting, {"decode": "reference"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(one))}: the model is parts, opened with its own settings"):
+            Encoder(parts, **one)
+
+
+def test_a_folder_for_downloads_is_refused_beside_a_loaded_model() -> None:
+    with pytest.raises(ConfigError, match="download_root: the model is a CLIP"):
+        Encoder(tiny_model(), download_root="x")
 
 
 def test_an_encoder_opens_files_by_path(tmp_path: Path, model: CLIP, encoder: Encoder) -> None:

@@ -140,7 +140,7 @@ def test_an_encoder_can_be_made_of_parts_of_ones_own(folders: Any) -> None:
     images = [image.convert("RGB") for image in pictures()]
     pixels = np.stack([ImageTransform(RESOLUTION).array(image) for image in images])
     np.testing.assert_array_equal(squeezed.encode_images(images), clip.backend.encode_pixels(pixels))
-    with pytest.raises(ConfigError, match="opened with settings of its own"):
+    with pytest.raises(ConfigError, match="opened with its own settings"):
         Encoder(Parts(clip.backend, clip.transform, clip.texts), precision="fp16")
 
 

@@ -4,6 +4,7 @@
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -83,43 +84,35 @@ class Encoder:
     ) -> None:
         check_decode(decode)
         self.decode = decode
+        settings: dict[str, Any] = {
+            "backend": backend,
+            "device": device,
+            "precision": precision,
+            "num_threads": num_threads,
+            "download_root": download_root,
+            "compile": compile,
+        }
         self._pictures: PictureTransform | None = None
         self.texts: TextTransform
         self.backend: Backend
         if is_foreign(model):
             if compile:
                 raise ConfigError("compile: is for Chinese-CLIP; leave it out")
-            model = open_parts(
-                str(model),
-                backend=backend,
-                precision=precision,
-                device=device,
-                num_threads=num_threads,
-                download_root=download_root,
-                decode=decode,
-            )
-            backend, device, precision, num_threads = "torch", None, "fp32", None
+            del settings["compile"]
+            model = open_parts(str(model), decode=decode, **settings)
+            settings, decode = {}, "exact"
         if isinstance(model, Parts):
-            _check_unset("parts", backend, device, precision, num_threads, compile)
+            _check_unset("parts", decode=decode, **settings)
             _check_context_length(context_length, model.texts.context_length)
             self.backend, self._pictures, self.texts = model.backend, model.pictures, model.texts
             return
         if isinstance(model, (str, Path)):
-            self.backend = open_backend(
-                model,
-                backend=backend,
-                precision=precision,
-                device=device,
-                download_root=download_root,
-                num_threads=num_threads,
-                compile=compile,
-            )
+            self.backend = open_backend(model, **settings)
         elif _is_backend(model):
-            _check_unset("a backend", backend, device, precision, num_threads, compile)
+            _check_unset("a backend", **settings)
             self.backend = model
         else:
-            settings = {"device": device, "precision": precision, "num_threads": num_threads, "compile": compile}
-            self.backend = _over(model, backend, **settings)
+            self.backend = _over(model, **settings)
         name = model if isinstance(model, (str, Path)) else "the model"
         self.texts = ChineseTexts(text_length(context_length, getattr(self.backend, "context_length", None), name))
 
@@ -257,11 +250,11 @@ def _is_backend(model: "CLIP | Backend") -> "TypeGuard[Backend]":
     return hasattr(model, "encode_pixels")
 
 
-def _check_unset(
-    what: str, backend: BackendName, device: object, precision: str, num_threads: int | None, compile: bool
-) -> None:
-    if (backend, device, precision, num_threads, compile) != ("torch", None, "fp32", None, False):
-        raise ConfigError(f"model: is {what}, opened with settings of its own; give it no others here")
+def _check_unset(what: str, **given: object) -> None:
+    """Raises ConfigError for settings of an Encoder that a model which is open already cannot obey."""
+    default = {name: one.default for name, one in inspect.signature(Encoder).parameters.items()}
+    if changed := [name for name, value in given.items() if value != default[name]]:
+        raise ConfigError(f"{', '.join(changed)}: the model is {what}, opened with its own settings; leave it out")
 
 
 def _check_context_length(given: int, longest: int) -> None:
@@ -269,9 +262,12 @@ def _check_context_length(given: int, longest: int) -> None:
         raise ConfigError(f"context_length {given}: this model cuts texts at {longest} tokens of its own; leave it out")
 
 
-def _over(model: "CLIP | Backend", backend: BackendName, *, device: Any, **settings: Any) -> Backend:
+def _over(
+    model: "CLIP | Backend", *, backend: BackendName, device: Any, download_root: object, **settings: Any
+) -> Backend:
     if backend != "torch":
         raise ConfigError(f"backend: {backend} runs models from a file or by name; save this one first")
+    _check_unset("a CLIP", download_root=download_root)
     from cn_clip.clip.backends.pytorch import TorchBackend
     from cn_clip.clip.model import CLIP
 
