@@ -241,6 +241,20 @@ def test_steps_done_again_after_a_restart_count_once(tmp_path: Path) -> None:
     ]
 
 
+def test_a_run_that_began_anew_under_the_name_is_read_without_the_one_before(tmp_path: Path) -> None:
+    first, second = tmp_path / "out_1.log", tmp_path / "out_2.log"
+    first.write_text(OLD_LOG, encoding="utf-8")
+    again = [line for line in OLD_LOG.splitlines() if "Steps: 10/30" in line or "vision_model" in line]
+    second.write_text("\n".join(again).replace("2024-01-02", "2024-02-03"), encoding="utf-8")
+    alone, both = read_logs([second]), read_logs([first, second])
+    assert both == alone
+    assert both.begin is not None
+    assert (both.begin.month, both.params, len(both.records)) == (2, {"vision_model": "ViT-B-16"}, 1)
+    nothing = tmp_path / "out_0.log"  # refused before its first step
+    nothing.write_text("2020-01-01,00:00:00 | INFO | Rank 0 | Params:\n", encoding="utf-8")
+    assert read_logs([nothing, second]) == alone
+
+
 # --- retrieval
 
 

@@ -1,5 +1,6 @@
 """The log of a run, `out_*.log`, as numbers: for runs of Chinese-CLIP, and those that have lost their metrics file."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -42,18 +43,21 @@ class Log:
     def read(self, path: Path) -> None:
         """Adds a log file, later than those before; steps that it does again replace the earlier ones.
 
+        A file that begins at or before the first step so far is a new run of the name: all before it is forgotten.
         Lines of any other form are passed over. Raises DataError for a file that cannot be read.
         """
-        earlier, self.records = self.records, []
-        begin = None
+        records, params, seconds, begin = self.records, self.params, self.seconds, self.begin
+        self.records, self.params, self.seconds, self.begin = [], {}, 0.0, None
         for time, message in _messages(path):
-            begin, self.end = begin or time, time
+            self.begin, self.end = self.begin or time, time
             self._take(message)
-        if begin is not None and self.end is not None:
-            self.begin = self.begin or begin
-            self.seconds += max(0.0, (self.end - begin).total_seconds())
-        first = min((record["step"] for record in self.records), default=None)
-        self.records = [record for record in earlier if first is None or record["step"] < first] + self.records
+        if self.begin is not None and self.end is not None:
+            self.seconds = max(0.0, (self.end - self.begin).total_seconds())
+        first = min((record["step"] for record in self.records), default=math.inf)
+        if self.records and first <= min((record["step"] for record in records), default=math.inf):
+            return
+        self.records = [record for record in records if record["step"] < first] + self.records
+        self.params, self.seconds, self.begin = {**params, **self.params}, seconds + self.seconds, begin or self.begin
 
     def _take(self, message: str) -> None:
         for pattern, take in _TAKERS:
