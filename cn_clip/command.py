@@ -35,7 +35,7 @@ def spelled_out(options: type[Any], args: Sequence[str]) -> list[str]:
     Of several options that begin so, one of Chinese-CLIP comes before ours, which `options.ADDED` names where that
     matters: scripts written for Chinese-CLIP mean it. Raises ConfigError with the candidates when two are left.
     """
-    flags = _flags(options)
+    flags = spellings(options)
     written: list[str] = []
     for number, word in enumerate(args):
         if word == "--":
@@ -55,14 +55,15 @@ def spelled_out(options: type[Any], args: Sequence[str]) -> list[str]:
     return written
 
 
-def _flags(options: type[Any]) -> dict[str, str]:
+def spellings(options: type[Any]) -> dict[str, str]:
     """Every spelling of an option in full -> its first."""
     hints = get_type_hints(options, include_extras=True)
     found = {"--help": "--help"}
     for field in fields(options):
         settings = getattr(hints[field.name], "__metadata__", ())
         if _POSITIONAL not in settings:
-            flag = f"--{field.name.replace('_', '-')}"
+            name = next((one.name for one in settings if getattr(one, "name", None)), field.name)
+            flag = f"--{name.replace('_', '-')}"
             aliases = [alias for one in settings for alias in getattr(one, "aliases", None) or ()]
             found |= dict.fromkeys((flag, *aliases), flag)
     return found

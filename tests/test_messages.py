@@ -11,6 +11,7 @@ import pytest
 
 import cn_clip
 from cn_clip.cli import COMMANDS
+from cn_clip.command import spellings
 
 ROOT = Path(cn_clip.__file__).parent
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![\w-])")
@@ -27,6 +28,7 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     | {"index add", "index check", "search", "serve", "bench"},
     ("clip/hub.py", "--offline"): {"download"},
     ("clip/weight_files.py", "--output"): {"checkpoint strip", "checkpoint average", "checkpoint export"},
+    ("data/checks.py", "--decode"): {"train", "features", "zeroshot", "evaluate", "linear-probe"},
     ("data/checks.py", "--on-error"): {"dataset build", "dataset from-folder"},
     ("data/datasets.py", "--num-workers"): {"train"},
     ("data/shards.py", "--on-error"): {"train", "features"},
@@ -51,8 +53,7 @@ STYLES = ("report/page.py", "serve/page_texts.py")
 
 @cache
 def options_of(command: str) -> frozenset[str]:
-    names = dataclasses.fields(importlib.import_module(COMMANDS[command].module).Options)
-    return frozenset({"--help", "--store", *(f"--{field.name.replace('_', '-')}" for field in names)})
+    return frozenset({"--store", *spellings(importlib.import_module(COMMANDS[command].module).Options)})
 
 
 def messages(path: Path) -> list[str]:
@@ -97,6 +98,7 @@ def options_of_package(name: str) -> frozenset[str]:
         for kind in vars(module).values():
             if isinstance(kind, type) and dataclasses.is_dataclass(kind):
                 found |= {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)}
+                found |= set(spellings(kind)) if kind.__name__ == "Options" else set()
     return frozenset(found)
 
 

@@ -605,11 +605,11 @@ def test_a_run_alone_needs_no_model(tmp_path: Path) -> None:
         (["run", "--text", "x"], "--picture and --text: expected both or neither"),
         (["run", "--picture", "a", "b", "--text", "1", "2", "3"], "2 and 3; expected as many of both"),
         (["run", "--picture", "a", "--text", *"1234567890123"], "13 pairs; expected at most 12"),
-        (["run", "--top-k", "11"], "--top-k: expected 1 to 10, got 11"),
+        (["run", "--top-k", "11"], "--k: expected 1 to 10, got 11"),
         (["run", "--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
         (["run", "--templates", "x"], "--templates: nothing to do for it; add --zeroshot"),
         (["run", "--dataset", "emoji"], "--dataset: nothing to do for it; add --zeroshot"),
-        (["run", "--top-k", "3"], "--top-k: nothing to do for it; add --data"),
+        (["run", "--k", "3"], "--k: nothing to do for it; add --data"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

@@ -206,7 +206,9 @@ def test_shortened_options_mean_what_argparse_takes_them_for(module: str) -> Non
     options = importlib.import_module(module).Options
     recorded = prefixes([*PARSERS[module], "--help"])
     found = {short: command.spelled_out(options, [short])[0] for short in recorded}
-    assert found == {short: flag.replace("_", "-") for short, flag in recorded.items()}
+    first = command.spellings(options)
+    meant = {short: flag.replace("_", "-") for short, flag in recorded.items()}
+    assert found == {short: first.get(flag, flag) for short, flag in meant.items()}
 
 
 def test_shortened_options_keep_their_value_and_what_follows_two_dashes() -> None:

@@ -77,14 +77,16 @@ def test_json_prints_one_object(folder: Path, capsys: pytest.CaptureFixture[str]
     assert summary == {"output": "out.jsonl", "query": "text", "num_queries": 45, "num_searched": 30, "top_k": 10}
 
 
-@pytest.mark.parametrize("flag", ["--top-k", "--eval-batch-size"])
+@pytest.mark.parametrize(
+    ("flag", "name"), [("--top-k", "--k"), ("--k", "--k"), ("--eval-batch-size", "--eval-batch-size")]
+)
 def test_counts_below_one_are_refused_with_status_2(
-    folder: Path, capsys: pytest.CaptureFixture[str], flag: str
+    folder: Path, capsys: pytest.CaptureFixture[str], flag: str, name: str
 ) -> None:
     with pytest.raises(SystemExit) as exit_info:
         make_topk_predictions.main([*FEATURES, "--output", "out.jsonl", flag, "0"])
     assert exit_info.value.code == 2
-    assert f"{flag}: expected at least 1, got 0" in capsys.readouterr().err
+    assert f"{name}: expected at least 1, got 0" in capsys.readouterr().err
 
 
 def test_faulty_features_stop_the_run_and_leave_the_old_predictions(

@@ -7,7 +7,9 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+
+import tyro
 
 from cn_clip import command
 from cn_clip.errors import ConfigError, DataError
@@ -35,7 +37,7 @@ class Options:
     """The feature file of the sentences, in any of these formats"""
     output: str
     """The prediction file to write"""
-    top_k: int = 10
+    top_k: Annotated[int, tyro.conf.arg(name="k", aliases=("--top-k",))] = 10
     """How many to find for each query"""
     eval_batch_size: int = 32768
     """How many vectors of the searched side are compared at a time; bounds memory, does not change the result"""
@@ -47,7 +49,7 @@ class Options:
     """Print a summary as one JSON object instead of lines of text"""
 
     def __post_init__(self) -> None:
-        for flag, value in (("--top-k", self.top_k), ("--eval-batch-size", self.eval_batch_size)):
+        for flag, value in (("--k", self.top_k), ("--eval-batch-size", self.eval_batch_size)):
             if value < 1:
                 raise ConfigError(f"{flag}: expected at least 1, got {value}")
 

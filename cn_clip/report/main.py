@@ -41,7 +41,7 @@ class Options:
     """Model of the other parts: a file, a folder or a published name; default: the best checkpoint of the run"""
     data: str | None = None
     """Built split, such as LMDB/valid: its best and worst text queries with pictures, and recall"""
-    top_k: int = 5
+    k: Annotated[int, tyro.conf.arg(aliases=("--top-k",))] = 5
     """Pictures shown for each query"""
     zeroshot: str | None = None
     """Folder of test pictures, one folder a class, for the confusion matrix; with --labels"""
@@ -89,12 +89,12 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
-        if not 1 <= self.top_k <= MOST_HITS:
-            raise ConfigError(f"--top-k: expected 1 to {MOST_HITS}, got {self.top_k}")
+        if not 1 <= self.k <= MOST_HITS:
+            raise ConfigError(f"--k: expected 1 to {MOST_HITS}, got {self.k}")
 
     def _check_parts(self) -> None:
         """Raises ConfigError for a setting of a part that is not asked for."""
-        for name, part in (("templates", "zeroshot"), ("dataset", "zeroshot"), ("top_k", "data")):
+        for name, part in (("templates", "zeroshot"), ("dataset", "zeroshot"), ("k", "data")):
             if getattr(self, name) != getattr(Options, name) and not getattr(self, part):
                 raise ConfigError(f"--{name.replace('_', '-')}: nothing to do for it; add --{part}")
 
@@ -216,7 +216,7 @@ def _add_model_parts(
         from cn_clip.report import queries
 
         say("计算图文特征，检索 / encoding and ranking the split")
-        retrieval = queries.examine(encoder, Path(options.data), k=options.top_k, **settings)
+        retrieval = queries.examine(encoder, Path(options.data), k=options.k, **settings)
         sections.append(parts.retrieval_section(retrieval))
         facts["retrieval"] = _retrieval_facts(retrieval)
     if options.zeroshot:
