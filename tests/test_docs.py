@@ -40,6 +40,7 @@ TRAINING_EXCHANGES = {
     "batch-size 64": "batch-size 8",
     "max_epochs=30": "max_epochs=2",
     "--accum-freq 4": "--accum-freq 1",
+    "--backends torch openvino --precisions fp32": "--backends torch --precisions fp32",
     "--batch-sizes 1 16": "--batch-sizes 1",
     "--max-epochs 30": "--max-epochs 2",
     "--max-epochs 3": "--max-epochs 1",

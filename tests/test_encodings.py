@@ -60,8 +60,12 @@ def test_help_and_errors_are_printed(command: str, encoding: str) -> None:
     assert error
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("command", [name for name in LINES if name not in SLOW])
+# Every command meets the encoding that has least; a few meet the others, which change the streams in the same place.
+CASES = [(name, "ascii") for name in LINES if name not in SLOW]
+CASES += [(name, one) for name in ("models", "search", "dataset check") for one in ENCODINGS if one != "ascii"]
+
+
+@pytest.mark.parametrize(("command", "encoding"), CASES)
 def test_a_run_ends_as_it_would_in_utf8(command: str, encoding: str, paths: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "输出").mkdir()
     words = line_of(command, paths, tmp_path / "输出")
