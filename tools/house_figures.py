@@ -89,6 +89,9 @@ def public_without_docstring(tree: ast.Module) -> Iterator[str]:
                 yield node.name
             for below in node.body if isinstance(node, ast.ClassDef) else ():
                 is_public = isinstance(below, FUNCTIONS) and not below.name.startswith("_")
+                is_public &= isinstance(below, FUNCTIONS) and ".setter" not in "".join(
+                    map(ast.unparse, below.decorator_list)
+                )
                 if is_public and ast.get_docstring(below) is None and not ast.unparse(below).endswith("..."):
                     yield f"{node.name}.{below.name}"
 

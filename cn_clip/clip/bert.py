@@ -131,16 +131,21 @@ class BertAddNorm(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """LayerNorm(dense(hidden_states) + input_tensor); both (B, L, width)."""
         normed: Tensor = self.LayerNorm(self.dropout(self.dense(hidden_states)) + input_tensor)
         return normed
 
 
 class BertSelfOutput(BertAddNorm):
+    """What follows the attention: dense, dropout, residual, LayerNorm."""
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config.hidden_size, config)
 
 
 class BertOutput(BertAddNorm):
+    """What follows the intermediate layer: dense, dropout, residual, LayerNorm."""
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config.intermediate_size, config)
 
@@ -167,6 +172,7 @@ class BertAttention(nn.Module):
         *,
         first_only: bool = False,
     ) -> tuple[Tensor, ...]:
+        """Attention over input_tensor (B, L, H) with its residual; returns a tuple as BERT's."""
         if first_only:
             first = input_tensor[:, :1]
             return (self.output(self.self(input_tensor, attention_mask, head_mask, looking=first)[0], first),)
@@ -175,12 +181,15 @@ class BertAttention(nn.Module):
 
 
 class BertIntermediate(nn.Module):
+    """The wide layer of a block with its activation."""
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.intermediate_act_fn = activation(config.hidden_act)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, L, H) to (B, L, intermediate size)."""
         return self.intermediate_act_fn(self.dense(hidden_states))
 
 
@@ -200,6 +209,7 @@ class BertLayer(nn.Module):
         head_mask: Tensor | None = None,
         **options: Any,
     ) -> Any:
+        """One block: attention, then the two dense layers; returns a tuple as BERT's."""
         attended, *shares = self.attention(hidden_states, attention_mask, head_mask, **options)
         output: Tensor = self.output(self.intermediate(attended), attended)
         return (output, *shares) if shares else output
@@ -274,6 +284,7 @@ class BertModel(BertPreTrainedModel):
         self.apply(self._init_weights)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks are computed again in the backward pass, which takes less memory and more time."""
         self.encoder.grad_checkpointing = enable
 
     def forward(

@@ -133,6 +133,7 @@ class BasicTokenizer:
         self.do_lower_case = do_lower_case
 
     def tokenize(self, text: str | bytes) -> list[str]:
+        """The words of a text; a Chinese character is a word."""
         return basic_words(convert_to_unicode(text), lower=self.do_lower_case)
 
     # The steps by themselves, under the names of Chinese-CLIP.
@@ -172,6 +173,7 @@ class WordpieceTokenizer:
         return max(map(len, self.vocab), default=0)
 
     def tokenize(self, text: str | bytes) -> list[str]:
+        """The pieces of words that blanks separate; a word that has none is the unknown token."""
         return [piece for word in convert_to_unicode(text).split() for piece in self._pieces(word)]
 
     def _pieces(self, word: str) -> list[str]:
@@ -188,14 +190,17 @@ class FullTokenizer:
 
     @cached_property
     def vocab(self) -> dict[str, int]:
+        """Token -> id."""
         return load_vocab(self.vocab_file)
 
     @cached_property
     def inv_vocab(self) -> dict[int, str]:
+        """Id -> token."""
         return {number: token for token, number in self.vocab.items()}
 
     @cached_property
     def wordpiece_tokenizer(self) -> WordpieceTokenizer:
+        """What cuts words into pieces of the vocabulary."""
         return WordpieceTokenizer(self.vocab)
 
     def tokenize(self, text: str | bytes) -> list[str]:
@@ -219,4 +224,5 @@ class FullTokenizer:
         return text
 
     def vocab_size(self) -> int:
+        """The number of tokens."""
         return len(self.vocab)

@@ -73,9 +73,11 @@ class ChineseTexts:
     context_length: int
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, prepared, special ones included, cut at context_length; TypeError for what is no text."""
         return tokenizer.encode(map(preprocess_text, tokenizer.checked_texts(texts)), self.context_length)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> TokenIds:
+        """Rows of different lengths as one int64 array (B, longest row), padded with 0."""
         return tokenizer.pad(rows, max(map(len, rows), default=0))
 
 

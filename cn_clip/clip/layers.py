@@ -27,6 +27,7 @@ class LayerNorm(nn.LayerNorm):
     """Layer normalisation computed in float32 whatever the input's type, returned in that type."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension in float32; the result has the type of x."""
         weight, bias = self.weight.float(), self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
@@ -35,6 +36,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation OpenAI's CLIP was trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x * sigmoid(1.702 x), elementwise."""
         return x * torch.sigmoid(1.702 * x)
 
 

@@ -73,11 +73,14 @@ class BertPooler(nn.Module):
         self.activation = nn.Tanh()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, L, H) to (B, H), from the first token."""
         pooled: Tensor = self.activation(self.dense(hidden_states[:, 0]))
         return pooled
 
 
 class BertPredictionHeadTransform(nn.Module):
+    """Dense, activation and LayerNorm before the scores of the vocabulary."""
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -85,6 +88,7 @@ class BertPredictionHeadTransform(nn.Module):
         self.LayerNorm = BertLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, L, H) to the same shape."""
         transformed: Tensor = self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
         return transformed
 
@@ -99,16 +103,20 @@ class BertLMPredictionHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, L, H) to scores (B, L, vocabulary)."""
         scores: Tensor = self.decoder(self.transform(hidden_states)) + self.bias
         return scores
 
 
 class BertOnlyMLMHead(nn.Module):
+    """Scores of the vocabulary at each position."""
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.predictions = BertLMPredictionHead(config)
 
     def forward(self, sequence_output: Tensor) -> Tensor:
+        """(B, L, H) to scores (B, L, vocabulary)."""
         scores: Tensor = self.predictions(sequence_output)
         return scores
 
@@ -121,6 +129,7 @@ class BertOnlyNSPHead(nn.Module):
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
 
     def forward(self, pooled_output: Tensor) -> Tensor:
+        """(B, H) to scores (B, 2)."""
         scores: Tensor = self.seq_relationship(pooled_output)
         return scores
 
@@ -134,6 +143,7 @@ class BertPreTrainingHeads(nn.Module):
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
 
     def forward(self, sequence_output: Tensor, pooled_output: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (B, L, vocabulary) and (B, 2)."""
         return self.predictions(sequence_output), self.seq_relationship(pooled_output)
 
 
@@ -146,5 +156,6 @@ class BertSelfOutputForFlashAttention(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """LayerNorm(dropout(hidden_states) + input_tensor)."""
         normed: Tensor = self.LayerNorm(self.dropout(hidden_states) + input_tensor)
         return normed

@@ -39,6 +39,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(OrderedDict(shortcut))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, 4 * planes, H / stride, W / stride)."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(self.avgpool(out)))

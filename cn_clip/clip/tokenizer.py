@@ -92,6 +92,7 @@ class Tokenizer:
 
     @cached_property
     def vocab(self) -> dict[str, int]:
+        """Token -> id."""
         return load_vocab(self.vocab_file)
 
     @cached_property

@@ -150,6 +150,7 @@ class VisualTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks are computed again in the backward pass, which takes less memory and more time."""
         self.transformer.grad_checkpointing = enable
 
     def forward(self, x: Tensor, mask_ratio: float = 0.0) -> Tensor:

@@ -108,6 +108,7 @@ class LmdbPairs:
         return SourcePair(self.images.picture(image_id), text, image_id, text_id, where)
 
     def substitute(self, number: int) -> int:
+        """The pair that takes the place of one whose picture cannot be read: the next."""
         return (number + 1) % len(self)
 
 

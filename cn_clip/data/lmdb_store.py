@@ -114,10 +114,12 @@ class SplitWriter:
 
     @property
     def num_images(self) -> int:
+        """Pictures written so far."""
         return self._images.count
 
     @property
     def num_pairs(self) -> int:
+        """Pairs written so far."""
         return self._pairs.count
 
     def put_image(self, image_id: RecordId, base64_text: bytes) -> None:

@@ -180,6 +180,7 @@ def json_type(value: object) -> str:
 
 
 def dumps_short(value: object) -> str:
+    """JSON of a value for a message, cut at 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
 

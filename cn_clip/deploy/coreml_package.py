@@ -97,6 +97,7 @@ class ImageEncoder(nn.Module):
         self.clip_model = clip_model
 
     def forward(self, image: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, R, R) to features (B, D)."""
         return self.clip_model.encode_image(image)
 
 
@@ -108,6 +109,7 @@ class TextEncoder(nn.Module):
         self.clip_model = clip_model
 
     def forward(self, text: Tensor) -> Tensor:
+        """Token ids (B, L) to features (B, D)."""
         return self.clip_model.encode_text(text)
 
 

@@ -294,6 +294,7 @@ def report_error_msg(detail: str, showMsg: str, out_p: str) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command; exits with its status."""
     command.execute(run, Options, args)
 
 

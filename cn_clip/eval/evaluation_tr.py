@@ -38,6 +38,7 @@ class Options(evaluation.Options):
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command; exits with its status."""
     command.execute(evaluation.run, Options, args)
 
 

@@ -65,6 +65,7 @@ class Options(ray_settings.RaySettings, extraction.Settings):
                 raise ConfigError(f"--output-format {self.output_format}: --engine ray writes parquet")
 
     def inputs(self) -> list[str | None]:
+        """The files that are read, none of which may be the output."""
         return [*super().inputs(), *map(str, self._model_files())]
 
     def _model_files(self) -> list[Path]:

@@ -37,6 +37,7 @@ class Options(exported_models.Settings):
         exported_models.check_files(self, image=image, text=("--onnx-text-model", self.onnx_text_model))
 
     def inputs(self) -> list[str | None]:
+        """The files that are read, none of which may be the output."""
         return [*super().inputs(), self.onnx_image_model, self.onnx_text_model]
 
 

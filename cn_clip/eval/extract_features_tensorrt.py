@@ -36,6 +36,7 @@ class Options(exported_models.Settings):
         exported_models.check_files(self, image=image, text=("--tensorrt-text-model", self.tensorrt_text_model))
 
     def inputs(self) -> list[str | None]:
+        """The files that are read, none of which may be the output."""
         return [*super().inputs(), self.tensorrt_image_model, self.tensorrt_text_model]
 
 

@@ -57,9 +57,11 @@ class Texts:
             )
 
     def facts(self) -> Job:
+        """What the rows depend on besides the model."""
         return {"data": digest_of(self.texts), "batch_size": self.batch_size}
 
     def compute(self, encoder: Encoder, partial: PartialFeatures) -> Places:
+        """Encodes all texts and returns where the row of each stands."""
         places = np.empty(len(self.texts), dtype=np.int64)
         first = 0
         with tqdm(total=len(self.texts), unit="text") as bar:
@@ -96,11 +98,13 @@ class Pictures:
         self.ids = pictures.ids
 
     def facts(self) -> Job:
+        """What the rows depend on besides the model."""
         status = os.stat(os.path.join(self.pictures.images.folder, "data.mdb"))
         data = [digest_of(self.ids), status.st_size, status.st_mtime_ns]
         return {"data": data, "batch_size": self.batch_size}
 
     def compute(self, encoder: Encoder, partial: PartialFeatures) -> Places:
+        """Encodes all pictures and returns where the row of each stands."""
         compute_pictures(
             self.pictures, encoder, partial, ids=self.ids, batch_size=self.batch_size, num_workers=self.num_workers
         )

@@ -120,6 +120,7 @@ def parse_args() -> Namespace:
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command; exits with its status."""
     command.execute(run, Options, args)
 
 

@@ -25,6 +25,7 @@ def parse_args() -> Namespace:
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command; exits with its status."""
     command.execute(make_topk_predictions.run, Options, args)
 
 

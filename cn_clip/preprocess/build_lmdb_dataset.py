@@ -66,6 +66,7 @@ class SplitReport:
     faults: "list[Fault]" = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
+        """The report for --json."""
         return {
             "split": self.split,
             "lmdb_dir": self.lmdb_dir,

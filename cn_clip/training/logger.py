@@ -39,6 +39,7 @@ class WorkerLogFilter(logging.Filter):
         self._rank = rank
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Puts the rank before the message; keeps every record."""
         if self._rank != -1:
             record.msg = f"Rank {self._rank} | {record.msg}"
         return True

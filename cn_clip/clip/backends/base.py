@@ -193,12 +193,14 @@ class ExportedBackend:
 
     @property
     def resolution(self) -> int:
+        """The side of a picture in pixels."""
         resolution = self._tower("image").facts.resolution
         assert resolution is not None, "an opened picture tower knows its resolution"
         return resolution
 
     @property
     def embed_dim(self) -> int:
+        """Dimensions of a vector."""
         return self._tower("image" if self.text is None else "text").facts.embed_dim
 
     @property
@@ -224,6 +226,7 @@ class ExportedBackend:
         return sum(counts), counts[0]
 
     def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
+        """Normalised pixels, float32 (B, 3, R, R), to unit rows (B, D), float32; raises DataError for another shape."""
         tower = self._tower("image")
         expected = (3, self.resolution, self.resolution)
         if pixels_B3RR.shape[1:] != expected:
@@ -231,6 +234,7 @@ class ExportedBackend:
         return self._rows(tower, pixels_B3RR)
 
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
+        """Token ids, int64 (B, L), padded with 0, to unit rows (B, D), float32."""
         tower = self._tower("text")
         return self._rows(tower, _at_length(token_ids_BL, tower))
 

@@ -92,6 +92,7 @@ class OnnxTower:
         self._type = np.float16 if inputs[0].type == "tensor(float16)" else None
 
     def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
+        """A batch to features (B, D) of the type of the file, not scaled to unit length."""
         fed = inputs if self._type is None else inputs.astype(self._type)
         features: NDArray[np.floating] = self._session.run([self._output], {self._input: fed})[0]
         return features

@@ -60,6 +60,7 @@ class OpenVinoTower:
         self._input, self._output = INPUTS[kind], OUTPUTS[kind]
 
     def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
+        """A batch to features (B, D), not scaled to unit length; threads take turns."""
         # Copies, unless told to share the memory that the next batch overwrites.
         with self._alone:  # a request computes one batch at a time
             features: NDArray[np.floating] = self._request.infer({self._input: inputs})[self._output]

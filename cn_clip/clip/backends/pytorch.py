@@ -60,10 +60,12 @@ class TorchBackend:
 
     @torch.inference_mode()
     def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
+        """Normalised pixels, float32 (B, 3, R, R), to unit rows (B, D), float32."""
         return _unit_rows(self._encode_image(self._moved(pixels_B3RR)))
 
     @torch.inference_mode()
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
+        """Token ids, int64 (B, L), padded with 0, to unit rows (B, D), float32."""
         return _unit_rows(self._encode_text(self._moved(token_ids_BL)))
 
     def _moved(self, inputs: "Pixels | TokenIds") -> Tensor:

@@ -70,16 +70,19 @@ class ProcessedPictures:
 
     @property
     def resolution(self) -> int:
+        """The side of a picture in pixels."""
         return self.shape[-1]
 
     @property
     def draft_size(self) -> int | None:
+        """The side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole."""
         if self.decode != "fast":
             return None
         size = getattr(self._processor, "size", None) or {}
         return int(size.get("shortest_edge") or self.resolution)
 
     def array(self, image: "Image", out: Pixels | None = None) -> Pixels:
+        """Normalised pixels, float32 (3, R, R), in `out` if it is given."""
         if self.decode != "reference":
             image = in_8_bits(image)
         pixels_3RR = self._pixels(image if image.mode == "RGB" else image.convert("RGB"))
@@ -105,6 +108,7 @@ class TokenizedTexts:
         self.pad_id = int(tokenizer.pad_token_id or 0)
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special ones included, cut at the model's length."""
         if not texts:
             return []
         encoded = self._tokenizer(list(texts), truncation=True, max_length=self.context_length, padding=False)
@@ -112,6 +116,7 @@ class TokenizedTexts:
         return rows
 
     def pad(self, rows: Sequence[Sequence[int]]) -> TokenIds:
+        """Rows of different lengths as one int64 array (B, L)."""
         length = self.context_length if self.is_full else max(map(len, rows), default=0)
         filled = [[*row, *[self.pad_id] * (length - len(row))] for row in rows]
         return np.array(filled, dtype=np.int64).reshape(len(rows), length)

@@ -43,9 +43,11 @@ class ComposedPictures:
 
     @property
     def draft_size(self) -> int | None:
+        """The side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole."""
         return self.resolution if self.decode == "fast" else None
 
     def array(self, image: "Image", out: Pixels | None = None) -> Pixels:
+        """Normalised pixels, float32 (3, R, R), in `out` if it is given."""
         pixels_3RR: Pixels = self(image).numpy()
         if out is None:
             return pixels_3RR
@@ -65,10 +67,12 @@ class PaddedTexts:
         self.context_length = int(tokenizer.context_length)
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, padded to the model's length by its tokenizer."""
         rows: list[list[int]] = self._tokenizer(list(texts)).tolist() if texts else []
         return rows
 
     def pad(self, rows: Sequence[Sequence[int]]) -> TokenIds:
+        """The rows as one int64 array (B, L)."""
         return np.array(rows, dtype=np.int64).reshape(len(rows), self.context_length)
 
 

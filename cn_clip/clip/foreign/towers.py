@@ -66,10 +66,12 @@ class ForeignTowers:
 
     @torch.inference_mode()
     def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
+        """Normalised pixels, float32 (B, 3, R, R), to unit rows (B, D), float32."""
         return _rows(self._encode_image(torch.from_numpy(pixels_B3RR).to(self.device, self._dtype)))
 
     @torch.inference_mode()
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
+        """Token ids, int64 (B, L), to unit rows (B, D), float32."""
         return _rows(self._encode_text(torch.from_numpy(token_ids_BL).to(self.device)))
 
 
