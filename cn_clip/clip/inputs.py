@@ -73,7 +73,7 @@ class ChineseTexts:
     context_length: int
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, prepared, special ones included, cut at context_length; TypeError for what is no text."""
+        """Token ids of each text, prepared, [CLS] and [SEP] included, cut at context_length; raises TypeError."""
         return tokenizer.encode(map(preprocess_text, tokenizer.checked_texts(texts)), self.context_length)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> TokenIds:
