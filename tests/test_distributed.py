@@ -19,7 +19,10 @@ SPLIT = ["fsdp", "fsdp_accumulated"]
 
 
 def torchrun(*args: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    # torchrun starts its workers with PYTHON_EXEC.
+    warm = {"PYTHON_EXEC": warm_python.program()}
+    environment = {**os.environ, **warm, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     # Without "--", torchrun takes the script's --logs for an abbreviation of its own options.
     command = [warm_python.program(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", *args]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
