@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cn_clip.digests import facts_of
 from cn_clip.errors import DataError
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.manifest import Manifest
@@ -45,7 +46,7 @@ def inspect(folder: Path, facts: Manifest) -> Iterator[Damage]:
     is_whole = True
     for path, expected in facts.files():
         try:
-            found = manifest.facts_of(folder / path)
+            found = facts_of(folder / path)
         except OSError as error:
             reason = f"cannot be read ({error.strerror})"
         else:
@@ -148,7 +149,7 @@ def require_removed(folder: Path, facts: Manifest) -> None:
     if facts.removed is None:
         return
     try:
-        is_whole = manifest.facts_of(folder / facts.removed.name) == facts.removed.file
+        is_whole = facts_of(folder / facts.removed.name) == facts.removed.file
     except OSError:
         is_whole = False
     if not is_whole:

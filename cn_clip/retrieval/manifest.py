@@ -1,6 +1,5 @@
 """The manifest of an index folder: which files count, and how long they are; `store` reads it, `writer` replaces it."""
 
-import hashlib
 import json
 import os
 import re
@@ -9,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+from cn_clip.digests import FileFacts
 from cn_clip.errors import DataError
 from cn_clip.jsonl import atomic_write
 
@@ -18,7 +18,6 @@ VectorType: TypeAlias = Literal["float32", "float16"]
 FORMAT = 1
 NAME = "manifest.json"
 _OWN_NAME = re.compile(r"(segment|removed|graph)-[0-9]{6,}(\.npy|\.usearch)?")
-_HASH_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,6 @@ class ModelInfo:
     name: str
     fingerprint: str
     embed_dim: int
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """Length in bytes and blake2b of a file."""
-
-    bytes: int
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -124,15 +115,6 @@ def write(folder: Path, manifest: Manifest) -> Manifest:
         json.dump({"format": FORMAT, **asdict(following)}, stream, indent=1)
     sync_folder(folder)
     return following
-
-
-def facts_of(path: Path) -> FileFacts:
-    """The facts of a file as it is now; raises OSError."""
-    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-        return FileFacts(stream.tell(), digest.hexdigest())
 
 
 def check_size(path: Path, facts: FileFacts) -> None:

@@ -13,8 +13,9 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cn_clip.digests import facts_of
 from cn_clip.errors import DataError
-from cn_clip.retrieval.manifest import ADVICE, SegmentFacts, VectorType, check_size, facts_of, sync_folder
+from cn_clip.retrieval.manifest import ADVICE, SegmentFacts, VectorType, check_size, sync_folder
 
 ItemId: TypeAlias = int | str
 Metadata: TypeAlias = Mapping[str, Any]

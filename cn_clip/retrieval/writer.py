@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cn_clip.digests import facts_of
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.jsonl import atomic_write
 from cn_clip.retrieval import manifest
@@ -244,7 +245,7 @@ class IndexWriter:
         np.save(content, keys)
         with atomic_write(path, "wb") as stream:
             stream.write(content.getvalue())
-        return DerivedFacts(path.name, manifest.facts_of(path), self.manifest.next_key)
+        return DerivedFacts(path.name, facts_of(path), self.manifest.next_key)
 
     def _merge(self) -> None:
         segments = self._snapshot.rows.segments
@@ -267,7 +268,7 @@ class IndexWriter:
     def _has_whole_graph(self) -> bool:
         graph = self.manifest.graph
         with contextlib.suppress(OSError):
-            return graph is not None and manifest.facts_of(self.folder / graph.name) == graph.file
+            return graph is not None and facts_of(self.folder / graph.name) == graph.file
         return False
 
     def _write_graph(self) -> DerivedFacts:
@@ -284,7 +285,7 @@ class IndexWriter:
         with open(building, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(building, path)
-        return DerivedFacts(path.name, manifest.facts_of(path), facts.next_key)
+        return DerivedFacts(path.name, facts_of(path), facts.next_key)
 
     def _tidy(self) -> None:
         """Removes what no manifest names: of commits that were killed, and of generations before."""
