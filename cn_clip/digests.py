@@ -51,6 +51,11 @@ def facts_of(path: str | os.PathLike[str]) -> FileFacts:
     return FileFacts(add_file(digest, path), digest.hexdigest())
 
 
+def facts_of_bytes(data: bytes) -> FileFacts:
+    """The facts of a file of these bytes."""
+    return FileFacts(len(data), hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest())
+
+
 def is_whole(path: Path, expected: FileFacts) -> bool:
     """Whether a file is as it was written; raises OSError when it cannot be read.
 
@@ -116,3 +121,5 @@ def _stat(path: str | os.PathLike[str]) -> os.stat_result | None:
         if is_absent(error):
             return None
         raise UnreadableError.of(path, error) from error
+    except ValueError:  # a NUL in the name
+        return None

@@ -27,11 +27,14 @@ class UnreadableError(DataError, OSError):
     @classmethod
     def of(cls, path: str | os.PathLike[str], cause: OSError, advice: str = "is the disk there?") -> "UnreadableError":
         """Names the file, what the system said, and what to do."""
-        reason = cause.strerror or str(cause)
-        number = "" if cause.errno is None else f", errno {cause.errno}"
-        error = cls(f"{os.fspath(path)}: cannot be read just now ({reason}{number}); {advice}")
-        error.strerror = reason
+        error = cls(f"{os.fspath(path)}: cannot be read just now ({reason_of(cause)}); {advice}")
+        error.strerror = cause.strerror or str(cause)
         return error
+
+
+def reason_of(error: OSError) -> str:
+    """What the system said, in words and as a number."""
+    return (error.strerror or str(error)) + ("" if error.errno is None else f", errno {error.errno}")
 
 
 def is_absent(error: BaseException | None) -> bool:
