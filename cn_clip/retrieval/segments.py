@@ -28,7 +28,8 @@ VECTORS, ITEMS, THUMBNAILS, ROWS = FILES = ("vectors.npy", "items.jsonl", "thumb
 BLOCKS = "blocks.crc32"
 # Columns of rows.npy.
 KEY, ITEM_END, THUMBNAIL_END = range(3)
-_LONGEST_HEADER = 4096
+# Length of the headers that numpy writes for tables like these.
+_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,10 @@ def block_digests(folder: Path, facts: SegmentFacts) -> dict[str, Digests]:
 
 def _array(file: MappedFile, dtype: np.dtype[Any], shape: tuple[int, int]) -> NDArray[Any]:
     """The array of an npy file, whose bytes are not compared yet but for those of its header."""
-    stream = io.BytesIO(file.piece(0, _LONGEST_HEADER))
+    stream = io.BytesIO(file.piece(0, _HEADER_BYTES))
     try:
-        np.lib.format.read_magic(stream)
+        if (version := np.lib.format.read_magic(stream)) != (1, 0):
+            raise ValueError(f"format {version}")
         found_shape, is_fortran, found_dtype = np.lib.format.read_array_header_1_0(stream)
     except Exception as error:  # numpy reads it as Python, which raises errors of many types
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
