@@ -6,6 +6,7 @@ import bisect
 import contextlib
 import itertools
 import logging
+import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -204,9 +205,24 @@ class Graph:
             return [keys[: int(num)] for keys, num in zip(keys_QC, counts, strict=True)]
 
     def open(self, path: Path, *, mapped: bool) -> None:
-        """Takes what the file holds, a whole one; mapped: it is not to be changed then."""
+        """Takes what the file holds, a whole one; mapped: it is not to be changed then. Raises UnreadableError.
+
+        usearch gets the map and not the path: of a file that is gone by then, usearch 2.26 closes descriptor 0, whose
+        ever it is.
+        """
+        try:
+            with open(path, "rb") as stream:
+                data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        take = self._index.view if mapped else self._index.load
         with self._translated():
-            (self._index.view if mapped else self._index.load)(str(path))
+            try:
+                take(data)
+            except TypeError:  # versions before 2.19 or so take bytes or a path
+                take(str(path))
+        # usearch keeps addresses in it and no reference to it.
+        self._data = data if mapped else None
 
     def extend(self, rows: Rows, alive_N: Mask, known_below: int) -> None:
         """Removes the keys of rows that are gone, and adds the rows of larger keys."""
