@@ -1,5 +1,7 @@
 """The error tree: everything this package raises on purpose, so that callers can catch one type."""
 
+import errno
+import os
 from collections.abc import Sequence
 
 
@@ -17,6 +19,27 @@ class DataError(CnClipError, ValueError):
 
 class OutputError(DataError, OSError):
     """A file cannot be written; `strerror` says why."""
+
+
+class UnreadableError(DataError, OSError):
+    """A file that is there, or may be, cannot be read just now; `strerror` says why."""
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], cause: OSError, advice: str = "is the disk there?") -> "UnreadableError":
+        """Names the file, what the system said, and what to do."""
+        error = cls(f"{os.fspath(path)}: cannot be read just now ({reason_of(cause)}); {advice}")
+        error.strerror = cause.strerror or str(cause)
+        return error
+
+
+def reason_of(error: OSError) -> str:
+    """What the system said, in words and as a number."""
+    return (error.strerror or str(error)) + ("" if error.errno is None else f", errno {error.errno}")
+
+
+def is_absent(error: BaseException | None) -> bool:
+    """Whether the system says that there is no such file. Whatever else it says may be over in a minute."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR)
 
 
 class CheckpointError(CnClipError, RuntimeError):

@@ -1,5 +1,6 @@
 """The dataset checker: every fault of a split at once, with file, line and id."""
 
+import errno
 import json
 import pickle
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import lmdb
 import pytest
 from dataset_files import GOLDEN_LMDB, jsonl_line, run_script, tsv_line, write_split
+from unreadable_files import unreadable
 
 from cn_clip.data.checks import check_split
 from cn_clip.preprocess import build_lmdb_dataset
@@ -142,3 +144,14 @@ def test_a_broken_lmdb_is_one_fault(tmp_path: Path) -> None:
     (tmp_path / "lmdb" / "train" / "pairs" / "data.mdb").write_bytes(b"x" * 9000)
     (fault,) = faults(tmp_path)
     assert "lmdb/train/pairs: cannot be read as an LMDB" in fault
+
+
+@pytest.mark.parametrize("name", ["train_imgs.tsv", "train_texts.jsonl"])
+def test_a_file_that_cannot_be_read_now_is_one_fault_and_not_missing(tmp_path: Path, name: str) -> None:
+    write_split(tmp_path, [tsv_line(1)], [jsonl_line(1, "红", [1])])
+    build(tmp_path)
+    with unreadable(errno.EIO, tmp_path / name, stat=True):
+        (fault,) = faults(tmp_path)
+    assert fault.endswith(f"{name}: cannot be read just now (Input/output error, errno 5); is the disk there?")
+    with unreadable(errno.EIO, tmp_path / "lmdb", stat=True):
+        assert "lmdb/train: cannot be read just now (Input/output error, errno 5)" in faults(tmp_path)[0]

@@ -1,6 +1,7 @@
 """Folders and tables to datasets: captions, ids, splits, bytes unchanged, and every fault with its place."""
 
 import base64
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 from dataset_files import picture, run_script, tree
+from unreadable_files import unreadable
 
 from cn_clip.data.checks import check_split
 from cn_clip.errors import ConfigError, DataError
@@ -303,3 +305,16 @@ def test_options_that_contradict_are_refused(tmp_path: Path) -> None:
         Options("out")
     with pytest.raises(ConfigError, match="--id-column: is a column of a table"):
         Options("out", "in", id_column="key")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p" / "d").mkdir(parents=True)
+    (tmp_path / "p" / "1猫.png").write_bytes(picture((1, 2, 3)))
+    (tmp_path / "p" / "d" / "2狗.png").write_bytes(picture((3, 2, 1)))
+    options = {"folder": str(tmp_path / "p"), "output": str(tmp_path / "out")}
+    with unreadable(errno.EACCES, tmp_path / "p" / "d"):
+        with pytest.raises(DataError, match=r"p/d: the folder cannot be read \(Permission denied\)"):
+            run(Options(**options))
+        assert not (tmp_path / "out" / "train_imgs.tsv").exists()
+        run(Options(**options, on_error="skip"))
+    assert "p/d: the folder cannot be read (Permission denied)" in "".join(capsys.readouterr())

@@ -1,6 +1,7 @@
 """Torch datasets and the loader: order, values, ids of both kinds, and errors that name the picture."""
 
 import base64
+import errno
 import logging
 import os
 import pickle
@@ -12,13 +13,14 @@ import torch
 from dataset_files import GOLDEN_LMDB, CodePoints, jsonl_line, picture
 from PIL import Image
 from torch import Tensor
+from unreadable_files import unreadable
 
 from cn_clip.clip.transforms import MEAN, STD, ImageTransform
 from cn_clip.data.datasets import LmdbPairs, PairBatch, PairDataset, make_loader
 from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.data.picture_sets import ClassFolders, LmdbPictures, PictureDataset, PictureFiles, batches
 from cn_clip.data.texts import read_texts
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.errors import ConfigError, DataError, UnreadableError
 
 REFERENCE = GOLDEN_LMDB / "lmdb" / "train"
 
@@ -208,6 +210,18 @@ def test_class_folders_without_a_class_or_a_picture_are_refused(tmp_path: Path) 
     (tmp_path / "000").mkdir()
     with pytest.raises(DataError, match="000: holds no picture"):
         ClassFolders(tmp_path)
+
+
+def test_a_class_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path) -> None:
+    for name in ("a", "b", "b/c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(picture((1, 2, 3)))
+    with (
+        unreadable(errno.ESTALE, tmp_path / "b" / "c"),
+        pytest.raises(UnreadableError, match=r"b/c: cannot be read just now \(.*, errno"),
+    ):
+        ClassFolders(tmp_path)
+    assert len(ClassFolders(tmp_path)) == 3
 
 
 def test_texts_are_read_as_written_and_numbers_become_text(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Features in shards: every input in one, finished ones told by what is there, read back as one; who computes them."""
 
+import errno
 import json
 import pickle
 from collections import deque
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from unreadable_files import unreadable
 
 from cn_clip.clip.encoder import Encoder
 from cn_clip.command import Speaker
 from cn_clip.data.bulk_pictures import open_collection
 from cn_clip.data.storage import Storage, StorageError, open_storage
 from cn_clip.demo import emoji
-from cn_clip.errors import CnClipError, ConfigError, DataError
+from cn_clip.errors import CnClipError, ConfigError, DataError, UnreadableError
 from cn_clip.eval import extract_features, feature_shards, make_topk_predictions, ray_extraction
 from cn_clip.eval.feature_files import read_features
 from cn_clip.eval.feature_shards import Finished, Manifest, Shard, Skipped, write_shard
@@ -158,11 +160,32 @@ def test_what_cannot_be_read_is_told(filled: Storage, tmp_path: Path) -> None:
         read_features(tmp_path, "image_id")
     second = Path(filled.path, "part-00001.parquet")
     second.write_bytes(Path(filled.path, "part-00000.parquet").read_bytes())
-    with pytest.raises(DataError, match="row 5 image_id: 'p0' is already on row 1"):
+    with pytest.raises(DataError, match=r"part-00001\.parquet: holds 4 rows of the inputs \[0, 0, 4\]; expected those"):
         read_features(filled.path, "image_id")
     second.unlink()
     with pytest.raises(DataError, match=r"1 of 3 shards are missing \(part-00001\.parquet\)"):
         read_features(filled.path, "image_id")
+
+
+def test_shards_of_two_models_are_not_read_as_one(filled: Storage) -> None:
+    other = manifest(model={"digest": "bbbb"})
+    write(filled, other, Shard(1, 4, 8))
+    with pytest.raises(DataError) as raised:
+        read_features(filled.path, "image_id")
+    assert str(raised.value) == (
+        f"{filled.path}/part-00001.parquet: is of another extraction, by its key {other.key!r}; that of the manifest "
+        f"is {manifest().key!r}; run the extraction again, which makes the shards that are not of manifest.json"
+    )
+    assert feature_shards.begin(filled, manifest(), overwrite=False).keys() == {0, 2}  # as it says
+
+
+def test_a_folder_of_shards_that_cannot_be_read_now_is_not_taken_for_another(filled: Storage) -> None:
+    for name in ("manifest.json", "part-00001.parquet"):
+        for stat in (True, False):
+            with unreadable(errno.EIO, Path(filled.path, name), stat=stat), pytest.raises(UnreadableError, match=name):
+                read_features(filled.path, "image_id")
+    with unreadable(errno.EIO, Path(filled.path), stat=True), pytest.raises(UnreadableError):
+        is_feature_file(Path(filled.path))
 
 
 def test_topk_takes_folders_of_shards(tmp_path: Path) -> None:

@@ -315,7 +315,10 @@ def test_an_index_that_may_not_be_entered_is_refused(
         patch.setattr(Path, "exists", deny)
         patch.setattr(Path, "read_text", deny)
         message = refusal("index", "build", tmp_path / "pictures", "--output", built)
-    assert message.startswith(f"{built / 'manifest.json'}: cannot be read (")
+    assert (
+        message
+        == f"{built / 'manifest.json'}: cannot be read just now (Permission denied, errno 13); is the disk there?"
+    )
 
 
 def test_a_folder_that_goes_during_the_walk_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

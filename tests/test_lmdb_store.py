@@ -1,5 +1,6 @@
 """The LMDB layout: what the reference wrote is read, what is written has its layout, nothing else is let in."""
 
+import errno
 import io
 import os
 import pickle
@@ -10,6 +11,7 @@ import lmdb
 import pytest
 from dataset_files import GOLDEN_LMDB
 from PIL import Image
+from unreadable_files import unreadable
 
 from cn_clip.data.lmdb_store import (
     ImageStore,
@@ -21,7 +23,7 @@ from cn_clip.data.lmdb_store import (
     is_split_folder,
     unpickle_pair,
 )
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, UnreadableError
 
 REFERENCE = GOLDEN_LMDB / "lmdb" / "train"  # written by build_lmdb_dataset.py of cn_clip 1.6.0 from the files beside it
 
@@ -129,6 +131,30 @@ def test_a_forked_process_reads_with_its_own_handle(tmp_path: Path) -> None:
         os._exit(0 if good else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert store.picture(10) == b"ABC"
+
+
+@pytest.mark.parametrize("says", [1, 3])
+def test_pictures_are_not_listed_when_they_are_not_as_many_as_promised(tmp_path: Path, says: int) -> None:
+    items = {b"7": b"QUJD", b"8": b"QUJD", b"num_images": str(says).encode()}
+    store = ImageStore(write_raw(tmp_path / "imgs", items))
+    for ask in (lambda: store.ids, lambda: len(store)):
+        with pytest.raises(DataError) as caught:
+            ask()
+        assert str(caught.value) == (
+            f"{tmp_path / 'imgs'}: num_images says {says}, but it holds 2 pictures; build the dataset again"
+        )
+    assert (store.listed, store.picture(7)) == ([7, 8], b"ABC")  # for checks, and for pairs that name one
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_an_lmdb_that_cannot_be_read_now_is_not_called_absent(tmp_path: Path, number: int) -> None:
+    folder = small_split(tmp_path / "train")
+    with unreadable(number, folder, stat=True):
+        for ask in (lambda: ImageStore(folder / "imgs"), lambda: is_split_folder(folder)):
+            with pytest.raises(UnreadableError, match=rf"data\.mdb: cannot be read just now \(.*, errno {number}\)"):
+                ask()
+    with pytest.raises(DataError, match="no LMDB is here"):
+        ImageStore(tmp_path / "absent")
 
 
 def test_a_missing_picture_names_folder_and_id(tmp_path: Path) -> None:

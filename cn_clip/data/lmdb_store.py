@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import lmdb
 
 from cn_clip.data.records import NUM_IMAGES_KEY, RecordId, canonical_id, decode_base64, id_from_key, id_key
-from cn_clip.errors import DataError
+from cn_clip.digests import is_file
+from cn_clip.errors import DataError, UnreadableError, is_absent
 
 IMAGES = "imgs"
 PAIRS = "pairs"
@@ -36,14 +37,20 @@ class Pair(NamedTuple):
 
 
 @contextlib.contextmanager
-def _explained(folder: "str | os.PathLike[str]", what: str, step: str) -> Iterator[None]:
-    """Turns errors of LMDB and of its folder into DataErrors: `FOLDER: WHAT (REASON); STEP`."""
+def _explained(
+    folder: "str | os.PathLike[str]", what: str, step: str, kind: type[DataError] = UnreadableError
+) -> Iterator[None]:
+    """Turns errors of LMDB and of its folder into those of `kind`: `FOLDER: WHAT (REASON); STEP`."""
     place = os.fspath(folder)
     try:
         yield
     except (lmdb.Error, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{place}: ")
-        raise DataError(f"{place}: {what} ({reason}); {step}") from error
+        raise kind(f"{place}: {what} ({reason}); {step}") from error
+
+
+def _writing(folder: Path, step: str = "is the disk full?") -> contextlib.AbstractContextManager[None]:
+    return _explained(folder, "cannot be written", step, DataError)
 
 
 class LmdbWriter:
@@ -54,7 +61,7 @@ class LmdbWriter:
     """
 
     def __init__(self, folder: Path, count_key: bytes, *, map_bytes: int = FIRST_MAP_BYTES) -> None:
-        with _explained(folder, "cannot be written", "is the disk full, or the folder read-only?"):
+        with _writing(folder, "is the disk full, or the folder read-only?"):
             folder.mkdir(parents=True, exist_ok=True)
             # One sync at the end is enough: a folder that is not complete is never moved into place.
             self._env = lmdb.open(os.fspath(folder), map_size=map_bytes, sync=False, metasync=False, meminit=False)
@@ -73,7 +80,7 @@ class LmdbWriter:
             self._flush()
 
     def _flush(self) -> None:
-        with _explained(self._folder, "cannot be written", "is the disk full?"):
+        with _writing(self._folder):
             while not self._put_batch():
                 self._env.set_mapsize(self._env.info()["map_size"] * 2)
         self._batch.clear()
@@ -99,7 +106,7 @@ class LmdbWriter:
             if kind is None:
                 self._batch.append((self._count_key, str(self.count).encode()))
                 self._flush()
-                with _explained(self._folder, "cannot be written", "is the disk full?"):
+                with _writing(self._folder):
                     self._env.sync(True)
         finally:
             self._env.close()
@@ -154,6 +161,8 @@ def _environment(folder: str) -> Any:
     try:
         status = data_file.stat()
     except OSError as error:
+        if not is_absent(error):
+            raise UnreadableError.of(data_file, error) from error
         raise DataError(
             f"{folder}: no LMDB is here ({error.strerror}: data.mdb); give a folder that "
             "build_lmdb_dataset.py made, such as .../lmdb/train/imgs"
@@ -235,15 +244,30 @@ class ImageStore:
         """Opens an `imgs` folder; raises DataError when it is none."""
         self._reader = LmdbReader(folder)
         self.folder = self._reader.folder
+        # As many as it says it holds.
         self.num_images = self._reader.stored_count(NUM_IMAGES_KEY)
         self._ids: list[RecordId] | None = None
 
     @property
     def ids(self) -> list[RecordId]:
-        """The ids in LMDB byte order of their keys."""
+        """The ids in LMDB byte order of their keys; raises DataError when they are not as many as it says.
+
+        Then some were lost, or stayed from a build before: Chinese-CLIP builds into a folder without emptying it.
+        """
+        if len(self.listed) != self.num_images:
+            raise DataError(
+                f"{self.folder}: num_images says {self.num_images}, but it holds {len(self.listed)} pictures; "
+                f"{BUILD_AGAIN}"
+            )
+        return self.listed
+
+    @property
+    def listed(self) -> list[RecordId]:
+        """As `ids`, however many they are."""
         if self._ids is None:
+            keys = list(self._reader.list_keys())
             try:
-                self._ids = [id_from_key(key) for key in self._reader.list_keys() if key != NUM_IMAGES_KEY]
+                self._ids = [id_from_key(key) for key in keys if key != NUM_IMAGES_KEY]
             except DataError as error:
                 raise DataError(f"{self.folder}: {error}") from error
         return self._ids
@@ -313,5 +337,5 @@ class PairStore:
 
 
 def is_split_folder(folder: Path) -> bool:
-    """Whether a folder holds both parts of a built split."""
-    return all((folder / part / "data.mdb").is_file() for part in (IMAGES, PAIRS))
+    """Whether a folder holds both parts of a built split; raises UnreadableError."""
+    return all(is_file(folder / part / "data.mdb") for part in (IMAGES, PAIRS))
