@@ -94,7 +94,9 @@ def run(options: Options) -> None:
 
 def _require_inputs(options: Options, splits: list[str]) -> None:
     from cn_clip.data.checks import images_path, texts_path
+    from cn_clip.files import settle
 
+    settle(options.data_dir)
     if not Path(options.data_dir).is_dir():
         raise DataError(f"{options.data_dir}: the data_dir does not exist; give the folder of the tsv and jsonl files")
     for split in splits:
@@ -108,7 +110,7 @@ def _require_inputs(options: Options, splits: list[str]) -> None:
 def build_split(options: Options, split: str) -> SplitReport:
     """Builds one split beside its place and moves it there; raises DataError at a fault that is not skipped."""
     from cn_clip.data.lmdb_store import SplitWriter
-    from cn_clip.data.staging import staged_folder
+    from cn_clip.files import staged_folder
 
     target = Path(options.lmdb_dir or Path(options.data_dir) / "lmdb") / split
     report = SplitReport(split)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from cn_clip.errors import DataError
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write
 
 EngineName: TypeAlias = Literal["exact", "usearch"]
 VectorType: TypeAlias = Literal["float32", "float16"]
@@ -122,7 +121,6 @@ def write(folder: Path, manifest: Manifest) -> Manifest:
     following = replace(manifest, generation=manifest.generation + 1)
     with atomic_write(folder / NAME) as stream:
         json.dump({"format": FORMAT, **asdict(following)}, stream, indent=1)
-    sync_folder(folder)
     return following
 
 
@@ -147,20 +145,6 @@ def check_size(path: Path, facts: FileFacts) -> None:
 
 
 ADVICE = "see `cn-clip index check`, which repairs what can be with --repair"
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last over a power cut, where the system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(handle)
-    except OSError:  # nor do some network disks sync them
-        pass
-    finally:
-        os.close(handle)
 
 
 def is_own(name: str) -> bool:

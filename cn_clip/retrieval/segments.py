@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.errors import DataError
-from cn_clip.retrieval.manifest import ADVICE, SegmentFacts, VectorType, check_size, facts_of, sync_folder
+from cn_clip.files import sync_folder
+from cn_clip.retrieval.manifest import ADVICE, SegmentFacts, VectorType, check_size, facts_of
 
 ItemId: TypeAlias = int | str
 Metadata: TypeAlias = Mapping[str, Any]
