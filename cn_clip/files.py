@@ -125,7 +125,7 @@ def staged_folder(target: StrPath) -> Iterator[Path]:
             _keep_mode(folder, place)
             if not _exchange(folder, place):
                 _begin_step(held.path, place)
-                settle(place.parent)
+                _settle(_beside(place, _UNFINISHED))
         else:
             os.rename(folder, place)
         sync_folder(place.parent)

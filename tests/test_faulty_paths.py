@@ -2,10 +2,13 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import write_faults
 from command_lines import LINES, line_of, with_index
+from write_faults import INPUT_FAULTS, OUTPUT_FAULTS, Outcome, SmallDisk, writing_commands
 
 from cn_clip import cli
 
@@ -84,3 +87,48 @@ def test_a_path_that_cannot_be_used_is_one_sentence(
     assert len(last) > len("错误 / error: Input/output error"), "a reason without a path"
     if LINES[command].slots[slot].startswith("write"):
         assert sorted(tmp_path.rglob("*")) == before
+
+
+# --- disks and inputs at fault
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
+    disk = SmallDisk(tmp_path_factory.mktemp("small") / "disk")
+    yield disk
+    disk.close()
+
+
+def assert_refused(outcome: Outcome) -> None:
+    assert outcome.code in (1, 2), outcome.printed
+    assert "Traceback" not in outcome.printed
+    assert outcome.changed == []
+    assert outcome.sentence, outcome.printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="small disks and capabilities are of Linux")
+@pytest.mark.parametrize("fault", OUTPUT_FAULTS)
+@pytest.mark.parametrize("command", writing_commands())
+def test_a_disk_at_fault_is_one_sentence_and_the_old_output_stays(
+    command: str, fault: str, paths: dict[str, Path], disk: SmallDisk
+) -> None:
+    if (command, fault) in write_faults.NOT_TRIED:
+        pytest.skip(write_faults.NOT_TRIED[command, fault])
+    assert_refused(write_faults.with_output_fault(fault, command, paths, disk))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="small disks and capabilities are of Linux")
+@pytest.mark.parametrize(
+    ("command", "slot", "fault"),
+    [
+        pytest.param(command, slot, fault, id=f"{command} {slot} {fault}")
+        for command in writing_commands()
+        for slot, kind in LINES[command].slots.items()
+        for fault in INPUT_FAULTS
+        if kind.startswith("read")
+    ],
+)
+def test_an_input_at_fault_is_one_sentence_and_the_old_output_stays(
+    command: str, slot: str, fault: str, paths: dict[str, Path], tmp_path: Path
+) -> None:
+    assert_refused(write_faults.with_input_fault(fault, slot, command, paths, tmp_path))

@@ -57,14 +57,17 @@ class PartialFeatures:
         self._keep = False
         self.is_written = False
         self.num_rows = 0
-        self._begin(job, tell)
+        try:
+            self._begin(job, tell)
+        except BaseException:  # the caller has nothing to leave: the file and the lock go now
+            self._close()
+            raise
 
     def _begin(self, job: Job, tell: Tell) -> None:
         self._stream.seek(0)
         content = self._stream.read(_LARGEST_HEADER)
         found = content.partition(b"\n")[0]
         if not _is_ours(content):
-            self._close()
             raise DataError(f"{self.path}: is no file of computed rows; move it away, or choose another output path")
         if found and found + b"\n" != self._header:
             tell(f"{self.path}: {_difference(found, job, self.embed_dim)}")
@@ -124,6 +127,10 @@ class PartialFeatures:
         self._lock.release()
 
     def _close(self) -> None:
+        """Closes the file, and removes it when nothing is in it."""
+        with contextlib.suppress(OSError):
+            if not os.fstat(self._stream.fileno()).st_size:
+                self.path.unlink()
         self._stream.close()
         self._lock.release()
 

@@ -118,7 +118,7 @@ def build_split(options: Options, split: str) -> SplitReport:
         print(f"We will overwrite an existing LMDB file {target}", file=sys.stderr if options.json else sys.stdout)
     try:
         with staged_folder(target) as folder:
-            with SplitWriter(folder) as writer:
+            with SplitWriter(folder, told=target) as writer:
                 _fill(options, split, writer, report.faults)
             report.num_pairs, report.num_images = writer.num_pairs, writer.num_images
     except _NothingLeftError:
