@@ -45,6 +45,12 @@ class Outcome(NamedTuple):
     printed: str
     changed: list[str]
 
+    @property
+    def is_refusal(self) -> bool:
+        """Whether it ended as it should: a sentence, a status, no traceback, and all as it was."""
+        has_sentence = bool(self.sentence) and "Traceback" not in self.printed
+        return self.code in (1, 2) and has_sentence and not self.changed
+
 
 def writing_commands() -> list[str]:
     """The commands that write a file or folder, or change one."""
@@ -54,6 +60,13 @@ def writing_commands() -> list[str]:
         for command, line in LINES.items()
         if command in changing or any(kind.startswith("write") for kind in line.slots.values())
     ]
+
+
+def input_cases(command: str) -> list[tuple[str, str]]:
+    """(slot, fault) of each input that a command needs; pictures of an index that cannot be read are passed over."""
+    passed_over = {("index build", "pictures"), ("index add", "pictures")}
+    slots = [slot for slot, kind in LINES[command].slots.items() if kind.startswith("read")]
+    return [(slot, fault) for slot in slots if (command, slot) not in passed_over for fault in INPUT_FAULTS]
 
 
 def run(words: list[str], folder: Path, fault: contextlib.AbstractContextManager[None]) -> Outcome:
