@@ -56,7 +56,8 @@ def atomic_write(path: StrPath, mode: str = "w") -> Iterator[IO[Any]]:
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     with _writing(path, target), HeldFolder(target.parent, _prefix(target)) as held:
         temporary = held.path / target.name
-        with open(temporary, mode, encoding=encoding, newline=newline) as stream:
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        with os.fdopen(handle, mode, encoding=encoding, newline=newline) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -429,13 +430,18 @@ class HeldFolder:
         while True:
             self._outer = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
             self._lock = Lock(_lock_of(self._outer))  # outside of what is filled, swept or renamed
-            # Another process may have taken it for abandoned before it was locked, and removed it.
-            with contextlib.suppress(FileNotFoundError):
+            self.path = self._outer / "content"
+            try:
                 if self._lock.acquire():
+                    self.path.mkdir(mode=0o700)
                     break
+            except FileNotFoundError:  # taken for abandoned, before it was locked, and removed by another process
+                continue
+            except BaseException:
+                self._lock.release()
+                shutil.rmtree(self._outer, ignore_errors=True)
+                raise
         self._pid = os.getpid()
-        self.path = self._outer / "content"
-        self.path.mkdir(mode=0o700)
 
     def remove(self) -> None:
         """Deletes it with all that is in it; does nothing in a child of the process that made it."""

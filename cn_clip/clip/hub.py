@@ -133,7 +133,7 @@ def _make_folder(folder: Path) -> None:
 def _fetch_alone(published: Published, target: Path, fetch: Callable[[Published, Path], Path]) -> Path:
     """Fetches into a folder beside the target, under a lock, and moves the finished file."""
     partial = target.parent / f".{target.name}.download"
-    with alone(lock_file(target), f"{target}: another process is downloading it", waiting=logger.info):
+    with alone(lock_file(target), f"{target}: another process is downloading it", waiting=logger.warning):
         if os.path.isfile(target):  # whoever held the lock before has finished
             return target
         partial.mkdir(exist_ok=True)

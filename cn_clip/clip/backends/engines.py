@@ -13,7 +13,6 @@ import importlib.util
 import json
 import math
 import re
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -40,7 +39,7 @@ from cn_clip.clip.backends.tensor_rt import (
 )
 from cn_clip.errors import CheckpointError, ConfigError, DataError, NotFiniteError
 from cn_clip.extras import require
-from cn_clip.files import atomic_write, written_together
+from cn_clip.files import HeldFolder, atomic_write, written_together
 
 # The shapes of engines in the cache: tuned for a batch of pictures or texts, good down to one.
 CACHED_BATCH, CACHED_MAX_BATCH, CACHED_LENGTH = 32, 128, 52
@@ -102,9 +101,9 @@ def build_engine(
     gpu = tensor_rt.find_gpu(device)
     given = _OnnxFile(Path(onnx_path))
     by_flag = _check_precision(trt, given, build)
-    with gpu.current(), written_together(path) as folder, tempfile.TemporaryDirectory() as scratch:
+    with gpu.current(), written_together(path) as folder, HeldFolder(path.parent, f".{path.name}.") as scratch:
         making = _Making(trt, gpu, build, say)
-        source = _typed_source(given, build, Path(scratch), by_flag=by_flag)
+        source = _typed_source(given, build, scratch.path, by_flag=by_flag)
         network = making.parsed(source, typed=not by_flag)
         facts, span = making.facts_and_span(network, kind, given)
         made = folder / path.name
