@@ -18,8 +18,8 @@ OF_KIND = {
     "write file": ("impossible", "folder"),
     "write folder": ("impossible", "file"),
 }
-# Names that the system refuses, whatever lies there. They meet the same lines of a command, so each place where it takes
-# a path is tried with one of them, in turn; with all of them by `make test-slow`.
+# Names that the system refuses, whatever lies there. They meet the same lines of a command, so each place where it
+# takes a path is tried with one of them, in turn; with all of them by `make test-slow`.
 NAMES = ("too long", "below a file", "NUL", "loop")
 # `index add` goes on without pictures that cannot be decoded, and lists them.
 FINE = {
