@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 StrPath = str | os.PathLike[str]
 
 _TEMPORARY = re.compile(r".*[a-z0-9_]{8}\.tmp")
-_UNFINISHED = ".unfinished"
+_UNFINISHED = ".cn_clip-unfinished"
 # Longest name, in bytes, to which a dot, eight letters and a suffix can be added.
 _LONGEST_NAME = 200
 _POLL_S = 0.05
@@ -191,7 +191,7 @@ def written_together(target: Path, *, told: StrPath | None = None) -> Iterator[P
 
     target: names the output as a whole, such as the prefix of its files; nothing need be there. told: how errors name
     it; default `target`.
-    The step is the renaming of the filled folder to `.NAME.unfinished`. What is in that folder counts, in place of
+    The step is the renaming of the filled folder to `.NAME.cn_clip-unfinished`. What is in that folder counts, in place of
     what bears its name beside it: a process killed before all files are moved leaves the rest there, and `settle`
     moves it. So whoever reads several files of such an output calls `settle` first.
     Raises DataError when the files cannot be written, ConfigError when another process is writing the same output.

@@ -261,15 +261,15 @@ def test_killed_at_any_step_all_files_are_old_or_all_are_new_once_settled(tmp_pa
 
 
 def test_what_cannot_be_settled_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / ".dataset.unfinished").mkdir()
-    (tmp_path / ".dataset.unfinished" / "a").touch()
+    (tmp_path / ".dataset.cn_clip-unfinished").mkdir()
+    (tmp_path / ".dataset.cn_clip-unfinished" / "a").touch()
 
     def read_only(*_: object, **__: object) -> int:
         raise OSError(errno.EROFS, "Read-only file system")
 
     with monkeypatch.context() as patch:
         patch.setattr(Lock, "_open", read_only)
-        with pytest.raises(DataError, match=r"dataset.unfinished: holds files of a run that was killed .*Read-only"):
+        with pytest.raises(DataError, match=r"dataset.cn_clip-unfinished: holds files of a run that was killed .*Read-only"):
             settle(tmp_path)
     settle(tmp_path)
     assert names(tmp_path) == ["a"]
