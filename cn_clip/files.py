@@ -191,9 +191,9 @@ def written_together(target: Path, *, told: StrPath | None = None) -> Iterator[P
 
     target: names the output as a whole, such as the prefix of its files; nothing need be there. told: how errors name
     it; default `target`.
-    The step is the renaming of the filled folder to `.NAME.cn_clip-unfinished`. What is in that folder counts, in place of
-    what bears its name beside it: a process killed before all files are moved leaves the rest there, and `settle`
-    moves it. So whoever reads several files of such an output calls `settle` first.
+    The step is the renaming of the filled folder to `.NAME.cn_clip-unfinished`. What is in that folder counts, in place
+    of what bears its name beside it: a process killed before all files are moved leaves the rest there, and `settle`
+    moves it. A reader of several files of such an output calls `settle` first.
     Raises DataError when the files cannot be written, ConfigError when another process is writing the same output.
     """
     place = Path(os.path.abspath(target))

@@ -269,7 +269,7 @@ def test_what_cannot_be_settled_is_a_sentence(tmp_path: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(Lock, "_open", read_only)
-        with pytest.raises(DataError, match=r"dataset.cn_clip-unfinished: holds files of a run that was killed .*Read-only"):
+        with pytest.raises(DataError, match=r"cn_clip-unfinished: holds files of a run that was killed .*Read-only"):
             settle(tmp_path)
     settle(tmp_path)
     assert names(tmp_path) == ["a"]
