@@ -35,7 +35,7 @@ from cn_clip import command, ranks  # noqa: E402
 from cn_clip.clip.loading import open_model  # noqa: E402
 from cn_clip.clip.tokenizer import VOCAB_FILE  # noqa: E402
 from cn_clip.errors import ConfigError  # noqa: E402
-from cn_clip.jsonl import atomic_write  # noqa: E402
+from cn_clip.files import atomic_write  # noqa: E402
 
 VISION, TEXT, RESOLUTION = "ViT-B-16", "RoBERTa-wwm-ext-base-chinese", 224
 # Times as fast as the reference, and the smallest cosine to float32.

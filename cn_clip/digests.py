@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cn_clip.errors import DataError, UnreadableError, is_absent
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write
 
 # Beside the files that it names: their sizes, times, inodes and digests when they were last found whole.
 VERIFIED = ".verified.json"

@@ -1,125 +1,12 @@
-"""JSON Lines in and out: errors carry file and line, files appear whole or not at all."""
+"""JSON Lines: reading them, with file and line in every error, and the form of JSON that the file formats hold."""
 
 import codecs
-import contextlib
 import json
 import os
-import re
-import tempfile
-import threading
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import IO, Any
 
-from cn_clip.errors import CnClipError, ConfigError, DataError, OutputError
-from cn_clip.processes import host_name, is_alive
-
-# The temporary files of this process: what else bears its number is of a dead one that had it before.
-_being_written: set[Path] = set()
-_naming = threading.Lock()
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path`; on success flushes it to disk and renames it, on error removes it.
-
-    A link stays, and the file it names is replaced. What a killed run left of the same file is removed.
-    Raises DataError as `replaceable`, and OutputError, which is one, when the file cannot be written.
-    Text is UTF-8 with "\\n" line ends.
-    """
-    target = replaceable(path)
-    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
-    temporary = None
-    try:
-        handle, temporary = _begin(target)
-        with os.fdopen(handle, mode, encoding=encoding, newline=newline) as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except OSError as error:
-        if isinstance(error, (ConnectionError, CnClipError)):  # not of this file: a pipe, or an output within
-            raise
-        raise _cannot_be_written(path, error) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            _being_written.discard(temporary)
-
-
-def replaceable(path: str | os.PathLike[str]) -> Path:
-    """The place `atomic_write` would write, links followed.
-
-    Raises DataError when its folder does not exist, and when something that is no regular file is there.
-    """
-    if not os.fspath(path):
-        raise DataError("expected the path of a file to write, got an empty path")
-    target = Path(os.path.realpath(path))
-    try:
-        if not target.parent.is_dir():
-            raise DataError(f"{path}: the folder {Path(path).parent} does not exist; create it first")
-        if target.is_dir():
-            raise DataError(f"{path}: is a folder; expected the path of a file to write")
-        if target.exists() and not target.is_file():
-            raise DataError(f"{path}: is no regular file; expected the path of a file to write")
-    except OSError as error:  # a name that is too long
-        raise _cannot_be_written(path, error) from error
-    return target
-
-
-def refuse_inputs(flag: str, output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str] | None]) -> None:
-    """Raises ConfigError when `output`, given with `flag`, is one of `inputs`, by whatever name, or is empty."""
-    if not os.fspath(output):
-        raise ConfigError(f"{flag}: expected a path, got an empty one")
-    for path in inputs:
-        if path and _is_same(output, path):
-            raise ConfigError(f"{flag} {output}: would overwrite {path}, which it reads; give another path")
-
-
-def _is_same(first: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    try:
-        if os.path.samefile(first, other):
-            return True
-    except OSError:  # one of them does not exist
-        pass
-    return os.path.realpath(first) == os.path.realpath(other)
-
-
-def _cannot_be_written(path: str | os.PathLike[str], cause: OSError) -> OutputError:
-    reason = cause.strerror or str(cause)
-    error = OutputError(f"{os.fspath(path)}: cannot be written ({reason})")
-    error.strerror = reason
-    return error
-
-
-def _begin(target: Path) -> tuple[int, Path]:
-    """A new temporary file of this process, opened, once those of dead ones are gone."""
-    with _naming:
-        _clear_leftovers(target)
-        prefix = f".{target.name}.{host_name()}-{os.getpid()}-"
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=prefix, suffix=".tmp")
-        _being_written.add(Path(name))
-    return handle, Path(name)
-
-
-def _clear_leftovers(target: Path) -> None:
-    beginning = f".{target.name}.{host_name()}-"
-    pattern = re.compile(re.escape(beginning) + r"(\d+)-\w+\.tmp")
-    for entry in os.listdir(target.parent):
-        found = pattern.fullmatch(entry) if entry.startswith(beginning) else None
-        if found is None:
-            continue
-        path, pid = target.with_name(entry), int(found[1])
-        if path not in _being_written if pid == os.getpid() else not is_alive(pid):
-            path.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+from cn_clip.errors import DataError
 
 
 def numbered_lines(path: str | os.PathLike[str], *, with_blank: bool = False) -> Iterator[tuple[int, bytes]]:

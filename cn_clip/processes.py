@@ -1,10 +1,8 @@
-"""Facts of processes: whose a temporary file is, which ones run, their memory, and what children of a fork lack."""
+"""Facts of processes: their memory, and what children of a fork lack."""
 
 import ctypes
 import functools
 import os
-import platform
-import re
 import sys
 import weakref
 from pathlib import Path
@@ -12,24 +10,6 @@ from typing import Any
 
 _HELD: "weakref.WeakSet[object]" = weakref.WeakSet()
 _computes_alone = False
-
-
-def host_name() -> str:
-    """This machine, for a file name: letters, digits, "_" and "."."""
-    return re.sub(r"[^\w.]", "_", platform.node()) or "host"
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; True on Windows, where it cannot be asked."""
-    if os.name == "nt":  # there, signal 0 would reach the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
 
 
 def peak_bytes() -> int:

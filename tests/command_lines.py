@@ -84,7 +84,7 @@ LINES: dict[str, Line] = {
         {"classes": "read folder", "labels": "read file", "checkpoint": "read file", "out": "write folder"},
     ),
     "evaluate": Line(
-        f"flickr30k-cn --split valid --data {{data}} --checkpoint {{checkpoint}} --output {{out}} {MODEL}",
+        f"flickr30k-cn --split test --data {{data}} --checkpoint {{checkpoint}} --output {{out}} {MODEL}",
         {"data": "read folder", "checkpoint": "read file", "out": "write folder"},
     ),
     "linear-probe": Line(
@@ -153,7 +153,9 @@ def world(folder: Path) -> dict[str, Path]:
     split = ([tsv_line(n, one) for n, one in enumerate(pictures)], [jsonl_line(n, NAMES[n], [n]) for n in range(4)])
     for name in ("train", "valid"):
         write_split(data, *split, split=name)
-    cli.main(["dataset", "build", "--data-dir", str(data), "--splits", "train,valid"])
+    texts = [jsonl_line(n, f"{NAMES[n % 4]}{n}", [n]) for n in range(10)]
+    write_split(data, [tsv_line(n, pictures[n % 4]) for n in range(10)], texts, split="test")  # enough for recall at 10
+    cli.main(["dataset", "build", "--data-dir", str(data), "--splits", "train,valid,test"])
     (folder / "pictures").mkdir()
     (folder / "cache").mkdir()
     for number, one in enumerate(pictures):

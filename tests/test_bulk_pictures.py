@@ -15,6 +15,7 @@ from cn_clip.data.bulk_pictures import open_collection
 from cn_clip.data.lmdb_store import SplitWriter
 from cn_clip.data.storage import StorageError, open_storage, shown
 from cn_clip.errors import CnClipError, ConfigError, DataError
+from cn_clip.files import atomic_write
 
 # Seven pictures, told apart by their bytes.
 PICTURES = [picture((20 * number, 0, 0)) for number in range(7)]
@@ -186,10 +187,16 @@ def _no_space(*_: object) -> None:
 
 
 def test_what_killed_writers_left_goes(tmp_path: Path) -> None:
-    for name in (".part-1.parquet.ab.tmp", ".other.tmp", "part-1.parquet"):
-        (tmp_path / name).write_bytes(b"")
-    open_storage(str(tmp_path)).delete_leftovers("part-")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.tmp", "part-1.parquet"]
+    for name in (".part-1.parquet.abcdefgh.tmp", ".other.abcdefgh.tmp", "part-1.parquet"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+    with atomic_write(tmp_path / "part-2.parquet"):
+        open_storage(str(tmp_path)).delete_leftovers("part-")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".other.abcdefgh.tmp",
+        "part-1.parquet",
+        "part-2.parquet",
+    ]
 
 
 def test_keys_in_a_uri_are_not_told() -> None:

@@ -15,9 +15,9 @@ from tiny_models import tiny_model, tiny_pixels
 
 from cn_clip import __version__
 from cn_clip.clip.model import CLIP
-from cn_clip.data.staging import staged_folder
 from cn_clip.deploy import coreml_package, pytorch_to_coreml
 from cn_clip.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from cn_clip.files import staged_folder
 
 if sys.platform == "win32":
     pytest.skip("coremltools has no wheel for Windows", allow_module_level=True)

@@ -3,6 +3,7 @@
 import base64
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from dataset_files import picture, run_script, tree
 from unreadable_files import unreadable
 
 from cn_clip.data.checks import check_split
+from cn_clip.data.records import DATASET
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.files import alone, lock_file
+from cn_clip.preprocess import check_dataset
 from cn_clip.preprocess.dataset_from_folder import Options, run, shares, split_of
 from cn_clip.preprocess.picture_lists import caption_of
 
@@ -318,3 +322,61 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, caps
         assert not (tmp_path / "out" / "train_imgs.tsv").exists()
         run(Options(**options, on_error="skip"))
     assert "p/d: the folder cannot be read (Permission denied)" in "".join(capsys.readouterr())
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_killed_between_two_files_the_dataset_is_the_new_one_for_whoever_reads_it_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: int
+) -> None:
+    """Two splits are four files: a kill after any number of them must not leave new pictures under old captions."""
+    splits = {"splits": "train,valid", "split_ratio": "0.5,0.5", "output": str(tmp_path / "out")}
+    for name in ("old", "new"):
+        fill(tmp_path / name, *(f"{number}{name}{number}.png" for number in range(1, 9)))
+    run(Options(folder=str(tmp_path / "new"), **{**splits, "output": str(tmp_path / "expected")}))
+    run(Options(folder=str(tmp_path / "old"), **splits))
+    replace, moved = os.replace, []
+
+    def kill(source: Path, target: Path) -> None:
+        if Path(target).parent == tmp_path / "out":
+            if len(moved) == step:
+                raise Killed
+            moved.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill)
+        with pytest.raises(Killed):
+            run(Options(folder=str(tmp_path / "new"), **splits))
+    assert len(moved) == step
+    assert check_dataset.run(check_dataset.Options(str(tmp_path / "out"), "train,valid")) == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+
+
+def test_a_full_disk_is_a_sentence_with_the_place_and_the_old_files_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "in", "1猫.png")
+    convert(tmp_path)
+    before = tree(tmp_path / "out")
+
+    def full(*_: object) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cn_clip.data.records.image_line", full)
+    with pytest.raises(DataError, match=r"out: cannot be written \(No space left on device\)"):
+        convert(tmp_path)
+    assert tree(tmp_path / "out") == before
+
+
+def test_two_at_once_into_one_folder_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "in", "1猫.png")
+    (tmp_path / "out").mkdir()
+    with (
+        alone(lock_file(tmp_path / "out" / DATASET), "busy"),
+        pytest.raises(ConfigError, match=r"out: another process is writing it \(pid "),
+    ):
+        convert(tmp_path)

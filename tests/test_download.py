@@ -18,6 +18,7 @@ import pytest
 from fake_hub import CONTENT, PATH, FakeHub, leftovers, serving
 
 from cn_clip import cli, zoo
+from cn_clip.files import Lock
 
 ROOT = Path(__file__).parents[1]
 FILE = "clip_cn_rn50.pt"
@@ -156,15 +157,13 @@ def test_a_file_that_someone_puts_there_meanwhile_is_checked(
     server: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the command has seen that there is none, and before it holds the lock."""
-    from filelock import FileLock
+    acquire = Lock.acquire
 
-    acquire = FileLock.acquire
-
-    def wait(self: FileLock, *args: object, **more: object) -> object:
+    def wait(self: Lock) -> bool:
         (tmp_path / FILE).write_bytes(b"not the published file")
-        return acquire(self, *args, **more)  # type: ignore[arg-type]
+        return acquire(self)
 
-    monkeypatch.setattr(FileLock, "acquire", wait)
+    monkeypatch.setattr(Lock, "acquire", wait)
     assert f"{FILE}: is not the published file, whose SHA-256 is" in refusal(capsys, tmp_path)
     assert server.gets() == []
 
@@ -239,7 +238,7 @@ def test_a_folder_that_may_not_be_written_is_told_in_one_sentence(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    monkeypatch.setattr(Lock, "acquire", refuse)
     assert f"{tmp_path}: {FILE} cannot be written there (Permission denied)" in refusal(capsys, tmp_path)
 
 

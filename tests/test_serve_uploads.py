@@ -15,7 +15,7 @@ import pytest
 
 from cn_clip.serve import uploads as module
 from cn_clip.serve.refusals import RefusalError
-from cn_clip.serve.uploads import MAX_AGE, HeldFolder, Uploads, bytes_on_disk, delete_older
+from cn_clip.serve.uploads import MAX_AGE, Uploads, bytes_on_disk, delete_older, held_folder
 
 MIB = 1 << 20
 # Three blocks: see `uploads`.
@@ -264,8 +264,8 @@ def test_an_upload_is_read_and_one_that_was_deleted_or_grew_is_refused(
 
 _HOLDER = """
 import time
-from cn_clip.serve.uploads import HeldFolder
-folder = HeldFolder()
+from cn_clip.serve.uploads import held_folder
+folder = held_folder()
 (folder.path / "picture.png").write_bytes(b"x")
 print(folder.path, flush=True)
 time.sleep(600)
@@ -284,13 +284,13 @@ def test_the_uploads_of_a_server_that_was_killed_are_deleted_by_the_next_and_of_
         try:
             assert process.stdout is not None
             theirs = Path(process.stdout.readline().strip())
-            HeldFolder().remove()
+            held_folder().remove()
             assert (theirs / "picture.png").exists()
             process.send_signal(signal.SIGKILL)
             process.wait(60)
         finally:
             process.kill()
-    folder = HeldFolder()
+    folder = held_folder()
     assert not theirs.parent.exists()
     assert folder.path.stat().st_mode & 0o077 == 0
     folder.remove()

@@ -1,8 +1,12 @@
 """What a run that was stopped at an awkward moment does next; inside the process of the test."""
 
 import json
+import logging
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from cn_clip.training import main as training
 from cn_clip.training.stopping import StopRequest
 from cn_clip.training.trainer import Trainer
 
+ROOT = Path(__file__).resolve().parent.parent
 PER_EPOCH = 3  # twelve pairs, four a batch
 
 
@@ -154,6 +159,75 @@ def test_what_a_killed_save_left_half_written_is_cleared_away(split: Path, tmp_p
     remains.write_bytes(b"half")
     run(split, tmp_path, max_steps=1, valid_epoch_interval=-1)
     assert not remains.exists()
+
+
+# --- two runs of one name ---------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys
+from pathlib import Path
+from cn_clip.files import alone
+Path(sys.argv[1], "checkpoints", ".epoch_latest.pt.abcdefgh.tmp").mkdir(parents=True)
+with alone(Path(sys.argv[1], ".lock"), "busy"):
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other_run(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A process that trains in the folder of the run, and has a checkpoint half written."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "x")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_a_second_run_of_the_same_name_is_refused_and_takes_nothing_from_the_first(
+    split: Path, tmp_path: Path, other_run: "subprocess.Popen[str]"
+) -> None:
+    busy = rf"^--name x: another process is training in {tmp_path}/x \(pid {other_run.pid} on .*, since 2"
+    with pytest.raises(ConfigError, match=busy):
+        training.run(options(split, tmp_path, max_steps=1))
+    remains = tmp_path / "x" / "checkpoints" / ".epoch_latest.pt.abcdefgh.tmp"
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [".lock", "checkpoints"]
+    assert remains.exists()
+    other_run.kill()
+    other_run.wait()
+    run(split, tmp_path, max_steps=1, valid_epoch_interval=-1)
+    assert not remains.exists()
+    assert not (tmp_path / "x" / ".lock").exists()
+
+
+def test_of_several_processes_all_are_refused_and_none_waits(
+    split: Path, tmp_path: Path, other_run: "subprocess.Popen[str]"
+) -> None:
+    words = [str(ROOT / "cn_clip" / "training" / "main.py"), f"--train-data={split}", f"--logs={tmp_path}", "--name=x"]
+    done = torchrun(*words, *TINY, "--batch-size=2", "--num-workers=0", "--device=cpu")
+    assert done.returncode != 0
+    assert f"another process is training in {tmp_path}/x (pid {other_run.pid} on" in done.stderr
+    assert "Traceback" not in done.stderr.partition("torch.distributed.elastic")[0]
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(
+    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(logging.FileHandler, "flush", full)
+    run(split, tmp_path, max_steps=2, valid_epoch_interval=-1)
+    said = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line or "Traceback" in line]
+    assert len(said) == 1
+    assert said[0].endswith("cannot be written (No space left on device); the run goes on without this log")
+    assert checkpoint(tmp_path)["step"] == 2
 
 
 # --- the same command again -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from emoji_packs import GROUPS, NAMES, PACKS, chinese_by_key, fetch, join_key, n
 
 from cn_clip import command
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write
 
 _TEXTS = Path(__file__).parent / "emoji_dataset"
 TEXTS = {"noto": _TEXTS, "twemoji": _TEXTS / "twemoji"}

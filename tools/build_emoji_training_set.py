@@ -33,7 +33,7 @@ from cn_clip import command
 from cn_clip.data.records import text_line
 from cn_clip.errors import ConfigError
 from cn_clip.eval.templates import load_templates
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -16,7 +16,7 @@ from pathlib import Path
 from cn_clip import command
 from cn_clip.demo import emoji
 from cn_clip.eval.templates import FOLDER
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write
 
 OUTPUT = Path(__file__).parents[1] / "cn_clip" / "data" / "noto_sans_sc.zip"
 NOTICE = """Noto Sans SC Regular, https://fonts.google.com/noto/specimen/Noto+Sans+SC

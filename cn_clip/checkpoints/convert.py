@@ -102,10 +102,10 @@ def kind_of(target: str, to: Kind | None) -> Kind:
 
 def require_room(target: Path, kind: Kind, *, overwrite: bool) -> None:
     """Raises DataError for what --overwrite would have to replace, and for what may never be replaced."""
-    from cn_clip import jsonl
+    from cn_clip import files
 
     if kind not in FOLDERS:
-        jsonl.replaceable(target)
+        files.replaceable(target)
     elif os.path.isdir(target):
         inside = (path.relative_to(target).as_posix() for path in target.rglob("*"))
         others = sorted(islice((name for name in inside if name not in FOLDER_FILES), 3))
@@ -119,10 +119,10 @@ def require_room(target: Path, kind: Kind, *, overwrite: bool) -> None:
 
 def refuse_source(target: Path, source: Path) -> None:
     """Raises ConfigError when writing `target` would replace `source`, a folder that holds it, or a file of it."""
-    from cn_clip import jsonl
+    from cn_clip import files
     from cn_clip.clip.hf import CONFIG_FILE
 
-    jsonl.refuse_inputs("TARGET", target, [source, source.with_name(CONFIG_FILE)])
+    files.refuse_inputs("TARGET", target, [source, source.with_name(CONFIG_FILE)])
     if os.path.isdir(source) and source.resolve() in target.resolve().parents:
         raise ConfigError(f"TARGET {target}: is inside {source}, which is read; give another path")
     if target.resolve() in source.resolve().parents:
@@ -171,7 +171,7 @@ def write_folder(target: Path, kind: Kind, model: "Checkpoint") -> None:
     """The folder, in one piece; raises ConfigError for a model that transformers cannot hold."""
     from cn_clip.checkpoints import hf_folders
     from cn_clip.clip.checkpoint import infer_config
-    from cn_clip.data.staging import staged_folder
+    from cn_clip.files import staged_folder
 
     write = hf_folders.write_transformers if kind == "transformers" else hf_folders.write_sentence_transformers
     try:

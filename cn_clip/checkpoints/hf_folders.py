@@ -13,7 +13,7 @@ from cn_clip.clip.hf_inputs import PICTURE_FILE, picture_fields
 from cn_clip.clip.tokenizer import CONTEXT_LENGTH, END, START, UNKNOWN, VOCAB_FILE, Tokenizer
 from cn_clip.clip.weight_files import write_safetensors
 from cn_clip.errors import ConfigError
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write
 from cn_clip.zoo import ModelConfig
 
 PROCESSOR = "ChineseCLIPProcessor"

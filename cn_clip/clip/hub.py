@@ -20,6 +20,7 @@ from cn_clip.clip.foreign.names import refuse
 from cn_clip.digests import add_file
 from cn_clip.errors import CheckpointError, CnClipError, DownloadError
 from cn_clip.extras import require
+from cn_clip.files import alone, lock_file
 from cn_clip.zoo import Published
 
 if TYPE_CHECKING:
@@ -130,14 +131,9 @@ def _make_folder(folder: Path) -> None:
 
 
 def _fetch_alone(published: Published, target: Path, fetch: Callable[[Published, Path], Path]) -> Path:
-    """Fetches into a folder beside the target, under a lock, and moves the finished file.
-
-    The empty lock file stays: removing it could let two processes hold "the" lock.
-    """
-    from filelock import FileLock
-
+    """Fetches into a folder beside the target, under a lock, and moves the finished file."""
     partial = target.parent / f".{target.name}.download"
-    with FileLock(target.parent / f".{target.name}.lock"):
+    with alone(lock_file(target), f"{target}: another process is downloading it", waiting=logger.warning):
         if os.path.isfile(target):  # whoever held the lock before has finished
             return target
         partial.mkdir(exist_ok=True)

@@ -7,11 +7,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from cn_clip import jsonl
+from cn_clip import files
 from cn_clip.clip.checkpoint import Checkpoint
 from cn_clip.clip.file_formats import owned
 from cn_clip.errors import CheckpointError, ConfigError
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write
 
 
 def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], source: Checkpoint, **more: Any) -> None:
@@ -48,7 +48,7 @@ def refuse_inputs(output: str | Path, inputs: Iterable[str | Path], *, suffix: s
         raise ConfigError(f"--output {output}: expected a name that ends in {suffix}")
     if suffix is None and Path(output).suffix == ".safetensors":
         raise ConfigError(f"--output {output}: this command writes .pt; for .safetensors use cn-clip checkpoint export")
-    jsonl.refuse_inputs("--output", output, inputs)
+    files.refuse_inputs("--output", output, inputs)
 
 
 def check_same_tensors(first: Checkpoint, other: Checkpoint) -> None:

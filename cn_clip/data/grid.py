@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cn_clip.clip.pictures import opened
 from cn_clip.errors import ConfigError
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write
 
 Font: TypeAlias = ImageFont.FreeTypeFont
 

@@ -60,12 +60,18 @@ class LmdbWriter:
     Not for a folder that somebody reads: build beside it, then move.
     """
 
-    def __init__(self, folder: Path, count_key: bytes, *, map_bytes: int = FIRST_MAP_BYTES) -> None:
-        with _writing(folder, "is the disk full, or the folder read-only?"):
+    def __init__(
+        self, folder: Path, count_key: bytes, *, map_bytes: int = FIRST_MAP_BYTES, told: Path | None = None
+    ) -> None:
+        """told: how errors name the folder; default: by its path."""
+        self._folder = told or folder
+        with _writing(self._folder, "is the disk full, or the folder read-only?"):
             folder.mkdir(parents=True, exist_ok=True)
             # One sync at the end is enough: a folder that is not complete is never moved into place.
-            self._env = lmdb.open(os.fspath(folder), map_size=map_bytes, sync=False, metasync=False, meminit=False)
-        self._folder = folder
+            # No file of locks: one process writes here, and of a full disk that file says nothing but SIGBUS.
+            self._env = lmdb.open(
+                os.fspath(folder), map_size=map_bytes, sync=False, metasync=False, meminit=False, lock=False
+            )
         self._count_key = count_key
         self._batch: list[tuple[bytes, bytes]] = []
         self._batch_bytes = 0
@@ -115,9 +121,11 @@ class LmdbWriter:
 class SplitWriter:
     """Writes both folders of a new split; a context manager that completes them on disk."""
 
-    def __init__(self, folder: Path) -> None:
-        self._images = LmdbWriter(folder / IMAGES, NUM_IMAGES_KEY)
-        self._pairs = LmdbWriter(folder / PAIRS, NUM_PAIRS_KEY)
+    def __init__(self, folder: Path, *, told: Path | None = None) -> None:
+        """told: how errors name the folder; default: by its path."""
+        told = told or folder
+        self._images = LmdbWriter(folder / IMAGES, NUM_IMAGES_KEY, told=told / IMAGES)
+        self._pairs = LmdbWriter(folder / PAIRS, NUM_PAIRS_KEY, told=told / PAIRS)
 
     @property
     def num_images(self) -> int:

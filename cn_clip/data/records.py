@@ -16,6 +16,8 @@ from cn_clip.jsonl import json_object, numbered_lines
 RecordId: TypeAlias = int | str
 
 MAX_ID_BYTES = 511  # the longest key that LMDB stores
+# The tsv and jsonl files of all splits, as an output that appears in one step; see `files.written_together`.
+DATASET = "dataset"
 NUM_IMAGES_KEY = b"num_images"  # sits among the picture keys of an LMDB, so no picture may be called so
 
 _CANONICAL_INTEGER = re.compile(rf"0|-?[1-9][0-9]{{0,{MAX_ID_BYTES}}}")

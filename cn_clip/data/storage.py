@@ -1,14 +1,16 @@
 """Folders and files on a disk or in an object store (s3://, gs://, file://), by pyarrow; for jobs of many machines."""
 
+import contextlib
 import io
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.extras import require
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import alone, atomic_write, clear_leftovers
 
 EXTRA = "ray"
 # What is put into these appears whole when the upload ends; a disk needs a rename.
@@ -114,8 +116,25 @@ class Storage:
     def delete_leftovers(self, prefix: str) -> None:
         """Removes what writers that were killed left of files of such names in this folder."""
         if self.files.type_name not in _OBJECT_STORES:
-            for path in Path(self.path).glob(f".{prefix}*.tmp"):
-                path.unlink(missing_ok=True)
+            try:
+                clear_leftovers(Path(self.path), f".{prefix}")
+            except OSError as error:
+                raise self._failed("cannot be listed", error) from error
+
+    @contextlib.contextmanager
+    def alone(self, busy: str) -> Iterator[None]:
+        """Holds the lock of a folder on a disk while the block runs; an object store has none.
+
+        busy: what to say when another process has it. Raises ConfigError then, DataError when it cannot be taken.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.files.type_name not in _OBJECT_STORES:
+                try:
+                    Path(self.path).mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(alone(Path(self.path, ".lock"), f"{self.name}: {busy}"))
+                except OSError as error:
+                    raise self._failed("cannot be written", error) from error
+            yield
 
     def _failed(self, what: str, error: OSError) -> DataError:
         kind = DataError if isinstance(error, FileNotFoundError) else StorageError

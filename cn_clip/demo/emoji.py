@@ -10,11 +10,11 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 
-from cn_clip.data.records import text_line
+from cn_clip.data.records import DATASET, text_line
 from cn_clip.emoji_pack import Emoji, Vendor, load
 from cn_clip.errors import ConfigError
 from cn_clip.eval.templates import fill, load_templates
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write, written_together
 
 __all__ = [
     "CLASSES",
@@ -133,12 +133,13 @@ def write_dataset(folder: Path, *, seed: int = 0, vendor: Vendor = "noto") -> No
     folder.mkdir(parents=True, exist_ok=True)
     found = load(vendor)
     sentences = [(text, emoji.number) for emoji in found for text in captions(emoji, seed=seed, vendor=vendor)]
-    for split, texts in {"train": sentences, "valid": [(emoji.name, emoji.number) for emoji in found]}.items():
-        with atomic_write(folder / f"{split}_imgs.tsv") as stream:
-            stream.writelines(f"{emoji.number}\t{base64.b64encode(emoji.picture).decode()}\n" for emoji in found)
-        with atomic_write(folder / f"{split}_texts.jsonl") as stream:
-            for text_id, (text, image_id) in enumerate(texts, start=1):
-                stream.write(text_line(text_id, text, [image_id]))
+    with written_together(folder / DATASET, told=folder) as scratch:
+        for split, texts in {"train": sentences, "valid": [(emoji.name, emoji.number) for emoji in found]}.items():
+            with (scratch / f"{split}_imgs.tsv").open("w", encoding="utf-8", newline="\n") as stream:
+                stream.writelines(f"{emoji.number}\t{base64.b64encode(emoji.picture).decode()}\n" for emoji in found)
+            with (scratch / f"{split}_texts.jsonl").open("w", encoding="utf-8", newline="\n") as stream:
+                for text_id, (text, image_id) in enumerate(texts, start=1):
+                    stream.write(text_line(text_id, text, [image_id]))
 
 
 def drawn_classes(vendor: Vendor) -> dict[str, Rule]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cn_clip import columns
 from cn_clip.errors import MissingExtraError
 from cn_clip.extras import require
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

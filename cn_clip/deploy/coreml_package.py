@@ -20,9 +20,9 @@ from cn_clip.clip.backends.export import facts_of_model
 from cn_clip.clip.backends.onnx_files import METADATA_KEY, metadata
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.transforms import MEAN, STD
-from cn_clip.data.staging import staged_folder
 from cn_clip.errors import CheckpointError, ConfigError, DataError
 from cn_clip.extras import require
+from cn_clip.files import staged_folder
 
 Precision = Literal["fp16", "fp32"]
 OUTPUTS: dict[Kind, str] = {"image": "image_features", "text": "text_features"}
@@ -145,13 +145,6 @@ def _save(package: Any, folder: Path) -> None:
     for part in inner.iterdir():
         part.rename(folder / part.name)
     inner.rmdir()
-
-
-def move_package(source: Path, target: Path) -> None:
-    """Moves a package to its place on the same disk, where it takes that of an earlier one."""
-    with staged_folder(target) as folder:
-        for part in source.iterdir():
-            part.rename(folder / part.name)
 
 
 def _not_written(path: Path, error: Exception) -> DataError:

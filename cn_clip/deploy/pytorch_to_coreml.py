@@ -49,8 +49,8 @@ class Options(ConversionOptions):
 
 def run(options: Options) -> None:
     """Writes what is asked for, all of it or nothing; raises CnClipError when it cannot be read or converted."""
-    from cn_clip.data.staging import scratch_folder
-    from cn_clip.deploy.coreml_package import move_package, package_path
+    from cn_clip.deploy.coreml_package import package_path
+    from cn_clip.files import written_together
 
     assert options.model_arch is not None
     assert options.save_coreml_path is not None
@@ -65,10 +65,8 @@ def run(options: Options) -> None:
             flag="--pytorch-ckpt-path",
             download_root=options.download_root,
         )
-    with scratch_folder(Path(options.save_coreml_path)) as scratch:
+    with written_together(Path(options.save_coreml_path)) as scratch:
         written = {kind: _convert(model, kind, scratch / paths[kind].name, options) for kind in paths}
-        for path in paths.values():
-            move_package(scratch / path.name, path)
     for kind, path in paths.items():
         say(f"{TITLES[kind]} model converted to CoreML and saved at: {path}")
         num_bytes = written[kind]["num_bytes"]

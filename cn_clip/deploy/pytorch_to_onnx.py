@@ -67,8 +67,8 @@ class Options(ConversionOptions):
 def run(options: Options) -> None:
     """Writes what is asked for, all of it or nothing; raises CnClipError when it cannot be converted faithfully."""
     from cn_clip.clip.backends import export
-    from cn_clip.clip.backends.onnx_files import move, onnx_path
-    from cn_clip.data.staging import scratch_folder
+    from cn_clip.clip.backends.onnx_files import extra_path, onnx_path
+    from cn_clip.files import written_together
 
     assert options.save_onnx_path is not None
     targets = [onnx_path(options.save_onnx_path, kind, form) for kind in options.kinds for form in options.forms]
@@ -78,12 +78,15 @@ def run(options: Options) -> None:
     export.check_packages(options.forms)
     samples = _samples(options)
     prefix = Path(options.save_onnx_path)
-    with scratch_folder(prefix) as folder:
+    with written_together(prefix) as folder:
         reports = list(_convert(options, folder / prefix.name, samples, say))
-        saved = [(kind, report, move(report.path, prefix.parent)) for kind, report in reports]
+        outside = {extra_path(report.path).name for _, report in reports if extra_path(report.path).exists()}
     say("Finished PyTorch to ONNX conversion...")
     result: dict[str, dict[str, Any]] = {TITLES[kind]: {} for kind in options.kinds}
-    for kind, report, path in saved:
+    for kind, report in reports:
+        path = prefix.parent / report.path.name
+        if extra_path(path).name not in outside:
+            extra_path(path).unlink(missing_ok=True)  # of an earlier file
         say(f">>> The {TITLES[kind]} {_title(report.form)} ONNX model is saved at {_saved_at(path)}")
         result[TITLES[kind]][report.form] = _described(report, path)
     say.result(result)
@@ -173,13 +176,12 @@ def packing_small_onnx_files(onnx_path: str) -> None:
     Chinese-CLIP's. Raises DataError when it cannot be written; then all is as it was.
     """
     from cn_clip.clip.backends import onnx_files
-    from cn_clip.data.staging import scratch_folder
+    from cn_clip.files import written_together
 
     path = Path(onnx_path)
     old = [path.parent / name for name in onnx_files.outside_files(path)]
-    with scratch_folder(path) as scratch:
+    with written_together(path) as scratch:
         onnx_files.save(onnx_files.load(path), scratch / path.name, outside=True)
-        onnx_files.move(scratch / path.name, path.parent)
     for file in old:
         if file != onnx_files.extra_path(path):
             file.unlink(missing_ok=True)

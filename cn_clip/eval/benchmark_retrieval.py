@@ -12,7 +12,7 @@ from cn_clip.command import Speaker
 from cn_clip.errors import DataError
 from cn_clip.eval.benchmark_sets import RetrievalSet, Split
 from cn_clip.eval.model_choice import ModelChoice
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write, settle
 from cn_clip.zoo_results import Query
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def check(data: Path, split: Split) -> None:
     from cn_clip.eval.evaluation import read_relevant
 
     images, texts = data / "lmdb" / split / "imgs", data / f"{split}_texts.jsonl"
+    settle(data)
     if not data.is_dir():
         raise DataError(f"{data}: no such folder; expected a dataset with lmdb/{split}/imgs and {split}_texts.jsonl")
     if not texts.is_file():

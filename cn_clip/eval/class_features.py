@@ -17,7 +17,7 @@ from cn_clip.data.picture_sets import ClassFolders
 from cn_clip.data.records import digest_of
 from cn_clip.errors import DataError
 from cn_clip.eval.feature_rows import FloatArray, first_not_finite
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write
 
 if TYPE_CHECKING:
     from cn_clip.clip.encoder import Encoder

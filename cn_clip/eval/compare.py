@@ -62,7 +62,7 @@ class Source(NamedTuple):
 
 def run(options: Options) -> None:
     """Prints the table; raises DataError for a file that is no result, or a value that is there twice."""
-    from cn_clip.jsonl import atomic_write, refuse_inputs
+    from cn_clip.files import atomic_write, refuse_inputs
 
     sources = [source_of(given) for given in options.results]
     if options.output is not None:

@@ -88,7 +88,8 @@ class Options(ModelChoice):
 
 def run(options: Options) -> None:
     """Measures and reports; raises CnClipError saying which part of the dataset is missing or faulty."""
-    from cn_clip.jsonl import atomic_write, dumps
+    from cn_clip.files import atomic_write
+    from cn_clip.jsonl import dumps
 
     say = command.Speaker(quiet=options.json)
     is_retrieval = options.name in benchmark_sets.RETRIEVAL_SETS

@@ -16,7 +16,8 @@ import tyro
 from cn_clip import command
 from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError
-from cn_clip.jsonl import atomic_write, dumps, numbered_lines, read_objects, refuse_inputs
+from cn_clip.files import atomic_write, refuse_inputs
+from cn_clip.jsonl import dumps, numbered_lines, read_objects
 
 NUM_PREDICTIONS = 10
 

@@ -12,7 +12,7 @@ from cn_clip import __version__, command, settings
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError
 from cn_clip.eval.feature_formats import OutputFormat, format_of
-from cn_clip.jsonl import refuse_inputs
+from cn_clip.files import refuse_inputs
 from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
 

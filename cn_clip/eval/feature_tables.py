@@ -16,7 +16,7 @@ from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError
 from cn_clip.eval.feature_rows import Blocks, Features, FloatArray, IdField, check_unique, first_not_finite
 from cn_clip.extras import require
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write
 
 Path: TypeAlias = "str | os.PathLike[str]"
 # How the ids of a file are kept: integers, strings, or the JSON of each where they are of both kinds.

@@ -13,7 +13,8 @@ import tyro
 
 from cn_clip import command
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.jsonl import atomic_write, dumps, refuse_inputs
+from cn_clip.files import atomic_write, refuse_inputs
+from cn_clip.jsonl import dumps
 
 if TYPE_CHECKING:
     import torch

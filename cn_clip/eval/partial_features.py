@@ -19,8 +19,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip.errors import CnClipError, ConfigError, DataError
+from cn_clip.errors import CnClipError, DataError
 from cn_clip.eval.feature_rows import FloatArray
+from cn_clip.files import Lock, lock_file, take
 
 # What is extracted, from what, with what: values that JSON can hold. Rows of another job are not gone on with.
 Job: TypeAlias = Mapping[str, object]
@@ -52,18 +53,21 @@ class PartialFeatures:
         self.embed_dim = embed_dim
         job = json.loads(json.dumps(job))
         self._header = _header(job, embed_dim)
-        self._stream = _open_alone(self.path)
+        self._stream, self._lock = _open_alone(self.path)
         self._keep = False
         self.is_written = False
         self.num_rows = 0
-        self._begin(job, tell)
+        try:
+            self._begin(job, tell)
+        except BaseException:  # the caller has nothing to leave: the file and the lock go now
+            self._close()
+            raise
 
     def _begin(self, job: Job, tell: Tell) -> None:
         self._stream.seek(0)
         content = self._stream.read(_LARGEST_HEADER)
         found = content.partition(b"\n")[0]
         if not _is_ours(content):
-            self._stream.close()
             raise DataError(f"{self.path}: is no file of computed rows; move it away, or choose another output path")
         if found and found + b"\n" != self._header:
             tell(f"{self.path}: {_difference(found, job, self.embed_dim)}")
@@ -118,10 +122,17 @@ class PartialFeatures:
         self.num_rows = 0
         if self._stream.closed:
             return
-        if os.name == "nt":  # an open file cannot be deleted there
-            self._stream.close()
-        self.path.unlink(missing_ok=True)
         self._stream.close()
+        self.path.unlink(missing_ok=True)
+        self._lock.release()
+
+    def _close(self) -> None:
+        """Closes the file, and removes it when nothing is in it."""
+        with contextlib.suppress(OSError):
+            if not os.fstat(self._stream.fileno()).st_size:
+                self.path.unlink()
+        self._stream.close()
+        self._lock.release()
 
     def _map(self, count: int) -> FloatArray:
         if not count:
@@ -154,7 +165,7 @@ class PartialFeatures:
         if not self.num_rows or (self.is_written and has_ended):
             self.remove()
         else:
-            self._stream.close()
+            self._close()
 
 
 def _header(job: Job, embed_dim: int) -> bytes:
@@ -182,35 +193,19 @@ def _difference(found: bytes, job: Job, embed_dim: int) -> str:
     return f"属于另一次提取（{listed} 不同），{again}: it is of another extraction, with other {listed}"
 
 
-def _open_alone(path: Path) -> Any:
-    """The file, unbuffered, for reading and writing, locked where the system can; raises as `PartialFeatures`."""
+def _open_alone(path: Path) -> tuple[Any, Lock]:
+    """The file, unbuffered, for reading and writing, and the lock of its output; raises as `PartialFeatures`."""
+    output = path.with_name(path.name.removesuffix(SUFFIX))
     if not path.parent.is_dir():
-        raise DataError(f"{path.parent / path.stem}: the folder {path.parent} does not exist; create it first")
-    if path.with_name(path.name.removesuffix(SUFFIX)).is_dir():
-        raise DataError(f"{str(path).removesuffix(SUFFIX)}: is a folder; expected the path of a file to write")
-    while True:
+        raise DataError(f"{output}: the folder {path.parent} does not exist; create it first")
+    if output.is_dir():
+        raise DataError(f"{output}: is a folder; expected the path of a file to write")
+    try:
+        lock = take(lock_file(output), f"{path}: another process is extracting into this file")
         try:
-            stream = open(path, "a+b", buffering=0)  # noqa: SIM115 - the caller closes it
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error.strerror}); choose another output path") from error
-        _lock(stream, path)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
-                return stream
-        stream.close()  # whoever held the lock before has finished and removed the file
-
-
-def _lock(stream: Any, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        stream.close()
-        raise ConfigError(
-            f"{path}: another process is extracting into this file; wait for it, or choose another output path"
-        ) from error
-    except OSError:  # a file system without locks
-        return
+            return open(path, "a+b", buffering=0), lock  # closed by the caller
+        except OSError:
+            lock.release()
+            raise
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another output path") from error

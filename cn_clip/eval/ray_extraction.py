@@ -148,12 +148,13 @@ def extract(options: "Options", say: Speaker) -> None:
     require_parquet()
     inputs = _open_inputs(options)
     weights = weights_digest(options)
-    works = [_begin(options, kind, one, weights, say) for kind, one in inputs.items()]
-    tasks = deque((work, shard) for work in works for shard in work.todo())
-    if tasks:
-        with _cluster(ray, options.ray_address) as nodes:
-            _run(ray, options, weights, nodes, tasks, works, say)
-    _tell(works, say)
+    with open_storage(options.output or "").alone("another process is extracting into this folder"):
+        works = [_begin(options, kind, one, weights, say) for kind, one in inputs.items()]
+        tasks = deque((work, shard) for work in works for shard in work.todo())
+        if tasks:
+            with _cluster(ray, options.ray_address) as nodes:
+                _run(ray, options, weights, nodes, tasks, works, say)
+        _tell(works, say)
 
 
 def _begin(options: "Options", kind: Kind, inputs: _Inputs, weights: str, say: Speaker) -> _Progress:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from cn_clip import command
 from cn_clip.errors import DataError
-from cn_clip.jsonl import atomic_write, dumps, refuse_inputs
+from cn_clip.files import atomic_write, refuse_inputs
+from cn_clip.jsonl import dumps
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class Point:
 def run(options: Options) -> None:
     """Evaluates, prints the table and writes the mixture; raises CheckpointError when the two models do not match."""
     from cn_clip.clip.weight_files import refuse_inputs, write_checkpoint
-    from cn_clip.jsonl import replaceable
+    from cn_clip.files import replaceable
 
     say = command.Speaker(quiet=options.json)
     if options.output is not None:

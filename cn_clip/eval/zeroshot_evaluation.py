@@ -132,7 +132,7 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
 
 def _check_output(options: Options) -> None:
     """Raises CnClipError where the ELEVATER file could not be written, before any work."""
-    from cn_clip.jsonl import refuse_inputs, replaceable
+    from cn_clip.files import refuse_inputs, replaceable
 
     refuse_inputs("--save-dir: the file", options.output_file, [options.label_file, options.index, options.templates])
     folder = options.output_file.parent
@@ -213,7 +213,8 @@ def read_index(path: Path, num_pictures: int) -> list[int]:
 
 def write_elevater(options: Options, backend: "Backend", probabilities_NC: "Rows") -> Path:
     """Writes `DATASET.json` for ELEVATER's site: probabilities (1, N, C) to 6 decimals, and facts on the model."""
-    from cn_clip.jsonl import atomic_write, dumps
+    from cn_clip.files import atomic_write
+    from cn_clip.jsonl import dumps
 
     total, visual = backends.num_parameters(backend)
     rounded = [[round(value, 6) for value in row] for row in probabilities_NC.tolist()]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from cn_clip import command, jsonl, settings
+from cn_clip import command, files, settings
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.options import IndexPlace, ModelOptions, with_store
 
@@ -98,8 +98,8 @@ def run(options: Options) -> None:
 
 def _check_grid(grid: str, index: "Searchable", options: Options) -> None:
     """Raises ConfigError for a file that the search reads or the index was made of, DataError as `replaceable`."""
-    jsonl.refuse_inputs("--grid", grid, [options.image, options.model])
-    target, folder = jsonl.replaceable(grid), os.path.realpath(options.index)
+    files.refuse_inputs("--grid", grid, [options.image, options.model])
+    target, folder = files.replaceable(grid), os.path.realpath(options.index)
     if folder in map(str, target.parents):
         raise ConfigError(f"--grid {grid}: lies in the index {options.index}; give a path elsewhere")
     if not target.exists():

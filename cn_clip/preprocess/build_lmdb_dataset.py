@@ -96,7 +96,9 @@ def run(options: Options) -> None:
 
 def _require_inputs(options: Options, splits: list[str]) -> None:
     from cn_clip.data.checks import images_path, texts_path
+    from cn_clip.files import settle
 
+    settle(options.data_dir)
     if not is_folder(options.data_dir):
         raise DataError(f"{options.data_dir}: the data_dir does not exist; give the folder of the tsv and jsonl files")
     for split in splits:
@@ -110,7 +112,7 @@ def _require_inputs(options: Options, splits: list[str]) -> None:
 def build_split(options: Options, split: str) -> SplitReport:
     """Builds one split beside its place and moves it there; raises DataError at a fault that is not skipped."""
     from cn_clip.data.lmdb_store import SplitWriter
-    from cn_clip.data.staging import staged_folder
+    from cn_clip.files import staged_folder
 
     target = Path(options.lmdb_dir or Path(options.data_dir) / "lmdb") / split
     report = SplitReport(split)
@@ -118,7 +120,7 @@ def build_split(options: Options, split: str) -> SplitReport:
         print(f"We will overwrite an existing LMDB file {target}", file=sys.stderr if options.json else sys.stdout)
     try:
         with staged_folder(target) as folder:
-            with SplitWriter(folder) as writer:
+            with SplitWriter(folder, told=target) as writer:
                 _fill(options, split, writer, report.faults)
             report.num_pairs, report.num_images = writer.num_pairs, writer.num_images
     except _NothingLeftError:

@@ -42,7 +42,9 @@ class Options:
 def run(options: Options) -> int:
     """Checks each split; returns 1 when there is a fault."""
     from cn_clip.data.checks import check_split
+    from cn_clip.files import settle
 
+    settle(options.data_dir)
     lmdb_dir = Path(options.lmdb_dir or Path(options.data_dir) / "lmdb")
     results = []
     for split in _splits(options, lmdb_dir):

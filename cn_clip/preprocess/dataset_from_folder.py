@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import itertools
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -145,9 +144,10 @@ def _listed(options: Options, faults: "list[Fault]") -> "list[tuple[RecordId, Pi
 def _write(
     options: Options, pictures: "list[tuple[RecordId, Picture]]", output: Path, faults: "list[Fault]"
 ) -> dict[str, _Split]:
-    from cn_clip.data.staging import scratch_folder
+    from cn_clip.data.records import DATASET
+    from cn_clip.files import written_together
 
-    with scratch_folder(output / "dataset") as scratch:
+    with written_together(output / DATASET, told=output) as scratch:
         splits = _write_images(options, pictures, scratch, faults)
         _write_texts(splits, scratch)
         if not splits:
@@ -156,7 +156,6 @@ def _write(
         for path in sorted(scratch.iterdir()):
             if (output / path.name).exists():
                 print(f"We will overwrite an existing file {output / path.name}", file=sys.stderr)
-            os.replace(path, output / path.name)
     return splits
 
 

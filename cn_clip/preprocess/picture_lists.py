@@ -148,6 +148,8 @@ def _csv_rows(table: Path, columns: list[str]) -> Iterator[Row]:
                 yield reader.line_num, row
     except UnicodeDecodeError as error:
         raise DataError(f"{table}: invalid UTF-8 near byte {error.start}; save the table as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{table}: cannot be read ({error.strerror})") from error
     except csv.Error as error:
         raise DataError(f"{table}:{reader.line_num}: not valid CSV ({error})") from error
 
@@ -160,7 +162,7 @@ def _parquet_rows(table: Path, columns: list[str]) -> Iterator[Row]:
             _require_columns(table, columns, file.schema_arrow.names)
             rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
             yield from enumerate(rows, start=1)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{table}: cannot be read as Parquet ({error})") from error
 
 

@@ -37,7 +37,7 @@ def run(options: Options) -> None:
     import torch
 
     from cn_clip.clip.checkpoint import read_openai_archive
-    from cn_clip.jsonl import atomic_write
+    from cn_clip.files import atomic_write
 
     target = options.new_ckpt_path or new_path(options.raw_ckpt_path)
     command.print_params(options)

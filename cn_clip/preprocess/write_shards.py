@@ -55,7 +55,7 @@ class Options:
 def run(options: Options) -> None:
     """Writes the folder; raises DataError when it holds something already, or at a pair that cannot be read."""
     from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore
-    from cn_clip.data.staging import staged_folder
+    from cn_clip.files import staged_folder
 
     say, output = command.Speaker(quiet=options.json), Path(options.output)
     source = Path(options.lmdb) if options.lmdb else Path(str(options.data_dir)) / "lmdb" / options.split
@@ -101,13 +101,11 @@ def _write(folder: Path, images: "ImageStore", pairs: "PairStore", shards: list[
 
     from tqdm import tqdm
 
-    from cn_clip.jsonl import atomic_write
-
     with tqdm(desc="writing shards", total=len(pairs), unit=" pairs", disable=None) as progress:
         for shard, numbers in enumerate(shards):
-            with atomic_write(folder / f"{shard:06d}.tar", "wb") as stream:
+            with open(folder / f"{shard:06d}.tar", "wb") as stream:
                 _write_shard(stream, images, _chosen(pairs, numbers, progress.update), shard)
-    with atomic_write(folder / SIZES_FILE) as stream:
+    with open(folder / SIZES_FILE, "w", encoding="utf-8") as stream:
         json.dump({f"{shard:06d}.tar": len(numbers) for shard, numbers in enumerate(shards)}, stream)
 
 

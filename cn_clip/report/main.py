@@ -119,7 +119,7 @@ class Options:
 
     def check_output(self) -> None:
         """Raises ConfigError where the page would take the place of what is read, or of what a run left."""
-        from cn_clip.jsonl import refuse_inputs
+        from cn_clip.files import refuse_inputs
 
         refuse_inputs("--output", self.output, [self.checkpoint, self.labels, self.templates, *self.picture])
         refuse_inputs("--output", self.output, self._files_of_run())
@@ -136,7 +136,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Writes the page, as a whole or not at all; raises CnClipError naming what cannot be read."""
-    from cn_clip.jsonl import atomic_write, replaceable
+    from cn_clip.files import atomic_write, replaceable
     from cn_clip.report.page import page
     from cn_clip.report.run_folder import read_run
 

@@ -1,7 +1,6 @@
 """The manifest of an index folder: which files count, and how long they are; `store` reads it, `writer` replaces it."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from cn_clip.digests import FileFacts, facts_of_bytes
 from cn_clip.errors import DataError, UnreadableError, is_absent
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write
 
 EngineName: TypeAlias = Literal["exact", "usearch"]
 VectorType: TypeAlias = Literal["float32", "float16"]
@@ -116,7 +115,6 @@ def write(folder: Path, manifest: Manifest) -> Manifest:
     content = {"format": FORMAT, **asdict(following)}
     with atomic_write(folder / NAME) as stream:
         json.dump({**content, "digest": _digest(content)}, stream, indent=1)
-    sync_folder(folder)
     return following
 
 
@@ -148,20 +146,6 @@ def read_whole(path: Path, facts: FileFacts) -> bytes:
 def unreadable(path: Path, error: OSError) -> DataError:
     """What to say of a file of an index that the system does not give."""
     return DataError(f"{path}: is missing; {ADVICE}") if is_absent(error) else UnreadableError.of(path, error)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last over a power cut, where the system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(handle)
-    except OSError:  # nor do some network disks sync them
-        pass
-    finally:
-        os.close(handle)
 
 
 def is_own(name: str) -> bool:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from cn_clip.digests import facts_of
 from cn_clip.errors import DataError
+from cn_clip.files import sync_folder
 from cn_clip.retrieval.blocks import DIGEST, Digests, MappedFile, digests_of, num_blocks
-from cn_clip.retrieval.manifest import ADVICE, SegmentFacts, VectorType, check_size, read_whole, sync_folder
+from cn_clip.retrieval.manifest import ADVICE, SegmentFacts, VectorType, check_size, read_whole
 
 ItemId: TypeAlias = int | str
 Metadata: TypeAlias = Mapping[str, Any]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cn_clip.digests import facts_of, is_folder, is_there, is_whole
 from cn_clip.errors import ConfigError, DataError, UnreadableError
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import alone, atomic_write, is_temporary, sync_folder
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.engines import (
     SMALLEST_GRAPH,
@@ -45,8 +45,8 @@ LOCK = ".lock"
 BUILDING = ".building"
 # A generation as it was before a repair, by its number: an index of its own.
 ASIDE = "before-repair-"
-# What `atomic_write` begins of the files of an index.
-_TEMPORARY = re.compile(r"\.(manifest\.json|removed-[0-9]{6,}\.npy)\..*-[0-9]+-\w+\.tmp")
+# The files of an index that `atomic_write` writes, as the names of its temporary folders begin.
+_WRITTEN = re.compile(r"\.(manifest\.json|removed-[0-9]{6,}\.npy)\..*")
 # So many segments of like size become one: then an index of n commits has some log(n) of them.
 SEGMENTS_OF_A_SIZE = 8
 # All is written anew once this share of the rows is removed.
@@ -73,8 +73,6 @@ def open_writer(
     the first commit on. Raises ConfigError when another process is writing or the folder holds something else,
     DataError when the index cannot be read or the folder not be written.
     """
-    from filelock import FileLock, Timeout
-
     with contextlib.ExitStack() as stack:
         try:
             if create is not None:
@@ -82,11 +80,7 @@ def open_writer(
                 _refuse_strange(folder)
             elif not is_folder(folder):
                 manifest.read(folder)
-            stack.enter_context(FileLock(os.fspath(folder / LOCK), timeout=0))
-        except Timeout as error:
-            raise ConfigError(
-                f"{folder}: another process is changing this index; wait for it, or choose another folder"
-            ) from error
+            stack.enter_context(alone(folder / LOCK, f"{folder}: another process is changing this index"))
         except UnreadableError:
             raise
         except OSError as error:
@@ -106,7 +100,7 @@ def _refuse_strange(folder: Path) -> None:
 
 
 def _is_temporary(name: str) -> bool:
-    return name == BUILDING or bool(_TEMPORARY.fullmatch(name))
+    return name == BUILDING or bool(is_temporary(name) and _WRITTEN.fullmatch(name))
 
 
 def _begin(folder: Path, create: Manifest) -> None:
@@ -224,7 +218,7 @@ class IndexWriter:
                     (building / name).parent.mkdir(parents=True, exist_ok=True)
                     _link(self.folder / name, building / name)
             os.replace(building, place)
-            manifest.sync_folder(self.folder)
+            sync_folder(self.folder)
         return place
 
     def finish(self) -> None:
@@ -268,7 +262,7 @@ class IndexWriter:
             _remove(rubbish)
         write_segment(building, rows, num_rows, self.manifest.model.embed_dim, self.manifest.vector_type)
         os.replace(building, place)
-        manifest.sync_folder(self.folder)
+        sync_folder(self.folder)
         return facts_of_segment(place, num_rows)
 
     def _write_removed(self, keys: IntArray) -> DerivedFacts:

@@ -24,6 +24,7 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cn_clip.files import HeldFolder
 from cn_clip.retrieval.store import Hit
 from cn_clip.serve import page_texts as texts
 from cn_clip.serve.app import thumbnail_path
@@ -31,7 +32,7 @@ from cn_clip.serve.limits import UPLOADS_HELD, VISITORS_HELD
 from cn_clip.serve.refusals import RefusalError
 from cn_clip.serve.schemas import ClassifyRequest, QueryPart, SearchRequest
 from cn_clip.serve.service import Service, known_id
-from cn_clip.serve.uploads import HeldFolder, Uploads
+from cn_clip.serve.uploads import Uploads, held_folder
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ def mount(app: FastAPI, service: Service, facts: Mapping[str, object]) -> None:
 def _mount(app: FastAPI, service: Service, facts: Mapping[str, object]) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Gradio's own folder is one for all users of a machine.
-    folder = HeldFolder()
+    folder = held_folder()
     os.environ["GRADIO_TEMP_DIR"] = str(folder.path)
     largest = service.limits.max_body_bytes
     uploads = Uploads(folder.path, most_bytes=UPLOADS_HELD * largest, largest=largest)

@@ -7,15 +7,13 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import stat
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path, PurePath
 
-from filelock import FileLock, Timeout
-
+from cn_clip.files import HeldFolder
 from cn_clip.serve.refusals import RefusalError
 
 log = logging.getLogger(__name__)
@@ -25,7 +23,7 @@ SWEEP_SECONDS = 60.0
 MAX_AGE = 900.0
 # Seconds after which the oldest uploads may have been deleted.
 RETRY_AFTER = 60
-_PREFIX, _LOCK = "cn-clip-page-", "lock"
+_PREFIX = "cn-clip-page-"
 _BLOCK = 512
 # What the smallest file or folder is charged with, that there be not too many of them.
 _LEAST_BYTES = 4096
@@ -35,48 +33,9 @@ _OVERHEAD = 3 * _LEAST_BYTES
 _OPEN_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 
 
-class HeldFolder:
-    """A new folder below that of temporary files, which this process holds by a lock until it removes it, or dies.
-
-    The next one to be made deletes the folders of this user that no process holds any more.
-    """
-
-    def __init__(self) -> None:
-        _delete_abandoned(Path(tempfile.gettempdir()))
-        while True:
-            self._parent = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
-            # The lock lies outside what is swept.
-            self._lock = FileLock(self._parent / _LOCK, thread_local=False)
-            self._lock.acquire()
-            if Path(self._lock.lock_file).exists():
-                break
-            # Another that starts took it before it was held, and deleted it.
-            self._lock.release()
-        self.path = self._parent / "uploads"
-        self.path.mkdir(mode=0o700)
-
-    def remove(self) -> None:
-        """Deletes it with all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.release()
-        shutil.rmtree(self._parent, ignore_errors=True)
-
-
-def _delete_abandoned(temporary: Path) -> None:
-    for folder in temporary.glob(f"{_PREFIX}*"):
-        lock = folder / _LOCK
-        with contextlib.suppress(OSError, Timeout):
-            # One without a lock file is being made just now.
-            if not (_is_own(folder, stat.S_ISDIR) and _is_own(lock, stat.S_ISREG)):
-                continue
-            with FileLock(lock, timeout=0):
-                shutil.rmtree(folder, ignore_errors=True)
-                log.info("%s: the uploads of a server that was killed are deleted", folder)
-
-
-def _is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
-    facts = os.lstat(path)
-    return is_kind(facts.st_mode) and facts.st_uid == getattr(os, "getuid", lambda: facts.st_uid)()
+def held_folder() -> HeldFolder:
+    """A new folder below that of temporary files; those of servers of this user that were killed are deleted."""
+    return HeldFolder(Path(tempfile.gettempdir()).resolve(), _PREFIX)
 
 
 class Uploads:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.extras import require
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

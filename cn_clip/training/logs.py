@@ -1,10 +1,14 @@
 """What a run writes for people: the log on the screen and in the file, in the lines of Chinese-CLIP."""
 
+import contextlib
 import logging
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from cn_clip import terminal
+from cn_clip.files import atomic_write
 
 logger = logging.getLogger("cn_clip")
 
@@ -12,7 +16,7 @@ LINE_FORMAT = "%(asctime)s | %(levelname)s | Rank {rank} | %(message)s"
 TIME_FORMAT = "%Y-%m-%d,%H:%M:%S"
 
 
-@contextmanager
+@contextlib.contextmanager
 def logging_to(path: Path, *, rank: int, debug: bool) -> Iterator[None]:
     """Sends this package's log to the screen and to `path` while the block runs.
 
@@ -21,7 +25,7 @@ def logging_to(path: Path, *, rank: int, debug: bool) -> Iterator[None]:
     formatter = logging.Formatter(LINE_FORMAT.format(rank=rank), datefmt=TIME_FORMAT)
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if rank == 0:
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        handlers.append(_LogFile(path, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
@@ -33,13 +37,34 @@ def logging_to(path: Path, *, rank: int, debug: bool) -> Iterator[None]:
     finally:
         for handler in handlers:
             logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # said when the line could not be written
+                handler.close()
         logger.level, logger.propagate = level, propagate
+
+
+class _LogFile(logging.FileHandler):
+    """A log without which the run goes on once it cannot be written: the disk may be full until the next checkpoint."""
+
+    is_lost = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.is_lost:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is that of logging
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self.is_lost = True
+        reason = f"{self.baseFilename}: cannot be written ({error.strerror})"
+        terminal.say(f"警告 / warning: {reason}; the run goes on without this log", to=sys.stderr)
 
 
 def log_params(values: dict[str, Any], path: Path) -> None:
     """Writes the settings to `params_*.txt` and to the log, sorted by name."""
-    path.write_text("".join(f"{name}: {values[name]}\n" for name in sorted(values)), encoding="utf-8")
+    with atomic_write(path) as stream:
+        stream.writelines(f"{name}: {values[name]}\n" for name in sorted(values))
     logger.info("Params:")
     for name in sorted(values):
         logger.info("  %s: %s", name, values[name])

@@ -4,7 +4,7 @@ import contextlib
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cn_clip import command, drop_in, ranks, settings, zoo
-from cn_clip.errors import CheckpointError, ConfigError, OutputError
+from cn_clip.errors import CheckpointError, CnClipError, ConfigError, OutputError
+from cn_clip.files import alone
 from cn_clip.training.params import RULES, Options
 
 if TYPE_CHECKING:
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
 
 __getattr__ = drop_in.names(__name__)
 
+LOCK = ".lock"
+
 
 def run(options: Options) -> None:
     """Trains to the last step; raises CnClipError with the reason when it cannot."""
 
-    from cn_clip.training import distributed, logs, state
+    from cn_clip.training import distributed, state
 
     # Python 3.14 starts workers by a server: it imports PyTorch once, else every worker would, at every epoch.
     multiprocessing.set_forkserver_preload(["__main__", "cn_clip.training.inputs"])
@@ -41,8 +44,32 @@ def run(options: Options) -> None:
     folder = Path(options.logs) / options.name
     started = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
     with contextlib.ExitStack() as stack:
+        refused: CnClipError | None = None
         try:
-            state.make_folder(folder / "checkpoints")
+            stack.enter_context(run_folder(options, folder, started))
+        except CnClipError as error:
+            refused = error
+        stack.enter_context(distributed.process_group(device))
+        distributed.together(partial(_raise, refused))  # none waits for one that cannot begin
+        stack.enter_context(state.explained_memory())
+        train_in_group(options, device, folder, started)
+
+
+@contextlib.contextmanager
+def run_folder(options: Options, folder: Path, started: str) -> Iterator[None]:
+    """The folder of a run, made, for this run alone, and its log; of several processes the first takes it for all.
+
+    Raises OutputError when it cannot be written, ConfigError when another run is at it.
+    """
+    from cn_clip.training import logs, state
+
+    with contextlib.ExitStack() as stack:
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            if ranks.rank() == 0:
+                busy = f"--name {options.name}: another process is training in {folder}"
+                stack.enter_context(alone(folder / LOCK, busy))
+                state.clear_leftovers(folder / "checkpoints")
             log = folder / f"out_{started}.log"
             stack.enter_context(logs.logging_to(log, rank=ranks.rank(), debug=options.debug))
         except OSError as error:
@@ -50,9 +77,12 @@ def run(options: Options) -> None:
                 f"--logs {options.logs}: the folder {folder} cannot be made or written ({error.strerror}); "
                 "choose another --logs"
             ) from error
-        stack.enter_context(distributed.process_group(device))
-        stack.enter_context(state.explained_memory())
-        train_in_group(options, device, folder, started)
+        yield
+
+
+def _raise(error: CnClipError | None) -> None:
+    if error is not None:
+        raise error
 
 
 def train_in_group(options: Options, device: "torch.device", folder: Path, started: str) -> None:

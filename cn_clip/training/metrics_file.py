@@ -10,7 +10,8 @@ from typing import IO, Any
 
 from cn_clip.digests import is_there
 from cn_clip.errors import CnClipError, DataError
-from cn_clip.jsonl import atomic_write, json_object, numbered_lines
+from cn_clip.files import atomic_write
+from cn_clip.jsonl import json_object, numbered_lines
 from cn_clip.training.logs import logger
 
 METRICS = "metrics.jsonl"

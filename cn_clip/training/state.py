@@ -13,13 +13,13 @@ from typing import IO, Any
 
 import torch
 
-from cn_clip import ranks, zoo
+from cn_clip import zoo
 from cn_clip.clip.checkpoint import Checkpoint, read_checkpoint
 from cn_clip.clip.foreign.names import refuse
 from cn_clip.clip.hub import weight_file
 from cn_clip.digests import is_file
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, lacked_memory
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write
 from cn_clip.settings import flag
 from cn_clip.training.logs import logger
 from cn_clip.training.params import Options
@@ -127,11 +127,12 @@ def _copy(source: IO[bytes], target: IO[bytes]) -> None:
     target.flush()
 
 
-def make_folder(checkpoint_dir: Path) -> None:
-    """Makes the folder of the checkpoints; rank 0 clears away what killed saves left half written. Raises OSError."""
-    checkpoint_dir.mkdir(parents=True, exist_ok=True)
-    if ranks.rank() == 0:
-        for path in checkpoint_dir.glob(".epoch*.tmp"):
+def clear_leftovers(checkpoint_dir: Path) -> None:
+    """Clears away what killed saves left half written; for the process that has the lock. Raises OSError."""
+    for path in checkpoint_dir.glob(".epoch*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:  # of an earlier version
             path.unlink()
 
 

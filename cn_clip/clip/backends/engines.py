@@ -12,9 +12,7 @@ import glob
 import importlib.util
 import json
 import math
-import os
 import re
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -41,7 +39,7 @@ from cn_clip.clip.backends.tensor_rt import (
 )
 from cn_clip.errors import CheckpointError, ConfigError, DataError, NotFiniteError
 from cn_clip.extras import require
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import HeldFolder, atomic_write, written_together
 
 # The shapes of engines in the cache: tuned for a batch of pictures or texts, good down to one.
 CACHED_BATCH, CACHED_MAX_BATCH, CACHED_LENGTH = 32, 128, 52
@@ -103,19 +101,15 @@ def build_engine(
     gpu = tensor_rt.find_gpu(device)
     given = _OnnxFile(Path(onnx_path))
     by_flag = _check_precision(trt, given, build)
-    with gpu.current(), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+    with gpu.current(), written_together(path) as folder, HeldFolder(path.parent, f".{path.name}.") as scratch:
         making = _Making(trt, gpu, build, say)
-        source = _typed_source(given, build, Path(scratch), by_flag=by_flag)
+        source = _typed_source(given, build, scratch.path, by_flag=by_flag)
         network = making.parsed(source, typed=not by_flag)
         facts, span = making.facts_and_span(network, kind, given)
-        made = Path(scratch) / path.name
+        made = folder / path.name
         made.write_bytes(making.serialized(network, span, by_flag=by_flag))
         _describe(made, trt, gpu, facts, span, build)
         cosine = _check_rows(given.path, made, kind, build, gpu)
-        # In between, the engine stands alone, which is no fault; another engine's description would be one.
-        description_path(path).unlink(missing_ok=True)
-        os.replace(made, path)
-        os.replace(description_path(made), description_path(path))
     return Built(str(path), trt.__version__, str(gpu), path.stat().st_size, time.monotonic() - started, cosine)
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from cn_clip.clip import hub
 from cn_clip.clip.backends.base import Kind
 from cn_clip.clip.backends.onnx_files import extra_path, move, onnx_path
 from cn_clip.errors import CheckpointError, ConfigError
-from cn_clip.jsonl import atomic_write
+from cn_clip.files import atomic_write, take
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.parity import Report
@@ -196,16 +195,9 @@ def _record(folder: Path, name: str, sizes: dict[str, int] | None) -> None:
 @contextlib.contextmanager
 def _alone(folder: Path, say: Announce = announce) -> Iterator[None]:
     """Holds the lock of a folder; says so when another process makes this one wait."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(os.fspath(folder / ".lock"))
     with _keeping(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=PATIENCE_S)
-        except Timeout:
-            say(f"{WAITING}: {folder}")
-            lock.acquire()
+        lock = take(folder / ".lock", f"{folder}: {WAITING}", waiting=say, patience_s=PATIENCE_S)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from cn_clip.clip.backends.base import Kind, TowerFacts
 from cn_clip.clip.file_kinds import what_it_is
 from cn_clip.errors import CheckpointError, DataError, lacked_memory
 from cn_clip.extras import require
+from cn_clip.files import settle
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -160,8 +161,12 @@ def _is_fact(name: str, value: object) -> bool:
 
 
 def missing_weights(path: str | Path) -> str | None:
-    """A sentence when the file, or the file of its outside weights, is not there; None when nothing is missing."""
+    """A sentence when the file, or the file of its outside weights, is not there; None when nothing is missing.
+
+    First an export that was killed while its files got their places is finished; raises DataError as `files.settle`.
+    """
     path = Path(path)
+    settle(path.parent)
     if not path.is_file():
         return f"{path}: no such file; export the model with deploy/pytorch_to_onnx.py"
     gone = [name for name in outside_files(path) if not (path.parent / name).exists()]

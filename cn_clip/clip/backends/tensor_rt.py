@@ -25,6 +25,7 @@ from cn_clip.clip.backends.onnx_files import INPUTS, MIDDLE, OUTPUTS, facts_of
 from cn_clip.clip.file_kinds import what_it_is
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
+from cn_clip.files import settle
 
 TOOL = "python cn_clip/deploy/onnx_to_tensorrt.py"
 DTYPES = {
@@ -155,6 +156,7 @@ class TensorRTModel:
         no engine, or one of another version of TensorRT or another kind of GPU.
         """
         self.path = str(engine_path)
+        settle(Path(engine_path).parent)
         trt = library()
         self.gpu = find_gpu(device)
         self.description = read_description(engine_path)
