@@ -1,6 +1,5 @@
 """The LMDB layout of a dataset split, `imgs` and `pairs`, as Chinese-CLIP lays it out; built and read only here."""
 
-import contextlib
 import io
 import os
 import pickle
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import lmdb
 
 from cn_clip.data.records import NUM_IMAGES_KEY, RecordId, canonical_id, decode_base64, id_from_key, id_key
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, reading
 
 IMAGES = "imgs"
 PAIRS = "pairs"
@@ -25,6 +24,7 @@ BATCH_BYTES = 16 * 2**20
 BATCH_ITEMS = 5000
 
 BUILD_AGAIN = "build the dataset again"
+_NOT_WRITTEN = "cannot be written"
 
 
 class Pair(NamedTuple):
@@ -35,17 +35,6 @@ class Pair(NamedTuple):
     text: str
 
 
-@contextlib.contextmanager
-def _explained(folder: "str | os.PathLike[str]", what: str, step: str) -> Iterator[None]:
-    """Turns errors of LMDB and of its folder into DataErrors: `FOLDER: WHAT (REASON); STEP`."""
-    place = os.fspath(folder)
-    try:
-        yield
-    except (lmdb.Error, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{place}: ")
-        raise DataError(f"{place}: {what} ({reason}); {step}") from error
-
-
 class LmdbWriter:
     """Writes one LMDB folder; the map doubles when it is full.
 
@@ -54,7 +43,7 @@ class LmdbWriter:
     """
 
     def __init__(self, folder: Path, count_key: bytes, *, map_bytes: int = FIRST_MAP_BYTES) -> None:
-        with _explained(folder, "cannot be written", "is the disk full, or the folder read-only?"):
+        with reading(folder, DataError, what=_NOT_WRITTEN, step="is the disk full, or the folder read-only?"):
             folder.mkdir(parents=True, exist_ok=True)
             # One sync at the end is enough: a folder that is not complete is never moved into place.
             self._env = lmdb.open(os.fspath(folder), map_size=map_bytes, sync=False, metasync=False, meminit=False)
@@ -73,7 +62,7 @@ class LmdbWriter:
             self._flush()
 
     def _flush(self) -> None:
-        with _explained(self._folder, "cannot be written", "is the disk full?"):
+        with reading(self._folder, DataError, what=_NOT_WRITTEN, step="is the disk full?"):
             while not self._put_batch():
                 self._env.set_mapsize(self._env.info()["map_size"] * 2)
         self._batch.clear()
@@ -99,7 +88,7 @@ class LmdbWriter:
             if kind is None:
                 self._batch.append((self._count_key, str(self.count).encode()))
                 self._flush()
-                with _explained(self._folder, "cannot be written", "is the disk full?"):
+                with reading(self._folder, DataError, what=_NOT_WRITTEN, step="is the disk full?"):
                     self._env.sync(True)
         finally:
             self._env.close()
@@ -170,7 +159,7 @@ def _environment(folder: str) -> Any:
 
 
 def _open(folder: str, num_bytes: int) -> Any:
-    with _explained(folder, "cannot be read as an LMDB", BUILD_AGAIN):
+    with reading(folder, DataError, what="cannot be read as an LMDB", step=BUILD_AGAIN):
         environment = lmdb.open(folder, readonly=True, create=False, lock=False, readahead=False, meminit=False)
         needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     if num_bytes < needed:  # reading behind the end of a memory-mapped file kills the process
@@ -198,7 +187,8 @@ class LmdbReader:
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, or None; a copy, safe to keep."""
-        with _explained(self.folder, f"cannot read key {key!r}", BUILD_AGAIN), self._env().begin() as transaction:
+        what = f"cannot read key {key!r}"
+        with reading(self.folder, DataError, what=what, step=BUILD_AGAIN), self._env().begin() as transaction:
             value: bytes | None = transaction.get(key)
         return value
 
@@ -209,7 +199,7 @@ class LmdbReader:
     def list_keys(self) -> Iterator[bytes]:
         """All keys in byte order."""
         with (
-            _explained(self.folder, "cannot list its keys", BUILD_AGAIN),
+            reading(self.folder, DataError, what="cannot list its keys", step=BUILD_AGAIN),
             self._env().begin() as transaction,
             transaction.cursor() as cursor,
         ):

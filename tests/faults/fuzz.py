@@ -1,0 +1,103 @@
+"""Damaged files for every reader, in forked children: a value or one sentence, no traceback, no signal, no hang."""
+
+import multiprocessing
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from faults.counts import Counts
+from faults.forked import reports
+from faults.readers import READERS, Inputs, Reader, quiet
+
+# Inputs of a reader between two looks at the clock.
+_ROUND = 50
+
+
+def fuzz(seconds: float, *, seed: int, processes: int, only: str = "") -> Counts:
+    """Damages files for `seconds`, in so many processes, each reader with its share of the time."""
+    total = Counts("fuzz")
+    begin = time.monotonic()
+    work = partial(_work, seconds=seconds, seed=seed, processes=processes, only=only)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+        for counts, lines in pool.map(work, range(processes)):
+            total.inputs += counts.inputs
+            total.found += counts.found
+            print("\n".join(lines), flush=True)
+    total.seconds = time.monotonic() - begin
+    return total
+
+
+def _work(worker: int, *, seconds: float, seed: int, processes: int, only: str) -> tuple[Counts, list[str]]:
+    """Every `processes`-th input from `worker` on, and what was taken of each reader."""
+    counts = Counts("fuzz")
+    until = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory(prefix="faults-") as root:
+        worlds = [
+            World(reader, Path(root) / str(number), seed, range(worker, 10**9, processes))
+            for number, reader in enumerate(READERS)
+            if only in reader.name
+        ]
+        while time.monotonic() < until or not all(world.taken for world in worlds):
+            min(worlds, key=lambda one: one.seconds / one.reader.weight).go_on(counts, until)
+    return counts, [f"[fuzz] {one.reader.name}: {one.taken} inputs, {one.seconds:.0f} s" for one in worlds]
+
+
+class World:
+    """A reader, its valid files, and how far it has come."""
+
+    def __init__(self, reader: Reader, folder: Path, seed: int, numbers: range) -> None:
+        self.reader, self.folder, self.seed = reader, folder, seed
+        self.taken, self.seconds = 0, 0.0
+        self._numbers = iter(numbers)
+        self._inputs: Inputs | None = None
+        self._sound = ""
+
+    def go_on(self, counts: Counts, until: float = float("inf")) -> None:
+        """Takes the next inputs; makes the valid files first."""
+        begin = time.monotonic()
+        inputs = self.inputs()
+        for number, line, number_of_signal in reports(
+            partial(inputs.take, sound=self._sound), islice(self._numbers, _ROUND)
+        ):
+            self.taken += 1
+            where = f"{self.reader.name}, seed {self.seed}, input {number}"
+            if line is None:
+                name = signal.Signals(number_of_signal).name if number_of_signal else "did not end in time"
+                inputs.restore(number)
+                counts.add("signal", f"{where}: {name}")
+            else:
+                outcome, _, what = line.partition("\t")
+                counts.add(outcome, f"{where}: {what}")  # type: ignore[arg-type]
+            if time.monotonic() > until:
+                break
+        self.seconds += time.monotonic() - begin
+
+    def inputs(self) -> Inputs:
+        """The inputs over the valid files, which a child makes: nothing that it starts stays in this process."""
+        if self._inputs is None:
+            self.folder.mkdir(parents=True)
+            _once(lambda: self.reader.make(self.folder), f"{self.reader.name}: its files cannot be made")
+            self._inputs = inputs = Inputs(self.reader, self.folder, self.seed)
+            self._sound = _once(inputs.value, f"{self.reader.name}: its valid files cannot be read")
+        return self._inputs
+
+
+def _once(do: Callable[[], object], what: str) -> str:
+    def take(_: int) -> str:
+        try:
+            with quiet():
+                return f"done\t{do()}"
+        except BaseException as error:
+            return f"failed\t{''.join(traceback.format_exception(error))[-1500:]}"
+
+    ((_, line, number_of_signal),) = reports(take, [0], seconds=300)
+    state, _, value = (line or f"signal {number_of_signal}\t").partition("\t")
+    if state != "done":
+        raise RuntimeError(f"{what}: {line or state}")
+    return value
