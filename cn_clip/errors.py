@@ -1,6 +1,8 @@
 """The error tree: everything this package raises on purpose, so that callers can catch one type."""
 
 import contextlib
+import errno
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +22,27 @@ class DataError(CnClipError, ValueError):
 
 class OutputError(DataError, OSError):
     """A file cannot be written; `strerror` says why."""
+
+
+class UnreadableError(DataError, OSError):
+    """A file that is there, or may be, cannot be read just now; `strerror` says why."""
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], cause: OSError, advice: str = "is the disk there?") -> "UnreadableError":
+        """Names the file, what the system said, and what to do."""
+        error = cls(f"{os.fspath(path)}: cannot be read just now ({reason_of(cause)}); {advice}")
+        error.strerror = cause.strerror or str(cause)
+        return error
+
+
+def reason_of(error: OSError) -> str:
+    """What the system said, in words and as a number."""
+    return (error.strerror or str(error)) + ("" if error.errno is None else f", errno {error.errno}")
+
+
+def is_absent(error: BaseException | None) -> bool:
+    """Whether the system says that there is no such file. Whatever else it says may be over in a minute."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR)
 
 
 class CheckpointError(CnClipError, RuntimeError):
@@ -76,13 +99,13 @@ def reading(
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         known = None if look is None else look(place)
-        raise error_type(f"{place}: {known or f'{what} ({reason_of(error, place)}); {step}'}") from error
+        raise error_type(f"{place}: {known or f'{what} ({first_sentence(error, place)}); {step}'}") from error
 
 
 _LONGEST_REASON = 300
 
 
-def reason_of(error: BaseException, place: object = None) -> str:
+def first_sentence(error: BaseException, place: object = None) -> str:
     """The first sentence of what an error says, without the path `place` before it; its type where it says nothing."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -28,7 +28,7 @@ from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.parity import Reference
 from cn_clip.clip.checkpoint import read_checkpoint, read_openai_archive
 from cn_clip.clip.foreign import names, snapshots
-from cn_clip.errors import CheckpointError, DataError, DownloadError, reading, reason_of
+from cn_clip.errors import CheckpointError, DataError, DownloadError, first_sentence, reading
 from cn_clip.eval.feature_files import read_features
 from cn_clip.preprocess.picture_lists import pictures_from_table
 from cn_clip.training.optim import build_optimizer, decay_groups, load_optimizer_state, optimizer_state
@@ -80,7 +80,7 @@ def test_what_a_file_really_is_comes_instead_of_what_its_reader_says() -> None:
         reading("f.bin", DataError, step="copy it again", look=look),
     ):
         raise ValueError("bad magic")
-    assert len(reason_of(RuntimeError("x" * 10_000))) == 300
+    assert len(first_sentence(RuntimeError("x" * 10_000))) == 300
 
 
 # --- weights

@@ -18,7 +18,7 @@ from cn_clip.clip import hf, low_rank, torchscript
 from cn_clip.clip.file_formats import is_torchscript, only_tensors, read_content
 from cn_clip.clip.foreign.names import refuse
 from cn_clip.clip.hf_inputs import check_inputs
-from cn_clip.errors import CheckpointError, reason_of
+from cn_clip.errors import CheckpointError, first_sentence
 from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, TextConfig, VisionConfig, text_config, vision_config
 
 POSITION_KEYS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
@@ -168,7 +168,9 @@ def _named(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: the attention weights are not of one model ({reason_of(error)})") from error
+        raise CheckpointError(
+            f"{path}: the attention weights are not of one model ({first_sentence(error)})"
+        ) from error
 
 
 def read_openai_archive(path: str | Path) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from cn_clip import zoo
 from cn_clip.clip.foreign.names import refuse
+from cn_clip.digests import add_file
 from cn_clip.errors import CheckpointError, CnClipError, DownloadError
 from cn_clip.extras import require
 from cn_clip.zoo import Published
@@ -31,7 +32,6 @@ DEFAULT_MODELSCOPE_DOMAIN = "www.modelscope.cn"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Weights, their index and the configuration in a transformers folder.
 _OF_A_FOLDER = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|config\.json")
-_CHUNK_BYTES = 1 << 22
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -228,9 +228,7 @@ def _check(part: Path, *, size: int | None, sha256: str | None) -> None:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
+    add_file(digest, path)
     return digest.hexdigest()
 
 

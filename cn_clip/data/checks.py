@@ -19,7 +19,8 @@ from cn_clip.data.records import (
     read_image_records,
     read_text_records,
 )
-from cn_clip.errors import DataError
+from cn_clip.digests import is_file, is_there
+from cn_clip.errors import DataError, UnreadableError
 
 _WINDOW_RECORDS = 64
 
@@ -185,26 +186,30 @@ def check_split(
     result = SplitCheck(split)
     images_file, texts_file = images_path(data_dir, split), texts_path(data_dir, split)
     stores = _open_stores(lmdb_folder, result)
-    if stores and not images_file.exists() and not texts_file.exists():
+    try:
+        absent = [path for path in (images_file, texts_file) if not is_file(path)]
+    except UnreadableError as error:  # no word on what else there is: it would be compared with nothing
+        result.faults.append(Fault(str(data_dir), None, str(error)))
+        return result
+    if stores and len(absent) == 2:
         _check_stores(stores, result, check)
         return result
-    for path in (images_file, texts_file):
-        if not path.is_file():
-            result.faults.append(Fault(str(path), None, "no such file; a split has _imgs.tsv and _texts.jsonl"))
-    images = checked_images(images_file, check=check, num_workers=num_workers) if images_file.is_file() else ()
+    for path in absent:
+        result.faults.append(Fault(str(path), None, "no such file; a split has _imgs.tsv and _texts.jsonl"))
+    images = checked_images(images_file, check=check, num_workers=num_workers) if images_file not in absent else ()
     known = _check_images(images, stores, result)
-    texts = checked_texts(texts_file, known, images_file=images_file) if texts_file.is_file() else ()
+    texts = checked_texts(texts_file, known, images_file=images_file) if texts_file not in absent else ()
     _check_texts(texts, stores, result)
     return result
 
 
 def _open_stores(folder: Path, result: SplitCheck) -> "tuple[ImageStore, PairStore] | None":
-    if not folder.exists():
-        return None
     try:
+        if not is_there(folder):
+            return None
         images, pairs = ImageStore(folder / IMAGES), PairStore(folder / PAIRS)
-        if images.num_images != len(images):
-            message = f"num_images says {images.num_images}, but it holds {len(images)} pictures; build it again"
+        if images.num_images != len(images.listed):
+            message = f"num_images says {images.num_images}, but it holds {len(images.listed)} pictures; build it again"
             result.faults.append(Fault(images.folder, None, message))
     except DataError as error:
         result.faults.append(Fault(str(folder), None, str(error)))
@@ -231,7 +236,7 @@ def _check_images(
     result.num_images = len(known)
     if stores:
         message = "has no sound line in the tsv file; build the LMDB again"
-        surplus = [image_id for image_id in stores[0].ids if image_id not in known]
+        surplus = [image_id for image_id in stores[0].listed if image_id not in known]
         result.faults.extend(Fault(stores[0].folder, None, f"image id {x!r} {message}", x) for x in surplus)
     return known
 
@@ -272,14 +277,14 @@ def _pair_faults(store: PairStore, expected: list[tuple[Pair, int]]) -> Iterator
 
 def _check_stores(stores: "tuple[ImageStore, PairStore]", result: SplitCheck, check: PictureCheck) -> None:
     images, pairs = stores
-    for image_id in images.ids:
+    for image_id in images.listed:
         try:
             result.num_deep += check_picture(images.picture(image_id), check)
             result.num_images += 1
         except DataError as error:
             message = str(error).removeprefix(f"{images.folder}: image id {image_id!r}: ")
             result.faults.append(Fault(images.folder, None, f"image id {image_id!r}: {message}", image_id))
-    known, texts = set(images.ids), dict[RecordId, str]()
+    known, texts = set(images.listed), dict[RecordId, str]()
     for index in range(len(pairs)):
         try:
             pair = pairs[index]

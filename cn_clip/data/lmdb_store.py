@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import lmdb
 
 from cn_clip.data.records import NUM_IMAGES_KEY, RecordId, canonical_id, decode_base64, id_from_key, id_key
-from cn_clip.errors import DataError, reading
+from cn_clip.digests import is_file
+from cn_clip.errors import DataError, UnreadableError, is_absent, reading
 
 IMAGES = "imgs"
 PAIRS = "pairs"
@@ -24,7 +25,6 @@ BATCH_BYTES = 16 * 2**20
 BATCH_ITEMS = 5000
 
 BUILD_AGAIN = "build the dataset again"
-_NOT_WRITTEN = "cannot be written"
 
 
 class Pair(NamedTuple):
@@ -35,6 +35,10 @@ class Pair(NamedTuple):
     text: str
 
 
+def _writing(folder: Path, step: str = "is the disk full?") -> contextlib.AbstractContextManager[None]:
+    return reading(folder, DataError, what="cannot be written", step=step)
+
+
 class LmdbWriter:
     """Writes one LMDB folder; the map doubles when it is full.
 
@@ -43,7 +47,7 @@ class LmdbWriter:
     """
 
     def __init__(self, folder: Path, count_key: bytes, *, map_bytes: int = FIRST_MAP_BYTES) -> None:
-        with reading(folder, DataError, what=_NOT_WRITTEN, step="is the disk full, or the folder read-only?"):
+        with _writing(folder, "is the disk full, or the folder read-only?"):
             folder.mkdir(parents=True, exist_ok=True)
             # One sync at the end is enough: a folder that is not complete is never moved into place.
             self._env = lmdb.open(os.fspath(folder), map_size=map_bytes, sync=False, metasync=False, meminit=False)
@@ -62,7 +66,7 @@ class LmdbWriter:
             self._flush()
 
     def _flush(self) -> None:
-        with reading(self._folder, DataError, what=_NOT_WRITTEN, step="is the disk full?"):
+        with _writing(self._folder):
             while not self._put_batch():
                 self._env.set_mapsize(self._env.info()["map_size"] * 2)
         self._batch.clear()
@@ -88,7 +92,7 @@ class LmdbWriter:
             if kind is None:
                 self._batch.append((self._count_key, str(self.count).encode()))
                 self._flush()
-                with reading(self._folder, DataError, what=_NOT_WRITTEN, step="is the disk full?"):
+                with _writing(self._folder):
                     self._env.sync(True)
         finally:
             self._env.close()
@@ -141,6 +145,8 @@ def _environment(folder: str) -> Any:
     try:
         status = data_file.stat()
     except OSError as error:
+        if not is_absent(error):
+            raise UnreadableError.of(data_file, error) from error
         raise DataError(
             f"{folder}: no LMDB is here ({error.strerror}: data.mdb); give a folder that "
             "build_lmdb_dataset.py made, such as .../lmdb/train/imgs"
@@ -159,7 +165,7 @@ def _environment(folder: str) -> Any:
 
 
 def _open(folder: str, num_bytes: int) -> Any:
-    with reading(folder, DataError, what="cannot be read as an LMDB", step=BUILD_AGAIN):
+    with reading(folder, UnreadableError, what="cannot be read as an LMDB", step=BUILD_AGAIN):
         environment = lmdb.open(folder, readonly=True, create=False, lock=False, readahead=False, meminit=False)
         needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     if num_bytes < needed:  # reading behind the end of a memory-mapped file kills the process
@@ -188,7 +194,7 @@ class LmdbReader:
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, or None; a copy, safe to keep."""
         what = f"cannot read key {key!r}"
-        with reading(self.folder, DataError, what=what, step=BUILD_AGAIN), self._env().begin() as transaction:
+        with reading(self.folder, UnreadableError, what=what, step=BUILD_AGAIN), self._env().begin() as transaction:
             value: bytes | None = transaction.get(key)
         return value
 
@@ -199,7 +205,7 @@ class LmdbReader:
     def list_keys(self) -> Iterator[bytes]:
         """All keys in byte order."""
         with (
-            reading(self.folder, DataError, what="cannot list its keys", step=BUILD_AGAIN),
+            reading(self.folder, UnreadableError, what="cannot list its keys", step=BUILD_AGAIN),
             self._env().begin() as transaction,
             transaction.cursor() as cursor,
         ):
@@ -223,15 +229,30 @@ class ImageStore:
         """Opens an `imgs` folder; raises DataError when it is none."""
         self._reader = LmdbReader(folder)
         self.folder = self._reader.folder
+        # As many as it says it holds.
         self.num_images = self._reader.stored_count(NUM_IMAGES_KEY)
         self._ids: list[RecordId] | None = None
 
     @property
     def ids(self) -> list[RecordId]:
-        """The ids in LMDB byte order of their keys."""
+        """The ids in LMDB byte order of their keys; raises DataError when they are not as many as it says.
+
+        Then some were lost, or stayed from a build before: Chinese-CLIP builds into a folder without emptying it.
+        """
+        if len(self.listed) != self.num_images:
+            raise DataError(
+                f"{self.folder}: num_images says {self.num_images}, but it holds {len(self.listed)} pictures; "
+                f"{BUILD_AGAIN}"
+            )
+        return self.listed
+
+    @property
+    def listed(self) -> list[RecordId]:
+        """As `ids`, however many they are."""
         if self._ids is None:
+            keys = list(self._reader.list_keys())
             try:
-                self._ids = [id_from_key(key) for key in self._reader.list_keys() if key != NUM_IMAGES_KEY]
+                self._ids = [id_from_key(key) for key in keys if key != NUM_IMAGES_KEY]
             except DataError as error:
                 raise DataError(f"{self.folder}: {error}") from error
         return self._ids
@@ -301,5 +322,5 @@ class PairStore:
 
 
 def is_split_folder(folder: Path) -> bool:
-    """Whether a folder holds both parts of a built split."""
-    return all((folder / part / "data.mdb").is_file() for part in (IMAGES, PAIRS))
+    """Whether a folder holds both parts of a built split; raises UnreadableError."""
+    return all(is_file(folder / part / "data.mdb") for part in (IMAGES, PAIRS))

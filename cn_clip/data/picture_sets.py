@@ -18,7 +18,8 @@ from cn_clip.clip.pictures import decoded_batches
 from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.digests import is_folder
+from cn_clip.errors import ConfigError, DataError, UnreadableError
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class ClassFolders:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Lists the files; raises DataError when there is no class folder, or one without a picture."""
         root = Path(folder)
-        if not root.is_dir():
+        if not is_folder(root):
             raise DataError(f"{root}: no such folder; expected one sub-folder of pictures per class")
         self.classes = sorted(
             entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
@@ -166,9 +167,13 @@ def _pictures(folder: Path, others: list[str]) -> list[str]:
 
 
 def _places(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """The folders below, links followed, each once, with the names in them."""
+    """The folders below, links followed, each once, with the names in them; raises UnreadableError."""
     seen: set[str] = set()
-    for place, below, names in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise UnreadableError.of(error.filename, error) from error
+
+    for place, below, names in os.walk(folder, followlinks=True, onerror=refuse):
         below[:] = sorted(name for name in below if not name.startswith("."))
         real = os.path.realpath(place)
         if real in seen:

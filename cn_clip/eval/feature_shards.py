@@ -8,15 +8,16 @@ appear whole, in any order, and carry the key of the manifest. So what is finish
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from cn_clip.data.records import RecordId
 from cn_clip.data.storage import Storage
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.digests import is_file
+from cn_clip.errors import ConfigError, DataError, UnreadableError, is_absent
 from cn_clip.eval.feature_rows import Features, FloatArray, IdField, check_finite
 from cn_clip.eval.feature_tables import parquet_bytes, parquet_facts, read_parquet_parts
 
@@ -149,12 +150,24 @@ def _read_report(folder: Storage, manifest: Manifest, shard: Shard) -> Finished 
     """What a file says of itself, None when it is not this shard of this job."""
     try:
         with folder.child(shard.name).open() as stream:
-            num_rows, facts = parquet_facts(stream)
-        skipped = tuple(Skipped(*one) for one in facts["skipped"])
-        is_this = (facts["key"], facts["shard"]) == (manifest.key, list(shard))
-    except (DataError, KeyError, TypeError):
+            return _report_of(stream, manifest, shard)
+    except DataError:
         return None
-    return Finished(num_rows, skipped) if is_this and num_rows + len(skipped) == shard.stop - shard.start else None
+
+
+def _report_of(stream: BinaryIO, manifest: Manifest, shard: Shard) -> Finished:
+    """Raises DataError when a file is damaged, or not this shard of this job."""
+    num_rows, facts = parquet_facts(stream)
+    try:
+        skipped = tuple(Skipped(*one) for one in facts["skipped"])
+        key, place = facts["key"], facts["shard"]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"does not say of which extraction it is ({error})") from error
+    if key != manifest.key:
+        raise DataError(f"is of another extraction, by its key {key!r}; that of the manifest is {manifest.key!r}")
+    if place != list(shard) or num_rows + len(skipped) != shard.stop - shard.start:
+        raise DataError(f"holds {num_rows} rows of the inputs {place}; expected those of {list(shard)}")
+    return Finished(num_rows, skipped)
 
 
 def write_shard(
@@ -180,34 +193,42 @@ def write_shard(
 
 
 def is_shard_folder(path: Path) -> bool:
-    """Whether a local folder holds shards that this package wrote."""
-    return (path / MANIFEST).is_file()
+    """Whether a local folder holds shards that this package wrote; raises UnreadableError."""
+    return is_file(path / MANIFEST)
 
 
 def read_shards(folder: Path, field: IdField) -> Features:
     """All rows of a local folder, in the order of the inputs.
 
-    Raises DataError for shards that are missing, and as `feature_tables.read_parquet_parts`.
+    Raises DataError for shards that are missing or of another extraction, and as `feature_tables.read_parquet_parts`.
     """
     place = folder / MANIFEST
     try:
         manifest = read_manifest(place.read_bytes(), str(place))
     except OSError as error:
+        if not is_absent(error):
+            raise UnreadableError.of(place, error) from error
         raise DataError(
             f"{folder}: is a folder without {MANIFEST}; expected a feature file, or what "
             "`cn-clip features --engine ray` wrote into its --output"
         ) from error
     if manifest.field != field:
         raise DataError(f"{folder}: no {field}, only {manifest.field}; is this the folder of the other modality?")
-    parts = list(_part_paths(folder, manifest))
-    missing = [path.name for path in parts if not path.is_file()]
+    shards = {folder / shard.name: shard for shard in manifest.shards()}
+    missing = [path.name for path in shards if not is_file(path)]
     if missing:
         raise DataError(
-            f"{folder}: {len(missing)} of {len(parts)} shards are missing ({missing[0]}); run the extraction again, it "
-            "goes on where it stopped"
+            f"{folder}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}); run the extraction again, "
+            "it goes on where it stopped"
         )
-    return read_parquet_parts(folder, parts, field)
-
-
-def _part_paths(folder: Path, manifest: Manifest) -> Iterator[Path]:
-    return (folder / shard.name for shard in manifest.shards())
+    for path, shard in shards.items():
+        try:
+            with open(path, "rb") as stream:
+                _report_of(stream, manifest, shard)
+        except OSError as error:
+            raise UnreadableError.of(path, error) from error
+        except DataError as error:
+            raise DataError(
+                f"{path}: {error}; run the extraction again, which makes the shards that are not of {MANIFEST}"
+            ) from error
+    return read_parquet_parts(folder, list(shards), field)

@@ -23,13 +23,12 @@ from cn_clip.data.bulk_pictures import Part
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId
 from cn_clip.data.storage import Storage, StorageError
+from cn_clip.digests import add_file
 from cn_clip.errors import CnClipError, ConfigError, DataError
 from cn_clip.eval import backends
 from cn_clip.eval.feature_rows import FloatArray
 from cn_clip.eval.feature_shards import Finished, Manifest, Shard, Skipped, write_shard
 from cn_clip.eval.ray_settings import OnError
-
-_BLOCK_BYTES = 2**22
 
 
 class Options(backends.ModelOptions, Protocol):
@@ -167,12 +166,9 @@ def _encode(encoder: Encoder, part: Part, options: Options) -> tuple[list[Skippe
 def weights_digest(options: backends.ModelOptions) -> str:
     """A digest of the bytes of the weights; raises CheckpointError when there are none, DownloadError."""
     digest = hashlib.blake2b(digest_size=8)
-    block = bytearray(_BLOCK_BYTES)
     for path in _weight_files(options):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with open(path, "rb", buffering=0) as stream:
-            while size := stream.readinto(block):
-                digest.update(memoryview(block)[:size])
+        add_file(digest, path)
     return digest.hexdigest()
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cn_clip import command
+from cn_clip import command, settings
 from cn_clip.errors import ConfigError
 from cn_clip.index.options import AddOptions, IndexPlace
 
@@ -18,28 +18,35 @@ class Options(AddOptions):
     """Lists what is damaged; exits with status 1 when something is and stays so, or items are lost.
 
     With --repair the graph is made from the vectors, and vectors from the pictures, as they are now, where these still
-    are. Beyond repair are the manifest and the list of removed items.
+    are. Beyond repair are the manifest and the list of removed items. The index as it was is kept in a folder inside.
     """
 
     index: IndexPlace
     """The folder of the index"""
     repair: bool = False
     """Repair; items of which neither vector nor picture is left are dropped and counted"""
+    discard: bool = False
+    """Keep nothing of what --repair takes away"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settings.check(self, [settings.needs("discard", "repair", refused=True)])
 
 
 def run(options: Options) -> int:
     """Checks and repairs; raises DataError when the manifest or the list of removed items is beyond repair."""
     from cn_clip.index import repairing
-    from cn_clip.retrieval import inspection, manifest, places
+    from cn_clip.retrieval import inspection, places
 
     say, folder = command.Speaker(quiet=options.json), places.place_of(options.index)
     if not isinstance(folder, Path):
         raise ConfigError(f"{folder}: Milvus looks after its own files; this command is for folders")
-    facts = manifest.read(folder)
-    found = list(inspection.inspect(folder, facts))
+    facts, found = inspection.inspect(folder)
     for damage in found:
         say(f"损坏 / damaged: {folder / damage.path}: {damage.reason}")
-    result = repairing.repair(options, folder, facts, found, say) if found and options.repair else None
+    result = None
+    if found and options.repair:
+        result = repairing.repair(options, folder, facts, found, say, keep_aside=not options.discard)
     if not found:
         say(f"完好 / whole: {folder}, {facts.num_items} items")
     if found and not options.repair:
@@ -57,6 +64,7 @@ def run(options: Options) -> int:
             "lost": lost,
             "num_lost": num_lost,
             "num_without_thumbnails": result.num_bare if result else 0,
+            "kept_aside": str(result.aside) if result and result.aside else None,
         }
     )
     return int(bool(remaining) or num_lost > 0)

@@ -15,7 +15,7 @@ from cn_clip.clip.backends.base import Pixels, named
 from cn_clip.clip.pictures import decoded_batches
 from cn_clip.clip.transforms import in_8_bits
 from cn_clip.data.pictures import open_picture
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, reason_of
 from cn_clip.index.sources import OWN_FIELDS, Candidate, Skipped, Table, row_of
 from cn_clip.retrieval.places import Writer
 from cn_clip.retrieval.segments import ItemId
@@ -96,11 +96,15 @@ class Ingest:
 
     def add(self, candidates: Sequence[Candidate], table: Table | None = None, id_prefix: str = "") -> None:
         """Adds what is new or has changed; raises DataError when the index cannot be written."""
+        self.read(candidates, table, id_prefix)
+        self.commit()
+
+    def read(self, candidates: Sequence[Candidate], table: Table | None = None, id_prefix: str = "") -> None:
+        """As `add`, but for what `commit` is still to write."""
         pending = [one for one in candidates if not self._is_unchanged(one, table, id_prefix)]
         self._total, self.summary.unchanged = len(candidates), len(candidates) - len(pending)
         if pending:
             self._encode([self._with_row(one, table, id_prefix) for one in pending])
-        self._commit()
 
     def keep(self, items: Iterable[NewItem]) -> None:
         """Adds items as they are with the next commit, unless a picture of the same id comes before it."""
@@ -163,7 +167,7 @@ class Ingest:
                 facts = {"width": image.width, "height": image.height}
                 return _Prepared(candidate, b"", digest, False, facts, thumbnail(image, size) if size else b"")
             except OSError as error:
-                return Skipped(candidate.id, f"cannot be read ({error.strerror or error})", is_gone=False)
+                return Skipped(candidate.id, f"cannot be read ({reason_of(error)})", is_gone=False)
             except (DataError, ValueError) as error:
                 return Skipped(candidate.id, str(error))
 
@@ -220,9 +224,10 @@ class Ingest:
         self._known[item_id] = metadata
         self._buffer[item_id] = NewItem(item_id, np.array(vector_D), metadata, small)
         if len(self._buffer) >= self.settings.commit_every:
-            self._commit()
+            self.commit()
 
-    def _commit(self) -> None:
+    def commit(self) -> None:
+        """Writes what was read, and reports it."""
         self.writer.commit(list(self._buffer.values()))
         self._buffer.clear()
         self.report(self.summary.num_done, self._total)

@@ -12,6 +12,7 @@ from cn_clip.clip.backends.onnx_files import extra_path
 from cn_clip.clip.backends.opening import open_backend, settle_precision
 from cn_clip.clip.foreign.names import absolute, files_of, is_foreign
 from cn_clip.command import Speaker
+from cn_clip.digests import add_file
 from cn_clip.retrieval.manifest import ModelInfo
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from cn_clip.clip.encoder import Encoder
     from cn_clip.clip.transforms import Decode
     from cn_clip.index.options import ModelOptions
-
-BLOCK = 1 << 20
 
 
 def open_encoder(
@@ -106,7 +105,5 @@ def _files_of_towers(backend: ExportedBackend) -> list[Path]:
 def _fingerprint_of_files(paths: Sequence[Path]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for path in paths:
-        with open(path, "rb") as stream:
-            while block := stream.read(BLOCK):
-                digest.update(block)
+        add_file(digest, path)
     return f"file:{digest.hexdigest()}"

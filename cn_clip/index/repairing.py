@@ -10,18 +10,24 @@ from typing import Any
 
 from cn_clip.command import Speaker
 from cn_clip.data.lmdb_store import ImageStore
-from cn_clip.errors import CnClipError
+from cn_clip.digests import is_file
+from cn_clip.errors import ConfigError, DataError
 from cn_clip.eval.feature_files import Features, read_features
 from cn_clip.index.building import Model, listed
 from cn_clip.index.ingest import Ingest, Settings
 from cn_clip.index.options import AddOptions
 from cn_clip.index.show import shown
 from cn_clip.index.sources import Candidate, is_feature_file, read_file
-from cn_clip.retrieval import inspection, manifest
+from cn_clip.retrieval import inspection
 from cn_clip.retrieval.inspection import Damage
 from cn_clip.retrieval.manifest import Manifest
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.writer import NewItem, open_writer
+
+_UNCHANGED = (
+    "nothing was changed: see that the disk is there and repair again; a file that can never be read again counts as "
+    "gone once it is moved away"
+)
 
 
 @dataclass
@@ -29,7 +35,7 @@ class Result:
     """What became of a repair.
 
     lost: items that are gone; num_nameless: those of which not even the id is left; num_bare: those kept whose
-    thumbnails are gone; remaining: damage that is still there.
+    thumbnails are gone; remaining: damage that is still there; aside: the index as it was before.
     """
 
     num_items: int = 0
@@ -37,25 +43,42 @@ class Result:
     num_nameless: int = 0
     num_bare: int = 0
     remaining: list[Damage] = field(default_factory=list)
+    aside: Path | None = None
 
 
-def repair(options: AddOptions, folder: Path, facts: Manifest, found: Sequence[Damage], say: Speaker) -> Result:
-    """Repairs in one step: until it is done, the index is as it was. Raises CnClipError when it cannot be."""
-    inspection.require_removed(folder, facts)
+def repair(
+    options: AddOptions, folder: Path, facts: Manifest, found: Sequence[Damage], say: Speaker, *, keep_aside: bool
+) -> Result:
+    """Repairs in one step: until it is done, the index is as it was. Raises CnClipError when it cannot be.
+
+    keep_aside: segments that it takes away stay in an index of their own. What cannot be read just now, a file of the
+    index or a picture, is not gone: nothing is changed then, and DataError names it.
+    """
+    unread = next((damage for damage in found if damage.is_unread), None)
+    if unread is not None:
+        raise DataError(f"{folder / unread.path}: {unread.reason}; {_UNCHANGED}")
+    inspection.require_removed(folder, facts, found)
     names = {segment.name for segment in facts.segments} & {damage.owner for damage in found}
     rescued = _rescue(folder, facts, names, found)
     result, model = rescued.result, Model(options, folder, say)
     with open_writer(folder, without=names) as writer:
+        if writer.manifest.generation != facts.generation:
+            raise ConfigError(f"{folder}: another process has changed this index meanwhile; repair it again")
         # All goes into one commit, with which the damaged segments cease to count.
         settings = Settings(options.batch_size, options.num_workers, sys.maxsize, options.thumbnail_size)
         ingest = Ingest(writer, model.encoder, settings, lambda done, total: None)
         ingest.keep(rescued.ready.values())
-        ingest.add(rescued.pictures)
+        ingest.read(rescued.pictures)
+        if away := next((one for one in ingest.summary.skipped if not one.is_gone), None):
+            raise DataError(f"{shown(away.id)}: {away.reason}; {_UNCHANGED}")
+        if names and keep_aside:
+            result.aside = writer.keep_aside()
+        ingest.commit()
         result.lost += [one.id for one in ingest.summary.skipped if one.id not in rescued.ready]
         writer.finish()
         result.num_items = len(writer)
         result.num_bare = sum(not writer.stored(one).thumbnail for one in rescued.bare if one in writer)
-    result.remaining = list(inspection.inspect(folder, manifest.read(folder)))
+    result.remaining = inspection.inspect(folder)[1]
     _say(result, folder, facts, say)
     return result
 
@@ -79,15 +102,14 @@ def _rescue(folder: Path, facts: Manifest, names: set[str], found: Sequence[Dama
         damaged = {damage.path.partition("/")[2] for damage in found if damage.owner == name}
         part = inspection.remains(folder, facts, name, damaged)
         rescued.result.num_nameless += part.num_lost
-        if not part.has_thumbnails:
-            rescued.bare += [item.id for item in part.items]
+        rescued.bare += part.bare
         for item in part.items:
-            vector_D, picture = sources.find(item)
+            vector_D, picture = (None, None) if item.id in part.whole else sources.find(item)
             if picture is not None:
                 rescued.pictures.append(picture)
             if vector_D is not None:
                 rescued.ready[item.id] = replace(item, vector_D=vector_D)
-            elif part.has_vectors:
+            elif item.id in part.with_vectors:
                 rescued.ready[item.id] = item
             elif picture is None:
                 rescued.result.lost.append(item.id)
@@ -106,6 +128,11 @@ def _say(result: Result, folder: Path, facts: Manifest, say: Speaker) -> None:
         f"{done}: {folder}, {result.num_items} items"
         f"{nameless if result.num_nameless else ''}{bare if result.num_bare else ''}"
     )
+    if result.aside is not None:
+        say(
+            f"修复前的索引留在这里，确认无误后再删 / the index as it was, an index of its own, to be deleted once the repaired "
+            f"one is right: {result.aside}"
+        )
     if result.lost or result.num_nameless:
         say(f"再次运行可补回仍在的图片 / brings back pictures that are still there: cn-clip index build {facts.source}")
 
@@ -117,28 +144,32 @@ class _Sources:
         self._opened: dict[str, Any] = {}
 
     def find(self, item: NewItem) -> tuple[Any, Candidate | None]:
-        """(vector, None) of a feature file, (None, picture) where there still is one, else (None, None)."""
+        """(vector, None) of a feature file, (None, picture) where there still is one, else (None, None).
+
+        Raises DataError for a source that is there and cannot be read.
+        """
         source, path = item.metadata.get("source"), item.metadata.get("path")
-        if isinstance(path, str) and os.path.isfile(path):
+        if isinstance(path, str) and is_file(path):
             facts = os.stat(path)
             dated = {**item.metadata, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
             return None, Candidate(item.id, dated, partial(read_file, path), is_dated=True)
         if not isinstance(source, str) or path is not None:
             return None, None
-        opened = self._open(source)
+        if source not in self._opened:
+            self._opened[source] = _open(source)
+        opened = self._opened[source]
         if isinstance(opened, dict):
             return opened.get(item.id), None
         if isinstance(opened, ImageStore) and opened.base64(item.id) is not None:
             return None, Candidate(item.id, item.metadata, partial(opened.picture, item.id), is_dated=False)
         return None, None
 
-    def _open(self, source: str) -> Any:
-        if source not in self._opened:
-            try:
-                self._opened[source] = _vectors(source) if is_feature_file(Path(source)) else ImageStore(source)
-            except CnClipError:
-                self._opened[source] = None
-        return self._opened[source]
+
+def _open(source: str) -> "ImageStore | dict[ItemId, Any] | None":
+    """Pictures by id, or vectors by id; None of a source that is gone."""
+    if is_feature_file(Path(source)):
+        return _vectors(source)
+    return ImageStore(source) if is_file(Path(source, "data.mdb")) else None
 
 
 def _vectors(source: str) -> dict[ItemId, Any]:

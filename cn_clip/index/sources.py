@@ -1,7 +1,6 @@
 """What an index is built from: folders of pictures, single pictures, LMDB splits, and the tables beside them."""
 
 import csv
-import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,8 @@ from typing import Any, TypeAlias
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES, suffix_of
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
 from cn_clip.data.names import spelled
-from cn_clip.errors import DataError
+from cn_clip.digests import is_file, is_folder, is_there
+from cn_clip.errors import DataError, UnreadableError, is_absent
 from cn_clip.eval.feature_shards import is_shard_folder
 from cn_clip.jsonl import read_objects
 from cn_clip.retrieval import manifest
@@ -63,34 +63,33 @@ class Source:
 
 
 def is_feature_file(path: Path) -> bool:
-    """Whether a source holds vectors instead of pictures."""
-    try:
-        return (path.is_file() and path.suffix.lower() in FEATURE_SUFFIXES) or is_shard_folder(path)
-    except OSError:  # `open_source` says why
-        return False
+    """Whether a source holds vectors instead of pictures; raises UnreadableError."""
+    return (path.suffix.lower() in FEATURE_SUFFIXES and is_file(path)) or is_shard_folder(path)
 
 
 def open_source(path: Path, *, id_prefix: str = "") -> Source:
     """Raises DataError when there is nothing at `path`, or what cannot be read."""
     try:
         return _open(path, id_prefix)
+    except UnreadableError:
+        raise
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); is the disk there?") from error
 
 
 def is_single_picture(path: Path) -> bool:
     """Whether a source is one file, and no feature file."""
-    return path.is_file() and not is_feature_file(path)
+    return is_file(path) and not is_feature_file(path)
 
 
 def _open(path: Path, id_prefix: str) -> Source:
     if is_split_folder(path):
         return _lmdb(path / IMAGES, id_prefix)
-    if (path / "data.mdb").is_file():
+    if is_file(path / "data.mdb"):
         return _lmdb(path, id_prefix)
-    if path.is_dir():
+    if is_folder(path):
         return _folder(path.absolute(), id_prefix)
-    if path.exists():
+    if is_there(path):
         source = Source(str(path.absolute().parent), id_prefix)
         _look_at(source, os.fspath(path.absolute()))
         return source
@@ -140,7 +139,7 @@ def _look_at(source: Source, path: str) -> None:
         facts = os.stat(path)
     except OSError as error:
         # A link that leads nowhere may lead to a disk that is not there now.
-        is_gone = error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.islink(path)
+        is_gone = is_absent(error) and not os.path.islink(path)
         source.skipped.append(Skipped(name, f"cannot be read ({error.strerror})", is_gone=is_gone))
         return
     if not stat.S_ISREG(facts.st_mode):
@@ -176,7 +175,7 @@ def _lmdb(folder: Path, id_prefix: str) -> Source:
 
 def _captions(folder: Path) -> dict[ItemId, str]:
     """The first text of each picture, where the pairs lie beside the pictures."""
-    if not (folder / "data.mdb").is_file():
+    if not is_file(folder / "data.mdb"):
         return {}
     captions: dict[ItemId, str] = {}
     pairs = PairStore(folder)

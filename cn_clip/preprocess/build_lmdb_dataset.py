@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cn_clip import command, terminal
+from cn_clip.digests import is_file, is_folder
 from cn_clip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -95,11 +96,11 @@ def run(options: Options) -> None:
 def _require_inputs(options: Options, splits: list[str]) -> None:
     from cn_clip.data.checks import images_path, texts_path
 
-    if not Path(options.data_dir).is_dir():
+    if not is_folder(options.data_dir):
         raise DataError(f"{options.data_dir}: the data_dir does not exist; give the folder of the tsv and jsonl files")
     for split in splits:
         for path in (images_path(options.data_dir, split), texts_path(options.data_dir, split)):
-            if not path.is_file():
+            if not is_file(path):
                 raise DataError(
                     f"{path}: no such file; the split {split!r} needs {split}_imgs.tsv and its _texts.jsonl"
                 )

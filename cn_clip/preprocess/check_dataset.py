@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from cn_clip import command, terminal
+from cn_clip.digests import is_folder
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.preprocess.build_lmdb_dataset import split_names
 
@@ -73,7 +74,7 @@ def run(options: Options) -> int:
 
 def _splits(options: Options, lmdb_dir: Path) -> list[str]:
     data_dir = Path(options.data_dir)
-    if not data_dir.is_dir():
+    if not is_folder(data_dir):
         raise DataError(f"{data_dir}: the data_dir does not exist; give the folder of the tsv and jsonl files")
     if options.splits is not None:
         return split_names(options.splits)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
 from cn_clip import command, terminal
+from cn_clip.digests import is_folder, is_there
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.preprocess.build_lmdb_dataset import print_skipped, split_names
 
@@ -125,7 +126,7 @@ def _listed(options: Options, faults: "list[Fault]") -> "list[tuple[RecordId, Pi
     from cn_clip.preprocess import picture_lists
 
     folder = Path(options.folder) if options.folder is not None else Path(str(options.table)).parent
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise DataError(f"{folder}: no such folder; --folder is the folder of the pictures")
     if options.table is None:
         found = picture_lists.pictures_from_names(folder)
@@ -225,7 +226,7 @@ def _require_no_rest(output: Path, empty: list[str]) -> None:
 
     for name in empty:
         for path in (images_path(output, name), texts_path(output, name)):
-            if path.exists():
+            if is_there(path):
                 raise DataError(
                     f"{path}: is of an earlier run, and this one puts nothing into {name}; "
                     "remove it or choose another --output"

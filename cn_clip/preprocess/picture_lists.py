@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 from cn_clip import extras
 from cn_clip.clip.picture_names import is_picture_file, passed_over
 from cn_clip.data.records import Fault, RecordId, canonical_id
+from cn_clip.digests import is_file
 from cn_clip.errors import DataError, reading
 
 IdSource: TypeAlias = Literal["auto", "number", "sequence", "name"]
@@ -46,7 +47,10 @@ def pictures_from_names(folder: Path) -> Iterator[Picture | Fault]:
 
     Other files are counted in the log.
     """
-    for path in _picture_files(folder):
+    unread: list[Fault] = []
+    found = _picture_files(folder, unread)
+    yield from unread
+    for path in found:
         name, caption = path.relative_to(folder).as_posix(), caption_of(path.name)
         try:
             name.encode("utf-8")
@@ -59,10 +63,15 @@ def pictures_from_names(folder: Path) -> Iterator[Picture | Fault]:
             yield Fault(str(path), None, "the file name carries no text; expected a name such as 0001妙蛙种子.png")
 
 
-def _picture_files(folder: Path) -> list[Path]:
+def _picture_files(folder: Path, unread: list[Fault]) -> list[Path]:
+    """The picture files; `unread` takes the folders that cannot be listed."""
     found: list[Path] = []
     others: list[str] = []
-    for place, folders, names in os.walk(folder):
+
+    def note(error: OSError) -> None:
+        unread.append(Fault(str(error.filename), None, f"the folder cannot be read ({error.strerror})"))
+
+    for place, folders, names in os.walk(folder, onerror=note):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if name.startswith("."):
@@ -94,7 +103,7 @@ def pictures_from_table(
                 raise DataError("has more cells than the first line; put a text with commas into double quotes")
             name, text = Path(_cell(row, image_column)).as_posix(), _cell(row, text_column)
             path = folder / name
-            if not path.is_file():
+            if not is_file(path):
                 raise DataError(f"column {image_column!r} names {str(path)!r}, which does not exist")
             given_id = canonical_id(row[id_column]) if id_column else None
             first = merged.setdefault(name, (path, {}, given_id))
@@ -121,7 +130,7 @@ def _cell(row: dict[str, Any], column: str) -> str:
 
 
 def _rows(table: Path, columns: list[str]) -> Iterator[Row]:
-    if not table.is_file():
+    if not is_file(table):
         raise DataError(f"{table}: no such file; give a .csv, .tsv or .parquet table")
     reader = {".parquet": _parquet_rows, ".csv": _csv_rows, ".tsv": _csv_rows}.get(table.suffix.lower())
     if reader is None:

@@ -3,8 +3,10 @@
 # Q queries, N rows of all segments, B rows of a block, D dimensions, K results
 
 import bisect
+import contextlib
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -12,8 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip import extras
-from cn_clip.errors import DataError
+from cn_clip.digests import FileFacts, is_whole
+from cn_clip.errors import DataError, lacked_memory
+from cn_clip.retrieval.manifest import unreadable
 from cn_clip.retrieval.segments import FloatArray, IntArray, Segment
+
+logger = logging.getLogger(__name__)
 
 Found: TypeAlias = tuple[IntArray, FloatArray]
 Mask: TypeAlias = NDArray[np.bool_]
@@ -48,11 +54,11 @@ class Rows:
     def gather(self, places: IntArray) -> FloatArray:
         """Vectors (len(places), D), float32."""
         numbers = np.searchsorted(self.starts, places, side="right") - 1
-        width = self.segments[0].vectors_ND.shape[1] if self.segments else 0
+        width = self.segments[0].embed_dim if self.segments else 0
         vectors = np.empty((len(places), width), dtype=np.float32)
         for number in np.unique(numbers):
             chosen = numbers == number
-            vectors[chosen] = self.segments[number].vectors_ND[places[chosen] - self.starts[number]]
+            vectors[chosen] = self.segments[number].gather(places[chosen] - self.starts[number])
         return vectors
 
 
@@ -92,8 +98,9 @@ class ExactEngine:
 
 def _block(segment: Segment, offset: int, chosen_B: IntArray) -> FloatArray:
     count = min(BLOCK, len(segment) - offset)
-    block = segment.vectors_ND[offset : offset + count]
-    return np.ascontiguousarray(block if len(chosen_B) == count else block[chosen_B], dtype=np.float32)
+    is_all = len(chosen_B) == count
+    block = segment.vectors(offset, offset + count) if is_all else segment.gather(offset + chosen_B)
+    return np.ascontiguousarray(block, dtype=np.float32)
 
 
 class GraphEngine:
@@ -101,22 +108,22 @@ class GraphEngine:
 
     Candidates of the graph are ordered by exact scores. Where it would have to look at many rows for the few that a
     filter admits, gives fewer results than there are, or may have left out some that score like the last of them, the
-    exact engine answers.
+    exact engine answers; and always once the graph has failed, which is logged.
     """
 
-    def __init__(self, rows: Rows, graph: Any, next_key: int) -> None:
-        self.rows, self.graph, self.exact = rows, graph, ExactEngine(rows)
+    def __init__(self, rows: Rows, graph: "Graph", next_key: int) -> None:
+        self.rows, self.exact = rows, ExactEngine(rows)
+        self.graph: Graph | None = graph
         self.in_graph_N: Mask = rows.keys_N < next_key
 
     def search(self, queries_QD: FloatArray, k: int, allowed_N: Mask) -> Sequence[Found]:
         within_N = allowed_N & self.in_graph_N
         wanted = min(k, int(within_N.sum()))
-        count = self._num_candidates(wanted, int(within_N.sum()))
-        if count is None:
+        keys_per_query = self._candidates(queries_QD, wanted, int(within_N.sum()))
+        if keys_per_query is None:
             return self.exact.search(queries_QD, k, allowed_N)
         later_N = allowed_N & ~self.in_graph_N
         later = self.exact.search(queries_QD, k, later_N) if later_N.any() else None
-        keys_per_query = self._candidates(queries_QD, count)
         results: list[Found] = []
         for number, keys in enumerate(keys_per_query):
             places = self._places(keys, within_N)
@@ -127,18 +134,20 @@ class GraphEngine:
             results.append(best or self.exact.search(queries_QD[number : number + 1], k, allowed_N)[0])
         return results
 
-    def _num_candidates(self, wanted: int, num_allowed: int) -> int | None:
-        """How many rows to ask the graph for; None where reading all that are allowed is the better way."""
-        if num_allowed < SMALLEST_GRAPH:
+    def _candidates(self, queries_QD: FloatArray, wanted: int, num_allowed: int) -> Sequence[IntArray] | None:
+        """Keys for each query; None where reading all rows that are allowed is the better way, or the only one."""
+        graph = self.graph
+        if graph is None or num_allowed < SMALLEST_GRAPH:
             return None
-        count = int(OVERFETCH * wanted * len(self.graph) / num_allowed) + 16
-        return count if 4 * count < num_allowed else None
-
-    def _candidates(self, queries_QD: FloatArray, count: int) -> Sequence[IntArray]:
-        matches = self.graph.search(queries_QD, min(count, len(self.graph)))
-        keys_QC = np.asarray(matches.keys).reshape(len(queries_QD), -1).astype(np.int64)
-        counts = getattr(matches, "counts", [keys_QC.shape[1]] * len(queries_QD))
-        return [keys[: int(num)] for keys, num in zip(keys_QC, counts, strict=True)]
+        count = int(OVERFETCH * wanted * len(graph) / num_allowed) + 16
+        if 4 * count >= num_allowed:
+            return None
+        try:
+            return graph.search(queries_QD, min(count, len(graph)))
+        except DataError as error:
+            logger.warning("%s; %s", error, WITHOUT_GRAPH)
+            self.graph = None
+            return None
 
     def _places(self, keys: IntArray, allowed_N: Mask) -> IntArray:
         """Where the keys are, rising; those of rows that are gone or not allowed are left out."""
@@ -164,47 +173,111 @@ def require_usearch() -> Any:
     return extras.require("usearch.index", extra="search", purpose="the engine usearch")
 
 
-def open_graph(path: Path, embed_dim: int, num_rows: int) -> Any:
-    """The graph of a file, memory-mapped; raises DataError when it is none of so many rows of these dimensions."""
-    usearch = require_usearch()
-    graph = _empty(usearch, embed_dim)
-    try:
-        graph.view(str(path))
-    except Exception as error:  # the binding raises bare RuntimeErrors and others
-        raise DataError(f"{path}: is no graph that can be read ({error})") from error
-    if graph.ndim != embed_dim or len(graph) > num_rows:
-        raise DataError(f"{path}: is a graph of {len(graph)} rows of {graph.ndim} dimensions, not of this index")
-    return graph
+# What follows the reason.
+WITHOUT_GRAPH = (
+    "searching exactly, which is slower, until `cn-clip index build` or `cn-clip index check --repair` makes the graph "
+    "again"
+)
 
 
-def extended_graph(path: Path | None, rows: Rows, alive_N: Mask, known_below: int) -> Any:
-    """A graph in memory of the rows that are alive: the one in `path` without what is gone and with what came.
+class Graph:
+    """A graph of usearch, which is called only here: whatever it raises becomes a DataError naming `where`.
 
-    known_below: the graph in `path` knows the rows of smaller keys. Raises DataError when `path` cannot be read.
+    What says that memory ran out is left as it is, for `errors.lacked_memory`.
     """
-    usearch = require_usearch()
-    graph = _empty(usearch, rows.segments[0].vectors_ND.shape[1])
-    known_N = rows.keys_N < known_below
-    if path is None:
-        known_N[:] = False
-    else:
-        _load(graph, path)
-        gone = np.setdiff1d(np.asarray(graph.keys, dtype=np.int64), rows.keys_N[alive_N & known_N])
-        if len(gone):
-            graph.remove(gone.astype(np.uint64))
-    places = np.flatnonzero(alive_N & ~known_N)
-    for start in range(0, len(places), BLOCK):
-        part = places[start : start + BLOCK]
-        graph.add(rows.keys_N[part].astype(np.uint64), rows.gather(part))
+
+    def __init__(self, embed_dim: int, where: object = "the graph") -> None:
+        """Empty, in memory; raises MissingExtraError."""
+        usearch, self._where = require_usearch(), where
+        with self._translated():
+            self._index = usearch.Index(ndim=embed_dim, metric="ip", dtype=GRAPH_TYPE, **GRAPH_OPTIONS)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def search(self, queries_QD: FloatArray, count: int) -> list[IntArray]:
+        """The keys of up to `count` rows near each query, best first."""
+        with self._translated():
+            matches = self._index.search(queries_QD, count)
+            keys_QC = np.asarray(matches.keys).reshape(len(queries_QD), -1).astype(np.int64)
+            counts = getattr(matches, "counts", [keys_QC.shape[1]] * len(queries_QD))
+            return [keys[: int(num)] for keys, num in zip(keys_QC, counts, strict=True)]
+
+    def open(self, path: Path, *, mapped: bool) -> None:
+        """Takes what the file holds, a whole one; mapped: it is not to be changed then."""
+        with self._translated():
+            (self._index.view if mapped else self._index.load)(str(path))
+
+    def extend(self, rows: Rows, alive_N: Mask, known_below: int) -> None:
+        """Removes the keys of rows that are gone, and adds the rows of larger keys."""
+        known_N = rows.keys_N < known_below
+        with self._translated():
+            gone = np.setdiff1d(np.asarray(self._index.keys, dtype=np.int64), rows.keys_N[alive_N & known_N])
+            if len(gone):
+                self._index.remove(gone.astype(np.uint64))
+        places = np.flatnonzero(alive_N & ~known_N)
+        for start in range(0, len(places), BLOCK):
+            part = places[start : start + BLOCK]
+            vectors_BD = rows.gather(part)
+            with self._translated():
+                self._index.add(rows.keys_N[part].astype(np.uint64), vectors_BD)
+
+    def save(self, path: Path) -> None:
+        """Writes a file."""
+        with self._translated():
+            self._index.save(str(path))
+
+    def has(self, embed_dim: int, num_rows: int) -> bool:
+        """Whether it may be that of an index of so many rows."""
+        with self._translated():
+            return bool(self._index.ndim == embed_dim and len(self._index) <= num_rows)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # bare RuntimeErrors, and others
+            if lacked_memory(error):
+                raise
+            raise DataError(f"{self._where}: usearch fails ({error})") from error
+
+
+def open_graph(path: Path, facts: FileFacts, embed_dim: int, num_rows: int) -> Graph:
+    """The graph of a file, memory-mapped; raises DataError when the file is not as it was written, UnreadableError.
+
+    Its digest is compared before usearch sees it: usearch reads one changed bit as an address, and the process ends.
+    """
+    _require_whole(path, facts)
+    graph = Graph(embed_dim, path)
+    graph.open(path, mapped=True)
+    if not graph.has(embed_dim, num_rows):
+        raise DataError(f"{path}: is not a graph of {num_rows} rows of {embed_dim} dimensions")
     return graph
 
 
-def _load(graph: Any, path: Path) -> None:
+def extended_graph(path: Path, facts: FileFacts, rows: Rows, alive_N: Mask, known_below: int) -> Graph:
+    """The graph in `path`, which knows the rows of keys below `known_below`, as one in memory of the rows alive.
+
+    Raises as `open_graph`.
+    """
+    _require_whole(path, facts)
+    graph = Graph(rows.segments[0].embed_dim, path)
+    graph.open(path, mapped=False)
+    graph.extend(rows, alive_N, known_below)
+    return graph
+
+
+def new_graph(rows: Rows, alive_N: Mask) -> Graph:
+    """A graph in memory of the rows alive."""
+    graph = Graph(rows.segments[0].embed_dim)
+    graph.extend(rows, alive_N, 0)
+    return graph
+
+
+def _require_whole(path: Path, facts: FileFacts) -> None:
     try:
-        graph.load(str(path))
-    except Exception as error:
-        raise DataError(f"{path}: is no graph that can be read ({error})") from error
-
-
-def _empty(usearch: Any, embed_dim: int) -> Any:
-    return usearch.Index(ndim=embed_dim, metric="ip", dtype=GRAPH_TYPE, **GRAPH_OPTIONS)
+        if is_whole(path, facts):
+            return
+    except OSError as error:
+        raise unreadable(path, error) from error
+    raise DataError(f"{path}: is damaged: its bytes are not those that were written")

@@ -1,17 +1,24 @@
 """Reads every byte of an index and tells what is damaged, and what of a damaged segment can still be read."""
 
+# N rows of a segment, D dimensions
+
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cn_clip.errors import DataError
+from cn_clip.digests import FileFacts, facts_of, is_file
+from cn_clip.errors import DataError, is_absent, reason_of
 from cn_clip.retrieval import manifest
-from cn_clip.retrieval.manifest import Manifest
+from cn_clip.retrieval.blocks import MappedFile
+from cn_clip.retrieval.engines import Mask
+from cn_clip.retrieval.manifest import Manifest, SegmentFacts
 from cn_clip.retrieval.segments import (
+    BLOCKS,
     ITEM_END,
     ITEMS,
     KEY,
@@ -22,17 +29,19 @@ from cn_clip.retrieval.segments import (
     IntArray,
     ItemId,
     Segment,
+    block_digests,
 )
-from cn_clip.retrieval.store import Snapshot, removed_keys
+from cn_clip.retrieval.store import Snapshot, removed_keys, was_replaced
 from cn_clip.retrieval.writer import NewItem
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong with a file of an index. path: in its folder."""
+    """What is wrong with a file of an index. path: in its folder; is_unread: it may be whole, the disk does not say."""
 
     path: str
     reason: str
+    is_unread: bool = False
 
     @property
     def owner(self) -> str:
@@ -40,23 +49,36 @@ class Damage:
         return self.path.split("/")[0]
 
 
-def inspect(folder: Path, facts: Manifest) -> Iterator[Damage]:
-    """All damaged files; what the manifest does not name is no concern."""
-    is_whole = True
-    for path, expected in facts.files():
+def inspect(folder: Path) -> tuple[Manifest, list[Damage]]:
+    """The newest generation of an index, and all its damaged files; what it does not name is no concern.
+
+    A writer may go on meanwhile: of the files that it takes away nothing is said, and those that it adds are read too.
+    """
+    seen: dict[str, Damage | None] = {}
+    while True:
+        facts = manifest.read(folder)
+        if fresh := [(path, expected) for path, expected in facts.files() if path not in seen]:
+            seen |= {path: _damage(folder, path, expected) for path, expected in fresh}
+            continue
+        if found := [damage for path, _ in facts.files() if (damage := seen[path]) is not None]:
+            return facts, found
         try:
-            found = manifest.facts_of(folder / path)
-        except OSError as error:
-            reason = f"cannot be read ({error.strerror})"
-        else:
-            if found == expected:
-                continue
-            is_longer = found.bytes != expected.bytes
-            reason = f"expected {expected.bytes} bytes, found {found.bytes}" if is_longer else "its bytes have changed"
-        is_whole = False
-        yield Damage(path, reason)
-    if is_whole:
-        yield from _contradictions(folder, facts)
+            return facts, list(_contradictions(folder, facts))
+        except DataError:
+            if not was_replaced(folder, facts):
+                raise
+
+
+def _damage(folder: Path, path: str, expected: FileFacts) -> Damage | None:
+    try:
+        found = facts_of(folder / path)
+    except OSError as error:
+        if is_absent(error):
+            return Damage(path, "is missing")
+        return Damage(path, f"cannot be read just now ({reason_of(error)})", is_unread=True)
+    if found.bytes != expected.bytes:
+        return Damage(path, f"expected {expected.bytes} bytes, found {found.bytes}")
+    return None if found == expected else Damage(path, "its bytes have changed")
 
 
 def _contradictions(folder: Path, facts: Manifest) -> Iterator[Damage]:
@@ -66,25 +88,27 @@ def _contradictions(folder: Path, facts: Manifest) -> Iterator[Damage]:
     if len(set(ids)) < len(ids):
         yield Damage(manifest.NAME, f"{len(ids) - len(set(ids))} ids come twice")
     for segment in snapshot.rows.segments:
-        if not np.isfinite(segment.vectors_ND).all():
+        if not np.isfinite(segment.vectors(0, len(segment))).all():
             yield Damage(f"{segment.folder.name}/{VECTORS}", "holds NaN or infinity")
 
 
 @dataclass(frozen=True)
 class Remains:
-    """The items of a damaged segment that its other files still tell of.
+    """The items of a damaged segment that its other files, and the whole blocks of the damaged ones, still tell of.
 
-    has_vectors, has_thumbnails: theirs are whole; without, the items have zeros, or no thumbnail.
+    num_lost: items without a name. whole: those that nothing is wrong with; with_vectors: those whose vectors are
+    whole, the others have zeros; bare: those whose thumbnails are gone.
     """
 
-    items: list[NewItem]
-    num_lost: int
-    has_vectors: bool
-    has_thumbnails: bool
+    items: Sequence[NewItem] = ()
+    num_lost: int = 0
+    whole: frozenset[ItemId] = frozenset()
+    with_vectors: frozenset[ItemId] = frozenset()
+    bare: frozenset[ItemId] = frozenset()
 
 
 def remains(folder: Path, facts: Manifest, name: str, damaged: set[str]) -> Remains:
-    """What can be read of the segment `name`. damaged: its damaged files; num_lost: items without a name.
+    """What can be read of the segment `name`. damaged: its damaged files.
 
     Without rows.npy nobody knows which rows were removed; where any were, and where items.jsonl is damaged too, all of
     the segment is lost. Of a damaged items.jsonl the lines count that parse and whose id is that of their path.
@@ -93,31 +117,83 @@ def remains(folder: Path, facts: Manifest, name: str, damaged: set[str]) -> Rema
     table_N3 = None if ROWS in damaged else np.load(folder / name / ROWS, allow_pickle=False)
     removed = removed_keys(folder, facts)
     if table_N3 is None and (ITEMS in damaged or len(removed)):
-        return Remains([], segment.num_rows, has_vectors=False, has_thumbnails=False)
+        return Remains(num_lost=segment.num_rows)
     alive = np.arange(segment.num_rows) if table_N3 is None else np.flatnonzero(~np.isin(table_N3[:, KEY], removed))
-    width = facts.model.embed_dim
-    vectors = np.zeros((segment.num_rows, width), dtype=np.float32)
-    if VECTORS not in damaged:
-        vectors = np.load(folder / name / VECTORS, mmap_mode="r", allow_pickle=False)
+    vectors_ND, has_vector_N = _vectors(folder, facts, segment, damaged)
     lines = _lines(folder / name / ITEMS, table_N3)
-    thumbnails = None
-    if table_N3 is not None and THUMBNAILS not in damaged:
-        thumbnails = _cut(folder / name / THUMBNAILS, table_N3[:, THUMBNAIL_END])
-    found: dict[ItemId, NewItem] = {}
+    thumbnails, has_thumbnail_N = _thumbnails(folder, segment, table_N3, damaged)
+    found: dict[ItemId, tuple[int, NewItem]] = {}
     for row in alive.tolist():
         try:
-            item_id, metadata = Segment.parse(lines[row], f"{folder / name / ITEMS}:{row + 1}")
+            item_id, metadata = Segment.parse(lines[row], lambda: ITEMS)
         except DataError:
             continue
         if ITEMS not in damaged or _is_likely(item_id, metadata):
-            found[item_id] = NewItem(item_id, vectors[row], metadata, thumbnails[row] if thumbnails else b"")
-    had_thumbnails = segment.files[THUMBNAILS].bytes > 0
+            found[item_id] = row, NewItem(item_id, vectors_ND[row], metadata, thumbnails[row])
+    is_certain = ITEMS not in damaged and ROWS not in damaged
     return Remains(
-        list(found.values()),
+        [item for _, item in found.values()],
         len(alive) - len(found),
-        has_vectors=VECTORS not in damaged,
-        has_thumbnails=thumbnails is not None or not had_thumbnails,
+        whole=frozenset(
+            one for one, (row, _) in found.items() if is_certain and has_vector_N[row] and has_thumbnail_N[row]
+        ),
+        with_vectors=frozenset(one for one, (row, _) in found.items() if has_vector_N[row]),
+        bare=frozenset(one for one, (row, _) in found.items() if not has_thumbnail_N[row]),
     )
+
+
+def _vectors(
+    folder: Path, facts: Manifest, segment: SegmentFacts, damaged: set[str]
+) -> tuple[NDArray[np.floating], Mask]:
+    """(vectors, whether they are whole) of all rows; zeros where they are not."""
+    dtype, num_rows = np.dtype(facts.vector_type), segment.num_rows
+    width = facts.model.embed_dim * dtype.itemsize
+    first = segment.files[VECTORS].bytes - num_rows * width
+    starts_N = first + width * np.arange(num_rows)
+    file, is_whole_N = _readable(folder, segment, VECTORS, damaged, starts_N, starts_N + width)
+    vectors_ND = np.zeros((num_rows, facts.model.embed_dim), dtype=dtype)
+    if file is not None:
+        kept_ND: NDArray[np.floating] = np.ndarray(vectors_ND.shape, dtype, buffer=file.data, offset=first)
+        vectors_ND[is_whole_N] = kept_ND[is_whole_N]
+    return vectors_ND, is_whole_N
+
+
+def _thumbnails(
+    folder: Path, segment: SegmentFacts, table_N3: IntArray | None, damaged: set[str]
+) -> tuple[list[bytes], Mask]:
+    """(thumbnails, whether they are whole) of all rows, empty where they are not; one that never was is whole."""
+    nothing = [b""] * segment.num_rows
+    if not segment.files[THUMBNAILS].bytes:
+        return nothing, np.ones(segment.num_rows, dtype=np.bool_)
+    if table_N3 is None:
+        return nothing, np.zeros(segment.num_rows, dtype=np.bool_)
+    ends_N = table_N3[:, THUMBNAIL_END]
+    starts_N = np.concatenate([[0], ends_N[:-1]])
+    file, is_whole_N = _readable(folder, segment, THUMBNAILS, damaged, starts_N, ends_N)
+    if file is None:
+        return nothing, is_whole_N
+    spans = zip(starts_N.tolist(), ends_N.tolist(), is_whole_N.tolist(), strict=True)
+    return [bytes(file.data[start:end]) if is_whole else b"" for start, end, is_whole in spans], is_whole_N
+
+
+def _readable(
+    folder: Path, segment: SegmentFacts, name: str, damaged: set[str], starts_N: IntArray, ends_N: IntArray
+) -> tuple[MappedFile | None, Mask]:
+    """The file, and which rows of it are whole: of a damaged one those outside its damaged blocks."""
+    path, facts = folder / segment.name / name, segment.files[name]
+    if name not in damaged:
+        return MappedFile(path, None), np.ones(len(starts_N), dtype=np.bool_)
+    none_N: Mask = np.zeros(len(starts_N), dtype=np.bool_)
+    if BLOCKS in damaged or not is_file(path) or path.stat().st_size != facts.bytes:
+        return None, none_N
+    file = MappedFile(path, block_digests(folder / segment.name, segment).get(name))
+    bad = list(file.damaged_blocks())
+    if not bad:  # without digests; the digest of the whole file says otherwise
+        return None, none_N
+    is_whole_N: Mask = ~none_N
+    for start, stop in bad:
+        is_whole_N &= (ends_N <= start) | (starts_N >= stop)
+    return file, is_whole_N
 
 
 def _lines(path: Path, table_N3: IntArray | None) -> list[bytes]:
@@ -127,10 +203,7 @@ def _lines(path: Path, table_N3: IntArray | None) -> list[bytes]:
 
 def _cut(path: Path, ends_N: IntArray) -> list[bytes]:
     """The pieces of a file, each up to its end; empty where the file is gone or shorter."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        data = b""
+    data = path.read_bytes() if is_file(path) else b""
     ends = ends_N.tolist()
     return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -143,15 +216,9 @@ def _is_likely(item_id: ItemId, metadata: Mapping[str, Any]) -> bool:
     return str(item_id).endswith(os.path.relpath(path, source).replace(os.sep, "/"))
 
 
-def require_removed(folder: Path, facts: Manifest) -> None:
+def require_removed(folder: Path, facts: Manifest, damaged: Sequence[Damage]) -> None:
     """Raises DataError when the list of removed rows is damaged: then nobody knows which items there are."""
-    if facts.removed is None:
-        return
-    try:
-        is_whole = manifest.facts_of(folder / facts.removed.name) == facts.removed.file
-    except OSError:
-        is_whole = False
-    if not is_whole:
+    if facts.removed is not None and facts.removed.name in [one.path for one in damaged]:
         raise DataError(
             f"{folder / facts.removed.name}: is damaged, and no other file tells which items were removed; build the "
             "index again in another folder"

@@ -1,6 +1,5 @@
 """The manifest of an index folder: which files count, and how long they are; `store` reads it, `writer` replaces it."""
 
-import hashlib
 import json
 import os
 import re
@@ -9,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from cn_clip.errors import DataError
+from cn_clip.digests import FileFacts, facts_of_bytes
+from cn_clip.errors import DataError, UnreadableError, is_absent
 from cn_clip.jsonl import atomic_write
 
 EngineName: TypeAlias = Literal["exact", "usearch"]
@@ -18,7 +18,6 @@ VectorType: TypeAlias = Literal["float32", "float16"]
 FORMAT = 1
 NAME = "manifest.json"
 _OWN_NAME = re.compile(r"(segment|removed|graph)-[0-9]{6,}(\.npy|\.usearch)?")
-_HASH_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,6 @@ class ModelInfo:
     name: str
     fingerprint: str
     embed_dim: int
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """Length in bytes and blake2b of a file."""
-
-    bytes: int
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -103,12 +94,14 @@ def read(folder: Path) -> Manifest:
     path = folder / NAME
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:
+        if not is_absent(error):
+            raise UnreadableError.of(path, error) from error
         raise DataError(
             f"{folder}: is no index; build one with: cn-clip index build PICTURES --output {folder}"
         ) from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); build the index again") from error
+    except ValueError as error:
+        raise DataError(f"{path}: is damaged ({error}); build the index again") from error
     try:
         return _parse(json.loads(text))
     except DataError as error:
@@ -120,33 +113,41 @@ def read(folder: Path) -> Manifest:
 def write(folder: Path, manifest: Manifest) -> Manifest:
     """Replaces the manifest by one of the next generation, which it returns; from then on that one counts."""
     following = replace(manifest, generation=manifest.generation + 1)
+    content = {"format": FORMAT, **asdict(following)}
     with atomic_write(folder / NAME) as stream:
-        json.dump({"format": FORMAT, **asdict(following)}, stream, indent=1)
+        json.dump({**content, "digest": _digest(content)}, stream, indent=1)
     sync_folder(folder)
     return following
 
 
-def facts_of(path: Path) -> FileFacts:
-    """The facts of a file as it is now; raises OSError."""
-    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-        return FileFacts(stream.tell(), digest.hexdigest())
+ADVICE = "see `cn-clip index check`, which repairs what can be with --repair"
 
 
 def check_size(path: Path, facts: FileFacts) -> None:
-    """Raises DataError naming a file that is missing or of another length; FileNotFoundError for a missing one is its
-    cause."""
+    """Raises DataError naming a file that is missing or of another length, UnreadableError."""
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; {ADVICE}") from error
+        raise unreadable(path, error) from error
     if found != facts.bytes:
         raise DataError(f"{path}: expected {facts.bytes} bytes, found {found}; {ADVICE}")
 
 
-ADVICE = "see `cn-clip index check`, which repairs what can be with --repair"
+def read_whole(path: Path, facts: FileFacts) -> bytes:
+    """The bytes of a small file; raises DataError when they are not those that were written, UnreadableError."""
+    check_size(path, facts)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if facts_of_bytes(data) != facts:
+        raise DataError(f"{path}: its bytes have changed; {ADVICE}")
+    return data
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """What to say of a file of an index that the system does not give."""
+    return DataError(f"{path}: is missing; {ADVICE}") if is_absent(error) else UnreadableError.of(path, error)
 
 
 def sync_folder(folder: Path) -> None:
@@ -168,9 +169,16 @@ def is_own(name: str) -> bool:
     return bool(_OWN_NAME.fullmatch(name))
 
 
+def _digest(content: Mapping[str, Any]) -> str:
+    return facts_of_bytes(json.dumps(content, sort_keys=True).encode()).digest
+
+
 def _parse(values: Any) -> Manifest:
     if values["format"] != FORMAT:
         raise DataError(f"is of format {values['format']!r}, this version reads {FORMAT}; build the index again")
+    claimed = values.pop("digest", None)  # None in those of before there was one
+    if claimed not in (None, _digest(values)):
+        raise ValueError("its content is not what was written")
     known: dict[str, Any] = {name: values[name] for name in Manifest.__dataclass_fields__}
     known["model"] = ModelInfo(**known["model"])
     known["segments"] = tuple(_segment(one) for one in known["segments"])

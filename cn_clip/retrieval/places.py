@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from cn_clip.digests import is_there
 from cn_clip.retrieval import manifest, milvus, store, writer
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo
 from cn_clip.retrieval.milvus_collection import SCHEME, Address, Collection, parse_address
@@ -76,11 +77,7 @@ def facts(place: Place) -> Facts | None:
     """None when there is no index yet; raises DataError for one that cannot be read, StoreError."""
     if isinstance(place, Address):
         return Collection(place).facts()
-    try:
-        is_there = (place / manifest.NAME).exists()
-    except OSError:  # reading it says why
-        is_there = True
-    return manifest.read(place) if is_there else None
+    return manifest.read(place) if is_there(place / manifest.NAME) else None
 
 
 def require(place: Place) -> Facts:

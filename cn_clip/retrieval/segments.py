@@ -2,10 +2,10 @@
 
 # N rows, D dimensions
 
+import io
 import json
-import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -13,17 +13,22 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cn_clip.digests import facts_of
 from cn_clip.errors import DataError
-from cn_clip.retrieval.manifest import ADVICE, SegmentFacts, VectorType, check_size, facts_of, sync_folder
+from cn_clip.retrieval.blocks import DIGEST, Digests, MappedFile, digests_of, num_blocks
+from cn_clip.retrieval.manifest import ADVICE, SegmentFacts, VectorType, check_size, read_whole, sync_folder
 
 ItemId: TypeAlias = int | str
 Metadata: TypeAlias = Mapping[str, Any]
 FloatArray: TypeAlias = NDArray[np.float32]
 IntArray: TypeAlias = NDArray[np.int64]
 
-VECTORS, ITEMS, THUMBNAILS, ROWS = "vectors.npy", "items.jsonl", "thumbnails.bin", "rows.npy"
+VECTORS, ITEMS, THUMBNAILS, ROWS = FILES = ("vectors.npy", "items.jsonl", "thumbnails.bin", "rows.npy")
+# The digests of all blocks of these files, in this order. Segments written before there were digests have none.
+BLOCKS = "blocks.crc32"
 # Columns of rows.npy.
 KEY, ITEM_END, THUMBNAIL_END = range(3)
+_LONGEST_HEADER = 4096
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ def write_segment(folder: Path, rows: Iterable[Row], num_rows: int, embed_dim: i
     with open(folder / ROWS, "wb") as stream:
         _write_header(stream, table_N3.dtype, table_N3.shape)
         stream.write(table_N3.tobytes())
+    digests_B = np.concatenate([digests_of(folder / name) for name in FILES])
+    (folder / BLOCKS).write_bytes(digests_B.astype(DIGEST).tobytes())
     for path in folder.iterdir():
         with open(path, "rb+") as stream:
             os.fsync(stream.fileno())
@@ -78,43 +85,64 @@ def _write_header(stream: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]
 
 def facts_of_segment(folder: Path, num_rows: int) -> SegmentFacts:
     """What the manifest says of a segment that has just been written."""
-    files = {name: facts_of(folder / name) for name in (VECTORS, ITEMS, THUMBNAILS, ROWS)}
+    files = {name: facts_of(folder / name) for name in (*FILES, BLOCKS)}
     return SegmentFacts(folder.name, num_rows, files)
 
 
 class Segment:
-    """A segment, memory-mapped: it can be read on when the folder is removed."""
+    """A segment, memory-mapped: it can be read on when the folder is removed.
 
-    def __init__(self, folder: Path, facts: SegmentFacts, embed_dim: int) -> None:
+    What is read of it is compared with its digest first: raises DataError naming file and block, UnreadableError.
+    """
+
+    def __init__(self, folder: Path, facts: SegmentFacts, embed_dim: int, vector_type: VectorType) -> None:
         """Raises DataError naming the file that is missing or not what the manifest says."""
-        self.folder = folder
-        for name in (VECTORS, ITEMS, THUMBNAILS, ROWS):
+        self.folder, self.embed_dim = folder, embed_dim
+        for name in FILES:
             if name not in facts.files:
                 raise DataError(f"{folder / name}: is not in the manifest; {ADVICE}")
             check_size(folder / name, facts.files[name])
-        self.vectors_ND: NDArray[np.floating] = _mapped_array(folder / VECTORS, (facts.num_rows, embed_dim))
-        table_3N = np.array(_mapped_array(folder / ROWS, (facts.num_rows, 3)).T, order="C")
+        digests = block_digests(folder, facts)
+        self._vectors, self._items, self._thumbnails, rows = (
+            MappedFile(folder / name, digests.get(name)) for name in FILES
+        )
+        self._vectors_ND = _array(self._vectors, np.dtype(vector_type), (facts.num_rows, embed_dim))
+        table_N3 = _array(rows, np.dtype(np.int64), (facts.num_rows, 3))
+        rows.check(0, rows.num_bytes)
+        table_3N = np.array(table_N3.T, order="C")
         self.keys_N: IntArray = table_3N[KEY]
         self._item_ends, self._thumbnail_ends = table_3N[ITEM_END], table_3N[THUMBNAIL_END]
-        self._items, self._thumbnails = _mapped(folder / ITEMS), _mapped(folder / THUMBNAILS)
 
     def __len__(self) -> int:
         return len(self.keys_N)
 
+    def vectors(self, start: int, stop: int) -> NDArray[np.floating]:
+        """Vectors (stop - start, D) as they are kept; not to be written to."""
+        width, first = self._vectors_ND.strides[0], self._vectors.num_bytes - self._vectors_ND.nbytes
+        self._vectors.check(first + width * start, first + width * stop)
+        return self._vectors_ND[start:stop]
+
+    def gather(self, rows_N: IntArray) -> NDArray[np.floating]:
+        """Vectors (N, D) of rows in any order, as they are kept; a copy."""
+        width, first = self._vectors_ND.strides[0], self._vectors.num_bytes - self._vectors_ND.nbytes
+        self._vectors.check_rows(first + width * rows_N, width)
+        return self._vectors_ND[rows_N]
+
     def item(self, row: int) -> tuple[ItemId, dict[str, Any]]:
         """(id, metadata); raises DataError for a damaged line."""
-        try:
-            return _parsed(self.item_bytes(row))
-        except (ValueError, TypeError, KeyError) as error:
-            raise _damaged(f"{self.folder / ITEMS}:{row + 1}", error) from error
+        return self.parse(self.item_bytes(row), lambda: f"{self.folder / ITEMS}:{row + 1}")
 
     @staticmethod
-    def parse(line: bytes, where: str) -> tuple[ItemId, dict[str, Any]]:
-        """(id, metadata) of a line of an items.jsonl; raises DataError that starts with `where`."""
+    def parse(line: bytes, where: Callable[[], str]) -> tuple[ItemId, dict[str, Any]]:
+        """(id, metadata) of a line of an items.jsonl; raises DataError that starts with what `where` returns."""
         try:
-            return _parsed(line)
-        except (ValueError, TypeError, KeyError) as error:
-            raise _damaged(where, error) from error
+            values = json.loads(line)
+            item_id, metadata = values["id"], values["metadata"]
+            if type(item_id) not in (int, str) or not isinstance(metadata, dict):
+                raise TypeError(f"id {item_id!r}")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(f"{where()}: is damaged ({error}); {ADVICE}") from error
+        return item_id, metadata
 
     def item_bytes(self, row: int) -> bytes:
         """The line of an item, without its end."""
@@ -128,41 +156,39 @@ class Segment:
         """Rows to write elsewhere."""
         for place in places:
             index = int(place)
-            yield Row(int(self.keys_N[index]), self.vectors_ND[index], self.item_bytes(index), self.thumbnail(index))
+            vector_D = self.vectors(index, index + 1)[0]
+            yield Row(int(self.keys_N[index]), vector_D, self.item_bytes(index), self.thumbnail(index))
 
 
-def _parsed(line: bytes) -> tuple[ItemId, dict[str, Any]]:
-    values = json.loads(line)
-    item_id, metadata = values["id"], values["metadata"]
-    if type(item_id) not in (int, str) or not isinstance(metadata, dict):
-        raise TypeError(f"id {item_id!r}")
-    return item_id, metadata
+def _piece(file: MappedFile, ends_N: IntArray, row: int) -> bytes:
+    return file.piece(int(ends_N[row - 1]) if row else 0, int(ends_N[row]))
 
 
-def _damaged(where: str, error: Exception) -> DataError:
-    return DataError(f"{where} is damaged ({error}); {ADVICE}")
+def block_digests(folder: Path, facts: SegmentFacts) -> dict[str, Digests]:
+    """The digests of the blocks of each file; none of a segment from before there were any. Raises DataError."""
+    if BLOCKS not in facts.files:
+        return {}
+    digests_B = np.frombuffer(read_whole(folder / BLOCKS, facts.files[BLOCKS]), dtype=DIGEST)
+    ends = np.cumsum([num_blocks(facts.files[name].bytes) for name in FILES])
+    if ends[-1] != len(digests_B):
+        raise DataError(f"{folder / BLOCKS}: expected the digests of {ends[-1]} blocks, got {len(digests_B)}; {ADVICE}")
+    return dict(zip(FILES, np.split(digests_B, ends[:-1]), strict=True))
 
 
-def _piece(data: bytes | mmap.mmap, ends_N: IntArray, row: int) -> bytes:
-    start = int(ends_N[row - 1]) if row else 0
-    return bytes(data[start : int(ends_N[row])])
-
-
-def _mapped(path: Path) -> bytes | mmap.mmap:
+def _array(file: MappedFile, dtype: np.dtype[Any], shape: tuple[int, int]) -> NDArray[Any]:
+    """The array of an npy file, whose bytes are not compared yet but for those of its header."""
+    stream = io.BytesIO(file.piece(0, _LONGEST_HEADER))
     try:
-        with open(path, "rb") as stream:
-            if not os.fstat(stream.fileno()).st_size:
-                return b""
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {ADVICE}") from error
-
-
-def _mapped_array(path: Path, shape: tuple[int, int]) -> NDArray[Any]:
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); {ADVICE}") from error
-    if array.shape != shape:
-        raise DataError(f"{path}: expected rows of the shape {shape}, got {array.shape}; {ADVICE}")
+        np.lib.format.read_magic(stream)
+        found_shape, is_fortran, found_dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # numpy reads it as Python, which raises errors of many types
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(f"{file.path}: its header cannot be read ({reason}); {ADVICE}") from error
+    num_bytes = stream.tell() + dtype.itemsize * shape[0] * shape[1]
+    if (found_shape, is_fortran, found_dtype, file.num_bytes) != (shape, False, dtype, num_bytes):
+        raise DataError(
+            f"{file.path}: expected {dtype} rows of the shape {shape} in {num_bytes} bytes, got {found_dtype} "
+            f"{found_shape} in {file.num_bytes}; {ADVICE}"
+        )
+    array: NDArray[Any] = np.ndarray(shape, dtype, buffer=file.data, offset=stream.tell())
     return array

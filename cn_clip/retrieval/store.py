@@ -8,6 +8,7 @@ hits = index.search(vectors_QD, 10, where="group=动物")[0]
 # Q queries, N rows of all segments, removed ones included, D dimensions
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -22,7 +23,7 @@ import numpy as np
 
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval import filters, manifest
-from cn_clip.retrieval.engines import Engine, ExactEngine, GraphEngine, Mask, Rows, open_graph
+from cn_clip.retrieval.engines import WITHOUT_GRAPH, Engine, ExactEngine, GraphEngine, Mask, Rows, open_graph
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.segments import FloatArray, IntArray, ItemId, Segment
 
@@ -50,14 +51,15 @@ def open_index(path: str | os.PathLike[str]) -> "Index":
     while True:
         facts = manifest.read(folder)
         try:
-            index = Index(Snapshot.open(folder, facts))
-            # Now, for the next writer removes the graph of this generation.
-            _ = index.engine
-            return index
-        except DataError as error:
-            # A writer may have merged the segments away after the manifest was read: then there is a newer one.
-            if not isinstance(error.__cause__, OSError) or manifest.read(folder).generation == facts.generation:
+            return Index(Snapshot.open(folder, facts))
+        except DataError:
+            if not was_replaced(folder, facts):
                 raise
+
+
+def was_replaced(folder: Path, facts: Manifest) -> bool:
+    """Whether a writer has taken away files of a generation: what is wrong with them then is no damage."""
+    return not facts.names() <= manifest.read(folder).names()
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,7 @@ class Snapshot:
     @classmethod
     def open(cls, folder: Path, facts: Manifest) -> "Snapshot":
         """Raises DataError as `open_index`."""
-        embed_dim = facts.model.embed_dim
-        rows = Rows([Segment(folder / one.name, one, embed_dim) for one in facts.segments])
+        rows = open_rows(folder, facts)
         alive_N = np.ones(len(rows), dtype=np.bool_)
         if facts.removed is not None:
             alive_N[np.isin(rows.keys_N, removed_keys(folder, facts))] = False
@@ -90,15 +91,20 @@ class Snapshot:
                 yield (start + row, *segment.item(row))
 
 
+def open_rows(folder: Path, facts: Manifest) -> Rows:
+    """The rows of all segments; raises DataError as `Segment`."""
+    return Rows([Segment(folder / one.name, one, facts.model.embed_dim, facts.vector_type) for one in facts.segments])
+
+
 def removed_keys(folder: Path, facts: Manifest) -> IntArray:
     """The keys of the removed rows; raises DataError when their file is not as it was written."""
     if facts.removed is None:
         return np.empty(0, dtype=np.int64)
     path = folder / facts.removed.name
-    manifest.check_size(path, facts.removed.file)
+    data = manifest.read_whole(path, facts.removed.file)
     try:
-        keys: IntArray = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        keys: IntArray = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy reads the header as Python, which raises errors of many types
         raise DataError(f"{path}: cannot be read ({error}); {manifest.ADVICE}") from error
     return keys
 
@@ -107,9 +113,12 @@ class Index:
     """Items with their vectors. Several threads may search one index at once."""
 
     def __init__(self, snapshot: Snapshot) -> None:
+        """Raises DataError when a writer has taken away the graph since."""
         self.snapshot = snapshot
         self.folder = snapshot.folder
         self.manifest = snapshot.manifest
+        # Now, for the next writer removes the graph of this generation.
+        self.engine = _open_engine(snapshot)
         self._masks: dict[str, Mask] = {}
         self._lock = threading.Lock()
 
@@ -179,21 +188,6 @@ class Index:
         segment, row = self.snapshot.rows.segment_of(place)
         return segment.thumbnail(row) or None
 
-    @cached_property
-    def engine(self) -> Engine:
-        """What searches: the graph where there is one that fits, else the exact engine."""
-        snapshot, graph = self.snapshot, self.manifest.graph
-        if self.manifest.engine == "exact" or graph is None:
-            return ExactEngine(snapshot.rows)
-        path = self.folder / graph.name
-        try:
-            manifest.check_size(path, graph.file)
-            opened = open_graph(path, self.model.embed_dim, self.manifest.next_key)
-        except DataError as error:
-            logger.warning("%s; searching without it, exactly (repair: cn-clip index check --repair)", error)
-            return ExactEngine(snapshot.rows)
-        return GraphEngine(snapshot.rows, opened, graph.next_key)
-
     def _hits(self, places: IntArray, scores: FloatArray, min_score: float | None) -> list[Hit]:
         hits = []
         for place, score in zip(places.tolist(), scores.tolist(), strict=True):
@@ -227,6 +221,22 @@ class Index:
         with contextlib.suppress(KeyError):
             return self._places[item_id]
         raise DataError(f"{self.folder}: has no item {item_id!r}")
+
+
+def _open_engine(snapshot: Snapshot) -> Engine:
+    """The graph if there is one that is whole, else the exact engine."""
+    facts = snapshot.manifest
+    if facts.engine == "exact" or facts.graph is None:
+        return ExactEngine(snapshot.rows)
+    path = snapshot.folder / facts.graph.name
+    try:
+        graph = open_graph(path, facts.graph.file, facts.model.embed_dim, facts.next_key)
+    except DataError as error:
+        if was_replaced(snapshot.folder, facts):
+            raise
+        logger.warning("%s; %s", str(error).removesuffix(f"; {manifest.ADVICE}"), WITHOUT_GRAPH)
+        return ExactEngine(snapshot.rows)
+    return GraphEngine(snapshot.rows, graph, facts.graph.next_key)
 
 
 def check_bounds(k: int, min_score: float | None) -> None:

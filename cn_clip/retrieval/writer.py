@@ -16,10 +16,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.digests import facts_of, is_folder, is_there, is_whole
+from cn_clip.errors import ConfigError, DataError, UnreadableError
 from cn_clip.jsonl import atomic_write
 from cn_clip.retrieval import manifest
-from cn_clip.retrieval.engines import SMALLEST_GRAPH, Mask, Rows, extended_graph, require_usearch
+from cn_clip.retrieval.engines import (
+    SMALLEST_GRAPH,
+    Graph,
+    Mask,
+    Rows,
+    extended_graph,
+    new_graph,
+    require_usearch,
+)
 from cn_clip.retrieval.manifest import DerivedFacts, EngineName, Manifest, SegmentFacts, VectorType
 from cn_clip.retrieval.segments import (
     IntArray,
@@ -30,10 +39,12 @@ from cn_clip.retrieval.segments import (
     item_line,
     write_segment,
 )
-from cn_clip.retrieval.store import Snapshot, removed_keys
+from cn_clip.retrieval.store import Snapshot, open_rows, removed_keys
 
 LOCK = ".lock"
 BUILDING = ".building"
+# A generation as it was before a repair, by its number: an index of its own.
+ASIDE = "before-repair-"
 # What `atomic_write` begins of the files of an index.
 _TEMPORARY = re.compile(r"\.(manifest\.json|removed-[0-9]{6,}\.npy)\..*-[0-9]+-\w+\.tmp")
 # So many segments of like size become one: then an index of n commits has some log(n) of them.
@@ -69,16 +80,18 @@ def open_writer(
             if create is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 _refuse_strange(folder)
-            elif not folder.is_dir():
+            elif not is_folder(folder):
                 manifest.read(folder)
             stack.enter_context(FileLock(os.fspath(folder / LOCK), timeout=0))
         except Timeout as error:
             raise ConfigError(
                 f"{folder}: another process is changing this index; wait for it, or choose another folder"
             ) from error
+        except UnreadableError:
+            raise
         except OSError as error:
             raise DataError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
-        if create is not None and not (folder / manifest.NAME).exists():
+        if create is not None and not is_there(folder / manifest.NAME):
             _refuse_strange(folder)
             _begin(folder, create)
         yield IndexWriter(_snapshot(folder, without), is_mended=bool(without))
@@ -107,7 +120,7 @@ def _snapshot(folder: Path, without: Collection[str]) -> Snapshot:
     if not without:
         return Snapshot.open(folder, facts)
     kept = replace(facts, segments=tuple(one for one in facts.segments if one.name not in without))
-    rows = Rows([Segment(folder / one.name, one, facts.model.embed_dim) for one in kept.segments])
+    rows = open_rows(folder, kept)
     return _with(Snapshot(folder, kept, rows, _alive(rows, removed_keys(folder, facts))))
 
 
@@ -148,7 +161,7 @@ class IndexWriter:
         """An item of the index, as it would be added again."""
         place = int(np.searchsorted(self._snapshot.rows.keys_N, self._keys[item_id]))
         segment, row = self._snapshot.rows.segment_of(place)
-        return NewItem(item_id, segment.vectors_ND[row], segment.item(row)[1], segment.thumbnail(row))
+        return NewItem(item_id, segment.vectors(row, row + 1)[0], segment.item(row)[1], segment.thumbnail(row))
 
     def describe(self, *, engine: EngineName | None, source: str) -> None:
         """Sets what the manifest says besides the items. engine: None keeps it."""
@@ -195,6 +208,25 @@ class IndexWriter:
             self._merge()
         self._tidy()
 
+    def keep_aside(self) -> Path:
+        """Makes the generation on disk, damaged as it is, an index of its own in this folder; returns its place.
+
+        Its files are links to the same bytes, and take no room until this index does without them; copies on a disk
+        that has no links. Raises DataError when they cannot be made.
+        """
+        facts = manifest.read(self.folder)
+        building, place = self.folder / BUILDING, self.folder / f"{ASIDE}{facts.generation:06d}"
+        with self._writing():
+            for rubbish in (building, place):
+                _remove(rubbish)
+            for name in (manifest.NAME, *(path for path, _ in facts.files())):
+                if is_there(self.folder / name):
+                    (building / name).parent.mkdir(parents=True, exist_ok=True)
+                    _link(self.folder / name, building / name)
+            os.replace(building, place)
+            manifest.sync_folder(self.folder)
+        return place
+
     def finish(self) -> None:
         """Brings the graph up to the items, where the engine has one; a damaged one is built anew."""
         facts = self.manifest
@@ -224,7 +256,7 @@ class IndexWriter:
         self._snapshot = replace(self._snapshot, manifest=manifest.write(self.folder, facts))
 
     def _open(self, facts: SegmentFacts) -> Segment:
-        return Segment(self.folder / facts.name, facts, self.manifest.model.embed_dim)
+        return Segment(self.folder / facts.name, facts, self.manifest.model.embed_dim, self.manifest.vector_type)
 
     def _fresh(self, kind: str, suffix: str = "") -> Path:
         """A path that no generation has used."""
@@ -244,7 +276,7 @@ class IndexWriter:
         np.save(content, keys)
         with atomic_write(path, "wb") as stream:
             stream.write(content.getvalue())
-        return DerivedFacts(path.name, manifest.facts_of(path), self.manifest.next_key)
+        return DerivedFacts(path.name, facts_of(path), self.manifest.next_key)
 
     def _merge(self) -> None:
         segments = self._snapshot.rows.segments
@@ -267,24 +299,29 @@ class IndexWriter:
     def _has_whole_graph(self) -> bool:
         graph = self.manifest.graph
         with contextlib.suppress(OSError):
-            return graph is not None and manifest.facts_of(self.folder / graph.name) == graph.file
+            return graph is not None and is_whole(self.folder / graph.name, graph.file)
         return False
 
+    def _graph(self) -> Graph:
+        before, rows, alive_N = self.manifest.graph, self._snapshot.rows, self._snapshot.alive_N
+        if before is not None:
+            with contextlib.suppress(DataError):
+                return extended_graph(self.folder / before.name, before.file, rows, alive_N, before.next_key)
+        return new_graph(rows, alive_N)
+
     def _write_graph(self) -> DerivedFacts:
-        before, facts = self.manifest.graph, self.manifest
-        known = (self.folder / before.name, before.next_key) if before and self._has_whole_graph() else (None, 0)
-        graph = extended_graph(known[0], self._snapshot.rows, self._snapshot.alive_N, known[1])
+        facts, graph = self.manifest, self._graph()
         building, path = self.folder / BUILDING, self._fresh("graph", ".usearch")
         for rubbish in (building, path):
             _remove(rubbish)
         try:
-            graph.save(str(building))
-        except RuntimeError as error:  # all that the binding says of a full disk
-            raise OSError(errno.EIO, f"the graph: {error}") from error
+            graph.save(building)
+        except DataError as error:  # all that usearch says of a full disk
+            raise OSError(errno.EIO, str(error)) from error
         with open(building, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(building, path)
-        return DerivedFacts(path.name, manifest.facts_of(path), facts.next_key)
+        return DerivedFacts(path.name, facts_of(path), facts.next_key)
 
     def _tidy(self) -> None:
         """Removes what no manifest names: of commits that were killed, and of generations before."""
@@ -298,6 +335,8 @@ class IndexWriter:
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except UnreadableError:  # it names the file
+            raise
         except OSError as error:
             raise DataError(
                 f"{self.folder}: cannot be written ({error.strerror or error}); all that was reported done is kept: "
@@ -341,6 +380,15 @@ def _num_to_merge(sizes: Sequence[int]) -> int:
         if count == len(sizes):
             return 0
         bound *= SEGMENTS_OF_A_SIZE
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a disk without links, or too many of them
+        shutil.copy2(source, target)
+        with open(target, "rb+") as stream:
+            os.fsync(stream.fileno())
 
 
 def _remove(path: Path) -> None:

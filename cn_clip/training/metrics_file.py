@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from cn_clip.digests import is_there
 from cn_clip.errors import CnClipError, DataError
 from cn_clip.jsonl import atomic_write, json_object, numbered_lines
 from cn_clip.training.logs import logger
@@ -34,7 +35,7 @@ class MetricsFile:
 
     def set_aside(self) -> None:
         """Gives a file with something in it a name with the time of its last change."""
-        if not self.path.exists() or not self.path.stat().st_size:
+        if not is_there(self.path) or not self.path.stat().st_size:
             return
         changed = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime(self.path.stat().st_mtime))
         with self._writing():
@@ -84,7 +85,7 @@ def read_records(path: Path) -> tuple[list[Record], int]:
     Raises DataError for a file that cannot be opened.
     """
     records, num_torn = [], 0
-    for _, line in numbered_lines(path) if path.exists() else ():
+    for _, line in numbered_lines(path) if is_there(path) else ():
         try:
             record = json_object(line)
         except DataError:

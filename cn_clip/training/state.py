@@ -17,6 +17,7 @@ from cn_clip import ranks, zoo
 from cn_clip.clip.checkpoint import Checkpoint, read_checkpoint
 from cn_clip.clip.foreign.names import refuse
 from cn_clip.clip.hub import weight_file
+from cn_clip.digests import is_file
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, lacked_memory
 from cn_clip.jsonl import atomic_write
 from cn_clip.settings import flag
@@ -155,12 +156,12 @@ def _newest_first(checkpoint_dir: Path) -> list[Path]:
 def own_checkpoints(checkpoint_dir: Path) -> list[Path]:
     """The checkpoints that this experiment has written, best to go on from first."""
     latest = checkpoint_dir / LATEST
-    return [path for path in (latest, *_newest_first(checkpoint_dir)) if path.is_file()]
+    return [path for path in (latest, *_newest_first(checkpoint_dir)) if is_file(path)]
 
 
 def discard(checkpoint_dir: Path, *, kept: Path | None) -> list[Path]:
     """Deletes the checkpoints of this experiment but for `kept`; returns the deleted ones."""
-    old = [path for path in {*own_checkpoints(checkpoint_dir), checkpoint_dir / BEST} if path.is_file()]
+    old = [path for path in {*own_checkpoints(checkpoint_dir), checkpoint_dir / BEST} if is_file(path)]
     old = sorted(path for path in old if kept is None or not path.samefile(kept))
     for path in old:
         path.unlink()

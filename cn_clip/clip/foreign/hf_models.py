@@ -22,7 +22,7 @@ from cn_clip.clip.foreign.towers import ForeignTowers
 from cn_clip.clip.hf import CONFIG_FILE, read_json
 from cn_clip.clip.inputs import Parts
 from cn_clip.clip.transforms import Decode, in_8_bits
-from cn_clip.errors import CheckpointError, MissingExtraError, reading, reason_of
+from cn_clip.errors import CheckpointError, MissingExtraError, first_sentence, reading
 from cn_clip.extras import require
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ def _explained(folder: Path) -> Iterator[None]:
             yield
         except ImportError as error:
             raise MissingExtraError(
-                f"{folder}: transformers lacks a package for it ({reason_of(error)}); "
+                f"{folder}: transformers lacks a package for it ({first_sentence(error)}); "
                 "install it with: pip install 'cn_clip[hf]'"
             ) from error
 

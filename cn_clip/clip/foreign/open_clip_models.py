@@ -18,7 +18,7 @@ from cn_clip.clip.foreign.names import ForeignName
 from cn_clip.clip.foreign.towers import ForeignTowers
 from cn_clip.clip.inputs import Parts
 from cn_clip.clip.transforms import Decode, in_8_bits
-from cn_clip.errors import CheckpointError, ConfigError, reason_of
+from cn_clip.errors import CheckpointError, ConfigError, first_sentence
 from cn_clip.extras import require
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def open_model(
     except Exception as error:  # of no common type
         if is_file and (known := what_it_is(file)) is not None:
             raise CheckpointError(f"{file}: {known}") from error
-        raise CheckpointError(f"{name}: open_clip cannot open it ({reason_of(error)})") from error
+        raise CheckpointError(f"{name}: open_clip cannot open it ({first_sentence(error)})") from error
     size = model.visual.image_size
     resolution = int(size[0] if isinstance(size, (tuple, list)) else size)
     towers = ForeignTowers(
