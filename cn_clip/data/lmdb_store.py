@@ -1,5 +1,6 @@
 """The LMDB layout of a dataset split, `imgs` and `pairs`, as Chinese-CLIP lays it out; built and read only here."""
 
+import contextlib
 import io
 import os
 import pickle

@@ -14,7 +14,8 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 def snapshot(repo: str, revision: str | None = None, *, download_root: str | Path | None = None) -> Path:
     """The transformers folder of an id such as `google/siglip-base-patch16-224`, downloaded if need be.
 
-    revision: a branch, a tag or a commit; default: the branch `main`, as it is then. download_root: default, the cache of the hub's client. Reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME.
+    revision: a branch, a tag or a commit; default: the branch `main`, as it is then. download_root: default, the cache
+    of the hub's client. Reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME.
     Raises DownloadError.
     """
     from huggingface_hub import snapshot_download
