@@ -129,10 +129,7 @@ def _say(result: Result, folder: Path, facts: Manifest, say: Speaker) -> None:
         f"{nameless if result.num_nameless else ''}{bare if result.num_bare else ''}"
     )
     if result.aside is not None:
-        say(
-            f"修复前的索引留在这里，确认无误后再删 / the index as it was, an index of its own, to be deleted once the repaired "
-            f"one is right: {result.aside}"
-        )
+        say(f"修复前的索引，确认无误后可删 / the index as it was, to be deleted once this one is right: {result.aside}")
     if result.lost or result.num_nameless:
         say(f"再次运行可补回仍在的图片 / brings back pictures that are still there: cn-clip index build {facts.source}")
 
