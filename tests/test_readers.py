@@ -194,7 +194,6 @@ def test_weights_that_cannot_be_read_are_a_sentence(
         ("config.json", {"text_config": "x"}),
         ("config.json", {"projection_dim": "wide"}),
         ("config.json", {"logit_scale_init_value": {}}),
-        ("config.json", {"torch_dtype": 7}),
         ("preprocessor_config.json", {"size": "large"}),
         ("preprocessor_config.json", {"image_mean": [[0.5], "x"]}),
         ("preprocessor_config.json", {"resample": "nearest"}),

@@ -15,8 +15,8 @@ from faults.counts import Counts
 from faults.forked import reports
 from faults.readers import READERS, Inputs, Reader, quiet
 
-# Inputs of a reader between two looks at the clock.
-_ROUND = 50
+# Inputs of a reader before the next has its turn, and seconds.
+_ROUND, _ROUND_SECONDS = 100, 2.0
 
 
 def fuzz(seconds: float, *, seed: int, processes: int, only: str = "") -> Counts:
@@ -60,8 +60,8 @@ class World:
 
     def go_on(self, counts: Counts, until: float = float("inf")) -> None:
         """Takes the next inputs; makes the valid files first."""
-        begin = time.monotonic()
         inputs = self.inputs()
+        begin = time.monotonic()
         for number, line, number_of_signal in reports(
             partial(inputs.take, sound=self._sound), islice(self._numbers, _ROUND)
         ):
@@ -69,13 +69,13 @@ class World:
             where = f"{self.reader.name}, seed {self.seed}, input {number}"
             if line is None:
                 name = signal.Signals(number_of_signal).name if number_of_signal else "did not end in time"
-                inputs.restore(number)
                 counts.add("signal", f"{where}: {name}")
             else:
                 outcome, _, what = line.partition("\t")
                 counts.add(outcome, f"{where}: {what}")  # type: ignore[arg-type]
-            if time.monotonic() > until:
+            if time.monotonic() > min(until, begin + _ROUND_SECONDS):
                 break
+        inputs.restore()
         self.seconds += time.monotonic() - begin
 
     def inputs(self) -> Inputs:
