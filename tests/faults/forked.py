@@ -5,11 +5,13 @@ import os
 import resource
 import select
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 MEMORY_BYTES = 2 << 30
-SECONDS = 60.0
+# Of a processor, for one input: a busy machine must not look like a hang. Waiting has this many times as long.
+SECONDS, PATIENCE = 30.0, 20
 # So many inputs a child: what one of them leaves in memory reaches few others.
 A_CHILD = 250
 
@@ -44,12 +46,16 @@ def _of_child(take: Take, numbers: list[int], seconds: float) -> Iterator[Report
         _work(take, numbers, outgoing)
     os.close(outgoing)
     done, buffer, is_late, status = 0, b"", False, 0
+    since, used = time.monotonic(), 0.0
     try:
         while True:
-            if not select.select([incoming], [], [], seconds)[0]:
-                is_late = True
-                os.kill(pid, signal.SIGKILL)
-                break
+            if not select.select([incoming], [], [], 1.0)[0]:
+                waited = time.monotonic() - since
+                if _cpu_seconds(pid) - used > seconds or waited > PATIENCE * seconds:
+                    is_late = True
+                    os.kill(pid, signal.SIGKILL)
+                    break
+                continue
             piece = os.read(incoming, 1 << 16)
             if not piece:
                 break
@@ -57,6 +63,7 @@ def _of_child(take: Take, numbers: list[int], seconds: float) -> Iterator[Report
             for line in lines:
                 yield Report(numbers[done], line.decode(errors="replace"))
                 done += 1
+            since, used = time.monotonic(), _cpu_seconds(pid)
     except GeneratorExit:
         os.kill(pid, signal.SIGKILL)
         raise
@@ -68,11 +75,19 @@ def _of_child(take: Take, numbers: list[int], seconds: float) -> Iterator[Report
         yield Report(numbers[done], None, number_of_signal)
 
 
+def _cpu_seconds(pid: int) -> float:
+    """What a child has used of processors so far."""
+    with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stream:
+        fields = stream.read().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _work(take: Take, numbers: list[int], outgoing: int) -> None:
     status = 1
     try:
         gc.freeze()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries in C print what they think of a file
         limit_memory(MEMORY_BYTES)
         for number in numbers:
             line = take(number).replace("\n", " ").encode(errors="replace")

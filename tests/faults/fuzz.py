@@ -5,14 +5,14 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from faults.counts import Counts
-from faults.forked import reports
+from faults.forked import SECONDS, reports
 from faults.readers import READERS, Inputs, Reader, quiet
 
 # Inputs of a reader before the next has its turn, and seconds.
@@ -51,8 +51,10 @@ def _work(worker: int, *, seconds: float, seed: int, processes: int, only: str) 
 class World:
     """A reader, its valid files, and how far it has come."""
 
-    def __init__(self, reader: Reader, folder: Path, seed: int, numbers: range) -> None:
-        self.reader, self.folder, self.seed = reader, folder, seed
+    def __init__(
+        self, reader: Reader, folder: Path, seed: int, numbers: Iterable[int], *, seconds: float = SECONDS
+    ) -> None:
+        self.reader, self.folder, self.seed, self._limit = reader, folder, seed, seconds
         self.taken, self.seconds = 0, 0.0
         self._numbers = iter(numbers)
         self._inputs: Inputs | None = None
@@ -62,9 +64,8 @@ class World:
         """Takes the next inputs; makes the valid files first."""
         inputs = self.inputs()
         begin = time.monotonic()
-        for number, line, number_of_signal in reports(
-            partial(inputs.take, sound=self._sound), islice(self._numbers, _ROUND)
-        ):
+        take = partial(inputs.take, sound=self._sound)
+        for number, line, number_of_signal in reports(take, islice(self._numbers, _ROUND), seconds=self._limit):
             self.taken += 1
             where = f"{self.reader.name}, seed {self.seed}, input {number}"
             if line is None:

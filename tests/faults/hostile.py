@@ -38,7 +38,7 @@ _STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 # What may be answered; 500 would be a fault of the service.
 _ANSWERS = {200, 204, 303, 307, 400, 401, 403, 404, 405, 408, 411, 413, 415, 421, 422, 429, 431, 501, 503, 504, 505}
 # Seconds after which the service gives up a request, and those that a client waits.
-_TIMEOUT, _PATIENCE = 5, 40.0
+_TIMEOUT, _PATIENCE = 5, 90.0
 _CLIENTS = 6
 NAME = "served"
 

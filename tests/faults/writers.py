@@ -47,7 +47,7 @@ _PRELOADED = (
     "safetensors.torch",
     "lmdb",
 )
-_NEVER_ENDS = 120.0
+_NEVER_ENDS = 600.0
 _TIMES = re.compile(r"\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d")
 # Locks and notes of digests stay; logs grow with every start.
 _PASSED_OVER = ("*.lock", ".lock", ".verified.json", "out_*.log", "params_*.txt", "metrics.jsonl", "curves*")
