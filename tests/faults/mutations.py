@@ -153,7 +153,7 @@ def odd_zip(rng: random.Random, data: bytes) -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
         for one, content in members.items():
-            archive.writestr(one, content)
+            archive.writestr(zipfile.ZipInfo(one), content, archive.compression)  # without the time
     return stream.getvalue()
 
 
