@@ -5,10 +5,10 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from faults.counts import Counts
@@ -56,7 +56,7 @@ class World:
     ) -> None:
         self.reader, self.folder, self.seed, self._limit = reader, folder, seed, seconds
         self.taken, self.seconds = 0, 0.0
-        self._numbers = iter(numbers)
+        self._numbers: Iterator[int] = iter(numbers)
         self._inputs: Inputs | None = None
         self._sound = ""
 
@@ -65,7 +65,9 @@ class World:
         inputs = self.inputs()
         begin = time.monotonic()
         take = partial(inputs.take, sound=self._sound)
-        for number, line, number_of_signal in reports(take, islice(self._numbers, _ROUND), seconds=self._limit):
+        numbers = list(islice(self._numbers, _ROUND))
+        for done, report in enumerate(reports(take, numbers, seconds=self._limit), start=1):
+            number, line, number_of_signal = report
             self.taken += 1
             where = f"{self.reader.name}, seed {self.seed}, input {number}"
             if line is None:
@@ -75,6 +77,7 @@ class World:
                 outcome, _, what = line.partition("\t")
                 counts.add(outcome, f"{where}: {what}")  # type: ignore[arg-type]
             if time.monotonic() > min(until, begin + _ROUND_SECONDS):
+                self._numbers = chain(numbers[done:], self._numbers)
                 break
         inputs.restore()
         self.seconds += time.monotonic() - begin

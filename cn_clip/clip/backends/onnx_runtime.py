@@ -83,17 +83,12 @@ class OnnxTower:
             self.provider, self.on_gpu = used, False
         self._session.disable_fallback()
         with reading(self.place, CheckpointError, what=ODD_FACTS, step=EXPORT_AGAIN):  # names may be no UTF-8
-            inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+            inputs = {one.name: _shape(one.shape) for one in self._session.get_inputs()}
+            outputs = {one.name: _shape(one.shape) for one in self._session.get_outputs()}
             metadata = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-        self.facts: TowerFacts = facts_of(
-            self.place,
-            kind,
-            inputs={one.name: _shape(one.shape) for one in inputs},
-            outputs={one.name: _shape(one.shape) for one in outputs},
-            metadata=metadata,
-        )
+        self.facts: TowerFacts = facts_of(self.place, kind, inputs=inputs, outputs=outputs, metadata=metadata)
         self._input, self._output = INPUTS[kind], OUTPUTS[kind]
-        self._type = np.float16 if inputs[0].type == "tensor(float16)" else None
+        self._type = np.float16 if self._session.get_inputs()[0].type == "tensor(float16)" else None
 
     def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
         fed = inputs if self._type is None else inputs.astype(self._type)
