@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 from faults.counts import Counts
@@ -57,6 +57,7 @@ class World:
         self.reader, self.folder, self.seed, self._limit = reader, folder, seed, seconds
         self.taken, self.seconds = 0, 0.0
         self._numbers: Iterator[int] = iter(numbers)
+        self._left: list[int] = []
         self._inputs: Inputs | None = None
         self._sound = ""
 
@@ -65,7 +66,8 @@ class World:
         inputs = self.inputs()
         begin = time.monotonic()
         take = partial(inputs.take, sound=self._sound)
-        numbers = list(islice(self._numbers, _ROUND))
+        numbers = [*self._left, *islice(self._numbers, _ROUND - len(self._left))]
+        self._left = []
         for done, report in enumerate(reports(take, numbers, seconds=self._limit), start=1):
             number, line, number_of_signal = report
             self.taken += 1
@@ -77,7 +79,7 @@ class World:
                 outcome, _, what = line.partition("\t")
                 counts.add(outcome, f"{where}: {what}")  # type: ignore[arg-type]
             if time.monotonic() > min(until, begin + _ROUND_SECONDS):
-                self._numbers = chain(numbers[done:], self._numbers)
+                self._left = numbers[done:]
                 break
         inputs.restore()
         self.seconds += time.monotonic() - begin
