@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 FILES := cn_clip tests benchmarks tools
 
-.PHONY: help demo test test-slow test-gpu test-milvus test-families test-browser test-ray check format docs docs-cli notebook test-notebook test-wheel clean
+.PHONY: help demo test test-slow test-gpu test-milvus test-families test-browser test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-families  用 open_clip 和 sentence-transformers 的测试 / tests with both; open_clip brings torchvision"
 	@echo "make test-browser  在 Chromium 里测试网页 / the web page in Chromium (Debian: apt-get install chromium)"
 	@echo "make test-ray   需要 Ray 的测试 / tests that need ray"
+	@echo "make test-faults  损坏的文件、随时的终止、坏磁盘、恶意请求 / damaged files, kills, bad disks, hostile requests; SECONDS=1500"
 	@echo "make docs       建网站到 site/ / the documents as a site"
 	@echo "make docs-cli   重新生成 docs/cli.md / writes docs/cli.md again, after options changed"
 	@echo "make test-notebook  运行笔记本 / runs the notebooks"
@@ -72,6 +73,12 @@ test-browser: $(VENV)/.dev
 test-ray: $(VENV)/.dev
 	$(PIP) --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -m ray
+
+# Each part ends with its counts; fails when a traceback, a signal, a silent difference or a loss is among them.
+SECONDS ?= 1500
+SEED ?= 0
+test-faults: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/run.py --seconds $(SECONDS) --seed $(SEED) $(FAULTS)
 
 $(VENV)/.docs: pyproject.toml $(CONSTRAINTS) | $(VENV)/.core
 	$(PIP) --editable '.[docs]'

@@ -1,8 +1,11 @@
 """The error tree: everything this package raises on purpose, so that callers can catch one type."""
 
+import contextlib
 import errno
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 
 class CnClipError(Exception):
@@ -70,6 +73,46 @@ class StoreError(CnClipError, RuntimeError):
 
 class MissingExtraError(CnClipError, ImportError):
     """An optional package is not installed; the message carries the pip command."""
+
+
+@contextlib.contextmanager
+def reading(
+    place: object,
+    error_type: type[CnClipError],
+    *,
+    what: str = "cannot be read",
+    step: str,
+    look: Callable[[Any], str | None] | None = None,
+) -> Iterator[None]:
+    """Turns whatever another package raises inside into one error: "PLACE: WHAT (REASON); STEP".
+
+    look: says of `place` what it really is, and what to do; then that follows the place instead.
+    On damaged bytes, parsers raise errors of any type, which differ from version to version; those written in Rust
+    panic, which is no Exception. Errors of this package pass as they are. Only calls of the other package belong
+    inside: a fault of our own would become a sentence about the file.
+    """
+    try:
+        yield
+    except CnClipError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        known = None if look is None else look(place)
+        raise error_type(f"{place}: {known or f'{what} ({first_sentence(error, place)}); {step}'}") from error
+
+
+_LONGEST_REASON = 300
+
+
+def first_sentence(error: BaseException, place: object = None) -> str:
+    """The first sentence of what an error says, without the path `place` before it; its type where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f': {error}' if str(error) else ''}"
+    text = str(error).strip().removeprefix(f"{place}: ")
+    return re.split(r"\.?\n|\. |\.$", text, maxsplit=1)[0][:_LONGEST_REASON] or type(error).__name__
 
 
 _NO_MEMORY = ("bad_alloc", "bad allocation", "allocate memory", "failed to allocate", "out of memory")

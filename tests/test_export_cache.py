@@ -1,5 +1,6 @@
 """The cache of exported models: made once, told in few lines, never believed when it is not whole."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cn_clip import zoo
+from cn_clip import digests, zoo
 from cn_clip.clip import Encoder
 from cn_clip.clip.backends import exported
 from cn_clip.clip.backends.base import ExportedBackend
@@ -71,6 +72,11 @@ def start(code: str, *arguments: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def files_in(folder: Path) -> list[str]:
+    """Without what `digests` remembers of them."""
+    return sorted(path.name for path in folder.iterdir() if path.name != digests.VERIFIED)
+
+
 def text_file(weights: Path, root: Path, form: str = "fp32") -> Path:
     return onnx_path(Source(weights, download_root=root).folder() / "model", "text", form)
 
@@ -99,7 +105,7 @@ def test_two_processes_at_once_export_once_and_one_says_so(
     assert report.startswith(
         "model.txt.fp32.onnx: 与 float32 的余弦 / cosine to float32: min 1.000000, mean 1.000000 (32"
     )
-    assert sorted(path.name for path in path.parent.iterdir()) == ["manifest.json", "model.txt.fp32.onnx"]
+    assert files_in(path.parent) == ["manifest.json", "model.txt.fp32.onnx"]
 
 
 def test_a_later_use_says_nothing_and_computes_what_pytorch_does(weights: Path, root: Path) -> None:
@@ -120,15 +126,22 @@ def test_another_precision_is_made_of_the_float32_file_without_pytorch(weights: 
     assert report.startswith("model.txt.int8.onnx: 与 float32 的余弦 / cosine to float32: min 0.99")
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "garbage", "gone", "a page of zeros", "a bit"])
 def test_a_damaged_file_is_exported_again_once_with_one_line(weights: Path, root: Path, damage: str) -> None:
     exact = encoded(weights, root, [])
     path = text_file(weights, root)
     size = path.stat().st_size
+    data = bytearray(path.read_bytes())
     if damage == "gone":
         path.unlink()
+    elif damage == "a page of zeros":  # among the weights, where every reader takes it
+        place = size // 2 // 4096 * 4096
+        path.write_bytes(data[:place] + bytes(4096) + data[place + 4096 :])
+    elif damage == "a bit":
+        data[size // 3] ^= 0x40
+        path.write_bytes(data)
     else:
-        path.write_bytes(path.read_bytes()[:-100] if damage == "cut" else b"\xff" * size)
+        path.write_bytes(data[:-100] if damage == "cut" else b"\xff" * size)
     said: list[str] = []
     np.testing.assert_allclose(encoded(weights, root, said), exact, atol=1e-6)
     assert [line.split(" /")[0] for line in said] == [DAMAGED.split(" /")[0], "model.txt.fp32.onnx: 与 float32 的余弦"]
@@ -167,6 +180,22 @@ def test_what_a_killed_export_leaves_is_not_taken_for_whole(weights: Path, root:
     assert not (path.parent / exported.BUILDING).exists()
 
 
+def test_files_of_a_version_that_kept_no_digests_are_exported_again(weights: Path, root: Path) -> None:
+    path = text_file(weights, root)
+    (path.parent / exported.MANIFEST).write_text(json.dumps({path.name: {path.name: path.stat().st_size}}))
+    said: list[str] = []
+    encoded(weights, root, said)
+    assert said[0].startswith(FIRST_USE)
+    assert json.loads((path.parent / exported.MANIFEST).read_text())[path.name][path.name]["digest"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"a": 3}', '{"a": {"b": {"c": 1}}}', '{"a": {"b": []}}'])
+def test_a_manifest_that_is_none_means_that_nothing_is_there(tmp_path: Path, content: str) -> None:
+    (tmp_path / exported.MANIFEST).write_text(content)
+    assert exported.kept_file(tmp_path / "x", lambda: (tmp_path / "x").write_bytes(b"1")) == tmp_path / "x"
+    assert json.loads((tmp_path / exported.MANIFEST).read_text())["x"]["x"]["bytes"] == 1
+
+
 def test_a_fp16_file_whose_weights_are_gone_is_made_again(weights: Path, root: Path) -> None:
     encoded(weights, root, [], "fp16")
     extra_path(text_file(weights, root, "fp16")).unlink()
@@ -194,7 +223,7 @@ def test_a_model_that_cannot_be_exported_faithfully_leaves_no_file(
     with pytest.raises(CheckpointError, match=r"model.txt.int8.onnx: differs from float32 by more than int8 may"):
         encoded(weights, root, [], "int8")
     folder = text_file(weights, root).parent
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.txt.fp32.onnx"]
+    assert files_in(folder) == ["manifest.json", "model.txt.fp32.onnx"]
 
 
 def test_a_root_that_cannot_be_written_is_a_sentence(weights: Path, tmp_path: Path) -> None:

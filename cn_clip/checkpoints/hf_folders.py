@@ -39,7 +39,7 @@ _PROCESSOR_FIELDS = {
     "processor_class": PROCESSOR,
     "do_convert_rgb": True,
 }
-# All that transformers asks for; with more, the order of the entries, and so the bytes of the file, would be random.
+# All that transformers asks for.
 _METADATA = {"format": "pt"}
 
 

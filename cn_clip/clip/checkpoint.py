@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cn_clip.clip import hf, low_rank, torchscript
-from cn_clip.clip.file_formats import first_sentence, is_torchscript, only_tensors, read_content
+from cn_clip.clip.file_formats import is_torchscript, only_tensors, read_content
 from cn_clip.clip.foreign.names import refuse
 from cn_clip.clip.hf_inputs import check_inputs
-from cn_clip.errors import CheckpointError
+from cn_clip.errors import CheckpointError, first_sentence
 from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, TextConfig, VisionConfig, text_config, vision_config
 
 POSITION_KEYS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")

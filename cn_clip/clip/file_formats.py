@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from cn_clip.clip import torchscript
-from cn_clip.clip.file_kinds import is_safetensors, is_zip, what_it_is
-from cn_clip.errors import CheckpointError
+from cn_clip.clip.file_kinds import check_unpacked, is_safetensors, is_zip, what_it_is
+from cn_clip.errors import CheckpointError, reading
+
+_AGAIN = "download or copy it again"
 
 
 def read_content(path: Path, *, mapped: bool = False) -> Any:
@@ -28,17 +30,16 @@ def read_content(path: Path, *, mapped: bool = False) -> Any:
     """
     if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
         raise CheckpointError(f"{path}: no such file; give the path of a checkpoint or a model's name")
-    try:
+    with reading(path, CheckpointError, step=_AGAIN, look=what_it_is):
         if path.suffix == ".safetensors" or is_safetensors(path):
             tensors = _read_safetensors(path)
             return tensors if mapped else owned(tensors, give_back=True)
+        is_packed = is_zip(path)
+        if is_packed:
+            check_unpacked(path, CheckpointError)
         if is_torchscript(path):
             return torchscript.read_state_dict(path)
-        return _torch_load(path, mapped=mapped and is_zip(path))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except _UnreadableError as error:
-        raise CheckpointError(f"{path}: {what_it_is(path) or error}") from error
+        return _torch_load(path, mapped=mapped and is_packed)
 
 
 def owned(
@@ -101,18 +102,11 @@ def _stored_bytes(value: Tensor) -> int:
         return 0
 
 
-class _UnreadableError(Exception):
-    """Why a file cannot be read, in the words of its reader; what it is by its first bytes says more, if known."""
-
-
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with reading(path, CheckpointError, what="not a safetensors file", step=_AGAIN, look=what_it_is):
         return load_file(path)
-    except SafetensorError as error:
-        raise _UnreadableError(f"not a safetensors file ({error})") from error
 
 
 def is_torchscript(path: Path) -> bool:
@@ -125,27 +119,25 @@ def is_torchscript(path: Path) -> bool:
 
 
 def _torch_load(path: Path, *, mapped: bool) -> Any:
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_scalar_globals()):
-            # Warnings are about pickles that are then refused, or read all the same.
-            warnings.simplefilter("ignore")
+    what = "not a PyTorch checkpoint, or damaged"
+    with (
+        reading(path, CheckpointError, what=what, step=_AGAIN, look=what_it_is),
+        warnings.catch_warnings(),
+        torch.serialization.safe_globals(_numpy_scalar_globals()),
+    ):
+        # Warnings are about pickles that are then refused, or read all the same.
+        warnings.simplefilter("ignore")
+        try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found:
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if found is None:
+                known = what_it_is(path) or "not a PyTorch checkpoint; expected a file written by torch.save"
+                raise CheckpointError(f"{path}: {known}") from error
             raise CheckpointError(
                 f"{path}: refused, because loading it would run code ({found[1]}); expected tensors and plain values "
                 "only: where it was made, save torch.save(model.state_dict(), path)"
             ) from error
-        raise _UnreadableError("not a PyTorch checkpoint; expected a file written by torch.save") from error
-    except Exception as error:  # whatever a damaged pickle makes its reader stumble over
-        reason = first_sentence(error)
-        raise _UnreadableError(f"not a PyTorch checkpoint, or damaged ({reason}); download or copy it again") from error
-
-
-def first_sentence(error: Exception) -> str:
-    """The message of an error, to its first full stop; its type when it has none."""
-    return re.split(r"\.?\n|\. |\.$", str(error), maxsplit=1)[0] or type(error).__name__
 
 
 def _numpy_scalar_globals() -> list[Any]:

@@ -6,7 +6,10 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from cn_clip.errors import CnClipError
+
 _HEAD_BYTES = 1024
+_LARGEST_RATIO, _ROOM = 16, 1 << 26
 _TENSORFLOW = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # the last bytes of a TensorFlow 2 checkpoint's index
 _LFS_POINTER = b"version https://git-lfs.github.com/"
 _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
@@ -36,21 +39,49 @@ def is_zip(path: Path) -> bool:
     return _head(path).startswith(b"PK\x03\x04")
 
 
+def most_bytes(path: Path | str | os.PathLike[str]) -> int:
+    """How many bytes of memory the arrays in an archive may take: 16 times the file, and 64 MiB.
+
+    Those of torch.save and np.savez are stored as they are; packed zeros could take a thousand times the file.
+    """
+    return _LARGEST_RATIO * os.path.getsize(path) + _ROOM
+
+
+def check_unpacked(path: Path | str | os.PathLike[str], error_type: type[CnClipError]) -> None:
+    """Raises `error_type` for a zip file whose members would take more memory than `most_bytes` says.
+
+    A file that is no zip, or a damaged one, is left to its reader.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            declared = sum(member.file_size for member in archive.infolist())
+    except Exception:
+        return
+    if declared > most_bytes(path):
+        raise error_type(
+            f"{path}: has {os.path.getsize(path):,} bytes and would take {declared:,} in memory; refused, for neither "
+            "torch.save nor np.savez packs so tightly; if you trust the file, unpack it and save it again"
+        )
+
+
 def what_it_is(path: str | os.PathLike[str]) -> str | None:
     """A sentence that ends in the next step, for a file or folder that cannot be opened; None when it is not known.
 
     "is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder", to be put behind the path.
     """
     path = Path(path)
-    if not path.is_file():
+    try:
+        if not path.is_file():
+            return None
+        head, size = _head(path), path.stat().st_size
+        if not size:
+            return "is empty; download or copy it again"
+        for magic, what in _MAGIC.items():
+            if head.startswith(magic):
+                return f"is {what}"
+        found = next((told for look in _LOOKS if (told := look(path, head, size)) is not None), None)
+    except OSError:  # asked after an error, which says why
         return None
-    head, size = _head(path), path.stat().st_size
-    if not size:
-        return "is empty; download or copy it again"
-    for magic, what in _MAGIC.items():
-        if head.startswith(magic):
-            return f"is {what}"
-    found = next((told for look in _LOOKS if (told := look(path, head, size)) is not None), None)
     return None if found is None else f"is {found}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.errors import CheckpointError, ConfigError, reading
 from cn_clip.zoo import ModelConfig, TextConfig, VisionConfig
 
 CONFIG_FILE = "config.json"
@@ -237,10 +237,9 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises CheckpointError when there is none."""
-    try:
+    step = "expected a transformers folder, with this file as it was published"
+    with reading(path, CheckpointError, what="not a JSON file that can be read", step=step):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a JSON file that can be read ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an object")
     return content

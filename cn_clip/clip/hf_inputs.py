@@ -9,7 +9,7 @@ from typing import Any
 from cn_clip.clip.hf import read_json
 from cn_clip.clip.tokenizer import VOCAB_FILE
 from cn_clip.clip.transforms import MEAN, STD
-from cn_clip.errors import CheckpointError
+from cn_clip.errors import CheckpointError, reading
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +93,8 @@ def _picture_settings(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 def _vocabularies(folder: Path) -> list[tuple[Path, list[str]]]:
     found = []
     if os.path.isfile(path := folder / "vocab.txt"):
-        try:
+        with reading(path, CheckpointError, what="not a vocabulary that can be read", step=_instead(folder)):
             found.append((path, _words(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a vocabulary that can be read ({error})") from error
     if os.path.isfile(path := folder / "tokenizer.json"):
         model = read_json(path).get("model")
         vocab = model.get("vocab") if isinstance(model, dict) else None

@@ -1,6 +1,7 @@
 """Reads the tensors of a TorchScript archive, as OpenAI publishes CLIP, without running any of its code."""
 
 import io
+import math
 import pickle
 import re
 import zipfile
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cn_clip.errors import CheckpointError
+from cn_clip.clip.file_kinds import most_bytes
+from cn_clip.errors import CheckpointError, reading
 
 STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
@@ -41,20 +43,21 @@ class _Module:
         self.attributes = state if isinstance(state, dict) else {}
 
 
-def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    return torch.as_strided(storage, size, stride, offset).clone()
-
-
 def _rebuild_parameter(tensor: Tensor, *_: Any) -> Tensor:
     return tensor
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits tensors, containers and scripted modules (as `_Module`); refuses every other name."""
+    """Admits tensors, containers and scripted modules (as `_Module`); refuses every other name.
+
+    The tensors together may take `most_bytes` of the file: a few bytes can ask for a tensor of any size, many times.
+    """
 
     def __init__(self, archive: zipfile.ZipFile, root: str, path: Path) -> None:
         super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
         self._archive, self._root, self._path = archive, root, path
+        self._storages: dict[str, Tensor] = {}
+        self._bytes_left = most_bytes(path)
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
@@ -62,7 +65,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in STORAGE_DTYPES:
             return name
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
-            return _rebuild_tensor
+            return self._rebuild_tensor
         if module == "torch._utils" and name == "_rebuild_parameter":
             return _rebuild_parameter
         if module == "torch.jit._pickle" and name.startswith("build_"):
@@ -73,23 +76,29 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, storage_type, key, _, numel = pid
-        content = bytearray(self._archive.read(f"{self._root}/data/{key}"))
-        return torch.frombuffer(content, dtype=STORAGE_DTYPES[storage_type], count=int(numel))
+        if key not in self._storages:
+            content = bytearray(self._archive.read(f"{self._root}/data/{key}"))
+            self._storages[key] = torch.frombuffer(content, dtype=STORAGE_DTYPES[storage_type], count=int(numel))
+        return self._storages[key]
+
+    def _rebuild_tensor(
+        self, storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+    ) -> Tensor:
+        self._bytes_left -= math.prod(size) * storage.element_size()
+        if self._bytes_left < 0:
+            raise ValueError("its tensors would take far more memory than the file has bytes")
+        return torch.as_strided(storage, size, stride, offset).clone()
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Parameters and buffers of the archive under their dotted names; raises CheckpointError when it is damaged."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
-            module = _Unpickler(archive, root, path).load()
-            tensors: dict[str, Tensor] = {}
-            _collect(module, "", tensors, _weight_names(archive, root))
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever a damaged pickle makes its reader stumble over
-        raise CheckpointError(f"{path}: a damaged TorchScript archive ({error})") from error
-    return tensors
+    explained = reading(path, CheckpointError, what="a damaged TorchScript archive", step="download or copy it again")
+    with explained, zipfile.ZipFile(path) as archive:
+        root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
+        module = _Unpickler(archive, root, path).load()
+        tensors: dict[str, Tensor] = {}
+        _collect(module, "", tensors, _weight_names(archive, root))
+        return tensors
 
 
 def _weight_names(archive: zipfile.ZipFile, root: str) -> dict[str, set[str]]:

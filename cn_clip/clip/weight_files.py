@@ -1,5 +1,6 @@
 """Writes weights without the rest of a training checkpoint, whole or not at all; for commands that make such files."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -27,10 +28,20 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], source: Ch
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A `.safetensors` under the names of this package; raises as `write_checkpoint`."""
+    """A `.safetensors` under the names of this package, the same bytes every time; raises as `write_checkpoint`."""
     from safetensors.torch import save
 
-    _write(Path(path), lambda stream: stream.write(save(owned(tensors), dict(metadata))))
+    def write(stream: IO[bytes]) -> None:
+        data = memoryview(save(owned(tensors), dict(metadata)))
+        head_bytes = int.from_bytes(data[:8], "little")
+        head = json.loads(bytes(data[8 : 8 + head_bytes]))
+        head["__metadata__"] = dict(sorted(metadata.items()))  # safetensors writes them in an order of chance
+        text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+        for piece in (len(text).to_bytes(8, "little"), text, data[8 + head_bytes :]):
+            stream.write(piece)
+
+    _write(Path(path), write)
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:

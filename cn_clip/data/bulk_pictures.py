@@ -16,7 +16,7 @@ from cn_clip.data.records import RecordId, canonical_id, digest_of
 from cn_clip.data.shards import expand_braces
 from cn_clip.data.storage import EXTRA, FoundFile, Storage, is_uri, open_storage, shown
 from cn_clip.data.tars import tar_members
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, reading
 from cn_clip.extras import require
 
 logger = logging.getLogger(__name__)
@@ -289,7 +289,7 @@ class TablePart:
     def __getitem__(self, index: int) -> StoredPicture[RecordId]:
         piece, number = self._places[index]
         where = f"{piece.name}: row {piece.first + number + 1}"
-        with self._reading:
+        with self._reading, reading(where, DataError, step="write the table again"):  # a text may be no UTF-8
             value = self._column(piece)[number].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
@@ -308,12 +308,13 @@ class TablePart:
 @contextlib.contextmanager
 def _parquet(place: Storage) -> Iterator[Any]:
     """A Parquet file, opened; what goes wrong with it is a DataError."""
-    arrow, parquet = (require(name, extra=EXTRA, purpose=place.name) for name in ("pyarrow", "pyarrow.parquet"))
-    try:
-        with place.files.open_input_file(place.path) as stream, parquet.ParquetFile(stream) as file:
-            yield file
-    except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{place.name}: cannot be read as Parquet ({str(error).splitlines()[0][:200]})") from error
+    parquet = require("pyarrow.parquet", extra=EXTRA, purpose=place.name)
+    with (
+        reading(place.name, DataError, what="cannot be read as Parquet", step="write it again"),
+        place.files.open_input_file(place.path) as stream,
+        parquet.ParquetFile(stream) as file,
+    ):
+        yield file
 
 
 def _open_tables(root: Storage, files: Sequence[FoundFile]) -> Collection:
@@ -344,6 +345,8 @@ def _table(place: Storage) -> _Table:
             )
         values = file.read(columns=[id_column]).column(id_column).to_pylist()
         sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    if len(values) != sum(sizes):
+        raise DataError(f"{place.name}: says it has {sum(sizes)} rows, and has {len(values)}; write it again")
     rows, first = [], 0
     for group, size in enumerate(sizes):
         rows.append(_Rows(place.path, place.name, group, first, 0, size))

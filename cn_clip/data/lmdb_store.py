@@ -15,7 +15,7 @@ import lmdb
 
 from cn_clip.data.records import NUM_IMAGES_KEY, RecordId, canonical_id, decode_base64, id_from_key, id_key
 from cn_clip.digests import is_file
-from cn_clip.errors import DataError, UnreadableError, is_absent
+from cn_clip.errors import DataError, UnreadableError, is_absent, reading
 
 IMAGES = "imgs"
 PAIRS = "pairs"
@@ -36,21 +36,8 @@ class Pair(NamedTuple):
     text: str
 
 
-@contextlib.contextmanager
-def _explained(
-    folder: "str | os.PathLike[str]", what: str, step: str, kind: type[DataError] = UnreadableError
-) -> Iterator[None]:
-    """Turns errors of LMDB and of its folder into those of `kind`: `FOLDER: WHAT (REASON); STEP`."""
-    place = os.fspath(folder)
-    try:
-        yield
-    except (lmdb.Error, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{place}: ")
-        raise kind(f"{place}: {what} ({reason}); {step}") from error
-
-
 def _writing(folder: Path, step: str = "is the disk full?") -> contextlib.AbstractContextManager[None]:
-    return _explained(folder, "cannot be written", step, DataError)
+    return reading(folder, DataError, what="cannot be written", step=step)
 
 
 class LmdbWriter:
@@ -189,7 +176,7 @@ def _environment(folder: str) -> Any:
 
 
 def _open(folder: str, num_bytes: int) -> Any:
-    with _explained(folder, "cannot be read as an LMDB", BUILD_AGAIN):
+    with reading(folder, UnreadableError, what="cannot be read as an LMDB", step=BUILD_AGAIN):
         environment = lmdb.open(folder, readonly=True, create=False, lock=False, readahead=False, meminit=False)
         needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     if num_bytes < needed:  # reading behind the end of a memory-mapped file kills the process
@@ -217,7 +204,8 @@ class LmdbReader:
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, or None; a copy, safe to keep."""
-        with _explained(self.folder, f"cannot read key {key!r}", BUILD_AGAIN), self._env().begin() as transaction:
+        what = f"cannot read key {key!r}"
+        with reading(self.folder, UnreadableError, what=what, step=BUILD_AGAIN), self._env().begin() as transaction:
             value: bytes | None = transaction.get(key)
         return value
 
@@ -228,7 +216,7 @@ class LmdbReader:
     def list_keys(self) -> Iterator[bytes]:
         """All keys in byte order."""
         with (
-            _explained(self.folder, "cannot list its keys", BUILD_AGAIN),
+            reading(self.folder, UnreadableError, what="cannot list its keys", step=BUILD_AGAIN),
             self._env().begin() as transaction,
             transaction.cursor() as cursor,
         ):

@@ -17,6 +17,7 @@ from cn_clip.data.picture_sets import ClassFolders
 from cn_clip.data.records import digest_of
 from cn_clip.errors import DataError
 from cn_clip.eval.feature_rows import FloatArray, first_not_finite
+from cn_clip.eval.feature_tables import read_arrays
 from cn_clip.files import atomic_write
 
 if TYPE_CHECKING:
@@ -112,11 +113,7 @@ def read(file: Path) -> ClassFeatures:
 
 
 def _load(file: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # zipfile, zlib and numpy raise errors of many types on damaged files
-        raise DataError(f"{file}: cannot be read as npz ({str(error)[:200]}); compute the features again") from error
+    return read_arrays(file, step="compute the features again")
 
 
 def _checked(file: Path, arrays: dict[str, NDArray[Any]]) -> ClassFeatures:

@@ -7,13 +7,15 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cn_clip.clip.file_kinds import check_unpacked
 from cn_clip.data.records import RecordId, plain_id
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, reading
 from cn_clip.eval.feature_rows import Blocks, Features, FloatArray, IdField, check_unique, first_not_finite
 from cn_clip.extras import require
 from cn_clip.files import atomic_write
@@ -69,23 +71,29 @@ def _write_array(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> No
         np.lib.format.write_array(member, array, allow_pickle=False)
 
 
+def read_arrays(path: Path, *, step: str) -> dict[str, NDArray[Any]]:
+    """The arrays of an npz; raises DataError, which ends with `step`, for anything else, also for pickled objects."""
+    check_unpacked(path, DataError)
+    with (
+        reading(path, DataError, what="cannot be read as npz", step=step),
+        open(path, "rb") as stream,
+        np.load(stream, allow_pickle=False) as arrays,
+    ):
+        found = {name: arrays[name] for name in arrays.files}
+    for name, array in found.items():
+        if not isinstance(array, np.ndarray):  # numpy hands out the bytes of a member that is no array
+            raise DataError(f"{path} {name}: is no numpy array; save the file with np.savez")
+    return found
+
+
 def read_npz(path: Path, field: IdField) -> Features:
     """Reads an npz with `ids` and `features`, this package's or one that np.savez wrote; float types become float32.
 
     Raises DataError naming the file, and the row counted from 1, for anything else, also for pickled objects.
     """
-    try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in (IDS, FEATURES, FIELD, ID_KIND) if name in arrays.files}
-            names = list(arrays.files)
-    except Exception as error:  # zipfile, zlib and numpy raise errors of many types on damaged files
-        again = "save ids as integers or text (np.str_)" if "Object arrays" in str(error) else "extract it again"
-        raise DataError(f"{path}: cannot be read as npz ({str(error)[:200]}); {again}") from error
-    for name, array in found.items():
-        if not isinstance(array, np.ndarray):  # numpy hands out the bytes of a member that is no array
-            raise DataError(f"{path} {name}: is no numpy array; save the file with np.savez")
+    found = read_arrays(path, step="extract it again, or save ids as integers or text (np.str_)")
     if IDS not in found or FEATURES not in found:
-        raise DataError(f"{path}: expected the arrays {IDS} and {FEATURES}, it has {names}")
+        raise DataError(f"{path}: expected the arrays {IDS} and {FEATURES}, it has {list(found)}")
     _check_field(path, field, str(found.get(FIELD, field)))
     ids, vectors = found[IDS], found[FEATURES]
     if ids.ndim != 1 or vectors.ndim != 2 or len(ids) != len(vectors):
@@ -146,12 +154,13 @@ def parquet_facts(stream: Any) -> tuple[int, dict[str, Any]]:
 
     Raises DataError when it is none, or damaged there.
     """
-    arrow, parquet = require_parquet()
-    try:
+    _, parquet = require_parquet()
+    with reading("the end of the file", DataError, what="is no shard of features", step="extract it again"):
         metadata = parquet.read_metadata(stream)
-        return metadata.num_rows, json.loads((metadata.metadata or {})[METADATA_KEY])
-    except (arrow.ArrowException, OSError, KeyError, ValueError) as error:
-        raise DataError(f"no shard of features ({str(error)[:200]})") from error
+        facts = json.loads((metadata.metadata or {})[METADATA_KEY])
+    if not isinstance(facts, dict):
+        raise DataError(f"the end of the file: expected an object of facts, got {type(facts).__name__}")
+    return metadata.num_rows, facts
 
 
 def read_parquet_parts(folder: Path, parts: Sequence[Path], field: IdField) -> Features:
@@ -181,23 +190,19 @@ def read_parquet(path: Path, field: IdField) -> Features:
 def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]:
     """The ids as kept, the vectors, and how the ids are kept."""
     arrow, parquet = require_parquet()
-    try:
-        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            names, metadata = file.schema_arrow.names, file.schema_arrow.metadata or {}
-            if field not in names or FEATURE_COLUMN not in names:
-                raise DataError(
-                    f"{path}: expected the columns {field} and {FEATURE_COLUMN}, it has {names}; "
-                    "is this the file of the other modality?"
-                )
-            for name in (field, FEATURE_COLUMN):
-                if names.count(name) > 1:
-                    raise DataError(f"{path}: has {names.count(name)} columns {name}; expected one")
-            id_type, list_type = (file.schema_arrow.field(name).type for name in (field, FEATURE_COLUMN))
-            _check_types(arrow, path, field, _plain_type(arrow, id_type), _plain_type(arrow, list_type))
-            parts = list(_row_groups(arrow, path, field, file))
-    except (arrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise DataError(f"{path}: cannot be read as Parquet ({reason}); extract it again") from error
+    with reading_parquet(path), parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        names, metadata = file.schema_arrow.names, file.schema_arrow.metadata or {}
+        if field not in names or FEATURE_COLUMN not in names:
+            raise DataError(
+                f"{path}: expected the columns {field} and {FEATURE_COLUMN}, it has {names}; "
+                "is this the file of the other modality?"
+            )
+        for name in (field, FEATURE_COLUMN):
+            if names.count(name) > 1:
+                raise DataError(f"{path}: has {names.count(name)} columns {name}; expected one")
+        id_type, list_type = (file.schema_arrow.field(name).type for name in (field, FEATURE_COLUMN))
+        _check_types(arrow, path, field, _plain_type(arrow, id_type), _plain_type(arrow, list_type))
+        parts = list(_row_groups(arrow, path, field, file))
     kind = _known_kind(metadata.get(METADATA_KEY, b"{}"))
     ids = [item_id for part_ids, _ in parts for item_id in part_ids]
     widths = {vectors.shape[1] for _, vectors in parts}
@@ -205,6 +210,11 @@ def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]
         raise DataError(f"{path} {FEATURE_COLUMN}: the row groups have vectors of {sorted(widths)} numbers")
     vectors = np.concatenate([part for _, part in parts]) if parts else np.empty((0, 0), dtype=np.float32)
     return ids, vectors, kind
+
+
+def reading_parquet(path: object) -> AbstractContextManager[None]:
+    """Around what pyarrow reads of a file; texts that are no UTF-8 fail as late as a column becomes Python's."""
+    return reading(path, DataError, what="cannot be read as Parquet", step="write it again")
 
 
 def require_parquet() -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from cn_clip import extras
 from cn_clip.clip.picture_names import is_picture_file, passed_over
 from cn_clip.data.records import Fault, RecordId, canonical_id
 from cn_clip.digests import is_file
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, reading
 
 IdSource: TypeAlias = Literal["auto", "number", "sequence", "name"]
 Row: TypeAlias = tuple[int, dict[str, Any]]
@@ -156,14 +156,11 @@ def _csv_rows(table: Path, columns: list[str]) -> Iterator[Row]:
 
 def _parquet_rows(table: Path, columns: list[str]) -> Iterator[Row]:
     parquet = extras.require("pyarrow.parquet", extra="parquet", purpose=f"reading the Parquet table {table}")
-    pyarrow = extras.require("pyarrow", extra="parquet", purpose=f"reading the Parquet table {table}")
-    try:
-        with parquet.ParquetFile(table) as file:
-            _require_columns(table, columns, file.schema_arrow.names)
-            rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
-            yield from enumerate(rows, start=1)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{table}: cannot be read as Parquet ({error})") from error
+    explained = reading(table, DataError, what="cannot be read as Parquet", step="write it again")
+    with explained, parquet.ParquetFile(table) as file:
+        _require_columns(table, columns, file.schema_arrow.names)
+        rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
+        yield from enumerate(rows, start=1)
 
 
 def _require_columns(table: Path, columns: list[str], present: Iterable[str]) -> None:

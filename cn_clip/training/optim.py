@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cn_clip.training.distributed import like, whole
 
@@ -62,16 +62,20 @@ def load_optimizer_state(
 ) -> None:
     """Takes what `optimizer_state` gave, in this arrangement of processes or another; settings but the rate stay.
 
-    Raises ValueError or KeyError when the state is of other parameters.
+    Raises ValueError or KeyError when the state is of other parameters, and others when it is no such state.
     """
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     if sizes != [len(group) for group in groups]:
         raise ValueError(f"groups of {sizes} parameters, expected {[len(group) for group in groups]}")
     of_parameter = {
-        parameter: saved["state"].get(index)
+        parameter: _as_tensors(saved["state"].get(index))
         for parameters, group in zip(groups, saved["param_groups"], strict=True)
         for parameter, index in zip(parameters, group["params"], strict=True)
     }
+    for parameter, entry in of_parameter.items():
+        for name, value in entry.items():
+            if value.shape not in (parameter.shape, torch.Size()):
+                raise ValueError(f"{name} of the shape {tuple(value.shape)}, expected {tuple(parameter.shape)}")
     own = optimizer.state_dict()
     flat = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states = {
@@ -84,6 +88,14 @@ def load_optimizer_state(
     for group in own["param_groups"]:
         group["lr"] = float(saved["param_groups"][0]["lr"])
     optimizer.load_state_dict({"state": states, "param_groups": own["param_groups"]})
+
+
+def _as_tensors(entry: dict[str, Any] | None) -> dict[str, Tensor]:
+    """The state of a parameter; PyTorch before 1.12 kept the number of its steps as an integer."""
+    return {
+        name: value if isinstance(value, Tensor) else torch.tensor(float(value))
+        for name, value in (entry or {}).items()
+    }
 
 
 def learning_rate(step: int, *, base_lr: float, warmup: int, total_steps: int) -> float:

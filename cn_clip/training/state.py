@@ -25,6 +25,9 @@ from cn_clip.training.logs import logger
 from cn_clip.training.params import Options
 
 LATEST, BEST = "epoch_latest.pt", "epoch_best.pt"
+_BEGIN_AGAIN = (
+    "add --reset-data-offset to start at the beginning of the data with these weights and this optimizer state"
+)
 _EPOCH_FILE = re.compile(r"epoch(\d+|_\d+_\d+)\.pt")  # a copy that a user gave another name is theirs
 
 
@@ -300,8 +303,8 @@ def read_first_good(
 
 def resume_entry(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `_save` of the trainer put beside weights and optimizer; empty for files that do not say all of it."""
-    saved: dict[str, Any] = checkpoint.extra.get("resume") or {}
-    return saved if "extent" in saved else {}
+    saved = checkpoint.extra.get("resume")
+    return saved if isinstance(saved, dict) and isinstance(saved.get("extent"), dict) else {}
 
 
 def resume_position(checkpoint: Checkpoint, extent: Extent) -> Position:
@@ -313,14 +316,16 @@ def resume_position(checkpoint: Checkpoint, extent: Extent) -> Position:
     if not saved:
         return Position(checkpoint.epoch, 0, checkpoint.step)
     was, now = saved["extent"], asdict(extent)
-    changed = [f"{name} was {was[name]}, is {now[name]}" for name in now if was[name] != now[name]]
+    changed = [f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
     if changed:
         raise CheckpointError(
             f"{checkpoint.path}: {'; '.join(changed)}. Epochs, steps and the order of the data mean something else "
-            "now; go back to the old settings, or add --reset-data-offset to start at the beginning of the data with "
-            "these weights and this optimizer state"
+            f"now; go back to the old settings, or {_BEGIN_AGAIN}"
         )
-    return Position(saved["epoch"], saved["batch"], checkpoint.step)
+    position = Position(saved.get("epoch", -1), saved.get("batch", -1), checkpoint.step)
+    if any(type(number) is not int or number < 0 for number in vars(position).values()):
+        raise CheckpointError(f"{checkpoint.path}: says no place in the data ({position}); {_BEGIN_AGAIN}")
+    return position
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

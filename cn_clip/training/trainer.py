@@ -17,7 +17,7 @@ from cn_clip.clip.checkpoint import SIGMOID_BIAS, Checkpoint
 from cn_clip.data.datasets import Loader, PairBatch
 from cn_clip.data.records import RecordId
 from cn_clip.data.splits import Split
-from cn_clip.errors import CheckpointError, CnClipError, ConfigError
+from cn_clip.errors import CheckpointError, CnClipError, ConfigError, reading
 from cn_clip.settings import flag
 from cn_clip.training import adapt, distributed, state
 from cn_clip.training.logs import logger
@@ -136,9 +136,11 @@ class Trainer:
             self._restore_optimizer(checkpoint)
             logger.info("=> optimizer state is restored from the checkpoint")
         if saved and start.with_position:
-            state.restore_rng(saved["rng"][ranks.rank()], self.device)
-            self.early_stop.load_state_dict(saved["early_stop"])
-            self.validated_step, self.closed = saved["validated_step"], saved["closed"]
+            what = "the state of its run does not fit"
+            with reading(checkpoint.path, CheckpointError, what=what, step="add --reset-data-offset"):
+                state.restore_rng(saved["rng"][ranks.rank()], self.device)
+                self.early_stop.load_state_dict(saved["early_stop"])
+                self.validated_step, self.closed = saved["validated_step"], saved["closed"]
         step = self.position.step
         logger.info("=> loaded checkpoint '%s' (epoch %d @ %d steps)", checkpoint.path, checkpoint.epoch, step)
 
@@ -148,14 +150,11 @@ class Trainer:
                 f"{checkpoint.path}: no optimizer state in it; to begin with its weights, give it as --init, or add "
                 "--reset-optimizer"
             )
-        try:
+        what = "optimizer state does not fit"
+        with reading(checkpoint.path, CheckpointError, what=what, step="add --reset-optimizer"):
             load_optimizer_state(self.optimizer, self.groups, checkpoint.optimizer)
-        except (ValueError, KeyError) as error:
-            reason = f"optimizer state does not fit ({error}); add --reset-optimizer"
-            raise CheckpointError(f"{checkpoint.path}: {reason}") from error
-        scaler = state.resume_entry(checkpoint).get("scaler")
-        if scaler:
-            self.learner.scaler.load_state_dict(scaler)
+            if scaler := state.resume_entry(checkpoint).get("scaler"):
+                self.learner.scaler.load_state_dict(scaler)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 

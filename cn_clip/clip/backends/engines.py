@@ -23,7 +23,7 @@ from cn_clip import __version__, zoo
 from cn_clip.clip.backends import parity, tensor_rt
 from cn_clip.clip.backends.base import ExportedBackend, Kind, Precision, TowerFacts
 from cn_clip.clip.backends.exported import Announce, Source, announce, forget, kept_file, tower_file
-from cn_clip.clip.backends.onnx_files import METADATA_KEY, facts_of, missing_weights, save
+from cn_clip.clip.backends.onnx_files import METADATA_KEY, facts_of, load, missing_weights, save
 from cn_clip.clip.backends.tensor_rt import (
     TOOL,
     Gpu,
@@ -156,10 +156,7 @@ class _OnnxFile:
         missing = missing_weights(path)
         if missing:
             raise CheckpointError(missing)
-        try:
-            proto = onnx.load(str(path), load_external_data=False)
-        except Exception as error:  # protobuf's DecodeError, which has no public home
-            raise CheckpointError(f"{path}: is not an ONNX file ({error}); export the model again") from error
+        proto = load(path, with_weights=False)
         self.metadata: str | None = {one.key: one.value for one in proto.metadata_props}.get(METADATA_KEY)
         half = onnx.TensorProto.FLOAT16
         self.is_half: bool = any(one.data_type == half for one in proto.graph.initializer)

@@ -6,15 +6,16 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cn_clip import zoo
+from cn_clip import digests, zoo
 from cn_clip.clip import hub
 from cn_clip.clip.backends.base import Kind
 from cn_clip.clip.backends.onnx_files import extra_path, move, onnx_path
-from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.digests import FileFacts
+from cn_clip.errors import ConfigError
 from cn_clip.files import atomic_write, take
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ FIRST_USE = "首次使用，正在导出 / first use, exporting"
 DAMAGED = "缓存的文件已损坏，重新导出 / the cached file is damaged, exporting again"
 
 Announce = Callable[[str], None]
+# The length and digest of each file of an export, by its name; none where the files turned out unusable.
+Facts = dict[str, FileFacts]
 
 
 def announce(line: str) -> None:
@@ -94,7 +97,7 @@ def kept_file(path: Path, make: Callable[[], object]) -> Path:
         if not _is_whole(path):
             _record(path.parent, path.name, None)
             make()
-            _record(path.parent, path.name, _sizes(path))
+            _record(path.parent, path.name, _facts(path))
     return path
 
 
@@ -118,7 +121,7 @@ def _make(source: Source, kinds: Sequence[Kind], form: str, folder: Path, say: A
         # Between the two moves of a file and its weights, a killed process must leave nothing that looks whole.
         _record(folder, report.path.name, None)
         move(report.path, folder)
-        _record(folder, report.path.name, _sizes(folder / report.path.name))
+        _record(folder, report.path.name, _facts(folder / report.path.name))
         say(str(report))
 
 
@@ -139,13 +142,7 @@ def _derivations(source: Source, kinds: Sequence[Kind], form: str, folder: Path,
 
     bases = {kind: onnx_path(folder / STEM, kind, "fp32") for kind in kinds}
     _make(source, [kind for kind in kinds if not _is_whole(bases[kind])], "fp32", folder, say)
-    try:
-        expected = parity.file_reference(bases, parity.embedded_samples())
-    except CheckpointError:  # damaged in a way that their sizes do not show
-        for base in bases.values():
-            _record(folder, base.name, {})
-        _make(source, kinds, "fp32", folder, say)
-        expected = parity.file_reference(bases, parity.embedded_samples())
+    expected = parity.file_reference(bases, parity.embedded_samples())
     with _building(folder) as scratch:
         for kind in kinds:
             yield export.derive(bases[kind], kind, form, onnx_path(scratch / STEM, kind, form), expected)
@@ -165,31 +162,50 @@ def _building(folder: Path) -> Iterator[Path]:
 
 
 def _is_whole(path: Path) -> bool:
-    sizes = _sizes(path)
-    return bool(sizes) and _read_manifest(path.parent).get(path.name) == sizes
+    """Whether a file, and that of its outside weights, hold what was written there: native code parses them."""
+    files = _files(path)
+    recorded = _read_manifest(path.parent).get(path.name)
+    try:
+        return (
+            bool(files)
+            and recorded is not None
+            and recorded.keys() == {file.name for file in files}
+            and all(digests.is_whole(file, recorded[file.name]) for file in files)
+        )
+    except OSError:  # cannot be read, so it is made again, or that says why not
+        return False
 
 
-def _sizes(path: Path) -> dict[str, int]:
-    files = (path, extra_path(path))
-    return {file.name: file.stat().st_size for file in files if file.is_file()}
+def _files(path: Path) -> list[Path]:
+    return [file for file in (path, extra_path(path)) if file.is_file()]
 
 
-def _read_manifest(folder: Path) -> dict[str, dict[str, int]]:
+def _facts(path: Path) -> Facts:
+    return {file.name: digests.facts_of(file) for file in _files(path)}
+
+
+def _read_manifest(folder: Path) -> dict[str, Facts]:
+    """What was written, by the name of the export; entries without digests, of older versions, do not count."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {
+            export: {name: FileFacts(**facts) for name, facts in files.items()}
+            for export, files in entries.items()
+            if all(isinstance(facts, dict) for facts in files.values())
+        }
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
-    return entries if isinstance(entries, dict) else {}
 
 
-def _record(folder: Path, name: str, sizes: dict[str, int] | None) -> None:
+def _record(folder: Path, name: str, facts: Facts | None) -> None:
     entries = _read_manifest(folder)
-    if sizes is None:
+    if facts is None:
         entries.pop(name, None)
     else:
-        entries[name] = sizes
+        entries[name] = facts
+    values = {export: {file: asdict(one) for file, one in files.items()} for export, files in entries.items()}
     with _keeping(folder), atomic_write(folder / MANIFEST) as stream:
-        json.dump(entries, stream, indent=1)
+        json.dump(values, stream, indent=1)
 
 
 @contextlib.contextmanager

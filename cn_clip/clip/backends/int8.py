@@ -147,7 +147,7 @@ def _may_be_int8(weight: Any) -> bool:
 def share(base: Path, left_out: Collection[str]) -> Share:
     """How much of a float32 file becomes int8. Convolutions count, and stay float32."""
     onnx: Any = require("onnx", extra="onnx", purpose="int8 export")
-    proto = onnx.shape_inference.infer_shapes(onnx.load(base, load_external_data=False))
+    proto = onnx.shape_inference.infer_shapes(load(base, with_weights=False))
     shapes = {one.name: one.type.tensor_type.shape.dim for one in [*proto.graph.value_info, *proto.graph.output]}
     work = {}
     for name, weight in _weights(proto, ("MatMul", "Gemm", "Conv")).items():

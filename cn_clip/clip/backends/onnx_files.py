@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Kind, TowerFacts
 from cn_clip.clip.file_kinds import what_it_is
-from cn_clip.errors import CheckpointError, DataError, lacked_memory
+from cn_clip.errors import CheckpointError, DataError, lacked_memory, reading
 from cn_clip.extras import require
 from cn_clip.files import settle
 
@@ -23,6 +23,7 @@ OUTPUTS: dict[Kind, str] = {"image": "unnorm_image_features", "text": "unnorm_te
 MIDDLE: dict[Kind, str] = {"image": "img", "text": "txt"}
 EXTRA_SUFFIX = ".extra_file"
 METADATA_KEY = "cn_clip"
+ODD_FACTS, EXPORT_AGAIN = "its names or metadata cannot be read", "export it again"
 # Protocol buffers end at 2 GiB; larger weights lie in a file of their own.
 LARGEST_FILE = 2**31 - 2**24
 # Tensors of fewer bytes stay in the graph when the weights lie outside: readers want the shapes among them there.
@@ -44,10 +45,11 @@ def extra_path(path: Path) -> Path:
     return path.with_name(path.name + EXTRA_SUFFIX)
 
 
-def load(path: Path) -> "ModelProto":
-    """The model of a file, weights included."""
+def load(path: Path, *, with_weights: bool = True) -> "ModelProto":
+    """The model of a file; with_weights: also those of its outside file. Raises CheckpointError."""
     onnx: Any = require("onnx", extra="onnx", purpose="exporting to ONNX")
-    proto: ModelProto = onnx.load(os.fspath(path))
+    with reading(path, CheckpointError, what="is not an ONNX file", step="export the model again", look=what_it_is):
+        proto: ModelProto = onnx.load(os.fspath(path), load_external_data=with_weights)
     return proto
 
 

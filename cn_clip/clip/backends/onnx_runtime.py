@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 from cn_clip import ranks
 from cn_clip.clip.backends.base import Kind, Pixels, Precision, TokenIds, TowerFacts
 from cn_clip.clip.backends.onnx_files import (
+    EXPORT_AGAIN,
     INPUTS,
     METADATA_KEY,
+    ODD_FACTS,
     OUTPUTS,
     facts_of,
     missing_weights,
     not_opened,
     outside_files,
 )
-from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.errors import CheckpointError, ConfigError, reading
 from cn_clip.extras import require
 from cn_clip.processes import hold_in_children
 
@@ -80,16 +82,13 @@ class OnnxTower:
             say_fallen_back(self.provider)
             self.provider, self.on_gpu = used, False
         self._session.disable_fallback()
-        (inputs, outputs) = self._session.get_inputs(), self._session.get_outputs()
-        self.facts: TowerFacts = facts_of(
-            self.place,
-            kind,
-            inputs={one.name: _shape(one.shape) for one in inputs},
-            outputs={one.name: _shape(one.shape) for one in outputs},
-            metadata=self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY),
-        )
+        with reading(self.place, CheckpointError, what=ODD_FACTS, step=EXPORT_AGAIN):  # names may be no UTF-8
+            inputs = {one.name: _shape(one.shape) for one in self._session.get_inputs()}
+            outputs = {one.name: _shape(one.shape) for one in self._session.get_outputs()}
+            metadata = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        self.facts: TowerFacts = facts_of(self.place, kind, inputs=inputs, outputs=outputs, metadata=metadata)
         self._input, self._output = INPUTS[kind], OUTPUTS[kind]
-        self._type = np.float16 if inputs[0].type == "tensor(float16)" else None
+        self._type = np.float16 if self._session.get_inputs()[0].type == "tensor(float16)" else None
 
     def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
         """A batch to features (B, D) of the type of the file, not scaled to unit length."""

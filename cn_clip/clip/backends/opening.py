@@ -20,9 +20,9 @@ from cn_clip.clip.backends.base import (
     check_threads,
     settled,
 )
-from cn_clip.clip.backends.exported import Announce, Source, announce, forget, tower_file, tower_files
+from cn_clip.clip.backends.exported import Announce, Source, announce, tower_files
 from cn_clip.clip.backends.onnx_files import onnx_path
-from cn_clip.errors import CheckpointError, ConfigError, lacked_memory
+from cn_clip.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +78,7 @@ def open_backend(
     form = "int8.openvino" if (backend, chosen) == ("openvino", "int8") else chosen
     if backend == "openvino" and chosen == "bf16":
         form = "fp32"  # OpenVINO rounds while it computes
-    plain = tower_opener(backend, chosen, "cpu", None)
-    towers = _open_all(source, kinds, form, open_tower, plain, say)
+    towers = _open_all(source, kinds, form, open_tower, say)
     return ExportedBackend(towers.get("image"), towers.get("text"), precision=chosen)
 
 
@@ -151,33 +150,11 @@ def _check_model(model: str | Path, backend: BackendName) -> None:
 
 
 def _open_all(
-    source: Source, kinds: Sequence[Kind], form: str, open_tower: OpenTower, plain: OpenTower, say: Announce
+    source: Source, kinds: Sequence[Kind], form: str, open_tower: OpenTower, say: Announce
 ) -> dict[Kind, Tower]:
     if _is_prefix(source.model):
         return {kind: open_tower(path, kind) for kind, path in _given_files(source.model, kinds, form).items()}
-    paths = tower_files(source, kinds, form, say=say)
-    return {kind: _open_kept(source, kind, form, paths[kind], open_tower, plain, say) for kind in kinds}
-
-
-def _open_kept(
-    source: Source, kind: Kind, form: str, path: Path, open_tower: OpenTower, plain: OpenTower, say: Announce
-) -> Tower:
-    try:
-        return open_tower(path, kind)
-    except CheckpointError:
-        if not _is_damaged(path, kind, plain):
-            raise
-    forget(path)
-    return open_tower(tower_file(source, kind, form, say=say), kind)
-
-
-def _is_damaged(path: Path, kind: Kind, plain: OpenTower) -> bool:
-    """Whether a file has the size that was written but not the content: neither settings nor memory are to blame."""
-    try:
-        plain(path, kind)
-    except CheckpointError as error:
-        return not lacked_memory(error.__cause__)
-    return False
+    return {kind: open_tower(path, kind) for kind, path in tower_files(source, kinds, form, say=say).items()}
 
 
 def _is_prefix(model: str | Path) -> bool:

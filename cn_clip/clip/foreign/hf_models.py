@@ -7,7 +7,6 @@ Code that comes with a folder is never run, and pickled weights are read by `tor
 # B batch, R resolution, L tokens, D embedding
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor
 
 from cn_clip.clip.backends.base import Pixels, TokenIds
-from cn_clip.clip.file_formats import first_sentence
 from cn_clip.clip.file_kinds import what_it_is
 from cn_clip.clip.foreign.towers import ForeignTowers
+from cn_clip.clip.hf import CONFIG_FILE, read_json
 from cn_clip.clip.inputs import Parts
 from cn_clip.clip.transforms import Decode, in_8_bits
-from cn_clip.errors import CheckpointError, CnClipError, MissingExtraError
+from cn_clip.errors import CheckpointError, MissingExtraError, first_sentence, reading
 from cn_clip.extras import require
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ def open_folder(
     Raises CheckpointError for a folder of another family, one that does not fit its config.json, lacks weights or asks
     for code of its own; MissingExtraError without transformers.
     """
-    config = _read_config(folder)
+    config = read_json(folder / CONFIG_FILE)
     family = _family(folder, config)
     _check_version(folder, require("transformers", extra="hf", purpose=f"hf:{folder}").__version__)
     if (folder / "spiece.model").is_file():
@@ -161,6 +160,7 @@ def open_folder(
             precision=precision,
             num_threads=num_threads,
         )
+        towers.encode_tokens(texts.pad(texts.rows(["一"])))  # what fails with every text fails here
     return Parts(towers, pictures, texts)
 
 
@@ -171,20 +171,9 @@ def _check_version(folder: Path, version: str) -> None:
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); expected a transformers folder, with config.json in it"
-        ) from error
-    return config if isinstance(config, dict) else {}
-
-
 def _family(folder: Path, config: dict[str, Any]) -> Family:
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         more = ", and code that comes with a folder is not run" if "auto_map" in config else ""
         raise CheckpointError(
             f"{folder}: is of the family {kind!r}, expected one of {', '.join(sorted(FAMILIES))}{more}"
@@ -290,21 +279,20 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
     """Turns whatever transformers raises, of no common type, into a sentence that names the folder."""
-    try:
-        yield
-    except CnClipError:
-        raise
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{folder}: transformers lacks a package for it ({_first_line(error)}); "
-            "install it with: pip install 'cn_clip[hf]'"
-        ) from error
-    except Exception as error:
-        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-            if (known := what_it_is(file)) is not None:
-                raise CheckpointError(f"{file}: {known}") from error
-        raise CheckpointError(f"{folder}: not a folder that transformers can open ({_first_line(error)})") from error
+    step = "download it again, or give another folder"
+    with reading(folder, CheckpointError, what="not a folder that transformers can open", step=step, look=_odd_weights):
+        try:
+            yield
+        except ImportError as error:
+            raise MissingExtraError(
+                f"{folder}: transformers lacks a package for it ({first_sentence(error)}); "
+                "install it with: pip install 'cn_clip[hf]'"
+            ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return first_sentence(type(error)(str(error).strip()))
+def _odd_weights(folder: Path) -> str | None:
+    """Of a folder with a weight file that is none: which, and what it is."""
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        if (known := what_it_is(file)) is not None:
+            return f"{file.name} {known}"
+    return None

@@ -11,13 +11,14 @@ Scheme: TypeAlias = Literal["hf", "open_clip"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 FORMS = "hf:FOLDER or open_clip:ARCHITECTURE@FILE"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# An id of the hub, perhaps with a branch, a tag or a commit: google/siglip-base-patch16-224@main.
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([\w.-]+(?:/[\w.-]+)*))?")
 # Weights, configurations and vocabularies: every file of a transformers folder that can change a row.
 _DECIDING = re.compile(r".*\.(safetensors|bin|json|txt|model)")
 
 
 class ForeignName(NamedTuple):
-    """place: a folder or a hub id (hf), a weight file or a tag (open_clip).
+    """place: a folder or a hub id, perhaps with @REVISION (hf), a weight file or a tag (open_clip).
 
     architecture: of open_clip, with `:TAG` behind it where a file takes its pictures as the weights of that tag do.
     """
@@ -72,11 +73,15 @@ def folder_of(name: ForeignName, *, download_root: str | Path | None = None) -> 
         return path
     if os.path.exists(path):
         raise CheckpointError(f"{name}: {path} is a file; expected a transformers folder, with config.json in it")
-    if not _HUB_ID.fullmatch(name.place):
-        raise CheckpointError(f"{name}: no such folder; expected a transformers folder, with config.json in it")
+    of_hub = _HUB_ID.fullmatch(name.place)
+    if of_hub is None:
+        raise CheckpointError(
+            f"{name}: no such folder; expected a transformers folder, with config.json in it, or an id of the hub, "
+            "OWNER/NAME or OWNER/NAME@REVISION"
+        )
     from cn_clip.clip.foreign.snapshots import snapshot
 
-    return snapshot(name.place, download_root=download_root)
+    return snapshot(of_hub[1], of_hub[2], download_root=download_root)
 
 
 def files_of(name: str, *, download_root: str | Path | None = None) -> list[Path]:
