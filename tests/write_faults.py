@@ -296,4 +296,6 @@ def with_input_fault(fault: str, slot: str, command: str, paths: dict[str, Path]
     """Runs a command of which one input is at fault, over what an earlier run has written."""
     words = lay_old_outputs(command, paths, folder)
     changed = folder / "copy.index" if command.startswith("index ") and slot == "index" else paths[slot]
+    if command == "evaluate" and slot == "data":
+        changed = changed / "test_texts.jsonl"
     return run(words, folder, INPUT_FAULTS[fault](changed))
