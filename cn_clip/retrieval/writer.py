@@ -332,6 +332,8 @@ class IndexWriter:
         except UnreadableError:  # it names the file
             raise
         except OSError as error:
+            with contextlib.suppress(OSError):  # of no use, and on a full disk in the way
+                _remove(self.folder / BUILDING)
             raise DataError(
                 f"{self.folder}: cannot be written ({error.strerror or error}); all that was reported done is kept: "
                 "free some space and run the command again"
