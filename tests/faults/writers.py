@@ -119,7 +119,8 @@ class Bench:
     def differs(self, *, between: bool = False, may_lack: bool = False) -> str:
         """What is not as after an undisturbed run; empty when nothing is.
 
-        between: before the command has run again, when hidden files and rows to go on from may be left. may_lack: files may be missing.
+        between: before the command has run again, when hidden files and rows to go on from may be left. may_lack: files
+        may be missing.
         """
         found = tree(self.folder)
         if between:
