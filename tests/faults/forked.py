@@ -1,5 +1,6 @@
 """Many inputs in one forked child, with bounds on memory and on the time of each: a crash costs only its own input."""
 
+import faulthandler
 import gc
 import os
 import resource
@@ -86,6 +87,7 @@ def _work(take: Take, numbers: list[int], outgoing: int) -> None:
     status = 1
     try:
         gc.freeze()
+        faulthandler.disable()  # a crash is a line of the report
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries in C print what they think of a file
         limit_memory(MEMORY_BYTES)

@@ -119,11 +119,12 @@ class Bench:
     def differs(self, *, between: bool = False, may_lack: bool = False) -> str:
         """What is not as after an undisturbed run; empty when nothing is.
 
-        between: before the command has run again, when hidden files may be left. may_lack: files may be missing.
+        between: before the command has run again, when hidden files and rows to go on from may be left. may_lack: files
+        may be missing.
         """
         found = tree(self.folder)
         if between:
-            found = {name: one for name, one in found.items() if not _is_hidden(name)}
+            found = {name: one for name, one in found.items() if not _is_hidden(name) and not name.endswith(".partial")}
         for name in sorted({*found, *self.whole}):
             if name not in found and not may_lack:
                 return f"{name} is missing"
