@@ -45,9 +45,6 @@ DEFAULT_CONTEXT_LENGTH = zoo.CONTEXT_LENGTH
 USUAL_SIZES = (32, 64)
 USUAL_SIZES_ON_GPU = (256, 512)
 
-# How far the square of a unit row's length may be from 1.
-_ROUNDING = 1e-3
-
 
 class Backend(Protocol):
     """What runs the towers. `Encoder`, `eval`, `serve` and the benchmarks know nothing else of it.
@@ -98,17 +95,18 @@ def unit_rows(features_BD: NDArray[np.floating]) -> Rows:
     """Rows of length 1, float32; raises as `checked_rows`."""
     features_BD = features_BD.astype(np.float32, copy=False)
     with np.errstate(invalid="ignore", over="ignore"):
-        rows: Rows = features_BD / np.linalg.norm(features_BD, axis=-1, keepdims=True)
+        lengths_B1 = np.linalg.norm(features_BD, axis=-1, keepdims=True)
+        rows: Rows = np.where(np.isinf(lengths_B1), np.float32(np.nan), features_BD / lengths_B1)
     return checked_rows(rows)
 
 
 def checked_rows(rows_BD: Rows) -> Rows:
-    """The rows, once each of them is of length 1: every backend sends its own through here, and nobody checks again.
+    """The rows, once each of them is finite: every backend sends its own through here, and nobody checks again.
 
-    Raises NotFiniteError for those that hold NaN or infinity, or come from zeros only, which have no direction.
+    Raises NotFiniteError for those that hold NaN or infinity, as do rows that come from zeros only, which have no
+    direction (0 / 0), and from features too large for their length (see `unit_rows`).
     """
-    lengths_B = np.einsum("bd,bd->b", rows_BD, rows_BD)
-    wrong = np.flatnonzero(~(np.abs(lengths_B - 1) < _ROUNDING))  # a comparison with NaN is false
+    wrong = np.flatnonzero(~np.isfinite(np.einsum("bd,bd->b", rows_BD, rows_BD)))
     if len(wrong):
         raise NotFiniteError(f"row {wrong[0]} of a batch of {len(rows_BD)}", wrong.tolist())
     return rows_BD

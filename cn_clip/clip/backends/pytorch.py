@@ -81,5 +81,7 @@ def native_precisions(device: torch.device) -> tuple[Precision, ...]:
 
 def _unit_rows(features_BD: Tensor) -> Rows:
     features_BD = features_BD.float()
-    rows: Rows = (features_BD / features_BD.norm(dim=-1, keepdim=True)).cpu().numpy()
+    lengths_B1 = features_BD.norm(dim=-1, keepdim=True)
+    # A length that overflows would make a row of zeros, which looks like an answer.
+    rows: Rows = (features_BD / lengths_B1).masked_fill(lengths_B1.isinf(), float("nan")).cpu().numpy()
     return checked_rows(rows)
