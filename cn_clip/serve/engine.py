@@ -7,6 +7,7 @@ a store that does not answer.
 # N inputs, D embedding
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,8 @@ ResultT = TypeVar("ResultT")
 MOST_THREADS = 4
 # Characters; so few are cut into tokens on the event loop, for a thread and back would take longer.
 SHORT = 512
+# And characters of data URLs; so many are read for one request at a time.
+LONG = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Engine:
         num_threads = min(MOST_THREADS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(num_threads, "prepare")
         self._searchers = ThreadPoolExecutor(num_threads, "search")
-        self._decoders = Decoders(num_threads, limits)
+        self._decoders, self._reading = Decoders(num_threads, limits), asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._texts = self._batcher("texts", self._encode_token_ids, metrics, length=len)
         self._pictures = self._batcher("pictures", self._encode_pixels, metrics)
@@ -190,7 +193,9 @@ class Engine:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
     async def _picture_rows(self, pictures: Sequence[Picture]) -> list[Rows]:
-        files = await self._in_pool(self._looked_at, pictures)
+        # One at a time where they are long: each holds up texts while its base64 is read.
+        async with self._reading if sum(len(one.data_url) for one in pictures) > LONG else contextlib.nullcontext():
+            files = await self._in_pool(self._looked_at, pictures)
         # No more at a time than there are processes: a request of many lets others in between.
         turns = asyncio.Semaphore(self._decoders.count)
 
