@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 
 
-def ask(client: httpx.Client, elem_id: str, event: str, *given: Any) -> tuple[Any, str]:
+def ask(client: httpx.Client, elem_id: str, event: str, *given: Any, visitor: str = "") -> tuple[Any, str]:
     """(what the page would show, what it would say), when `event` happens to a component."""
     config = client.get("/page/config").json()
     (component,) = [one["id"] for one in config["components"] if one["props"].get("elem_id") == elem_id]
     (number,) = [one["id"] for one in config["dependencies"] if [component, event] in one["targets"]]
-    request = {"data": given, "fn_index": number, "session_hash": f"{elem_id}-{event}"}
+    request = {"data": given, "fn_index": number, "session_hash": f"{elem_id}-{event}{visitor}"}
     joined = client.post("/page/gradio_api/queue/join", json=request)
     assert joined.status_code == 200, joined.text
     said = ""

@@ -85,7 +85,9 @@ def test_a_picture_of_another_process_is_that_of_this_one(name: str) -> None:
     assert unpacked(packed(there)).tobytes() == here.tobytes()
 
 
-def test_what_programs_write_is_bounded_and_other_formats_and_far_more_bytes_are_not() -> None:
+def test_what_programs_write_is_bounded_and_other_formats_and_far_more_bytes_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert all(is_bounded(one.picture, look(one.picture)) for one in load())
     for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP"):
         for size in ((1, 1), (300, 200), (1000, 700)):
@@ -99,6 +101,11 @@ def test_what_programs_write_is_bounded_and_other_formats_and_far_more_bytes_are
     large = encoded(NOISE, "PNG") + bytes(100_000)
     assert not is_bounded(large, look(large))
     assert opened(large).tobytes() == NOISE.tobytes()
+    # A new process lacks the plugins of others.
+    heif = b"\0\0\0\x1cftypmif1\0\0\0\0"
+    assert not is_bounded(heif, None)
+    monkeypatch.setitem(Image.OPEN, "HEIF", (Image.Image, lambda prefix: prefix[4:8] == b"ftyp"))
+    assert is_bounded(heif, None)
     # What no plugin of Pillow takes needs no process to be refused.
     assert is_bounded(b"no picture", None)
     with pytest.raises(Image.UnidentifiedImageError):
@@ -211,6 +218,25 @@ def test_a_process_that_answers_too_much_or_is_closed_is_ended() -> None:
     with pytest.raises(ProcessClosedError):
         process.ask(b"", 3, 100)
     assert process.reap() is None
+
+
+def test_an_answer_that_nobody_waited_for_is_not_that_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoding_process._end()
+    with monkeypatch.context() as patch:
+        receive = DecodingProcess._received
+
+        def interrupted(process: DecodingProcess) -> tuple[int, bytes]:
+            if process.child is not None and process.child.poll() is None and sent:
+                raise KeyboardInterrupt
+            return receive(process)
+
+        sent: list[bytes] = []
+        send = DecodingProcess._send
+        patch.setattr(DecodingProcess, "_send", lambda process, *data: (sent.extend(data[1:]), send(process, *data)))
+        patch.setattr(DecodingProcess, "_received", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opened_elsewhere(encoded(Image.new("RGB", (5, 5)), "TIFF"))
+    assert opened_elsewhere(encoded(NOISE, "TIFF")).tobytes() == NOISE.tobytes()
 
 
 def test_a_picture_that_needs_more_memory_than_there_is_is_refused() -> None:

@@ -1,6 +1,7 @@
 """The web page's answers and bounds, asked as its scripts ask for them, without a browser."""
 
 import contextlib
+import gc
 import io
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from cn_clip.serve.limits import MAX_K, MAX_LABELS, MAX_TEXT_CHARS, Limits
 from cn_clip.serve.uploads import bytes_on_disk
 
 pytest.importorskip("gradio")
+from gradio.state_holder import StateHolder
+
 # Gradio asks pandas for what it will no longer do.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -263,6 +266,18 @@ def test_nothing_connects_to_another_machine(client: httpx.Client, visited: set[
     assert "googleapis" not in text + client.get("/page/theme.css").text
     assert client.get("/page/config").json()["analytics_enabled"] is False
     assert visited == {"127.0.0.1"}
+
+
+def test_of_many_visitors_the_settings_of_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cn_clip.serve.page.VISITORS_HELD", 3)
+    with (
+        served(Encoder("Emoji-Tiny", device="cpu"), LIMITS, with_page=True) as address,
+        httpx.Client(base_url=address, timeout=60) as client,
+    ):
+        for number in range(8):
+            assert ask(client, "facts", "select", visitor=str(number))[1] == ""
+        kept = [set(one.session_data) for one in gc.get_objects() if isinstance(one, StateHolder) and one.session_data]
+        assert [len(names) for names in kept if any("facts" in name for name in names)] == [3]
 
 
 def test_uploads_are_gone_when_the_server_is() -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import harmful_pictures as harmful
 import httpx
@@ -23,8 +24,11 @@ from cn_clip.clip.picture_heads import Head, look
 from cn_clip.clip.pictures import decode
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.serve import decoders as module
+from cn_clip.serve import engine as engine_module
 from cn_clip.serve.decoders import Decoders, EncodedPicture
+from cn_clip.serve.engine import GIVEN_WAY, Engine, Picture
 from cn_clip.serve.limits import Limits
+from cn_clip.serve.metrics import Metrics
 from cn_clip.serve.refusals import RefusalError
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -208,6 +212,26 @@ def test_texts_do_not_stand_behind_pictures_that_are_not_decoded() -> None:
             assert ask(text).status_code == 200
         assert not waiting.done()
         assert httpx.get(f"{address}/readyz").status_code == 200
+
+
+def test_texts_that_wait_go_before_the_base64_of_a_long_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(sleep=slept.append))
+
+    async def main() -> None:
+        engine = Engine("tiny", lambda: Encoder(WatchedBackend()), Limits(), Metrics())
+        long = Picture(data_url(encoded() + bytes(1_000_000)), "input")
+        engine._looked_at([long])
+        assert slept == []
+        with engine._text_places.taken(1):
+            engine._looked_at([Picture(data_url(encoded()), "input")])
+            assert slept == []
+            (file,) = engine._looked_at([long])
+        assert len(file.data) > 1_000_000
+        await engine.stop()
+
+    asyncio.run(main())
+    assert slept == [GIVEN_WAY] * 5
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,9 @@ class DecodingProcess:
             if self.is_closed:
                 raise ProcessClosedError from error
             raise ProcessStartError(f"no process can be started that decodes pictures: {error} ({status=})") from error
+        except BaseException:  # Ctrl-C: its first answer is still to come
+            self.reap()
+            raise
 
     def ask(self, data: bytes, seconds: float, max_pixels: int) -> tuple[int, bytes]:
         """What `decoding.answer` gives for an encoded picture.
@@ -128,6 +131,9 @@ class DecodingProcess:
                     "pixels, that a picture has"
                 ) from error
             raise ProcessEndedError(f"its decoder ended with status {status}") from error
+        except BaseException:  # Ctrl-C: what it still answers belongs to no other picture
+            self.reap()
+            raise
 
     def kill(self) -> None:
         """Ends the process, and what waits for it; may be called by any thread."""

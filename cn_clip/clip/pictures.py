@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 # A file of at most so many bytes, and these for each pixel, is as other files are: 16 bits a channel take 8.
 SPARE_BYTES, BYTES_PER_PIXEL = 1 << 16, 8
-# Pillow's own formats that `look` does not read.
-_UNBOUNDED = ("TIFF", "PPM", "AVIF", "JPEG2000")
+# Pillow's own formats that `look` does not read. HEIF is a plugin's, which a new process lacks.
+_UNBOUNDED = {"TIFF", "PPM", "AVIF", "JPEG2000"}
 # What Pillow itself has its plugins look at.
 _PREFIX_BYTES = 16
 
@@ -50,18 +50,23 @@ def is_data_url(text: str) -> bool:
     return text[:11].lower() == "data:image/"
 
 
-def data_url_bytes(url: str) -> bytes:
-    """The bytes in a data URL; raises DataError for one that is not of base64."""
+def data_url_bytes(url: str, between: Callable[[], object] = lambda: None) -> bytes:
+    """The bytes in a data URL; raises DataError for one that is not of base64. between: called between its pieces."""
     head, comma, payload = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise DataError("the data URL is not in base64")
-    pieces = [payload[start : start + _BASE64_CHARS] for start in range(0, len(payload), _BASE64_CHARS)]
+    last, pieces = max(len(payload) - 1, 0) // _BASE64_CHARS * _BASE64_CHARS, list[bytes]()
     try:
-        if any("=" in piece for piece in pieces[:-1]):
-            raise ValueError("padding before the end")
-        return b"".join(base64.b64decode(piece, validate=True) for piece in pieces)
+        for start in range(0, last + 1, _BASE64_CHARS):
+            if start > 0:
+                between()
+            piece = payload[start : start + _BASE64_CHARS]
+            if start < last and "=" in piece:
+                raise ValueError("padding before the end")
+            pieces.append(base64.b64decode(piece, validate=True))
     except ValueError as error:
         raise DataError(f"not valid base64 ({error})") from error
+    return b"".join(pieces)
 
 
 def opened(data: bytes) -> "Image":
@@ -94,8 +99,15 @@ def is_bounded(data: bytes, head: Head | None) -> bool:
     from PIL import Image
 
     Image.init()
-    accepting = [Image.OPEN[name][1] for name in _UNBOUNDED if name in Image.OPEN]
-    return not any(accept is None or accept(data[:_PREFIX_BYTES]) for accept in accepting)
+    takers = {name for name in FORMATS if name in Image.OPEN and _takes(name, data[:_PREFIX_BYTES])}
+    return not takers or not takers <= _UNBOUNDED
+
+
+def _takes(name: str, prefix: bytes) -> bool:
+    from PIL import Image
+
+    accept = Image.OPEN[name][1]
+    return accept is None or bool(accept(prefix))
 
 
 def opened_here(data: bytes) -> "Image":

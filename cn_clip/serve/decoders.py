@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # For a process to be ready; those of models that come with code of their own import a lot.
 START_SECONDS = 60.0
 # Texts go before pictures on a full machine, and pictures go on beside other programs.
-_NICE = 5
+_NICE = 10
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Pictures that strangers send: from a data URL to bytes that a decoder may see, bounded by what they declare."""
 
+from collections.abc import Callable
+
 from cn_clip.clip.picture_heads import look
 from cn_clip.clip.pictures import data_url_bytes
 from cn_clip.errors import DataError
@@ -12,12 +14,15 @@ _EXPECTED = f'expected "data:image/png;base64,…" ({_NAMES}) with the picture i
 _SHOWN_CHARS = 40
 
 
-def picture_bytes(data_url: str, param: str) -> bytes:
-    """The bytes in a data URL; raises RefusalError (400) naming `param`. Addresses and paths are never followed."""
+def picture_bytes(data_url: str, param: str, between: Callable[[], object] = lambda: None) -> bytes:
+    """The bytes in a data URL; raises RefusalError (400) naming `param`. Addresses and paths are never followed.
+
+    between: see `data_url_bytes`.
+    """
     if not data_url[:5].lower() == "data:":
         raise _invalid(f"{param}: no URL or path is read, got {data_url[:_SHOWN_CHARS]!a}; {_EXPECTED}", param)
     try:
-        return data_url_bytes(data_url)
+        return data_url_bytes(data_url, between)
     except DataError as error:
         raise _invalid(f"{param}: {error}; {_EXPECTED}", param) from error
 
