@@ -64,7 +64,7 @@ def attack(client: httpx.Client, uploaded: str, folder: Path) -> Iterator[tuple[
 
 def _around(uploaded: str) -> list[str]:
     folder = os.path.dirname(uploaded)
-    return [folder, f"{folder}/../../../../../../etc/passwd", f"{folder}/../..", f"{uploaded}/", f"{uploaded}\0.png"]
+    return [folder, f"{folder}/../../../../../../etc/passwd", f"{folder}/../..", f"{uploaded}\0.png"]
 
 
 def _made(folder: Path) -> list[str]:

@@ -179,10 +179,10 @@ def test_no_way_of_naming_a_picture_reads_another_file(client: httpx.Client, vis
     picture = upload(client, CAT.picture)
     attacked = list(attack(client, picture["path"], tmp_path))
     assert len(attacked) > 100
-    assert {
-        name: said for name, shown, said in attacked if shown or not said.startswith(texts.REFUSALS["no_upload"])
-    } == {}
-    assert len({said for _, _, said in attacked}) == 1
+    # Gradio itself refuses a name that is too long.
+    refusals = (texts.REFUSALS["no_upload"], texts.REFUSED)
+    assert {name: said for name, shown, said in attacked if shown or not said.startswith(refusals)} == {}
+    assert len({said for name, _, said in attacked if "xxx" not in name and "/a/a" not in name}) == 1
     shown, said = ask(client, "query-picture", "upload", {"path": picture["path"]}, "", 0.5, 1)
     assert (said, "1.000" in shown) == ("", True)
     assert "example.com" not in visited
@@ -276,7 +276,7 @@ def test_of_many_visitors_the_settings_of_the_last_are_kept(monkeypatch: pytest.
     ):
         for number in range(8):
             assert ask(client, "facts", "select", visitor=str(number))[1] == ""
-        kept = [set(one.session_data) for one in gc.get_objects() if isinstance(one, StateHolder) and one.session_data]
+        kept = [set(one.session_data) for one in gc.get_objects() if type(one) is StateHolder and one.session_data]
         assert [len(names) for names in kept if any("facts" in name for name in names)] == [3]
 
 

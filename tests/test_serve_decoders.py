@@ -30,6 +30,7 @@ from cn_clip.serve.engine import GIVEN_WAY, Engine, Picture
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.metrics import Metrics
 from cn_clip.serve.refusals import RefusalError
+from cn_clip.serve.untrusted import picture_bytes
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
 HAS_PROC = Path("/proc/self/environ").exists()
@@ -232,6 +233,16 @@ def test_texts_that_wait_go_before_the_base64_of_a_long_picture(monkeypatch: pyt
 
     asyncio.run(main())
     assert slept == [GIVEN_WAY] * 5
+
+
+def test_a_bomb_is_refused_by_its_first_bytes() -> None:
+    given_way: list[None] = []
+    for data in (bombs.gif_comment(1_600_000), bombs.jpeg_exif_pieces(30_000)):
+        with pytest.raises(RefusalError, match=r"input: the picture does not decode .*with more than") as caught:
+            picture_bytes(data_url(data), "input", lambda: given_way.append(None))
+        assert (caught.value.code, given_way) == ("invalid_image", [])
+    honest = encoded(900, 700, "JPEG") + bytes(1_000_000)
+    assert picture_bytes(data_url(honest), "input") == honest
 
 
 @pytest.mark.parametrize(

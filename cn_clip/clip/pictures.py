@@ -50,22 +50,25 @@ def is_data_url(text: str) -> bool:
     return text[:11].lower() == "data:image/"
 
 
-def data_url_bytes(url: str, between: Callable[[], object] = lambda: None) -> bytes:
-    """The bytes in a data URL; raises DataError for one that is not of base64. between: called between its pieces."""
+def data_url_bytes(url: str, between: Callable[[bytes], object] = lambda _: None) -> bytes:
+    """The bytes in a data URL; raises DataError for one that is not of base64.
+
+    between: called between the pieces of a long one, with the piece before; what it raises ends the reading.
+    """
     head, comma, payload = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise DataError("the data URL is not in base64")
     last, pieces = max(len(payload) - 1, 0) // _BASE64_CHARS * _BASE64_CHARS, list[bytes]()
-    try:
-        for start in range(0, last + 1, _BASE64_CHARS):
-            if start > 0:
-                between()
-            piece = payload[start : start + _BASE64_CHARS]
+    for start in range(0, last + 1, _BASE64_CHARS):
+        if start > 0:
+            between(pieces[-1])
+        piece = payload[start : start + _BASE64_CHARS]
+        try:
             if start < last and "=" in piece:
                 raise ValueError("padding before the end")
             pieces.append(base64.b64decode(piece, validate=True))
-    except ValueError as error:
-        raise DataError(f"not valid base64 ({error})") from error
+        except ValueError as error:
+            raise DataError(f"not valid base64 ({error})") from error
     return b"".join(pieces)
 
 
