@@ -108,3 +108,12 @@ def bmp_run_length(side: int) -> bytes:
     return (
         b"BM" + struct.pack("<IHHI", 54 + len(palette) + len(lines), 0, 0, 54 + len(palette)) + head + palette + lines
     )
+
+
+def pbm_comments(count: int) -> bytes:
+    """A plain PBM of comments, each of which Pillow cuts out of the megabyte around it: 1 MB takes a minute."""
+    return b"P1 8 8\n" + b"#\n" * count
+
+
+# What no look at the head refuses: decoded by a process that is killed.
+UNBOUNDED = {"comments of a PBM": lambda: pbm_comments(500_000)}

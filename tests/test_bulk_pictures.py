@@ -1,6 +1,7 @@
 """Large collections of pictures: folders, tar files, Parquet tables and LMDBs, by path and by URI, in parts."""
 
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -104,6 +105,53 @@ def test_the_digest_tells_other_data(tmp_path: Path, kind: str) -> None:
     path.touch()
     if path.suffix != ".csv":
         assert open_collection(location).digest != before
+
+
+def write_bytes(folder: Path, name: bytes, data: bytes) -> None:
+    path = Path(os.fsdecode(os.fsencode(folder) + b"/" + name))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError:  # macOS and Windows
+        pytest.skip("this file system holds no names but in Unicode")
+
+
+def test_files_have_ids_also_where_their_names_are_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    names = {"照片/1.png".encode("gbk"): "gbk:照片/1.png", b"\xff\n.png": "bytes:%FF%0A.png", b"z.png": "z.png"}
+    for number, name in enumerate(names):
+        write_bytes(folder, name, PICTURES[number])
+    for location in (str(folder), f"file://{folder}", f"{folder}/*.png"):
+        collection = open_collection(location)
+        part = pickle.loads(pickle.dumps(collection.part(0, len(collection.ids))))
+        found = {part[number].key: part[number].data for number in range(len(part))}
+        expected = {spelling: PICTURES[number] for number, spelling in enumerate(names.values())}
+        assert found == {key: data for key, data in expected.items() if "*" not in location or "/" not in key}
+        assert all((path.isprintable() and path.isascii()) or "照片" in path for path in part.paths or ())
+
+
+def test_members_of_tars_have_ids_also_where_their_names_are_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    names = {"照片/1.png".encode("gbk"): "gbk:照片/1", b"\xff.png": "bytes:%FF", "猫.png".encode(): "猫"}
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(os.fsdecode(name))
+            info.size = len(PICTURES[number])
+            tar.addfile(info, io.BytesIO(PICTURES[number]))
+    write_bytes(folder, "包.tar".encode("gbk"), stream.getvalue())
+    collection = open_collection(str(folder))
+    assert list(collection.ids) == [f"gbk:包.tar/{spelling}" for spelling in names.values()]
+    part = collection.part(0, 3)
+    assert [part[number].data for number in range(3)] == PICTURES[:3]
+
+
+def test_folders_that_links_join_are_looked_at_once(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    write_folder(folder)
+    (folder / "b" / "up").symlink_to(folder)
+    (folder / "z").symlink_to(folder / "a")
+    assert list(open_collection(str(folder)).ids) == KINDS["folder"][1]
 
 
 def test_stars_names_and_single_files_are_found(tmp_path: Path) -> None:

@@ -68,6 +68,23 @@ def test_numbers_of_the_names_are_the_ids_and_the_bytes_are_kept(tmp_path: Path)
     assert texts == [(0, "妙蛙种子", [1]), (1, "妙蛙草", [2]), (2, "动图", [11]), (3, "小火龙", [10])]
 
 
+def test_names_in_gbk_are_read_as_text_and_those_in_neither_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fill(tmp_path / "in", "3猫.png")
+    try:
+        for name in ("照片/1狗.png".encode("gbk"), b"2\xff.png"):
+            path = Path(os.fsdecode(os.fsencode(folder) + b"/" + name))
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(picture((9, 9, 9)))
+    except OSError:  # macOS and Windows
+        pytest.skip("this file system holds no names but in Unicode")
+    images, texts = convert(tmp_path, ids="name", on_error="skip")
+    assert list(images) == ["3猫.png", "gbk:照片/gbk:1狗.png"]
+    assert [text for _, text, _ in texts] == ["猫", "狗"]
+    assert "bytes:2%FF.png: the file name is neither UTF-8 nor GBK" in capsys.readouterr().err
+
+
 def test_hidden_files_and_other_files_are_left_out(tmp_path: Path) -> None:
     fill(tmp_path / "in", "1猫.png", "._1猫.png", ".cache/2狗.png")
     (tmp_path / "in" / "说明.txt").write_text("x")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cn_clip.data.names import path_of, readable, spelled
+from cn_clip.data.names import characters, path_of, readable, spelled
 from cn_clip.index.sources import open_source
 
 
@@ -24,7 +24,8 @@ from cn_clip.index.sources import open_source
         ("gbk:照片/utf-8:a/b:c".encode(), "utf-8:gbk:照片/utf-8:utf-8:a/b:c"),
         ("é/e\u0301".encode(), "é/e\u0301"),
         (b"", ""),
-        (b"a\nb\t.jpg", "a\nb\t.jpg"),
+        ("照/a\nb\t.jpg".encode(), "照/bytes:a%0Ab%09.jpg"),
+        ("\x85\u2028".encode(), "bytes:%C2%85%E2%80%A8"),
     ],
     ids=ascii,
 )
@@ -41,6 +42,7 @@ def test_any_path_comes_back_and_its_spelling_is_held_by_all(path: str) -> None:
     assert json.loads(json.dumps(spelling, ensure_ascii=False).encode("utf-8")) == spelling
     assert unquote(quote(spelling, safe="")) == spelling
     assert readable(spelling) == spelling
+    assert spelling.splitlines() in ([spelling], [])
 
 
 def test_a_name_of_windows_that_is_no_text_comes_back() -> None:
@@ -49,6 +51,22 @@ def test_a_name_of_windows_that_is_no_text_comes_back() -> None:
         ("\udce4\udcbd\udca0", "utf-16:%ED%B3%A4%ED%B2%BD%ED%B2%A0"),
     ):
         assert (spelled(name), path_of(spelling)) == (spelling, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("假期.jpg".encode(), "假期.jpg"),
+        ("假期.jpg".encode("gbk"), "假期.jpg"),
+        (b"gbk:a.jpg", "gbk:a.jpg"),
+        (b"bytes:%41", "bytes:%41"),
+        (b"\xff.jpg", None),
+        (b"a\n.jpg", None),
+    ],
+    ids=ascii,
+)
+def test_the_characters_of_a_name_are_those_of_its_encoding(name: bytes, text: str | None) -> None:
+    assert characters(os.fsdecode(name)) == text
 
 
 def test_values_are_readable_at_any_depth() -> None:

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 
 from cn_clip.clip import Encoder
 from cn_clip.clip.backends.base import Pixels
-from cn_clip.clip.pictures import decode, decoded_batches, open_picture
+from cn_clip.clip.pictures import data_url_bytes, decode, decoded_batches, open_picture
 from cn_clip.clip.transforms import MEAN, STD, ImageTransform
 from cn_clip.data.lmdb_store import SplitWriter
 from cn_clip.data.picture_sets import LmdbPictures, PictureFiles, batches
@@ -227,3 +227,15 @@ def test_other_ways_of_decoding_are_refused() -> None:
     for make in (lambda: ImageTransform(16, "quick"), lambda: Encoder(tiny_model(), decode="quick")):  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="decode: expected exact, fast, reference, got 'quick'"):
             make()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 2, 3, 196_608, 196_609, 393_217])
+def test_a_long_data_url_is_read_piece_by_piece_and_as_strictly(num_bytes: int) -> None:
+    data = bytes(range(256)) * (num_bytes // 256 + 1)
+    url = f"data:;base64,{base64.b64encode(data[:num_bytes]).decode()}"
+    pieces: list[bytes] = []
+    assert data_url_bytes(url, pieces.append) == data[:num_bytes]
+    assert pieces == [data[start : start + 196_608] for start in range(0, num_bytes - 196_608, 196_608)]
+    for wrong in (f"{url}*", f"{url}A", f"{url[:13]}={url[13:]}A", f"{url[:13]}====", f"{url}\n"):
+        with pytest.raises(DataError, match="not valid base64"):
+            data_url_bytes(wrong)

@@ -136,6 +136,7 @@ def test_a_signal_ends_a_run_whose_loader_waits_for_ever_and_the_run_is_saved(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split, sign, load = emoji_split(tmp_path / "data"), tmp_path / "stuck", PairDataset.__getitem__
+    first_epoch = tmp_path / "x" / "checkpoints" / "epoch1.pt"
     has_ended = threading.Event()
 
     def stuck(dataset: PairDataset, index: int) -> object:
@@ -146,7 +147,8 @@ def test_a_signal_ends_a_run_whose_loader_waits_for_ever_and_the_run_is_saved(
         raise AssertionError("the test has ended long ago")
 
     def end() -> None:
-        while not sign.exists():
+        # Workers load ahead: however slow the steps are, those of the first epoch are done before the signal.
+        while not (sign.exists() and first_epoch.exists()):
             time.sleep(0.05)
         time.sleep(0.5)
         if not has_ended.is_set():  # else it would end the tests

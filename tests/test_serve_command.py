@@ -15,6 +15,7 @@ from typing import IO
 
 import httpx
 import numpy as np
+import picture_bombs as bombs
 import pytest
 import torch
 from serving import data_url, queue_depth, wait_until
@@ -126,6 +127,30 @@ def test_the_decoders_of_a_server_that_is_killed_end_too() -> None:
         process.kill()
         process.wait(60)
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in decoders))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_sigterm_ends_a_server_that_is_sent_bombs_and_decodes_what_takes_long() -> None:
+    flags = ("--drain-timeout", "1")
+    # The first two are refused; the last takes a process all the time that it has.
+    pictures = [bombs.gif_comment(7_400_000), bombs.jpeg_scans(3000), bombs.bmp_run_length(3900)]
+    with started("--no-page", "--model", "Emoji-Tiny", *flags) as (process, address), ThreadPoolExecutor() as pool:
+        decoders = children(process.pid)
+
+        def ask(picture: bytes) -> int:
+            request = {"model": "Emoji-Tiny", "input": {"image": data_url(picture)}}
+            try:
+                return httpx.post(f"{address}/v1/embeddings", json=request, timeout=120).status_code
+            except httpx.ConnectError:  # it came after the signal
+                return 503
+
+        waiting = [pool.submit(ask, picture) for picture in [*pictures, *pictures[2:] * 7]]
+        wait_until(lambda: queue_depth(address, "pictures") >= 5)
+        assert httpx.get(f"{address}/readyz").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert {one.result() for one in waiting} <= {200, 400, 503}
+        assert not any(Path(f"/proc/{pid}").exists() for pid in decoders)
 
 
 _STUCK = """

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import harmful_pictures as harmful
 import httpx
@@ -23,9 +24,13 @@ from cn_clip.clip.picture_heads import Head, look
 from cn_clip.clip.pictures import decode
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.serve import decoders as module
+from cn_clip.serve import engine as engine_module
 from cn_clip.serve.decoders import Decoders, EncodedPicture
+from cn_clip.serve.engine import GIVEN_WAY, Engine, Picture
 from cn_clip.serve.limits import Limits
+from cn_clip.serve.metrics import Metrics
 from cn_clip.serve.refusals import RefusalError
+from cn_clip.serve.untrusted import picture_bytes
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
 HAS_PROC = Path("/proc/self/environ").exists()
@@ -82,12 +87,12 @@ def test_the_pixels_are_those_of_this_process(decode_mode: str) -> None:
 @pytest.mark.parametrize(
     ("width", "reason"),
     [
-        (harmful.SPINS, "takes more than the 1 seconds"),
+        (harmful.SPINS, "takes more than the 0.5 seconds"),
         (harmful.DIES, "its decoder ended with status -11"),
         pytest.param(
             harmful.EATS, "takes too much memory", marks=pytest.mark.skipif(not HAS_PROC, reason="needs /proc")
         ),
-        (harmful.STOPS, "takes more than the 1 seconds"),
+        (harmful.STOPS, "takes more than the 0.5 seconds"),
     ],
 )
 def test_a_picture_that_harms_its_process_is_refused_and_the_next_is_decoded(
@@ -103,8 +108,8 @@ def test_a_picture_that_harms_its_process_is_refused_and_the_next_is_decoded(
                 await decoders.pixels(picture(encoded(width)))
             assert (caught.value.status, caught.value.code) == (400, "invalid_image")
             assert (await decoders.pixels(picture(encoded()))).shape == (3, 8, 8)
-            assert worker._process is not None
-            pids.add(worker._process.pid)
+            assert worker.process.child is not None
+            pids.add(worker.process.child.pid)
         decoders.check_moving(asyncio.get_running_loop().time())
 
     # A process that stands still is killed after the time of a request.
@@ -180,13 +185,13 @@ def test_a_process_knows_no_key_and_has_less_claim_to_the_processors(monkeypatch
 
     async def work(decoders: Decoders) -> None:
         (worker,) = decoders._workers
-        assert worker._process is not None
-        process = Path(f"/proc/{worker._process.pid}")
+        assert worker.process.child is not None
+        process = Path(f"/proc/{worker.process.child.pid}")
         assert b"CN_CLIP_API_KEY" not in (process / "environ").read_bytes()
-        assert os.getpriority(os.PRIO_PROCESS, worker._process.pid) > os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, worker.process.child.pid) > os.getpriority(os.PRIO_PROCESS, 0)
         # SIGTERM and SIGINT reach all of a group, and the server answers what is in hand before it ends.
-        os.kill(worker._process.pid, 15)
-        os.kill(worker._process.pid, 2)
+        os.kill(worker.process.child.pid, 15)
+        os.kill(worker.process.child.pid, 2)
         assert (await decoders.pixels(picture(encoded()))).shape == (3, 8, 8)
 
     decoding(work)
@@ -208,6 +213,36 @@ def test_texts_do_not_stand_behind_pictures_that_are_not_decoded() -> None:
             assert ask(text).status_code == 200
         assert not waiting.done()
         assert httpx.get(f"{address}/readyz").status_code == 200
+
+
+def test_texts_that_wait_go_before_the_base64_of_a_long_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(sleep=slept.append))
+
+    async def main() -> None:
+        engine = Engine("tiny", lambda: Encoder(WatchedBackend()), Limits(), Metrics())
+        long = Picture(data_url(encoded() + bytes(1_000_000)), "input")
+        engine._looked_at([long])
+        assert slept == []
+        with engine._text_places.taken(1):
+            engine._looked_at([Picture(data_url(encoded()), "input")])
+            assert slept == []
+            (file,) = engine._looked_at([long])
+        assert len(file.data) > 1_000_000
+        await engine.stop()
+
+    asyncio.run(main())
+    assert slept == [GIVEN_WAY] * 5
+
+
+def test_a_bomb_is_refused_by_its_first_bytes() -> None:
+    given_way: list[None] = []
+    for data in (bombs.gif_comment(1_600_000), bombs.jpeg_exif_pieces(30_000)):
+        with pytest.raises(RefusalError, match=r"input: the picture does not decode .*with more than") as caught:
+            picture_bytes(data_url(data), "input", lambda: given_way.append(None))
+        assert (caught.value.code, given_way) == ("invalid_image", [])
+    honest = encoded(900, 700, "JPEG") + bytes(1_000_000)
+    assert picture_bytes(data_url(honest), "input") == honest
 
 
 @pytest.mark.parametrize(

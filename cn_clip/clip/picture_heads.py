@@ -66,6 +66,12 @@ def look(data: bytes) -> Head | None:
     return None
 
 
+def look_at_start(data: bytes) -> None:
+    """Raises DataError where the first bytes of a JPEG or GIF have more of what `look` counts than a whole one may."""
+    if data.startswith((b"\xff\xd8\xff", b"GIF8")):
+        look(data)
+
+
 def _jpeg(data: bytes) -> Head | None:
     size, exif, junk, position = None, bytearray(), 0, 2
     for _ in range(MAX_SEGMENTS):

@@ -3,7 +3,9 @@
 # B batch, R resolution
 
 import base64
+import functools
 import io
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import numpy as np
 
 from cn_clip.clip.backends.base import Pixels
-from cn_clip.clip.picture_heads import look
+from cn_clip.clip.picture_heads import Head, look
 from cn_clip.clip.picture_names import SUFFIXES_OF
 from cn_clip.errors import DataError
 
@@ -26,7 +28,17 @@ FORMATS = tuple(SUFFIXES_OF)
 
 Picture: TypeAlias = "str | Path | bytes | Image"
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
+# A file of at most so many bytes, and these for each pixel, is as other files are: 16 bits a channel take 8.
+SPARE_BYTES, BYTES_PER_PIXEL = 1 << 16, 8
+# Pillow's own formats that `look` does not read. HEIF is a plugin's, which a new process lacks.
+_UNBOUNDED = {"TIFF", "PPM", "AVIF", "JPEG2000"}
+# What Pillow itself has its plugins look at.
+_PREFIX_BYTES = 16
+
+# Base64 that is decoded at once, 1 ms in which no other thread runs; a multiple of 4.
+_BASE64_CHARS = 1 << 18
 # Batches that are decoded, or being decoded, before the one in use is done.
 BATCHES_AHEAD = 2
 # A picture opened lazily is read once, whoever asks; others are read beside it, but for chance.
@@ -38,23 +50,71 @@ def is_data_url(text: str) -> bool:
     return text[:11].lower() == "data:image/"
 
 
-def data_url_bytes(url: str) -> bytes:
-    """The bytes in a data URL; raises DataError for one that is not of base64."""
+def data_url_bytes(url: str, between: Callable[[bytes], object] = lambda _: None) -> bytes:
+    """The bytes in a data URL; raises DataError for one that is not of base64.
+
+    between: called between the pieces of a long one, with the piece before; what it raises ends the reading.
+    """
     head, comma, payload = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise DataError("the data URL is not in base64")
-    try:
-        return base64.b64decode(payload, validate=True)
-    except ValueError as error:
-        raise DataError(f"not valid base64 ({error})") from error
+    last, pieces = max(len(payload) - 1, 0) // _BASE64_CHARS * _BASE64_CHARS, list[bytes]()
+    for start in range(0, last + 1, _BASE64_CHARS):
+        if start > 0:
+            between(pieces[-1])
+        piece = payload[start : start + _BASE64_CHARS]
+        try:
+            if start < last and "=" in piece:
+                raise ValueError("padding before the end")
+            pieces.append(base64.b64decode(piece, validate=True))
+        except ValueError as error:
+            raise DataError(f"not valid base64 ({error})") from error
+    return b"".join(pieces)
 
 
 def opened(data: bytes) -> "Image":
-    """The picture with its head read and nothing decoded; the one place that hands bytes to Pillow.
+    """The picture with its head read; every picture file that the package reads comes through here.
 
-    Raises DataError for a file that would take far longer than its pixels (see `picture_heads`), and what Pillow's
-    plugins raise: UnidentifiedImageError for a format that is not one of `FORMATS`, and others.
+    A file whose cost its head bounds is not decoded yet. Any other one is decoded by a process that is killed when it
+    takes too long (see `decoding_process`), and comes back loaded.
+    Raises DataError for a file that takes far longer than its pixels, and what Pillow's plugins raise:
+    UnidentifiedImageError for a format that is not one of `FORMATS`, and others.
     """
+    if is_bounded(data, look(data)):
+        return opened_here(data)
+    from cn_clip.clip.decoding_process import ProcessStartError, opened_elsewhere
+
+    try:
+        return opened_elsewhere(data)
+    except ProcessStartError as error:
+        _say_unwatched(str(error))
+        return opened_here(data)
+
+
+def is_bounded(data: bytes, head: Head | None) -> bool:
+    """Whether a file takes no longer than its pixels and bytes do.
+
+    `look` bounds the formats that it reads, as far as we know them; a file of far more bytes than its pixels need may
+    do what we do not know. Of the other formats, a 1 MB PPM can take a minute.
+    """
+    if head is not None:
+        return len(data) <= SPARE_BYTES + BYTES_PER_PIXEL * head.width * head.height
+    from PIL import Image
+
+    Image.init()
+    takers = {name for name in FORMATS if name in Image.OPEN and _takes(name, data[:_PREFIX_BYTES])}
+    return not takers or not takers <= _UNBOUNDED
+
+
+def _takes(name: str, prefix: bytes) -> bool:
+    from PIL import Image
+
+    accept = Image.OPEN[name][1]
+    return accept is None or bool(accept(prefix))
+
+
+def opened_here(data: bytes) -> "Image":
+    """The same in this process, with nothing decoded, whatever it costs; the one place that hands bytes to Pillow."""
     from PIL import Image
 
     head = look(data)
@@ -62,6 +122,11 @@ def opened(data: bytes) -> "Image":
         return Image.open(io.BytesIO(data), formats=(head.format,))
     Image.init()
     return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+@functools.cache
+def _say_unwatched(reason: str) -> None:
+    logger.warning("pictures are decoded without a bound on their time: %s", reason)
 
 
 def decode(picture: str | Path | bytes, draft_size: int | None = None) -> "Image":

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from cn_clip.clip.picture_names import HEAD_BYTES, PICTURE_SUFFIXES, begins_as_picture, passed_over, suffix_of
 from cn_clip.data.lmdb_store import IMAGES, ImageStore
+from cn_clip.data.names import spelled
 from cn_clip.data.picture_sets import PictureSource, StoredPicture
 from cn_clip.data.records import RecordId, canonical_id, digest_of
 from cn_clip.data.shards import expand_braces
@@ -51,9 +52,9 @@ def open_collection(location: str) -> Collection:
 
     location: an LMDB split or its `imgs` folder; tar files or Parquet tables by name, with {000..099} and `*` in the
     last part of the path; or a folder that holds, at any depth, pictures, tar files or tables.
-    Ids: of an LMDB as there; of a folder the path below it; of a tar `TAR/KEY`; of a table its column `image_id` or
-    `id`. Raises DataError naming what cannot be read, a place without pictures or with several kinds of files, and an
-    id that comes twice. Other files of a folder are counted in the log.
+    Ids: of an LMDB as there; of a folder the path below it, of a tar `TAR/KEY`, both as `names.spelled` spells them; of
+    a table its column `image_id` or `id`. Raises DataError naming what cannot be read, a place without pictures or with
+    several kinds of files, and an id that comes twice. Other files of a folder are counted in the log.
     """
     collection = _open(location)
     if not len(collection.ids):
@@ -209,7 +210,7 @@ class FilePart:
         if item.size < 0:
             return StoredPicture(item.id, place.read(), item.name)
         try:
-            with self.storage.files.open_input_file(item.path) as stream:
+            with place.input_file() as stream:
                 data: bytes = stream.read_at(item.size, item.offset)
         except OSError as error:
             raise DataError(f"{item.name}: cannot be read ({error})") from error
@@ -222,7 +223,7 @@ def _open_folder(root: Storage, files: Sequence[FoundFile]) -> Collection:
     items = []
     for file in files:
         place = root.at(file.path)
-        items.append(_Item(root.below(file.path), file.path, place.name))
+        items.append(_Item(spelled(root.below(file.path)), file.path, place.name))
     digest = _digest_of_files(root, files)
     return Collection([item.id for item in items], digest, lambda start, stop: FilePart(root, items[start:stop]))
 
@@ -241,7 +242,7 @@ def _members(root: Storage, file: FoundFile) -> list[_Item]:
             folder, slash, name = member.name.removeprefix("./").rpartition("/")
             stem, _, suffix = name.partition(".")
             if stem and f".{suffix.lower()}" in PICTURE_SUFFIXES:
-                image_id = f"{root.below(file.path)}/{folder}{slash}{stem}"
+                image_id = f"{spelled(root.below(file.path))}/{folder}{slash}{stem}"
                 items.append(_Item(image_id, file.path, f"{place.name}/{member.name}", member.offset, member.size))
     return items
 
@@ -311,7 +312,7 @@ def _parquet(place: Storage) -> Iterator[Any]:
     parquet = require("pyarrow.parquet", extra=EXTRA, purpose=place.name)
     with (
         reading(place.name, DataError, what="cannot be read as Parquet", step="write it again"),
-        place.files.open_input_file(place.path) as stream,
+        place.input_file() as stream,
         parquet.ParquetFile(stream) as file,
     ):
         yield file

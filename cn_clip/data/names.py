@@ -1,4 +1,4 @@
-"""Paths as text: a name on a disk is any bytes, and JSON, addresses, logs and tables hold Unicode alone.
+"""Paths as text: a name on a disk is any bytes, and JSON, addresses, logs and tables hold Unicode alone, in one line.
 
 Archives unpacked on another system leave names in GBK; Python reads such a byte as a lone surrogate. `spelled` gives
 each path a spelling that all of these hold, the same for no two paths, and readable where the bytes are GBK.
@@ -13,6 +13,8 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 _UTF8, _GBK, _BYTES, _PAIRS = "utf-8:", "gbk:", "bytes:", "utf-16:"
 _MARKS = (_UTF8, _GBK, _BYTES, _PAIRS)
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# Controls and ends of lines: a name with them would write lines of its own into a log or a table.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _UNQUOTED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "").replace("/", "")
 
 
@@ -20,9 +22,12 @@ def spelled(path: str) -> str:
     """The spelling of a path, its parts joined by "/"; that of a UTF-8 path is the path itself.
 
     `照片/b.jpg` stays. The bytes `\\xd5\\xd5\\xc6\\xac/b.jpg`, 照片 in GBK, become `gbk:照片/b.jpg`; `\\xff.jpg`, in
-    neither, becomes `bytes:%FF.jpg`; a part that begins with such a mark gets another: `utf-8:gbk:a.jpg`.
+    neither, becomes `bytes:%FF.jpg`, as does a part with controls, `bytes:a%0A.jpg`; a part that begins with such a
+    mark gets another: `utf-8:gbk:a.jpg`.
     """
-    return "/".join(map(_spelled, path.split("/"))) if _SURROGATE.search(path) or ":" in path else path
+    if ":" in path or _SURROGATE.search(path) or _CONTROL.search(path):
+        return "/".join(map(_spelled, path.split("/")))
+    return path
 
 
 def path_of(spelling: str) -> str:
@@ -31,6 +36,14 @@ def path_of(spelling: str) -> str:
     Raises ValueError for what is no spelling.
     """
     return "/".join(map(_path_of, spelling.split("/")))
+
+
+def characters(part: str) -> str | None:
+    """The characters of a part of a path, in UTF-8 or GBK; None for bytes that are neither, and for controls."""
+    spelling = _spelled(part)
+    if spelling == part or spelling == _UTF8 + part:
+        return part
+    return spelling.removeprefix(_GBK) if spelling.startswith(_GBK) else None
 
 
 def readable(value: Any) -> Any:
@@ -44,6 +57,8 @@ def readable(value: Any) -> Any:
 
 def _spelled(part: str) -> str:
     if not _SURROGATE.search(part):
+        if _CONTROL.search(part):
+            return _BYTES + quote_from_bytes(part.encode(), safe=_UNQUOTED)
         return _UTF8 + part if part.startswith(_MARKS) else part
     data = _SURROGATE.sub("", part).encode()
     with contextlib.suppress(UnicodeEncodeError):

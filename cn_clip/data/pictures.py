@@ -38,7 +38,7 @@ def check_picture(data: bytes, check: PictureCheck) -> bool:
     """Whether the picture is grey of more than 8 bits; raises DataError when the bytes are no readable picture.
 
     "decode" reads all the compressed data (JPEG at one eighth of the size, which costs half), "header" only the
-    structure at the front, "none" nothing.
+    structure at the front (all of a file that `clip.pictures.opened` gives to another process), "none" nothing.
     """
     if check == "none":
         return False

@@ -17,6 +17,7 @@ import numpy as np
 from cn_clip import ranks
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES
 from cn_clip.data.datasets import SourcePair, logger
+from cn_clip.data.names import spelled
 from cn_clip.data.records import RecordId, canonical_id
 from cn_clip.data.tars import Member, compressed, read_at, tar_members
 from cn_clip.errors import ConfigError, DataError
@@ -222,7 +223,7 @@ class ShardPairs:
             for offset, size in self._places[number].reshape(-1, 2)
         )
         values = {} if record is None else parse_object(record, where)
-        default = f"{self.paths[shard]}/{key}"  # names repeat from shard to shard, with the file's they do not
+        default = f"{spelled(self.paths[shard])}/{key}"  # names repeat from shard to shard, with the file's they do not
         image_id, text_id = (_record_id(values, name, default, where) for name in ("image_id", "text_id"))
         return SourcePair(picture or b"", _caption(text, values, where), image_id, text_id, where)
 

@@ -3,11 +3,13 @@
 import contextlib
 import io
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from cn_clip.data.names import spelled
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.extras import require
 from cn_clip.files import alone, atomic_write, clear_leftovers
@@ -44,7 +46,7 @@ class Storage:
 
     def child(self, name: str) -> "Storage":
         """The place `name` below this one."""
-        return Storage(self.files, f"{self.path.rstrip('/')}/{name}", f"{self.name.rstrip('/')}/{name}")
+        return Storage(self.files, f"{self.path.rstrip('/')}/{name}", f"{self.name.rstrip('/')}/{spelled(name)}")
 
     def at(self, path: str) -> "Storage":
         """The place of a path that `list_files` gave."""
@@ -57,22 +59,45 @@ class Storage:
     def find(self) -> FoundFile | None:
         """The file that is here; raises DataError when the store does not answer."""
         try:
+            if self._is_local:
+                return _found(self.path)
             info = self.files.get_file_info(self.path)
         except OSError as error:
             raise self._failed("cannot be looked at", error) from error
         return FoundFile(info.path, info.size, info.mtime_ns) if info.is_file else None
 
     def list_files(self, *, recursive: bool = True) -> list[FoundFile]:
-        """All files below, in the order of their paths; hidden names are passed over. None where there is no folder."""
-        selector = require("pyarrow.fs", extra=EXTRA, purpose=self.name).FileSelector
+        """All files below, in the order of their paths; hidden names are passed over. None where there is no folder.
+
+        On a disk, links are followed, and each folder is looked at once.
+        """
         try:
-            found = self.files.get_file_info(selector(self.path, recursive=recursive, allow_not_found=True))
-            files = [FoundFile(info.path, info.size, info.mtime_ns) for info in found if info.is_file]
+            files = self._walked(recursive) if self._is_local else self._listed(recursive)
         except OSError as error:
             raise self._failed("cannot be listed", error) from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.name}: a name in it is no UTF-8 ({error.object!r}); rename that file") from error
         return sorted((one for one in files if not self._is_hidden(one.path)), key=lambda one: one.path)
+
+    @property
+    def _is_local(self) -> bool:
+        return bool(self.files.type_name == "local")
+
+    def _listed(self, recursive: bool) -> list[FoundFile]:
+        selector = require("pyarrow.fs", extra=EXTRA, purpose=self.name).FileSelector
+        found = self.files.get_file_info(selector(self.path, recursive=recursive, allow_not_found=True))
+        return [FoundFile(info.path, info.size, info.mtime_ns) for info in found if info.is_file]
+
+    def _walked(self, recursive: bool) -> list[FoundFile]:
+        """pyarrow cannot list a folder with a name that is not UTF-8."""
+        files, seen = list[FoundFile](), set[str]()
+        for place, folders, names in os.walk(self.path, onerror=_refuse, followlinks=True):
+            real = os.path.realpath(place)
+            folders[:] = sorted(folders) if recursive and real not in seen else []
+            if real not in seen:
+                below = place.removeprefix(self.path).replace(os.sep, "/").strip("/")
+                paths = [self.child(f"{below}/{name}" if below else name).path for name in names]
+                files += [found for path in paths if (found := _found(path)) is not None]
+            seen.add(real)
+        return files
 
     def _is_hidden(self, path: str) -> bool:
         return any(part.startswith(".") for part in PurePosixPath(self.below(path)).parts)
@@ -80,7 +105,7 @@ class Storage:
     def read(self) -> bytes:
         """The bytes of a file; raises DataError."""
         try:
-            with self.files.open_input_file(self.path) as stream:
+            with self.input_file() as stream:
                 data: bytes = stream.read()
         except OSError as error:
             raise self._failed("cannot be read", error) from error
@@ -89,9 +114,13 @@ class Storage:
     def open(self) -> BinaryIO:
         """A file for reading and seeking, a megabyte at a time; raises DataError."""
         try:
-            return io.BufferedReader(self.files.open_input_file(self.path), _READ_AHEAD)
+            return io.BufferedReader(self.input_file(), _READ_AHEAD)
         except OSError as error:
             raise self._failed("cannot be read", error) from error
+
+    def input_file(self) -> Any:
+        """pyarrow's own file for reading; raises OSError."""
+        return self.files.open_input_file(os.fsencode(self.path) if self._is_local else self.path)
 
     def write(self, data: bytes) -> None:
         """Writes a file, with its folders, that appears whole or not at all; raises DataError."""
@@ -139,6 +168,19 @@ class Storage:
     def _failed(self, what: str, error: OSError) -> DataError:
         kind = DataError if isinstance(error, FileNotFoundError) else StorageError
         return kind(f"{self.name}: {what} ({error.strerror or str(error).splitlines()[0][:200]})")
+
+
+def _found(path: str) -> FoundFile | None:
+    try:
+        facts = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return FoundFile(path, facts.st_size, facts.st_mtime_ns) if stat.S_ISREG(facts.st_mode) else None
+
+
+def _refuse(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def open_storage(location: str) -> Storage:

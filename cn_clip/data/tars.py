@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from cn_clip.data.names import spelled
 from cn_clip.errors import DataError
 
 _RECORD_LENGTH = re.compile(rb"([0-9]{1,7}) ")
@@ -14,7 +15,7 @@ _BLOCK = 512
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: its name, and where its bytes are."""
+    """A regular file in a tar: its name, as `names.spelled` spells it, and where its bytes are."""
 
     name: str
     offset: int
@@ -52,7 +53,7 @@ def tar_members(stream: BinaryIO, path: str) -> Iterator[Member]:
         if kind in b"Lx":
             extended |= _extended(kind, stream, offset, size, f"{path}: byte {offset}")
         elif kind in b"07\0":
-            yield Member(name, offset, size)
+            yield Member(spelled(name), offset, size)
         if kind not in b"LKxg":
             extended = {}
         offset += -(-size // _BLOCK) * _BLOCK
@@ -88,7 +89,7 @@ def _number(field: bytes) -> int:
 
 
 def _text(field: bytes) -> str:
-    return field.split(b"\0")[0].decode("utf-8", "backslashreplace")
+    return field.split(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def _extended(kind: bytes, stream: BinaryIO, offset: int, size: int, where: str) -> dict[str, str]:
@@ -112,7 +113,7 @@ def _pax_records(data: bytes, where: str) -> dict[str, str]:
         if length is None or not length.end() < end <= len(data):
             raise _damaged_extension(where)
         key, _, value = data[length.end() : end - 1].partition(b"=")
-        records[_text(key)] = value.decode("utf-8", "backslashreplace")
+        records[_text(key)] = value.decode("utf-8", "surrogateescape")
         place = end
     return records
 

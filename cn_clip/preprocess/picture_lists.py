@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from cn_clip import extras
 from cn_clip.clip.picture_names import is_picture_file, passed_over
+from cn_clip.data.names import characters, spelled
 from cn_clip.data.records import Fault, RecordId, canonical_id
 from cn_clip.digests import is_file
 from cn_clip.errors import DataError, reading
@@ -27,8 +28,8 @@ _LEADING_COUNTER = re.compile(r"\A[0-9_\-\s]+")
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file and its captions. `name` is its path below the folder, `/` between parts; `given_id` from a
-    table's id column."""
+    """A picture file and its captions. `name` is its path below the folder, as `names.spelled` spells it; `given_id`
+    from a table's id column."""
 
     path: Path
     name: str
@@ -43,7 +44,7 @@ def caption_of(file_name: str) -> str:
 
 
 def pictures_from_names(folder: Path) -> Iterator[Picture | Fault]:
-    """The picture files below a folder in sorted order, hidden ones left out, captions from their names.
+    """The picture files below a folder in sorted order, hidden ones left out, captions from their names (UTF-8 or GBK).
 
     Other files are counted in the log.
     """
@@ -51,16 +52,15 @@ def pictures_from_names(folder: Path) -> Iterator[Picture | Fault]:
     found = _picture_files(folder, unread)
     yield from unread
     for path in found:
-        name, caption = path.relative_to(folder).as_posix(), caption_of(path.name)
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError:
-            yield Fault(repr(str(path)), None, "the file name is not UTF-8; rename the file")
-            continue
-        if caption:
+        name, text = spelled(path.relative_to(folder).as_posix()), characters(path.name)
+        if text is None:
+            yield Fault(name, None, "the file name is neither UTF-8 nor GBK, or holds controls; rename the file")
+        elif caption := caption_of(text):
             yield Picture(path, unicodedata.normalize("NFC", name), (caption,))
         else:
-            yield Fault(str(path), None, "the file name carries no text; expected a name such as 0001妙蛙种子.png")
+            yield Fault(
+                spelled(str(path)), None, "the file name carries no text; expected a name such as 0001妙蛙种子.png"
+            )
 
 
 def _picture_files(folder: Path, unread: list[Fault]) -> list[Path]:

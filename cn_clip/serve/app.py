@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Rows
 from cn_clip.retrieval.places import Searchable
+from cn_clip.serve.bodies import JsonRoute
 from cn_clip.serve.engine import Engine
 from cn_clip.serve.gate import Gate
 from cn_clip.serve.hosts import Hosts
@@ -74,6 +75,7 @@ def create_app(
 
     # The pages /docs and /redoc would load their scripts from elsewhere.
     app = FastAPI(title="cn-clip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.route_class = JsonRoute
     app.state.service, app.state.stopping = service, asyncio.Event()
     _add_model_routes(app, service)
     _add_search_routes(app, service)

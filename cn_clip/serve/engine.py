@@ -7,7 +7,9 @@ a store that does not answer.
 # N inputs, D embedding
 
 import asyncio
+import contextlib
 import os
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +35,10 @@ ResultT = TypeVar("ResultT")
 MOST_THREADS = 4
 # Characters; so few are cut into tokens on the event loop, for a thread and back would take longer.
 SHORT = 512
+# And characters of data URLs; so many are read for one request at a time.
+LONG = 1 << 20
+# Seconds; texts that wait have most of the time then.
+GIVEN_WAY = 0.002
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Engine:
         num_threads = min(MOST_THREADS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(num_threads, "prepare")
         self._searchers = ThreadPoolExecutor(num_threads, "search")
-        self._decoders = Decoders(num_threads, limits)
+        self._decoders, self._reading = Decoders(num_threads, limits), asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._texts = self._batcher("texts", self._encode_token_ids, metrics, length=len)
         self._pictures = self._batcher("pictures", self._encode_pixels, metrics)
@@ -190,7 +196,9 @@ class Engine:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
     async def _picture_rows(self, pictures: Sequence[Picture]) -> list[Rows]:
-        files = await self._in_pool(self._looked_at, pictures)
+        # One at a time where they are long: each holds up texts while its base64 is read.
+        async with self._reading if sum(len(one.data_url) for one in pictures) > LONG else contextlib.nullcontext():
+            files = await self._in_pool(self._looked_at, pictures)
         # No more at a time than there are processes: a request of many lets others in between.
         turns = asyncio.Semaphore(self._decoders.count)
 
@@ -204,7 +212,7 @@ class Engine:
         """The pictures, not decoded; raises RefusalError when they would have too many pixels together."""
         files, num_pixels = list[EncodedPicture](), 0
         for picture in pictures:
-            data = untrusted.picture_bytes(picture.data_url, picture.param)
+            data = untrusted.picture_bytes(picture.data_url, picture.param, self._give_way)
             files.append(untrusted.looked_at(data, picture.param, max_pixels=self.limits.max_pixels))
             num_pixels += files[-1].head.width * files[-1].head.height
             if num_pixels > self.limits.max_request_pixels:
@@ -214,6 +222,11 @@ class Engine:
                 )
                 raise RefusalError(400, message, param=picture.param, code="image_too_large")
         return files
+
+    def _give_way(self) -> None:
+        """Called in a thread after each millisecond of work that keeps other threads from running."""
+        if self._text_places.num_taken:
+            time.sleep(GIVEN_WAY)
 
     async def _opening(self, then: Callable[[], Coroutine[None, None, None]] | None) -> None:
         try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import io
 import logging
 
 from starlette.datastructures import Headers
@@ -84,38 +85,43 @@ class Gate:
             )
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = bytearray()
+        body = io.BytesIO()
         try:
             await self._read_in_time(scope, receive, body)
-            await self._answer_in_time(scope, bytes(body), receive, send)
+            await self._answer_in_time(scope, body.getvalue(), receive, send)
         finally:
-            self._bytes_held -= len(body)
+            self._bytes_held -= body.tell()
 
-    async def _read_in_time(self, scope: Scope, receive: Receive, body: bytearray) -> None:
+    async def _read_in_time(self, scope: Scope, receive: Receive, body: io.BytesIO) -> None:
         try:
             await asyncio.wait_for(self._read(scope, receive, body), self.limits.timeout)
         except asyncio.TimeoutError as error:
             message = f"the request did not arrive within {self.limits.timeout:g} seconds"
             raise RefusalError(408, message, code="timeout") from error
 
-    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> None:
+    async def _read(self, scope: Scope, receive: Receive, body: io.BytesIO) -> None:
         """Fills `body`; never holds more than the bound, whatever Content-Length says."""
         if _announced_size(scope) > self.limits.max_body_bytes:
             await self._too_large(receive, is_waiting=_waits_to_send(scope))
-        more = True
+        marks_left, more = MAX_JSON_MARKS, True
+        is_json = not _is_upload(scope)
         while more:
             piece, more = await _next_piece(receive)
-            if len(body) + len(piece) > self.limits.max_body_bytes:
+            if body.tell() + len(piece) > self.limits.max_body_bytes:
                 await self._too_large(receive)
-            body += piece
+            body.write(piece)
             self._bytes_held += len(piece)
             if self._bytes_held > BODIES_HELD * self.limits.max_body_bytes:
                 raise RefusalError(
                     503, "too many large requests at a time; ask again later", code="busy", retry_after=1
                 )
-        if not _is_upload(scope) and _has_more_marks(body, MAX_JSON_MARKS):
-            message = f"the body holds more than {MAX_JSON_MARKS} commas and opening brackets; send several requests"
-            raise RefusalError(413, message, code="request_too_large")
+            if is_json:
+                marks_left -= _num_marks(piece, marks_left)
+                if marks_left < 0:
+                    message = (
+                        f"the body holds more than {MAX_JSON_MARKS} commas and opening brackets; send several requests"
+                    )
+                    raise RefusalError(413, message, code="request_too_large")
 
     async def _too_large(self, receive: Receive, *, is_waiting: bool = False) -> None:
         """Raises the refusal once the client has sent a little more: one that is still sending may not hear it.
@@ -249,17 +255,18 @@ def _is_upload(scope: Scope) -> bool:
     return Headers(scope=scope).get("content-type", "").startswith("multipart/form-data;")
 
 
-def _has_more_marks(body: bytearray, most: int) -> bool:
-    """Whether JSON may have more values than `most`. `find` takes 1 ms where `count` takes 20, which hold up texts."""
+def _num_marks(piece: bytes, most: int) -> int:
+    """An upper bound on the values of a piece of JSON, up to one more than `most`.
+
+    `find` takes a tenth of the time of `count` where there are few, as in base64.
+    """
     found = 0
     for mark in b",[{":
-        at = body.find(mark)
-        while at >= 0:
+        at = piece.find(mark)
+        while at >= 0 and found <= most:
             found += 1
-            if found > most:
-                return True
-            at = body.find(mark, at + 1)
-    return False
+            at = piece.find(mark, at + 1)
+    return found
 
 
 def _announced_size(scope: Scope) -> int:

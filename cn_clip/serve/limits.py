@@ -14,10 +14,6 @@ BODIES_HELD = 16
 UPLOADS_HELD = 64
 # Visitors of the web page whose settings are kept.
 VISITORS_HELD = 128
-# Decoding a picture may take so many seconds of a processor, and these for its pixels: five times what a PNG takes.
-DECODE_SECONDS, DECODE_SECONDS_PER_PIXEL = 3.0, 0.25e-6
-# And so much memory beyond what an idle process has: pixels of four bytes, copied in a few modes and sizes.
-DECODE_BYTES, DECODE_BYTES_PER_PIXEL = 256 << 20, 24
 # Connections at a time; a process may usually have 1024 files open.
 MAX_CONNECTIONS = 512
 # Of them, those that read from the page: two for each browser that shows it, and those that fetch its files.

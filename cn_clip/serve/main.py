@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 API_KEY_VARIABLE = "CN_CLIP_API_KEY"
 DEFAULT_MODEL = "ViT-B-16"
 PURPOSE = "the HTTP service"
+SWITCH_SECONDS = 0.001
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ def serve(app: "FastAPI", engine: "Engine", options: Options, listener: socket.s
         access_log=options.access_log,
         end=lambda: _end(engine),
     )
+    # The event loop waits so long for a thread that goes through a large picture's base64; by default 5 ms, each time.
+    sys.setswitchinterval(SWITCH_SECONDS)
     asyncio.run(_serve(server, engine, listener))
     server.ended()
     if engine.failure is not None:
