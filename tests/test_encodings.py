@@ -19,7 +19,7 @@ from cn_clip.clip import load_from_name
 
 ENCODINGS = ("cp1252", "gbk", "ascii")
 # What these need is not on this machine, whatever the encoding.
-ENDS_IN_A_SENTENCE = {"download", "evaluate", "serve", "export tensorrt"}
+ENDS_IN_A_SENTENCE = {"download", "serve", "export tensorrt"}
 # Processes of their own, or minutes.
 SLOW = {"bench", "train", "export coreml", "export onnx"}
 HAS_JSON = {name for name in LINES if name not in ("train", "serve", "download", "features")}
@@ -131,7 +131,7 @@ OPENERS = {"open", "fdopen", "NamedTemporaryFile", "TemporaryFile"}
 READERS = {"read_text", "write_text", "FileHandler", "TextIOWrapper"}
 # Their `open` opens something else than a text file.
 OTHER_OPENERS = {"Image", "lmdb", "tarfile", "os", "zipfile", "archive", "Snapshot", "subject", "place", "webbrowser"}
-OTHER_OPENERS |= {"_decoders"}
+OTHER_OPENERS |= {"_decoders", "graph"}
 
 
 def names_no_encoding(node: ast.Call) -> bool:

@@ -22,6 +22,7 @@ from onnx import TensorProto, helper
 from tiny_models import TEXT, VIT, tiny_pixels
 
 from cn_clip import cli
+from cn_clip import files as written
 from cn_clip.clip.backends import engines, export, half, onnx_files, parity, tensor_rt
 from cn_clip.clip.backends.base import KINDS, Kind
 from cn_clip.clip.backends.engines import Build, build_engine
@@ -172,7 +173,7 @@ def test_description_names_versions_shapes_facts_and_the_command(
     assert written["shapes"] == {"min": [1, 2], "opt": [1, 30], "max": [1, 30]}
     assert written["facts"]["kind"] == "text"
     assert written["facts"]["embed_dim"] == 512
-    assert written["facts"]["precision"] == "fp16"
+    assert written["facts"]["facts"]["precision"] == "fp16"
     assert written["facts"]["max_length"] == 512
     assert written["facts"]["weights"] == OnnxTower(files["text"], "text", device="cpu").facts.weights
     assert shlex.split(written["command"]) == [
@@ -227,10 +228,16 @@ def test_new_engine_never_stands_beside_the_description_of_another(
         source.rename(target)
 
     build_engine(files["image"], "image", tmp_path / "e", Build("fp32"))
-    monkeypatch.setattr(engines.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(files["image"], "image", tmp_path / "e", Build("fp16"))
-    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+    with monkeypatch.context() as patch:
+        patch.setattr(written.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_engine(files["image"], "image", tmp_path / "e", Build("fp16"))
+    model = TensorRTModel(tmp_path / "e")  # moves what is left to its place first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e", engines.description_path(tmp_path / "e").name]
+    assert (
+        json.loads(engines.description_path(tmp_path / "e").read_text(encoding="utf-8"))["facts"]["precision"] == "fp16"
+    )
+    assert model is not None
 
 
 def test_delicate_and_named_layers_stay_float32(trt: ModuleType, files: dict[Kind, Path], tmp_path: Path) -> None:
