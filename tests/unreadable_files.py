@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import io
 import os
+import pathlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,4 +36,8 @@ def unreadable(number: int, *paths: Path, stat: bool = False) -> Iterator[None]:
         patch.setattr(io, "open", opened)
         for name in ("open", "scandir", "listdir", *(["stat"] if stat else [])):
             patch.setattr(os, name, guarded(getattr(os, name)))
+        if (accessor := getattr(pathlib, "_NormalAccessor", None)) is not None:  # Python 3.10 has functions of its own
+            patch.setattr(accessor, "open", staticmethod(opened))
+            for name in ("scandir", "listdir", *(["stat"] if stat else [])):
+                patch.setattr(accessor, name, staticmethod(guarded(getattr(accessor, name))))
         yield
