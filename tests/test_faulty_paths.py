@@ -21,12 +21,25 @@ OF_KIND = {
 # Names that the system refuses, whatever lies there. They meet the same lines of a command, so each place where it
 # takes a path is tried with one of them, in turn; with all of them by `make test-slow`.
 NAMES = ("too long", "below a file", "NUL", "loop")
+# Disks and inputs at fault likewise meet few lines of the package, by few calls: each command is tried with one fault in
+# turn, those that start processes or export only by `make test-slow`.
+LONG = {"bench", "export onnx", "export coreml"}
 # `index add` goes on without pictures that cannot be decoded, and lists them.
 FINE = {
     ("index add", "pictures", "file"),
     ("index add", "pictures", "unreadable"),
     ("search", "picture", "unreadable"),  # one sentence, but Pillow leaves the file open, which is a warning here
 }
+
+
+def in_turn(
+    number: int, faults: tuple[str, ...], fault: str, command: str, *, even_if_long: str | None = None
+) -> list[pytest.MarkDecorator]:
+    """No mark for the fault whose turn it is; those of other turns are slow, and all of a command that takes long."""
+    is_next = fault == faults[number % len(faults)]
+    return [] if is_next and (command not in LONG or fault == even_if_long) else [pytest.mark.slow]
+
+
 PLACES = [(command, slot, kind) for command, line in LINES.items() for slot, kind in line.slots.items()]
 CASES = [
     pytest.param(
@@ -34,7 +47,13 @@ CASES = [
         slot,
         fault,
         id=f"{command} {slot} {fault}",
-        marks=[pytest.mark.slow] if fault in NAMES and fault != NAMES[number % len(NAMES)] else [],
+        marks=in_turn(
+            number if fault in NAMES else 0,
+            NAMES if fault in NAMES else (fault,),
+            fault,
+            command,
+            even_if_long="missing",
+        ),
     )
     for number, (command, slot, kind) in enumerate(PLACES)
     for fault in (*OF_KIND[kind], *NAMES)
@@ -109,8 +128,16 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="small disks and capabilities are of Linux")
-@pytest.mark.parametrize("fault", OUTPUT_FAULTS)
-@pytest.mark.parametrize("command", writing_commands())
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        pytest.param(
+            command, fault, id=f"{command}-{fault}", marks=in_turn(number, tuple(OUTPUT_FAULTS), fault, command)
+        )
+        for number, command in enumerate(writing_commands())
+        for fault in OUTPUT_FAULTS
+    ],
+)
 def test_a_disk_at_fault_is_one_sentence_and_the_old_output_stays(
     command: str, fault: str, paths: dict[str, Path], disk: SmallDisk
 ) -> None:
@@ -124,9 +151,15 @@ def test_a_disk_at_fault_is_one_sentence_and_the_old_output_stays(
 @pytest.mark.parametrize(
     ("command", "slot", "fault"),
     [
-        pytest.param(command, slot, fault, id=f"{command} {slot} {fault}")
-        for command in writing_commands()
-        for slot, fault in input_cases(command)
+        pytest.param(
+            command,
+            slot,
+            fault,
+            id=f"{command} {slot} {fault}",
+            marks=in_turn(number, ("a", "b"), "ab"[at % 2], command),
+        )
+        for number, command in enumerate(writing_commands())
+        for at, (slot, fault) in enumerate(input_cases(command))
     ],
 )
 def test_an_input_at_fault_is_one_sentence_and_the_old_output_stays(

@@ -75,6 +75,7 @@ SAMPLES: dict[str, Any] = {
     "lora_rank": 8,
     "lora_alpha": 4.0,
     "on_error": "skip",
+    "decode": "reference",
     "keep_checkpoints": 2,
     "early_stop": 3,
     "report_to": "tensorboard",
