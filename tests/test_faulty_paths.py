@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import write_faults
 from command_lines import LINES, line_of, with_index
-from write_faults import OUTPUT_FAULTS, SmallDisk, input_cases, writing_commands
+from write_faults import INPUT_FAULTS, OUTPUT_FAULTS, SmallDisk, input_cases, writing_commands
 
 from cn_clip import cli
 
@@ -21,8 +21,8 @@ OF_KIND = {
 # Names that the system refuses, whatever lies there. They meet the same lines of a command, so each place where it
 # takes a path is tried with one of them, in turn; with all of them by `make test-slow`.
 NAMES = ("too long", "below a file", "NUL", "loop")
-# Disks and inputs at fault likewise meet few lines of the package, by few calls: each command is tried with one fault in
-# turn, those that start processes or export only by `make test-slow`.
+# Disks and inputs at fault likewise meet few lines of the package: each command is tried with one fault in turn, those
+# that start processes or export only by `make test-slow`.
 LONG = {"bench", "export onnx", "export coreml"}
 # `index add` goes on without pictures that cannot be decoded, and lists them.
 FINE = {
@@ -48,7 +48,7 @@ CASES = [
         fault,
         id=f"{command} {slot} {fault}",
         marks=in_turn(
-            number if fault in NAMES else 0,
+            number,
             NAMES if fault in NAMES else (fault,),
             fault,
             command,
@@ -131,9 +131,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
 @pytest.mark.parametrize(
     ("command", "fault"),
     [
-        pytest.param(
-            command, fault, id=f"{command}-{fault}", marks=in_turn(number, tuple(OUTPUT_FAULTS), fault, command)
-        )
+        pytest.param(command, fault, id=f"{command}-{fault}", marks=in_turn(number, OUTPUT_FAULTS, fault, command))
         for number, command in enumerate(writing_commands())
         for fault in OUTPUT_FAULTS
     ],
@@ -156,10 +154,10 @@ def test_a_disk_at_fault_is_one_sentence_and_the_old_output_stays(
             slot,
             fault,
             id=f"{command} {slot} {fault}",
-            marks=in_turn(number, ("a", "b"), "ab"[at % 2], command),
+            marks=in_turn(number, tuple(INPUT_FAULTS), fault, command),
         )
         for number, command in enumerate(writing_commands())
-        for at, (slot, fault) in enumerate(input_cases(command))
+        for slot, fault in input_cases(command)
     ],
 )
 def test_an_input_at_fault_is_one_sentence_and_the_old_output_stays(
