@@ -18,7 +18,6 @@ from cn_clip.eval.feature_shards import is_shard_folder
 from cn_clip.jsonl import read_objects
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.segments import ItemId, item_line
-from cn_clip.retrieval.writer import LOCK
 
 FEATURE_SUFFIXES = (".jsonl", ".npz", ".parquet")
 LARGEST_PICTURE = 256 * 2**20
@@ -114,7 +113,7 @@ def _folder(root: Path, id_prefix: str) -> Source:
             unreadable(error)
             folders.clear()
             continue
-        if (facts.st_dev, facts.st_ino) in seen or _is_index(place):
+        if (facts.st_dev, facts.st_ino) in seen or _is_index(names, folders):
             folders.clear()
             continue
         seen.add((facts.st_dev, facts.st_ino))
@@ -125,8 +124,8 @@ def _folder(root: Path, id_prefix: str) -> Source:
     return source
 
 
-def _is_index(folder: str) -> bool:
-    return all(os.path.exists(os.path.join(folder, name)) for name in (manifest.NAME, LOCK))
+def _is_index(names: list[str], folders: list[str]) -> bool:
+    return manifest.NAME in names and any(map(manifest.is_own, [*names, *folders]))
 
 
 def _look_at(source: Source, path: str) -> None:
