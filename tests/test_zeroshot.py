@@ -393,3 +393,8 @@ def test_wrong_settings_stop_with_status_2(
         zeroshot_evaluation.main([*flags, flag])
     assert exit_info.value.code == 2
     assert reason in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_a_label_whose_texts_cancel_out_has_no_direction() -> None:
+    features = np.array([[1, 0], [-1, 0], [0.6, 0.8], [0.6, 0.8]], dtype=np.float32)
+    assert zeroshot.class_vectors(features, 2).tolist() == [[0, 0], pytest.approx([0.6, 0.8])]

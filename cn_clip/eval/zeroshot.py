@@ -76,9 +76,10 @@ def prompts(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 
 def class_vectors(features: Rows, num_labels: int) -> Rows:
-    """Unit class vectors (C, D) of the features of `prompts`: the mean of each label's."""
+    """Unit class vectors (C, D) of the features of `prompts`: the mean of each label's; zeros where they cancel out."""
     means_CD = features.reshape(num_labels, len(features) // num_labels, -1).mean(axis=1)
-    weights: Rows = means_CD / np.linalg.norm(means_CD, axis=1, keepdims=True)
+    lengths_C1 = np.linalg.norm(means_CD, axis=1, keepdims=True)
+    weights: Rows = np.divide(means_CD, lengths_C1, out=np.zeros_like(means_CD), where=lengths_C1 != 0)
     return weights
 
 
