@@ -77,6 +77,7 @@ class DecodingProcess:
 
     @property
     def is_running(self) -> bool:
+        """Whether the process lives."""
         return self.child is not None and self.child.poll() is None
 
     def start(self) -> None:

@@ -35,6 +35,7 @@ class Shard(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The file name of the shard."""
         return f"{PREFIX}{self.number:05d}{SUFFIX}"
 
 
@@ -85,6 +86,7 @@ class Manifest:
         return f"{self.field} model {self.model['digest']} data {self.data['digest']} shard-size {self.shard_size}"
 
     def to_json(self) -> bytes:
+        """The manifest as it is written, with the number of shards and its key."""
         num_shards = len(self.shards())
         record = {"format": "cn_clip feature shards 1", **asdict(self), "num_shards": num_shards, "key": self.key}
         return json.dumps(record, ensure_ascii=False, indent=2).encode() + b"\n"

@@ -153,6 +153,7 @@ def _id(source: Source, path: str) -> str:
 
 
 def read_file(path: str) -> bytes:
+    """The bytes of a picture file; raises DataError for one that is too large, OSError."""
     with open(path, "rb") as stream:
         data = stream.read(LARGEST_PICTURE + 1)
     if len(data) > LARGEST_PICTURE:

@@ -80,6 +80,7 @@ class Limits:
 
     @property
     def max_body_bytes(self) -> int:
+        """The largest body of a request."""
         return int(self.max_body_mb * (1 << 20))
 
 

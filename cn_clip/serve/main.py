@@ -87,6 +87,7 @@ class Options(Limits):
 
     @property
     def limits(self) -> Limits:
+        """The limits among the options."""
         return Limits(**{field.name: getattr(self, field.name) for field in fields(Limits)})
 
 
