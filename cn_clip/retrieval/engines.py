@@ -119,7 +119,7 @@ class GraphEngine:
         self.in_graph_N: Mask = rows.keys_N < next_key
 
     def search(self, queries_QD: FloatArray, k: int, allowed_N: Mask) -> Sequence[Found]:
-        """The k best of each query that the graph finds among the allowed rows; rows it lacks are compared one by one."""
+        """The k best of each query among the allowed rows, by the graph; rows that it lacks are compared one by one."""
         within_N = allowed_N & self.in_graph_N
         wanted = min(k, int(within_N.sum()))
         keys_per_query = self._candidates(queries_QD, wanted, int(within_N.sum()))
