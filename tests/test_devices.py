@@ -129,6 +129,7 @@ def test_training_makes_the_device_of_its_process_current(
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend: None)
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed, "every_object", lambda value: [value])
     monkeypatch.setattr(distributed, "wait_for_all", lambda: None)
     monkeypatch.setattr(training, "train_in_group", lambda settings, device, *rest: begun.append(device))
     training.run(options(tmp_path, tmp_path / "logs", device=device))
