@@ -19,21 +19,29 @@ from faults.readers import READERS, Inputs, Reader, quiet
 
 # Inputs of a reader before the next has its turn, and seconds; fewer where the time is short.
 _ROUND, _ROUND_SECONDS = 100, 2.0
+# With less in all, only readers whose valid files are made at once.
+_SLOW_SECONDS = 120
 
 
 def fuzz(seconds: float, *, seed: int, processes: int, only: str = "") -> Counts:
     """Damages files for `seconds`, in so many processes, each with readers of its own, and these with their shares.
 
-    Where the time is too short for all, the seed says which readers have a turn; the slow ones are the last.
+    The seed says their order, for a time that is too short for all; with little of it the slow ones are left out.
     """
     total = Counts("fuzz")
     begin = time.monotonic()
     chosen = [reader for reader in READERS if only in reader.name]
     random.Random(seed).shuffle(chosen)
+    quick = [reader for reader in chosen if not reader.is_slow]
+    if quick and seconds < _SLOW_SECONDS:
+        print(f"[fuzz] too little time for {', '.join(one.name for one in chosen if one.is_slow)}", flush=True)
+        chosen = quick
     chosen.sort(key=lambda one: one.is_slow)
     processes = min(processes, len(chosen))
     with tempfile.TemporaryDirectory(prefix="faults-") as root:
-        work = partial(_work, root=Path(root), readers=chosen, seconds=seconds, seed=seed, processes=processes)
+        work = partial(
+            _work, root=Path(root), names=[one.name for one in chosen], seconds=seconds, seed=seed, processes=processes
+        )
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
             for counts, lines in pool.map(work, range(processes)):
                 total.merge(counts)
@@ -43,12 +51,13 @@ def fuzz(seconds: float, *, seed: int, processes: int, only: str = "") -> Counts
 
 
 def _work(
-    worker: int, *, root: Path, readers: list[Reader], seconds: float, seed: int, processes: int
+    worker: int, *, root: Path, names: list[str], seconds: float, seed: int, processes: int
 ) -> tuple[Counts, list[str]]:
     """Every `processes`-th reader from `worker` on, and what was taken of each."""
     counts = Counts("fuzz")
     until = time.monotonic() + seconds
-    mine = readers[worker::processes]
+    readers = {one.name: one for one in READERS}
+    mine = [readers[name] for name in names[worker::processes]]
     a_round = min(_ROUND_SECONDS, seconds / (2 * len(mine)))
     worlds = [World(one, root / re.sub(r"\W+", "-", one.name), seed, count(), a_round=a_round) for one in mine]
     while time.monotonic() < until:
