@@ -82,7 +82,7 @@ def _lines() -> dict[str, str]:
         and (name in ("index add", "index remove") or any(kind.startswith("write") for kind in line.slots.values()))
     }
     small = f"{SMALL_RUN} --vision-model {VISION} --text-model {TEXT} --save-step-frequency 1"
-    chosen["train"] = f"--train-data {{lmdb}} --val-data {{lmdb2}} --logs {{out}} --name x {small}"
+    chosen["train"] = f"--train-data {{lmdb}} --logs {{out}} --name x {small}"
     chosen["index check"] = "{index} --repair"
     chosen["features npz"] = LINES["features"].arguments.replace("{out}", "{out}.npz").replace("{out2}", "{out2}.npz")
     chosen["linear-probe"] = (
