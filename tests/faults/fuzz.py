@@ -1,5 +1,6 @@
 """Damaged files for every reader, in forked children: a value or one sentence, no traceback, no signal, no hang."""
 
+import importlib
 import multiprocessing
 import random
 import re
@@ -19,7 +20,7 @@ from faults.readers import READERS, Inputs, Reader, quiet
 
 # Inputs of a reader before the next has its turn, and seconds; fewer where the time is short.
 _ROUND, _ROUND_SECONDS = 100, 2.0
-# With less in all, only readers whose valid files are made at once.
+# With less in all, only readers that need no slow import.
 _SLOW_SECONDS = 120
 
 
@@ -32,11 +33,11 @@ def fuzz(seconds: float, *, seed: int, processes: int, only: str = "") -> Counts
     begin = time.monotonic()
     chosen = [reader for reader in READERS if only in reader.name]
     random.Random(seed).shuffle(chosen)
-    quick = [reader for reader in chosen if not reader.is_slow]
+    quick = [reader for reader in chosen if not reader.imports]
     if quick and seconds < _SLOW_SECONDS:
-        print(f"[fuzz] too little time for {', '.join(one.name for one in chosen if one.is_slow)}", flush=True)
+        print(f"[fuzz] too little time for {', '.join(one.name for one in chosen if one.imports)}", flush=True)
         chosen = quick
-    chosen.sort(key=lambda one: one.is_slow)
+    chosen.sort(key=lambda one: bool(one.imports))
     processes = min(processes, len(chosen))
     with tempfile.TemporaryDirectory(prefix="faults-") as root:
         work = partial(
@@ -113,6 +114,8 @@ class World:
         """The inputs over the valid files, which a child makes: nothing that it starts stays in this process."""
         if self._inputs is None:
             self.folder.mkdir(parents=True)
+            for module in self.reader.imports:
+                importlib.import_module(module)
             _once(lambda: self.reader.make(self.folder), f"{self.reader.name}: its files cannot be made")
             self._inputs = inputs = Inputs(self.reader, self.folder, self.seed)
             self._sound = _once(inputs.value, f"{self.reader.name}: its valid files cannot be read")

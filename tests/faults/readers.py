@@ -73,8 +73,8 @@ class Reader:
     """make: puts valid files into a folder. read: what they hold, as something with a `repr`.
 
     mutations: by patterns of names, how files are damaged; others stay as they are. is_checked: the format has
-    checksums or digests, so damage must not give other values in silence. weight: the share of the time. is_slow: its
-    valid files take seconds to make.
+    checksums or digests, so damage must not give other values in silence. weight: the share of the time. imports:
+    modules that take seconds to import, which the children find there.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Reader:
     mutations: Mapping[str, Mutation] = field(default_factory=lambda: {"*": odd_bytes})
     is_checked: bool = False
     weight: float = 1.0
-    is_slow: bool = False
+    imports: tuple[str, ...] = ()
 
 
 class Inputs:
@@ -548,6 +548,8 @@ _MODEL_FOLDER = {
     "*.model": odd_bytes,
 }
 
+_FAMILIES = ("transformers.models.auto.modeling_auto", "transformers.modeling_utils", "torch._dynamo")
+_TRAINING = ("torch._dynamo", "matplotlib.backends.backend_agg", "cn_clip.training.main")
 READERS: Sequence[Reader] = (
     Reader("pictures", _make_pictures, _read_pictures, weight=8),
     Reader("datasets", _make_dataset, _read_dataset, {"*.tsv": odd_bytes, "*.jsonl": odd_lines}, weight=4),
@@ -578,7 +580,7 @@ READERS: Sequence[Reader] = (
     ),
     Reader("transformers folder", _make_chinese_folder, _read_chinese_folder, _MODEL_FOLDER, weight=2),
     *(
-        Reader(f"hf: {kind}", _shared(_make_families, kind), _read_family, _MODEL_FOLDER, weight=0.5, is_slow=True)
+        Reader(f"hf: {kind}", _shared(_make_families, kind), _read_family, _MODEL_FOLDER, weight=0.5, imports=_FAMILIES)
         for kind in KINDS
     ),
     Reader("ONNX", _make_onnx, _read_onnx, {"*": either(odd_bytes, odd_metadata)}, weight=4),
@@ -592,12 +594,12 @@ READERS: Sequence[Reader] = (
         {"segment-*": odd_bytes, "*.npy": odd_bytes},
         weight=1,
     ),
-    Reader("run checkpoint", _shared(_make_run), _read_run_checkpoint, {"*.pt": _TORCH}, is_slow=True),
+    Reader("run checkpoint", _shared(_make_run), _read_run_checkpoint, {"*.pt": _TORCH}, imports=_TRAINING),
     Reader(
         "run folder",
         _shared(_make_run),
         _read_run_folder,
         {"*.jsonl": odd_lines, "*.log": odd_lines, "*.txt": odd_bytes},
-        is_slow=True,
+        imports=_TRAINING,
     ),
 )

@@ -69,7 +69,16 @@ _NEVER_ENDS = 600.0
 _ADDED = ("b.png", "c.png")
 _TIMES = re.compile(r"\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d")
 # Locks and notes of digests stay; logs grow with every start.
-_PASSED_OVER = ("*.lock", ".lock", ".verified.json", "out_*.log", "params_*.txt", "metrics*.jsonl", "curves*")
+_PASSED_OVER = (
+    "*.lock",
+    "lock.mdb",
+    ".lock",
+    ".verified.json",
+    "out_*.log",
+    "params_*.txt",
+    "metrics*.jsonl",
+    "curves*",
+)
 
 
 def _lines() -> dict[str, str]:
