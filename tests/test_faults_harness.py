@@ -6,7 +6,9 @@ import signal
 import sys
 from pathlib import Path
 
+import lmdb
 import pytest
+import torch
 
 from cn_clip.errors import DataError
 
@@ -18,6 +20,7 @@ from faults.forked import reports
 from faults.fuzz import World
 from faults.mutations import odd_bytes, odd_json, odd_lines, odd_tar, odd_zip, small_tar
 from faults.readers import Reader
+from faults.writers import tree
 from other_kinds import zipped
 
 ACTS = b"sdtchmo"
@@ -89,3 +92,21 @@ def test_the_same_seed_damages_alike_and_others_otherwise(mutation: "object", da
     damaged = [[mutation(random.Random(seed), data) for seed in range(60)] for _ in range(2)]  # type: ignore[operator]
     assert damaged[0] == damaged[1]
     assert len(set(damaged[0])) > 20
+
+
+def test_results_are_compared_by_what_they_hold(tmp_path: Path) -> None:
+    for run, value in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
+        (tmp_path / run).mkdir()
+        for name in ("one.pt", "out.out"):
+            torch.save({"state_dict": {"w": torch.tensor([value])}, "when": run}, tmp_path / run / name)
+        with lmdb.open(str(tmp_path / run / "pairs")) as environment, environment.begin(write=True) as transaction:
+            transaction.put(b"passing", bytes(9) * (run == "a"))
+            transaction.delete(b"passing")
+            transaction.put(b"1", str(value).encode())
+        (tmp_path / run / f"metrics_{run}.jsonl").write_text(run)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    other = tree(tmp_path / "c")
+    assert [name for name, one in tree(tmp_path / "a").items() if other[name] == one] == []
+    assert "unreadable" not in other.values()
+    (tmp_path / "c" / "out.out").write_bytes((tmp_path / "c" / "one.pt").read_bytes()[:300])
+    assert tree(tmp_path / "c")["out.out"] == "unreadable"

@@ -19,10 +19,15 @@ _MOST_TOLD = 8
 
 @dataclass
 class Counts:
-    """What came of the inputs of a part. signal: also a process that was killed because it did not end in time."""
+    """What came of the inputs of a part.
+
+    signal: also a process that was killed because it did not end in time. killed: processes that were ended on purpose,
+    before they were done.
+    """
 
     part: str
     inputs: int = 0
+    killed: int = 0
     seconds: float = 0.0
     found: Counter[str] = field(default_factory=Counter)
     told: Counter[str] = field(default_factory=Counter)
@@ -36,14 +41,21 @@ class Counts:
             if self.told[outcome] <= _MOST_TOLD:
                 print(f"[{self.part}] {outcome}: {what}", flush=True)
 
+    def merge(self, other: "Counts") -> None:
+        """Adds what another process counted."""
+        self.inputs += other.inputs
+        self.killed += other.killed
+        self.found += other.found
+
     @property
     def faults(self) -> int:
         """Of all that must be 0."""
         return sum(self.found[one] for one in ("traceback", "signal", "difference", "lost"))
 
     def __str__(self) -> str:
+        killed = f" ({self.killed} killed)" if self.killed else ""
         return (
-            f"{self.part}: {self.inputs} inputs, {self.found['sentence']} sentences, {self.found['traceback']} "
+            f"{self.part}: {self.inputs} inputs{killed}, {self.found['sentence']} sentences, {self.found['traceback']} "
             f"tracebacks, {self.found['signal']} signals, {self.found['difference']} silent differences, "
             f"{self.found['lost']} lost, {self.seconds:.0f} s"
         )

@@ -99,13 +99,12 @@ def attack(seconds: float, *, seed: int) -> Counts:
     counts, begin = Counts("http"), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as root, serving(Path(root)) as service:
         honest = _honest(service.port)
-        until, adding = time.monotonic() + seconds, threading.Lock()
+        until, adding = begin + seconds, threading.Lock()
 
         def client(number: int) -> None:
-            rng, taken = random.Random(f"{seed}/{number}"), 0
-            while time.monotonic() < until or taken < 2 * len(_KINDS):
-                name, make = _KINDS[taken % len(_KINDS)] if taken < len(_KINDS) else rng.choice(_KINDS)
-                taken += 1
+            rng, kinds = random.Random(f"{seed}/{number}"), list(_KINDS[number::_CLIENTS])
+            while kinds or time.monotonic() < until:
+                name, make = kinds.pop(0) if kinds else rng.choice(_KINDS)
                 pieces = make(rng)
                 outcome, what = _sent(service.port, pieces)
                 with adding:

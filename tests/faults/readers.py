@@ -1,12 +1,15 @@
 """Every reader of files that come from elsewhere: how to make valid ones, how to read them, how to damage them."""
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import logging
+import os
 import pickle
 import random
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +33,7 @@ from faults.mutations import (
     odd_zip,
     small_tar,
 )
+from faults.small_towers import shrink
 from in_process_runs import emoji_split, run
 from onnx_towers import write_tower
 from picture_bombs import gif_comment, jpeg_scans, png_chunks
@@ -69,7 +73,8 @@ class Reader:
     """make: puts valid files into a folder. read: what they hold, as something with a `repr`.
 
     mutations: by patterns of names, how files are damaged; others stay as they are. is_checked: the format has
-    checksums or digests, so damage must not give other values in silence. weight: the share of all inputs.
+    checksums or digests, so damage must not give other values in silence. weight: the share of the time. imports:
+    modules that take seconds to import, which the children find there.
     """
 
     name: str
@@ -78,6 +83,7 @@ class Reader:
     mutations: Mapping[str, Mutation] = field(default_factory=lambda: {"*": odd_bytes})
     is_checked: bool = False
     weight: float = 1.0
+    imports: tuple[str, ...] = ()
 
 
 class Inputs:
@@ -410,8 +416,24 @@ def _read_chinese_folder(folder: Path) -> object:
     return sorted(model.state_dict())
 
 
-def _make_family(kind: str) -> Callable[[Path], object]:
-    return lambda folder: write_family(folder, kind)
+def _make_families(folder: Path) -> None:
+    for kind in KINDS:
+        write_family(folder / kind, kind)
+
+
+def _shared(make: Callable[[Path], object], part: str = "") -> Callable[[Path], object]:
+    """Valid files that several readers have in common: made beside their folders by the first; part: a folder there."""
+
+    def link(folder: Path) -> None:
+        common = folder.parent / make.__name__
+        with open(folder.parent / f"{make.__name__}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not common.is_dir():
+                common.mkdir()
+                make(common)
+        shutil.copytree(common / part, folder, copy_function=os.link, dirs_exist_ok=True)
+
+    return link
 
 
 def _read_family(folder: Path) -> object:
@@ -494,7 +516,7 @@ def _read_inspected_index(folder: Path) -> object:
 def _make_run(folder: Path) -> None:
     split = emoji_split(folder / "split")
     with quiet():
-        run(split, folder / "logs", max_steps=2, valid_step_interval=1)
+        run(split, folder / "logs", max_steps=2, valid_step_interval=1, **shrink())
     for path in (folder / "logs" / "x" / "checkpoints").iterdir():
         if path.name != "epoch_latest.pt":
             path.unlink()
@@ -506,7 +528,9 @@ def _read_run_checkpoint(folder: Path) -> object:
 
     from cn_clip.training import main as training
 
-    trainer = training.build_trainer(options(folder / "split", folder / "logs"), torch.device("cpu"), checkpoints)
+    trainer = training.build_trainer(
+        options(folder / "split", folder / "logs", **shrink()), torch.device("cpu"), checkpoints
+    )
     return trainer.position
 
 
@@ -524,6 +548,8 @@ _MODEL_FOLDER = {
     "*.model": odd_bytes,
 }
 
+_FAMILIES = ("transformers.models.auto.modeling_auto", "transformers.modeling_utils", "torch._dynamo")
+_TRAINING = ("torch._dynamo", "matplotlib.backends.backend_agg", "cn_clip.training.main")
 READERS: Sequence[Reader] = (
     Reader("pictures", _make_pictures, _read_pictures, weight=8),
     Reader("datasets", _make_dataset, _read_dataset, {"*.tsv": odd_bytes, "*.jsonl": odd_lines}, weight=4),
@@ -553,7 +579,10 @@ READERS: Sequence[Reader] = (
         weight=6,
     ),
     Reader("transformers folder", _make_chinese_folder, _read_chinese_folder, _MODEL_FOLDER, weight=2),
-    *(Reader(f"hf: {kind}", _make_family(kind), _read_family, _MODEL_FOLDER, weight=0.5) for kind in KINDS),
+    *(
+        Reader(f"hf: {kind}", _shared(_make_families, kind), _read_family, _MODEL_FOLDER, weight=0.5, imports=_FAMILIES)
+        for kind in KINDS
+    ),
     Reader("ONNX", _make_onnx, _read_onnx, {"*": either(odd_bytes, odd_metadata)}, weight=4),
     Reader("vocabulary", _make_vocab, _read_vocab, {"*": either(odd_bytes, odd_lines)}, weight=2),
     Reader("index", _make_index("exact"), _read_open_index, {"manifest.json": _JSON, "*": odd_bytes}, weight=6),
@@ -565,6 +594,12 @@ READERS: Sequence[Reader] = (
         {"segment-*": odd_bytes, "*.npy": odd_bytes},
         weight=1,
     ),
-    Reader("run checkpoint", _make_run, _read_run_checkpoint, {"*.pt": _TORCH}, weight=1),
-    Reader("run folder", _make_run, _read_run_folder, {"*.jsonl": odd_lines, "*.log": odd_lines, "*.txt": odd_bytes}),
+    Reader("run checkpoint", _shared(_make_run), _read_run_checkpoint, {"*.pt": _TORCH}, imports=_TRAINING),
+    Reader(
+        "run folder",
+        _shared(_make_run),
+        _read_run_folder,
+        {"*.jsonl": odd_lines, "*.log": odd_lines, "*.txt": odd_bytes},
+        imports=_TRAINING,
+    ),
 )

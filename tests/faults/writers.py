@@ -2,7 +2,9 @@
 command again gives what an undisturbed run gives."""
 
 import contextlib
+import gc
 import hashlib
+import importlib
 import io
 import multiprocessing
 import os
@@ -14,58 +16,82 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import torch
 from command_lines import LINES, MODEL, SMALL_RUN, with_index
 from faults import shim
 from faults.counts import Counts
 from faults.forked import limit_memory
+from faults.small_towers import TEXT, VISION, shrink
 
 from cn_clip import cli
 from cn_clip.processes import compute_alone_in_children
 from cn_clip.retrieval.store import open_index
 
-# Modules that commands import when they run: once, here, rather than in each child.
+# What commands import when they run: once, here, rather than in each child.
 _PRELOADED = (
-    "cn_clip.clip.encoder",
-    "cn_clip.clip.loading",
-    "cn_clip.training.trainer",
-    "cn_clip.training.inputs",
-    "cn_clip.index.building",
-    "cn_clip.report.sections",
-    "cn_clip.eval.benchmark_retrieval",
-    "cn_clip.eval.zeroshot",
-    "cn_clip.checkpoints.weights",
-    "cn_clip.data.datasets",
+    "torch._dynamo",
+    "torch.utils.serialization",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "numpy.random",
+    "PIL.ImageFont",
+    "PIL.ImageMath",
     "safetensors.torch",
-    "lmdb",
+    "tokenizers",
+    "cn_clip.checkpoints.average",
+    "cn_clip.checkpoints.convert",
+    "cn_clip.checkpoints.strip",
+    "cn_clip.clip.backends.export",
+    "cn_clip.clip.backends.pytorch",
+    "cn_clip.data.datasets",
+    "cn_clip.eval.benchmark_retrieval",
+    "cn_clip.eval.extract_features",
+    "cn_clip.eval.linear_probe",
+    "cn_clip.eval.zeroshot_evaluation",
+    "cn_clip.index.build",
+    "cn_clip.index.repairing",
+    "cn_clip.index.search",
+    "cn_clip.report.main",
+    "cn_clip.training.inputs",
+    "cn_clip.training.main",
 )
 _NEVER_ENDS = 600.0
+_ADDED = ("b.png", "c.png")
 _TIMES = re.compile(r"\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d")
 # Locks and notes of digests stay; logs grow with every start.
-_PASSED_OVER = ("*.lock", ".lock", ".verified.json", "out_*.log", "params_*.txt", "metrics.jsonl", "curves*")
+_PASSED_OVER = (
+    "*.lock",
+    "lock.mdb",
+    ".lock",
+    ".verified.json",
+    "out_*.log",
+    "params_*.txt",
+    "metrics*.jsonl",
+    "curves*",
+)
 
 
 def _lines() -> dict[str, str]:
     """The arguments of each command, as `command_lines` has them, but for those that take minutes or a network."""
     left_out = {"demo", "models", "download", "serve", "bench", "export tensorrt", "export coreml", "export onnx"}
-    left_out |= {"evaluate"}  # wants ten pictures, where the world of the commands has four
     chosen = {
         name: line.arguments
         for name, line in LINES.items()
         if name not in left_out
         and (name in ("index add", "index remove") or any(kind.startswith("write") for kind in line.slots.values()))
     }
-    chosen["train"] = (
-        f"--train-data {{lmdb}} --val-data {{lmdb2}} --logs {{out}} --name x {SMALL_RUN} --save-step-frequency 1"
-    )
+    small = f"{SMALL_RUN} --vision-model {VISION} --text-model {TEXT} --save-step-frequency 1"
+    chosen["train"] = f"--train-data {{lmdb}} --logs {{out}} --name x {small}"
     chosen["index check"] = "{index} --repair"
     chosen["features npz"] = LINES["features"].arguments.replace("{out}", "{out}.npz").replace("{out2}", "{out2}.npz")
     chosen["linear-probe"] = (
@@ -101,6 +127,7 @@ class Bench:
     seconds: float = 0.0
     calls: int = 0
     replaces: bool = False
+    spent: float = 0.0
 
     def measure(self) -> str:
         """Two undisturbed runs, and a third over the result of the second; what the first says when it fails."""
@@ -108,9 +135,9 @@ class Bench:
         first = run(self.words, self.folder, count=True)
         if first.status:
             return first.said[-800:]
-        self.whole, self.seconds, self.calls = tree(self.folder), first.seconds, first.calls
+        self.whole, self.calls = tree(self.folder), first.calls
         self.prepare()
-        run(self.words, self.folder)
+        self.seconds = run(self.words, self.folder).seconds
         second = tree(self.folder)
         self.unstable = {name for name in self.whole if self.whole[name] != second.get(name)}
         self.replaces = run(self.words, self.folder).status == 0 and not self.differs()
@@ -138,13 +165,16 @@ class Bench:
 
     def lost(self) -> str:
         """What of an index that the command changes is gone; empty when nothing is."""
-        copy = self.folder / "copy.index"
+        copy, kept = self.folder / "copy.index", {"a.png", "b.png", "c.png", "d.png"}
+        if self.name == "index add":
+            kept -= set(_ADDED)
         if not copy.is_dir() or self.name == "index remove":
             return ""
         try:
-            missing = {"a.png", "b.png", "c.png", "d.png"} - set(open_index(copy).ids)
+            missing = kept - set(open_index(copy).ids)
         except Exception as error:
-            return f"the index cannot be opened: {error}"
+            # What is to be repaired cannot be opened until it is.
+            return "" if self.name == "index check" else f"the index cannot be opened: {error}"
         return f"the items {sorted(missing)} are gone" if missing else ""
 
 
@@ -164,16 +194,26 @@ def tree(folder: Path) -> dict[str, str]:
 def _meaning(path: Path) -> str:
     data = path.read_bytes()
     try:
-        if path.suffix == ".pt" or data[:2] == b"PK":
+        if data[:2] == b"PK":
             data = _tensors(path)
+        elif path.name == "data.mdb":
+            data = _records(path.parent)
     except Exception:
         return "unreadable"
     return hashlib.sha256(data).hexdigest()
 
 
+def _records(folder: Path) -> bytes:
+    """The records of an LMDB: unused parts of its pages hold what was in memory."""
+    with lmdb.open(str(folder), readonly=True, lock=False) as environment, environment.begin() as transaction:
+        return repr(list(transaction.cursor())).encode()
+
+
 def _tensors(path: Path) -> bytes:
     """The values of an archive of arrays: its bytes hold the time."""
-    if path.suffix != ".pt":
+    with zipfile.ZipFile(path) as archive:
+        is_torch = any(name.endswith("/data.pkl") for name in archive.namelist())
+    if not is_torch:
         with np.load(path) as arrays:
             return b"".join(name.encode() + arrays[name].tobytes() for name in sorted(arrays.files))
     content = torch.load(path, weights_only=True, map_location="cpu")
@@ -258,8 +298,13 @@ def benches(root: Path, paths: dict[str, Path], only: str) -> Iterator[Bench]:
         def prepare(folder: Path = folder, name: str = name) -> None:
             shutil.rmtree(folder)
             folder.mkdir()
+            if name == "linear-probe":
+                (folder / "out.out").mkdir()
             if name.startswith("index ") and "build" not in name:
                 shutil.copytree(paths["index"], folder / "copy.index")
+                if name == "index add":  # something to add
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        cli.main(["index", "remove", str(folder / "copy.index"), *_ADDED])
                 if name == "index check":  # something to repair
                     next((folder / "copy.index").glob("segment-*/thumbnails*")).write_bytes(b"")
 
@@ -278,6 +323,7 @@ def _words(name: str, arguments: str, paths: dict[str, Path], folder: Path) -> l
 # --- kills and faults -------------------------------------------------------------------------------------------------
 
 Attempt = Callable[[Bench, random.Random, Counts], None]
+_benches: list[Bench] = []  # those of a part, for the processes that it forks
 
 
 def kill(seconds: float, *, seed: int, processes: int, only: str = "") -> Counts:
@@ -294,39 +340,50 @@ def fail(seconds: float, *, seed: int, processes: int, only: str = "") -> Counts
 
 def _share(total: Counts, attempt: Attempt, seconds: float, *, seed: int, processes: int, only: str) -> Counts:
     begin = time.monotonic()
+    _load()
+    until = begin + seconds
     with tempfile.TemporaryDirectory(prefix="faults-") as root:
-        work = partial(_work, root=Path(root), part=total.part, attempt=attempt, seconds=seconds, seed=seed, only=only)
+        paths = _world(Path(root) / "world")
+        found = list(benches(Path(root), paths, only))
+        random.Random(seed).shuffle(found)
+        _benches[:] = found
+        work = partial(_work, part=total.part, attempt=attempt, until=until, seed=seed)
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
             for counts, lines in pool.map(partial(work, processes=processes), range(processes)):
-                total.inputs += counts.inputs
-                total.found += counts.found
+                total.merge(counts)
                 print("\n".join(lines), flush=True)
     total.seconds = time.monotonic() - begin
     return total
 
 
-def _work(
-    worker: int, *, root: Path, part: str, attempt: Attempt, seconds: float, seed: int, only: str, processes: int
-) -> tuple[Counts, list[str]]:
-    counts, until = Counts(part), time.monotonic() + seconds
+@cache
+def _load() -> None:
+    """Imports what commands need, so that every child begins with it."""
     for module in _PRELOADED:
-        __import__(module)
+        importlib.import_module(module)
     torch.set_num_threads(1)
     compute_alone_in_children()
-    own = root / str(worker)
-    paths = _world(own / "world")
-    mine = list(benches(own, paths, only))[worker::processes]
+    shrink()
+    gc.freeze()
+
+
+def _work(
+    worker: int, *, part: str, attempt: Attempt, until: float, seed: int, processes: int
+) -> tuple[Counts, list[str]]:
+    """Every `processes`-th command from `worker` on; those that took least time so far are next."""
+    counts = Counts(part)
+    mine = _benches[worker::processes]
     taken = dict.fromkeys((one.name for one in mine), 0)
-    number = 0
-    while mine and (time.monotonic() < until or number < len(mine)):
-        bench = mine[number % len(mine)]
+    while mine and time.monotonic() < until:
+        bench = min(mine, key=lambda one: one.spent)
+        begin = time.monotonic()
         if not bench.whole and (failed := bench.measure()):
             counts.add("traceback", f"{bench.name}, undisturbed: {failed}")
             mine.remove(bench)
             continue
-        attempt(bench, random.Random(f"{seed}/{part}/{bench.name}/{number}"), counts)
+        attempt(bench, random.Random(f"{seed}/{part}/{bench.name}/{taken[bench.name]}"), counts)
         taken[bench.name] += 1
-        number += 1
+        bench.spent += time.monotonic() - begin
     lines = [f"[{part}] {one.name}: {taken[one.name]} times, {one.seconds:.1f} s, {one.calls} calls" for one in mine]
     return counts, lines
 
@@ -364,6 +421,7 @@ def _killed(bench: Bench, rng: random.Random, counts: Counts) -> None:
         wait = rng.uniform(0, bench.seconds)
         what = f"killed after {wait:.3f} s"
         ended = run(bench.words, bench.folder, kill_after=wait)
+    counts.killed += ended.status == -signal.SIGKILL
     _judge(bench, ended, counts, what, was_there=was_there, is_killed=True)
 
 
@@ -404,7 +462,8 @@ def _judge(bench: Bench, ended: Ended, counts: Counts, what: str, *, was_there: 
         return counts.add("traceback", f"{where}, then again: {again.said[-600:]}")
     if again.status < 0:
         return counts.add("signal", f"{where}, then again: signal {-again.status}")
-    if gone := bench.differs():
+    # A refusal, such as of files that are there already, changes nothing.
+    if gone := bench.differs(between=again.status > 0):
         return counts.add("difference", f"{where}, then again (status {again.status}): {gone}: {again.said[-200:]}")
     counts.add("sentence" if ended.status > 0 else "fine", "")
 
