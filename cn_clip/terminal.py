@@ -92,7 +92,7 @@ def explained(error: Exception) -> str | None:
         return ": ".join([*paths, reason]) + (f"; {step}" if step else "")
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Path.resolve, before Python 3.13
         return f"{error}; give the path of a file or folder"
-    if isinstance(error, ValueError) and "null byte" in str(error):
+    if isinstance(error, ValueError) and "embedded null" in str(error):  # "byte", or "character" by Python 3.13
         return "a path holds a NUL character, which no file system allows; check the names in the input"
     return None
 
