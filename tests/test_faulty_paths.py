@@ -10,7 +10,7 @@ import write_faults
 from command_lines import LINES, line_of, with_index
 from write_faults import INPUT_FAULTS, OUTPUT_FAULTS, SmallDisk, input_cases, writing_commands
 
-from cn_clip import cli
+from cn_clip import cli, terminal
 
 OF_KIND = {
     "read file": ("missing", "unreadable", "folder", "garbage"),
@@ -165,3 +165,9 @@ def test_an_input_at_fault_is_one_sentence_and_the_old_output_stays(
 ) -> None:
     outcome = write_faults.with_input_fault(fault, slot, command, paths, tmp_path)
     assert outcome.is_refusal, outcome
+
+
+@pytest.mark.parametrize("said", ["embedded null byte", "stat: embedded null character in path"])
+def test_a_null_character_is_named_in_the_words_of_every_python(said: str) -> None:
+    assert "a path holds a NUL character" in str(terminal.explained(ValueError(said)))
+    assert terminal.explained(ValueError("null")) is None
