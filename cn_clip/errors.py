@@ -99,7 +99,9 @@ def reading(
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         known = None if look is None else look(place)
-        raise error_type(f"{place}: {known or f'{what} ({first_sentence(error, place)}); {step}'}") from error
+        # contextlib takes a RuntimeError from a StopIteration for one of the generator, and lets the latter pass.
+        cause = None if isinstance(error, StopIteration) else error
+        raise error_type(f"{place}: {known or f'{what} ({first_sentence(error, place)}); {step}'}") from cause
 
 
 _LONGEST_REASON = 300

@@ -28,7 +28,7 @@ from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.parity import Reference
 from cn_clip.clip.checkpoint import read_checkpoint, read_openai_archive
 from cn_clip.clip.foreign import names, snapshots
-from cn_clip.errors import CheckpointError, DataError, DownloadError, first_sentence, reading
+from cn_clip.errors import CheckpointError, CnClipError, DataError, DownloadError, reading
 from cn_clip.eval.feature_files import read_features
 from cn_clip.preprocess.picture_lists import pictures_from_table
 from cn_clip.training.optim import build_optimizer, decay_groups, load_optimizer_state, optimizer_state
@@ -349,3 +349,10 @@ def test_a_cut_onnx_file_is_a_sentence(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"t\.onnx: is not an ONNX file \(.*\); export the model again"):
         onnx_files.load(path)
+
+
+@pytest.mark.parametrize("raised", [StopIteration(), KeyError("a"), RecursionError(), OSError(5, "Input/output error")])
+@pytest.mark.parametrize("kind", [CheckpointError, DataError])
+def test_whatever_a_reader_raises_is_one_sentence(raised: Exception, kind: type[CnClipError]) -> None:
+    with pytest.raises(kind, match=r"^x: cannot be read \(.+\); y$"), reading("x", kind, step="y"):
+        raise raised
