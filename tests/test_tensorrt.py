@@ -173,7 +173,7 @@ def test_description_names_versions_shapes_facts_and_the_command(
     assert written["shapes"] == {"min": [1, 2], "opt": [1, 30], "max": [1, 30]}
     assert written["facts"]["kind"] == "text"
     assert written["facts"]["embed_dim"] == 512
-    assert written["facts"]["facts"]["precision"] == "fp16"
+    assert written["facts"]["precision"] == "fp16"
     assert written["facts"]["max_length"] == 512
     assert written["facts"]["weights"] == OnnxTower(files["text"], "text", device="cpu").facts.weights
     assert shlex.split(written["command"]) == [
