@@ -81,6 +81,9 @@ def run(options: Options) -> None:
     with written_together(prefix) as folder:
         reports = list(_convert(options, folder / prefix.name, samples, say))
         outside = {extra_path(report.path).name for _, report in reports if extra_path(report.path).exists()}
+        for path in folder.iterdir():
+            if path.name not in outside | {report.path.name for _, report in reports}:
+                path.unlink()  # the float32 files that others were made from
     say("Finished PyTorch to ONNX conversion...")
     result: dict[str, dict[str, Any]] = {TITLES[kind]: {} for kind in options.kinds}
     for kind, report in reports:
