@@ -29,6 +29,7 @@ from cn_clip.clip.backends.parity import Reference
 from cn_clip.clip.checkpoint import read_checkpoint, read_openai_archive
 from cn_clip.clip.foreign import names, snapshots
 from cn_clip.errors import CheckpointError, CnClipError, DataError, DownloadError, first_sentence, reading
+from cn_clip.eval import class_features
 from cn_clip.eval.feature_files import read_features
 from cn_clip.preprocess.picture_lists import pictures_from_table
 from cn_clip.training.optim import build_optimizer, decay_groups, load_optimizer_state, optimizer_state
@@ -356,3 +357,13 @@ def test_a_cut_onnx_file_is_a_sentence(tmp_path: Path) -> None:
 def test_whatever_a_reader_raises_is_one_sentence(raised: Exception, kind: type[CnClipError]) -> None:
     with pytest.raises(kind, match=r"^x: cannot be read \(.+\); y$"), reading("x", kind, step="y"):
         raise raised
+
+
+def test_a_label_of_any_size_and_a_tower_that_gives_one_number_are_sentences(tmp_path: Path) -> None:
+    np.savez(tmp_path / "f.npz", features=np.ones((1, 2), np.float32), labels=np.array([2**62]))
+    with pytest.raises(DataError, match=r"f\.npz: expected labels from 0 to 999999, got 4611686018427387904"):
+        class_features.read(tmp_path / "f.npz")
+    with pytest.raises(CheckpointError, match=r"x: does not say its size"):
+        onnx_files.facts_of(
+            "x", "text", inputs={"text": (None, 52)}, outputs={"unnorm_text_features": ()}, metadata=None
+        )

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 SUFFIX = ".npz"
 
+# Of a file that does not name them: a label of a damaged one may be any number.
+MOST_CLASSES = 1_000_000
+
 
 @dataclass(frozen=True)
 class ClassFeatures:
@@ -127,7 +130,7 @@ def _checked(file: Path, arrays: dict[str, NDArray[Any]]) -> ClassFeatures:
     faulty = first_not_finite(rows.astype(np.float32))
     if faulty is not None:
         raise DataError(f"{file}: row {faulty + 1} holds NaN or infinity; compute the features again")
-    names = arrays.get("classes", np.arange(int(labels.max()) + 1))
+    names = arrays.get("classes", np.arange(min(int(labels.max()) + 1, MOST_CLASSES)))
     if labels.min() < 0 or labels.max() >= len(names):
         raise DataError(f"{file}: expected labels from 0 to {len(names) - 1}, got {labels.min()} to {labels.max()}")
     return ClassFeatures(rows.astype(np.float32), labels.astype(np.int64), tuple(map(str, names.tolist())))

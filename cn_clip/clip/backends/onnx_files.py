@@ -117,7 +117,8 @@ def facts_of(
             f"{place}: expected the {kind} model, with the input {INPUTS[kind]!r} and the output {OUTPUTS[kind]!r}; "
             f"it has {found}; are the two files swapped, or is it another model?"
         )
-    shape, embed_dim = inputs[INPUTS[kind]], outputs[OUTPUTS[kind]][-1]
+    shape, result = inputs[INPUTS[kind]], outputs[OUTPUTS[kind]]
+    embed_dim = result[-1] if result else None  # a damaged file may call it a single number
     known = read_metadata(place, kind, metadata)
     if embed_dim is None:
         embed_dim = known.get("embed_dim")
