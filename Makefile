@@ -97,7 +97,7 @@ docs-cli: $(VENV)/.core
 	$(BIN)/python tools/build_cli_docs.py
 
 test-notebook: $(VENV)/.notebook
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -p no:warnings --nbmake --nbmake-timeout=300 notebooks
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -p no:warnings --nbmake --nbmake-timeout=600 notebooks
 
 notebook: $(VENV)/.notebook
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
