@@ -472,7 +472,7 @@ def clear_leftovers(folder: Path, prefix: str) -> None:
                 if lock.is_abandoned() and lock.acquire():
                     shutil.rmtree(path / "content", ignore_errors=True)
                     lock.release()
-                    shutil.rmtree(path, ignore_errors=True)
+                    path.rmdir()  # unless its process, which had not locked it yet, has done so now
                     logger.info("%s: removed, a process that was killed had left it", path)
 
 

@@ -215,3 +215,13 @@ def line_of(command: str, paths: dict[str, Path], output: Path, **other: str) ->
     if command.startswith("index ") and "index" in values:
         values["index"] = str(shutil.copytree(paths["index"], output / "copy.index"))
     return [*command.split(), *(word.format(**{**values, **other}) for word in LINES[command].arguments.split())]
+
+
+def writing_commands() -> list[str]:
+    """The commands that write a file or folder, or change one."""
+    changing = {"index add", "index remove"}
+    return [
+        command
+        for command, line in LINES.items()
+        if command in changing or any(kind.startswith("write") for kind in line.slots.values())
+    ]

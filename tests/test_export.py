@@ -469,11 +469,13 @@ def test_a_full_disk_is_one_sentence(
         raise OSError(28, "No space left on device")
 
     arguments = ["--model-arch", "ViT-Tiny-64", "--pytorch-ckpt-path", checkpoint, "--convert-text"]
-    monkeypatch.setattr(onnx, "save_model", full)
-    error = refusal(capsys, *arguments, "--precisions", "fp32", "--save-onnx-path", tmp_path / "a")
-    assert error.splitlines() == [error.strip()]
-    assert "a.txt.fp32.onnx: cannot be written (No space left on device); make room" in error
-    assert list(tmp_path.iterdir()) == []
+    for module, name in ((onnx, "save_model"), (onnx_files.os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            error = refusal(capsys, *arguments, "--precisions", "fp32", "--save-onnx-path", tmp_path / "a")
+        assert error.splitlines() == [error.strip()]
+        assert "a.txt.fp32.onnx: cannot be written (No space left on device); make room" in error
+        assert list(tmp_path.iterdir()) == []
 
 
 # --- full size

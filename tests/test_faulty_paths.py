@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import write_faults
-from command_lines import LINES, line_of, with_index
-from write_faults import INPUT_FAULTS, OUTPUT_FAULTS, SmallDisk, input_cases, writing_commands
+from command_lines import LINES, line_of, with_index, writing_commands
+from write_faults import INPUT_FAULTS, OUTPUT_FAULTS, SmallDisk, input_cases
 
 from cn_clip import cli, terminal
 

@@ -131,6 +131,26 @@ def test_many_writers_of_one_name_at_once_all_succeed_and_leave_one_file(tmp_pat
     assert (tmp_path / "x").read_text() == "x" * 10000
 
 
+def test_a_folder_locked_by_its_process_while_another_takes_it_for_abandoned_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer = tmp_path / ".x.abcdefgh.tmp"
+    outer.mkdir()
+    (outer / "lock").touch()  # its process has opened it, and not locked it yet
+    owner, release = files.Lock(outer / "lock"), files.Lock.release
+
+    def release_and_be_overtaken(lock: files.Lock) -> None:
+        release(lock)
+        if lock is not owner and lock.path == owner.path:
+            assert owner.acquire()
+            (outer / "content").mkdir()
+
+    monkeypatch.setattr(files.Lock, "release", release_and_be_overtaken)
+    files.clear_leftovers(tmp_path, ".x.")
+    assert names(outer) == ["content", "lock"]
+    owner.release()
+
+
 # --- permissions
 
 

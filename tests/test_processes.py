@@ -152,7 +152,7 @@ def test_a_signal_ends_a_run_whose_loader_waits_for_ever_and_the_run_is_saved(
             time.sleep(0.05)
         time.sleep(0.5)
         if not has_ended.is_set():  # else it would end the tests
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def give_up(*_: object) -> None:
         raise AssertionError("the run waits for its loader for ever")

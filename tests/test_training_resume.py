@@ -137,9 +137,10 @@ def test_a_run_may_start_from_a_model_by_its_name(split: Path, tmp_path: Path) -
 def test_a_second_sigterm_does_not_end_a_run_that_is_saving() -> None:
     request = StopRequest()
     before = signal.getsignal(signal.SIGTERM)
+    # Raised in this thread: one for the process may come in another, and after the block.
     with request.noted():
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
     assert request.number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -147,10 +148,10 @@ def test_a_second_sigterm_does_not_end_a_run_that_is_saving() -> None:
 def test_a_second_ctrl_c_ends_a_run_at_once() -> None:
     request = StopRequest()
     with request.noted():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert request.number == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_what_a_killed_save_left_half_written_is_cleared_away(split: Path, tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ def test_of_several_processes_all_are_refused_and_none_waits(
     done = torchrun(*words, *TINY, "--batch-size=2", "--num-workers=0", "--device=cpu")
     assert done.returncode != 0
     assert f"another process is training in {tmp_path}/x (pid {other_run.pid} on" in done.stderr
-    assert 'cn_clip/training/main.py", line' not in done.stderr  # torchrun itself ends with a stack trace
+    assert done.stderr.count("Traceback") == 1  # that of torchrun, which says that its processes failed
 
 
 def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on(

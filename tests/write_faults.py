@@ -52,16 +52,6 @@ class Outcome(NamedTuple):
         return self.code in (1, 2) and has_sentence and not self.changed
 
 
-def writing_commands() -> list[str]:
-    """The commands that write a file or folder, or change one."""
-    changing = {"index add", "index remove"}
-    return [
-        command
-        for command, line in LINES.items()
-        if command in changing or any(kind.startswith("write") for kind in line.slots.values())
-    ]
-
-
 def input_cases(command: str) -> list[tuple[str, str]]:
     """(slot, fault) of each input that a command needs; pictures of an index that cannot be read are passed over."""
     passed_over = {("index build", "pictures"), ("index add", "pictures")}

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import write_faults  # noqa: E402
-from command_lines import LINES, with_index  # noqa: E402
+from command_lines import LINES, with_index, writing_commands  # noqa: E402
 
 
 def rows(commands: list[str], folder: Path) -> Iterator[tuple[str, str, write_faults.Outcome]]:
@@ -44,7 +44,7 @@ def rows(commands: list[str], folder: Path) -> Iterator[tuple[str, str, write_fa
 def main() -> None:
     """Prints the table as it goes."""
     warnings.simplefilter("ignore")
-    commands = sys.argv[1:] or write_faults.writing_commands()
+    commands = sys.argv[1:] or writing_commands()
     num_wrong = 0
     print("| command | fault | status | sentence | old output |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:

@@ -88,11 +88,10 @@ def public_without_docstring(tree: ast.Module) -> Iterator[str]:
             if ast.get_docstring(node) is None:
                 yield node.name
             for below in node.body if isinstance(node, ast.ClassDef) else ():
-                is_public = isinstance(below, FUNCTIONS) and not below.name.startswith("_")
-                is_public &= isinstance(below, FUNCTIONS) and ".setter" not in "".join(
-                    map(ast.unparse, below.decorator_list)
-                )
-                if is_public and ast.get_docstring(below) is None and not ast.unparse(below).endswith("..."):
+                if not isinstance(below, FUNCTIONS) or below.name.startswith("_") or ast.get_docstring(below):
+                    continue
+                is_setter = any(ast.unparse(one).endswith(".setter") for one in below.decorator_list)
+                if not is_setter and not ast.unparse(below).endswith("..."):
                     yield f"{node.name}.{below.name}"
 
 

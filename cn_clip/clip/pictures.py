@@ -80,15 +80,16 @@ def opened(data: bytes) -> "Image":
     Raises DataError for a file that takes far longer than its pixels, and what Pillow's plugins raise:
     UnidentifiedImageError for a format that is not one of `FORMATS`, and others.
     """
-    if is_bounded(data, look(data)):
-        return opened_here(data)
+    head = look(data)
+    if is_bounded(data, head):
+        return _opened(data, head)
     from cn_clip.clip.decoding_process import ProcessStartError, opened_elsewhere
 
     try:
         return opened_elsewhere(data)
     except ProcessStartError as error:
         _say_unwatched(str(error))
-        return opened_here(data)
+        return _opened(data, head)
 
 
 def is_bounded(data: bytes, head: Head | None) -> bool:
@@ -114,10 +115,14 @@ def _takes(name: str, prefix: bytes) -> bool:
 
 
 def opened_here(data: bytes) -> "Image":
-    """The same in this process, with nothing decoded, whatever it costs; the one place that hands bytes to Pillow."""
+    """The same in this process, with nothing decoded, whatever it costs."""
+    return _opened(data, look(data))
+
+
+def _opened(data: bytes, head: Head | None) -> "Image":
+    """The one place that hands bytes to Pillow. head: what `look` says of them."""
     from PIL import Image
 
-    head = look(data)
     if head is not None:
         return Image.open(io.BytesIO(data), formats=(head.format,))
     Image.init()

@@ -124,8 +124,7 @@ class ImageTransform:
             raise ConfigError(
                 "transforms: the steps were changed; call the preprocessing itself, or use them unchanged"
             )
-        if self.decode != "reference":
-            image = in_8_bits(image)
+        image = in_8_bits(image, self.decode)
         size = (self.resolution, self.resolution)
         if image.size != size:
             image = image.resize(size, Resampling.BICUBIC)
@@ -151,13 +150,14 @@ def is_deep(image: "Image") -> bool:
     return image.mode[0] in "IF"
 
 
-def in_8_bits(image: "Image") -> "Image":
+def in_8_bits(image: "Image", decode: Decode = "exact") -> "Image":
     """Grey of more than 8 bits as grey of 8: PIL's own conversion makes all above 255 white. Others come back as is.
 
+    decode: "reference" leaves all to PIL's conversion, as Chinese-CLIP does.
     Values up to 255 stay what they are. Beyond, 65535 is white: 300 becomes 1, as PIL reads colour of 16 bits.
     Floats from 0 to 1 become 0 to 255. Raises DataError for values below 0, above 65535 or not finite.
     """
-    if not is_deep(image):
+    if decode == "reference" or not is_deep(image):
         return image
     from PIL.Image import fromarray
 

@@ -71,8 +71,7 @@ class Augmentation:
         self.resolution, self.decode = resolution, decode
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        if self.decode != "reference":
-            image = in_8_bits(image)
+        image = in_8_bits(image, self.decode)
         crop = image.crop(crop_box(*image.size, rng))  # cropped first: resize(box=...) would look beyond the edges
         image = crop.resize((self.resolution, self.resolution), Resampling.BICUBIC)
         if rng.random() < FLIP_PROBABILITY:

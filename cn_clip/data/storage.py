@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from cn_clip.data.names import spelled
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.errors import ConfigError, DataError, is_absent
 from cn_clip.extras import require
 from cn_clip.files import alone, atomic_write, clear_leftovers
 
@@ -173,13 +173,15 @@ class Storage:
 def _found(path: str) -> FoundFile | None:
     try:
         facts = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    except OSError as error:
+        if is_absent(error):
+            return None
+        raise
     return FoundFile(path, facts.st_size, facts.st_mtime_ns) if stat.S_ISREG(facts.st_mode) else None
 
 
 def _refuse(error: OSError) -> None:
-    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+    if not is_absent(error):
         raise error
 
 

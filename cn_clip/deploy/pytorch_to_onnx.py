@@ -67,8 +67,8 @@ class Options(ConversionOptions):
 def run(options: Options) -> None:
     """Writes what is asked for, all of it or nothing; raises CnClipError when it cannot be converted faithfully."""
     from cn_clip.clip.backends import export
-    from cn_clip.clip.backends.onnx_files import extra_path, onnx_path
-    from cn_clip.files import written_together
+    from cn_clip.clip.backends.onnx_files import extra_path, move, onnx_path
+    from cn_clip.files import HeldFolder, written_together
 
     assert options.save_onnx_path is not None
     targets = [onnx_path(options.save_onnx_path, kind, form) for kind in options.kinds for form in options.forms]
@@ -78,12 +78,10 @@ def run(options: Options) -> None:
     export.check_packages(options.forms)
     samples = _samples(options)
     prefix = Path(options.save_onnx_path)
-    with written_together(prefix) as folder:
-        reports = list(_convert(options, folder / prefix.name, samples, say))
-        outside = {extra_path(report.path).name for _, report in reports if extra_path(report.path).exists()}
-        for path in folder.iterdir():
-            if path.name not in outside | {report.path.name for _, report in reports}:
-                path.unlink()  # the float32 files that others were made from
+    with written_together(prefix) as folder, HeldFolder(prefix.parent, f".{prefix.name}.") as scratch:
+        reports = list(_convert(options, scratch.path / prefix.name, samples, say))
+        moved = [move(report.path, folder) for _, report in reports]
+        outside = {extra_path(path).name for path in moved if extra_path(path).exists()}
     say("Finished PyTorch to ONNX conversion...")
     result: dict[str, dict[str, Any]] = {TITLES[kind]: {} for kind in options.kinds}
     for kind, report in reports:

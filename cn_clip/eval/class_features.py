@@ -116,7 +116,7 @@ def read(file: Path) -> ClassFeatures:
 
 
 def _load(file: Path) -> dict[str, NDArray[Any]]:
-    return read_arrays(file, step="compute the features again")
+    return read_arrays(file, step="compute the features again")[0]
 
 
 def _checked(file: Path, arrays: dict[str, NDArray[Any]]) -> ClassFeatures:

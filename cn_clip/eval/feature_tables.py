@@ -71,19 +71,25 @@ def _write_array(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> No
         np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def read_arrays(path: Path, *, step: str) -> dict[str, NDArray[Any]]:
-    """The arrays of an npz; raises DataError, which ends with `step`, for anything else, also for pickled objects."""
+def read_arrays(
+    path: Path, wanted: Sequence[str] | None = None, *, step: str
+) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """(the arrays of an npz, the names of all that it has). wanted: of these names only, those that it has.
+
+    Raises DataError, which ends with `step`, for anything else, also for pickled objects.
+    """
     check_unpacked(path, DataError)
     with (
         reading(path, DataError, what="cannot be read as npz", step=step),
         open(path, "rb") as stream,
         np.load(stream, allow_pickle=False) as arrays,
     ):
-        found = {name: arrays[name] for name in arrays.files}
+        names = list(arrays.files)
+        found = {name: arrays[name] for name in names if wanted is None or name in wanted}
     for name, array in found.items():
         if not isinstance(array, np.ndarray):  # numpy hands out the bytes of a member that is no array
             raise DataError(f"{path} {name}: is no numpy array; save the file with np.savez")
-    return found
+    return found, names
 
 
 def read_npz(path: Path, field: IdField) -> Features:
@@ -91,9 +97,10 @@ def read_npz(path: Path, field: IdField) -> Features:
 
     Raises DataError naming the file, and the row counted from 1, for anything else, also for pickled objects.
     """
-    found = read_arrays(path, step="extract it again, or save ids as integers or text (np.str_)")
+    wanted, step = (IDS, FEATURES, FIELD, ID_KIND), "extract it again, or save ids as integers or text (np.str_)"
+    found, names = read_arrays(path, wanted, step=step)
     if IDS not in found or FEATURES not in found:
-        raise DataError(f"{path}: expected the arrays {IDS} and {FEATURES}, it has {list(found)}")
+        raise DataError(f"{path}: expected the arrays {IDS} and {FEATURES}, it has {names}")
     _check_field(path, field, str(found.get(FIELD, field)))
     ids, vectors = found[IDS], found[FEATURES]
     if ids.ndim != 1 or vectors.ndim != 2 or len(ids) != len(vectors):

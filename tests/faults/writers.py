@@ -27,7 +27,7 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import torch
-from command_lines import LINES, MODEL, SMALL_RUN, with_index
+from command_lines import LINES, MODEL, SMALL_RUN, with_index, writing_commands
 from faults import shim
 from faults.counts import Counts
 from faults.forked import limit_memory
@@ -84,12 +84,7 @@ _PASSED_OVER = (
 def _lines() -> dict[str, str]:
     """The arguments of each command, as `command_lines` has them, but for those that take minutes or a network."""
     left_out = {"demo", "models", "download", "serve", "bench", "export tensorrt", "export coreml", "export onnx"}
-    chosen = {
-        name: line.arguments
-        for name, line in LINES.items()
-        if name not in left_out
-        and (name in ("index add", "index remove") or any(kind.startswith("write") for kind in line.slots.values()))
-    }
+    chosen = {name: LINES[name].arguments for name in writing_commands() if name not in left_out}
     small = f"{SMALL_RUN} --vision-model {VISION} --text-model {TEXT} --save-step-frequency 1"
     chosen["train"] = f"--train-data {{lmdb}} --logs {{out}} --name x {small}"
     chosen["index check"] = "{index} --repair"

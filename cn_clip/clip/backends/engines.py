@@ -389,7 +389,10 @@ def _open(source: Source, kind: Kind, precision: Precision, device: str | None, 
 def _build_cached(
     onnx_path: Path, kind: Kind, path: Path, precision: Literal["fp16", "fp32"], device: str | None, say: Announce
 ) -> None:
-    say(f"首次使用，正在构建 TensorRT 引擎，需要几分钟 / first use, building an engine, some minutes -> {path}")
+    chinese, english = "首次使用，正在构建", "first use, building an engine"
+    if path.exists():
+        chinese, english = "正在重新构建", "building an engine again"
+    say(f"{chinese} TensorRT 引擎，需要几分钟 / {english}, some minutes -> {path}")
     build = Build(precision, batch=CACHED_BATCH, max_batch=CACHED_MAX_BATCH, context_length=CACHED_LENGTH)
     build_engine(onnx_path, kind, path, build, device=device, say=say)
 

@@ -23,7 +23,6 @@ OUTPUTS: dict[Kind, str] = {"image": "unnorm_image_features", "text": "unnorm_te
 MIDDLE: dict[Kind, str] = {"image": "img", "text": "txt"}
 EXTRA_SUFFIX = ".extra_file"
 METADATA_KEY = "cn_clip"
-ODD_FACTS, EXPORT_AGAIN = "its names or metadata cannot be read", "export it again"
 # Protocol buffers end at 2 GiB; larger weights lie in a file of their own.
 LARGEST_FILE = 2**31 - 2**24
 # Tensors of fewer bytes stay in the graph when the weights lie outside: readers want the shapes among them there.
@@ -101,6 +100,11 @@ def _written(path: Path) -> Iterator[None]:
 def metadata(facts: TowerFacts) -> str:
     """The facts as the metadata of a file hold them, under METADATA_KEY."""
     return json.dumps({"writer": f"cn_clip {__version__}", **asdict(facts)})
+
+
+def reading_facts(place: str) -> contextlib.AbstractContextManager[None]:
+    """For asking a runtime about an opened file, whose names may be no UTF-8; raises CheckpointError."""
+    return reading(place, CheckpointError, what="its names or metadata cannot be read", step="export it again")
 
 
 def facts_of(

@@ -13,17 +13,16 @@ from numpy.typing import NDArray
 from cn_clip import ranks
 from cn_clip.clip.backends.base import Kind, Pixels, Precision, TokenIds, TowerFacts
 from cn_clip.clip.backends.onnx_files import (
-    EXPORT_AGAIN,
     INPUTS,
     METADATA_KEY,
-    ODD_FACTS,
     OUTPUTS,
     facts_of,
     missing_weights,
     not_opened,
     outside_files,
+    reading_facts,
 )
-from cn_clip.errors import CheckpointError, ConfigError, reading
+from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
 from cn_clip.processes import hold_in_children
 
@@ -82,7 +81,7 @@ class OnnxTower:
             say_fallen_back(self.provider)
             self.provider, self.on_gpu = used, False
         self._session.disable_fallback()
-        with reading(self.place, CheckpointError, what=ODD_FACTS, step=EXPORT_AGAIN):  # names may be no UTF-8
+        with reading_facts(self.place):
             inputs = {one.name: _shape(one.shape) for one in self._session.get_inputs()}
             outputs = {one.name: _shape(one.shape) for one in self._session.get_outputs()}
             metadata = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)

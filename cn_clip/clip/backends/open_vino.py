@@ -11,16 +11,15 @@ from numpy.typing import NDArray
 from cn_clip import ranks
 from cn_clip.clip.backends.base import Kind, Pixels, Precision, TokenIds, TowerFacts
 from cn_clip.clip.backends.onnx_files import (
-    EXPORT_AGAIN,
     INPUTS,
     METADATA_KEY,
-    ODD_FACTS,
     OUTPUTS,
     facts_of,
     missing_weights,
     not_opened,
+    reading_facts,
 )
-from cn_clip.errors import CheckpointError, ConfigError, reading
+from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
 from cn_clip.processes import hold_in_children
 
@@ -59,7 +58,7 @@ class OpenVinoTower:
             raise not_opened(self.place, "OpenVINO", reason, error) from error
         hold_in_children(self)
         self._alone = threading.Lock()
-        with reading(self.place, CheckpointError, what=ODD_FACTS, step=EXPORT_AGAIN):
+        with reading_facts(self.place):
             inputs = {one.get_any_name(): _shape(one) for one in model.inputs}
             outputs = {one.get_any_name(): _shape(one) for one in model.outputs}
             metadata = _metadata(model)

@@ -22,7 +22,7 @@ from cn_clip.clip.foreign.towers import ForeignTowers
 from cn_clip.clip.hf import CONFIG_FILE, read_json
 from cn_clip.clip.inputs import Parts
 from cn_clip.clip.transforms import Decode, in_8_bits
-from cn_clip.errors import CheckpointError, MissingExtraError, first_sentence, reading
+from cn_clip.errors import CheckpointError, CnClipError, MissingExtraError, first_sentence, reading
 from cn_clip.extras import require
 
 if TYPE_CHECKING:
@@ -82,8 +82,7 @@ class ProcessedPictures:
 
     def array(self, image: "Image", out: Pixels | None = None) -> Pixels:
         """Normalised pixels, float32 (3, R, R), in `out` if it is given."""
-        if self.decode != "reference":
-            image = in_8_bits(image)
+        image = in_8_bits(image, self.decode)
         pixels_3RR = self._pixels(image if image.mode == "RGB" else image.convert("RGB"))
         if out is None:
             return pixels_3RR
@@ -280,19 +279,18 @@ def _quiet() -> Iterator[None]:
 def _explained(folder: Path) -> Iterator[None]:
     """Turns whatever transformers raises, of no common type, into a sentence that names the folder."""
     step = "download it again, or give another folder"
-    with reading(folder, CheckpointError, what="not a folder that transformers can open", step=step, look=_odd_weights):
+    with reading(folder, CheckpointError, what="not a folder that transformers can open", step=step):
         try:
             yield
+        except CnClipError:
+            raise
         except ImportError as error:
             raise MissingExtraError(
                 f"{folder}: transformers lacks a package for it ({first_sentence(error)}); "
                 "install it with: pip install 'cn_clip[hf]'"
             ) from error
-
-
-def _odd_weights(folder: Path) -> str | None:
-    """Of a folder with a weight file that is none: which, and what it is."""
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        if (known := what_it_is(file)) is not None:
-            return f"{file.name} {known}"
-    return None
+        except Exception as error:
+            for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+                if (known := what_it_is(file)) is not None:
+                    raise CheckpointError(f"{file}: {known}") from error
+            raise

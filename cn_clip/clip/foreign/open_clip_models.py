@@ -54,7 +54,7 @@ class ComposedPictures:
         return out
 
     def __call__(self, image: "Image") -> Tensor:
-        pixels_3RR: Tensor = self._compose(image if self.decode == "reference" else in_8_bits(image))
+        pixels_3RR: Tensor = self._compose(in_8_bits(image, self.decode))
         return pixels_3RR
 
 
