@@ -408,15 +408,36 @@ def test_a_split_is_indexed_with_captions_and_again_only_what_changed(tmp_path: 
 
 def feature_file(path: Path, count: int) -> tuple[Path, Any]:
     rows = np.random.default_rng(0).normal(size=(count, 256)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     write_features(path, "image_id", [(list(range(count)), rows)])
     return path, rows
+
+
+def test_features_of_another_length_are_normalised_and_those_of_length_0_refused(
+    tmp_path: Path, refusal: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    write_features(path, "image_id", [([1, 2, 3], np.array([[3, 4], [0.6, 0.8], [0, -1]], dtype=np.float32))])
+    cli.main(["index", "build", str(path), "--output", str(tmp_path / "i")])
+    out = capsys.readouterr()
+    assert "新收录 / added 3, 未变 / unchanged 0" in out.out
+    assert "encoded" not in out.out
+    assert f"{path}: 1 行的长度不是 1，已归一化 / rows whose length is not 1, normalised: 1" in out.out
+    index = open_index(tmp_path / "i")
+    assert [index.vector(one).tolist() for one in (1, 2)] == [np.array([0.6, 0.8], dtype=np.float32).tolist()] * 2
+    assert [hit.id for hit in index.search(index.vector(2)[None], 3)[0]] == [1, 2, 3]
+    write_features(path, "image_id", [([1, 2], np.array([[1, 0], [0, 0]], dtype=np.float32))])
+    assert refusal("index", "build", path, "--output", tmp_path / "i") == (
+        f"{path}: image_id 2: its features are all 0, which have no direction"
+    )
 
 
 def test_a_feature_file_is_indexed_as_it_is(tmp_path: Path, command: Command, refusal: Callable[..., str]) -> None:
     path, rows = feature_file(tmp_path / "a.img_feat.jsonl", 5)
     (tmp_path / "t.jsonl").write_text('{"image": 3, "text": "三", "group": "奇"}\n')
     args = ("index", "build", path, "--output", tmp_path / "i")
-    assert command(*args, "--metadata", tmp_path / "t.jsonl", "--commit-every", 2)["encoded"] == 5
+    result = command(*args, "--metadata", tmp_path / "t.jsonl", "--commit-every", 2)
+    assert (result["added"], result["encoded"]) == (5, 0)
     index = open_index(tmp_path / "i")
     assert [index.vector(number).tolist() for number in index.ids] == rows.tolist()
     assert index.metadata(3) == {"source": str(path), "caption": "三", "group": "奇"}
@@ -438,6 +459,7 @@ def test_features_take_no_place_of_pictures_and_lend_no_vector(
     built: Path, tmp_path: Path, command: Command, refusal: Callable[..., str]
 ) -> None:
     before, random = vectors(open_index(built)), np.random.default_rng(0).normal(size=(1, 256)).astype(np.float32)
+    random /= np.linalg.norm(random)
     write_features(tmp_path / "f.jsonl", "image_id", [([name(2)], random)])
     assert "does not record its model" in refusal("index", "add", built, tmp_path / "f.jsonl")
     model = ("--model", "Emoji-Tiny")

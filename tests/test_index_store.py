@@ -5,11 +5,14 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -335,6 +338,31 @@ def test_a_condition_on_an_empty_index_finds_nothing(home: Home) -> None:
     assert home.build(unit(0)).search(unit(2), 5, where="number>3") == [[], []]
 
 
+def test_items_are_parsed_once_for_all_conditions_and_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = build(tmp_path / "i", unit(50))
+    assert found(index, unit(1), 1, where="number=6") == [["图6"]]
+    monkeypatch.setattr(store.Snapshot, "items", None)
+    assert found(index, unit(1), 1, where="number=8") == [["图8"]]
+    assert index.ids == [item.id for item in items(unit(50))]
+    assert "图8" in index
+
+
+def test_a_search_without_a_condition_waits_for_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, go_on, items_of = build(tmp_path / "i", unit(50)), threading.Event(), store.Snapshot.items
+
+    def slow(snapshot: store.Snapshot) -> Iterator[tuple[int, ItemId, dict[str, Any]]]:
+        assert go_on.wait(60)
+        return items_of(snapshot)
+
+    monkeypatch.setattr(store.Snapshot, "items", slow)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(found, index, unit(1), 1, where="number=6")
+        assert found(index, unit(1), 1) == [["图0"]]
+        assert not waiting.done()
+        go_on.set()
+        assert waiting.result() == [["图6"]]
+
+
 def test_conditions_hold_for_all_kinds_of_values(home: Home) -> None:
     metadata: list[dict[str, Any]] = [
         {"year": "2021"},
@@ -592,6 +620,22 @@ def test_a_commit_that_fails_at_any_step_changes_nothing(
             ):
                 opened.commit(items(unit(3), first=100), remove=["图0"])
         assert open_index(tmp_path / "i").ids == index.ids
+        opened.commit(items(unit(3), first=100), remove=["图0"])
+    assert open_index(tmp_path / "i").ids == [*index.ids[1:], "图100", 101, "图102"]
+
+
+def test_a_merge_that_fails_after_a_commit_says_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = build(tmp_path / "i", unit(20))
+
+    def fail(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer.IndexWriter, "_merge", fail)
+    said = (
+        f"{tmp_path / 'i'}: cannot be written (No space left on device); the 3 added and 1 removed items count; "
+        "merging its segments failed: free some space"
+    )
+    with open_writer(tmp_path / "i") as opened, pytest.raises(DataError, match=re.escape(said)):
         opened.commit(items(unit(3), first=100), remove=["图0"])
     assert open_index(tmp_path / "i").ids == [*index.ids[1:], "图100", 101, "图102"]
 

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cn_clip.errors import ConfigError
 from cn_clip.retrieval.filters import parse
+from cn_clip.retrieval.item_table import ItemTable
 
 ITEM: dict[str, Any] = {
     "group": "动物",
@@ -114,3 +116,38 @@ def test_any_text_can_be_asked_for_in_quotes(value: str) -> None:
     quoted = value.replace("\\", "\\\\").replace('"', '\\"')
     if value:
         assert parse(f'a="{quoted}"').admits({"a": value})
+
+
+VALUES = st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([1.0, -0.5, "1", "1.0", "甲", "true", ""])
+METADATA = st.dictionaries(st.sampled_from("abc"), VALUES | st.lists(VALUES, max_size=3) | st.just({"a": 1}))
+TERMS = st.sampled_from(
+    [
+        "a=1",
+        "a!=1",
+        'a="1"',
+        "a>=1",
+        "b<甲",
+        "b!=true",
+        "b=true",
+        "a=1,甲",
+        "c!=1,2",
+        "c=0 a!=-0.5",
+        'b="1.0"',
+        "a=1.0 b>0",
+    ]
+)
+
+
+@given(st.lists(st.tuples(METADATA, st.booleans()), max_size=12), TERMS)
+def test_columns_answer_as_each_item_by_itself_would(rows: list[tuple[dict[str, Any], bool]], where: str) -> None:
+    alive = np.array([is_alive for _, is_alive in rows], dtype=np.bool_)
+    items = [(row, f"id{row}", metadata) for row, (metadata, is_alive) in enumerate(rows) if is_alive]
+    table, condition = ItemTable(items, alive), parse(where)
+    assert table.positions == {f"id{row}": row for row, _, _ in items}
+    known = {field for _, _, metadata in items for field in metadata}
+    if known and not condition.fields <= known:
+        with pytest.raises(ConfigError, match="no item has the field"):
+            table.mask(condition)
+    else:
+        expected = [is_alive and condition.admits(metadata) for metadata, is_alive in rows]
+        assert table.mask(condition).tolist() == expected

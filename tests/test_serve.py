@@ -32,6 +32,7 @@ from cn_clip.serve.limits import MAX_JSON_MARKS, MAX_TEXT_CHARS, Limits
 ROOT = Path(__file__).parents[1]
 TEXTS = ["戴墨镜的笑脸", "一只猫", "A red HEART"]
 PICTURES = [one.picture for one in load()[:40]]
+BARE = 39  # the item without a thumbnail
 LABELS = ["猫脸", "鸟", "水果"]
 # Rows of a batch are rounded a little differently from those of another size.
 TOLERANCE = {"rtol": 0, "atol": 2e-6}
@@ -58,7 +59,12 @@ def picture_rows(encoder: Encoder) -> np.ndarray:
 def index(encoder: Encoder, picture_rows: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Index:
     folder = tmp_path_factory.mktemp("index") / "emoji.index"
     items = [
-        NewItem(number if number else "a/b 一", row, {"even": number % 2 == 0, "number": number}, b"\xff\xd8thumbnail")
+        NewItem(
+            number if number else "a/b 一",
+            row,
+            {"even": number % 2 == 0, "number": number},
+            b"" if number == BARE else b"\xff\xd8thumbnail",
+        )
         for number, row in enumerate(picture_rows)
     ]
     with open_writer(folder, Manifest(ModelInfo("tiny", "fingerprint", encoder.embed_dim))) as writer:
@@ -235,6 +241,12 @@ def test_a_hit_leads_to_its_thumbnail(client: httpx.Client) -> None:
     assert answer.content == b"\xff\xd8thumbnail"
     assert client.get("/v1/index/thumbnails/7").content == answer.content
     assert client.get("/v1/index/thumbnails/1000").status_code == 404
+
+
+def test_a_hit_without_a_thumbnail_says_null(client: httpx.Client) -> None:
+    (hit,) = search(client, {"id": BARE}, k=1)
+    assert hit["thumbnail"] is None
+    assert client.get(f"/v1/index/thumbnails/{BARE}").status_code == 404
 
 
 # --- what is refused

@@ -13,6 +13,7 @@ import numpy as np
 from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.eval.feature_files import read_features
+from cn_clip.eval.feature_rows import Features
 from cn_clip.index.ingest import Ingest, Report, Settings, Summary
 from cn_clip.index.models import full_name, open_encoder
 from cn_clip.index.options import AddOptions
@@ -31,7 +32,7 @@ from cn_clip.index.sources import (
 from cn_clip.retrieval import places
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, VectorType
 from cn_clip.retrieval.places import Facts, Place, Writer
-from cn_clip.retrieval.segments import ItemId
+from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import same_model
 from cn_clip.retrieval.writer import NewItem
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "ViT-B-16"
 LISTED = 20
+# Of features that were rounded to 16 bits.
+UNIT_LENGTH_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,8 @@ def _refuse_another_source(writer: Writer, ids: Iterable[ItemId], source: str, j
 
 def _update_from_features(options: AddOptions, job: Job, model: Model, table: Table | None, say: Speaker) -> None:
     features = read_features(job.source, "image_id")
-    name, embed_dim = str(job.source.absolute()), features.vectors.shape[1]
+    vectors_ND, num_scaled = _of_unit_length(features, job.source)
+    name, embed_dim = str(job.source.absolute()), vectors_ND.shape[1]
     info = _model_of_features(options, job, model, embed_dim)
     summary = Summary()
     with places.open_writer(job.index, _create(job, info, name)) as writer:
@@ -183,19 +187,25 @@ def _update_from_features(options: AddOptions, job: Job, model: Model, table: Ta
         ids = [f"{job.id_prefix}{one}" if job.id_prefix else one for one in features.ids]
         _refuse_others_ids(writer, ids, name, job)
         _refuse_another_source(writer, ids, name, job)
+        if num_scaled:
+            say.note(
+                f"{job.source}: {num_scaled} 行的长度不是 1，已归一化 / "
+                f"rows whose length is not 1, normalised: {num_scaled}"
+            )
         report = _reporter(say)
         for start in range(0, len(ids), options.commit_every):
             items = []
             end = start + options.commit_every
-            for item_id, vector_D in zip(ids[start:end], features.vectors[start:end], strict=True):
+            stored = writer.stored(ids[start:end])
+            for item_id, vector_D in zip(ids[start:end], vectors_ND[start:end], strict=True):
                 row = row_of(table, item_id, job.id_prefix) if table is not None else known.get(item_id)
                 item = NewItem(item_id, vector_D, {**_foreign(row or {}), "source": name})
-                if item_id in known and _is_same(item, writer.stored(item_id)):
+                if item_id in stored and _is_same(item, stored[item_id]):
                     summary.unchanged += 1
                 else:
                     items.append(item)
             writer.commit(items)
-            summary.encoded += len(items)
+            summary.added += len(items)
             report(summary.num_done, len(ids))
         if job.is_sync and not job.keep_missing:
             wanted = set(ids)
@@ -207,6 +217,23 @@ def _update_from_features(options: AddOptions, job: Job, model: Model, table: Ta
             writer.commit(remove=summary.removed)
         _finish(writer, job, name, say)
         _say_summary(summary, writer, job, 0, say)
+
+
+def _of_unit_length(features: Features, path: Path) -> tuple[FloatArray, int]:
+    """The vectors (N, D), so that scores are cosines, and how many were scaled; others keep every bit.
+
+    Raises DataError for one that is 0.
+    """
+    vectors_ND = features.vectors
+    length_N = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
+    if not length_N.all():
+        number = int(np.flatnonzero(length_N == 0)[0])
+        raise DataError(f"{path}: image_id {features.ids[number]!r}: its features are all 0, which have no direction")
+    is_other_N = np.abs(length_N - 1) > UNIT_LENGTH_TOLERANCE
+    if is_other_N.any():
+        vectors_ND = vectors_ND.copy()
+        vectors_ND[is_other_N] /= length_N[is_other_N, None].astype(np.float32)
+    return vectors_ND, int(is_other_N.sum())
 
 
 def _model_of_features(options: AddOptions, job: Job, model: Model, embed_dim: int) -> ModelInfo:
@@ -266,8 +293,11 @@ def _say_summary(summary: Summary, writer: Writer, job: Job, unmatched: int, say
             say(line)
     if unmatched:
         say(f"表中有 {unmatched} 行没有对应图片 / rows of the table that name no picture: {unmatched}")
+    new = f"新编码 / encoded {summary.encoded}, 复用 / reused {summary.reused}"
+    if is_feature_file(job.source):
+        new = f"新收录 / added {summary.added}"
     say(
-        f"新编码 / encoded {summary.encoded}, 复用 / reused {summary.reused}, 未变 / unchanged {summary.unchanged}, "
+        f"{new}, 未变 / unchanged {summary.unchanged}, "
         f"移除 / removed {len(summary.removed)}, 未收录 / not indexed {len(summary.skipped)}"
     )
     say(f"{job.index}: {len(writer)} items ({writer.manifest.engine}), {writer.manifest.model.name or '?'}")
@@ -276,6 +306,7 @@ def _say_summary(summary: Summary, writer: Writer, job: Job, unmatched: int, say
             "index": str(job.index),
             "num_items": len(writer),
             "encoded": summary.encoded,
+            "added": summary.added,
             "reused": summary.reused,
             "unchanged": summary.unchanged,
             "removed": summary.removed,

@@ -7,7 +7,7 @@ import hashlib
 import io
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 
@@ -44,9 +44,14 @@ class Settings:
 
 @dataclass
 class Summary:
-    """What was done. reused: vectors that were there for the same bytes; duplicates: (id, id of the same bytes)."""
+    """What was done.
+
+    added: vectors of a feature file. reused: those that were there for the same bytes; duplicates: (id, id of the same
+    bytes).
+    """
 
     encoded: int = 0
+    added: int = 0
     reused: int = 0
     unchanged: int = 0
     removed: list[ItemId] = field(default_factory=list)
@@ -55,8 +60,8 @@ class Summary:
 
     @property
     def num_done(self) -> int:
-        """Pictures of the source that are in the index."""
-        return self.encoded + self.reused + self.unchanged
+        """Pictures or rows of the source that are in the index."""
+        return self.encoded + self.added + self.reused + self.unchanged
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class Ingest:
             if "digest" in metadata:
                 self._owners.setdefault(metadata["digest"], item_id)
         self._buffer: dict[ItemId, NewItem] = {}
+        self._stored: dict[ItemId, NewItem] = {}  # owners, for the batch at hand
         self._total = 0
 
     def add(self, candidates: Sequence[Candidate], table: Table | None = None, id_prefix: str = "") -> None:
@@ -179,10 +185,11 @@ class Ingest:
         with named("id", ids.__getitem__):
             rows = self.encoder().backend.encode_pixels(np.ascontiguousarray(pixels[fresh])) if fresh else pixels[:0]
         vectors = dict(zip(fresh, rows, strict=True))
+        self._stored = self.writer.stored(self._owners[one.digest] for one in batch if self._is_owned(one))
         for number, one in enumerate(batch):
             if isinstance(one, Skipped):
                 self.summary.skipped.append(one)
-            elif one.digest in self._owners:
+            elif self._is_owned(one):
                 self._reuse(one)
             elif one.known:  # its owner has changed since
                 self._encode_late(one)
@@ -190,9 +197,13 @@ class Ingest:
                 self.summary.encoded += 1
                 self._put(one, vectors[number], one.facts, one.thumbnail)
 
+    def _is_owned(self, one: _Prepared | Skipped) -> TypeGuard[_Prepared]:
+        return isinstance(one, _Prepared) and one.digest in self._owners
+
     def _reuse(self, one: _Prepared) -> None:
         owner = self._owners[one.digest]
-        stored = self._buffer.get(owner) or self.writer.stored(owner)
+        # The last: it was committed meanwhile, of this batch.
+        stored = self._buffer.get(owner) or self._stored.get(owner) or self.writer.stored([owner])[owner]
         facts = {name: stored.metadata[name] for name in ("width", "height") if name in stored.metadata}
         before = self._known.get(one.candidate.id)
         if before == {**one.candidate.metadata, **facts, "digest": one.digest}:

@@ -77,7 +77,7 @@ def repair(
         result.lost += [one.id for one in ingest.summary.skipped if one.id not in rescued.ready]
         writer.finish()
         result.num_items = len(writer)
-        result.num_bare = sum(not writer.stored(one).thumbnail for one in rescued.bare if one in writer)
+        result.num_bare = sum(not item.thumbnail for one in rescued.bare for item in writer.stored([one]).values())
     result.remaining = inspection.inspect(folder)[1]
     _say(result, folder, facts, say)
     return result

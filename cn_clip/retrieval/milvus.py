@@ -110,8 +110,13 @@ class MilvusIndex:
         found = self._fields(item_id, "thumbnail")
         return base64.b64decode(found[0]["thumbnail"]) or None if found else None
 
+    def with_thumbnail(self, ids: Iterable[ItemId]) -> set[ItemId]:
+        """Those of the ids whose items have a thumbnail."""
+        of_key = {key_of(one): one for one in ids}
+        return {of_key[row["key"]] for row in self._collection.of_keys(of_key, ["key"], 'thumbnail != ""')}
+
     def _fields(self, item_id: ItemId, *fields: str) -> list[Fields]:
-        return self._collection.query(f'key == "{key_of(item_id)}"', fields)
+        return self._collection.of_keys([key_of(item_id)], fields)
 
     def _known(self, item_id: ItemId, *fields: str) -> Fields:
         found = self._fields(item_id, *fields)
@@ -175,8 +180,7 @@ class MilvusIndex:
         ]
         best: list[_Row] = []
         for start in range(0, len(keys), LARGEST_LIMIT):
-            chosen = f"key in {json.dumps(keys[start : start + LARGEST_LIMIT])}"
-            rows = self._collection.query(chosen, ["place", "item", "vector"])
+            rows = self._collection.of_keys(keys[start : start + LARGEST_LIMIT], ["place", "item", "vector"])
             best = _first([*best, *self._scored(query_D, rows)], k)
         return best
 
@@ -232,11 +236,17 @@ class MilvusWriter:
         """(id, metadata) in order of insertion."""
         yield from list(self._items.items())
 
-    def stored(self, item_id: ItemId) -> NewItem:
-        """An item of the index, as it would be added again."""
-        (row,) = self._collection.query(f'key == "{key_of(item_id)}"', ["vector", "thumbnail"])
-        vector_D = np.asarray(row["vector"], dtype=np.float32)
-        return NewItem(item_id, vector_D, self._items[item_id], base64.b64decode(row["thumbnail"]))
+    def stored(self, ids: Iterable[ItemId]) -> dict[ItemId, NewItem]:
+        """Those of the items that the index has, as they would be added again."""
+        of_key = {key_of(one): one for one in ids if one in self._items}
+        found = {}
+        for start in range(0, len(of_key), WINDOW):
+            keys = list(of_key)[start : start + WINDOW]
+            for row in self._collection.of_keys(keys, ["key", "vector", "thumbnail"]):
+                item_id, vector_D = of_key[row["key"]], np.asarray(row["vector"], dtype=np.float32)
+                thumbnail = base64.b64decode(row["thumbnail"])
+                found[item_id] = NewItem(item_id, vector_D, self._items[item_id], thumbnail)
+        return found
 
     def describe(self, *, engine: EngineName | None, source: str) -> None:
         """Notes the source; raises ConfigError for an engine, for Milvus has its own."""

@@ -154,6 +154,10 @@ class Segment:
         """A JPEG file, or nothing."""
         return _piece(self._thumbnails, self._thumbnail_ends, row)
 
+    def thumbnail_bytes(self, row: int) -> int:
+        """How long it is, without reading it."""
+        return int(self._thumbnail_ends[row]) - (int(self._thumbnail_ends[row - 1]) if row else 0)
+
     def rows(self, places: Sequence[int] | IntArray) -> Iterator[Row]:
         """Rows to write elsewhere."""
         for place in places:

@@ -13,9 +13,8 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import numpy as np
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval import filters, manifest
 from cn_clip.retrieval.engines import WITHOUT_GRAPH, Engine, ExactEngine, GraphEngine, Mask, Rows, open_graph
+from cn_clip.retrieval.item_table import ItemTable
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.segments import FloatArray, IntArray, ItemId, Segment
 
@@ -119,6 +119,7 @@ class Index:
         self.manifest = snapshot.manifest
         # Now, for the next writer removes the graph of this generation.
         self.engine = _open_engine(snapshot)
+        self._table: ItemTable | None = None
         self._masks: dict[str, Mask] = {}
         self._lock = threading.Lock()
 
@@ -141,12 +142,12 @@ class Index:
         return self.manifest.num_items
 
     def __contains__(self, item_id: object) -> bool:
-        return item_id in self._places
+        return item_id in self.table.positions
 
     @property
     def ids(self) -> list[ItemId]:
         """All ids, in order of insertion."""
-        return list(self._places)
+        return list(self.table.positions)
 
     def items(self) -> Iterator[tuple[ItemId, dict[str, Any]]]:
         """(id, metadata) in order of insertion."""
@@ -182,11 +183,17 @@ class Index:
 
     def thumbnail(self, item_id: ItemId) -> bytes | None:
         """A small JPEG; None for an unknown id, or an item without a picture."""
-        place = self._places.get(item_id)
+        place = self.table.positions.get(item_id)
         if place is None:
             return None
         segment, row = self.snapshot.rows.segment_of(place)
         return segment.thumbnail(row) or None
+
+    def with_thumbnail(self, ids: Iterable[ItemId]) -> set[ItemId]:
+        """Those of the ids whose items have a thumbnail."""
+        positions = {one: self.table.positions[one] for one in ids if one in self}
+        found = {one: self.snapshot.rows.segment_of(position) for one, position in positions.items()}
+        return {one for one, (segment, row) in found.items() if segment.thumbnail_bytes(row)}
 
     def _hits(self, places: IntArray, scores: FloatArray, min_score: float | None) -> list[Hit]:
         hits = []
@@ -200,26 +207,26 @@ class Index:
 
     def _mask(self, where: str) -> Mask:
         condition = filters.parse(where)
-        with self._lock:
-            if where not in self._masks:
-                mask_N = np.zeros(len(self.snapshot.rows), dtype=np.bool_)
-                known = set[str]()
-                for place, _, values in self.snapshot.items():
-                    known.update(values)
-                    mask_N[place] = condition.admits(values)
-                condition.check_fields(known)
-                while len(self._masks) >= _MASKS_KEPT:
-                    del self._masks[next(iter(self._masks))]
+        mask_N = self._masks.get(where)
+        if mask_N is None:
+            mask_N = self.table.mask(condition)
+            with self._lock:
                 self._masks[where] = mask_N
-            return self._masks[where]
+                while len(self._masks) > _MASKS_KEPT:
+                    del self._masks[next(iter(self._masks))]
+        return mask_N
 
-    @cached_property
-    def _places(self) -> dict[ItemId, int]:
-        return {item_id: place for place, item_id, _ in self.snapshot.items()}
+    @property
+    def table(self) -> ItemTable:
+        """Ids and metadata by column, made at the first look-up of an id or condition: a second for 100,000 items."""
+        if self._table is None:
+            with self._lock:
+                self._table = self._table or ItemTable(self.snapshot.items(), self.snapshot.alive_N)
+        return self._table
 
     def _place(self, item_id: ItemId) -> int:
         with contextlib.suppress(KeyError):
-            return self._places[item_id]
+            return self.table.positions[item_id]
         raise DataError(f"{self.folder}: has no item {item_id!r}")
 
 

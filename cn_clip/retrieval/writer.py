@@ -151,11 +151,16 @@ class IndexWriter:
         for _, item_id, metadata in self._snapshot.items():
             yield item_id, metadata
 
-    def stored(self, item_id: ItemId) -> NewItem:
-        """An item of the index, as it would be added again."""
-        place = int(np.searchsorted(self._snapshot.rows.keys_N, self._keys[item_id]))
-        segment, row = self._snapshot.rows.segment_of(place)
-        return NewItem(item_id, segment.vectors(row, row + 1)[0], segment.item(row)[1], segment.thumbnail(row))
+    def stored(self, ids: Iterable[ItemId]) -> dict[ItemId, NewItem]:
+        """Those of the items that the index has, as they would be added again."""
+        found = {}
+        for item_id in ids:
+            if item_id in self._keys:
+                position = int(np.searchsorted(self._snapshot.rows.keys_N, self._keys[item_id]))
+                segment, row = self._snapshot.rows.segment_of(position)
+                vector_D = segment.vectors(row, row + 1)[0]
+                found[item_id] = NewItem(item_id, vector_D, segment.item(row)[1], segment.thumbnail(row))
+        return found
 
     def describe(self, *, engine: EngineName | None, source: str) -> None:
         """Sets what the manifest says besides the items. engine: None keeps it."""
@@ -172,7 +177,7 @@ class IndexWriter:
 
         When it returns, the change is on disk; before that, nobody sees any of it. Raises DataError, with nothing
         changed, for an id that comes twice, a vector of another length or not finite, metadata that JSON cannot hold,
-        and when the disk is full.
+        and when the disk is full. If only merging small segments fails, the change counts, and the DataError says so.
         """
         dropped = list(dict.fromkeys([*remove, *(item.id for item in items)]))
         gone = [self._keys[one] for one in dropped if one in self._keys]
@@ -198,7 +203,7 @@ class IndexWriter:
             self._keys.pop(item_id, None)
         self._keys.update({item.id: row.key for item, row in zip(items, rows, strict=True)})
         self._graph_is_old |= bool(gone)
-        with self._writing():
+        with self._writing(f"the {len(items)} added and {len(gone)} removed items count; merging its segments failed"):
             self._merge()
         self._tidy()
 
@@ -326,7 +331,8 @@ class IndexWriter:
                     _remove(entry)
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, done: str = "all that was reported done is kept") -> Iterator[None]:
+        """Turns an error of the disk into one that says what is `done` all the same."""
         try:
             yield
         except UnreadableError:  # it names the file
@@ -335,7 +341,7 @@ class IndexWriter:
             with contextlib.suppress(OSError):  # of no use, and on a full disk in the way
                 _remove(self.folder / BUILDING)
             raise DataError(
-                f"{self.folder}: cannot be written ({error.strerror or error}); all that was reported done is kept: "
+                f"{self.folder}: cannot be written ({error.strerror or error}); {done}: "
                 "free some space and run the command again"
             ) from error
 

@@ -137,7 +137,12 @@ def _add_search_routes(app: FastAPI, service: Service) -> None:
         return SearchResponse(
             model=service.engine.name,
             data=[
-                SearchHit(id=hit.id, score=hit.score, metadata=hit.metadata, thumbnail=thumbnail_path(hit.id))
+                SearchHit(
+                    id=hit.id,
+                    score=hit.score,
+                    metadata=hit.metadata,
+                    thumbnail=thumbnail_path(hit.id) if hit.has_thumbnail else None,
+                )
                 for hit in hits
             ],
         )

@@ -25,13 +25,12 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cn_clip.files import HeldFolder
-from cn_clip.retrieval.store import Hit
 from cn_clip.serve import page_texts as texts
 from cn_clip.serve.app import thumbnail_path
 from cn_clip.serve.limits import UPLOADS_HELD, VISITORS_HELD
 from cn_clip.serve.refusals import RefusalError
 from cn_clip.serve.schemas import ClassifyRequest, QueryPart, SearchRequest
-from cn_clip.serve.service import Service, known_id
+from cn_clip.serve.service import Found, Service
 from cn_clip.serve.uploads import Uploads, held_folder
 
 log = logging.getLogger(__name__)
@@ -172,11 +171,7 @@ class Answers:
 
     async def _search(self, parts: list[QueryPart], k: float, min_score: float | None) -> str:
         hits = await self.service.search(SearchRequest(query=parts, k=int(k), min_score=min_score, where=None))
-        index = self.service.opened_index()
-        has_picture = await self.service.ask_index(
-            lambda: [index.thumbnail(known_id(index, hit.id)) is not None for hit in hits]
-        )
-        return _figures(hits, has_picture)
+        return _figures(hits)
 
     async def _data_url(self, path: object) -> str:
         if path is None:
@@ -432,22 +427,22 @@ def fault_sentence(error: ValidationError) -> str:
     return texts.FAULTS.get(field, f"{texts.REFUSED} / {field}: {first['msg']}")
 
 
-def _figures(hits: Sequence[Hit], has_picture: Sequence[bool]) -> str:
+def _figures(hits: Sequence[Found]) -> str:
     if not hits:
         return f"<p>{html.escape(texts.NOTHING_FOUND)}</p>"
-    return f'<div class="hits">{"".join(map(_figure, hits, has_picture))}</div>'
+    return f'<div class="hits">{"".join(map(_figure, hits))}</div>'
 
 
-def _figure(hit: Hit, has_picture: bool) -> str:
+def _figure(hit: Found) -> str:
     name, item_id = html.escape(_name(hit)), html.escape(str(hit.id))
-    picture = f'<img src="..{html.escape(thumbnail_path(hit.id))}" alt="{name}">' if has_picture else "—"
+    picture = f'<img src="..{html.escape(thumbnail_path(hit.id))}" alt="{name}">' if hit.has_thumbnail else "—"
     return (
         f'<figure title="{item_id}"><div class="picture">{picture}</div>'
         f'<figcaption><span class="name">{name}</span> <span class="score">{hit.score:.3f}</span></figcaption></figure>'
     )
 
 
-def _name(hit: Hit) -> str:
+def _name(hit: Found) -> str:
     """The caption, else the name of the file."""
     caption = hit.metadata.get(CAPTION)
     return str(caption) if caption else PurePosixPath(str(hit.id)).stem

@@ -9,7 +9,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from cn_clip.errors import ConfigError, StoreError
 from cn_clip.eval import zeroshot
 from cn_clip.eval.templates import DEFAULT, load_templates
 from cn_clip.retrieval.places import Searchable, item_called
+from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.store import Hit
 from cn_clip.serve.engine import Engine, Picture, Text
 from cn_clip.serve.limits import MAX_PROMPT_CHARS, MAX_PROMPTS, Limits
@@ -42,6 +43,15 @@ ResultT = TypeVar("ResultT")
 CLASSIFIER_BYTES = 64 << 20
 # Below this length the parts of a mixed query have cancelled each other out.
 _SHORTEST_QUERY = 1e-4
+
+
+class Found(NamedTuple):
+    """A hit as the service tells it. has_thumbnail: whether the index keeps a small picture of it."""
+
+    id: ItemId
+    score: float
+    metadata: dict[str, Any]
+    has_thumbnail: bool
 
 
 @dataclass
@@ -111,19 +121,22 @@ class Service:
         ]
         return ClassifyResponse(model=self.engine.name, scale=scale, data=scores)
 
-    async def search(self, request: SearchRequest) -> list[Hit]:
+    async def search(self, request: SearchRequest) -> list[Found]:
         """The hits, best first, with ids and metadata that JSON holds; raises RefusalError."""
         self.check_model(request.model)
         index = self.opened_index()
         query_1D = await self._query(request.parts, index)
+
+        def hits_and_pictures() -> tuple[list[Hit], set[ItemId]]:
+            (hits,) = index.search(query_1D, request.k, where=request.where, min_score=request.min_score)
+            return hits, index.with_thumbnail(hit.id for hit in hits)
+
         try:
-            (hits,) = await self.ask_index(
-                lambda: index.search(query_1D, request.k, where=request.where, min_score=request.min_score)
-            )
+            hits, with_picture = await self.ask_index(hits_and_pictures)
         except ConfigError as error:
             raise RefusalError(400, str(error), param="where", code="invalid_value") from error
         # Indexes of before hold names as they lie on the disk.
-        return [Hit(readable(hit.id), hit.score, readable(hit.metadata)) for hit in hits]
+        return [Found(readable(hit.id), hit.score, readable(hit.metadata), hit.id in with_picture) for hit in hits]
 
     async def thumbnail(self, item_id: str) -> bytes:
         """The small JPEG of an item; raises RefusalError (404)."""
