@@ -15,8 +15,9 @@ from cn_clip import cli
 from cn_clip.clip import Encoder, decoding_process, pictures
 from cn_clip.clip.decoding import REFUSED, packed, unpacked
 from cn_clip.clip.decoding_process import DecodingProcess, ProcessClosedError, opened_elsewhere
+from cn_clip.clip.picture_files import is_bounded, opened_here
 from cn_clip.clip.picture_heads import look
-from cn_clip.clip.pictures import decode, is_bounded, opened, opened_here
+from cn_clip.clip.pictures import decode, opened
 from cn_clip.data.pictures import check_picture
 from cn_clip.emoji_pack import load
 from cn_clip.errors import DataError
@@ -74,7 +75,7 @@ PICTURES: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_of_another_process_is_that_of_this_one(name: str) -> None:
     data = PICTURES[name]()
-    here, there = opened_here(data), opened_elsewhere(data)
+    here, there = opened_here(data, look(data)), opened_elsewhere(data)
     here.load()
     assert (there.mode, there.size, there.format) == (here.mode, here.size, here.format)
     assert there.tobytes() == here.tobytes()

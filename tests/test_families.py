@@ -421,7 +421,7 @@ def test_of_a_hub_id_safetensors_come_first_and_pickles_only_without_them(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.test/")
     monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path, files))
-    assert names.folder_of(names.parse("hf:someone/model"), download_root=tmp_path) == tmp_path
+    assert snapshots.folder_of(names.parse("hf:someone/model"), download_root=tmp_path) == tmp_path
     assert {path.name for path in tmp_path.iterdir()} == fetched
 
 
@@ -763,7 +763,7 @@ def test_open_clip_goes_through_the_evaluation(open_clip_file: Path, split: Path
     chosen = emoji.load()[:NUM_PICTURES]
     rows = Encoder(open_parts(name)).encode_texts([one.name for one in chosen])
     np.testing.assert_allclose(np.load(files["text"])["features"], rows, atol=1e-5)
-    assert names.files_of(name) == [open_clip_file]
+    assert snapshots.files_of(name) == [open_clip_file]
 
 
 # --- files that change, and files of other kinds

@@ -14,8 +14,9 @@ from PIL import Image
 
 import cn_clip
 from cn_clip.clip import picture_heads
+from cn_clip.clip.picture_files import FORMATS
 from cn_clip.clip.picture_heads import Head, look
-from cn_clip.clip.pictures import FORMATS, decode, open_picture, opened
+from cn_clip.clip.pictures import decode, open_picture, opened
 from cn_clip.data.pictures import check_picture
 from cn_clip.data.pictures import open_picture as open_stored
 from cn_clip.emoji_pack import load
@@ -170,7 +171,7 @@ def test_pillow_is_handed_bytes_in_one_place_with_its_formats_named() -> None:
                 and ast.unparse(node.func.value).endswith(("Image", "ImageFile"))
             ):
                 found.append((path.relative_to(root).as_posix(), any(one.arg == "formats" for one in node.keywords)))
-    assert set(found) == {("clip/pictures.py", True)}
+    assert set(found) == {("clip/picture_files.py", True)}
 
 
 SEEDS = [make() for make in HONEST.values() if len(make()) < 20_000] + [encoded("TIFF")]

@@ -235,7 +235,7 @@ def test_a_revision_of_the_hub_can_be_pinned(tmp_path: Path, monkeypatch: pytest
         (tmp_path / revision).mkdir()
         (tmp_path / revision / "model.safetensors").touch()
     found = {
-        name: names.folder_of(names.parse(name)).name
+        name: snapshots.folder_of(names.parse(name)).name
         for name in ("hf:someone/model", "hf:someone/model@v1.0", "hf:someone/model@refs/pr/3")
     }
     assert list(found.values()) == ["main", "v1.0", "refs-pr-3"]
@@ -248,7 +248,7 @@ def test_a_revision_of_the_hub_can_be_pinned(tmp_path: Path, monkeypatch: pytest
         snapshots.snapshot("someone/model", "v2")
     for wrong in ("hf:someone/model@", "hf:someone/model@a@b", "hf:./here@main"):
         with pytest.raises(CheckpointError, match=r"an id of the hub, OWNER/NAME or OWNER/NAME@REVISION"):
-            names.folder_of(names.parse(wrong))
+            snapshots.folder_of(names.parse(wrong))
 
 
 def test_a_local_folder_may_have_the_mark_of_a_revision_in_its_name(
@@ -256,7 +256,7 @@ def test_a_local_folder_may_have_the_mark_of_a_revision_in_its_name(
 ) -> None:
     (tmp_path / "model@main").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert names.folder_of(names.parse("hf:model@main")) == Path("model@main")
+    assert snapshots.folder_of(names.parse("hf:model@main")) == Path("model@main")
 
 
 # --- exported files, tables, training state

@@ -16,7 +16,8 @@ import sys
 from typing import TYPE_CHECKING, BinaryIO
 
 from cn_clip.clip.inputs import PictureTransform
-from cn_clip.clip.pictures import opened_here
+from cn_clip.clip.picture_files import opened_here
+from cn_clip.clip.picture_heads import look
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,7 +68,7 @@ def answer(data: bytes, seconds: float, max_pixels: int, transform: PictureTrans
     try:
         started = _processor_seconds()
         _bound_time(started + seconds)
-        with opened_here(data) as image:
+        with opened_here(data, look(data)) as image:
             num_pixels = image.width * image.height
             if num_pixels > max_pixels:
                 return TOO_LARGE, f"{image.width} x {image.height}".encode()

@@ -15,9 +15,9 @@ from cn_clip import ranks, terminal, zoo
 from cn_clip.clip.checkpoint import Checkpoint, fit, infer_config, normalise_keys, read_checkpoint
 from cn_clip.clip.file_formats import owned
 from cn_clip.clip.hub import weight_file
-from cn_clip.clip.model import CLIP, convert_weights
+from cn_clip.clip.model import CLIP, PICTURE_SIDE, TEXT_SIDE, convert_weights, initialise
 from cn_clip.clip.transforms import ImageTransform, image_transform
-from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -158,42 +158,10 @@ def load(
     """
     del use_flash_attention
     if clip_path:
-        _initialise(model, read_checkpoint(Path(clip_path), mapped=True).state_dict, _PICTURE_SIDE, Path(clip_path))
+        initialise(model, read_checkpoint(Path(clip_path), mapped=True).state_dict, PICTURE_SIDE, Path(clip_path))
     if bert_path:
-        _initialise(model, read_checkpoint(Path(bert_path), mapped=True).state_dict, _TEXT_SIDE, Path(bert_path))
+        initialise(model, read_checkpoint(Path(bert_path), mapped=True).state_dict, TEXT_SIDE, Path(bert_path))
     return model.to(ranks.choose_device(device or None)).eval()
-
-
-def restore_model(
-    model: CLIP,
-    clip_state_dict: Mapping[str, Tensor] | None,
-    bert_state_dict: Mapping[str, Tensor] | None,
-    use_flash_attention: bool,
-) -> CLIP:
-    """`load` from dictionaries instead of files, on the device the model is on; None leaves a side as it is."""
-    del use_flash_attention
-    for tensors, prefixes, name in (
-        (clip_state_dict, _PICTURE_SIDE, "clip_state_dict"),
-        (bert_state_dict, _TEXT_SIDE, "bert_state_dict"),
-    ):
-        if tensors is not None:
-            _initialise(model, normalise_keys(tensors), prefixes, Path(name))
-    return model.eval()
-
-
-_PICTURE_SIDE, _TEXT_SIDE = ("visual.", "logit_scale"), ("bert.",)
-
-
-def _initialise(model: CLIP, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...], path: Path) -> None:
-    part = {key: value for key, value in tensors.items() if key.startswith(prefixes)}
-    state = model.state_dict()
-    homeless = part.keys() - state.keys()
-    if len(homeless) == len(part):
-        raise CheckpointError(f"{path}: holds no tensor named {' or '.join(prefixes)}…; nothing to initialise with")
-    if homeless:
-        logger.warning("%s: %d tensors have no place in this model, e.g. %s", path, len(homeless), min(homeless))
-    known = {key: value for key, value in part.items() if key in state}
-    model.load_state_dict(fit(known, {key: state[key] for key in known}, path), strict=False)
 
 
 def _print_config(vision: str | None, text: str | None, config: zoo.ModelConfig) -> None:

@@ -3,28 +3,27 @@
 # B batch of pictures, T batch of texts, L tokens, R resolution, E embedding
 
 import collections.abc
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cn_clip.clip import _tokenizer
 from cn_clip.clip.bert import BertModel
-from cn_clip.clip.checkpoint import convert_state_dict, resize_position_embedding
+from cn_clip.clip.checkpoint import convert_state_dict, fit, normalise_keys, resize_position_embedding
 from cn_clip.clip.configuration_bert import BertConfig
 from cn_clip.clip.layers import LayerNorm, QuickGELU
 from cn_clip.clip.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
 from cn_clip.clip.vit import ResidualAttentionBlock, Transformer, VisualTransformer
-from cn_clip.errors import ConfigError
+from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.processes import compute_alone_in_children
 from cn_clip.zoo import ModelConfig, TextConfig, VisionConfig, config_from_info
-
-if TYPE_CHECKING:
-    from cn_clip.clip.loading import restore_model
 
 __all__ = [
     "CLIP",
@@ -45,8 +44,12 @@ __all__ = [
     "restore_model",
 ]
 
+logger = logging.getLogger(__name__)
+
 PAD_ID = 0
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+# How the keys of each side begin.
+PICTURE_SIDE, TEXT_SIDE = ("visual.", "logit_scale"), ("bert.",)
 
 
 class CLIP(nn.Module):
@@ -259,9 +262,34 @@ def to_ntuple(n: int, x: Any) -> Any:
     return _ntuple(n)(x)
 
 
-def __getattr__(name: str) -> Any:
-    if name == "restore_model":  # its module needs this one
-        from cn_clip.clip.loading import restore_model
+def initialise(model: CLIP, tensors: Mapping[str, Tensor], prefixes: tuple[str, ...], path: Path) -> None:
+    """Gives a model the tensors whose keys begin with `prefixes`; raises CheckpointError naming `path`.
 
-        return restore_model
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    It does so when there are none of them, or their shapes differ; those that the model lacks are warned about.
+    """
+    part = {key: value for key, value in tensors.items() if key.startswith(prefixes)}
+    state = model.state_dict()
+    homeless = part.keys() - state.keys()
+    if len(homeless) == len(part):
+        raise CheckpointError(f"{path}: holds no tensor named {' or '.join(prefixes)}…; nothing to initialise with")
+    if homeless:
+        logger.warning("%s: %d tensors have no place in this model, e.g. %s", path, len(homeless), min(homeless))
+    known = {key: value for key, value in part.items() if key in state}
+    model.load_state_dict(fit(known, {key: state[key] for key in known}, path), strict=False)
+
+
+def restore_model(
+    model: CLIP,
+    clip_state_dict: Mapping[str, Tensor] | None,
+    bert_state_dict: Mapping[str, Tensor] | None,
+    use_flash_attention: bool,
+) -> CLIP:
+    """`loading.load` from dictionaries instead of files, on the device the model is on; None leaves a side as it is."""
+    del use_flash_attention
+    for tensors, prefixes, name in (
+        (clip_state_dict, PICTURE_SIDE, "clip_state_dict"),
+        (bert_state_dict, TEXT_SIDE, "bert_state_dict"),
+    ):
+        if tensors is not None:
+            initialise(model, normalise_keys(tensors), prefixes, Path(name))
+    return model.eval()

@@ -4,7 +4,6 @@
 
 import base64
 import functools
-import io
 import logging
 import threading
 from collections import deque
@@ -16,26 +15,17 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import numpy as np
 
 from cn_clip.clip.backends.base import Pixels
-from cn_clip.clip.picture_heads import Head, look
-from cn_clip.clip.picture_names import SUFFIXES_OF
+from cn_clip.clip.decoding_process import ProcessStartError, opened_elsewhere
+from cn_clip.clip.picture_files import is_bounded, opened_here
+from cn_clip.clip.picture_heads import look
 from cn_clip.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What Pillow is asked to read, by whatever name a file goes: EPS is a program that Ghostscript would run.
-FORMATS = tuple(SUFFIXES_OF)
-
 Picture: TypeAlias = "str | Path | bytes | Image"
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-# A file of at most so many bytes, and these for each pixel, is as other files are: 16 bits a channel take 8.
-SPARE_BYTES, BYTES_PER_PIXEL = 1 << 16, 8
-# Pillow's own formats that `look` does not read. HEIF is a plugin's, which a new process lacks.
-_UNBOUNDED = {"TIFF", "PPM", "AVIF", "JPEG2000"}
-# What Pillow itself has its plugins look at.
-_PREFIX_BYTES = 16
 
 # Base64 that is decoded at once, 1 ms in which no other thread runs; a multiple of 4.
 _BASE64_CHARS = 1 << 18
@@ -78,55 +68,16 @@ def opened(data: bytes) -> "Image":
     A file whose cost its head bounds is not decoded yet. Any other one is decoded by a process that is killed when it
     takes too long (see `decoding_process`), and comes back loaded.
     Raises DataError for a file that takes far longer than its pixels, and what Pillow's plugins raise:
-    UnidentifiedImageError for a format that is not one of `FORMATS`, and others.
+    UnidentifiedImageError for a format that is not one of `picture_files.FORMATS`, and others.
     """
     head = look(data)
     if is_bounded(data, head):
-        return _opened(data, head)
-    from cn_clip.clip.decoding_process import ProcessStartError, opened_elsewhere
-
+        return opened_here(data, head)
     try:
         return opened_elsewhere(data)
     except ProcessStartError as error:
         _say_unwatched(str(error))
-        return _opened(data, head)
-
-
-def is_bounded(data: bytes, head: Head | None) -> bool:
-    """Whether a file takes no longer than its pixels and bytes do.
-
-    `look` bounds the formats that it reads, as far as we know them; a file of far more bytes than its pixels need may
-    do what we do not know. Of the other formats, a 1 MB PPM can take a minute.
-    """
-    if head is not None:
-        return len(data) <= SPARE_BYTES + BYTES_PER_PIXEL * head.width * head.height
-    from PIL import Image
-
-    Image.init()
-    takers = {name for name in FORMATS if name in Image.OPEN and _takes(name, data[:_PREFIX_BYTES])}
-    return not takers or not takers <= _UNBOUNDED
-
-
-def _takes(name: str, prefix: bytes) -> bool:
-    from PIL import Image
-
-    accept = Image.OPEN[name][1]
-    return accept is None or bool(accept(prefix))
-
-
-def opened_here(data: bytes) -> "Image":
-    """The same in this process, with nothing decoded, whatever it costs."""
-    return _opened(data, look(data))
-
-
-def _opened(data: bytes, head: Head | None) -> "Image":
-    """The one place that hands bytes to Pillow. head: what `look` says of them."""
-    from PIL import Image
-
-    if head is not None:
-        return Image.open(io.BytesIO(data), formats=(head.format,))
-    Image.init()
-    return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+        return opened_here(data, head)
 
 
 @functools.cache

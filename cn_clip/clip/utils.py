@@ -5,9 +5,9 @@ from cn_clip.clip import _tokenizer as _tokenizer
 from cn_clip.clip.hub import download
 from cn_clip.clip.loading import create_model as create_model
 from cn_clip.clip.loading import load, load_from_name
-from cn_clip.clip.loading import restore_model as restore_model
 from cn_clip.clip.model import CLIP as CLIP
 from cn_clip.clip.model import convert_weights as convert_weights
+from cn_clip.clip.model import restore_model as restore_model
 from cn_clip.clip.tokenizer import tokenize
 from cn_clip.clip.transforms import Normalize as Normalize
 from cn_clip.clip.transforms import Resize as Resize

@@ -8,8 +8,8 @@ import tyro
 
 from cn_clip import zoo
 from cn_clip.clip.backends.base import KINDS, BackendName, Kind, check_precision
-from cn_clip.clip.foreign.names import files_of as foreign_files
 from cn_clip.clip.foreign.names import is_foreign
+from cn_clip.clip.foreign.snapshots import files_of as foreign_files
 from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError
 

@@ -70,10 +70,10 @@ class Options(ray_settings.RaySettings, extraction.Settings):
 
     def _model_files(self) -> list[Path]:
         from cn_clip.clip import hub
-        from cn_clip.clip.foreign import names
+        from cn_clip.clip.foreign import names, snapshots
 
         if names.is_foreign(self.resume):
-            return names.files_of(self.resume or "", download_root=self.download_root)
+            return snapshots.files_of(self.resume or "", download_root=self.download_root)
         model = Path(self.resume or "")
         return hub.files_of(model) if model.exists() else []
 

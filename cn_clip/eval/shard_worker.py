@@ -16,7 +16,8 @@ import numpy as np
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Kind, Pixels, named
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.foreign.names import files_of, is_foreign
+from cn_clip.clip.foreign.names import is_foreign
+from cn_clip.clip.foreign.snapshots import files_of
 from cn_clip.clip.pictures import decoded_batches
 from cn_clip.command import Speaker
 from cn_clip.data.bulk_pictures import Part

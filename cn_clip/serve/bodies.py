@@ -73,6 +73,7 @@ class JsonRoute(APIRoute):
     """A route whose JSON body is read by `loads`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """That of the route, for which the body is read so."""
         handle = super().get_route_handler()
 
         async def answer(request: Request) -> Response:

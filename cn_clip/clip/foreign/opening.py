@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from cn_clip import ranks
 from cn_clip.clip.backends.base import BackendName, check_precision
-from cn_clip.clip.foreign import names
+from cn_clip.clip.foreign import names, snapshots
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError
 
@@ -46,7 +46,7 @@ def open_parts(
     if parsed.scheme == "hf":
         from cn_clip.clip.foreign.hf_models import open_folder
 
-        folder = names.folder_of(parsed, download_root=download_root)
+        folder = snapshots.folder_of(parsed, download_root=download_root)
         return open_folder(folder, device=place, precision=precision, num_threads=num_threads, decode=decode)
     from cn_clip.clip.foreign.open_clip_models import open_model
 
