@@ -168,6 +168,7 @@ def test_the_site_has_every_page_in_its_navigation_and_no_other() -> None:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stand-ins with random values: a ViT-B-16 of full size under the published name, a small model and its towers."""
     folder = tmp_path_factory.mktemp("weights")
+    (folder / "exported").mkdir()
     names = {
         "clip_cn_vit-b-16.pt": ("ViT-B-16", "RoBERTa-wwm-ext-base-chinese"),
         "small.pt": ("ViT-Tiny-64", "BERT-Tiny-chinese"),
@@ -199,6 +200,10 @@ class Workplace:
         for name in ("clip_cn_vit-b-16.pt", "small.pt"):
             (self.checkout / name).symlink_to(weights / name)
         (self.data / "pretrained_weights").symlink_to(weights)
+        # What one block exports is there for the others, in their default folder and in `download_root="./"`.
+        for path in (self.checkout, self.data / ".cache" / "clip"):
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "exported").symlink_to(weights / "exported")
         for program, arguments in PROGRAMS.items():
             path = self.programs / program
             path.write_text(f'#!/bin/sh\nexec "{warm_python.program()}" {arguments} "$@"\n')

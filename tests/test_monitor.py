@@ -131,14 +131,19 @@ def test_a_full_disk_is_told_with_the_file(tmp_path: Path, undrawn: list[Path]) 
             leave()
 
 
-def test_curves_are_drawn_at_every_validation_and_once_at_the_end(tmp_path: Path, undrawn: list[Path]) -> None:
+@pytest.mark.parametrize("steps_after", [0, 1])
+def test_curves_are_drawn_at_every_validation_and_at_the_end_if_there_is_more(
+    tmp_path: Path, undrawn: list[Path], steps_after: int
+) -> None:
     run = Monitor(tmp_path, start_step=0, tensorboard=False)
     run.validation(0, {"loss": 4.5})
     run.step(1, {"loss": 4.0})
     run.validation(1, {"loss": 4.4})
+    for _ in range(steps_after):
+        run.step(2, {"loss": 3.9})
     run.close()
     run.close()
-    assert undrawn == [tmp_path / "curves.png"] * 3
+    assert undrawn == [tmp_path / "curves.png"] * (2 + steps_after)
 
 
 def test_a_resumed_run_draws_what_came_before_too(tmp_path: Path, undrawn: list[Path]) -> None:

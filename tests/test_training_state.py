@@ -15,7 +15,7 @@ from training_runs import ROOT, TINY, load, losses, small_lmdb, train
 
 # All that draws random numbers: dropout, patch masks, augmentation in a worker, shuffling; and joined batches.
 FLAGS = ["--batch-size=4", "--accum-freq=2", "--max-epochs=4", "--valid-batch-size=8", "--mask-ratio=0.5"]
-FLAGS += ["--use-augment", "--num-workers=1", "--precision=bf16", "--save-step-frequency=1", "--name=run"]
+FLAGS += ["--use-augment", "--num-workers=1", "--save-step-frequency=1", "--name=run"]
 FLAGS += ["--save-epoch-frequency=-1", "--keep-checkpoints=2", "--valid-step-interval=5"]
 NUM_STEPS = 12
 

@@ -67,7 +67,9 @@ def draw(history: History, path: Path, *, title: str) -> None:
     require("matplotlib", extra="plot", purpose="the plot of loss and recall")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 9), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 9), facecolor="white")
+    # Fixed, for finding these numbers anew would draw every picture twice.
+    figure.subplots_adjust(left=0.055, right=0.985, top=0.92, bottom=0.055, hspace=0.42, wspace=0.11)
     _fill(figure, history)
     # The font of matplotlib has no Chinese characters, and a "$" would begin a formula.
     shown = title if title.isascii() else ""

@@ -47,7 +47,7 @@ class Monitor:
         if tensorboard:
             require("tensorboard", extra="tensorboard", purpose="--report-to tensorboard")
         self.folder = folder
-        self._can_draw = True
+        self._can_draw, self._is_drawn = True, False
         self._file = MetricsFile(folder / METRICS)
         if not start_step or not goes_on:
             self._file.set_aside()
@@ -87,6 +87,7 @@ class Monitor:
         record |= {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
         self._file.append(record)
         self._remember(record)
+        self._is_drawn = False
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
@@ -104,9 +105,10 @@ class Monitor:
 
     def _draw(self) -> None:
         """A picture that cannot be drawn is no reason to end a training."""
-        if not self._can_draw:
+        if self._is_drawn or not self._can_draw:
             return
         try:
+            self._is_drawn = True
             draw(self._history, self.folder / CURVES, title=self.folder.name)
         except MissingExtraError as error:
             self._can_draw = False
