@@ -90,7 +90,15 @@ def props(path: Path) -> dict[str, Any]:
 # --- every architecture
 
 
-@pytest.mark.parametrize("name", [name for name in TEXT_TOWER if name != "ViT-L-14-336"])  # the blocks of ViT-L-14
+@pytest.mark.parametrize(
+    "name",
+    # Convolutions and one transformer; others have more or wider blocks of it, and ViT-L-14-336 those of ViT-L-14.
+    [
+        pytest.param(name, marks=() if name in ("RN50", "ViT-B-16") else pytest.mark.slow)
+        for name in TEXT_TOWER
+        if name != "ViT-L-14-336"
+    ],
+)
 def test_picture_towers_equal_pytorch_at_any_batch_size(tmp_path: Path, name: str) -> None:
     model = small(name)
     expected = reference(model, "image")
@@ -106,7 +114,8 @@ def test_picture_towers_equal_pytorch_at_any_batch_size(tmp_path: Path, name: st
             np.testing.assert_allclose(unit_rows(tower.run(inputs)), backend.encode_pixels(inputs), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-H-14"])  # base and large; RBT3 is a base of three layers
+# Base and large; RBT3 is a base of three layers.
+@pytest.mark.parametrize("name", ["ViT-B-16", pytest.param("ViT-H-14", marks=pytest.mark.slow)])
 def test_text_towers_equal_pytorch_at_any_batch_size_and_length(tmp_path: Path, name: str) -> None:
     model = small(name)
     expected = reference(model, "text")

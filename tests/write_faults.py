@@ -6,6 +6,7 @@
 import contextlib
 import ctypes
 import errno
+import gc
 import io
 import json
 import os
@@ -196,6 +197,7 @@ class SmallDisk:
                 path.chmod(mode)
 
     def _remount(self, how: str) -> None:
+        gc.collect()  # a disk with removed files that something has open cannot become read-only
         subprocess.run(["mount", "-o", f"remount,{how}", str(self.folder)], check=True)
 
 
