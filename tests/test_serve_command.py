@@ -208,6 +208,25 @@ def test_sigterm_ends_open_streams_of_the_page_and_still_answers_what_is_in_hand
     assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
 
 
+def test_a_body_that_is_still_on_its_way_when_the_server_ends_is_refused_without_a_trace_in_the_log(
+    tmp_path: Path,
+) -> None:
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with (
+        (tmp_path / "log").open("w", encoding="utf-8") as log,
+        started("--no-page", "--model", "Emoji-Tiny", "--drain-timeout", "1", stderr=log) as (process, address),
+        socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1])), timeout=60) as sender,
+    ):
+        sender.sendall(head + b'Content-Length: 1000\r\n\r\n{"input": ')
+        wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        answer = sender.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"the server is stopping" in answer
+    assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
+
+
 def test_lines_tell_when_it_started_was_ready_and_stopped_and_with_a_flag_who_asked() -> None:
     with started("--no-page", "--model", "Emoji-Tiny", "--access-log") as (process, address):
         httpx.get(f"{address}/v1/models?a=1")

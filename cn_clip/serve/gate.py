@@ -52,13 +52,13 @@ class Gate:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        send = _with_headers(send)
+        send = sender = _Sender(send)
         try:
             _check_head(scope)
             if scope["path"] not in OPEN_PATHS:
                 self._check_caller(scope)
             if _is_bounded(scope):
-                await self._bounded(scope, receive, send)
+                await self._bounded(scope, receive, sender)
             elif scope["path"] in UNCOUNTED_PATHS:
                 await self.app(scope, receive, send)
             else:
@@ -66,10 +66,11 @@ class Gate:
         except ClientLeftError:
             pass
         except RefusalError as refusal:
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008})
-            else:
-                await refusal.response()(scope, receive, send)
+            await _refuse(refusal, scope, receive, send)
+        except asyncio.CancelledError:  # the server stops, and has waited for its requests as long as it may
+            if not sender.has_begun:
+                stopping = RefusalError(503, "the server is stopping", code="stopping", retry_after=5)
+                await _refuse(stopping, scope, receive, send)
 
     def _check_caller(self, scope: Scope) -> None:
         if self._key is None:
@@ -84,7 +85,7 @@ class Gate:
                 401, "no valid API key; send the header Authorization: Bearer KEY", code="invalid_api_key"
             )
 
-    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _bounded(self, scope: Scope, receive: Receive, send: "_Sender") -> None:
         body = io.BytesIO()
         try:
             await self._read_in_time(scope, receive, body)
@@ -135,10 +136,9 @@ class Gate:
         message = f"the body is larger than {self.limits.max_body_bytes} bytes"
         raise RefusalError(413, message, code="request_too_large")
 
-    async def _answer_in_time(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+    async def _answer_in_time(self, scope: Scope, body: bytes, receive: Receive, send: "_Sender") -> None:
         left = asyncio.Event()
         unread = True
-        started = False
 
         async def whole_body() -> Message:
             nonlocal unread
@@ -148,25 +148,12 @@ class Gate:
             await left.wait()
             return {"type": "http.disconnect"}
 
-        async def noting(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        refusal = RefusalError(
-            504,
-            f"not answered within {self.limits.timeout:g} seconds; ask for less at a time",
-            code="timeout",
-            retry_after=1,
-        )
-        answer = asyncio.ensure_future(self.app(scope, whole_body, noting))
+        answer = asyncio.ensure_future(self.app(scope, whole_body, send))
         leaving = asyncio.ensure_future(_disconnected(receive))
         try:
             done, _ = await asyncio.wait(
                 (answer, leaving), timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED
             )
-        except asyncio.CancelledError:  # the server stops, and has waited for its requests as long as it may
-            done, refusal = set(), RefusalError(503, "the server is stopping", code="stopping", retry_after=5)
         finally:
             left.set()
             leaving.cancel()
@@ -175,8 +162,13 @@ class Gate:
                 await asyncio.wait((answer,))
         if not answer.cancelled():
             answer.result()
-        elif not done and not started:
-            raise refusal
+        elif not done and not send.has_begun:
+            raise RefusalError(
+                504,
+                f"not answered within {self.limits.timeout:g} seconds; ask for less at a time",
+                code="timeout",
+                retry_after=1,
+            )
 
     async def _read_by_one_more(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._num_readers >= MAX_READERS:
@@ -229,13 +221,24 @@ def _check_head(scope: Scope) -> None:
         raise RefusalError(431, f"the head of the request is larger than {MAX_HEAD_BYTES} bytes", code="head_too_large")
 
 
-def _with_headers(send: Send) -> Send:
-    async def adding(message: Message) -> None:
+async def _refuse(refusal: RefusalError, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+    else:
+        await refusal.response()(scope, receive, send)
+
+
+class _Sender:
+    """A `send` that adds to the headers. has_begun: whether the answer has."""
+
+    def __init__(self, send: Send) -> None:
+        self._send, self.has_begun = send, False
+
+    async def __call__(self, message: Message) -> None:
+        self.has_begun = True
         if message["type"] == "http.response.start":
             message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
-        await send(message)
-
-    return adding
+        await self._send(message)
 
 
 def _is_bounded(scope: Scope) -> bool:

@@ -1,0 +1,185 @@
+"""How long texts wait at a service while strangers send it pictures that are made to take long, and how it ends then:
+
+python benchmarks/serve_bombs.py --model Emoji-Tiny
+
+Some clients send texts, others one kind of picture after another. At last it gets SIGTERM while it decodes.
+"""
+
+import asyncio
+import io
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in ("", "benchmarks", "tests"):
+    sys.path.insert(0, str(ROOT / folder))
+
+import picture_bombs as bombs  # noqa: E402
+from serve_load import crowd, data_url, exchange, request_bodies, service  # noqa: E402
+from serve_soak import resident_mb  # noqa: E402
+
+from cn_clip import columns, command  # noqa: E402
+from cn_clip.clip.backends.base import BackendName, Precision  # noqa: E402
+from cn_clip.deploy import machine  # noqa: E402
+from cn_clip.emoji_pack import load  # noqa: E402
+
+ALONE = "nothing else"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measures texts beside pictures that take long."""
+
+    model: str = "Emoji-Tiny"
+    """Model that is served"""
+    backend: BackendName = "torch"
+    """What runs it"""
+    precision: Precision = "fp32"
+    """Arithmetic"""
+    clients: int = 4
+    """Clients that send texts, and as many that send pictures"""
+    seconds: float = 15.0
+    """Time measured for each kind of picture"""
+    drain_timeout: float = 10.0
+    """What the service promises to end within"""
+    json: bool = False
+    """Print the result as one JSON object"""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Milliseconds of texts beside one kind of picture, how those were answered, and the memory of the service."""
+
+    beside: str
+    p50: float
+    p95: float
+    texts_per_second: float
+    answers: dict[int, int]
+    memory_mb: float
+
+
+def pictures() -> dict[str, Callable[[], bytes]]:
+    """What is sent, by what it is; the last is honest, but large."""
+    return {
+        "GIF, a comment of 7 MB": lambda: bombs.gif_comment(7_400_000),
+        "JPEG, 3,000 empty scans": lambda: bombs.jpeg_scans(3000),
+        "PNG, 1,000,000 chunks": lambda: bombs.png_chunks(1_000_000),
+        "PNG, a directory of 20 GB": bombs.png_exif_directory,
+        "PBM of comments": lambda: bombs.pbm_comments(500_000),
+        "PNG of 36 megapixels": _large_png,
+    }
+
+
+def _large_png() -> bytes:
+    rng, stream = np.random.default_rng(0), io.BytesIO()
+    small = Image.fromarray(rng.integers(0, 256, (60, 60, 3), dtype=np.uint8))
+    small.resize((6000, 6000), Image.Resampling.BICUBIC).save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
+
+
+def run(options: Options) -> None:
+    say = command.Speaker(quiet=options.json)
+    texts = request_bodies("text", [one.name for one in load()])
+    flags = ["--model", options.model, "--backend", options.backend, "--precision", options.precision]
+    flags += ["--name", "served", "--drain-timeout", str(options.drain_timeout)]
+    waits = []
+    with service(flags) as (process, port):
+        asyncio.run(crowd(texts, options.clients, port, 3.0))
+        for name, made in {ALONE: lambda: b"", **pictures()}.items():
+            body = None if name == ALONE else _body(made())
+            waits.append(asyncio.run(beside(name, body, texts, process.pid, port, options)))
+            say("\n".join(_table(waits).splitlines()[-1:]))
+        seconds = asyncio.run(ended(process, _body(pictures()["PBM of comments"]()), port))
+    say(_table(waits))
+    say(f"SIGTERM while pictures are decoded: ended after {seconds:.1f} s of {options.drain_timeout:g} at most")
+    say.result(
+        {
+            "machine": machine.facts(),
+            "options": asdict(options),
+            "waits": [asdict(one) for one in waits],
+            "sigterm_seconds": seconds,
+        }
+    )
+
+
+def _body(picture: bytes) -> bytes:
+    return json.dumps({"model": "served", "encoding_format": "base64", "input": {"image": data_url(picture)}}).encode()
+
+
+async def beside(name: str, body: bytes | None, texts: Sequence[bytes], pid: int, port: int, options: Options) -> Wait:
+    """Texts for some seconds, beside clients that send `body` again and again."""
+    answers: Counter[int] = Counter()
+    attackers = [asyncio.create_task(_attack(body, port, answers)) for _ in range(options.clients if body else 0)]
+    await asyncio.sleep(0.5 if body else 0)
+    seconds, _ = await crowd(texts, options.clients, port, options.seconds)
+    memory_mb = resident_mb(pid)
+    for one in attackers:
+        one.cancel()
+    await asyncio.gather(*attackers, return_exceptions=True)
+    cuts = statistics.quantiles(seconds, n=100)
+    rate = len(seconds) / options.seconds
+    return Wait(name, cuts[49] * 1e3, cuts[94] * 1e3, rate, dict(sorted(answers.items())), memory_mb)
+
+
+async def _attack(body: bytes, port: int, answers: "Counter[int]") -> None:
+    while True:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            status, _ = await exchange(reader, writer, "POST /v1/embeddings", body)
+            answers[status] += 1
+        except (OSError, EOFError):  # refused before all was sent
+            answers[0] += 1
+        finally:
+            writer.close()
+        await asyncio.sleep(0.02)
+
+
+async def ended(process: "subprocess.Popen[str]", body: bytes, port: int) -> float:
+    """Seconds from SIGTERM to the end of the service, which decodes at that moment."""
+    answers: Counter[int] = Counter()
+    attackers = [asyncio.create_task(_attack(body, port, answers)) for _ in range(4)]
+    await asyncio.sleep(1.0)
+    begin = time.perf_counter()
+    process.send_signal(signal.SIGTERM)
+    await asyncio.to_thread(process.wait)
+    seconds = time.perf_counter() - begin
+    for one in attackers:
+        one.cancel()
+    await asyncio.gather(*attackers, return_exceptions=True)
+    return seconds
+
+
+def _table(waits: Sequence[Wait]) -> str:
+    head = ["texts beside", "p50 ms", "p95 ms", "of alone", "texts/s", "memory MB", "answers to pictures"]
+    rows = [
+        [
+            one.beside,
+            f"{one.p50:.1f}",
+            f"{one.p95:.1f}",
+            f"{one.p95 / waits[0].p95:.2f}x",
+            f"{one.texts_per_second:.0f}",
+            f"{one.memory_mb:.0f}",
+            ", ".join(f"{count} x {status or 'cut off'}" for status, count in one.answers.items()),
+        ]
+        for one in waits
+    ]
+    return "\n".join(columns.align([head, *rows], right=frozenset(range(1, 6))))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    command.execute(run, Options, args)
+
+
+if __name__ == "__main__":
+    main()
