@@ -10,6 +10,7 @@ import tyro
 
 from cn_clip import command, zoo
 from cn_clip.errors import ConfigError, DownloadError
+from cn_clip.option_types import Json
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class Options:
     """Folder of the file"""
     offline: bool = False
     """Ask nothing of the network; say what to fetch elsewhere, and where to put it"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    json: Json = False
 
     def __post_init__(self) -> None:
         if zoo.named(self.name) is None:

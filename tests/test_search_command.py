@@ -21,6 +21,7 @@ from cn_clip.clip import Encoder
 from cn_clip.clip.loading import create_model
 from cn_clip.data.names import spelled
 from cn_clip.demo import emoji
+from cn_clip.eval.feature_files import write_features
 from cn_clip.retrieval import engines, places, writer
 from cn_clip.retrieval.places import Place
 from cn_clip.retrieval.store import open_index
@@ -335,12 +336,12 @@ def test_no_picture_of_the_index_is_needed_to_search(
 def test_a_text_and_a_picture_that_cancel_each_other_out_are_refused(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    zeros = {"image_id": "空", "feature": [0.0] * 256}
-    (tmp_path / "z.jsonl").write_text(json.dumps(zeros) + "\n", encoding="utf-8")
+    opposite = -Encoder("Emoji-Tiny", device="cpu").encode_texts(["哭"])
+    write_features(tmp_path / "z.jsonl", "image_id", [(["空"], opposite)])
     args = ["index", "build", tmp_path / "z.jsonl", "--output", tmp_path / "i", "--model", "Emoji-Tiny"]
     cli.main(list(map(str, args)))
-    message = refused(capsys, tmp_path / "i", "哭", "--id", "空", "--text-weight", "0")
-    assert "--text-weight 0.0: the text and the picture cancel each other out" in message
+    message = refused(capsys, tmp_path / "i", "哭", "--id", "空")
+    assert "--text-weight 0.5: the weighted parts cancel each other out" in message
 
 
 # --- changes

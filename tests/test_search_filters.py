@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from cn_clip.errors import ConfigError
 from cn_clip.retrieval.filters import parse
 from cn_clip.retrieval.item_table import ItemTable
+from cn_clip.retrieval.query import mixed
 
 ITEM: dict[str, Any] = {
     "group": "动物",
@@ -151,3 +152,11 @@ def test_columns_answer_as_each_item_by_itself_would(rows: list[tuple[dict[str, 
     else:
         expected = [is_alive and condition.admits(metadata) for metadata, is_alive in rows]
         assert table.mask(condition).tolist() == expected
+
+
+def test_a_mixed_query_is_the_unit_vector_of_the_weighted_sum() -> None:
+    rows = np.eye(2, dtype=np.float32)
+    np.testing.assert_allclose(mixed(rows, [3, 4]), [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(mixed(rows, [1, -1]), [2**-0.5, -(2**-0.5)], rtol=1e-6)
+    with pytest.raises(ConfigError, match="cancel each other out"):
+        mixed(rows[[0, 0]], [0.5, -0.5])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from cn_clip import command
+from cn_clip import command, option_types
 from cn_clip.training import params
 from cn_clip.training.main import without_local_rank
 from cn_clip.training.params import Options
@@ -323,13 +323,17 @@ def test_the_page_on_training_has_every_flag() -> None:
 
 
 def helps() -> dict[str, str]:
-    """Option -> its help, the string below its field."""
+    """Option -> its help, the string below its field or that of its type."""
     (options,) = (n for n in ast.parse(inspect.getsource(params)).body if isinstance(n, ast.ClassDef))
     found = {}
     for declared, below in zip(options.body, options.body[1:], strict=False):
         if isinstance(declared, ast.AnnAssign) and isinstance(declared.target, ast.Name):
-            assert isinstance(below, ast.Expr)
-            found[declared.target.id] = str(ast.literal_eval(below.value))
+            name = declared.target.id
+            if isinstance(below, ast.Expr):
+                found[name] = str(ast.literal_eval(below.value))
+            else:
+                shared = getattr(option_types, ast.unparse(declared.annotation))
+                (found[name],) = [one.help for one in shared.__metadata__ if hasattr(one, "help")]
     return found
 
 

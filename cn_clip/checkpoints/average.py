@@ -8,6 +8,7 @@ import tyro
 
 from cn_clip import command
 from cn_clip.errors import ConfigError
+from cn_clip.option_types import Json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +24,7 @@ class Options:
     """The checkpoints, two or more of the same architecture"""
     output: command.Required = None
     """The file to write, .pt"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    json: Json = False
 
     def __post_init__(self) -> None:
         if self.output is None:

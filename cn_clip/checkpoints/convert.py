@@ -11,6 +11,7 @@ import tyro
 
 from cn_clip import command
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, DataError
+from cn_clip.option_types import Json, WeightType
 
 if TYPE_CHECKING:
     from cn_clip.checkpoints.weights import Precision
@@ -52,12 +53,10 @@ class Options:
     """The file or folder to write; it appears whole or not at all"""
     to: Kind | None = None
     """The form; default: pt or safetensors by the suffix of TARGET, transformers for a name without one"""
-    precision: Literal["keep", "fp16", "fp32"] = "keep"
-    """Type of the weights; fp16 as in the published models: norms of the picture tower stay float32"""
+    precision: WeightType = "keep"
     overwrite: bool = False
     """Replace what is at TARGET"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    json: Json = False
 
 
 def run(options: Options) -> None:

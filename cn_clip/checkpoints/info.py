@@ -9,6 +9,7 @@ import tyro
 
 from cn_clip import columns, command, zoo
 from cn_clip.errors import CheckpointError
+from cn_clip.option_types import Json
 
 if TYPE_CHECKING:
     from cn_clip.clip.checkpoint import Checkpoint
@@ -20,8 +21,7 @@ class Options:
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
     """A checkpoint, safetensors file, OpenAI archive or transformers folder"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    json: Json = False
 
 
 def run(options: Options) -> None:

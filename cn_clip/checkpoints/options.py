@@ -1,12 +1,13 @@
 """The settings of the commands that turn one weight file into another."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from cn_clip import command
 from cn_clip.errors import ConfigError
+from cn_clip.option_types import Json, WeightType
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,8 @@ class RewriteOptions:
     """The checkpoint"""
     output: command.Required = None
     """The file to write"""
-    precision: Literal["keep", "fp16", "fp32"] = "keep"
-    """Type of the weights; fp16 as in the published models: norms of the picture tower stay float32"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    precision: WeightType = "keep"
+    json: Json = False
 
     def __post_init__(self) -> None:
         if self.output is None:

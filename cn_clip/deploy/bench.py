@@ -10,13 +10,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from cn_clip import command, zoo
+from cn_clip import command, settings, zoo
 from cn_clip.clip.backends.base import BackendName, Kind, Precision, check_precision
 from cn_clip.deploy.bench_worker import Job
 from cn_clip.deploy.model_arch import ArchName, vision_name
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.option_types import Json
+from cn_clip.settings import Range
 
 TINY_TEXT, BASE_TEXT = "BERT-Tiny-chinese", "RoBERTa-wwm-ext-base-chinese"
 INTERRUPTED = 130
@@ -43,39 +45,31 @@ class Options:
     """Arithmetic; what a backend does not have is shown as —"""
     batch_sizes: tuple[int, ...] = (1, 16)
     """Pictures or texts of a batch"""
-    repeats: int = 10
+    repeats: Annotated[int, Range(least=1)] = 10
     """Timed batches"""
-    warmup: int = 2
+    warmup: Annotated[int, Range(least=0)] = 2
     """Batches before them"""
     device: str = "auto"
     """auto (CUDA where a backend has it), cpu, cuda or cuda:N"""
-    num_threads: int | None = None
+    num_threads: Annotated[int | None, Range(least=1)] = None
     """Threads of a backend; default: its own choice, one a core as a rule"""
-    text_length: int | None = None
+    text_length: Annotated[int | None, Range(least=3)] = None
     """Pad every text to so many tokens; default: the longest of its batch"""
     download_root: str | None = None
     """Where checkpoints and exports are kept; default: ~/.cache/clip"""
     output: str | None = None
     """Folder for bench.json, bench.md and bench.png"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    json: Json = False
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.random is None):
             raise ConfigError("give either --model, such as ViT-B-16, or --random with an architecture")
         for name in ("towers", "backends", "precisions", "batch_sizes"):
             if not getattr(self, name):
-                raise ConfigError(f"{_flag(name)}: expected at least one")
-        for name, least in (("repeats", 1), ("warmup", 0), ("num_threads", 1), ("text_length", 3)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{_flag(name)}: expected at least {least}, got {value}")
+                raise ConfigError(f"{settings.flag(name)}: expected at least one")
+        settings.check(self)
         if min(self.batch_sizes) < 1:
             raise ConfigError(f"--batch-sizes: expected at least 1, got {min(self.batch_sizes)}")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def run(options: Options) -> int:

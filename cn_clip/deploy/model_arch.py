@@ -7,6 +7,7 @@ import tyro
 
 from cn_clip import zoo
 from cn_clip.errors import ConfigError
+from cn_clip.option_types import ConvertText, ConvertVision, Json
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Kind
@@ -37,12 +38,9 @@ class ConversionOptions:
     """The checkpoint; default: the published one of that name"""
     download_root: str | None = None
     """Where published checkpoints are kept; default: ~/.cache/clip"""
-    convert_text: bool = False
-    """Convert the text tower"""
-    convert_vision: bool = False
-    """Convert the picture tower"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    convert_text: ConvertText = False
+    convert_vision: ConvertVision = False
+    json: Json = False
 
     @property
     def kinds(self) -> "list[Kind]":

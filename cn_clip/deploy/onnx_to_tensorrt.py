@@ -7,12 +7,14 @@ import shlex
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cn_clip import command, drop_in
+from cn_clip import command, drop_in, settings
 from cn_clip.deploy.model_arch import RequiredArch, check_arch
 from cn_clip.deploy.prefixes import check_targets
 from cn_clip.errors import ConfigError
+from cn_clip.option_types import ConvertText, ConvertVision, CudaDevice, Json, OnnxImage, OnnxText, OutputPrefix
+from cn_clip.settings import Range
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Kind
@@ -35,22 +37,17 @@ class Options:
 
     model_arch: RequiredArch = None
     """The model"""
-    convert_text: bool = False
-    """Convert the text tower"""
-    text_onnx_path: str | None = None
-    """ONNX file of the text tower"""
-    convert_vision: bool = False
-    """Convert the picture tower"""
-    vision_onnx_path: str | None = None
-    """ONNX file of the picture tower"""
-    batch_size: int = 1
+    convert_text: ConvertText = False
+    text_onnx_path: OnnxText = None
+    convert_vision: ConvertVision = False
+    vision_onnx_path: OnnxImage = None
+    batch_size: Annotated[int, Range(least=1)] = 1
     """Pictures or texts the engine is tuned for"""
     max_batch_size: int | None = None
     """The most pictures or texts of one call, the least being 1; default: --batch-size"""
-    context_length: int = 52
+    context_length: Annotated[int, Range(least=3)] = 52
     """The longest text in tokens, [CLS] and [SEP] included"""
-    save_tensorrt_path: command.Required = None
-    """The PREFIX of what is written"""
+    save_tensorrt_path: OutputPrefix = None
     fp16: bool = False
     """Write float16 engines; normalisations stay float32"""
     fp32: bool = False
@@ -61,10 +58,8 @@ class Options:
     """GPU memory the builder may use, in GiB; default: all"""
     timing_cache: str | None = None
     """A file that keeps measurements for later builds"""
-    device: str = "cuda"
-    """cuda or cuda:N"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    device: CudaDevice = "cuda"
+    json: Json = False
 
     ADDED = ("max_batch_size", "timing_cache")  # see `command.spelled_out`
 
@@ -87,10 +82,9 @@ class Options:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        for name, least in (("batch_size", 1), ("max_batch_size", self.batch_size), ("context_length", 3)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+        settings.check(self)
+        if self.max_batch_size is not None and self.max_batch_size < self.batch_size:
+            raise ConfigError(f"--max-batch-size: expected at least {self.batch_size}, got {self.max_batch_size}")
         if self.workspace_gib is not None and not 0 < self.workspace_gib < float("inf"):
             raise ConfigError(f"--workspace-gib: expected a number above 0, got {self.workspace_gib}")
 

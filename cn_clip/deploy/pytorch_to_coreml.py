@@ -4,12 +4,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cn_clip import command, drop_in
+from cn_clip import command, drop_in, settings
 from cn_clip.deploy.model_arch import ConversionOptions, check_arch, open_arch
 from cn_clip.deploy.prefixes import check_targets
 from cn_clip.errors import ConfigError
+from cn_clip.option_types import OutputPrefix
+from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
@@ -28,13 +30,12 @@ class Options(ConversionOptions):
     Runs on Linux and macOS; only macOS can run what it writes.
     """
 
-    save_coreml_path: command.Required = None
-    """The PREFIX of what is written"""
+    save_coreml_path: OutputPrefix = None
     precision: Literal["fp16", "fp32"] = "fp16"
     """Weights and arithmetic; the Neural Engine computes in fp16 alone"""
-    context_length: int = CONTEXT_LENGTH
+    context_length: Annotated[int, Range(least=3)] = CONTEXT_LENGTH
     """Tokens that every text is padded to, [CLS] and [SEP] included; default: as the checkpoint was trained, else 52"""
-    batch_size: int = 1
+    batch_size: Annotated[int, Range(least=1)] = 1
     """Pictures or texts of one prediction"""
 
     def __post_init__(self) -> None:
@@ -42,9 +43,7 @@ class Options(ConversionOptions):
         if self.save_coreml_path is None:
             raise ConfigError("--save-coreml-path: expected the prefix of the packages to write, such as out/vit-b-16")
         self.check_towers()
-        for name, least in (("context_length", 3), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+        settings.check(self)
 
 
 def run(options: Options) -> None:

@@ -4,12 +4,14 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from cn_clip import command, drop_in
+from cn_clip import command, drop_in, settings
 from cn_clip.deploy.model_arch import ConversionOptions, check_arch, open_arch
 from cn_clip.deploy.prefixes import check_targets
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.option_types import OutputPrefix
+from cn_clip.settings import Range
 from cn_clip.zoo import TextName, VisionName
 
 if TYPE_CHECKING:
@@ -29,9 +31,8 @@ class Options(ConversionOptions):
     Batch size and text length are free. float16 files keep their weights in FILE.extra_file: move both together.
     """
 
-    save_onnx_path: command.Required = None
-    """The PREFIX of what is written"""
-    context_length: int = 52
+    save_onnx_path: OutputPrefix = None
+    context_length: Annotated[int, Range(least=3)] = 52
     """Longest text in tokens that the files say they take, [CLS] and [SEP] included; shorter ones need no padding"""
     precisions: tuple[FormName, ...] = ("fp32", "fp16")
     """What to write; int8: for ONNX Runtime, int8-openvino: for OpenVINO"""
@@ -53,8 +54,7 @@ class Options(ConversionOptions):
         self.check_towers()
         if not self.precisions:
             raise ConfigError("--precisions: expected one or more of fp32, fp16, int8, int8-openvino")
-        if self.context_length < 3:
-            raise ConfigError(f"--context-length: expected at least 3, got {self.context_length}")
+        settings.check(self)
         if self.tolerance is not None and not -1 <= self.tolerance <= 1:
             raise ConfigError(f"--tolerance: expected a cosine, -1 to 1, got {self.tolerance}")
 

@@ -4,11 +4,13 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-from cn_clip import command, drop_in, ranks
+from cn_clip import command, drop_in, ranks, settings
 from cn_clip.deploy.model_arch import RequiredArch, check_arch, open_arch, vision_name
 from cn_clip.errors import ConfigError
+from cn_clip.option_types import Json, OnnxImage, OnnxText
+from cn_clip.settings import Range
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Backend, Kind, Pixels, TokenIds, Tower
@@ -33,32 +35,27 @@ class Options:
     """Checkpoint for PyTorch"""
     pytorch_precision: Literal["fp16", "fp32"] = "fp16"
     """Arithmetic of PyTorch"""
-    onnx_image_model: str | None = None
-    """ONNX file of the picture tower"""
-    onnx_text_model: str | None = None
-    """ONNX file of the text tower"""
+    onnx_image_model: OnnxImage = None
+    onnx_text_model: OnnxText = None
     tensorrt_image_model: str | None = None
     """TensorRT engine of the picture tower"""
     tensorrt_text_model: str | None = None
     """TensorRT engine of the text tower"""
-    batch_size: int = 1
+    batch_size: Annotated[int, Range(least=1)] = 1
     """Pictures or texts of a call"""
-    n: int = 100
+    n: Annotated[int, Range(least=1)] = 100
     """Timed calls"""
-    warmup: int = 10
+    warmup: Annotated[int, Range(least=0)] = 10
     """Calls before them"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: CUDA where there is one. TensorRT wants cuda"""
-    context_length: int = 52
+    context_length: Annotated[int, Range(least=3)] = 52
     """Tokens that the text is padded to, [CLS] and [SEP] included"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    json: Json = False
 
     def __post_init__(self) -> None:
         check_arch(self.model_arch)
-        for name, least in (("batch_size", 1), ("n", 1), ("warmup", 0), ("context_length", 3)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+        settings.check(self)
         files = {name: getattr(self, name) for name in EXPORTED}
         if not (self.pytorch_ckpt or any(files.values())):
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in ("pytorch_ckpt", *EXPORTED))

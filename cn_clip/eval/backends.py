@@ -61,7 +61,6 @@ def check(options: ModelOptions) -> None:
         check_precision(options.backend, _plain(options.precision))
     except ConfigError as error:
         raise ConfigError(f"--{error}") from error
-    check_threads(options.num_threads)
     if options.backend == "tensorrt" and options.num_threads is not None:
         raise ConfigError("--num-threads: the tensorrt backend computes on the GPU; leave it out")
 
@@ -75,12 +74,6 @@ def _check_foreign(options: ModelOptions) -> None:
         raise ConfigError(f"--{error}") from error
     if options.vision_model or options.text_model:
         raise ConfigError(f"{options.resume}: is of another family and says itself what its towers are; name no others")
-
-
-def check_threads(num_threads: int | None) -> None:
-    """Raises ConfigError for less than one thread."""
-    if num_threads is not None and num_threads < 1:
-        raise ConfigError(f"--num-threads: expected at least 1, got {num_threads}")
 
 
 def precision_of(options: ModelOptions) -> "Precision":

@@ -17,6 +17,7 @@ from cn_clip.errors import ConfigError, OutputError
 from cn_clip.eval import benchmark_sets
 from cn_clip.eval.benchmark_sets import Metric, RetrievalSet, Split
 from cn_clip.eval.model_choice import ModelChoice
+from cn_clip.option_types import ContextLength, Json
 from cn_clip.zoo_results import CHINESE_CLIP, Query, Result, Setup
 
 if TYPE_CHECKING:
@@ -48,20 +49,16 @@ class Options(ModelChoice):
     """Folder of the dataset: lmdb/ and *_texts.jsonl, or test/ with a folder a class"""
     split: Split | None = None
     """Default: the one of the published figures, valid of MUGE, test of all others"""
-    context_length: int = DEFAULT_CONTEXT_LENGTH
-    """Longest text in tokens, [CLS] and [SEP] included; default: that of the checkpoint's training, else 52"""
+    context_length: ContextLength = DEFAULT_CONTEXT_LENGTH
     output: str | None = None
     """Folder for features, predictions and result.json; default: evaluations/BENCHMARK-SPLIT-MODEL,
     where MODEL is RUN-CHECKPOINT for a file in RUN/checkpoints, with backend and precision unless torch and fp32"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    json: Json = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if benchmark_sets.known_name(self.benchmark) is None:
             raise ConfigError(_unknown(self.benchmark))
-        if self.context_length < 3:
-            raise ConfigError(f"--context-length: expected at least 3, got {self.context_length}")
         if not self.data:
             raise ConfigError("--data: expected the folder of the dataset")
         if self.name in benchmark_sets.classification_sets() and self.split == "valid":

@@ -18,6 +18,7 @@ from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError
 from cn_clip.files import atomic_write, refuse_inputs
 from cn_clip.jsonl import dumps, numbered_lines, read_objects
+from cn_clip.option_types import Json
 
 NUM_PREDICTIONS = 10
 
@@ -40,8 +41,7 @@ class Options:
     """The result JSON to write"""
     query: Direction = "text"
     """What was looked up: text (texts find pictures) or image (pictures find texts)"""
-    json: bool = False
-    """Print the result as one JSON object instead of lines of text"""
+    json: Json = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from cn_clip import command, drop_in
 from cn_clip.clip.backends.base import BackendName
 from cn_clip.errors import ConfigError
 from cn_clip.eval import backends, extraction, ray_settings
-from cn_clip.zoo import TextName, VisionName
+from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads, PictureTower, TextTower
 
 __getattr__ = drop_in.names(__name__)
 
@@ -30,16 +30,11 @@ class Options(ray_settings.RaySettings, extraction.Settings):
     device has. int8: onnx and openvino"""
     backend: BackendName = "torch"
     """What runs the model; all but torch export it at first use, and keep the export in DOWNLOAD_ROOT/exported"""
-    vision_model: VisionName | None = None
-    """Picture tower; default: what the checkpoint holds"""
-    text_model: TextName | None = None
-    """Text tower; default: what the checkpoint holds"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps; openvino computes on the cpu alone"""
-    num_threads: int | None = None
-    """Threads that compute; default: one a core. tensorrt has none"""
-    download_root: str | None = None
-    """Folder of downloaded and exported models; default: ~/.cache/clip"""
+    vision_model: PictureTower = None
+    text_model: TextTower = None
+    device: BackendDevice = "auto"
+    num_threads: NumThreads = None
+    download_root: DownloadRoot = None
 
     engine: ray_settings.Engine = "local"
     """ray: processes of a Ray cluster, which write Parquet shards into --output"""

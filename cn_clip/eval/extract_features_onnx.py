@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cn_clip import command, drop_in
-from cn_clip.eval import backends, exported_models
+from cn_clip.eval import exported_models
+from cn_clip.option_types import NumThreads, OnnxImage, OnnxText
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import ExportedBackend, Kind
@@ -21,18 +22,14 @@ __getattr__ = drop_in.names(__name__)
 class Options(exported_models.Settings):
     """Writes the unit features of the pictures of an LMDB and of the texts of a JSONL file, by ONNX Runtime."""
 
-    onnx_image_model: str | None = None
-    """ONNX file of the picture tower"""
-    onnx_text_model: str | None = None
-    """ONNX file of the text tower"""
+    onnx_image_model: OnnxImage = None
+    onnx_text_model: OnnxText = None
     device: str = "auto"
     """auto (cuda where ONNX Runtime has it, else cpu), cpu, cuda, cuda:N or tensorrt"""
-    num_threads: int | None = None
-    """Threads that compute; default: one a core"""
+    num_threads: NumThreads = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        backends.check_threads(self.num_threads)
         image = ("--onnx-image-model", self.onnx_image_model)
         exported_models.check_files(self, image=image, text=("--onnx-text-model", self.onnx_text_model))
 

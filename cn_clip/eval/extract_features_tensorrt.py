@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cn_clip import command, drop_in
 from cn_clip.eval import exported_models
+from cn_clip.option_types import CudaDevice
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import ExportedBackend
@@ -25,8 +26,7 @@ class Options(exported_models.Settings):
     """Engine of the picture tower"""
     tensorrt_text_model: str | None = None
     """Engine of the text tower"""
-    device: str = "cuda"
-    """cuda or cuda:N"""
+    device: CudaDevice = "cuda"
 
     ADDED = ("decode", "device")  # see `command.spelled_out`
 

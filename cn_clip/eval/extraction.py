@@ -13,6 +13,7 @@ from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError
 from cn_clip.eval.feature_formats import OutputFormat, format_of
 from cn_clip.files import refuse_inputs
+from cn_clip.option_types import BatchSize, ContextLength, Json, NumWorkers
 from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
 
@@ -52,21 +53,17 @@ class Settings:
     """Where text features go; default: X_texts.txt_feat.jsonl"""
     output_format: OutputFormat | None = None
     """Kind of feature file; default: what the suffix of the output path says, else jsonl. parquet needs pyarrow"""
-    img_batch_size: Annotated[int, Range(least=1)] = 64
-    """Pictures in a batch"""
+    img_batch_size: BatchSize = 64
     text_batch_size: Annotated[int, Range(least=1)] = 64
     """Texts in a batch"""
-    context_length: Annotated[int, Range(least=3)] = CONTEXT_LENGTH
-    """Longest text in tokens, [CLS] and [SEP] included; default: that of the checkpoint's training, else 52"""
-    num_workers: Annotated[int, Range(least=0)] = 1
-    """Threads that decode pictures; 0: decode between the batches"""
+    context_length: ContextLength = CONTEXT_LENGTH
+    num_workers: NumWorkers = 1
     decode: Decode = "exact"
     """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little.
     reference: grey of 16 bits is clipped to white, as by Chinese-CLIP, not scaled to 8 bits"""
     debug: bool = False
     """Log what is opened and downloaded, to stderr"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    json: Json = False
 
     def __post_init__(self) -> None:
         if not self.kinds:

@@ -9,13 +9,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from cn_clip import command
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.eval.model_choice import ModelChoice
+from cn_clip.option_types import Json
+from cn_clip.settings import Range
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +45,7 @@ class Options(ModelChoice):
     """Training pictures, a folder a class; or an npz with features (N, D) and labels (N,)"""
     test: command.Required = None
     """Test pictures or features, likewise; their classes are among those of --train"""
-    shots: int | None = None
+    shots: Annotated[int | None, Range(least=1)] = None
     """Train on so many pictures a class, drawn at random; default: on all"""
     seeds: tuple[int, ...] = DEFAULT_SEEDS
     """One result for each seed, which draws the shots and the held-out part; and their mean"""
@@ -51,16 +53,13 @@ class Options(ModelChoice):
     """Inverse strength of the L2 regularisation, as scikit-learn's C; default: chosen among 1e-6 to 1e6"""
     cache: str | None = None
     """Folder for the features; default: beside --train and --test"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    json: Json = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("train", "test"):
             if not getattr(self, name):
                 raise ConfigError(f"--{name}: expected a folder with one sub-folder a class, or an npz of features")
-        if self.shots is not None and self.shots < 1:
-            raise ConfigError(f"--shots: expected at least 1, got {self.shots}")
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"--seeds: expected different numbers from 0 on, got {list(self.seeds)}")
         if self.c is not None and not (self.c > 0 and math.isfinite(self.c)):

@@ -15,6 +15,7 @@ from cn_clip import command
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.files import atomic_write, refuse_inputs
 from cn_clip.jsonl import dumps
+from cn_clip.option_types import Json
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +47,7 @@ class Options:
     """What is looked up: text (texts find pictures) or image (pictures find texts)"""
     device: str = "auto"
     """Where to multiply: auto, cpu, cuda, cuda:N or mps"""
-    json: bool = False
-    """Print a summary as one JSON object instead of lines of text"""
+    json: Json = False
 
     def __post_init__(self) -> None:
         for flag, value in (("--k", self.top_k), ("--eval-batch-size", self.eval_batch_size)):

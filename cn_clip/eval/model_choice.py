@@ -4,12 +4,15 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from cn_clip import zoo
+from cn_clip import settings, zoo
 from cn_clip.clip.backends.base import DEFAULT_CONTEXT_LENGTH, BackendName
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError
 from cn_clip.eval import backends
+from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads, NumWorkers
+from cn_clip.settings import Range
 
 DEFAULT_MODEL = "ViT-B-16"
 # The folder of a run in which the training keeps its checkpoints; all runs name them alike.
@@ -31,19 +34,15 @@ class ModelChoice:
     precision: backends.EvalPrecision = "fp32"
     """Arithmetic; amp is fp32. auto: the fastest close to it (cosine 0.999) that the device has. int8: onnx and
     openvino"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps; openvino computes on the cpu alone"""
-    batch_size: int = 64
+    device: BackendDevice = "auto"
+    batch_size: Annotated[int, Range(least=1)] = 64
     """Pictures, and texts, in a batch"""
-    num_workers: int = 4
-    """Threads that decode pictures; 0: decode between the batches"""
-    num_threads: int | None = None
-    """Threads that compute; default: one a core. tensorrt has none"""
+    num_workers: NumWorkers = 4
+    num_threads: NumThreads = None
     decode: Decode = "exact"
     """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little.
     reference: grey of 16 bits is clipped to white, as by Chinese-CLIP, not scaled to 8 bits"""
-    download_root: str | None = None
-    """Folder of downloaded and exported models; default: ~/.cache/clip"""
+    download_root: DownloadRoot = None
 
     def __post_init__(self) -> None:
         if self.model and self.checkpoint and zoo.named(self.model) is None:
@@ -52,9 +51,7 @@ class ModelChoice:
                 f"expected one of {', '.join(zoo.available_models())}"
             )
         backends.check(self)
-        for name, least in (("batch_size", 1), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+        settings.check(self)
 
     @property
     def resume(self) -> str:

@@ -11,6 +11,7 @@ from cn_clip import command
 from cn_clip.errors import DataError
 from cn_clip.files import atomic_write, refuse_inputs
 from cn_clip.jsonl import dumps
+from cn_clip.option_types import Json
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,7 @@ class Options:
 
     input: str
     """The jsonl annotation with the image_ids of each text_id"""
-    json: bool = False
-    """Print a summary as one JSON object instead of lines of text"""
+    json: Json = False
 
 
 def run(options: Options) -> None:

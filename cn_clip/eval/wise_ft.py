@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cn_clip import columns, command, settings
 from cn_clip.errors import ConfigError
+from cn_clip.option_types import ContextLength, Device, Json, NumWorkers
 from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
 
@@ -58,17 +59,13 @@ class Options:
     """Text tower; default: what the checkpoints hold"""
     batch_size: Annotated[int, Range(least=1)] = 64
     """Pictures, or texts, in a batch"""
-    context_length: Annotated[int, Range(least=3)] = CONTEXT_LENGTH
-    """Longest text in tokens, [CLS] and [SEP] included; default: that of the checkpoint's training, else 52"""
+    context_length: ContextLength = CONTEXT_LENGTH
     precision: Literal["amp", "auto", "fp16", "fp32", "bf16"] = "amp"
     """Arithmetic; amp is float32 here, as in the other evaluations. auto: the fastest close to it (cosine 0.999) that
     the device has"""
-    num_workers: Annotated[int, Range(least=0)] = 4
-    """Threads that decode pictures; 0: decode between the batches"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    num_workers: NumWorkers = 4
+    device: Device = "auto"
+    json: Json = False
 
     def __post_init__(self) -> None:
         for name in ("zeroshot", "finetuned"):

@@ -6,13 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cn_clip import command, drop_in
+from cn_clip import command, drop_in, settings
 from cn_clip.clip.backends.base import BackendName
 from cn_clip.clip.foreign.names import is_foreign
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.eval import backends
-from cn_clip.zoo import CONTEXT_LENGTH, TextName, VisionName
+from cn_clip.option_types import (
+    BackendDevice,
+    BatchSize,
+    ContextLength,
+    DownloadRoot,
+    Json,
+    NumThreads,
+    NumWorkers,
+    PictureTower,
+    Templates,
+    TextTower,
+)
+from cn_clip.zoo import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,10 +46,8 @@ class Options:
 
     datapath: str
     """Folder of test pictures, one folder a class: named by the label's number, or sorted as the labels are"""
-    vision_model: VisionName | None = None
-    """Picture tower; default: what the checkpoint holds"""
-    text_model: TextName | None = None
-    """Text tower; default: what the checkpoint holds"""
+    vision_model: PictureTower = None
+    text_model: TextTower = None
     precision: backends.EvalPrecision = "amp"
     """Arithmetic; amp is float32 here, as in Chinese-CLIP. auto: the fastest close to it (cosine 0.999) that the
     device has. int8: onnx and openvino"""
@@ -51,28 +61,20 @@ class Options:
     """JSON list that puts the pictures into ELEVATER's order"""
     save_dir: str = ""
     """Folder for the ELEVATER JSON file"""
-    img_batch_size: int = 64
-    """Pictures in a batch"""
-    context_length: int = CONTEXT_LENGTH
-    """Longest text in tokens, [CLS] and [SEP] included; default: that of the checkpoint's training, else 52"""
+    img_batch_size: BatchSize = 64
+    context_length: ContextLength = CONTEXT_LENGTH
     resume: backends.Model = None
     """Checkpoint: a file, a transformers folder, or the name of a published model; of other families hf:FOLDER or
     open_clip:ARCHITECTURE@FILE"""
-    num_workers: int = 4
-    """Threads that decode pictures; 0: decode between the batches"""
+    num_workers: NumWorkers = 4
     decode: Decode = "exact"
     """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little.
     reference: grey of 16 bits is clipped to white, as by Chinese-CLIP, not scaled to 8 bits"""
-    templates: str | None = None
-    """File of your own prompt templates: a JSON list, or one a line, each with one {}"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps; openvino computes on the cpu alone"""
-    num_threads: int | None = None
-    """Threads that compute; default: one a core. tensorrt has none"""
-    download_root: str | None = None
-    """Folder of downloaded and exported models; default: ~/.cache/clip"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    templates: Templates = None
+    device: BackendDevice = "auto"
+    num_threads: NumThreads = None
+    download_root: DownloadRoot = None
+    json: Json = False
 
     ADDED = ("num_threads", "templates")  # see `command.spelled_out`
 
@@ -82,9 +84,7 @@ class Options:
             raise ConfigError("--label-file: expected a text file with one label a line")
         if self.dataset in ("", ".", "..") or "/" in self.dataset or "\\" in self.dataset:
             raise ConfigError(f"--dataset: expected a name, which is that of the output file too, got {self.dataset!r}")
-        for name, least in (("img_batch_size", 1), ("context_length", 3), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+        settings.check(self)
 
     @property
     def output_file(self) -> Path:

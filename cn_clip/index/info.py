@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cn_clip import command
 from cn_clip.index.options import IndexPlace, with_store
+from cn_clip.option_types import Json
 
 if TYPE_CHECKING:
     from cn_clip.retrieval.manifest import Manifest
@@ -17,8 +18,7 @@ class Options:
 
     index: IndexPlace
     """The folder of the index, or --store milvus://HOST:PORT/COLLECTION"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    json: Json = False
 
 
 def run(options: Options) -> None:

@@ -9,6 +9,7 @@ import tyro
 
 from cn_clip import settings
 from cn_clip.clip.backends.base import BackendName, PrecisionChoice, check_precision
+from cn_clip.option_types import BackendDevice, BatchSize, DownloadRoot, Json, NumThreads
 from cn_clip.settings import Range
 
 IndexPlace: TypeAlias = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INDEX")]
@@ -42,14 +43,10 @@ class ModelOptions:
     """What runs the model; any backend may search what another has built"""
     precision: PrecisionChoice = "fp32"
     """Arithmetic, of those the backend has; auto: the fastest close to fp32 (cosine 0.999) that the device has"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps; openvino computes on the cpu alone"""
-    num_threads: Annotated[int | None, Range(least=1)] = None
-    """Threads that compute; default: one a core"""
-    download_root: str | None = None
-    """Folder of downloaded and exported models; default: ~/.cache/clip"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    device: BackendDevice = "auto"
+    num_threads: NumThreads = None
+    download_root: DownloadRoot = None
+    json: Json = False
 
     def __post_init__(self) -> None:
         check_precision(self.backend, self.precision)
@@ -64,8 +61,7 @@ class AddOptions(ModelOptions):
     """A .csv, .tsv or .jsonl table with a row a picture; its columns become metadata, `text` the caption"""
     image_column: str = "image"
     """The table's column of picture files, relative to the folder, or of ids"""
-    batch_size: Annotated[int, Range(least=1)] = 32
-    """Pictures in a batch"""
+    batch_size: BatchSize = 32
     num_workers: Annotated[int, Range(least=0)] = 2
     """Threads that read and decode pictures; 0: between the batches"""
     commit_every: Annotated[int, Range(least=1)] = 1000

@@ -9,6 +9,7 @@ import tyro
 from cn_clip import command
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.options import IndexPlace, with_store
+from cn_clip.option_types import Json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,7 @@ class Options:
     """Condition on metadata, such as group=动物"""
     all: bool = False
     """Remove every item, if --where fits every item"""
-    json: bool = False
-    """Print the result as one JSON object"""
+    json: Json = False
 
     def __post_init__(self) -> None:
         if not self.ids and self.where is None:

@@ -14,6 +14,7 @@ import tyro
 from cn_clip import command, files, settings
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.options import IndexPlace, ModelOptions, with_store
+from cn_clip.settings import Range
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Kind
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from cn_clip.retrieval.places import Searchable
     from cn_clip.retrieval.segments import FloatArray, ItemId
     from cn_clip.retrieval.store import Hit
-
-# Of a text and a picture mixed; what is shorter is rounding error.
-SHORTEST_QUERY = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +36,9 @@ class Options(ModelOptions):
     """A picture file to find the like of"""
     id: str | None = None
     """An item of the index to find the like of; it is not among the results"""
-    text_weight: float = 0.5
+    text_weight: Annotated[float, Range(least=0, most=1)] = 0.5
     """With a text and a picture: the share of the text, 0 to 1"""
-    k: int = 10
+    k: Annotated[int, Range(least=1)] = 10
     """Results"""
     min_score: float | None = None
     """Least score (cosine)"""
@@ -57,10 +55,6 @@ class Options(ModelOptions):
             raise ConfigError("give a text, --image or --id")
         if self.text is not None and not self.text.strip():
             raise ConfigError("the text is empty")
-        if not 0 <= self.text_weight <= 1:
-            raise ConfigError(f"--text-weight: expected 0 to 1, got {self.text_weight}")
-        if self.k < 1:
-            raise ConfigError(f"--k: expected at least 1, got {self.k}")
         if self.min_score is not None and math.isnan(self.min_score):
             raise ConfigError("--min-score: expected a number, got nan")
         if settings.is_given(self, "text_weight") and (self.text is None or (self.image is None and self.id is None)):
@@ -141,6 +135,8 @@ def _known_id(index: "Searchable", text: str) -> "ItemId":
 def _query(index: "Searchable", options: Options, own_id: "ItemId | None", say: command.Speaker) -> "FloatArray":
     import numpy as np
 
+    from cn_clip.retrieval.query import mixed
+
     given: dict[Kind, str | None] = {"text": options.text, "image": options.image}
     kinds = [kind for kind, value in given.items() if value is not None]
     encoder = _encoder(index, options, kinds, say) if kinds else None
@@ -153,12 +149,10 @@ def _query(index: "Searchable", options: Options, own_id: "ItemId | None", say: 
     text_D: FloatArray = encoder.encode_texts([options.text])[0]
     if picture_D is None:
         return text_D
-    mixed_D = options.text_weight * text_D + (1 - options.text_weight) * picture_D
-    length = float(np.linalg.norm(mixed_D))
-    if length < SHORTEST_QUERY:
-        raise ConfigError(f"--text-weight {options.text_weight}: the text and the picture cancel each other out")
-    query_D: FloatArray = (mixed_D / length).astype(np.float32)
-    return query_D
+    try:
+        return mixed(np.stack([text_D, picture_D]), [options.text_weight, 1 - options.text_weight])
+    except ConfigError as error:
+        raise ConfigError(f"--text-weight {options.text_weight}: {error}") from error
 
 
 def _encoder(index: "Searchable", options: Options, kinds: "Sequence[Kind]", say: command.Speaker) -> "Encoder":

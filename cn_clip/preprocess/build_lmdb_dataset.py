@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from cn_clip import command, terminal
 from cn_clip.digests import is_file, is_folder
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.option_types import CheckPictures, CheckWorkers, DataDir, Json
 
 if TYPE_CHECKING:
     from cn_clip.data.records import Fault, RecordId
@@ -26,20 +27,16 @@ T = TypeVar("T")
 class Options:
     """Pictures ({split}_imgs.tsv) and sentences ({split}_texts.jsonl) to LMDB, for training and feature extraction."""
 
-    data_dir: str
-    """The folder with the tsv files of pictures and the jsonl files of sentences"""
+    data_dir: DataDir
     splits: str
     """The splits to build, joined by commas (train,valid,test)"""
     lmdb_dir: str | None = None
     """Where the LMDB folders go; default: the folder lmdb in data_dir"""
     on_error: Literal["stop", "skip"] = "stop"
     """At a faulty record: stop, leaving what was there before, or skip it (counted and listed)"""
-    check_pictures: Literal["decode", "header", "none"] = "decode"
-    """How closely to look at each picture: decode it, read its header, or only its base64"""
-    num_workers: int = 2
-    """Threads that decode pictures for the check"""
-    json: bool = False
-    """Print a summary as one JSON object instead of lines of text"""
+    check_pictures: CheckPictures = "decode"
+    num_workers: CheckWorkers = 2
+    json: Json = False
 
     def __post_init__(self) -> None:
         split_names(self.splits)

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from cn_clip import command, terminal
 from cn_clip.digests import is_folder
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.option_types import CheckPictures, CheckWorkers, DataDir, Json
 from cn_clip.preprocess.build_lmdb_dataset import split_names
 
 
@@ -19,18 +19,14 @@ from cn_clip.preprocess.build_lmdb_dataset import split_names
 class Options:
     """Checks the tsv and jsonl files of a dataset and, where it is built, the LMDB against them."""
 
-    data_dir: str
-    """The folder with the tsv files of pictures and the jsonl files of sentences"""
+    data_dir: DataDir
     splits: str | None = None
     """The splits to check, joined by commas (train,valid,test); default: all that are there"""
     lmdb_dir: str | None = None
     """Where the LMDB folders are; default: the folder lmdb in data_dir"""
-    check_pictures: Literal["decode", "header", "none"] = "decode"
-    """How closely to look at each picture: decode it, read its header, or only its base64"""
-    num_workers: int = 2
-    """Threads that decode pictures for the check"""
-    json: bool = False
-    """Print the result as one JSON object instead of lines of text"""
+    check_pictures: CheckPictures = "decode"
+    num_workers: CheckWorkers = 2
+    json: Json = False
 
     def __post_init__(self) -> None:
         if self.splits is not None:

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Literal
 from cn_clip import command, terminal
 from cn_clip.digests import is_folder, is_there
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.option_types import Json
 from cn_clip.preprocess.build_lmdb_dataset import print_skipped, split_names
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ class Options:
     """At a picture that cannot be read or a row that is faulty: stop, or skip it (counted and listed)"""
     lmdb: bool = False
     """Build the LMDB folders as well"""
-    json: bool = False
-    """Print a summary as one JSON object instead of lines of text"""
+    json: Json = False
 
     def __post_init__(self) -> None:
         if self.folder is None and self.table is None:

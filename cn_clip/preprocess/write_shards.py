@@ -6,10 +6,12 @@ python cn_clip/preprocess/write_shards.py --data_dir ${DATAPATH}/datasets/MUGE -
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cn_clip import command
+from cn_clip import command, settings
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.option_types import Json
+from cn_clip.settings import Range
 
 if TYPE_CHECKING:
     from cn_clip.data.lmdb_store import ImageStore, Pair, PairStore
@@ -30,26 +32,22 @@ class Options:
     """The split of --data-dir to write"""
     lmdb: str | None = None
     """The LMDB of a split (.../lmdb/train), in place of --data-dir and --split"""
-    pairs_per_shard: int | None = None
+    pairs_per_shard: Annotated[int | None, Range(least=1)] = None
     """Pairs in a shard; default: 10000"""
-    num_shards: int | None = None
+    num_shards: Annotated[int | None, Range(least=1)] = None
     """Number of shards, of equal size give or take one pair, in place of --pairs-per-shard"""
     seed: int = 123
     """Seed of the order of the pairs"""
     overwrite: bool = False
     """Replace the shards that are in the folder"""
-    json: bool = False
-    """Print a summary as one JSON object instead of lines of text"""
+    json: Json = False
 
     def __post_init__(self) -> None:
         if (self.data_dir is None) == (self.lmdb is None):
             raise ConfigError("give --data-dir (and --split), or --lmdb: one of them says what to write")
         if self.pairs_per_shard is not None and self.num_shards is not None:
             raise ConfigError("--pairs-per-shard and --num-shards contradict each other; choose one")
-        for name in ("pairs_per_shard", "num_shards"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+        settings.check(self)
 
 
 def run(options: Options) -> None:

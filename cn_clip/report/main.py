@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import tyro
 
-from cn_clip import command
+from cn_clip import command, settings
 from cn_clip.errors import ConfigError
+from cn_clip.option_types import ContextLength, Device, NumThreads, NumWorkers, Templates
+from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class Options:
     """Model of the other parts: a file, a folder or a published name; default: the best checkpoint of the run"""
     data: str | None = None
     """Built split, such as LMDB/valid: its best and worst text queries with pictures, and recall"""
-    k: Annotated[int, tyro.conf.arg(aliases=("--top-k",))] = 5
+    k: Annotated[int, tyro.conf.arg(aliases=("--top-k",)), Range(least=1, most=MOST_HITS)] = 5
     """Pictures shown for each query"""
     zeroshot: str | None = None
     """Folder of test pictures, one folder a class, for the confusion matrix; with --labels"""
@@ -49,22 +51,17 @@ class Options:
     """Text file of the class labels, one a line"""
     dataset: str = "imagenet"
     """Name of the zero-shot dataset, which chooses the prompt templates"""
-    templates: str | None = None
-    """File of your own prompt templates: a JSON list, or one a line, each with one {}"""
+    templates: Templates = None
     picture: Words = ()
     """Pictures to look into, each with the --text of its place; one picture or one text serves all of the other"""
     text: Words = ()
     """Texts for --picture"""
-    batch_size: int = 64
+    batch_size: Annotated[int, Range(least=1)] = 64
     """Pictures or texts in a batch"""
-    num_workers: int = 2
-    """Threads that decode pictures; 0: decode between the batches"""
-    context_length: int = CONTEXT_LENGTH
-    """Longest text in tokens, [CLS] and [SEP] included; default: that of the checkpoint's training, else 52"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps"""
-    num_threads: int | None = None
-    """Threads that compute; default: one a core"""
+    num_workers: NumWorkers = 2
+    context_length: ContextLength = CONTEXT_LENGTH
+    device: Device = "auto"
+    num_threads: NumThreads = None
     download_root: str | None = None
     """Folder of downloaded models; default: ~/.cache/clip"""
     json: bool = False
@@ -85,12 +82,7 @@ class Options:
         self.pairs  # noqa: B018 - raises
 
     def _check_numbers(self) -> None:
-        for name, least in (("batch_size", 1), ("num_workers", 0), ("context_length", 3), ("num_threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
-        if not 1 <= self.k <= MOST_HITS:
-            raise ConfigError(f"--k: expected 1 to {MOST_HITS}, got {self.k}")
+        settings.check(self)
 
     def _check_parts(self) -> None:
         """Raises ConfigError for a setting of a part that is not asked for."""

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from cn_clip import command, extras, zoo
+from cn_clip import command, extras, settings, zoo
 from cn_clip.clip.backends.base import BackendName, PrecisionChoice, check_precision
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError, MissingExtraError
+from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads
 from cn_clip.serve.limits import LOG_TIME, Limits, flag
+from cn_clip.settings import Range
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -48,18 +50,15 @@ class Options(Limits):
     """What runs the model; all but torch export it at first use, and keep the export in DOWNLOAD_ROOT/exported"""
     precision: PrecisionChoice = "fp32"
     """Arithmetic, as the backend has it; auto: the fastest close to fp32 (cosine 0.999) that the device has"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps; openvino computes on the cpu alone"""
-    num_threads: int | None = None
-    """Threads that compute; default: one a core"""
-    download_root: str | None = None
-    """Folder of downloaded and exported models; default: ~/.cache/clip"""
+    device: BackendDevice = "auto"
+    num_threads: NumThreads = None
+    download_root: DownloadRoot = None
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 for all of this machine's"""
     allowed_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Name by which people reach the service, such as that of a reverse proxy. Without a key, others than localhost
     and --host are refused"""
-    port: int = 8000
+    port: Annotated[int, Range(least=0, most=65535)] = 8000
     """Port to listen at; 0: any that is free"""
     api_key: str | None = None
     """Key that requests must bear; better set in the environment as CN_CLIP_API_KEY, where `ps` does not show it"""
@@ -78,10 +77,7 @@ class Options(Limits):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_precision(self.backend, self.precision)
-        if not 0 <= self.port < 1 << 16:
-            raise ConfigError(f"--port: expected 0 to 65535, got {self.port}")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ConfigError(f"--num-threads: expected at least 1, got {self.num_threads}")
+        settings.check(self)
         if not self.drain_timeout > 0:
             raise ConfigError(f"{flag('drain_timeout')}: expected a positive number, got {self.drain_timeout}")
 

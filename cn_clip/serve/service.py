@@ -20,6 +20,7 @@ from cn_clip.errors import ConfigError, StoreError
 from cn_clip.eval import zeroshot
 from cn_clip.eval.templates import DEFAULT, load_templates
 from cn_clip.retrieval.places import Searchable, item_called
+from cn_clip.retrieval.query import mixed
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.store import Hit
 from cn_clip.serve.engine import Engine, Picture, Text
@@ -41,8 +42,6 @@ ResultT = TypeVar("ResultT")
 
 # Class vectors of the labels asked for last, kept in this many bytes.
 CLASSIFIER_BYTES = 64 << 20
-# Below this length the parts of a mixed query have cancelled each other out.
-_SHORTEST_QUERY = 1e-4
 
 
 class Found(NamedTuple):
@@ -207,14 +206,10 @@ class Service:
         for place, (part, _) in enumerate(named):
             if part.id is not None:
                 rows_ND[place] = await self.ask_index(_vector, index, part.id)
-        sum_D = np.array([part.weight for part in parts], dtype=np.float32) @ rows_ND
-        length = float(np.linalg.norm(sum_D))
-        if length < _SHORTEST_QUERY:
-            raise RefusalError(
-                400, "query: the weighted parts cancel each other out", param="query", code="invalid_value"
-            )
-        unit_1D: Rows = (sum_D / length)[None]
-        return unit_1D
+        try:
+            return mixed(rows_ND, [part.weight for part in parts])[None]
+        except ConfigError as error:
+            raise RefusalError(400, f"query: {error}", param="query", code="invalid_value") from error
 
 
 def known_id(index: Searchable, item_id: int | str) -> int | str:

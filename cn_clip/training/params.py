@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from cn_clip import command, ranks
+from cn_clip.option_types import Device
 from cn_clip.settings import Range, Rule, check, excludes, flag, is_given, needs
 from cn_clip.zoo import CONTEXT_LENGTH, VISION_MODELS, TextName, VisionName, vision_config
 
@@ -112,8 +113,7 @@ class Options:
     """The teacher of --distillation: a checkpoint, a model's name, or a ModelScope model id"""
     kd_loss_weight: Annotated[float, Range(least=0)] = 0.5
     """Weight of the loss of --distillation"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps"""
+    device: Device = "auto"
     num_threads: Annotated[int | None, Range(least=1)] = None
     """CPU threads of PyTorch; default: its own choice"""
     fsdp: bool = False
