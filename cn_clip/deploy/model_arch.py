@@ -25,7 +25,13 @@ ArchName: TypeAlias = Literal[
     "RN-Tiny-64",
     "ViT-Tiny-64",
 ]
-RequiredArch: TypeAlias = Annotated[ArchName | None, tyro.conf.arg(help_behavior_hint="(required)")]
+RequiredArch: TypeAlias = Annotated[
+    ArchName | None,
+    tyro.conf.arg(
+        help="The model: a published or bundled one, or the picture tower of the checkpoint",
+        help_behavior_hint="(required)",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,6 @@ class ConversionOptions:
     """What the commands that convert a PyTorch model share; each adds where its files go, and in what form."""
 
     model_arch: RequiredArch = None
-    """The model: a published or bundled one, or the picture tower of the checkpoint"""
     pytorch_ckpt_path: str | None = None
     """The checkpoint; default: the published one of that name"""
     download_root: str | None = None

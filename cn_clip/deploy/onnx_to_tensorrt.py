@@ -36,7 +36,6 @@ class Options:
     """
 
     model_arch: RequiredArch = None
-    """The model"""
     convert_text: ConvertText = False
     text_onnx_path: OnnxText = None
     convert_vision: ConvertVision = False

@@ -30,7 +30,6 @@ class Options:
     """
 
     model_arch: RequiredArch = None
-    """The model: a published or bundled one, or the picture tower of the checkpoint"""
     pytorch_ckpt: str | None = None
     """Checkpoint for PyTorch"""
     pytorch_precision: Literal["fp16", "fp32"] = "fp16"

@@ -10,17 +10,44 @@ from cn_clip import zoo
 from cn_clip.clip.backends.base import KINDS, BackendName, Kind, check_precision
 from cn_clip.clip.foreign.names import is_foreign
 from cn_clip.clip.foreign.snapshots import files_of as foreign_files
+from cn_clip.clip.transforms import Decode
 from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Backend, ExportedBackend, Precision, Tower
     from cn_clip.clip.encoder import Encoder
-    from cn_clip.clip.transforms import Decode
 
 EvalPrecision: TypeAlias = Literal["amp", "auto", "fp16", "fp32", "bf16", "int8"]
 Model: TypeAlias = Annotated[
-    str | None, tyro.conf.arg(help_behavior_hint="(required)", aliases=("--model",), metavar="MODEL")
+    str | None,
+    tyro.conf.arg(
+        help="Checkpoint: a file, a transformers folder, or the name of a published model; of other families hf:FOLDER "
+        "or open_clip:ARCHITECTURE@FILE",
+        help_behavior_hint="(required)",
+        aliases=("--model",),
+        metavar="MODEL",
+    ),
+]
+Runner: TypeAlias = Annotated[
+    BackendName,
+    tyro.conf.arg(
+        help="What runs the model; all but torch export it at first use, and keep the export in DOWNLOAD_ROOT/exported"
+    ),
+]
+Arithmetic: TypeAlias = Annotated[
+    EvalPrecision,
+    tyro.conf.arg(
+        help="Arithmetic; amp is float32 here, as in Chinese-CLIP. auto: the fastest close to it (cosine 0.999) that "
+        "the device has. int8: onnx and openvino"
+    ),
+]
+Decoding: TypeAlias = Annotated[
+    Decode,
+    tyro.conf.arg(
+        help="fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a "
+        "little. reference: grey of 16 bits is clipped to white, as by Chinese-CLIP, not scaled to 8 bits"
+    ),
 ]
 # What decides on the rows a tower gives, besides its inputs: values that JSON can hold.
 Identity: TypeAlias = Callable[[Kind], Mapping[str, object]]
@@ -46,7 +73,7 @@ class ModelOptions(Protocol):
     @property
     def num_threads(self) -> int | None: ...
     @property
-    def decode(self) -> "Decode": ...
+    def decode(self) -> Decode: ...
     @property
     def download_root(self) -> str | None: ...
 

@@ -24,6 +24,9 @@ NUM_PREDICTIONS = 10
 
 Ranking: TypeAlias = dict[RecordId, list[RecordId]]
 Direction: TypeAlias = Literal["text", "image"]
+Query: TypeAlias = Annotated[
+    Direction, tyro.conf.arg(help="What was looked up: text (texts find pictures) or image (pictures find texts)")
+]
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,7 @@ class Options:
     """The predictions: jsonl with exactly 10 ids for each query, best first"""
     output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RESULT")]
     """The result JSON to write"""
-    query: Direction = "text"
-    """What was looked up: text (texts find pictures) or image (pictures find texts)"""
+    query: Query = "text"
     json: Json = False
 
 

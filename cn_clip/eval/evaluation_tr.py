@@ -33,8 +33,7 @@ class Options(evaluation.Options):
     A fault gives the error JSON and exit status 1.
     """
 
-    query: evaluation.Direction = "image"
-    """What was looked up: text (texts find pictures) or image (pictures find texts)"""
+    query: evaluation.Query = "image"
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cn_clip import command, drop_in
-from cn_clip.clip.backends.base import BackendName
 from cn_clip.errors import ConfigError
 from cn_clip.eval import backends, extraction, ray_settings
 from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads, PictureTower, TextTower
@@ -23,13 +22,8 @@ class Options(ray_settings.RaySettings, extraction.Settings):
     """
 
     resume: backends.Model = None
-    """Checkpoint: a file, a transformers folder, or the name of a published model; of other families hf:FOLDER or
-    open_clip:ARCHITECTURE@FILE"""
-    precision: backends.EvalPrecision = "amp"
-    """Arithmetic; amp is float32 here, as in Chinese-CLIP. auto: the fastest close to it (cosine 0.999) that the
-    device has. int8: onnx and openvino"""
-    backend: BackendName = "torch"
-    """What runs the model; all but torch export it at first use, and keep the export in DOWNLOAD_ROOT/exported"""
+    precision: backends.Arithmetic = "amp"
+    backend: backends.Runner = "torch"
     vision_model: PictureTower = None
     text_model: TextTower = None
     device: BackendDevice = "auto"

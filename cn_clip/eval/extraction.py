@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from cn_clip import __version__, command, settings
-from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError
+from cn_clip.eval.backends import Decoding
 from cn_clip.eval.feature_formats import OutputFormat, format_of
 from cn_clip.files import refuse_inputs
 from cn_clip.option_types import BatchSize, ContextLength, Json, NumWorkers
@@ -58,9 +58,7 @@ class Settings:
     """Texts in a batch"""
     context_length: ContextLength = CONTEXT_LENGTH
     num_workers: NumWorkers = 1
-    decode: Decode = "exact"
-    """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little.
-    reference: grey of 16 bits is clipped to white, as by Chinese-CLIP, not scaled to 8 bits"""
+    decode: Decoding = "exact"
     debug: bool = False
     """Log what is opened and downloaded, to stderr"""
     json: Json = False

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from cn_clip.eval.feature_files import Features
 
 Side: TypeAlias = Literal["text", "image"]
+Query: TypeAlias = Annotated[
+    Side, tyro.conf.arg(help="What is looked up: text (texts find pictures) or image (pictures find texts)")
+]
 
 _QUERIES_A_STEP = 1024
 _OTHER: dict[Side, Side] = {"text": "image", "image": "text"}
@@ -43,8 +46,7 @@ class Options:
     """How many to find for each query"""
     eval_batch_size: int = 32768
     """How many vectors of the searched side are compared at a time; bounds memory, does not change the result"""
-    query: Side = "text"
-    """What is looked up: text (texts find pictures) or image (pictures find texts)"""
+    query: Query = "text"
     device: str = "auto"
     """Where to multiply: auto, cpu, cuda, cuda:N or mps"""
     json: Json = False

@@ -15,8 +15,7 @@ from cn_clip.eval import make_topk_predictions
 class Options(make_topk_predictions.Options):
     """Exact top-k search by inner product, one line of ids for each query; by default: pictures find texts."""
 
-    query: make_topk_predictions.Side = "image"
-    """What is looked up: text (texts find pictures) or image (pictures find texts)"""
+    query: make_topk_predictions.Query = "image"
 
 
 def parse_args() -> Namespace:

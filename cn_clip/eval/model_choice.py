@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cn_clip import settings, zoo
-from cn_clip.clip.backends.base import DEFAULT_CONTEXT_LENGTH, BackendName
-from cn_clip.clip.transforms import Decode
+from cn_clip.clip.backends.base import DEFAULT_CONTEXT_LENGTH
 from cn_clip.errors import ConfigError
 from cn_clip.eval import backends
 from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads, NumWorkers
@@ -29,8 +28,7 @@ class ModelChoice:
     checkpoint is given. Beside --checkpoint: the model whose weights these are"""
     checkpoint: str | None = None
     """Weights of your own: a file or a transformers folder"""
-    backend: BackendName = "torch"
-    """What runs the model; all but torch export it at first use, and keep the export in DOWNLOAD_ROOT/exported"""
+    backend: backends.Runner = "torch"
     precision: backends.EvalPrecision = "fp32"
     """Arithmetic; amp is fp32. auto: the fastest close to it (cosine 0.999) that the device has. int8: onnx and
     openvino"""
@@ -39,9 +37,7 @@ class ModelChoice:
     """Pictures, and texts, in a batch"""
     num_workers: NumWorkers = 4
     num_threads: NumThreads = None
-    decode: Decode = "exact"
-    """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little.
-    reference: grey of 16 bits is clipped to white, as by Chinese-CLIP, not scaled to 8 bits"""
+    decode: backends.Decoding = "exact"
     download_root: DownloadRoot = None
 
     def __post_init__(self) -> None:

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cn_clip import command, drop_in, settings
-from cn_clip.clip.backends.base import BackendName
 from cn_clip.clip.foreign.names import is_foreign
-from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.eval import backends
 from cn_clip.option_types import (
@@ -48,11 +46,8 @@ class Options:
     """Folder of test pictures, one folder a class: named by the label's number, or sorted as the labels are"""
     vision_model: PictureTower = None
     text_model: TextTower = None
-    precision: backends.EvalPrecision = "amp"
-    """Arithmetic; amp is float32 here, as in Chinese-CLIP. auto: the fastest close to it (cosine 0.999) that the
-    device has. int8: onnx and openvino"""
-    backend: BackendName = "torch"
-    """What runs the model; all but torch export it at first use, and keep the export in DOWNLOAD_ROOT/exported"""
+    precision: backends.Arithmetic = "amp"
+    backend: backends.Runner = "torch"
     label_file: command.Required = None
     """Text file of the labels, one a line"""
     dataset: str = "imagenet"
@@ -64,12 +59,8 @@ class Options:
     img_batch_size: BatchSize = 64
     context_length: ContextLength = CONTEXT_LENGTH
     resume: backends.Model = None
-    """Checkpoint: a file, a transformers folder, or the name of a published model; of other families hf:FOLDER or
-    open_clip:ARCHITECTURE@FILE"""
     num_workers: NumWorkers = 4
-    decode: Decode = "exact"
-    """fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a little.
-    reference: grey of 16 bits is clipped to white, as by Chinese-CLIP, not scaled to 8 bits"""
+    decode: backends.Decoding = "exact"
     templates: Templates = None
     device: BackendDevice = "auto"
     num_threads: NumThreads = None

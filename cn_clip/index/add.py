@@ -16,7 +16,6 @@ class Options(AddOptions):
     """Adds what a source holds, and removes nothing; what is there already is brought up to date."""
 
     index: IndexPlace
-    """The folder of the index, or --store milvus://HOST:PORT/COLLECTION"""
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A picture, a folder of pictures, an LMDB split or picture features"""
     id_prefix: str = ""

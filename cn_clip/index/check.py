@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cn_clip import command, settings
 from cn_clip.errors import ConfigError
-from cn_clip.index.options import AddOptions, IndexPlace
+from cn_clip.index.options import AddOptions, IndexFolder
 
 if TYPE_CHECKING:
     from cn_clip.retrieval.inspection import Damage
@@ -21,7 +21,7 @@ class Options(AddOptions):
     are. Beyond repair are the manifest and the list of removed items. The index as it was is kept in a folder inside.
     """
 
-    index: IndexPlace
+    index: IndexFolder
     """The folder of the index"""
     repair: bool = False
     """Repair; items of which neither vector nor picture is left are dropped and counted"""

@@ -17,7 +17,6 @@ class Options:
     """Tells the model, the engine, and how much there is of what."""
 
     index: IndexPlace
-    """The folder of the index, or --store milvus://HOST:PORT/COLLECTION"""
     json: Json = False
 
 

@@ -12,7 +12,11 @@ from cn_clip.clip.backends.base import BackendName, PrecisionChoice, check_preci
 from cn_clip.option_types import BackendDevice, BatchSize, DownloadRoot, Json, NumThreads
 from cn_clip.settings import Range
 
-IndexPlace: TypeAlias = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INDEX")]
+IndexPlace: TypeAlias = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(metavar="INDEX", help="The folder of the index, or --store milvus://HOST:PORT/COLLECTION"),
+]
+IndexFolder: TypeAlias = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INDEX")]
 
 
 def with_store(args: Sequence[str] | None) -> list[str]:

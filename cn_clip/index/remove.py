@@ -20,7 +20,6 @@ class Options:
     """
 
     index: IndexPlace
-    """The folder of the index, or --store milvus://HOST:PORT/COLLECTION"""
     ids: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="ID")] = ()
     """Items to remove"""
     where: str | None = None

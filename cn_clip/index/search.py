@@ -29,7 +29,6 @@ class Options(ModelOptions):
     """Finds the pictures nearest to a text, a picture, both together, or one of the index."""
 
     index: IndexPlace
-    """The folder of the index, or --store milvus://HOST:PORT/COLLECTION"""
     text: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="TEXT")] = None
     """What the pictures should show"""
     image: str | None = None
