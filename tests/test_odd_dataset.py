@@ -286,3 +286,45 @@ def _faults(folder: Path) -> list[dict[str, Any]]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()), pytest.raises(SystemExit):
         cli.main(["dataset", "check", "--data_dir", str(folder), "--json"])
     return list(json.loads(out.getvalue())["splits"][0]["faults"])
+
+
+def test_labels_and_class_folders_may_be_as_odd(tmp_path: Path, trained: tuple[Path, dict[str, float]]) -> None:
+    """Curly quotes, a byte-order mark and CRLF in the labels; pictures of every suffix and kind, with none too."""
+    plain, labels, pictures = ['"生日"蛋糕', "行\u2028内", "A red HEART"], tmp_path / "labels.txt", emoji.load()
+    kinds = {".jfif": "JPEG", ".JPE": "JPEG", ".webp": "WEBP", "": "PNG", ".TIF": "TIFF", ".gif": "GIF"}
+    for number in range(18):
+        path = tmp_path / "test" / str(number % 3) / f"{number:02d}图{list(kinds)[number % 6]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.open(io.BytesIO(pictures[number].picture)).convert("RGB")
+        picture.save(path, kinds[list(kinds)[number % 6]])
+    model = ("--model", trained[0], "--device", "cpu", "--num-workers", 0)
+
+    def zeroshot(written: bytes, folder: str) -> tuple[dict[str, Any], list[list[float]]]:
+        labels.write_bytes(written)
+        where = ("--datapath", tmp_path / "test", "--label-file", labels, "--dataset", "odd", "--save-dir")
+        result = run("zeroshot", *where, tmp_path / folder, *model)
+        return result, json.loads((tmp_path / folder / "odd.json").read_text("utf-8"))["predictions"][0]
+
+    result, shares = zeroshot("\n".join(plain).encode(), "plain")
+    odd, odd_shares = zeroshot(BOM + "“生日”蛋糕\r\n行\u2028内\r\nA red HEART\r\n".encode(), "odd")
+    assert np.shape(shares) == (18, 3)
+    np.testing.assert_array_equal(odd_shares, shares)
+    own = {"predictions", "per_class"}
+    assert {name: odd[name] for name in odd.keys() - own} == {name: result[name] for name in result.keys() - own}
+    # The same figure in the table, from a file that has a byte-order mark itself.
+    (tmp_path / "z.json").write_bytes(BOM + json.dumps(odd).encode())
+    top1 = _numbers(run("compare", f"ours={tmp_path / 'z.json'}"))[0]
+    by_hand = np.mean(np.argmax(np.array(shares), axis=1) == np.repeat([0, 1, 2], 6))
+    assert top1 == pytest.approx(100 * by_hand)
+    # A probe of the same pictures, and of their features, ends alike.
+    rows = Encoder(trained[0], device="cpu").encode_images(sorted((tmp_path / "test").glob("*/*")))
+    np.savez(tmp_path / "rows.npz", features=rows, labels=np.repeat([0, 1, 2], 6))
+    probes = [
+        run("linear-probe", "--train", one, "--test", one, "--c", 1, *more)
+        for one, more in (
+            (tmp_path / "test", ("--checkpoint", *model[1:])),
+            (tmp_path / "rows.npz", ("--device", "cpu")),
+        )
+    ]
+    assert probes[0]["top1"] == pytest.approx(probes[1]["top1"])
+    assert probes[0]["num_test"] == 18
