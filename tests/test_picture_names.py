@@ -39,7 +39,7 @@ def test_what_begins_otherwise_is_no_picture(head: bytes) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A class folder with a file of every suffix, one without, and three that are no pictures."""
+    """A class folder with a file of every suffix, one without, three that are no pictures, and links to folders."""
     place = tmp_path / "all" / "0"
     place.mkdir(parents=True)
     for number, suffix in enumerate(PICTURE_SUFFIXES):
@@ -49,6 +49,13 @@ def folder(tmp_path: Path) -> Path:
     (place / "a.txt").write_bytes(b"")
     (place / "b.txt").write_bytes(b"")
     (place / ".hidden.png").write_bytes(b"")
+    (place / ".hidden").mkdir()
+    (place / ".hidden" / "97图.png").write_bytes(encoded("PNG"))
+    (tmp_path / "other disk").mkdir()
+    (tmp_path / "other disk" / "96图.png").write_bytes(encoded("PNG"))
+    (place / "link").symlink_to(tmp_path / "other disk")
+    (place / "second link").symlink_to(tmp_path / "other disk")
+    (place / "link to itself").symlink_to(place)
     return tmp_path / "all"
 
 
@@ -56,8 +63,8 @@ def test_every_command_takes_the_same_files_and_counts_the_others(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("pyarrow")
-    expected = {str(path.relative_to(folder)) for path in folder.rglob("[0-9]*图*")}
-    assert len(expected) == len(PICTURE_SUFFIXES) + 1
+    expected = {str(path.relative_to(folder)) for path in (folder / "0").glob("[0-9]*图*")} | {"0/link/96图.png"}
+    assert len(expected) == len(PICTURE_SUFFIXES) + 2
     with caplog.at_level(logging.WARNING):
         taken = {
             "zeroshot, linear-probe, evaluate": [path for path, _ in ClassFolders(folder).samples],

@@ -15,6 +15,7 @@ from cn_clip.clip.backends.base import Pixels
 from cn_clip.clip.inputs import PictureTransform
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES, is_picture_file, passed_over
 from cn_clip.clip.pictures import decoded_batches
+from cn_clip.data.folders import walked
 from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId
@@ -158,26 +159,13 @@ class ClassFolders:
 def _pictures(folder: Path, others: list[str]) -> list[str]:
     """The pictures below a folder; the names of what is none go into `others`."""
     found: list[str] = []
-    for place, names in sorted(_places(folder)):
-        for path in (os.path.join(place, name) for name in sorted(names) if not name.startswith(".")):
+    for below, _, names in sorted(walked(folder, _refuse)):
+        for path in (os.path.join(below, name) for name in names):
             (found if is_picture_file(path) else others).append(path)
     if not found:
         raise DataError(f"{folder}: holds no picture; expected files ending in {', '.join(PICTURE_SUFFIXES)}")
     return found
 
 
-def _places(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """The folders below, links followed, each once, with the names in them; raises UnreadableError."""
-    seen: set[str] = set()
-
-    def refuse(error: OSError) -> None:
-        raise UnreadableError.of(error.filename, error) from error
-
-    for place, below, names in os.walk(folder, followlinks=True, onerror=refuse):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        real = os.path.realpath(place)
-        if real in seen:
-            below.clear()
-        else:
-            seen.add(real)
-            yield place, names
+def _refuse(error: OSError) -> None:
+    raise UnreadableError.of(error.filename, error) from error

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from cn_clip.data.folders import walked
 from cn_clip.data.names import spelled
 from cn_clip.errors import ConfigError, DataError, is_absent
 from cn_clip.extras import require
@@ -88,15 +89,13 @@ class Storage:
 
     def _walked(self, recursive: bool) -> list[FoundFile]:
         """pyarrow cannot list a folder with a name that is not UTF-8."""
-        files, seen = list[FoundFile](), set[str]()
-        for place, folders, names in os.walk(self.path, onerror=_refuse, followlinks=True):
-            real = os.path.realpath(place)
-            folders[:] = sorted(folders) if recursive and real not in seen else []
-            if real not in seen:
-                below = place.removeprefix(self.path).replace(os.sep, "/").strip("/")
-                paths = [self.child(f"{below}/{name}" if below else name).path for name in names]
-                files += [found for path in paths if (found := _found(path)) is not None]
-            seen.add(real)
+        files = list[FoundFile]()
+        for folder, folders, names in walked(self.path, _refuse):
+            below = folder.removeprefix(self.path).replace(os.sep, "/").strip("/")
+            paths = [self.child(f"{below}/{name}" if below else name).path for name in names]
+            files += [found for path in paths if (found := _found(path)) is not None]
+            if not recursive:
+                folders.clear()
         return files
 
     def _is_hidden(self, path: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES, suffix_of
+from cn_clip.data.folders import walked
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
 from cn_clip.data.names import spelled
 from cn_clip.digests import is_file, is_folder, is_there
@@ -97,7 +98,7 @@ def _open(path: Path, id_prefix: str) -> Source:
 
 def _folder(root: Path, id_prefix: str) -> Source:
     """All below `root` in sorted order, links followed, each folder once; hidden names and indexes are passed over."""
-    source, seen = Source(os.fspath(root), id_prefix), set()
+    source = Source(os.fspath(root), id_prefix)
 
     def unreadable(error: OSError) -> None:
         if error.filename == os.fspath(root):
@@ -106,21 +107,12 @@ def _folder(root: Path, id_prefix: str) -> Source:
             Skipped(_id(source, str(error.filename)), f"cannot be read ({error.strerror})", is_gone=False)
         )
 
-    for place, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        try:
-            facts = os.stat(place)
-        except OSError as error:  # it was removed meanwhile
-            unreadable(error)
+    for folder, folders, names in walked(root, unreadable):
+        if _is_index(names, folders):
             folders.clear()
             continue
-        if (facts.st_dev, facts.st_ino) in seen or _is_index(names, folders):
-            folders.clear()
-            continue
-        seen.add((facts.st_dev, facts.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                _look_at(source, os.path.join(place, name))
+        for name in names:
+            _look_at(source, os.path.join(folder, name))
     return source
 
 

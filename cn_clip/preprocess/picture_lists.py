@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from cn_clip import extras
 from cn_clip.clip.picture_names import is_picture_file, passed_over
+from cn_clip.data.folders import walked
 from cn_clip.data.names import characters, spelled
 from cn_clip.data.records import Fault, RecordId, canonical_id
 from cn_clip.digests import is_file
@@ -71,14 +72,11 @@ def _picture_files(folder: Path, unread: list[Fault]) -> list[Path]:
     def note(error: OSError) -> None:
         unread.append(Fault(str(error.filename), None, f"the folder cannot be read ({error.strerror})"))
 
-    for place, folders, names in os.walk(folder, onerror=note):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for below, _, names in walked(folder, note):
         for name in names:
-            if name.startswith("."):
-                continue
-            path = Path(place, name)
-            if is_picture_file(str(path)):
-                found.append(path)
+            path = os.path.join(below, name)
+            if is_picture_file(path):
+                found.append(Path(path))
             else:
                 others.append(name)
     if others:
