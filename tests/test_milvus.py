@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -394,3 +394,32 @@ def test_a_server_that_comes_up_late_is_waited_for(address: Address) -> None:
     assert Collection(Address("127.0.0.1", port, address.collection, timeout=20)).facts() is None
     timer.join()
     relays[0].close()
+
+
+class KeptRows:
+    """In place of a collection: rows by their keys, and what was asked for."""
+
+    def __init__(self, items: list[NewItem]) -> None:
+        self.asked: list[int] = []
+        self._rows = {milvus.key_of(item.id): milvus._fields_of(item, b"{}", 0) for item in items}
+
+    def of_keys(self, keys: Iterable[str], fields: list[str], condition: str = "") -> list[dict[str, Any]]:
+        found = [self._rows[key] for key in keys if key in self._rows]
+        self.asked.append(len(found))
+        return [row for row in found if row["thumbnail"] or not condition]
+
+
+def test_many_items_and_thumbnails_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [NewItem(number, np.full(16, number), {}, b"jpg" if number % 2 else b"") for number in range(10)]
+    rows: Any = KeptRows(items)
+    index = object.__new__(MilvusIndex)
+    index._collection = rows
+    assert index.with_thumbnail([*range(10), "none"]) == {1, 3, 5, 7, 9}
+    writer = object.__new__(milvus.MilvusWriter)
+    writer._collection, writer._items = rows, {item.id: {"n": item.id} for item in items}
+    monkeypatch.setattr(milvus, "WINDOW", 6)
+    stored = writer.stored([*range(10), "none"])
+    assert {one.id: (one.vector_D[0], one.metadata["n"], one.thumbnail) for one in stored.values()} == {
+        item.id: (item.id, item.id, item.thumbnail) for item in items
+    }
+    assert rows.asked == [10, 6, 4]
