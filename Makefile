@@ -41,9 +41,9 @@ demo: $(VENV)/.core
 	$(BIN)/cn-clip demo --output demo-output
 
 # A process a core, one thread each; a file stays in one process, whose fixtures its tests share. Files that load
-# OpenVINO come by themselves: with OpenVINO 2026.4, a process that has used it and forks later may crash. Those of the
-# documents use it in other processes.
-OPENVINO_TESTS := $(filter-out tests/test_docs.py,$(shell grep -l -i openvino tests/test_*.py))
+# OpenVINO come by themselves: with OpenVINO 2026.4, a process that has used it and forks later may crash. These two
+# use it in other processes.
+OPENVINO_TESTS := $(filter-out tests/test_docs.py tests/test_processes.py,$(shell grep -l -i openvino tests/test_*.py))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 test: $(VENV)/.dev
 	$(PYTEST) $(addprefix --ignore=,$(OPENVINO_TESTS))
