@@ -174,7 +174,7 @@ def test_the_product_that_loses_most_is_left_out_of_int8(
     assert everything.share is not None
     assert report.share.num_int8 == everything.share.num_int8 - 1
     assert (props(tmp_path / "m.onnx")["left_out"], props(tmp_path / "m.onnx")["precision"]) == ([worst], "int8")
-    assert OnnxTower(tmp_path / "m.onnx", "image", device="cpu").facts.left_out == (worst,)
+    assert parity.open_form(tmp_path / "m.onnx", "image", form).facts.left_out == (worst,)
 
 
 @pytest.mark.parametrize("form", ["int8", "int8.openvino"])
