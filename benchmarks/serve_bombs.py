@@ -6,17 +6,20 @@ Some clients send texts, others one kind of picture after another. At last it ge
 """
 
 import asyncio
+import contextlib
 import io
 import json
+import multiprocessing
 import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -33,6 +36,9 @@ from cn_clip import columns, command  # noqa: E402
 from cn_clip.clip.backends.base import BackendName, Precision  # noqa: E402
 from cn_clip.deploy import machine  # noqa: E402
 from cn_clip.emoji_pack import load  # noqa: E402
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import Queue
 
 ALONE = "nothing else"
 
@@ -100,9 +106,9 @@ def run(options: Options) -> None:
         asyncio.run(crowd(texts, options.clients, port, 3.0))
         for name, made in {ALONE: lambda: b"", **pictures()}.items():
             body = None if name == ALONE else _body(made())
-            waits.append(asyncio.run(beside(name, body, texts, process.pid, port, options)))
+            waits.append(beside(name, body, texts, process.pid, port, options))
             say("\n".join(_table(waits).splitlines()[-1:]))
-        seconds = asyncio.run(ended(process, _body(pictures()["PBM of comments"]()), port))
+        seconds = ended(process, _body(pictures()["PBM of comments"]()), port)
     say(_table(waits))
     say(f"SIGTERM while pictures are decoded: ended after {seconds:.1f} s of {options.drain_timeout:g} at most")
     say.result(
@@ -119,47 +125,62 @@ def _body(picture: bytes) -> bytes:
     return json.dumps({"model": "served", "encoding_format": "base64", "input": {"image": data_url(picture)}}).encode()
 
 
-async def beside(name: str, body: bytes | None, texts: Sequence[bytes], pid: int, port: int, options: Options) -> Wait:
+@contextlib.contextmanager
+def attacking(body: bytes | None, port: int, number: int) -> Iterator["Queue[int]"]:
+    """Clients in a process of their own, so that theirs is not the time measured; the queue takes each status."""
+    context = multiprocessing.get_context("spawn")
+    answers: Queue[int] = context.Queue()
+    process = context.Process(target=_attack, args=(body, port, number, answers), daemon=True)
+    if body is not None:
+        process.start()
+        answers.get()  # it sends
+    try:
+        yield answers
+    finally:
+        if body is not None:
+            process.terminate()
+            process.join()
+
+
+def _attack(body: bytes, port: int, number: int, answers: "Queue[int]") -> None:
+    async def client() -> None:
+        while True:
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                status, _ = await exchange(reader, writer, "POST /v1/embeddings", body)
+                writer.close()
+            except (OSError, EOFError):  # refused before all was sent, or nobody listens any more
+                status = 0
+            answers.put(status)
+            await asyncio.sleep(0.02)
+
+    async def clients() -> None:
+        await asyncio.gather(*[client() for _ in range(number)])
+
+    answers.put(0)
+    asyncio.run(clients())
+
+
+def beside(name: str, body: bytes | None, texts: Sequence[bytes], pid: int, port: int, options: Options) -> Wait:
     """Texts for some seconds, beside clients that send `body` again and again."""
-    answers: Counter[int] = Counter()
-    attackers = [asyncio.create_task(_attack(body, port, answers)) for _ in range(options.attackers if body else 0)]
-    await asyncio.sleep(0.5 if body else 0)
-    seconds, _ = await crowd(texts, options.clients, port, options.seconds)
-    memory_mb = resident_mb(pid)
-    for one in attackers:
-        one.cancel()
-    await asyncio.gather(*attackers, return_exceptions=True)
+    with attacking(body, port, options.attackers) as statuses:
+        time.sleep(0.5 if body else 0)
+        seconds, _ = asyncio.run(crowd(texts, options.clients, port, options.seconds))
+        memory_mb = resident_mb(pid)
+        answers = Counter(statuses.get() for _ in range(statuses.qsize()))
     cuts = statistics.quantiles(seconds, n=100)
     rate = len(seconds) / options.seconds
     return Wait(name, cuts[49] * 1e3, cuts[94] * 1e3, rate, dict(sorted(answers.items())), memory_mb)
 
 
-async def _attack(body: bytes, port: int, answers: "Counter[int]") -> None:
-    while True:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        try:
-            status, _ = await exchange(reader, writer, "POST /v1/embeddings", body)
-            answers[status] += 1
-        except (OSError, EOFError):  # refused before all was sent
-            answers[0] += 1
-        finally:
-            writer.close()
-        await asyncio.sleep(0.02)
-
-
-async def ended(process: "subprocess.Popen[str]", body: bytes, port: int) -> float:
+def ended(process: "subprocess.Popen[str]", body: bytes, port: int) -> float:
     """Seconds from SIGTERM to the end of the service, which decodes at that moment."""
-    answers: Counter[int] = Counter()
-    attackers = [asyncio.create_task(_attack(body, port, answers)) for _ in range(4)]
-    await asyncio.sleep(1.0)
-    begin = time.perf_counter()
-    process.send_signal(signal.SIGTERM)
-    await asyncio.to_thread(process.wait)
-    seconds = time.perf_counter() - begin
-    for one in attackers:
-        one.cancel()
-    await asyncio.gather(*attackers, return_exceptions=True)
-    return seconds
+    with attacking(body, port, 4):
+        time.sleep(1)
+        begin = time.perf_counter()
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        return time.perf_counter() - begin
 
 
 def _table(waits: Sequence[Wait]) -> str:
