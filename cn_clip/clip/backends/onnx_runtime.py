@@ -88,11 +88,21 @@ class OnnxTower:
         self.facts: TowerFacts = facts_of(self.place, kind, inputs=inputs, outputs=outputs, metadata=metadata)
         self._input, self._output = INPUTS[kind], OUTPUTS[kind]
         self._type = np.float16 if self._session.get_inputs()[0].type == "tensor(float16)" else None
+        self._misfit: type[Exception] = runtime.capi.onnxruntime_pybind11_state.InvalidArgument
 
     def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
-        """A batch to features (B, D) of the type of the file, not scaled to unit length."""
+        """A batch to features (B, D) of the type of the file, not scaled to unit length.
+
+        Raises CheckpointError for a batch of a shape or type that the file does not take.
+        """
         fed = inputs if self._type is None else inputs.astype(self._type)
-        features: NDArray[np.floating] = self._session.run([self._output], {self._input: fed})[0]
+        try:
+            features: NDArray[np.floating] = self._session.run([self._output], {self._input: fed})[0]
+        except self._misfit as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{self.place}: does not take a batch of {fed.dtype} {fed.shape} ({reason}); export the model again"
+            ) from error
         return features
 
 
