@@ -21,7 +21,7 @@ CONSTRAINTS = [
     if line and not line.startswith("#")
 ]
 # Torch releases on which the whole test suite passed; the range of the package ends after the newest.
-TESTED_TORCH = ("2.13.0",)
+TESTED_TORCH = ("2.13.0", "2.14.1")
 
 
 def requirement(name: str) -> Requirement:
