@@ -8,7 +8,6 @@ Some clients send texts, others one kind of picture after another. At last it ge
 import asyncio
 import contextlib
 import io
-import json
 import multiprocessing
 import signal
 import statistics
@@ -29,7 +28,7 @@ for folder in ("", "benchmarks", "tests"):
     sys.path.insert(0, str(ROOT / folder))
 
 import picture_bombs as bombs  # noqa: E402
-from serve_load import crowd, data_url, exchange, request_bodies, service  # noqa: E402
+from serve_load import crowd, data_url, exchange, request_bodies, request_body, service  # noqa: E402
 from serve_soak import resident_mb  # noqa: E402
 
 from cn_clip import columns, command  # noqa: E402
@@ -122,7 +121,7 @@ def run(options: Options) -> None:
 
 
 def _body(picture: bytes) -> bytes:
-    return json.dumps({"model": "served", "encoding_format": "base64", "input": {"image": data_url(picture)}}).encode()
+    return request_body({"image": data_url(picture)})
 
 
 @contextlib.contextmanager

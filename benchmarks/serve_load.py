@@ -235,7 +235,11 @@ def rotated(bodies: Sequence[bytes], start: int) -> Sequence[bytes]:
 
 def request_bodies(kind: Kind, texts: Sequence[str]) -> list[bytes]:
     given = texts if kind == "text" else [{"image": data_url(one.picture)} for one in load()]
-    return [json.dumps({"model": "served", "encoding_format": "base64", "input": one}).encode() for one in given]
+    return [request_body(one) for one in given]
+
+
+def request_body(given: object) -> bytes:
+    return json.dumps({"model": "served", "encoding_format": "base64", "input": given}).encode()
 
 
 def data_url(picture: bytes) -> str:

@@ -146,6 +146,22 @@ def test_curves_are_drawn_at_every_validation_and_at_the_end_if_there_is_more(
     assert undrawn == [tmp_path / "curves.png"] * (2 + steps_after)
 
 
+def test_a_picture_that_could_not_be_written_is_drawn_again_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[OSError | None] = [OSError(28, "No space left on device"), None]
+
+    def draw(*_: object, **__: object) -> None:
+        if (outcome := outcomes.pop(0)) is not None:
+            raise outcome
+
+    monkeypatch.setattr(monitor, "draw", draw)
+    run = Monitor(tmp_path, start_step=0, tensorboard=False)
+    run.validation(0, {"loss": 4.5})
+    run.close()
+    assert outcomes == []
+
+
 def test_a_resumed_run_draws_what_came_before_too(tmp_path: Path, undrawn: list[Path]) -> None:
     train(tmp_path, 1, 4, validates=True)
     run = train(tmp_path, 3, 5, loss=1.0)

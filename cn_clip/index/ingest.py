@@ -97,7 +97,6 @@ class Ingest:
             if "digest" in metadata:
                 self._owners.setdefault(metadata["digest"], item_id)
         self._buffer: dict[ItemId, NewItem] = {}
-        self._stored: dict[ItemId, NewItem] = {}  # owners, for the batch at hand
         self._total = 0
 
     def add(self, candidates: Sequence[Candidate], table: Table | None = None, id_prefix: str = "") -> None:
@@ -185,12 +184,12 @@ class Ingest:
         with named("id", ids.__getitem__):
             rows = self.encoder().backend.encode_pixels(np.ascontiguousarray(pixels[fresh])) if fresh else pixels[:0]
         vectors = dict(zip(fresh, rows, strict=True))
-        self._stored = self.writer.stored(self._owners[one.digest] for one in batch if self._is_owned(one))
+        owners = self.writer.stored(self._owners[one.digest] for one in batch if self._is_owned(one))
         for number, one in enumerate(batch):
             if isinstance(one, Skipped):
                 self.summary.skipped.append(one)
             elif self._is_owned(one):
-                self._reuse(one)
+                self._reuse(one, owners)
             elif one.known:  # its owner has changed since
                 self._encode_late(one)
             else:
@@ -200,10 +199,11 @@ class Ingest:
     def _is_owned(self, one: _Prepared | Skipped) -> TypeGuard[_Prepared]:
         return isinstance(one, _Prepared) and one.digest in self._owners
 
-    def _reuse(self, one: _Prepared) -> None:
+    def _reuse(self, one: _Prepared, owners: Mapping[ItemId, NewItem]) -> None:
+        """owners: items of the index that lent their vectors before this batch."""
         owner = self._owners[one.digest]
         # The last: it was committed meanwhile, of this batch.
-        stored = self._buffer.get(owner) or self._stored.get(owner) or self.writer.stored([owner])[owner]
+        stored = self._buffer.get(owner) or owners.get(owner) or self.writer.stored([owner])[owner]
         facts = {name: stored.metadata[name] for name in ("width", "height") if name in stored.metadata}
         before = self._known.get(one.candidate.id)
         if before == {**one.candidate.metadata, **facts, "digest": one.digest}:

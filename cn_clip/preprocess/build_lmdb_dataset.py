@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from cn_clip import command, terminal
+from cn_clip import command, settings, terminal
 from cn_clip.digests import is_file, is_folder
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.option_types import CheckPictures, CheckWorkers, DataDir, Json
@@ -40,8 +40,7 @@ class Options:
 
     def __post_init__(self) -> None:
         split_names(self.splits)
-        if self.num_workers < 0:
-            raise ConfigError(f"--num-workers: expected 0 or more, got {self.num_workers}")
+        settings.check(self)
 
 
 def split_names(splits: str) -> list[str]:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cn_clip import command, terminal
+from cn_clip import command, settings, terminal
 from cn_clip.digests import is_folder
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.errors import DataError
 from cn_clip.option_types import CheckPictures, CheckWorkers, DataDir, Json
 from cn_clip.preprocess.build_lmdb_dataset import split_names
 
@@ -31,8 +31,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.splits is not None:
             split_names(self.splits)
-        if self.num_workers < 0:
-            raise ConfigError(f"--num-workers: expected 0 or more, got {self.num_workers}")
+        settings.check(self)
 
 
 def run(options: Options) -> int:

@@ -154,9 +154,10 @@ class Segment:
         """A JPEG file, or nothing."""
         return _piece(self._thumbnails, self._thumbnail_ends, row)
 
-    def thumbnail_bytes(self, row: int) -> int:
-        """How long it is, without reading it."""
-        return int(self._thumbnail_ends[row]) - (int(self._thumbnail_ends[row - 1]) if row else 0)
+    def has_thumbnail(self, row: int) -> bool:
+        """Whether there is one, without reading it."""
+        start, stop = _span(self._thumbnail_ends, row)
+        return start < stop
 
     def rows(self, places: Sequence[int] | IntArray) -> Iterator[Row]:
         """Rows to write elsewhere."""
@@ -167,7 +168,11 @@ class Segment:
 
 
 def _piece(file: MappedFile, ends_N: IntArray, row: int) -> bytes:
-    return file.piece(int(ends_N[row - 1]) if row else 0, int(ends_N[row]))
+    return file.piece(*_span(ends_N, row))
+
+
+def _span(ends_N: IntArray, row: int) -> tuple[int, int]:
+    return int(ends_N[row - 1]) if row else 0, int(ends_N[row])
 
 
 def block_digests(folder: Path, facts: SegmentFacts) -> dict[str, Digests]:

@@ -183,17 +183,12 @@ class Index:
 
     def thumbnail(self, item_id: ItemId) -> bytes | None:
         """A small JPEG; None for an unknown id, or an item without a picture."""
-        place = self.table.positions.get(item_id)
-        if place is None:
-            return None
-        segment, row = self.snapshot.rows.segment_of(place)
-        return segment.thumbnail(row) or None
+        found = self._found(item_id)
+        return found[0].thumbnail(found[1]) or None if found else None
 
     def with_thumbnail(self, ids: Iterable[ItemId]) -> set[ItemId]:
         """Those of the ids whose items have a thumbnail."""
-        positions = {one: self.table.positions[one] for one in ids if one in self}
-        found = {one: self.snapshot.rows.segment_of(position) for one, position in positions.items()}
-        return {one for one, (segment, row) in found.items() if segment.thumbnail_bytes(row)}
+        return {one for one in ids if (found := self._found(one)) and found[0].has_thumbnail(found[1])}
 
     def _hits(self, places: IntArray, scores: FloatArray, min_score: float | None) -> list[Hit]:
         hits = []
@@ -223,6 +218,10 @@ class Index:
             with self._lock:
                 self._table = self._table or ItemTable(self.snapshot.items(), self.snapshot.alive_N)
         return self._table
+
+    def _found(self, item_id: ItemId) -> tuple[Segment, int] | None:
+        position = self.table.positions.get(item_id)
+        return None if position is None else self.snapshot.rows.segment_of(position)
 
     def _place(self, item_id: ItemId) -> int:
         with contextlib.suppress(KeyError):

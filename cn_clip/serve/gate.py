@@ -52,7 +52,7 @@ class Gate:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        send = sender = _Sender(send)
+        sender = _Sender(send)
         try:
             _check_head(scope)
             if scope["path"] not in OPEN_PATHS:
@@ -60,17 +60,17 @@ class Gate:
             if _is_bounded(scope):
                 await self._bounded(scope, receive, sender)
             elif scope["path"] in UNCOUNTED_PATHS:
-                await self.app(scope, receive, send)
+                await self.app(scope, receive, sender)
             else:
-                await self._read_by_one_more(scope, receive, send)
+                await self._read_by_one_more(scope, receive, sender)
         except ClientLeftError:
             pass
         except RefusalError as refusal:
-            await _refuse(refusal, scope, receive, send)
+            await _refuse(refusal, scope, receive, sender)
         except asyncio.CancelledError:  # the server stops, and has waited for its requests as long as it may
             if not sender.has_begun:
                 stopping = RefusalError(503, "the server is stopping", code="stopping", retry_after=5)
-                await _refuse(stopping, scope, receive, send)
+                await _refuse(stopping, scope, receive, sender)
 
     def _check_caller(self, scope: Scope) -> None:
         if self._key is None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from cn_clip.errors import ConfigError
+from cn_clip.settings import flag
 
 # PIL itself refuses pictures twice as large as this.
 MOST_PIXELS = 89_478_485
@@ -82,8 +83,3 @@ class Limits:
     def max_body_bytes(self) -> int:
         """The largest body of a request."""
         return int(self.max_body_mb * (1 << 20))
-
-
-def flag(name: str) -> str:
-    """The command-line spelling of a field."""
-    return f"--{name.replace('_', '-')}"

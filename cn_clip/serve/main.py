@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from cn_clip import command, extras, settings, zoo
-from cn_clip.clip.backends.base import BackendName, PrecisionChoice, check_precision
+from cn_clip.clip.backends.base import PrecisionChoice, check_precision
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError, MissingExtraError
+from cn_clip.eval.backends import Runner
 from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads
-from cn_clip.serve.limits import LOG_TIME, Limits, flag
+from cn_clip.serve.limits import LOG_TIME, Limits
 from cn_clip.settings import Range
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ class Options(Limits):
     open_clip:ARCHITECTURE@FILE; default: that of the index, else ViT-B-16"""
     name: str | None = None
     """What the model is called in requests; default: its name, or that of its file"""
-    backend: BackendName = "torch"
-    """What runs the model; all but torch export it at first use, and keep the export in DOWNLOAD_ROOT/exported"""
+    backend: Runner = "torch"
     precision: PrecisionChoice = "fp32"
     """Arithmetic, as the backend has it; auto: the fastest close to fp32 (cosine 0.999) that the device has"""
     device: BackendDevice = "auto"
@@ -79,7 +79,7 @@ class Options(Limits):
         check_precision(self.backend, self.precision)
         settings.check(self)
         if not self.drain_timeout > 0:
-            raise ConfigError(f"{flag('drain_timeout')}: expected a positive number, got {self.drain_timeout}")
+            raise ConfigError(f"{settings.flag('drain_timeout')}: expected a positive number, got {self.drain_timeout}")
 
     @property
     def limits(self) -> Limits:

@@ -108,8 +108,8 @@ class Monitor:
         if self._is_drawn or not self._can_draw:
             return
         try:
-            self._is_drawn = True
             draw(self._history, self.folder / CURVES, title=self.folder.name)
+            self._is_drawn = True
         except MissingExtraError as error:
             self._can_draw = False
             logger.info("No %s: %s", CURVES, error)
