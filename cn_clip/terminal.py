@@ -97,6 +97,15 @@ def explained(error: Exception) -> str | None:
     return None
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process at once, whatever its threads do or wait for; what was printed and logged is written."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+    os._exit(status)
+
+
 def _is_closed_pipe(error: Exception) -> bool:
     """Windows calls it an invalid argument, of no file."""
     if isinstance(error, BrokenPipeError):

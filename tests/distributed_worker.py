@@ -95,6 +95,8 @@ def main() -> None:
             dist.all_gather_object(losses, result["losses"])
             if ranks.rank() == 0:
                 torch.save({**result, "all_losses": losses}, output / f"{mode}.pt")
+    tasks = Path("/proc/self/task").glob("*/comm")
+    (output / f"threads-{ranks.rank()}").write_text("".join(sorted(task.read_text() for task in tasks)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm_python
 
 from cn_clip.deploy import bench, bench_report, bench_worker, machine, speed_benchmark, timing
 from cn_clip.deploy.bench_worker import Job
@@ -53,7 +54,7 @@ RESULT: dict[str, Any] = {
 
 def run_python(*args: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'cn_clip'}"}
-    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True)
+    return subprocess.run([warm_python.program(), *args], env=env, capture_output=True, text=True)
 
 
 # --- times
@@ -93,7 +94,8 @@ def test_peak_memory_is_that_of_the_process_alone() -> None:
         "import numpy; from cn_clip.deploy.bench_worker import peak_bytes; before = peak_bytes(); "
         "numpy.ones(2**23); print(before, peak_bytes())"
     )
-    before, after = map(int, run_python("-c", code).stdout.split())
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
     assert heavy.nbytes == 2**28
     assert before < 2**28
     assert 60 * 2**20 < after - before < 80 * 2**20

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm_python
 from tiny_models import tiny_model, tiny_pixels
 
 from cn_clip import __version__
@@ -190,7 +191,7 @@ def test_without_coremltools_the_pip_command_is_named(tmp_path: Path, monkeypatc
 def command(*args: str) -> subprocess.CompletedProcess[str]:
     script = ROOT / "cn_clip" / "deploy" / "pytorch_to_coreml.py"
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'cn_clip'}"}
-    return subprocess.run([sys.executable, str(script), *args], env=env, capture_output=True, text=True)
+    return subprocess.run([warm_python.program(), str(script), *args], env=env, capture_output=True, text=True)
 
 
 def test_command_writes_both_packages_and_the_lines_of_chinese_clip(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 from PIL import Image
 
 from cn_clip.demo.main import EPILOGUE
@@ -18,7 +19,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, *map(str, command)]
+    words = [warm_python.program(), *map(str, command)]
     return subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 

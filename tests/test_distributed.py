@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 import warm_python
 from distributed_worker import MODES, batches_of, update
 
+from cn_clip import command, terminal
 from cn_clip.errors import ConfigError
+from cn_clip.training import main as training
 from cn_clip.training.distributed import process_group
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,13 +21,13 @@ EXACT = ["with_grad", "accumulated", "siglip", "siglip_accumulated", "multi_posi
 SPLIT = ["fsdp", "fsdp_accumulated"]
 
 
-def torchrun(*args: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+def torchrun(*args: str, cwd: Path = ROOT, python: str = "") -> "subprocess.CompletedProcess[str]":
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     # torchrun starts its workers with PYTHON_EXEC.
-    warm = {"PYTHON_EXEC": warm_python.program()}
-    environment = {**os.environ, **warm, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    python = python or warm_python.program()
+    environment = {**os.environ, "PYTHON_EXEC": python, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     # Without "--", torchrun takes the script's --logs for an abbreviation of its own options.
-    command = [warm_python.program(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", *args]
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", *args]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -93,6 +96,27 @@ def test_optimizer_states_are_whole_and_come_back_as_they_were(mode: str, two: d
         for name, value in entry.items():
             torch.testing.assert_close(state["state"][index][name], value, atol=1e-6, rtol=1e-3)
             assert torch.equal(state["state"][index][name], again["state"][index][name])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_no_thread_of_a_group_outlives_it(tmp_path: Path) -> None:
+    # Not the warm one, which has imported already what would keep a group.
+    worker = str(ROOT / "tests" / "distributed_worker.py")
+    result = torchrun(worker, str(tmp_path), "with_grad", python=sys.executable)
+    assert result.returncode == 0, result.stderr
+    for rank in (0, 1):
+        assert "gloo" not in (tmp_path / f"threads-{rank}").read_text()
+
+
+def test_one_of_many_processes_ends_at_once_whatever_threads_fsdp_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(command, "execute", lambda *_: None)
+    monkeypatch.setattr(terminal, "leave", left.append)
+    training.main([])
+    assert left == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    training.main([])
+    assert left == [0]
 
 
 def test_a_world_size_without_torchrun_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 
 from cn_clip.eval import evaluation, evaluation_tr, transform_ir_annotation_to_tr
 
@@ -58,7 +58,7 @@ def test_result_and_lines_are_those_of_the_reference(
     folder: Path, script: str, annotation: str, predictions: str, result: str, recorded: str, readable: str
 ) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "cn_clip" / "eval" / script), annotation, predictions, result],
+        [warm_python.program(), str(ROOT / "cn_clip" / "eval" / script), annotation, predictions, result],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -255,10 +255,10 @@ def test_a_missing_result_folder_is_an_error_of_one_line(folder: Path, capsys: p
 
 def test_the_annotation_turned_round_is_that_of_the_reference(folder: Path) -> None:
     (folder / "valid_texts.tr.jsonl").unlink()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "cn_clip/eval/transform_ir_annotation_to_tr.py"), "--input", "valid_texts.jsonl"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    script = str(ROOT / "cn_clip/eval/transform_ir_annotation_to_tr.py")
+    command = [warm_python.program(), script, "--input", "valid_texts.jsonl"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "Done!\n"), done.stderr
     assert (folder / "valid_texts.tr.jsonl").read_bytes() == (GOLDEN / "valid_texts.tr.jsonl").read_bytes()
 

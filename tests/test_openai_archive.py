@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import subprocess
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_python
 from tiny_models import CONFIGS, TEXT, tiny_model
 from torch import Tensor, nn
 
@@ -248,7 +248,7 @@ class Trap:
 
 def run_transform(*args: object) -> "subprocess.CompletedProcess[str]":
     root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "cn_clip/preprocess/transform_openai_pretrain_weights.py", *map(str, args)]
+    command = [warm_python.program(), "cn_clip/preprocess/transform_openai_pretrain_weights.py", *map(str, args)]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 

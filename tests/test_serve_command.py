@@ -18,6 +18,7 @@ import numpy as np
 import picture_bombs as bombs
 import pytest
 import torch
+import warm_python
 from serving import data_url, queue_depth, wait_until
 from tiny_families import write_family
 
@@ -27,18 +28,22 @@ from cn_clip.emoji_pack import load
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.serve import main
 
-COMMAND = [sys.executable, "-m", "cn_clip", "serve", "--port", "0"]
+COMMAND = ["-m", "cn_clip", "serve", "--port", "0"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @contextmanager
 def started(
-    *args: str, key: str = "", stderr: IO[str] | int = subprocess.DEVNULL
+    *args: str, key: str = "", stderr: IO[str] | int = subprocess.DEVNULL, python: str = ""
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process, and its address once it is ready."""
+    """The process, and its address once it is ready; of a `python` other than the warm one it is the server itself."""
     environment = {**ENVIRONMENT, **({main.API_KEY_VARIABLE: key} if key else {})}
     with subprocess.Popen(
-        [*COMMAND, *args], stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+        [python or warm_python.program(), *COMMAND, *args],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=environment,
     ) as process:
         try:
             assert process.stdout is not None
@@ -52,7 +57,13 @@ def started(
 
 def refusal(*args: str) -> str:
     """What a command that cannot start says, in one line."""
-    done = subprocess.run([*COMMAND, "--no-page", *args], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    done = subprocess.run(
+        [warm_python.program(), *COMMAND, "--no-page", *args],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
+    )
     assert done.returncode == 1, done.stderr
     lines = [line for line in done.stderr.splitlines() if " INFO:" not in line]
     assert len(lines) == 1, done.stderr
@@ -102,7 +113,10 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_sigterm_ends_a_server_whose_decoders_stand_still_and_them() -> None:
     flags = ("--timeout", "3600", "--drain-timeout", "1")
-    with started("--no-page", "--model", "Emoji-Tiny", *flags) as (process, address), ThreadPoolExecutor() as pool:
+    with (
+        started("--no-page", "--model", "Emoji-Tiny", *flags, python=sys.executable) as (process, address),
+        ThreadPoolExecutor() as pool,
+    ):
         decoders = children(process.pid)
         assert decoders
         for pid in decoders:
@@ -121,7 +135,7 @@ def test_sigterm_ends_a_server_whose_decoders_stand_still_and_them() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_the_decoders_of_a_server_that_is_killed_end_too() -> None:
-    with started("--no-page", "--model", "Emoji-Tiny") as (process, _):
+    with started("--no-page", "--model", "Emoji-Tiny", python=sys.executable) as (process, _):
         decoders = children(process.pid)
         assert decoders
         process.kill()
@@ -134,14 +148,17 @@ def test_sigterm_ends_a_server_that_is_sent_bombs_and_decodes_what_takes_long() 
     flags = ("--drain-timeout", "1")
     # The first two are refused; the last takes a process all the time that it has.
     pictures = [bombs.gif_comment(7_400_000), bombs.jpeg_scans(3000), bombs.bmp_run_length(3900)]
-    with started("--no-page", "--model", "Emoji-Tiny", *flags) as (process, address), ThreadPoolExecutor() as pool:
+    with (
+        started("--no-page", "--model", "Emoji-Tiny", *flags, python=sys.executable) as (process, address),
+        ThreadPoolExecutor() as pool,
+    ):
         decoders = children(process.pid)
 
         def ask(picture: bytes) -> int:
             request = {"model": "Emoji-Tiny", "input": {"image": data_url(picture)}}
             try:
                 return httpx.post(f"{address}/v1/embeddings", json=request, timeout=120).status_code
-            except httpx.ConnectError:  # it came after the signal
+            except (httpx.ConnectError, httpx.RemoteProtocolError):  # it came after the signal
                 return 503
 
         waiting = [pool.submit(ask, picture) for picture in [*pictures, *pictures[2:] * 7]]
@@ -162,7 +179,7 @@ main.main(sys.argv[1:])
 
 
 def test_sigterm_ends_a_server_one_of_whose_threads_never_returns() -> None:
-    command = [sys.executable, "-c", _STUCK, "--no-page", "--port", "0", "--drain-timeout", "1"]
+    command = [warm_python.program(), "-c", _STUCK, "--no-page", "--port", "0", "--drain-timeout", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         try:
             assert process.stdout is not None
@@ -278,7 +295,16 @@ def test_an_index_is_searched_with_its_own_model_and_no_other(tmp_path: Path) ->
     for one in load()[:5]:
         (tmp_path / "pictures" / f"{one.number}.webp").write_bytes(one.picture)
     folder = tmp_path / "five.index"
-    command = [sys.executable, "-m", "cn_clip", "index", "build", str(tmp_path / "pictures"), "--output", str(folder)]
+    command = [
+        warm_python.program(),
+        "-m",
+        "cn_clip",
+        "index",
+        "build",
+        str(tmp_path / "pictures"),
+        "--output",
+        str(folder),
+    ]
     subprocess.run([*command, "--model", "Emoji-Tiny"], check=True, capture_output=True, env=ENVIRONMENT)
     with started("--no-page", str(folder)) as (_, address):
         picture = data_url(load()[2].picture, "webp")

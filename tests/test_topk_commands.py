@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 
 from cn_clip.eval import make_topk_predictions
 
@@ -28,7 +29,12 @@ def run_script(script: str, *arguments: str, folder: Path) -> "subprocess.Comple
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     path = str(ROOT / "cn_clip" / "eval" / script)
     return subprocess.run(
-        [sys.executable, path, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        [warm_python.program(), path, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

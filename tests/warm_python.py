@@ -35,10 +35,15 @@ IMPORTED = (
     "lmdb",
     "onnx",
     "onnxscript",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "uvicorn",
+    "starlette.applications",
 )
-# Runs without site-packages, which would cost more than all it does. Its death ends the process that it stands for.
+# Runs without site-packages, which would cost more than all it does. Its death ends the process that it stands for,
+# signals that ask for an end are handed on, and it ends as that process did.
 CLIENT = """
-import array, json, os, socket, struct, sys
+import array, json, os, signal, socket, struct, sys
 if sys.argv[1:2] == ["-u"]:
     del sys.argv[1]
 if len(sys.argv) < 2 or sys.argv[1].startswith("-") and sys.argv[1] not in ("-m", "-c"):
@@ -48,8 +53,14 @@ line = socket.socket(socket.AF_UNIX)
 line.connect({address!r})
 line.sendmsg([struct.pack("!I", len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
 line.sendall(request)
-status = line.recv(16)
-os._exit(int(status) if status else 70)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: line.send(bytes([number])))
+status = int(line.recv(16) or b"70")
+if status < 0:
+    if -status != signal.SIGKILL:
+        signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+os._exit(status)
 """
 
 
@@ -94,6 +105,8 @@ def start(arguments: list[str], folder: str, environment: dict[str, str]) -> Non
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if environment.get("PYTHONUNBUFFERED"):
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.path[1:1] = [os.path.abspath(one) for one in environment.get("PYTHONPATH", "").split(os.pathsep) if one]
     if arguments[0] == "-m":
         sys.argv, sys.path[0] = arguments[1:], folder
@@ -108,13 +121,16 @@ def start(arguments: list[str], folder: str, environment: dict[str, str]) -> Non
 
 
 def watch(line: socket.socket, child: int) -> None:
-    """Says to the client how the child ended; kills the child if the client is gone before that."""
+    """Hands signals on to the child and says to the client how it ended; kills it if the client is gone before that."""
     descriptor = os.pidfd_open(child)
-    if descriptor not in select.select([line, descriptor], [], [])[0]:
-        os.kill(child, signal.SIGKILL)
+    while descriptor not in select.select([line, descriptor], [], [])[0]:
+        numbers = line.recv(1)
+        os.kill(child, numbers[0] if numbers else signal.SIGKILL)
+        if not numbers:
+            break
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with contextlib.suppress(OSError):
-        line.sendall(str(status if status >= 0 else 128 - status).encode())
+        line.sendall(str(status).encode())
 
 
 def serve(address: str) -> "tuple[list[str], str, dict[str, str]]":
@@ -124,6 +140,7 @@ def serve(address: str) -> "tuple[list[str], str, dict[str, str]]":
     listener.listen(64)
     os.write(1, b"ready\n")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    os.fsync = lambda descriptor: None  # what a process wrote outlives its death; a power cut is not tested
     gc.freeze()  # a collection in a child would otherwise touch, and so copy, all that was imported
     while 0 not in select.select([0, listener], [], [])[0]:
         line, _ = listener.accept()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from cn_clip import command, extras, settings, zoo
+from cn_clip import command, extras, settings, terminal, zoo
 from cn_clip.clip.backends.base import PrecisionChoice, check_precision
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError, MissingExtraError
@@ -158,7 +158,7 @@ def _end(engine: "Engine") -> None:
     """Ends the process, whatever its threads wait for."""
     engine.kill_decoders()
     _say(f"已停止，有线程没有结束 / stopped, with threads that did not end: {engine.name}")
-    os._exit(0)
+    terminal.leave(0)
 
 
 async def _serve(server: "Server", engine: "Engine", listener: socket.socket) -> None:

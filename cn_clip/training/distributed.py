@@ -12,9 +12,10 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before any group: its default arguments would keep one, and its threads
 from torch import Tensor, nn
 
-from cn_clip import ranks
+from cn_clip import ranks, terminal
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.resnet import ModifiedResNet
 from cn_clip.errors import CnClipError, ConfigError
@@ -50,7 +51,9 @@ def process_group(device: torch.device) -> Iterator[None]:
             _leave_at_once(error)
         raise
     finally:
-        gc.collect()  # the meshes of FSDP lie in cycles, and hold threads that must end before the process does
+        # The threads of the group must end before the process does, which they could abort. Meshes of FSDP that lie in
+        # cycles would keep them.
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -60,9 +63,7 @@ def _leave_at_once(error: Exception) -> None:
         logger.error("%s", error)
     else:
         logger.exception("unexpected error")
-    for handler in logger.handlers:
-        handler.flush()
-    os._exit(1)
+    terminal.leave(1)
 
 
 def any_process(flag: bool) -> bool:

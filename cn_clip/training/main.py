@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cn_clip import command, drop_in, ranks, settings, zoo
+from cn_clip import command, drop_in, ranks, settings, terminal, zoo
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, OutputError
 from cn_clip.files import alone
 from cn_clip.training.params import RULES, Options
@@ -353,6 +353,10 @@ def without_local_rank(args: Sequence[str]) -> list[str]:
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     command.execute(run, Options, without_local_rank(sys.argv[1:] if args is None else args))
+    if ranks.world_size() > 1:
+        # DTensor's caches keep the process group of FSDP, whose threads may abort a process that ends in the usual way:
+        # torchrun would call a run failed that has saved everything.
+        terminal.leave(0)
 
 
 if __name__ == "__main__":
