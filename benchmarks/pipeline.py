@@ -26,7 +26,7 @@ from cn_clip import command, zoo  # noqa: E402
 from cn_clip.clip.backends.opening import settle_precision  # noqa: E402
 from cn_clip.clip.model import CLIP  # noqa: E402
 from cn_clip.errors import ConfigError  # noqa: E402
-from cn_clip.eval.feature_files import read_features  # noqa: E402
+from cn_clip.features.files import read_features  # noqa: E402
 from cn_clip.zoo import VisionName  # noqa: E402
 
 # Times as fast as the reference, by precision.

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 
 from cn_clip import command  # noqa: E402
 from cn_clip.errors import ConfigError  # noqa: E402
-from cn_clip.eval.feature_files import Features, read_features, write_features  # noqa: E402
+from cn_clip.features.files import Features, read_features, write_features  # noqa: E402
 
 GOAL = 20
 ROWS_A_BATCH = 5000

@@ -48,7 +48,7 @@ HOMES: dict[str, str] = {
     "cn_clip.training.logger": "setup_primary_logging setup_worker_logging",
     "cn_clip.eval.data": f"_preprocess_text get_zeroshot_dataset {_EXTRACTION}",
     "cn_clip.eval.cvinw_zeroshot_templates": _TEMPLATES,
-    "cn_clip.eval.zeroshot_torch": "accuracy run zero_shot_classifier",
+    "cn_clip.evaluation.zeroshot_torch": "accuracy run zero_shot_classifier",
     "cn_clip.deploy.tensorrt_utils": "TensorRTModel TensorRTShape build_engine",
     "cn_clip.deploy.benchmark_utils": "print_timings track_infer_time",
     "cn_clip.deploy.coreml_package": "ImageEncoder TextEncoder",

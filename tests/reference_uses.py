@@ -1,6 +1,6 @@
 """What public programs do with `cn_clip.clip`, as functions that run under the reference and under this package.
 
-`benchmarks/record_uses_golden.py` runs them with the reference and keeps what they return;
+`tools/golden/record_uses.py` runs them with the reference and keeps what they return;
 `test_reference_surface_clip.py` runs them here and compares. Each returns names and values: tensors, numbers, texts.
 """
 

@@ -555,10 +555,9 @@ def test_rows_that_are_no_unit_vectors_do_not_leave_a_backend(kind: Kind, bad: f
     np.testing.assert_allclose(np.linalg.norm(encode(backend, kind, some_inputs(kind, 1)), axis=1), 1, atol=1e-6)
 
 
-def test_a_batch_that_a_file_does_not_take_is_one_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "t.onnx"
-    write_tower(path, "text", batch=2)
-    tower = OnnxTower(path, "text", device="cpu")
+@BOTH
+def test_a_batch_that_a_file_does_not_take_is_one_sentence(tmp_path: Path, opener: Any) -> None:
+    tower = opener(write_tower(tmp_path / "t.onnx", "text", batch=2), "text")
     assert len(tower.run(some_inputs("text", 2))) == 2
     with pytest.raises(CheckpointError, match=r"t\.onnx: does not take a batch of int64 \(3, \d+\) \(.*\); export the"):
         tower.run(some_inputs("text", 3))

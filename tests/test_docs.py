@@ -19,7 +19,7 @@ from cn_clip import cli, models, zoo
 from cn_clip.clip.checkpoint import read_checkpoint
 from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.demo import emoji
-from cn_clip.eval import benchmark_sets
+from cn_clip.evaluation import benchmark_sets
 from cn_clip.preprocess import build_lmdb_dataset
 
 # What is exchanged in blocks that train: a full-size model and 128 pairs a step would take hours.

@@ -20,10 +20,10 @@ from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
 from cn_clip.eval import benchmark_classification as classification
-from cn_clip.eval import benchmark_sets as sets
 from cn_clip.eval import compare, linear_probe
 from cn_clip.eval import evaluate as evaluate_command
-from cn_clip.eval.benchmark_sets import ClassName
+from cn_clip.evaluation import benchmark_sets as sets
+from cn_clip.evaluation.benchmark_sets import ClassName
 from cn_clip.zoo_results import CHINESE_CLIP
 
 NUM_PICTURES = 24
@@ -446,7 +446,7 @@ def test_own_labels_are_used_and_the_published_figure_shown(
         seen.append(labels)
         return np.eye(10, 256, dtype=np.float32)
 
-    monkeypatch.setattr("cn_clip.eval.zeroshot.classifier", shown)
+    monkeypatch.setattr("cn_clip.evaluation.zeroshot.classifier", shown)
     monkeypatch.chdir(tmp_path)
     cli.main(["evaluate", "mnist", *flags])
     text = capsys.readouterr().out
@@ -488,7 +488,7 @@ def test_pictures_in_several_folders_of_voc_have_several_labels(
     rows[[0, 2], 14], rows[[0, 2], 0] = 0.6, 0.4  # a: 14 before 0
     rows[1, 7] = 1.0
     rows[3, 0], rows[3, 14] = 0.7, 0.3  # b is taken for 0
-    monkeypatch.setattr("cn_clip.eval.zeroshot.probabilities", lambda images, classes: rows)
+    monkeypatch.setattr("cn_clip.evaluation.zeroshot.probabilities", lambda images, classes: rows)
     flags = ["--data", data, "--model", "Emoji-Tiny", "--output", tmp_path / "out"]
     result = evaluated("voc-2007-classification", *flags, capsys=capsys)
     # top-1 counts a in each of its folders: right of a as 14 and c. Classes: 0 of 1, 1 of 1, 1 of 2.

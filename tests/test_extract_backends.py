@@ -22,7 +22,7 @@ from cn_clip.clip.backends.exported import Source, tower_files
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.demo import emoji
 from cn_clip.eval import extract_features, extract_features_onnx, extract_features_tensorrt, zeroshot_evaluation
-from cn_clip.eval.feature_files import read_features
+from cn_clip.features.files import read_features
 from cn_clip.preprocess import build_lmdb_dataset
 
 BACKENDS = ["onnx", "openvino"]

@@ -26,7 +26,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
 from cn_clip.data.lmdb_store import LmdbWriter
 from cn_clip.eval import extract_features
-from cn_clip.eval.feature_files import IdField, read_features
+from cn_clip.features.files import IdField, read_features
 from cn_clip.preprocess import build_lmdb_dataset
 
 CONFIG = zoo.ModelConfig(tiny_models.VIT, replace(tiny_models.TEXT, vocab_size=21128))
@@ -261,7 +261,7 @@ KILLED = """
 import os, signal, sys
 from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.eval import extract_features
-from cn_clip.eval.feature_files import IdField, read_features
+from cn_clip.features.files import IdField, read_features
 method, at = sys.argv[1], int(sys.argv[2])
 encode, calls = getattr(TorchBackend, method), [0]
 def dying(self, inputs):

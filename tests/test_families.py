@@ -19,7 +19,7 @@ from PIL import Image
 from tiny_families import EMBED_DIM, KINDS, RESOLUTION, write_family
 
 from cn_clip import cli
-from cn_clip.clip import Encoder
+from cn_clip.clip import Encoder, choice
 from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.foreign import names, snapshots
 from cn_clip.clip.foreign.opening import open_parts
@@ -29,7 +29,8 @@ from cn_clip.clip.transforms import MEAN, STD, ImageTransform
 from cn_clip.command import Speaker
 from cn_clip.demo import emoji
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, DownloadError, MissingExtraError
-from cn_clip.eval import backends, extract_features, shard_worker, zeroshot_evaluation
+from cn_clip.eval import extract_features, zeroshot_evaluation
+from cn_clip.features import shard_worker
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -538,7 +539,7 @@ def test_rows_of_two_models_are_never_mixed(folders: Any, tmp_path: Path) -> Non
     """What a run is known by names every file of the folder, its tokenizer too."""
     one, other = (options_of(f"hf:{folders('clip', seed)}", tmp_path) for seed in (0, 1))
     quiet = Speaker(quiet=True)
-    known = [dict(backends.identity(each, backends.open_encoder(each, quiet))("text")) for each in (one, other)]
+    known = [dict(choice.identity(each, choice.open_encoder(each, quiet))("text")) for each in (one, other)]
     assert known[0] != known[1]
     listed: Any = known[0]["model"]
     assert {Path(path).name for path, _, _ in listed} == {

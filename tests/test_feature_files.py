@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import ConfigError, DataError, MissingExtraError
 from cn_clip.eval import make_topk_predictions
-from cn_clip.eval.decimal_text import parse_rows
-from cn_clip.eval.feature_files import read_features, write_features, write_rows
-from cn_clip.eval.feature_formats import OutputFormat, format_of
+from cn_clip.features.decimal_text import parse_rows
+from cn_clip.features.files import read_features, write_features, write_rows
+from cn_clip.features.formats import OutputFormat, format_of
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 

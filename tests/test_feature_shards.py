@@ -20,11 +20,13 @@ from cn_clip.data.bulk_pictures import open_collection
 from cn_clip.data.storage import Storage, StorageError, open_storage
 from cn_clip.demo import emoji
 from cn_clip.errors import CnClipError, ConfigError, DataError, UnreadableError
-from cn_clip.eval import extract_features, feature_shards, make_topk_predictions, ray_extraction
-from cn_clip.eval.feature_files import read_features
-from cn_clip.eval.feature_shards import Finished, Manifest, Shard, Skipped, write_shard
-from cn_clip.eval.ray_extraction import Node, plan_actors
-from cn_clip.eval.shard_worker import Job, ShardWorker, Task, TextPart, model_facts, weights_digest
+from cn_clip.eval import extract_features, make_topk_predictions
+from cn_clip.features import ray_extraction
+from cn_clip.features import shards as feature_shards
+from cn_clip.features.files import read_features
+from cn_clip.features.ray_extraction import Node, plan_actors
+from cn_clip.features.shard_worker import Job, ShardWorker, Task, TextPart, model_facts, weights_digest
+from cn_clip.features.shards import Finished, Manifest, Shard, Skipped, write_shard
 from cn_clip.index.sources import is_feature_file
 
 MODEL, DATA = {"digest": "aaaa"}, {"digest": "dddd"}

@@ -20,7 +20,7 @@ from cn_clip import cli
 from cn_clip.clip import Encoder
 from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.demo import emoji
-from cn_clip.eval.feature_files import write_features
+from cn_clip.features.files import write_features
 from cn_clip.index import building, sources
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import Index, open_index

@@ -19,7 +19,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.command import Speaker
 from cn_clip.demo import emoji
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.eval import class_features, logistic
+from cn_clip.evaluation import class_features, logistic
 
 LABELS = ("时钟", "心", "猫脸", "圆", "正方形")
 

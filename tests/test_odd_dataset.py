@@ -26,7 +26,7 @@ from cn_clip.data.records import RecordId
 from cn_clip.data.shards import ShardPairs
 from cn_clip.demo import emoji
 from cn_clip.eval import transform_ir_annotation_to_tr
-from cn_clip.eval.feature_files import read_features
+from cn_clip.features.files import read_features
 from cn_clip.retrieval.store import open_index
 
 BOM = b"\xef\xbb\xbf"

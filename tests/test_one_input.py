@@ -32,8 +32,9 @@ from cn_clip.data.pictures import check_picture
 from cn_clip.data.splits import read_split
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
-from cn_clip.eval import shard_worker, zeroshot
-from cn_clip.eval.feature_files import read_features
+from cn_clip.evaluation import zeroshot
+from cn_clip.features import shard_worker
+from cn_clip.features.files import read_features
 from cn_clip.index.ingest import thumbnail
 from cn_clip.report.thumbnails import flattened
 from cn_clip.retrieval.store import Index, open_index

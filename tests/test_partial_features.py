@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cn_clip.errors import CheckpointError, ConfigError, DataError
-from cn_clip.eval.partial_features import PartialFeatures
+from cn_clip.features.partial import PartialFeatures
 from cn_clip.files import Lock, lock_file
 
 JOB = {"model": [["m.pt", 7, 8]], "batch_size": 2}

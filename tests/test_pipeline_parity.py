@@ -1,6 +1,6 @@
 """The retrieval pipeline as users run it, beside the reference's recording on photos with Chinese captions.
 
-Recorded by benchmarks/record_pipeline_golden.py; the photos are for research only, so they are not in the repository.
+Recorded by tools/golden/record_pipeline.py; the photos are for research only, so they are not in the repository.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from cn_clip.eval import (
     make_topk_predictions_tr,
     transform_ir_annotation_to_tr,
 )
-from cn_clip.eval.feature_files import Features, read_features, write_features
+from cn_clip.features.files import Features, read_features, write_features
 from cn_clip.preprocess import build_lmdb_dataset
 
 GOLDEN = pipeline_weights.GOLDEN

@@ -36,11 +36,8 @@ def open_and_compute():
         pictures = [one.picture for one in emoji.load()[:16]]
         return lambda: encoder.encode_images(pictures)
     from onnx_towers import some_inputs, write_tower
+    from cn_clip.clip.backends.onnx_runtime import OnnxTower as Tower
     path = Path(folder, "tower.onnx")
-    if kind == "onnx":
-        from cn_clip.clip.backends.onnx_runtime import OnnxTower as Tower
-    else:
-        from cn_clip.clip.backends.open_vino import OpenVinoTower as Tower
     if not path.exists():
         write_tower(path, "image", batch="batch", width=256)
     tower, inputs = Tower(path, "image", num_threads=2), some_inputs("image", 512)
@@ -64,7 +61,7 @@ os._exit(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork here")
-@pytest.mark.parametrize(("kind", "end"), [("torch", "exit"), ("onnx", "_exit"), ("openvino", "exit")])
+@pytest.mark.parametrize(("kind", "end"), [("torch", "exit"), ("onnx", "_exit")])
 def test_what_a_parent_opened_computes_and_is_freed_in_a_forked_child(kind: str, end: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "default", "-c", PROGRAM, kind, str(tmp_path), end],
@@ -76,6 +73,39 @@ def test_what_a_parent_opened_computes_and_is_freed_in_a_forked_child(kind: str,
     )
     assert done.stdout == "child: 0\n", done.stderr
     assert ("num_threads 2: this process was forked" in done.stderr) == (kind == "torch")
+
+
+FORKED_AFTER_OPENVINO = """
+import os, sys
+sys.path.insert(0, "tests")
+from onnx_towers import some_inputs, write_tower
+from cn_clip.clip.backends.open_vino import OpenVinoTower
+from cn_clip.errors import ConfigError
+tower = OpenVinoTower(write_tower(sys.argv[1] + "/tower.onnx", "image"), "image", num_threads=2)
+inputs = some_inputs("image", 1)
+assert tower.run(inputs).shape[0] == 1
+pid = os.fork()
+if pid == 0:
+    for use in (lambda: tower.run(inputs), lambda: OpenVinoTower(tower.place, "image")):
+        try:
+            use()
+        except ConfigError as error:
+            print(error, flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+assert tower.run(inputs).shape[0] == 1
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork here")
+def test_openvino_is_refused_in_a_forked_child_where_it_may_wait_for_ever(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORKED_AFTER_OPENVINO, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    refused = "openvino: this process was forked from one that has used OpenVINO, which may wait for ever here; start"
+    assert [line.startswith(refused) for line in done.stdout.splitlines()] == [True, True], done.stdout
 
 
 # --- shared memory

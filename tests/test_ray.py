@@ -13,7 +13,7 @@ import pytest
 from dataset_files import REPOSITORY, jsonl_line, tsv_line, write_split
 
 from cn_clip.demo import emoji
-from cn_clip.eval.feature_files import Features, IdField, read_features
+from cn_clip.features.files import Features, IdField, read_features
 from cn_clip.preprocess import build_lmdb_dataset
 
 pytestmark = pytest.mark.ray

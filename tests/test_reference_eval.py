@@ -24,10 +24,10 @@ from cn_clip.eval import (
     evaluation_tr,
     extract_features,
     imagenet_zeroshot_templates,
-    zeroshot,
     zeroshot_evaluation,
 )
-from cn_clip.eval.templates import load_templates
+from cn_clip.evaluation import zeroshot
+from cn_clip.evaluation.templates import load_templates
 
 GOLDEN = Path(__file__).parent / "golden"
 

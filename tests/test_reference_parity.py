@@ -1,4 +1,4 @@
-"""The numbers of the reference (cn_clip 1.6.0), recorded by benchmarks/record_golden.py."""
+"""The numbers of the reference (cn_clip 1.6.0), recorded by tools/golden/record_model.py."""
 
 import gzip
 import json

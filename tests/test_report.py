@@ -24,7 +24,8 @@ from cn_clip.clip.resnet import ModifiedResNet
 from cn_clip.clip.vit import VisualTransformer
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
-from cn_clip.eval import evaluation, extract_features, make_topk_predictions, zeroshot
+from cn_clip.eval import evaluation, extract_features, make_topk_predictions
+from cn_clip.evaluation import zeroshot
 from cn_clip.preprocess import build_lmdb_dataset
 from cn_clip.report import charts, confusion, places, queries, sections
 from cn_clip.report import main as report
@@ -192,7 +193,7 @@ def test_a_log_of_chinese_clip_says_the_same(tmp_path: Path) -> None:
 
 
 def test_a_log_that_chinese_clip_wrote_is_read_whole() -> None:
-    # cn_clip 1.6.0, by benchmarks/record_log_golden.py; it validates twice at the end of an epoch.
+    # cn_clip 1.6.0, by tools/golden/record_log.py; it validates twice at the end of an epoch.
     run = read_run(REPOSITORY / "tests" / "golden" / "training_log")
     assert run.source == "out_2026-11-22-00-33-35.log"
     assert (run.max_steps, run.global_batch, run.log.seconds, run.last_step) == (4, 4, 18.0, 4)

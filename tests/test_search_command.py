@@ -21,7 +21,7 @@ from cn_clip.clip import Encoder
 from cn_clip.clip.loading import create_model
 from cn_clip.data.names import spelled
 from cn_clip.demo import emoji
-from cn_clip.eval.feature_files import write_features
+from cn_clip.features.files import write_features
 from cn_clip.retrieval import engines, places, writer
 from cn_clip.retrieval.places import Place
 from cn_clip.retrieval.store import open_index

@@ -22,8 +22,8 @@ from tiny_families import write_family
 
 from cn_clip.clip.encoder import Encoder
 from cn_clip.emoji_pack import load
-from cn_clip.eval import zeroshot
-from cn_clip.eval.templates import DEFAULT, load_templates
+from cn_clip.evaluation import zeroshot
+from cn_clip.evaluation.templates import DEFAULT, load_templates
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import Index, open_index
 from cn_clip.retrieval.writer import NewItem, open_writer

@@ -1,5 +1,6 @@
 """What the gate refuses before a route sees it: large heads and bodies, guesses of a key; and what all answers bear."""
 
+import asyncio
 import http.client
 import os
 from pathlib import Path
@@ -9,13 +10,16 @@ import httpx
 import numpy as np
 import pytest
 from serving import WatchedBackend, served
+from starlette.types import Message, Receive, Scope, Send
 
 from cn_clip.clip.encoder import Encoder
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
-from cn_clip.serve import guesses
+from cn_clip.serve import gate, guesses
+from cn_clip.serve.gate import STEP
 from cn_clip.serve.guesses import MAX_GUESSES, Guesses
+from cn_clip.serve.hosts import Hosts
 from cn_clip.serve.limits import MAX_HEAD_BYTES, Limits
 from cn_clip.serve.refusals import RefusalError
 
@@ -57,6 +61,57 @@ def test_a_client_that_waits_to_send_too_much_is_not_told_to() -> None:
         assert refused.startswith(b"HTTP/1.1 413")
         assert b"100 Continue" not in refused
         assert raw(address, head.format(20).encode()).startswith(b"HTTP/1.1 100 Continue")
+
+
+def test_a_long_body_is_taken_in_slowly_while_short_requests_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float] = []
+
+    async def rest(seconds: float) -> None:
+        rests.append(seconds)
+
+    async def scenario() -> tuple[int, int, int]:
+        answer = asyncio.Event()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if len((await receive())["body"]) < STEP:
+                await answer.wait()
+
+        one = gate.Gate(app, Limits(), api_key="key", hosts=Hosts(), stopping=asyncio.Event())
+        headers = [(b"authorization", b"Bearer key")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": headers}
+
+        async def request(num_pieces: int, size: int) -> None:
+            pieces = [{"type": "http.request", "body": b" " * size, "more_body": True}] * num_pieces
+            left = iter([*pieces, {"type": "http.request", "body": b" "}])
+
+            async def receive() -> Message:
+                return next(left, None) or await asyncio.Event().wait()  # type: ignore[return-value]
+
+            async def send(message: Message) -> None:
+                pass
+
+            await one(scope, receive, send)
+
+        await request(8, STEP)
+        alone = len(rests)
+        short = asyncio.ensure_future(request(1, 10))
+        while not one._num_short:
+            await asyncio.sleep.__wrapped__(0)  # type: ignore[attr-defined]
+        await request(8, STEP)
+        beside = len(rests)
+        await request(800, STEP // 100)  # as slow networks bring it
+        answer.set()
+        await short
+        await request(8, STEP)
+        return alone, beside, len(rests)
+
+    rest.__wrapped__ = asyncio.sleep  # type: ignore[attr-defined]
+    monkeypatch.setattr(gate.asyncio, "sleep", rest)
+    # A pause a step, however many pieces the step came in, and none where nothing short waits.
+    alone, beside, end = asyncio.run(scenario())
+    assert (alone, beside) == (0, 8)
+    assert 6 <= end - beside <= 8
+    assert set(rests) == {gate.PAUSE}
 
 
 def test_no_other_site_may_show_what_is_answered() -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from cn_clip import settings
 from cn_clip.errors import ConfigError
-from cn_clip.eval import extract_features, extraction, wise_ft
+from cn_clip.eval import extract_features, wise_ft
+from cn_clip.features import extraction
 from cn_clip.index import search
 from cn_clip.index.options import AddOptions
 from cn_clip.settings import Range

@@ -21,7 +21,7 @@ from cn_clip.clip.tokenizer import FAST_CHARACTERS, Tokenizer, basic_words, enco
 from cn_clip.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parent.parent
-RECORDER = runpy.run_path(str(ROOT / "benchmarks" / "record_tokenizer_golden.py"))
+RECORDER = runpy.run_path(str(ROOT / "tools" / "golden" / "record_tokenizer.py"))
 CLS, SEP, UNK = 101, 102, 100
 SHARED = Tokenizer()
 

@@ -24,7 +24,8 @@ from cn_clip.clip.model import CLIP
 from cn_clip.data.picture_sets import ClassFolders
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
-from cn_clip.eval import zeroshot, zeroshot_evaluation
+from cn_clip.eval import zeroshot_evaluation
+from cn_clip.evaluation import elevater, zeroshot
 
 TINY = "RN-Tiny-64", "BERT-Tiny-chinese"
 GOLDEN = json.loads((pipeline_weights.GOLDEN / "zeroshot.json").read_text())
@@ -160,7 +161,7 @@ def test_an_index_that_is_no_list_of_picture_numbers_is_refused(tmp_path: Path, 
     path = tmp_path / "index.json"
     path.write_text(content)
     with pytest.raises(DataError, match=r"index\.json: "):
-        zeroshot_evaluation.read_index(path, 3)
+        elevater.read_index(path, 3)
 
 
 # --- the numbers of the reference

@@ -65,7 +65,7 @@ class Encoder:
     long as the model's; the vectors differ a little. "exact" decodes them whole. "reference" as well,
     and clips grey of 16 bits to white, as Chinese-CLIP does; the others scale it to 8 bits.
     A child of `os.fork` may use what its parent opened, except on CUDA: PyTorch then computes with one thread there.
-    After onnx the child must end by `os._exit`, as those of `multiprocessing` do: ONNX Runtime's exit waits for ever.
+    openvino is refused there. After onnx the child must end by `os._exit`, as those of `multiprocessing` do: ONNX Runtime's exit waits for ever.
     Raises CheckpointError, DownloadError, ConfigError, or MissingExtraError naming the package to install.
     """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from cn_clip.data.records import DATASET, text_line
 from cn_clip.emoji_pack import Emoji, Vendor, load
 from cn_clip.errors import ConfigError
-from cn_clip.eval.templates import fill, load_templates
+from cn_clip.evaluation.templates import fill, load_templates
 from cn_clip.files import atomic_write, written_together
 
 __all__ = [

@@ -161,7 +161,7 @@ class Tour:
         """A picture of some queries, most of them no emoji's name, and what they found."""
         from cn_clip.clip.encoder import Encoder
         from cn_clip.data.grid import draw_grid
-        from cn_clip.eval.feature_files import read_features
+        from cn_clip.features.files import read_features
         from cn_clip.retrieval.flat import top_k
 
         self._headline("图片表：查询与结果", "picture grid: queries and what they found")

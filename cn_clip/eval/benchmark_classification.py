@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from cn_clip.command import Speaker
 from cn_clip.errors import DataError
-from cn_clip.eval.benchmark_sets import ClassName, Metric, class_names, classification_sets
-from cn_clip.eval.model_choice import ModelChoice
+from cn_clip.evaluation.benchmark_sets import ClassName, Metric, class_names, classification_sets
+from cn_clip.evaluation.model_choice import ModelChoice
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Rows
@@ -53,30 +53,32 @@ def read_dataset(folder: Path, name: str) -> Dataset:
     return Dataset(folder, name, pictures, labels, numbers, _order(folder, len(pictures)))
 
 
-def measure(dataset: Dataset, choice: ModelChoice, output: Path, say: Speaker) -> Classified:
+def measure(dataset: Dataset, chosen: ModelChoice, output: Path, say: Speaker) -> Classified:
     """Classifies the test pictures, zero-shot, with the templates of the benchmark.
 
     `output` exists and receives the features, which another run with the same pictures and model takes as they are, and
     the probabilities. Raises CnClipError naming a picture that cannot be read.
     """
-    from cn_clip.eval import backends, class_features, zeroshot, zeroshot_evaluation
-    from cn_clip.eval.feature_rows import check_finite
-    from cn_clip.eval.templates import load_templates
+    from cn_clip.clip import choice
+    from cn_clip.eval import zeroshot_evaluation
+    from cn_clip.evaluation import class_features, zeroshot
+    from cn_clip.evaluation.templates import load_templates
+    from cn_clip.features.rows import check_finite
 
     data, name, pictures, labels = dataset.folder, dataset.name, dataset.pictures, dataset.labels
-    encoder = backends.open_encoder(choice, Speaker(quiet=True))
+    encoder = choice.open_encoder(chosen, Speaker(quiet=True))
     say("提取图片特征 / extracting picture features…")
     found = class_features.of_folder(
         data / "test",
         output / "test_features.npz",
         encoder,
-        backends.identity(choice, encoder),
+        choice.identity(chosen, encoder),
         say,
-        batch_size=choice.batch_size,
-        num_workers=choice.num_workers,
+        batch_size=chosen.batch_size,
+        num_workers=chosen.num_workers,
     )
     say("零样本分类 / zero-shot classification…")
-    classes_CD = zeroshot.classifier(encoder, labels, load_templates(name), batch_size=choice.batch_size)
+    classes_CD = zeroshot.classifier(encoder, labels, load_templates(name), batch_size=chosen.batch_size)
     check_finite(classes_CD, labels, "label")
     probabilities_NC = zeroshot.probabilities(found.rows_ND, classes_CD)
     targets_N = np.array(dataset.numbers)[found.labels_N]
@@ -89,8 +91,8 @@ def measure(dataset: Dataset, choice: ModelChoice, output: Path, say: Speaker) -
         label_file=LABEL_FILE,
         dataset=name,
         save_dir=str(output),
-        resume=choice.resume,
-        vision_model=choice.vision_model,  # type: ignore[arg-type]  # zoo names its towers as plain strings
+        resume=chosen.resume,
+        vision_model=chosen.vision_model,  # type: ignore[arg-type]  # zoo names its towers as plain strings
     )
     ordered_NC = probabilities_NC if dataset.order is None else probabilities_NC[list(dataset.order)]
     path = zeroshot_evaluation.write_elevater(facts, encoder.backend, ordered_NC)
@@ -148,7 +150,8 @@ def _test_pictures(data: Path) -> "ClassFolders":
 
 def _labels(data: Path, name: str, folders: Sequence[str]) -> tuple[list[str], list[int]]:
     """The labels, and which of them each class folder belongs to."""
-    from cn_clip.eval import zeroshot, zeroshot_evaluation
+    from cn_clip.eval import zeroshot_evaluation
+    from cn_clip.evaluation import zeroshot
 
     file = data / LABEL_FILE
     given = zeroshot_evaluation.read_labels(file) if file.is_file() else None
@@ -188,7 +191,7 @@ def _plain(name: str) -> str:
 
 
 def _order(data: Path, num_pictures: int) -> list[int] | None:
-    from cn_clip.eval.zeroshot_evaluation import read_index
+    from cn_clip.evaluation.elevater import read_index
 
     file = data / INDEX_FILE
     return read_index(file, num_pictures) if file.is_file() else None

@@ -14,9 +14,9 @@ import tyro
 from cn_clip import command
 from cn_clip.clip.backends.base import DEFAULT_CONTEXT_LENGTH
 from cn_clip.errors import ConfigError, OutputError
-from cn_clip.eval import benchmark_sets
-from cn_clip.eval.benchmark_sets import Metric, RetrievalSet, Split
-from cn_clip.eval.model_choice import ModelChoice
+from cn_clip.evaluation import benchmark_sets
+from cn_clip.evaluation.benchmark_sets import Metric, RetrievalSet, Split
+from cn_clip.evaluation.model_choice import ModelChoice
 from cn_clip.option_types import ContextLength, Json
 from cn_clip.zoo_results import CHINESE_CLIP, Query, Result, Setup
 

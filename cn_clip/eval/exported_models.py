@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from cn_clip import zoo
+from cn_clip.clip import choice
 from cn_clip.errors import ConfigError
-from cn_clip.eval import backends, extraction
+from cn_clip.features import extraction
 from cn_clip.zoo import TextName, VisionName
 
 if TYPE_CHECKING:
@@ -45,11 +46,11 @@ def run(options: Settings, image: str | None, text: str | None, open_files: Open
     image, text = image if "image" in options.kinds else None, text if "text" in options.kinds else None
     opened = open_files(image, text)
     check_vision(opened, options.vision_model)
-    backends.check_context_length(opened, options.context_length)
+    choice.check_context_length(opened, options.context_length)
     for tower in filter(None, (opened.image, opened.text)):
         say(f"=> opened '{tower.place}' ({getattr(tower, 'provider', 'TensorRT')})")
     encoder = Encoder(opened, context_length=options.context_length, decode=options.decode)
-    extraction.extract(options, encoder, backends.tower_identity(opened), say)
+    extraction.extract(options, encoder, choice.tower_identity(opened), say)
 
 
 def check_vision(backend: "ExportedBackend", name: str | None) -> None:

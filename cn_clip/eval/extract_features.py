@@ -6,32 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cn_clip import command, drop_in
-from cn_clip.errors import ConfigError
-from cn_clip.eval import backends, extraction, ray_settings
-from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads, PictureTower, TextTower
+from cn_clip.clip import choice
+from cn_clip.features import extraction, ray_settings
 
 __getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
-class Options(ray_settings.RaySettings, extraction.Settings):
+class Options(ray_settings.Settings):
     """Writes the unit features of the pictures of an LMDB and of the texts of a JSONL file.
 
     By default one vector a line, as JSON. Run again after it was killed, it goes on where it stopped.
     --engine ray computes on the processes of a Ray cluster, from folders, tar files, Parquet tables or an LMDB.
     """
-
-    resume: backends.Model = None
-    precision: backends.Arithmetic = "amp"
-    backend: backends.Runner = "torch"
-    vision_model: PictureTower = None
-    text_model: TextTower = None
-    device: BackendDevice = "auto"
-    num_threads: NumThreads = None
-    download_root: DownloadRoot = None
-
-    engine: ray_settings.Engine = "local"
-    """ray: processes of a Ray cluster, which write Parquet shards into --output"""
 
     # See `command.spelled_out`.
     ADDED = (
@@ -41,17 +28,6 @@ class Options(ray_settings.RaySettings, extraction.Settings):
         "download_root",
         "ray_address",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        backends.check(self)
-        ray_settings.check(self, engine=self.engine)
-        if self.engine == "ray":
-            for name in ("image_feat_output_path", "text_feat_output_path"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(f"--{name.replace('_', '-')}: --engine ray writes into --output; leave it out")
-            if self.output_format not in (None, "parquet"):
-                raise ConfigError(f"--output-format {self.output_format}: --engine ray writes parquet")
 
     def inputs(self) -> list[str | None]:
         """The files that are read, none of which may be the output."""
@@ -71,12 +47,12 @@ def run(options: Options) -> None:
     """Extracts what is asked for; raises CnClipError naming file, line or id of what cannot be read."""
     say = extraction.begin(options)
     if options.engine == "ray":
-        from cn_clip.eval import ray_extraction
+        from cn_clip.features import ray_extraction
 
         ray_extraction.extract(options, say)
         return
-    encoder = backends.open_encoder(options, say, kinds=options.kinds)
-    extraction.extract(options, encoder, backends.identity(options, encoder), say)
+    encoder = choice.open_encoder(options, say, kinds=options.kinds)
+    extraction.extract(options, encoder, choice.identity(options, encoder), say)
 
 
 def parse_args() -> Namespace:

@@ -15,7 +15,7 @@ import numpy as np
 
 from cn_clip import command
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.eval.model_choice import ModelChoice
+from cn_clip.evaluation.model_choice import ModelChoice
 from cn_clip.option_types import Json
 from cn_clip.settings import Range
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from cn_clip.clip.encoder import Encoder
-    from cn_clip.eval.class_features import ClassFeatures
-    from cn_clip.eval.logistic import Labels
+    from cn_clip.evaluation.class_features import ClassFeatures
+    from cn_clip.evaluation.logistic import Labels
 
 HELD_OUT_SHARE = 0.2
 # With one picture a class nothing can be held out to choose by; CLIP's example for its own features takes this.
@@ -107,8 +107,8 @@ def probe(
     device: "torch.device | None" = None,
 ) -> Probe:
     """One draw, one choice of C, one fit, one test. test_labels_N: in the numbers of the training classes."""
-    from cn_clip.eval import logistic, zeroshot
-    from cn_clip.eval.class_features import ClassFeatures
+    from cn_clip.evaluation import logistic, zeroshot
+    from cn_clip.evaluation.class_features import ClassFeatures
 
     data = train
     if options.shots is not None:
@@ -124,7 +124,7 @@ def _chosen_c(data: "ClassFeatures", seed: int, device: "torch.device | None") -
     """The C of the best accuracy on the held-out part."""
     from tqdm import tqdm
 
-    from cn_clip.eval import logistic
+    from cn_clip.evaluation import logistic
 
     is_held_N = logistic.held_out(data.labels_N, share=HELD_OUT_SHARE, seed=seed)
     if not is_held_N.any():
@@ -146,7 +146,8 @@ def _chosen_c(data: "ClassFeatures", seed: int, device: "torch.device | None") -
 
 
 def _features(options: Options, say: command.Speaker) -> "tuple[ClassFeatures, ClassFeatures]":
-    from cn_clip.eval import backends, class_features
+    from cn_clip.clip import choice
+    from cn_clip.evaluation import class_features
 
     places = [Path(options.train or ""), Path(options.test or "")]
     for flag, place in zip(("--train", "--test"), places, strict=True):
@@ -154,7 +155,7 @@ def _features(options: Options, say: command.Speaker) -> "tuple[ClassFeatures, C
             raise DataError(f"{flag} {place}: no such folder or file; expected pictures, a folder a class, or an npz")
     encoder: Encoder | None = None
     if any(place.is_dir() for place in places):
-        encoder = backends.open_encoder(options, command.Speaker(quiet=True), kinds=["image"])
+        encoder = choice.open_encoder(options, command.Speaker(quiet=True), kinds=["image"])
     else:
         _refuse_model_settings(options)
     found = []
@@ -162,7 +163,7 @@ def _features(options: Options, say: command.Speaker) -> "tuple[ClassFeatures, C
         if encoder is None or not place.is_dir():
             found.append(class_features.read(place))
             continue
-        file, identity = _cache_file(place, options), backends.identity(options, encoder)
+        file, identity = _cache_file(place, options), choice.identity(options, encoder)
         say(f"图片特征 / picture features: {place} → {file}")
         sizes = {"batch_size": options.batch_size, "num_workers": options.num_workers}
         found.append(class_features.of_folder(place, file, encoder, identity, say, **sizes))

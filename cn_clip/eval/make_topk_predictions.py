@@ -20,7 +20,7 @@ from cn_clip.option_types import Json
 if TYPE_CHECKING:
     import torch
 
-    from cn_clip.eval.feature_files import Features
+    from cn_clip.features.files import Features
 
 Side: TypeAlias = Literal["text", "image"]
 Query: TypeAlias = Annotated[
@@ -59,7 +59,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Searches and writes the prediction file; raises DataError for faulty or unlike feature files."""
-    from cn_clip.eval.feature_files import read_features
+    from cn_clip.features.files import read_features
     from cn_clip.ranks import choose_device
 
     say = command.Speaker(quiet=options.json)

@@ -7,20 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cn_clip import command, drop_in, settings
+from cn_clip.clip import choice
 from cn_clip.clip.foreign.names import is_foreign
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.eval import backends
 from cn_clip.option_types import (
-    BackendDevice,
     BatchSize,
     ContextLength,
-    DownloadRoot,
     Json,
-    NumThreads,
     NumWorkers,
-    PictureTower,
     Templates,
-    TextTower,
 )
 from cn_clip.zoo import CONTEXT_LENGTH
 
@@ -31,23 +26,19 @@ if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Backend, Rows
     from cn_clip.clip.encoder import Encoder
     from cn_clip.data.picture_sets import ClassFolders
-    from cn_clip.eval.zeroshot import Accuracy
+    from cn_clip.evaluation.zeroshot import Accuracy
 
 MOST_CLASSES_SHOWN = 50
 
 __getattr__ = drop_in.names(__name__)
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(choice.ModelSettings):
     """Prints top-1, top-5 and per-class accuracy, and writes the probabilities as ELEVATER's JSON."""
 
     datapath: str
     """Folder of test pictures, one folder a class: named by the label's number, or sorted as the labels are"""
-    vision_model: PictureTower = None
-    text_model: TextTower = None
-    precision: backends.Arithmetic = "amp"
-    backend: backends.Runner = "torch"
     label_file: command.Required = None
     """Text file of the labels, one a line"""
     dataset: str = "imagenet"
@@ -58,19 +49,15 @@ class Options:
     """Folder for the ELEVATER JSON file"""
     img_batch_size: BatchSize = 64
     context_length: ContextLength = CONTEXT_LENGTH
-    resume: backends.Model = None
     num_workers: NumWorkers = 4
-    decode: backends.Decoding = "exact"
+    decode: choice.Decoding = "exact"
     templates: Templates = None
-    device: BackendDevice = "auto"
-    num_threads: NumThreads = None
-    download_root: DownloadRoot = None
     json: Json = False
 
     ADDED = ("num_threads", "templates")  # see `command.spelled_out`
 
     def __post_init__(self) -> None:
-        backends.check(self)
+        choice.check(self)
         if self.label_file is None:
             raise ConfigError("--label-file: expected a text file with one label a line")
         if self.dataset in ("", ".", "..") or "/" in self.dataset or "\\" in self.dataset:
@@ -93,19 +80,19 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     import numpy as np
 
     from cn_clip.data.picture_sets import ClassFolders
-    from cn_clip.eval import zeroshot
-    from cn_clip.eval.feature_rows import check_finite
-    from cn_clip.eval.templates import load_templates
+    from cn_clip.evaluation import elevater, zeroshot
+    from cn_clip.evaluation.templates import load_templates
+    from cn_clip.features.rows import check_finite
 
     say.params(options)
     _check_output(options)
     labels = read_labels(Path(options.label_file or ""))
     templates = load_templates(options.dataset, Path(options.templates) if options.templates else None)
-    encoder = backends.open_encoder(options, say)
+    encoder = choice.open_encoder(options, say)
     say("Preparing zeroshot dataset.")
     dataset = ClassFolders(options.datapath)
     numbers = _class_numbers(options, dataset.classes, len(labels))
-    order = read_index(Path(options.index), len(dataset)) if options.index else None
+    order = elevater.read_index(Path(options.index), len(dataset)) if options.index else None
     say("Building zero-shot classifier")
     classes_CD = zeroshot.classifier(encoder, labels, templates)
     check_finite(classes_CD, labels, "label")
@@ -157,7 +144,7 @@ def _picture_features(
 
     from cn_clip.clip.backends.base import named
     from cn_clip.data.picture_sets import batches
-    from cn_clip.eval.feature_rows import check_finite
+    from cn_clip.features.rows import check_finite
 
     rows: list[Rows] = []
     targets: list[int] = []
@@ -173,7 +160,7 @@ def _picture_features(
 
 
 def _class_numbers(options: Options, folders: list[str], num_labels: int) -> list[int]:
-    from cn_clip.eval.zeroshot import class_numbers
+    from cn_clip.evaluation.zeroshot import class_numbers
 
     try:
         return class_numbers(folders, num_labels)
@@ -181,33 +168,12 @@ def _class_numbers(options: Options, folders: list[str], num_labels: int) -> lis
         raise DataError(f"{options.datapath} and {options.label_file}: {error}") from error
 
 
-def read_index(path: Path, num_pictures: int) -> list[int]:
-    """ELEVATER's order of the pictures; raises DataError for anything but a JSON list of all numbers, each once."""
-    import json
-
-    try:
-        order = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected a JSON list of picture numbers") from error
-    if not isinstance(order, list):
-        raise DataError(f"{path}: holds a {type(order).__name__}; expected a JSON list of picture numbers")
-    for number in order:
-        if type(number) is not int or not 0 <= number < num_pictures:
-            raise DataError(f"{path}: expected picture numbers from 0 to {num_pictures - 1}, got {number!r}")
-    if len(order) != num_pictures or len(set(order)) != num_pictures:
-        raise DataError(
-            f"{path}: expected each of the numbers of {num_pictures} pictures once, got {len(order)} numbers, "
-            f"{len(set(order))} different ones; is it the index of this dataset?"
-        )
-    return order
-
-
 def write_elevater(options: Options, backend: "Backend", probabilities_NC: "Rows") -> Path:
     """Writes `DATASET.json` for ELEVATER's site: probabilities (1, N, C) to 6 decimals, and facts on the model."""
     from cn_clip.files import atomic_write
     from cn_clip.jsonl import dumps
 
-    total, visual = backends.num_parameters(backend)
+    total, visual = choice.num_parameters(backend)
     rounded = [[round(value, 6) for value in row] for row in probabilities_NC.tolist()]
     content = {
         "model_name": _model_name(options),

@@ -12,8 +12,8 @@ import numpy as np
 
 from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.eval.feature_files import read_features
-from cn_clip.eval.feature_rows import Features
+from cn_clip.features.files import read_features
+from cn_clip.features.rows import Features
 from cn_clip.index.ingest import Ingest, Report, Settings, Summary
 from cn_clip.index.models import full_name, open_encoder
 from cn_clip.index.options import AddOptions

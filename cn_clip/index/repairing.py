@@ -12,7 +12,7 @@ from cn_clip.command import Speaker
 from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.digests import is_file
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.eval.feature_files import Features, read_features
+from cn_clip.features.files import Features, read_features
 from cn_clip.index.building import Model, listed
 from cn_clip.index.ingest import Ingest, Settings
 from cn_clip.index.options import AddOptions

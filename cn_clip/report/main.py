@@ -212,7 +212,7 @@ def _add_model_parts(
         sections.append(parts.retrieval_section(retrieval))
         facts["retrieval"] = _retrieval_facts(retrieval)
     if options.zeroshot:
-        from cn_clip.eval.templates import load_templates
+        from cn_clip.evaluation.templates import load_templates
         from cn_clip.report import confusion
 
         say("零样本分类 / zero-shot classification")

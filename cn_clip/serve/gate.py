@@ -27,6 +27,9 @@ _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
 )
 
+# Bytes of a body that are taken in at a time, and seconds between two such times: 12 MB a second.
+STEP, PAUSE = 256 << 10, 0.02
+
 
 class ClientLeftError(Exception):
     """The connection was closed before the request was whole."""
@@ -37,7 +40,8 @@ class Gate:
 
     Not so what is only read outside /v1/: the web page listens to streams of events, which end when `stopping` is set;
     of these requests, the number is bounded. A client that leaves, or waits too long, has its request cancelled,
-    wherever that is.
+    wherever that is. While short requests are answered, long bodies are taken in slowly, for each piece of one keeps
+    them waiting.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class Gate:
         self.app, self.limits, self.hosts, self.stopping = app, limits, hosts, stopping
         self._key = None if api_key is None else api_key.encode("utf-8")
         self._guesses = Guesses()
-        self._bytes_held = self._num_readers = 0
+        self._bytes_held = self._num_readers = self._num_short = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -89,7 +93,12 @@ class Gate:
         body = io.BytesIO()
         try:
             await self._read_in_time(scope, receive, body)
-            await self._answer_in_time(scope, body.getvalue(), receive, send)
+            is_short = body.tell() <= STEP
+            self._num_short += is_short
+            try:
+                await self._answer_in_time(scope, body.getvalue(), receive, send)
+            finally:
+                self._num_short -= is_short
         finally:
             self._bytes_held -= body.tell()
 
@@ -104,12 +113,15 @@ class Gate:
         """Fills `body`; never holds more than the bound, whatever Content-Length says."""
         if _announced_size(scope) > self.limits.max_body_bytes:
             await self._too_large(receive, is_waiting=_waits_to_send(scope))
-        marks_left, more = MAX_JSON_MARKS, True
+        marks_left, more, next_pause = MAX_JSON_MARKS, True, STEP
         is_json = not _is_upload(scope)
         while more:
             piece, more = await _next_piece(receive)
             if body.tell() + len(piece) > self.limits.max_body_bytes:
                 await self._too_large(receive)
+            if body.tell() >= next_pause and self._num_short:
+                await asyncio.sleep(PAUSE)
+                next_pause = body.tell() + STEP
             body.write(piece)
             self._bytes_held += len(piece)
             if self._bytes_held > BODIES_HELD * self.limits.max_body_bytes:

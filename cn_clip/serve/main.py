@@ -15,9 +15,9 @@ import tyro
 
 from cn_clip import command, extras, settings, terminal, zoo
 from cn_clip.clip.backends.base import PrecisionChoice, check_precision
+from cn_clip.clip.choice import Runner
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError, MissingExtraError
-from cn_clip.eval.backends import Runner
 from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads
 from cn_clip.serve.limits import LOG_TIME, Limits
 from cn_clip.settings import Range

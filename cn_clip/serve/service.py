@@ -17,8 +17,8 @@ from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.pictures import is_data_url
 from cn_clip.data.names import path_of, readable
 from cn_clip.errors import ConfigError, StoreError
-from cn_clip.eval import zeroshot
-from cn_clip.eval.templates import DEFAULT, load_templates
+from cn_clip.evaluation import zeroshot
+from cn_clip.evaluation.templates import DEFAULT, load_templates
 from cn_clip.retrieval.places import Searchable, item_called
 from cn_clip.retrieval.query import mixed
 from cn_clip.retrieval.segments import ItemId

@@ -56,8 +56,11 @@ from cn_clip.data.lmdb_store import ImageStore, PairStore
 from cn_clip.data.shards import ShardPairs
 from cn_clip.data.texts import read_texts
 from cn_clip.errors import DataError
-from cn_clip.eval import class_features, compare, evaluation, feature_files, feature_shards, templates
-from cn_clip.eval.zeroshot_evaluation import read_index
+from cn_clip.eval import compare, evaluation
+from cn_clip.evaluation import class_features, templates
+from cn_clip.evaluation.elevater import read_index
+from cn_clip.features import files as feature_files
+from cn_clip.features import shards as feature_shards
 from cn_clip.preprocess.picture_lists import pictures_from_table
 from cn_clip.report.run_folder import read_run
 from cn_clip.retrieval.inspection import inspect

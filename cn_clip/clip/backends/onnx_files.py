@@ -8,6 +8,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Kind, TowerFacts
 from cn_clip.clip.file_kinds import what_it_is
@@ -189,6 +192,13 @@ def not_opened(place: str, where: str, reason: str, error: Exception) -> Checkpo
             return CheckpointError(f"{file}: {known}")
     advice = "close other programs" if lacked_memory(error) else "if the file is damaged, export it again"
     return CheckpointError(f"{place}: cannot be opened by {where} ({reason[:300]}); {advice}")
+
+
+def not_taken(place: str, fed: NDArray[np.generic], reason: str) -> CheckpointError:
+    """What to raise when a file does not take a batch of this shape and type; reason: what the library says."""
+    return CheckpointError(
+        f"{place}: does not take a batch of {fed.dtype} {fed.shape} ({reason[:300]}); export the model again"
+    )
 
 
 def outside_files(path: Path) -> list[str]:

@@ -19,6 +19,7 @@ from cn_clip.clip.backends.onnx_files import (
     facts_of,
     missing_weights,
     not_opened,
+    not_taken,
     outside_files,
     reading_facts,
 )
@@ -99,10 +100,7 @@ class OnnxTower:
         try:
             features: NDArray[np.floating] = self._session.run([self._output], {self._input: fed})[0]
         except self._misfit as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"{self.place}: does not take a batch of {fed.dtype} {fed.shape} ({reason}); export the model again"
-            ) from error
+            raise not_taken(self.place, fed, str(error).splitlines()[0]) from error
         return features
 
 

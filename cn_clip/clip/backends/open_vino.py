@@ -1,5 +1,6 @@
 """Exported towers in OpenVINO, the fastest backend on most processors."""
 
+import os
 import threading
 from functools import cache
 from pathlib import Path
@@ -17,9 +18,10 @@ from cn_clip.clip.backends.onnx_files import (
     facts_of,
     missing_weights,
     not_opened,
+    not_taken,
     reading_facts,
 )
-from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.errors import CheckpointError, ConfigError, lacked_memory
 from cn_clip.extras import require
 from cn_clip.processes import hold_in_children
 
@@ -54,8 +56,7 @@ class OpenVinoTower:
             model = core.read_model(self.place)
             self._request = core.compile_model(model, "CPU", settings).create_infer_request()
         except Exception as error:  # RuntimeErrors of many lines
-            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
-            raise not_opened(self.place, "OpenVINO", reason, error) from error
+            raise not_opened(self.place, "OpenVINO", _last_line(error), error) from error
         hold_in_children(self)
         self._alone = threading.Lock()
         with reading_facts(self.place):
@@ -66,11 +67,25 @@ class OpenVinoTower:
         self._input, self._output = INPUTS[kind], OUTPUTS[kind]
 
     def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
-        """A batch to features (B, D), not scaled to unit length; threads take turns."""
+        """A batch to features (B, D), not scaled to unit length; threads take turns.
+
+        Raises CheckpointError for a batch of a shape or type that the file does not take, ConfigError in a forked child.
+        """
         # Copies, unless told to share the memory that the next batch overwrites.
+        _refuse_in_forked_child()
         with self._alone:  # a request computes one batch at a time
-            features: NDArray[np.floating] = self._request.infer({self._input: inputs})[self._output]
+            try:
+                features: NDArray[np.floating] = self._request.infer({self._input: inputs})[self._output]
+            except RuntimeError as error:
+                if lacked_memory(error):
+                    raise
+                raise not_taken(self.place, inputs, _last_line(error)) from error
         return features
+
+
+def _last_line(error: Exception) -> str:
+    """What OpenVINO says after the places in its source."""
+    return next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
 
 
 @cache
@@ -92,7 +107,26 @@ def native_precisions() -> tuple[Precision, ...]:
 
 def _core() -> Any:
     vino: Any = require("openvino", extra="openvino", purpose="the openvino backend")
+    _refuse_in_forked_child()
     return vino.Core()
+
+
+@cache
+def _first_process() -> int:
+    """The process that used OpenVINO first; a child of `os.fork` remembers that of its parent."""
+    return os.getpid()
+
+
+def _refuse_in_forked_child() -> None:
+    """Raises ConfigError in a child of a process that has used OpenVINO: its threads are missing there.
+
+    Most computations would succeed, and one in hundreds would wait for them for ever.
+    """
+    if _first_process() != os.getpid():
+        raise ConfigError(
+            "openvino: this process was forked from one that has used OpenVINO, which may wait for ever here; "
+            'start processes by "spawn" or "forkserver", or use the onnx backend'
+        )
 
 
 def settings_for(capabilities: list[str], precision: Precision) -> dict[str, str]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.errors import CnClipError, DataError
-from cn_clip.eval.feature_rows import FloatArray
+from cn_clip.features.rows import FloatArray
 from cn_clip.files import Lock, lock_file, take
 
 # What is extracted, from what, with what: values that JSON can hold. Rows of another job are not gone on with.

@@ -1,6 +1,6 @@
 """Records `tests/golden/tokenizer/ids.json.gz`: what Chinese-CLIP 1.6 makes of 15,000 fuzzed strings.
 
-Run with a Python that has Chinese-CLIP installed: `python benchmarks/record_tokenizer_golden.py`.
+Run with a Python that has Chinese-CLIP installed: `python tools/golden/record_tokenizer.py`.
 The tests take `fuzzed_strings` from here, so the file holds ids only: a digest per block of strings, and the first
 blocks in full, to explain a failure.
 """
@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-GOLDEN_FILE = Path(__file__).parent.parent / "tests" / "golden" / "tokenizer" / "ids.json.gz"
+GOLDEN_FILE = Path(__file__).resolve().parents[2] / "tests" / "golden" / "tokenizer" / "ids.json.gz"
 SEED = 20221103
 NUM_STRINGS = 15_000
 BLOCK = 100

@@ -18,8 +18,8 @@ from cn_clip.data.records import RecordId
 from cn_clip.data.storage import Storage
 from cn_clip.digests import is_file
 from cn_clip.errors import ConfigError, DataError, UnreadableError, is_absent
-from cn_clip.eval.feature_rows import Features, FloatArray, IdField, check_finite
-from cn_clip.eval.feature_tables import parquet_bytes, parquet_facts, read_parquet_parts
+from cn_clip.features.rows import Features, FloatArray, IdField, check_finite
+from cn_clip.features.tables import parquet_bytes, parquet_facts, read_parquet_parts
 
 MANIFEST = "manifest.json"
 PREFIX, SUFFIX = "part-", ".parquet"

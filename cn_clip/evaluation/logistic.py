@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.eval.feature_rows import FloatArray
+from cn_clip.features.rows import FloatArray
 
 if TYPE_CHECKING:
     import torch

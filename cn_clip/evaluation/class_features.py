@@ -16,14 +16,14 @@ from cn_clip.command import Speaker
 from cn_clip.data.picture_sets import ClassFolders
 from cn_clip.data.records import digest_of
 from cn_clip.errors import DataError
-from cn_clip.eval.feature_rows import FloatArray, first_not_finite
-from cn_clip.eval.feature_tables import read_arrays
+from cn_clip.features.rows import FloatArray, first_not_finite
+from cn_clip.features.tables import read_arrays
 from cn_clip.files import atomic_write
 
 if TYPE_CHECKING:
+    from cn_clip.clip.choice import Identity
     from cn_clip.clip.encoder import Encoder
-    from cn_clip.eval.backends import Identity
-    from cn_clip.eval.partial_features import Job
+    from cn_clip.features.partial import Job
 
 SUFFIX = ".npz"
 
@@ -56,8 +56,8 @@ def of_folder(
     Raises DataError for a missing folder, one without pictures, a picture that cannot be read and a file that cannot be
     written, CheckpointError for a model that gives no numbers.
     """
-    from cn_clip.eval.features import compute_pictures
-    from cn_clip.eval.partial_features import PartialFeatures
+    from cn_clip.features.compute import compute_pictures
+    from cn_clip.features.partial import PartialFeatures
 
     pictures = ClassFolders(folder)
     job = _job(pictures, encoder, identity, batch_size)

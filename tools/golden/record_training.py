@@ -1,6 +1,6 @@
 """Records tests/golden/training.npz: five updates of the reference's own training loop on a small model, no dropout.
 
-REFERENCE/bin/python benchmarks/record_training_golden.py
+REFERENCE/bin/python tools/golden/record_training.py
 """
 
 import os
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402

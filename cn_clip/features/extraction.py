@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from cn_clip import __version__, command, settings
+from cn_clip.clip.choice import Decoding
 from cn_clip.errors import ConfigError
-from cn_clip.eval.backends import Decoding
-from cn_clip.eval.feature_formats import OutputFormat, format_of
+from cn_clip.features.formats import OutputFormat, format_of
 from cn_clip.files import refuse_inputs
 from cn_clip.option_types import BatchSize, ContextLength, Json, NumWorkers
 from cn_clip.settings import Range
@@ -19,11 +19,11 @@ from cn_clip.zoo import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Kind
+    from cn_clip.clip.choice import Identity
     from cn_clip.clip.encoder import Encoder
-    from cn_clip.eval.backends import Identity
-    from cn_clip.eval.feature_rows import FloatArray
-    from cn_clip.eval.features import Places, Work
-    from cn_clip.eval.partial_features import PartialFeatures
+    from cn_clip.features.compute import Places, Work
+    from cn_clip.features.partial import PartialFeatures
+    from cn_clip.features.rows import FloatArray
 
 # What Chinese-CLIP takes although nothing is done with it.
 RULES = [
@@ -107,7 +107,7 @@ def begin(options: Settings) -> command.Speaker:
     for rule in settings.broken(options, RULES):
         print(f"提示 / note: {rule.message}", file=sys.stderr)
     if any(options.output_file(kind)[1] == "parquet" for kind in options.kinds):
-        from cn_clip.eval.feature_tables import require_parquet
+        from cn_clip.features.tables import require_parquet
 
         require_parquet()
     return say
@@ -137,7 +137,7 @@ def open_works(options: Settings, say: command.Speaker) -> "list[Work]":
     """What is to be extracted, texts first."""
     from cn_clip.data.picture_sets import LmdbPictures
     from cn_clip.data.texts import read_texts
-    from cn_clip.eval.features import Pictures, Texts
+    from cn_clip.features.compute import Pictures, Texts
 
     works: list[Work] = []
     if options.extract_image_feats:
@@ -154,7 +154,7 @@ def open_works(options: Settings, say: command.Speaker) -> "list[Work]":
 
 def _check_kept(options: Settings, works: "Sequence[Work]") -> None:
     """Raises DataError for ids that a format cannot keep."""
-    from cn_clip.eval.feature_tables import check_npz_ids
+    from cn_clip.features.tables import check_npz_ids
 
     for work in works:
         path, output_format = options.output_file(work.kind)
@@ -165,7 +165,7 @@ def _check_kept(options: Settings, works: "Sequence[Work]") -> None:
 def _partial(
     options: Settings, work: "Work", encoder: "Encoder", identity: "Identity", say: command.Speaker
 ) -> "PartialFeatures":
-    from cn_clip.eval.partial_features import PartialFeatures
+    from cn_clip.features.partial import PartialFeatures
 
     job = job_of(options, work, encoder, identity)
     return PartialFeatures(options.output_file(work.kind)[0], job, encoder.embed_dim, say.note)
@@ -180,7 +180,7 @@ def job_of(options: Settings, work: "Work", encoder: "Encoder", identity: "Ident
 def _extract(
     options: Settings, work: "Work", partial: "PartialFeatures", encoder: "Encoder", say: command.Speaker
 ) -> dict[str, object]:
-    from cn_clip.eval.feature_files import write_rows
+    from cn_clip.features.files import write_rows
 
     say(f"Make inference for {work.kind}s...")
     path, output_format = options.output_file(work.kind)

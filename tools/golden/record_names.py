@@ -1,6 +1,6 @@
 """Records tests/golden/names.json, every name of every module of cn_clip 1.6.0, its arguments and options:
 
-REFERENCE/bin/python benchmarks/record_names_golden.py
+REFERENCE/bin/python tools/golden/record_names.py
 """
 
 import argparse
@@ -15,7 +15,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import reference_shim  # noqa: E402, F401

@@ -11,7 +11,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -23,15 +23,12 @@ from cn_clip.data.records import digest_of
 from cn_clip.data.storage import open_storage, shown
 from cn_clip.data.texts import read_texts
 from cn_clip.errors import CnClipError, ConfigError
-from cn_clip.eval import feature_shards
-from cn_clip.eval.feature_rows import IdField
-from cn_clip.eval.feature_shards import Finished, Manifest, Shard, Skipped
-from cn_clip.eval.feature_tables import require_parquet
-from cn_clip.eval.shard_worker import Job, ShardWorker, Task, TextPart, model_facts, weights_digest
 from cn_clip.extras import require
-
-if TYPE_CHECKING:
-    from cn_clip.eval.extract_features import Options
+from cn_clip.features.ray_settings import Settings
+from cn_clip.features.rows import IdField
+from cn_clip.features.shard_worker import Job, ShardWorker, Task, TextPart, model_facts, weights_digest
+from cn_clip.features.shards import PREFIX, Finished, Manifest, Shard, Skipped, begin
+from cn_clip.features.tables import require_parquet
 
 # How often a shard may end its process, or a process fail to start, before the run stops.
 ATTEMPTS = 3
@@ -107,7 +104,7 @@ class _Inputs(NamedTuple):
     part: Callable[[Shard], Any]
 
 
-def _open_inputs(options: "Options") -> dict[Kind, _Inputs]:
+def _open_inputs(options: Settings) -> dict[Kind, _Inputs]:
     opened: dict[Kind, _Inputs] = {}
     if options.extract_text_feats:
         texts = read_texts(options.text_data)
@@ -138,7 +135,7 @@ class _Progress:
         return [skipped for number in sorted(self.finished) for skipped in self.finished[number].skipped]
 
 
-def extract(options: "Options", say: Speaker) -> None:
+def extract(options: Settings, say: Speaker) -> None:
     """Extracts what is asked for into shards, passing over those that are finished.
 
     Raises CnClipError naming what cannot be read, a folder of another job, a cluster that is not there, or a shard that
@@ -157,11 +154,11 @@ def extract(options: "Options", say: Speaker) -> None:
         _tell(works, say)
 
 
-def _begin(options: "Options", kind: Kind, inputs: _Inputs, weights: str, say: Speaker) -> _Progress:
+def _begin(options: Settings, kind: Kind, inputs: _Inputs, weights: str, say: Speaker) -> _Progress:
     folder = open_storage(options.output or "").child(_FOLDERS[kind])
     model = model_facts(options, kind, weights)
     manifest = Manifest(_FIELDS[kind], model, inputs.facts, inputs.number, options.shard_size)
-    finished = feature_shards.begin(folder, manifest, overwrite=options.overwrite)
+    finished = begin(folder, manifest, overwrite=options.overwrite)
     if options.on_error == "stop":  # what an earlier run skipped stops this one
         finished = {number: one for number, one in finished.items() if not one.skipped}
     if finished:
@@ -197,7 +194,7 @@ def _cluster(ray: Any, address: str | None) -> Iterator[list[Node]]:
 
 def _run(
     ray: Any,
-    options: "Options",
+    options: Settings,
     weights: str,
     nodes: Sequence[Node],
     tasks: "deque[tuple[_Progress, Shard]]",
@@ -227,7 +224,7 @@ def _run(
             bar.update(shard.stop - shard.start)
 
 
-def _for_workers(options: "Options", plan: Actors) -> "Options":
+def _for_workers(options: Settings, plan: Actors) -> Settings:
     """The settings as they hold in the processes, which run in other folders."""
     return replace(
         options,
@@ -298,7 +295,7 @@ def _tell(works: Iterable[_Progress], say: Speaker) -> None:
     result: dict[str, object] = {}
     for work in works:
         kind, folder, skipped = work.job.kind, work.job.folder, work.skipped
-        folder.delete_leftovers(feature_shards.PREFIX)
+        folder.delete_leftovers(PREFIX)
         num_rows = sum(one.num_rows for one in work.finished.values())
         assert num_rows + len(skipped) == work.inputs.number, "every input is in one shard"
         for one in skipped[:_SHOWN]:

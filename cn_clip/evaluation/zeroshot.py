@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cn_clip.clip.backends.base import Rows, named
 from cn_clip.clip.encoder import Encoder
 from cn_clip.errors import DataError
-from cn_clip.eval.templates import fill
+from cn_clip.evaluation.templates import fill
 
 # The scale of a fully trained logit_scale; probabilities of the ELEVATER files are made with it.
 LOGIT_SCALE = 100.0

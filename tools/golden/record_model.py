@@ -1,6 +1,6 @@
 """Records tests/golden from the reference; run it with the interpreter of an environment that has cn_clip 1.6.0:
 
-REFERENCE/bin/python benchmarks/record_golden.py [features|pixels|names] …
+REFERENCE/bin/python tools/golden/record_model.py [features|pixels|names] …
 """
 
 import gzip
@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "tests"))
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from cn_clip.clip.file_kinds import check_unpacked
 from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError, reading
-from cn_clip.eval.feature_rows import Blocks, Features, FloatArray, IdField, check_unique, first_not_finite
 from cn_clip.extras import require
+from cn_clip.features.rows import Blocks, Features, FloatArray, IdField, check_unique, first_not_finite
 from cn_clip.files import atomic_write
 
 Path: TypeAlias = "str | os.PathLike[str]"

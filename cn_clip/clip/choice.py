@@ -1,6 +1,7 @@
-"""How the evaluation commands open a model: checks of their settings, the lines they print, what tells models apart."""
+"""Which model: the options that name one, how it is opened, and what tells its rows from those of others."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias
 
@@ -13,6 +14,7 @@ from cn_clip.clip.foreign.snapshots import files_of as foreign_files
 from cn_clip.clip.transforms import Decode
 from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError
+from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads, PictureTower, TextTower
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Backend, ExportedBackend, Precision, Tower
@@ -53,8 +55,22 @@ Decoding: TypeAlias = Annotated[
 Identity: TypeAlias = Callable[[Kind], Mapping[str, object]]
 
 
+@dataclass(frozen=True)
+class ModelSettings:
+    """The options with which a command names a model and says how it is computed."""
+
+    resume: Model = None
+    vision_model: PictureTower = None
+    text_model: TextTower = None
+    precision: Arithmetic = "amp"
+    backend: Runner = "torch"
+    device: BackendDevice = "auto"
+    num_threads: NumThreads = None
+    download_root: DownloadRoot = None
+
+
 class ModelOptions(Protocol):
-    """The settings of a command that opens a model by name or checkpoint."""
+    """What `open_encoder` is told: `ModelSettings`, how pictures are decoded, how long texts are."""
 
     @property
     def resume(self) -> str | None: ...

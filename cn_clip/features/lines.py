@@ -10,8 +10,8 @@ import numpy as np
 
 from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError
-from cn_clip.eval.decimal_text import parse_rows
-from cn_clip.eval.feature_rows import Features, FloatArray, IdField, check_unique, first_not_finite
+from cn_clip.features.decimal_text import parse_rows
+from cn_clip.features.rows import Features, FloatArray, IdField, check_unique, first_not_finite
 from cn_clip.files import atomic_write
 from cn_clip.jsonl import dumps, numbered_lines, parse_object
 

@@ -1,6 +1,6 @@
 """Records tests/golden/pipeline: what the reference's scripts make of real photos with Chinese captions, on the CPU.
 
-REFERENCE/bin/python benchmarks/record_pipeline_golden.py FLICKR8K_CN_FOLDER [centre|first|all|zeroshot] …
+REFERENCE/bin/python tools/golden/record_pipeline.py FLICKR8K_CN_FOLDER [centre|first|all|zeroshot] …
 
 The photos are for research only: ids, features and results are kept, no picture and no text.
 """
@@ -21,8 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import deterministic  # noqa: E402
 import numpy as np  # noqa: E402

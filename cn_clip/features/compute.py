@@ -14,8 +14,8 @@ from cn_clip.clip.backends.base import Kind, named
 from cn_clip.clip.encoder import SORTING_WINDOW, Encoder, sorted_batches
 from cn_clip.data.picture_sets import LmdbPictures, PictureSource, StoredPicture, batches
 from cn_clip.data.records import RecordId, digest_of
-from cn_clip.eval.feature_rows import IdField, check_finite, check_unique
-from cn_clip.eval.partial_features import Job, PartialFeatures
+from cn_clip.features.partial import Job, PartialFeatures
+from cn_clip.features.rows import IdField, check_finite, check_unique
 from cn_clip.jsonl import numbered_lines
 
 KeyT = TypeVar("KeyT", covariant=True)

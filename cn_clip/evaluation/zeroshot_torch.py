@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from cn_clip.clip.inputs import preprocess_text
 from cn_clip.clip.tokenizer import tokenize
-from cn_clip.eval.zeroshot import LOGIT_SCALE
-from cn_clip.eval.zeroshot_evaluation import read_index
+from cn_clip.evaluation.elevater import read_index
+from cn_clip.evaluation.zeroshot import LOGIT_SCALE
 
 
 def _device(model: nn.Module) -> torch.device:

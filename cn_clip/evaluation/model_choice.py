@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 from cn_clip import settings, zoo
+from cn_clip.clip import choice
 from cn_clip.clip.backends.base import DEFAULT_CONTEXT_LENGTH
 from cn_clip.errors import ConfigError
-from cn_clip.eval import backends
 from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads, NumWorkers
 from cn_clip.settings import Range
 
@@ -21,15 +21,15 @@ _USUAL = frozenset({"torch", "fp32", "amp"})
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model computes the features, and how; `cn_clip.eval.backends` opens it."""
+    """Which model computes the features, and how; `cn_clip.clip.choice` opens it."""
 
     model: str | None = None
     """A published or bundled model, or one of another family, hf:FOLDER or open_clip:ARCHITECTURE@FILE; ViT-B-16 if no
     checkpoint is given. Beside --checkpoint: the model whose weights these are"""
     checkpoint: str | None = None
     """Weights of your own: a file or a transformers folder"""
-    backend: backends.Runner = "torch"
-    precision: backends.EvalPrecision = "fp32"
+    backend: choice.Runner = "torch"
+    precision: choice.EvalPrecision = "fp32"
     """Arithmetic; amp is fp32. auto: the fastest close to it (cosine 0.999) that the device has. int8: onnx and
     openvino"""
     device: BackendDevice = "auto"
@@ -37,7 +37,7 @@ class ModelChoice:
     """Pictures, and texts, in a batch"""
     num_workers: NumWorkers = 4
     num_threads: NumThreads = None
-    decode: backends.Decoding = "exact"
+    decode: choice.Decoding = "exact"
     download_root: DownloadRoot = None
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class ModelChoice:
                 f"--model {self.model}: beside --checkpoint it says what the weights are of; "
                 f"expected one of {', '.join(zoo.available_models())}"
             )
-        backends.check(self)
+        choice.check(self)
         settings.check(self)
 
     @property

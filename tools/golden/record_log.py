@@ -1,6 +1,6 @@
 """Records the log of a short training by Chinese-CLIP (cn_clip 1.6.0), for the tests of `cn-clip report`:
 
-python benchmarks/record_log_golden.py --reference-python REFERENCE/bin/python tests/golden/training_log
+python tools/golden/record_log.py --reference-python REFERENCE/bin/python tests/golden/training_log
 """
 
 import shutil
@@ -12,8 +12,8 @@ from typing import Annotated
 
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from interchange import TOWERS, alone, write_dataset  # noqa: E402
 from two_sides import two_sides  # noqa: E402

@@ -1,6 +1,6 @@
 """Records tests/golden/eval from the reference's top-k and recall scripts, on small made-up features.
 
-REFERENCE/bin/python benchmarks/record_eval_golden.py
+REFERENCE/bin/python tools/golden/record_eval.py
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden" / "eval"
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden" / "eval"
 NUM_IMAGES, NUM_TEXTS, DIMENSIONS = 30, 45, 12
 EVALUATIONS = {"text": "evaluation", "image": "evaluation_tr"}
 PREDICTIONS = {"text": "valid_predictions.jsonl", "image": "valid_tr_predictions.jsonl"}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from cn_clip.data.records import RecordId
 from cn_clip.errors import DataError
-from cn_clip.eval import feature_lines, feature_shards, feature_tables
-from cn_clip.eval.feature_formats import OutputFormat
-from cn_clip.eval.feature_lines import write_features
-from cn_clip.eval.feature_rows import Blocks, Features, FloatArray, IdField
+from cn_clip.features import lines, shards, tables
+from cn_clip.features.formats import OutputFormat
+from cn_clip.features.lines import write_features
+from cn_clip.features.rows import Blocks, Features, FloatArray, IdField
 
 __all__ = ["Features", "IdField", "read_features", "write_features", "write_rows"]
 
@@ -23,13 +23,13 @@ _FOREIGN: dict[bytes, str] = {
     b"\xff\xfe": "is UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "is UTF-16 text; save it as UTF-8",
 }
-_READERS: dict[OutputFormat, feature_tables.Read] = {
-    "npz": feature_tables.read_npz,
-    "parquet": feature_tables.read_parquet,
+_READERS: dict[OutputFormat, tables.Read] = {
+    "npz": tables.read_npz,
+    "parquet": tables.read_parquet,
 }
-_WRITERS: dict[OutputFormat, feature_tables.Write] = {
-    "npz": feature_tables.write_npz,
-    "parquet": feature_tables.write_parquet,
+_WRITERS: dict[OutputFormat, tables.Write] = {
+    "npz": tables.write_npz,
+    "parquet": tables.write_parquet,
 }
 
 
@@ -67,7 +67,7 @@ def read_features(path: str | os.PathLike[str], field: IdField, *, progress: boo
     one without rows; MissingExtraError for Parquet without pyarrow.
     """
     if Path(path).is_dir():
-        return feature_shards.read_shards(Path(path), field)
+        return shards.read_shards(Path(path), field)
     beginning = _first_bytes(path)
     for known, magic in _BEGINNINGS.items():
         if beginning.startswith(magic):
@@ -77,7 +77,7 @@ def read_features(path: str | os.PathLike[str], field: IdField, *, progress: boo
     for magic, what in _FOREIGN.items():
         if beginning.startswith(magic):
             raise DataError(f"{path}: {what}")
-    return feature_lines.read_lines(path, field, progress=progress)
+    return lines.read_lines(path, field, progress=progress)
 
 
 def _first_bytes(path: str | os.PathLike[str]) -> bytes:

@@ -1,6 +1,6 @@
 """Records tests/golden/faces.npz: what the datasets, losses and zero-shot functions of cn_clip 1.6.0 give.
 
-REFERENCE/bin/python benchmarks/record_faces_golden.py
+REFERENCE/bin/python tools/golden/record_faces.py
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import lmdb  # noqa: E402

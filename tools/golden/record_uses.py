@@ -1,6 +1,6 @@
 """Records tests/golden/uses.json.gz: what public uses of `cn_clip.clip` return with the reference.
 
-REFERENCE/bin/python benchmarks/record_uses_golden.py
+REFERENCE/bin/python tools/golden/record_uses.py
 """
 
 import gzip
@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import reference_shim  # noqa: E402, F401  (before anything that imports torchvision)

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from cn_clip import __version__
+from cn_clip.clip import choice
 from cn_clip.clip.backends.base import Kind, Pixels, named
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.foreign.names import is_foreign
@@ -26,13 +27,12 @@ from cn_clip.data.records import RecordId
 from cn_clip.data.storage import Storage, StorageError
 from cn_clip.digests import add_file
 from cn_clip.errors import CnClipError, ConfigError, DataError
-from cn_clip.eval import backends
-from cn_clip.eval.feature_rows import FloatArray
-from cn_clip.eval.feature_shards import Finished, Manifest, Shard, Skipped, write_shard
-from cn_clip.eval.ray_settings import OnError
+from cn_clip.features.ray_settings import OnError
+from cn_clip.features.rows import FloatArray
+from cn_clip.features.shards import Finished, Manifest, Shard, Skipped, write_shard
 
 
-class Options(backends.ModelOptions, Protocol):
+class Options(choice.ModelOptions, Protocol):
     """The settings that a worker obeys."""
 
     @property
@@ -97,7 +97,7 @@ class ShardWorker:
                     f"{platform.node()}: {self._options.resume} is another file there than where the run was started; "
                     "copy the same weights to every machine"
                 )
-            self._encoder = backends.open_encoder(self._options, Speaker(quiet=True), kinds=self._kinds)
+            self._encoder = choice.open_encoder(self._options, Speaker(quiet=True), kinds=self._kinds)
         return self._encoder
 
 
@@ -164,7 +164,7 @@ def _encode(encoder: Encoder, part: Part, options: Options) -> tuple[list[Skippe
 # --- what tells models apart, on whichever machine
 
 
-def weights_digest(options: backends.ModelOptions) -> str:
+def weights_digest(options: choice.ModelOptions) -> str:
     """A digest of the bytes of the weights; raises CheckpointError when there are none, DownloadError."""
     digest = hashlib.blake2b(digest_size=8)
     for path in _weight_files(options):
@@ -173,7 +173,7 @@ def weights_digest(options: backends.ModelOptions) -> str:
     return digest.hexdigest()
 
 
-def _weight_files(options: backends.ModelOptions) -> list[Path]:
+def _weight_files(options: choice.ModelOptions) -> list[Path]:
     from cn_clip import zoo
     from cn_clip.clip import hub
 
@@ -188,7 +188,7 @@ def _weight_files(options: backends.ModelOptions) -> list[Path]:
     return hub.files_of(hub.weight_file(name, download_root=options.download_root))
 
 
-def model_facts(options: backends.ModelOptions, kind: Kind, weights: str) -> Mapping[str, object]:
+def model_facts(options: choice.ModelOptions, kind: Kind, weights: str) -> Mapping[str, object]:
     """What decides on the rows, besides the inputs: the model of a `Manifest`.
 
     Batch sizes and threads are not in it, for they change the last digits alone: a run may go on with others.
@@ -196,7 +196,7 @@ def model_facts(options: backends.ModelOptions, kind: Kind, weights: str) -> Map
     facts: dict[str, object] = {
         "weights": weights,
         "backend": options.backend,
-        "precision": backends.precision_of(options),
+        "precision": choice.precision_of(options),
         "device": options.device,
         "vision_model": options.vision_model,
         "text_model": options.text_model,
