@@ -6,6 +6,8 @@ JOBS ?= auto
 CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 FILES := cn_clip tests benchmarks tools
+# Some machines forbid it for small images; the tests start thousands of processes, each of which would compile again.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help demo test test-slow test-gpu test-milvus test-families test-browser test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel clean
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import warm_python
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,13 +18,13 @@ from cn_clip import __version__, cli, columns, command, models
 ROOT = Path(__file__).parents[1]
 
 
-def run_python(*args: str) -> subprocess.CompletedProcess[str]:
+def run_python(*args: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run([python, *args], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 def cn_clip(*args: str) -> subprocess.CompletedProcess[str]:
-    return run_python("-m", "cn_clip", *args)
+    return run_python("-m", "cn_clip", *args, python=warm_python.program())
 
 
 # --- the table
