@@ -64,8 +64,9 @@ class Encoder:
     decode: "fast" decodes JPEG files and bytes at 1/2, 1/4 or 1/8 of their size where both sides stay at least as
     long as the model's; the vectors differ a little. "exact" decodes them whole. "reference" as well,
     and clips grey of 16 bits to white, as Chinese-CLIP does; the others scale it to 8 bits.
-    A child of `os.fork` may use what its parent opened, except on CUDA: PyTorch then computes with one thread there.
-    openvino is refused there. After onnx the child must end by `os._exit`, as those of `multiprocessing` do: ONNX Runtime's exit waits for ever.
+    A child of `os.fork` may use what its parent opened, except on CUDA, and with openvino, which refuses: PyTorch then
+    computes with one thread there. After onnx the child must end by `os._exit`, as those of `multiprocessing` do: ONNX
+    Runtime's exit waits for ever.
     Raises CheckpointError, DownloadError, ConfigError, or MissingExtraError naming the package to install.
     """
 

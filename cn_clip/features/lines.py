@@ -1,24 +1,19 @@
 """The feature JSONL: one vector a line with its id; feature_files reads and writes it with the functions here."""
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import orjson
 
 from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError
-from cn_clip.features.decimal_text import parse_rows
-from cn_clip.features.rows import Features, FloatArray, IdField, check_unique, first_not_finite
+from cn_clip.features.rows import Features, FloatArray, IdField, check_unique
 from cn_clip.files import atomic_write
 from cn_clip.jsonl import dumps, numbered_lines, parse_object
 
-Line = tuple[int, bytes]
-
-# Enough numbers to hide the cost of a numpy call, few enough to stay in the processor's cache.
-_LINES_A_BATCH = 32
+_NUMBERS = {int, float}
 
 
 def write_features(
@@ -52,56 +47,36 @@ def read_lines(path: str | os.PathLike[str], field: IdField, *, progress: bool =
     numbers: list[int] = []
     ids: list[RecordId] = []
     rows: list[FloatArray] = []
-    lines = numbered_lines(path)
     with tqdm(disable=not progress, desc=os.path.basename(path), unit="row") as bar:
-        while batch := list(islice(lines, _LINES_A_BATCH)):
-            batch_ids, vectors = _read_batch(batch, field, path)
-            _check_vectors(vectors, rows[0].shape[1] if rows else vectors.shape[1], batch, path)
-            numbers += [number for number, _ in batch]
-            ids += batch_ids
-            rows.append(vectors)
-            bar.update(len(batch))
+        for number, line in numbered_lines(path):
+            where = f"{path}:{number}"
+            item_id, vector = _read_line(line, field, where)
+            if rows and len(vector) != len(rows[0]):
+                raise DataError(f"{where} feature: has {len(vector)} numbers, the lines before have {len(rows[0])}")
+            if not np.isfinite(vector).all():
+                raise DataError(f"{where} feature: holds NaN or infinity; expected finite float32 numbers")
+            numbers.append(number)
+            ids.append(item_id)
+            rows.append(vector)
+            bar.update()
     if not rows:
         raise DataError(f"{path}: the file has no lines; expected one JSON object with {field} and feature a line")
     check_unique(ids, path, field, numbers=numbers, unit="line")
-    return Features(ids, np.concatenate(rows))
+    return Features(ids, np.stack(rows))
 
 
-def _read_batch(batch: list[Line], field: IdField, path: str | os.PathLike[str]) -> tuple[list[RecordId], FloatArray]:
+def _read_line(line: bytes, field: IdField, where: str) -> tuple[RecordId, FloatArray]:
     try:
-        return _read_canonical(batch, field)
-    except ValueError:
-        ids, vectors = zip(*_read_one_by_one(batch, field, path), strict=True)
-        return list(ids), np.stack(vectors)
-
-
-def _read_canonical(batch: list[Line], field: IdField) -> tuple[list[RecordId], FloatArray]:
-    """Reads lines of the form this package writes; raises ValueError for all others, faulty or not."""
-    ids: list[RecordId] = []
-    bodies: list[bytes] = []
-    for _, line in batch:
-        opening = line.index(b"[")
-        if not line.endswith(b"]}"):
-            raise ValueError("the vector is not the last field")
-        head = json.loads(line[:opening] + b"0}")
-        if head.keys() != {field, "feature"} or head["feature"] != 0 or type(head[field]) not in (int, str):
-            raise ValueError("other fields")
-        ids.append(plain_id(head[field]))
-        bodies.append(line[opening + 1 : -2])
-    return ids, parse_rows(bodies)
-
-
-def _read_one_by_one(
-    batch: list[Line], field: IdField, path: str | os.PathLike[str]
-) -> Iterator[tuple[RecordId, FloatArray]]:
-    length: int | None = None
-    for number, line in batch:
-        where = f"{path}:{number}"
-        record = parse_object(line, where)
-        item_id, vector = _id_of(record, field, where), _vector_of(record, where)
-        length = length or len(vector)
-        _check_length(len(vector), length, where)
-        yield item_id, vector
+        record = orjson.loads(line)
+        item_id, values = record[field], record["feature"]
+        if type(item_id) in (int, str) and set(map(type, values)) <= _NUMBERS and values:
+            with np.errstate(over="ignore"):
+                return plain_id(item_id), np.array(values, dtype=np.float32)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        pass
+    # What is no such line, and what orjson does not take: NaN, integers beyond 64 bits. `json` says what is wrong.
+    record = parse_object(line, where)
+    return _id_of(record, field, where), _vector_of(record, where)
 
 
 def _id_of(record: dict[str, Any], field: IdField, where: str) -> RecordId:
@@ -127,16 +102,3 @@ def _vector_of(record: dict[str, Any], where: str) -> FloatArray:
             return np.array(values, dtype=np.float32)
     except OverflowError as error:
         raise DataError(f"{where} feature: a number is too large for float32") from error
-
-
-def _check_length(found: int, expected: int, where: str) -> None:
-    if found != expected:
-        raise DataError(f"{where} feature: has {found} numbers, the lines before have {expected}")
-
-
-def _check_vectors(vectors: FloatArray, length: int, batch: list[Line], path: str | os.PathLike[str]) -> None:
-    _check_length(vectors.shape[1], length, f"{path}:{batch[0][0]}")
-    faulty = first_not_finite(vectors)
-    if faulty is not None:
-        number = batch[faulty][0]
-        raise DataError(f"{path}:{number} feature: holds NaN or infinity; expected finite float32 numbers")

@@ -69,7 +69,8 @@ class OpenVinoTower:
     def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
         """A batch to features (B, D), not scaled to unit length; threads take turns.
 
-        Raises CheckpointError for a batch of a shape or type that the file does not take, ConfigError in a forked child.
+        Raises CheckpointError for a batch of a shape or type that the file does not take, ConfigError in a child of
+        `os.fork`.
         """
         # Copies, unless told to share the memory that the next batch overwrites.
         _refuse_in_forked_child()
