@@ -9,11 +9,12 @@ FILES := cn_clip tests benchmarks tools
 # Some machines forbid it for small images; the tests start thousands of processes, each of which would compile again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help demo test test-slow test-gpu test-milvus test-families test-browser test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel clean
+.PHONY: help demo test test-long test-slow test-gpu test-milvus test-families test-browser test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
 	@echo "make test       运行测试 / run the tests"
+	@echo "make test-long  所有指南的命令、较长的训练，约十分钟 / the commands of every guide and longer runs, ten minutes"
 	@echo "make test-slow  完整规模的对照 / full-size comparisons, many minutes"
 	@echo "make test-gpu   需要 CUDA 的测试 / tests that need CUDA"
 	@echo "make test-milvus  在 Milvus 服务上测试检索 / indexes on a Milvus server, which it installs (60 MB)"
@@ -50,6 +51,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 test: $(VENV)/.dev
 	$(PYTEST) $(addprefix --ignore=,$(OPENVINO_TESTS))
 	$(PYTEST) $(OPENVINO_TESTS)
+
+test-long: $(VENV)/.dev
+	$(PYTEST) -m long
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

@@ -140,6 +140,7 @@ def test_each_architecture_has_the_names_and_shapes_that_transformers_expects(vi
     assert {name: value.shape for name, value in back.items()} == {n: v.shape for n, v in ours.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("vision", "text"), VITS)
 def test_each_architecture_gives_the_features_of_transformers(vision: str, text: str) -> None:
     transformers = pytest.importorskip("transformers")

@@ -44,6 +44,7 @@ def test_demo_runs_the_whole_job_and_prints_one_json_object(tmp_path: Path) -> N
     assert "| WARNING |" not in result.stderr
 
 
+@pytest.mark.long
 def test_without_steps_the_demo_measures_the_bundled_model_alone(tmp_path: Path) -> None:
     result = run("cn_clip/demo/main.py", f"--output={tmp_path}", "--steps=0", "--json")
     assert result.returncode == 0, result.stderr

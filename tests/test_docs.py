@@ -304,6 +304,7 @@ def test_the_commands_of_the_readme_run_from_api_to_zero_shot(workplace: Workpla
     assert facts == {name: value for name, value in json.loads(written).items() if name != "predictions"}
 
 
+@pytest.mark.long
 def test_the_commands_of_the_data_guide_run(workplace: Workplace) -> None:
     run_all(workplace, ROOT / "docs" / "data.md")
     datasets = workplace.data / "datasets"
@@ -311,6 +312,7 @@ def test_the_commands_of_the_data_guide_run(workplace: Workplace) -> None:
     assert (datasets / "mine-table" / "lmdb" / "valid" / "pairs" / "data.mdb").is_file()
 
 
+@pytest.mark.long
 def test_the_commands_of_the_fine_tuning_guide_run_and_one_goes_on(workplace: Workplace) -> None:
     workplace.build()
     printed = run_all(workplace, ROOT / "docs" / "finetune.md")
@@ -354,6 +356,7 @@ def test_the_commands_of_the_tutorial_lead_from_a_folder_of_pictures_to_their_na
     assert {line.split(": ")[0] for line in shares} == {"杰尼龟", "妙蛙种子", "小火龙", "皮卡丘"}
 
 
+@pytest.mark.long
 def test_the_commands_of_the_deployment_guide_run(workplace: Workplace) -> None:
     workplace.build()
     printed = run_all(workplace, ROOT / "docs" / "deployment.md")
@@ -366,6 +369,7 @@ def test_the_commands_of_the_deployment_guide_run(workplace: Workplace) -> None:
     assert speeds.rstrip().endswith("Done!")
 
 
+@pytest.mark.long
 def test_the_commands_of_the_evaluation_guide_run(workplace: Workplace) -> None:
     workplace.build()
     printed = run_all(workplace, ROOT / "docs" / "evaluation.md")
@@ -374,6 +378,7 @@ def test_the_commands_of_the_evaluation_guide_run(workplace: Workplace) -> None:
     assert [share["label"] for share in zeroshot["per_class"]] == ["心", "猫脸"]
 
 
+@pytest.mark.long
 def test_the_commands_of_the_comparison_guide_put_two_families_into_one_table(workplace: Workplace) -> None:
     pytest.importorskip("sentencepiece")
     pytest.importorskip("transformers", minversion="5")
@@ -390,6 +395,7 @@ def test_the_commands_of_the_comparison_guide_put_two_families_into_one_table(wo
     assert not any("–" in row for row in rows[1:])
 
 
+@pytest.mark.long
 def test_the_snippets_of_the_faq_run_and_show_what_it_says(workplace: Workplace) -> None:
     workplace.build()
     printed = run_all(workplace, ROOT / "docs" / "faq.md", python_in_one_process=True)
@@ -408,6 +414,7 @@ def test_the_snippets_of_the_faq_run_and_show_what_it_says(workplace: Workplace)
     assert "['batch', 'length']" in "".join(printed.values())
 
 
+@pytest.mark.long
 def test_the_commands_of_the_zero_shot_guide_run(workplace: Workplace) -> None:
     printed = run_all(workplace, ROOT / "docs" / "zeroshot.md")
     (measured,) = (text for first, text in printed.items() if first.startswith("cn-clip evaluate"))
@@ -422,6 +429,7 @@ def test_the_commands_of_the_zero_shot_guide_run(workplace: Workplace) -> None:
     assert dict(table) == known
 
 
+@pytest.mark.long
 def test_the_commands_of_the_search_guide_run(workplace: Workplace) -> None:
     printed = run_all(workplace, ROOT / "docs" / "search.md")
     built, again = (text for first, text in printed.items() if first.startswith("cn-clip index build"))
@@ -433,6 +441,7 @@ def test_the_commands_of_the_search_guide_run(workplace: Workplace) -> None:
     assert (workplace.checkout / "found.png").is_file()
 
 
+@pytest.mark.long
 def test_the_commands_of_the_conversion_guide_run(workplace: Workplace) -> None:
     (workplace.data / "models").mkdir()
     printed = run_all(workplace, ROOT / "docs" / "conversion.md")

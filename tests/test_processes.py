@@ -231,6 +231,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_training_and_extraction_run_under_the_start_method_of_python_3_14(tmp_path: Path) -> None:
     """forkserver, as spawn of macOS and Windows, pickles all that workers are given."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"

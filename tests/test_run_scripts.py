@@ -223,6 +223,7 @@ def free_port() -> int:
         return port
 
 
+@pytest.mark.long
 def test_the_muge_script_killed_and_started_again_goes_on(datapath: Path) -> None:
     quick = {**SMALL, "num_workers": "0", "valid_num_workers": "0", "valid_step_interval": "2"}
     quick |= {"max_epochs": "2", "save_step_frequency": "1", "PYTHON": sys.executable}

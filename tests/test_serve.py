@@ -143,6 +143,7 @@ def test_dimensions_may_only_be_those_of_the_model(client: httpx.Client, encoder
 # --- models of other families
 
 
+@pytest.mark.long
 def test_texts_and_labels_reach_another_family_as_they_are(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     # Its tokenizer keeps upper and lower case apart, unlike that of Chinese-CLIP.

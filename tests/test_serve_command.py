@@ -274,6 +274,7 @@ def test_what_cannot_be_opened_is_said_in_one_line(tmp_path: Path) -> None:
     assert "is no index; build one with" in refusal(str(tmp_path), "--model", "Emoji-Tiny")
 
 
+@pytest.mark.long
 def test_a_model_of_another_family_answers_in_torch_alone(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     family = f"hf:{write_family(tmp_path / 'family', 'siglip')}"

@@ -563,6 +563,7 @@ def train(value: str, logs: Path, *flags: str) -> "tuple[list[str], str]":
     return re.findall(r"\| Loss: ([\d.]+)", result.stderr), result.stderr
 
 
+@pytest.mark.long
 def test_training_from_shards_resumes_in_an_epoch_as_if_it_had_not_stopped(value: str, tmp_path: Path) -> None:
     flags = ("--num-workers=2", "--max-steps=7")
     whole, log = train(value, tmp_path, *flags, "--save-step-frequency=3", "--name=whole")

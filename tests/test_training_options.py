@@ -81,6 +81,7 @@ def test_texts_are_cut_to_the_context_length_in_training_and_validation(split: P
     assert {len(row) for row in trainer.validation.tokens} == {3}
 
 
+@pytest.mark.long
 def test_the_context_length_of_the_training_is_that_of_the_checkpoint_wherever_it_is_opened(
     split: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -65,6 +65,7 @@ def test_a_run_killed_after_its_last_step_is_validated_and_closed_when_it_starts
     assert "Saved checkpoint" not in again
 
 
+@pytest.mark.long
 def test_a_validation_that_was_counted_is_not_counted_again(split: Path, tmp_path: Path) -> None:
     settings = {"max_epochs": 4, "save_step_frequency": PER_EPOCH, "valid_step_interval": PER_EPOCH, "lr": 1e-12}
     settings |= {"early_stop": 2}
@@ -364,6 +365,7 @@ def test_a_transformers_folder_or_a_models_name_gives_the_first_weights(
         build(split, tmp_path, init="no/such.pt")
 
 
+@pytest.mark.long
 def test_two_processes_agree_on_where_to_begin_and_on_what_is_wrong(
     pretrained: str, split: Path, tmp_path: Path
 ) -> None:

@@ -168,6 +168,7 @@ def test_validation_begins_before_the_first_step_and_early_stop_ends_a_run_that_
     assert "samples/s | Peak Memory: " in result.stderr
 
 
+@pytest.mark.long
 def test_checkpoints_of_two_processes_split_or_not_go_on_in_one(lmdb: Path, tmp_path: Path) -> None:
     common = [f"--train-data={lmdb / 'train'}", f"--logs={tmp_path}", *TINY, "--batch-size=4", "--max-epochs=1"]
     for name, flags in (("ddp", []), ("fsdp", ["--fsdp"])):

@@ -78,7 +78,7 @@ def run(words: list[str], folder: Path, checkout: Path) -> str:
     """The status, standard output and standard error of a command, without what moves."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     environment |= {"PYTHONUTF8": "1", "COLUMNS": "100"}
-    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, encoding="utf-8")
     text = f"status {done.returncode}\n--- stdout\n{done.stdout}--- stderr\n{done.stderr}"
     text = text.replace(str(folder), "WORK").replace(str(checkout), "CHECKOUT").replace("\r", "\n")
     for pattern, replacement in MOVING:
@@ -112,7 +112,7 @@ def record(output: Path, checkout: Path) -> None:
     output.mkdir(parents=True)
     names = subprocess.run(
         [sys.executable, "-c", "from cn_clip.cli import COMMANDS; print(*COMMANDS, sep='\\n')"],
-        env={**os.environ, "PYTHONPATH": str(checkout)}, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(checkout)}, capture_output=True, encoding="utf-8", check=True,
     ).stdout.splitlines()  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
