@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import ConfigError, DataError, MissingExtraError
 from cn_clip.eval import make_topk_predictions
+from cn_clip.evaluation import class_features
 from cn_clip.features.files import read_features, write_features, write_rows
 from cn_clip.features.formats import OutputFormat, format_of
 
@@ -310,6 +311,19 @@ def test_an_npz_with_other_members_and_a_table_with_a_column_twice_are_refused(t
     pq.write_table(twice, tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"x.parquet: has 2 columns text_id; expected one"):
         read_features(tmp_path / "x.parquet", "text_id")
+
+
+def test_text_beyond_unicode_in_an_npz_is_refused_whoever_reads_it(tmp_path: Path) -> None:
+    names = np.array(["猫", "狗"])
+    names.view(np.uint32)[1] = 0x110000
+    rows = {"ids": names, "features": ROWS[:2]}
+    path = tmp_path / "f.npz"
+    np.savez(path, **rows)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"f\.npz ids: holds 0x110000, which is no character; extract it again"):
+        read_features(path, "image_id")
+    np.savez(path, features=ROWS[:2], labels=np.array([0, 1]), classes=names.astype(">U1"))
+    with pytest.raises(DataError, match=r"f\.npz classes: holds 0x110000, which is no character; compute"):
+        class_features.read(path)
 
 
 def test_npz_of_numpy_is_read(tmp_path: Path) -> None:

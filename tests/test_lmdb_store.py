@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,43 @@ def test_a_file_cut_short_is_refused_instead_of_crashing(tmp_path: Path) -> None
     folder = write_raw(tmp_path / "imgs", {b"1": b"A" * 100_000, b"num_images": b"1"})
     os.truncate(folder / "data.mdb", 40_000)
     with pytest.raises(DataError, match=r"data.mdb: cut short, 40000 of \d+ bytes"):
+        ImageStore(folder)
+
+
+def changed(folder: Path, page: int, offset: int, value: bytes) -> None:
+    with (folder / "data.mdb").open("r+b") as stream:
+        stream.seek(page * 4096 + offset)
+        stream.write(value)
+
+
+def leaf_of(folder: Path) -> tuple[int, list[int]]:
+    """The number of the leaf page, and where its nodes are."""
+    data = (folder / "data.mdb").read_bytes()
+    for page in range(2, len(data) // 4096):
+        number, _, flags, lower, _ = struct.unpack_from("<QHHHH", data, page * 4096)
+        if (number, flags) == (page, 2):
+            return page, list(struct.unpack_from(f"<{(lower - 16) // 2}H", data, page * 4096 + 16))
+    raise AssertionError("no leaf")
+
+
+@pytest.mark.parametrize("what", ["pointer", "key", "value", "long value", "page of the value", "lower"])
+def test_a_damaged_page_near_the_end_is_refused_instead_of_crashing(tmp_path: Path, what: str) -> None:
+    picture = b"QUJD" * (3000 if "value" in what and what != "value" else 1)
+    folder = write_raw(tmp_path / "imgs", {b"1": picture, b"num_images": b"1"})
+    assert LmdbReader(folder).get(b"1") == picture
+    (folder / "other").write_bytes((folder / "data.mdb").read_bytes())
+    (folder / "other").rename(folder / "data.mdb")  # the first one stays open
+    page, nodes = leaf_of(folder)
+    at, value = {
+        "pointer": (16, struct.pack("<H", 0x80A0)),
+        "key": (nodes[0] + 6, struct.pack("<H", 60_000)),
+        "value": (nodes[0], struct.pack("<HH", 0, 1)),
+        "long value": (nodes[0], struct.pack("<HH", 0, 1)),
+        "page of the value": (nodes[0] + 8 + 1, struct.pack("<Q", 100)),
+        "lower": (12, struct.pack("<H", 4097)),
+    }[what]
+    changed(folder, page, at, value)
+    with pytest.raises(DataError, match=rf"data\.mdb: page {page} is damaged; copy or build it again"):
         ImageStore(folder)
 
 

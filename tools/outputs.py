@@ -95,7 +95,7 @@ def digest(path: Path) -> str:
         digits = hashlib.sha256()
         for name, value in state.items():
             digits.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digits.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+            digits.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digits.hexdigest()
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

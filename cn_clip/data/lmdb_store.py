@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pickle
+import struct
 import threading
 import weakref
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import lmdb
 
 from cn_clip.data.records import NUM_IMAGES_KEY, RecordId, canonical_id, decode_base64, id_from_key, id_key
 from cn_clip.digests import is_file
-from cn_clip.errors import DataError, UnreadableError, is_absent, reading
+from cn_clip.errors import CnClipError, DataError, UnreadableError, is_absent, reading
 
 IMAGES = "imgs"
 PAIRS = "pairs"
@@ -179,10 +180,61 @@ def _open(folder: str, num_bytes: int) -> Any:
     with reading(folder, UnreadableError, what="cannot be read as an LMDB", step=BUILD_AGAIN):
         environment = lmdb.open(folder, readonly=True, create=False, lock=False, readahead=False, meminit=False)
         needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    if num_bytes < needed:  # reading behind the end of a memory-mapped file kills the process
+    try:
+        if num_bytes < needed:  # reading behind the end of a memory-mapped file kills the process
+            raise DataError(f"{folder}/data.mdb: cut short, {num_bytes} of {needed} bytes; copy or build it again")
+        _check_last_pages(Path(folder, "data.mdb"), environment.stat()["psize"], num_bytes)
+    except CnClipError:
         environment.close()
-        raise DataError(f"{folder}/data.mdb: cut short, {num_bytes} of {needed} bytes; copy or build it again")
+        raise
     return environment
+
+
+# Offsets within a page are of 16 bits: from so many bytes before the end of the file, a wrong one may lead behind it.
+_REACH = 1 << 16
+_BRANCH, _LEAF, _META, _BIG = 1, 2, 8, 1
+_HEAD, _NODE = struct.Struct("<QHHHH"), struct.Struct("<HHHH")
+
+
+def _check_last_pages(path: Path, page_bytes: int, num_bytes: int) -> None:
+    """Raises DataError for a damaged page near the end of the file: LMDB believes it, and would read behind the end.
+
+    Of pages before these, LMDB mostly says itself that they are damaged.
+    """
+    first = max(2, (num_bytes - _REACH) // page_bytes - 1)
+    with reading(path, UnreadableError, step=BUILD_AGAIN), path.open("rb") as stream:
+        stream.seek(first * page_bytes)
+        pages = stream.read()
+    for start in range(0, len(pages) - page_bytes + 1, page_bytes):
+        number, page = first + start // page_bytes, pages[start : start + page_bytes]
+        if not _is_sound(page, number, num_bytes):
+            raise DataError(f"{path}: page {number} is damaged; copy or build it again")
+
+
+def _is_sound(page: bytes, number: int, num_bytes: int) -> bool:
+    """Whether what a page points to lies in it, and long values in the file; true for parts of these."""
+    own_number, _, flags, lower, upper = _HEAD.unpack_from(page)
+    if own_number != number or not flags & (_BRANCH | _LEAF) or flags & _META:
+        return True
+    if not _HEAD.size <= lower <= upper <= len(page):
+        return False
+    for (offset,) in struct.iter_unpack("<H", page[_HEAD.size : lower - lower % 2]):
+        if not upper <= offset <= len(page) - _NODE.size:
+            return False
+        low, high, node_flags, key_bytes = _NODE.unpack_from(page, offset)
+        value, value_bytes = offset + _NODE.size + key_bytes, low | high << 16
+        if not flags & _LEAF:
+            value_bytes = 0  # its number is that of a page
+        elif node_flags & _BIG:
+            if value + 8 > len(page):
+                return False
+            (first,) = struct.unpack_from("<Q", page, value)
+            if first * len(page) + _HEAD.size + value_bytes > num_bytes:
+                return False
+            value_bytes = 8
+        if value + value_bytes > len(page):
+            return False
+    return True
 
 
 class LmdbReader:

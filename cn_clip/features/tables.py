@@ -5,6 +5,7 @@
 import io
 import json
 import os
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -89,6 +90,11 @@ def read_arrays(
     for name, array in found.items():
         if not isinstance(array, np.ndarray):  # numpy hands out the bytes of a member that is no array
             raise DataError(f"{path} {name}: is no numpy array; save the file with np.savez")
+        # numpy checks no code points of text; one beyond Unicode would be a SystemError where it is used.
+        if array.dtype.kind == "U" and array.size and array.dtype.itemsize:
+            points = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))).reshape(-1).view(np.uint32)
+            if points.max() > sys.maxunicode:
+                raise DataError(f"{path} {name}: holds {points.max():#x}, which is no character; {step}")
     return found, names
 
 
