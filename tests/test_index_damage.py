@@ -472,6 +472,16 @@ def test_discard_keeps_nothing(built: Path, tmp_path: Path, command: Command, re
     assert command("index", "check", built, "--discard", status=2)["error"]
 
 
+def test_a_repair_takes_away_what_a_killed_one_left_and_no_check_does(built: Path, command: Command) -> None:
+    left = built / "segment-000099" / "blocks.crc32"
+    left.parent.mkdir()
+    left.write_bytes(b"of no segment")
+    assert command("index", "check", built)["damaged"] == []
+    assert left.exists()
+    assert command("index", "check", built, "--repair")["repaired"] is False
+    assert not left.parent.exists()
+
+
 def test_a_repair_of_the_graph_alone_keeps_nothing_aside(with_graph: Path, command: Command) -> None:
     flip(next(with_graph.glob("graph-*")), 5000)
     result = command("index", "check", with_graph, "--repair")

@@ -47,6 +47,8 @@ def run(options: Options) -> int:
     result = None
     if found and options.repair:
         result = repairing.repair(options, folder, facts, found, say, keep_aside=not options.discard)
+    if options.repair and not found:
+        repairing.tidy(folder)
     if not found:
         say(f"完好 / whole: {folder}, {facts.num_items} items")
     if found and not options.repair:

@@ -1,5 +1,6 @@
 """Makes the damaged parts of an index again, from its other files and from the pictures; for `index check --repair`."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from cn_clip.command import Speaker
 from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.digests import is_file
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.errors import CnClipError, ConfigError, DataError
 from cn_clip.features.files import Features, read_features
 from cn_clip.index.building import Model, listed
 from cn_clip.index.ingest import Ingest, Settings
@@ -81,6 +82,12 @@ def repair(
     result.remaining = inspection.inspect(folder)[1]
     _say(result, folder, facts, say)
     return result
+
+
+def tidy(folder: Path) -> None:
+    """Removes what a writer that was killed left in a whole index; else the next writer does."""
+    with contextlib.suppress(CnClipError), open_writer(folder):  # perhaps somebody writes it, or nobody may
+        pass
 
 
 @dataclass
