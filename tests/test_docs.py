@@ -116,6 +116,18 @@ def test_the_table_of_commands_is_that_of_the_package(path: Path) -> None:
     }
 
 
+def test_the_page_on_architecture_says_where_things_are() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    part = text[text.index("## Where is it?") : text.index("## A step of training")]
+    files = re.findall(r"`([a-z_/0-9]+\.py)`", part)
+    assert len(files) > 30
+    for file in files:
+        assert (ROOT / "cn_clip" / file).is_file(), file
+    for names, file in re.findall(r"^\| [^|]+ \| (`[^|;]+?) (?:of|in) `([a-z_/0-9]+\.py)`", part, re.MULTILINE):
+        for name in re.findall(r"`(?:\w+\.)?([A-Za-z_]+)`", names):
+            assert re.search(rf"\b{name}\b", (ROOT / "cn_clip" / file).read_text(encoding="utf-8")), (name, file)
+
+
 def test_the_page_on_architecture_names_every_module() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     modules = {path.stem for path in (ROOT / "cn_clip").rglob("*.py")} - {"__init__"}

@@ -27,7 +27,7 @@ COMMANDS = {
     "models": "models",
     "models-json": "models --json",
     "dataset-build": "dataset build --data_dir=data --splits=train,valid",
-    "dataset-check": "dataset check data --json",
+    "dataset-check": "dataset check --data-dir=data --splits=train,valid --json",
     "features-text": "features --extract-text-feats --extract-image-feats --resume=Emoji-Tiny "
     "--image-data=data/lmdb/valid/imgs --text-data=data/valid_texts.jsonl --context-length=24 "
     "--image-feat-output-path=i.jsonl --text-feat-output-path=t.jsonl",
@@ -39,7 +39,7 @@ COMMANDS = {
     "topk-texts": "topk --query=image --image-feats=i.jsonl --text-feats=t.jsonl --top-k=10 --output=p.tr.jsonl --json",
     "recall": "recall data/valid_texts.jsonl p.jsonl r.json",
     "recall-json": "recall data/valid_texts.jsonl p.jsonl r.json --json",
-    "from-folder": "dataset from-folder --folder=classes --output=made --splits=train,valid --split-ratio=8:2 --json",
+    "from-folder": "dataset from-folder --folder=classes --output=made --splits=train,valid --split-ratio=0.8,0.2 --json",
     "index-build": "index build pictures --output=photos.index --model=Emoji-Tiny",
     "index-again": "index build pictures --output=photos.index --model=Emoji-Tiny --json",
     "index-info": "index info photos.index --json",
