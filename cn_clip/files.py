@@ -1,8 +1,9 @@
 """Writes files and folders so that each appears whole or not at all, and keeps two processes from writing one output.
 
-What is written lies first in a hidden folder beside its place, `.NAME.xxxxxxxx.tmp`, which its process holds by a lock.
+What is written lies first in a hidden folder beside the output, `.NAME.xxxxxxxx.tmp`, which its process holds by a
+lock.
 The system ends a lock with the process that has it, so a folder whose lock is free belongs to a process that died: the
-next writer of the same place removes it, whatever the host or container of that process was called.
+next writer of the same output removes it, whatever the host or container of that process was called.
 """
 
 import contextlib
@@ -67,7 +68,7 @@ def atomic_write(path: StrPath, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def replaceable(path: StrPath) -> Path:
-    """The place `atomic_write` would write, links followed.
+    """The path that `atomic_write` would write, links followed.
 
     Raises DataError when its folder does not exist, and when something that is no regular file is there.
     """
@@ -109,47 +110,47 @@ def _is_same(first: StrPath, other: StrPath) -> bool:
 
 @contextlib.contextmanager
 def staged_folder(target: StrPath) -> Iterator[Path]:
-    """Yields an empty folder beside `target`; on success it takes the place of `target`, on error it is removed.
+    """Yields an empty folder beside `target`; on success it replaces `target`, on error it is removed.
 
     The two exchange their names in one step, so that `target` is the old folder or the new one at every moment; on file
     systems without such a step, as `written_together`. A link stays, and the folder it names is replaced.
     Raises DataError when the folders cannot be written, and for a target that is a file or the folder the command runs
     in; ConfigError when another process is writing the same folder.
     """
-    place = _replaceable_folder(target)
-    with _held_alone(target, place) as held:
-        folder = held.path / place.name
+    resolved = _replaceable_folder(target)
+    with _held_alone(target, resolved) as held:
+        folder = held.path / resolved.name
         folder.mkdir()
         yield folder
         _sync_tree(folder)
-        if place.exists():
-            _keep_mode(folder, place)
-            if not _exchange(folder, place):
-                _begin_step(held.path, place)
-                _settle(_beside(place, _UNFINISHED))
+        if resolved.exists():
+            _keep_mode(folder, resolved)
+            if not _exchange(folder, resolved):
+                _begin_step(held.path, resolved)
+                _settle(_beside(resolved, _UNFINISHED))
         else:
-            os.rename(folder, place)
-        sync_folder(place.parent)
+            os.rename(folder, resolved)
+        sync_folder(resolved.parent)
 
 
 def _replaceable_folder(target: StrPath) -> Path:
     """The absolute path of `target`, links followed."""
-    place = Path(os.path.realpath(target))
-    if place.exists() and not place.is_dir():
+    resolved = Path(os.path.realpath(target))
+    if resolved.exists() and not resolved.is_dir():
         raise DataError(f"{target}: exists and is no folder; choose another name for the folder")
-    if place in (Path.cwd(), Path(place.anchor)):  # a shell would go on in the folder that was taken away
+    if resolved in (Path.cwd(), Path(resolved.anchor)):  # a shell would go on in the folder that was taken away
         raise DataError(f"{target}: is the folder this command runs in, or the root; choose a folder inside it")
-    return place
+    return resolved
 
 
 @contextlib.contextmanager
-def _held_alone(target: StrPath, place: Path) -> Iterator["HeldFolder"]:
-    """A held folder beside `place`, for the one process that writes there; what another one left unfinished is done."""
-    with _writing(target, place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with alone(lock_file(place), f"{target}: another process is writing it"):
-            _settle(_beside(place, _UNFINISHED))
-            with HeldFolder(place.parent, _prefix(place)) as held:
+def _held_alone(target: StrPath, resolved: Path) -> Iterator["HeldFolder"]:
+    """A held folder beside `resolved`, for the one process that writes it; what another left unfinished is done."""
+    with _writing(target, resolved):
+        resolved.parent.mkdir(parents=True, exist_ok=True)
+        with alone(lock_file(resolved), f"{target}: another process is writing it"):
+            _settle(_beside(resolved, _UNFINISHED))
+            with HeldFolder(resolved.parent, _prefix(resolved)) as held:
                 yield held
 
 
@@ -187,29 +188,29 @@ def _exchange_call() -> Callable[[bytes, bytes], int] | None:
 
 @contextlib.contextmanager
 def written_together(target: Path, *, told: StrPath | None = None) -> Iterator[Path]:
-    """Yields an empty folder; on success all that is in it gets its place beside `target`, in one step.
+    """Yields an empty folder; on success all that is in it gets beside `target`, in one step.
 
     target: names the output as a whole, such as the prefix of its files; nothing need be there. told: how errors name
     it; default `target`.
-    The step is the renaming of the filled folder to `.NAME.cn_clip-unfinished`. What is in that folder counts, in place
+    The step is the renaming of the filled folder to `.NAME.cn_clip-unfinished`. What is in that folder counts, instead
     of what bears its name beside it: a process killed before all files are moved leaves the rest there, and `settle`
     moves it. A reader of several files of such an output calls `settle` first.
     Raises DataError when the files cannot be written, ConfigError when another process is writing the same output.
     """
-    place = Path(os.path.abspath(target))
-    with _held_alone(told or target, place) as held:
+    resolved = Path(os.path.abspath(target))
+    with _held_alone(told or target, resolved) as held:
         yield held.path
         for path in held.path.iterdir():
-            target = place.parent / path.name
+            target = resolved.parent / path.name
             if target.exists() and target.is_dir() != path.is_dir():
                 raise DataError(f"{target}: is {'a folder' if target.is_dir() else 'a file'}; choose another name")
         _sync_tree(held.path)
-        _begin_step(held.path, place)
-        _settle(_beside(place, _UNFINISHED))
+        _begin_step(held.path, resolved)
+        _settle(_beside(resolved, _UNFINISHED))
 
 
 def settle(folder: StrPath) -> None:
-    """Moves what killed processes left unfinished in `folder` to its places; see `written_together`.
+    """Moves what killed processes left unfinished in `folder` where they belong; see `written_together`.
 
     Raises DataError when it cannot be moved: without it, the files of the folder do not belong together.
     """
@@ -230,14 +231,14 @@ def settle(folder: StrPath) -> None:
                     time.sleep(_POLL_S)
         except OSError as error:
             raise DataError(
-                f"{step}: holds files of a run that was killed before it had moved them to their places, and they "
+                f"{step}: holds files of a run that was killed before it had moved them where they belong, and they "
                 f"cannot be moved now ({error.strerror or error}); make the folder writable, or write it again"
             ) from error
 
 
-def _begin_step(filled: Path, place: Path) -> None:
-    os.rename(filled, _beside(place, _UNFINISHED))
-    sync_folder(place.parent)
+def _begin_step(filled: Path, resolved: Path) -> None:
+    os.rename(filled, _beside(resolved, _UNFINISHED))
+    sync_folder(resolved.parent)
 
 
 def _settle(step: Path) -> None:
@@ -509,12 +510,12 @@ def _short(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _writing(path: StrPath, place: Path) -> Iterator[None]:
-    """Turns an error of the system into one of the output `path`, at `place`, unless it names a file elsewhere."""
+def _writing(path: StrPath, resolved: Path) -> Iterator[None]:
+    """Turns an error of the system into one of the output `path`, at `resolved`, unless it names a file elsewhere."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, (ConnectionError, CnClipError)) or not _is_of(error, place):
+        if isinstance(error, (ConnectionError, CnClipError)) or not _is_of(error, resolved):
             raise
         raise _cannot_be_written(path, error) from error
 

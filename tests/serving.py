@@ -13,7 +13,7 @@ from harmful_pictures import Harmful
 from cn_clip.clip.backends.base import Pixels, Rows, TokenIds
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.inputs import ChineseTexts, Parts
-from cn_clip.retrieval.places import Searchable
+from cn_clip.retrieval.addresses import Searchable
 from cn_clip.serve.app import create_app
 from cn_clip.serve.engine import Engine
 from cn_clip.serve.hosts import Hosts

@@ -17,7 +17,7 @@ from unreadable_files import unreadable
 from cn_clip import digests
 from cn_clip.data.lmdb_store import SplitWriter
 from cn_clip.errors import DataError, UnreadableError
-from cn_clip.retrieval import blocks, engines, inspection, manifest, places, writer
+from cn_clip.retrieval import addresses, blocks, engines, inspection, manifest, writer
 from cn_clip.retrieval.manifest import Manifest
 from cn_clip.retrieval.store import open_index
 from cn_clip.retrieval.writer import open_writer
@@ -365,7 +365,7 @@ def test_a_manifest_that_cannot_be_read_now_is_not_written_over(
     with unreadable(number, built / "manifest.json", stat=stat):
         message = refusal("index", "build", tmp_path / "pictures", "--output", built)
         with pytest.raises(UnreadableError):
-            places.facts(built)
+            addresses.facts(built)
         if stat:
             with pytest.raises(UnreadableError), open_writer(built, Manifest(MODEL)):
                 pass

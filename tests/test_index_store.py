@@ -24,9 +24,9 @@ import pytest
 from numpy.typing import NDArray
 
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.retrieval import engines, flat, manifest, places, store, writer
+from cn_clip.retrieval import addresses, engines, flat, manifest, store, writer
+from cn_clip.retrieval.addresses import IndexAddress, Searchable, Writer
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo
-from cn_clip.retrieval.places import Place, Searchable, Writer
 from cn_clip.retrieval.segments import Row, write_segment
 from cn_clip.retrieval.store import Index, ItemId, open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
@@ -51,16 +51,16 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> E
 class Home:
     """Where a test may build an index, for one of the engines or in Milvus."""
 
-    place: Place
+    place: IndexAddress
     engine: EngineName = "exact"
 
     def writer(self, model: ModelInfo | None = None) -> AbstractContextManager[Writer]:
         """Creates the index when a model is given."""
-        return places.open_writer(self.place, Manifest(model, engine=self.engine) if model else None)
+        return addresses.open_writer(self.place, Manifest(model, engine=self.engine) if model else None)
 
     def open(self) -> Searchable:
         """As it is now."""
-        return places.open_index(self.place)
+        return addresses.open_index(self.place)
 
     def build(self, vectors: Vectors, *, size: int = 10, model: ModelInfo = MODEL) -> Searchable:
         """As `build` below."""

@@ -157,7 +157,7 @@ def test_search_scores_with_them_on_the_command_line_and_over_http(
         over_http = {hit["id"]: hit["score"] for hit in post(client, "search", query=text, k=len(TEXTS))}
         assert over_http == pytest.approx(wanted, abs=2e-6)
         if text.strip():  # an empty query is a slip of the hand
-            found = quietly("search", index.place, text, "--k", len(TEXTS), *MODEL)
+            found = quietly("search", index.address, text, "--k", len(TEXTS), *MODEL)
             assert {hit["id"]: hit["score"] for hit in found["hits"]} == pytest.approx(wanted, abs=2e-6)
 
 

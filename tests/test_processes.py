@@ -86,7 +86,7 @@ inputs = some_inputs("image", 1)
 assert tower.run(inputs).shape[0] == 1
 pid = os.fork()
 if pid == 0:
-    for use in (lambda: tower.run(inputs), lambda: OpenVinoTower(tower.place, "image")):
+    for use in (lambda: tower.run(inputs), lambda: OpenVinoTower(tower.path, "image")):
         try:
             use()
         except ConfigError as error:

@@ -27,7 +27,7 @@ from cn_clip.errors import DataError
 from cn_clip.eval import evaluation, extract_features, make_topk_predictions
 from cn_clip.evaluation import zeroshot
 from cn_clip.preprocess import build_lmdb_dataset
-from cn_clip.report import charts, confusion, places, queries, sections
+from cn_clip.report import charts, confusion, queries, regions, sections
 from cn_clip.report import main as report
 from cn_clip.report.log_lines import read_logs
 from cn_clip.report.markup import Markup, element, quoted
@@ -361,14 +361,14 @@ def test_long_labels_do_not_make_a_long_page() -> None:
 # --- places and tokens
 
 
-def test_a_place_of_a_vit_passes_the_last_layer_alone() -> None:
+def test_a_region_of_a_vit_passes_the_last_layer_alone() -> None:
     model = tiny_model("vit")
     assert isinstance(model.visual, VisualTransformer)
     # Without its attention the last layer sees each token alone anyway, so both ways must agree.
     last = model.visual.transformer.resblocks[-1]
     last.attn.out_proj.weight.data.zero_()
     pixels = tiny_pixels(model, 1)[0]
-    image, vectors = places.place_vectors(model, pixels)
+    image, vectors = regions.region_vectors(model, pixels)
     with torch.inference_mode():
         patches = model.visual.conv1(pixels[None]).flatten(2).transpose(1, 2)
         tokens = torch.cat([model.visual.class_embedding.expand(1, 1, -1), patches], dim=1)
@@ -381,18 +381,18 @@ def test_a_place_of_a_vit_passes_the_last_layer_alone() -> None:
     torch.testing.assert_close(image, whole)
 
 
-def test_the_value_of_a_place_counts_in_a_vit() -> None:
+def test_the_value_of_a_region_counts_in_a_vit() -> None:
     model = tiny_model("vit")
     pixels = tiny_pixels(model, 1)[0]
     last = model.visual.transformer.resblocks[-1]
-    before = places.place_vectors(model, pixels)[1]
+    before = regions.region_vectors(model, pixels)[1]
     last.attn.in_proj_weight.data[:128] += 1.0  # queries and keys: no place looks at another
-    torch.testing.assert_close(places.place_vectors(model, pixels)[1], before)
+    torch.testing.assert_close(regions.region_vectors(model, pixels)[1], before)
     last.attn.in_proj_weight.data[128:] += 1.0
-    assert (places.place_vectors(model, pixels)[1] - before).abs().max() > 1e-2
+    assert (regions.region_vectors(model, pixels)[1] - before).abs().max() > 1e-2
 
 
-def test_the_places_of_a_resnet_add_up_to_the_picture_where_attention_is_even() -> None:
+def test_the_regions_of_a_resnet_add_up_to_the_picture_where_attention_is_even() -> None:
     model = tiny_model("resnet")
     assert isinstance(model.visual, ModifiedResNet)
     pool = model.visual.attnpool
@@ -402,7 +402,7 @@ def test_the_places_of_a_resnet_add_up_to_the_picture_where_attention_is_even() 
     pixels = tiny_pixels(model, 1)[0]
     seen: list[torch.Tensor] = []
     pool.c_proj.register_forward_hook(lambda _, inputs, output: seen.append(output))
-    image, vectors = places.place_vectors(model, pixels)
+    image, vectors = regions.region_vectors(model, pixels)
     raw = seen[-1]  # of the places, before they are made unit vectors
     assert vectors.shape == (2, 2, 24)
     torch.testing.assert_close(F.normalize(raw, dim=-1).reshape(2, 2, 24), vectors)
@@ -413,7 +413,7 @@ def test_a_token_counts_what_the_cosine_loses_without_it(tmp_path: Path) -> None
     picture, encoder = emoji.load()[5], Encoder("Emoji-Tiny", num_threads=1)
     path = tmp_path / "picture.png"
     path.write_bytes(emoji.png(picture))
-    view = places.examine(encoder, str(path), "红色的 CAT")
+    view = regions.examine(encoder, str(path), "红色的 CAT")
     image = encoder.encode_images([path])[0]
     cosine = encoder.encode_texts(["红色的 CAT"])[0] @ image
     assert view.similarity == pytest.approx(float(cosine), abs=1e-5)
@@ -423,20 +423,20 @@ def test_a_token_counts_what_the_cosine_loses_without_it(tmp_path: Path) -> None
     assert view.map_HW.shape == (2, 2)
     assert np.abs(view.map_HW).max() <= 1 + 1e-5
     with pytest.raises(DataError, match="no token is left"):
-        places.examine(encoder, str(path), "\u200b")
+        regions.examine(encoder, str(path), "\u200b")
     assert tokenizer.encode(["\u200b"], 52) == [[101, 102]]
 
 
 def test_rows_without_each_token() -> None:
-    assert places.without_each([1, 7, 8, 2]) == [[1, 7, 8, 2], [1, 8, 2], [1, 7, 2]]
+    assert regions.without_each([1, 7, 8, 2]) == [[1, 7, 8, 2], [1, 8, 2], [1, 7, 2]]
 
 
 def test_bright_is_where_the_map_is_high() -> None:
     low_to_high = np.array([[0.1, 0.1], [0.1, 0.3]], dtype=np.float32)
-    drawn = np.asarray(places.overlaid(Image.new("RGB", (40, 20), "black"), low_to_high)).astype(int)
+    drawn = np.asarray(regions.overlaid(Image.new("RGB", (40, 20), "black"), low_to_high)).astype(int)
     assert drawn.shape == (20, 40, 3)
-    np.testing.assert_allclose(drawn[9, 19], np.array([68, 1, 84]) * places.OPACITY, atol=1)
-    np.testing.assert_allclose(drawn[10, 20], np.array([253, 231, 37]) * places.OPACITY, atol=1)
+    np.testing.assert_allclose(drawn[9, 19], np.array([68, 1, 84]) * regions.OPACITY, atol=1)
+    np.testing.assert_allclose(drawn[10, 20], np.array([253, 231, 37]) * regions.OPACITY, atol=1)
 
 
 # --- thumbnails

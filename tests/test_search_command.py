@@ -22,8 +22,8 @@ from cn_clip.clip.loading import create_model
 from cn_clip.data.names import spelled
 from cn_clip.demo import emoji
 from cn_clip.features.files import write_features
-from cn_clip.retrieval import engines, places, writer
-from cn_clip.retrieval.places import Place
+from cn_clip.retrieval import addresses, engines, writer
+from cn_clip.retrieval.addresses import IndexAddress
 from cn_clip.retrieval.store import open_index
 
 NUM_PICTURES = 200
@@ -60,7 +60,7 @@ def build(pictures: Path, *more: object) -> None:
 
 
 @contextlib.contextmanager
-def settled(store: str, folder: Path) -> Iterator[tuple[Place, list[str]]]:
+def settled(store: str, folder: Path) -> Iterator[tuple[IndexAddress, list[str]]]:
     """Where an index of a store may be, and the settings that build it there."""
     if store == "milvus":
         with milvus_server.collection() as address:
@@ -70,7 +70,7 @@ def settled(store: str, folder: Path) -> Iterator[tuple[Place, list[str]]]:
 
 
 @pytest.fixture(scope="module", params=STORES)
-def index(request: pytest.FixtureRequest, pictures: Path) -> Iterator[Place]:
+def index(request: pytest.FixtureRequest, pictures: Path) -> Iterator[IndexAddress]:
     """The index of the pictures in each of the stores."""
     with settled(request.param, pictures.parent / request.param) as (place, settings):
         build(pictures, *settings)
@@ -84,7 +84,7 @@ def folder(pictures: Path) -> Path:
     return pictures.parent / "i"
 
 
-def search(index: Place, capsys: pytest.CaptureFixture[str], *args: object) -> list[dict[str, Any]]:
+def search(index: IndexAddress, capsys: pytest.CaptureFixture[str], *args: object) -> list[dict[str, Any]]:
     """The hits that the command prints."""
     capsys.readouterr()
     cli.main(["search", str(index), *map(str, args), "--json"])
@@ -118,7 +118,7 @@ def summary(hits: list[dict[str, Any]]) -> list[tuple[str, float]]:
 
 @pytest.mark.parametrize("text", ["哭", "ＯＫ OK", "“爱心”"])
 def test_text_finds_the_nearest_pictures(
-    index: Place, vectors: tuple[Any, Encoder], text: str, capsys: pytest.CaptureFixture[str]
+    index: IndexAddress, vectors: tuple[Any, Encoder], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows, encoder = vectors
     lowered = text.lower().replace("“", '"').replace("”", '"')
@@ -128,7 +128,7 @@ def test_text_finds_the_nearest_pictures(
 
 
 def test_picture_text_and_both(
-    index: Place, vectors: tuple[Any, Encoder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    index: IndexAddress, vectors: tuple[Any, Encoder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows, encoder = vectors
     picture = emoji.load("noto")[30].picture
@@ -142,7 +142,7 @@ def test_picture_text_and_both(
 
 
 def test_item_finds_others_and_not_itself(
-    index: Place, vectors: tuple[Any, Encoder], capsys: pytest.CaptureFixture[str]
+    index: IndexAddress, vectors: tuple[Any, Encoder], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows, encoder = vectors
     assert summary(search(index, capsys, "--id", "3.webp", "--k", 4)) == expected(rows[3], rows, 5)[1:]
@@ -152,7 +152,7 @@ def test_item_finds_others_and_not_itself(
     assert hits == [hit for hit in everything if hit[0] != "3.webp"][:10]
 
 
-def test_conditions_and_least_score_narrow_the_results(index: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_conditions_and_least_score_narrow_the_results(index: IndexAddress, capsys: pytest.CaptureFixture[str]) -> None:
     everything = search(index, capsys, "哭", "--k", NUM_PICTURES)
     assert len(everything) == NUM_PICTURES
     groups = {one.group for one in EMOJI}
@@ -168,7 +168,7 @@ def test_conditions_and_least_score_narrow_the_results(index: Place, capsys: pyt
     assert search(index, capsys, "哭", "--where", "group=无") == []
 
 
-def test_table_has_score_id_and_caption_in_columns(index: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_has_score_id_and_caption_in_columns(index: IndexAddress, capsys: pytest.CaptureFixture[str]) -> None:
     hits = search(index, capsys, "哭", "--k", 3)
     cli.main(["search", str(index), "哭", "--k", "3"])
     lines = capsys.readouterr().out.splitlines()
@@ -181,7 +181,7 @@ def test_table_has_score_id_and_caption_in_columns(index: Place, capsys: pytest.
 
 
 def test_grid_shows_what_was_found(
-    index: Place, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    index: IndexAddress, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     best = search(index, capsys, "哭", "--k", 3, "--grid", tmp_path / "g.png")[0]
     with Image.open(tmp_path / "g.png") as drawn:
@@ -236,7 +236,9 @@ def test_a_damaged_thumbnail_is_named(folder: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("name", ["--5", "-", "²", "9" * 5000])
-def test_a_name_that_is_almost_a_number_is_no_item(index: Place, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_is_almost_a_number_is_no_item(
+    index: IndexAddress, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert f"{index}: has no item {name!r}" in refused(capsys, index, f"--id={name}")
 
 
@@ -291,7 +293,7 @@ def test_files_of_other_exporters_are_told_apart_by_their_bytes(
     ],
 )
 def test_faulty_queries_are_refused_in_one_sentence(
-    index: Place, tmp_path: Path, args: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+    index: IndexAddress, tmp_path: Path, args: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match=r"^1$"):
         cli.main(["search", str(index), *(one.format(tmp=tmp_path) for one in args)])
@@ -323,12 +325,12 @@ def test_faulty_settings_are_refused_with_status_2(
 
 
 def test_no_picture_of_the_index_is_needed_to_search(
-    index: Place, pictures: Path, capsys: pytest.CaptureFixture[str]
+    index: IndexAddress, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.rename(pictures, pictures.parent / "away")
     try:
         assert len(search(index, capsys, "哭")) == 10
-        assert places.open_index(index).thumbnail("0.webp") is not None
+        assert addresses.open_index(index).thumbnail("0.webp") is not None
     finally:
         os.rename(pictures.parent / "away", pictures)
 
@@ -351,7 +353,7 @@ WILD = "表\udce6情 '\"%.webp"
 
 
 @pytest.fixture(params=STORES)
-def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Place, Callable[..., None]]]:
+def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[IndexAddress, Callable[..., None]]]:
     """An index of twelve pictures in tmp_path / "p", and what builds it again; one of them is called `WILD`."""
     (tmp_path / "p").mkdir()
     for number, one in enumerate(EMOJI[:11]):
@@ -368,27 +370,27 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Plac
         yield place, update
 
 
-def nearest(index: Place, capsys: pytest.CaptureFixture[str], picture: Path, *args: object) -> tuple[str, float]:
+def nearest(index: IndexAddress, capsys: pytest.CaptureFixture[str], picture: Path, *args: object) -> tuple[str, float]:
     """The best hit for a picture."""
     return summary(search(index, capsys, "--image", picture, "--k", 1, *args))[0]
 
 
 def test_what_is_changed_added_and_removed_is_found_as_it_is_now(
-    small: tuple[Place, Callable[..., None]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: tuple[IndexAddress, Callable[..., None]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index, update = small
     old, new = tmp_path / "old.webp", tmp_path / "new.webp"
     old.write_bytes(EMOJI[3].picture)
     new.write_bytes(EMOJI[50].picture)
     assert nearest(index, capsys, old) == ("03.webp", 1.0)
-    thumbnail = places.open_index(index).thumbnail("03.webp")
+    thumbnail = addresses.open_index(index).thumbnail("03.webp")
     (tmp_path / "p" / "03.webp").write_bytes(new.read_bytes())
     (tmp_path / "p" / "12.webp").write_bytes(EMOJI[51].picture)
     update()
     assert nearest(index, capsys, new) == ("03.webp", 1.0)
     assert nearest(index, capsys, old)[1] < 1.0
     assert nearest(index, capsys, tmp_path / "p" / "12.webp") == ("12.webp", 1.0)
-    opened = places.open_index(index)
+    opened = addresses.open_index(index)
     assert (len(opened), len(set(opened.ids))) == (13, 13)
     assert opened.metadata("03.webp")["year"] == "2018"
     assert opened.thumbnail("03.webp") not in (None, thumbnail)
@@ -403,17 +405,17 @@ def test_what_is_changed_added_and_removed_is_found_as_it_is_now(
 
 
 def test_names_that_are_no_text_are_found_and_removed(
-    small: tuple[Place, Callable[..., None]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: tuple[IndexAddress, Callable[..., None]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index, _ = small
     assert nearest(index, capsys, tmp_path / "p" / WILD) == (spelled(WILD), 1.0)
     assert spelled(WILD) not in [hit["id"] for hit in search(index, capsys, "--id", WILD, "--k", 12)]
     cli.main(["index", "remove", str(index), WILD])
-    assert spelled(WILD) not in places.open_index(index)
+    assert spelled(WILD) not in addresses.open_index(index)
 
 
 def test_another_model_is_refused_by_search_and_by_build(
-    small: tuple[Place, Callable[..., None]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: tuple[IndexAddress, Callable[..., None]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index, _ = small
     other = tmp_path / "other.pt"

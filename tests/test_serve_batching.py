@@ -21,7 +21,7 @@ from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.encoder import Encoder
 from cn_clip.emoji_pack import load
 from cn_clip.errors import ConfigError
-from cn_clip.serve.batching import Batcher, Places, alike
+from cn_clip.serve.batching import Batcher, Slots, alike
 from cn_clip.serve.engine import Engine, Text
 from cn_clip.serve.gate import Gate
 from cn_clip.serve.hosts import Hosts
@@ -332,8 +332,8 @@ def cost(parts: Sequence[Sequence[int]], lengths: Sequence[int], overhead: int) 
 def splits(order: list[int]) -> Iterator[list[list[int]]]:
     """All ways to cut a list into pieces."""
     for cuts in itertools.product((False, True), repeat=len(order) - 1):
-        places = [0, *[place for place, cut in enumerate(cuts, 1) if cut], len(order)]
-        yield [order[begin:end] for begin, end in itertools.pairwise(places)]
+        slots = [0, *[place for place, cut in enumerate(cuts, 1) if cut], len(order)]
+        yield [order[begin:end] for begin, end in itertools.pairwise(slots)]
 
 
 def test_inputs_of_like_length_are_put_together() -> None:
@@ -461,10 +461,10 @@ def test_rows_come_back_in_the_order_of_the_items() -> None:
 
 
 def test_places_are_given_back_also_after_a_failure() -> None:
-    places = Places("texts", 3)
-    with pytest.raises(RefusalError, match="the queue of 3 texts is full"), places.taken(3), places.taken(1):
+    slots = Slots("texts", 3)
+    with pytest.raises(RefusalError, match="the queue of 3 texts is full"), slots.taken(3), slots.taken(1):
         pass
-    assert places.num_taken == 0
+    assert slots.num_taken == 0
 
 
 def test_no_more_of_a_body_is_held_than_the_bound_and_all_bodies_share_one() -> None:

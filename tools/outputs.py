@@ -39,7 +39,8 @@ COMMANDS = {
     "topk-texts": "topk --query=image --image-feats=i.jsonl --text-feats=t.jsonl --top-k=10 --output=p.tr.jsonl --json",
     "recall": "recall data/valid_texts.jsonl p.jsonl r.json",
     "recall-json": "recall data/valid_texts.jsonl p.jsonl r.json --json",
-    "from-folder": "dataset from-folder --folder=classes --output=made --splits=train,valid --split-ratio=0.8,0.2 --json",
+    "from-folder": "dataset from-folder --folder=classes --output=made --splits=train,valid --split-ratio=0.8,0.2 "
+    "--json",
     "index-build": "index build pictures --output=photos.index --model=Emoji-Tiny",
     "index-again": "index build pictures --output=photos.index --model=Emoji-Tiny --json",
     "index-info": "index info photos.index --json",
@@ -70,17 +71,21 @@ MOVING = [
     (r"[\d.]+ ?(GiB|MiB|MB|KiB)\b", r"X \1"),
     (r'"(seconds|[a-z_]*_seconds|[a-z_]*per_second|created|modified|bytes)": [\d."TIME:-]+', r'"\1": X'),
     (r"\b[\d.]+ ?(s|ms|秒)\b", r"X \1"),
-    (r".*(it/s|s/it|\?it/s|row/s).*\n?", ""),
+    (r".*\d%\|.*\n?", ""),
 ]
 
 
 def run(words: list[str], folder: Path, checkout: Path) -> str:
-    """The status, standard output and standard error of a command, without what moves."""
+    """The status, standard output and standard error of a command."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     environment |= {"PYTHONUTF8": "1", "COLUMNS": "100"}
     done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, encoding="utf-8")
     text = f"status {done.returncode}\n--- stdout\n{done.stdout}--- stderr\n{done.stderr}"
-    text = text.replace(str(folder), "WORK").replace(str(checkout), "CHECKOUT").replace("\r", "\n")
+    return text.replace(str(folder), "WORK").replace(str(checkout), "CHECKOUT").replace("\r", "\n")
+
+
+def still(text: str) -> str:
+    """The text without what moves."""
     for pattern, replacement in MOVING:
         text = re.sub(pattern, replacement, text)
     return text
@@ -152,7 +157,7 @@ def compare(before: Path, after: Path) -> int:
     names = sorted({one.name for folder in (before, after) for one in folder.glob("*.txt")})
     for name in names:
         texts = [
-            (folder / name).read_text(encoding="utf-8") if (folder / name).exists() else ""
+            still((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else ""
             for folder in (before, after)
         ]
         if texts[0] != texts[1]:

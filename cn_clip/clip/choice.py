@@ -215,7 +215,7 @@ def check_context_length(backend: "ExportedBackend", context_length: int) -> Non
     if backend.text is None:
         return
     facts = backend.text.facts
-    _check_length(backend.text.place, facts.length or facts.max_length, context_length)
+    _check_length(backend.text.path, facts.length or facts.max_length, context_length)
 
 
 def _check_length(place: str, longest: int | None, context_length: int) -> None:
@@ -259,7 +259,7 @@ def tower_identity(backend: "ExportedBackend") -> Identity:
 
         tower: Tower | None = backend.image if kind == "image" else backend.text
         assert tower is not None, "the towers wanted are open"
-        place = Path(tower.place)
+        place = Path(tower.path)
         return {"model": _files([place, extra_path(place)]), "device": getattr(tower, "provider", "")}
 
     return of

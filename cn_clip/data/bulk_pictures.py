@@ -40,7 +40,7 @@ class Part(PictureSource[RecordId], Protocol):
 
 
 class Collection(NamedTuple):
-    """All pictures of a place. digest: of what decides on them; part: those from one number to before another."""
+    """All pictures of an address. digest: of what decides on them; part: those from one number to before another."""
 
     ids: Sequence[RecordId]
     digest: str
@@ -53,8 +53,8 @@ def open_collection(location: str) -> Collection:
     location: an LMDB split or its `imgs` folder; tar files or Parquet tables by name, with {000..099} and `*` in the
     last part of the path; or a folder that holds, at any depth, pictures, tar files or tables.
     Ids: of an LMDB as there; of a folder the path below it, of a tar `TAR/KEY`, both as `names.spelled` spells them; of
-    a table its column `image_id` or `id`. Raises DataError naming what cannot be read, a place without pictures or with
-    several kinds of files, and an id that comes twice. Other files of a folder are counted in the log.
+    a table its column `image_id` or `id`. Raises DataError naming what cannot be read, an address without pictures or
+    with several kinds of files, and an id that comes twice. Other files of a folder are counted in the log.
     """
     collection = _open(location)
     if not len(collection.ids):
@@ -82,8 +82,8 @@ def _open(location: str) -> Collection:
         raise DataError(f"{shown(location)}: holds no picture, tar or Parquet file, and is no LMDB")
     if len(found) > 1:
         counts = ", ".join(f"{len(chosen)} {kind}" for kind, chosen in found.items())
-        place = shown(location).rstrip("/")
-        raise DataError(f"{place}: holds {counts}; name one kind, such as {place}/*.tar")
+        name = shown(location).rstrip("/")
+        raise DataError(f"{name}: holds {counts}; name one kind, such as {name}/*.tar")
     ((kind, chosen),) = found.items()
     _say_passed_over(location, {file.path for file in files} - {file.path for file in chosen})
     return _OPENERS[kind](root, chosen)
@@ -111,7 +111,7 @@ def _say_passed_over(location: str, names: Iterable[str]) -> None:
 def _listed(location: str) -> tuple[Storage, list[FoundFile]]:
     """The folder that ids are relative to, and the files that a location names, or those below it."""
     address, mark, query = location.partition("?") if is_uri(location) else (location, "", "")
-    marks = [place for place in map(address.find, "{*") if place >= 0]
+    marks = [position for position in map(address.find, "{*") if position >= 0]
     if marks and (is_uri(location) or not Path(address).exists()):
         start = address.rfind("/", 0, min(marks)) + 1
         root = open_storage(f"{address[:start] or '.'}{mark}{query}")
@@ -274,7 +274,7 @@ class TablePart:
 
     def __init__(self, storage: Storage, ids: Sequence[RecordId], rows: Sequence[_Rows], column: str) -> None:
         self.storage, self.ids, self.rows, self.column = storage, ids, rows, column
-        self._places = [(piece, number) for piece in rows for number in range(piece.start, piece.stop)]
+        self._positions = [(piece, number) for piece in rows for number in range(piece.start, piece.stop)]
         self._kept: dict[_Rows, Any] = {}
         self._reading = threading.Lock()
 
@@ -288,7 +288,7 @@ class TablePart:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> StoredPicture[RecordId]:
-        piece, number = self._places[index]
+        piece, number = self._positions[index]
         where = f"{piece.name}: row {piece.first + number + 1}"
         with self._reading, reading(where, DataError, step="write the table again"):  # a text may be no UTF-8
             value = self._column(piece)[number].as_py()

@@ -48,7 +48,7 @@ def run(options: Settings, image: str | None, text: str | None, open_files: Open
     check_vision(opened, options.vision_model)
     choice.check_context_length(opened, options.context_length)
     for tower in filter(None, (opened.image, opened.text)):
-        say(f"=> opened '{tower.place}' ({getattr(tower, 'provider', 'TensorRT')})")
+        say(f"=> opened '{tower.path}' ({getattr(tower, 'provider', 'TensorRT')})")
     encoder = Encoder(opened, context_length=options.context_length, decode=options.decode)
     extraction.extract(options, encoder, choice.tower_identity(opened), say)
 
@@ -62,5 +62,5 @@ def check_vision(backend: "ExportedBackend", name: str | None) -> None:
     if found != expected:
         raise ConfigError(
             f"--vision-model {name}: takes {expected[0]} pixels a side and gives {expected[1]} dimensions, but "
-            f"{backend.image.place} takes {found[0]} and gives {found[1]}; name its own model, or leave the flag out"
+            f"{backend.image.path} takes {found[0]} and gives {found[1]}; name its own model, or leave the flag out"
         )

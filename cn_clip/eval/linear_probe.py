@@ -149,24 +149,24 @@ def _features(options: Options, say: command.Speaker) -> "tuple[ClassFeatures, C
     from cn_clip.clip import choice
     from cn_clip.evaluation import class_features
 
-    places = [Path(options.train or ""), Path(options.test or "")]
-    for flag, place in zip(("--train", "--test"), places, strict=True):
-        if not place.exists():
-            raise DataError(f"{flag} {place}: no such folder or file; expected pictures, a folder a class, or an npz")
+    paths = [Path(options.train or ""), Path(options.test or "")]
+    for flag, path in zip(("--train", "--test"), paths, strict=True):
+        if not path.exists():
+            raise DataError(f"{flag} {path}: no such folder or file; expected pictures, a folder a class, or an npz")
     encoder: Encoder | None = None
-    if any(place.is_dir() for place in places):
+    if any(path.is_dir() for path in paths):
         encoder = choice.open_encoder(options, command.Speaker(quiet=True), kinds=["image"])
     else:
         _refuse_model_settings(options)
     found = []
-    for place in places:
-        if encoder is None or not place.is_dir():
-            found.append(class_features.read(place))
+    for path in paths:
+        if encoder is None or not path.is_dir():
+            found.append(class_features.read(path))
             continue
-        file, identity = _cache_file(place, options), choice.identity(options, encoder)
-        say(f"图片特征 / picture features: {place} → {file}")
+        file, identity = _cache_file(path, options), choice.identity(options, encoder)
+        say(f"图片特征 / picture features: {path} → {file}")
         sizes = {"batch_size": options.batch_size, "num_workers": options.num_workers}
-        found.append(class_features.of_folder(place, file, encoder, identity, say, **sizes))
+        found.append(class_features.of_folder(path, file, encoder, identity, say, **sizes))
     return found[0], found[1]
 
 
@@ -180,10 +180,10 @@ def _refuse_model_settings(options: Options) -> None:
 def _cache_file(folder: Path, options: Options) -> Path:
     from cn_clip.data.records import digest_of
 
-    place = folder.resolve()
+    path = folder.resolve()
     if options.cache is None:
-        return place.parent / f"{place.name}.{options.file_name}.npz"
-    return Path(options.cache) / f"{place.name}-{digest_of([str(place)])}.{options.file_name}.npz"
+        return path.parent / f"{path.name}.{options.file_name}.npz"
+    return Path(options.cache) / f"{path.name}-{digest_of([str(path)])}.{options.file_name}.npz"
 
 
 def _matched(train: "ClassFeatures", test: "ClassFeatures", options: Options) -> "Labels":

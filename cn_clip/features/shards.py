@@ -113,11 +113,11 @@ def begin(folder: Storage, manifest: Manifest, *, overwrite: bool) -> dict[int, 
     A shard that is damaged, or of another job, counts as not finished. overwrite: removes the shards that are there.
     Raises ConfigError naming both fingerprints when the folder is another job's, or holds shards of nobody knows what.
     """
-    place = folder.child(MANIFEST)
+    file = folder.child(MANIFEST)
     there = _part_names(folder)
-    is_ours = not overwrite and place.find() is not None
+    is_ours = not overwrite and file.find() is not None
     if is_ours:
-        found = read_manifest(place.read(), place.name)
+        found = read_manifest(file.read(), file.name)
         if found.key != manifest.key:
             raise ConfigError(
                 f"{folder.name}: 已有另一次提取的结果 / holds [{found.fingerprint()}], this run makes "
@@ -129,9 +129,9 @@ def begin(folder: Storage, manifest: Manifest, *, overwrite: bool) -> dict[int, 
             f"{folder.name}: holds {len(there)} Parquet shards but no {MANIFEST}; choose another --output, or remove "
             "them with --overwrite"
         )
-    for name in ([MANIFEST] if place.find() else []) + there:
+    for name in ([MANIFEST] if file.find() else []) + there:
         folder.child(name).delete()
-    place.write(manifest.to_json())
+    file.write(manifest.to_json())
     return {}
 
 
@@ -162,13 +162,13 @@ def _report_of(stream: BinaryIO, manifest: Manifest, shard: Shard) -> Finished:
     num_rows, facts = parquet_facts(stream)
     try:
         skipped = tuple(Skipped(*one) for one in facts["skipped"])
-        key, place = facts["key"], facts["shard"]
+        key, extent = facts["key"], facts["shard"]
     except (KeyError, TypeError) as error:
         raise DataError(f"does not say of which extraction it is ({error})") from error
     if key != manifest.key:
         raise DataError(f"is of another extraction, by its key {key!r}; that of the manifest is {manifest.key!r}")
-    if place != list(shard) or num_rows + len(skipped) != shard.stop - shard.start:
-        raise DataError(f"holds {num_rows} rows of the inputs {place}; expected those of {list(shard)}")
+    if extent != list(shard) or num_rows + len(skipped) != shard.stop - shard.start:
+        raise DataError(f"holds {num_rows} rows of the inputs {extent}; expected those of {list(shard)}")
     return Finished(num_rows, skipped)
 
 
@@ -204,12 +204,12 @@ def read_shards(folder: Path, field: IdField) -> Features:
 
     Raises DataError for shards that are missing or of another extraction, and as `feature_tables.read_parquet_parts`.
     """
-    place = folder / MANIFEST
+    file = folder / MANIFEST
     try:
-        manifest = read_manifest(place.read_bytes(), str(place))
+        manifest = read_manifest(file.read_bytes(), str(file))
     except OSError as error:
         if not is_absent(error):
-            raise UnreadableError.of(place, error) from error
+            raise UnreadableError.of(file, error) from error
         raise DataError(
             f"{folder}: is a folder without {MANIFEST}; expected a feature file, or what "
             "`cn-clip features --engine ray` wrote into its --output"

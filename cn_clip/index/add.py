@@ -25,10 +25,10 @@ class Options(AddOptions):
 def run(options: Options) -> None:
     """Adds; raises CnClipError, with all kept that was reported done."""
     from cn_clip.index import building
-    from cn_clip.retrieval import places
+    from cn_clip.retrieval import addresses
 
-    index = places.place_of(options.index)
-    places.require(index)
+    index = addresses.address_of(options.index)
+    addresses.require(index)
     job = building.Job(index, Path(options.source), id_prefix=options.id_prefix)
     building.update(options, job, command.Speaker(quiet=options.json))
 

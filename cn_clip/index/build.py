@@ -38,17 +38,17 @@ class Options(AddOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.output is None) == (self.store is None):
-            raise ConfigError("--output: expected the folder of the index, or in its place --store milvus://…")
+            raise ConfigError("--output: expected the folder of the index, or in its address --store milvus://…")
+        from cn_clip.retrieval.addresses import address_of
         from cn_clip.retrieval.milvus_collection import GRAMMAR, SCHEME, Address
-        from cn_clip.retrieval.places import place_of
 
         if self.store is not None and not self.store.startswith(SCHEME):
             raise ConfigError(f"--store: {GRAMMAR}; got {self.store}")
-        if isinstance(place_of(self.place), Address) and (self.engine or self.vector_type):
+        if isinstance(address_of(self.address), Address) and (self.engine or self.vector_type):
             raise ConfigError("--engine, --vector-type: are for folders, Milvus has its own; leave them out")
 
     @property
-    def place(self) -> str:
+    def address(self) -> str:
         """Where the index is to be."""
         return self.output or self.store or ""
 
@@ -56,10 +56,10 @@ class Options(AddOptions):
 def run(options: Options) -> None:
     """Builds or updates; raises CnClipError, with all kept that was reported done."""
     from cn_clip.index import building
-    from cn_clip.retrieval.places import place_of
+    from cn_clip.retrieval.addresses import address_of
 
     job = building.Job(
-        place_of(options.place),
+        address_of(options.address),
         Path(options.source),
         engine=options.engine,
         vector_type=options.vector_type,

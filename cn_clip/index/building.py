@@ -29,9 +29,9 @@ from cn_clip.index.sources import (
     read_table,
     row_of,
 )
-from cn_clip.retrieval import places
+from cn_clip.retrieval import addresses
+from cn_clip.retrieval.addresses import Facts, IndexAddress, Writer
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, VectorType
-from cn_clip.retrieval.places import Facts, Place, Writer
 from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import same_model
 from cn_clip.retrieval.writer import NewItem
@@ -53,7 +53,7 @@ class Job:
     is another source than the last one.
     """
 
-    index: Place
+    index: IndexAddress
     source: Path
     engine: EngineName | None = None
     vector_type: VectorType | None = None
@@ -66,10 +66,10 @@ class Job:
 class Model:
     """The model of an index, opened when it is first needed, and then compared with the index."""
 
-    def __init__(self, options: AddOptions, index: Place, say: Speaker) -> None:
+    def __init__(self, options: AddOptions, index: IndexAddress, say: Speaker) -> None:
         self.options, self.index, self.say = options, index, say
         self._opened: tuple[Encoder, ModelInfo] | None = None
-        self.facts: Facts | None = places.facts(index)
+        self.facts: Facts | None = addresses.facts(index)
         if self.facts and options.model and full_name(options.model) != self.facts.model.name:
             self.encoder()
 
@@ -126,9 +126,9 @@ def update(options: AddOptions, job: Job, say: Speaker) -> None:
 
 def _writer(job: Job, model: Model, source: str) -> "AbstractContextManager[Writer]":
     if model.facts is None:
-        return places.open_writer(job.index, _create(job, model.info(), source))
+        return addresses.open_writer(job.index, _create(job, model.info(), source))
     _check_vector_type(job, model.facts)
-    return places.open_writer(job.index)
+    return addresses.open_writer(job.index)
 
 
 def _create(job: Job, model: ModelInfo, source: str) -> Manifest:
@@ -174,7 +174,7 @@ def _update_from_features(options: AddOptions, job: Job, model: Model, table: Ta
     name, embed_dim = str(job.source.absolute()), vectors_ND.shape[1]
     info = _model_of_features(options, job, model, embed_dim)
     summary = Summary()
-    with places.open_writer(job.index, _create(job, info, name)) as writer:
+    with addresses.open_writer(job.index, _create(job, info, name)) as writer:
         _check_vector_type(job, writer.manifest)
         if writer.manifest.model.embed_dim != embed_dim:
             raise DataError(

@@ -36,9 +36,9 @@ class Options(AddOptions):
 def run(options: Options) -> int:
     """Checks and repairs; raises DataError when the manifest or the list of removed items is beyond repair."""
     from cn_clip.index import repairing
-    from cn_clip.retrieval import inspection, places
+    from cn_clip.retrieval import addresses, inspection
 
-    say, folder = command.Speaker(quiet=options.json), places.place_of(options.index)
+    say, folder = command.Speaker(quiet=options.json), addresses.address_of(options.index)
     if not isinstance(folder, Path):
         raise ConfigError(f"{folder}: Milvus looks after its own files; this command is for folders")
     facts, found = inspection.inspect(folder)

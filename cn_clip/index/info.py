@@ -23,11 +23,11 @@ class Options:
 def run(options: Options) -> None:
     """Prints the facts; raises DataError when there is no index."""
     from cn_clip.index.show import shown
-    from cn_clip.retrieval import places
+    from cn_clip.retrieval import addresses
     from cn_clip.retrieval.manifest import Manifest
 
     say = command.Speaker(quiet=options.json)
-    facts = places.require(places.place_of(options.index))
+    facts = addresses.require(addresses.address_of(options.index))
     model, more = facts.model, _of_folder(facts) if isinstance(facts, Manifest) else {}
     say(f"模型 / model        {shown(model.name) or '?'} ({model.embed_dim} dimensions, {model.fingerprint or '?'})")
     say(f"条目 / items        {facts.num_items}")

@@ -17,7 +17,7 @@ from cn_clip.clip.transforms import in_8_bits
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import DataError, reason_of
 from cn_clip.index.sources import OWN_FIELDS, Candidate, Skipped, Table, row_of
-from cn_clip.retrieval.places import Writer
+from cn_clip.retrieval.addresses import Writer
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.writer import NewItem
 

@@ -99,7 +99,7 @@ def _known_fingerprint(backend: ExportedBackend) -> str | None:
 
 
 def _files_of_towers(backend: ExportedBackend) -> list[Path]:
-    places = [Path(tower.place) for tower in (backend.image, backend.text) if tower is not None]
+    places = [Path(tower.path) for tower in (backend.image, backend.text) if tower is not None]
     return [one for place in places for one in (place, extra_path(place)) if one.is_file()]
 
 

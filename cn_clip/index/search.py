@@ -19,7 +19,7 @@ from cn_clip.settings import Range
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Kind
     from cn_clip.clip.encoder import Encoder
-    from cn_clip.retrieval.places import Searchable
+    from cn_clip.retrieval.addresses import Searchable
     from cn_clip.retrieval.segments import FloatArray, ItemId
     from cn_clip.retrieval.store import Hit
 
@@ -63,10 +63,10 @@ class Options(ModelOptions):
 def run(options: Options) -> None:
     """Prints what is found; raises CnClipError naming the file, model or id that does not fit."""
     from cn_clip.retrieval import filters
-    from cn_clip.retrieval.places import open_index, place_of
+    from cn_clip.retrieval.addresses import address_of, open_index
 
     say = command.Speaker(quiet=options.json)
-    index = open_index(place_of(options.index))
+    index = open_index(address_of(options.index))
     if options.where is not None:
         filters.parse(options.where)
     if options.grid is not None:
@@ -82,7 +82,7 @@ def run(options: Options) -> None:
         say(line)
     say.result(
         {
-            "index": index.place,
+            "index": index.address,
             "model": index.model.name,
             "hits": [{"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in hits],
         }
@@ -121,13 +121,13 @@ def _is_file(path: str, facts: os.stat_result) -> bool:
 def _known_id(index: "Searchable", text: str) -> "ItemId":
     """The item that is called so; a number is looked for as one, too, and a name on a disk by its spelling."""
     from cn_clip.data.names import readable
-    from cn_clip.retrieval.places import item_called
+    from cn_clip.retrieval.addresses import item_called
 
     found = item_called(index, text)
     if found is None:
         found = item_called(index, readable(text))
     if found is None:
-        raise DataError(f"{index.place}: has no item {text!r}")
+        raise DataError(f"{index.address}: has no item {text!r}")
     return found
 
 
@@ -160,9 +160,9 @@ def _encoder(index: "Searchable", options: Options, kinds: "Sequence[Kind]", say
 
     name = options.model or index.model.name
     if not name:
-        same_model(index.model, index.model, index.place)
+        same_model(index.model, index.model, index.address)
     encoder, info = open_encoder(name, options, say, kinds=kinds)
-    same_model(index.model, info, index.place)
+    same_model(index.model, info, index.address)
     return encoder
 
 
@@ -192,7 +192,7 @@ def _draw(index: "Searchable", options: Options, hits: "Sequence[Hit]") -> None:
             picture = open_picture(small) if small else Image.new("RGB", (1, 1), "white")
         except DataError as error:
             raise DataError(
-                f"{index.place}: the thumbnail of {shown(hit.id)!r} is damaged ({error}); see `cn-clip index check`"
+                f"{index.address}: the thumbnail of {shown(hit.id)!r} is damaged ({error}); see `cn-clip index check`"
             ) from error
         cells.append((picture, shown(hit.metadata.get("caption", hit.id)), False))
     query = options.text or options.image or options.id or ""

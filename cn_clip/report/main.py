@@ -222,9 +222,9 @@ def _add_model_parts(
         sections.append(parts.confusion_section(matrix))
         facts["zeroshot"] = _zeroshot_facts(matrix)
     if options.pairs:
-        from cn_clip.report import places
+        from cn_clip.report import regions
 
-        views = [places.examine(encoder, *pair) for pair in options.pairs]
+        views = [regions.examine(encoder, *pair) for pair in options.pairs]
         sections.append(parts.pairs_section(views))
         facts["pairs"] = [
             {"picture": view.path, "text": view.text, "similarity": view.similarity, "tokens": view.tokens}

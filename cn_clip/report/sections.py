@@ -19,8 +19,8 @@ from cn_clip.training.curves import smoothed
 
 if TYPE_CHECKING:
     from cn_clip.report.confusion import Confusion, Mistake
-    from cn_clip.report.places import PairView
     from cn_clip.report.queries import Hit, Query, Retrieval
+    from cn_clip.report.regions import PairView
 
 # Bytes of JPEG: 24 queries of 10 pictures and their own, 12 mistakes and 12 pairs stay below 3 MB as base64.
 HIT_SIDE, HIT_BYTES = 144, 6_000
@@ -374,7 +374,7 @@ def pairs_section(views: Sequence["PairView"]) -> Section:
 
 
 def _pair(view: "PairView") -> Markup:
-    from cn_clip.report.places import overlaid
+    from cn_clip.report.regions import overlaid
 
     small = flattened(view.image)
     small.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)

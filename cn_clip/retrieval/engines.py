@@ -36,7 +36,7 @@ OVERFETCH = 2
 
 
 class Rows:
-    """The vectors of all segments by place, in order of insertion, and their keys, which rise."""
+    """The vectors of all segments by position, in order of insertion, and their keys, which rise."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.segments = segments
@@ -47,19 +47,19 @@ class Rows:
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def segment_of(self, place: int) -> tuple[Segment, int]:
-        """(segment, row in it) of a place."""
-        number = bisect.bisect_right(self.starts, place) - 1
-        return self.segments[number], place - self.starts[number]
+    def segment_of(self, position: int) -> tuple[Segment, int]:
+        """(segment, row in it) of a position."""
+        number = bisect.bisect_right(self.starts, position) - 1
+        return self.segments[number], position - self.starts[number]
 
-    def gather(self, places: IntArray) -> FloatArray:
-        """Vectors (len(places), D), float32."""
-        numbers = np.searchsorted(self.starts, places, side="right") - 1
+    def gather(self, positions: IntArray) -> FloatArray:
+        """Vectors (len(positions), D), float32."""
+        numbers = np.searchsorted(self.starts, positions, side="right") - 1
         width = self.segments[0].embed_dim if self.segments else 0
-        vectors = np.empty((len(places), width), dtype=np.float32)
+        vectors = np.empty((len(positions), width), dtype=np.float32)
         for number in np.unique(numbers):
             chosen = numbers == number
-            vectors[chosen] = self.segments[number].gather(places[chosen] - self.starts[number])
+            vectors[chosen] = self.segments[number].gather(positions[chosen] - self.starts[number])
         return vectors
 
 
@@ -67,7 +67,7 @@ class Engine(Protocol):
     """Finds rows."""
 
     def search(self, queries_QD: FloatArray, k: int, allowed_N: Mask) -> Sequence[Found]:
-        """(places, scores) of each query among the allowed rows, best first, equal scores in order of insertion."""
+        """(positions, scores) of each query among the allowed rows, best first, equal scores in order of insertion."""
         ...
 
 
@@ -81,7 +81,7 @@ class ExactEngine:
         """The k best of each query among the allowed rows, by inner product."""
         from cn_clip.retrieval import flat
 
-        places = np.empty((len(queries_QD), 0), dtype=np.int64)
+        positions = np.empty((len(queries_QD), 0), dtype=np.int64)
         scores = np.empty((len(queries_QD), 0), dtype=np.float32)
         for segment, start in zip(self.rows.segments, self.rows.starts, strict=False):
             for offset in range(0, len(segment), BLOCK):
@@ -90,12 +90,15 @@ class ExactEngine:
                 if not len(chosen_B):
                     continue
                 found = flat.top_k(queries_QD, _block(segment, offset, chosen_B), k)
-                places = np.concatenate([places, first + chosen_B[found.indices]], axis=1)
+                positions = np.concatenate([positions, first + chosen_B[found.indices]], axis=1)
                 scores = np.concatenate([scores, found.scores], axis=1)
                 # Stable: of equal scores the earlier block, and in it the earlier row, stays in front.
                 order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-                places, scores = np.take_along_axis(places, order, axis=1), np.take_along_axis(scores, order, axis=1)
-        return list(zip(places, scores, strict=True))
+                positions, scores = (
+                    np.take_along_axis(positions, order, axis=1),
+                    np.take_along_axis(scores, order, axis=1),
+                )
+        return list(zip(positions, scores, strict=True))
 
 
 def _block(segment: Segment, offset: int, chosen_B: IntArray) -> FloatArray:
@@ -129,11 +132,11 @@ class GraphEngine:
         later = self.exact.search(queries_QD, k, later_N) if later_N.any() else None
         results: list[Found] = []
         for number, keys in enumerate(keys_per_query):
-            places = self._places(keys, within_N)
-            if len(places) < wanted:
+            positions = self._positions(keys, within_N)
+            if len(positions) < wanted:
                 results.extend(self.exact.search(queries_QD[number : number + 1], k, allowed_N))
                 continue
-            best = self._best(queries_QD[number], places, later[number][0] if later is not None else None, k)
+            best = self._best(queries_QD[number], positions, later[number][0] if later is not None else None, k)
             results.append(best or self.exact.search(queries_QD[number : number + 1], k, allowed_N)[0])
         return results
 
@@ -152,23 +155,23 @@ class GraphEngine:
             self.graph = None
             return None
 
-    def _places(self, keys: IntArray, allowed_N: Mask) -> IntArray:
+    def _positions(self, keys: IntArray, allowed_N: Mask) -> IntArray:
         """Where the keys are, rising; those of rows that are gone or not allowed are left out."""
-        places = np.unique(np.searchsorted(self.rows.keys_N, np.sort(keys)))
-        places = places[places < len(self.rows)]
-        kept: IntArray = places[allowed_N[places] & np.isin(self.rows.keys_N[places], keys)]
+        positions = np.unique(np.searchsorted(self.rows.keys_N, np.sort(keys)))
+        positions = positions[positions < len(self.rows)]
+        kept: IntArray = positions[allowed_N[positions] & np.isin(self.rows.keys_N[positions], keys)]
         return kept
 
-    def _best(self, query_D: FloatArray, places: IntArray, later: IntArray | None, k: int) -> Found | None:
+    def _best(self, query_D: FloatArray, positions: IntArray, later: IntArray | None, k: int) -> Found | None:
         """None where the k-th is no better than the last candidate: then others may score alike, and come first."""
-        num_candidates = len(places)
+        num_candidates = len(positions)
         if later is not None:
-            places = np.concatenate([places, later])
-        scores = (self.rows.gather(places).astype(np.float64) * query_D).sum(axis=1).astype(np.float32)
+            positions = np.concatenate([positions, later])
+        scores = (self.rows.gather(positions).astype(np.float64) * query_D).sum(axis=1).astype(np.float32)
         order = np.argsort(-scores, kind="stable")[:k]
         if num_candidates > k and scores[order[-1]] == scores[:num_candidates].min():
             return None
-        return places[order], scores[order]
+        return positions[order], scores[order]
 
 
 def require_usearch() -> Any:
@@ -233,9 +236,9 @@ class Graph:
             gone = np.setdiff1d(np.asarray(self._index.keys, dtype=np.int64), rows.keys_N[alive_N & known_N])
             if len(gone):
                 self._index.remove(gone.astype(np.uint64))
-        places = np.flatnonzero(alive_N & ~known_N)
-        for start in range(0, len(places), BLOCK):
-            part = places[start : start + BLOCK]
+        positions = np.flatnonzero(alive_N & ~known_N)
+        for start in range(0, len(positions), BLOCK):
+            part = positions[start : start + BLOCK]
             vectors_BD = rows.gather(part)
             with self._translated():
                 self._index.add(rows.keys_N[part].astype(np.uint64), vectors_BD)

@@ -1,4 +1,4 @@
-"""An index kept by a Milvus server, which finds the same items in the same order as one in a folder; see `places`."""
+"""An index kept by a Milvus server, which finds the same items in the same order as a folder; see `addresses`."""
 
 # Q queries, D dimensions
 
@@ -37,10 +37,10 @@ def key_of(item_id: ItemId) -> str:
 
 
 class _Row(NamedTuple):
-    """A row with its score. place: rises in order of insertion."""
+    """A row with its score. position: rises in order of insertion."""
 
     score: float
-    place: int
+    position: int
     id: ItemId
     metadata: dict[str, Any]
 
@@ -50,14 +50,14 @@ class MilvusIndex:
 
     def __init__(self, address: Address) -> None:
         """Raises DataError when there is no such index, StoreError when no server answers."""
-        self.address, self._collection = address, Collection(address)
+        self._collection = Collection(address)
         self._facts = self._collection.require()
         self._seen_fields = set[str]()
 
     @property
-    def place(self) -> str:
+    def address(self) -> str:
         """Where the index is."""
-        return str(self.address)
+        return str(self._collection.address)
 
     @property
     def model(self) -> ModelInfo:
@@ -78,14 +78,14 @@ class MilvusIndex:
     def items(self) -> Iterator[tuple[ItemId, dict[str, Any]]]:
         """(id, metadata) in order of insertion."""
         for row in self._collection.scan(["item"]):
-            yield _parsed(row, self.place)
+            yield _parsed(row, self.address)
 
     def search(
         self, vectors_QD: FloatArray, k: int, *, where: str | None = None, min_score: float | None = None
     ) -> list[list[Hit]]:
         """As `store.Index.search`; raises StoreError besides."""
         check_bounds(k, min_score)
-        queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.place)
+        queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.address)
         condition = self._condition(where) if where is not None else None
         limit = min(OVERFETCH * int(k) + 16, LARGEST_LIMIT)
         at_once, results = max(1, LARGEST_LIMIT // limit), list[list[Hit]]()
@@ -103,7 +103,7 @@ class MilvusIndex:
 
     def metadata(self, item_id: ItemId) -> dict[str, Any]:
         """What is known of an item; raises DataError for an unknown id."""
-        return _parsed(self._known(item_id, "item"), self.place)[1]
+        return _parsed(self._known(item_id, "item"), self.address)[1]
 
     def thumbnail(self, item_id: ItemId) -> bytes | None:
         """A small JPEG; None for an unknown id, or an item without a picture."""
@@ -121,7 +121,7 @@ class MilvusIndex:
     def _known(self, item_id: ItemId, *fields: str) -> Fields:
         found = self._fields(item_id, *fields)
         if not found:
-            raise DataError(f"{self.place}: has no item {item_id!r}")
+            raise DataError(f"{self.address}: has no item {item_id!r}")
         return found[0]
 
     def _condition(self, where: str) -> Condition:
@@ -154,7 +154,7 @@ class MilvusIndex:
         vectors = np.array([row["vector"] for row in rows], dtype=np.float64).reshape(len(rows), len(query_D))
         scores = (vectors * query_D).sum(axis=1).astype(np.float32).tolist()
         return [
-            _Row(score, int(row["place"]), *_parsed(row, self.place)) for score, row in zip(scores, rows, strict=True)
+            _Row(score, int(row["place"]), *_parsed(row, self.address)) for score, row in zip(scores, rows, strict=True)
         ]
 
     def _best(
@@ -176,7 +176,7 @@ class MilvusIndex:
         keys = [
             row["key"]
             for row in self._collection.scan(["key", "item"])
-            if condition is None or condition.admits(_parsed(row, self.place)[1])
+            if condition is None or condition.admits(_parsed(row, self.address)[1])
         ]
         best: list[_Row] = []
         for start in range(0, len(keys), LARGEST_LIMIT):
@@ -186,7 +186,7 @@ class MilvusIndex:
 
 
 def _first(rows: Iterable[_Row], k: int) -> list[_Row]:
-    return sorted(rows, key=lambda row: (-row.score, row.place))[:k]
+    return sorted(rows, key=lambda row: (-row.score, row.position))[:k]
 
 
 def _parsed(row: Mapping[str, Any], where: str) -> tuple[ItemId, dict[str, Any]]:
@@ -215,11 +215,11 @@ class MilvusWriter:
     def __init__(self, collection: Collection, facts: Facts) -> None:
         self._collection, self._facts = collection, facts
         self._items: dict[ItemId, dict[str, Any]] = {}
-        self._next_place = 0
+        self._next_position = 0
         for row in collection.scan(["item"]):
             item_id, metadata = _parsed(row, str(collection.address))
             self._items[item_id] = metadata
-            self._next_place = int(row["place"]) + 1
+            self._next_position = int(row["place"]) + 1
 
     @property
     def manifest(self) -> Facts:
@@ -265,7 +265,7 @@ class MilvusWriter:
         """
         lines = checked_lines(items, self._facts.model.embed_dim, "float32")
         rows = [
-            _fields_of(item, line, self._next_place + number)
+            _fields_of(item, line, self._next_position + number)
             for number, (item, line) in enumerate(zip(items, lines, strict=True))
         ]
         kept = {item.id for item in items}
@@ -274,7 +274,7 @@ class MilvusWriter:
             self._collection.call("upsert", data=part)
         for start in range(0, len(gone), WINDOW):
             self._collection.call("delete", ids=[key_of(one) for one in gone[start : start + WINDOW]])
-        self._next_place += len(rows)
+        self._next_position += len(rows)
         for item_id in (*gone, *kept):
             self._items.pop(item_id, None)
         self._items.update({item.id: dict(item.metadata) for item in items})
@@ -283,7 +283,7 @@ class MilvusWriter:
         """Nothing is left to do: Milvus brings its graph up by itself."""
 
 
-def _fields_of(item: NewItem, line: bytes, place: int) -> Fields:
+def _fields_of(item: NewItem, line: bytes, position: int) -> Fields:
     if len(line) > LARGEST_TEXT:
         raise DataError(f"id {item.id!r}: its metadata take {len(line)} bytes, Milvus holds {LARGEST_TEXT}")
     if len(item.thumbnail) > LARGEST_THUMBNAIL:
@@ -293,7 +293,7 @@ def _fields_of(item: NewItem, line: bytes, place: int) -> Fields:
         )
     return {
         "key": key_of(item.id),
-        "place": place,
+        "place": position,
         "item": line.decode(),
         "thumbnail": base64.b64encode(item.thumbnail).decode(),
         "vector": item.vector_D.astype(np.float32),

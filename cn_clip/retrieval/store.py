@@ -85,7 +85,7 @@ class Snapshot:
         return cls(folder, facts, rows, alive_N)
 
     def items(self) -> Iterator[tuple[int, ItemId, dict[str, Any]]]:
-        """(place, id, metadata) of the items, in order of insertion."""
+        """(position, id, metadata) of the items, in order of insertion."""
         for segment, start in zip(self.rows.segments, self.rows.starts, strict=False):
             for row in np.flatnonzero(self.alive_N[start : start + len(segment)]).tolist():
                 yield (start + row, *segment.item(row))
@@ -129,7 +129,7 @@ class Index:
         return self.manifest.model
 
     @property
-    def place(self) -> str:
+    def address(self) -> str:
         """Where the index is."""
         return str(self.folder)
 
@@ -164,21 +164,21 @@ class Index:
         no item has, DataError for vectors of another shape or type.
         """
         check_bounds(k, min_score)
-        queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.place)
+        queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.address)
         allowed_N = self.snapshot.alive_N if where is None else self._mask(where)
         if not allowed_N.any():
             return [[] for _ in queries_QD]
         found = self.engine.search(queries_QD, k, allowed_N)
-        return [self._hits(places, scores, min_score) for places, scores in found]
+        return [self._hits(positions, scores, min_score) for positions, scores in found]
 
     def vector(self, item_id: ItemId) -> FloatArray:
         """The vector (D,) of an item, float32; raises DataError for an unknown id."""
-        vector_D: FloatArray = self.snapshot.rows.gather(np.array([self._place(item_id)]))[0]
+        vector_D: FloatArray = self.snapshot.rows.gather(np.array([self._position(item_id)]))[0]
         return vector_D
 
     def metadata(self, item_id: ItemId) -> dict[str, Any]:
         """What is known of an item; raises DataError for an unknown id."""
-        segment, row = self.snapshot.rows.segment_of(self._place(item_id))
+        segment, row = self.snapshot.rows.segment_of(self._position(item_id))
         return segment.item(row)[1]
 
     def thumbnail(self, item_id: ItemId) -> bytes | None:
@@ -190,12 +190,12 @@ class Index:
         """Those of the ids whose items have a thumbnail."""
         return {one for one in ids if (found := self._found(one)) and found[0].has_thumbnail(found[1])}
 
-    def _hits(self, places: IntArray, scores: FloatArray, min_score: float | None) -> list[Hit]:
+    def _hits(self, positions: IntArray, scores: FloatArray, min_score: float | None) -> list[Hit]:
         hits = []
-        for place, score in zip(places.tolist(), scores.tolist(), strict=True):
+        for position, score in zip(positions.tolist(), scores.tolist(), strict=True):
             if min_score is not None and score < min_score:
                 break
-            segment, row = self.snapshot.rows.segment_of(place)
+            segment, row = self.snapshot.rows.segment_of(position)
             item_id, metadata = segment.item(row)
             hits.append(Hit(item_id, score, metadata))
         return hits
@@ -223,7 +223,7 @@ class Index:
         position = self.table.positions.get(item_id)
         return None if position is None else self.snapshot.rows.segment_of(position)
 
-    def _place(self, item_id: ItemId) -> int:
+    def _position(self, item_id: ItemId) -> int:
         with contextlib.suppress(KeyError):
             return self.table.positions[item_id]
         raise DataError(f"{self.folder}: has no item {item_id!r}")
@@ -253,9 +253,9 @@ def check_bounds(k: int, min_score: float | None) -> None:
         raise ConfigError("min_score: expected a number, got nan")
 
 
-def checked_queries(vectors_QD: FloatArray, embed_dim: int, place: str) -> FloatArray:
+def checked_queries(vectors_QD: FloatArray, embed_dim: int, address: str) -> FloatArray:
     """The queries as they are; raises DataError, naming the index, for another shape or type or what is not finite."""
-    expected = f"{place}: expected float32 queries of the shape (Q, {embed_dim})"
+    expected = f"{address}: expected float32 queries of the shape (Q, {embed_dim})"
     if vectors_QD.ndim != 2 or vectors_QD.shape[1] != embed_dim or vectors_QD.dtype != np.float32:
         raise DataError(f"{expected}, got {vectors_QD.dtype} {vectors_QD.shape}")
     if not np.isfinite(vectors_QD).all():
@@ -263,15 +263,15 @@ def checked_queries(vectors_QD: FloatArray, embed_dim: int, place: str) -> Float
     return vectors_QD
 
 
-def same_model(found: ModelInfo, given: ModelInfo, place: object) -> None:
+def same_model(found: ModelInfo, given: ModelInfo, address: object) -> None:
     """Raises ConfigError naming both models when vectors of the one cannot be compared with those of the other."""
     if not found.fingerprint:
         raise ConfigError(
-            f"{place}: the index does not record its model; build it again with `cn-clip index build --model`, or "
+            f"{address}: the index does not record its model; build it again with `cn-clip index build --model`, or "
             "search it with `cn-clip search --id`"
         )
     if found.fingerprint != given.fingerprint:
         raise ConfigError(
-            f"{place}: its vectors are of the model {found.name} ({found.fingerprint}), not of {given.name} "
+            f"{address}: its vectors are of the model {found.name} ({found.fingerprint}), not of {given.name} "
             f"({given.fingerprint}); give --model {found.name}, or build another index"
         )

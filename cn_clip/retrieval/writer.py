@@ -124,7 +124,7 @@ class IndexWriter:
     def __init__(self, snapshot: Snapshot, *, is_mended: bool = False) -> None:
         """is_mended: the snapshot differs from what is on disk, until the first commit."""
         self._snapshot, self._is_mended = snapshot, is_mended
-        self._keys = {item_id: int(snapshot.rows.keys_N[place]) for place, item_id, _ in snapshot.items()}
+        self._keys = {item_id: int(snapshot.rows.keys_N[position]) for position, item_id, _ in snapshot.items()}
         self._removed = removed_keys(self.folder, self.manifest)
         self._graph_is_old = False
         if not is_mended:
@@ -186,8 +186,8 @@ class IndexWriter:
         lines = checked_lines(items, self.manifest.model.embed_dim, self.manifest.vector_type)
         first = self.manifest.next_key
         rows = [
-            Row(first + place, item.vector_D, line, item.thumbnail)
-            for place, (item, line) in enumerate(zip(items, lines, strict=True))
+            Row(first + position, item.vector_D, line, item.thumbnail)
+            for position, (item, line) in enumerate(zip(items, lines, strict=True))
         ]
         with self._writing():
             added = [self._write_segment(rows, len(rows))] if rows else []
@@ -208,23 +208,23 @@ class IndexWriter:
         self._tidy()
 
     def keep_aside(self) -> Path:
-        """Makes the generation on disk, damaged as it is, an index of its own in this folder; returns its place.
+        """Makes the generation on disk, damaged as it is, an index of its own in this folder; returns its path.
 
         Its files are links to the same bytes, and take no room until this index does without them; copies on a disk
         that has no links. Raises DataError when they cannot be made.
         """
         facts = manifest.read(self.folder)
-        building, place = self.folder / BUILDING, self.folder / f"{ASIDE}{facts.generation:06d}"
+        building, path = self.folder / BUILDING, self.folder / f"{ASIDE}{facts.generation:06d}"
         with self._writing():
-            for rubbish in (building, place):
+            for rubbish in (building, path):
                 _remove(rubbish)
             for name in (manifest.NAME, *(path for path, _ in facts.files())):
                 if is_there(self.folder / name):
                     (building / name).parent.mkdir(parents=True, exist_ok=True)
                     _link(self.folder / name, building / name)
-            os.replace(building, place)
+            os.replace(building, path)
             sync_folder(self.folder)
-        return place
+        return path
 
     def finish(self) -> None:
         """Brings the graph up to the items, where the engine has one; a damaged one is built anew."""
@@ -262,13 +262,13 @@ class IndexWriter:
         return self.folder / f"{kind}-{self.manifest.generation + 1:06d}{suffix}"
 
     def _write_segment(self, rows: Iterable[Row], num_rows: int) -> SegmentFacts:
-        building, place = self.folder / BUILDING, self._fresh("segment")
-        for rubbish in (building, place):
+        building, path = self.folder / BUILDING, self._fresh("segment")
+        for rubbish in (building, path):
             _remove(rubbish)
         write_segment(building, rows, num_rows, self.manifest.model.embed_dim, self.manifest.vector_type)
-        os.replace(building, place)
+        os.replace(building, path)
         sync_folder(self.folder)
-        return facts_of_segment(place, num_rows)
+        return facts_of_segment(path, num_rows)
 
     def _write_removed(self, keys: IntArray) -> DerivedFacts:
         path, content = self._fresh("removed", ".npy"), BytesIO()

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Rows
-from cn_clip.retrieval.places import Searchable
+from cn_clip.retrieval.addresses import Searchable
 from cn_clip.serve.bodies import JsonRoute
 from cn_clip.serve.engine import Engine
 from cn_clip.serve.gate import Gate

@@ -24,7 +24,7 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
-class Places:
+class Slots:
     """A bound on what is admitted and not yet done. what: its name in messages, in the plural."""
 
     def __init__(self, what: str, limit: int) -> None:
@@ -32,7 +32,7 @@ class Places:
 
     @contextlib.contextmanager
     def taken(self, count: int) -> Iterator[None]:
-        """Takes `count` places inside; raises RefusalError (503) when there are not so many left."""
+        """Takes `count` slots; raises RefusalError (503) when there are not so many left."""
         if self.num_taken + count > self.limit:
             raise queue_full(self.what, self.limit)
         self.num_taken += count
@@ -116,7 +116,9 @@ class Batcher(Generic[ItemT]):
     async def _computing(self, batch: Sequence[_Waiting[ItemT]]) -> None:
         parts = [list(batch)]
         if self._length is not None:
-            parts = [[batch[place] for place in part] for part in alike([self._length(one.item) for one in batch])]
+            parts = [
+                [batch[position] for position in part] for part in alike([self._length(one.item) for one in batch])
+            ]
         try:
             # All of them at once: the thread does not wait for the event loop, which answers one part during the next.
             await joined(self._computing_part(part) for part in parts)
@@ -165,7 +167,7 @@ def _no_vector(what: str) -> RefusalError:
 
 
 def alike(lengths: Sequence[int], overhead: int = PART_OVERHEAD) -> list[list[int]]:
-    """The places of `lengths` in parts that, computed one after the other, take the least time.
+    """The positions of `lengths` in parts that, computed one after the other, take the least time.
 
     A part is padded to its longest: it takes as long as its count times that length, and `overhead` besides.
     """

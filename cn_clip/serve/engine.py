@@ -19,7 +19,7 @@ import numpy as np
 
 from cn_clip.clip.backends.base import Pixels, Rows
 from cn_clip.serve import untrusted
-from cn_clip.serve.batching import Batcher, Places, joined
+from cn_clip.serve.batching import Batcher, Slots, joined
 from cn_clip.serve.decoders import Decoders, EncodedPicture
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.metrics import Metrics
@@ -80,10 +80,10 @@ class Engine:
         self._tasks: list[asyncio.Task[None]] = []
         self._texts = self._batcher("texts", self._encode_token_ids, metrics, length=len)
         self._pictures = self._batcher("pictures", self._encode_pixels, metrics)
-        self._text_places = _places("texts", limits, metrics)
-        self._picture_places = _places("pictures", limits, metrics)
-        self._call_places = _places("calls", limits, metrics)
-        self._search_places = _places("searches", limits, metrics)
+        self._text_slots = _slots("texts", limits, metrics)
+        self._picture_slots = _slots("pictures", limits, metrics)
+        self._call_slots = _slots("calls", limits, metrics)
+        self._search_slots = _slots("searches", limits, metrics)
 
     @property
     def encoder(self) -> "Encoder":
@@ -130,12 +130,12 @@ class Engine:
 
     async def call(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         """Calls `function` in one of the preparing threads; raises RefusalError (503) when too many wait."""
-        with self._call_places.taken(1):
+        with self._call_slots.taken(1):
             return await self._in_pool(function, *args)
 
     async def ask(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         """Calls `function` in one of the threads for the index; raises RefusalError (503) when too many wait."""
-        with self._search_places.taken(1):
+        with self._search_slots.taken(1):
             return await asyncio.get_running_loop().run_in_executor(self._searchers, function, *args)
 
     async def alone(self, function: Callable[..., ResultT], *args: object) -> ResultT:
@@ -145,21 +145,21 @@ class Engine:
     async def embed(self, inputs: Sequence[Text | Picture]) -> tuple[Rows, int]:
         """(unit rows (N, D) in the order given, tokens of the texts), [CLS] and [SEP] included.
 
-        Raises RefusalError: no place in the queue, a picture that cannot be read, a model that is not ready.
+        Raises RefusalError: no slot in the queue, a picture that cannot be read, a model that is not ready.
         """
         self.check_ready()
-        texts = {place: one.text for place, one in enumerate(inputs) if isinstance(one, Text)}
-        pictures = {place: one for place, one in enumerate(inputs) if isinstance(one, Picture)}
-        with self._text_places.taken(len(texts)), self._picture_places.taken(len(pictures)):
+        texts = {position: one.text for position, one in enumerate(inputs) if isinstance(one, Text)}
+        pictures = {position: one for position, one in enumerate(inputs) if isinstance(one, Picture)}
+        with self._text_slots.taken(len(texts)), self._picture_slots.taken(len(pictures)):
             token_ids = await self._token_ids(list(texts.values()))
             waiting = [self._texts.rows(token_ids)] if texts else []
             waiting += [self._picture_rows(list(pictures.values()))] if pictures else []
             parts = await joined(waiting)
         rows = dict(zip([*texts, *pictures], [row for part in parts for row in part], strict=True))
-        return np.stack([rows[place] for place in range(len(inputs))]), sum(map(len, token_ids))
+        return np.stack([rows[position] for position in range(len(inputs))]), sum(map(len, token_ids))
 
     async def embed_many_texts(self, texts: Sequence[str]) -> Rows:
-        """Unit rows of any number of texts, which take no more than a batch of places in the queue at a time."""
+        """Unit rows of any number of texts, which take no more than a batch of slots in the queue at a time."""
         step = self.limits.max_batch
         parts = [await self.embed(list(map(Text, texts[start : start + step]))) for start in range(0, len(texts), step)]
         return np.concatenate([rows for rows, _ in parts])
@@ -225,7 +225,7 @@ class Engine:
 
     def _give_way(self) -> None:
         """Called in a thread after each millisecond of work that keeps other threads from running."""
-        if self._text_places.num_taken:
+        if self._text_slots.num_taken:
             time.sleep(GIVEN_WAY)
 
     async def _opening(self, then: Callable[[], Coroutine[None, None, None]] | None) -> None:
@@ -255,7 +255,7 @@ class Engine:
         return RefusalError(503, "the model is still being opened; ask again later", code="not_ready", retry_after=5)
 
 
-def _places(what: str, limits: Limits, metrics: Metrics) -> Places:
-    places = Places(what, limits.max_queue)
-    metrics.watch_queue(what, lambda: places.num_taken)
-    return places
+def _slots(what: str, limits: Limits, metrics: Metrics) -> Slots:
+    slots = Slots(what, limits.max_queue)
+    metrics.watch_queue(what, lambda: slots.num_taken)
+    return slots

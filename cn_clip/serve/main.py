@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from cn_clip.clip.encoder import Encoder
-    from cn_clip.retrieval.places import Searchable
+    from cn_clip.retrieval.addresses import Searchable
     from cn_clip.serve.engine import Engine
     from cn_clip.serve.server import Server
 
@@ -222,9 +222,9 @@ def read_label_sets(paths: Sequence[Path]) -> dict[str, list[str]]:
 def _opened_index(options: Options) -> "Searchable | None":
     if options.index is None:
         return None
-    from cn_clip.retrieval.places import open_index, place_of
+    from cn_clip.retrieval.addresses import address_of, open_index
 
-    return open_index(place_of(options.index))
+    return open_index(address_of(options.index))
 
 
 def _open_encoder(options: Options, model: str, index: "Searchable | None") -> "Encoder":
@@ -241,7 +241,7 @@ def _open_encoder(options: Options, model: str, index: "Searchable | None") -> "
     )
     encoder, facts = open_encoder(model, settings, command.Speaker(quiet=False), decode=options.decode)
     if index is not None:
-        same_model(index.model, facts, index.place)
+        same_model(index.model, facts, index.address)
     return encoder
 
 

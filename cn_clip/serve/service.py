@@ -19,7 +19,7 @@ from cn_clip.data.names import path_of, readable
 from cn_clip.errors import ConfigError, StoreError
 from cn_clip.evaluation import zeroshot
 from cn_clip.evaluation.templates import DEFAULT, load_templates
-from cn_clip.retrieval.places import Searchable, item_called
+from cn_clip.retrieval.addresses import Searchable, item_called
 from cn_clip.retrieval.query import mixed
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.store import Hit

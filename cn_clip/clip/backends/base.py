@@ -167,7 +167,7 @@ class Tower(Protocol):
     def facts(self) -> TowerFacts: ...
 
     @property
-    def place(self) -> str:
+    def path(self) -> str:
         """The file, for messages."""
         ...
 
@@ -228,7 +228,7 @@ class ExportedBackend:
         tower = self._tower("image")
         expected = (3, self.resolution, self.resolution)
         if pixels_B3RR.shape[1:] != expected:
-            raise ConfigError(f"{tower.place}: takes pictures (B, {expected}), got the shape {pixels_B3RR.shape}")
+            raise ConfigError(f"{tower.path}: takes pictures (B, {expected}), got the shape {pixels_B3RR.shape}")
         return self._rows(tower, pixels_B3RR)
 
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
@@ -243,22 +243,18 @@ class ExportedBackend:
         tower = self.image if kind == "image" else self.text
         if tower is None:
             other = self.text if kind == "image" else self.image
-            raise ConfigError(
-                f"no {kind} model was opened, only {other.place if other else 'nothing'}; give both files"
-            )
+            raise ConfigError(f"no {kind} model was opened, only {other.path if other else 'nothing'}; give both files")
         return tower
 
 
 def _check_siblings(image: Tower, text: Tower) -> None:
     if image.facts.embed_dim != text.facts.embed_dim:
         raise ConfigError(
-            f"{image.place} gives {image.facts.embed_dim} dimensions, {text.place} gives {text.facts.embed_dim}; "
+            f"{image.path} gives {image.facts.embed_dim} dimensions, {text.path} gives {text.facts.embed_dim}; "
             "give the two files of one model"
         )
     if image.facts.weights and text.facts.weights and image.facts.weights != text.facts.weights:
-        raise ConfigError(
-            f"{image.place} and {text.place} were exported from different weights; give files of one model"
-        )
+        raise ConfigError(f"{image.path} and {text.path} were exported from different weights; give files of one model")
 
 
 def _at_length(ids_BL: TokenIds, tower: Tower) -> TokenIds:
@@ -266,13 +262,13 @@ def _at_length(ids_BL: TokenIds, tower: Tower) -> TokenIds:
     if facts.length is None:
         if facts.max_length is not None and length > facts.max_length:
             raise ConfigError(
-                f"{tower.place}: takes texts of at most {facts.max_length} tokens, got {length}; use a "
+                f"{tower.path}: takes texts of at most {facts.max_length} tokens, got {length}; use a "
                 f"context length of {facts.max_length}, or export it again for longer ones"
             )
         return ids_BL
     if length > facts.length:
         raise ConfigError(
-            f"{tower.place}: was exported for texts of {facts.length} tokens, got {length}; use "
+            f"{tower.path}: was exported for texts of {facts.length} tokens, got {length}; use "
             f"a context length of {facts.length}, or export it again"
         )
     return np.pad(ids_BL, ((0, 0), (0, facts.length - length)))

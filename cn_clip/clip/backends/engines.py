@@ -269,22 +269,22 @@ def _network_flags(trt: Any, *, typed: bool) -> int:
     return flags
 
 
-def _check_architecture(place: str, facts: TowerFacts, name: str | None) -> None:
+def _check_architecture(path: str, facts: TowerFacts, name: str | None) -> None:
     if name is None:
         return
     entry = zoo.named(name)
     expected = zoo.vision_config(entry.vision if entry else name).embed_dim
     if facts.embed_dim != expected:
         raise ConfigError(
-            f"{place}: gives {facts.embed_dim} dimensions, {name} gives {expected}; "
+            f"{path}: gives {facts.embed_dim} dimensions, {name} gives {expected}; "
             "is it the file of another model, or --model-arch that of another file?"
         )
 
 
-def _span(place: str, kind: Kind, facts: TowerFacts, build: Build) -> Span:
+def _span(path: str, kind: Kind, facts: TowerFacts, build: Build) -> Span:
     if facts.batch is not None and (build.batch, build.max_batch) != (facts.batch, facts.batch):
         raise ConfigError(
-            f"{place}: was exported for batches of {facts.batch}; use --batch-size {facts.batch}, or export it again"
+            f"{path}: was exported for batches of {facts.batch}; use --batch-size {facts.batch}, or export it again"
         )
     batches = (facts.batch or 1, build.batch, build.max_batch)
     if kind == "image":
@@ -295,11 +295,11 @@ def _span(place: str, kind: Kind, facts: TowerFacts, build: Build) -> Span:
     longest = build.context_length
     if facts.length is not None and longest != facts.length:
         raise ConfigError(
-            f"{place}: was exported for texts of {facts.length} tokens; use --context-length {facts.length}, "
+            f"{path}: was exported for texts of {facts.length} tokens; use --context-length {facts.length}, "
             "or export it again"
         )
     if facts.max_length is not None and longest > facts.max_length:
-        raise ConfigError(f"--context-length: {place} takes at most {facts.max_length} tokens, got {longest}")
+        raise ConfigError(f"--context-length: {path} takes at most {facts.max_length} tokens, got {longest}")
     return (batches[0], facts.length or SHORTEST_TEXT), (batches[1], longest), (batches[2], longest)
 
 

@@ -79,7 +79,7 @@ def save(proto: "ModelProto", path: Path, *, outside: bool | None = None) -> Non
 
 
 def move(path: Path, folder: Path) -> Path:
-    """Moves a file and that of its outside weights, the one that names the other last; returns the new place."""
+    """Moves a file and that of its outside weights, the one that names the other last; returns the new path."""
     target, beside = folder / path.name, extra_path(path)
     with _written(target):
         if beside.exists():
@@ -105,13 +105,13 @@ def metadata(facts: TowerFacts) -> str:
     return json.dumps({"writer": f"cn_clip {__version__}", **asdict(facts)})
 
 
-def reading_facts(place: str) -> contextlib.AbstractContextManager[None]:
+def reading_facts(path: str) -> contextlib.AbstractContextManager[None]:
     """For asking a runtime about an opened file, whose names may be no UTF-8; raises CheckpointError."""
-    return reading(place, CheckpointError, what="its names or metadata cannot be read", step="export it again")
+    return reading(path, CheckpointError, what="its names or metadata cannot be read", step="export it again")
 
 
 def facts_of(
-    place: str, kind: Kind, *, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape], metadata: str | None
+    path: str, kind: Kind, *, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape], metadata: str | None
 ) -> TowerFacts:
     """The facts of an opened file: shapes from its tensors, the rest from its metadata if it has any.
 
@@ -121,16 +121,16 @@ def facts_of(
     if {name: len(shape) for name, shape in inputs.items()} != wanted or OUTPUTS[kind] not in outputs:
         found = ", ".join(f"{name} {list(shape)}" for name, shape in [*inputs.items(), *outputs.items()])
         raise CheckpointError(
-            f"{place}: expected the {kind} model, with the input {INPUTS[kind]!r} and the output {OUTPUTS[kind]!r}; "
+            f"{path}: expected the {kind} model, with the input {INPUTS[kind]!r} and the output {OUTPUTS[kind]!r}; "
             f"it has {found}; are the two files swapped, or is it another model?"
         )
     shape, result = inputs[INPUTS[kind]], outputs[OUTPUTS[kind]]
     embed_dim = result[-1] if result else None  # a damaged file may call it a single number
-    known = read_metadata(place, kind, metadata)
+    known = read_metadata(path, kind, metadata)
     if embed_dim is None:
         embed_dim = known.get("embed_dim")
     if not isinstance(embed_dim, int) or (kind == "image" and shape[-1] is None):
-        raise CheckpointError(f"{place}: does not say its size ({list(shape)} to {embed_dim}); export it again")
+        raise CheckpointError(f"{path}: does not say its size ({list(shape)} to {embed_dim}); export it again")
     fixed = {"batch": shape[0], "embed_dim": embed_dim}
     if kind == "image":
         fixed["resolution"] = shape[-1]
@@ -139,7 +139,7 @@ def facts_of(
     return TowerFacts(**{**known, **fixed, "kind": kind})
 
 
-def read_metadata(place: str, kind: Kind, text: str | None) -> dict[str, Any]:
+def read_metadata(path: str, kind: Kind, text: str | None) -> dict[str, Any]:
     """The facts in metadata, none in None; raises CheckpointError when they are damaged, or of the other tower."""
     if text is None:
         return {}
@@ -153,11 +153,11 @@ def read_metadata(place: str, kind: Kind, text: str | None) -> dict[str, Any]:
                 raise ValueError(f"{name}: {value!r}")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{place}: its metadata {METADATA_KEY!r} cannot be read ({error}); export it again"
+            f"{path}: its metadata {METADATA_KEY!r} cannot be read ({error}); export it again"
         ) from error
     known["left_out"] = tuple(known.get("left_out", ()))
     if known.get("kind", kind) != kind:
-        raise CheckpointError(f"{place}: is the {known['kind']} model; expected the {kind} model")
+        raise CheckpointError(f"{path}: is the {known['kind']} model; expected the {kind} model")
     return known
 
 
@@ -185,19 +185,19 @@ def missing_weights(path: str | Path) -> str | None:
     return None
 
 
-def not_opened(place: str, where: str, reason: str, error: Exception) -> CheckpointError:
+def not_opened(path: str, where: str, reason: str, error: Exception) -> CheckpointError:
     """What to raise when a file that is there cannot be opened; reason: what the library says."""
-    for file in (Path(place), *(Path(place).parent / name for name in outside_files(Path(place)))):
+    for file in (Path(path), *(Path(path).parent / name for name in outside_files(Path(path)))):
         if (known := what_it_is(file)) is not None:
             return CheckpointError(f"{file}: {known}")
     advice = "close other programs" if lacked_memory(error) else "if the file is damaged, export it again"
-    return CheckpointError(f"{place}: cannot be opened by {where} ({reason[:300]}); {advice}")
+    return CheckpointError(f"{path}: cannot be opened by {where} ({reason[:300]}); {advice}")
 
 
-def not_taken(place: str, fed: NDArray[np.generic], reason: str) -> CheckpointError:
+def not_taken(path: str, fed: NDArray[np.generic], reason: str) -> CheckpointError:
     """What to raise when a file does not take a batch of this shape and type; reason: what the library says."""
     return CheckpointError(
-        f"{place}: does not take a batch of {fed.dtype} {fed.shape} ({reason[:300]}); export the model again"
+        f"{path}: does not take a batch of {fed.dtype} {fed.shape} ({reason[:300]}); export the model again"
     )
 
 

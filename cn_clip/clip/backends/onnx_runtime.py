@@ -51,7 +51,7 @@ class OnnxTower:
         the file cannot be opened or is no tower of this kind; MissingExtraError without `onnxruntime`.
         """
         runtime: Any = require("onnxruntime", extra="onnx", purpose="the onnx backend")
-        self.place = str(path)
+        self.path = str(path)
         self.provider, chosen = _provider(runtime, device)
         self.on_gpu = self.provider != PROVIDERS["cpu"]
         settings = runtime.SessionOptions()
@@ -66,10 +66,10 @@ class OnnxTower:
         weights = _given_weights(settings, Path(path))
         try:
             with contextlib.redirect_stdout(io.StringIO()) if self.on_gpu else contextlib.nullcontext():
-                self._session = runtime.InferenceSession(self.place, settings, providers=chosen)
+                self._session = runtime.InferenceSession(self.path, settings, providers=chosen)
         except Exception as error:  # its errors have no common type, and no fixed wording
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise not_opened(self.place, f"ONNX Runtime on {device or 'auto'}", reason, error) from error
+            raise not_opened(self.path, f"ONNX Runtime on {device or 'auto'}", reason, error) from error
         del weights  # the session has copied them
         hold_in_children(self)
         used = self._session.get_providers()[0]
@@ -82,11 +82,11 @@ class OnnxTower:
             say_fallen_back(self.provider)
             self.provider, self.on_gpu = used, False
         self._session.disable_fallback()
-        with reading_facts(self.place):
+        with reading_facts(self.path):
             inputs = {one.name: _shape(one.shape) for one in self._session.get_inputs()}
             outputs = {one.name: _shape(one.shape) for one in self._session.get_outputs()}
             metadata = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-        self.facts: TowerFacts = facts_of(self.place, kind, inputs=inputs, outputs=outputs, metadata=metadata)
+        self.facts: TowerFacts = facts_of(self.path, kind, inputs=inputs, outputs=outputs, metadata=metadata)
         self._input, self._output = INPUTS[kind], OUTPUTS[kind]
         self._type = np.float16 if self._session.get_inputs()[0].type == "tensor(float16)" else None
         self._misfit: type[Exception] = runtime.capi.onnxruntime_pybind11_state.InvalidArgument
@@ -100,7 +100,7 @@ class OnnxTower:
         try:
             features: NDArray[np.floating] = self._session.run([self._output], {self._input: fed})[0]
         except self._misfit as error:
-            raise not_taken(self.place, fed, str(error).splitlines()[0]) from error
+            raise not_taken(self.path, fed, str(error).splitlines()[0]) from error
         return features
 
 

@@ -44,7 +44,7 @@ class OpenVinoTower:
         tower of this kind; MissingExtraError without `openvino`.
         """
         core = _core()
-        self.place = str(path)
+        self.path = str(path)
         core.set_property({"ENABLE_MMAP": False})  # rows must not change, nor the process end, when a file is written
         settings = settings_for(capabilities(), precision)
         if num_threads is not None:
@@ -53,17 +53,17 @@ class OpenVinoTower:
         if missing:
             raise CheckpointError(missing)
         try:
-            model = core.read_model(self.place)
+            model = core.read_model(self.path)
             self._request = core.compile_model(model, "CPU", settings).create_infer_request()
         except Exception as error:  # RuntimeErrors of many lines
-            raise not_opened(self.place, "OpenVINO", _last_line(error), error) from error
+            raise not_opened(self.path, "OpenVINO", _last_line(error), error) from error
         hold_in_children(self)
         self._alone = threading.Lock()
-        with reading_facts(self.place):
+        with reading_facts(self.path):
             inputs = {one.get_any_name(): _shape(one) for one in model.inputs}
             outputs = {one.get_any_name(): _shape(one) for one in model.outputs}
             metadata = _metadata(model)
-        self.facts: TowerFacts = facts_of(self.place, kind, inputs=inputs, outputs=outputs, metadata=metadata)
+        self.facts: TowerFacts = facts_of(self.path, kind, inputs=inputs, outputs=outputs, metadata=metadata)
         self._input, self._output = INPUTS[kind], OUTPUTS[kind]
 
     def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
@@ -80,7 +80,7 @@ class OpenVinoTower:
             except RuntimeError as error:
                 if lacked_memory(error):
                     raise
-                raise not_taken(self.place, inputs, _last_line(error)) from error
+                raise not_taken(self.path, inputs, _last_line(error)) from error
         return features
 
 

@@ -63,9 +63,9 @@ def open_backend(
         from cn_clip.clip.backends.pytorch import TorchBackend
         from cn_clip.clip.loading import open_model
 
-        place = ranks.choose_device(device)
+        chosen_device = ranks.choose_device(device)
         loaded, _ = open_model(model, vision=vision, text=text, download_root=download_root)
-        return TorchBackend(loaded, device=place, precision=precision, compile=compile, num_threads=num_threads)
+        return TorchBackend(loaded, device=chosen_device, precision=precision, compile=compile, num_threads=num_threads)
     chosen = settle_precision(backend, precision, device)
     source = Source(model, vision, text, download_root)
     if backend == "tensorrt":

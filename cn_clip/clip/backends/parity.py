@@ -29,7 +29,7 @@ TOLERANCES = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.99, "int8.openvino": 0.99
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures and as many captions, the one of a picture at its place. context_length: longest caption in tokens."""
+    """Pictures and as many captions, that of a picture at its position. context_length: longest caption in tokens."""
 
     pictures: "Sequence[Image]"
     captions: Sequence[str]

@@ -198,7 +198,7 @@ class TensorRTModel:
         """The outputs by name, on the GPU of the engine, in the order of its current stream.
 
         inputs: by name, on the same GPU, of any dtype: they are cast to what the engine takes.
-        Raises ConfigError for another name, place or shape than the engine takes.
+        Raises ConfigError for another name, device or shape than the engine takes.
         """
         if set(inputs) != set(self.inputs):
             raise ConfigError(f"{self.path}: takes the inputs {sorted(self.inputs)}, got {sorted(inputs)}")
@@ -239,10 +239,10 @@ class TensorRtTower:
     def __init__(self, path: str | Path, kind: Kind, *, device: str | torch.device | None = None) -> None:
         """Raises what `TensorRTModel` raises; CheckpointError for an engine that is no tower of this kind."""
         self.model = TensorRTModel(path, device=device)
-        self.place = str(path)
+        self.path = str(path)
         facts = self.model.description.get("facts")
         self.facts: TowerFacts = facts_of(
-            self.place,
+            self.path,
             kind,
             inputs={port.name: _shape(port) for port in self.model.inputs.values()},
             outputs={port.name: port.shape for port in self.model.outputs.values()},

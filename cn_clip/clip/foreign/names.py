@@ -12,17 +12,17 @@ FORMS = "hf:FOLDER or open_clip:ARCHITECTURE@FILE"
 
 
 class ForeignName(NamedTuple):
-    """place: a folder or a hub id, perhaps with @REVISION (hf), a weight file or a tag (open_clip).
+    """source: a folder or a hub id, perhaps with @REVISION (hf), a weight file or a tag (open_clip).
 
     architecture: of open_clip, with `:TAG` behind it where a file takes its pictures as the weights of that tag do.
     """
 
     scheme: Scheme
-    place: str
+    source: str
     architecture: str = ""
 
     def __str__(self) -> str:
-        return f"{self.scheme}:{self.architecture}{'@' if self.architecture else ''}{self.place}"
+        return f"{self.scheme}:{self.architecture}{'@' if self.architecture else ''}{self.source}"
 
 
 def is_foreign(name: object) -> bool:
@@ -44,14 +44,14 @@ def parse(name: str) -> ForeignName:
     scheme, _, rest = name.partition(":")
     if scheme == "hf" and rest:
         return ForeignName("hf", rest)
-    architecture, _, place = rest.partition("@")
-    if scheme == "open_clip" and architecture and place:
-        return ForeignName("open_clip", place, architecture)
+    architecture, _, source = rest.partition("@")
+    if scheme == "open_clip" and architecture and source:
+        return ForeignName("open_clip", source, architecture)
     raise ConfigError(f"model {name!r}: expected {FORMS}")
 
 
 def absolute(name: str) -> str:
     """The name with a local path from the root on, for those who open it from another folder."""
     parsed = parse(name)
-    path = Path(parsed.place).expanduser()
-    return str(parsed._replace(place=str(path.absolute()))) if os.path.exists(path) else name
+    path = Path(parsed.source).expanduser()
+    return str(parsed._replace(source=str(path.absolute()))) if os.path.exists(path) else name

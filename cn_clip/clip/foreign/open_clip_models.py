@@ -91,7 +91,7 @@ def open_model(
     there is not, or where the tags of a file's architecture differ; MissingExtraError without open_clip.
     """
     open_clip = require("open_clip", extra="open-clip", purpose=str(name))
-    architecture, file = name.architecture.partition(":")[0], Path(name.place).expanduser()
+    architecture, file = name.architecture.partition(":")[0], Path(name.source).expanduser()
     _check(name, open_clip)
     is_file = os.path.isfile(file)
     pixels = _pixels_of_tags(name, open_clip) if is_file else {}
@@ -100,7 +100,7 @@ def open_model(
             warnings.simplefilter("ignore")  # of weights that are still to come
             model, _, compose = open_clip.create_model_and_transforms(
                 architecture,
-                pretrained=None if is_file else name.place,
+                pretrained=None if is_file else name.source,
                 precision="fp32",
                 pretrained_hf=False,
                 cache_dir=None if download_root is None else str(download_root),
@@ -134,11 +134,13 @@ def _check(name: ForeignName, open_clip: Any) -> None:
     if architecture not in open_clip.list_models():
         raise ConfigError(f"{name}: open_clip has no architecture {architecture!r}; open_clip.list_models() has all")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
-    is_file = os.path.isfile(Path(name.place).expanduser())
-    if not is_file and name.place not in tags:
-        raise CheckpointError(f"{name}: {name.place} is no file, and no weights that open_clip knows of {architecture}")
+    is_file = os.path.isfile(Path(name.source).expanduser())
+    if not is_file and name.source not in tags:
+        raise CheckpointError(
+            f"{name}: {name.source} is no file, and no weights that open_clip knows of {architecture}"
+        )
     if is_tagged and not is_file:
-        raise ConfigError(f"{name}: a tag goes before a file alone; give open_clip:{architecture}@{name.place}")
+        raise ConfigError(f"{name}: a tag goes before a file alone; give open_clip:{architecture}@{name.source}")
     if is_tagged and tag not in tags:
         raise ConfigError(f"{name}: open_clip knows no weights {tag!r} of {architecture}, but {', '.join(tags)}")
 
@@ -152,7 +154,7 @@ def _pixels_of_tags(name: ForeignName, open_clip: Any) -> dict[str, Any]:
     if any(one != settings[0] for one in settings):
         raise ConfigError(
             f"{name}: weights of {architecture} take pictures in different ways; name those that this file was trained "
-            f"like, as in open_clip:{architecture}:{tags[0]}@{name.place} ({', '.join(tags)})"
+            f"like, as in open_clip:{architecture}:{tags[0]}@{name.source} ({', '.join(tags)})"
         )
     return settings[0] if settings else {}
 

@@ -42,17 +42,17 @@ def open_parts(
     check(name, backend)
     check_precision("torch", precision)
     parsed = names.parse(name)
-    place = ranks.choose_device(device)
+    chosen = ranks.choose_device(device)
     if parsed.scheme == "hf":
         from cn_clip.clip.foreign.hf_models import open_folder
 
         folder = snapshots.folder_of(parsed, download_root=download_root)
-        return open_folder(folder, device=place, precision=precision, num_threads=num_threads, decode=decode)
+        return open_folder(folder, device=chosen, precision=precision, num_threads=num_threads, decode=decode)
     from cn_clip.clip.foreign.open_clip_models import open_model
 
     return open_model(
         parsed,
-        device=place,
+        device=chosen,
         precision=precision,
         num_threads=num_threads,
         download_root=download_root,

@@ -22,12 +22,12 @@ def folder_of(name: ForeignName, *, download_root: str | Path | None = None) -> 
 
     download_root: where downloads are kept; default: the cache of the hub's client.
     """
-    path = Path(name.place).expanduser()
+    path = Path(name.source).expanduser()
     if os.path.isdir(path):
         return path
     if os.path.exists(path):
         raise CheckpointError(f"{name}: {path} is a file; expected a transformers folder, with config.json in it")
-    of_hub = _HUB_ID.fullmatch(name.place)
+    of_hub = _HUB_ID.fullmatch(name.source)
     if of_hub is None:
         raise CheckpointError(
             f"{name}: no such folder; expected a transformers folder, with config.json in it, or an id of the hub, "
@@ -40,7 +40,7 @@ def files_of(name: str, *, download_root: str | Path | None = None) -> list[Path
     """The local files that decide on the rows of a model; of open_clip's tags none. Raises as `folder_of`."""
     parsed = parse(name)
     if parsed.scheme == "open_clip":
-        file = Path(parsed.place).expanduser()
+        file = Path(parsed.source).expanduser()
         return [file] if os.path.isfile(file) else []
     folder = folder_of(parsed, download_root=download_root)
     return [one for one in sorted(folder.iterdir()) if one.is_file() and _DECIDING.fullmatch(one.name)]

@@ -15,7 +15,7 @@ from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import Hit
 from cn_clip.retrieval.writer import NewItem
 
-Place: TypeAlias = Path | Address
+IndexAddress: TypeAlias = Path | Address
 
 
 class Facts(Protocol):
@@ -37,7 +37,7 @@ class Searchable(Protocol):
     """An index opened for searching; `store.Index` says what its members mean."""
 
     @property
-    def place(self) -> str: ...
+    def address(self) -> str: ...
     @property
     def model(self) -> ModelInfo: ...
     @property
@@ -68,34 +68,34 @@ class Writer(Protocol):
     def finish(self) -> None: ...
 
 
-def place_of(text: str | os.PathLike[str]) -> Place:
+def address_of(text: str | os.PathLike[str]) -> IndexAddress:
     """milvus://… is an address, all else a folder; raises ConfigError for a faulty address."""
     given = os.fspath(text)
     return parse_address(given) if given.startswith(SCHEME) else Path(given)
 
 
-def facts(place: Place) -> Facts | None:
+def facts(address: IndexAddress) -> Facts | None:
     """None when there is no index yet; raises DataError for one that cannot be read, StoreError."""
-    if isinstance(place, Address):
-        return Collection(place).facts()
-    return manifest.read(place) if is_there(place / manifest.NAME) else None
+    if isinstance(address, Address):
+        return Collection(address).facts()
+    return manifest.read(address) if is_there(address / manifest.NAME) else None
 
 
-def require(place: Place) -> Facts:
+def require(address: IndexAddress) -> Facts:
     """Raises DataError when there is no index."""
-    return Collection(place).require() if isinstance(place, Address) else manifest.read(place)
+    return Collection(address).require() if isinstance(address, Address) else manifest.read(address)
 
 
-def open_index(place: Place) -> Searchable:
+def open_index(address: IndexAddress) -> Searchable:
     """Raises DataError when there is no index, or a damaged one, StoreError."""
-    return milvus.MilvusIndex(place) if isinstance(place, Address) else store.open_index(place)
+    return milvus.MilvusIndex(address) if isinstance(address, Address) else store.open_index(address)
 
 
-def open_writer(place: Place, create: Manifest | None = None) -> AbstractContextManager[Writer]:
+def open_writer(address: IndexAddress, create: Manifest | None = None) -> AbstractContextManager[Writer]:
     """create: what to begin with where there is no index yet; raises as `writer.open_writer`, and StoreError."""
-    if not isinstance(place, Address):
-        return writer.open_writer(place, create)
-    return milvus.open_milvus_writer(place, create.model if create else None, create.source if create else "")
+    if not isinstance(address, Address):
+        return writer.open_writer(address, create)
+    return milvus.open_milvus_writer(address, create.model if create else None, create.source if create else "")
 
 
 def item_called(index: Searchable, name: ItemId) -> ItemId | None:

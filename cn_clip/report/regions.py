@@ -1,6 +1,6 @@
 """Where in a picture a text is found, and which of its tokens matter: two ways to look into a pair."""
 
-# H, W places of the last feature map, S places in a row, L tokens, D width, E embedding
+# H, W regions of the last feature map, S regions in a row, L tokens, D width, E embedding
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from cn_clip.report.thumbnails import flattened
 class PairView:
     """A picture and a text, and what the model makes of them.
 
-    similarity: their cosine. map_HW: cosine of each place with the text. tokens: each piece of the text in order, and
+    similarity: their cosine. map_HW: cosine of each region with the text. tokens: each piece of the text in order, and
     how much the cosine of the pair falls without it; below 0, the piece stands in the way.
     """
 
@@ -49,7 +49,7 @@ def examine(encoder: Encoder, path: str, text: str) -> PairView:
     pixels_3RR = torch.from_numpy(encoder.transform.array(image))
     rows = without_each(ids)
     texts_LE = torch.from_numpy(encoder.backend.encode_tokens(tokenizer.pad(rows, len(ids))))
-    image_E, places_HWE = place_vectors(encoder.backend.model, pixels_3RR.to(encoder.backend.device))
+    image_E, places_HWE = region_vectors(encoder.backend.model, pixels_3RR.to(encoder.backend.device))
     image_E, places_HWE = image_E.cpu(), places_HWE.cpu()
     cosines = (texts_LE @ image_E).tolist()
     drops = [cosines[0] - cosine for cosine in cosines[1:]]
@@ -61,14 +61,14 @@ def examine(encoder: Encoder, path: str, text: str) -> PairView:
 
 def without_each(ids: list[int]) -> list[list[int]]:
     """The row of ids itself, then the rows that lack one of the ids between the first and the last."""
-    return [ids, *(ids[:place] + ids[place + 1 :] for place in range(1, len(ids) - 1))]
+    return [ids, *(ids[:region] + ids[region + 1 :] for region in range(1, len(ids) - 1))]
 
 
 @torch.inference_mode()
-def place_vectors(model: CLIP, pixels_3RR: Tensor) -> tuple[Tensor, Tensor]:
-    """(unit vector of the picture (E,), unit vectors of its places (H, W, E)), float32.
+def region_vectors(model: CLIP, pixels_3RR: Tensor) -> tuple[Tensor, Tensor]:
+    """(unit vector of the picture (E,), unit vectors of its regions (H, W, E)), float32.
 
-    A place goes through the last attention as if it looked at itself alone: its own value, through the layers behind.
+    A region goes through the last attention as if it looked at itself alone: its own value, through the layers behind.
     Source: MaskCLIP, arXiv:2112.01071, section 3.2.
     """
     visual = model.visual
@@ -80,13 +80,13 @@ def place_vectors(model: CLIP, pixels_3RR: Tensor) -> tuple[Tensor, Tensor]:
     finally:
         hook.remove()
     side, places_SE = (
-        _places_of_resnet(visual, seen[0]) if isinstance(visual, ModifiedResNet) else _places_of_vit(visual, seen[0])
+        _regions_of_resnet(visual, seen[0]) if isinstance(visual, ModifiedResNet) else _regions_of_vit(visual, seen[0])
     )
     places_HWE = F.normalize(places_SE.float(), dim=-1).reshape(side, side, -1)
     return F.normalize(image_E.float(), dim=-1), places_HWE
 
 
-def _places_of_vit(visual: VisualTransformer, x_L1D: Tensor) -> tuple[int, Tensor]:
+def _regions_of_vit(visual: VisualTransformer, x_L1D: Tensor) -> tuple[int, Tensor]:
     block = visual.transformer.resblocks[-1]
     assert isinstance(block, ResidualAttentionBlock)
     x_SD, width = x_L1D[1:, 0], x_L1D.shape[-1]
@@ -96,7 +96,7 @@ def _places_of_vit(visual: VisualTransformer, x_L1D: Tensor) -> tuple[int, Tenso
     return visual.grid_size[0], visual.ln_post(x_SD) @ visual.proj
 
 
-def _places_of_resnet(visual: ModifiedResNet, features_1CHW: Tensor) -> tuple[int, Tensor]:
+def _regions_of_resnet(visual: ModifiedResNet, features_1CHW: Tensor) -> tuple[int, Tensor]:
     pool = visual.attnpool
     x_SC = features_1CHW[0].flatten(1).T + pool.positional_embedding[1:].to(features_1CHW.dtype)
     return features_1CHW.shape[-1], pool.c_proj(pool.v_proj(x_SC))
@@ -110,13 +110,13 @@ OPACITY = 0.62
 def overlaid(image: Image.Image, map_HW: NDArray[np.float32]) -> Image.Image:
     """The picture in grey under the map in colours, lowest value dark, highest bright; RGB, in the picture's size.
 
-    Each place is one tile: a smooth map would promise more than there is.
+    Each region is one tile: a smooth map would promise more than there is.
     """
     low, high = float(map_HW.min()), float(map_HW.max())
     shares_HW = (map_HW - low) / (high - low) if high > low else np.zeros_like(map_HW)
     whole = Image.fromarray(shares_HW.astype(np.float32)).resize(image.size, Image.Resampling.NEAREST)
-    place = np.clip(np.asarray(whole), 0.0, 1.0) * (len(_COLOURS) - 1)
+    region = np.clip(np.asarray(whole), 0.0, 1.0) * (len(_COLOURS) - 1)
     stops = np.arange(len(_COLOURS))
-    channels = [np.interp(place, stops, _COLOURS[:, channel]) for channel in range(3)]
+    channels = [np.interp(region, stops, _COLOURS[:, channel]) for channel in range(3)]
     colours = Image.fromarray(np.stack(channels, axis=-1).round().astype(np.uint8))
     return Image.blend(flattened(image).convert("L").convert("RGB"), colours, OPACITY)
