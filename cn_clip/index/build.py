@@ -38,7 +38,7 @@ class Options(AddOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.output is None) == (self.store is None):
-            raise ConfigError("--output: expected the folder of the index, or in its address --store milvus://…")
+            raise ConfigError("--output: expected the folder of the index, or in its place --store milvus://…")
         from cn_clip.retrieval.addresses import address_of
         from cn_clip.retrieval.milvus_collection import GRAMMAR, SCHEME, Address
 
