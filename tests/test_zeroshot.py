@@ -25,7 +25,7 @@ from cn_clip.data.picture_sets import ClassFolders
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
 from cn_clip.eval import zeroshot_evaluation
-from cn_clip.evaluation import elevater, zeroshot
+from cn_clip.evaluation import elevater, templates, zeroshot
 
 TINY = "RN-Tiny-64", "BERT-Tiny-chinese"
 GOLDEN = json.loads((pipeline_weights.GOLDEN / "zeroshot.json").read_text())
@@ -132,7 +132,7 @@ def test_zero_padded_folders_are_the_labels_in_order(num_labels: int) -> None:
 def test_labels_are_read_without_byte_order_mark_and_trailing_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "label_cn.txt"
     path.write_bytes("\ufeff手风琴 \r\n飞\u2028机\r\n锚\r\n\r\n \n".encode())
-    assert zeroshot_evaluation.read_labels(path) == ["手风琴", "飞\u2028机", "锚"]
+    assert templates.read_labels(path) == ["手风琴", "飞\u2028机", "锚"]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_faulty_label_files_are_refused(tmp_path: Path, content: bytes | None, r
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=reason):
-        zeroshot_evaluation.read_labels(path)
+        templates.read_labels(path)
 
 
 @pytest.mark.parametrize(

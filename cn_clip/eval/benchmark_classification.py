@@ -60,8 +60,7 @@ def measure(dataset: Dataset, chosen: ModelChoice, output: Path, say: Speaker) -
     the probabilities. Raises CnClipError naming a picture that cannot be read.
     """
     from cn_clip.clip import choice
-    from cn_clip.eval import zeroshot_evaluation
-    from cn_clip.evaluation import class_features, zeroshot
+    from cn_clip.evaluation import class_features, elevater, zeroshot
     from cn_clip.evaluation.templates import load_templates
     from cn_clip.features.rows import check_finite
 
@@ -86,16 +85,10 @@ def measure(dataset: Dataset, chosen: ModelChoice, output: Path, say: Speaker) -
     measured: dict[Metric, float] = {"top1": accuracy.top1, "mean_per_class": accuracy.mean_per_class}
     if _is_multi_label(name):
         measured["map_11_point"] = _mean_average_precision(pictures, probabilities_NC, targets_N)
-    facts = zeroshot_evaluation.Options(
-        datapath=str(data / "test"),
-        label_file=LABEL_FILE,
-        dataset=name,
-        save_dir=str(output),
-        resume=chosen.resume,
-        vision_model=chosen.vision_model,  # type: ignore[arg-type]  # zoo names its towers as plain strings
-    )
     ordered_NC = probabilities_NC if dataset.order is None else probabilities_NC[list(dataset.order)]
-    path = zeroshot_evaluation.write_elevater(facts, encoder.backend, ordered_NC)
+    path = output / f"{name}.json"
+    num_parameters = choice.num_parameters(encoder.backend)
+    elevater.write(path, ordered_NC, chosen.resume, chosen.vision_model, dataset=name, num_parameters=num_parameters)
     percent = {metric: 100 * share for metric, share in measured.items()}
     return Classified(percent, len(pictures), own_labels=not (data / LABEL_FILE).is_file(), predictions=path)
 
@@ -150,11 +143,10 @@ def _test_pictures(data: Path) -> "ClassFolders":
 
 def _labels(data: Path, name: str, folders: Sequence[str]) -> tuple[list[str], list[int]]:
     """The labels, and which of them each class folder belongs to."""
-    from cn_clip.eval import zeroshot_evaluation
-    from cn_clip.evaluation import zeroshot
+    from cn_clip.evaluation import templates, zeroshot
 
     file = data / LABEL_FILE
-    given = zeroshot_evaluation.read_labels(file) if file.is_file() else None
+    given = templates.read_labels(file) if file.is_file() else None
     try:
         if given is not None:
             return given, zeroshot.class_numbers(folders, len(given))

@@ -125,26 +125,22 @@ def _extract(options: "FeatureOptions", job_file: Path, say: Speaker) -> None:
 def _recall(
     options: "FeatureOptions", annotation: Path, query: Query, device: str, say: Speaker
 ) -> Mapping[str, float]:
+    from cn_clip import ranks
     from cn_clip.eval import evaluation, make_topk_predictions, transform_ir_annotation_to_tr
+    from cn_clip.features.files import read_features
 
     say("以文搜图 / texts find pictures…" if query == "text" else "以图搜文 / pictures find texts…")
     mark = "" if query == "text" else "tr_"
     predictions = annotation.with_name(annotation.name.replace("texts.jsonl", f"{mark}predictions.jsonl"))
-    search = make_topk_predictions.Options(
-        image_feats=options.output_file("image")[0],
-        text_feats=options.output_file("text")[0],
-        output=str(predictions),
-        top_k=NUM_FOUND,
-        query=query,
-        device=device,
-        json=True,
+    queries, gallery = (
+        read_features(options.output_file(side)[0], make_topk_predictions.ID_FIELDS[side])
+        for side in (query, make_topk_predictions.OTHER[query])
     )
-    standard = annotation
-    with contextlib.redirect_stdout(io.StringIO()):
-        make_topk_predictions.run(search)
-        if query == "image":
-            transform_ir_annotation_to_tr.run(transform_ir_annotation_to_tr.Options(str(annotation), json=True))
-            standard = annotation.with_name(annotation.name.replace(".jsonl", ".tr.jsonl"))
-    result = evaluation.evaluate(str(standard), str(predictions), query=query)
+    with atomic_write(predictions) as stream:
+        make_topk_predictions.write_predictions(
+            stream, query, queries, gallery, NUM_FOUND, device=ranks.choose_device(device)
+        )
+    standard = str(annotation) if query == "text" else transform_ir_annotation_to_tr.turn_round(str(annotation))[0]
+    result = evaluation.evaluate(standard, str(predictions), query=query)
     scores: dict[str, float] = result["scoreJson"]
     return {name: scores[name] for name in ("r1", "r5", "r10", "mean_recall")}

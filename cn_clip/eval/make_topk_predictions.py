@@ -5,9 +5,9 @@ python cn_clip/eval/make_topk_predictions.py --image-feats IMG.jsonl --text-feat
 
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import tyro
 
@@ -27,9 +27,10 @@ Query: TypeAlias = Annotated[
     Side, tyro.conf.arg(help="What is looked up: text (texts find pictures) or image (pictures find texts)")
 ]
 
+BLOCK = 32768
 _QUERIES_A_STEP = 1024
-_OTHER: dict[Side, Side] = {"text": "image", "image": "text"}
-_ID_FIELDS: dict[Side, Literal["text_id", "image_id"]] = {"text": "text_id", "image": "image_id"}
+OTHER: dict[Side, Side] = {"text": "image", "image": "text"}
+ID_FIELDS: dict[Side, Literal["text_id", "image_id"]] = {"text": "text_id", "image": "image_id"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Options:
     """The prediction file to write"""
     top_k: Annotated[int, tyro.conf.arg(name="k", aliases=("--top-k",))] = 10
     """How many to find for each query"""
-    eval_batch_size: int = 32768
+    eval_batch_size: int = BLOCK
     """How many vectors of the searched side are compared at a time; bounds memory, does not change the result"""
     query: Query = "text"
     device: str = "auto"
@@ -65,19 +66,20 @@ def run(options: Options) -> None:
     say = command.Speaker(quiet=options.json)
     say.params(options)
     device = choose_device(options.device)
-    searched, paths = _OTHER[options.query], {"image": options.image_feats, "text": options.text_feats}
+    searched, paths = OTHER[options.query], {"image": options.image_feats, "text": options.text_feats}
     refuse_inputs("--output", options.output, [options.image_feats, options.text_feats])
     with atomic_write(options.output) as stream:
         started = time.perf_counter()
         say(f"Begin to load {searched} features...")
-        gallery = read_features(paths[searched], _ID_FIELDS[searched], progress=True)
+        gallery = read_features(paths[searched], ID_FIELDS[searched], progress=True)
         say(f"Finished loading {searched} features.")
         say(f"Begin to compute top-{options.top_k} predictions for {options.query}s...")
-        queries = read_features(paths[options.query], _ID_FIELDS[options.query], progress=True)
+        queries = read_features(paths[options.query], ID_FIELDS[options.query], progress=True)
         _check_alike(queries, gallery, options)
         loaded = time.perf_counter()
-        for query_id, found in _ranked(queries, gallery, options, device):
-            stream.write(dumps({_ID_FIELDS[options.query]: query_id, f"{_ID_FIELDS[searched]}s": found}) + "\n")
+        write_predictions(
+            stream, options.query, queries, gallery, options.top_k, block=options.eval_batch_size, device=device
+        )
     say(f"Top-{options.top_k} predictions are saved in {options.output}")
     say("Done!")
     counts = {"num_queries": len(queries.ids), "num_searched": len(gallery.ids), "top_k": options.top_k}
@@ -94,26 +96,32 @@ def _check_alike(queries: "Features", gallery: "Features", options: Options) -> 
         )
 
 
-def _ranked(
-    queries: "Features", gallery: "Features", options: Options, device: "torch.device"
-) -> Iterator[tuple[int | str, list[int | str]]]:
-    """Yields each query's id and the ids found for it, best first."""
+def write_predictions(
+    stream: IO[str],
+    query: Side,
+    queries: "Features",
+    gallery: "Features",
+    k: int,
+    *,
+    block: int = BLOCK,
+    device: "torch.device",
+) -> None:
+    """Writes a line for each query: its id, and the ids of the k vectors of the gallery with the largest products.
+
+    Best first; equal ones in the order of the gallery. block: vectors of the gallery that are compared at a time.
+    """
     from tqdm import tqdm
 
     from cn_clip.retrieval.flat import top_k
 
+    found_field = f"{ID_FIELDS[OTHER[query]]}s"
     with tqdm(total=len(queries.ids), desc="search", unit="query") as bar:
         for start in range(0, len(queries.ids), _QUERIES_A_STEP):
             step = slice(start, start + _QUERIES_A_STEP)
-            found = top_k(
-                queries.vectors[step],
-                gallery.vectors,
-                options.top_k,
-                gallery_block=options.eval_batch_size,
-                device=device,
-            )
+            found = top_k(queries.vectors[step], gallery.vectors, k, gallery_block=block, device=device)
             for query_id, row in zip(queries.ids[step], found.indices.tolist(), strict=True):
-                yield query_id, [gallery.ids[index] for index in row]
+                line = {ID_FIELDS[query]: query_id, found_field: [gallery.ids[index] for index in row]}
+                stream.write(dumps(line) + "\n")
             bar.update(len(found.indices))
 
 

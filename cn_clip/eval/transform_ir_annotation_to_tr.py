@@ -24,26 +24,35 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Reads and writes; raises DataError with file and line, before anything is written, for a faulty line."""
+    """Reads, writes and says so; raises as `turn_round`."""
+    output, num_texts, num_images = turn_round(options.input)
+    say = command.Speaker(quiet=options.json)
+    say("Done!")
+    say.result({"output": output, "num_texts": num_texts, "num_images": num_images})
+
+
+def turn_round(annotation: str) -> tuple[str, int, int]:
+    """(the file written, texts read, pictures written).
+
+    Raises DataError with file and line, before anything is written, for a faulty line.
+    """
     from cn_clip.data.records import plain_id
     from cn_clip.eval.evaluation import read_relevant
 
     texts_of: dict[int | str, list[int | str]] = {}
     num_texts = 0
-    for text_id, image_ids in read_relevant(options.input, query="text"):
+    for text_id, image_ids in read_relevant(annotation, query="text"):
         num_texts += 1
         for image_id in image_ids:
             texts_of.setdefault(plain_id(image_id), []).append(plain_id(text_id))
     if not num_texts:
-        raise DataError(f"{options.input}: the file has no lines; expected one JSON object a line")
-    output = options.input.removesuffix(".jsonl") + ".tr.jsonl"
-    refuse_inputs("--input: the output", output, [options.input])
+        raise DataError(f"{annotation}: the file has no lines; expected one JSON object a line")
+    output = annotation.removesuffix(".jsonl") + ".tr.jsonl"
+    refuse_inputs("--input: the output", output, [annotation])
     with atomic_write(output) as stream:
         for image_id, text_ids in texts_of.items():
             stream.write(dumps({"image_id": image_id, "text_ids": text_ids}) + "\n")
-    say = command.Speaker(quiet=options.json)
-    say("Done!")
-    say.result({"output": output, "num_texts": num_texts, "num_images": len(texts_of)})
+    return output, num_texts, len(texts_of)
 
 
 def parse_args() -> Namespace:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from cn_clip import command, drop_in, settings
 from cn_clip.clip import choice
-from cn_clip.clip.foreign.names import is_foreign
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.option_types import (
     BatchSize,
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from cn_clip.clip.backends.base import Backend, Rows
+    from cn_clip.clip.backends.base import Rows
     from cn_clip.clip.encoder import Encoder
     from cn_clip.data.picture_sets import ClassFolders
     from cn_clip.evaluation.zeroshot import Accuracy
@@ -81,7 +80,7 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
 
     from cn_clip.data.picture_sets import ClassFolders
     from cn_clip.evaluation import elevater, zeroshot
-    from cn_clip.evaluation.templates import load_templates
+    from cn_clip.evaluation.templates import load_templates, read_labels
     from cn_clip.features.rows import check_finite
 
     say.params(options)
@@ -103,7 +102,15 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     if order is not None:
         say("Use index to rearrange the logits...")
         probabilities_NC = probabilities_NC[order]
-    path = write_elevater(options, encoder.backend, probabilities_NC)
+    path = options.output_file
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"--save-dir {options.save_dir}: cannot be made ({error.strerror}); name another one"
+        ) from error
+    model, num_parameters = (options.resume or "", options.vision_model), choice.num_parameters(encoder.backend)
+    elevater.write(path, probabilities_NC, *model, dataset=options.dataset, num_parameters=num_parameters)
     _report(say, result, labels, path)
     return result
 
@@ -119,21 +126,6 @@ def _check_output(options: Options) -> None:
             raise DataError(f"--save-dir {options.save_dir}: {place} is no folder; name another one")
     if folder.exists():
         replaceable(options.output_file)
-
-
-def read_labels(path: Path) -> list[str]:
-    """The labels, one a line; raises DataError for an empty line or a file that cannot be read."""
-    from cn_clip.jsonl import numbered_lines, text_of
-
-    labels = [text_of(line, f"{path}:{number}") for number, line in numbered_lines(path, with_blank=True)]
-    while labels and not labels[-1]:
-        labels.pop()
-    if not labels:
-        raise DataError(f"{path}: no labels in it; expected one a line")
-    if "" in labels:
-        number = labels.index("") + 1
-        raise DataError(f"{path}:{number}: an empty line; expected one label a line, in the order of the folders")
-    return labels
 
 
 def _picture_features(
@@ -166,42 +158,6 @@ def _class_numbers(options: Options, folders: list[str], num_labels: int) -> lis
         return class_numbers(folders, num_labels)
     except DataError as error:
         raise DataError(f"{options.datapath} and {options.label_file}: {error}") from error
-
-
-def write_elevater(options: Options, backend: "Backend", probabilities_NC: "Rows") -> Path:
-    """Writes `DATASET.json` for ELEVATER's site: probabilities (1, N, C) to 6 decimals, and facts on the model."""
-    from cn_clip.files import atomic_write
-    from cn_clip.jsonl import dumps
-
-    total, visual = choice.num_parameters(backend)
-    rounded = [[round(value, 6) for value in row] for row in probabilities_NC.tolist()]
-    content = {
-        "model_name": _model_name(options),
-        "dataset_name": options.dataset,
-        "num_trainable_params": 0,
-        "num_params": total,
-        "num_visual_params": visual,
-        "num_backbone_params": total,
-        "n_shot": 0,
-        "rnd_seeds": [123],
-        "predictions": [rounded],
-    }
-    path = options.output_file
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"--save-dir {options.save_dir}: cannot be made ({error.strerror}); name another one"
-        ) from error
-    with atomic_write(path) as stream:
-        stream.write(dumps(content))
-    return path
-
-
-def _model_name(options: Options) -> str:
-    if is_foreign(options.resume):
-        return options.resume or ""
-    return f"CN-CLIP-{options.vision_model or Path(options.resume or '').stem}"
 
 
 def _report(say: command.Speaker, result: "Accuracy", labels: list[str], path: Path) -> None:

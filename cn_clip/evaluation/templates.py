@@ -1,4 +1,4 @@
-"""Prompt templates for zero-shot classification: the package's own, as data, and files of the user."""
+"""Prompt templates for zero-shot classification, the package's own as data, and files of the user: templates, labels."""
 
 import json
 from collections.abc import Iterator
@@ -73,3 +73,16 @@ def _json_items(file: Path) -> Iterator[tuple[str, Any]]:
     if not isinstance(items, list):
         raise DataError(f"{file}: expected a JSON list of strings, got {type(items).__name__}")
     return ((f"{file}: item {number}", item) for number, item in enumerate(items, start=1))
+
+
+def read_labels(path: Path) -> list[str]:
+    """The labels, one a line; raises DataError for an empty line or a file that cannot be read."""
+    labels = [text_of(line, f"{path}:{number}") for number, line in numbered_lines(path, with_blank=True)]
+    while labels and not labels[-1]:
+        labels.pop()
+    if not labels:
+        raise DataError(f"{path}: no labels in it; expected one a line")
+    if "" in labels:
+        number = labels.index("") + 1
+        raise DataError(f"{path}:{number}: an empty line; expected one label a line, in the order of the folders")
+    return labels

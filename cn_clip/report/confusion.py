@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from cn_clip.clip.encoder import Encoder
 from cn_clip.data.picture_sets import ClassFolders, batches
 from cn_clip.errors import DataError
-from cn_clip.eval.zeroshot_evaluation import read_labels
 from cn_clip.evaluation import zeroshot
+from cn_clip.evaluation.templates import read_labels
 from cn_clip.features.rows import check_finite
 
 MOST_PAIRS = 12

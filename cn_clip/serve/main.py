@@ -211,7 +211,7 @@ def served_name(model: str) -> str:
 
 def read_label_sets(paths: Sequence[Path]) -> dict[str, list[str]]:
     """Labels by the name of their file; raises DataError for a faulty file, ConfigError for two of one name."""
-    from cn_clip.eval.zeroshot_evaluation import read_labels
+    from cn_clip.evaluation.templates import read_labels
 
     found = {path.stem: read_labels(path) for path in paths}
     if len(found) < len(paths):
