@@ -1,4 +1,4 @@
-"""Prompt templates for zero-shot classification, the package's own as data, and files of the user: templates, labels."""
+"""Prompt templates for zero-shot classification, the package's own as data, and files of the user; lists of labels."""
 
 import json
 from collections.abc import Iterator
