@@ -1,9 +1,10 @@
 """Downloads by name, against a local server that answers as the Hugging Face hub does."""
 
 import hashlib
+import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -169,6 +170,25 @@ def test_concurrent_downloads_fetch_once_and_agree(server: FakeHub, tmp_path: Pa
         thread.join()
     assert answers == [CONTENT] * 6
     assert len(server.gets()) == 1
+
+
+def test_a_file_that_another_process_puts_there_meanwhile_is_taken(
+    server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, exists, looked = tmp_path / PUBLISHED.filename, os.path.exists, os.path.isfile
+
+    def meanwhile(look: Callable[[object], bool]) -> Callable[[object], bool]:
+        def answer(path: object) -> bool:
+            found = look(path)
+            if path == target and not exists(target):
+                target.write_bytes(CONTENT)
+            return found
+
+        return answer
+
+    monkeypatch.setattr(os.path, "isfile", meanwhile(looked))
+    monkeypatch.setattr(os.path, "exists", meanwhile(exists))
+    assert hub.download(PUBLISHED, tmp_path).read_bytes() == CONTENT
 
 
 def test_a_root_that_is_a_file_is_refused(server: FakeHub, tmp_path: Path) -> None:

@@ -26,6 +26,11 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     ("clip/backends/engines.py", "--timing-cache"): TENSORRT,
     ("clip/backends/onnx_runtime.py", "--device"): {"features", "zeroshot", "evaluate", "linear-probe", "index build"}
     | {"index add", "index check", "search", "serve", "bench"},
+    **{
+        ("clip/choice.py", flag): {"features", "zeroshot"}
+        for flag in ("--model", "--resume", "--num-threads", "--context-length")
+    },
+    ("evaluation/logistic.py", "--shots"): {"linear-probe"},
     ("clip/hub.py", "--offline"): {"download"},
     ("clip/weight_files.py", "--output"): {"checkpoint strip", "checkpoint average", "checkpoint export"},
     ("data/checks.py", "--decode"): {"train", "features", "zeroshot", "evaluate", "linear-probe"},

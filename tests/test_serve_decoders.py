@@ -224,7 +224,7 @@ def test_texts_that_wait_go_before_the_base64_of_a_long_picture(monkeypatch: pyt
         long = Picture(data_url(encoded() + bytes(1_000_000)), "input")
         engine._looked_at([long])
         assert slept == []
-        with engine._text_places.taken(1):
+        with engine._text_slots.taken(1):
             engine._looked_at([Picture(data_url(encoded()), "input")])
             assert slept == []
             (file,) = engine._looked_at([long])

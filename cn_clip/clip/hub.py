@@ -63,9 +63,11 @@ def download(
     Raises DownloadError, with the next step, for anything that goes wrong; MissingExtraError without `modelscope`.
     """
     target = Path(root).expanduser() / published.filename
-    if os.path.isfile(target):  # unlike Path.is_file, also where the folder may not be entered
-        return target
+    # In this order: between the two looks another process may put the file there. os.path, unlike Path, also where the
+    # folder may not be entered.
     if os.path.exists(target):
+        if os.path.isfile(target):
+            return target
         raise DownloadError(f"{target} exists and is not a regular file; move it away or choose another download_root")
     url = url_of(published, use_modelscope=use_modelscope)
     told_offline = not use_modelscope and _is_set("HF_HUB_OFFLINE")
