@@ -70,7 +70,7 @@ MOVING = [
     (r"Speed: [\d.]+", "Speed: X"),
     (r"[\d.]+ ?(GiB|MiB|MB|KiB)\b", r"X \1"),
     (r'"(seconds|[a-z_]*_seconds|[a-z_]*per_second|created|modified|bytes)": [\d."TIME:-]+', r'"\1": X'),
-    (r"\b[\d.]+ ?(s|ms|秒)\b", r"X \1"),
+    (r"\b[\d.]+ ?(s|ms|秒|seconds)\b", r"X \1"),
     (r"\"mtime_ns\": \d+", '"mtime_ns": X'),
     (r".*(\d%\||\[\d\d:\d\d, ).*\n?", ""),
 ]
