@@ -128,6 +128,7 @@ def _recall(
     from cn_clip import ranks
     from cn_clip.eval import evaluation, make_topk_predictions, transform_ir_annotation_to_tr
     from cn_clip.features.files import read_features
+    from cn_clip.retrieval.flat import GALLERY_BLOCK
 
     say("以文搜图 / texts find pictures…" if query == "text" else "以图搜文 / pictures find texts…")
     mark = "" if query == "text" else "tr_"
@@ -138,7 +139,7 @@ def _recall(
     )
     with atomic_write(predictions) as stream:
         make_topk_predictions.write_predictions(
-            stream, query, queries, gallery, NUM_FOUND, device=ranks.choose_device(device)
+            stream, query, queries, gallery, NUM_FOUND, block=GALLERY_BLOCK, device=ranks.choose_device(device)
         )
     standard = str(annotation) if query == "text" else transform_ir_annotation_to_tr.turn_round(str(annotation))[0]
     result = evaluation.evaluate(standard, str(predictions), query=query)

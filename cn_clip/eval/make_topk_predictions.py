@@ -27,7 +27,6 @@ Query: TypeAlias = Annotated[
     Side, tyro.conf.arg(help="What is looked up: text (texts find pictures) or image (pictures find texts)")
 ]
 
-BLOCK = 32768
 _QUERIES_A_STEP = 1024
 OTHER: dict[Side, Side] = {"text": "image", "image": "text"}
 ID_FIELDS: dict[Side, Literal["text_id", "image_id"]] = {"text": "text_id", "image": "image_id"}
@@ -45,7 +44,7 @@ class Options:
     """The prediction file to write"""
     top_k: Annotated[int, tyro.conf.arg(name="k", aliases=("--top-k",))] = 10
     """How many to find for each query"""
-    eval_batch_size: int = BLOCK
+    eval_batch_size: int = 32768
     """How many vectors of the searched side are compared at a time; bounds memory, does not change the result"""
     query: Query = "text"
     device: str = "auto"
@@ -103,7 +102,7 @@ def write_predictions(
     gallery: "Features",
     k: int,
     *,
-    block: int = BLOCK,
+    block: int,
     device: "torch.device",
 ) -> None:
     """Writes a line for each query: its id, and the ids of the k vectors of the gallery with the largest products.

@@ -109,8 +109,14 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
         raise DataError(
             f"--save-dir {options.save_dir}: cannot be made ({error.strerror}); name another one"
         ) from error
-    model, num_parameters = (options.resume or "", options.vision_model), choice.num_parameters(encoder.backend)
-    elevater.write(path, probabilities_NC, *model, dataset=options.dataset, num_parameters=num_parameters)
+    elevater.write(
+        path,
+        probabilities_NC,
+        options.resume or "",
+        options.vision_model,
+        dataset=options.dataset,
+        num_parameters=choice.num_parameters(encoder.backend),
+    )
     _report(say, result, labels, path)
     return result
 

@@ -1,4 +1,4 @@
-"""The feature JSONL: one vector a line with its id; feature_files reads and writes it with the functions here."""
+"""The feature JSONL: one vector a line with its id; `files` reads and writes it with the functions here."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -36,7 +36,7 @@ def write_features(
 
 
 def read_lines(path: str | os.PathLike[str], field: IdField, *, progress: bool = False) -> Features:
-    """Reads every line but blank ones; ids are as `plain_id` gives them, numbers rounded as float32(float(text)).
+    """Reads every line but blank ones; ids are as `plain_id` gives them, JSON numbers are rounded to float32.
 
     Raises DataError with file and line for a line that is no JSON object, lacks `field` or "feature", has an id that
     is neither int nor str or came before, or a vector that is empty, not of numbers, not finite or of another length

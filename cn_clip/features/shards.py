@@ -202,7 +202,7 @@ def is_shard_folder(path: Path) -> bool:
 def read_shards(folder: Path, field: IdField) -> Features:
     """All rows of a local folder, in the order of the inputs.
 
-    Raises DataError for shards that are missing or of another extraction, and as `feature_tables.read_parquet_parts`.
+    Raises DataError for shards that are missing or of another extraction, and as `tables.read_parquet_parts`.
     """
     file = folder / MANIFEST
     try:

@@ -1,4 +1,4 @@
-"""Feature files of numbers as they are in memory: npz for numpy, Parquet for tables; feature_files calls them."""
+"""Feature files of numbers as they are in memory: npz for numpy, Parquet for tables; `files` calls them."""
 
 # N rows, D embedding
 
