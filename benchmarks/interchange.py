@@ -24,7 +24,7 @@ from PIL import Image  # noqa: E402
 from two_sides import Side, two_sides  # noqa: E402
 
 from cn_clip import command  # noqa: E402
-from cn_clip.clip.checkpoint import read_checkpoint  # noqa: E402
+from cn_clip.clip.weights.checkpoint import read_checkpoint  # noqa: E402
 from cn_clip.data.records import text_line  # noqa: E402
 from cn_clip.features.files import read_features  # noqa: E402
 from cn_clip.preprocess import build_lmdb_dataset  # noqa: E402

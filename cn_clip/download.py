@@ -51,7 +51,7 @@ def run(options: Options) -> None:
 
 def _fetch(published: zoo.Published, options: Options, say: command.Speaker) -> tuple[Path, bool, bool]:
     """(the file, whether it was downloaded now, whether its SHA-256 is the published one)."""
-    from cn_clip.clip import hub
+    from cn_clip.clip.weights import hub
 
     use_modelscope = options.hub == "modelscope"
     is_new = not os.path.isfile(options.download_root.expanduser() / published.filename)

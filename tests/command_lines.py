@@ -166,7 +166,7 @@ def world(folder: Path) -> dict[str, Path]:
     (folder / "table.csv").write_text(f"image,text\n{rows}", encoding="utf-8")
     (folder / "labels.txt").write_text("\n".join(NAMES), encoding="utf-8")
     model, checkpoint = open_model("Emoji-Tiny")
-    from cn_clip.clip.weight_files import write_checkpoint
+    from cn_clip.clip.weights.writing import write_checkpoint
 
     for name in ("one", "two"):
         write_checkpoint(folder / f"{name}.pt", model.state_dict(), checkpoint)

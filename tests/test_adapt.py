@@ -12,8 +12,8 @@ from tiny_models import TOKENS, tiny_model, tiny_pixels
 from torch import Tensor
 
 from cn_clip.clip.loading import load_from_name, open_model
-from cn_clip.clip.low_rank import LowRank, is_adapter
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.weights.low_rank import LowRank, is_adapter
 from cn_clip.errors import CheckpointError, ConfigError, MissingExtraError
 from cn_clip.training import adapt
 

@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 import cn_clip
 from cn_clip import zoo
-from cn_clip.clip import Encoder, hub, load_from_name
+from cn_clip.clip import Encoder, load_from_name
+from cn_clip.clip.weights import hub
 from cn_clip.demo import emoji
 from cn_clip.retrieval.recall import recall_from_features
 

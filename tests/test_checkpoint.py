@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 from tiny_models import CONFIGS, TEXT, TOKENS, VIT, tiny_model, tiny_pixels
 
 from cn_clip import zoo
-from cn_clip.clip.checkpoint import (
+from cn_clip.clip.loading import build, open_model
+from cn_clip.clip.model import CLIP
+from cn_clip.clip.weights.checkpoint import (
     Checkpoint,
     convert_state_dict,
     fit,
@@ -31,9 +33,7 @@ from cn_clip.clip.checkpoint import (
     read_checkpoint,
     resize_position_embedding,
 )
-from cn_clip.clip.loading import build, open_model
-from cn_clip.clip.low_rank import LowRank, merge
-from cn_clip.clip.model import CLIP
+from cn_clip.clip.weights.low_rank import LowRank, merge
 from cn_clip.errors import CheckpointError
 from cn_clip.training.state import find_weights
 

@@ -18,11 +18,12 @@ from tiny_models import TOKENS, tiny_model
 
 from cn_clip import cli, zoo
 from cn_clip.checkpoints import hf_folders
-from cn_clip.clip import hf, load_from_name, tokenize
-from cn_clip.clip.checkpoint import read_checkpoint
+from cn_clip.clip import load_from_name, tokenize
 from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.clip.tokenizer import VOCAB_FILE, encode
 from cn_clip.clip.transforms import image_transform
+from cn_clip.clip.weights import hf
+from cn_clip.clip.weights.checkpoint import read_checkpoint
 
 VITS = [(vision, text) for vision, text in TEXT_TOWER.items() if vision != "RN50"]
 VITS.append(("ViT-Tiny-64", "BERT-Tiny-chinese"))

@@ -16,8 +16,8 @@ from documents import DOCUMENTS, ROOT, Block, blocks, is_run, runners
 from tiny_families import write_family
 
 from cn_clip import cli, models, zoo
-from cn_clip.clip.checkpoint import read_checkpoint
 from cn_clip.clip.model import CLIP, convert_weights
+from cn_clip.clip.weights.checkpoint import read_checkpoint
 from cn_clip.demo import emoji
 from cn_clip.evaluation import benchmark_sets
 from cn_clip.preprocess import build_lmdb_dataset

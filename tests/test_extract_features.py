@@ -20,10 +20,11 @@ from dataset_files import REPOSITORY, jsonl_line, picture, run_script, tsv_line,
 from PIL import Image
 
 from cn_clip import cli, zoo
-from cn_clip.clip import hub, tokenizer
+from cn_clip.clip import tokenizer
 from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.weights import hub
 from cn_clip.data.lmdb_store import LmdbWriter
 from cn_clip.eval import extract_features
 from cn_clip.features.files import IdField, read_features

@@ -21,8 +21,8 @@ from tiny_families import EMBED_DIM, KINDS, RESOLUTION, write_family
 from cn_clip import cli
 from cn_clip.clip import Encoder, choice
 from cn_clip.clip.backends.base import Rows
-from cn_clip.clip.foreign import names, snapshots
-from cn_clip.clip.foreign.opening import open_parts
+from cn_clip.clip.families import names, snapshots
+from cn_clip.clip.families.opening import open_parts
 from cn_clip.clip.inputs import ChineseTexts, Parts
 from cn_clip.clip.tokenizer import VOCAB_FILE
 from cn_clip.clip.transforms import MEAN, STD, ImageTransform
@@ -263,7 +263,7 @@ def test_a_processor_that_makes_huge_pictures_is_refused_before_it_makes_one(
     def made(*_: object, **__: object) -> None:
         raise AssertionError("a picture was made")
 
-    monkeypatch.setattr("cn_clip.clip.foreign.hf_models.ProcessedPictures", made)
+    monkeypatch.setattr("cn_clip.clip.families.hf_models.ProcessedPictures", made)
     with pytest.raises(
         CheckpointError, match=rf"preprocessor_config\.json: {name}: expected 1 to 128 pixels a side, got"
     ):
@@ -681,7 +681,7 @@ class OpenClip:
 
 
 def pixels_for(architecture: str, place: Path) -> dict[str, Any]:
-    from cn_clip.clip.foreign import open_clip_models
+    from cn_clip.clip.families import open_clip_models
 
     name = names.parse(f"open_clip:{architecture}@{place}")
     open_clip_models._check(name, OpenClip())

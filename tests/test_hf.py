@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from tiny_models import TOKENS
 
 from cn_clip.clip import Encoder, load_from_name
-from cn_clip.clip.hf import config_from_folder
 from cn_clip.clip.loading import open_model
+from cn_clip.clip.weights.hf import config_from_folder
 from cn_clip.errors import CheckpointError, CnClipError
 
 TEXT_FIELDS: dict[str, Any] = {

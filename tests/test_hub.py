@@ -14,7 +14,7 @@ import pytest
 from fake_hub import CONTENT, PATH, STORAGE_PATH, FakeHub, leftovers, serving
 
 from cn_clip import zoo
-from cn_clip.clip import hub
+from cn_clip.clip.weights import hub
 from cn_clip.errors import DownloadError, MissingExtraError
 
 # The server's file is not the published one.

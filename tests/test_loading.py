@@ -15,9 +15,10 @@ from tiny_models import CONFIGS, TOKENS, tiny_model, tiny_pixels
 
 import cn_clip.clip as clip
 from cn_clip import zoo
-from cn_clip.clip import available_models, create_model, hub, image_transform, load_from_name
+from cn_clip.clip import available_models, create_model, image_transform, load_from_name
 from cn_clip.clip.loading import open_model
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.weights import hub
 from cn_clip.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent

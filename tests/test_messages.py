@@ -31,8 +31,8 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
         for flag in ("--model", "--resume", "--num-threads", "--context-length")
     },
     ("evaluation/logistic.py", "--shots"): {"linear-probe"},
-    ("clip/hub.py", "--offline"): {"download"},
-    ("clip/weight_files.py", "--output"): {"checkpoint strip", "checkpoint average", "checkpoint export"},
+    ("clip/weights/hub.py", "--offline"): {"download"},
+    ("clip/weights/writing.py", "--output"): {"checkpoint strip", "checkpoint average", "checkpoint export"},
     ("data/checks.py", "--decode"): {"train", "features", "zeroshot", "evaluate", "linear-probe"},
     ("data/checks.py", "--on-error"): {"dataset build", "dataset from-folder"},
     ("data/datasets.py", "--num-workers"): {"train"},
@@ -119,5 +119,5 @@ def test_messages_name_options_that_the_commands_have(folder: str) -> None:
 
 
 def test_an_option_of_another_command_would_be_found() -> None:
-    assert faults("clip/hub.py", "pass --hub modelscope", frozenset())
-    assert not faults("clip/hub.py", "run `cn-clip download ViT-B-16 --hub modelscope`", frozenset())
+    assert faults("clip/weights/hub.py", "pass --hub modelscope", frozenset())
+    assert not faults("clip/weights/hub.py", "run `cn-clip download ViT-B-16 --hub modelscope`", frozenset())

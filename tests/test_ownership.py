@@ -12,9 +12,9 @@ from test_checkpoint import SPELLINGS, State, fused, prefixed, save_plain, state
 from tiny_models import CONFIGS, TOKENS, tiny_model, tiny_pixels
 
 from cn_clip.clip import create_model
-from cn_clip.clip.checkpoint import read_checkpoint
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.loading import load, open_model
+from cn_clip.clip.weights.checkpoint import read_checkpoint
 
 
 def is_mapped(path: Path) -> bool:

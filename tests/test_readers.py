@@ -26,8 +26,8 @@ from cn_clip.clip.backends.export import derive
 from cn_clip.clip.backends.onnx_files import metadata
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.parity import Reference
-from cn_clip.clip.checkpoint import read_checkpoint, read_openai_archive
-from cn_clip.clip.foreign import names, snapshots
+from cn_clip.clip.families import names, snapshots
+from cn_clip.clip.weights.checkpoint import read_checkpoint, read_openai_archive
 from cn_clip.errors import CheckpointError, CnClipError, DataError, DownloadError, first_sentence, reading
 from cn_clip.evaluation import class_features
 from cn_clip.features.files import read_features

@@ -13,10 +13,10 @@ from PIL import Image
 
 import cn_clip.clip as clip
 from cn_clip import zoo
-from cn_clip.clip.checkpoint import Checkpoint
 from cn_clip.clip.loading import build
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.transforms import ImageTransform, image_transform
+from cn_clip.clip.weights.checkpoint import Checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 PARAMETERS = {

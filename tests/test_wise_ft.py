@@ -14,9 +14,9 @@ from PIL import Image
 from tiny_models import tiny_model
 
 from cn_clip import cli
-from cn_clip.clip.checkpoint import read_checkpoint
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.weights.checkpoint import read_checkpoint
 from cn_clip.data.lmdb_store import PairStore
 from cn_clip.data.picture_sets import LmdbPictures, PictureDataset
 from cn_clip.data.splits import read_split

@@ -57,8 +57,8 @@ def run(options: Options) -> int:
     """Writes the file with what was measured on a trial of it; one that is too large is not written."""
     from cn_clip import __version__
     from cn_clip.checkpoints.weights import in_precision
-    from cn_clip.clip.checkpoint import read_checkpoint
-    from cn_clip.clip.weight_files import write_safetensors
+    from cn_clip.clip.weights.checkpoint import read_checkpoint
+    from cn_clip.clip.weights.writing import write_safetensors
     from cn_clip.errors import CheckpointError
 
     checkpoint = read_checkpoint(options.checkpoint)

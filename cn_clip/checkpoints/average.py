@@ -13,7 +13,7 @@ from cn_clip.option_types import Json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cn_clip.clip.checkpoint import Checkpoint
+    from cn_clip.clip.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Writes the file; raises CheckpointError naming the first tensor in which two files differ in shape."""
-    from cn_clip.clip.checkpoint import read_checkpoint
-    from cn_clip.clip.weight_files import refuse_inputs, write_checkpoint
+    from cn_clip.clip.weights.checkpoint import read_checkpoint
+    from cn_clip.clip.weights.writing import refuse_inputs, write_checkpoint
 
     assert options.output is not None
     say = command.Speaker(quiet=options.json)
@@ -58,7 +58,7 @@ def mean(checkpoints: "Sequence[Checkpoint]") -> "dict[str, Tensor]":
     import torch
     from tqdm import tqdm
 
-    from cn_clip.clip.weight_files import check_same_tensors
+    from cn_clip.clip.weights.writing import check_same_tensors
 
     first, *others = checkpoints
     last = others[-1].state_dict

@@ -15,7 +15,7 @@ from cn_clip.option_types import Json, WeightType
 
 if TYPE_CHECKING:
     from cn_clip.checkpoints.weights import Precision
-    from cn_clip.clip.checkpoint import Checkpoint
+    from cn_clip.clip.weights.checkpoint import Checkpoint
 
 Kind = Literal["transformers", "safetensors", "pt", "sentence-transformers"]
 FOLDERS = ("transformers", "sentence-transformers")
@@ -65,8 +65,8 @@ def run(options: Options) -> None:
     require_room(target, kind, overwrite=options.overwrite)
 
     from cn_clip.checkpoints.weights import file_bytes
-    from cn_clip.clip.checkpoint import read_checkpoint
-    from cn_clip.clip.hub import weight_file
+    from cn_clip.clip.weights.checkpoint import read_checkpoint
+    from cn_clip.clip.weights.hub import weight_file
 
     say = command.Speaker(quiet=options.json)
     path = weight_file(options.source)
@@ -119,7 +119,7 @@ def require_room(target: Path, kind: Kind, *, overwrite: bool) -> None:
 def refuse_source(target: Path, source: Path) -> None:
     """Raises ConfigError when writing `target` would replace `source`, a folder that holds it, or a file of it."""
     from cn_clip import files
-    from cn_clip.clip.hf import CONFIG_FILE
+    from cn_clip.clip.weights.hf import CONFIG_FILE
 
     files.refuse_inputs("TARGET", target, [source, source.with_name(CONFIG_FILE)])
     if os.path.isdir(source) and source.resolve() in target.resolve().parents:
@@ -135,8 +135,8 @@ def whole(checkpoint: "Checkpoint", precision: "Precision") -> "Checkpoint":
     alone is left out, for similarity does not use it.
     """
     from cn_clip.checkpoints.weights import in_precision
-    from cn_clip.clip.checkpoint import fit, infer_config
     from cn_clip.clip.loading import build
+    from cn_clip.clip.weights.checkpoint import fit, infer_config
 
     config = infer_config(checkpoint)
     shapes = {name: value.to("meta") for name, value in checkpoint.state_dict.items()}
@@ -149,8 +149,8 @@ def whole(checkpoint: "Checkpoint", precision: "Precision") -> "Checkpoint":
 def write_file(target: Path, kind: Kind, model: "Checkpoint") -> None:
     """The .pt or .safetensors; raises CheckpointError when its reader would take the model for another one."""
     from cn_clip.checkpoints.export import metadata
-    from cn_clip.clip.checkpoint import infer_config
-    from cn_clip.clip.weight_files import write_checkpoint, write_safetensors
+    from cn_clip.clip.weights.checkpoint import infer_config
+    from cn_clip.clip.weights.writing import write_checkpoint, write_safetensors
 
     if model.config is not None:
         told, shown = model.config.info(), infer_config(replace(model, config=None)).info()
@@ -169,7 +169,7 @@ def write_file(target: Path, kind: Kind, model: "Checkpoint") -> None:
 def write_folder(target: Path, kind: Kind, model: "Checkpoint") -> None:
     """The folder, in one piece; raises ConfigError for a model that transformers cannot hold."""
     from cn_clip.checkpoints import hf_folders
-    from cn_clip.clip.checkpoint import infer_config
+    from cn_clip.clip.weights.checkpoint import infer_config
     from cn_clip.files import staged_folder
 
     write = hf_folders.write_transformers if kind == "transformers" else hf_folders.write_sentence_transformers

@@ -9,7 +9,7 @@ from cn_clip.checkpoints.options import RewriteOptions
 from cn_clip.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from cn_clip.clip.checkpoint import Checkpoint
+    from cn_clip.clip.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Options(RewriteOptions):
 def run(options: Options) -> None:
     """Writes the file; raises CheckpointError when the checkpoint cannot be read."""
     from cn_clip.checkpoints.weights import in_precision
-    from cn_clip.clip.checkpoint import read_checkpoint
-    from cn_clip.clip.weight_files import refuse_inputs, write_safetensors
+    from cn_clip.clip.weights.checkpoint import read_checkpoint
+    from cn_clip.clip.weights.writing import refuse_inputs, write_safetensors
 
     assert options.output is not None
     say = command.Speaker(quiet=options.json)
@@ -40,7 +40,7 @@ def run(options: Options) -> None:
 def metadata(checkpoint: "Checkpoint") -> dict[str, str]:
     """What the file says of itself; the towers only where they have a name."""
     from cn_clip import __version__
-    from cn_clip.clip.checkpoint import infer_config
+    from cn_clip.clip.weights.checkpoint import infer_config
 
     about = {"format": "pt", "cn_clip": __version__, "name": str(checkpoint.extra.get("name", checkpoint.path.stem))}
     about |= {"epoch": str(checkpoint.epoch), "step": str(checkpoint.step)}

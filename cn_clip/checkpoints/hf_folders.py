@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from cn_clip.clip import hf
-from cn_clip.clip.hf_inputs import PICTURE_FILE, picture_fields
 from cn_clip.clip.tokenizer import CONTEXT_LENGTH, END, START, UNKNOWN, VOCAB_FILE, Tokenizer
-from cn_clip.clip.weight_files import write_safetensors
+from cn_clip.clip.weights import hf
+from cn_clip.clip.weights.hf_inputs import PICTURE_FILE, picture_fields
+from cn_clip.clip.weights.writing import write_safetensors
 from cn_clip.errors import ConfigError
 from cn_clip.files import atomic_write
 from cn_clip.zoo import ModelConfig

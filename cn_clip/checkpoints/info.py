@@ -12,7 +12,7 @@ from cn_clip.errors import CheckpointError
 from cn_clip.option_types import Json
 
 if TYPE_CHECKING:
-    from cn_clip.clip.checkpoint import Checkpoint
+    from cn_clip.clip.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Prints the table or the JSON object; raises CheckpointError when the file cannot be read."""
-    from cn_clip.clip.checkpoint import read_checkpoint
+    from cn_clip.clip.weights.checkpoint import read_checkpoint
 
     say = command.Speaker(quiet=options.json)
     found = describe(read_checkpoint(options.file, merge_lora=False, mapped=True))
@@ -38,7 +38,7 @@ def run(options: Options) -> None:
 def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     """All that `info` tells, ready for JSON; sizes in bytes, types with the number of tensors."""
     from cn_clip.checkpoints.weights import file_bytes, num_bytes, num_parameters, type_name
-    from cn_clip.clip.low_rank import is_adapter
+    from cn_clip.clip.weights.low_rank import is_adapter
 
     adapters = {name: value for name, value in checkpoint.state_dict.items() if is_adapter(name)}
     weights = {name: value for name, value in checkpoint.state_dict.items() if name not in adapters}
@@ -63,7 +63,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
 
 
 def _architecture(checkpoint: "Checkpoint") -> dict[str, Any]:
-    from cn_clip.clip.checkpoint import infer_config
+    from cn_clip.clip.weights.checkpoint import infer_config
 
     try:
         config = infer_config(checkpoint)

@@ -21,8 +21,8 @@ class Options(RewriteOptions):
 def run(options: Options) -> None:
     """Writes the file; raises CheckpointError when the checkpoint cannot be read."""
     from cn_clip.checkpoints.weights import file_bytes, in_precision
-    from cn_clip.clip.checkpoint import SIGMOID_BIAS, read_checkpoint
-    from cn_clip.clip.weight_files import refuse_inputs, write_checkpoint
+    from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, read_checkpoint
+    from cn_clip.clip.weights.writing import refuse_inputs, write_checkpoint
 
     assert options.output is not None
     say = command.Speaker(quiet=options.json)

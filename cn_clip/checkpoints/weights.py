@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cn_clip.clip.checkpoint import Checkpoint, infer_config
 from cn_clip.clip.loading import build
 from cn_clip.clip.model import convert_weights
+from cn_clip.clip.weights.checkpoint import Checkpoint, infer_config
 from cn_clip.errors import CheckpointError
 
 Precision = Literal["keep", "fp16", "fp32"]

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cn_clip.clip.bert_tokenizer import FullTokenizer
-    from cn_clip.clip.checkpoint import convert_state_dict
     from cn_clip.clip.encoder import Encoder
     from cn_clip.clip.loading import create_model, load, load_from_name
     from cn_clip.clip.tokenizer import tokenize
     from cn_clip.clip.transforms import image_transform
+    from cn_clip.clip.weights.checkpoint import convert_state_dict
     from cn_clip.zoo import available_models
 
     _tokenizer: FullTokenizer
@@ -33,7 +33,7 @@ _HOMES = {
     "Encoder": "cn_clip.clip.encoder",
     "FullTokenizer": "cn_clip.clip.bert_tokenizer",
     "available_models": "cn_clip.zoo",
-    "convert_state_dict": "cn_clip.clip.checkpoint",
+    "convert_state_dict": "cn_clip.clip.weights.checkpoint",
     "create_model": "cn_clip.clip.loading",
     "image_transform": "cn_clip.clip.transforms",
     "load": "cn_clip.clip.loading",

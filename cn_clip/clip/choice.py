@@ -9,8 +9,8 @@ import tyro
 
 from cn_clip import zoo
 from cn_clip.clip.backends.base import KINDS, BackendName, Kind, check_precision
-from cn_clip.clip.foreign.names import is_foreign
-from cn_clip.clip.foreign.snapshots import files_of as foreign_files
+from cn_clip.clip.families.names import is_foreign
+from cn_clip.clip.families.snapshots import files_of as foreign_files
 from cn_clip.clip.transforms import Decode
 from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError
@@ -109,7 +109,7 @@ def check(options: ModelOptions) -> None:
 
 
 def _check_foreign(options: ModelOptions) -> None:
-    from cn_clip.clip.foreign.opening import check as check_name
+    from cn_clip.clip.families.opening import check as check_name
 
     try:
         check_name(options.resume or "", options.backend)
@@ -228,8 +228,8 @@ def _check_length(place: str, longest: int | None, context_length: int) -> None:
 
 def identity(options: ModelOptions, encoder: "Encoder") -> Identity:
     """What tells the rows of this model from those of others."""
-    from cn_clip.clip import hub
     from cn_clip.clip.backends.base import ExportedBackend
+    from cn_clip.clip.weights import hub
 
     settings = {
         "backend": options.backend,

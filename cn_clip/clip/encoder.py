@@ -24,8 +24,8 @@ from cn_clip.clip.backends.base import (
     check_threads,
 )
 from cn_clip.clip.backends.opening import open_backend
-from cn_clip.clip.foreign.names import is_foreign
-from cn_clip.clip.foreign.opening import open_parts
+from cn_clip.clip.families.names import is_foreign
+from cn_clip.clip.families.opening import open_parts
 from cn_clip.clip.inputs import ChineseTexts, Parts, PictureTransform, TextTransform, text_length
 from cn_clip.clip.pictures import Picture, decoded_batches, is_data_url, open_picture
 from cn_clip.clip.transforms import Decode, ImageTransform, check_decode

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cn_clip import ranks, terminal, zoo
-from cn_clip.clip.checkpoint import Checkpoint, fit, infer_config, normalise_keys, read_checkpoint
-from cn_clip.clip.file_formats import owned
-from cn_clip.clip.hub import weight_file
 from cn_clip.clip.model import CLIP, PICTURE_SIDE, TEXT_SIDE, convert_weights, initialise
 from cn_clip.clip.transforms import ImageTransform, image_transform
+from cn_clip.clip.weights.checkpoint import Checkpoint, fit, infer_config, normalise_keys, read_checkpoint
+from cn_clip.clip.weights.file_formats import owned
+from cn_clip.clip.weights.hub import weight_file
 from cn_clip.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from cn_clip.clip import _tokenizer
 from cn_clip.clip.bert import BertModel
-from cn_clip.clip.checkpoint import convert_state_dict, fit, normalise_keys, resize_position_embedding
 from cn_clip.clip.configuration_bert import BertConfig
 from cn_clip.clip.layers import LayerNorm, QuickGELU
 from cn_clip.clip.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
 from cn_clip.clip.vit import ResidualAttentionBlock, Transformer, VisualTransformer
+from cn_clip.clip.weights.checkpoint import convert_state_dict, fit, normalise_keys, resize_position_embedding
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.processes import compute_alone_in_children
 from cn_clip.zoo import ModelConfig, TextConfig, VisionConfig, config_from_info

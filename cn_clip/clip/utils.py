@@ -2,7 +2,6 @@
 
 from cn_clip import zoo
 from cn_clip.clip import _tokenizer as _tokenizer
-from cn_clip.clip.hub import download
 from cn_clip.clip.loading import create_model as create_model
 from cn_clip.clip.loading import load, load_from_name
 from cn_clip.clip.model import CLIP as CLIP
@@ -14,6 +13,7 @@ from cn_clip.clip.transforms import Resize as Resize
 from cn_clip.clip.transforms import ToTensor as ToTensor
 from cn_clip.clip.transforms import _convert_to_rgb as _convert_to_rgb
 from cn_clip.clip.transforms import image_transform
+from cn_clip.clip.weights.hub import download
 from cn_clip.zoo import available_models
 
 # What `import *` takes, as in Chinese-CLIP; the other names are imported by themselves.

@@ -177,9 +177,9 @@ def _make_random(job: Job) -> None:
     import torch
 
     from cn_clip import zoo
-    from cn_clip.clip.checkpoint import Checkpoint
     from cn_clip.clip.model import CLIP
-    from cn_clip.clip.weight_files import write_checkpoint
+    from cn_clip.clip.weights.checkpoint import Checkpoint
+    from cn_clip.clip.weights.writing import write_checkpoint
 
     assert job.vision is not None
     assert job.text is not None

@@ -34,8 +34,8 @@ class Options(ray_settings.Settings):
         return [*super().inputs(), *map(str, self._model_files())]
 
     def _model_files(self) -> list[Path]:
-        from cn_clip.clip import hub
-        from cn_clip.clip.foreign import names, snapshots
+        from cn_clip.clip.families import names, snapshots
+        from cn_clip.clip.weights import hub
 
         if names.is_foreign(self.resume):
             return snapshots.files_of(self.resume or "", download_root=self.download_root)

@@ -16,9 +16,9 @@ from cn_clip.zoo import CONTEXT_LENGTH
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cn_clip.clip.checkpoint import Checkpoint
     from cn_clip.clip.encoder import Encoder
     from cn_clip.clip.model import CLIP
+    from cn_clip.clip.weights.checkpoint import Checkpoint
     from cn_clip.data.picture_sets import LmdbPictures
     from cn_clip.data.splits import Split
     from cn_clip.retrieval.recall import RecallBothWays
@@ -105,7 +105,7 @@ class Point:
 
 def run(options: Options) -> None:
     """Evaluates, prints the table and writes the mixture; raises CheckpointError when the two models do not match."""
-    from cn_clip.clip.weight_files import refuse_inputs, write_checkpoint
+    from cn_clip.clip.weights.writing import refuse_inputs, write_checkpoint
     from cn_clip.files import replaceable
 
     say = command.Speaker(quiet=options.json)
@@ -134,7 +134,7 @@ def open_both(options: Options) -> "tuple[Checkpoint, Checkpoint, CLIP]":
     Raises CheckpointError naming the first tensor that differs, or holds NaN or infinity.
     """
     from cn_clip.clip.loading import open_model
-    from cn_clip.clip.weight_files import check_finite, check_same_tensors
+    from cn_clip.clip.weights.writing import check_finite, check_same_tensors
 
     opened = []
     for name in (options.zeroshot, options.finetuned):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from cn_clip import zoo, zoo_results
-from cn_clip.clip.foreign.names import is_foreign
+from cn_clip.clip.families.names import is_foreign
 from cn_clip.zoo_results import Query
 
 Metric: TypeAlias = Literal["top1", "mean_per_class", "map_11_point"]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from cn_clip.clip.backends.base import Rows
-from cn_clip.clip.foreign.names import is_foreign
+from cn_clip.clip.families.names import is_foreign
 from cn_clip.errors import DataError
 from cn_clip.files import atomic_write
 from cn_clip.jsonl import dumps

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from cn_clip.clip.backends.base import Kind
-from cn_clip.clip.foreign.names import absolute, is_foreign
+from cn_clip.clip.families.names import absolute, is_foreign
 from cn_clip.command import Speaker
 from cn_clip.data.bulk_pictures import Collection, open_collection
 from cn_clip.data.records import digest_of

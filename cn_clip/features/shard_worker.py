@@ -17,8 +17,8 @@ from cn_clip import __version__
 from cn_clip.clip import choice
 from cn_clip.clip.backends.base import Kind, Pixels, named
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.foreign.names import is_foreign
-from cn_clip.clip.foreign.snapshots import files_of
+from cn_clip.clip.families.names import is_foreign
+from cn_clip.clip.families.snapshots import files_of
 from cn_clip.clip.pictures import decoded_batches
 from cn_clip.command import Speaker
 from cn_clip.data.bulk_pictures import Part
@@ -175,7 +175,7 @@ def weights_digest(options: choice.ModelOptions) -> str:
 
 def _weight_files(options: choice.ModelOptions) -> list[Path]:
     from cn_clip import zoo
-    from cn_clip.clip import hub
+    from cn_clip.clip.weights import hub
 
     name = options.resume or ""
     if is_foreign(name):

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip.clip.file_kinds import check_unpacked
+from cn_clip.clip.weights.file_kinds import check_unpacked
 from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError, reading
 from cn_clip.extras import require

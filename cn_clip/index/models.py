@@ -10,8 +10,8 @@ from cn_clip import ranks, zoo
 from cn_clip.clip.backends.base import KINDS, ExportedBackend, Kind
 from cn_clip.clip.backends.onnx_files import extra_path
 from cn_clip.clip.backends.opening import open_backend, settle_precision
-from cn_clip.clip.foreign.names import absolute, is_foreign
-from cn_clip.clip.foreign.snapshots import files_of
+from cn_clip.clip.families.names import absolute, is_foreign
+from cn_clip.clip.families.snapshots import files_of
 from cn_clip.command import Speaker
 from cn_clip.digests import add_file
 from cn_clip.retrieval.manifest import ModelInfo

@@ -36,7 +36,7 @@ def run(options: Options) -> None:
     """Converts one file; raises CheckpointError when it is none."""
     import torch
 
-    from cn_clip.clip.checkpoint import read_openai_archive
+    from cn_clip.clip.weights.checkpoint import read_openai_archive
     from cn_clip.files import atomic_write
 
     target = options.new_ckpt_path or new_path(options.raw_ckpt_path)

@@ -19,8 +19,8 @@ from cn_clip.training.params import RULES, Options
 if TYPE_CHECKING:
     import torch
 
-    from cn_clip.clip.checkpoint import Checkpoint
     from cn_clip.clip.model import CLIP
+    from cn_clip.clip.weights.checkpoint import Checkpoint
     from cn_clip.training.distill import Teacher
     from cn_clip.training.loss import Objective
     from cn_clip.training.monitor import Monitor
@@ -222,7 +222,7 @@ def load_start(options: Options, model: "CLIP", checkpoint_dir: Path) -> "tuple[
 
     Adapters (LoRA) of a file that is gone on from stay apart when the run has adapters too; those of --init are merged.
     """
-    from cn_clip.clip.checkpoint import SIGMOID_BIAS, read_checkpoint
+    from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, read_checkpoint
     from cn_clip.training import adapt, distributed, state
     from cn_clip.training.logs import logger
 
@@ -259,7 +259,7 @@ def with_length_of(options: Options, checkpoint: "Checkpoint | None") -> Options
 
 def _advice(options: Options, checkpoint: "Checkpoint") -> str:
     """The flags that fit the checkpoint, where its towers have names and others were asked for."""
-    from cn_clip.clip.checkpoint import infer_config
+    from cn_clip.clip.weights.checkpoint import infer_config
 
     try:
         vision, text = zoo.tower_names(infer_config(checkpoint))

@@ -14,9 +14,9 @@ from typing import IO, Any
 import torch
 
 from cn_clip import zoo
-from cn_clip.clip.checkpoint import Checkpoint, read_checkpoint
-from cn_clip.clip.foreign.names import refuse
-from cn_clip.clip.hub import weight_file
+from cn_clip.clip.families.names import refuse
+from cn_clip.clip.weights.checkpoint import Checkpoint, read_checkpoint
+from cn_clip.clip.weights.hub import weight_file
 from cn_clip.digests import is_file
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, lacked_memory
 from cn_clip.files import atomic_write

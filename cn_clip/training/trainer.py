@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cn_clip import ranks
-from cn_clip.clip.checkpoint import SIGMOID_BIAS, Checkpoint
+from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint
 from cn_clip.data.datasets import Loader, PairBatch
 from cn_clip.data.records import RecordId
 from cn_clip.data.splits import Split

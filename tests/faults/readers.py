@@ -43,13 +43,14 @@ from tiny_models import tiny_model
 
 from cn_clip import emoji_pack, zoo
 from cn_clip.checkpoints.hf_folders import write_transformers
-from cn_clip.clip import checkpoint, loading
+from cn_clip.clip import loading
 from cn_clip.clip.backends.onnx_files import metadata
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
-from cn_clip.clip.foreign.hf_models import open_folder
+from cn_clip.clip.families.hf_models import open_folder
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.pictures import open_picture
 from cn_clip.clip.tokenizer import VOCAB_FILE, Tokenizer
+from cn_clip.clip.weights import checkpoint
 from cn_clip.data.bulk_pictures import open_collection
 from cn_clip.data.checks import check_split
 from cn_clip.data.lmdb_store import ImageStore, PairStore

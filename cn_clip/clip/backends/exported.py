@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cn_clip import digests, zoo
-from cn_clip.clip import hub
 from cn_clip.clip.backends.base import Kind
 from cn_clip.clip.backends.onnx_files import extra_path, move, onnx_path
+from cn_clip.clip.weights import hub
 from cn_clip.digests import FileFacts
 from cn_clip.errors import ConfigError
 from cn_clip.files import atomic_write, take

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Kind, TowerFacts
-from cn_clip.clip.file_kinds import what_it_is
+from cn_clip.clip.weights.file_kinds import what_it_is
 from cn_clip.errors import CheckpointError, DataError, lacked_memory, reading
 from cn_clip.extras import require
 from cn_clip.files import settle

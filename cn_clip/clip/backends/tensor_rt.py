@@ -22,7 +22,7 @@ from torch import Tensor
 from cn_clip import ranks
 from cn_clip.clip.backends.base import ExportedBackend, Kind, Pixels, TokenIds, TowerFacts
 from cn_clip.clip.backends.onnx_files import INPUTS, MIDDLE, OUTPUTS, facts_of
-from cn_clip.clip.file_kinds import what_it_is
+from cn_clip.clip.weights.file_kinds import what_it_is
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
 from cn_clip.files import settle

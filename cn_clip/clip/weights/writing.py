@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cn_clip import files
-from cn_clip.clip.checkpoint import Checkpoint
-from cn_clip.clip.file_formats import owned
+from cn_clip.clip.weights.checkpoint import Checkpoint
+from cn_clip.clip.weights.file_formats import owned
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.files import atomic_write
 

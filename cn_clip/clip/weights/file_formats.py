@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cn_clip.clip import torchscript
-from cn_clip.clip.file_kinds import check_unpacked, is_safetensors, is_zip, what_it_is
+from cn_clip.clip.weights import torchscript
+from cn_clip.clip.weights.file_kinds import check_unpacked, is_safetensors, is_zip, what_it_is
 from cn_clip.errors import CheckpointError, reading
 
 _AGAIN = "download or copy it again"

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from cn_clip import ranks
 from cn_clip.clip.backends.base import BackendName, check_precision
-from cn_clip.clip.foreign import names, snapshots
+from cn_clip.clip.families import names, snapshots
 from cn_clip.clip.transforms import Decode
 from cn_clip.errors import ConfigError
 
@@ -44,11 +44,11 @@ def open_parts(
     parsed = names.parse(name)
     chosen = ranks.choose_device(device)
     if parsed.scheme == "hf":
-        from cn_clip.clip.foreign.hf_models import open_folder
+        from cn_clip.clip.families.hf_models import open_folder
 
         folder = snapshots.folder_of(parsed, download_root=download_root)
         return open_folder(folder, device=chosen, precision=precision, num_threads=num_threads, decode=decode)
-    from cn_clip.clip.foreign.open_clip_models import open_model
+    from cn_clip.clip.families.open_clip_models import open_model
 
     return open_model(
         parsed,

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from cn_clip.clip.backends.base import Pixels, TokenIds
-from cn_clip.clip.file_kinds import what_it_is
-from cn_clip.clip.foreign.towers import ForeignTowers
-from cn_clip.clip.hf import CONFIG_FILE, read_json
+from cn_clip.clip.families.towers import ForeignTowers
 from cn_clip.clip.inputs import Parts
 from cn_clip.clip.transforms import Decode, in_8_bits
+from cn_clip.clip.weights.file_kinds import what_it_is
+from cn_clip.clip.weights.hf import CONFIG_FILE, read_json
 from cn_clip.errors import CheckpointError, CnClipError, MissingExtraError, first_sentence, reading
 from cn_clip.extras import require
 

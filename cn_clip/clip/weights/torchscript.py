@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cn_clip.clip.file_kinds import most_bytes
+from cn_clip.clip.weights.file_kinds import most_bytes
 from cn_clip.errors import CheckpointError, reading
 
 STORAGE_DTYPES = {

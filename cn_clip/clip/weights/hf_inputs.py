@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cn_clip.clip.hf import read_json
 from cn_clip.clip.tokenizer import VOCAB_FILE
 from cn_clip.clip.transforms import MEAN, STD
+from cn_clip.clip.weights.hf import read_json
 from cn_clip.errors import CheckpointError, reading
 
 logger = logging.getLogger(__name__)

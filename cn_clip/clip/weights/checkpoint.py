@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cn_clip.clip import hf, low_rank, torchscript
-from cn_clip.clip.file_formats import is_torchscript, only_tensors, read_content
-from cn_clip.clip.foreign.names import refuse
-from cn_clip.clip.hf_inputs import check_inputs
+from cn_clip.clip.families.names import refuse
+from cn_clip.clip.weights import hf, low_rank, torchscript
+from cn_clip.clip.weights.file_formats import is_torchscript, only_tensors, read_content
+from cn_clip.clip.weights.hf_inputs import check_inputs
 from cn_clip.errors import CheckpointError, first_sentence
 from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, TextConfig, VisionConfig, text_config, vision_config
 

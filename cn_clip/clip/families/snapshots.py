@@ -4,8 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from cn_clip.clip import hub
-from cn_clip.clip.foreign.names import ForeignName, parse
+from cn_clip.clip.families.names import ForeignName, parse
+from cn_clip.clip.weights import hub
 from cn_clip.errors import CheckpointError, DownloadError
 
 # An id of the hub, perhaps with a branch, a tag or a commit: google/siglip-base-patch16-224@main.

@@ -19,7 +19,7 @@ from cn_clip.clip.backends.base import (
     unit_rows,
 )
 from cn_clip.clip.backends.pytorch import DTYPES, native_precisions
-from cn_clip.clip.file_formats import owned
+from cn_clip.clip.weights.file_formats import owned
 from cn_clip.processes import compute_alone_in_children
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from cn_clip import zoo
-from cn_clip.clip.foreign.names import refuse
+from cn_clip.clip.families.names import refuse
 from cn_clip.digests import add_file
 from cn_clip.errors import CheckpointError, CnClipError, DownloadError
 from cn_clip.extras import require

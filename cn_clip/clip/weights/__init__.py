@@ -1,0 +1,1 @@
+"""Files of weights: one reader for every kind, writing, conversion, adapters, downloads."""
