@@ -62,8 +62,9 @@ def _fetch(published: zoo.Published, options: Options, say: command.Speaker) -> 
     is_published = hub.is_published_file(published, path)
     if is_published is False and not use_modelscope:
         raise DownloadError(
-            f"{path}: is not the published file, whose SHA-256 is {published.sha256}; move it away and download again, "
-            "or use it by its path"
+            f"is not the published file, whose SHA-256 is {published.sha256}; move it away and download again, "
+            "or use it by its path",
+            at=path,
         )
     verdict = {
         True: "SHA-256 相符 / matches",

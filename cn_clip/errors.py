@@ -5,11 +5,55 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 
+@dataclass(frozen=True)
+class Where:
+    """Where in the input an error is, as its sentence begins.
+
+    path: a file, a folder or an address. line: of the file, from 1. part: of the file, in words. field: of the record.
+    id: of the picture, text or item, if it is known. `str()` of some:
+        Where("t.jsonl", line=7, field="image_ids")            t.jsonl:7 image_ids
+        Where("lmdb/imgs", part="image id 15", id=15)          lmdb/imgs: image id 15
+    """
+
+    path: object
+    line: int | None = None
+    part: str | None = None
+    field: str | None = None
+    id: int | str | None = None
+
+    def __str__(self) -> str:
+        line = "" if self.line is None else f":{self.line}"
+        part = "" if self.part is None else f": {self.part}"
+        field = "" if self.field is None else f" {self.field}"
+        return f"{self.path}{line}{part}{field}"
+
+    def of(self, field: str) -> "Where":
+        """One field of the same record."""
+        return replace(self, field=field)
+
+
 class CnClipError(Exception):
-    """Base of all errors that name their cause; commands print it on one line and exit with status 1."""
+    """Base of all errors that name their cause; commands print it on one line and exit with status 1.
+
+    at: a `Where`, or what stands for its path; the message is then "AT: WHAT", and programs read `path`, `line` and
+    `id`, each None if the error is of no file, line or record.
+    """
+
+    path: str | None = None
+    line: int | None = None
+    id: int | str | None = None
+
+    def __init__(self, *what: object, at: object = None) -> None:
+        if at is None:
+            super().__init__(*what)
+        else:
+            super().__init__(f"{at}: {' '.join(map(str, what))}")
+            where = at if isinstance(at, Where) else Where(at)
+            self.path, self.line, self.id = str(where.path), where.line, where.id
 
 
 class ConfigError(CnClipError, ValueError):
@@ -30,7 +74,7 @@ class UnreadableError(DataError, OSError):
     @classmethod
     def of(cls, path: str | os.PathLike[str], cause: OSError, advice: str = "is the disk there?") -> "UnreadableError":
         """Names the file, what the system said, and what to do."""
-        error = cls(f"{os.fspath(path)}: cannot be read just now ({reason_of(cause)}); {advice}")
+        error = cls(f"cannot be read just now ({reason_of(cause)}); {advice}", at=os.fspath(path))
         error.strerror = cause.strerror or str(cause)
         return error
 
@@ -101,7 +145,7 @@ def reading(
         known = None if look is None else look(place)
         # contextlib takes a RuntimeError from a StopIteration for one of the generator, and lets the latter pass.
         cause = None if isinstance(error, StopIteration) else error
-        raise error_type(f"{place}: {known or f'{what} ({first_sentence(error, place)}); {step}'}") from cause
+        raise error_type(known or f"{what} ({first_sentence(error, place)}); {step}", at=place) from cause
 
 
 _LONGEST_REASON = 300

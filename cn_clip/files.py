@@ -77,11 +77,11 @@ def replaceable(path: StrPath) -> Path:
     target = Path(os.path.realpath(path))
     try:
         if not target.parent.is_dir():
-            raise DataError(f"{path}: the folder {Path(path).parent} does not exist; create it first")
+            raise DataError(f"the folder {Path(path).parent} does not exist; create it first", at=path)
         if target.is_dir():
-            raise DataError(f"{path}: is a folder; expected the path of a file to write")
+            raise DataError("is a folder; expected the path of a file to write", at=path)
         if target.exists() and not target.is_file():
-            raise DataError(f"{path}: is no regular file; expected the path of a file to write")
+            raise DataError("is no regular file; expected the path of a file to write", at=path)
     except OSError as error:  # a name that is too long
         raise _cannot_be_written(path, error) from error
     return target
@@ -137,9 +137,9 @@ def _replaceable_folder(target: StrPath) -> Path:
     """The absolute path of `target`, links followed."""
     resolved = Path(os.path.realpath(target))
     if resolved.exists() and not resolved.is_dir():
-        raise DataError(f"{target}: exists and is no folder; choose another name for the folder")
+        raise DataError("exists and is no folder; choose another name for the folder", at=target)
     if resolved in (Path.cwd(), Path(resolved.anchor)):  # a shell would go on in the folder that was taken away
-        raise DataError(f"{target}: is the folder this command runs in, or the root; choose a folder inside it")
+        raise DataError("is the folder this command runs in, or the root; choose a folder inside it", at=target)
     return resolved
 
 
@@ -203,7 +203,7 @@ def written_together(target: Path, *, told: StrPath | None = None) -> Iterator[P
         for path in held.path.iterdir():
             target = resolved.parent / path.name
             if target.exists() and target.is_dir() != path.is_dir():
-                raise DataError(f"{target}: is {'a folder' if target.is_dir() else 'a file'}; choose another name")
+                raise DataError(f"is {'a folder' if target.is_dir() else 'a file'}; choose another name", at=target)
         _sync_tree(held.path)
         _begin_step(held.path, resolved)
         _settle(_beside(resolved, _UNFINISHED))
@@ -531,7 +531,7 @@ def _is_of(error: OSError, target: Path) -> bool:
 
 def _cannot_be_written(path: StrPath, cause: OSError) -> OutputError:
     reason = cause.strerror or str(cause)
-    error = OutputError(f"{os.fspath(path)}: cannot be written ({reason})")
+    error = OutputError(f"cannot be written ({reason})", at=os.fspath(path))
     error.strerror = reason
     return error
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import IO, Any
 
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, Where
 
 
 def numbered_lines(path: str | os.PathLike[str], *, with_blank: bool = False) -> Iterator[tuple[int, bytes]]:
@@ -18,7 +18,7 @@ def numbered_lines(path: str | os.PathLike[str], *, with_blank: bool = False) ->
     try:
         stream = open(path, "rb")  # noqa: SIM115 - closed by the `with` below; opened here to word the error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise DataError(f"{path}: cannot be opened ({getattr(error, 'strerror', None) or error})") from error
+        raise DataError(f"cannot be opened ({getattr(error, 'strerror', None) or error})", at=path) from error
     with stream:
         for number, line in enumerate(_lines(stream, path), start=1):
             if number == 1:
@@ -28,19 +28,19 @@ def numbered_lines(path: str | os.PathLike[str], *, with_blank: bool = False) ->
                 yield number, stripped
 
 
-def text_of(line: bytes, where: str) -> str:
+def text_of(line: bytes, where: Where) -> str:
     """The line as text, without blanks around it; raises DataError that starts with `where` when it is not UTF-8."""
     try:
         return line.decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: invalid UTF-8 at byte {error.start}; save the file as UTF-8") from error
+        raise DataError(f"invalid UTF-8 at byte {error.start}; save the file as UTF-8", at=where) from error
 
 
 def _lines(stream: IO[bytes], path: str | os.PathLike[str]) -> Iterator[bytes]:
     try:
         yield from stream
     except OSError as error:  # a bad disk, a share that went away: the system does not name the file
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"cannot be read ({error.strerror})", at=path) from error
 
 
 def json_object(line: bytes) -> dict[str, Any]:
@@ -56,18 +56,18 @@ def json_object(line: bytes) -> dict[str, Any]:
     return value
 
 
-def parse_object(line: bytes, where: str) -> dict[str, Any]:
+def parse_object(line: bytes, where: Where) -> dict[str, Any]:
     """As `json_object`; raises DataError that starts with `where`."""
     try:
         return json_object(line)
     except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(error, at=where) from error
 
 
 def read_objects(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number, object) for each non-blank line; raises DataError with file:line."""
     for number, line in numbered_lines(path):
-        yield number, parse_object(line, f"{path}:{number}")
+        yield number, parse_object(line, Where(path, line=number))
 
 
 def dumps(value: object) -> str:

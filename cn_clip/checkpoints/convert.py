@@ -109,11 +109,11 @@ def require_room(target: Path, kind: Kind, *, overwrite: bool) -> None:
         inside = (path.relative_to(target).as_posix() for path in target.rglob("*"))
         others = sorted(islice((name for name in inside if name not in FOLDER_FILES), 3))
         if others:
-            raise DataError(f"{target}: holds other things ({', '.join(others)}); choose a new folder")
+            raise DataError(f"holds other things ({', '.join(others)}); choose a new folder", at=target)
     elif os.path.exists(target):
-        raise DataError(f"{target}: is a file; expected the name of a folder for --to {kind}")
+        raise DataError(f"is a file; expected the name of a folder for --to {kind}", at=target)
     if not overwrite and (any(target.iterdir()) if os.path.isdir(target) else os.path.exists(target)):
-        raise DataError(f"{target}: exists; give --overwrite or choose another TARGET")
+        raise DataError("exists; give --overwrite or choose another TARGET", at=target)
 
 
 def refuse_source(target: Path, source: Path) -> None:
@@ -157,8 +157,8 @@ def write_file(target: Path, kind: Kind, model: "Checkpoint") -> None:
         lost = next((name for name in _UNSEEN if told.get(name) != shown.get(name)), None)
         if lost is not None:
             raise CheckpointError(
-                f"{model.path}: {lost} is {told.get(lost)}, which a file of weights cannot say; keep a folder "
-                "(--to transformers)"
+                f"{lost} is {told.get(lost)}, which a file of weights cannot say; keep a folder (--to transformers)",
+                at=model.path,
             )
     if kind == "pt":
         write_checkpoint(target, model.state_dict, model)
@@ -177,11 +177,11 @@ def write_folder(target: Path, kind: Kind, model: "Checkpoint") -> None:
         with staged_folder(target) as folder:
             write(folder, model.state_dict, infer_config(model))
     except ConfigError as error:
-        raise ConfigError(f"{model.path}: {error}; a .pt or .safetensors can hold it") from error
+        raise ConfigError(f"{error}; a .pt or .safetensors can hold it", at=model.path) from error
     except OSError as error:
         if isinstance(error, CnClipError):
             raise
-        raise DataError(f"{target}: cannot be written ({error.strerror})") from error
+        raise DataError(f"cannot be written ({error.strerror})", at=target) from error
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -29,7 +29,9 @@ def in_precision(checkpoint: Checkpoint, precision: Precision) -> dict[str, Tens
     tensors = model.state_dict()
     for name, value in tensors.items():
         if not value.isfinite().all() and checkpoint.state_dict[name].isfinite().all():
-            raise CheckpointError(f"{checkpoint.path}: {name} holds values too large for float16; use --precision fp32")
+            raise CheckpointError(
+                f"{name} holds values too large for float16; use --precision fp32", at=checkpoint.path
+            )
     return tensors
 
 

@@ -226,7 +226,7 @@ class Encoder:
         try:
             self.transform.array(image, out)
         except DataError as error:
-            raise DataError(f"{name}: {error}") from error
+            raise DataError(error, at=name) from error
 
     def _joined(self, pieces: Iterable[Rows]) -> Rows:
         return np.concatenate([np.empty((0, self.embed_dim), dtype=np.float32), *pieces])

@@ -271,7 +271,7 @@ def initialise(model: CLIP, tensors: Mapping[str, Tensor], prefixes: tuple[str, 
     state = model.state_dict()
     homeless = part.keys() - state.keys()
     if len(homeless) == len(part):
-        raise CheckpointError(f"{path}: holds no tensor named {' or '.join(prefixes)}…; nothing to initialise with")
+        raise CheckpointError(f"holds no tensor named {' or '.join(prefixes)}…; nothing to initialise with", at=path)
     if homeless:
         logger.warning("%s: %d tensors have no place in this model, e.g. %s", path, len(homeless), min(homeless))
     known = {key: value for key, value in part.items() if key in state}

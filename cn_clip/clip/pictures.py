@@ -116,11 +116,11 @@ def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) 
             return picture
         return decode(picture, draft_size)
     except FileNotFoundError as error:
-        raise DataError(f"{name}: no such file") from error
+        raise DataError("no such file", at=name) from error
     except DataError as error:
-        raise DataError(f"{name}: not decoded: {error}") from error
+        raise DataError(f"not decoded: {error}", at=name) from error
     except Exception as error:
-        raise DataError(f"{name}: not a picture that can be decoded ({error})") from error
+        raise DataError(f"not a picture that can be decoded ({error})", at=name) from error
 
 
 def decoded_batches(

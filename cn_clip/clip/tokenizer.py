@@ -144,11 +144,11 @@ def load_vocab(path: str | Path) -> dict[str, int]:
         tokens = read_vocab(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path}: cannot be read as a vocabulary ({error}); expected UTF-8, one token a line"
+            f"cannot be read as a vocabulary ({error}); expected UTF-8, one token a line", at=path
         ) from error
     missing = [token for token in (UNKNOWN, START, END) if token not in tokens]
     if missing:
-        raise DataError(f"{path}: not a BERT vocabulary, {', '.join(missing)} is missing; expected one token a line")
+        raise DataError(f"not a BERT vocabulary, {', '.join(missing)} is missing; expected one token a line", at=path)
     return tokens
 
 

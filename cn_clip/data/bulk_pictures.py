@@ -17,7 +17,7 @@ from cn_clip.data.records import RecordId, canonical_id, digest_of
 from cn_clip.data.shards import expand_braces
 from cn_clip.data.storage import EXTRA, FoundFile, Storage, is_uri, open_storage, shown
 from cn_clip.data.tars import tar_members
-from cn_clip.errors import DataError, reading
+from cn_clip.errors import DataError, Where, reading
 from cn_clip.extras import require
 
 logger = logging.getLogger(__name__)
@@ -58,11 +58,11 @@ def open_collection(location: str) -> Collection:
     """
     collection = _open(location)
     if not len(collection.ids):
-        raise DataError(f"{shown(location)}: holds no picture")
+        raise DataError("holds no picture", at=shown(location))
     seen: set[RecordId] = set()
     for image_id in collection.ids:
         if image_id in seen:
-            raise DataError(f"{shown(location)}: image id {image_id!r} comes twice; expected each id once")
+            raise DataError(f"image id {image_id!r} comes twice; expected each id once", at=shown(location))
         seen.add(image_id)
     return collection
 
@@ -79,11 +79,11 @@ def _open(location: str) -> Collection:
     }
     found = {kind: chosen for kind, chosen in kinds.items() if chosen}
     if not found:
-        raise DataError(f"{shown(location)}: holds no picture, tar or Parquet file, and is no LMDB")
+        raise DataError("holds no picture, tar or Parquet file, and is no LMDB", at=shown(location))
     if len(found) > 1:
         counts = ", ".join(f"{len(chosen)} {kind}" for kind, chosen in found.items())
         name = shown(location).rstrip("/")
-        raise DataError(f"{name}: holds {counts}; name one kind, such as {name}/*.tar")
+        raise DataError(f"holds {counts}; name one kind, such as {name}/*.tar", at=name)
     ((kind, chosen),) = found.items()
     _say_passed_over(location, {file.path for file in files} - {file.path for file in chosen})
     return _OPENERS[kind](root, chosen)
@@ -136,7 +136,7 @@ def _matching(root: Storage, pattern: str) -> list[FoundFile]:
         file = root.child(pattern).find()
         found = [] if file is None else [file]
     if not found:
-        raise DataError(f"{root.child(pattern).name}: no such file")
+        raise DataError("no such file", at=root.child(pattern).name)
     return found
 
 
@@ -177,7 +177,9 @@ class LmdbPart:
         with self._opening:
             self._store = self._store or ImageStore(self.folder)
         image_id = self.ids[index]
-        return StoredPicture(image_id, self._store.picture(image_id), f"{self.folder}: image id {image_id!r}")
+        return StoredPicture(
+            image_id, self._store.picture(image_id), Where(self.folder, part=f"image id {image_id!r}", id=image_id)
+        )
 
 
 # --- files, and members of tar files
@@ -208,15 +210,15 @@ class FilePart:
         item = self.items[index]
         place = Storage(self.storage.files, item.path, item.name)
         if item.size < 0:
-            return StoredPicture(item.id, place.read(), item.name)
+            return StoredPicture(item.id, place.read(), Where(item.name))
         try:
             with place.input_file() as stream:
                 data: bytes = stream.read_at(item.size, item.offset)
         except OSError as error:
-            raise DataError(f"{item.name}: cannot be read ({error})") from error
+            raise DataError(f"cannot be read ({error})", at=item.name) from error
         if len(data) < item.size:
-            raise DataError(f"{item.name}: the file became shorter while it was in use")
-        return StoredPicture(item.id, data, item.name)
+            raise DataError("the file became shorter while it was in use", at=item.name)
+        return StoredPicture(item.id, data, Where(item.name))
 
 
 def _open_folder(root: Storage, files: Sequence[FoundFile]) -> Collection:
@@ -289,12 +291,12 @@ class TablePart:
 
     def __getitem__(self, index: int) -> StoredPicture[RecordId]:
         piece, number = self._positions[index]
-        where = f"{piece.name}: row {piece.first + number + 1}"
+        where = Where(piece.name, part=f"row {piece.first + number + 1}", id=self.ids[index])
         with self._reading, reading(where, DataError, step="write the table again"):  # a text may be no UTF-8
             value = self._column(piece)[number].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
-            raise DataError(f"{where} {self.column}: expected the bytes of a picture, got {type(data).__name__}")
+            raise DataError(f"expected the bytes of a picture, got {type(data).__name__}", at=where.of(self.column))
         return StoredPicture(self.ids[index], data, where)
 
     def _column(self, piece: _Rows) -> Any:
@@ -323,7 +325,7 @@ def _open_tables(root: Storage, files: Sequence[FoundFile]) -> Collection:
         tables = list(pool.map(lambda file: _table(root.at(file.path)), files))
     columns = {table.column for table in tables}
     if len(columns) > 1:
-        raise DataError(f"{root.name}: the tables have pictures in different columns, {sorted(columns)}")
+        raise DataError(f"the tables have pictures in different columns, {sorted(columns)}", at=root.name)
     (column,) = columns
     ids = [image_id for table in tables for image_id in table.ids]
     rows = [piece for table in tables for piece in table.rows]
@@ -341,25 +343,28 @@ def _table(place: Storage) -> _Table:
         column = next((name for name in PICTURE_COLUMNS if name in names), None)
         if id_column is None or column is None:
             raise DataError(
-                f"{place.name}: expected a column {' or '.join(ID_COLUMNS)} and one with the bytes of pictures, "
-                f"{' or '.join(PICTURE_COLUMNS)}; it has {names}"
+                f"expected a column {' or '.join(ID_COLUMNS)} and one with the bytes of pictures, "
+                f"{' or '.join(PICTURE_COLUMNS)}; it has {names}",
+                at=place.name,
             )
         values = file.read(columns=[id_column]).column(id_column).to_pylist()
         sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     if len(values) != sum(sizes):
-        raise DataError(f"{place.name}: says it has {sum(sizes)} rows, and has {len(values)}; write it again")
+        raise DataError(f"says it has {sum(sizes)} rows, and has {len(values)}; write it again", at=place.name)
     rows, first = [], 0
     for group, size in enumerate(sizes):
         rows.append(_Rows(place.path, place.name, group, first, 0, size))
         first += size
-    return _Table([_id(value, f"{place.name}: row {row}") for row, value in enumerate(values, 1)], rows, column)
+    return _Table(
+        [_id(value, Where(place.name, part=f"row {row}")) for row, value in enumerate(values, 1)], rows, column
+    )
 
 
-def _id(value: object, where: str) -> RecordId:
+def _id(value: object, where: Where) -> RecordId:
     try:
         return canonical_id(value)
     except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(error, at=where) from error
 
 
 def _cut(rows: Sequence[_Rows], start: int, stop: int) -> Iterator[_Rows]:

@@ -31,7 +31,7 @@ from cn_clip.clip.inputs import TextTransform
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId
-from cn_clip.errors import CnClipError, ConfigError, DataError
+from cn_clip.errors import CnClipError, ConfigError, DataError, Where
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class SourcePair(NamedTuple):
     text: str
     image_id: RecordId
     text_id: RecordId
-    where: str
+    where: Where
 
 
 class PairSource(Protocol):
@@ -97,14 +97,14 @@ class LmdbPairs:
         num_images, num_pairs = self.images.num_images, len(self.pairs)
         logger.info("%s LMDB file contains %d images and %d pairs.", name, num_images, num_pairs)
         if not num_pairs:
-            raise DataError(f"{self.pairs.folder}: holds no pair of picture and text; is this a test split?")
+            raise DataError("holds no pair of picture and text; is this a test split?", at=self.pairs.folder)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, number: int) -> SourcePair:
         image_id, text_id, text = self.pairs[number]
-        where = f"{self.images.folder}: image id {image_id!r}"
+        where = Where(self.images.folder, part=f"image id {image_id!r}", id=image_id)
         return SourcePair(self.images.picture(image_id), text, image_id, text_id, where)
 
     def substitute(self, number: int) -> int:

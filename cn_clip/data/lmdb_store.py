@@ -160,8 +160,9 @@ def _environment(folder: str) -> Any:
         if not is_absent(error):
             raise UnreadableError.of(data_file, error) from error
         raise DataError(
-            f"{folder}: no LMDB is here ({error.strerror}: data.mdb); give a folder that "
-            "build_lmdb_dataset.py made, such as .../lmdb/train/imgs"
+            f"no LMDB is here ({error.strerror}: data.mdb); give a folder that "
+            "build_lmdb_dataset.py made, such as .../lmdb/train/imgs",
+            at=folder,
         ) from error
     with _opening:
         if _owner_pid != os.getpid():  # a forked worker: it must not share the parent's handles
@@ -208,7 +209,7 @@ def _check_last_pages(path: Path, page_bytes: int, num_bytes: int) -> None:
     for start in range(0, len(pages) - page_bytes + 1, page_bytes):
         number, page = first + start // page_bytes, pages[start : start + page_bytes]
         if not _is_sound(page, number, num_bytes):
-            raise DataError(f"{path}: page {number} is damaged; copy or build it again")
+            raise DataError(f"page {number} is damaged; copy or build it again", at=path)
 
 
 def _is_sound(page: bytes, number: int, num_bytes: int) -> bool:
@@ -279,8 +280,9 @@ class LmdbReader:
         value = self.get(key)
         if value is None or not value.isdigit():
             raise DataError(
-                f"{self.folder}: expected a number under {key.decode()!r}, got {value!r}; "
-                f"give the {IMAGES!r} folder for pictures, the {PAIRS!r} folder for pairs"
+                f"expected a number under {key.decode()!r}, got {value!r}; "
+                f"give the {IMAGES!r} folder for pictures, the {PAIRS!r} folder for pairs",
+                at=self.folder,
             )
         return int(value)
 
@@ -304,8 +306,8 @@ class ImageStore:
         """
         if len(self.listed) != self.num_images:
             raise DataError(
-                f"{self.folder}: num_images says {self.num_images}, but it holds {len(self.listed)} pictures; "
-                f"{BUILD_AGAIN}"
+                f"num_images says {self.num_images}, but it holds {len(self.listed)} pictures; {BUILD_AGAIN}",
+                at=self.folder,
             )
         return self.listed
 
@@ -317,7 +319,7 @@ class ImageStore:
             try:
                 self._ids = [id_from_key(key) for key in keys if key != NUM_IMAGES_KEY]
             except DataError as error:
-                raise DataError(f"{self.folder}: {error}") from error
+                raise DataError(error, at=self.folder) from error
         return self._ids
 
     def __len__(self) -> int:
@@ -331,11 +333,11 @@ class ImageStore:
         """The bytes of the picture file; raises DataError naming the folder and the id."""
         text = self.base64(image_id)
         if text is None:
-            raise DataError(f"{self.folder}: image id {image_id!r}: no such picture; build the dataset again")
+            raise DataError(f"image id {image_id!r}: no such picture; build the dataset again", at=self.folder)
         try:
             return decode_base64(text)
         except DataError as error:
-            raise DataError(f"{self.folder}: image id {image_id!r}: {error}") from error
+            raise DataError(f"image id {image_id!r}: {error}", at=self.folder) from error
 
 
 class _TripleUnpickler(pickle.Unpickler):
@@ -381,7 +383,7 @@ class PairStore:
                 raise DataError("it is missing; build the dataset again")
             return unpickle_pair(data)
         except DataError as error:
-            raise DataError(f"{self.folder}: pair {index}: {error}") from error
+            raise DataError(f"pair {index}: {error}", at=self.folder) from error
 
 
 def is_split_folder(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId
 from cn_clip.digests import is_folder
-from cn_clip.errors import ConfigError, DataError, UnreadableError
+from cn_clip.errors import ConfigError, DataError, UnreadableError, Where
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class StoredPicture(Generic[KeyT]):
 
     key: KeyT
     data: bytes
-    where: str
+    where: Where
 
 
 class PictureSource(Protocol[KeyT]):
@@ -98,7 +98,7 @@ class LmdbPictures:
 
     def __getitem__(self, index: int) -> StoredPicture[RecordId]:
         image_id = self.ids[index]
-        where = f"{self.images.folder}: image id {image_id!r}"
+        where = Where(self.images.folder, part=f"image id {image_id!r}", id=image_id)
         return StoredPicture(image_id, self.images.picture(image_id), where)
 
 
@@ -113,14 +113,14 @@ class PictureFiles:
 
     def __getitem__(self, index: int) -> StoredPicture[str]:
         path = self.paths[index]
-        return StoredPicture(path, _read_bytes(path), path)
+        return StoredPicture(path, _read_bytes(path), Where(path))
 
 
 def _read_bytes(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"cannot be read ({error.strerror})", at=path) from error
 
 
 class ClassFolders:
@@ -135,12 +135,12 @@ class ClassFolders:
         """Lists the files; raises DataError when there is no class folder, or one without a picture."""
         root = Path(folder)
         if not is_folder(root):
-            raise DataError(f"{root}: no such folder; expected one sub-folder of pictures per class")
+            raise DataError("no such folder; expected one sub-folder of pictures per class", at=root)
         self.classes = sorted(
             entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
         )
         if not self.classes:
-            raise DataError(f"{root}: holds no sub-folder; expected one sub-folder of pictures per class")
+            raise DataError("holds no sub-folder; expected one sub-folder of pictures per class", at=root)
         others: list[str] = []
         self.samples = [
             (path, label) for label, name in enumerate(self.classes) for path in _pictures(root / name, others)
@@ -153,7 +153,7 @@ class ClassFolders:
 
     def __getitem__(self, index: int) -> StoredPicture[int]:
         path, label = self.samples[index]
-        return StoredPicture(label, _read_bytes(path), path)
+        return StoredPicture(label, _read_bytes(path), Where(path))
 
 
 def _pictures(folder: Path, others: list[str]) -> list[str]:
@@ -163,7 +163,7 @@ def _pictures(folder: Path, others: list[str]) -> list[str]:
         for path in (os.path.join(below, name) for name in names):
             (found if is_picture_file(path) else others).append(path)
     if not found:
-        raise DataError(f"{folder}: holds no picture; expected files ending in {', '.join(PICTURE_SUFFIXES)}")
+        raise DataError(f"holds no picture; expected files ending in {', '.join(PICTURE_SUFFIXES)}", at=folder)
     return found
 
 

@@ -7,7 +7,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cn_clip.clip.pictures import decode, opened
 from cn_clip.clip.transforms import in_8_bits, is_deep
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, Where
 
 PixelsT = TypeVar("PixelsT")
 PictureCheck: TypeAlias = Literal["decode", "header", "none"]
@@ -25,13 +25,13 @@ def open_picture(data: bytes, draft_size: int | None = None) -> Image.Image:
 
 
 def load_picture(
-    data: bytes, where: str, transform: Callable[[Image.Image], PixelsT], *, draft_size: int | None = None
+    data: bytes, where: Where, transform: Callable[[Image.Image], PixelsT], *, draft_size: int | None = None
 ) -> PixelsT:
     """The transformed picture; raises DataError that starts with `where`."""
     try:
         return transform(open_picture(data, draft_size))
     except (DataError, OSError, ValueError) as error:  # a transform may meet what loading let pass
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(error, at=where) from error
 
 
 def check_picture(data: bytes, check: PictureCheck) -> bool:

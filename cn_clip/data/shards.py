@@ -20,7 +20,7 @@ from cn_clip.data.datasets import SourcePair, logger
 from cn_clip.data.names import spelled
 from cn_clip.data.records import RecordId, canonical_id
 from cn_clip.data.tars import Member, compressed, read_at, tar_members
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.errors import ConfigError, DataError, Where
 from cn_clip.jsonl import parse_object
 
 TEXT_FIELDS = ("text", "caption")
@@ -64,7 +64,7 @@ def _existing(pattern: str) -> list[str]:
         return [pattern]
     found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not found:
-        raise DataError(f"{pattern}: no such shard; expected tar files such as 'shards/{{000..099}}.tar'")
+        raise DataError("no such shard; expected tar files such as 'shards/{000..099}.tar'", at=pattern)
     return found
 
 
@@ -137,7 +137,7 @@ def _scan(path: str) -> _Scan:
             for member in tar_members(stream, path):
                 _add(samples, member, path, faults)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"cannot be read ({error.strerror})", at=path) from error
     except DataError as error:
         faults.append(str(error))
     whole = {}
@@ -217,7 +217,7 @@ class ShardPairs:
     def __getitem__(self, number: int) -> SourcePair:
         shard = self._shard(number)
         key = self._names[self._name_ends[number] : self._name_ends[number + 1]].decode()
-        where = f"{self.paths[shard]}: sample {key!r}"
+        where = Where(self.paths[shard], part=f"sample {key!r}", id=key)
         picture, text, record = (
             self._files.read(self.paths[shard], int(offset), int(size), where) if offset >= 0 else None
             for offset, size in self._places[number].reshape(-1, 2)
@@ -236,26 +236,26 @@ class ShardPairs:
         return int(np.searchsorted(self._starts, number, side="right")) - 1
 
 
-def _caption(text: bytes | None, values: dict[str, Any], where: str) -> str:
+def _caption(text: bytes | None, values: dict[str, Any], where: Where) -> str:
     if text is None:
         found = next((values[name] for name in TEXT_FIELDS if name in values), None)
         if isinstance(found, bool) or not isinstance(found, (str, int, float)):
-            raise DataError(f"{where}: expected a string under text or caption in its .json, got {found!r:.60}")
+            raise DataError(f"expected a string under text or caption in its .json, got {found!r:.60}", at=where)
         caption = str(found)
     else:
         try:
             caption = text.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{where}: its .txt is not UTF-8 (byte {error.start})") from error
+            raise DataError(f"its .txt is not UTF-8 (byte {error.start})", at=where) from error
     return caption.strip()
 
 
-def _record_id(values: dict[str, Any], name: str, default: str, where: str) -> RecordId:
+def _record_id(values: dict[str, Any], name: str, default: str, where: Where) -> RecordId:
     value = values.get(name)
     try:
         return default if value is None else canonical_id(value)
     except DataError as error:
-        raise DataError(f"{where}: {name} in its .json: {error}") from error
+        raise DataError(f"{name} in its .json: {error}", at=where) from error
 
 
 class _OpenFiles:
@@ -265,14 +265,14 @@ class _OpenFiles:
         self._files: dict[str, BinaryIO] = {}
         self._pid = os.getpid()
 
-    def read(self, path: str, offset: int, size: int, where: str) -> bytes:
+    def read(self, path: str, offset: int, size: int, where: Where) -> bytes:
         """Raises DataError that starts with `where` when the bytes are not there any more."""
         try:
             data = read_at(self._open(path), offset, size)
         except OSError as error:
-            raise DataError(f"{where}: cannot be read ({error.strerror})") from error
+            raise DataError(f"cannot be read ({error.strerror})", at=where) from error
         if len(data) < size:
-            raise DataError(f"{where}: the file became shorter while it was in use")
+            raise DataError("the file became shorter while it was in use", at=where)
         return data
 
     def _open(self, path: str) -> BinaryIO:

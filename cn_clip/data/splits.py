@@ -28,6 +28,6 @@ def read_split(pairs: PairStore, image_ids: Sequence[RecordId]) -> Split:
     image_numbers = {image_id: number for number, image_id in enumerate(image_ids)}
     for number, pair in enumerate(rows):
         if pair.image_id not in image_numbers:
-            raise DataError(f"{pairs.folder}: pair {number} names the picture {pair.image_id!r}, which is missing")
+            raise DataError(f"pair {number} names the picture {pair.image_id!r}, which is missing", at=pairs.folder)
     numbers = [(image_numbers[pair.image_id], text_numbers[pair.text_id]) for pair in rows]
     return Split(image_ids, list(texts.values()), numbers)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from cn_clip.data.names import spelled
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, Where
 
 _RECORD_LENGTH = re.compile(rb"([0-9]{1,7}) ")
 _MAX_EXTENDED_BYTES = 2**20
@@ -24,7 +24,7 @@ class Member(NamedTuple):
 
 def compressed(path: str) -> DataError:
     """The error for a tar that is packed."""
-    return DataError(f"{path}: is compressed, so samples in it cannot be read by their places; unpack it to a .tar")
+    return DataError("is compressed, so samples in it cannot be read by their places; unpack it to a .tar", at=path)
 
 
 def tar_members(stream: BinaryIO, path: str) -> Iterator[Member]:
@@ -39,19 +39,19 @@ def tar_members(stream: BinaryIO, path: str) -> Iterator[Member]:
     while True:
         header = read_at(stream, offset, _BLOCK)
         if len(header) < _BLOCK:
-            raise DataError(f"{path}: cut short at byte {num_bytes}, the end mark is missing; copy or write it again")
+            raise DataError(f"cut short at byte {num_bytes}, the end mark is missing; copy or write it again", at=path)
         if not any(header):
             return
-        kind, name, size = _parse_header(header, f"{path}: byte {offset}")
+        kind, name, size = _parse_header(header, Where(path, part=f"byte {offset}"))
         if kind not in b"LKxg":
             name, size = extended.get("path") or name, int(extended.get("size") or size)
         size = 0 if kind in b"123456" else size  # links, folders and devices have no bytes
         offset += _BLOCK
         if offset + size > num_bytes:
             what = f"member {name!r} has {num_bytes - offset} of {size} bytes"
-            raise DataError(f"{path}: cut short, {what}; copy or write it again")
+            raise DataError(f"cut short, {what}; copy or write it again", at=path)
         if kind in b"Lx":
-            extended |= _extended(kind, stream, offset, size, f"{path}: byte {offset}")
+            extended |= _extended(kind, stream, offset, size, Where(path, part=f"byte {offset}"))
         elif kind in b"07\0":
             yield Member(spelled(name), offset, size)
         if kind not in b"LKxg":
@@ -65,14 +65,14 @@ def read_at(stream: BinaryIO, offset: int, size: int) -> bytes:
     return stream.read(size)
 
 
-def _parse_header(header: bytes, where: str) -> tuple[bytes, str, int]:
+def _parse_header(header: bytes, where: Where) -> tuple[bytes, str, int]:
     """(kind, name, size) of a member."""
     try:
         if sum(header[:148]) + 8 * ord(" ") + sum(header[156:]) != _number(header[148:156]):
             raise ValueError("its checksum is wrong")
         kind, size = header[156:157], _number(header[124:136])
     except ValueError as error:
-        raise DataError(f"{where}: expected the header of a tar member, {error}; write it again") from error
+        raise DataError(f"expected the header of a tar member, {error}; write it again", at=where) from error
     name = _text(header[:100])
     if header[257:263] == b"ustar\0" and header[345]:
         name = f"{_text(header[345:500])}/{name}"
@@ -92,10 +92,10 @@ def _text(field: bytes) -> str:
     return field.split(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def _extended(kind: bytes, stream: BinaryIO, offset: int, size: int, where: str) -> dict[str, str]:
+def _extended(kind: bytes, stream: BinaryIO, offset: int, size: int, where: Where) -> dict[str, str]:
     """The name, in GNU's way; name, size and more in POSIX's way."""
     if size > _MAX_EXTENDED_BYTES:
-        raise DataError(f"{where}: an extended header of {size} bytes; expected at most {_MAX_EXTENDED_BYTES}")
+        raise DataError(f"an extended header of {size} bytes; expected at most {_MAX_EXTENDED_BYTES}", at=where)
     data = read_at(stream, offset, size)
     records = {"path": _text(data)} if kind == b"L" else _pax_records(data, where)
     if not re.fullmatch("[0-9]{0,19}", records.get("size", "")):
@@ -103,7 +103,7 @@ def _extended(kind: bytes, stream: BinaryIO, offset: int, size: int, where: str)
     return records
 
 
-def _pax_records(data: bytes, where: str) -> dict[str, str]:
+def _pax_records(data: bytes, where: Where) -> dict[str, str]:
     """Records `LENGTH KEY=VALUE` and a line end, where LENGTH counts the whole record; values may hold line ends."""
     records: dict[str, str] = {}
     place = 0
@@ -118,5 +118,5 @@ def _pax_records(data: bytes, where: str) -> dict[str, str]:
     return records
 
 
-def _damaged_extension(where: str) -> DataError:
-    return DataError(f"{where}: the extended header of a tar member is damaged; write the file again")
+def _damaged_extension(where: Where) -> DataError:
+    return DataError("the extended header of a tar member is damaged; write the file again", at=where)

@@ -3,7 +3,7 @@
 import os
 
 from cn_clip.data.records import RecordId, text_fields
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, Where
 from cn_clip.jsonl import json_object, numbered_lines
 
 
@@ -12,14 +12,14 @@ def read_texts(path: str | os.PathLike[str]) -> list[tuple[RecordId, str]]:
 
     Numbers as text are turned into strings. Raises DataError with file and line; an empty file is an error.
     """
-    texts = [_read_text(line, f"{path}:{number}") for number, line in numbered_lines(path)]
+    texts = [_read_text(line, Where(path, line=number)) for number, line in numbered_lines(path)]
     if not texts:
-        raise DataError(f'{path}: the file is empty; expected lines of {{"text_id": ..., "text": ...}}')
+        raise DataError('the file is empty; expected lines of {"text_id": ..., "text": ...}', at=path)
     return texts
 
 
-def _read_text(line: bytes, where: str) -> tuple[RecordId, str]:
+def _read_text(line: bytes, where: Where) -> tuple[RecordId, str]:
     try:
         return text_fields(json_object(line))
     except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(error, at=where) from error

@@ -61,8 +61,9 @@ def write_package(
             raise _not_written(path, error) from error
         except Exception as error:  # coremltools raises errors of many types
             raise CheckpointError(
-                f"{path.name}: coremltools {tools.__version__} could not convert the {kind} tower traced by PyTorch "
-                f"{torch.__version__} ({_first_line(error)}); install a PyTorch it was tested with"
+                f"coremltools {tools.__version__} could not convert the {kind} tower traced by PyTorch "
+                f"{torch.__version__} ({_first_line(error)}); install a PyTorch it was tested with",
+                at=path.name,
             ) from error
         _describe(package, facts)
         with staged_folder(path) as folder:
@@ -149,7 +150,7 @@ def _save(package: Any, folder: Path) -> None:
 
 def _not_written(path: Path, error: Exception) -> DataError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
-    return DataError(f"{path.name}: cannot be written ({reason}); make room or choose another folder")
+    return DataError(f"cannot be written ({reason}); make room or choose another folder", at=path.name)
 
 
 def _first_line(error: Exception) -> str:

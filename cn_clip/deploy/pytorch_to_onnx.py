@@ -134,7 +134,7 @@ def _samples(options: Options) -> "Samples":
     images, pairs = ImageStore(Path(options.check_data, IMAGES)), PairStore(Path(options.check_data, PAIRS))
     count = min(parity.NUM_SAMPLES, len(pairs))
     if count == 0:
-        raise DataError(f"{options.check_data}: holds no pair; expected pictures with their captions")
+        raise DataError("holds no pair; expected pictures with their captions", at=options.check_data)
     chosen = [pairs[number * len(pairs) // count] for number in range(count)]
     return parity.Samples(
         [open_picture(images.picture(one.image_id), name=f"{images.folder}: {one.image_id!r}") for one in chosen],

@@ -135,9 +135,9 @@ def _test_pictures(data: Path) -> "ClassFolders":
     from cn_clip.data.picture_sets import ClassFolders
 
     if not data.is_dir():
-        raise DataError(f"{data}: no such folder; expected the folder of the dataset, with test/ in it")
+        raise DataError("no such folder; expected the folder of the dataset, with test/ in it", at=data)
     if not (data / "test").is_dir():
-        raise DataError(f"{data}: test/ is missing; expected one folder of pictures a class in it, test/000 and so on")
+        raise DataError("test/ is missing; expected one folder of pictures a class in it, test/000 and so on", at=data)
     return ClassFolders(data / "test")
 
 
@@ -154,7 +154,7 @@ def _labels(data: Path, name: str, folders: Sequence[str]) -> tuple[list[str], l
         by_number = classification_sets()[name].is_numbered
         return [one.chinese for one in names], own_numbers(folders, names, by_number=by_number)
     except DataError as error:
-        raise DataError(f"{data / 'test'}: {error}") from error
+        raise DataError(error, at=data / "test") from error
 
 
 def own_numbers(folders: Sequence[str], names: Sequence[ClassName], *, by_number: bool = True) -> list[int]:

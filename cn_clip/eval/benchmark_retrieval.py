@@ -47,19 +47,21 @@ def check(data: Path, split: Split) -> None:
     images, texts = data / "lmdb" / split / "imgs", data / f"{split}_texts.jsonl"
     settle(data)
     if not data.is_dir():
-        raise DataError(f"{data}: no such folder; expected a dataset with lmdb/{split}/imgs and {split}_texts.jsonl")
+        raise DataError(f"no such folder; expected a dataset with lmdb/{split}/imgs and {split}_texts.jsonl", at=data)
     if not texts.is_file():
-        raise DataError(f"{data}: {split}_texts.jsonl is missing; expected the texts of the split with their image_ids")
+        raise DataError(
+            f"{split}_texts.jsonl is missing; expected the texts of the split with their image_ids", at=data
+        )
     if not images.is_dir():
-        raise DataError(f"{data}: {_without_lmdb(data, split)}")
+        raise DataError(f"{_without_lmdb(data, split)}", at=data)
     num_images, num_texts, has_answer = len(LmdbPictures(images)), 0, False
     for _, found in read_relevant(str(texts)):
         num_texts, has_answer = num_texts + 1, has_answer or bool(found)
     if not has_answer:
-        raise DataError(f"{texts}: no text has image_ids, so nothing can be scored; choose a split with answers")
+        raise DataError("no text has image_ids, so nothing can be scored; choose a split with answers", at=texts)
     for count, what in ((num_images, "pictures"), (num_texts, "texts")):
         if count < NUM_FOUND:
-            raise DataError(f"{data}: {split} has {count} {what}; recall at 10 needs at least {NUM_FOUND}")
+            raise DataError(f"{split} has {count} {what}; recall at 10 needs at least {NUM_FOUND}", at=data)
 
 
 def _without_lmdb(data: Path, split: Split) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 import tyro
 
 from cn_clip import command
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.errors import ConfigError, DataError, Where
 from cn_clip.eval.evaluate import RESULT_FILE
 
 # Percentages by column, and by the name of a row.
@@ -97,7 +97,7 @@ def merged(sources: Sequence[Source]) -> Table:
         values = table.setdefault(row, {})
         for name, value in _grouped(group, read_result(path)).items():
             if name in values:
-                raise DataError(f"{path}: the row {row!r} has a value of {name} already; use NAME/GROUP=FILE")
+                raise DataError(f"the row {row!r} has a value of {name} already; use NAME/GROUP=FILE", at=path)
             values[name] = value
     return table
 
@@ -107,15 +107,15 @@ def read_result(path: Path) -> Values:
     try:
         result = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}); expected the result of an evaluation") from error
+        raise DataError(f"cannot be read as JSON ({error}); expected the result of an evaluation", at=path) from error
     if not isinstance(result, dict):
-        raise DataError(f"{path}: holds a {type(result).__name__}; expected the result of an evaluation, an object")
+        raise DataError(f"holds a {type(result).__name__}; expected the result of an evaluation, an object", at=path)
     if result.get("success") is False:
-        raise DataError(f"{path}: the evaluation failed ({result.get('errorDetail')}); run it again")
+        raise DataError(f"the evaluation failed ({result.get('errorDetail')}); run it again", at=path)
     for field, read in READERS.items():
         if field in result and (values := read(path, result)):
             return values
-    raise DataError(f"{path}: has none of {', '.join(READERS)} with values in it; expected {EXPECTED}")
+    raise DataError(f"has none of {', '.join(READERS)} with values in it; expected {EXPECTED}", at=path)
 
 
 def _recall(path: Path, result: Mapping[str, Any]) -> Values:
@@ -162,7 +162,9 @@ def _values(path: Path, scores: object, names: Mapping[str, str], *, to_percent:
         if value is None:  # top-5 of fewer than 6 classes
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= to_percent * value <= 100:
-            raise DataError(f"{path} {name}: expected a number from 0 to {100 / to_percent:g}, got {value!r}")
+            raise DataError(
+                f"expected a number from 0 to {100 / to_percent:g}, got {value!r}", at=Where(path, field=name)
+            )
         values[column] = to_percent * value
     return values
 

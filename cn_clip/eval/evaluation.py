@@ -15,7 +15,7 @@ import tyro
 
 from cn_clip import command
 from cn_clip.data.records import RecordId, plain_id
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, Where
 from cn_clip.files import atomic_write, refuse_inputs
 from cn_clip.jsonl import dumps, numbered_lines, read_objects
 from cn_clip.option_types import Json
@@ -95,7 +95,7 @@ def evaluate(standard: str, submit: str, *, query: Direction = "text") -> dict[s
     relevant = read_annotation(standard, query=query)
     predicted = read_predictions(submit, relevant, query=query)
     if not relevant:
-        raise DataError(f"{standard}: the file has no lines; expected the relevant ids of one query a line")
+        raise DataError("the file has no lines; expected the relevant ids of one query a line", at=standard)
     relevant, predicted = _plain(relevant), _plain(predicted)
     _tell_nothing_in_common(standard, submit, relevant, predicted, _WORDS[query])
     recall = recall_at_k([predicted[query_id] for query_id in relevant], list(relevant.values()))
@@ -149,12 +149,17 @@ def read_relevant(path: str, *, query: Direction = "text") -> Iterator[tuple[Rec
     for number, record in read_objects(path):
         for field in (words.query_id, words.found_ids):
             if field not in record:
-                raise DataError(f"{path}:{number}: no field {field}, only {sorted(record)}")
+                raise DataError(f"no field {field}, only {sorted(record)}", at=Where(path, line=number))
         query_id, found = record[words.query_id], record[words.found_ids]
         if not _is_id(query_id, (int, str)):
-            raise DataError(f"{path}:{number} {words.query_id}: expected an integer or a string, got {query_id!r}")
+            raise DataError(
+                f"expected an integer or a string, got {query_id!r}", at=Where(path, line=number, field=words.query_id)
+            )
         if not isinstance(found, list) or not all(_is_id(found_id, (int, str)) for found_id in found):
-            raise DataError(f"{path}:{number} {words.found_ids}: expected a list of integers or strings, got {found!r}")
+            raise DataError(
+                f"expected a list of integers or strings, got {found!r}",
+                at=Where(path, line=number, field=words.found_ids),
+            )
         yield query_id, found
 
 

@@ -192,13 +192,14 @@ def _matched(train: "ClassFeatures", test: "ClassFeatures", options: Options) ->
     if wide != other:
         raise DataError(f"{options.train} has features of {wide} numbers, {options.test} of {other}; use one model")
     if len(np.unique(train.labels_N)) < 2:
-        raise DataError(f"{options.train}: expected two classes or more to tell apart, got one")
+        raise DataError("expected two classes or more to tell apart, got one", at=options.train)
     number_of = {name: number for number, name in enumerate(train.classes)}
     for label in np.unique(test.labels_N).tolist():
         if test.classes[label] not in number_of:
             raise DataError(
-                f"{options.test}: the class {test.classes[label]!r} is not among those of {options.train}; "
-                "name the folders of a class alike"
+                f"the class {test.classes[label]!r} is not among those of {options.train}; "
+                "name the folders of a class alike",
+                at=options.test,
             )
     numbers = np.array([number_of.get(name, -1) for name in test.classes], dtype=np.int64)
     return numbers[test.labels_N]

@@ -46,7 +46,7 @@ def turn_round(annotation: str) -> tuple[str, int, int]:
         for image_id in image_ids:
             texts_of.setdefault(plain_id(image_id), []).append(plain_id(text_id))
     if not num_texts:
-        raise DataError(f"{annotation}: the file has no lines; expected one JSON object a line")
+        raise DataError("the file has no lines; expected one JSON object a line", at=annotation)
     output = annotation.removesuffix(".jsonl") + ".tr.jsonl"
     refuse_inputs("--input: the output", output, [annotation])
     with atomic_write(output) as stream:

@@ -86,7 +86,7 @@ def _state(path: str) -> tuple[str, int, int]:
     try:
         status = os.stat(path)
     except OSError as error:  # a link that leads nowhere
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"cannot be read ({error.strerror})", at=path) from error
     return path, status.st_size, status.st_mtime_ns
 
 
@@ -99,7 +99,7 @@ def _kept(file: Path, job: "Job", say: Speaker) -> ClassFeatures | None:
         return None
     arrays = _load(file)
     if "job" not in arrays:
-        raise DataError(f"{file}: holds features that this command did not write; move it away")
+        raise DataError("holds features that this command did not write; move it away", at=file)
     if str(arrays["job"]) != _text(job):
         say.note(f"{file}: 图片、模型或设置变了，重新计算 / of other pictures, model or settings; computing again")
         return None
@@ -121,16 +121,18 @@ def _load(file: Path) -> dict[str, NDArray[Any]]:
 
 def _checked(file: Path, arrays: dict[str, NDArray[Any]]) -> ClassFeatures:
     if "features" not in arrays or "labels" not in arrays:
-        raise DataError(f"{file}: expected the arrays features and labels, it has {sorted(arrays)}")
+        raise DataError(f"expected the arrays features and labels, it has {sorted(arrays)}", at=file)
     rows, labels = arrays["features"], arrays["labels"]
     if rows.ndim != 2 or labels.shape != rows.shape[:1] or not rows.size:
-        raise DataError(f"{file}: expected features (N, D) and one label a row, got {rows.shape} and {labels.shape}")
+        raise DataError(f"expected features (N, D) and one label a row, got {rows.shape} and {labels.shape}", at=file)
     if rows.dtype.kind != "f" or labels.dtype.kind not in "iu":
-        raise DataError(f"{file}: expected features of floats and labels of integers, got {rows.dtype}, {labels.dtype}")
+        raise DataError(
+            f"expected features of floats and labels of integers, got {rows.dtype}, {labels.dtype}", at=file
+        )
     faulty = first_not_finite(rows.astype(np.float32))
     if faulty is not None:
-        raise DataError(f"{file}: row {faulty + 1} holds NaN or infinity; compute the features again")
+        raise DataError(f"row {faulty + 1} holds NaN or infinity; compute the features again", at=file)
     names = arrays.get("classes", np.arange(min(int(labels.max()) + 1, MOST_CLASSES)))
     if labels.min() < 0 or labels.max() >= len(names):
-        raise DataError(f"{file}: expected labels from 0 to {len(names) - 1}, got {labels.min()} to {labels.max()}")
+        raise DataError(f"expected labels from 0 to {len(names) - 1}, got {labels.min()} to {labels.max()}", at=file)
     return ClassFeatures(rows.astype(np.float32), labels.astype(np.int64), tuple(map(str, names.tolist())))

@@ -15,16 +15,17 @@ def read_index(path: Path, num_pictures: int) -> list[int]:
     try:
         order = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected a JSON list of picture numbers") from error
+        raise DataError(f"cannot be read ({error}); expected a JSON list of picture numbers", at=path) from error
     if not isinstance(order, list):
-        raise DataError(f"{path}: holds a {type(order).__name__}; expected a JSON list of picture numbers")
+        raise DataError(f"holds a {type(order).__name__}; expected a JSON list of picture numbers", at=path)
     for number in order:
         if type(number) is not int or not 0 <= number < num_pictures:
-            raise DataError(f"{path}: expected picture numbers from 0 to {num_pictures - 1}, got {number!r}")
+            raise DataError(f"expected picture numbers from 0 to {num_pictures - 1}, got {number!r}", at=path)
     if len(order) != num_pictures or len(set(order)) != num_pictures:
         raise DataError(
-            f"{path}: expected each of the numbers of {num_pictures} pictures once, got {len(order)} numbers, "
-            f"{len(set(order))} different ones; is it the index of this dataset?"
+            f"expected each of the numbers of {num_pictures} pictures once, got {len(order)} numbers, "
+            f"{len(set(order))} different ones; is it the index of this dataset?",
+            at=path,
         )
     return order
 

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, Where
 from cn_clip.jsonl import numbered_lines, text_of
 
 SLOT = "{}"
@@ -47,42 +47,46 @@ def _checked(file: Path) -> Iterator[str]:
     """Yields the templates of a file once each has been found to hold one slot."""
     found = list(_json_items(file) if file.suffix.lower() == ".json" else _text_lines(file))
     if not found:
-        raise DataError(f"{file}: holds no template; expected lines such as `一张{SLOT}的照片`")
+        raise DataError(f"holds no template; expected lines such as `一张{SLOT}的照片`", at=file)
     for where, template in found:
         if not isinstance(template, str):
-            raise DataError(f"{where}: expected a string, got {type(template).__name__}")
+            raise DataError(f"expected a string, got {type(template).__name__}", at=where)
         if template.count(SLOT) != 1:
-            raise DataError(f"{where}: expected exactly one {SLOT} for the label, got {template!r}")
+            raise DataError(f"expected exactly one {SLOT} for the label, got {template!r}", at=where)
     return (template for _, template in found)
 
 
-def _text_lines(file: Path) -> Iterator[tuple[str, str]]:
+def _text_lines(file: Path) -> Iterator[tuple[Where, str]]:
     for number, line in numbered_lines(file):
-        yield f"{file}:{number}", text_of(line, f"{file}:{number}")
+        yield (where := Where(file, line=number)), text_of(line, where)
 
 
-def _json_items(file: Path) -> Iterator[tuple[str, Any]]:
+def _json_items(file: Path) -> Iterator[tuple[Where, Any]]:
     try:
         items = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise DataError(f"{file}: cannot be opened ({error.strerror})") from error
+        raise DataError(f"cannot be opened ({error.strerror})", at=file) from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); expected a list of strings") from error
+        raise DataError(
+            f"not valid JSON ({error.msg}); expected a list of strings", at=Where(file, line=error.lineno)
+        ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: invalid UTF-8 at byte {error.start}; save the file as UTF-8") from error
+        raise DataError(f"invalid UTF-8 at byte {error.start}; save the file as UTF-8", at=file) from error
     if not isinstance(items, list):
-        raise DataError(f"{file}: expected a JSON list of strings, got {type(items).__name__}")
-    return ((f"{file}: item {number}", item) for number, item in enumerate(items, start=1))
+        raise DataError(f"expected a JSON list of strings, got {type(items).__name__}", at=file)
+    return ((Where(file, part=f"item {number}"), item) for number, item in enumerate(items, start=1))
 
 
 def read_labels(path: Path) -> list[str]:
     """The labels, one a line; raises DataError for an empty line or a file that cannot be read."""
-    labels = [text_of(line, f"{path}:{number}") for number, line in numbered_lines(path, with_blank=True)]
+    labels = [text_of(line, Where(path, line=number)) for number, line in numbered_lines(path, with_blank=True)]
     while labels and not labels[-1]:
         labels.pop()
     if not labels:
-        raise DataError(f"{path}: no labels in it; expected one a line")
+        raise DataError("no labels in it; expected one a line", at=path)
     if "" in labels:
         number = labels.index("") + 1
-        raise DataError(f"{path}:{number}: an empty line; expected one label a line, in the order of the folders")
+        raise DataError(
+            "an empty line; expected one label a line, in the order of the folders", at=Where(path, line=number)
+        )
     return labels

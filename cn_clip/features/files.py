@@ -73,10 +73,10 @@ def read_features(path: str | os.PathLike[str], field: IdField, *, progress: boo
         if beginning.startswith(magic):
             return _READERS[known](path, field)
         if Path(path).suffix.lower() == f".{known}":
-            raise DataError(f"{path}: is no {known} file, though its name says so; extract it again")
+            raise DataError(f"is no {known} file, though its name says so; extract it again", at=path)
     for magic, what in _FOREIGN.items():
         if beginning.startswith(magic):
-            raise DataError(f"{path}: {what}")
+            raise DataError(f"{what}", at=path)
     return lines.read_lines(path, field, progress=progress)
 
 
@@ -85,4 +85,4 @@ def _first_bytes(path: str | os.PathLike[str]) -> bytes:
         with open(path, "rb") as stream:
             return stream.read(8)
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
+        raise DataError(f"cannot be opened ({error.strerror})", at=path) from error

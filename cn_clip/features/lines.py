@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 
 from cn_clip.data.records import RecordId, plain_id
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, Where
 from cn_clip.features.rows import Features, FloatArray, IdField, check_unique
 from cn_clip.files import atomic_write
 from cn_clip.jsonl import dumps, numbered_lines, parse_object
@@ -28,7 +28,7 @@ def write_features(
     with atomic_write(path) as stream:
         for ids, vectors in batches:
             if len(ids) != len(vectors):
-                raise DataError(f"{path}: a batch has {len(ids)} ids and {len(vectors)} vectors")
+                raise DataError(f"a batch has {len(ids)} ids and {len(vectors)} vectors", at=path)
             for item_id, vector in zip(ids, vectors.astype(np.float32, copy=False), strict=True):
                 stream.write(dumps({field: item_id, "feature": vector.tolist()}) + "\n")
             num_lines += len(ids)
@@ -49,23 +49,25 @@ def read_lines(path: str | os.PathLike[str], field: IdField, *, progress: bool =
     rows: list[FloatArray] = []
     with tqdm(disable=not progress, desc=os.path.basename(path), unit="row") as bar:
         for number, line in numbered_lines(path):
-            where = f"{path}:{number}"
+            where = Where(path, line=number)
             item_id, vector = _read_line(line, field, where)
             if rows and len(vector) != len(rows[0]):
-                raise DataError(f"{where} feature: has {len(vector)} numbers, the lines before have {len(rows[0])}")
+                raise DataError(
+                    f"has {len(vector)} numbers, the lines before have {len(rows[0])}", at=where.of("feature")
+                )
             if not np.isfinite(vector).all():
-                raise DataError(f"{where} feature: holds NaN or infinity; expected finite float32 numbers")
+                raise DataError("holds NaN or infinity; expected finite float32 numbers", at=where.of("feature"))
             numbers.append(number)
             ids.append(item_id)
             rows.append(vector)
             bar.update()
     if not rows:
-        raise DataError(f"{path}: the file has no lines; expected one JSON object with {field} and feature a line")
+        raise DataError(f"the file has no lines; expected one JSON object with {field} and feature a line", at=path)
     check_unique(ids, path, field, numbers=numbers, unit="line")
     return Features(ids, np.stack(rows))
 
 
-def _read_line(line: bytes, field: IdField, where: str) -> tuple[RecordId, FloatArray]:
+def _read_line(line: bytes, field: IdField, where: Where) -> tuple[RecordId, FloatArray]:
     try:
         record = orjson.loads(line)
         item_id, values = record[field], record["feature"]
@@ -79,26 +81,26 @@ def _read_line(line: bytes, field: IdField, where: str) -> tuple[RecordId, Float
     return _id_of(record, field, where), _vector_of(record, where)
 
 
-def _id_of(record: dict[str, Any], field: IdField, where: str) -> RecordId:
+def _id_of(record: dict[str, Any], field: IdField, where: Where) -> RecordId:
     if field not in record:
-        raise DataError(f"{where}: no field {field}, only {sorted(record)}; is this the file of the other modality?")
+        raise DataError(f"no field {field}, only {sorted(record)}; is this the file of the other modality?", at=where)
     value = record[field]
     if type(value) is int or type(value) is str:
         return plain_id(value)
-    raise DataError(f"{where} {field}: expected an integer or a string, got {value!r}")
+    raise DataError(f"expected an integer or a string, got {value!r}", at=where.of(field))
 
 
-def _vector_of(record: dict[str, Any], where: str) -> FloatArray:
+def _vector_of(record: dict[str, Any], where: Where) -> FloatArray:
     if "feature" not in record:
-        raise DataError(f"{where}: no field feature, only {sorted(record)}; expected a list of numbers")
+        raise DataError(f"no field feature, only {sorted(record)}; expected a list of numbers", at=where)
     values = record["feature"]
     if not isinstance(values, list) or not values:
-        raise DataError(f"{where} feature: expected a list of numbers, got {str(values)[:40]!r}")
+        raise DataError(f"expected a list of numbers, got {str(values)[:40]!r}", at=where.of("feature"))
     for position, value in enumerate(values):
         if type(value) not in (int, float):
-            raise DataError(f"{where} feature: expected numbers, got {value!r} at position {position}")
+            raise DataError(f"expected numbers, got {value!r} at position {position}", at=where.of("feature"))
     try:
         with np.errstate(over="ignore"):
             return np.array(values, dtype=np.float32)
     except OverflowError as error:
-        raise DataError(f"{where} feature: a number is too large for float32") from error
+        raise DataError("a number is too large for float32", at=where.of("feature")) from error

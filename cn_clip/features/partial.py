@@ -68,7 +68,7 @@ class PartialFeatures:
         content = self._stream.read(_LARGEST_HEADER)
         found = content.partition(b"\n")[0]
         if not _is_ours(content):
-            raise DataError(f"{self.path}: is no file of computed rows; move it away, or choose another output path")
+            raise DataError("is no file of computed rows; move it away, or choose another output path", at=self.path)
         if found and found + b"\n" != self._header:
             tell(f"{self.path}: {_difference(found, job, self.embed_dim)}")
         elif found:
@@ -151,8 +151,9 @@ class PartialFeatures:
         except OSError as error:
             self._keep = True
             raise DataError(
-                f"{self.path}: cannot be written ({error.strerror}); what is there is kept: free some space and run "
-                "the command again, it goes on from there"
+                f"cannot be written ({error.strerror}); what is there is kept: free some space and run "
+                "the command again, it goes on from there",
+                at=self.path,
             ) from error
 
     def __enter__(self) -> "PartialFeatures":
@@ -197,9 +198,9 @@ def _open_alone(path: Path) -> tuple[Any, Lock]:
     """The file, unbuffered, for reading and writing, and the lock of its output; raises as `PartialFeatures`."""
     output = path.with_name(path.name.removesuffix(SUFFIX))
     if not path.parent.is_dir():
-        raise DataError(f"{output}: the folder {path.parent} does not exist; create it first")
+        raise DataError(f"the folder {path.parent} does not exist; create it first", at=output)
     if output.is_dir():
-        raise DataError(f"{output}: is a folder; expected the path of a file to write")
+        raise DataError("is a folder; expected the path of a file to write", at=output)
     try:
         lock = take(lock_file(output), f"{path}: another process is extracting into this file")
         try:
@@ -208,4 +209,4 @@ def _open_alone(path: Path) -> tuple[Any, Lock]:
             lock.release()
             raise
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another output path") from error
+        raise DataError(f"cannot be written ({error.strerror}); choose another output path", at=path) from error

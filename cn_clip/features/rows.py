@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.data.records import RecordId
-from cn_clip.errors import DataError, NotFiniteError
+from cn_clip.errors import DataError, NotFiniteError, Where
 
 IdField: TypeAlias = Literal["image_id", "text_id"]
 FloatArray: TypeAlias = NDArray[np.float32]
@@ -39,8 +39,9 @@ def check_unique(
     first: dict[RecordId, int] = {}
     for item_id, number in zip(ids, numbers or range(1, len(ids) + 1), strict=True):
         if item_id in first:
-            where = f"{path}:{number}" if unit == "line" else f"{path}: {unit} {number}"
-            raise DataError(f"{where} {field}: {item_id!r} is already on {unit} {first[item_id]}")
+            line, part = (number, None) if unit == "line" else (None, f"{unit} {number}")
+            where = Where(path, line=line, part=part, field=field, id=item_id)
+            raise DataError(f"{item_id!r} is already on {unit} {first[item_id]}", at=where)
         first[item_id] = number
 
 

@@ -102,7 +102,7 @@ def read_manifest(data: bytes, where: str) -> Manifest:
             raise ValueError("its key is another")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{where}: is no manifest of feature shards ({error}); extract again with `cn-clip features --overwrite`"
+            f"is no manifest of feature shards ({error}); extract again with `cn-clip features --overwrite`", at=where
         ) from error
     return manifest
 
@@ -211,17 +211,19 @@ def read_shards(folder: Path, field: IdField) -> Features:
         if not is_absent(error):
             raise UnreadableError.of(file, error) from error
         raise DataError(
-            f"{folder}: is a folder without {MANIFEST}; expected a feature file, or what "
-            "`cn-clip features --engine ray` wrote into its --output"
+            f"is a folder without {MANIFEST}; expected a feature file, or what "
+            "`cn-clip features --engine ray` wrote into its --output",
+            at=folder,
         ) from error
     if manifest.field != field:
-        raise DataError(f"{folder}: no {field}, only {manifest.field}; is this the folder of the other modality?")
+        raise DataError(f"no {field}, only {manifest.field}; is this the folder of the other modality?", at=folder)
     shards = {folder / shard.name: shard for shard in manifest.shards()}
     missing = [path.name for path in shards if not is_file(path)]
     if missing:
         raise DataError(
-            f"{folder}: {len(missing)} of {len(shards)} shards are missing ({missing[0]}); run the extraction again, "
-            "it goes on where it stopped"
+            f"{len(missing)} of {len(shards)} shards are missing ({missing[0]}); run the extraction again, "
+            "it goes on where it stopped",
+            at=folder,
         )
     for path, shard in shards.items():
         try:
@@ -231,6 +233,6 @@ def read_shards(folder: Path, field: IdField) -> Features:
             raise UnreadableError.of(path, error) from error
         except DataError as error:
             raise DataError(
-                f"{path}: {error}; run the extraction again, which makes the shards that are not of {MANIFEST}"
+                f"{error}; run the extraction again, which makes the shards that are not of {MANIFEST}", at=path
             ) from error
     return read_parquet_parts(folder, list(shards), field)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cn_clip.clip.weights.file_kinds import check_unpacked
 from cn_clip.data.records import RecordId, plain_id
-from cn_clip.errors import DataError, reading
+from cn_clip.errors import DataError, Where, reading
 from cn_clip.extras import require
 from cn_clip.features.rows import Blocks, Features, FloatArray, IdField, check_unique, first_not_finite
 from cn_clip.files import atomic_write
@@ -62,8 +62,9 @@ def check_npz_ids(path: Path, field: IdField, ids: Sequence[RecordId]) -> None:
     if room > _LARGEST_IDS and max(lengths) * len(lengths) > _LARGEST_WASTE * sum(lengths):
         place = lengths.index(max(lengths))
         raise DataError(
-            f"{path} {field}: {str(ids[place])[:40]!r}… has {max(lengths)} characters, as many as npz would keep of "
-            f"each id ({room / 2**20:.0f} MiB); write parquet or jsonl"
+            f"{str(ids[place])[:40]!r}… has {max(lengths)} characters, as many as npz would keep of "
+            f"each id ({room / 2**20:.0f} MiB); write parquet or jsonl",
+            at=Where(path, field=field),
         )
 
 
@@ -89,12 +90,12 @@ def read_arrays(
         found = {name: arrays[name] for name in names if wanted is None or name in wanted}
     for name, array in found.items():
         if not isinstance(array, np.ndarray):  # numpy hands out the bytes of a member that is no array
-            raise DataError(f"{path} {name}: is no numpy array; save the file with np.savez")
+            raise DataError("is no numpy array; save the file with np.savez", at=Where(path, field=name))
         # numpy checks no code points of text; one beyond Unicode would be a SystemError where it is used.
         if array.dtype.kind == "U" and array.size and array.dtype.itemsize:
             points = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))).reshape(-1).view(np.uint32)
             if points.max() > sys.maxunicode:
-                raise DataError(f"{path} {name}: holds {points.max():#x}, which is no character; {step}")
+                raise DataError(f"holds {points.max():#x}, which is no character; {step}", at=Where(path, field=name))
     return found, names
 
 
@@ -106,15 +107,15 @@ def read_npz(path: Path, field: IdField) -> Features:
     wanted, step = (IDS, FEATURES, FIELD, ID_KIND), "extract it again, or save ids as integers or text (np.str_)"
     found, names = read_arrays(path, wanted, step=step)
     if IDS not in found or FEATURES not in found:
-        raise DataError(f"{path}: expected the arrays {IDS} and {FEATURES}, it has {names}")
+        raise DataError(f"expected the arrays {IDS} and {FEATURES}, it has {names}", at=path)
     _check_field(path, field, str(found.get(FIELD, field)))
     ids, vectors = found[IDS], found[FEATURES]
     if ids.ndim != 1 or vectors.ndim != 2 or len(ids) != len(vectors):
         raise DataError(
-            f"{path}: expected one id a row, {IDS} (N,) and {FEATURES} (N, D); got {ids.shape} and {vectors.shape}"
+            f"expected one id a row, {IDS} (N,) and {FEATURES} (N, D); got {ids.shape} and {vectors.shape}", at=path
         )
     if ids.dtype.kind not in "iuU":
-        raise DataError(f"{path} {IDS}: expected integers or text, got {ids.dtype}")
+        raise DataError(f"expected integers or text, got {ids.dtype}", at=Where(path, field=IDS))
     return _checked(path, field, ids.tolist(), _as_float32(path, vectors), str(found.get(ID_KIND, "")))
 
 
@@ -186,7 +187,7 @@ def read_parquet_parts(folder: Path, parts: Sequence[Path], field: IdField) -> F
     widths = sorted({features.vectors.shape[1] for features in checked})
     if len(widths) != 1:
         what = f"the files have vectors of {widths} numbers" if widths else "its files have no rows"
-        raise DataError(f"{folder}: {what}; extract it again")
+        raise DataError(f"{what}; extract it again", at=folder)
     ids = [item_id for features in checked for item_id in features.ids]
     check_unique(ids, folder, field)
     return Features(ids, np.concatenate([features.vectors for features in checked]))
@@ -207,12 +208,13 @@ def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]
         names, metadata = file.schema_arrow.names, file.schema_arrow.metadata or {}
         if field not in names or FEATURE_COLUMN not in names:
             raise DataError(
-                f"{path}: expected the columns {field} and {FEATURE_COLUMN}, it has {names}; "
-                "is this the file of the other modality?"
+                f"expected the columns {field} and {FEATURE_COLUMN}, it has {names}; "
+                "is this the file of the other modality?",
+                at=path,
             )
         for name in (field, FEATURE_COLUMN):
             if names.count(name) > 1:
-                raise DataError(f"{path}: has {names.count(name)} columns {name}; expected one")
+                raise DataError(f"has {names.count(name)} columns {name}; expected one", at=path)
         id_type, list_type = (file.schema_arrow.field(name).type for name in (field, FEATURE_COLUMN))
         _check_types(arrow, path, field, _plain_type(arrow, id_type), _plain_type(arrow, list_type))
         parts = list(_row_groups(arrow, path, field, file))
@@ -220,7 +222,9 @@ def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]
     ids = [item_id for part_ids, _ in parts for item_id in part_ids]
     widths = {vectors.shape[1] for _, vectors in parts}
     if len(widths) > 1:
-        raise DataError(f"{path} {FEATURE_COLUMN}: the row groups have vectors of {sorted(widths)} numbers")
+        raise DataError(
+            f"the row groups have vectors of {sorted(widths)} numbers", at=Where(path, field=FEATURE_COLUMN)
+        )
     vectors = np.concatenate([part for _, part in parts]) if parts else np.empty((0, 0), dtype=np.float32)
     return ids, vectors, kind
 
@@ -267,10 +271,10 @@ def _check_types(arrow: Any, path: Path, field: IdField, id_type: Any, list_type
         getattr(arrow.types, "is_string_view", arrow.types.is_string),
     )
     if not any(fits(id_type) for fits in known_ids):
-        raise DataError(f"{path} {field}: expected integers or strings, got {id_type}")
+        raise DataError(f"expected integers or strings, got {id_type}", at=Where(path, field=field))
     known_lists = (arrow.types.is_fixed_size_list, arrow.types.is_list, arrow.types.is_large_list)
     if not any(fits(list_type) for fits in known_lists) or not arrow.types.is_floating(list_type.value_type):
-        raise DataError(f"{path} {FEATURE_COLUMN}: expected lists of floats, got {list_type}")
+        raise DataError(f"expected lists of floats, got {list_type}", at=Where(path, field=FEATURE_COLUMN))
 
 
 def _plain(arrow: Any, column: Any) -> Any:
@@ -289,7 +293,7 @@ def _row_groups(arrow: Any, path: Path, field: IdField, file: Any) -> Iterator[t
             for name, column in ((field, ids), (FEATURE_COLUMN, lists)):
                 if column.null_count:
                     empty = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
-                    raise DataError(f"{path}: row {start + empty} {name}: is null")
+                    raise DataError(f"row {start + empty} {name}: is null", at=path)
             yield ids.to_pylist(), _rows(path, lists, start)
         start += len(table)
 
@@ -301,12 +305,12 @@ def _rows(path: Path, lists: Any, start: int) -> FloatArray:
     if (lengths != width).any():
         row = int(np.argmax(lengths != width))
         raise DataError(
-            f"{path}: row {start + row} {FEATURE_COLUMN}: has {lengths[row]} numbers, the rows before have {width}"
+            f"row {start + row} {FEATURE_COLUMN}: has {lengths[row]} numbers, the rows before have {width}", at=path
         )
     values = lists.flatten()
     if values.null_count:
         row = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False))) // max(width, 1)
-        raise DataError(f"{path}: row {start + row} {FEATURE_COLUMN}: holds null")
+        raise DataError(f"row {start + row} {FEATURE_COLUMN}: holds null", at=path)
     return _as_float32(path, values.to_numpy(zero_copy_only=False).reshape(len(lists), width))
 
 
@@ -336,13 +340,13 @@ def _is_plain(text: str) -> bool:
 
 def _checked(path: Path, field: IdField, ids: list[Any], vectors_ND: FloatArray, kind: str) -> Features:
     if not len(ids):
-        raise DataError(f"{path}: the file has no rows; expected one vector and one {field} a row")
+        raise DataError(f"the file has no rows; expected one vector and one {field} a row", at=path)
     if not vectors_ND.shape[1]:
-        raise DataError(f"{path} {FEATURES}: the vectors are empty")
+        raise DataError("the vectors are empty", at=Where(path, field=FEATURES))
     faulty = first_not_finite(vectors_ND)
     if faulty is not None:
         raise DataError(
-            f"{path}: row {faulty + 1} {FEATURE_COLUMN}: holds NaN or infinity; expected finite float32 numbers"
+            f"row {faulty + 1} {FEATURE_COLUMN}: holds NaN or infinity; expected finite float32 numbers", at=path
         )
     if kind == "json":
         ids = [_from_json(path, field, text, row) for row, text in enumerate(ids, start=1)]
@@ -358,17 +362,17 @@ def _from_json(path: Path, field: IdField, text: object, row: int) -> RecordId:
         value = None
     if type(value) is int or type(value) is str:
         return value
-    raise DataError(f"{path}: row {row} {field}: expected the JSON of an integer or a string, got {text!r}")
+    raise DataError(f"row {row} {field}: expected the JSON of an integer or a string, got {text!r}", at=path)
 
 
 def _check_field(path: Path, field: IdField, found: str) -> None:
     if found != field:
-        raise DataError(f"{path}: no {field}, only {found}; is this the file of the other modality?")
+        raise DataError(f"no {field}, only {found}; is this the file of the other modality?", at=path)
 
 
 def _as_float32(path: Path, vectors: NDArray[Any]) -> FloatArray:
     if vectors.dtype.kind != "f":
-        raise DataError(f"{path} {FEATURES}: expected floats, got {vectors.dtype}")
+        raise DataError(f"expected floats, got {vectors.dtype}", at=Where(path, field=FEATURES))
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(vectors, dtype=np.float32)
 

@@ -106,9 +106,9 @@ def update(options: AddOptions, job: Job, say: Speaker) -> None:
         return
     source = open_source(job.source, id_prefix=job.id_prefix)
     if job.is_sync and is_single_picture(job.source):
-        raise ConfigError(f"{job.source}: expected a folder; one picture goes into an index with: cn-clip index add")
+        raise ConfigError("expected a folder; one picture goes into an index with: cn-clip index add", at=job.source)
     if not source.candidates and model.facts is None:
-        raise DataError(f"{job.source}: holds no picture{_reasons(source.skipped)}")
+        raise DataError(f"holds no picture{_reasons(source.skipped)}", at=job.source)
     with _writer(job, model, source.name) as writer:
         model.settle(writer.manifest)
         ids = [one.id for one in source.candidates]
@@ -137,7 +137,7 @@ def _create(job: Job, model: ModelInfo, source: str) -> Manifest:
 
 def _check_vector_type(job: Job, facts: Facts) -> None:
     if job.vector_type not in (None, facts.vector_type):
-        raise ConfigError(f"{job.index}: holds {facts.vector_type} vectors; build another index for others")
+        raise ConfigError(f"holds {facts.vector_type} vectors; build another index for others", at=job.index)
 
 
 def _refuse_others_ids(writer: Writer, ids: Iterable[ItemId], source: str, job: Job) -> None:
@@ -148,8 +148,9 @@ def _refuse_others_ids(writer: Writer, ids: Iterable[ItemId], source: str, job: 
     for item_id, metadata in writer.items():
         if item_id in wanted and metadata.get("source") != source:
             raise ConfigError(
-                f"{job.index}: has an item {shown(item_id)} of {shown(metadata.get('source', 'elsewhere'))}; "
-                "give --id-prefix, which goes before the ids of what is added"
+                f"has an item {shown(item_id)} of {shown(metadata.get('source', 'elsewhere'))}; "
+                "give --id-prefix, which goes before the ids of what is added",
+                at=job.index,
             )
 
 
@@ -162,9 +163,10 @@ def _refuse_another_source(writer: Writer, ids: Iterable[ItemId], source: str, j
     num_gone = len(old - wanted)
     if 2 * num_gone > len(old):
         raise ConfigError(
-            f"{job.index}: was built from {before}, and {num_gone} of its {len(old)} items are not in {source}; "
+            f"was built from {before}, and {num_gone} of its {len(old)} items are not in {source}; "
             "to have both, use cn-clip index add; to have the new ones alone, give --replace-source; for a second "
-            "index, give another --output"
+            "index, give another --output",
+            at=job.index,
         )
 
 
@@ -178,8 +180,9 @@ def _update_from_features(options: AddOptions, job: Job, model: Model, table: Ta
         _check_vector_type(job, writer.manifest)
         if writer.manifest.model.embed_dim != embed_dim:
             raise DataError(
-                f"{job.source}: vectors of {embed_dim} numbers, the index {job.index} has those of "
-                f"{writer.manifest.model.name or 'a model'} of {writer.manifest.model.embed_dim}"
+                f"vectors of {embed_dim} numbers, the index {job.index} has those of "
+                f"{writer.manifest.model.name or 'a model'} of {writer.manifest.model.embed_dim}",
+                at=job.source,
             )
         if writer.manifest.model.fingerprint != info.fingerprint:
             same_model(writer.manifest.model, info, job.index)
@@ -228,7 +231,7 @@ def _of_unit_length(features: Features, path: Path) -> tuple[FloatArray, int]:
     length_N = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
     if not length_N.all():
         number = int(np.flatnonzero(length_N == 0)[0])
-        raise DataError(f"{path}: image_id {features.ids[number]!r}: its features are all 0, which have no direction")
+        raise DataError(f"image_id {features.ids[number]!r}: its features are all 0, which have no direction", at=path)
     is_other_N = np.abs(length_N - 1) > UNIT_LENGTH_TOLERANCE
     if is_other_N.any():
         vectors_ND = vectors_ND.copy()
@@ -241,15 +244,16 @@ def _model_of_features(options: AddOptions, job: Job, model: Model, embed_dim: i
     if model.facts is not None:
         if model.facts.model.fingerprint and options.model is None:
             raise ConfigError(
-                f"{job.source}: the file does not record its model; the vectors of {job.index} are of "
-                f"{model.facts.model.name}: if these are too, give --model {model.facts.model.name}"
+                f"the file does not record its model; the vectors of {job.index} are of "
+                f"{model.facts.model.name}: if these are too, give --model {model.facts.model.name}",
+                at=job.source,
             )
         return model.info()
     if options.model is None:
         return ModelInfo("", "", embed_dim)
     info = model.info()
     if info.embed_dim != embed_dim:
-        raise DataError(f"{job.source}: vectors of {embed_dim} numbers, the model {info.name} gives {info.embed_dim}")
+        raise DataError(f"vectors of {embed_dim} numbers, the model {info.name} gives {info.embed_dim}", at=job.source)
     return info
 
 

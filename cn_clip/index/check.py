@@ -40,7 +40,7 @@ def run(options: Options) -> int:
 
     say, folder = command.Speaker(quiet=options.json), addresses.address_of(options.index)
     if not isinstance(folder, Path):
-        raise ConfigError(f"{folder}: Milvus looks after its own files; this command is for folders")
+        raise ConfigError("Milvus looks after its own files; this command is for folders", at=folder)
     facts, found = inspection.inspect(folder)
     for damage in found:
         say(f"损坏 / damaged: {folder / damage.path}: {damage.reason}")

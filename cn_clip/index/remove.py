@@ -47,7 +47,7 @@ def run(options: Options) -> None:
         names = [name if name in by_name else readable(name) for name in options.ids]
         absent = [name for name in names if name not in by_name]
         if absent:
-            raise DataError(f"{options.index}: has no item {shown(absent[0])!r}; nothing was removed")
+            raise DataError(f"has no item {shown(absent[0])!r}; nothing was removed", at=options.index)
         chosen = [by_name[name] for name in dict.fromkeys(names)]
         if condition is not None:
             condition.check_fields({field for _, metadata in writer.items() for field in metadata})

@@ -57,14 +57,14 @@ def repair(
     """
     unread = next((damage for damage in found if damage.is_unread), None)
     if unread is not None:
-        raise DataError(f"{folder / unread.path}: {unread.reason}; {_UNCHANGED}")
+        raise DataError(f"{unread.reason}; {_UNCHANGED}", at=folder / unread.path)
     inspection.require_removed(folder, facts, found)
     names = {segment.name for segment in facts.segments} & {damage.owner for damage in found}
     rescued = _rescue(folder, facts, names, found)
     result, model = rescued.result, Model(options, folder, say)
     with open_writer(folder, without=names) as writer:
         if writer.manifest.generation != facts.generation:
-            raise ConfigError(f"{folder}: another process has changed this index meanwhile; repair it again")
+            raise ConfigError("another process has changed this index meanwhile; repair it again", at=folder)
         # All goes into one commit, with which the damaged segments cease to count.
         settings = Settings(options.batch_size, options.num_workers, sys.maxsize, options.thumbnail_size)
         ingest = Ingest(writer, model.encoder, settings, lambda done, total: None)

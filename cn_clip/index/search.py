@@ -127,7 +127,7 @@ def _known_id(index: "Searchable", text: str) -> "ItemId":
     if found is None:
         found = item_called(index, readable(text))
     if found is None:
-        raise DataError(f"{index.address}: has no item {text!r}")
+        raise DataError(f"has no item {text!r}", at=index.address)
     return found
 
 
@@ -192,7 +192,7 @@ def _draw(index: "Searchable", options: Options, hits: "Sequence[Hit]") -> None:
             picture = open_picture(small) if small else Image.new("RGB", (1, 1), "white")
         except DataError as error:
             raise DataError(
-                f"{index.address}: the thumbnail of {shown(hit.id)!r} is damaged ({error}); see `cn-clip index check`"
+                f"the thumbnail of {shown(hit.id)!r} is damaged ({error}); see `cn-clip index check`", at=index.address
             ) from error
         cells.append((picture, shown(hit.metadata.get("caption", hit.id)), False))
     query = options.text or options.image or options.id or ""

@@ -14,7 +14,7 @@ from cn_clip.data.folders import walked
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
 from cn_clip.data.names import spelled
 from cn_clip.digests import is_file, is_folder, is_there
-from cn_clip.errors import DataError, UnreadableError, is_absent
+from cn_clip.errors import DataError, UnreadableError, Where, is_absent
 from cn_clip.features.shards import is_shard_folder
 from cn_clip.jsonl import read_objects
 from cn_clip.retrieval import manifest
@@ -74,7 +74,7 @@ def open_source(path: Path, *, id_prefix: str = "") -> Source:
     except UnreadableError:
         raise
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); is the disk there?") from error
+        raise DataError(f"cannot be read ({error.strerror or error}); is the disk there?", at=path) from error
 
 
 def is_single_picture(path: Path) -> bool:
@@ -93,7 +93,7 @@ def _open(path: Path, id_prefix: str) -> Source:
         source = Source(str(path.absolute().parent), id_prefix)
         _look_at(source, os.fspath(path.absolute()))
         return source
-    raise DataError(f"{path}: no such file or folder; expected pictures, an LMDB split or a feature file")
+    raise DataError("no such file or folder; expected pictures, an LMDB split or a feature file", at=path)
 
 
 def _folder(root: Path, id_prefix: str) -> Source:
@@ -187,22 +187,29 @@ def read_table(path: Path, image_column: str) -> Table:
     for number, row in _rows(path, image_column):
         key = row.pop(image_column, None)
         if key is None or key == "":
-            raise DataError(f"{path}:{number}: expected a picture in the column {image_column!r}; has {sorted(row)}")
+            raise DataError(
+                f"expected a picture in the column {image_column!r}; has {sorted(row)}", at=Where(path, line=number)
+            )
         if type(key) not in (int, str):
-            raise DataError(f"{path}:{number} {image_column}: expected the name of a picture or an int, got {key!r}")
+            raise DataError(
+                f"expected the name of a picture or an int, got {key!r}",
+                at=Where(path, line=number, field=image_column),
+            )
         own = sorted(row.keys() & set(OWN_FIELDS))
         if own:
-            raise DataError(f"{path}:{number}: the column {own[0]!r} is the index's own; give it another name")
+            raise DataError(
+                f"the column {own[0]!r} is the index's own; give it another name", at=Where(path, line=number)
+            )
         if CAPTION_COLUMN in row:
             row["caption"] = row.pop(CAPTION_COLUMN)
         name = str(key).removeprefix("./")
         try:
             item_line(name, row)
         except DataError as error:
-            raise DataError(f"{path}:{number}: {error}") from error
+            raise DataError(error, at=Where(path, line=number)) from error
         table.setdefault(name, {field: value for field, value in row.items() if value not in ("", None)})
     if not table:
-        raise DataError(f"{path}: holds no row; expected a column {image_column!r} and a row for each picture")
+        raise DataError(f"holds no row; expected a column {image_column!r} and a row for each picture", at=path)
     return table
 
 
@@ -218,7 +225,7 @@ def _rows(path: Path, image_column: str) -> Iterator[tuple[int, dict[str, Any]]]
         yield from ((number, dict(row)) for number, row in read_objects(path))
         return
     if suffix not in (".csv", ".tsv"):
-        raise DataError(f"{path}: expected a table whose name ends in .csv, .tsv or .jsonl")
+        raise DataError("expected a table whose name ends in .csv, .tsv or .jsonl", at=path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, dialect="excel-tab" if suffix == ".tsv" else "excel")
@@ -227,9 +234,11 @@ def _rows(path: Path, image_column: str) -> Iterator[tuple[int, dict[str, Any]]]
                 raise DataError(f"{path}:1: expected a picture in the column {image_column!r}; has {sorted(columns)}")
             for row in reader:
                 if None in row or None in row.values():
-                    raise DataError(f"{path}:{reader.line_num}: expected {len(columns)} columns as in the first line")
+                    raise DataError(
+                        f"expected {len(columns)} columns as in the first line", at=Where(path, line=reader.line_num)
+                    )
                 yield reader.line_num, {name: value for name, value in row.items() if name}
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: invalid UTF-8 at byte {error.start}; save the file as UTF-8") from error
+        raise DataError(f"invalid UTF-8 at byte {error.start}; save the file as UTF-8", at=path) from error
     except (OSError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        raise DataError(f"cannot be read ({error})", at=path) from error

@@ -84,7 +84,7 @@ def run(options: Options) -> None:
         reports.append(build_split(options, split))
         _print_report(reports[-1], out)
     if not any(report.lmdb_dir for report in reports):
-        raise DataError(f"{options.data_dir}: no split has a usable record left; see the list of faults")
+        raise DataError("no split has a usable record left; see the list of faults", at=options.data_dir)
     print("done!", file=out)
     if options.json:
         terminal.print_json({"splits": [report.as_dict() for report in reports]})
@@ -96,12 +96,12 @@ def _require_inputs(options: Options, splits: list[str]) -> None:
 
     settle(options.data_dir)
     if not is_folder(options.data_dir):
-        raise DataError(f"{options.data_dir}: the data_dir does not exist; give the folder of the tsv and jsonl files")
+        raise DataError("the data_dir does not exist; give the folder of the tsv and jsonl files", at=options.data_dir)
     for split in splits:
         for path in (images_path(options.data_dir, split), texts_path(options.data_dir, split)):
             if not is_file(path):
                 raise DataError(
-                    f"{path}: no such file; the split {split!r} needs {split}_imgs.tsv and its _texts.jsonl"
+                    f"no such file; the split {split!r} needs {split}_imgs.tsv and its _texts.jsonl", at=path
                 )
 
 

@@ -72,14 +72,14 @@ def run(options: Options) -> int:
 def _splits(options: Options, lmdb_dir: Path) -> list[str]:
     data_dir = Path(options.data_dir)
     if not is_folder(data_dir):
-        raise DataError(f"{data_dir}: the data_dir does not exist; give the folder of the tsv and jsonl files")
+        raise DataError("the data_dir does not exist; give the folder of the tsv and jsonl files", at=data_dir)
     if options.splits is not None:
         return split_names(options.splits)
     found = {path.name.removesuffix("_imgs.tsv") for path in data_dir.glob("*_imgs.tsv")}
     found |= {path.name.removesuffix("_texts.jsonl") for path in data_dir.glob("*_texts.jsonl")}
     found |= {path.parent.name for path in lmdb_dir.glob("*/imgs") if not path.parent.name.startswith(".")}
     if not found:
-        raise DataError(f"{data_dir}: holds no dataset; expected files such as train_imgs.tsv and train_texts.jsonl")
+        raise DataError("holds no dataset; expected files such as train_imgs.tsv and train_texts.jsonl", at=data_dir)
     return sorted(found)
 
 

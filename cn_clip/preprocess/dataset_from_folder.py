@@ -126,7 +126,7 @@ def _listed(options: Options, faults: "list[Fault]") -> "list[tuple[RecordId, Pi
 
     folder = Path(options.folder) if options.folder is not None else Path(str(options.table)).parent
     if not is_folder(folder):
-        raise DataError(f"{folder}: no such folder; --folder is the folder of the pictures")
+        raise DataError("no such folder; --folder is the folder of the pictures", at=folder)
     if options.table is None:
         found = picture_lists.pictures_from_names(folder)
     else:
@@ -136,7 +136,7 @@ def _listed(options: Options, faults: "list[Fault]") -> "list[tuple[RecordId, Pi
     if not pictures:
         endings = ", ".join(PICTURE_SUFFIXES)
         raise DataError(
-            f"{options.table or folder}: no usable picture; expected files ending in {endings} and their text"
+            f"no usable picture; expected files ending in {endings} and their text", at=options.table or folder
         )
     return list(zip(picture_lists.assign_ids(pictures, options.ids), pictures, strict=True))
 
@@ -151,7 +151,7 @@ def _write(
         splits = _write_images(options, pictures, scratch, faults)
         _write_texts(splits, scratch)
         if not splits:
-            raise DataError(f"{options.table or options.folder}: no picture of it can be read; see the list of faults")
+            raise DataError("no picture of it can be read; see the list of faults", at=options.table or options.folder)
         _require_no_rest(output, [name for name in split_names(options.splits) if name not in splits])
         for path in sorted(scratch.iterdir()):
             if (output / path.name).exists():
@@ -227,8 +227,9 @@ def _require_no_rest(output: Path, empty: list[str]) -> None:
         for path in (images_path(output, name), texts_path(output, name)):
             if is_there(path):
                 raise DataError(
-                    f"{path}: is of an earlier run, and this one puts nothing into {name}; "
-                    "remove it or choose another --output"
+                    f"is of an earlier run, and this one puts nothing into {name}; "
+                    "remove it or choose another --output",
+                    at=path,
                 )
 
 

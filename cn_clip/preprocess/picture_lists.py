@@ -16,7 +16,7 @@ from cn_clip.data.folders import walked
 from cn_clip.data.names import characters, spelled
 from cn_clip.data.records import Fault, RecordId, canonical_id
 from cn_clip.digests import is_file
-from cn_clip.errors import DataError, reading
+from cn_clip.errors import DataError, Where, reading
 
 IdSource: TypeAlias = Literal["auto", "number", "sequence", "name"]
 Row: TypeAlias = tuple[int, dict[str, Any]]
@@ -129,10 +129,10 @@ def _cell(row: dict[str, Any], column: str) -> str:
 
 def _rows(table: Path, columns: list[str]) -> Iterator[Row]:
     if not is_file(table):
-        raise DataError(f"{table}: no such file; give a .csv, .tsv or .parquet table")
+        raise DataError("no such file; give a .csv, .tsv or .parquet table", at=table)
     reader = {".parquet": _parquet_rows, ".csv": _csv_rows, ".tsv": _csv_rows}.get(table.suffix.lower())
     if reader is None:
-        raise DataError(f"{table}: expected a name ending in .csv, .tsv or .parquet")
+        raise DataError("expected a name ending in .csv, .tsv or .parquet", at=table)
     yield from reader(table, columns)
 
 
@@ -145,11 +145,11 @@ def _csv_rows(table: Path, columns: list[str]) -> Iterator[Row]:
             for row in reader:
                 yield reader.line_num, row
     except UnicodeDecodeError as error:
-        raise DataError(f"{table}: invalid UTF-8 near byte {error.start}; save the table as UTF-8") from error
+        raise DataError(f"invalid UTF-8 near byte {error.start}; save the table as UTF-8", at=table) from error
     except OSError as error:
-        raise DataError(f"{table}: cannot be read ({error.strerror})") from error
+        raise DataError(f"cannot be read ({error.strerror})", at=table) from error
     except csv.Error as error:
-        raise DataError(f"{table}:{reader.line_num}: not valid CSV ({error})") from error
+        raise DataError(f"not valid CSV ({error})", at=Where(table, line=reader.line_num)) from error
 
 
 def _parquet_rows(table: Path, columns: list[str]) -> Iterator[Row]:
@@ -165,7 +165,7 @@ def _require_columns(table: Path, columns: list[str], present: Iterable[str]) ->
     names = list(present)
     for column in columns:
         if column not in names:
-            raise DataError(f"{table}: has no column {column!r}; it has {', '.join(names) or 'none'}")
+            raise DataError(f"has no column {column!r}; it has {', '.join(names) or 'none'}", at=table)
 
 
 def assign_ids(pictures: list[Picture], source: IdSource) -> list[RecordId]:
@@ -199,7 +199,7 @@ def _unique_numbers(pictures: list[Picture]) -> list[RecordId]:
     for picture in pictures:
         number = _leading_number(picture)
         if number is None:
-            raise DataError(f"{picture.path}: the file name starts with no number; use --ids sequence or name")
+            raise DataError("the file name starts with no number; use --ids sequence or name", at=picture.path)
         if owners.setdefault(number, picture) is not picture:
-            raise DataError(f"{picture.path}: its number {number} is also that of {owners[number].path}")
+            raise DataError(f"its number {number} is also that of {owners[number].path}", at=picture.path)
     return list(owners)

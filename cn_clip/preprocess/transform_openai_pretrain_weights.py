@@ -42,7 +42,7 @@ def run(options: Options) -> None:
     target = options.new_ckpt_path or new_path(options.raw_ckpt_path)
     command.print_params(options)
     if not Path(options.raw_ckpt_path).is_file():
-        raise CheckpointError(f"{options.raw_ckpt_path}: no such file; give the archive that OpenAI published")
+        raise CheckpointError("no such file; give the archive that OpenAI published", at=options.raw_ckpt_path)
     state_dict = read_openai_archive(options.raw_ckpt_path)
     with atomic_write(target, "wb") as stream:
         torch.save(state_dict, stream)

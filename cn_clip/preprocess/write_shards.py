@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cn_clip import command, settings
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.errors import ConfigError, DataError, Where
 from cn_clip.option_types import Json
 from cn_clip.settings import Range
 
@@ -59,7 +59,7 @@ def run(options: Options) -> None:
     source = Path(options.lmdb) if options.lmdb else Path(str(options.data_dir)) / "lmdb" / options.split
     images, pairs = ImageStore(source / IMAGES), PairStore(source / PAIRS)
     if not len(pairs):
-        raise DataError(f"{pairs.folder}: holds no pair of picture and text; is this a test split?")
+        raise DataError("holds no pair of picture and text; is this a test split?", at=pairs.folder)
     _require_room(output, options.overwrite)
     shards = _shard_numbers(len(pairs), options)
     with staged_folder(output) as folder:
@@ -76,9 +76,9 @@ def _require_room(output: Path, overwrite: bool) -> None:
     present = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
     others = [name for name in present if not (name.endswith(".tar") or name == SIZES_FILE)]
     if others:
-        raise DataError(f"{output}: holds other things ({', '.join(others[:3])}); choose a new folder for the shards")
+        raise DataError(f"holds other things ({', '.join(others[:3])}); choose a new folder for the shards", at=output)
     if present and not overwrite:
-        raise DataError(f"{output}: holds {len(present)} files already; give --overwrite or choose another --output")
+        raise DataError(f"holds {len(present)} files already; give --overwrite or choose another --output", at=output)
 
 
 def _shard_numbers(num_pairs: int, options: Options) -> list[list[int]]:
@@ -111,12 +111,12 @@ def _chosen(pairs: "PairStore", numbers: list[int], advance: Callable[[], object
     """Pairs and their texts in UTF-8; raises DataError for a text that training would refuse."""
     for number in numbers:
         pair = pairs[number]
-        where = f"{pairs.folder}: text id {pair.text_id!r}"
+        where = Where(pairs.folder, part=f"text id {pair.text_id!r}", id=pair.text_id)
         try:
             text = pair.text.encode("utf-8")
         except UnicodeEncodeError as error:
             found = f"{pair.text[error.start]!r} at character {error.start}"
-            raise DataError(f"{where}: its text is not valid Unicode ({found}); correct it and build again") from error
+            raise DataError(f"its text is not valid Unicode ({found}); correct it and build again", at=where) from error
         yield pair, text
         advance()
 
@@ -130,7 +130,7 @@ def _write_shard(stream: Any, images: "ImageStore", pairs: "Iterator[tuple[Pair,
             ids = {"image_id": pair.image_id, "text_id": pair.text_id}
             data = images.picture(pair.image_id)
             members = {
-                _suffix(data, f"{images.folder}: image id {pair.image_id!r}"): data,
+                _suffix(data, Where(images.folder, part=f"image id {pair.image_id!r}", id=pair.image_id)): data,
                 "txt": text,
                 "json": json.dumps(ids, ensure_ascii=False).encode("utf-8"),
             }
@@ -147,7 +147,7 @@ def _add(tar: Any, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def _suffix(data: bytes, where: str) -> str:
+def _suffix(data: bytes, where: Where) -> str:
     """The ending of a picture's file name, from its bytes; raises DataError for what other tools would not open."""
     from cn_clip.clip.picture_names import SUFFIXES_OF
     from cn_clip.clip.pictures import opened
@@ -159,9 +159,9 @@ def _suffix(data: bytes, where: str) -> str:
             kind = str(image.format)
         return SUFFIXES_OF[_FORMATS.get(kind, kind)][0].removeprefix(".")
     except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(error, at=where) from error
     except KeyError as error:
-        raise DataError(f"{where}: is a {kind} picture; expected one of {', '.join(SUFFIXES_OF)}") from error
+        raise DataError(f"is a {kind} picture; expected one of {', '.join(SUFFIXES_OF)}", at=where) from error
 
 
 # MPO is a JPEG with more pictures behind it.

@@ -66,7 +66,7 @@ def examine(
     (or least below) that of the best wrong picture. Raises DataError for a folder that is no split.
     """
     if not is_split_folder(folder):
-        raise DataError(f"{folder}: no built split is here; expected the folders {IMAGES} and {PAIRS} in it (--data)")
+        raise DataError(f"no built split is here; expected the folders {IMAGES} and {PAIRS} in it (--data)", at=folder)
     pictures = LmdbPictures(folder / IMAGES)
     split = read_split(PairStore(folder / PAIRS), pictures.ids)
     pixel_batches = batches(pictures, encoder.transform, batch_size, num_threads)

@@ -100,7 +100,7 @@ class Run:
             if path.is_file():
                 return path
         raise DataError(
-            f"{self.folder / CHECKPOINTS}: neither {BEST} nor {LATEST} is there; name a checkpoint with --checkpoint"
+            f"neither {BEST} nor {LATEST} is there; name a checkpoint with --checkpoint", at=self.folder / CHECKPOINTS
         )
 
 
@@ -122,7 +122,7 @@ def read_run(folder: Path) -> Run:
     Raises DataError where there is no such folder, and where neither holds a step.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected the folder of a run, LOGS/NAME of cn-clip train")
+        raise DataError("no such folder; expected the folder of a run, LOGS/NAME of cn-clip train", at=folder)
     logs = sorted(folder.glob("out_*.log"))
     log = read_logs(logs)
     records, source = read_records(folder / METRICS)[0], METRICS
@@ -130,8 +130,9 @@ def read_run(folder: Path) -> Run:
         records, source = log.records, ", ".join(path.name for path in logs)
     if not records:
         raise DataError(
-            f"{folder}: neither {METRICS} nor an out_*.log with a step is here; "
-            "expected the folder of a run, LOGS/NAME of cn-clip train"
+            f"neither {METRICS} nor an out_*.log with a step is here; "
+            "expected the folder of a run, LOGS/NAME of cn-clip train",
+            at=folder,
         )
     return Run(folder, source, records, _params(folder) or log.params, log)
 
@@ -144,6 +145,6 @@ def _params(folder: Path) -> dict[str, str]:
     try:
         lines = paths[-1].read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
-        raise DataError(f"{paths[-1]}: cannot be read ({error.strerror})") from error
+        raise DataError(f"cannot be read ({error.strerror})", at=paths[-1]) from error
     parts = (line.partition(": ") for line in lines)
     return {name.strip(): value for name, colon, value in parts if colon}

@@ -90,7 +90,7 @@ class MappedFile:
         start = block * BLOCK_BYTES
         size = min(BLOCK_BYTES, self.num_bytes - start)
         if zlib.crc32(self._read(start, size)) != self._digests_B[block]:
-            raise DataError(f"{self.path}: block {block} (bytes {start} to {start + size}) is damaged; {ADVICE}")
+            raise DataError(f"block {block} (bytes {start} to {start + size}) is damaged; {ADVICE}", at=self.path)
         self._is_seen[block] = 1
 
     def _read(self, start: int, size: int) -> bytes:

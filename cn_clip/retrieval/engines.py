@@ -260,7 +260,7 @@ class Graph:
         except Exception as error:  # bare RuntimeErrors, and others
             if lacked_memory(error):
                 raise
-            raise DataError(f"{self._where}: usearch fails ({error})") from error
+            raise DataError(f"usearch fails ({error})", at=self._where) from error
 
 
 def open_graph(path: Path, facts: FileFacts, embed_dim: int, num_rows: int) -> Graph:
@@ -272,7 +272,7 @@ def open_graph(path: Path, facts: FileFacts, embed_dim: int, num_rows: int) -> G
     graph = Graph(embed_dim, path)
     graph.open(path, mapped=True)
     if not graph.has(embed_dim, num_rows):
-        raise DataError(f"{path}: is not a graph of {num_rows} rows of {embed_dim} dimensions")
+        raise DataError(f"is not a graph of {num_rows} rows of {embed_dim} dimensions", at=path)
     return graph
 
 
@@ -301,4 +301,4 @@ def _require_whole(path: Path, facts: FileFacts) -> None:
             return
     except OSError as error:
         raise unreadable(path, error) from error
-    raise DataError(f"{path}: is damaged: its bytes are not those that were written")
+    raise DataError("is damaged: its bytes are not those that were written", at=path)

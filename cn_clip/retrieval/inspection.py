@@ -220,6 +220,6 @@ def require_removed(folder: Path, facts: Manifest, damaged: Sequence[Damage]) ->
     """Raises DataError when the list of removed rows is damaged: then nobody knows which items there are."""
     if facts.removed is not None and facts.removed.name in [one.path for one in damaged]:
         raise DataError(
-            f"{folder / facts.removed.name}: is damaged, and no other file tells which items were removed; build the "
-            "index again in another folder"
+            "is damaged, and no other file tells which items were removed; build the index again in another folder",
+            at=folder / facts.removed.name,
         )

@@ -97,16 +97,16 @@ def read(folder: Path) -> Manifest:
         if not is_absent(error):
             raise UnreadableError.of(path, error) from error
         raise DataError(
-            f"{folder}: is no index; build one with: cn-clip index build PICTURES --output {folder}"
+            f"is no index; build one with: cn-clip index build PICTURES --output {folder}", at=folder
         ) from error
     except ValueError as error:
-        raise DataError(f"{path}: is damaged ({error}); build the index again") from error
+        raise DataError(f"is damaged ({error}); build the index again", at=path) from error
     try:
         return _parse(json.loads(text))
     except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(error, at=path) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: is damaged ({type(error).__name__}: {error}); build the index again") from error
+        raise DataError(f"is damaged ({type(error).__name__}: {error}); build the index again", at=path) from error
 
 
 def write(folder: Path, manifest: Manifest) -> Manifest:
@@ -128,7 +128,7 @@ def check_size(path: Path, facts: FileFacts) -> None:
     except OSError as error:
         raise unreadable(path, error) from error
     if found != facts.bytes:
-        raise DataError(f"{path}: expected {facts.bytes} bytes, found {found}; {ADVICE}")
+        raise DataError(f"expected {facts.bytes} bytes, found {found}; {ADVICE}", at=path)
 
 
 def read_whole(path: Path, facts: FileFacts) -> bytes:
@@ -139,13 +139,13 @@ def read_whole(path: Path, facts: FileFacts) -> bytes:
     except OSError as error:
         raise unreadable(path, error) from error
     if facts_of_bytes(data) != facts:
-        raise DataError(f"{path}: its bytes have changed; {ADVICE}")
+        raise DataError(f"its bytes have changed; {ADVICE}", at=path)
     return data
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
     """What to say of a file of an index that the system does not give."""
-    return DataError(f"{path}: is missing; {ADVICE}") if is_absent(error) else UnreadableError.of(path, error)
+    return DataError(f"is missing; {ADVICE}", at=path) if is_absent(error) else UnreadableError.of(path, error)
 
 
 def is_own(name: str) -> bool:

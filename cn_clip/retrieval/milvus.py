@@ -121,7 +121,7 @@ class MilvusIndex:
     def _known(self, item_id: ItemId, *fields: str) -> Fields:
         found = self._fields(item_id, *fields)
         if not found:
-            raise DataError(f"{self.address}: has no item {item_id!r}")
+            raise DataError(f"has no item {item_id!r}", at=self.address)
         return found[0]
 
     def _condition(self, where: str) -> Condition:
@@ -194,7 +194,7 @@ def _parsed(row: Mapping[str, Any], where: str) -> tuple[ItemId, dict[str, Any]]
         values = json.loads(row["item"])
         return values["id"], values["metadata"]
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{where}: the item at {row.get('place')} is damaged ({error}); build it again") from error
+        raise DataError(f"the item at {row.get('place')} is damaged ({error}); build it again", at=where) from error
 
 
 @contextlib.contextmanager
@@ -251,7 +251,7 @@ class MilvusWriter:
     def describe(self, *, engine: EngineName | None, source: str) -> None:
         """Notes the source; raises ConfigError for an engine, for Milvus has its own."""
         if engine is not None:
-            raise ConfigError(f"{self._collection.address}: Milvus searches by itself; leave --engine out")
+            raise ConfigError("Milvus searches by itself; leave --engine out", at=self._collection.address)
         if source != self._facts.source:
             self._collection.set_source(source)
             self._facts = replace(self._facts, source=source)

@@ -131,9 +131,9 @@ class Collection:
             model, version = ModelInfo(**values["model"]), values["cn_clip"]
             source = json.loads(described.get("properties", {}).get(_SOURCE, '""'))
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{self.address}: this collection is no index; give another name") from error
+            raise DataError("this collection is no index; give another name", at=self.address) from error
         if version != FORMAT:
-            raise DataError(f"{self.address}: is of format {version!r}, this version reads {FORMAT}; build it again")
+            raise DataError(f"is of format {version!r}, this version reads {FORMAT}; build it again", at=self.address)
         self._open()
         return Facts(model, self.count(), source)
 
@@ -142,7 +142,7 @@ class Collection:
         facts = self.facts()
         if facts is None:
             raise DataError(
-                f"{self.address}: is no index; build one with: cn-clip index build PICTURES --store {self.address}"
+                f"is no index; build one with: cn-clip index build PICTURES --store {self.address}", at=self.address
             )
         return facts
 
@@ -207,8 +207,9 @@ def _answering(address: Address) -> Iterator[None]:
         reason = str(getattr(error, "message", "") or name or error).splitlines()[0][:200]
         if name in ("DEADLINE_EXCEEDED", "UNAVAILABLE") or code == _NO_CONNECTION or "timeout" in reason.lower():
             raise StoreError(
-                f"{address}: Milvus 在 {address.timeout:g} 秒内没有回答 / did not answer within "
+                f"Milvus 在 {address.timeout:g} 秒内没有回答 / did not answer within "
                 f"{address.timeout:g} s ({reason}); see that it runs there, or give it longer with ?timeout=SECONDS "
-                "after the address"
+                "after the address",
+                at=address,
             ) from error
-        raise StoreError(f"{address}: Milvus 拒绝了请求 / refused the request ({reason})") from error
+        raise StoreError(f"Milvus 拒绝了请求 / refused the request ({reason})", at=address) from error

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.digests import facts_of
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, Where
 from cn_clip.files import sync_folder
 from cn_clip.retrieval.blocks import DIGEST, Digests, MappedFile, digests_of, num_blocks
 from cn_clip.retrieval.manifest import ADVICE, SegmentFacts, VectorType, check_size, read_whole
@@ -102,7 +102,7 @@ class Segment:
         self.folder, self.embed_dim = folder, embed_dim
         for name in FILES:
             if name not in facts.files:
-                raise DataError(f"{folder / name}: is not in the manifest; {ADVICE}")
+                raise DataError(f"is not in the manifest; {ADVICE}", at=folder / name)
             check_size(folder / name, facts.files[name])
         digests = block_digests(folder, facts)
         self._vectors, self._items, self._thumbnails, rows = (
@@ -132,10 +132,10 @@ class Segment:
 
     def item(self, row: int) -> tuple[ItemId, dict[str, Any]]:
         """(id, metadata); raises DataError for a damaged line."""
-        return self.parse(self.item_bytes(row), lambda: f"{self.folder / ITEMS}:{row + 1}")
+        return self.parse(self.item_bytes(row), lambda: Where(self.folder / ITEMS, line=row + 1))
 
     @staticmethod
-    def parse(line: bytes, where: Callable[[], str]) -> tuple[ItemId, dict[str, Any]]:
+    def parse(line: bytes, where: Callable[[], object]) -> tuple[ItemId, dict[str, Any]]:
         """(id, metadata) of a line of an items.jsonl; raises DataError that starts with what `where` returns."""
         try:
             values = json.loads(line)
@@ -143,7 +143,7 @@ class Segment:
             if type(item_id) not in (int, str) or not isinstance(metadata, dict):
                 raise TypeError(f"id {item_id!r}")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DataError(f"{where()}: is damaged ({error}); {ADVICE}") from error
+            raise DataError(f"is damaged ({error}); {ADVICE}", at=where()) from error
         return item_id, metadata
 
     def item_bytes(self, row: int) -> bytes:
@@ -182,7 +182,9 @@ def block_digests(folder: Path, facts: SegmentFacts) -> dict[str, Digests]:
     digests_B = np.frombuffer(read_whole(folder / BLOCKS, facts.files[BLOCKS]), dtype=DIGEST)
     ends = np.cumsum([num_blocks(facts.files[name].bytes) for name in FILES])
     if ends[-1] != len(digests_B):
-        raise DataError(f"{folder / BLOCKS}: expected the digests of {ends[-1]} blocks, got {len(digests_B)}; {ADVICE}")
+        raise DataError(
+            f"expected the digests of {ends[-1]} blocks, got {len(digests_B)}; {ADVICE}", at=folder / BLOCKS
+        )
     return dict(zip(FILES, np.split(digests_B, ends[:-1]), strict=True))
 
 
@@ -195,12 +197,13 @@ def _array(file: MappedFile, dtype: np.dtype[Any], shape: tuple[int, int]) -> ND
         found_shape, is_fortran, found_dtype = np.lib.format.read_array_header_1_0(stream)
     except Exception as error:  # numpy reads it as Python, which raises errors of many types
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{file.path}: its header cannot be read ({reason}); {ADVICE}") from error
+        raise DataError(f"its header cannot be read ({reason}); {ADVICE}", at=file.path) from error
     num_bytes = stream.tell() + dtype.itemsize * shape[0] * shape[1]
     if (found_shape, is_fortran, found_dtype, file.num_bytes) != (shape, False, dtype, num_bytes):
         raise DataError(
-            f"{file.path}: expected {dtype} rows of the shape {shape} in {num_bytes} bytes, got {found_dtype} "
-            f"{found_shape} in {file.num_bytes}; {ADVICE}"
+            f"expected {dtype} rows of the shape {shape} in {num_bytes} bytes, got {found_dtype} "
+            f"{found_shape} in {file.num_bytes}; {ADVICE}",
+            at=file.path,
         )
     array: NDArray[Any] = np.ndarray(shape, dtype, buffer=file.data, offset=stream.tell())
     return array

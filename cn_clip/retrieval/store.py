@@ -80,7 +80,7 @@ class Snapshot:
             alive_N[np.isin(rows.keys_N, removed_keys(folder, facts))] = False
         if int(alive_N.sum()) != facts.num_items:
             raise DataError(
-                f"{folder}: holds {int(alive_N.sum())} items, its manifest says {facts.num_items}; {manifest.ADVICE}"
+                f"holds {int(alive_N.sum())} items, its manifest says {facts.num_items}; {manifest.ADVICE}", at=folder
             )
         return cls(folder, facts, rows, alive_N)
 
@@ -105,7 +105,7 @@ def removed_keys(folder: Path, facts: Manifest) -> IntArray:
     try:
         keys: IntArray = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy reads the header as Python, which raises errors of many types
-        raise DataError(f"{path}: cannot be read ({error}); {manifest.ADVICE}") from error
+        raise DataError(f"cannot be read ({error}); {manifest.ADVICE}", at=path) from error
     return keys
 
 
@@ -226,7 +226,7 @@ class Index:
     def _position(self, item_id: ItemId) -> int:
         with contextlib.suppress(KeyError):
             return self.table.positions[item_id]
-        raise DataError(f"{self.folder}: has no item {item_id!r}")
+        raise DataError(f"has no item {item_id!r}", at=self.folder)
 
 
 def _open_engine(snapshot: Snapshot) -> Engine:
@@ -267,11 +267,13 @@ def same_model(found: ModelInfo, given: ModelInfo, address: object) -> None:
     """Raises ConfigError naming both models when vectors of the one cannot be compared with those of the other."""
     if not found.fingerprint:
         raise ConfigError(
-            f"{address}: the index does not record its model; build it again with `cn-clip index build --model`, or "
-            "search it with `cn-clip search --id`"
+            "the index does not record its model; build it again with `cn-clip index build --model`, or "
+            "search it with `cn-clip search --id`",
+            at=address,
         )
     if found.fingerprint != given.fingerprint:
         raise ConfigError(
-            f"{address}: its vectors are of the model {found.name} ({found.fingerprint}), not of {given.name} "
-            f"({given.fingerprint}); give --model {found.name}, or build another index"
+            f"its vectors are of the model {found.name} ({found.fingerprint}), not of {given.name} "
+            f"({given.fingerprint}); give --model {found.name}, or build another index",
+            at=address,
         )

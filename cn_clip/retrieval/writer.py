@@ -84,7 +84,7 @@ def open_writer(
         except UnreadableError:
             raise
         except OSError as error:
-            raise DataError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+            raise DataError(f"cannot be written ({error.strerror}); choose another folder", at=folder) from error
         if create is not None and not is_there(folder / manifest.NAME):
             _refuse_strange(folder)
             _begin(folder, create)
@@ -96,7 +96,7 @@ def _refuse_strange(folder: Path) -> None:
     names = set(os.listdir(folder))
     strange = sorted(name for name in names if name != LOCK and not _is_temporary(name))
     if strange and manifest.NAME not in names:
-        raise ConfigError(f"{folder}: is no index and holds {strange[0]!r}; choose an empty folder or a new name")
+        raise ConfigError(f"is no index and holds {strange[0]!r}; choose an empty folder or a new name", at=folder)
 
 
 def _is_temporary(name: str) -> bool:
@@ -341,8 +341,8 @@ class IndexWriter:
             with contextlib.suppress(OSError):  # of no use, and on a full disk in the way
                 _remove(self.folder / BUILDING)
             raise DataError(
-                f"{self.folder}: cannot be written ({error.strerror or error}); {done}: "
-                "free some space and run the command again"
+                f"cannot be written ({error.strerror or error}); {done}: free some space and run the command again",
+                at=self.folder,
             ) from error
 
 

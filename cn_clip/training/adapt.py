@@ -170,8 +170,9 @@ def read_for_training(model: nn.Module, path: str | Path) -> Checkpoint:
     checkpoint = read_checkpoint(path, merge_lora=settings is None)
     if settings and checkpoint.lora not in (None, settings):
         raise CheckpointError(
-            f"{path}: trained with {_flags(checkpoint.lora)}, this run has {_flags(settings)}; give it those, or "
-            "start from merged weights (cn-clip checkpoint strip)"
+            f"trained with {_flags(checkpoint.lora)}, this run has {_flags(settings)}; give it those, or "
+            "start from merged weights (cn-clip checkpoint strip)",
+            at=path,
         )
     return checkpoint
 

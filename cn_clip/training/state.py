@@ -18,7 +18,7 @@ from cn_clip.clip.families.names import refuse
 from cn_clip.clip.weights.checkpoint import Checkpoint, read_checkpoint
 from cn_clip.clip.weights.hub import weight_file
 from cn_clip.digests import is_file
-from cn_clip.errors import CheckpointError, CnClipError, ConfigError, lacked_memory
+from cn_clip.errors import CheckpointError, CnClipError, ConfigError, Where, lacked_memory
 from cn_clip.files import atomic_write
 from cn_clip.settings import flag
 from cn_clip.training.logs import logger
@@ -108,8 +108,9 @@ def save(content: dict[str, Any], paths: list[Path]) -> float:
     except (OSError, RuntimeError) as error:  # torch.save wraps the error of the file system
         cause = error.__cause__ or error.__context__ or error
         raise CheckpointError(
-            f"{paths[0]}: could not be written ({cause}); the checkpoints written before are intact; "
-            "free some space (--keep-checkpoints N deletes old ones) and start the same command again"
+            f"could not be written ({cause}); the checkpoints written before are intact; "
+            "free some space (--keep-checkpoints N deletes old ones) and start the same command again",
+            at=paths[0],
         ) from error
     return time.monotonic() - begin
 
@@ -236,7 +237,9 @@ def find_weights(name: str, value: str) -> Path:
         known = {model.filename: name for name, model in zoo.downloadable().items()}
         model = known.get(path.name)
         fetch = f"; fetch it with: cn-clip download {model} --download-root {path.parent}" if model else ""
-        raise CheckpointError(f"{name} {value}: no such file{fetch}; training stops rather than start from scratch")
+        raise CheckpointError(
+            f"no such file{fetch}; training stops rather than start from scratch", at=Where(name, field=value)
+        )
     return path
 
 
@@ -319,12 +322,13 @@ def resume_position(checkpoint: Checkpoint, extent: Extent) -> Position:
     changed = [f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
     if changed:
         raise CheckpointError(
-            f"{checkpoint.path}: {'; '.join(changed)}. Epochs, steps and the order of the data mean something else "
-            f"now; go back to the old settings, or {_BEGIN_AGAIN}"
+            f"{'; '.join(changed)}. Epochs, steps and the order of the data mean something else "
+            f"now; go back to the old settings, or {_BEGIN_AGAIN}",
+            at=checkpoint.path,
         )
     position = Position(saved.get("epoch", -1), saved.get("batch", -1), checkpoint.step)
     if any(type(number) is not int or number < 0 for number in vars(position).values()):
-        raise CheckpointError(f"{checkpoint.path}: says no place in the data ({position}); {_BEGIN_AGAIN}")
+        raise CheckpointError(f"says no place in the data ({position}); {_BEGIN_AGAIN}", at=checkpoint.path)
     return position
 
 

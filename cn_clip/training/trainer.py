@@ -147,8 +147,8 @@ class Trainer:
     def _restore_optimizer(self, checkpoint: Checkpoint) -> None:
         if checkpoint.optimizer is None:
             raise CheckpointError(
-                f"{checkpoint.path}: no optimizer state in it; to begin with its weights, give it as --init, or add "
-                "--reset-optimizer"
+                "no optimizer state in it; to begin with its weights, give it as --init, or add --reset-optimizer",
+                at=checkpoint.path,
             )
         what = "optimizer state does not fit"
         with reading(checkpoint.path, CheckpointError, what=what, step="add --reset-optimizer"):

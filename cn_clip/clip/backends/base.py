@@ -228,7 +228,7 @@ class ExportedBackend:
         tower = self._tower("image")
         expected = (3, self.resolution, self.resolution)
         if pixels_B3RR.shape[1:] != expected:
-            raise ConfigError(f"{tower.path}: takes pictures (B, {expected}), got the shape {pixels_B3RR.shape}")
+            raise ConfigError(f"takes pictures (B, {expected}), got the shape {pixels_B3RR.shape}", at=tower.path)
         return self._rows(tower, pixels_B3RR)
 
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
@@ -262,14 +262,16 @@ def _at_length(ids_BL: TokenIds, tower: Tower) -> TokenIds:
     if facts.length is None:
         if facts.max_length is not None and length > facts.max_length:
             raise ConfigError(
-                f"{tower.path}: takes texts of at most {facts.max_length} tokens, got {length}; use a "
-                f"context length of {facts.max_length}, or export it again for longer ones"
+                f"takes texts of at most {facts.max_length} tokens, got {length}; use a "
+                f"context length of {facts.max_length}, or export it again for longer ones",
+                at=tower.path,
             )
         return ids_BL
     if length > facts.length:
         raise ConfigError(
-            f"{tower.path}: was exported for texts of {facts.length} tokens, got {length}; use "
-            f"a context length of {facts.length}, or export it again"
+            f"was exported for texts of {facts.length} tokens, got {length}; use "
+            f"a context length of {facts.length}, or export it again",
+            at=tower.path,
         )
     return np.pad(ids_BL, ((0, 0), (0, facts.length - length)))
 

@@ -94,7 +94,7 @@ def build_engine(
     """
     started = time.monotonic()
     if not path.parent.is_dir():
-        raise ConfigError(f"{path}: the folder {path.parent} does not exist; create it first")
+        raise ConfigError(f"the folder {path.parent} does not exist; create it first", at=path)
     if build.timing_cache is not None:
         _read_timings(build.timing_cache)
     trt = library()
@@ -140,9 +140,10 @@ def _check_rows(onnx_path: Path, made: Path, kind: Kind, build: Build, gpu: Gpu)
         cosine = math.nan
     if not cosine >= parity.TOLERANCES[build.precision]:  # also when it is NaN
         raise CheckpointError(
-            f"{onnx_path}: its {build.precision} engine differs from it by more than it may: smallest cosine "
+            f"its {build.precision} engine differs from it by more than it may: smallest cosine "
             f"{cosine:.6f}, tolerance {parity.TOLERANCES[build.precision]}; use fp32, or keep layers in float32 with "
-            "`cn-clip export tensorrt --fp16-banned-ops`"
+            "`cn-clip export tensorrt --fp16-banned-ops`",
+            at=onnx_path,
         )
     return cosine
 
@@ -166,7 +167,7 @@ def _check_precision(trt: Any, given: _OnnxFile, build: Build) -> bool:
     """Whether float16 comes from the builder's flag, not from the types in the file."""
     if build.precision == "fp32" and given.is_half:
         raise ConfigError(
-            f"{given.path}: holds float16 weights; give the fp32 file for a float32 engine, or use --fp16"
+            "holds float16 weights; give the fp32 file for a float32 engine, or use --fp16", at=given.path
         )
     by_flag = build.precision == "fp16" and hasattr(trt.BuilderFlag, "FP16") and (not given.is_half or _major(trt) < 10)
     if build.kept_float and not by_flag:
@@ -192,7 +193,7 @@ class _Making:
         if not parser.parse_from_file(str(path)):
             errors = [str(parser.get_error(index)) for index in range(parser.num_errors)]
             told = "; ".join(" ".join(error.split())[:300] for error in errors[:5]) or reasons(self.log)
-            raise CheckpointError(f"{path}: TensorRT {self.trt.__version__} cannot read it: {told}; export it again")
+            raise CheckpointError(f"TensorRT {self.trt.__version__} cannot read it: {told}; export it again", at=path)
         return network
 
     def facts_and_span(self, network: Any, kind: Kind, given: _OnnxFile) -> tuple[TowerFacts, Span]:
@@ -276,15 +277,16 @@ def _check_architecture(path: str, facts: TowerFacts, name: str | None) -> None:
     expected = zoo.vision_config(entry.vision if entry else name).embed_dim
     if facts.embed_dim != expected:
         raise ConfigError(
-            f"{path}: gives {facts.embed_dim} dimensions, {name} gives {expected}; "
-            "is it the file of another model, or --model-arch that of another file?"
+            f"gives {facts.embed_dim} dimensions, {name} gives {expected}; "
+            "is it the file of another model, or --model-arch that of another file?",
+            at=path,
         )
 
 
 def _span(path: str, kind: Kind, facts: TowerFacts, build: Build) -> Span:
     if facts.batch is not None and (build.batch, build.max_batch) != (facts.batch, facts.batch):
         raise ConfigError(
-            f"{path}: was exported for batches of {facts.batch}; use --batch-size {facts.batch}, or export it again"
+            f"was exported for batches of {facts.batch}; use --batch-size {facts.batch}, or export it again", at=path
         )
     batches = (facts.batch or 1, build.batch, build.max_batch)
     if kind == "image":
@@ -295,8 +297,8 @@ def _span(path: str, kind: Kind, facts: TowerFacts, build: Build) -> Span:
     longest = build.context_length
     if facts.length is not None and longest != facts.length:
         raise ConfigError(
-            f"{path}: was exported for texts of {facts.length} tokens; use --context-length {facts.length}, "
-            "or export it again"
+            f"was exported for texts of {facts.length} tokens; use --context-length {facts.length}, or export it again",
+            at=path,
         )
     if facts.max_length is not None and longest > facts.max_length:
         raise ConfigError(f"--context-length: {path} takes at most {facts.max_length} tokens, got {longest}")

@@ -165,7 +165,7 @@ def _facts(base: Path, kind: Kind, proto: "ModelProto") -> TowerFacts:
     text = {one.key: one.value for one in proto.metadata_props}.get(METADATA_KEY)
     known = read_metadata(str(base), kind, text)
     if "embed_dim" not in known:
-        raise CheckpointError(f"{base}: was not written by this package; export the model again")
+        raise CheckpointError("was not written by this package; export the model again", at=base)
     return TowerFacts(**{**known, "kind": kind})
 
 

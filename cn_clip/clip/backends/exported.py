@@ -226,5 +226,5 @@ def _keeping(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"{folder}: exported models cannot be kept there ({error.strerror or error}); choose another download_root"
+            f"exported models cannot be kept there ({error.strerror or error}); choose another download_root", at=folder
         ) from error

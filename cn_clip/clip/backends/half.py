@@ -41,7 +41,7 @@ def halved(base: Path) -> "ModelProto":
 def _half(onnx: Any, tensor: Any, base: Path) -> Any:
     values = onnx.numpy_helper.to_array(tensor)
     if not (np.abs(values) <= np.finfo(np.float16).max).all():
-        raise CheckpointError(f"{base}: {tensor.name} holds values too large for float16; use fp32")
+        raise CheckpointError(f"{tensor.name} holds values too large for float16; use fp32", at=base)
     return onnx.numpy_helper.from_array(values.astype(np.float16), tensor.name)
 
 

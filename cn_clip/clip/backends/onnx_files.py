@@ -96,7 +96,7 @@ def _written(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{path.name}: cannot be written ({error.strerror or error}); make room or choose another folder"
+            f"cannot be written ({error.strerror or error}); make room or choose another folder", at=path.name
         ) from error
 
 
@@ -121,8 +121,9 @@ def facts_of(
     if {name: len(shape) for name, shape in inputs.items()} != wanted or OUTPUTS[kind] not in outputs:
         found = ", ".join(f"{name} {list(shape)}" for name, shape in [*inputs.items(), *outputs.items()])
         raise CheckpointError(
-            f"{path}: expected the {kind} model, with the input {INPUTS[kind]!r} and the output {OUTPUTS[kind]!r}; "
-            f"it has {found}; are the two files swapped, or is it another model?"
+            f"expected the {kind} model, with the input {INPUTS[kind]!r} and the output {OUTPUTS[kind]!r}; "
+            f"it has {found}; are the two files swapped, or is it another model?",
+            at=path,
         )
     shape, result = inputs[INPUTS[kind]], outputs[OUTPUTS[kind]]
     embed_dim = result[-1] if result else None  # a damaged file may call it a single number
@@ -130,7 +131,7 @@ def facts_of(
     if embed_dim is None:
         embed_dim = known.get("embed_dim")
     if not isinstance(embed_dim, int) or (kind == "image" and shape[-1] is None):
-        raise CheckpointError(f"{path}: does not say its size ({list(shape)} to {embed_dim}); export it again")
+        raise CheckpointError(f"does not say its size ({list(shape)} to {embed_dim}); export it again", at=path)
     fixed = {"batch": shape[0], "embed_dim": embed_dim}
     if kind == "image":
         fixed["resolution"] = shape[-1]
@@ -153,11 +154,11 @@ def read_metadata(path: str, kind: Kind, text: str | None) -> dict[str, Any]:
                 raise ValueError(f"{name}: {value!r}")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: its metadata {METADATA_KEY!r} cannot be read ({error}); export it again"
+            f"its metadata {METADATA_KEY!r} cannot be read ({error}); export it again", at=path
         ) from error
     known["left_out"] = tuple(known.get("left_out", ()))
     if known.get("kind", kind) != kind:
-        raise CheckpointError(f"{path}: is the {known['kind']} model; expected the {kind} model")
+        raise CheckpointError(f"is the {known['kind']} model; expected the {kind} model", at=path)
     return known
 
 
@@ -189,15 +190,15 @@ def not_opened(path: str, where: str, reason: str, error: Exception) -> Checkpoi
     """What to raise when a file that is there cannot be opened; reason: what the library says."""
     for file in (Path(path), *(Path(path).parent / name for name in outside_files(Path(path)))):
         if (known := what_it_is(file)) is not None:
-            return CheckpointError(f"{file}: {known}")
+            return CheckpointError(known, at=file)
     advice = "close other programs" if lacked_memory(error) else "if the file is damaged, export it again"
-    return CheckpointError(f"{path}: cannot be opened by {where} ({reason[:300]}); {advice}")
+    return CheckpointError(f"cannot be opened by {where} ({reason[:300]}); {advice}", at=path)
 
 
 def not_taken(path: str, fed: NDArray[np.generic], reason: str) -> CheckpointError:
     """What to raise when a file does not take a batch of this shape and type; reason: what the library says."""
     return CheckpointError(
-        f"{path}: does not take a batch of {fed.dtype} {fed.shape} ({reason[:300]}); export the model again"
+        f"does not take a batch of {fed.dtype} {fed.shape} ({reason[:300]}); export the model again", at=path
     )
 
 

@@ -173,7 +173,8 @@ def _given_files(prefix: str | Path, kinds: Sequence[Kind], form: str) -> dict[K
     if not found:
         wanted = " or ".join(path.name for path in paths.values())
         raise CheckpointError(
-            f"{prefix}: expected {wanted}, found {', '.join(_files_of_prefix(prefix))}; "
-            "choose another precision, or export this one with deploy/pytorch_to_onnx.py"
+            f"expected {wanted}, found {', '.join(_files_of_prefix(prefix))}; "
+            "choose another precision, or export this one with deploy/pytorch_to_onnx.py",
+            at=prefix,
         )
     return found

@@ -135,8 +135,9 @@ def compare(
     least = TOLERANCES[form] if tolerance is None else tolerance
     if not report.smallest >= least:  # also when it is NaN
         raise CheckpointError(
-            f"{path.name}: differs from float32 by more than {form} may: smallest cosine {report.smallest:.6f}, "
-            f"tolerance {least}; use a higher precision for this model"
+            f"differs from float32 by more than {form} may: smallest cosine {report.smallest:.6f}, "
+            f"tolerance {least}; use a higher precision for this model",
+            at=path.name,
         )
     return report
 

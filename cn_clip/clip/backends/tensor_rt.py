@@ -165,7 +165,7 @@ class TensorRTModel:
             self._runtime, self._engine = self._opened(trt)
             self._context = self._engine.create_execution_context()
         if self._context is None:
-            raise CheckpointError(f"{self.path}: TensorRT cannot run it on {self.gpu}: {reasons(self._log)}")
+            raise CheckpointError(f"TensorRT cannot run it on {self.gpu}: {reasons(self._log)}", at=self.path)
         self.inputs, self.outputs = _ports(trt, self._engine, self.path)
 
     def _opened(self, trt: Any) -> tuple[Any, Any]:
@@ -173,7 +173,7 @@ class TensorRTModel:
             plan = Path(self.path).read_bytes()
         except OSError as error:
             raise CheckpointError(
-                f"{self.path}: cannot be read ({error.strerror}); build the engine with {TOOL}"
+                f"cannot be read ({error.strerror}); build the engine with {TOOL}", at=self.path
             ) from error
         built_with = self.description.get("tensorrt")
         if built_with is not None and release(built_with) != release(trt.__version__):
@@ -182,7 +182,7 @@ class TensorRTModel:
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             if (known := what_it_is(self.path)) is not None:
-                raise CheckpointError(f"{self.path}: {known}")
+                raise CheckpointError(known, at=self.path)
             raise CheckpointError(f"{self._stale(trt)} (TensorRT: {reasons(self._log)})")
         return runtime, engine
 
@@ -201,7 +201,7 @@ class TensorRTModel:
         Raises ConfigError for another name, device or shape than the engine takes.
         """
         if set(inputs) != set(self.inputs):
-            raise ConfigError(f"{self.path}: takes the inputs {sorted(self.inputs)}, got {sorted(inputs)}")
+            raise ConfigError(f"takes the inputs {sorted(self.inputs)}, got {sorted(inputs)}", at=self.path)
         fed = {name: self._fitting(port, inputs[name]) for name, port in self.inputs.items()}
         with self.gpu.current():
             for name, tensor in fed.items():
@@ -215,13 +215,13 @@ class TensorRTModel:
 
     def _fitting(self, port: Port, tensor: Tensor) -> Tensor:
         if tensor.device != self.gpu.device:
-            raise ConfigError(f"{self.path}: {port.name} lies on {tensor.device}, expected {self.gpu.device}")
+            raise ConfigError(f"{port.name} lies on {tensor.device}, expected {self.gpu.device}", at=self.path)
         shape = tuple(tensor.shape)
         if len(shape) != len(port.least) or not all(
             low <= size <= high for low, size, high in zip(port.least, shape, port.most, strict=True)
         ):
             span = str(port.least) if port.least == port.most else f"{port.least} to {port.most}"
-            raise ConfigError(f"{self.path}: takes {port.name} of the shape {span}, got {shape}")
+            raise ConfigError(f"takes {port.name} of the shape {span}, got {shape}", at=self.path)
         return tensor.to(port.dtype).contiguous()
 
     def _room(self, port: Port) -> Tensor:
@@ -230,7 +230,7 @@ class TensorRTModel:
 
     def _must(self, accepted: bool, what: str) -> None:
         if not accepted:
-            raise CheckpointError(f"{self.path}: TensorRT refuses {what}: {reasons(self._log)}")
+            raise CheckpointError(f"TensorRT refuses {what}: {reasons(self._log)}", at=self.path)
 
 
 class TensorRtTower:
@@ -291,9 +291,9 @@ def read_description(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{beside}: cannot be read ({error}); delete it, or build the engine again") from error
+        raise CheckpointError(f"cannot be read ({error}); delete it, or build the engine again", at=beside) from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{beside}: expected a JSON object; delete it, or build the engine again")
+        raise CheckpointError("expected a JSON object; delete it, or build the engine again", at=beside)
     return values
 
 
@@ -304,7 +304,7 @@ def _ports(trt: Any, engine: Any, path: str) -> tuple[dict[str, Port], dict[str,
         name = engine.get_tensor_name(index)
         type_name = engine.get_tensor_dtype(name).name
         if type_name not in DTYPES:
-            raise CheckpointError(f"{path}: its tensor {name} is {type_name}; expected one of {', '.join(DTYPES)}")
+            raise CheckpointError(f"its tensor {name} is {type_name}; expected one of {', '.join(DTYPES)}", at=path)
         shape = tuple(None if size < 0 else size for size in engine.get_tensor_shape(name))
         port = Port(name, DTYPES[type_name], shape)
         if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:

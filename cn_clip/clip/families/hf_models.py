@@ -175,7 +175,7 @@ def _family(folder: Path, config: dict[str, Any]) -> Family:
     if not isinstance(kind, str) or kind not in FAMILIES:
         more = ", and code that comes with a folder is not run" if "auto_map" in config else ""
         raise CheckpointError(
-            f"{folder}: is of the family {kind!r}, expected one of {', '.join(sorted(FAMILIES))}{more}"
+            f"is of the family {kind!r}, expected one of {', '.join(sorted(FAMILIES))}{more}", at=folder
         )
     return FAMILIES[kind]
 
@@ -196,7 +196,7 @@ def _load_model(folder: Path) -> Any:
     for what in ("missing_keys", "mismatched_keys"):
         if wrong := sorted(map(str, found.get(what) or ())):
             listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-            raise CheckpointError(f"{folder}: the weights do not fit config.json: {what.replace('_', ' ')} {listed}")
+            raise CheckpointError(f"the weights do not fit config.json: {what.replace('_', ' ')} {listed}", at=folder)
     return model
 
 
@@ -208,7 +208,9 @@ def _load_processor(folder: Path, usual: str) -> Any:
     written = settings.get("image_processor_type") or settings.get("feature_extractor_type") or usual
     name = written.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if name not in PROCESSORS:
-        raise CheckpointError(f"{folder}: has the processor {written}, expected one of {', '.join(sorted(PROCESSORS))}")
+        raise CheckpointError(
+            f"has the processor {written}, expected one of {', '.join(sorted(PROCESSORS))}", at=folder
+        )
     return getattr(transformers, f"{name}Pil").from_pretrained(folder, local_files_only=True)
 
 
@@ -234,7 +236,7 @@ def _check_pixels(folder: Path, pictures: ProcessedPictures, config: Any) -> Non
     expected = (3, config.image_size, config.image_size)
     if pictures.shape != expected:
         raise CheckpointError(
-            f"{folder}: preprocessor_config.json makes pixels {pictures.shape}, the model takes {expected}"
+            f"preprocessor_config.json makes pixels {pictures.shape}, the model takes {expected}", at=folder
         )
 
 
@@ -292,5 +294,5 @@ def _explained(folder: Path) -> Iterator[None]:
         except Exception as error:
             for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
                 if (known := what_it_is(file)) is not None:
-                    raise CheckpointError(f"{file}: {known}") from error
+                    raise CheckpointError(known, at=file) from error
             raise

@@ -34,8 +34,9 @@ def refuse(name: object) -> None:
     """Raises CheckpointError for the name of a model of another family, where only Chinese-CLIP is taken."""
     if is_foreign(name):
         raise CheckpointError(
-            f"{name}: only Chinese-CLIP is taken here; other families are taken by Encoder and cn-clip features, "
-            "zeroshot, evaluate, linear-probe, index and serve"
+            "only Chinese-CLIP is taken here; other families are taken by Encoder and cn-clip features, "
+            "zeroshot, evaluate, linear-probe, index and serve",
+            at=name,
         )
 
 

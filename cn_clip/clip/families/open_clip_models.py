@@ -111,8 +111,8 @@ def open_model(
             texts = PaddedTexts(open_clip.get_tokenizer(architecture))
     except Exception as error:  # of no common type
         if is_file and (known := what_it_is(file)) is not None:
-            raise CheckpointError(f"{file}: {known}") from error
-        raise CheckpointError(f"{name}: open_clip cannot open it ({first_sentence(error)})") from error
+            raise CheckpointError(known, at=file) from error
+        raise CheckpointError(f"open_clip cannot open it ({first_sentence(error)})", at=name) from error
     size = model.visual.image_size
     resolution = int(size[0] if isinstance(size, (tuple, list)) else size)
     towers = ForeignTowers(
@@ -137,7 +137,7 @@ def _check(name: ForeignName, open_clip: Any) -> None:
     is_file = os.path.isfile(Path(name.source).expanduser())
     if not is_file and name.source not in tags:
         raise CheckpointError(
-            f"{name}: {name.source} is no file, and no weights that open_clip knows of {architecture}"
+            f"{name.source} is no file, and no weights that open_clip knows of {architecture}", at=name
         )
     if is_tagged and not is_file:
         raise ConfigError(f"{name}: a tag goes before a file alone; give open_clip:{architecture}@{name.source}")

@@ -26,12 +26,13 @@ def folder_of(name: ForeignName, *, download_root: str | Path | None = None) -> 
     if os.path.isdir(path):
         return path
     if os.path.exists(path):
-        raise CheckpointError(f"{name}: {path} is a file; expected a transformers folder, with config.json in it")
+        raise CheckpointError(f"{path} is a file; expected a transformers folder, with config.json in it", at=name)
     of_hub = _HUB_ID.fullmatch(name.source)
     if of_hub is None:
         raise CheckpointError(
-            f"{name}: no such folder; expected a transformers folder, with config.json in it, or an id of the hub, "
-            "OWNER/NAME or OWNER/NAME@REVISION"
+            "no such folder; expected a transformers folder, with config.json in it, or an id of the hub, "
+            "OWNER/NAME or OWNER/NAME@REVISION",
+            at=name,
         )
     return snapshot(of_hub[1], of_hub[2], download_root=download_root)
 

@@ -77,12 +77,12 @@ def read_checkpoint(path: str | Path, *, merge_lora: bool = True, mapped: bool =
         refuse(str(path))
     content = read_content(path, mapped=mapped)
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
+        raise CheckpointError(f"holds a {type(content).__name__}, expected a dictionary of tensors", at=path)
     if isinstance(content.get("state_dict"), Mapping):
         checkpoint = replace(_read_training(content, path), is_mapped=mapped)
         return _merged(checkpoint) if merge_lora else checkpoint
     if _SHARD.fullmatch(path.name):
-        raise CheckpointError(f"{path}: is one of several files of a model; give their folder, {path.parent}")
+        raise CheckpointError(f"is one of several files of a model; give their folder, {path.parent}", at=path)
     tensors = only_tensors(_model_in(content, path), path)
     config = _neighbouring_config(tensors, path.parent)
     return Checkpoint(path, _named(tensors, path), config=config, is_mapped=mapped)
@@ -101,7 +101,7 @@ def _model_in(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     }
     models = [key for key, value in entries.items() if _holds_towers(value)]
     if len(models) > 1:
-        raise CheckpointError(f"{path}: holds the models {' and '.join(models)}; {_SAVE_ONE}")
+        raise CheckpointError(f"holds the models {' and '.join(models)}; {_SAVE_ONE}", at=path)
     return entries[models[0]] if models else content
 
 
@@ -133,12 +133,12 @@ def _read_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
     optimizer = rest.pop("optimizer", None)
     for name, value in counts.items():
         if not isinstance(value, int):
-            raise CheckpointError(f"{path}: {name} is a {type(value).__name__}, expected an integer")
+            raise CheckpointError(f"{name} is a {type(value).__name__}, expected an integer", at=path)
     length = rest.get("context_length")
     if length is not None and not (type(length) is int and 3 <= length <= 512):
-        raise CheckpointError(f"{path}: context_length is {length!r}, expected an integer from 3 to 512")
+        raise CheckpointError(f"context_length is {length!r}, expected an integer from 3 to 512", at=path)
     if not isinstance(optimizer, dict | None):
-        raise CheckpointError(f"{path}: optimizer is a {type(optimizer).__name__}, expected a dictionary")
+        raise CheckpointError(f"optimizer is a {type(optimizer).__name__}, expected a dictionary", at=path)
     return Checkpoint(path, tensors, optimizer=optimizer, extra=rest, lora=_low_rank(tensors, rest, path), **counts)
 
 
@@ -148,7 +148,7 @@ def _low_rank(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], path: Path
     try:
         return low_rank.LowRank.from_entry(rest.get("lora"))
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; without it the adapters in the file cannot be used") from error
+        raise CheckpointError(f"{error}; without it the adapters in the file cannot be used", at=path) from error
 
 
 def _merged(checkpoint: Checkpoint) -> Checkpoint:
@@ -157,19 +157,19 @@ def _merged(checkpoint: Checkpoint) -> Checkpoint:
     try:
         return replace(checkpoint, state_dict=low_rank.merge(checkpoint.state_dict, checkpoint.lora))
     except ValueError as error:
-        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+        raise CheckpointError(error, at=checkpoint.path) from error
 
 
 def _named(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     try:
         return normalise_keys(tensors)
     except KeyError as error:
-        raise CheckpointError(f"{path}: the tensor {error.args[0]} is missing") from error
+        raise CheckpointError(f"the tensor {error.args[0]} is missing", at=path) from error
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(error, at=path) from error
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: the attention weights are not of one model ({first_sentence(error)})"
+            f"the attention weights are not of one model ({first_sentence(error)})", at=path
         ) from error
 
 
@@ -177,7 +177,7 @@ def read_openai_archive(path: str | Path) -> dict[str, Tensor]:
     """The flat state dict of an OpenAI CLIP archive (TorchScript), read without running its code."""
     path = Path(path)
     if not is_torchscript(path):
-        raise CheckpointError(f"{path}: not a TorchScript archive; expected a file as OpenAI publishes it")
+        raise CheckpointError("not a TorchScript archive; expected a file as OpenAI publishes it", at=path)
     return torchscript.read_state_dict(path)
 
 
@@ -283,18 +283,19 @@ def infer_config(checkpoint: Checkpoint) -> ModelConfig:
         return checkpoint.config
     tensors = checkpoint.state_dict
     if "visual.conv1.weight" not in tensors:
-        raise CheckpointError(f"{checkpoint.path}: no picture tower (visual.conv1.weight); is it a CLIP checkpoint?")
+        raise CheckpointError("no picture tower (visual.conv1.weight); is it a CLIP checkpoint?", at=checkpoint.path)
     if "bert.embeddings.word_embeddings.weight" not in tensors:
         raise CheckpointError(
-            f"{checkpoint.path}: no Chinese text tower (bert.*); an OpenAI CLIP file can only initialise the picture "
-            "tower, as `cn-clip train --clip-weight-path` does"
+            "no Chinese text tower (bert.*); an OpenAI CLIP file can only initialise the picture "
+            "tower, as `cn-clip train --clip-weight-path` does",
+            at=checkpoint.path,
         )
     try:
         return ModelConfig(_infer_vision(tensors), _infer_text(tensors))
     except KeyError as error:
-        raise CheckpointError(f"{checkpoint.path}: the tensor {error.args[0]} is missing") from error
+        raise CheckpointError(f"the tensor {error.args[0]} is missing", at=checkpoint.path) from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{checkpoint.path}: of no known architecture ({error})") from error
+        raise CheckpointError(f"of no known architecture ({error})", at=checkpoint.path) from error
 
 
 def _infer_vision(tensors: Mapping[str, Tensor]) -> VisionConfig:
@@ -391,14 +392,14 @@ def fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: 
             try:
                 fitted[key] = resize_position_embedding(fitted[key], _grid_side(expected[key]))
             except ValueError as error:
-                raise CheckpointError(f"{path}: {key}: {error}") from error
+                raise CheckpointError(f"{key}: {error}", at=path) from error
     for key, wanted in expected.items():
         if key not in fitted:
-            raise CheckpointError(f"{path}: the tensor {key} is missing; is it another architecture?")
+            raise CheckpointError(f"the tensor {key} is missing; is it another architecture?", at=path)
         if fitted[key].shape != wanted.shape:
             shapes = f"{tuple(fitted[key].shape)}, expected {tuple(wanted.shape)}"
-            raise CheckpointError(f"{path}: {key} has shape {shapes}; is it another architecture?")
+            raise CheckpointError(f"{key} has shape {shapes}; is it another architecture?", at=path)
     unknown = next((key for key in fitted if key not in expected), None)
     if unknown is not None:
-        raise CheckpointError(f"{path}: unexpected tensor {unknown}; is it another architecture?")
+        raise CheckpointError(f"unexpected tensor {unknown}; is it another architecture?", at=path)
     return fitted

@@ -29,7 +29,7 @@ def read_content(path: Path, *, mapped: bool = False) -> Any:
     them ends the process (SIGBUS) once it is shorter: `owned` copies those that are kept.
     """
     if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
-        raise CheckpointError(f"{path}: no such file; give the path of a checkpoint or a model's name")
+        raise CheckpointError("no such file; give the path of a checkpoint or a model's name", at=path)
     with reading(path, CheckpointError, step=_AGAIN, look=what_it_is):
         if path.suffix == ".safetensors" or is_safetensors(path):
             tensors = _read_safetensors(path)
@@ -86,11 +86,11 @@ def only_tensors(content: Any, path: Path) -> dict[str, Tensor]:
     items = content.items() if isinstance(content, Mapping) else ()
     tensors = {str(key): value for key, value in items if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors; expected a checkpoint with a `state_dict`")
+        raise CheckpointError("holds no tensors; expected a checkpoint with a `state_dict`", at=path)
     for name, value in tensors.items():
         if _stored_bytes(value) < value.numel() * value.element_size():
             shape = tuple(value.shape)
-            raise CheckpointError(f"{path}: {name} holds fewer values than its shape {shape}; expected each of them")
+            raise CheckpointError(f"{name} holds fewer values than its shape {shape}; expected each of them", at=path)
     return tensors
 
 
@@ -133,10 +133,11 @@ def _torch_load(path: Path, *, mapped: bool) -> Any:
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
             if found is None:
                 known = what_it_is(path) or "not a PyTorch checkpoint; expected a file written by torch.save"
-                raise CheckpointError(f"{path}: {known}") from error
+                raise CheckpointError(known, at=path) from error
             raise CheckpointError(
-                f"{path}: refused, because loading it would run code ({found[1]}); expected tensors and plain values "
-                "only: where it was made, save torch.save(model.state_dict(), path)"
+                f"refused, because loading it would run code ({found[1]}); expected tensors and plain values "
+                "only: where it was made, save torch.save(model.state_dict(), path)",
+                at=path,
             ) from error
 
 

@@ -82,14 +82,14 @@ def weight_files(folder: Path) -> list[Path]:
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".ckpt", ".safetensors"))
     such = f", such as {others[0]} in it" if others else ""
     raise CheckpointError(
-        f"{folder}: a folder without {' or '.join(WEIGHT_FILES)}; expected a transformers folder or a file{such}"
+        f"a folder without {' or '.join(WEIGHT_FILES)}; expected a transformers folder or a file{such}", at=folder
     )
 
 
 def _shards(index: Path) -> list[str]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-        raise CheckpointError(f"{index}: weight_map: expected an object from tensors to names of files")
+        raise CheckpointError("weight_map: expected an object from tensors to names of files", at=index)
     return sorted({Path(shard).name for shard in shards.values()})
 
 
@@ -103,14 +103,14 @@ def config_from_folder(folder: Path) -> ModelConfig:
     for part, fixed in _FIXED.items():
         for name, value in fixed.items():
             if (actual := _section(config, part).get(name, value)) != value:
-                raise CheckpointError(f"{path}: {part}.{name} is {actual!r}, expected {value!r}")
+                raise CheckpointError(f"{part}.{name} is {actual!r}, expected {value!r}", at=path)
     text = _TEXT_DEFAULTS | _section(config, "text_config")
     vision = _VISION_DEFAULTS | _section(config, "vision_config")
     try:
         embed_dim = _count({"projection_dim": 512} | config, "projection_dim")
         return ModelConfig(_vision_config(vision, embed_dim), _text_config(text))
     except ValueError as error:
-        raise CheckpointError(f"{path}: not the configuration of a ChineseCLIPModel ({error})") from error
+        raise CheckpointError(f"not the configuration of a ChineseCLIPModel ({error})", at=path) from error
 
 
 def _vision_config(fields: Mapping[str, Any], embed_dim: int) -> VisionConfig:
@@ -182,7 +182,7 @@ def check_weights(config: ModelConfig, tensors: Mapping[str, Tensor], folder: Pa
     for section, told in layers.items():
         found = len({match[1] for name in tensors if (match := re.match(_LAYERS[section], name))})
         if told != found:
-            raise CheckpointError(f"{folder}: {section}.num_hidden_layers is {told}, but the weights have {found}")
+            raise CheckpointError(f"{section}.num_hidden_layers is {told}, but the weights have {found}", at=folder)
     shapes = {
         "patch_embedding.weight": (vision.vision_width, 3, patch, patch),
         "position_embedding.weight": ((vision.image_resolution // patch) ** 2 + 1, vision.vision_width),
@@ -190,7 +190,7 @@ def check_weights(config: ModelConfig, tensors: Mapping[str, Tensor], folder: Pa
     for name, expected in shapes.items():
         shape = tuple(tensors[f"{_EMBEDDINGS}{name}"].shape) if f"{_EMBEDDINGS}{name}" in tensors else expected
         if shape != expected:
-            raise CheckpointError(f"{folder}: {_EMBEDDINGS}{name} is {shape}, but {CONFIG_FILE} makes it {expected}")
+            raise CheckpointError(f"{_EMBEDDINGS}{name} is {shape}, but {CONFIG_FILE} makes it {expected}", at=folder)
 
 
 def fields_of_config(config: ModelConfig) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def read_json(path: Path) -> dict[str, Any]:
     with reading(path, CheckpointError, what="not a JSON file that can be read", step=step):
         content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an object")
+        raise CheckpointError(f"holds a {type(content).__name__}, expected an object", at=path)
     return content
 
 

@@ -44,7 +44,7 @@ def check_inputs(folder: Path, resolution: int) -> None:
         _check_pictures(path, fields, resolution)
     for path, words in _vocabularies(folder):
         if words != _words(VOCAB_FILE.read_text(encoding="utf-8")):
-            raise CheckpointError(f"{path}: is another vocabulary than that of Chinese-CLIP; {_instead(folder)}")
+            raise CheckpointError(f"is another vocabulary than that of Chinese-CLIP; {_instead(folder)}", at=path)
 
 
 def _check_pictures(path: Path, fields: dict[str, Any], resolution: int) -> None:
@@ -55,7 +55,7 @@ def _check_pictures(path: Path, fields: dict[str, Any], resolution: int) -> None
     for name, wanted in expected.items():
         if name in fields and name not in ignored and not _is_same(fields[name], wanted):
             shown = repr(fields[name])[:60]
-            raise CheckpointError(f"{path}: {name} is {shown}, expected {wanted}; {_instead(path.parent)}")
+            raise CheckpointError(f"{name} is {shown}, expected {wanted}; {_instead(path.parent)}", at=path)
     if not is_squeezed:
         logger.warning(
             "%s: keeps the proportions of pictures; here they are squeezed, as Chinese-CLIP was trained; for the "
@@ -99,7 +99,7 @@ def _vocabularies(folder: Path) -> list[tuple[Path, list[str]]]:
         model = read_json(path).get("model")
         vocab = model.get("vocab") if isinstance(model, dict) else None
         if not isinstance(vocab, dict) or not all(type(number) is int for number in vocab.values()):
-            raise CheckpointError(f"{path}: holds no vocabulary of words; {_instead(folder)}")
+            raise CheckpointError(f"holds no vocabulary of words; {_instead(folder)}", at=path)
         found.append((path, [word.strip() for word in sorted(vocab, key=vocab.__getitem__)]))
     return found
 

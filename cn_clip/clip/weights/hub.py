@@ -83,8 +83,9 @@ def download(
     except Exception as error:  # the hub clients raise errors of many unrelated types, which differ by version
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             raise DownloadError(
-                f"{target.parent}: {published.filename} cannot be written there ({error.strerror}); free space, or "
-                "choose another download_root"
+                f"{published.filename} cannot be written there ({error.strerror}); free space, or "
+                "choose another download_root",
+                at=target.parent,
             ) from error
         raise DownloadError(_explain(published, error, use_modelscope=use_modelscope)) from error
 
@@ -128,7 +129,7 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DownloadError(
-            f"{folder}: cannot be made a folder ({error.strerror}); choose another download_root"
+            f"cannot be made a folder ({error.strerror}); choose another download_root", at=folder
         ) from error
 
 
@@ -196,8 +197,9 @@ def _need_room(folder: Path, name: str, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise DownloadError(
-            f"{folder.parent}: {name} takes {num_bytes:,} more bytes and the disk has {free:,} left; free space, or "
-            "choose another download_root"
+            f"{name} takes {num_bytes:,} more bytes and the disk has {free:,} left; free space, or "
+            "choose another download_root",
+            at=folder.parent,
         )
 
 

@@ -72,7 +72,7 @@ class _Unpickler(pickle.Unpickler):
             return list
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        raise CheckpointError(f"{self._path}: refused, because loading it would run code ({module}.{name})")
+        raise CheckpointError(f"refused, because loading it would run code ({module}.{name})", at=self._path)
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, storage_type, key, _, numel = pid

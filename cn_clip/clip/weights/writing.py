@@ -50,7 +50,7 @@ def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(stream)
     except (OSError, RuntimeError, KeyError) as error:  # KeyError: a type that safetensors does not know
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be written ({reason})") from error
+        raise CheckpointError(f"cannot be written ({reason})", at=path) from error
 
 
 def refuse_inputs(output: str | Path, inputs: Iterable[str | Path], *, suffix: str | None = None) -> None:
@@ -76,4 +76,4 @@ def check_finite(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError naming the first tensor that holds NaN or infinity."""
     for name, tensor in checkpoint.state_dict.items():
         if not tensor.isfinite().all():
-            raise CheckpointError(f"{checkpoint.path}: {name} holds NaN or infinity; use an earlier checkpoint")
+            raise CheckpointError(f"{name} holds NaN or infinity; use an earlier checkpoint", at=checkpoint.path)
