@@ -12,13 +12,13 @@ import pytest
 from dataset_files import picture, run_script, tree
 from unreadable_files import unreadable
 
+from cn_clip.data.captions import caption_of, split_of
 from cn_clip.data.checks import check_split
 from cn_clip.data.records import DATASET
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.files import alone, lock_file
 from cn_clip.preprocess import check_dataset
-from cn_clip.preprocess.dataset_from_folder import Options, run, shares, split_of
-from cn_clip.preprocess.picture_lists import caption_of
+from cn_clip.preprocess.dataset_from_folder import Options, run, shares
 
 SCRIPT = "preprocess/dataset_from_folder.py"
 ALL_TRAIN = {"splits": "train", "split_ratio": "1"}
@@ -126,9 +126,9 @@ def test_traditional_characters_are_simplified_on_request(tmp_path: Path) -> Non
 
 
 def test_the_division_is_the_same_each_time_and_near_the_ratio() -> None:
-    ratio = shares("8,1,1", 3)
-    splits = [split_of(f"{number}.png", ["train", "valid", "test"], ratio, 0) for number in range(2000)]
-    assert splits == [split_of(f"{number}.png", ["train", "valid", "test"], ratio, 0) for number in range(2000)]
+    parts = shares("8,1,1", ["train", "valid", "test"])
+    splits = [split_of(f"{number}.png", parts, 0) for number in range(2000)]
+    assert splits == [split_of(f"{number}.png", parts, 0) for number in range(2000)]
     assert [splits.count(name) for name in ("train", "valid", "test")] == [1621, 180, 199]
     assert [(number, splits[number]) for number in range(2000) if splits[number] != "train"][:4] == [
         (19, "valid"),
@@ -136,17 +136,17 @@ def test_the_division_is_the_same_each_time_and_near_the_ratio() -> None:
         (34, "valid"),
         (36, "valid"),
     ]
-    assert splits != [split_of(f"{number}.png", ["train", "valid", "test"], ratio, 1) for number in range(2000)]
+    assert splits != [split_of(f"{number}.png", parts, 1) for number in range(2000)]
 
 
 def test_a_share_of_zero_gets_nothing() -> None:
-    assert {split_of(str(number), ["a", "b", "c"], [0.0, 1.0, 0.0], 0) for number in range(500)} == {"b"}
+    assert {split_of(str(number), {"a": 0.0, "b": 1.0, "c": 0.0}, 0) for number in range(500)} == {"b"}
 
 
 @pytest.mark.parametrize("ratio", ["1,1", "1,1,1,1", "a,b,c", "-1,1,1", "0,0,0", "nan,1,1", "inf,1,1", ""])
 def test_a_bad_ratio_is_refused(ratio: str) -> None:
     with pytest.raises(ConfigError, match="--split-ratio: expected 3 numbers"):
-        shares(ratio, 3)
+        shares(ratio, ["a", "b", "c"])
 
 
 def test_adding_a_picture_leaves_the_others_in_their_splits(tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_a_full_disk_is_a_sentence_with_the_place_and_the_old_files_stay(
     def full(*_: object) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cn_clip.data.records.image_line", full)
+    monkeypatch.setattr("cn_clip.data.captions.image_line", full)
     with pytest.raises(DataError, match=r"out: cannot be written \(No space left on device\)"):
         convert(tmp_path)
     assert tree(tmp_path / "out") == before

@@ -28,10 +28,10 @@ from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.parity import Reference
 from cn_clip.clip.families import names, snapshots
 from cn_clip.clip.weights.checkpoint import read_checkpoint, read_openai_archive
+from cn_clip.data.captions import pictures_from_table
 from cn_clip.errors import CheckpointError, CnClipError, DataError, DownloadError, first_sentence, reading
 from cn_clip.evaluation import class_features
 from cn_clip.features.files import read_features
-from cn_clip.preprocess.picture_lists import pictures_from_table
 from cn_clip.training.optim import build_optimizer, decay_groups, load_optimizer_state, optimizer_state
 
 

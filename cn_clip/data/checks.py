@@ -37,6 +37,16 @@ def texts_path(data_dir: str | os.PathLike[str], split: str) -> Path:
     return Path(data_dir) / f"{split}_texts.jsonl"
 
 
+def splits_in(data_dir: Path, lmdb_dir: Path) -> list[str]:
+    """The splits of which there is a file or an LMDB; raises DataError when there is none."""
+    found = {path.name.removesuffix("_imgs.tsv") for path in data_dir.glob("*_imgs.tsv")}
+    found |= {path.name.removesuffix("_texts.jsonl") for path in data_dir.glob("*_texts.jsonl")}
+    found |= {path.parent.name for path in lmdb_dir.glob(f"*/{IMAGES}") if not path.parent.name.startswith(".")}
+    if not found:
+        raise DataError("holds no dataset; expected files such as train_imgs.tsv and train_texts.jsonl", at=data_dir)
+    return sorted(found)
+
+
 def sound_records(items: Iterable[T | Fault], on_error: Literal["stop", "skip"], faults: list[Fault]) -> Iterator[T]:
     """The items that are no faults. At a fault: raises DataError ("stop"), or appends it to `faults` ("skip")."""
     for item in items:

@@ -6,11 +6,13 @@ python cn_clip/preprocess/check_dataset.py --data_dir ${DATAPATH}/datasets/MUGE 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cn_clip import command, settings, terminal
 from cn_clip.digests import is_folder
 from cn_clip.errors import DataError
+from cn_clip.files import settle
 from cn_clip.option_types import CheckPictures, CheckWorkers, DataDir, Json
 from cn_clip.preprocess.build_lmdb_dataset import split_names
 
@@ -36,23 +38,19 @@ class Options:
 
 def run(options: Options) -> int:
     """Checks each split; returns 1 when there is a fault."""
-    from cn_clip.data.checks import check_split
-    from cn_clip.files import settle
+    from cn_clip.data import checks
 
-    settle(options.data_dir)
-    lmdb_dir = Path(options.lmdb_dir or Path(options.data_dir) / "lmdb")
+    data_dir = Path(options.data_dir)
+    lmdb_dir = Path(options.lmdb_dir or data_dir / "lmdb")
+    settle(data_dir)
+    if not is_folder(data_dir):
+        raise DataError("the data_dir does not exist; give the folder of the tsv and jsonl files", at=data_dir)
+    splits = checks.splits_in(data_dir, lmdb_dir) if options.splits is None else split_names(options.splits)
+    look = partial(checks.check_split, check=options.check_pictures, num_workers=options.num_workers)
     results = []
-    for split in _splits(options, lmdb_dir):
+    for split in splits:
         print(f"checking split {split} ...", file=sys.stderr)
-        results.append(
-            check_split(
-                options.data_dir,
-                split,
-                lmdb_dir / split,
-                check=options.check_pictures,
-                num_workers=options.num_workers,
-            )
-        )
+        results.append(look(data_dir, split, lmdb_dir / split))
     num_faults = sum(len(result.faults) for result in results)
     if options.json:
         summary = {"ok": not num_faults, "faults": num_faults, "splits": [result.as_dict() for result in results]}
@@ -67,20 +65,6 @@ def run(options: Options) -> int:
         counts = f"{result.num_images} sound images, {result.num_texts} sound texts, {lmdb}"
         print(f"{result.split}: {counts}, {len(result.faults)} faults")
     return int(num_faults > 0)
-
-
-def _splits(options: Options, lmdb_dir: Path) -> list[str]:
-    data_dir = Path(options.data_dir)
-    if not is_folder(data_dir):
-        raise DataError("the data_dir does not exist; give the folder of the tsv and jsonl files", at=data_dir)
-    if options.splits is not None:
-        return split_names(options.splits)
-    found = {path.name.removesuffix("_imgs.tsv") for path in data_dir.glob("*_imgs.tsv")}
-    found |= {path.name.removesuffix("_texts.jsonl") for path in data_dir.glob("*_texts.jsonl")}
-    found |= {path.parent.name for path in lmdb_dir.glob("*/imgs") if not path.parent.name.startswith(".")}
-    if not found:
-        raise DataError("holds no dataset; expected files such as train_imgs.tsv and train_texts.jsonl", at=data_dir)
-    return sorted(found)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -34,18 +34,13 @@ def new_path(raw_path: str) -> str:
 
 def run(options: Options) -> None:
     """Converts one file; raises CheckpointError when it is none."""
-    import torch
-
-    from cn_clip.clip.weights.checkpoint import read_openai_archive
-    from cn_clip.files import atomic_write
+    from cn_clip.clip.weights import checkpoint, writing
 
     target = options.new_ckpt_path or new_path(options.raw_ckpt_path)
     command.print_params(options)
     if not Path(options.raw_ckpt_path).is_file():
         raise CheckpointError("no such file; give the archive that OpenAI published", at=options.raw_ckpt_path)
-    state_dict = read_openai_archive(options.raw_ckpt_path)
-    with atomic_write(target, "wb") as stream:
-        torch.save(state_dict, stream)
+    writing.write_state_dict(target, checkpoint.read_openai_archive(options.raw_ckpt_path))
     print(f"Transformed openai ckpt {options.raw_ckpt_path} to {target}!")
     print("Done!")
 

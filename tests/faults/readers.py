@@ -52,6 +52,7 @@ from cn_clip.clip.pictures import open_picture
 from cn_clip.clip.tokenizer import VOCAB_FILE, Tokenizer
 from cn_clip.clip.weights import checkpoint
 from cn_clip.data.bulk_pictures import open_collection
+from cn_clip.data.captions import pictures_from_table
 from cn_clip.data.checks import check_split
 from cn_clip.data.lmdb_store import ImageStore, PairStore
 from cn_clip.data.shards import ShardPairs
@@ -62,7 +63,6 @@ from cn_clip.evaluation import class_features, templates
 from cn_clip.evaluation.elevater import read_index
 from cn_clip.features import files as feature_files
 from cn_clip.features import shards as feature_shards
-from cn_clip.preprocess.picture_lists import pictures_from_table
 from cn_clip.report.run_folder import read_run
 from cn_clip.retrieval.inspection import inspect
 from cn_clip.retrieval.manifest import Manifest, ModelInfo

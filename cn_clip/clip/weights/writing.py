@@ -27,6 +27,12 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], source: Ch
     _write(Path(path), lambda stream: torch.save({**counts, "state_dict": state, **more}, stream))
 
 
+def write_state_dict(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """The tensors alone, as `torch.load` gives them back; raises DataError when the folder is missing."""
+    with atomic_write(path, "wb") as stream:
+        torch.save(tensors, stream)
+
+
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A `.safetensors` under the names of this package, the same bytes every time; raises as `write_checkpoint`."""
     from safetensors.torch import save

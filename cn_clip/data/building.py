@@ -1,0 +1,221 @@
+"""Builds what training reads: the LMDB of a split from its tsv and jsonl files, and WebDataset shards from an LMDB."""
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from tqdm import tqdm
+
+from cn_clip.clip.picture_names import SUFFIXES_OF
+from cn_clip.clip.pictures import opened
+from cn_clip.data.checks import checked_images, checked_texts, images_path, sound_records, texts_path
+from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, Pair, PairStore, SplitWriter
+from cn_clip.data.pictures import PictureCheck, check_picture
+from cn_clip.data.records import Fault, RecordId
+from cn_clip.digests import is_file, is_folder
+from cn_clip.errors import ConfigError, DataError, Where
+from cn_clip.files import settle, staged_folder
+
+OnFault: TypeAlias = Literal["stop", "skip"]
+
+MAX_FAULTS_SHOWN = 20
+SIZES_FILE = "sizes.json"
+# MPO is a JPEG with more pictures behind it.
+_FORMATS = {"MPO": "JPEG"}
+
+
+# --- the LMDB of a split ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SplitReport:
+    """What became of one split; `lmdb_dir` is None when nothing was left to build."""
+
+    split: str
+    lmdb_dir: str | None = None
+    num_pairs: int = 0
+    num_images: int = 0
+    faults: list[Fault] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for --json."""
+        return {
+            "split": self.split,
+            "lmdb_dir": self.lmdb_dir,
+            "pairs": self.num_pairs,
+            "images": self.num_images,
+            "skipped": [fault.as_dict() for fault in self.faults],
+        }
+
+
+class _NothingLeftError(Exception):
+    """All pictures or all sentences of a split were skipped."""
+
+
+def build_splits(
+    data_dir: str | Path,
+    splits: Sequence[str],
+    lmdb_dir: Path,
+    *,
+    check: PictureCheck,
+    num_workers: int,
+    on_error: OnFault,
+    tell: Callable[[str], None],
+) -> list[SplitReport]:
+    """Builds `lmdb_dir/SPLIT` of each split; what is skipped is listed on stderr.
+
+    check, num_workers: see `checked_images`. tell: receives a line for each step.
+    Raises DataError for a missing file, at the first fault unless faults are skipped, and when nothing is left.
+    """
+    tell(f"Dataset splits to be processed: {', '.join(splits)}")
+    settle(data_dir)
+    if not is_folder(data_dir):
+        raise DataError("the data_dir does not exist; give the folder of the tsv and jsonl files", at=data_dir)
+    for split in splits:
+        for path in (images_path(data_dir, split), texts_path(data_dir, split)):
+            if not is_file(path):
+                raise DataError(
+                    f"no such file; the split {split!r} needs {split}_imgs.tsv and its _texts.jsonl", at=path
+                )
+    reports = []
+    for split in splits:
+        target = lmdb_dir / split
+        if target.is_dir():
+            tell(f"We will overwrite an existing LMDB file {target}")
+        report = _build(data_dir, split, target, check=check, num_workers=num_workers, on_error=on_error)
+        reports.append(report)
+        print_skipped(report.faults, f"split {split}")
+        if report.lmdb_dir is None:
+            print(f"skipped split {split}: no picture or no sentence is left of it", file=sys.stderr)
+            continue
+        for count, what, folder in ((report.num_pairs, "pairs", PAIRS), (report.num_images, "images", IMAGES)):
+            tell(f"Finished serializing {count} {split} split {what} into {target / folder}.")
+    if not any(report.lmdb_dir for report in reports):
+        raise DataError("no split has a usable record left; see the list of faults", at=data_dir)
+    tell("done!")
+    return reports
+
+
+def _build(
+    data_dir: str | Path, split: str, target: Path, *, check: PictureCheck, num_workers: int, on_error: OnFault
+) -> SplitReport:
+    """Builds one split beside `target` and moves it there."""
+    images_file, texts_file = images_path(data_dir, split), texts_path(data_dir, split)
+    report, image_ids, num_texts = SplitReport(split), set[RecordId](), 0
+    try:
+        with staged_folder(target) as folder:
+            with SplitWriter(folder, told=target) as writer:
+                images = checked_images(images_file, check=check, num_workers=num_workers)
+                bar = tqdm(images, desc=f"{split} images", unit=" records", disable=None)
+                for image in sound_records(bar, on_error, report.faults):
+                    writer.put_image(image.image_id, image.base64)
+                    image_ids.add(image.image_id)
+                texts = checked_texts(texts_file, image_ids, images_file=images_file)
+                bar = tqdm(texts, desc=f"{split} texts", unit=" records", disable=None)
+                for text in sound_records(bar, on_error, report.faults):
+                    num_texts += 1
+                    for image_id in text.image_ids:
+                        writer.put_pair(Pair(image_id, text.text_id, text.text))
+                if not (image_ids and num_texts):
+                    raise _NothingLeftError
+            report.num_pairs, report.num_images = writer.num_pairs, writer.num_images
+    except _NothingLeftError:
+        return report
+    report.lmdb_dir = str(target)
+    return report
+
+
+def print_skipped(faults: Sequence[Fault], where: str) -> None:
+    """Says on stderr how many records were skipped, and which: the first 20."""
+    for fault in faults[:MAX_FAULTS_SHOWN]:
+        print(f"skipped: {fault}", file=sys.stderr)
+    if faults:
+        more = f", the first {MAX_FAULTS_SHOWN} listed; all with --json" if len(faults) > MAX_FAULTS_SHOWN else ""
+        print(f"skipped {len(faults)} faults in {where}{more}", file=sys.stderr)
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shards:
+    """What was written. pattern: the value of --train-data that names them all."""
+
+    pattern: str
+    num_shards: int
+    num_pairs: int
+    num_bytes: int
+
+
+def write_shards(
+    source: Path, output: Path, *, pairs_per_shard: int, num_shards: int | None, seed: int, overwrite: bool
+) -> Shards:
+    """Writes the pairs of an LMDB, shuffled by `seed`, as 000000.tar, 000001.tar, ... of a folder, whole or not at all.
+
+    num_shards: so many of equal size give or take one pair, in place of `pairs_per_shard`. The same pairs give the
+    same bytes. Raises DataError when the folder holds something already, or for a pair that cannot be read.
+    """
+    images, pairs = ImageStore(source / IMAGES), PairStore(source / PAIRS)
+    if not len(pairs):
+        raise DataError("holds no pair of picture and text; is this a test split?", at=pairs.folder)
+    present = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    others = [name for name in present if not (name.endswith(".tar") or name == SIZES_FILE)]
+    if others:
+        raise DataError(f"holds other things ({', '.join(others[:3])}); choose a new folder for the shards", at=output)
+    if present and not overwrite:
+        raise DataError(f"holds {len(present)} files already; give --overwrite or choose another --output", at=output)
+    order = np.random.default_rng(seed % 2**64).permutation(len(pairs))
+    if num_shards is None:
+        shards = [order[first : first + pairs_per_shard] for first in range(0, len(pairs), pairs_per_shard)]
+    elif num_shards <= len(pairs):
+        shards = np.array_split(order, num_shards)
+    else:
+        raise ConfigError(f"--num-shards {num_shards}: more than the {len(pairs)} pairs; choose fewer")
+    names = [f"{number:06d}" for number in range(len(shards))]
+    with staged_folder(output) as folder:
+        with tqdm(desc="writing shards", total=len(pairs), unit=" pairs", disable=None) as bar:
+            for name, numbers in zip(names, shards, strict=True):
+                with tarfile.open(folder / f"{name}.tar", mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                    for position, number in enumerate(numbers.tolist()):
+                        for suffix, content in _members(images, pairs, number):
+                            # No owner and no time: the same pairs give the same bytes.
+                            info = tarfile.TarInfo(f"{name}{position:06d}.{suffix}")
+                            info.size = len(content)
+                            tar.addfile(info, io.BytesIO(content))
+                        bar.update()
+        with open(folder / SIZES_FILE, "w", encoding="utf-8") as stream:
+            json.dump({f"{name}.tar": len(numbers) for name, numbers in zip(names, shards, strict=True)}, stream)
+        num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    pattern = str(output / (f"{{{names[0]}..{names[-1]}}}.tar" if len(names) > 1 else f"{names[0]}.tar"))
+    return Shards(pattern, len(shards), len(pairs), num_bytes)
+
+
+def _members(images: ImageStore, pairs: PairStore, number: int) -> Iterator[tuple[str, bytes]]:
+    """(suffix, content) of the files of a pair; raises DataError for what training or other tools would refuse."""
+    pair = pairs[number]
+    try:
+        text = pair.text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"{pair.text[error.start]!r} at character {error.start}"
+        where = Where(pairs.folder, part=f"text id {pair.text_id!r}", id=pair.text_id)
+        raise DataError(f"its text is not valid Unicode ({found}); correct it and build again", at=where) from error
+    data = images.picture(pair.image_id)
+    where = Where(images.folder, part=f"image id {pair.image_id!r}", id=pair.image_id)
+    try:
+        check_picture(data, "header")
+        with opened(data) as image:
+            kind = str(image.format)
+        yield SUFFIXES_OF[_FORMATS.get(kind, kind)][0].removeprefix("."), data
+    except DataError as error:
+        raise DataError(error, at=where) from error
+    except KeyError as error:
+        raise DataError(f"is a {kind} picture; expected one of {', '.join(SUFFIXES_OF)}", at=where) from error
+    yield "txt", text
+    ids = {"image_id": pair.image_id, "text_id": pair.text_id}
+    yield "json", json.dumps(ids, ensure_ascii=False).encode("utf-8")
