@@ -34,6 +34,7 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     ("clip/weights/hub.py", "--offline"): {"download"},
     ("clip/weights/writing.py", "--output"): {"checkpoint strip", "checkpoint average", "checkpoint export"},
     ("data/checks.py", "--decode"): {"train", "features", "zeroshot", "evaluate", "linear-probe"},
+    ("data/building.py", "--json"): {"dataset build", "dataset from-folder"},
     ("data/building.py", "--num-shards"): {"dataset shards"},
     ("data/building.py", "--output"): {"dataset shards"},
     ("data/building.py", "--overwrite"): {"dataset shards"},
