@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 import PIL  # noqa: E402
 from PIL import Image, features  # noqa: E402
 
-from cn_clip import columns, command  # noqa: E402
+from cn_clip import command, terminal  # noqa: E402
 from cn_clip.clip.encoder import Encoder  # noqa: E402
 from cn_clip.clip.pictures import decode  # noqa: E402
 from cn_clip.clip.transforms import STD, Decode, ImageTransform  # noqa: E402
@@ -202,7 +202,7 @@ def report(answer: dict[str, Any]) -> str:
             answer["machine"],
             f"{described['count']} JPEGs, median {width:.0f} x {height:.0f}, mean {described['mean_kb']:.0f} kB, "
             f"to {answer['resolution']} pixels; CPU time, medians of {answer['runs']} runs",
-            *columns.align(rows, right=frozenset({1, 2})),
+            *terminal.align(rows, right=frozenset({1, 2})),
             f"fast is {answer['fast_speedup']:.2f} times as fast as exact",
             f"pixels differ by {difference['mean_levels']:.2f} levels of 255 on average, by "
             f"{difference['largest_levels']:.0f} at most",

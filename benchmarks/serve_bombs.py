@@ -31,7 +31,7 @@ import picture_bombs as bombs  # noqa: E402
 from serve_load import crowd, data_url, exchange, request_bodies, request_body, service  # noqa: E402
 from serve_soak import resident_mb  # noqa: E402
 
-from cn_clip import columns, command  # noqa: E402
+from cn_clip import command, terminal  # noqa: E402
 from cn_clip.clip.backends.base import BackendName, Precision  # noqa: E402
 from cn_clip.deploy import machine  # noqa: E402
 from cn_clip.emoji_pack import load  # noqa: E402
@@ -196,7 +196,7 @@ def _table(waits: Sequence[Wait]) -> str:
         ]
         for one in waits
     ]
-    return "\n".join(columns.align([head, *rows], right=frozenset(range(1, 6))))
+    return "\n".join(terminal.align([head, *rows], right=frozenset(range(1, 6))))
 
 
 def main(args: Sequence[str] | None = None) -> None:

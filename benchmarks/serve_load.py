@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cn_clip import columns, command  # noqa: E402
+from cn_clip import command, terminal  # noqa: E402
 from cn_clip.clip.backends.base import KINDS, BackendName, Kind, Precision  # noqa: E402
 from cn_clip.clip.encoder import Encoder  # noqa: E402
 from cn_clip.deploy import machine  # noqa: E402
@@ -260,7 +260,7 @@ def table(loads: Sequence[Load]) -> str:
         ]
         for one in loads
     ]
-    return "\n".join(columns.align([head, *rows], right=frozenset(range(1, len(head)))))
+    return "\n".join(terminal.align([head, *rows], right=frozenset(range(1, len(head)))))
 
 
 def main(args: Sequence[str] | None = None) -> None:

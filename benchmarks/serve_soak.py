@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from serve_load import PAUSE_AFTER_REFUSAL, data_url, exchange, service  # noqa: E402
 
-from cn_clip import columns, command  # noqa: E402
+from cn_clip import command, terminal  # noqa: E402
 from cn_clip.clip.backends.base import BackendName, Precision  # noqa: E402
 from cn_clip.deploy import machine  # noqa: E402
 from cn_clip.emoji_pack import load  # noqa: E402
@@ -86,7 +86,7 @@ def run(options: Options) -> None:
     rows = [["requests", "answered", "503", "p50 ms", "p95 ms", "p99 ms"]]
     for kind in sorted({*seconds, *refused}):
         rows.append([kind, str(len(seconds[kind])), str(refused[kind]), *percentiles_ms(seconds[kind])])
-    say("\n".join(columns.align(rows, right=frozenset(range(1, 6)))))
+    say("\n".join(terminal.align(rows, right=frozenset(range(1, 6)))))
     first, middle, last = (statistics.mean(part) for part in thirds(memory_mb))
     say(f"memory, mean of each third of {options.minutes:g} minutes: {first:.0f}, {middle:.0f}, {last:.0f} MB")
     say.result(

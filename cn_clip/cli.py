@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from cn_clip import __version__, columns, terminal
+from cn_clip import __version__, terminal
 
 PROG = "cn-clip"
 
@@ -154,7 +154,7 @@ def help_text(prefix: str = "") -> str:
             "",
             f"用法 / usage: {PROG} <命令 command> [选项 options]",
             "",
-            *columns.align(rows),
+            *terminal.align(rows),
             "",
             f"`{PROG} <命令> --help` 列出该命令的选项 / lists the options of a command",
         ]

@@ -63,34 +63,24 @@ def is_whole(path: Path, expected: FileFacts) -> bool:
     VERIFIED beside it, if that can be written, and is read again once its size, times or inode have changed. Damage
     below the file system changes none of them; `facts_of` finds it.
     """
-    seen = _stamp(path)
-    if seen[0] != expected.bytes:
+    found = path.stat()
+    if found.st_size != expected.bytes:
         return False
-    memory, entry = path.with_name(VERIFIED), [*seen, expected.digest]
-    known = _remembered(memory)
+    # A copy has another inode, and a change whose time was set back another st_ctime.
+    entry = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, expected.digest]
+    memory, known = path.with_name(VERIFIED), {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        entries = json.loads(memory.read_text(encoding="utf-8"))
+        known = entries if isinstance(entries, dict) else {}
     if known.get(path.name) == entry:
         return True
     if facts_of(path) != expected:
         return False
-    if time.time() - max(seen[1:3]) / 1e9 >= SETTLED_S:
+    if time.time() - max(found.st_mtime_ns, found.st_ctime_ns) / 1e9 >= SETTLED_S:
         kept = {name: one for name, one in known.items() if os.path.exists(path.with_name(name))}
         with contextlib.suppress(OSError, DataError), atomic_write(memory) as stream:
             json.dump({**kept, path.name: entry}, stream)
     return True
-
-
-def _stamp(path: Path) -> list[int]:
-    """Size, times in ns, inode: a copy, or a change whose time was set back, has others."""
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-
-
-def _remembered(memory: Path) -> dict[str, Any]:
-    try:
-        entries = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return entries if isinstance(entries, dict) else {}
 
 
 def is_there(path: str | os.PathLike[str]) -> bool:

@@ -117,7 +117,11 @@ def staged_folder(target: StrPath) -> Iterator[Path]:
     Raises DataError when the folders cannot be written, and for a target that is a file or the folder the command runs
     in; ConfigError when another process is writing the same folder.
     """
-    resolved = _replaceable_folder(target)
+    resolved = Path(os.path.realpath(target))
+    if resolved.exists() and not resolved.is_dir():
+        raise DataError("exists and is no folder; choose another name for the folder", at=target)
+    if resolved in (Path.cwd(), Path(resolved.anchor)):  # a shell would go on in the folder that was taken away
+        raise DataError("is the folder this command runs in, or the root; choose a folder inside it", at=target)
     with _held_alone(target, resolved) as held:
         folder = held.path / resolved.name
         folder.mkdir()
@@ -133,16 +137,6 @@ def staged_folder(target: StrPath) -> Iterator[Path]:
         sync_folder(resolved.parent)
 
 
-def _replaceable_folder(target: StrPath) -> Path:
-    """The absolute path of `target`, links followed."""
-    resolved = Path(os.path.realpath(target))
-    if resolved.exists() and not resolved.is_dir():
-        raise DataError("exists and is no folder; choose another name for the folder", at=target)
-    if resolved in (Path.cwd(), Path(resolved.anchor)):  # a shell would go on in the folder that was taken away
-        raise DataError("is the folder this command runs in, or the root; choose a folder inside it", at=target)
-    return resolved
-
-
 @contextlib.contextmanager
 def _held_alone(target: StrPath, resolved: Path) -> Iterator["HeldFolder"]:
     """A held folder beside `resolved`, for the one process that writes it; what another left unfinished is done."""
@@ -156,31 +150,22 @@ def _held_alone(target: StrPath, resolved: Path) -> Iterator["HeldFolder"]:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Exchanges the names of two folders in one step; returns False where that cannot be done. Raises OSError."""
-    call = _exchange_call()
-    if call is None:
+    library = None if sys.platform == "win32" else ctypes.CDLL(None, use_errno=True)
+    path, here = ctypes.c_char_p, -100  # AT_FDCWD
+    if (renameat2 := getattr(library, "renameat2", None)) is not None:  # Linux, with RENAME_EXCHANGE
+        renameat2.argtypes = (ctypes.c_int, path, ctypes.c_int, path, ctypes.c_uint)
+        status = renameat2(here, os.fsencode(first), here, os.fsencode(second), 2)
+    elif (renamex_np := getattr(library, "renamex_np", None)) is not None:  # macOS, with RENAME_SWAP
+        renamex_np.argtypes = (path, path, ctypes.c_uint)
+        status = renamex_np(os.fsencode(first), os.fsencode(second), 2)
+    else:
         return False
-    if call(os.fsencode(first), os.fsencode(second)) == 0:
+    if status == 0:
         return True
     code = ctypes.get_errno()
     if code in _NO_EXCHANGE:
         return False
     raise OSError(code, os.strerror(code), os.fspath(second))
-
-
-@functools.cache
-def _exchange_call() -> Callable[[bytes, bytes], int] | None:
-    here, exchange, swap = -100, 2, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
-    if sys.platform == "win32":
-        return None
-    library = ctypes.CDLL(None, use_errno=True)
-    if (renameat2 := getattr(library, "renameat2", None)) is not None:
-        path = ctypes.c_char_p
-        renameat2.argtypes = (ctypes.c_int, path, ctypes.c_int, path, ctypes.c_uint)
-        return lambda first, second: int(renameat2(here, first, here, second, exchange))
-    if (renamex_np := getattr(library, "renamex_np", None)) is not None:
-        renamex_np.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint)
-        return lambda first, second: int(renamex_np(first, second, swap))
-    return None
 
 
 # --- several files
@@ -515,18 +500,14 @@ def _writing(path: StrPath, resolved: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, (ConnectionError, CnClipError)) or not _is_of(error, resolved):
+        if isinstance(error, (ConnectionError, CnClipError)):
             raise
+        if isinstance(error.filename, (str, bytes)):
+            found = Path(os.path.abspath(os.fsdecode(error.filename)))
+            is_temporary = os.fspath(found).startswith(os.fspath(resolved.parent / f".{_short(resolved.name)}"))
+            if not (is_temporary or found == resolved or found in resolved.parents):
+                raise
         raise _cannot_be_written(path, error) from error
-
-
-def _is_of(error: OSError, target: Path) -> bool:
-    """Whether an error is of an output: it names no file, or the output, a folder above it, or a temporary one."""
-    if not isinstance(error.filename, (str, bytes)):
-        return True
-    found = Path(os.path.abspath(os.fsdecode(error.filename)))
-    is_temporary = os.fspath(found).startswith(os.fspath(target.parent / f".{_short(target.name)}"))
-    return is_temporary or found == target or found in target.parents
 
 
 def _cannot_be_written(path: StrPath, cause: OSError) -> OutputError:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cn_clip import columns, command
+from cn_clip import command, terminal
 from cn_clip.jsonl import dumps
 from cn_clip.zoo import (
     BUNDLED_DIR,
@@ -125,7 +125,7 @@ def table_of_models(models: Iterable[dict[str, Any]]) -> list[str]:
         ["模型", "像素", "参数", "视觉塔", "大小", "文件", "本机"],
         ["model", "px", "params", "visual", "size", "file", "here"],
     ]
-    return columns.align([*head, *map(_row, models)], right=frozenset({1, 2, 3, 4}))
+    return terminal.align([*head, *map(_row, models)], right=frozenset({1, 2, 3, 4}))
 
 
 def _row(model: dict[str, Any]) -> list[str]:
@@ -160,7 +160,7 @@ def _table_of_results(found: dict[str, dict[Setup, Result]]) -> list[str]:
         for setup, title in titles.items()
         if any(setup in results for results in found.values())
     ]
-    return columns.align(zip(["", "", *found], *blocks, strict=True))
+    return terminal.align(zip(["", "", *found], *blocks, strict=True))
 
 
 def _block(results: Sequence[Result | None]) -> list[str]:
@@ -168,7 +168,7 @@ def _block(results: Sequence[Result | None]) -> list[str]:
     columns_of = {"R@1": "recall_1", "R@5": "recall_5", "R@10": "recall_10", "MR": "mean"}
     shown = [head for head, field in columns_of.items() if any(one and getattr(one, field) for one in results)]
     rows = [[_percent(getattr(one, columns_of[head], None)) for head in shown] for one in results]
-    return columns.align([shown, *rows], right=frozenset(range(len(shown))))
+    return terminal.align([shown, *rows], right=frozenset(range(len(shown))))
 
 
 def _percent(value: float | None) -> str:

@@ -1,11 +1,15 @@
-"""What every command does with its terminal or pipe: any encoding is written, every end is one line and a status."""
+"""What every command does with its terminal or pipe: any encoding is written, every end is one line and a status.
+
+Also text tables, where a Chinese character is two cells wide.
+"""
 
 import contextlib
 import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from cn_clip.errors import CnClipError
@@ -70,8 +74,12 @@ def ending(*, status: int = 1) -> Iterator[None]:
     except KeyboardInterrupt:
         _fail("已中断 / interrupted", status=130)
     except Exception as error:
-        if _is_closed_pipe(error):
-            _drop_output()
+        is_closed_pipe = isinstance(error, BrokenPipeError)
+        if sys.platform == "win32" and isinstance(error, OSError):  # it calls that an invalid argument, of no file
+            is_closed_pipe |= (error.errno, error.filename) == (22, None)
+        if is_closed_pipe:
+            with contextlib.suppress(OSError, ValueError):  # what is still to be written goes nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         sentence = explained(error)
         if sentence is None:
@@ -106,19 +114,30 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _is_closed_pipe(error: Exception) -> bool:
-    """Windows calls it an invalid argument, of no file."""
-    if isinstance(error, BrokenPipeError):
-        return True
-    return sys.platform == "win32" and isinstance(error, OSError) and (error.errno, error.filename) == (22, None)
-
-
-def _drop_output() -> None:
-    """What is still to be written goes nowhere, or Python would complain of it at exit."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _fail(line: str, *, status: int) -> NoReturn:
     print(line, file=sys.stderr)
     sys.exit(status)
+
+
+def width(text: str) -> int:
+    """Terminal cells that `text` takes: 2 for wide and full-width characters, 0 for combining ones, else 1."""
+    shown = (character for character in text if not unicodedata.combining(character))
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in shown)
+
+
+def pad(text: str, cells: int, *, right: bool = False) -> str:
+    """`text` filled with spaces to `cells` terminal cells, aligned left, or right if `right`."""
+    blanks = " " * (cells - width(text))
+    return blanks + text if right else text + blanks
+
+
+def align(rows: Iterable[Sequence[str]], *, right: frozenset[int] = frozenset()) -> list[str]:
+    """One line a row, columns aligned and two cells apart; those numbered in `right` are aligned right.
+
+    Raises ValueError when the rows are not of one length.
+    """
+    padded = []
+    for number, column in enumerate(zip(*rows, strict=True)):
+        cells = max(map(width, column))
+        padded.append([pad(text, cells, right=number in right) for text in column])
+    return ["  ".join(texts).rstrip() for texts in zip(*padded, strict=True)]

@@ -13,7 +13,7 @@ import warm_python
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cn_clip import __version__, cli, columns, command, models
+from cn_clip import __version__, cli, command, models, terminal
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +41,7 @@ def test_help_columns_stand_under_each_other_on_a_terminal(capsys: pytest.Captur
     cli.main([])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     pairs = zip(rows, cli.COMMANDS.values(), strict=True)
-    starts = {columns.width(row[: row.index(known.english)]) for row, known in pairs}
+    starts = {terminal.width(row[: row.index(known.english)]) for row, known in pairs}
     assert len(starts) == 1
 
 
@@ -152,19 +152,19 @@ def test_unknown_flag_exits_with_status_2() -> None:
 
 @pytest.mark.parametrize(("text", "cells"), [("", 0), ("abc", 3), ("中文", 4), ("，", 2), ("ｗ", 2), ("e\u0301", 1)])
 def test_width_counts_terminal_cells(text: str, cells: int) -> None:
-    assert columns.width(text) == cells
+    assert terminal.width(text) == cells
 
 
 def test_align_fills_by_cells_left_and_right() -> None:
-    assert columns.align([("猫", "1", "x"), ("cat!", "12", "")], right=frozenset({1})) == ["猫     1  x", "cat!  12"]
-    assert columns.align([]) == []
+    assert terminal.align([("猫", "1", "x"), ("cat!", "12", "")], right=frozenset({1})) == ["猫     1  x", "cat!  12"]
+    assert terminal.align([]) == []
     with pytest.raises(ValueError, match="zip"):
-        columns.align([("a", "b"), ("c",)])
+        terminal.align([("a", "b"), ("c",)])
 
 
 @given(st.lists(st.text(alphabet="a中é，", max_size=9), min_size=1))
 def test_padded_texts_are_equally_wide(texts: list[str]) -> None:
-    assert {columns.width(columns.pad(text, 20)) for text in texts} == {20}
+    assert {terminal.width(terminal.pad(text, 20)) for text in texts} == {20}
 
 
 @dataclass(frozen=True)

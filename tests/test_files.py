@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,7 +184,8 @@ def test_the_permissions_of_folders_and_of_files_written_together_are_kept(tmp_p
 
 
 def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_exchange_call", lambda: None)
+    """A system whose library has no such call."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace())
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
@@ -227,7 +229,7 @@ def test_a_folder_that_is_a_mount_point_is_a_sentence(tmp_path: Path, monkeypatc
         ctypes.set_errno(errno.EBUSY)
         return -1
 
-    monkeypatch.setattr(files, "_exchange_call", lambda: busy)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=busy))
     reason = r"folder: cannot be written \(Device or resource busy\)"
     with pytest.raises(DataError, match=reason), staged_folder(tmp_path / "folder"):
         pass

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from cn_clip import columns, command, zoo
+from cn_clip import command, terminal, zoo
 from cn_clip.errors import CheckpointError
 from cn_clip.option_types import Json
 
@@ -30,7 +30,7 @@ def run(options: Options) -> None:
 
     say = command.Speaker(quiet=options.json)
     found = describe(read_checkpoint(options.file, merge_lora=False, mapped=True))
-    for line in columns.align(_rows(found)):
+    for line in terminal.align(_rows(found)):
         say(line)
     say.result(found)
 

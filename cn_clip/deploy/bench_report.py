@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cn_clip import columns
+from cn_clip import terminal
 from cn_clip.errors import MissingExtraError
 from cn_clip.extras import require
 from cn_clip.files import atomic_write
@@ -74,7 +74,7 @@ def reasons(rows: Sequence[Row]) -> list[str]:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """The lines for a terminal."""
-    return [*columns.align([HEADER, *map(cells, rows)], right=NUMBERS), *reasons(rows)]
+    return [*terminal.align([HEADER, *map(cells, rows)], right=NUMBERS), *reasons(rows)]
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -137,7 +137,7 @@ def _say_recalls(
     published: Sequence[Result],
     say: command.Speaker,
 ) -> None:
-    from cn_clip import columns
+    from cn_clip import terminal
 
     rows: list[tuple[str, ...]] = []
     for query, scores in measured.items():
@@ -146,7 +146,7 @@ def _say_recalls(
         for one in published:
             if one.query == query:
                 rows.append((f"  {SETUPS[one.setup]}: {_published_model(options)}", *_shown(one)))
-    for line in columns.align(rows, right=frozenset({1, 2, 3, 4})):
+    for line in terminal.align(rows, right=frozenset({1, 2, 3, 4})):
         say(line)
 
 
@@ -195,7 +195,7 @@ def _say_accuracy(
     options: Options, found: "Classified", figure: float | None, model: str | None, reason: str, say: command.Speaker
 ) -> None:
     """reason: why there is no figure to compare with."""
-    from cn_clip import columns
+    from cn_clip import terminal
 
     benchmark = benchmark_sets.classification_sets()[options.name]
     rows = [(f"{benchmark.title} test，{found.num_pictures} 张图片 / pictures", "%")]
@@ -205,7 +205,7 @@ def _say_accuracy(
     ]
     if figure is not None:
         rows.append((f"  {SETUPS['zero-shot']}: {model}", f"{figure:.1f}"))
-    for line in columns.align(rows, right=frozenset({1})):
+    for line in terminal.align(rows, right=frozenset({1})):
         say(line)
     if found.own_labels:
         say("没有 label_cn.txt，用了本包的中文类别名 / no label_cn.txt there: the class names are this package's own")

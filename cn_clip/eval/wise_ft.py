@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cn_clip import columns, command, settings
+from cn_clip import command, settings, terminal
 from cn_clip.errors import ConfigError
 from cn_clip.option_types import ContextLength, Device, Json, NumWorkers
 from cn_clip.settings import Range
@@ -208,7 +208,7 @@ def table(points: Sequence[Point], best: Point) -> list[str]:
         shares = [*point.recall.text_to_image.at.values(), *point.recall.image_to_text.at.values(), point.recall.mean]
         mark = "最佳 / best" if point is best else ""
         rows.append([f"{point.alpha:g}", *(f"{100 * share:.2f}" for share in shares), mark])
-    return columns.align(rows, right=frozenset(range(len(head) - 1)))
+    return terminal.align(rows, right=frozenset(range(len(head) - 1)))
 
 
 def main(args: Sequence[str] | None = None) -> None:

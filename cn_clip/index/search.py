@@ -167,13 +167,13 @@ def _encoder(index: "Searchable", options: Options, kinds: "Sequence[Kind]", say
 
 
 def _table(hits: "Sequence[Hit]") -> list[str]:
-    from cn_clip import columns
+    from cn_clip import terminal
     from cn_clip.index.show import shown
 
     if not hits:
         return ["没有找到 / nothing found"]
     rows = [(f"{hit.score:.4f}", shown(hit.id), shown(hit.metadata.get("caption", ""))) for hit in hits]
-    return columns.align([("分数 score", "编号 id", "说明 caption"), *rows], right=frozenset([0]))
+    return terminal.align([("分数 score", "编号 id", "说明 caption"), *rows], right=frozenset([0]))
 
 
 def _draw(index: "Searchable", options: Options, hits: "Sequence[Hit]") -> None:
