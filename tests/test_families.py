@@ -30,7 +30,7 @@ from cn_clip.command import Speaker
 from cn_clip.demo import emoji
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, DownloadError, MissingExtraError
 from cn_clip.eval import extract_features, zeroshot_evaluation
-from cn_clip.features import shard_worker
+from cn_clip.features import ray_extraction
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -550,9 +550,9 @@ def test_rows_of_two_models_are_never_mixed(folders: Any, tmp_path: Path) -> Non
         "tokenizer_config.json",
         "vocab.json",
     }
-    assert shard_worker.weights_digest(one) != shard_worker.weights_digest(other)
+    assert ray_extraction.weights_digest(one) != ray_extraction.weights_digest(other)
     copy = options_of(f"hf:{shutil.copytree(folders('clip'), tmp_path / 'copy')}", tmp_path)
-    assert shard_worker.weights_digest(copy) == shard_worker.weights_digest(one)
+    assert ray_extraction.weights_digest(copy) == ray_extraction.weights_digest(one)
 
 
 def test_a_file_of_the_model_is_not_written_over(folders: Any, split: Path, tmp_path: Path) -> None:

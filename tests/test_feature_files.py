@@ -20,7 +20,7 @@ from cn_clip.errors import ConfigError, DataError, MissingExtraError
 from cn_clip.eval import make_topk_predictions
 from cn_clip.evaluation import class_features
 from cn_clip.features.files import read_features, write_features, write_rows
-from cn_clip.features.formats import OutputFormat, format_of
+from cn_clip.features.options import OutputFormat, format_of
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 

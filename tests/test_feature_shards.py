@@ -22,11 +22,18 @@ from cn_clip.demo import emoji
 from cn_clip.errors import CnClipError, ConfigError, DataError, UnreadableError
 from cn_clip.eval import extract_features, make_topk_predictions
 from cn_clip.features import ray_extraction
-from cn_clip.features import shards as feature_shards
 from cn_clip.features.files import read_features
-from cn_clip.features.ray_extraction import Node, plan_actors
-from cn_clip.features.shard_worker import Job, ShardWorker, Task, TextPart, model_facts, weights_digest
-from cn_clip.features.shards import Finished, Manifest, Shard, Skipped, write_shard
+from cn_clip.features.ray_extraction import (
+    Node,
+    ShardJob,
+    ShardWorker,
+    Task,
+    TextPart,
+    model_facts,
+    plan_actors,
+    weights_digest,
+)
+from cn_clip.features.store import Finished, Manifest, Shard, Skipped, begin_shards, write_shard
 from cn_clip.index.sources import is_feature_file
 
 MODEL, DATA = {"digest": "aaaa"}, {"digest": "dddd"}
@@ -55,7 +62,7 @@ def folder(tmp_path: Path) -> Storage:
 @pytest.fixture
 def filled(folder: Storage) -> Storage:
     """All three shards of `manifest()`."""
-    feature_shards.begin(folder, manifest(), overwrite=False)
+    begin_shards(folder, manifest(), overwrite=False)
     for shard in manifest().shards():
         write(folder, manifest(), shard)
     return folder
@@ -77,12 +84,12 @@ def test_every_input_is_in_one_shard(number: int, size: int) -> None:
 
 
 def test_a_new_folder_has_a_manifest_and_nothing_finished(folder: Storage) -> None:
-    assert feature_shards.begin(folder, manifest(), overwrite=False) == {}
+    assert begin_shards(folder, manifest(), overwrite=False) == {}
     assert json.loads(Path(folder.path, "manifest.json").read_text())["num_shards"] == 3
 
 
 def test_shards_that_are_there_are_finished_and_damaged_or_foreign_ones_are_not(filled: Storage) -> None:
-    begin = feature_shards.begin
+    begin = begin_shards
     assert begin(filled, manifest(), overwrite=False) == {0: Finished(4), 1: Finished(4), 2: Finished(2)}
     parts = [Path(filled.path, shard.name) for shard in manifest().shards()]
     parts[0].write_bytes(parts[0].read_bytes()[:-9])
@@ -102,7 +109,7 @@ def test_shards_that_are_there_are_finished_and_damaged_or_foreign_ones_are_not(
 )
 def test_another_job_is_refused_with_both_fingerprints(filled: Storage, changed: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        feature_shards.begin(filled, manifest(**changed), overwrite=False)
+        begin_shards(filled, manifest(**changed), overwrite=False)
     assert f"[{told}]" in str(raised.value)
     assert "[image_id model aaaa data dddd shard-size 4]" in str(raised.value)
     assert len(list(Path(filled.path).glob("part-*"))) == 3
@@ -111,15 +118,15 @@ def test_another_job_is_refused_with_both_fingerprints(filled: Storage, changed:
 def test_overwrite_removes_the_shards_and_nothing_else(filled: Storage) -> None:
     Path(filled.path, "notes.txt").write_text("mine")
     other = manifest(model={"digest": "bbbb"})
-    assert feature_shards.begin(filled, other, overwrite=True) == {}
+    assert begin_shards(filled, other, overwrite=True) == {}
     assert sorted(path.name for path in Path(filled.path).iterdir()) == ["manifest.json", "notes.txt"]
-    assert feature_shards.begin(filled, other, overwrite=False) == {}
+    assert begin_shards(filled, other, overwrite=False) == {}
 
 
 def test_shards_of_nobody_knows_what_are_not_written_over(filled: Storage) -> None:
     Path(filled.path, "manifest.json").unlink()
     with pytest.raises(ConfigError, match=r"holds 3 Parquet shards but no manifest\.json"):
-        feature_shards.begin(filled, manifest(), overwrite=False)
+        begin_shards(filled, manifest(), overwrite=False)
 
 
 def test_a_manifest_that_is_none_is_told(filled: Storage) -> None:
@@ -131,7 +138,7 @@ def test_a_manifest_that_is_none_is_told(filled: Storage) -> None:
     ):
         Path(filled.path, "manifest.json").write_text(damaged)
         with pytest.raises(DataError, match=r"manifest\.json: is no manifest of feature shards"):
-            feature_shards.begin(filled, manifest(), overwrite=False)
+            begin_shards(filled, manifest(), overwrite=False)
 
 
 # --- reading
@@ -146,12 +153,12 @@ def test_the_shards_read_as_one_file_in_the_order_of_the_inputs(filled: Storage)
 
 def test_ids_of_both_types_and_a_shard_without_rows_read_back(folder: Storage) -> None:
     one = manifest(6, 2)
-    feature_shards.begin(folder, one, overwrite=False)
+    begin_shards(folder, one, overwrite=False)
     for shard, ids in zip(one.shards(), ([1, 2], [], [3, "004"]), strict=True):
         skipped = [] if ids else [Skipped("x", "x: damaged"), Skipped("y", "y: damaged")]
         write_shard(folder, one, shard, ids, rows(shard)[: len(ids)], skipped=skipped)
     assert read_features(folder.path, "image_id").ids == [1, 2, 3, "004"]
-    finished = feature_shards.begin(folder, one, overwrite=False)
+    finished = begin_shards(folder, one, overwrite=False)
     assert finished[1] == Finished(0, (Skipped("x", "x: damaged"), Skipped("y", "y: damaged")))
 
 
@@ -178,7 +185,7 @@ def test_shards_of_two_models_are_not_read_as_one(filled: Storage) -> None:
         f"{filled.path}/part-00001.parquet: is of another extraction, by its key {other.key!r}; that of the manifest "
         f"is {manifest().key!r}; run the extraction again, which makes the shards that are not of manifest.json"
     )
-    assert feature_shards.begin(filled, manifest(), overwrite=False).keys() == {0, 2}  # as it says
+    assert begin_shards(filled, manifest(), overwrite=False).keys() == {0, 2}  # as it says
 
 
 def test_a_folder_of_shards_that_cannot_be_read_now_is_not_taken_for_another(filled: Storage) -> None:
@@ -194,7 +201,7 @@ def test_topk_takes_folders_of_shards(tmp_path: Path) -> None:
     for field, name in (("image_id", "images"), ("text_id", "texts")):
         one = manifest(4, 3, field=field)
         place = open_storage(str(tmp_path / name))
-        feature_shards.begin(place, one, overwrite=False)
+        begin_shards(place, one, overwrite=False)
         for shard in one.shards():
             write_shard(
                 place,
@@ -292,7 +299,7 @@ def finish(ray: FakeRay, *, bad: int | None = None) -> list[int]:
     def part(start: int, stop: int) -> str:
         return "bad" if start == bad else ""
 
-    job = Job("image", open_storage("out"), manifest())
+    job = ShardJob("image", open_storage("out"), manifest())
     inputs = ray_extraction._Inputs({}, 10, lambda shard: part(*shard[1:]))
     work = ray_extraction._Progress(job, inputs, {})
     tasks = deque((work, shard) for shard in work.todo())
@@ -341,8 +348,8 @@ def work_off(chosen: extract_features.Options) -> list[Finished | CnClipError]:
     collection = open_collection(chosen.image_data)
     of = {"digest": collection.digest}
     one = Manifest("image_id", model_facts(chosen, "image", weights), of, len(collection.ids), 4)
-    job = Job("image", open_storage(str(chosen.output)).child("images"), one)
-    feature_shards.begin(job.folder, one, overwrite=chosen.overwrite)
+    job = ShardJob("image", open_storage(str(chosen.output)).child("images"), one)
+    begin_shards(job.folder, one, overwrite=chosen.overwrite)
     worker = pickle.loads(pickle.dumps(ShardWorker(chosen, ["image"], weights)))
     tasks = [Task(job, shard, collection.part(shard.start, shard.stop)) for shard in one.shards()]
     return [worker.work(pickle.loads(pickle.dumps(task))) for task in tasks]
@@ -365,8 +372,8 @@ def test_a_worker_writes_the_encoders_rows_with_ids_and_paths(tmp_path: Path, pi
 def test_a_worker_gives_equal_texts_equal_rows(tmp_path: Path, pictures: Path) -> None:
     chosen = options(tmp_path, pictures, extract_text_feats=True)
     one = Manifest("text_id", MODEL, DATA, 3, 4)
-    job = Job("text", open_storage(str(tmp_path / "texts")), one)
-    feature_shards.begin(job.folder, one, overwrite=False)
+    job = ShardJob("text", open_storage(str(tmp_path / "texts")), one)
+    begin_shards(job.folder, one, overwrite=False)
     task = Task(job, one.shards()[0], TextPart([(7, "CAT 猫"), ("b", "笑脸"), (9, "cat 猫")]))
     assert ShardWorker(chosen, ["text"], weights_digest(chosen)).work(task) == Finished(3)
     features = read_features(tmp_path / "texts", "text_id")
@@ -411,7 +418,7 @@ def test_a_store_that_fails_is_no_reason_to_leave_a_picture_out(
 
 def test_a_worker_with_other_weights_refuses(tmp_path: Path, pictures: Path) -> None:
     one = manifest(1)
-    task = Task(Job("image", open_storage(str(tmp_path)), one), one.shards()[0], TextPart([(1, "猫")]))
+    task = Task(ShardJob("image", open_storage(str(tmp_path)), one), one.shards()[0], TextPart([(1, "猫")]))
     error = ShardWorker(options(tmp_path, pictures), ["image"], "other").work(task)
     assert isinstance(error, ConfigError)
     assert "Emoji-Tiny is another file there" in str(error)

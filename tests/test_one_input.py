@@ -33,7 +33,7 @@ from cn_clip.data.splits import read_split
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
 from cn_clip.evaluation import zeroshot
-from cn_clip.features import shard_worker
+from cn_clip.features import ray_extraction
 from cn_clip.features.files import read_features
 from cn_clip.index.ingest import thumbnail
 from cn_clip.report.thumbnails import flattened
@@ -139,8 +139,8 @@ def test_features_gives_them(data: Path, expected: np.ndarray, suffix: str, tmp_
 
 
 def test_workers_of_ray_give_them(data: Path, encoder: Encoder, expected: np.ndarray) -> None:
-    part = shard_worker.TextPart(list(enumerate(TEXTS)))
-    np.testing.assert_allclose(shard_worker.text_rows(encoder, part, batch_size=3), expected, **TOLERANCE)
+    part = ray_extraction.TextPart(list(enumerate(TEXTS)))
+    np.testing.assert_allclose(ray_extraction.text_rows(encoder, part, batch_size=3), expected, **TOLERANCE)
 
 
 def test_the_service_gives_them(client: httpx.Client, expected: np.ndarray) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,12 +103,13 @@ def _extract(options: "FeatureOptions", job_file: Path, say: Speaker) -> None:
     """Computes both feature files unless they are there and `job_file` says that they are of this job."""
     from cn_clip.clip import choice
     from cn_clip.features import extraction
+    from cn_clip.features.store import job_text
 
     quiet = Speaker(quiet=True)
     encoder = choice.open_encoder(options, quiet)
     identity = choice.identity(options, encoder)
     works = extraction.open_works(options, quiet)
-    job = json.dumps({work.kind: extraction.job_of(options, work, encoder, identity) for work in works}, sort_keys=True)
+    job = job_text({work.kind: extraction.job_of(options, work, encoder, identity) for work in works})
     files = [Path(options.output_file(kind)[0]) for kind in options.kinds]
     if all(file.is_file() for file in files):
         if job_file.is_file() and job_file.read_text(encoding="utf-8") == job:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from cn_clip import zoo
 from cn_clip.clip import choice
 from cn_clip.errors import ConfigError
-from cn_clip.features import extraction
+from cn_clip.features import options as feature_options
 from cn_clip.zoo import TextName, VisionName
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ OpenFiles: TypeAlias = "Callable[[str | None, str | None], ExportedBackend]"
 
 
 @dataclass(frozen=True)
-class Settings(extraction.Settings):
+class Settings(feature_options.Settings):
     """The settings of both commands."""
 
     img_batch_size: int = 1
@@ -41,6 +41,7 @@ def check_files(options: Settings, *, image: tuple[str, str | None], text: tuple
 def run(options: Settings, image: str | None, text: str | None, open_files: OpenFiles) -> None:
     """Extracts with two files; raises CnClipError as `extraction.extract`, and when a file is not the model named."""
     from cn_clip.clip.encoder import Encoder
+    from cn_clip.features import extraction
 
     say = extraction.begin(options)
     image, text = image if "image" in options.kinds else None, text if "text" in options.kinds else None

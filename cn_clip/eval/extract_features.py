@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cn_clip import command, drop_in
-from cn_clip.clip import choice
-from cn_clip.features import extraction, ray_settings
+from cn_clip.features.options import EngineSettings
 
 __getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
-class Options(ray_settings.Settings):
+class Options(EngineSettings):
     """Writes the unit features of the pictures of an LMDB and of the texts of a JSONL file.
 
     By default one vector a line, as JSON. Run again after it was killed, it goes on where it stopped.
@@ -45,14 +44,9 @@ class Options(ray_settings.Settings):
 
 def run(options: Options) -> None:
     """Extracts what is asked for; raises CnClipError naming file, line or id of what cannot be read."""
-    say = extraction.begin(options)
-    if options.engine == "ray":
-        from cn_clip.features import ray_extraction
+    from cn_clip.features import extraction
 
-        ray_extraction.extract(options, say)
-        return
-    encoder = choice.open_encoder(options, say, kinds=options.kinds)
-    extraction.extract(options, encoder, choice.identity(options, encoder), say)
+    extraction.run(options)
 
 
 def parse_args() -> Namespace:

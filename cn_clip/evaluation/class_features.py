@@ -2,28 +2,26 @@
 
 # N pictures, D embedding
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip import __version__
+from cn_clip.clip.choice import Identity
+from cn_clip.clip.encoder import Encoder
 from cn_clip.command import Speaker
 from cn_clip.data.picture_sets import ClassFolders
 from cn_clip.data.records import digest_of
 from cn_clip.errors import DataError
+from cn_clip.features.extraction import compute_pictures
 from cn_clip.features.rows import FloatArray, first_not_finite
+from cn_clip.features.store import Job, RowStore, job_text
 from cn_clip.features.tables import read_arrays
 from cn_clip.files import atomic_write
-
-if TYPE_CHECKING:
-    from cn_clip.clip.choice import Identity
-    from cn_clip.clip.encoder import Encoder
-    from cn_clip.features.partial import Job
 
 SUFFIX = ".npz"
 
@@ -43,8 +41,8 @@ class ClassFeatures:
 def of_folder(
     folder: str | os.PathLike[str],
     file: Path,
-    encoder: "Encoder",
-    identity: "Identity",
+    encoder: Encoder,
+    identity: Identity,
     say: Speaker,
     *,
     batch_size: int,
@@ -56,55 +54,38 @@ def of_folder(
     Raises DataError for a missing folder, one without pictures, a picture that cannot be read and a file that cannot be
     written, CheckpointError for a model that gives no numbers.
     """
-    from cn_clip.features.compute import compute_pictures
-    from cn_clip.features.partial import PartialFeatures
-
     pictures = ClassFolders(folder)
     job = _job(pictures, encoder, identity, batch_size)
-    kept = _kept(file, job, say)
-    if kept is not None:
-        return kept
-    with PartialFeatures(file, job, encoder.embed_dim, say.note) as partial:
-        with partial.computing():
+    if file.is_file():
+        arrays = _load(file)
+        if "job" not in arrays:
+            raise DataError("holds features that this command did not write; move it away", at=file)
+        if str(arrays["job"]) == job_text(job):
+            say(f"{file}: 特征已有，不再计算 / the features are there")
+            return _checked(file, arrays)
+        say.note(f"{file}: 图片、模型或设置变了，重新计算 / of other pictures, model or settings; computing again")
+    with RowStore(file, job, encoder.embed_dim, say.note) as store:
+        with store.computing():
             paths = [path for path, _ in pictures.samples]
-            compute_pictures(pictures, encoder, partial, ids=paths, batch_size=batch_size, num_workers=num_workers)
+            compute_pictures(pictures, encoder, store, ids=paths, batch_size=batch_size, num_workers=num_workers)
         labels_N = np.array([label for _, label in pictures.samples], dtype=np.int64)
-        found = ClassFeatures(np.array(partial.rows()), labels_N, tuple(pictures.classes))
+        found = ClassFeatures(np.array(store.rows()), labels_N, tuple(pictures.classes))
         with atomic_write(file, "wb") as stream:
-            np.savez(stream, features=found.rows_ND, labels=labels_N, classes=found.classes, job=_text(job))
-        partial.is_written = True
+            np.savez(stream, features=found.rows_ND, labels=labels_N, classes=found.classes, job=job_text(job))
+        store.is_written = True
     return found
 
 
-def _job(pictures: ClassFolders, encoder: "Encoder", identity: "Identity", batch_size: int) -> "Job":
-    data = digest_of(map(_state, (path for path, _ in pictures.samples)))
-    facts = {"data": data, "batch_size": batch_size, "decode": encoder.decode, "version": __version__}
+def _job(pictures: ClassFolders, encoder: Encoder, identity: Identity, batch_size: int) -> Job:
+    states = []
+    for path, _ in pictures.samples:
+        try:
+            status = os.stat(path)
+        except OSError as error:  # a link that leads nowhere
+            raise DataError(f"cannot be read ({error.strerror})", at=path) from error
+        states.append((path, status.st_size, status.st_mtime_ns))
+    facts = {"data": digest_of(states), "batch_size": batch_size, "decode": encoder.decode, "version": __version__}
     return {**facts, **identity("image")}
-
-
-def _state(path: str) -> tuple[str, int, int]:
-    try:
-        status = os.stat(path)
-    except OSError as error:  # a link that leads nowhere
-        raise DataError(f"cannot be read ({error.strerror})", at=path) from error
-    return path, status.st_size, status.st_mtime_ns
-
-
-def _text(job: "Job") -> str:
-    return json.dumps(job, sort_keys=True)
-
-
-def _kept(file: Path, job: "Job", say: Speaker) -> ClassFeatures | None:
-    if not file.is_file():
-        return None
-    arrays = _load(file)
-    if "job" not in arrays:
-        raise DataError("holds features that this command did not write; move it away", at=file)
-    if str(arrays["job"]) != _text(job):
-        say.note(f"{file}: 图片、模型或设置变了，重新计算 / of other pictures, model or settings; computing again")
-        return None
-    say(f"{file}: 特征已有，不再计算 / the features are there")
-    return _checked(file, arrays)
 
 
 def read(file: Path) -> ClassFeatures:

@@ -2,16 +2,23 @@
 
 # N rows, D embedding
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cn_clip.data.records import RecordId
-from cn_clip.errors import DataError
-from cn_clip.features import lines, shards, tables
-from cn_clip.features.formats import OutputFormat
-from cn_clip.features.lines import write_features
-from cn_clip.features.rows import Blocks, Features, FloatArray, IdField
+import numpy as np
+import orjson
+from tqdm import tqdm
+
+from cn_clip.data.records import RecordId, plain_id
+from cn_clip.errors import DataError, Where
+from cn_clip.features import tables
+from cn_clip.features.options import OutputFormat
+from cn_clip.features.rows import Blocks, Features, FloatArray, IdField, check_unique
+from cn_clip.features.store import read_shards
+from cn_clip.files import atomic_write
+from cn_clip.jsonl import dumps, numbered_lines, parse_object
 
 __all__ = ["Features", "IdField", "read_features", "write_features", "write_rows"]
 
@@ -23,14 +30,9 @@ _FOREIGN: dict[bytes, str] = {
     b"\xff\xfe": "is UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "is UTF-16 text; save it as UTF-8",
 }
-_READERS: dict[OutputFormat, tables.Read] = {
-    "npz": tables.read_npz,
-    "parquet": tables.read_parquet,
-}
-_WRITERS: dict[OutputFormat, tables.Write] = {
-    "npz": tables.write_npz,
-    "parquet": tables.write_parquet,
-}
+_READERS: dict[OutputFormat, tables.Read] = {"npz": tables.read_npz, "parquet": tables.read_parquet}
+_WRITERS: dict[OutputFormat, tables.Write] = {"npz": tables.write_npz, "parquet": tables.write_parquet}
+_NUMBERS = {int, float}
 
 
 def write_rows(
@@ -47,16 +49,10 @@ def write_rows(
     Raises DataError when the folder is missing, MissingExtraError for Parquet without pyarrow.
     """
     if output_format == "jsonl":
-        write_features(path, field, _with_ids(ids, blocks))
+        rest = iter(ids)
+        write_features(path, field, ((list(itertools.islice(rest, len(block))), block) for block in blocks))
     else:
         _WRITERS[output_format](path, field, ids, blocks, embed_dim)
-
-
-def _with_ids(ids: Sequence[RecordId], blocks: Blocks) -> Iterator[tuple[Sequence[RecordId], FloatArray]]:
-    start = 0
-    for block in blocks:
-        yield ids[start : start + len(block)], block
-        start += len(block)
 
 
 def read_features(path: str | os.PathLike[str], field: IdField, *, progress: bool = False) -> Features:
@@ -67,8 +63,12 @@ def read_features(path: str | os.PathLike[str], field: IdField, *, progress: boo
     one without rows; MissingExtraError for Parquet without pyarrow.
     """
     if Path(path).is_dir():
-        return shards.read_shards(Path(path), field)
-    beginning = _first_bytes(path)
+        return read_shards(Path(path), field)
+    try:
+        with open(path, "rb") as stream:
+            beginning = stream.read(8)
+    except OSError as error:
+        raise DataError(f"cannot be opened ({error.strerror})", at=path) from error
     for known, magic in _BEGINNINGS.items():
         if beginning.startswith(magic):
             return _READERS[known](path, field)
@@ -76,13 +76,89 @@ def read_features(path: str | os.PathLike[str], field: IdField, *, progress: boo
             raise DataError(f"is no {known} file, though its name says so; extract it again", at=path)
     for magic, what in _FOREIGN.items():
         if beginning.startswith(magic):
-            raise DataError(f"{what}", at=path)
-    return lines.read_lines(path, field, progress=progress)
+            raise DataError(what, at=path)
+    return _read_lines(path, field, progress=progress)
 
 
-def _first_bytes(path: str | os.PathLike[str]) -> bytes:
+# --- JSONL
+
+
+def write_features(
+    path: str | os.PathLike[str], field: IdField, batches: Iterable[tuple[Sequence[RecordId], FloatArray]]
+) -> int:
+    """Writes (ids, float32 vectors, one row an id) batch by batch; the file appears whole or not at all.
+
+    Numbers are the float32 values in Python's shortest float form. Returns the number of lines.
+    Raises DataError when the folder is missing or a batch has other numbers of ids and rows.
+    """
+    num_lines = 0
+    with atomic_write(path) as stream:
+        for ids, vectors in batches:
+            if len(ids) != len(vectors):
+                raise DataError(f"a batch has {len(ids)} ids and {len(vectors)} vectors", at=path)
+            for item_id, vector in zip(ids, vectors.astype(np.float32, copy=False), strict=True):
+                stream.write(dumps({field: item_id, "feature": vector.tolist()}) + "\n")
+            num_lines += len(ids)
+    return num_lines
+
+
+def _read_lines(path: str | os.PathLike[str], field: IdField, *, progress: bool = False) -> Features:
+    """Reads every line but blank ones; ids are as `plain_id` gives them, JSON numbers are rounded to float32.
+
+    Raises DataError with file and line for a line that is no JSON object, lacks `field` or "feature", has an id that
+    is neither int nor str or came before, or a vector that is empty, not of numbers, not finite or of another length
+    than the first; and for a missing or empty file.
+    """
+    numbers: list[int] = []
+    ids: list[RecordId] = []
+    rows: list[FloatArray] = []
+    with tqdm(disable=not progress, desc=os.path.basename(path), unit="row") as bar:
+        for number, line in numbered_lines(path):
+            where = Where(path, line=number)
+            item_id, vector = _read_line(line, field, where)
+            if rows and len(vector) != len(rows[0]):
+                raise DataError(
+                    f"has {len(vector)} numbers, the lines before have {len(rows[0])}", at=where.of("feature")
+                )
+            if not np.isfinite(vector).all():
+                raise DataError("holds NaN or infinity; expected finite float32 numbers", at=where.of("feature"))
+            numbers.append(number)
+            ids.append(item_id)
+            rows.append(vector)
+            bar.update()
+    if not rows:
+        raise DataError(f"the file has no lines; expected one JSON object with {field} and feature a line", at=path)
+    check_unique(ids, path, field, numbers=numbers, unit="line")
+    return Features(ids, np.stack(rows))
+
+
+def _read_line(line: bytes, field: IdField, where: Where) -> tuple[RecordId, FloatArray]:
+    """The id and the vector (D,) of a line; raises as `_read_lines`."""
     try:
-        with open(path, "rb") as stream:
-            return stream.read(8)
-    except OSError as error:
-        raise DataError(f"cannot be opened ({error.strerror})", at=path) from error
+        record = orjson.loads(line)
+        item_id, values = record[field], record["feature"]
+        if type(item_id) in (int, str) and set(map(type, values)) <= _NUMBERS and values:
+            with np.errstate(over="ignore"):
+                return plain_id(item_id), np.array(values, dtype=np.float32)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        pass
+    # Either no such line, or one that orjson does not take: NaN, integers beyond 64 bits. `json` says what is wrong.
+    record = parse_object(line, where)
+    if field not in record:
+        raise DataError(f"no field {field}, only {sorted(record)}; is this the file of the other modality?", at=where)
+    item_id = record[field]
+    if type(item_id) not in (int, str):
+        raise DataError(f"expected an integer or a string, got {item_id!r}", at=where.of(field))
+    if "feature" not in record:
+        raise DataError(f"no field feature, only {sorted(record)}; expected a list of numbers", at=where)
+    values = record["feature"]
+    if not isinstance(values, list) or not values:
+        raise DataError(f"expected a list of numbers, got {str(values)[:40]!r}", at=where.of("feature"))
+    for position, value in enumerate(values):
+        if type(value) not in _NUMBERS:
+            raise DataError(f"expected numbers, got {value!r} at position {position}", at=where.of("feature"))
+    try:
+        with np.errstate(over="ignore"):
+            return plain_id(item_id), np.array(values, dtype=np.float32)
+    except OverflowError as error:
+        raise DataError("a number is too large for float32", at=where.of("feature")) from error

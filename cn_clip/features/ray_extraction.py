@@ -1,33 +1,47 @@
 """Extraction by processes of a Ray cluster: `cn-clip features --engine ray --output FOLDER …`.
 
-The driver lists the inputs, cuts them into shards and hands these to actors, one at a time each; an actor writes its
-shard itself. Ray Data is not used: its writers choose file names and rows by themselves, so that what is finished could
-not be told, shard by shard, after the driver was killed. Actors and `ray.wait` give just what is needed: a process that
-dies is noticed, its shard is done again by another, and no shard has two names.
+The driver lists the inputs, cuts them into shards and hands these to workers, one at a time each; a worker writes its
+shard itself. Ray Data is not used: its writers choose file names and rows by themselves, so that nobody could tell,
+shard by shard, what was finished when the driver was killed. Actors and `ray.wait` are enough: a process that dies is
+noticed, another one does its shard again, and no shard has two names.
 """
 
+# N inputs of a shard, D embedding
+
 import contextlib
+import glob
+import hashlib
 import os
+import platform
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
-from cn_clip.clip.backends.base import Kind
+from cn_clip import __version__, zoo
+from cn_clip.clip import choice
+from cn_clip.clip.backends.base import Kind, Pixels, named
+from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.families import snapshots
 from cn_clip.clip.families.names import absolute, is_foreign
+from cn_clip.clip.pictures import decoded_batches
+from cn_clip.clip.weights import hub
 from cn_clip.command import Speaker
-from cn_clip.data.bulk_pictures import Collection, open_collection
-from cn_clip.data.records import digest_of
-from cn_clip.data.storage import open_storage, shown
+from cn_clip.data.bulk_pictures import Part, open_collection
+from cn_clip.data.pictures import load_picture
+from cn_clip.data.records import RecordId, digest_of
+from cn_clip.data.storage import Storage, StorageError, open_storage, shown
 from cn_clip.data.texts import read_texts
-from cn_clip.errors import CnClipError, ConfigError
+from cn_clip.digests import add_file
+from cn_clip.errors import CnClipError, ConfigError, DataError
 from cn_clip.extras import require
-from cn_clip.features.ray_settings import Settings
-from cn_clip.features.rows import IdField
-from cn_clip.features.shard_worker import Job, ShardWorker, Task, TextPart, model_facts, weights_digest
-from cn_clip.features.shards import PREFIX, Finished, Manifest, Shard, Skipped, begin
+from cn_clip.features.options import EngineSettings
+from cn_clip.features.rows import FloatArray, IdField
+from cn_clip.features.store import SHARD_PREFIX, Finished, Manifest, Shard, Skipped, begin_shards, write_shard
 from cn_clip.features.tables import require_parquet
 
 # How often a shard may end its process, or a process fail to start, before the run stops.
@@ -96,6 +110,30 @@ def _share(nodes: Sequence[Node], num_actors: int | None, gpus: float) -> int:
 # --- what is computed
 
 
+class TextPart(NamedTuple):
+    """Some texts of a split."""
+
+    texts: Sequence[tuple[RecordId, str]]
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """Where the features of one kind go, and what they are of."""
+
+    kind: Kind
+    folder: Storage
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shard of a job, and its inputs."""
+
+    job: ShardJob
+    shard: Shard
+    inputs: Part | TextPart
+
+
 class _Inputs(NamedTuple):
     """The inputs of one kind: what tells them from others, how many, and those of a shard."""
 
@@ -104,23 +142,10 @@ class _Inputs(NamedTuple):
     part: Callable[[Shard], Any]
 
 
-def _open_inputs(options: Settings) -> dict[Kind, _Inputs]:
-    opened: dict[Kind, _Inputs] = {}
-    if options.extract_text_feats:
-        texts = read_texts(options.text_data)
-        facts = {"digest": digest_of(texts), "location": options.text_data}
-        opened["text"] = _Inputs(facts, len(texts), lambda shard: TextPart(texts[shard.start : shard.stop]))
-    if options.extract_image_feats:
-        pictures: Collection = open_collection(options.image_data)
-        facts = {"digest": pictures.digest, "location": shown(options.image_data)}
-        opened["image"] = _Inputs(facts, len(pictures.ids), lambda shard: pictures.part(shard.start, shard.stop))
-    return opened
-
-
 class _Progress:
     """The shards of one job: those that are there, and those to do."""
 
-    def __init__(self, job: Job, inputs: _Inputs, finished: Mapping[int, Finished]) -> None:
+    def __init__(self, job: ShardJob, inputs: _Inputs, finished: Mapping[int, Finished]) -> None:
         self.job, self.inputs, self.finished = job, inputs, dict(finished)
 
     def todo(self) -> list[Shard]:
@@ -130,12 +155,8 @@ class _Progress:
     def num_done(self) -> int:
         return sum(one.num_rows + len(one.skipped) for one in self.finished.values())
 
-    @property
-    def skipped(self) -> list[Skipped]:
-        return [skipped for number in sorted(self.finished) for skipped in self.finished[number].skipped]
 
-
-def extract(options: Settings, say: Speaker) -> None:
+def extract(options: EngineSettings, say: Speaker) -> None:
     """Extracts what is asked for into shards, passing over those that are finished.
 
     Raises CnClipError naming what cannot be read, a folder of another job, a cluster that is not there, or a shard that
@@ -143,7 +164,15 @@ def extract(options: Settings, say: Speaker) -> None:
     """
     ray = require("ray", extra="ray", purpose="--engine ray")
     require_parquet()
-    inputs = _open_inputs(options)
+    inputs: dict[Kind, _Inputs] = {}
+    if options.extract_text_feats:
+        texts = read_texts(options.text_data)
+        facts = {"digest": digest_of(texts), "location": options.text_data}
+        inputs["text"] = _Inputs(facts, len(texts), lambda shard: TextPart(texts[shard.start : shard.stop]))
+    if options.extract_image_feats:
+        pictures = open_collection(options.image_data)
+        facts = {"digest": pictures.digest, "location": shown(options.image_data)}
+        inputs["image"] = _Inputs(facts, len(pictures.ids), lambda shard: pictures.part(shard.start, shard.stop))
     weights = weights_digest(options)
     with open_storage(options.output or "").alone("another process is extracting into this folder"):
         works = [_begin(options, kind, one, weights, say) for kind, one in inputs.items()]
@@ -151,20 +180,43 @@ def extract(options: Settings, say: Speaker) -> None:
         if tasks:
             with _cluster(ray, options.ray_address) as nodes:
                 _run(ray, options, weights, nodes, tasks, works, say)
-        _tell(works, say)
+        result: dict[str, object] = {}
+        for work in works:
+            result |= _end(work, say)
+        say("Done!")
+        say.result(result)
 
 
-def _begin(options: Settings, kind: Kind, inputs: _Inputs, weights: str, say: Speaker) -> _Progress:
+def _begin(options: EngineSettings, kind: Kind, inputs: _Inputs, weights: str, say: Speaker) -> _Progress:
     folder = open_storage(options.output or "").child(_FOLDERS[kind])
     model = model_facts(options, kind, weights)
     manifest = Manifest(_FIELDS[kind], model, inputs.facts, inputs.number, options.shard_size)
-    finished = begin(folder, manifest, overwrite=options.overwrite)
+    finished = begin_shards(folder, manifest, overwrite=options.overwrite)
     if options.on_error == "stop":  # what an earlier run skipped stops this one
         finished = {number: one for number, one in finished.items() if not one.skipped}
     if finished:
         total = len(manifest.shards())
         say.note(f"{folder.name}: {len(finished)}/{total} 个分片已完成，跳过 / shards are finished, passed over")
-    return _Progress(Job(kind, folder, manifest), inputs, finished)
+    return _Progress(ShardJob(kind, folder, manifest), inputs, finished)
+
+
+def _end(work: _Progress, say: Speaker) -> dict[str, object]:
+    """Prints what was made of one kind, and which pictures were skipped; returns it for programs."""
+    kind, folder = work.job.kind, work.job.folder
+    folder.delete_leftovers(SHARD_PREFIX)
+    skipped = [one for number in sorted(work.finished) for one in work.finished[number].skipped]
+    num_rows = work.num_done - len(skipped)
+    assert work.num_done == work.inputs.number, "every input is in one shard"
+    for one in skipped[:_SHOWN]:
+        say.note(f"跳过 / skipped: {one.reason}")
+    if skipped:
+        say.note(f"共跳过 {len(skipped)} 张图片 / skipped {len(skipped)} pictures in all")
+    say(f"{num_rows} {kind} features are stored in {folder.name}")
+    result = {f"num_{kind}s": num_rows, f"{kind}_features": folder.name, f"num_{kind}_shards": len(work.finished)}
+    if kind == "text":
+        return result
+    reasons = [{"id": one.id, "reason": one.reason} for one in skipped]
+    return {**result, "num_skipped": len(skipped), "skipped": reasons}
 
 
 # --- the cluster
@@ -194,7 +246,7 @@ def _cluster(ray: Any, address: str | None) -> Iterator[list[Node]]:
 
 def _run(
     ray: Any,
-    options: Settings,
+    options: EngineSettings,
     weights: str,
     nodes: Sequence[Node],
     tasks: "deque[tuple[_Progress, Shard]]",
@@ -213,7 +265,18 @@ def _run(
     if count > plan.room:
         say.note(f"Ray: 现在只有 {plan.room} 个的位置，其余等待 / there is room for {plan.room} now, the others wait")
     actor = ray.remote(ShardWorker).options(num_cpus=plan.cpus, num_gpus=plan.gpus, max_restarts=0)
-    settings = _for_workers(options, plan)
+    name = options.resume or ""
+    if is_foreign(name):
+        name = absolute(name)
+    elif os.path.dirname(name) or os.path.exists(name):
+        name = os.path.abspath(name)
+    settings = replace(  # as they hold in the workers, which run in other folders
+        options,
+        resume=name,
+        download_root=options.download_root and os.path.abspath(os.path.expanduser(options.download_root)),
+        num_threads=options.num_threads or (None if options.backend == "tensorrt" else plan.cpus),
+        device="cpu" if options.device == "auto" and not plan.gpus else options.device,
+    )
     kinds = [work.job.kind for work in works]
     total, done = (
         sum(numbers) for numbers in zip(*((work.inputs.number, work.num_done) for work in works), strict=True)
@@ -222,23 +285,6 @@ def _run(
         for work, shard, finished in _finish(ray, lambda: actor.remote(settings, kinds, weights), count, tasks, say):
             work.finished[shard.number] = finished
             bar.update(shard.stop - shard.start)
-
-
-def _for_workers(options: Settings, plan: Actors) -> Settings:
-    """The settings as they hold in the processes, which run in other folders."""
-    return replace(
-        options,
-        resume=_from_the_root(options.resume or ""),
-        download_root=options.download_root and os.path.abspath(os.path.expanduser(options.download_root)),
-        num_threads=options.num_threads or (None if options.backend == "tensorrt" else plan.cpus),
-        device="cpu" if options.device == "auto" and not plan.gpus else options.device,
-    )
-
-
-def _from_the_root(model: str) -> str:
-    if is_foreign(model):
-        return absolute(model)
-    return os.path.abspath(model) if os.path.dirname(model) or os.path.exists(model) else model
 
 
 def _finish(
@@ -288,26 +334,131 @@ def _count(attempts: "Counter[object]", task: tuple[_Progress, Shard] | None, er
     say.note(f"{what}: 计算它的进程没了，重做 / its process died, done again")
 
 
-# --- what is told
+# --- one worker
 
 
-def _tell(works: Iterable[_Progress], say: Speaker) -> None:
-    result: dict[str, object] = {}
-    for work in works:
-        kind, folder, skipped = work.job.kind, work.job.folder, work.skipped
-        folder.delete_leftovers(PREFIX)
-        num_rows = sum(one.num_rows for one in work.finished.values())
-        assert num_rows + len(skipped) == work.inputs.number, "every input is in one shard"
-        for one in skipped[:_SHOWN]:
-            say.note(f"跳过 / skipped: {one.reason}")
-        if skipped:
-            say.note(f"共跳过 {len(skipped)} 张图片 / skipped {len(skipped)} pictures in all")
-        say(f"{num_rows} {kind} features are stored in {folder.name}")
-        result |= {f"num_{kind}s": num_rows, f"{kind}_features": folder.name, f"num_{kind}_shards": len(work.finished)}
-        if kind == "image":
-            result |= {
-                "num_skipped": len(skipped),
-                "skipped": [{"id": one.id, "reason": one.reason} for one in skipped],
-            }
-    say("Done!")
-    say.result(result)
+class ShardWorker:
+    """Computes and writes one shard after another; holds one encoder, opened with the first task."""
+
+    def __init__(self, options: EngineSettings, kinds: Sequence[Kind], weights: str) -> None:
+        """weights: what `weights_digest` gave where the job was planned."""
+        self._options, self._kinds, self._weights = options, kinds, weights
+        self._encoder: Encoder | None = None
+
+    def ready(self) -> None:
+        """Answers once the worker has started."""
+
+    def work(self, task: Task) -> Finished | CnClipError:
+        """Computes a shard and writes it; an error that another attempt would meet again is returned, not raised."""
+        try:
+            return self._work(task)
+        except CnClipError as error:
+            return error
+
+    def _work(self, task: Task) -> Finished:
+        if self._encoder is None:
+            if weights_digest(self._options) != self._weights:
+                raise ConfigError(
+                    f"{platform.node()}: {self._options.resume} is another file there than where the run was started; "
+                    "copy the same weights to every machine"
+                )
+            self._encoder = choice.open_encoder(self._options, Speaker(quiet=True), kinds=self._kinds)
+        job, part = task.job, task.inputs
+        if isinstance(part, TextPart):
+            rows_ND = text_rows(self._encoder, part, batch_size=self._options.text_batch_size)
+            return write_shard(job.folder, job.manifest, task.shard, [text_id for text_id, _ in part.texts], rows_ND)
+        outcomes, rows_ND = picture_rows(self._encoder, part, self._options)
+        kept = [index for index, skipped in enumerate(outcomes) if skipped is None]
+        return write_shard(
+            job.folder,
+            job.manifest,
+            task.shard,
+            [part.ids[index] for index in kept],
+            rows_ND[kept],
+            paths=None if part.paths is None else [part.paths[index] for index in kept],
+            skipped=[skipped for skipped in outcomes if skipped is not None],
+        )
+
+
+def text_rows(encoder: Encoder, part: TextPart, *, batch_size: int) -> FloatArray:
+    """Unit rows (N, D) of the texts of a shard; equal texts are computed once."""
+    first_id = {text: text_id for text_id, text in reversed(part.texts)}
+    row_of = {text: row for row, text in enumerate(first_id)}
+    with named("text_id", lambda row: list(first_id.values())[row]):
+        rows_MD = encoder.encode_texts(list(first_id), batch_size=batch_size)
+    rows_ND: FloatArray = rows_MD[[row_of[text] for _, text in part.texts]]
+    return rows_ND
+
+
+def picture_rows(encoder: Encoder, part: Part, options: EngineSettings) -> tuple[list[Skipped | None], FloatArray]:
+    """(why it was skipped, or None; unit row (N, D)) of each picture of a shard; the row of a skipped one is of zeros.
+
+    Raises StorageError when the store fails, DataError with --on-error stop for a picture that cannot be read.
+    """
+    transform = encoder.transform
+
+    def load(index: int, out: Pixels) -> Skipped | None:
+        try:
+            stored = part[index]
+            load_picture(
+                stored.data, stored.where, lambda image: transform.array(image, out), draft_size=transform.draft_size
+            )
+        except StorageError:  # the store failed, not the picture
+            raise
+        except DataError as error:
+            if options.on_error == "stop":
+                raise DataError(f"{error} (--on-error skip leaves such pictures out)") from error
+            out[...] = 0
+            return Skipped(part.ids[index], str(error))
+        return None
+
+    outcomes: list[Skipped | None] = []
+    rows_ND = np.empty((len(part), encoder.embed_dim), dtype=np.float32)
+    batches = decoded_batches(load, range(len(part)), transform.resolution, options.img_batch_size, options.num_workers)
+    for outcome, pixels in batches:
+        ids = part.ids[len(outcomes) : len(outcomes) + len(outcome)]
+        with named("image_id", ids.__getitem__):
+            rows_ND[len(outcomes) : len(outcomes) + len(outcome)] = encoder.backend.encode_pixels(pixels)
+        outcomes += outcome
+    return outcomes, rows_ND
+
+
+# --- what tells models apart, on whichever machine
+
+
+def weights_digest(options: choice.ModelOptions) -> str:
+    """A digest of the bytes of the weights; raises CheckpointError when there are none, DownloadError."""
+    name = options.resume or ""
+    exported: list[Path] = []
+    if not is_foreign(name) and zoo.named(name) is None and not os.path.exists(name):
+        exported = sorted(Path(name).parent.glob(f"{glob.escape(Path(name).name)}.*"))  # the prefix of exported files
+    if is_foreign(name):
+        files = snapshots.files_of(name, download_root=options.download_root)
+    elif exported:
+        files = [path for path in exported if path.is_file()]
+    else:
+        files = hub.files_of(hub.weight_file(name, download_root=options.download_root))
+    digest = hashlib.blake2b(digest_size=8)
+    for path in files:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        add_file(digest, path)
+    return digest.hexdigest()
+
+
+def model_facts(options: choice.ModelOptions, kind: Kind, weights: str) -> Mapping[str, object]:
+    """What decides on the rows, besides the inputs: the model of a `Manifest`.
+
+    Batch sizes and threads are not in it, for they change the last digits alone: a run may go on with others.
+    """
+    facts: dict[str, object] = {
+        "weights": weights,
+        "backend": options.backend,
+        "precision": choice.precision_of(options),
+        "device": options.device,
+        "vision_model": options.vision_model,
+        "text_model": options.text_model,
+        "version": __version__,
+    }
+    facts |= {"context_length": options.context_length} if kind == "text" else {"decode": options.decode}
+    digest = hashlib.blake2b(repr(sorted(facts.items())).encode(), digest_size=8).hexdigest()
+    return {"digest": digest, "resume": os.path.basename(options.resume or ""), **facts}

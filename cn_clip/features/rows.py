@@ -33,7 +33,7 @@ def check_unique(
     numbers: Sequence[int] | None = None,
     unit: str = "row",
 ) -> None:
-    """Raises DataError naming both places of an id that comes twice; numbers: of the rows, default from 1."""
+    """Raises DataError naming both rows of an id that comes twice; numbers: of the rows, default from 1."""
     if len(set(ids)) == len(ids):
         return
     first: dict[RecordId, int] = {}
@@ -46,13 +46,13 @@ def check_unique(
 
 
 def check_finite(rows_ND: FloatArray, names: Sequence[object], field: str) -> None:
-    """Raises CheckpointError naming the first row that holds NaN or infinity, which no input is to blame for."""
+    """Raises NotFiniteError naming the first row that holds NaN or infinity, which no input is to blame for."""
     faulty = first_not_finite(rows_ND)
     if faulty is not None:
         raise NotFiniteError(f"{field} {names[faulty]!r}", [faulty])
 
 
 def first_not_finite(vectors_ND: FloatArray) -> int | None:
-    """The place of the first row that holds NaN or infinity, None when there is none."""
+    """The position of the first row that holds NaN or infinity, None when there is none."""
     finite = np.isfinite(vectors_ND).all(axis=1)
     return None if finite.all() else int(np.argmin(finite))

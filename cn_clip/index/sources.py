@@ -15,7 +15,7 @@ from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_spl
 from cn_clip.data.names import spelled
 from cn_clip.digests import is_file, is_folder, is_there
 from cn_clip.errors import DataError, UnreadableError, Where, is_absent
-from cn_clip.features.shards import is_shard_folder
+from cn_clip.features.store import is_shard_folder
 from cn_clip.jsonl import read_objects
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.segments import ItemId, item_line

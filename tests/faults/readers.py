@@ -62,7 +62,7 @@ from cn_clip.eval import compare, evaluation
 from cn_clip.evaluation import class_features, templates
 from cn_clip.evaluation.elevater import read_index
 from cn_clip.features import files as feature_files
-from cn_clip.features import shards as feature_shards
+from cn_clip.features import store as feature_store
 from cn_clip.report.run_folder import read_run
 from cn_clip.retrieval.inspection import inspect
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
@@ -289,20 +289,20 @@ def _read_features(folder: Path) -> object:
 def _make_feature_shards(folder: Path) -> None:
     from cn_clip.data.storage import open_storage
 
-    made = feature_shards.Manifest("image_id", {"digest": "m"}, {"digest": "d"}, 40, 20)
+    made = feature_store.Manifest("image_id", {"digest": "m"}, {"digest": "d"}, 40, 20)
     place = open_storage(str(folder))
-    feature_shards.begin(place, made, overwrite=False)
+    feature_store.begin_shards(place, made, overwrite=False)
     for shard in made.shards():
         ids = list(range(shard.start, shard.stop))
-        feature_shards.write_shard(place, made, shard, ids, _rows()[shard.start : shard.stop])
+        feature_store.write_shard(place, made, shard, ids, _rows()[shard.start : shard.stop])
 
 
 def _read_feature_shards(folder: Path) -> object:
     from cn_clip.data.storage import open_storage
 
     place = open_storage(str(folder))
-    made = feature_shards.read_manifest(place.child(feature_shards.MANIFEST).read(), str(folder))
-    feature_shards.begin(place, made, overwrite=False)
+    made = feature_store.read_manifest(place.child(feature_store.MANIFEST).read(), str(folder))
+    feature_store.begin_shards(place, made, overwrite=False)
     found = feature_files.read_features(folder, "image_id")
     return found.ids, found.vectors.tobytes()
 

@@ -1,0 +1,464 @@
+"""The row store: the rows that an extraction has computed so far, so that a killed run goes on where it stopped.
+
+Each store holds two things: the facts of its job (what is extracted, from what, with what), and the rows so far. A run
+with equal facts goes on; rows of other facts are never mixed in. There are two layouts:
+
+`RowStore`, for one process: `X.partial` beside the output X, which disappears when X is written. A line of JSON with
+the facts, padded to a multiple of 64 bytes, then the rows as little-endian float32 in the order of computing. Rows are
+handed to the system batch by batch and not forced onto the disk: a killed process loses the batch in flight; a machine
+that loses power loses what had not reached the disk, which shows as rows that are not of length 1: these, and all
+behind them, are computed again. Only the finished output is forced onto the disk before it gets its name.
+
+`Manifest` and shards, for many processes: a folder in which `manifest.json` holds the facts and appears first;
+`part-00000.parquet` and the others appear whole, in any order, and carry the key of the manifest. So a shard is
+finished if its file is there.
+
+Example, of four rows of two numbers in batches of two; the run is killed in its second batch:
+
+>>> import os, tempfile
+>>> output = os.path.join(tempfile.mkdtemp(), "x.npz")
+>>> rows = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6]], dtype=np.float32)
+>>> try:
+...     with RowStore(output, {"data": "d"}, 2, tell=print) as store:
+...         store.put(0, rows[:2])
+...         raise KeyboardInterrupt
+... except KeyboardInterrupt:
+...     os.path.getsize(output + ".partial")  # {"embed_dim": 2, "job": {"data": "d"}} padded to 64, and 2 x 2 x 4 bytes
+80
+>>> with RowStore(output, {"data": "d"}, 2, tell=lambda line: None) as store:
+...     store.num_rows  # so the run goes on with the third row
+...     store.put(2, rows[2:])
+...     store.rows()[:, 0].tolist()
+...     store.is_written = True  # once the caller has written x.npz
+2
+[1.0, 0.0, 0.6000000238418579, 0.800000011920929]
+>>> os.listdir(os.path.dirname(output))  # the store is gone
+[]
+"""
+
+# M rows in the order of computing, N rows of a shard, D embedding
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cn_clip.data.records import RecordId
+from cn_clip.data.storage import Storage
+from cn_clip.digests import is_file
+from cn_clip.errors import CnClipError, ConfigError, DataError, UnreadableError, is_absent
+from cn_clip.features.rows import Features, FloatArray, IdField, check_finite
+from cn_clip.features.tables import parquet_bytes, parquet_facts, read_parquet_parts
+from cn_clip.files import Lock, lock_file, take
+
+# The facts of a job: values that JSON can hold.
+Job: TypeAlias = Mapping[str, object]
+Tell: TypeAlias = Callable[[str], None]
+
+SUFFIX = ".partial"
+# The rows begin at a multiple of this, so that their memory map is aligned.
+_ALIGNMENT = 64
+_LARGEST_HEADER = 1 << 20
+_BEGINNING = b'{"embed_dim": '
+# Unit rows are that exact in float32; a row of zeros or of random bytes is not.
+_LENGTH_TOLERANCE = 1e-3
+_ROWS_A_LOOK = 8192
+
+MANIFEST = "manifest.json"
+SHARD_PREFIX, SHARD_SUFFIX = "part-", ".parquet"
+_READING_THREADS = 16
+
+
+# --- one process: a file
+
+
+def job_text(job: Job) -> str:
+    """The facts of a job as a finished output keeps them, to be recognised; equal facts give equal texts."""
+    return json.dumps(job, sort_keys=True)
+
+
+class RowStore:
+    """The computed rows of one extraction, which sets `is_written` when the output holds them.
+
+    A context manager: leaving it closes the file. It removes the file when it is empty, and when it is written unless
+    the run was interrupted, for then the whole command is to be run again.
+    """
+
+    def __init__(self, output: str | os.PathLike[str], job: Job, embed_dim: int, tell: Tell) -> None:
+        """Opens the file of `output` and goes on with it, or starts it again, saying why with `tell`.
+
+        Raises DataError when the folder is missing or not writable, or a file of that name holds something else;
+        ConfigError when another process is at it.
+        """
+        self.path = Path(f"{os.fspath(output)}{SUFFIX}")
+        self.embed_dim = embed_dim
+        line = json.dumps({"job": job, "embed_dim": embed_dim}, sort_keys=True).encode()
+        self._header = line + b" " * (-(len(line) + 1) % _ALIGNMENT) + b"\n"
+        self._stream, self._lock = _open_alone(self.path)
+        self._keep = False
+        self.is_written = False
+        self.num_rows = 0
+        try:
+            self._begin(tell)
+        except BaseException:  # the caller has nothing to leave: the file and the lock go now
+            self._close()
+            raise
+
+    def _begin(self, tell: Tell) -> None:
+        self._stream.seek(0)
+        content = self._stream.read(_LARGEST_HEADER)
+        # Empty, zeros after a power failure, or begun as every header begins.
+        if content.strip(b"\0") and content[: len(_BEGINNING)] != _BEGINNING[: len(content)]:
+            raise DataError("is no file of computed rows; move it away, or choose another output path", at=self.path)
+        found = content.partition(b"\n")[0]
+        if found and found + b"\n" != self._header:
+            tell(f"{self.path}: {_difference(found, self._header)}")
+        elif found:
+            self.num_rows = self._count()
+            if self.num_rows:
+                tell(
+                    f"{self.path}: 已有 {self.num_rows} 条，从第 {self.num_rows + 1} 条继续 / "
+                    f"{self.num_rows} rows are there, continuing at row {self.num_rows + 1}"
+                )
+                return
+        self._stream.truncate(0)
+        self._write(0, self._header)
+
+    def _count(self) -> int:
+        """Whole rows of length 1 at the beginning of the file."""
+        whole = (os.fstat(self._stream.fileno()).st_size - len(self._header)) // (4 * self.embed_dim)
+        rows_MD = self._map(max(whole, 0))
+        for start in range(0, len(rows_MD), _ROWS_A_LOOK):
+            lengths = np.linalg.norm(rows_MD[start : start + _ROWS_A_LOOK].astype(np.float64), axis=1)
+            wrong = ~(np.abs(lengths - 1) < _LENGTH_TOLERANCE)
+            if wrong.any():
+                return start + int(np.argmax(wrong))
+        return len(rows_MD)
+
+    def put(self, first: int, rows_BD: FloatArray) -> None:
+        """Keeps rows `first` to `first + B`; what was there from `first` on is dropped.
+
+        Raises DataError, and keeps what is there, when they cannot be written.
+        """
+        assert first <= self.num_rows, "rows are computed in order"
+        offset = len(self._header) + 4 * self.embed_dim * first
+        self._write(offset, np.ascontiguousarray(rows_BD, dtype="<f4").tobytes())
+        self.num_rows = first + len(rows_BD)
+
+    def rows(self) -> FloatArray:
+        """All rows (M, D), read from the file as they are looked at."""
+        return self._map(self.num_rows)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Removes the file on a DataError, which going on would meet again; keeps it whatever else ends the run."""
+        try:
+            yield
+        except DataError:
+            if not self._keep:
+                self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Deletes the file, once; while it is locked, lest it be another process's by then."""
+        self.num_rows = 0
+        if self._stream.closed:
+            return
+        self._stream.close()
+        self.path.unlink(missing_ok=True)
+        self._lock.release()
+
+    def _close(self) -> None:
+        """Closes the file, and removes it when nothing is in it."""
+        with contextlib.suppress(OSError):
+            if not os.fstat(self._stream.fileno()).st_size:
+                self.path.unlink()
+        self._stream.close()
+        self._lock.release()
+
+    def _map(self, count: int) -> FloatArray:
+        if not count:
+            return np.empty((0, self.embed_dim), dtype=np.float32)
+        rows: NDArray[Any] = np.memmap(
+            self._stream, dtype="<f4", mode="r", offset=len(self._header), shape=(count, self.embed_dim)
+        )
+        return rows
+
+    def _write(self, offset: int, data: bytes) -> None:
+        try:
+            self._stream.truncate(offset)
+            written = 0
+            while written < len(data):
+                written += self._stream.write(data[written:])
+        except OSError as error:
+            self._keep = True
+            raise DataError(
+                f"cannot be written ({error.strerror}); what is there is kept: free some space and run "
+                "the command again, it goes on from there",
+                at=self.path,
+            ) from error
+
+    def __enter__(self) -> "RowStore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        has_ended = error is None or isinstance(error, CnClipError)
+        if not self.num_rows or (self.is_written and has_ended):
+            self.remove()
+        else:
+            self._close()
+
+
+def _difference(found: bytes, header: bytes) -> str:
+    """What differs between the header of a file and that of this job, in a sentence."""
+    again = "从头开始 / starting again"
+    try:
+        old, new = json.loads(found), json.loads(header)
+        names = {*old["job"], *new["job"]}
+        other = sorted(name for name in names if old["job"].get(name) != new["job"].get(name))
+        if old["embed_dim"] != new["embed_dim"]:
+            other.append("embed_dim")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"读不出是什么，{again}: it does not say what it is of"
+    listed = ", ".join(other)
+    return f"属于另一次提取（{listed} 不同），{again}: it is of another extraction, with other {listed}"
+
+
+def _open_alone(path: Path) -> tuple[Any, Lock]:
+    """The file, unbuffered, for reading and writing, and the lock of its output; raises as `RowStore`."""
+    output = path.with_name(path.name.removesuffix(SUFFIX))
+    if not path.parent.is_dir():
+        raise DataError(f"the folder {path.parent} does not exist; create it first", at=output)
+    if output.is_dir():
+        raise DataError("is a folder; expected the path of a file to write", at=output)
+    try:
+        lock = take(lock_file(output), f"{path}: another process is extracting into this file")
+        try:
+            return open(path, "a+b", buffering=0), lock  # closed by the caller
+        except OSError:
+            lock.release()
+            raise
+    except OSError as error:
+        raise DataError(f"cannot be written ({error.strerror}); choose another output path", at=path) from error
+
+
+# --- many processes: a folder of shards
+
+
+class Shard(NamedTuple):
+    """Inputs `start` to before `stop`, which go into one file."""
+
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """The file name of the shard."""
+        return f"{SHARD_PREFIX}{self.number:05d}{SHARD_SUFFIX}"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An input that could not be read; reason: where it is, and what is wrong."""
+
+    id: RecordId
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a shard holds: its rows, and the inputs that have none."""
+
+    num_rows: int
+    skipped: tuple[Skipped, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the shards of a folder are of.
+
+    model, data: values that JSON can hold; each has a "digest", which tells it from others.
+    """
+
+    field: IdField
+    model: Mapping[str, object]
+    data: Mapping[str, object]
+    num_inputs: int
+    shard_size: int
+
+    @property
+    def key(self) -> str:
+        """A digest that tells these shards from those of another job."""
+        parts = [self.field, self.model["digest"], self.data["digest"], self.num_inputs, self.shard_size]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+    def shards(self) -> list[Shard]:
+        """The plan: every input in one shard, all of `shard_size` but the last."""
+        starts = range(0, self.num_inputs, self.shard_size)
+        return [
+            Shard(number, start, min(start + self.shard_size, self.num_inputs)) for number, start in enumerate(starts)
+        ]
+
+    def fingerprint(self) -> str:
+        """One line for people."""
+        return f"{self.field} model {self.model['digest']} data {self.data['digest']} shard-size {self.shard_size}"
+
+    def to_json(self) -> bytes:
+        """The manifest as it is written, with the number of shards and its key."""
+        num_shards = len(self.shards())
+        record = {"format": "cn_clip feature shards 1", **asdict(self), "num_shards": num_shards, "key": self.key}
+        return json.dumps(record, ensure_ascii=False, indent=2).encode() + b"\n"
+
+
+def read_manifest(data: bytes, where: str) -> Manifest:
+    """Raises DataError for anything but what `Manifest.to_json` writes."""
+    try:
+        record = json.loads(data)
+        values = {name: record[name] for name in ("field", "model", "data", "num_inputs", "shard_size")}
+        manifest = Manifest(**values)
+        if manifest.key != record["key"] or manifest.shard_size < 1:
+            raise ValueError("its key is another")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"is no manifest of feature shards ({error}); extract again with `cn-clip features --overwrite`", at=where
+        ) from error
+    return manifest
+
+
+def begin_shards(folder: Storage, manifest: Manifest, *, overwrite: bool) -> dict[int, Finished]:
+    """Makes the folder that of `manifest`, and returns the shards of it that are finished, by number.
+
+    A shard that is damaged, or of another job, counts as not finished. overwrite: removes the shards that are there.
+    Raises ConfigError naming both fingerprints when the folder is another job's, or holds shards without a manifest.
+    """
+    file = folder.child(MANIFEST)
+    names = (folder.below(one.path) for one in folder.list_files(recursive=False))
+    there = [name for name in names if name.startswith(SHARD_PREFIX) and name.endswith(SHARD_SUFFIX)]
+    has_manifest = file.find() is not None
+    if has_manifest and not overwrite:
+        found = read_manifest(file.read(), file.name)
+        if found.key != manifest.key:
+            raise ConfigError(
+                f"{folder.name}: 已有另一次提取的结果 / holds [{found.fingerprint()}], this run makes "
+                f"[{manifest.fingerprint()}]; choose another --output, or start again with --overwrite"
+            )
+        return _finished(folder, manifest, there)
+    if there and not overwrite:
+        raise ConfigError(
+            f"{folder.name}: holds {len(there)} Parquet shards but no {MANIFEST}; choose another --output, or remove "
+            "them with --overwrite"
+        )
+    for name in [MANIFEST] * has_manifest + there:
+        folder.child(name).delete()
+    file.write(manifest.to_json())
+    return {}
+
+
+def _finished(folder: Storage, manifest: Manifest, there: Iterable[str]) -> dict[int, Finished]:
+    shards = {shard.name: shard for shard in manifest.shards()}
+    wanted = [shards[name] for name in there if name in shards]
+    with ThreadPoolExecutor(_READING_THREADS) as pool:
+        reports = pool.map(lambda shard: _read_report(folder, manifest, shard), wanted)
+        return {shard.number: report for shard, report in zip(wanted, reports, strict=True) if report is not None}
+
+
+def _read_report(folder: Storage, manifest: Manifest, shard: Shard) -> Finished | None:
+    """What a file says of itself; None if it is not this shard of this job."""
+    try:
+        with folder.child(shard.name).open() as stream:
+            return _report_of(stream, manifest, shard)
+    except DataError:
+        return None
+
+
+def _report_of(stream: BinaryIO, manifest: Manifest, shard: Shard) -> Finished:
+    """Raises DataError when a file is damaged, or not this shard of this job."""
+    num_rows, facts = parquet_facts(stream)
+    try:
+        skipped = tuple(Skipped(*one) for one in facts["skipped"])
+        key, extent = facts["key"], facts["shard"]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"does not say of which extraction it is ({error})") from error
+    if key != manifest.key:
+        raise DataError(f"is of another extraction, by its key {key!r}; that of the manifest is {manifest.key!r}")
+    if extent != list(shard) or num_rows + len(skipped) != shard.stop - shard.start:
+        raise DataError(f"holds {num_rows} rows of the inputs {extent}; expected those of {list(shard)}")
+    return Finished(num_rows, skipped)
+
+
+def write_shard(
+    folder: Storage,
+    manifest: Manifest,
+    shard: Shard,
+    ids: Sequence[RecordId],
+    rows_ND: FloatArray,
+    *,
+    paths: Sequence[str] | None = None,
+    skipped: Sequence[Skipped] = (),
+) -> Finished:
+    """Writes a shard; it appears whole or not at all, in place of one that is there.
+
+    Raises DataError when it cannot be written, CheckpointError naming the id of a row that holds NaN or infinity.
+    """
+    assert len(ids) + len(skipped) == shard.stop - shard.start, "every input has a row or a reason"
+    check_finite(rows_ND, ids, manifest.field)
+    facts = {"key": manifest.key, "shard": list(shard), "skipped": [[one.id, one.reason] for one in skipped]}
+    data = parquet_bytes(manifest.field, ids, rows_ND, paths=paths, facts=facts)
+    folder.child(shard.name).write(data)
+    return Finished(len(ids), tuple(skipped))
+
+
+def is_shard_folder(path: Path) -> bool:
+    """Whether a local folder holds shards that this package wrote; raises UnreadableError."""
+    return is_file(path / MANIFEST)
+
+
+def read_shards(folder: Path, field: IdField) -> Features:
+    """All rows of a local folder, in the order of the inputs.
+
+    Raises DataError for shards that are missing or of another extraction, and as `tables.read_parquet_parts`.
+    """
+    file = folder / MANIFEST
+    try:
+        manifest = read_manifest(file.read_bytes(), str(file))
+    except OSError as error:
+        if not is_absent(error):
+            raise UnreadableError.of(file, error) from error
+        raise DataError(
+            f"is a folder without {MANIFEST}; expected a feature file, or what "
+            "`cn-clip features --engine ray` wrote into its --output",
+            at=folder,
+        ) from error
+    if manifest.field != field:
+        raise DataError(f"no {field}, only {manifest.field}; is this the folder of the other modality?", at=folder)
+    shards = {folder / shard.name: shard for shard in manifest.shards()}
+    missing = [path.name for path in shards if not is_file(path)]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(shards)} shards are missing ({missing[0]}); run the extraction again, "
+            "it goes on where it stopped",
+            at=folder,
+        )
+    for path, shard in shards.items():
+        try:
+            with open(path, "rb") as stream:
+                _report_of(stream, manifest, shard)
+        except OSError as error:
+            raise UnreadableError.of(path, error) from error
+        except DataError as error:
+            raise DataError(
+                f"{error}; run the extraction again, which makes the shards that are not of {MANIFEST}", at=path
+            ) from error
+    return read_parquet_parts(folder, list(shards), field)
