@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= auto
 CONSTRAINTS ?= constraints.txt
-PIP := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
+INSTALL := $(BIN)/python tools/install.py $(addprefix --constraint ,$(CONSTRAINTS))
 FILES := cn_clip tests benchmarks tools
 # Some machines forbid it for small images; the tests start thousands of processes, each of which would compile again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help demo test test-long test-slow test-gpu test-milvus test-families test-browser test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel clean
+.PHONY: help install demo test test-long test-slow test-gpu test-milvus test-families test-browser test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
@@ -27,18 +27,24 @@ help:
 	@echo "make test-notebook  运行笔记本 / runs the notebooks"
 	@echo "make notebook   运行笔记本，存下输出 / runs the notebooks and keeps what they print"
 	@echo "make test-wheel  打包，装进空环境试用 / the wheel, installed and tried elsewhere"
+	@echo "make install    一次装好测试、网站和笔记本所需的一切 / all that tests, site and notebooks need, at once"
 	@echo "make check      静态检查 / ruff, format, mypy, import-linter"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.core: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
-	$(PIP) --editable .
+	$(INSTALL) --editable .
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
-	$(PIP) --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.core
+
+# What all targets of .ci/run need, looked up and installed in one go.
+install: | $(VENV)/bin/python
+	$(INSTALL) --editable '.[dev,docs,notebook]'
+	@touch $(addprefix $(VENV)/.,core dev docs notebook)
 
 demo: $(VENV)/.core
 	$(BIN)/cn-clip demo --output demo-output
@@ -62,22 +68,22 @@ test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
 
 test-milvus: $(VENV)/.dev
-	$(PIP) --editable '.[milvus]' milvus==2.3.5
+	$(INSTALL) --editable '.[milvus]' milvus==2.3.5
 	MILVUS_SERVER=$(BIN)/milvus-server $(BIN)/python -m pytest -m milvus
 
 test-families: $(VENV)/.dev
-	$(PIP) 'sentence-transformers>=5.4,<7'
+	$(INSTALL) 'sentence-transformers>=5.4,<7'
 	$(BIN)/python -m pytest -m families tests/test_convert.py
-	$(PIP) --editable '.[dev,open-clip]'
+	$(INSTALL) --editable '.[dev,open-clip]'
 	$(BIN)/python -m pytest -m families tests/test_families.py
 
 test-browser: $(VENV)/.dev
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || { echo "需要 Chromium / Chromium is needed: apt-get install chromium, or CHROMIUM=path"; exit 1; }
-	$(PIP) --editable '.[browser]'
+	$(INSTALL) --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser
 
 test-ray: $(VENV)/.dev
-	$(PIP) --editable '.[dev,ray]'
+	$(INSTALL) --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -m ray
 
 # Each part ends with its counts; fails when a traceback, a signal, a silent difference or a loss is among them.
@@ -87,11 +93,11 @@ test-faults: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/run.py --seconds $(SECONDS) --seed $(SEED) $(FAULTS)
 
 $(VENV)/.docs: pyproject.toml $(CONSTRAINTS) | $(VENV)/.core
-	$(PIP) --editable '.[docs]'
+	$(INSTALL) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.notebook: pyproject.toml $(CONSTRAINTS) | $(VENV)/.dev
-	$(PIP) --editable '.[notebook]'
+	$(INSTALL) --editable '.[notebook]'
 	@touch $@
 
 # The theme prints an advertisement without this; the versions that it warns of are excluded in pyproject.toml.

@@ -2,7 +2,9 @@
 
 import json
 import re
+import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -57,8 +59,8 @@ def test_the_range_of_torch_ends_after_the_newest_tested() -> None:
 
 def test_make_and_docker_install_under_the_constraints() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    installs = [line for line in makefile.splitlines() if "pip install" in line]
-    assert installs == ["PIP := $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))"]
+    installs = [line for line in makefile.splitlines() if "install.py" in line or "pip install" in line]
+    assert installs == ["INSTALL := $(BIN)/python tools/install.py $(addprefix --constraint ,$(CONSTRAINTS))"]
     (run,) = (one for one in dockerfile()["RUN"] if "pip" in one)
     for step in run.split("&&"):
         words = shlex.split(step)
@@ -67,6 +69,51 @@ def test_make_and_docker_install_under_the_constraints() -> None:
     copied = [name for line in dockerfile()["COPY"] for name in line.split()[:-1]]
     assert "constraints.txt" in copied
     assert all((ROOT / name).exists() for name in copied)
+
+
+INSTALLER = runpy.run_path(str(ROOT / "tools" / "install.py"))
+
+
+def test_uv_is_given_the_settings_of_pip() -> None:
+    listed = [
+        ":env:.find-links='/a /b'",
+        ":env:.index-url='https://mirror/simple'",
+        ":env:.disable-pip-version-check='1'",
+        "download.pre='true'",
+        "global.index-url='https://other/simple'",
+        "global.extra-index-url='\\nhttps://one\\nhttps://two'",
+        "install.constraint='pins.txt'",
+    ]
+    assert INSTALLER["variables_for_uv"]("\n".join(listed)) == {
+        "UV_FIND_LINKS": "/a,/b",
+        "UV_DEFAULT_INDEX": "https://mirror/simple",
+        "UV_INDEX": "https://one https://two",
+        "UV_CONSTRAINT": "pins.txt",
+    }
+    assert INSTALLER["variables_for_uv"]("") == {}
+
+
+@pytest.mark.parametrize("setting", ["global.no-binary=':all:'", ":env:.pre='1'", "install.require-hashes='true'"])
+def test_pip_installs_when_it_has_a_setting_that_uv_may_not_share(setting: str) -> None:
+    assert INSTALLER["variables_for_uv"](setting) is None
+
+
+@pytest.mark.parametrize("has_uv", [True, False], ids=["uv fails", "no uv"])
+def test_pip_installs_when_uv_cannot(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], has_uv: bool
+) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        ran.append(list(command[1:]))
+        fails = "uv" in command and (not has_uv or "pip" in command[3:])
+        return subprocess.CompletedProcess(command, int(fails), stdout="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert INSTALLER["main"](["--editable", "."]) == 0
+    assert ran[-1] == ["-m", "pip", "install", "--quiet", "--editable", "."]
+    assert [command[1] for command in ran] == ["pip", "pip", *["uv"] * has_uv, "pip"]
+    assert ("now pip tries" in capfd.readouterr().err) is has_uv
 
 
 def test_the_image_installs_torch_for_processors_before_anything_that_wants_it() -> None:
