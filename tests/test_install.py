@@ -140,3 +140,11 @@ def test_classifiers_name_the_pythons_that_are_supported() -> None:
     assert found is not None
     assert all(SpecifierSet(found[1]).contains(f"{version}.0") for version in named)
     assert f"{sys.version_info.major}.{sys.version_info.minor}" in named
+
+
+def test_the_wheel_holds_every_file_of_the_package() -> None:
+    (given,) = re.findall(r"^cn_clip = (\[.*\])$", PYPROJECT, re.MULTILINE)
+    package = ROOT / "cn_clip"
+    packed = {path for pattern in json.loads(given) for path in package.glob(pattern)}
+    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert files - packed == set()

@@ -60,7 +60,7 @@ OTHERS = {
     ("training/main.py", "--local-rank"),
     ("deploy/speed_benchmark.py", "--pytorch-ckpt"),
 }
-STYLES = ("report/page.py", "serve/page_texts.py")
+STYLES = ("serve/page_texts.py",)
 
 
 @cache

@@ -36,7 +36,7 @@ from cn_clip.evaluation import zeroshot
 from cn_clip.features import ray_extraction
 from cn_clip.features.files import read_features
 from cn_clip.index.ingest import thumbnail
-from cn_clip.report.thumbnails import flattened
+from cn_clip.report.page import flattened
 from cn_clip.retrieval.store import Index, open_index
 
 MODEL = ("--device", "cpu", "--num-threads", "1")

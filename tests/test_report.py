@@ -27,12 +27,9 @@ from cn_clip.errors import DataError
 from cn_clip.eval import evaluation, extract_features, make_topk_predictions
 from cn_clip.evaluation import zeroshot
 from cn_clip.preprocess import build_lmdb_dataset
-from cn_clip.report import charts, confusion, queries, regions, sections
+from cn_clip.report import findings, page
 from cn_clip.report import main as report
-from cn_clip.report.log_lines import read_logs
-from cn_clip.report.markup import Markup, element, quoted
-from cn_clip.report.run_folder import read_run
-from cn_clip.report.thumbnails import thumbnail
+from cn_clip.report.run_folder import read_logs, read_run
 from cn_clip.retrieval.recall import KS, recall_from_features
 
 HOSTILE = '<script>alert("1")</script>&amp;\u202e的猫'
@@ -91,12 +88,18 @@ class Reader(HTMLParser):
         return [found for name, found in self.elements if name == tag and style in (found.get("class") or "")]
 
 
+def drawn(template: str, **values: object) -> str:
+    """What a template makes of the values, with the macros of the report at hand."""
+    macros = "{% from 'words.html' import picture, quoted %}{% from 'charts.html' import confusion_chart, line_chart %}"
+    return page.environment().from_string(macros + template).render(values)
+
+
 # --- markup
 
 
 @given(st.text())
 def test_text_never_becomes_markup(text: str) -> None:
-    read = Reader(element("p", quoted(text, longest=10_000), title=text))
+    read = Reader(drawn('<p title="{{ text }}">{{ quoted(text, 10000) }}</p>', text=text))
     assert [name for name, _ in read.elements] == ["p", "bdi"]
     shown = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
     assert read.text == shown
@@ -104,30 +107,28 @@ def test_text_never_becomes_markup(text: str) -> None:
     read.text.encode()
 
 
-def test_elements_are_written_as_html_has_them() -> None:
-    inner = element("b", "1 < 2", Markup("<i>&amp;</i>"))
-    assert element("p", inner, class_="a b", aria_label='"x"', width=1.004, open=True, hidden=False, id=None) == (
-        '<p class="a b" aria-label="&quot;x&quot;" width="1" open><b>1 &lt; 2<i>&amp;</i></b></p>'
-    )
-    assert element("img", src="x", height=2.5) == '<img src="x" height="2.5">'
-    assert quoted("一二三四", longest=3) == "<bdi>一二…</bdi>"
+def test_values_are_written_as_html_has_them() -> None:
+    assert drawn("{{ quoted(text, 3) }}{{ quoted(text) }}", text="一二三四") == "<bdi>一二…</bdi><bdi>一二三四</bdi>"
+    assert drawn("{{ a }} {{ b }} {{ c }} {{ d }}", a=1.004, b=2.5, c=100, d="1.004") == "1 2.5 100 1.004"
+    assert [page.percent(share) for share in (0, 0.0123, 0.375, 0.9996)] == ["0 %", "1.23 %", "37.5 %", "100 %"]
+    assert [page.duration(seconds) for seconds in (12.4, 185, 3725)] == ["12 s", "3 min 05 s", "1 h 02 min"]
 
 
 # --- charts
 
 
 def test_ticks_are_round_and_hold_the_values() -> None:
-    assert charts.ticks(0, 100, count=5) == [0, 25, 50, 75, 100]
-    assert charts.ticks(0, 1600, count=5, whole=True) == [0, 500, 1000, 1500, 2000]
-    assert charts.ticks(0, 3, count=5, whole=True) == [0, 1, 2, 3]
-    np.testing.assert_allclose(charts.ticks(2.1, 2.9, count=5), [2.0, 2.2, 2.4, 2.6, 2.8, 3.0])
-    np.testing.assert_allclose(charts.ticks(-0.3, -0.3, count=5), [-0.3, -0.275], atol=1e-9)
-    assert charts.ticks(0, 0, count=5)[0] == 0
+    assert page.ticks(0, 100, count=5) == [0, 25, 50, 75, 100]
+    assert page.ticks(0, 1600, count=5, whole=True) == [0, 500, 1000, 1500, 2000]
+    assert page.ticks(0, 3, count=5, whole=True) == [0, 1, 2, 3]
+    np.testing.assert_allclose(page.ticks(2.1, 2.9, count=5), [2.0, 2.2, 2.4, 2.6, 2.8, 3.0])
+    np.testing.assert_allclose(page.ticks(-0.3, -0.3, count=5), [-0.3, -0.275], atol=1e-9)
+    assert page.ticks(0, 0, count=5)[0] == 0
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
 def test_ticks_never_leave_out_an_end(low: float, span: float) -> None:
-    found = charts.ticks(low, low + span, count=5)
+    found = page.ticks(low, low + span, count=5)
     step = found[1] - found[0]
     assert 2 <= len(found) <= 9
     assert found[0] <= low + 1e-6 * step
@@ -137,20 +138,22 @@ def test_ticks_never_leave_out_an_end(low: float, span: float) -> None:
 def test_thinning_keeps_every_peak() -> None:
     values = np.zeros(10_000)
     values[[123, 4567]] = 9.0, -9.0
-    steps, kept = charts.thinned((np.arange(10_000.0), values))
-    assert len(steps) <= charts.MOST_POINTS
+    steps, kept = page.thinned((np.arange(10_000.0), values))
+    assert len(steps) <= page.MOST_POINTS
     assert (steps[kept == 9], steps[kept == -9]) == (123, 4567)
     assert (np.diff(steps) > 0).all()
 
 
 def test_a_curve_goes_through_its_places() -> None:
-    line = charts.Line("loss", (np.array([0.0, 50.0, 100.0]), np.array([0.0, 10.0, 5.0])), "blue")
-    read = Reader(charts.line_chart(Markup("t"), [line], form=str, from_zero=True))
-    (drawn,) = read.all("polyline")
-    assert drawn["class"] == "line blue"
-    assert drawn["points"] == "54,216 260,12 466,114"  # 54 to 466 across, 216 up to 12
+    line = page.Line("loss", (np.array([0.0, 50.0, 100.0]), np.array([0.0, 10.0, 5.0])), "blue")
+    chart = page.line_chart([line], form=str, from_zero=True)
+    read = Reader(drawn("{{ line_chart(chart, '损失', 'loss') }}", chart=chart))
+    (curve,) = read.all("polyline")
+    assert curve["class"] == "line blue"
+    assert curve["points"] == "54,216 260,12 466,114"  # 54 to 466 across, 216 up to 12
     assert read.all("svg")[0]["aria-label"] == "loss: 0.0 → 5.0"
-    assert charts.line_chart(Markup("t"), [], form=str) == ""
+    assert page.line_chart([], form=str) is None
+    assert not drawn("{{ line_chart(none, '损失', 'loss') }}").strip()
 
 
 # --- the run folder
@@ -173,7 +176,7 @@ def test_a_run_is_read_from_its_metrics(tmp_path: Path) -> None:
     assert (steps.tolist(), losses.tolist()) == ([10, 30], [3.0, 2.0])
     assert run.points("valid", "text_to_image_r1", factor=100)[1].tolist() == [25.0]
     assert run.best() == (20, 0.375)  # of equals the first
-    assert (run.max_steps, run.begin_and_end, run.checkpoints) == (None, None, [])
+    assert (run.log.max_steps, run.log.begin, run.log.end, run.checkpoints) == (None, None, None, [])
 
 
 def test_a_log_of_chinese_clip_says_the_same(tmp_path: Path) -> None:
@@ -182,8 +185,8 @@ def test_a_log_of_chinese_clip_says_the_same(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert run.source == path.name
     assert run.params == {"lr": "5e-05", "vision_model": "ViT-B-16"}
-    assert (run.max_steps, run.global_batch, run.log.seconds, run.num_infinite) == (30, 64, 30.0, 1)
-    assert run.begin_and_end == (datetime(2024, 1, 2, 3, 4, 5), datetime(2024, 1, 2, 3, 4, 35))
+    assert (run.log.max_steps, run.log.global_batch, run.log.seconds, run.num_infinite) == (30, 64, 30.0, 1)
+    assert (run.log.begin, run.log.end) == (datetime(2024, 1, 2, 3, 4, 5), datetime(2024, 1, 2, 3, 4, 35))
     assert run.records == [
         {"step": 10, "kind": "train", "loss": 2.5, "lr": 5e-5, "logit_scale": 4.605, "samples_per_second": 128.0},
         {"step": 20, "kind": "train", "loss": None, "lr": 4e-5, "logit_scale": 4.605, "samples_per_second": 256.0},
@@ -196,8 +199,8 @@ def test_a_log_that_chinese_clip_wrote_is_read_whole() -> None:
     # cn_clip 1.6.0, by tools/golden/record_log.py; it validates twice at the end of an epoch.
     run = read_run(REPOSITORY / "tests" / "golden" / "training_log")
     assert run.source == "out_2026-11-22-00-33-35.log"
-    assert (run.max_steps, run.global_batch, run.log.seconds, run.last_step) == (4, 4, 18.0, 4)
-    assert run.begin_and_end == (datetime(2026, 11, 22, 0, 33, 36), datetime(2026, 11, 22, 0, 33, 54))
+    assert (run.log.max_steps, run.log.global_batch, run.log.seconds, run.last_step) == (4, 4, 18.0, 4)
+    assert (run.log.begin, run.log.end) == (datetime(2026, 11, 22, 0, 33, 36), datetime(2026, 11, 22, 0, 33, 54))
     steps, losses = run.points("train", "loss")
     assert (steps.tolist(), losses.tolist()) == ([1, 2, 3, 4], [1.407055, 1.398269, 1.379691, 1.391590])
     assert run.points("train", "lr")[1].tolist() == [1e-5, 1e-5, 8e-6, 3e-6]
@@ -256,6 +259,37 @@ def test_a_run_that_began_anew_under_the_name_is_read_without_the_one_before(tmp
     assert read_logs([nothing, second]) == alone
 
 
+def test_another_run_of_the_name_is_not_added_whatever_its_first_step(tmp_path: Path) -> None:
+    def log(started: str, steps: range, *said: str) -> Path:
+        path = tmp_path / f"out_{started}.log"
+        messages = ["  checkpoint_path: logs/waves/checkpoints", *said]
+        messages += [
+            f"Global Steps: {step}/900 | Train Epoch: 1 | Loss: 2.5 | Batch Time: 0.5s | LR: 0.1 | logit_scale: 4.6 "
+            "| Global Batch Size: 64 |"
+            for step in steps
+        ]
+        lines = [f"{started},00:00:{second:02d} | INFO | Rank 0 | {one}" for second, one in enumerate(messages)]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        (tmp_path / f"params_{started}.txt").write_text(f"seed: {started[-1]}\n", encoding="utf-8")
+        return path
+
+    first = log("2024-01-01", range(10, 60, 10))
+    own = "=> loaded checkpoint 'logs/waves/checkpoints/epoch_latest.pt' (epoch 1 @ 20 steps)"
+    resumed = log("2024-01-02", range(30, 100, 10), own)
+    whole = read_logs([first, resumed])
+    assert [record["step"] for record in whole.records] == list(range(10, 100, 10))
+    assert (whole.names, whole.seconds) == ([first.name, resumed.name], 5.0 + 8.0)
+    # Logged less often than the first, or begun with the checkpoint of another run: not the same run.
+    other = "=> loaded checkpoint 'logs/old/checkpoints/epoch3.pt' (epoch 3 @ 80 steps)"
+    for said in ([], [other]):
+        anew = log("2024-01-03", range(90, 190, 50), *said)
+        assert read_logs([first, resumed, anew]) == read_logs([anew])
+    refused = log("2024-01-04", range(0))  # before its first step
+    assert read_logs([first, resumed, refused]) == whole
+    run = read_run(tmp_path)
+    assert (run.source, run.params["seed"], run.last_step) == ("out_2024-01-03.log", "3", 140)
+
+
 # --- retrieval
 
 
@@ -263,7 +297,7 @@ def test_ranks_by_hand() -> None:
     images = np.eye(4, dtype=np.float32)
     texts = np.array([[0.9, 0.3, 0.2, 0.1], [0.9, 0.3, 0.2, 0.1], [0.5, 0.5, 0.5, 0.5], [0, 0, 0.8, 0.6]], np.float32)
     # The first text has pictures 1 and 3, the others one; all pictures are alike to the third text.
-    ranking = queries.rank_all(images, texts, [(3, 0), (1, 0), (0, 1), (2, 2), (2, 3)])
+    ranking = findings.rank_all(images, texts, [(3, 0), (1, 0), (0, 1), (2, 2), (2, 3)])
     assert ranking.ranks_M.tolist() == [2, 1, 3, 1]
     assert ranking.right_M.tolist() == [1, 0, 2, 2]
     np.testing.assert_allclose(ranking.scores_M, [0.3, 0.9, 0.5, 0.8])
@@ -276,7 +310,7 @@ def test_ranks_give_the_recall_that_the_package_computes(seed: int, num_images: 
     images = random.integers(-1, 2, (num_images, 3)).astype(np.float32)  # many equal scores
     texts = random.integers(-1, 2, (num_texts, 3)).astype(np.float32)
     pairs = [(int(random.integers(num_images)), text) for text in range(num_texts) for _ in range(2)]
-    ranks = queries.rank_all(images, texts, pairs).ranks_M
+    ranks = findings.rank_all(images, texts, pairs).ranks_M
     expected = recall_from_features(images, texts, pairs).text_to_image.at
     assert {k: float((ranks <= k).mean()) for k in KS} == pytest.approx(dict(expected))
 
@@ -292,11 +326,11 @@ def test_ranks_give_the_recall_that_the_package_computes(seed: int, num_images: 
     ],
 )
 def test_no_query_is_shown_twice(number: int, expected: tuple[list[int], list[int], list[int]]) -> None:
-    assert queries.choose(list(range(number)), 8) == expected
+    assert findings.choose(list(range(number)), 8) == expected
 
 
 def test_texts_in_the_same_words_are_shown_once() -> None:
-    assert queries.first_of_each(np.array([2, 0, 3, 1]), ["狗", "猫", "猫", "鸟"]) == [2, 0, 3]
+    assert findings.first_of_each(np.array([2, 0, 3, 1]), ["狗", "猫", "猫", "鸟"]) == [2, 0, 3]
 
 
 # --- zero-shot classification
@@ -307,7 +341,7 @@ def test_confusions_by_hand() -> None:
         [[0.6, 0.4, 0], [0.3, 0.7, 0], [0.1, 0.9, 0], [0.2, 0.8, 0], [0.5, 0, 0.5], [0, 0.1, 0.9]], dtype=np.float32
     )
     targets = np.array([0, 0, 0, 1, 2, 2])
-    found = confusion.tally(probabilities, targets, ["猫", "狗", "鸟"], list("abcdef"), Path("test"))
+    found = findings.tally(probabilities, targets, ["猫", "狗", "鸟"], list("abcdef"), Path("test"))
     assert found.counts_CC.tolist() == [[1, 2, 0], [0, 1, 0], [1, 0, 1]]
     assert found.accuracy.top1 == 0.5
     assert found.accuracy.per_class == [pytest.approx(1 / 3), 1.0, 0.5]
@@ -319,9 +353,10 @@ def test_of_many_classes_those_with_most_mistakes_are_drawn() -> None:
     counts = np.diag([5, 5, 5, 5])
     counts[0, 3] = 2
     counts[2, 1] = 1
-    assert confusion.most_confused(counts, 2) == [0, 3]
-    assert confusion.most_confused(counts, 4) == [0, 1, 2, 3]
-    drawing = Reader(charts.confusion_chart(["a", HOSTILE], counts[np.ix_([0, 3], [0, 3])], np.array([7, 5]), "said"))
+    assert page.most_confused(counts, 2) == [0, 3]
+    assert page.most_confused(counts, 4) == [0, 1, 2, 3]
+    matrix = page.Matrix(["a", HOSTILE], [(0, 0, 5, 7), (0, 1, 2, 7), (1, 1, 5, 5)])
+    drawing = Reader(drawn("{{ confusion_chart(matrix, 'said') }}", matrix=matrix))
     cells = [found for found in drawing.all("rect") if found["class"] in ("right", "wrong")]
     shares = [0.12 + 0.88 * share for share in (5 / 7, 2 / 7, 1)]
     assert [(cell["class"], float(cell["fill-opacity"] or 0)) for cell in cells] == [
@@ -339,8 +374,8 @@ def test_shares_are_of_all_pictures_of_a_class_also_of_those_taken_for_classes_n
     counts[0, 40] = 1
     labels = [f"第{number}类" for number in range(41)]
     accuracy = zeroshot.Accuracy(top1=0.8, top5=None, per_class=[0.8] * 41)
-    section = sections.confusion_section(confusion.Confusion(Path("test"), labels, counts, accuracy, []))
-    read = Reader(section.body)
+    part = page.zeroshot_part(findings.Confusion(Path("test"), labels, counts, accuracy, []))
+    read = Reader(page.page("t", "", {"zeroshot": part}))
     titles = [text for text in read.texts if " → " in text]
     assert titles[:2] == ["第0类 → 第0类: 10 / 13", "第0类 → 第1类: 2 / 13"]
     assert titles[2:4] == ["第1类 → 第0类: 2 / 12", "第1类 → 第1类: 10 / 12"]
@@ -349,9 +384,9 @@ def test_shares_are_of_all_pictures_of_a_class_also_of_those_taken_for_classes_n
 
 
 def test_long_labels_do_not_make_a_long_page() -> None:
-    labels = [f"{number:02d}" + "&" * 298 for number in range(charts.MOST_CLASSES)]
-    counts = np.ones((len(labels), len(labels)), dtype=np.int64)
-    drawing = charts.confusion_chart(labels, counts, counts.sum(axis=1), "said")
+    labels = [f"{number:02d}" + "&" * 298 for number in range(page.MOST_CLASSES)]
+    cells = [(row, column, 1, 40) for row in range(len(labels)) for column in range(len(labels))]
+    drawing = drawn("{{ confusion_chart(matrix, 'said') }}", matrix=page.Matrix(labels, cells))
     cut = "&" * 37 + "…"
     assert f"00{cut} → 39{cut}: 1 / 40" in Reader(drawing).texts
     # 1,600 cells of two labels of 40 characters, each five bytes as HTML, and the rectangle around them.
@@ -368,7 +403,7 @@ def test_a_region_of_a_vit_passes_the_last_layer_alone() -> None:
     last = model.visual.transformer.resblocks[-1]
     last.attn.out_proj.weight.data.zero_()
     pixels = tiny_pixels(model, 1)[0]
-    image, vectors = regions.region_vectors(model, pixels)
+    image, vectors = findings.region_vectors(model, pixels)
     with torch.inference_mode():
         patches = model.visual.conv1(pixels[None]).flatten(2).transpose(1, 2)
         tokens = torch.cat([model.visual.class_embedding.expand(1, 1, -1), patches], dim=1)
@@ -385,11 +420,11 @@ def test_the_value_of_a_region_counts_in_a_vit() -> None:
     model = tiny_model("vit")
     pixels = tiny_pixels(model, 1)[0]
     last = model.visual.transformer.resblocks[-1]
-    before = regions.region_vectors(model, pixels)[1]
+    before = findings.region_vectors(model, pixels)[1]
     last.attn.in_proj_weight.data[:128] += 1.0  # queries and keys: no place looks at another
-    torch.testing.assert_close(regions.region_vectors(model, pixels)[1], before)
+    torch.testing.assert_close(findings.region_vectors(model, pixels)[1], before)
     last.attn.in_proj_weight.data[128:] += 1.0
-    assert (regions.region_vectors(model, pixels)[1] - before).abs().max() > 1e-2
+    assert (findings.region_vectors(model, pixels)[1] - before).abs().max() > 1e-2
 
 
 def test_the_regions_of_a_resnet_add_up_to_the_picture_where_attention_is_even() -> None:
@@ -402,7 +437,7 @@ def test_the_regions_of_a_resnet_add_up_to_the_picture_where_attention_is_even()
     pixels = tiny_pixels(model, 1)[0]
     seen: list[torch.Tensor] = []
     pool.c_proj.register_forward_hook(lambda _, inputs, output: seen.append(output))
-    image, vectors = regions.region_vectors(model, pixels)
+    image, vectors = findings.region_vectors(model, pixels)
     raw = seen[-1]  # of the places, before they are made unit vectors
     assert vectors.shape == (2, 2, 24)
     torch.testing.assert_close(F.normalize(raw, dim=-1).reshape(2, 2, 24), vectors)
@@ -413,7 +448,7 @@ def test_a_token_counts_what_the_cosine_loses_without_it(tmp_path: Path) -> None
     picture, encoder = emoji.load()[5], Encoder("Emoji-Tiny", num_threads=1)
     path = tmp_path / "picture.png"
     path.write_bytes(emoji.png(picture))
-    view = regions.examine(encoder, str(path), "红色的 CAT")
+    view = findings.examine_pair(encoder, str(path), "红色的 CAT")
     image = encoder.encode_images([path])[0]
     cosine = encoder.encode_texts(["红色的 CAT"])[0] @ image
     assert view.similarity == pytest.approx(float(cosine), abs=1e-5)
@@ -423,38 +458,38 @@ def test_a_token_counts_what_the_cosine_loses_without_it(tmp_path: Path) -> None
     assert view.map_HW.shape == (2, 2)
     assert np.abs(view.map_HW).max() <= 1 + 1e-5
     with pytest.raises(DataError, match="no token is left"):
-        regions.examine(encoder, str(path), "\u200b")
+        findings.examine_pair(encoder, str(path), "\u200b")
     assert tokenizer.encode(["\u200b"], 52) == [[101, 102]]
 
 
 def test_rows_without_each_token() -> None:
-    assert regions.without_each([1, 7, 8, 2]) == [[1, 7, 8, 2], [1, 8, 2], [1, 7, 2]]
+    assert findings.without_each([1, 7, 8, 2]) == [[1, 7, 8, 2], [1, 8, 2], [1, 7, 2]]
 
 
 def test_bright_is_where_the_map_is_high() -> None:
     low_to_high = np.array([[0.1, 0.1], [0.1, 0.3]], dtype=np.float32)
-    drawn = np.asarray(regions.overlaid(Image.new("RGB", (40, 20), "black"), low_to_high)).astype(int)
+    drawn = np.asarray(page.overlaid(Image.new("RGB", (40, 20), "black"), low_to_high)).astype(int)
     assert drawn.shape == (20, 40, 3)
-    np.testing.assert_allclose(drawn[9, 19], np.array([68, 1, 84]) * regions.OPACITY, atol=1)
-    np.testing.assert_allclose(drawn[10, 20], np.array([253, 231, 37]) * regions.OPACITY, atol=1)
+    np.testing.assert_allclose(drawn[9, 19], np.array([68, 1, 84]) * page.OPACITY, atol=1)
+    np.testing.assert_allclose(drawn[10, 20], np.array([253, 231, 37]) * page.OPACITY, atol=1)
 
 
 # --- thumbnails
 
 
-def shown(markup: str) -> tuple[Image.Image, int, dict[str, str | None]]:
-    ((_, attributes),) = Reader(markup).elements
+def shown(thumbnail: page.Thumbnail) -> tuple[Image.Image, int, dict[str, str | None]]:
+    ((_, attributes),) = Reader(drawn("{{ picture(thumbnail, alt) }}", thumbnail=thumbnail, alt=HOSTILE)).elements
     data = base64.b64decode((attributes["src"] or "").removeprefix("data:image/jpeg;base64,"), validate=True)
     return Image.open(BytesIO(data)), len(data), attributes
 
 
 def test_thumbnails_are_bounded_and_white_where_nothing_is() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 900, 3), dtype=np.uint8))
-    small, size, attributes = shown(thumbnail(noise, side=144, alt=HOSTILE, num_bytes=1_000))
+    small, size, attributes = shown(page.thumbnail(noise, side=144, num_bytes=1_000))
     assert (small.format, size <= 1_000, attributes["alt"]) == ("JPEG", True, HOSTILE)
     assert (attributes["width"], attributes["height"]) == (str(small.width), str(small.height))
     assert small.width <= 144
-    whole, _, _ = shown(thumbnail(Image.new("RGBA", (50, 40)), side=144, alt="", num_bytes=3_000))
+    whole, _, _ = shown(page.thumbnail(Image.new("RGBA", (50, 40)), side=144, num_bytes=3_000))
     assert (whole.size, whole.getpixel((25, 20))) == ((50, 40), (255, 255, 255))
 
 
@@ -521,8 +556,8 @@ def test_the_page_holds_everything_that_was_asked_for(
     capsys.readouterr()
     report.main(arguments)
     facts = json.loads(capsys.readouterr().out)
-    page = output.read_bytes()
-    assert (facts["report"], facts["bytes"]) == (str(output), len(page))
+    written = output.read_bytes()
+    assert (facts["report"], facts["bytes"]) == (str(output), len(written))
     assert facts["run"] == {
         **{"name": run.name, "source": "metrics.jsonl", "last_step": 30, "max_steps": None, "seconds": None},
         **{"last_loss": 2.0, "best_step": 20, "best_mean_recall": 0.375},
@@ -540,7 +575,7 @@ def test_the_page_holds_everything_that_was_asked_for(
     assert sum(one["count"] for one in facts["zeroshot"]["mistakes"]) == round(7 * (1 - facts["zeroshot"]["top1"]))
     assert [pair["text"] for pair in facts["pairs"]] == [HOSTILE, "时钟"]
 
-    read = Reader(page.decode())
+    read = Reader(written.decode())
     assert [found["id"] for found in read.all("h2") if "id" in found] == ["run", "retrieval", "zeroshot", "pairs"]
     assert read.all("script") == []
     for value in (scores[name] for name in ("r1", "r5", "r10", "mean_recall")):

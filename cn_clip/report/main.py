@@ -4,23 +4,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import tyro
 
 from cn_clip import command, settings
 from cn_clip.errors import ConfigError
+from cn_clip.files import atomic_write, refuse_inputs, replaceable
 from cn_clip.option_types import ContextLength, Device, NumThreads, NumWorkers, Templates
 from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
-
-if TYPE_CHECKING:
-    from cn_clip.clip.encoder import Encoder
-    from cn_clip.report.confusion import Confusion
-    from cn_clip.report.markup import Markup
-    from cn_clip.report.page import Section
-    from cn_clip.report.queries import Retrieval
-    from cn_clip.report.run_folder import Run
 
 MOST_PAIRS = 12
 MOST_HITS = 10
@@ -77,18 +70,11 @@ class Options:
         for first, second in (("zeroshot", "labels"), ("picture", "text")):
             if bool(getattr(self, first)) != bool(getattr(self, second)):
                 raise ConfigError(f"--{first} and --{second}: expected both or neither")
-        self._check_numbers()
-        self._check_parts()
-        self.pairs  # noqa: B018 - raises
-
-    def _check_numbers(self) -> None:
         settings.check(self)
-
-    def _check_parts(self) -> None:
-        """Raises ConfigError for a setting of a part that is not asked for."""
         for name, part in (("templates", "zeroshot"), ("dataset", "zeroshot"), ("k", "data")):
             if getattr(self, name) != getattr(Options, name) and not getattr(self, part):
                 raise ConfigError(f"--{name.replace('_', '-')}: nothing to do for it; add --{part}")
+        self.pairs  # noqa: B018 - raises
 
     @property
     def needs_model(self) -> bool:
@@ -111,165 +97,65 @@ class Options:
 
     def check_output(self) -> None:
         """Raises ConfigError where the page would take the place of what is read, or of what a run left."""
-        from cn_clip.files import refuse_inputs
-
         refuse_inputs("--output", self.output, [self.checkpoint, self.labels, self.templates, *self.picture])
-        refuse_inputs("--output", self.output, self._files_of_run())
+        found = [path for pattern in ("*", "*/*") for path in Path(self.run).glob(pattern)] if self.run else []
+        # Its checkpoints and events too; not pages, which earlier reports may be.
+        files = [path for path in found if path.is_file() and path.suffix not in (".html", ".htm")]
+        refuse_inputs("--output", self.output, files)
         target = Path(os.path.realpath(self.output))
         for folder in (self.data, self.zeroshot, self.checkpoint):
             if folder and Path(folder).is_dir() and target.is_relative_to(os.path.realpath(folder)):
                 raise ConfigError(f"--output {self.output}: lies in {folder}, which it reads; give another path")
 
-    def _files_of_run(self) -> list[Path]:
-        """All files of the run, its checkpoints and events too; not pages, which earlier reports may be."""
-        found = (path for pattern in ("*", "*/*") for path in Path(self.run).glob(pattern)) if self.run else ()
-        return [path for path in found if path.is_file() and path.suffix not in (".html", ".htm")]
-
 
 def run(options: Options) -> None:
     """Writes the page, as a whole or not at all; raises CnClipError naming what cannot be read."""
-    from cn_clip.files import atomic_write, replaceable
-    from cn_clip.report.page import page
-    from cn_clip.report.run_folder import read_run
+    from cn_clip.report import page, run_folder
 
     say = command.Speaker(quiet=options.json)
     options.check_output()
     replaceable(options.output)
-    found = read_run(Path(options.run)) if options.run else None
+    parts: dict[str, page.Part] = {}
     facts: dict[str, Any] = {}
-    sections: list[Section] = []
-    if found is not None:
-        _add_run(found, sections, facts)
-    subtitle: str | Markup = f"训练记录 / the run in {options.run}"
-    title = found.name if found else str(options.checkpoint)
+    title, subtitle = str(options.checkpoint), f"训练记录 / the run in {options.run}"
+    checkpoint = options.checkpoint or ""
+    if options.run:
+        found = run_folder.read_run(Path(options.run))
+        title, parts["run"], facts["run"] = found.name, page.run_part(found), found.facts()
+        if options.needs_model:
+            checkpoint = checkpoint or str(found.best_checkpoint())
     if options.needs_model:
-        checkpoint = options.checkpoint or str(found.best_checkpoint() if found else "")
-        subtitle = f"模型 / model: {checkpoint}"
-        facts["checkpoint"] = checkpoint
-        _add_model_parts(options, _open(options, checkpoint, say), sections, facts, say)
-    text = page(title, _quoted(subtitle), sections, _missing(options))
+        subtitle, facts["checkpoint"] = f"模型 / model: {checkpoint}", checkpoint
+        from cn_clip.report import findings  # imports torch, which the curves of a run do not need
+
+        sizes = {"batch_size": options.batch_size, "num_threads": options.num_workers}
+        encoder = findings.open_encoder(
+            checkpoint,
+            context_length=options.context_length,
+            device=options.device,
+            num_threads=options.num_threads,
+            download_root=options.download_root,
+            say=say,
+        )
+        if options.data:
+            say("计算图文特征，检索 / encoding and ranking the split")
+            retrieval = findings.examine_queries(encoder, Path(options.data), k=options.k, **sizes)
+            parts["retrieval"], facts["retrieval"] = page.retrieval_part(retrieval), retrieval.facts()
+        if options.zeroshot:
+            say("零样本分类 / zero-shot classification")
+            confusion = findings.examine_classes(
+                encoder, Path(options.zeroshot), Path(options.labels or ""), options.dataset, options.templates, **sizes
+            )
+            parts["zeroshot"], facts["zeroshot"] = page.zeroshot_part(confusion), confusion.facts()
+        if options.pairs:
+            views = [findings.examine_pair(encoder, *pair) for pair in options.pairs]
+            parts["pairs"], facts["pairs"] = page.pairs_part(views), [view.facts() for view in views]
+    text = page.page(title, subtitle, parts)
     with atomic_write(options.output) as stream:
         stream.write(text)
     size = len(text.encode())
     say(f"报告 / report: {options.output} ({size / 1e6:.2f} MB)")
     say.result({"report": options.output, "bytes": size, **facts})
-
-
-def _quoted(text: str) -> "Markup":
-    from cn_clip.report.markup import quoted
-
-    return quoted(text)
-
-
-def _open(options: Options, checkpoint: str, say: command.Speaker) -> "Encoder":
-    from cn_clip import ranks
-    from cn_clip.clip.backends.pytorch import TorchBackend
-    from cn_clip.clip.encoder import Encoder
-    from cn_clip.clip.loading import open_model
-
-    device = ranks.choose_device(options.device)
-    say(f"打开模型 / opening {checkpoint}")
-    model, _ = open_model(checkpoint, download_root=options.download_root)
-    longest = model.config.text.text_max_position_embeddings
-    if options.context_length > longest:
-        raise ConfigError(
-            f"--context-length {options.context_length}: {checkpoint} takes texts of at most {longest} tokens; "
-            f"use --context-length {longest}"
-        )
-    backend = TorchBackend(model, device=device, num_threads=options.num_threads)
-    return Encoder(backend, context_length=options.context_length)
-
-
-def _add_run(found: "Run", sections: "list[Section]", facts: dict[str, Any]) -> None:
-    from cn_clip.report.sections import run_section
-
-    sections.append(run_section(found))
-    best = found.best()
-    _, losses = found.points("train", "loss")
-    facts["run"] = {
-        "name": found.name,
-        "source": found.source,
-        "last_step": found.last_step,
-        "max_steps": found.max_steps,
-        "seconds": found.log.seconds or None,
-        "last_loss": float(losses[-1]) if len(losses) else None,
-        "best_step": best[0] if best else None,
-        "best_mean_recall": best[1] if best else None,
-    }
-
-
-def _add_model_parts(
-    options: Options, encoder: "Encoder", sections: "list[Section]", facts: dict[str, Any], say: command.Speaker
-) -> None:
-    from cn_clip.report import sections as parts
-
-    settings = {"batch_size": options.batch_size, "num_threads": options.num_workers}
-    if options.data:
-        from cn_clip.report import queries
-
-        say("计算图文特征，检索 / encoding and ranking the split")
-        retrieval = queries.examine(encoder, Path(options.data), k=options.k, **settings)
-        sections.append(parts.retrieval_section(retrieval))
-        facts["retrieval"] = _retrieval_facts(retrieval)
-    if options.zeroshot:
-        from cn_clip.evaluation.templates import load_templates
-        from cn_clip.report import confusion
-
-        say("零样本分类 / zero-shot classification")
-        templates = load_templates(options.dataset, Path(options.templates) if options.templates else None)
-        folder, labels = Path(options.zeroshot), Path(options.labels or "")
-        matrix = confusion.examine(encoder, folder, labels, templates, **settings)
-        sections.append(parts.confusion_section(matrix))
-        facts["zeroshot"] = _zeroshot_facts(matrix)
-    if options.pairs:
-        from cn_clip.report import regions
-
-        views = [regions.examine(encoder, *pair) for pair in options.pairs]
-        sections.append(parts.pairs_section(views))
-        facts["pairs"] = [
-            {"picture": view.path, "text": view.text, "similarity": view.similarity, "tokens": view.tokens}
-            for view in views
-        ]
-
-
-def _retrieval_facts(retrieval: "Retrieval") -> dict[str, Any]:
-    sizes = {"num_images": retrieval.num_images, "num_texts": retrieval.num_texts}
-    groups = {
-        name: [{"text": query.text, "rank": query.rank, "similarity": query.right.score} for query in queries]
-        for name, queries in (("best", retrieval.best), ("median", retrieval.median), ("worst", retrieval.worst))
-    }
-    return {**sizes, **retrieval.recall.values(), **groups}
-
-
-def _zeroshot_facts(matrix: "Confusion") -> dict[str, Any]:
-    labels = matrix.labels
-    return {
-        "top1": matrix.accuracy.top1,
-        "top5": matrix.accuracy.top5,
-        "per_class": [
-            {"label": label, "accuracy": share} for label, share in zip(labels, matrix.accuracy.per_class, strict=True)
-        ],
-        "mistakes": [
-            {"label": labels[one.true], "taken_for": labels[one.taken], "count": one.count, "sample": one.sample}
-            for one in matrix.mistakes
-        ],
-    }
-
-
-def _missing(options: Options) -> "list[Markup]":
-    from cn_clip.report.markup import both, element, joined
-
-    possible = (
-        (options.run, "RUN", "训练过程与曲线", "facts and curves of a run"),
-        (options.data, "--data LMDB/valid", "最好与最差的查询，配图", "best and worst queries with pictures"),
-        (options.zeroshot, "--zeroshot FOLDER --labels FILE", "零样本分类的混淆矩阵", "confusion matrix"),
-        (options.picture, "--picture FILE --text TEXT", "文字在图片的哪里，哪个词重要", "places and tokens of a pair"),
-    )
-    return [
-        joined([element("code", flag), "：", both(chinese, english)])
-        for given, flag, chinese, english in possible
-        if not given
-    ]
 
 
 def main(args: Sequence[str] | None = None) -> None:
