@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from cn_clip.features.files import write_features
 from cn_clip.index import building, sources
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import Index, open_index
-from cn_clip.retrieval.writer import NewItem, open_writer
+from cn_clip.retrieval.writer import IndexWriter, NewItem, open_writer
 
 MODEL = ("--model", "Emoji-Tiny", "--num-threads", "1")
 EMOJI = emoji.load("twemoji")
@@ -213,6 +213,28 @@ def test_second_run_computes_only_what_is_new(built: Path, tmp_path: Path, comma
     assert result["duplicates"] == []
     command("index", "build", folder, "--output", tmp_path / "fresh", *MODEL)
     assert_same(open_index(built), open_index(tmp_path / "fresh"))
+
+
+def test_copies_in_a_batch_ask_the_index_once_for_the_vector_they_share(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = emoji.png(EMOJI[0])
+    (tmp_path / "pictures").mkdir()
+    for number in range(12):
+        (tmp_path / "pictures" / f"{number:02d}.png").write_bytes(picture)
+    asked, stored = [], IndexWriter.stored
+
+    def counted(writer: IndexWriter, ids: Iterable[Any]) -> dict[Any, NewItem]:
+        asked.append(len(found := stored(writer, ids)))
+        return found
+
+    monkeypatch.setattr(IndexWriter, "stored", counted)
+    small = ("--batch-size", 4, "--commit-every", 1, "--num-workers", 0)
+    result = command("index", "build", tmp_path / "pictures", "--output", tmp_path / "i", *small, *MODEL)
+    assert (result["encoded"], result["reused"], len(result["duplicates"])) == (1, 11, 11)
+    assert asked == [0, 1, 1]  # a batch
+    index = open_index(tmp_path / "i")
+    assert {index.vector(one).tobytes() for one in index.ids} == {index.vector("00.png").tobytes()}
 
 
 def test_pictures_that_exchange_names_exchange_vectors(built: Path, tmp_path: Path, command: Command) -> None:

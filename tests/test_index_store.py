@@ -271,6 +271,9 @@ def test_segments_are_merged_by_size() -> None:
     assert writer._num_to_merge([*[8000] * 7, 1000]) == 8
     assert writer._num_to_merge([900_000, *[8000] * 6, 1000]) == 0
     assert writer._num_to_merge([100, *[1] * 8]) == 8
+    assert writer._num_to_merge([9, *[1] * 8]) == 8
+    assert writer._num_to_merge([8, *[1] * 7]) == 0
+    assert writer._num_to_merge([8, 8, *[1] * 6]) == 8
 
 
 def test_rows_are_written_anew_when_a_quarter_is_removed(tmp_path: Path, engine: EngineName) -> None:

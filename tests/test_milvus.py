@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -396,30 +396,33 @@ def test_a_server_that_comes_up_late_is_waited_for(address: Address) -> None:
     relays[0].close()
 
 
-class KeptRows:
-    """In place of a collection: rows by their keys, and what was asked for."""
+class KeptRows(Collection):
+    """In place of a collection on a server: rows by their keys, and for how many a call asked."""
 
     def __init__(self, items: list[NewItem]) -> None:
         self.asked: list[int] = []
         self._rows = {milvus.key_of(item.id): milvus._fields_of(item, b"{}", 0) for item in items}
 
-    def of_keys(self, keys: Iterable[str], fields: list[str], condition: str = "") -> list[dict[str, Any]]:
+    def query(self, condition: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+        keys, end = json.JSONDecoder().raw_decode(condition.removeprefix("key in "))
+        self.asked.append(len(keys))
+        is_bare_too = condition.removeprefix("key in ")[end:] == ""
         found = [self._rows[key] for key in keys if key in self._rows]
-        self.asked.append(len(found))
-        return [row for row in found if row["thumbnail"] or not condition]
+        return [{field: row[field] for field in fields} for row in found if row["thumbnail"] or is_bare_too]
 
 
 def test_many_items_and_thumbnails_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     items = [NewItem(number, np.full(16, number), {}, b"jpg" if number % 2 else b"") for number in range(10)]
-    rows: Any = KeptRows(items)
+    rows = KeptRows(items)
     index = object.__new__(MilvusIndex)
     index._collection = rows
     assert index.with_thumbnail([*range(10), "none"]) == {1, 3, 5, 7, 9}
+    assert index.thumbnails([*range(10), "none"]) == dict.fromkeys([1, 3, 5, 7, 9], b"jpg")
     writer = object.__new__(milvus.MilvusWriter)
     writer._collection, writer._items = rows, {item.id: {"n": item.id} for item in items}
-    monkeypatch.setattr(milvus, "WINDOW", 6)
+    monkeypatch.setattr(milvus_collection, "WINDOW", 6)
     stored = writer.stored([*range(10), "none"])
     assert {one.id: (one.vector_D[0], one.metadata["n"], one.thumbnail) for one in stored.values()} == {
         item.id: (item.id, item.id, item.thumbnail) for item in items
     }
-    assert rows.asked == [10, 6, 4]
+    assert rows.asked == [11, 11, 6, 4]

@@ -8,9 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cn_clip.errors import ConfigError
-from cn_clip.retrieval.filters import parse
-from cn_clip.retrieval.item_table import ItemTable
-from cn_clip.retrieval.query import mixed
+from cn_clip.retrieval.query import ItemTable, mixed, parse_condition
 
 ITEM: dict[str, Any] = {
     "group": "动物",
@@ -81,32 +79,32 @@ ITEM: dict[str, Any] = {
 def test_conditions(condition: str, admits: bool | None) -> None:
     if admits is None:
         with pytest.raises(ConfigError, match=r"^where: "):
-            parse(condition)
+            parse_condition(condition)
     else:
-        assert parse(condition).admits(ITEM) is admits
+        assert parse_condition(condition).admits(ITEM) is admits
 
 
 def test_quotes_hold_anything_and_backslashes_free_what_follows() -> None:
-    assert parse(r'name="a \"b\" \\ c" x=1').terms[0].values == (r'a "b" \ c',)
+    assert parse_condition(r'name="a \"b\" \\ c" x=1').terms[0].values == (r'a "b" \ c',)
 
 
 def test_refusal_shows_where_and_what_was_expected() -> None:
     with pytest.raises(
         ConfigError, match=r"where: 'year>' is no condition; expected terms such as group=动物 year>=2020"
     ):
-        parse("group=动物 year>")
+        parse_condition("group=动物 year>")
 
 
 def test_long_conditions_are_refused() -> None:
     with pytest.raises(ConfigError, match="where: expected at most 4096 characters, got 4098"):
-        parse("a=" + 4096 * "1")
+        parse_condition("a=" + 4096 * "1")
 
 
 @given(st.text(), st.text())
 def test_wild_text_is_parsed_or_refused(text: str, value: str) -> None:
     for condition in (text, f"a={text}", f'a="{text}"', f"a<{text} b!={text}"):
         try:
-            parsed = parse(condition)
+            parsed = parse_condition(condition)
         except ConfigError:
             continue
         assert parsed.admits({"a": value, "b": [value]}) in (True, False)
@@ -116,7 +114,7 @@ def test_wild_text_is_parsed_or_refused(text: str, value: str) -> None:
 def test_any_text_can_be_asked_for_in_quotes(value: str) -> None:
     quoted = value.replace("\\", "\\\\").replace('"', '\\"')
     if value:
-        assert parse(f'a="{quoted}"').admits({"a": value})
+        assert parse_condition(f'a="{quoted}"').admits({"a": value})
 
 
 VALUES = st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([1.0, -0.5, "1", "1.0", "甲", "true", ""])
@@ -143,7 +141,7 @@ TERMS = st.sampled_from(
 def test_columns_answer_as_each_item_by_itself_would(rows: list[tuple[dict[str, Any], bool]], where: str) -> None:
     alive = np.array([is_alive for _, is_alive in rows], dtype=np.bool_)
     items = [(row, f"id{row}", metadata) for row, (metadata, is_alive) in enumerate(rows) if is_alive]
-    table, condition = ItemTable(items, alive), parse(where)
+    table, condition = ItemTable(items, alive), parse_condition(where)
     assert table.positions == {f"id{row}": row for row, _, _ in items}
     known = {field for _, _, metadata in items for field in metadata}
     if known and not condition.fields <= known:

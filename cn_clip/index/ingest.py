@@ -97,6 +97,8 @@ class Ingest:
             if "digest" in metadata:
                 self._owners.setdefault(metadata["digest"], item_id)
         self._buffer: dict[ItemId, NewItem] = {}
+        # The items among them that a batch needs, and those that it adds.
+        self._lenders: dict[ItemId, NewItem] = {}
         self._total = 0
 
     def add(self, candidates: Sequence[Candidate], table: Table | None = None, id_prefix: str = "") -> None:
@@ -184,12 +186,14 @@ class Ingest:
         with named("id", ids.__getitem__):
             rows = self.encoder().backend.encode_pixels(np.ascontiguousarray(pixels[fresh])) if fresh else pixels[:0]
         vectors = dict(zip(fresh, rows, strict=True))
-        owners = self.writer.stored(self._owners[one.digest] for one in batch if self._is_owned(one))
+        lending = {self._owners[one.digest] for one in batch if self._is_owned(one)}
+        self._lenders = {one: self._buffer[one] for one in lending if one in self._buffer}
+        self._lenders |= self.writer.stored(lending - self._lenders.keys())
         for number, one in enumerate(batch):
             if isinstance(one, Skipped):
                 self.summary.skipped.append(one)
             elif self._is_owned(one):
-                self._reuse(one, owners)
+                self._reuse(one)
             elif one.known:  # its owner has changed since
                 self._encode_late(one)
             else:
@@ -199,11 +203,9 @@ class Ingest:
     def _is_owned(self, one: _Prepared | Skipped) -> TypeGuard[_Prepared]:
         return isinstance(one, _Prepared) and one.digest in self._owners
 
-    def _reuse(self, one: _Prepared, owners: Mapping[ItemId, NewItem]) -> None:
-        """owners: items of the index that lent their vectors before this batch."""
+    def _reuse(self, one: _Prepared) -> None:
         owner = self._owners[one.digest]
-        # The last: it was committed meanwhile, of this batch.
-        stored = self._buffer.get(owner) or owners.get(owner) or self.writer.stored([owner])[owner]
+        stored = self._lenders[owner]
         facts = {name: stored.metadata[name] for name in ("width", "height") if name in stored.metadata}
         before = self._known.get(one.candidate.id)
         if before == {**one.candidate.metadata, **facts, "digest": one.digest}:
@@ -233,7 +235,7 @@ class Ingest:
         self._owners.setdefault(one.digest, item_id)
         metadata = {**one.candidate.metadata, **facts, "digest": one.digest}
         self._known[item_id] = metadata
-        self._buffer[item_id] = NewItem(item_id, np.array(vector_D), metadata, small)
+        self._buffer[item_id] = self._lenders[item_id] = NewItem(item_id, np.array(vector_D), metadata, small)
         if len(self._buffer) >= self.settings.commit_every:
             self.commit()
 

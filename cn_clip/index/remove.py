@@ -37,11 +37,11 @@ def run(options: Options) -> None:
     """Removes; raises DataError, with nothing removed, for an id that is not there."""
     from cn_clip.data.names import readable
     from cn_clip.index.show import shown
-    from cn_clip.retrieval import filters
     from cn_clip.retrieval.addresses import address_of, open_writer
+    from cn_clip.retrieval.query import parse_condition
 
     say = command.Speaker(quiet=options.json)
-    condition = filters.parse(options.where) if options.where is not None else None
+    condition = parse_condition(options.where) if options.where is not None else None
     with open_writer(address_of(options.index)) as writer:
         by_name = {str(item_id): item_id for item_id, _ in writer.items()}
         names = [name if name in by_name else readable(name) for name in options.ids]

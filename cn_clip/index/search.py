@@ -62,13 +62,13 @@ class Options(ModelOptions):
 
 def run(options: Options) -> None:
     """Prints what is found; raises CnClipError naming the file, model or id that does not fit."""
-    from cn_clip.retrieval import filters
     from cn_clip.retrieval.addresses import address_of, open_index
+    from cn_clip.retrieval.query import parse_condition
 
     say = command.Speaker(quiet=options.json)
     index = open_index(address_of(options.index))
     if options.where is not None:
-        filters.parse(options.where)
+        parse_condition(options.where)
     if options.grid is not None:
         _check_grid(options.grid, index, options)
     own_id = _known_id(index, options.id) if options.id is not None else None
@@ -185,9 +185,9 @@ def _draw(index: "Searchable", options: Options, hits: "Sequence[Hit]") -> None:
 
     if not hits:
         raise DataError(f"--grid {options.grid}: nothing was found to draw")
-    cells = []
+    cells, thumbnails = [], index.thumbnails(hit.id for hit in hits)
     for hit in hits:
-        small = index.thumbnail(hit.id)
+        small = thumbnails.get(hit.id)
         try:
             picture = open_picture(small) if small else Image.new("RGB", (1, 1), "white")
         except DataError as error:

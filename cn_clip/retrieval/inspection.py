@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from cn_clip.digests import FileFacts, facts_of, is_file
 from cn_clip.errors import DataError, is_absent, reason_of
 from cn_clip.retrieval import manifest
-from cn_clip.retrieval.blocks import MappedFile
 from cn_clip.retrieval.engines import Mask
 from cn_clip.retrieval.manifest import Manifest, SegmentFacts
 from cn_clip.retrieval.segments import (
@@ -28,6 +27,7 @@ from cn_clip.retrieval.segments import (
     VECTORS,
     IntArray,
     ItemId,
+    MappedFile,
     Segment,
     block_digests,
 )

@@ -165,10 +165,18 @@ def _parse(values: Any) -> Manifest:
         raise ValueError("its content is not what was written")
     known: dict[str, Any] = {name: values[name] for name in Manifest.__dataclass_fields__}
     known["model"] = ModelInfo(**known["model"])
-    known["segments"] = tuple(_segment(one) for one in known["segments"])
+    known["segments"] = tuple(
+        SegmentFacts(one["name"], one["num_rows"], {name: FileFacts(**facts) for name, facts in one["files"].items()})
+        for one in known["segments"]
+    )
     for name in ("removed", "graph"):
-        known[name] = known[name] and _derived(known[name])
+        if known[name]:
+            derived = known[name]
+            known[name] = DerivedFacts(derived["name"], FileFacts(**derived["file"]), derived["next_key"])
     manifest = Manifest(**known)
+    for segment in manifest.segments:
+        if any("/" in name or name.startswith(".") for name in segment.files):
+            raise ValueError(f"file names {sorted(segment.files)}")
     strange = sorted(name for name in manifest.names() if not is_own(name))
     numbers = [manifest.generation, manifest.num_items, manifest.next_key, manifest.model.embed_dim]
     if strange or any(type(number) is not int or number < 0 for number in numbers):
@@ -176,14 +184,3 @@ def _parse(values: Any) -> Manifest:
     if manifest.engine not in get_args(EngineName) or manifest.vector_type not in get_args(VectorType):
         raise DataError(f"names the engine {manifest.engine!r} and vectors of {manifest.vector_type!r}, both unknown")
     return manifest
-
-
-def _segment(values: dict[str, Any]) -> SegmentFacts:
-    files = {name: FileFacts(**facts) for name, facts in values["files"].items()}
-    if any("/" in name or name.startswith(".") for name in files):
-        raise ValueError(f"file names {sorted(files)}")
-    return SegmentFacts(values["name"], values["num_rows"], files)
-
-
-def _derived(values: dict[str, Any]) -> DerivedFacts:
-    return DerivedFacts(values["name"], FileFacts(**values["file"]), values["next_key"])

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.retrieval import filters
 from cn_clip.retrieval.engines import OVERFETCH
-from cn_clip.retrieval.filters import Condition
 from cn_clip.retrieval.manifest import EngineName, ModelInfo
 from cn_clip.retrieval.milvus_collection import KEY_BYTES, LARGEST_TEXT, WINDOW, Address, Collection, Facts, Fields
+from cn_clip.retrieval.query import Condition, parse_condition
 from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import Hit, check_bounds, checked_queries
 from cn_clip.retrieval.writer import NewItem, checked_lines
@@ -107,16 +106,21 @@ class MilvusIndex:
 
     def thumbnail(self, item_id: ItemId) -> bytes | None:
         """A small JPEG; None for an unknown id, or an item without a picture."""
-        found = self._fields(item_id, "thumbnail")
-        return base64.b64decode(found[0]["thumbnail"]) or None if found else None
+        return self.thumbnails([item_id]).get(item_id)
+
+    def thumbnails(self, ids: Iterable[ItemId]) -> dict[ItemId, bytes]:
+        """The small JPEGs of those of the items that have one."""
+        of_key = {key_of(one): one for one in ids}
+        rows = self._collection.of_keys(list(of_key), ["key", "thumbnail"], 'thumbnail != ""')
+        return {of_key[row["key"]]: base64.b64decode(row["thumbnail"]) for row in rows}
 
     def with_thumbnail(self, ids: Iterable[ItemId]) -> set[ItemId]:
         """Those of the ids whose items have a thumbnail."""
         of_key = {key_of(one): one for one in ids}
-        return {of_key[row["key"]] for row in self._collection.of_keys(of_key, ["key"], 'thumbnail != ""')}
+        return {of_key[row["key"]] for row in self._collection.of_keys(list(of_key), ["key"], 'thumbnail != ""')}
 
     def _fields(self, item_id: ItemId, *fields: str) -> list[Fields]:
-        return self._collection.of_keys([key_of(item_id)], fields)
+        return list(self._collection.of_keys([key_of(item_id)], fields))
 
     def _known(self, item_id: ItemId, *fields: str) -> Fields:
         found = self._fields(item_id, *fields)
@@ -126,7 +130,7 @@ class MilvusIndex:
 
     def _condition(self, where: str) -> Condition:
         """Reads items until each field of the condition was seen, now or by a condition before."""
-        condition = filters.parse(where)
+        condition = parse_condition(where)
         if not condition.fields <= self._seen_fields:
             for _, metadata in self.items():
                 self._seen_fields.update(metadata)
@@ -168,20 +172,18 @@ class MilvusIndex:
             if is_all or (len(best) == k and best[-1].score > min(row.score for row in rows)):
                 return best
             if len(rows) < limit or limit == LARGEST_LIMIT:
-                return self._best_of_all(query_D, k, condition)
+                break
             limit = min(8 * limit, LARGEST_LIMIT)
             rows = self._nearest(query_D[None], limit)[0]
-
-    def _best_of_all(self, query_D: FloatArray, k: int, condition: Condition | None) -> list[_Row]:
         keys = [
             row["key"]
             for row in self._collection.scan(["key", "item"])
             if condition is None or condition.admits(_parsed(row, self.address)[1])
         ]
-        best: list[_Row] = []
+        best = []
         for start in range(0, len(keys), LARGEST_LIMIT):
-            rows = self._collection.of_keys(keys[start : start + LARGEST_LIMIT], ["place", "item", "vector"])
-            best = _first([*best, *self._scored(query_D, rows)], k)
+            found = self._collection.of_keys(keys[start : start + LARGEST_LIMIT], ["place", "item", "vector"])
+            best = _first([*best, *self._scored(query_D, list(found))], k)
         return best
 
 
@@ -240,12 +242,9 @@ class MilvusWriter:
         """Those of the items that the index has, as they would be added again."""
         of_key = {key_of(one): one for one in ids if one in self._items}
         found = {}
-        for start in range(0, len(of_key), WINDOW):
-            keys = list(of_key)[start : start + WINDOW]
-            for row in self._collection.of_keys(keys, ["key", "vector", "thumbnail"]):
-                item_id, vector_D = of_key[row["key"]], np.asarray(row["vector"], dtype=np.float32)
-                thumbnail = base64.b64decode(row["thumbnail"])
-                found[item_id] = NewItem(item_id, vector_D, self._items[item_id], thumbnail)
+        for row in self._collection.of_keys(list(of_key), ["key", "vector", "thumbnail"]):
+            item_id, vector_D = of_key[row["key"]], np.asarray(row["vector"], dtype=np.float32)
+            found[item_id] = NewItem(item_id, vector_D, self._items[item_id], base64.b64decode(row["thumbnail"]))
         return found
 
     def describe(self, *, engine: EngineName | None, source: str) -> None:

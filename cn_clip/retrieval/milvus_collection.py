@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -53,7 +53,9 @@ class Address:
 
 def parse_address(text: str) -> Address:
     """milvus://[USER:PASSWORD@]HOST[:PORT]/COLLECTION[?timeout=SECONDS]; raises ConfigError for anything else."""
-    refused = ConfigError(f"{_without_password(text)}: {GRAMMAR}; after it at most ?timeout=SECONDS")
+    # A password may hold anything, `@` and `/` too.
+    without_password = re.sub(r"^([a-z]*:)?.*@", r"\1//", text, flags=re.DOTALL)
+    refused = ConfigError(f"{without_password}: {GRAMMAR}; after it at most ?timeout=SECONDS")
     try:
         parts = urlsplit(text)
         port, settings = parts.port or DEFAULT_PORT, parse_qs(parts.query, strict_parsing=bool(parts.query))
@@ -66,11 +68,6 @@ def parse_address(text: str) -> Address:
         raise refused
     user, password = unquote(parts.username or ""), unquote(parts.password or "")
     return Address(parts.hostname, port, name, timeout, user, password)
-
-
-def _without_password(text: str) -> str:
-    """Of an address, however wrong: a password may hold anything, `@` and `/` too."""
-    return re.sub(r"^([a-z]*:)?.*@", r"\1//", text, flags=re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -89,11 +86,30 @@ class Collection:
 
     def __init__(self, address: Address) -> None:
         """Raises StoreError when no server answers within the address's timeout, MissingExtraError."""
-        self.address, self._client = address, _connect(address)
+        self.address = address
+        self._package, self._grpc = (
+            extras.require(name, extra="milvus", purpose="an index in Milvus") for name in ("pymilvus", "grpc")
+        )
+        # It logs tracebacks of what it raises as well.
+        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        uri, deadline = f"http://{host}:{address.port}", time.monotonic() + address.timeout
+        while True:
+            left = max(deadline - time.monotonic(), RETRY_PAUSE)
+            with self._answering():
+                try:
+                    self._client = self._package.MilvusClient(
+                        uri=uri, user=address.user, password=address.password, timeout=left
+                    )
+                    return
+                except self._package.MilvusException as error:
+                    if error.code != _NO_CONNECTION or time.monotonic() + RETRY_PAUSE > deadline:
+                        raise
+            time.sleep(RETRY_PAUSE)
 
     def call(self, method: str, **options: Any) -> Any:
         """What the client's method returns for this collection; raises StoreError."""
-        with _answering(self.address):
+        with self._answering():
             function = getattr(self._client, method)
             return function(collection_name=self.address.collection, timeout=self.address.timeout, **options)
 
@@ -102,10 +118,11 @@ class Collection:
         found = self.call("query", filter=condition, output_fields=list(fields), consistency_level="Strong")
         return [dict(one) for one in found]
 
-    def of_keys(self, keys: Iterable[str], fields: Sequence[str], condition: str = "") -> list[Fields]:
-        """As `query`, of the rows with these keys."""
-        chosen = f"key in {json.dumps(list(keys))}"
-        return self.query(f"{chosen} and {condition}" if condition else chosen, fields)
+    def of_keys(self, keys: Sequence[str], fields: Sequence[str], condition: str = "") -> Iterator[Fields]:
+        """As `query`, of the rows with these keys; one call for `WINDOW` of them."""
+        for start in range(0, len(keys), WINDOW):
+            chosen = f"key in {json.dumps(keys[start : start + WINDOW])}"
+            yield from self.query(f"{chosen} and {condition}" if condition else chosen, fields)
 
     def count(self, condition: str = "") -> int:
         """How many rows there are."""
@@ -142,21 +159,20 @@ class Collection:
         facts = self.facts()
         if facts is None:
             raise DataError(
-                f"is no index; build one with: cn-clip index build PICTURES --store {self.address}", at=self.address
+                f"is no index; build one with: cn-clip index build PICTURES --output {self.address}", at=self.address
             )
         return facts
 
     def create(self, model: ModelInfo, source: str) -> None:
         """Makes the collection of the vectors of a model."""
-        from pymilvus import DataType, MilvusClient
-
+        kinds = self._package.DataType
         description = json.dumps({"cn_clip": FORMAT, "model": asdict(model)})
-        schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=description)
-        schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=2 * KEY_BYTES)
-        schema.add_field("place", DataType.INT64)
-        schema.add_field("item", DataType.VARCHAR, max_length=LARGEST_TEXT)
-        schema.add_field("thumbnail", DataType.VARCHAR, max_length=LARGEST_TEXT)
-        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=model.embed_dim)
+        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False, description=description)
+        schema.add_field("key", kinds.VARCHAR, is_primary=True, max_length=2 * KEY_BYTES)
+        schema.add_field("place", kinds.INT64)
+        schema.add_field("item", kinds.VARCHAR, max_length=LARGEST_TEXT)
+        schema.add_field("thumbnail", kinds.VARCHAR, max_length=LARGEST_TEXT)
+        schema.add_field("vector", kinds.FLOAT_VECTOR, dim=model.embed_dim)
         self.call("create_collection", schema=schema, consistency_level="Strong")
         self.set_source(source)
         self._open()
@@ -173,43 +189,20 @@ class Collection:
             self.call("create_index", index_params=params)
         self.call("load_collection")
 
-
-def _connect(address: Address) -> Any:
-    pymilvus = extras.require("pymilvus", extra="milvus", purpose="an index in Milvus")
-    # It logs tracebacks of what it raises as well.
-    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    deadline = time.monotonic() + address.timeout
-    while True:
-        left = max(deadline - time.monotonic(), RETRY_PAUSE)
-        with _answering(address):
-            try:
-                return pymilvus.MilvusClient(
-                    uri=f"http://{host}:{address.port}", user=address.user, password=address.password, timeout=left
-                )
-            except pymilvus.MilvusException as error:
-                if error.code != _NO_CONNECTION or time.monotonic() + RETRY_PAUSE > deadline:
-                    raise
-        time.sleep(RETRY_PAUSE)
-
-
-@contextlib.contextmanager
-def _answering(address: Address) -> Iterator[None]:
-    """Makes one sentence of whatever goes wrong inside."""
-    import grpc
-    from pymilvus import MilvusException
-
-    try:
-        yield
-    except (grpc.RpcError, MilvusException) as error:
-        code = error.code() if isinstance(error, grpc.RpcError) else error.code
-        name = getattr(code, "name", "")
-        reason = str(getattr(error, "message", "") or name or error).splitlines()[0][:200]
-        if name in ("DEADLINE_EXCEEDED", "UNAVAILABLE") or code == _NO_CONNECTION or "timeout" in reason.lower():
-            raise StoreError(
-                f"Milvus 在 {address.timeout:g} 秒内没有回答 / did not answer within "
-                f"{address.timeout:g} s ({reason}); see that it runs there, or give it longer with ?timeout=SECONDS "
-                "after the address",
-                at=address,
-            ) from error
-        raise StoreError(f"Milvus 拒绝了请求 / refused the request ({reason})", at=address) from error
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Makes one sentence of whatever goes wrong inside."""
+        try:
+            yield
+        except (self._grpc.RpcError, self._package.MilvusException) as error:
+            code = error.code() if isinstance(error, self._grpc.RpcError) else error.code
+            name = getattr(code, "name", "")
+            reason = str(getattr(error, "message", "") or name or error).splitlines()[0][:200]
+            if name in ("DEADLINE_EXCEEDED", "UNAVAILABLE") or code == _NO_CONNECTION or "timeout" in reason.lower():
+                raise StoreError(
+                    f"Milvus 在 {self.address.timeout:g} 秒内没有回答 / did not answer within "
+                    f"{self.address.timeout:g} s ({reason}); see that it runs there, or give it longer with "
+                    "?timeout=SECONDS after the address",
+                    at=self.address,
+                ) from error
+            raise StoreError(f"Milvus 拒绝了请求 / refused the request ({reason})", at=self.address) from error

@@ -68,7 +68,10 @@ def recall_at_k(
     """
     if len(ranked_ids) != len(relevant_ids):
         raise DataError(f"recall: {len(ranked_ids)} rankings, but {len(relevant_ids)} sets of relevant ids")
-    first_hits = [_first_hit(ranked, set(relevant)) for ranked, relevant in zip(ranked_ids, relevant_ids, strict=True)]
+    first_hits = [
+        next((rank for rank, found in enumerate(ranked) if found in relevant), np.inf)
+        for ranked, relevant in zip(ranked_ids, map(set, relevant_ids), strict=True)
+    ]
     return _recall(np.array(first_hits, dtype=np.float64), ks)
 
 
@@ -119,10 +122,6 @@ def _one_way(
     found_codes = np.arange(len(found_QK))[:, None] * len(gallery_ND) + found_QK
     hits_QK = np.isin(found_codes, pairs[:, 0] * len(gallery_ND) + pairs[:, 1])
     return _recall(np.where(hits_QK.any(axis=1), hits_QK.argmax(axis=1), np.inf), ks)
-
-
-def _first_hit(ranked: Sequence[Hashable], relevant: set[Hashable]) -> float:
-    return next((rank for rank, found in enumerate(ranked) if found in relevant), np.inf)
 
 
 def _recall(first_hit_Q: NDArray[np.float64], ks: Sequence[int]) -> Recall:

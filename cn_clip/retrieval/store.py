@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.retrieval import filters, manifest
+from cn_clip.retrieval import manifest
 from cn_clip.retrieval.engines import WITHOUT_GRAPH, Engine, ExactEngine, GraphEngine, Mask, Rows, open_graph
-from cn_clip.retrieval.item_table import ItemTable
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
+from cn_clip.retrieval.query import ItemTable, parse_condition
 from cn_clip.retrieval.segments import FloatArray, IntArray, ItemId, Segment
 
 __all__ = ["Hit", "Index", "ItemId", "ModelInfo", "open_index"]
@@ -159,7 +159,7 @@ class Index:
     ) -> list[list[Hit]]:
         """The up to k best items of each query, best first, equal scores in order of insertion.
 
-        vectors_QD: finite float32. where: a condition on metadata, see `filters.parse`. min_score: the least score.
+        vectors_QD: finite float32. where: a condition on metadata, see `query.parse_condition`. min_score: least score.
         Raises ConfigError for k below 1 or no integer, a min_score of NaN, a faulty condition or one on a field that
         no item has, DataError for vectors of another shape or type.
         """
@@ -168,8 +168,16 @@ class Index:
         allowed_N = self.snapshot.alive_N if where is None else self._mask(where)
         if not allowed_N.any():
             return [[] for _ in queries_QD]
-        found = self.engine.search(queries_QD, k, allowed_N)
-        return [self._hits(positions, scores, min_score) for positions, scores in found]
+        results = []
+        for positions, scores in self.engine.search(queries_QD, k, allowed_N):
+            results.append(list[Hit]())
+            for position, score in zip(positions.tolist(), scores.tolist(), strict=True):
+                if min_score is not None and score < min_score:
+                    break
+                segment, row = self.snapshot.rows.segment_of(position)
+                item_id, metadata = segment.item(row)
+                results[-1].append(Hit(item_id, score, metadata))
+        return results
 
     def vector(self, item_id: ItemId) -> FloatArray:
         """The vector (D,) of an item, float32; raises DataError for an unknown id."""
@@ -183,25 +191,19 @@ class Index:
 
     def thumbnail(self, item_id: ItemId) -> bytes | None:
         """A small JPEG; None for an unknown id, or an item without a picture."""
-        found = self._found(item_id)
-        return found[0].thumbnail(found[1]) or None if found else None
+        return self.thumbnails([item_id]).get(item_id)
+
+    def thumbnails(self, ids: Iterable[ItemId]) -> dict[ItemId, bytes]:
+        """The small JPEGs of those of the items that have one."""
+        found = {one: self._found(one) for one in ids}
+        return {one: small for one, at in found.items() if at is not None and (small := at[0].thumbnail(at[1]))}
 
     def with_thumbnail(self, ids: Iterable[ItemId]) -> set[ItemId]:
         """Those of the ids whose items have a thumbnail."""
         return {one for one in ids if (found := self._found(one)) and found[0].has_thumbnail(found[1])}
 
-    def _hits(self, positions: IntArray, scores: FloatArray, min_score: float | None) -> list[Hit]:
-        hits = []
-        for position, score in zip(positions.tolist(), scores.tolist(), strict=True):
-            if min_score is not None and score < min_score:
-                break
-            segment, row = self.snapshot.rows.segment_of(position)
-            item_id, metadata = segment.item(row)
-            hits.append(Hit(item_id, score, metadata))
-        return hits
-
     def _mask(self, where: str) -> Mask:
-        condition = filters.parse(where)
+        condition = parse_condition(where)
         mask_N = self._masks.get(where)
         if mask_N is None:
             mask_N = self.table.mask(condition)

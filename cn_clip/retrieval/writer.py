@@ -22,7 +22,6 @@ from cn_clip.files import alone, atomic_write, is_temporary, sync_folder
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.engines import (
     SMALLEST_GRAPH,
-    Graph,
     Mask,
     Rows,
     extended_graph,
@@ -87,8 +86,18 @@ def open_writer(
             raise DataError(f"cannot be written ({error.strerror}); choose another folder", at=folder) from error
         if create is not None and not is_there(folder / manifest.NAME):
             _refuse_strange(folder)
-            _begin(folder, create)
-        yield IndexWriter(_snapshot(folder, without), is_mended=bool(without))
+            if create.engine == "usearch":
+                require_usearch()
+            manifest.write(folder, create)
+        facts = manifest.read(folder)
+        if without:
+            kept = replace(facts, segments=tuple(one for one in facts.segments if one.name not in without))
+            rows = open_rows(folder, kept)
+            alive_N = _alive(rows, removed_keys(folder, facts))
+            snapshot = Snapshot(folder, replace(kept, num_items=int(alive_N.sum())), rows, alive_N)
+        else:
+            snapshot = Snapshot.open(folder, facts)
+        yield IndexWriter(snapshot, is_mended=bool(without))
 
 
 def _refuse_strange(folder: Path) -> None:
@@ -101,21 +110,6 @@ def _refuse_strange(folder: Path) -> None:
 
 def _is_temporary(name: str) -> bool:
     return name == BUILDING or bool(is_temporary(name) and _WRITTEN.fullmatch(name))
-
-
-def _begin(folder: Path, create: Manifest) -> None:
-    if create.engine == "usearch":
-        require_usearch()
-    manifest.write(folder, create)
-
-
-def _snapshot(folder: Path, without: Collection[str]) -> Snapshot:
-    facts = manifest.read(folder)
-    if not without:
-        return Snapshot.open(folder, facts)
-    kept = replace(facts, segments=tuple(one for one in facts.segments if one.name not in without))
-    rows = open_rows(folder, kept)
-    return _with(Snapshot(folder, kept, rows, _alive(rows, removed_keys(folder, facts))))
 
 
 class IndexWriter:
@@ -177,7 +171,7 @@ class IndexWriter:
 
         When it returns, the change is on disk; before that, nobody sees any of it. Raises DataError, with nothing
         changed, for an id that comes twice, a vector of another length or not finite, metadata that JSON cannot hold,
-        and when the disk is full. If only merging small segments fails, the change counts, and the DataError says so.
+        and when the disk is full. If only merging small segments fails, the change counts, and the error says so.
         """
         dropped = list(dict.fromkeys([*remove, *(item.id for item in items)]))
         gone = [self._keys[one] for one in dropped if one in self._keys]
@@ -203,8 +197,13 @@ class IndexWriter:
             self._keys.pop(item_id, None)
         self._keys.update({item.id: row.key for item, row in zip(items, rows, strict=True)})
         self._graph_is_old |= bool(gone)
-        with self._writing(f"the {len(items)} added and {len(gone)} removed items count; merging its segments failed"):
-            self._merge()
+        counted = f"the {len(items)} added and {len(gone)} removed items count; merging its segments failed"
+        with self._writing(counted):
+            try:
+                self._merge()
+            except DataError as error:  # a damaged segment, or one that cannot be read just now
+                error.args = (f"{error}; {counted}",)
+                raise
         self._tidy()
 
     def keep_aside(self) -> Path:
@@ -219,9 +218,15 @@ class IndexWriter:
             for rubbish in (building, path):
                 _remove(rubbish)
             for name in (manifest.NAME, *(path for path, _ in facts.files())):
-                if is_there(self.folder / name):
-                    (building / name).parent.mkdir(parents=True, exist_ok=True)
-                    _link(self.folder / name, building / name)
+                if not is_there(self.folder / name):
+                    continue
+                (building / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(self.folder / name, building / name)
+                except OSError:  # a disk without links, or too many of them
+                    shutil.copy2(self.folder / name, building / name)
+                    with open(building / name, "rb+") as stream:
+                        os.fsync(stream.fileno())
             os.replace(building, path)
             sync_folder(self.folder)
         return path
@@ -231,12 +236,11 @@ class IndexWriter:
         facts = self.manifest
         if facts.engine == "exact":
             return
-        is_old = self._graph_is_old or facts.graph is None or facts.graph.next_key != facts.next_key
         with self._writing():
             if len(self) < SMALLEST_GRAPH:
                 if facts.graph is not None:
                     self._write(replace(facts, graph=None))
-            elif is_old or not self._has_whole_graph():
+            elif not self._has_newest_graph():
                 self._write(replace(facts, graph=self._write_graph()))
         self._graph_is_old = False
         self._tidy()
@@ -247,7 +251,13 @@ class IndexWriter:
         rows = Rows([segments.get(one.name) or self._open(one) for one in facts.segments])
         removed = removed[np.isin(removed, rows.keys_N)]
         alive_N = _alive(rows, removed)
-        entry = self._write_removed(removed) if len(removed) else None
+        entry = None
+        if len(removed):
+            path, content = self._fresh("removed", ".npy"), BytesIO()
+            np.save(content, removed)
+            with atomic_write(path, "wb") as stream:
+                stream.write(content.getvalue())
+            entry = DerivedFacts(path.name, facts_of(path), self.manifest.next_key)
         facts = manifest.write(self.folder, replace(facts, removed=entry, num_items=int(alive_N.sum())))
         self._snapshot, self._removed = Snapshot(self.folder, facts, rows, alive_N), removed
 
@@ -270,13 +280,6 @@ class IndexWriter:
         sync_folder(self.folder)
         return facts_of_segment(path, num_rows)
 
-    def _write_removed(self, keys: IntArray) -> DerivedFacts:
-        path, content = self._fresh("removed", ".npy"), BytesIO()
-        np.save(content, keys)
-        with atomic_write(path, "wb") as stream:
-            stream.write(content.getvalue())
-        return DerivedFacts(path.name, facts_of(path), self.manifest.next_key)
-
     def _merge(self) -> None:
         segments = self._snapshot.rows.segments
         count = _num_to_merge([len(segment) for segment in segments])
@@ -295,21 +298,24 @@ class IndexWriter:
         merged = [self._write_segment(rows, num_rows)] if num_rows else []
         self._change(replace(self.manifest, segments=(*self.manifest.segments[:first], *merged)), self._removed)
 
-    def _has_whole_graph(self) -> bool:
+    def _has_newest_graph(self) -> bool:
+        """Whether the graph on disk knows all items, no other ones, and is whole."""
         graph = self.manifest.graph
+        if self._graph_is_old or graph is None or graph.next_key != self.manifest.next_key:
+            return False
         with contextlib.suppress(OSError):
-            return graph is not None and is_whole(self.folder / graph.name, graph.file)
+            return is_whole(self.folder / graph.name, graph.file)
         return False
 
-    def _graph(self) -> Graph:
-        before, rows, alive_N = self.manifest.graph, self._snapshot.rows, self._snapshot.alive_N
+    def _write_graph(self) -> DerivedFacts:
+        """The graph on disk with what is new, or one from the start where that one is missing or damaged."""
+        facts, rows, alive_N = self.manifest, self._snapshot.rows, self._snapshot.alive_N
+        before, graph = facts.graph, None
         if before is not None:
             with contextlib.suppress(DataError):
-                return extended_graph(self.folder / before.name, before.file, rows, alive_N, before.next_key)
-        return new_graph(rows, alive_N)
-
-    def _write_graph(self) -> DerivedFacts:
-        facts, graph = self.manifest, self._graph()
+                graph = extended_graph(self.folder / before.name, before.file, rows, alive_N, before.next_key)
+        if graph is None:
+            graph = new_graph(rows, alive_N)
         building, path = self.folder / BUILDING, self._fresh("graph", ".usearch")
         for rubbish in (building, path):
             _remove(rubbish)
@@ -362,17 +368,21 @@ def checked_lines(items: Sequence[NewItem], embed_dim: int, vector_type: VectorT
     return [item_line(item.id, item.metadata) for item in items]
 
 
-def _with(snapshot: Snapshot) -> Snapshot:
-    return replace(snapshot, manifest=replace(snapshot.manifest, num_items=int(snapshot.alive_N.sum())))
-
-
 def _alive(rows: Rows, removed: IntArray) -> Mask:
     alive_N: Mask = ~np.isin(rows.keys_N, removed)
     return alive_N
 
 
 def _num_to_merge(sizes: Sequence[int]) -> int:
-    """How many of the last segments to make one of, or 0: enough of some size, not a large one for few rows more."""
+    """How many of the last segments become one, or 0.
+
+    They are those of at most 1 row, or 8, or 64, ..., if these are eight or more, and if together they have twice the
+    rows of the largest: a large segment is not written anew for few rows more.
+
+    [9, 1, 1, 1, 1, 1, 1, 1, 1] -> 8: the segments of 1 row become one of 8; that of 9 rows stays.
+    [8, 1, 1, 1, 1, 1, 1, 1] -> 0: seven of 1 row; eight of at most 8 rows, but 15 rows are less than twice 8.
+    [8, 8, 1, 1, 1, 1, 1, 1] -> 8: eight of at most 8 rows become one of 22.
+    """
     bound = 1
     while True:
         count = next((n for n, size in enumerate(reversed(sizes)) if size > bound), len(sizes))
@@ -382,15 +392,6 @@ def _num_to_merge(sizes: Sequence[int]) -> int:
         if count == len(sizes):
             return 0
         bound *= SEGMENTS_OF_A_SIZE
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a disk without links, or too many of them
-        shutil.copy2(source, target)
-        with open(target, "rb+") as stream:
-            os.fsync(stream.fileno())
 
 
 def _remove(path: Path) -> None:
