@@ -81,7 +81,7 @@ def namespace(options: type[Any], *, required: Sequence[str] = (), **defaults: A
         type(options.__name__, (options,), {"__doc__": options.__doc__, **changes, **defaults})
     )
     given = parse(unchecked, None)
-    parsed = Namespace(**{field.name: getattr(given, field.name) for field in fields(given)})
+    parsed = Namespace(**_values(given))
     with terminal.ending(status=2):
         for name in required:
             if getattr(parsed, name) is None:
@@ -148,5 +148,11 @@ def stdout_to_stderr(*, when: bool) -> Iterator[None]:
 def print_params(options: Any) -> None:
     """Prints the settings in use, sorted by name, as the reference's scripts do."""
     print("Params:")
-    for name in sorted(field.name for field in fields(options)):
-        print(f"  {name}: {getattr(options, name)}")
+    for name, value in sorted(_values(options).items()):
+        print(f"  {name}: {value}")
+
+
+def _values(options: Any) -> dict[str, Any]:
+    """The settings under the names they have in Chinese-CLIP, which `options.RENAMED` gives where ours differ."""
+    names: dict[str, str] = getattr(options, "RENAMED", {})
+    return {names.get(field.name, field.name): getattr(options, field.name) for field in fields(options)}

@@ -24,7 +24,7 @@ def translations_kept() -> Iterator[None]:
     def translated_once(model: "CLIP", kind: "Kind") -> "ModelProto":
         from onnx import ModelProto
 
-        key = (export.fingerprint(model), kind, model.config)
+        key = (model.fingerprint(), kind, model.config)
         if key not in kept:
             kept[key] = translated(model, kind).SerializeToString()
         return ModelProto.FromString(kept[key])

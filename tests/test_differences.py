@@ -11,10 +11,11 @@ from in_process_runs import RATE, checkpoint, emoji_split, run
 from tiny_models import tiny_model
 
 from cn_clip import ranks
-from cn_clip.clip import choice, create_model, load_from_name
+from cn_clip.clip import create_model, load_from_name
 from cn_clip.clip.configuration_bert import BertConfig
 from cn_clip.clip.model import restore_model
 from cn_clip.clip.modeling_bert import BertModel
+from cn_clip.clip.opening import open_encoder
 from cn_clip.command import Speaker
 from cn_clip.errors import CnClipError, ConfigError
 from cn_clip.eval import extract_features
@@ -66,8 +67,8 @@ def test_what_failed_without_a_word_says_what_it_wants() -> None:
 
 def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path: Path) -> None:
     torch.save({"state_dict": tiny_model().state_dict()}, tmp_path / "model.pt")
-    options = extract_features.Options(extract_text_feats=True, resume=str(tmp_path / "model.pt"), device="cpu")
-    opened = choice.open_encoder(options, Speaker(quiet=True))
+    options = extract_features.Options(extract_text_feats=True, model=str(tmp_path / "model.pt"), device="cpu")
+    opened = open_encoder(options.chosen, Speaker(quiet=True))
     assert (opened.backend.resolution, opened.embed_dim) == (32, 24)
 
 

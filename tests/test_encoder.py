@@ -16,7 +16,7 @@ from tiny_models import CONFIGS, TEXT, tiny_model
 
 from cn_clip import zoo
 from cn_clip.clip import Encoder, tokenize
-from cn_clip.clip.backends.base import Pixels, Rows, TokenIds
+from cn_clip.clip.backends.base import Facts, Pixels, Rows, TokenIds
 from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.inputs import ChineseTexts, Parts
 from cn_clip.clip.model import CLIP
@@ -263,7 +263,7 @@ def test_any_object_with_the_two_methods_is_a_backend() -> None:
 
 def test_the_backend_knows_its_usual_batch_sizes() -> None:
     backend = FixedBackend()
-    backend.usual_batch_sizes = (2, 3)  # type: ignore[attr-defined]
+    backend.facts = Facts(batch_sizes=(2, 3))  # type: ignore[attr-defined]
     encoder = Encoder(backend)
     encoder.encode_images(pictures(3))
     encoder.encode_texts(["狗"] * 4)

@@ -391,7 +391,7 @@ def test_the_command_writes_both_towers_in_every_precision(tmp_path: Path, capsy
         facts = props(path)
         assert facts["writer"].startswith("cn_clip 2.")
         assert facts["architecture"] == "RN-Small-64@BERT-Tiny-chinese"
-        assert facts["logit_scale"] == pytest.approx(exact.backend.logit_scale)  # type: ignore[attr-defined]
+        assert facts["logit_scale"] == pytest.approx(exact.facts.logit_scale)
         assert facts["precision"] == path.name.split(".")[2]
         assert facts["max_length"] == (52 if ".txt." in path.name else None)
         assert str(Path(__file__).parents[1]).encode() not in path.read_bytes()

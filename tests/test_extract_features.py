@@ -165,7 +165,7 @@ def test_equal_texts_have_equal_features(folder: Path) -> None:
 )
 def test_default_paths_are_those_of_the_reference(text_data: str, text_features: str, image_features: str) -> None:
     options = extract_features.Options(
-        extract_image_feats=True, extract_text_feats=True, text_data=text_data, resume="x.pt"
+        extract_image_feats=True, extract_text_feats=True, text_data=text_data, model="x.pt"
     )
     assert options.output_file("text") == (text_features, "jsonl")
     assert options.output_file("image") == (image_features, "jsonl")

@@ -19,18 +19,19 @@ from PIL import Image
 from tiny_families import EMBED_DIM, KINDS, RESOLUTION, write_family
 
 from cn_clip import cli
-from cn_clip.clip import Encoder, choice
+from cn_clip.clip import Encoder
 from cn_clip.clip.backends.base import Rows
+from cn_clip.clip.choice import Choice
 from cn_clip.clip.families import names, snapshots
 from cn_clip.clip.families.opening import open_parts
 from cn_clip.clip.inputs import ChineseTexts, Parts
+from cn_clip.clip.opening import identity, open_encoder, weights_digest
 from cn_clip.clip.tokenizer import VOCAB_FILE
 from cn_clip.clip.transforms import MEAN, STD, ImageTransform
 from cn_clip.command import Speaker
 from cn_clip.demo import emoji
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, DownloadError, MissingExtraError
 from cn_clip.eval import extract_features, zeroshot_evaluation
-from cn_clip.features import ray_extraction
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -531,15 +532,16 @@ def test_zero_shot_is_that_worked_out_by_hand(
     assert json.loads((tmp_path / "emoji.json").read_text())["model_name"] == f"hf:{folders(kind)}"
 
 
-def options_of(model: str, tmp_path: Path) -> extract_features.Options:
-    return extract_features.Options(resume=model, extract_text_feats=True, text_data=str(tmp_path / "x_texts.jsonl"))
+def chosen_of(model: str, tmp_path: Path) -> Choice:
+    options = extract_features.Options(model=model, extract_text_feats=True, text_data=str(tmp_path / "x_texts.jsonl"))
+    return options.chosen
 
 
 def test_rows_of_two_models_are_never_mixed(folders: Any, tmp_path: Path) -> None:
     """What a run is known by names every file of the folder, its tokenizer too."""
-    one, other = (options_of(f"hf:{folders('clip', seed)}", tmp_path) for seed in (0, 1))
+    one, other = (chosen_of(f"hf:{folders('clip', seed)}", tmp_path) for seed in (0, 1))
     quiet = Speaker(quiet=True)
-    known = [dict(choice.identity(each, choice.open_encoder(each, quiet))("text")) for each in (one, other)]
+    known = [dict(identity(each, open_encoder(each, quiet))("text")) for each in (one, other)]
     assert known[0] != known[1]
     listed: Any = known[0]["model"]
     assert {Path(path).name for path, _, _ in listed} == {
@@ -550,9 +552,9 @@ def test_rows_of_two_models_are_never_mixed(folders: Any, tmp_path: Path) -> Non
         "tokenizer_config.json",
         "vocab.json",
     }
-    assert ray_extraction.weights_digest(one) != ray_extraction.weights_digest(other)
-    copy = options_of(f"hf:{shutil.copytree(folders('clip'), tmp_path / 'copy')}", tmp_path)
-    assert ray_extraction.weights_digest(copy) == ray_extraction.weights_digest(one)
+    assert weights_digest(one) != weights_digest(other)
+    copy = chosen_of(f"hf:{shutil.copytree(folders('clip'), tmp_path / 'copy')}", tmp_path)
+    assert weights_digest(copy) == weights_digest(one)
 
 
 def test_a_file_of_the_model_is_not_written_over(folders: Any, split: Path, tmp_path: Path) -> None:
@@ -588,7 +590,7 @@ def test_the_old_flag_and_the_new_one_are_the_same() -> None:
 
     given = ["--datapath", "x", "--label-file", "y"]
     for flag in ("--resume", "--model"):
-        assert parse(zeroshot_evaluation.Options, [*given, flag, "hf:somewhere"]).resume == "hf:somewhere"
+        assert parse(zeroshot_evaluation.Options, [*given, flag, "hf:somewhere"]).model == "hf:somewhere"
 
 
 def test_an_index_knows_its_model_and_is_searched_with_it(
@@ -652,7 +654,7 @@ def test_open_clip_gives_its_own_vectors(open_clip_file: Path) -> None:
     np.testing.assert_allclose(encoder.encode_texts(texts, batch_size=2), expected.numpy(), atol=1e-5)
     assert (encoder.context_length, encoder.embed_dim) == (24, EMBED_DIM)
     backend: Any = encoder.backend
-    assert backend.num_parameters[0] > backend.num_parameters[1] > 0
+    assert backend.facts.num_parameters[0] > backend.facts.num_parameters[1] > 0
 
 
 class OpenClip:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from unreadable_files import unreadable
 
 from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.opening import weights_digest
 from cn_clip.command import Speaker
 from cn_clip.data.bulk_pictures import open_collection
 from cn_clip.data.storage import Storage, StorageError, open_storage
@@ -31,7 +32,6 @@ from cn_clip.features.ray_extraction import (
     TextPart,
     model_facts,
     plan_actors,
-    weights_digest,
 )
 from cn_clip.features.store import Finished, Manifest, Shard, Skipped, begin_shards, write_shard
 from cn_clip.index.sources import is_feature_file
@@ -337,14 +337,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(tmp_path: Path, pictures: Path, **settings: Any) -> extract_features.Options:
-    chosen = {"resume": "Emoji-Tiny", "engine": "ray", "output": str(tmp_path / "out"), "image_data": str(pictures)}
+    chosen = {"model": "Emoji-Tiny", "engine": "ray", "output": str(tmp_path / "out"), "image_data": str(pictures)}
     small = {"extract_image_feats": True, "img_batch_size": 4, "device": "cpu", "num_threads": 1}
     return extract_features.Options(**{**chosen, **small, **settings})
 
 
 def work_off(chosen: extract_features.Options) -> list[Finished | CnClipError]:
     """What `extract` does, in this process."""
-    weights = weights_digest(chosen)
+    weights = weights_digest(chosen.chosen)
     collection = open_collection(chosen.image_data)
     of = {"digest": collection.digest}
     one = Manifest("image_id", model_facts(chosen, "image", weights), of, len(collection.ids), 4)
@@ -375,7 +375,7 @@ def test_a_worker_gives_equal_texts_equal_rows(tmp_path: Path, pictures: Path) -
     job = ShardJob("text", open_storage(str(tmp_path / "texts")), one)
     begin_shards(job.folder, one, overwrite=False)
     task = Task(job, one.shards()[0], TextPart([(7, "CAT 猫"), ("b", "笑脸"), (9, "cat 猫")]))
-    assert ShardWorker(chosen, ["text"], weights_digest(chosen)).work(task) == Finished(3)
+    assert ShardWorker(chosen, ["text"], weights_digest(chosen.chosen)).work(task) == Finished(3)
     features = read_features(tmp_path / "texts", "text_id")
     assert features.ids == [7, "b", 9]
     expected = Encoder("Emoji-Tiny", device="cpu").encode_texts(["cat 猫", "笑脸", "cat 猫"])

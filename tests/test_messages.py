@@ -26,10 +26,8 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     ("clip/backends/engines.py", "--timing-cache"): TENSORRT,
     ("clip/backends/onnx_runtime.py", "--device"): {"features", "zeroshot", "evaluate", "linear-probe", "index build"}
     | {"index add", "index check", "search", "serve", "bench"},
-    **{
-        ("clip/choice.py", flag): {"features", "zeroshot"}
-        for flag in ("--model", "--resume", "--num-threads", "--context-length")
-    },
+    **{("clip/choice.py", flag): {"features", "zeroshot"} for flag in ("--model", "--resume", "--num-threads")},
+    ("clip/opening.py", "--context-length"): {"features", "zeroshot", "evaluate", "report"},
     ("evaluation/logistic.py", "--shots"): {"linear-probe"},
     ("clip/weights/hub.py", "--offline"): {"download"},
     ("clip/weights/writing.py", "--output"): {"checkpoint strip", "checkpoint average", "checkpoint export"},

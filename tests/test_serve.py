@@ -174,7 +174,7 @@ def test_probabilities_are_the_softmax_over_the_labels(client: httpx.Client, enc
     answer = client.post("/v1/classify", json=request).json()
     classes = zeroshot.classifier(encoder, LABELS, ["一张{}的图片", "{}"])
     (cosines,) = encoder.encode_images(PICTURES[:1]) @ classes.T
-    scale = encoder.backend.logit_scale  # type: ignore[attr-defined]
+    scale = encoder.facts.logit_scale
     expected = np.exp(scale * cosines.astype(np.float64))
     expected /= expected.sum()
     assert answer["scale"] == pytest.approx(scale)

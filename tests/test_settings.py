@@ -289,7 +289,7 @@ def test_an_output_for_features_that_are_not_extracted_is_warned_of(
     asked: str, given: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = extract_features.Options(
-        resume="a.pt", **{f"extract_{asked}_feats": True, f"{given}_feat_output_path": "out.jsonl"}
+        model="a.pt", **{f"extract_{asked}_feats": True, f"{given}_feat_output_path": "out.jsonl"}
     )
     extraction.begin(options)
     expected = f"--{given}-feat-output-path: changes nothing without --extract-{given}-feats"

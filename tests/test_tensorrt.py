@@ -356,7 +356,7 @@ def test_tower_cuts_batches_and_gives_the_rows_of_the_model(
     np.testing.assert_allclose(backend.encode_pixels(pixels), expected.encode_pixels(pixels), atol=1e-5)
     np.testing.assert_allclose(backend.encode_tokens(IDS), expected.encode_tokens(IDS), atol=1e-5)
     assert (backend.resolution, backend.embed_dim) == (32, 512)
-    assert backend.logit_scale == pytest.approx(float(tiny.logit_scale.detach().exp()))
+    assert backend.facts.logit_scale == pytest.approx(float(tiny.logit_scale.detach().exp()))
     with pytest.raises(ConfigError, match="takes texts of at most 4 tokens, got 5"):
         backend.encode_tokens(np.ones((1, 5), dtype=np.int64))
     with pytest.raises(ConfigError, match="no text model was opened"):

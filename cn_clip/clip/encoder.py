@@ -18,10 +18,12 @@ from cn_clip.clip.backends.base import (
     USUAL_SIZES,
     Backend,
     BackendName,
+    Facts,
     Pixels,
     Rows,
     TokenIds,
     check_threads,
+    facts_of,
 )
 from cn_clip.clip.backends.opening import open_backend
 from cn_clip.clip.families.names import is_foreign
@@ -57,7 +59,7 @@ class Encoder:
     backend: "torch", "onnx" (ONNX Runtime), "openvino" or "tensorrt". All but torch run an exported model, made at
     first use and kept in `exported/` under `download_root`; once it is there, onnx and openvino do without PyTorch.
     precision: "fp32" (default), "bf16", "fp16" or "int8", as the backend has them; "auto": the fastest that keeps a
-    cosine of 0.999 to float32 and that the device has in hardware. `encoder.backend.precision` says which it is.
+    cosine of 0.999 to float32 and that the device has in hardware. `encoder.facts.precision` says which it is.
     device: default CUDA where there is one. num_threads: default one a core. compile: `torch.compile` both towers.
     context_length: longest text in tokens; default: what the checkpoint was trained with, 52 where it does not say.
     With int8 a row depends a little on those computed with it, for they share the scale of their activations.
@@ -115,12 +117,17 @@ class Encoder:
         else:
             self.backend = _over(model, **settings)
         name = model if isinstance(model, (str, Path)) else "the model"
-        self.texts = ChineseTexts(text_length(context_length, getattr(self.backend, "context_length", None), name))
+        self.texts = ChineseTexts(text_length(context_length, self.facts.context_length, name))
 
     @property
     def context_length(self) -> int:
         """The longest text in tokens, special ones included."""
         return self.texts.context_length
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What is known of the backend: its device, precision, usual batch sizes and more."""
+        return facts_of(self.backend)
 
     @cached_property
     def transform(self) -> PictureTransform:
@@ -149,7 +156,7 @@ class Encoder:
         from PIL.Image import Image
 
         images = [images] if isinstance(images, (str, Path, bytes, Image)) else list(images)
-        batch_size = _size(batch_size, self._usual_sizes[0])
+        batch_size = _size(batch_size, self.facts.batch_sizes[0])
         check_threads(num_threads, least=0)
         with _bar(len(images), "picture", progress) as advance:
             batches = decoded_batches(
@@ -179,7 +186,7 @@ class Encoder:
 
         advance: called with the number of texts of each batch done.
         """
-        batch_size = _size(batch_size, self._usual_sizes[1])
+        batch_size = _size(batch_size, self.facts.batch_sizes[1])
         for number, text in enumerate(texts):
             if isinstance(text, str) and is_data_url(text):
                 raise DataError(f"texts[{number}]: is a picture as a data URL, no text; give it to encode_images")
@@ -190,11 +197,6 @@ class Encoder:
             except NotFiniteError as error:
                 wrong = [start + position for position in error.positions]
                 raise NotFiniteError(f"text {wrong[0]} ({texts[wrong[0]][:_SHOWN]!r})", wrong) from error
-
-    @property
-    def _usual_sizes(self) -> tuple[int, int]:
-        sizes: tuple[int, int] = getattr(self.backend, "usual_batch_sizes", USUAL_SIZES)
-        return sizes
 
     def _encode_sorted(self, rows: list[list[int]], batch_size: int, advance: Advance) -> Rows:
         output = np.empty((len(rows), self.embed_dim), dtype=np.float32)

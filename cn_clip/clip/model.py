@@ -3,6 +3,7 @@
 # B batch of pictures, T batch of texts, L tokens, R resolution, E embedding
 
 import collections.abc
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -96,6 +97,14 @@ class CLIP(nn.Module):
         self.tokenizer = tokenizer
         self.context_length: int | None = None  # what its checkpoint says of the longest text it was trained with
         self.initialize_parameters()
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that tell these weights from others."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def initialize_parameters(self) -> None:
         """Draws the projections and a ResNet's attention pool anew, zeroes what it begins its blocks with."""

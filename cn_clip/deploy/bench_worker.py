@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip.clip.backends.base import KINDS, Backend, BackendName, Kind, Pixels, Rows, TokenIds
+from cn_clip.clip.backends.base import KINDS, Backend, BackendName, Kind, Pixels, Rows, TokenIds, facts_of
 from cn_clip.errors import CnClipError
 from cn_clip.processes import peak_bytes
 
@@ -92,7 +92,7 @@ def measure(job: Job) -> dict[str, Any]:
     seconds = call_seconds(lambda: _encode(backend, job.kind, batch), repeats=job.repeats, warmup=job.warmup)
     milliseconds = summary(seconds)
     peak = peak_bytes()
-    cosines = _cosines(job, backend, samples)
+    cosines, facts = _cosines(job, backend, samples), facts_of(backend)
     return {
         "shape": list(batch.shape),
         "median_ms": milliseconds["median"],
@@ -102,7 +102,7 @@ def measure(job: Job) -> dict[str, Any]:
         "peak_bytes": peak,
         "cosine_min": float(cosines.min()),
         "cosine_mean": float(cosines.mean()),
-        "device": _device(backend, job.kind),
+        "device": facts.device or facts.provider or "cpu",
     }
 
 
@@ -161,12 +161,6 @@ def _open(job: Job, backend: BackendName, precision: str, *, device: str | None,
         kinds=kinds,
         say=say,
     )
-
-
-def _device(backend: Backend, kind: Kind) -> str:
-    """Where it ran, in the words of the backend."""
-    tower = getattr(backend, kind, None)
-    return str(getattr(backend, "device", None) or getattr(tower, "provider", None) or "cpu")
 
 
 def _make_random(job: Job) -> None:

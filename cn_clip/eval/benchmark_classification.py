@@ -53,31 +53,31 @@ def read_dataset(folder: Path, name: str) -> Dataset:
     return Dataset(folder, name, pictures, labels, numbers, _order(folder, len(pictures)))
 
 
-def measure(dataset: Dataset, chosen: ModelChoice, output: Path, say: Speaker) -> Classified:
+def measure(dataset: Dataset, options: ModelChoice, output: Path, say: Speaker) -> Classified:
     """Classifies the test pictures, zero-shot, with the templates of the benchmark.
 
     `output` exists and receives the features, which another run with the same pictures and model takes as they are, and
     the probabilities. Raises CnClipError naming a picture that cannot be read.
     """
-    from cn_clip.clip import choice
+    from cn_clip.clip import opening
     from cn_clip.evaluation import class_features, elevater, zeroshot
     from cn_clip.evaluation.templates import load_templates
     from cn_clip.features.rows import check_finite
 
     data, name, pictures, labels = dataset.folder, dataset.name, dataset.pictures, dataset.labels
-    encoder = choice.open_encoder(chosen, Speaker(quiet=True))
+    encoder = opening.open_encoder(options.chosen, Speaker(quiet=True))
     say("提取图片特征 / extracting picture features…")
     found = class_features.of_folder(
         data / "test",
         output / "test_features.npz",
         encoder,
-        choice.identity(chosen, encoder),
+        opening.identity(options.chosen, encoder),
         say,
-        batch_size=chosen.batch_size,
-        num_workers=chosen.num_workers,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
     )
     say("零样本分类 / zero-shot classification…")
-    classes_CD = zeroshot.classifier(encoder, labels, load_templates(name), batch_size=chosen.batch_size)
+    classes_CD = zeroshot.classifier(encoder, labels, load_templates(name), batch_size=options.batch_size)
     check_finite(classes_CD, labels, "label")
     probabilities_NC = zeroshot.probabilities(found.rows_ND, classes_CD)
     targets_N = np.array(dataset.numbers)[found.labels_N]
@@ -87,8 +87,8 @@ def measure(dataset: Dataset, chosen: ModelChoice, output: Path, say: Speaker) -
         measured["map_11_point"] = _mean_average_precision(pictures, probabilities_NC, targets_N)
     ordered_NC = probabilities_NC if dataset.order is None else probabilities_NC[list(dataset.order)]
     path = output / f"{name}.json"
-    num_parameters = choice.num_parameters(encoder.backend)
-    elevater.write(path, ordered_NC, chosen.resume, chosen.vision_model, dataset=name, num_parameters=num_parameters)
+    model, num_parameters = options.chosen, encoder.facts.num_parameters
+    elevater.write(path, ordered_NC, model.model, model.vision, dataset=name, num_parameters=num_parameters)
     percent = {metric: 100 * share for metric, share in measured.items()}
     return Classified(percent, len(pictures), own_labels=not (data / LABEL_FILE).is_file(), predictions=path)
 

@@ -22,7 +22,7 @@ JOB_FILE = "features.json"
 
 
 def measure(
-    data: Path, benchmark: RetrievalSet, split: Split, chosen: ModelChoice, output: Path, say: Speaker
+    data: Path, benchmark: RetrievalSet, split: Split, given: ModelChoice, output: Path, say: Speaker
 ) -> Mapping[Query, Mapping[str, float]]:
     """Recall in percent, by direction: `r1`, `r5`, `r10`, `mean_recall`; of a dataset that `check` has passed.
 
@@ -30,12 +30,12 @@ def measure(
     taken as they are, and a killed extraction goes on. Raises CnClipError naming a text or picture that is faulty.
     """
     texts = data / f"{split}_texts.jsonl"
-    options = _feature_options(data, texts, split, chosen, output)
+    options = _feature_options(data, texts, split, given, output)
     _extract(options, output / f"{split}_{JOB_FILE}", say)
     annotation = output / f"{split}_texts.jsonl"
     with atomic_write(annotation, "wb") as stream, texts.open("rb") as source:
         shutil.copyfileobj(source, stream)
-    return {query: _recall(options, annotation, query, chosen.device, say) for query in benchmark.queries}
+    return {query: _recall(options, annotation, query, given.device, say) for query in benchmark.queries}
 
 
 def check(data: Path, split: Split) -> None:
@@ -72,7 +72,7 @@ def _without_lmdb(data: Path, split: Split) -> str:
     return f"neither lmdb/{split}/imgs nor {split}_imgs.tsv is there; expected the pictures of the split"
 
 
-def _feature_options(data: Path, texts: Path, split: Split, chosen: ModelChoice, output: Path) -> "FeatureOptions":
+def _feature_options(data: Path, texts: Path, split: Split, given: ModelChoice, output: Path) -> "FeatureOptions":
     from cn_clip.eval import extract_features
 
     return extract_features.Options(
@@ -82,32 +82,32 @@ def _feature_options(data: Path, texts: Path, split: Split, chosen: ModelChoice,
         text_data=str(texts),
         image_feat_output_path=str(output / f"{split}_imgs.img_feat.npz"),
         text_feat_output_path=str(output / f"{split}_texts.txt_feat.npz"),
-        img_batch_size=chosen.batch_size,
-        text_batch_size=chosen.batch_size,
-        context_length=chosen.context_length,
-        num_workers=chosen.num_workers,
-        decode=chosen.decode,
-        resume=chosen.resume,
-        precision=chosen.precision,
-        backend=chosen.backend,
-        vision_model=chosen.vision_model,  # type: ignore[arg-type]  # zoo names its towers as plain strings
-        text_model=chosen.text_model,  # type: ignore[arg-type]
-        device=chosen.device,
-        num_threads=chosen.num_threads,
-        download_root=chosen.download_root,
+        img_batch_size=given.batch_size,
+        text_batch_size=given.batch_size,
+        context_length=given.chosen.context_length,
+        num_workers=given.num_workers,
+        decode=given.decode,
+        model=given.chosen.model,
+        precision=given.precision,
+        backend=given.backend,
+        vision_model=given.chosen.vision,  # type: ignore[arg-type]  # zoo names its towers as plain strings
+        text_model=given.chosen.text,  # type: ignore[arg-type]
+        device=given.device,
+        num_threads=given.num_threads,
+        download_root=given.download_root,
         json=True,
     )
 
 
 def _extract(options: "FeatureOptions", job_file: Path, say: Speaker) -> None:
     """Computes both feature files unless they are there and `job_file` says that they are of this job."""
-    from cn_clip.clip import choice
+    from cn_clip.clip import opening
     from cn_clip.features import extraction
     from cn_clip.features.store import job_text
 
     quiet = Speaker(quiet=True)
-    encoder = choice.open_encoder(options, quiet)
-    identity = choice.identity(options, encoder)
+    encoder = opening.open_encoder(options.chosen, quiet)
+    identity = opening.identity(options.chosen, encoder)
     works = extraction.open_works(options, quiet)
     job = job_text({work.kind: extraction.job_of(options, work, encoder, identity) for work in works})
     files = [Path(options.output_file(kind)[0]) for kind in options.kinds]

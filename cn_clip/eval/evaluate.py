@@ -5,7 +5,7 @@ cn-clip evaluate muge --data datasets/MUGE
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,7 @@ import tyro
 
 from cn_clip import command
 from cn_clip.clip.backends.base import DEFAULT_CONTEXT_LENGTH
+from cn_clip.clip.choice import Choice
 from cn_clip.errors import ConfigError, OutputError
 from cn_clip.evaluation import benchmark_sets
 from cn_clip.evaluation.benchmark_sets import Metric, RetrievalSet, Split
@@ -65,6 +66,11 @@ class Options(ModelChoice):
             raise ConfigError(f"--split valid: {self.name} is measured on its test pictures; leave --split out")
         if self.output == "":
             raise ConfigError("--output: expected a folder, got an empty path")
+
+    @property
+    def chosen(self) -> Choice:
+        """The model asked for, and how long its texts are."""
+        return replace(super().chosen, context_length=self.context_length)
 
     @property
     def name(self) -> str:
@@ -142,7 +148,7 @@ def _say_recalls(
     rows: list[tuple[str, ...]] = []
     for query, scores in measured.items():
         rows.append((f"{benchmark.title} {options.used_split}，{DIRECTIONS[query]}", "R@1", "R@5", "R@10", "MR"))
-        rows.append((f"  本次测得 / measured: {options.resume}", *(f"{score:.1f}" for score in scores.values())))
+        rows.append((f"  本次测得 / measured: {options.chosen.model}", *(f"{score:.1f}" for score in scores.values())))
         for one in published:
             if one.query == query:
                 rows.append((f"  {SETUPS[one.setup]}: {_published_model(options)}", *_shown(one)))
@@ -200,7 +206,7 @@ def _say_accuracy(
     benchmark = benchmark_sets.classification_sets()[options.name]
     rows = [(f"{benchmark.title} test，{found.num_pictures} 张图片 / pictures", "%")]
     rows += [
-        (f"  本次测得 / measured, {METRICS[metric]}: {options.resume}", f"{value:.1f}")
+        (f"  本次测得 / measured, {METRICS[metric]}: {options.chosen.model}", f"{value:.1f}")
         for metric, value in found.measured.items()
     ]
     if figure is not None:
@@ -230,7 +236,7 @@ def _no_figures(options: Options) -> str:
             "不知道这份权重是哪个模型的，没有公布的指标可比；用 --model 说明 / "
             "nothing says which model the checkpoint is of; name it with --model to see published figures"
         )
-    return f"{options.resume} 没有公布的指标 / has no published figures"
+    return f"{options.chosen.model} 没有公布的指标 / has no published figures"
 
 
 def _facts(options: Options) -> dict[str, Any]:

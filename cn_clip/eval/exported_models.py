@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from cn_clip import zoo
-from cn_clip.clip import choice
 from cn_clip.errors import ConfigError
 from cn_clip.features import options as feature_options
 from cn_clip.zoo import TextName, VisionName
@@ -40,6 +39,7 @@ def check_files(options: Settings, *, image: tuple[str, str | None], text: tuple
 
 def run(options: Settings, image: str | None, text: str | None, open_files: OpenFiles) -> None:
     """Extracts with two files; raises CnClipError as `extraction.extract`, and when a file is not the model named."""
+    from cn_clip.clip import opening
     from cn_clip.clip.encoder import Encoder
     from cn_clip.features import extraction
 
@@ -47,11 +47,11 @@ def run(options: Settings, image: str | None, text: str | None, open_files: Open
     image, text = image if "image" in options.kinds else None, text if "text" in options.kinds else None
     opened = open_files(image, text)
     check_vision(opened, options.vision_model)
-    choice.check_context_length(opened, options.context_length)
+    opening.check_context_length(opened, options.context_length)
     for tower in filter(None, (opened.image, opened.text)):
-        say(f"=> opened '{tower.path}' ({getattr(tower, 'provider', 'TensorRT')})")
+        say(f"=> opened '{tower.path}' ({tower.provider or 'TensorRT'})")
     encoder = Encoder(opened, context_length=options.context_length, decode=options.decode)
-    extraction.extract(options, encoder, choice.tower_identity(opened), say)
+    extraction.extract(options, encoder, opening.tower_identity(opened), say)
 
 
 def check_vision(backend: "ExportedBackend", name: str | None) -> None:

@@ -30,16 +30,10 @@ class Options(EngineSettings):
 
     def inputs(self) -> list[str | None]:
         """The files that are read, none of which may be the output."""
-        return [*super().inputs(), *map(str, self._model_files())]
+        from cn_clip.clip.opening import weight_files
 
-    def _model_files(self) -> list[Path]:
-        from cn_clip.clip.families import names, snapshots
-        from cn_clip.clip.weights import hub
-
-        if names.is_foreign(self.resume):
-            return snapshots.files_of(self.resume or "", download_root=self.download_root)
-        model = Path(self.resume or "")
-        return hub.files_of(model) if model.exists() else []
+        is_here = self.chosen.is_foreign or Path(self.chosen.model).exists()
+        return [*super().inputs(), *map(str, weight_files(self.chosen) if is_here else [])]
 
 
 def run(options: Options) -> None:

@@ -146,7 +146,7 @@ def _chosen_c(data: "ClassFeatures", seed: int, device: "torch.device | None") -
 
 
 def _features(options: Options, say: command.Speaker) -> "tuple[ClassFeatures, ClassFeatures]":
-    from cn_clip.clip import choice
+    from cn_clip.clip import opening
     from cn_clip.evaluation import class_features
 
     paths = [Path(options.train or ""), Path(options.test or "")]
@@ -155,7 +155,7 @@ def _features(options: Options, say: command.Speaker) -> "tuple[ClassFeatures, C
             raise DataError(f"{flag} {path}: no such folder or file; expected pictures, a folder a class, or an npz")
     encoder: Encoder | None = None
     if any(path.is_dir() for path in paths):
-        encoder = choice.open_encoder(options, command.Speaker(quiet=True), kinds=["image"])
+        encoder = opening.open_encoder(options.chosen, command.Speaker(quiet=True), kinds=["image"])
     else:
         _refuse_model_settings(options)
     found = []
@@ -163,7 +163,7 @@ def _features(options: Options, say: command.Speaker) -> "tuple[ClassFeatures, C
         if encoder is None or not path.is_dir():
             found.append(class_features.read(path))
             continue
-        file, identity = _cache_file(path, options), choice.identity(options, encoder)
+        file, identity = _cache_file(path, options), opening.identity(options.chosen, encoder)
         say(f"图片特征 / picture features: {path} → {file}")
         sizes = {"batch_size": options.batch_size, "num_workers": options.num_workers}
         found.append(class_features.of_folder(path, file, encoder, identity, say, **sizes))

@@ -159,22 +159,19 @@ def evaluate(options: Options, model: "CLIP", zeroshot: "Checkpoint", finetuned:
     """Recall of both directions at each alpha, on the whole split."""
     from tqdm import tqdm
 
-    from cn_clip import ranks
-    from cn_clip.clip.backends.pytorch import TorchBackend
     from cn_clip.clip.encoder import Encoder
     from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
     from cn_clip.data.picture_sets import LmdbPictures
     from cn_clip.data.splits import read_split
 
-    device, precision = ranks.choose_device(options.device), "fp32" if options.precision == "amp" else options.precision
+    precision = "fp32" if options.precision == "amp" else options.precision
     pictures = LmdbPictures(f"{options.val_data}/{IMAGES}")
     split = read_split(PairStore(f"{options.val_data}/{PAIRS}"), pictures.ids)
     points, alphas = [], options.line()
     with tqdm(total=len(alphas) * len(pictures), unit="picture", disable=None) as bar:
         for alpha in alphas:
             model.load_state_dict(interpolate(zeroshot.state_dict, finetuned.state_dict, alpha), assign=True)
-            backend = TorchBackend(model, device=device, precision=precision)
-            encoder = Encoder(backend, context_length=options.context_length)
+            encoder = Encoder(model, device=options.device, precision=precision, context_length=options.context_length)
             points.append(Point(alpha, _recall(options, encoder, pictures, split, bar.update)))
     return points
 

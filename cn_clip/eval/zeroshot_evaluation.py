@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ __getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(choice.ModelSettings):
+class Options(choice.CheckpointSettings):
     """Prints top-1, top-5 and per-class accuracy, and writes the probabilities as ELEVATER's JSON."""
 
     datapath: str
@@ -56,12 +56,17 @@ class Options(choice.ModelSettings):
     ADDED = ("num_threads", "templates")  # see `command.spelled_out`
 
     def __post_init__(self) -> None:
-        choice.check(self)
+        choice.check(self.chosen)
         if self.label_file is None:
             raise ConfigError("--label-file: expected a text file with one label a line")
         if self.dataset in ("", ".", "..") or "/" in self.dataset or "\\" in self.dataset:
             raise ConfigError(f"--dataset: expected a name, which is that of the output file too, got {self.dataset!r}")
         settings.check(self)
+
+    @property
+    def chosen(self) -> choice.Choice:
+        """The model asked for."""
+        return replace(super().chosen, decode=self.decode, context_length=self.context_length)
 
     @property
     def output_file(self) -> Path:
@@ -78,6 +83,7 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     """Evaluates, tells `say` about it, writes the ELEVATER file and returns the accuracy."""
     import numpy as np
 
+    from cn_clip.clip.opening import open_encoder
     from cn_clip.data.picture_sets import ClassFolders
     from cn_clip.evaluation import elevater, zeroshot
     from cn_clip.evaluation.templates import load_templates, read_labels
@@ -87,7 +93,7 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     _check_output(options)
     labels = read_labels(Path(options.label_file or ""))
     templates = load_templates(options.dataset, Path(options.templates) if options.templates else None)
-    encoder = choice.open_encoder(options, say)
+    encoder = open_encoder(options.chosen, say)
     say("Preparing zeroshot dataset.")
     dataset = ClassFolders(options.datapath)
     numbers = _class_numbers(options, dataset.classes, len(labels))
@@ -112,10 +118,10 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     elevater.write(
         path,
         probabilities_NC,
-        options.resume or "",
+        options.chosen.model,
         options.vision_model,
         dataset=options.dataset,
-        num_parameters=choice.num_parameters(encoder.backend),
+        num_parameters=encoder.facts.num_parameters,
     )
     _report(say, result, labels, path)
     return result

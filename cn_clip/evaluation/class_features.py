@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip import __version__
-from cn_clip.clip.choice import Identity
 from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.opening import Identity
 from cn_clip.command import Speaker
 from cn_clip.data.picture_sets import ClassFolders
 from cn_clip.data.records import digest_of

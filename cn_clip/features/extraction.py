@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cn_clip import __version__, command, settings
-from cn_clip.clip import choice
 from cn_clip.clip.backends.base import Kind, named
-from cn_clip.clip.choice import Identity
 from cn_clip.clip.encoder import SORTING_WINDOW, Encoder, sorted_batches
+from cn_clip.clip.opening import Identity, identity, open_encoder
 from cn_clip.data.picture_sets import LmdbPictures, PictureSource, batches
 from cn_clip.data.records import RecordId, digest_of
 from cn_clip.data.texts import read_texts
@@ -160,8 +159,8 @@ def run(options: EngineSettings) -> None:
 
         ray_extraction.extract(options, say)
         return
-    encoder = choice.open_encoder(options, say, kinds=options.kinds)
-    extract(options, encoder, choice.identity(options, encoder), say)
+    encoder = open_encoder(options.chosen, say, kinds=options.kinds)
+    extract(options, encoder, identity(options.chosen, encoder), say)
 
 
 def begin(options: Settings) -> command.Speaker:

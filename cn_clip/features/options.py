@@ -1,7 +1,7 @@
 """The settings of the extraction commands, of both engines, and their checks; imports little, for --help."""
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, get_args
 
@@ -124,7 +124,7 @@ class RaySettings:
 
 
 @dataclass(frozen=True)
-class EngineSettings(RaySettings, Settings, choice.ModelSettings):
+class EngineSettings(RaySettings, Settings, choice.CheckpointSettings):
     """The settings of an extraction by either engine."""
 
     engine: Engine = "local"
@@ -132,7 +132,7 @@ class EngineSettings(RaySettings, Settings, choice.ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice.check(self)
+        choice.check(self.chosen)
         if self.engine == "local":
             for field in fields(RaySettings):
                 if settings.is_given(self, field.name):
@@ -148,3 +148,8 @@ class EngineSettings(RaySettings, Settings, choice.ModelSettings):
                 raise ConfigError(f"{flag(name)}: --engine ray writes into --output; leave it out")
         if self.output_format not in (None, "parquet"):
             raise ConfigError(f"--output-format {self.output_format}: --engine ray writes parquet")
+
+    @property
+    def chosen(self) -> choice.Choice:
+        """The model asked for."""
+        return replace(super().chosen, decode=self.decode, context_length=self.context_length)

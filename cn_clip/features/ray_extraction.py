@@ -9,34 +9,29 @@ noticed, another one does its shard again, and no shard has two names.
 # N inputs of a shard, D embedding
 
 import contextlib
-import glob
 import hashlib
 import os
 import platform
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from cn_clip import __version__, zoo
-from cn_clip.clip import choice
+from cn_clip import __version__
 from cn_clip.clip.backends.base import Kind, Pixels, named
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.families import snapshots
 from cn_clip.clip.families.names import absolute, is_foreign
+from cn_clip.clip.opening import open_encoder, precision_of, weights_digest
 from cn_clip.clip.pictures import decoded_batches
-from cn_clip.clip.weights import hub
 from cn_clip.command import Speaker
 from cn_clip.data.bulk_pictures import Part, open_collection
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId, digest_of
 from cn_clip.data.storage import Storage, StorageError, open_storage, shown
 from cn_clip.data.texts import read_texts
-from cn_clip.digests import add_file
 from cn_clip.errors import CnClipError, ConfigError, DataError
 from cn_clip.extras import require
 from cn_clip.features.options import EngineSettings
@@ -173,7 +168,7 @@ def extract(options: EngineSettings, say: Speaker) -> None:
         pictures = open_collection(options.image_data)
         facts = {"digest": pictures.digest, "location": shown(options.image_data)}
         inputs["image"] = _Inputs(facts, len(pictures.ids), lambda shard: pictures.part(shard.start, shard.stop))
-    weights = weights_digest(options)
+    weights = weights_digest(options.chosen)
     with open_storage(options.output or "").alone("another process is extracting into this folder"):
         works = [_begin(options, kind, one, weights, say) for kind, one in inputs.items()]
         tasks = deque((work, shard) for work in works for shard in work.todo())
@@ -265,14 +260,14 @@ def _run(
     if count > plan.room:
         say.note(f"Ray: 现在只有 {plan.room} 个的位置，其余等待 / there is room for {plan.room} now, the others wait")
     actor = ray.remote(ShardWorker).options(num_cpus=plan.cpus, num_gpus=plan.gpus, max_restarts=0)
-    name = options.resume or ""
+    name = options.chosen.model
     if is_foreign(name):
         name = absolute(name)
     elif os.path.dirname(name) or os.path.exists(name):
         name = os.path.abspath(name)
     settings = replace(  # as they hold in the workers, which run in other folders
         options,
-        resume=name,
+        model=name,
         download_root=options.download_root and os.path.abspath(os.path.expanduser(options.download_root)),
         num_threads=options.num_threads or (None if options.backend == "tensorrt" else plan.cpus),
         device="cpu" if options.device == "auto" and not plan.gpus else options.device,
@@ -357,12 +352,12 @@ class ShardWorker:
 
     def _work(self, task: Task) -> Finished:
         if self._encoder is None:
-            if weights_digest(self._options) != self._weights:
+            if weights_digest(self._options.chosen) != self._weights:
                 raise ConfigError(
-                    f"{platform.node()}: {self._options.resume} is another file there than where the run was started; "
+                    f"{platform.node()}: {self._options.model} is another file there than where the run was started; "
                     "copy the same weights to every machine"
                 )
-            self._encoder = choice.open_encoder(self._options, Speaker(quiet=True), kinds=self._kinds)
+            self._encoder = open_encoder(self._options.chosen, Speaker(quiet=True), kinds=self._kinds)
         job, part = task.job, task.inputs
         if isinstance(part, TextPart):
             rows_ND = text_rows(self._encoder, part, batch_size=self._options.text_batch_size)
@@ -426,26 +421,7 @@ def picture_rows(encoder: Encoder, part: Part, options: EngineSettings) -> tuple
 # --- what tells models apart, on whichever machine
 
 
-def weights_digest(options: choice.ModelOptions) -> str:
-    """A digest of the bytes of the weights; raises CheckpointError when there are none, DownloadError."""
-    name = options.resume or ""
-    exported: list[Path] = []
-    if not is_foreign(name) and zoo.named(name) is None and not os.path.exists(name):
-        exported = sorted(Path(name).parent.glob(f"{glob.escape(Path(name).name)}.*"))  # the prefix of exported files
-    if is_foreign(name):
-        files = snapshots.files_of(name, download_root=options.download_root)
-    elif exported:
-        files = [path for path in exported if path.is_file()]
-    else:
-        files = hub.files_of(hub.weight_file(name, download_root=options.download_root))
-    digest = hashlib.blake2b(digest_size=8)
-    for path in files:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        add_file(digest, path)
-    return digest.hexdigest()
-
-
-def model_facts(options: choice.ModelOptions, kind: Kind, weights: str) -> Mapping[str, object]:
+def model_facts(options: EngineSettings, kind: Kind, weights: str) -> Mapping[str, object]:
     """What decides on the rows, besides the inputs: the model of a `Manifest`.
 
     Batch sizes and threads are not in it, for they change the last digits alone: a run may go on with others.
@@ -453,7 +429,7 @@ def model_facts(options: choice.ModelOptions, kind: Kind, weights: str) -> Mappi
     facts: dict[str, object] = {
         "weights": weights,
         "backend": options.backend,
-        "precision": choice.precision_of(options),
+        "precision": precision_of(options.chosen),
         "device": options.device,
         "vision_model": options.vision_model,
         "text_model": options.text_model,
@@ -461,4 +437,4 @@ def model_facts(options: choice.ModelOptions, kind: Kind, weights: str) -> Mappi
     }
     facts |= {"context_length": options.context_length} if kind == "text" else {"decode": options.decode}
     digest = hashlib.blake2b(repr(sorted(facts.items())).encode(), digest_size=8).hexdigest()
-    return {"digest": digest, "resume": os.path.basename(options.resume or ""), **facts}
+    return {"digest": digest, "resume": os.path.basename(options.chosen.model), **facts}

@@ -4,18 +4,20 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cn_clip.clip.choice import DEFAULT_MODEL
+from cn_clip.clip.opening import full_name
 from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.features.files import read_features
 from cn_clip.features.rows import Features
 from cn_clip.index.ingest import Ingest, Report, Settings, Summary
-from cn_clip.index.models import full_name, open_encoder
+from cn_clip.index.models import open_encoder
 from cn_clip.index.options import AddOptions
 from cn_clip.index.show import shown
 from cn_clip.index.sources import (
@@ -39,7 +41,6 @@ from cn_clip.retrieval.writer import NewItem
 if TYPE_CHECKING:
     from cn_clip.clip.encoder import Encoder
 
-DEFAULT_MODEL = "ViT-B-16"
 LISTED = 20
 # Of features that were rounded to 16 bits.
 UNIT_LENGTH_TOLERANCE = 1e-3
@@ -77,7 +78,7 @@ class Model:
         """Raises ConfigError naming both models when it is not that of the index."""
         if self._opened is None:
             name = self.options.model or (self.facts.model.name if self.facts else DEFAULT_MODEL) or DEFAULT_MODEL
-            self._opened = open_encoder(name, self.options, self.say, kinds=["image"])
+            self._opened = open_encoder(replace(self.options.chosen, model=name), self.say, kinds=["image"])
             if self.facts:
                 same_model(self.facts.model, self._opened[1], self.index)
         return self._opened[0]

@@ -8,8 +8,8 @@ from typing import Annotated, TypeAlias
 import tyro
 
 from cn_clip import settings
-from cn_clip.clip.backends.base import BackendName, PrecisionChoice, check_precision
-from cn_clip.option_types import BackendDevice, BatchSize, DownloadRoot, Json, NumThreads
+from cn_clip.clip import choice
+from cn_clip.option_types import BatchSize, Json
 from cn_clip.settings import Range
 
 IndexPlace: TypeAlias = Annotated[
@@ -37,23 +37,14 @@ def with_store(args: Sequence[str] | None) -> list[str]:
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """What runs the model of an index."""
+class ModelOptions(choice.ModelSettings):
+    """What runs the model of an index. Any backend may search what another has built."""
 
-    model: str | None = None
-    """Model: a published name, a checkpoint or a transformers folder; of other families hf:FOLDER or
-    open_clip:ARCHITECTURE@FILE; default: that of the index, else ViT-B-16"""
-    backend: BackendName = "torch"
-    """What runs the model; any backend may search what another has built"""
-    precision: PrecisionChoice = "fp32"
-    """Arithmetic, of those the backend has; auto: the fastest close to fp32 (cosine 0.999) that the device has"""
-    device: BackendDevice = "auto"
-    num_threads: NumThreads = None
-    download_root: DownloadRoot = None
+    model: choice.ModelOfIndex = None
     json: Json = False
 
     def __post_init__(self) -> None:
-        check_precision(self.backend, self.precision)
+        choice.check(self.chosen)
         settings.check(self)
 
 

@@ -5,7 +5,7 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -161,7 +161,7 @@ def _encoder(index: "Searchable", options: Options, kinds: "Sequence[Kind]", say
     name = options.model or index.model.name
     if not name:
         same_model(index.model, index.model, index.address)
-    encoder, info = open_encoder(name, options, say, kinds=kinds)
+    encoder, info = open_encoder(replace(options.chosen, model=name), say, kinds=kinds)
     same_model(index.model, info, index.address)
     return encoder
 

@@ -15,20 +15,22 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from cn_clip import command, ranks
+from cn_clip import command
 from cn_clip.clip import tokenizer
 from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.backends.pytorch import TorchBackend
+from cn_clip.clip.choice import Choice
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.loading import open_model
+from cn_clip.clip.families.names import refuse
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.opening import open_quietly
 from cn_clip.clip.pictures import open_picture
 from cn_clip.clip.resnet import ModifiedResNet
 from cn_clip.clip.vit import ResidualAttentionBlock
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, is_split_folder
 from cn_clip.data.picture_sets import ClassFolders, LmdbPictures, batches
 from cn_clip.data.splits import read_split
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.errors import DataError
 from cn_clip.evaluation import zeroshot
 from cn_clip.evaluation.templates import load_templates, read_labels
 from cn_clip.features.rows import check_finite
@@ -40,26 +42,11 @@ GROUP_SIZE = 8
 MOST_MISTAKES = 12
 
 
-def open_encoder(
-    checkpoint: str,
-    *,
-    context_length: int,
-    device: str,
-    num_threads: int | None,
-    download_root: str | None,
-    say: command.Speaker,
-) -> Encoder:
-    """The model in PyTorch; raises ConfigError for texts longer than it takes."""
-    chosen = ranks.choose_device(device)
-    say(f"打开模型 / opening {checkpoint}")
-    model, _ = open_model(checkpoint, download_root=download_root)
-    longest = model.config.text.text_max_position_embeddings
-    if context_length > longest:
-        raise ConfigError(
-            f"--context-length {context_length}: {checkpoint} takes texts of at most {longest} tokens; "
-            f"use --context-length {longest}"
-        )
-    return Encoder(TorchBackend(model, device=chosen, num_threads=num_threads), context_length=context_length)
+def open_encoder(chosen: Choice, say: command.Speaker) -> Encoder:
+    """The model in PyTorch; raises ConfigError for texts longer than it takes, CheckpointError for another family."""
+    say(f"打开模型 / opening {chosen.model}")
+    refuse(chosen.model)
+    return open_quietly(chosen, say)
 
 
 # --- queries

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeAlias
 import tyro
 
 from cn_clip import command, settings
+from cn_clip.clip.choice import Choice
 from cn_clip.errors import ConfigError
 from cn_clip.files import atomic_write, refuse_inputs, replaceable
 from cn_clip.option_types import ContextLength, Device, NumThreads, NumWorkers, Templates
@@ -129,14 +130,14 @@ def run(options: Options) -> None:
         from cn_clip.report import findings  # imports torch, which the curves of a run do not need
 
         sizes = {"batch_size": options.batch_size, "num_threads": options.num_workers}
-        encoder = findings.open_encoder(
+        chosen = Choice(
             checkpoint,
-            context_length=options.context_length,
             device=options.device,
             num_threads=options.num_threads,
             download_root=options.download_root,
-            say=say,
+            context_length=options.context_length,
         )
+        encoder = findings.open_encoder(chosen, say)
         if options.data:
             say("计算图文特征，检索 / encoding and ranking the split")
             retrieval = findings.examine_queries(encoder, Path(options.data), k=options.k, **sizes)

@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from cn_clip import command, extras, settings, terminal, zoo
-from cn_clip.clip.backends.base import PrecisionChoice, check_precision
-from cn_clip.clip.choice import Runner
-from cn_clip.clip.transforms import Decode
+from cn_clip.clip import choice
+from cn_clip.clip.choice import DEFAULT_MODEL
 from cn_clip.errors import ConfigError, MissingExtraError
-from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads
 from cn_clip.serve.limits import LOG_TIME, Limits
 from cn_clip.settings import Range
 
@@ -31,28 +29,19 @@ if TYPE_CHECKING:
     from cn_clip.serve.server import Server
 
 API_KEY_VARIABLE = "CN_CLIP_API_KEY"
-DEFAULT_MODEL = "ViT-B-16"
 PURPOSE = "the HTTP service"
 SWITCH_SECONDS = 0.001
 
 
 @dataclass(frozen=True)
-class Options(Limits):
+class Options(choice.ModelSettings, Limits):
     """Answers over HTTP: /v1/embeddings as OpenAI's clients ask, /v1/classify, /v1/search; /metrics, /readyz."""
 
     index: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="INDEX")] = None
     """Index that /v1/search searches: a folder, or milvus://HOST:PORT/COLLECTION"""
-    model: str | None = None
-    """Published name, checkpoint, transformers folder, or prefix of exported files; of other families hf:FOLDER or
-    open_clip:ARCHITECTURE@FILE; default: that of the index, else ViT-B-16"""
+    model: choice.ModelOfIndex = None
     name: str | None = None
     """What the model is called in requests; default: its name, or that of its file"""
-    backend: Runner = "torch"
-    precision: PrecisionChoice = "fp32"
-    """Arithmetic, as the backend has it; auto: the fastest close to fp32 (cosine 0.999) that the device has"""
-    device: BackendDevice = "auto"
-    num_threads: NumThreads = None
-    download_root: DownloadRoot = None
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 for all of this machine's"""
     allowed_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -66,9 +55,7 @@ class Options(Limits):
     """Files of labels, one a line; /v1/classify calls each by its file name without the suffix"""
     no_page: bool = False
     """Serve no web page; with a key there is none anyway, for browsers do not send it"""
-    decode: Decode = "exact"
-    """fast decodes large JPEG files at 1/2, 1/4 or 1/8 of their size: much faster, and vectors differ a little.
-    reference clips grey of 16 bits to white, as Chinese-CLIP does"""
+    decode: choice.Decoding = "exact"
     access_log: bool = False
     """Print a line for each request"""
     drain_timeout: float = 30.0
@@ -76,10 +63,15 @@ class Options(Limits):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_precision(self.backend, self.precision)
+        choice.check(self.chosen)
         settings.check(self)
         if not self.drain_timeout > 0:
             raise ConfigError(f"{settings.flag('drain_timeout')}: expected a positive number, got {self.drain_timeout}")
+
+    @property
+    def chosen(self) -> choice.Choice:
+        """The model asked for."""
+        return replace(super().chosen, decode=self.decode)
 
     @property
     def limits(self) -> Limits:
@@ -91,13 +83,13 @@ def run(options: Options) -> None:
     """Serves until it is told to stop; raises CnClipError for what cannot be opened."""
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         extras.require(module, extra="serve", purpose=PURPOSE)
-    from cn_clip.clip.backends.opening import settle_precision
+    from cn_clip.clip.opening import precision_of
     from cn_clip.serve.app import create_app
     from cn_clip.serve.engine import Engine
     from cn_clip.serve.hosts import Hosts
     from cn_clip.serve.metrics import Metrics
 
-    options = replace(options, precision=settle_precision(options.backend, options.precision, options.device))
+    options = replace(options, precision=precision_of(options.chosen))
     hosts = Hosts(options.host, options.allowed_host)
     api_key, label_sets = key_of(options), read_label_sets(options.label_sets)
     index = _opened_index(options)
@@ -229,17 +221,9 @@ def _opened_index(options: Options) -> "Searchable | None":
 
 def _open_encoder(options: Options, model: str, index: "Searchable | None") -> "Encoder":
     from cn_clip.index.models import open_encoder
-    from cn_clip.index.options import ModelOptions
     from cn_clip.retrieval.store import same_model
 
-    settings = ModelOptions(
-        backend=options.backend,
-        precision=options.precision,
-        device=options.device,
-        num_threads=options.num_threads,
-        download_root=options.download_root,
-    )
-    encoder, facts = open_encoder(model, settings, command.Speaker(quiet=False), decode=options.decode)
+    encoder, facts = open_encoder(replace(options.chosen, model=model), command.Speaker(quiet=False))
     if index is not None:
         same_model(index.model, facts, index.address)
     return encoder

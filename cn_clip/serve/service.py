@@ -194,7 +194,7 @@ class Service:
         return classes_CD
 
     def _scale(self) -> float:
-        return getattr(self.engine.encoder.backend, "logit_scale", None) or zeroshot.LOGIT_SCALE
+        return self.engine.encoder.facts.logit_scale or zeroshot.LOGIT_SCALE
 
     async def _query(self, parts: Sequence[QueryPart], index: Searchable) -> Rows:
         """The unit vector (1, D) of the weighted sum of the parts."""

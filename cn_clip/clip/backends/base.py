@@ -71,6 +71,36 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known of an open backend besides what every one has; None, 0 or "" where it does not say.
+
+    device: "cpu" or "cuda:0", as PyTorch calls it; provider: the same in the words of ONNX Runtime.
+    batch_sizes: pictures, and texts, in a batch when nobody says. max_length: the longest text it takes, in tokens;
+    context_length: the longest it was trained with. logit_scale: the factor on cosines, exp of the stored parameter.
+    num_parameters: all, and those of the picture tower. weights: a fingerprint, alike for every backend and precision.
+    epoch, step: of the checkpoint.
+    """
+
+    precision: Precision | None = None
+    device: str = ""
+    provider: str = ""
+    batch_sizes: tuple[int, int] = USUAL_SIZES
+    max_length: int | None = None
+    context_length: int | None = None
+    logit_scale: float | None = None
+    num_parameters: tuple[int, int] = (0, 0)
+    weights: str | None = None
+    epoch: int = 0
+    step: int = 0
+
+
+def facts_of(backend: Backend) -> Facts:
+    """`backend.facts`; those of any other object with the methods of a backend say nothing."""
+    facts: Facts = getattr(backend, "facts", Facts())
+    return facts
+
+
 def check_precision(backend: BackendName, precision: str) -> PrecisionChoice:
     """`precision` as a type; raises ConfigError for a backend or a precision it does not have."""
     if backend not in PRECISIONS:
@@ -171,6 +201,14 @@ class Tower(Protocol):
         """The file, for messages."""
         ...
 
+    @property
+    def provider(self) -> str:
+        """ONNX Runtime's word for what computes; "" of other runtimes."""
+        ...
+
+    @property
+    def on_gpu(self) -> bool: ...
+
     def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
         """Raw features (B, D) of inputs whose shape the facts admit."""
         ...
@@ -202,26 +240,22 @@ class ExportedBackend:
         return self._tower("image" if self.text is None else "text").facts.embed_dim
 
     @property
-    def context_length(self) -> int | None:
-        """The longest text in tokens the model was trained with; None when the files do not say."""
-        return None if self.text is None else self.text.facts.context_length
-
-    @property
-    def usual_batch_sizes(self) -> tuple[int, int]:
-        """Pictures, and texts, in a batch when nobody says."""
-        on_gpu = any(getattr(tower, "on_gpu", False) for tower in (self.image, self.text))
-        return USUAL_SIZES_ON_GPU if on_gpu else USUAL_SIZES
-
-    @property
-    def logit_scale(self) -> float | None:
-        """The factor on cosines, exp of the stored parameter; None when the files do not say it."""
-        return self._tower("image" if self.text is None else "text").facts.logit_scale
-
-    @property
-    def num_parameters(self) -> tuple[int, int]:
-        """All parameters of the opened towers, and those of the picture tower; 0 where a file does not say it."""
-        counts = [tower.facts.num_parameters or 0 if tower else 0 for tower in (self.image, self.text)]
-        return sum(counts), counts[0]
+    def facts(self) -> Facts:
+        """What the files say. num_parameters: of the open towers, and of the picture tower."""
+        towers = [tower for tower in (self.image, self.text) if tower is not None]
+        text = None if self.text is None else self.text.facts
+        first = self._tower("image" if text is None else "text")
+        of_image = self.image.facts.num_parameters or 0 if self.image is not None else 0
+        return Facts(
+            precision=self.precision,
+            provider=first.provider,
+            batch_sizes=USUAL_SIZES_ON_GPU if any(tower.on_gpu for tower in towers) else USUAL_SIZES,
+            max_length=None if text is None else text.length or text.max_length,
+            context_length=None if text is None else text.context_length,
+            logit_scale=first.facts.logit_scale,
+            num_parameters=(sum(tower.facts.num_parameters or 0 for tower in towers), of_image),
+            weights=next((tower.facts.weights for tower in towers if tower.facts.weights), None),
+        )
 
     def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
         """Normalised pixels, float32 (B, 3, R, R), to unit rows (B, D), float32; raises DataError for another shape."""

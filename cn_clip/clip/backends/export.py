@@ -1,7 +1,6 @@
 """From a model in PyTorch to ONNX files, and from those to other precisions; each is measured before it is believed."""
 
 import contextlib
-import hashlib
 import io
 import logging
 import warnings
@@ -111,19 +110,10 @@ def facts_of_model(model: "CLIP", kind: Kind) -> TowerFacts:
         context_length=model.context_length if kind == "text" else None,
         precision="fp32",
         architecture="@".join(name or "?" for name in names) if any(names) else None,
-        weights=fingerprint(model),
+        weights=model.fingerprint(),
         logit_scale=float(model.logit_scale.detach().exp()),
         num_parameters=count + (model.text_projection.numel() if kind == "text" else 0),
     )
-
-
-def fingerprint(model: "CLIP") -> str:
-    """Sixteen hexadecimal digits that tell one model's weights from another's."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def _translated(model: "CLIP", kind: Kind) -> "ModelProto":

@@ -35,6 +35,8 @@ GROUP_SIZE = 128
 class OpenVinoTower:
     """One ONNX file in OpenVINO, on the processor."""
 
+    provider, on_gpu = "", False
+
     def __init__(
         self, path: str | Path, kind: Kind, *, precision: Precision = "fp32", num_threads: int | None = None
     ) -> None:

@@ -60,12 +60,18 @@ def open_backend(
     if compile and backend != "torch":
         raise ConfigError(f"compile: is for the torch backend; {backend} compiles by itself")
     if backend == "torch":
-        from cn_clip.clip.backends.pytorch import TorchBackend
-        from cn_clip.clip.loading import open_model
+        from cn_clip.clip.backends.pytorch import open_torch
 
-        chosen_device = ranks.choose_device(device)
-        loaded, _ = open_model(model, vision=vision, text=text, download_root=download_root)
-        return TorchBackend(loaded, device=chosen_device, precision=precision, compile=compile, num_threads=num_threads)
+        return open_torch(
+            model,
+            device=device,
+            precision=precision,
+            vision=vision,
+            text=text,
+            download_root=download_root,
+            num_threads=num_threads,
+            compile=compile,
+        )
     chosen = settle_precision(backend, precision, device)
     source = Source(model, vision, text, download_root)
     if backend == "tensorrt":

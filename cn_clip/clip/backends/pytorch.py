@@ -2,6 +2,9 @@
 
 # B batch, R resolution, L tokens, D embedding
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from cn_clip import ranks
 from cn_clip.clip.backends.base import (
     USUAL_SIZES,
     USUAL_SIZES_ON_GPU,
+    Facts,
     Pixels,
     Precision,
     Rows,
@@ -17,6 +21,7 @@ from cn_clip.clip.backends.base import (
     checked_rows,
     settled,
 )
+from cn_clip.clip.loading import open_model
 from cn_clip.clip.model import CLIP, convert_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,12 +52,18 @@ class TorchBackend:
         if self.precision != "fp32":
             convert_weights(model, DTYPES[self.precision])
         self.model = model.to(self.device).eval()
-        self.usual_batch_sizes = USUAL_SIZES_ON_GPU if self.device.type == "cuda" else USUAL_SIZES
         self.resolution = model.resolution
         self.embed_dim = model.config.vision.embed_dim
-        self.context_length = model.context_length
-        self.logit_scale = float(model.logit_scale.detach().exp())
-        self.num_parameters = tuple(sum(one.numel() for one in part.parameters()) for part in (model, model.visual))
+        total, visual = (sum(one.numel() for one in part.parameters()) for part in (model, model.visual))
+        self.facts = Facts(
+            precision=self.precision,
+            device=str(self.device),
+            batch_sizes=USUAL_SIZES_ON_GPU if self.device.type == "cuda" else USUAL_SIZES,
+            max_length=model.config.text.text_max_position_embeddings,
+            context_length=model.context_length,
+            logit_scale=float(model.logit_scale.detach().exp()),
+            num_parameters=(total, visual),
+        )
         self._encode_image, self._encode_text = model.encode_image, model.encode_text
         if compile:
             self._encode_image = torch.compile(model.encode_image, dynamic=True)
@@ -70,6 +81,31 @@ class TorchBackend:
 
     def _moved(self, inputs: "Pixels | TokenIds") -> Tensor:
         return torch.from_numpy(inputs).to(self.device, non_blocking=True)
+
+
+def open_torch(
+    model: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    precision: str = "fp32",
+    vision: str | None = None,
+    text: str | None = None,
+    download_root: str | Path | None = None,
+    num_threads: int | None = None,
+    compile: bool = False,
+    with_fingerprint: bool = False,
+) -> TorchBackend:
+    """The towers of a name, a checkpoint or a transformers folder; raises as `open_model`.
+
+    with_fingerprint: `facts.weights` is known, for which all weights are read once more.
+    """
+    chosen = ranks.choose_device(device)
+    loaded, checkpoint = open_model(model, vision=vision, text=text, download_root=download_root)
+    # Of the weights as they are exported too, before they are rounded for a precision.
+    weights = loaded.fingerprint() if with_fingerprint else None
+    backend = TorchBackend(loaded, device=chosen, precision=precision, compile=compile, num_threads=num_threads)
+    backend.facts = replace(backend.facts, weights=weights, epoch=checkpoint.epoch, step=checkpoint.step)
+    return backend
 
 
 def native_precisions(device: torch.device) -> tuple[Precision, ...]:

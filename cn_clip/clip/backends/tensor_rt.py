@@ -236,6 +236,8 @@ class TensorRTModel:
 class TensorRtTower:
     """One engine as a tower over numpy arrays."""
 
+    provider, on_gpu = "", True
+
     def __init__(self, path: str | Path, kind: Kind, *, device: str | torch.device | None = None) -> None:
         """Raises what `TensorRTModel` raises; CheckpointError for an engine that is no tower of this kind."""
         self.model = TensorRTModel(path, device=device)

@@ -51,6 +51,13 @@ def parse(name: str) -> ForeignName:
     raise ConfigError(f"model {name!r}: expected {FORMS}")
 
 
+def check(name: str, backend: str) -> None:
+    """Raises ConfigError for an incomplete name, or a backend that does not run such models."""
+    parsed = parse(name)
+    if backend != "torch":
+        raise ConfigError(f"backend: {backend} runs Chinese-CLIP alone; {parsed.scheme} models run in torch")
+
+
 def absolute(name: str) -> str:
     """The name with a local path from the root on, for those who open it from another folder."""
     parsed = parse(name)

@@ -6,7 +6,6 @@ from cn_clip import ranks
 from cn_clip.clip.backends.base import BackendName, check_precision
 from cn_clip.clip.families import names, snapshots
 from cn_clip.clip.transforms import Decode
-from cn_clip.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,13 +13,6 @@ if TYPE_CHECKING:
     import torch
 
     from cn_clip.clip.inputs import Parts
-
-
-def check(name: str, backend: BackendName) -> None:
-    """Raises ConfigError for an incomplete name, or a backend that does not run such models."""
-    parsed = names.parse(name)
-    if backend != "torch":
-        raise ConfigError(f"backend: {backend} runs Chinese-CLIP alone; {parsed.scheme} models run in torch")
 
 
 def open_parts(
@@ -39,7 +31,7 @@ def open_parts(
     instead of the file. device: default CUDA where there is one. download_root: where downloads are kept.
     Raises CnClipError: no such model, a family that is not known, or a package that is not installed.
     """
-    check(name, backend)
+    names.check(name, backend)
     check_precision("torch", precision)
     parsed = names.parse(name)
     chosen = ranks.choose_device(device)

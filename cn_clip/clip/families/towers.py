@@ -11,6 +11,7 @@ from cn_clip import ranks
 from cn_clip.clip.backends.base import (
     USUAL_SIZES,
     USUAL_SIZES_ON_GPU,
+    Facts,
     Pixels,
     Rows,
     TokenIds,
@@ -54,12 +55,16 @@ class ForeignTowers:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, value in owned(tensors).items():  # transformers leaves them in the mapped file
             tensors[name].data = value
-        self.usual_batch_sizes = USUAL_SIZES_ON_GPU if device.type == "cuda" else USUAL_SIZES
         self.resolution = resolution
-        self.logit_scale = logit_scale
         sizes = {name: one.numel() for name, one in model.named_parameters()}
         visual = sum(size for name, size in sizes.items() if name.startswith(visual_parts))
-        self.num_parameters = (sum(sizes.values()), visual)
+        self.facts = Facts(
+            precision=self.precision,
+            device=str(device),
+            batch_sizes=USUAL_SIZES_ON_GPU if device.type == "cuda" else USUAL_SIZES,
+            logit_scale=logit_scale,
+            num_parameters=(sum(sizes.values()), visual),
+        )
         self._encode_image, self._encode_text = encode_image, encode_text
         # No two families keep the width of their rows in the same place.
         self.embed_dim = self.encode_pixels(torch.zeros(1, 3, resolution, resolution).numpy()).shape[1]

@@ -1,0 +1,202 @@
+"""From the model that a command was told to an `Encoder`, and what tells its rows from those of other models.
+
+Every command that opens a model by its name, file or folder does so here.
+"""
+
+import glob
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from cn_clip import zoo
+from cn_clip.clip.backends.base import KINDS, Backend, ExportedBackend, Kind, Precision, facts_of
+from cn_clip.clip.backends.onnx_files import extra_path
+from cn_clip.clip.backends.opening import open_backend, settle_precision
+from cn_clip.clip.choice import Choice
+from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.families import names, snapshots
+from cn_clip.clip.weights import hub
+from cn_clip.command import Speaker
+from cn_clip.digests import add_file
+from cn_clip.errors import ConfigError
+
+# What decides on the rows a tower gives, besides its inputs: values that JSON can hold.
+Identity: TypeAlias = Callable[[Kind], Mapping[str, object]]
+
+
+def open_encoder(chosen: Choice, say: Speaker, *, kinds: Sequence[Kind] = KINDS) -> Encoder:
+    """The encoder asked for, of exported models only the towers wanted; `say` tells of it as Chinese-CLIP does.
+
+    Raises CnClipError: no such model, device or precision, texts longer than it takes, a package that is missing.
+    """
+    if chosen.precision == "auto":
+        chosen = replace(chosen, precision=precision_of(chosen))
+        say(f"精度 / precision: auto -> {chosen.precision}")
+    for kind, name in (("vision", chosen.vision), ("text", chosen.text)):
+        if name:
+            say(f"Loading {kind} model config from {zoo.config_path(name)}")
+    if chosen.backend == "torch":
+        say(f"Begin to load model checkpoint from {chosen.model}.")
+    encoder = open_quietly(chosen, say, kinds=kinds)
+    if chosen.is_foreign:
+        say(f"=> opened '{chosen.model}' (texts of at most {encoder.context_length} tokens)")
+    elif chosen.backend == "torch":
+        facts = encoder.facts
+        say(f"=> loaded checkpoint '{chosen.model}' (epoch {facts.epoch} @ {facts.step} steps)")
+    else:
+        say(f"=> opened '{chosen.model}' ({chosen.backend}, {chosen.precision})")
+    return encoder
+
+
+def open_quietly(
+    chosen: Choice, say: Speaker, *, kinds: Sequence[Kind] = KINDS, with_fingerprint: bool = False
+) -> Encoder:
+    """The same; `say` notes only what takes long, or was chosen here.
+
+    with_fingerprint: it is opened so that `fingerprint` can tell its weights from others. PyTorch then reads them once
+    more, and of files that do not say it both towers are opened.
+    """
+    if chosen.precision == "auto":
+        chosen = replace(chosen, precision=precision_of(chosen))
+        say.note(f"精度 / precision: auto -> {chosen.precision}")
+    if chosen.is_foreign:
+        return Encoder(
+            chosen.model,
+            backend=chosen.backend,
+            precision=chosen.precision,
+            device=chosen.device,
+            context_length=chosen.context_length,
+            download_root=chosen.download_root,
+            num_threads=chosen.num_threads,
+            decode=chosen.decode,
+        )
+    settings: dict[str, Any] = {
+        "precision": chosen.precision,
+        "device": chosen.device,
+        "vision": chosen.vision,
+        "text": chosen.text,
+        "download_root": chosen.download_root,
+        "num_threads": chosen.num_threads,
+    }
+    if chosen.backend == "torch":
+        from cn_clip.clip.backends.pytorch import open_torch
+
+        backend: Backend = open_torch(chosen.model, **settings, with_fingerprint=with_fingerprint)
+    else:
+        backend = open_backend(chosen.model, backend=chosen.backend, **settings, kinds=kinds, say=say.note)
+        if with_fingerprint and facts_of(backend).weights is None and set(kinds) != set(KINDS):
+            return open_quietly(chosen, say)
+    if "text" in kinds:
+        check_context_length(backend, chosen.context_length, chosen.model)
+    return Encoder(backend, context_length=chosen.context_length, decode=chosen.decode)
+
+
+def precision_of(chosen: Choice) -> Precision:
+    """What is computed in, "auto" being the fastest here; raises ConfigError for one that this machine lacks."""
+    try:
+        return settle_precision(chosen.backend, chosen.precision, chosen.device)
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from error
+
+
+def check_context_length(backend: Backend, context_length: int, model: str = "") -> None:
+    """Raises ConfigError when the text tower takes only shorter texts, before any is computed.
+
+    model: for messages, where the tower has no file of its own.
+    """
+    longest = facts_of(backend).max_length
+    if longest is not None and context_length > longest:
+        path = backend.text.path if isinstance(backend, ExportedBackend) and backend.text else model
+        raise ConfigError(
+            f"--context-length {context_length}: {path} takes texts of at most {longest} tokens; "
+            f"use --context-length {longest}"
+        )
+
+
+# --- what tells the rows of a model from those of others
+
+
+def identity(chosen: Choice, encoder: Encoder) -> Identity:
+    """On this machine, at once: the files by path, size and time, and the settings."""
+    settings: dict[str, object] = {
+        "backend": chosen.backend,
+        "precision": precision_of(chosen),
+        "num_threads": chosen.num_threads,
+        "vision_model": chosen.vision,
+        "text_model": chosen.text,
+    }
+    if isinstance(encoder.backend, ExportedBackend):
+        of_towers = tower_identity(encoder.backend)
+        return lambda kind: {**settings, **of_towers(kind)}
+    if chosen.is_foreign:
+        settings["name"] = chosen.model
+    facts = {**settings, "model": _states(weight_files(chosen)), "device": encoder.facts.device}
+    return lambda _: facts
+
+
+def tower_identity(backend: ExportedBackend) -> Identity:
+    """The files of the towers, and where they are computed."""
+
+    def of(kind: Kind) -> Mapping[str, object]:
+        tower = backend.image if kind == "image" else backend.text
+        assert tower is not None, "the towers wanted are open"
+        path = Path(tower.path)
+        return {"model": _states([path, extra_path(path)]), "device": tower.provider}
+
+    return of
+
+
+def fingerprint(chosen: Choice, encoder: Encoder) -> str:
+    """Of the weights, alike for every backend and precision; else of the bytes of the files that were opened.
+
+    encoder: from `open_quietly` with_fingerprint.
+    """
+    if encoder.facts.weights is not None:
+        return encoder.facts.weights
+    if isinstance(encoder.backend, ExportedBackend):
+        paths = [Path(tower.path) for tower in (encoder.backend.image, encoder.backend.text) if tower is not None]
+        files = [one for path in paths for one in (path, extra_path(path)) if one.is_file()]
+    else:
+        files = weight_files(chosen)
+    digest = hashlib.blake2b(digest_size=8)
+    for path in files:
+        add_file(digest, path)
+    return f"file:{digest.hexdigest()}"
+
+
+def weights_digest(chosen: Choice) -> str:
+    """Of names, sizes and bytes of the files, the same on every machine; raises CheckpointError, DownloadError."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in weight_files(chosen):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        add_file(digest, path)
+    return digest.hexdigest()
+
+
+def weight_files(chosen: Choice) -> list[Path]:
+    """The files that decide on the rows of a model; a published one is downloaded.
+
+    Raises CheckpointError, DownloadError.
+    """
+    if chosen.is_foreign:
+        return snapshots.files_of(chosen.model, download_root=chosen.download_root)
+    given = Path(chosen.model)
+    if zoo.named(chosen.model) is None and not given.exists():
+        exported = sorted(given.parent.glob(f"{glob.escape(given.name)}.*"))  # the prefix of exported files
+        if exported:
+            return [path for path in exported if path.is_file()]
+    return hub.files_of(hub.weight_file(chosen.model, download_root=chosen.download_root))
+
+
+def full_name(model: str) -> str:
+    """A published name as it is, a path from the root on: the model may be opened from another folder."""
+    if names.is_foreign(model):
+        return names.absolute(model)
+    return model if zoo.named(model) else str(Path(model).absolute())
+
+
+def _states(paths: Sequence[Path]) -> list[list[object]]:
+    found = [(path.resolve(), path.stat()) for path in paths if path.is_file()]
+    return [[str(path), status.st_size, status.st_mtime_ns] for path, status in found]
