@@ -15,6 +15,7 @@ from typing import Any
 
 _EXTRACTION = "get_eval_img_dataset get_eval_txt_dataset"
 _BUILDING = "_MODELS _MODEL_INFO _download available_models create_model image_transform"
+_RECALL = "NUM_K compute_score dump_2_json read_reference read_submission report_error_msg report_score"
 _TEMPLATES = (
     "aircraft_templates country211_templates eurosat_templates flower_templates food_templates openai_templates"
 )
@@ -25,6 +26,7 @@ NAMES: dict[str, str] = {
     "get_data is_master load parse_args resize_pos_embed setup_primary_logging setup_worker_logging train "
     "torch_version_str_compare_lessequal",
     "cn_clip.training.train": "convert_state_dict",
+    "cn_clip.eval.evaluation": _RECALL,
     "cn_clip.eval.extract_features": f"CLIP convert_models_to_fp32 convert_weights {_EXTRACTION}",
     "cn_clip.eval.extract_features_onnx": _EXTRACTION,
     "cn_clip.eval.extract_features_tensorrt": f"TensorRTModel {_EXTRACTION}",
@@ -48,6 +50,7 @@ HOMES: dict[str, str] = {
     "cn_clip.training.logger": "setup_primary_logging setup_worker_logging",
     "cn_clip.eval.data": f"_preprocess_text get_zeroshot_dataset {_EXTRACTION}",
     "cn_clip.eval.cvinw_zeroshot_templates": _TEMPLATES,
+    "cn_clip.evaluation.annotations": _RECALL,
     "cn_clip.evaluation.zeroshot_torch": "accuracy run zero_shot_classifier",
     "cn_clip.deploy.tensorrt_utils": "TensorRTModel TensorRTShape build_engine",
     "cn_clip.deploy.benchmark_utils": "print_timings track_infer_time",

@@ -88,10 +88,12 @@ def broken(options: Any, rules: Iterable[Rule]) -> list[Rule]:
 def check(options: Any, rules: Iterable[Rule] = ()) -> None:
     """Raises ConfigError for the first number outside its range, then for the first rule that refuses."""
     for name, hint in get_type_hints(type(options), include_extras=True).items():
-        value = getattr(options, name)
-        for bounds in getattr(hint, "__metadata__", ()):
+        value, annotations = getattr(options, name), getattr(hint, "__metadata__", ())
+        # An option may have another name on the command line than in the program.
+        shown = next((one.name for one in annotations if getattr(one, "name", None)), name)
+        for bounds in annotations:
             if isinstance(bounds, Range) and value is not None and value not in bounds:
-                raise ConfigError(f"{flag(name)}: expected {bounds}, got {value}")
+                raise ConfigError(f"{flag(shown)}: expected {bounds}, got {value}")
     for rule in broken(options, rules):
         if rule.is_refused:
             raise ConfigError(rule.message)

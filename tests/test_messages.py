@@ -98,8 +98,8 @@ def faults(name: str, text: str, own: frozenset[str]) -> list[str]:
 
 
 def options_of_package(name: str) -> frozenset[str]:
-    """Of the commands and scripts in the folder of a module; none for what all commands share."""
-    folder = name.partition("/")[0]
+    """Of the commands and scripts in the folder of a module (of evaluation/: in eval/); none for what all share."""
+    folder = name.partition("/")[0].replace("evaluation", "eval")
     if "/" not in name or folder in SHARED:
         return frozenset()
     found: set[str] = set()

@@ -41,7 +41,7 @@ def measure(
 def check(data: Path, split: Split) -> None:
     """Raises DataError saying which part of a split is missing or cannot be scored, and what to do."""
     from cn_clip.data.picture_sets import LmdbPictures
-    from cn_clip.eval.evaluation import read_relevant
+    from cn_clip.evaluation.annotations import read_relevant
 
     images, texts = data / "lmdb" / split / "imgs", data / f"{split}_texts.jsonl"
     settle(data)
@@ -128,22 +128,27 @@ def _recall(
     options: "FeatureOptions", annotation: Path, query: Query, device: str, say: Speaker
 ) -> Mapping[str, float]:
     from cn_clip import ranks
-    from cn_clip.eval import evaluation, make_topk_predictions, transform_ir_annotation_to_tr
+    from cn_clip.evaluation import annotations, retrieval
     from cn_clip.features.files import read_features
-    from cn_clip.retrieval.flat import GALLERY_BLOCK
 
     say("以文搜图 / texts find pictures…" if query == "text" else "以图搜文 / pictures find texts…")
     mark = "" if query == "text" else "tr_"
     predictions = annotation.with_name(annotation.name.replace("texts.jsonl", f"{mark}predictions.jsonl"))
     queries, gallery = (
-        read_features(options.output_file(side)[0], make_topk_predictions.ID_FIELDS[side])
-        for side in (query, make_topk_predictions.OTHER[query])
+        read_features(options.output_file(side)[0], annotations.FIELDS[side].query_id)
+        for side in (query, retrieval.OTHER[query])
     )
+    predicted: annotations.Ranking = {}
     with atomic_write(predictions) as stream:
-        make_topk_predictions.write_predictions(
-            stream, query, queries, gallery, NUM_FOUND, block=GALLERY_BLOCK, device=ranks.choose_device(device)
-        )
-    standard = str(annotation) if query == "text" else transform_ir_annotation_to_tr.turn_round(str(annotation))[0]
-    result = evaluation.evaluate(standard, str(predictions), query=query)
+        for query_id, found in retrieval.search(queries, gallery, NUM_FOUND, device=ranks.choose_device(device)):
+            stream.write(annotations.line_of(query, query_id, found))
+            predicted[query_id] = found
+    standard = str(annotation)
+    if query == "text":
+        relevant = annotations.read_annotation(standard)
+    else:
+        standard, _, relevant = annotations.turn_round(standard)
+    annotations.check_complete(relevant, predicted, query=query)
+    result = annotations.score(relevant, predicted, query=query, standard=standard, submit=predictions)
     scores: dict[str, float] = result["scoreJson"]
     return {name: scores[name] for name in ("r1", "r5", "r10", "mean_recall")}

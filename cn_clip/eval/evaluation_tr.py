@@ -6,24 +6,16 @@ python cn_clip/eval/evaluation_tr.py STANDARD.tr.jsonl PREDICTIONS.jsonl RESULT.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from cn_clip import command
 from cn_clip.eval import evaluation
-from cn_clip.eval.evaluation import NUM_K, dump_2_json, report_error_msg, report_score
 
-__all__ = [
-    "NUM_K",
-    "compute_score",
-    "dump_2_json",
-    "read_reference",
-    "read_submission",
-    "report_error_msg",
-    "report_score",
-]
 
-compute_score = partial(evaluation.compute_score, query="image")
-read_reference = partial(evaluation.read_reference, query="image")
-read_submission = partial(evaluation.read_submission, query="image")
+def __getattr__(name: str) -> Any:
+    """Chinese-CLIP's names, with the other direction as default."""
+    value = getattr(evaluation, name)
+    return partial(value, query="image") if name in ("compute_score", "read_reference", "read_submission") else value
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cn_clip import command
-from cn_clip.errors import DataError
-from cn_clip.files import atomic_write, refuse_inputs
-from cn_clip.jsonl import dumps
 from cn_clip.option_types import Json
 
 
@@ -24,35 +21,13 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Reads, writes and says so; raises as `turn_round`."""
-    output, num_texts, num_images = turn_round(options.input)
+    """Reads, writes and says so; raises DataError with file and line for a faulty line."""
+    from cn_clip.evaluation import annotations
+
+    turned = annotations.turn_round(options.input)
     say = command.Speaker(quiet=options.json)
     say("Done!")
-    say.result({"output": output, "num_texts": num_texts, "num_images": num_images})
-
-
-def turn_round(annotation: str) -> tuple[str, int, int]:
-    """(the file written, texts read, pictures written).
-
-    Raises DataError with file and line, before anything is written, for a faulty line.
-    """
-    from cn_clip.data.records import plain_id
-    from cn_clip.eval.evaluation import read_relevant
-
-    texts_of: dict[int | str, list[int | str]] = {}
-    num_texts = 0
-    for text_id, image_ids in read_relevant(annotation, query="text"):
-        num_texts += 1
-        for image_id in image_ids:
-            texts_of.setdefault(plain_id(image_id), []).append(plain_id(text_id))
-    if not num_texts:
-        raise DataError("the file has no lines; expected one JSON object a line", at=annotation)
-    output = annotation.removesuffix(".jsonl") + ".tr.jsonl"
-    refuse_inputs("--input: the output", output, [annotation])
-    with atomic_write(output) as stream:
-        for image_id, text_ids in texts_of.items():
-            stream.write(dumps({"image_id": image_id, "text_ids": text_ids}) + "\n")
-    return output, num_texts, len(texts_of)
+    say.result({"output": turned.output, "num_texts": turned.num_texts, "num_images": len(turned.texts_of)})
 
 
 def parse_args() -> Namespace:
