@@ -28,7 +28,7 @@ from cn_clip.clip.encoder import Encoder  # noqa: E402
 from cn_clip.clip.pictures import decode  # noqa: E402
 from cn_clip.clip.transforms import STD, Decode, ImageTransform  # noqa: E402
 from cn_clip.data.lmdb_store import IMAGES, ImageStore, SplitWriter  # noqa: E402
-from cn_clip.data.picture_sets import LmdbPictures, batches  # noqa: E402
+from cn_clip.data.pictures import LmdbPictures, batches  # noqa: E402
 from cn_clip.data.records import decode_base64  # noqa: E402
 from cn_clip.errors import ConfigError  # noqa: E402
 

@@ -18,8 +18,8 @@ from unreadable_files import unreadable
 from cn_clip.clip.transforms import MEAN, STD, ImageTransform
 from cn_clip.data.datasets import LmdbPairs, PairBatch, PairDataset, make_loader
 from cn_clip.data.lmdb_store import Pair, SplitWriter
-from cn_clip.data.picture_sets import ClassFolders, LmdbPictures, PictureDataset, PictureFiles, batches
-from cn_clip.data.texts import read_texts
+from cn_clip.data.pictures import ClassFolders, LmdbPictures, PictureDataset, PictureFiles, batches
+from cn_clip.data.records import read_texts
 from cn_clip.errors import ConfigError, DataError, UnreadableError
 
 REFERENCE = GOLDEN_LMDB / "lmdb" / "train"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cn_clip.data.names import characters, path_of, readable, spelled
+from cn_clip.data.paths import characters, path_of, readable, spelled
 from cn_clip.index.sources import open_source
 
 

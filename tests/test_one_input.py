@@ -26,10 +26,8 @@ from cn_clip.clip.transforms import ImageTransform, in_8_bits
 from cn_clip.data.augment import Augmentation
 from cn_clip.data.bulk_pictures import open_collection
 from cn_clip.data.datasets import LmdbPairs, PairDataset
-from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
-from cn_clip.data.picture_sets import ClassFolders, LmdbPictures, batches
-from cn_clip.data.pictures import check_picture
-from cn_clip.data.splits import read_split
+from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, read_split
+from cn_clip.data.pictures import ClassFolders, LmdbPictures, batches, check_picture
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
 from cn_clip.evaluation import zeroshot

@@ -10,7 +10,7 @@ from PIL import Image, features
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES, SUFFIXES_OF, begins_as_picture
 from cn_clip.data.bulk_pictures import open_collection
 from cn_clip.data.captions import pictures_from_names
-from cn_clip.data.picture_sets import ClassFolders
+from cn_clip.data.pictures import ClassFolders
 from cn_clip.data.records import Fault
 from cn_clip.data.shards import ShardPairs
 from cn_clip.index.sources import open_source

@@ -15,8 +15,7 @@ from cn_clip.clip.backends.base import Pixels
 from cn_clip.clip.pictures import data_url_bytes, decode, decoded_batches, open_picture
 from cn_clip.clip.transforms import MEAN, STD, ImageTransform
 from cn_clip.data.lmdb_store import SplitWriter
-from cn_clip.data.picture_sets import LmdbPictures, PictureFiles, batches
-from cn_clip.data.pictures import load_picture
+from cn_clip.data.pictures import LmdbPictures, PictureFiles, batches, load_picture
 from cn_clip.errors import ConfigError, DataError
 
 # One level of 255 in the units of the pixels, at most over the channels.

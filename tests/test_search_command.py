@@ -19,7 +19,7 @@ from PIL import Image
 from cn_clip import cli
 from cn_clip.clip import Encoder
 from cn_clip.clip.loading import create_model
-from cn_clip.data.names import spelled
+from cn_clip.data.paths import spelled
 from cn_clip.demo import emoji
 from cn_clip.features.files import write_features
 from cn_clip.retrieval import addresses, engines, milvus, store, writer

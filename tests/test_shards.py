@@ -29,9 +29,9 @@ from torch import Tensor
 from cn_clip.data import tars
 from cn_clip.data.datasets import LmdbPairs, PairDataset, make_loader
 from cn_clip.data.lmdb_store import Pair, SplitWriter
-from cn_clip.data.names import spelled
-from cn_clip.data.shards import ShardPairs, expand_braces, is_shards, shard_paths
-from cn_clip.data.tars import tar_members
+from cn_clip.data.paths import spelled
+from cn_clip.data.shards import ShardPairs
+from cn_clip.data.tars import expand_braces, is_shards, shard_paths, tar_members
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.preprocess import write_shards
 from cn_clip.training.inputs import training_data

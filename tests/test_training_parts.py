@@ -17,8 +17,7 @@ from torch.utils.data import DistributedSampler
 from cn_clip.clip import tokenizer
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.transforms import MEAN, STD
-from cn_clip.data.lmdb_store import Pair, SplitWriter
-from cn_clip.data.splits import Split
+from cn_clip.data.lmdb_store import Pair, Split, SplitWriter
 from cn_clip.errors import ConfigError
 from cn_clip.training import inputs
 from cn_clip.training import main as training

@@ -17,9 +17,8 @@ from cn_clip import cli
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.weights.checkpoint import read_checkpoint
-from cn_clip.data.lmdb_store import PairStore
-from cn_clip.data.picture_sets import LmdbPictures, PictureDataset
-from cn_clip.data.splits import read_split
+from cn_clip.data.lmdb_store import PairStore, read_split
+from cn_clip.data.pictures import LmdbPictures, PictureDataset
 from cn_clip.errors import DataError
 from cn_clip.eval.wise_ft import Point, interpolate, table
 from cn_clip.retrieval.recall import Recall, RecallBothWays, recall_from_features

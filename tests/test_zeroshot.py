@@ -21,7 +21,7 @@ from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.inputs import ChineseTexts
 from cn_clip.clip.model import CLIP
-from cn_clip.data.picture_sets import ClassFolders
+from cn_clip.data.pictures import ClassFolders
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
 from cn_clip.eval import zeroshot_evaluation

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple, Protocol
 
 from cn_clip.clip.picture_names import HEAD_BYTES, PICTURE_SUFFIXES, begins_as_picture, passed_over, suffix_of
 from cn_clip.data.lmdb_store import IMAGES, ImageStore
-from cn_clip.data.names import spelled
-from cn_clip.data.picture_sets import PictureSource, StoredPicture
+from cn_clip.data.paths import spelled
+from cn_clip.data.pictures import PictureSource, StoredPicture
 from cn_clip.data.records import RecordId, canonical_id, digest_of
-from cn_clip.data.shards import expand_braces
 from cn_clip.data.storage import EXTRA, FoundFile, Storage, is_uri, open_storage, shown
-from cn_clip.data.tars import tar_members
+from cn_clip.data.tars import expand_braces, tar_members
 from cn_clip.errors import DataError, Where, reading
 from cn_clip.extras import require
 
@@ -52,7 +51,7 @@ def open_collection(location: str) -> Collection:
 
     location: an LMDB split or its `imgs` folder; tar files or Parquet tables by name, with {000..099} and `*` in the
     last part of the path; or a folder that holds, at any depth, pictures, tar files or tables.
-    Ids: of an LMDB as there; of a folder the path below it, of a tar `TAR/KEY`, both as `names.spelled` spells them; of
+    Ids: of an LMDB as there; of a folder the path below it, of a tar `TAR/KEY`, both as `paths.spelled` spells them; of
     a table its column `image_id` or `id`. Raises DataError naming what cannot be read, an address without pictures or
     with several kinds of files, and an id that comes twice. Other files of a folder are counted in the log.
     """

@@ -20,8 +20,7 @@ from cn_clip.clip.picture_names import PICTURE_SUFFIXES, is_picture_file, passed
 from cn_clip.data import tables
 from cn_clip.data.building import OnFault, print_skipped
 from cn_clip.data.checks import images_path, sound_records, texts_path
-from cn_clip.data.folders import walked
-from cn_clip.data.names import characters, spelled
+from cn_clip.data.paths import characters, spelled, walked
 from cn_clip.data.pictures import check_picture
 from cn_clip.data.records import DATASET, Fault, RecordId, canonical_id, image_line, text_line
 from cn_clip.digests import is_file, is_folder, is_there
@@ -38,7 +37,7 @@ _LEADING_COUNTER = re.compile(r"\A[0-9_\-\s]+")
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file and its captions. `name` is its path below the folder, as `names.spelled` spells it; `given_id`
+    """A picture file and its captions. `name` is its path below the folder, as `paths.spelled` spells it; `given_id`
     from a table's id column."""
 
     path: Path

@@ -30,7 +30,7 @@ from cn_clip.clip import tokenizer
 from cn_clip.clip.inputs import TextTransform
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore
 from cn_clip.data.pictures import load_picture
-from cn_clip.data.records import RecordId
+from cn_clip.data.records import RecordId, SourcePair
 from cn_clip.errors import CnClipError, ConfigError, DataError, Where
 
 logger = logging.getLogger(__name__)
@@ -59,16 +59,6 @@ class PairBatch(NamedTuple):
     image_id: list[RecordId]
     text_id: list[RecordId]
     num_skipped: list[int]
-
-
-class SourcePair(NamedTuple):
-    """A pair as it is stored: the bytes of the picture file, the text as written; `where` begins an error about it."""
-
-    picture: bytes
-    text: str
-    image_id: RecordId
-    text_id: RecordId
-    where: Where
 
 
 class PairSource(Protocol):

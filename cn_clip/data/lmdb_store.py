@@ -7,7 +7,8 @@ import pickle
 import struct
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -389,3 +390,31 @@ class PairStore:
 def is_split_folder(folder: Path) -> bool:
     """Whether a folder holds both parts of a built split; raises UnreadableError."""
     return all(is_file(folder / part / "data.mdb") for part in (IMAGES, PAIRS))
+
+
+# --- a whole split
+
+
+@dataclass(frozen=True)
+class Split:
+    """Ids of the pictures, texts as written, (picture number, text number) of each pair in order."""
+
+    image_ids: Sequence[RecordId]
+    texts: list[str]
+    pairs: list[tuple[int, int]]
+
+
+def read_split(pairs: PairStore, image_ids: Sequence[RecordId]) -> Split:
+    """Numbers pictures as in `image_ids` and texts by their first pair.
+
+    Raises DataError for a pair whose picture is not in the split.
+    """
+    rows = [pairs[index] for index in range(len(pairs))]
+    texts = {pair.text_id: pair.text for pair in rows}
+    text_numbers = {text_id: number for number, text_id in enumerate(texts)}
+    image_numbers = {image_id: number for number, image_id in enumerate(image_ids)}
+    for number, pair in enumerate(rows):
+        if pair.image_id not in image_numbers:
+            raise DataError(f"pair {number} names the picture {pair.image_id!r}, which is missing", at=pairs.folder)
+    numbers = [(image_numbers[pair.image_id], text_numbers[pair.text_id]) for pair in rows]
+    return Split(image_ids, list(texts.values()), numbers)

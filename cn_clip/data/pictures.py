@@ -1,16 +1,35 @@
-"""Bytes to PIL pictures, with errors in one sentence; used by the dataset checks and the torch datasets."""
+"""Stored pictures: bytes to PIL and to pixels, with errors in one sentence; pictures by number, and batches of them."""
 
-from collections.abc import Callable
-from typing import Literal, TypeAlias, TypeVar
+# B batch, R resolution
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
-from cn_clip.clip.pictures import decode, opened
+from cn_clip.clip.backends.base import Pixels
+from cn_clip.clip.inputs import PictureTransform
+from cn_clip.clip.picture_names import PICTURE_SUFFIXES, is_picture_file, passed_over
+from cn_clip.clip.pictures import decode, decoded_batches, opened
 from cn_clip.clip.transforms import in_8_bits, is_deep
-from cn_clip.errors import DataError, Where
+from cn_clip.data.lmdb_store import ImageStore
+from cn_clip.data.paths import walked
+from cn_clip.data.records import RecordId
+from cn_clip.digests import is_folder
+from cn_clip.errors import ConfigError, DataError, UnreadableError, Where
 
+logger = logging.getLogger(__name__)
+
+KeyT = TypeVar("KeyT", covariant=True)
 PixelsT = TypeVar("PixelsT")
 PictureCheck: TypeAlias = Literal["decode", "header", "none"]
+
+
+# --- one picture
 
 
 def open_picture(data: bytes, draft_size: int | None = None) -> Image.Image:
@@ -60,3 +79,149 @@ def _not_a_picture(data: bytes, error: Exception) -> DataError:
         return DataError(f"the picture of {len(data)} bytes is not decoded: {error}")
     reason = "no known picture format" if isinstance(error, UnidentifiedImageError) else f"{error}"
     return DataError(f"the picture of {len(data)} bytes does not decode ({reason})")
+
+
+# --- pictures by number
+
+
+@dataclass(frozen=True)
+class StoredPicture(Generic[KeyT]):
+    """A picture as it is stored: what it is known by, the bytes of its file; `where` begins an error about it."""
+
+    key: KeyT
+    data: bytes
+    where: Where
+
+
+class PictureSource(Protocol[KeyT]):
+    """Where pictures come from, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> StoredPicture[KeyT]:
+        """Raises DataError naming a picture that cannot be read."""
+        ...
+
+
+def batches(
+    pictures: PictureSource[KeyT], transform: PictureTransform, batch_size: int, num_threads: int = 1, *, first: int = 0
+) -> Iterator[tuple[list[KeyT], Pixels]]:
+    """(keys, pixels (B, 3, R, R)) in order from number `first` on; meanwhile `num_threads` threads decode the next.
+
+    num_threads 0: decodes in this thread. Raises ConfigError for a batch size below 1 or fewer than 0 threads,
+    DataError for an empty source and naming a picture that cannot be read.
+    """
+    if batch_size < 1 or num_threads < 0:
+        raise ConfigError(f"expected a batch size of 1 or more and 0 or more workers, got {batch_size}, {num_threads}")
+    if not len(pictures):
+        raise DataError("the dataset is empty; nothing to load")
+
+    def load(index: int, out: Pixels) -> KeyT:
+        stored = pictures[index]
+        load_picture(
+            stored.data, stored.where, lambda image: transform.array(image, out), draft_size=transform.draft_size
+        )
+        return stored.key
+
+    return decoded_batches(load, range(first, len(pictures)), transform.resolution, batch_size, num_threads)
+
+
+class PictureDataset(Generic[KeyT, PixelsT]):
+    """The pictures of a source, decoded whole, for torch's loader: (key, picture as `transform` makes it)."""
+
+    def __init__(self, source: PictureSource[KeyT], transform: Callable[[Image.Image], PixelsT]) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[KeyT, PixelsT]:
+        stored = self.source[index]
+        return stored.key, load_picture(stored.data, stored.where, self.transform)
+
+
+class LmdbPictures:
+    """The pictures of an `imgs` folder by index in key order, known by their ids."""
+
+    def __init__(self, images_folder: str | os.PathLike[str]) -> None:
+        """Opens an `imgs` folder; raises DataError when it is none."""
+        self.images = ImageStore(images_folder)
+        self.ids = self.images.ids
+        logger.info("The specified LMDB directory contains %d images.", len(self.ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> StoredPicture[RecordId]:
+        image_id = self.ids[index]
+        where = Where(self.images.folder, part=f"image id {image_id!r}", id=image_id)
+        return StoredPicture(image_id, self.images.picture(image_id), where)
+
+
+class PictureFiles:
+    """Picture files by index, known by their paths as given."""
+
+    def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
+        self.paths = [os.fspath(path) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> StoredPicture[str]:
+        path = self.paths[index]
+        return StoredPicture(path, _read_bytes(path), Where(path))
+
+
+def _read_bytes(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", at=path) from error
+
+
+class ClassFolders:
+    """Pictures in one folder per class, known by the class index.
+
+    Classes are the sub-folders in sorted order, pictures lie in them at any depth and come in sorted order; hidden
+    files and folders, which editors and file managers leave behind, are not looked at. A folder that links name too
+    counts once in its class. Other files that are no pictures are counted in the log.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Lists the files; raises DataError when there is no class folder, or one without a picture."""
+        root = Path(folder)
+        if not is_folder(root):
+            raise DataError("no such folder; expected one sub-folder of pictures per class", at=root)
+        self.classes = sorted(
+            entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+        )
+        if not self.classes:
+            raise DataError("holds no sub-folder; expected one sub-folder of pictures per class", at=root)
+        others: list[str] = []
+        self.samples = [
+            (path, label) for label, name in enumerate(self.classes) for path in _pictures(root / name, others)
+        ]
+        if others:
+            logger.warning("%s", passed_over(root, others))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> StoredPicture[int]:
+        path, label = self.samples[index]
+        return StoredPicture(label, _read_bytes(path), Where(path))
+
+
+def _pictures(folder: Path, others: list[str]) -> list[str]:
+    """The pictures below a folder; the names of what is none go into `others`."""
+    found: list[str] = []
+    for below, _, names in sorted(walked(folder, _refuse)):
+        for path in (os.path.join(below, name) for name in names):
+            (found if is_picture_file(path) else others).append(path)
+    if not found:
+        raise DataError(f"holds no picture; expected files ending in {', '.join(PICTURE_SUFFIXES)}", at=folder)
+    return found
+
+
+def _refuse(error: OSError) -> None:
+    raise UnreadableError.of(error.filename, error) from error

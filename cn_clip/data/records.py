@@ -8,9 +8,9 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from cn_clip.errors import DataError
+from cn_clip.errors import DataError, Where
 from cn_clip.jsonl import json_object, numbered_lines
 
 RecordId: TypeAlias = int | str
@@ -67,6 +67,16 @@ class TextRecord:
     text: str
     image_ids: tuple[RecordId, ...]
     line: int = 0
+
+
+class SourcePair(NamedTuple):
+    """A pair as it is stored: the bytes of the picture file, the text as written; `where` begins an error about it."""
+
+    picture: bytes
+    text: str
+    image_id: RecordId
+    text_id: RecordId
+    where: Where
 
 
 RecordT = TypeVar("RecordT", ImageRecord, TextRecord)
@@ -223,6 +233,22 @@ def _read(
             yield Fault(str(path), number, str(error))
     if is_empty:
         yield Fault(str(path), None, f"the file is empty; expected lines of {expected}")
+
+
+def read_texts(path: str | os.PathLike[str]) -> list[tuple[RecordId, str]]:
+    """(text id, text as written) of each line of a texts jsonl, in order; image_ids are not looked at.
+
+    Numbers as text are turned into strings. Raises DataError with file and line; an empty file is an error.
+    """
+    texts = []
+    for number, line in numbered_lines(path):
+        try:
+            texts.append(text_fields(json_object(line)))
+        except DataError as error:
+            raise DataError(error, at=Where(path, line=number)) from error
+    if not texts:
+        raise DataError('the file is empty; expected lines of {"text_id": ..., "text": ...}', at=path)
+    return texts
 
 
 def image_line(image_id: RecordId, picture: bytes) -> bytes:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from cn_clip.data.folders import walked
-from cn_clip.data.names import spelled
+from cn_clip.data.paths import spelled, walked
 from cn_clip.errors import ConfigError, DataError, is_absent
 from cn_clip.extras import require
 from cn_clip.files import alone, atomic_write, clear_leftovers

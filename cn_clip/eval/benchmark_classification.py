@@ -18,7 +18,7 @@ from cn_clip.evaluation.model_choice import ModelChoice
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Rows
-    from cn_clip.data.picture_sets import ClassFolders
+    from cn_clip.data.pictures import ClassFolders
 
 LABEL_FILE, INDEX_FILE = "label_cn.txt", "index.json"
 _RECALL_LEVELS = 11
@@ -132,7 +132,7 @@ def _digest(pictures: "ClassFolders", number: int) -> bytes:
 
 
 def _test_pictures(data: Path) -> "ClassFolders":
-    from cn_clip.data.picture_sets import ClassFolders
+    from cn_clip.data.pictures import ClassFolders
 
     if not data.is_dir():
         raise DataError("no such folder; expected the folder of the dataset, with test/ in it", at=data)

@@ -40,7 +40,7 @@ def measure(
 
 def check(data: Path, split: Split) -> None:
     """Raises DataError saying which part of a split is missing or cannot be scored, and what to do."""
-    from cn_clip.data.picture_sets import LmdbPictures
+    from cn_clip.data.pictures import LmdbPictures
     from cn_clip.evaluation.annotations import read_relevant
 
     images, texts = data / "lmdb" / split / "imgs", data / f"{split}_texts.jsonl"

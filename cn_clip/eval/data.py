@@ -1,6 +1,6 @@
 """Chinese-CLIP's datasets and loaders for evaluation, under its names; for programs that bring their own loop.
 
-The commands read through `data.picture_sets` and `data.texts`, which these are faces of.
+The commands read through `data.pictures` and `data.records`, which these are faces of.
 """
 
 # B batch, R resolution, L tokens
@@ -19,10 +19,8 @@ from cn_clip.clip import tokenizer
 from cn_clip.clip.inputs import preprocess_text as _preprocess_text
 from cn_clip.clip.tokenizer import tokenize
 from cn_clip.clip.transforms import ImageTransform, image_transform
-from cn_clip.data.picture_sets import ClassFolders, LmdbPictures
-from cn_clip.data.pictures import load_picture
-from cn_clip.data.records import RecordId
-from cn_clip.data.texts import read_texts
+from cn_clip.data.pictures import ClassFolders, LmdbPictures, load_picture
+from cn_clip.data.records import RecordId, read_texts
 
 __all__ = ["tokenize"]
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from cn_clip.clip.encoder import Encoder
     from cn_clip.clip.model import CLIP
     from cn_clip.clip.weights.checkpoint import Checkpoint
-    from cn_clip.data.picture_sets import LmdbPictures
-    from cn_clip.data.splits import Split
+    from cn_clip.data.lmdb_store import Split
+    from cn_clip.data.pictures import LmdbPictures
     from cn_clip.retrieval.recall import RecallBothWays
 
 TENTHS = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
@@ -160,9 +160,8 @@ def evaluate(options: Options, model: "CLIP", zeroshot: "Checkpoint", finetuned:
     from tqdm import tqdm
 
     from cn_clip.clip.encoder import Encoder
-    from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
-    from cn_clip.data.picture_sets import LmdbPictures
-    from cn_clip.data.splits import read_split
+    from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, read_split
+    from cn_clip.data.pictures import LmdbPictures
 
     precision = "fp32" if options.precision == "amp" else options.precision
     pictures = LmdbPictures(f"{options.val_data}/{IMAGES}")
@@ -185,7 +184,7 @@ def _recall(
 ) -> "RecallBothWays":
     import numpy as np
 
-    from cn_clip.data.picture_sets import batches
+    from cn_clip.data.pictures import batches
     from cn_clip.retrieval.recall import recall_from_features
 
     rows = []

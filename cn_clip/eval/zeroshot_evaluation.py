@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from cn_clip.clip.backends.base import Rows
     from cn_clip.clip.encoder import Encoder
-    from cn_clip.data.picture_sets import ClassFolders
+    from cn_clip.data.pictures import ClassFolders
     from cn_clip.evaluation.zeroshot import Accuracy
 
 MOST_CLASSES_SHOWN = 50
@@ -84,7 +84,7 @@ def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     import numpy as np
 
     from cn_clip.clip.opening import open_encoder
-    from cn_clip.data.picture_sets import ClassFolders
+    from cn_clip.data.pictures import ClassFolders
     from cn_clip.evaluation import elevater, zeroshot
     from cn_clip.evaluation.templates import load_templates, read_labels
     from cn_clip.features.rows import check_finite
@@ -147,7 +147,7 @@ def _picture_features(
     from tqdm import tqdm
 
     from cn_clip.clip.backends.base import named
-    from cn_clip.data.picture_sets import batches
+    from cn_clip.data.pictures import batches
     from cn_clip.features.rows import check_finite
 
     rows: list[Rows] = []

@@ -14,7 +14,7 @@ from cn_clip import __version__
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import Identity
 from cn_clip.command import Speaker
-from cn_clip.data.picture_sets import ClassFolders
+from cn_clip.data.pictures import ClassFolders
 from cn_clip.data.records import digest_of
 from cn_clip.errors import DataError
 from cn_clip.features.extraction import compute_pictures

@@ -17,9 +17,8 @@ from cn_clip import __version__, command, settings
 from cn_clip.clip.backends.base import Kind, named
 from cn_clip.clip.encoder import SORTING_WINDOW, Encoder, sorted_batches
 from cn_clip.clip.opening import Identity, identity, open_encoder
-from cn_clip.data.picture_sets import LmdbPictures, PictureSource, batches
-from cn_clip.data.records import RecordId, digest_of
-from cn_clip.data.texts import read_texts
+from cn_clip.data.pictures import LmdbPictures, PictureSource, batches
+from cn_clip.data.records import RecordId, digest_of, read_texts
 from cn_clip.features.files import write_rows
 from cn_clip.features.options import RULES, EngineSettings, Settings
 from cn_clip.features.rows import IdField, check_unique

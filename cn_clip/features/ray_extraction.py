@@ -29,9 +29,8 @@ from cn_clip.clip.pictures import decoded_batches
 from cn_clip.command import Speaker
 from cn_clip.data.bulk_pictures import Part, open_collection
 from cn_clip.data.pictures import load_picture
-from cn_clip.data.records import RecordId, digest_of
+from cn_clip.data.records import RecordId, digest_of, read_texts
 from cn_clip.data.storage import Storage, StorageError, open_storage, shown
-from cn_clip.data.texts import read_texts
 from cn_clip.errors import CnClipError, ConfigError, DataError
 from cn_clip.extras import require
 from cn_clip.features.options import EngineSettings

@@ -35,7 +35,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Removes; raises DataError, with nothing removed, for an id that is not there."""
-    from cn_clip.data.names import readable
+    from cn_clip.data.paths import readable
     from cn_clip.index.show import shown
     from cn_clip.retrieval.addresses import address_of, open_writer
     from cn_clip.retrieval.query import parse_condition

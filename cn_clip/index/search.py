@@ -120,7 +120,7 @@ def _is_file(path: str, facts: os.stat_result) -> bool:
 
 def _known_id(index: "Searchable", text: str) -> "ItemId":
     """The item that is called so; a number is looked for as one, too, and a name on a disk by its spelling."""
-    from cn_clip.data.names import readable
+    from cn_clip.data.paths import readable
     from cn_clip.retrieval.addresses import item_called
 
     found = item_called(index, text)

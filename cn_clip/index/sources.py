@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES, suffix_of
-from cn_clip.data.folders import walked
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
-from cn_clip.data.names import spelled
+from cn_clip.data.paths import spelled, walked
 from cn_clip.digests import is_file, is_folder, is_there
 from cn_clip.errors import DataError, UnreadableError, Where, is_absent
 from cn_clip.features.store import is_shard_folder

@@ -27,9 +27,8 @@ from cn_clip.clip.opening import open_quietly
 from cn_clip.clip.pictures import open_picture
 from cn_clip.clip.resnet import ModifiedResNet
 from cn_clip.clip.vit import ResidualAttentionBlock
-from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, is_split_folder
-from cn_clip.data.picture_sets import ClassFolders, LmdbPictures, batches
-from cn_clip.data.splits import read_split
+from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, is_split_folder, read_split
+from cn_clip.data.pictures import ClassFolders, LmdbPictures, batches
 from cn_clip.errors import DataError
 from cn_clip.evaluation import zeroshot
 from cn_clip.evaluation.templates import load_templates, read_labels

@@ -15,7 +15,7 @@ import numpy as np
 
 from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.pictures import is_data_url
-from cn_clip.data.names import path_of, readable
+from cn_clip.data.paths import path_of, readable
 from cn_clip.errors import ConfigError, StoreError
 from cn_clip.evaluation import zeroshot
 from cn_clip.evaluation.templates import DEFAULT, load_templates

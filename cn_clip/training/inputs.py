@@ -9,10 +9,10 @@ from cn_clip.clip.inputs import ChineseTexts
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.data.augment import Augmentation
 from cn_clip.data.datasets import LmdbPairs, PairDataset, PairSource, make_loader
-from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore
-from cn_clip.data.picture_sets import LmdbPictures, PictureDataset
-from cn_clip.data.shards import ShardPairs, is_shards
-from cn_clip.data.splits import read_split
+from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, read_split
+from cn_clip.data.pictures import LmdbPictures, PictureDataset
+from cn_clip.data.shards import ShardPairs
+from cn_clip.data.tars import is_shards
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.training.distributed import own_share
 from cn_clip.training.logs import logger

@@ -15,8 +15,8 @@ from torch import Tensor
 from cn_clip import ranks
 from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint
 from cn_clip.data.datasets import Loader, PairBatch
+from cn_clip.data.lmdb_store import Split
 from cn_clip.data.records import RecordId
-from cn_clip.data.splits import Split
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, reading
 from cn_clip.settings import flag
 from cn_clip.training import adapt, distributed, state

@@ -14,7 +14,7 @@ from torch import Tensor
 from cn_clip import ranks
 from cn_clip.clip import tokenizer
 from cn_clip.clip.model import CLIP
-from cn_clip.data.splits import Split
+from cn_clip.data.lmdb_store import Split
 from cn_clip.retrieval.recall import Recall, RecallBothWays, recall_from_features
 from cn_clip.training.distributed import from_first, gather_shares, own_share
 from cn_clip.training.loss import Pairs, contrastive_scores

@@ -55,8 +55,8 @@ from cn_clip.data.bulk_pictures import open_collection
 from cn_clip.data.captions import pictures_from_table
 from cn_clip.data.checks import check_split
 from cn_clip.data.lmdb_store import ImageStore, PairStore
+from cn_clip.data.records import read_texts
 from cn_clip.data.shards import ShardPairs
-from cn_clip.data.texts import read_texts
 from cn_clip.errors import DataError
 from cn_clip.eval import compare, evaluation
 from cn_clip.evaluation import class_features, templates

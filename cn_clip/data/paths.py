@@ -1,11 +1,14 @@
-"""Paths as text: a name on a disk is any bytes, and JSON, addresses, logs and tables hold Unicode alone, in one line.
+"""Paths: how folders of pictures are walked, and how a path is spelled as text.
 
-Archives unpacked on another system leave names in GBK; Python reads such a byte as a lone surrogate. `spelled` gives
-each path a spelling that all of these hold, the same for no two paths, and readable where the bytes are GBK.
+A name on a disk is any bytes; JSON, addresses, logs and tables hold only Unicode, in one line. Archives unpacked on
+another system leave names in GBK; Python reads such a byte as a lone surrogate. `spelled` gives each path a spelling
+that all of these hold, the same for no two paths, and readable where the bytes are GBK.
 """
 
 import contextlib
+import os
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -16,6 +19,30 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 # Controls and ends of lines: a name with them would write lines of its own into a log or a table.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _UNQUOTED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "").replace("/", "")
+
+
+def walked(
+    root: str | os.PathLike[str], on_error: Callable[[OSError], object]
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """(folder, names of folders in it, names of files in it) of `root` and of all below it, names in order.
+
+    A caller that empties the names of folders enters none of them. on_error: told of a folder that cannot be listed,
+    with its name in the error; it may raise.
+    """
+    seen = set[tuple[int, int]]()
+    for folder, folders, names in os.walk(root, onerror=on_error, followlinks=True):
+        try:
+            facts = os.stat(folder)
+        except OSError as error:  # removed meanwhile
+            folders.clear()
+            on_error(error)
+            continue
+        if (facts.st_dev, facts.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield folder, folders, sorted(name for name in names if not name.startswith("."))
 
 
 def spelled(path: str) -> str:
