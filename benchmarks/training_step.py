@@ -60,7 +60,7 @@ else:
     from cn_clip.data.datasets import PairBatch
     from cn_clip.training.distributed import Parallel
     from cn_clip.training.loss import Objective
-    from cn_clip.training.optim import build_optimizer
+    from cn_clip.training.scheduler import build_optimizer
     from cn_clip.training.step import Learner, make_batch
     cpu = torch.device("cpu")
     model = CLIP(**settings["info"]).train()

@@ -12,11 +12,10 @@ from deterministic import SMALL_MODEL, training_batches
 from cn_clip import ranks
 from cn_clip.clip.model import CLIP
 from cn_clip.data.datasets import PairBatch
-from cn_clip.training.distill import Teacher
 from cn_clip.training.distributed import Gather, Parallel, from_first, process_group, whole
 from cn_clip.training.loss import Objective
-from cn_clip.training.optim import build_optimizer, decay_groups, load_optimizer_state, optimizer_state
-from cn_clip.training.step import Batch, Learner, make_batch
+from cn_clip.training.scheduler import build_optimizer, decay_groups, load_optimizer_state, optimizer_state
+from cn_clip.training.step import Batch, Learner, Teacher, make_batch
 
 CPU = torch.device("cpu")
 TEACHER = Teacher(lambda pixels: pixels[:, :, :4, :4].flatten(1), resolution=None)

@@ -8,7 +8,7 @@ from dataset_files import tsv_line
 
 from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.demo import emoji
-from cn_clip.training import main as training
+from cn_clip.training import building
 from cn_clip.training.params import Options
 from cn_clip.training.trainer import Trainer
 
@@ -44,14 +44,14 @@ def run(split: Path, logs: Path, **settings: Any) -> str:
     """Trains as the command does and returns the log of this run alone; runs of one second share a file."""
     chosen = options(split, logs, **settings)
     before = {path: path.stat().st_size for path in (logs / chosen.name).glob("out_*.log")}
-    training.run(chosen)
+    building.run(chosen)
     latest = max((logs / chosen.name).glob("out_*.log"))
     return latest.read_bytes()[before.get(latest, 0) :].decode()
 
 
 def build(split: Path, logs: Path, **settings: Any) -> Trainer:
     """What the command builds before it trains."""
-    return training.build_trainer(options(split, logs, **settings), torch.device("cpu"), logs)
+    return building.build_trainer(options(split, logs, **settings), torch.device("cpu"), logs)
 
 
 def checkpoint(logs: Path, name: str = "x", file: str = "epoch_latest.pt") -> dict[str, Any]:

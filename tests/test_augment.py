@@ -20,7 +20,7 @@ from cn_clip.data.augment import FILL, OPERATIONS, POLICY, Augmentation, auto_au
 from cn_clip.data.datasets import LmdbPairs, PairDataset, make_loader
 from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.errors import ConfigError
-from cn_clip.training.sampling import EpochNumbers, EpochSampler
+from cn_clip.training.inputs import EpochNumbers, EpochSampler
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 

@@ -11,8 +11,9 @@ from tiny_models import tiny_model, tiny_pixels
 from torch import Tensor, nn
 
 from cn_clip.errors import CheckpointError, ConfigError, DownloadError, MissingExtraError
-from cn_clip.training import distill
-from cn_clip.training.distill import feature_distillation_loss, open_teacher
+from cn_clip.training import building
+from cn_clip.training.building import open_teacher
+from cn_clip.training.loss import feature_distillation_loss
 
 TEAM = "damo/multi-modal_team-vit-large-patch14_multi-modal-similarity"
 RLEG = "damo/multi-modal_rleg-vit-large-patch14"
@@ -101,11 +102,11 @@ def test_pixels_of_another_size_are_brought_to_the_teachers(checkpoint: Path) ->
 def test_nothing_of_the_teacher_is_trained_and_its_text_tower_is_let_go(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[nn.Module] = []
-    frozen = distill._frozen
-    monkeypatch.setattr(distill, "_frozen", lambda model, device: (seen.append(model), frozen(model, device)))
+    opened = []
+    open_model = building.open_model
+    monkeypatch.setattr(building, "open_model", lambda name: opened.append(open_model(name)) or opened[0])
     open_teacher(str(checkpoint), "cpu")
-    (model,) = seen
+    ((model, _),) = opened
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(name.startswith("bert.") for name in model.state_dict())

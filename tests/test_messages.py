@@ -54,7 +54,7 @@ OTHERS = {
     ("data/datasets.py", "--ipc"),
     ("data/datasets.py", "--shm-size"),
     ("ranks.py", "--nproc-per-node"),
-    ("training/distill.py", "--upgrade"),
+    ("training/building.py", "--upgrade"),
     ("training/main.py", "--local-rank"),
     ("deploy/speed_benchmark.py", "--pytorch-ckpt"),
 }

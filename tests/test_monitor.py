@@ -13,7 +13,9 @@ import pytest
 
 from cn_clip.errors import CnClipError, MissingExtraError
 from cn_clip.training import curves, monitor
-from cn_clip.training.monitor import EarlyStop, Monitor, StuckLoss, peak_memory, rate_warning
+from cn_clip.training.log_lines import StuckLoss, peak_memory, rate_warning
+from cn_clip.training.monitor import Monitor
+from cn_clip.training.stopping import EarlyStop
 
 RECALLS = {
     f"{way}_{name}": value
@@ -44,7 +46,7 @@ def train(folder: Path, first: int, last: int, *, loss: float = 2.0, validates: 
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Counts the drawings instead of making them."""
     drawn: list[Path] = []
-    monkeypatch.setattr(monitor, "draw", lambda history, path, title: drawn.append(path))
+    monkeypatch.setattr(curves, "draw", lambda series, path, title: drawn.append(path))
     return drawn
 
 
@@ -124,8 +126,8 @@ def test_the_file_is_rewritten_whole_or_not_at_all(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
 def test_a_full_disk_is_told_with_the_file(tmp_path: Path, undrawn: list[Path]) -> None:
     run = Monitor(tmp_path, start_step=0, tensorboard=False)
-    run._file.close()
-    run._file._stream = open("/dev/full", "w")  # noqa: SIM115 - closed by the monitor
+    run._close_file()
+    run._stream = open("/dev/full", "w")  # noqa: SIM115 - closed by the monitor
     for leave in (lambda: run.step(1, {"loss": 1.0}), run.close):
         with pytest.raises(CnClipError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
             leave()
@@ -155,7 +157,7 @@ def test_a_picture_that_could_not_be_written_is_drawn_again_at_the_end(
         if (outcome := outcomes.pop(0)) is not None:
             raise outcome
 
-    monkeypatch.setattr(monitor, "draw", draw)
+    monkeypatch.setattr(curves, "draw", draw)
     run = Monitor(tmp_path, start_step=0, tensorboard=False)
     run.validation(0, {"loss": 4.5})
     run.close()
@@ -165,21 +167,20 @@ def test_a_picture_that_could_not_be_written_is_drawn_again_at_the_end(
 def test_a_resumed_run_draws_what_came_before_too(tmp_path: Path, undrawn: list[Path]) -> None:
     train(tmp_path, 1, 4, validates=True)
     run = train(tmp_path, 3, 5, loss=1.0)
-    drawn_steps, losses = run._history.points("train", "loss")
+    drawn = monitor.all_points(run._records)
+    drawn_steps, losses = drawn["train/loss"]
     assert (drawn_steps.tolist(), losses.tolist()) == ([1, 2, 3, 4, 5], [2, 2, 1, 1, 1])
-    assert run._history.points("valid", "loss")[0].tolist() == []  # step 4 is done again
+    assert "valid/loss" not in drawn  # step 4 is done again
 
 
 def test_the_picture_shows_loss_recall_and_rate(tmp_path: Path) -> None:
-    history = curves.History()
-    for step in range(1, 30):
-        history.add("train", step, {"loss": 4 - step / 10, "lr": 1e-4, "chance_loss": math.log(64), "unknown": 7.0})
-    history.add("valid", 0, {"loss": 4.0, **RECALLS})
-    history.add("valid", 29, {"loss": 2.0, **RECALLS})
+    rest = {"lr": 1e-4, "chance_loss": math.log(64), "unknown": 7.0}
+    records = [{"step": step, "kind": "train", "loss": 4 - step / 10, **rest} for step in range(1, 30)]
+    records += [{"step": step, "kind": "valid", "loss": loss, **RECALLS} for step, loss in ((0, 4.0), (29, 2.0))]
     from matplotlib.figure import Figure
 
     figure = Figure()
-    curves._fill(figure, history)
+    curves.fill(figure, monitor.all_points(records))
     loss, text_to_image, image_to_text, rate = figure.axes
     labels = [[line.get_label() for line in panel.get_lines()] for panel in figure.axes]
     assert labels[0][1:] == ["train, smoothed", "valid", "ln(batch): guessing"]
@@ -211,10 +212,10 @@ def test_a_run_without_any_number_still_closes(tmp_path: Path) -> None:
 
 def test_smoothing_is_a_mean_over_nine_points_and_fewer_at_the_ends() -> None:
     values = np.arange(12, dtype=np.float64) ** 2
-    means = curves.smoothed(values)
+    means = monitor.smoothed(values)
     assert means[0] == (0 + 1 + 4 + 9 + 16) / 5
     assert means[5] == pytest.approx(sum(value**2 for value in range(1, 10)) / 9)
-    assert len(curves.smoothed(np.array([]))) == 0
+    assert len(monitor.smoothed(np.array([]))) == 0
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it_and_the_run_goes_on(
@@ -232,10 +233,10 @@ def test_without_matplotlib_one_line_says_how_to_get_it_and_the_run_goes_on(
 def test_a_plot_that_cannot_be_written_ends_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def no_room(history: object, path: Path, title: str) -> None:
+    def no_room(series: object, path: Path, title: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(monitor, "draw", no_room)
+    monkeypatch.setattr(curves, "draw", no_room)
     with Monitor(tmp_path, start_step=0, tensorboard=False) as run:
         run.validation(0, {"loss": 4.0})
     assert "curves.png: cannot be written (No space left on device)" in caplog.text
@@ -261,6 +262,7 @@ def test_without_tensorboard_the_install_command_is_told_before_anything_is_writ
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(MissingExtraError, match=r"--report-to tensorboard needs .*'cn_clip\[tensorboard\]'"):
         Monitor(tmp_path, start_step=0, tensorboard=True)
     assert list(tmp_path.iterdir()) == []
@@ -268,7 +270,7 @@ def test_without_tensorboard_the_install_command_is_told_before_anything_is_writ
 
 def test_peak_memory_is_that_of_this_process_in_bytes() -> None:
     code = (
-        "from cn_clip.training.monitor import peak_memory\n"
+        "from cn_clip.training.log_lines import peak_memory\n"
         "before = peak_memory('cpu'); data = bytearray(b'x') * (60 << 20); del data\n"
         "print(before, peak_memory('cpu'))"
     )

@@ -32,7 +32,7 @@ from cn_clip.data.captions import pictures_from_table
 from cn_clip.errors import CheckpointError, CnClipError, DataError, DownloadError, first_sentence, reading
 from cn_clip.evaluation import class_features
 from cn_clip.features.files import read_features
-from cn_clip.training.optim import build_optimizer, decay_groups, load_optimizer_state, optimizer_state
+from cn_clip.training.scheduler import build_optimizer, decay_groups, load_optimizer_state, optimizer_state
 
 
 class PanicException(BaseException):

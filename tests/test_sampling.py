@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cn_clip.errors import ConfigError
-from cn_clip.training.sampling import EpochNumbers, EpochSampler, ShardSampler
+from cn_clip.training.inputs import EpochNumbers, EpochSampler, ShardSampler
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,8 @@ from cn_clip.data.shards import ShardPairs
 from cn_clip.data.tars import expand_braces, is_shards, shard_paths, tar_members
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.preprocess import write_shards
-from cn_clip.training.inputs import training_data
+from cn_clip.training.inputs import EpochNumbers, ShardSampler, training_data
 from cn_clip.training.params import Options
-from cn_clip.training.sampling import EpochNumbers, ShardSampler
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from cn_clip.clip.model import CLIP
 from cn_clip.data.datasets import PairBatch
-from cn_clip.training.distill import Teacher
 from cn_clip.training.distributed import Parallel
 from cn_clip.training.loss import Objective, Pairs, contrastive_scores
-from cn_clip.training.step import Batch, Learner, make_batch
+from cn_clip.training.step import Batch, Learner, Teacher, make_batch
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ from cn_clip.clip.weights.low_rank import is_adapter
 from cn_clip.errors import CheckpointError, ConfigError, DataError
 from cn_clip.eval import extract_features
 from cn_clip.training import distributed, inputs
-from cn_clip.training.main import build_model, synchronise_norms
+from cn_clip.training.building import build_model, synchronise_norms
 from cn_clip.training.params import Options
 from cn_clip.training.trainer import Trainer
 from cn_clip.zoo import model_config

@@ -21,14 +21,14 @@ from cn_clip.data.lmdb_store import Pair, Split, SplitWriter
 from cn_clip.errors import ConfigError
 from cn_clip.training import inputs
 from cn_clip.training import main as training
+from cn_clip.training.building import explained_memory
 from cn_clip.training.distributed import Parallel
+from cn_clip.training.inputs import EpochSampler, TrainingData
 from cn_clip.training.loss import Objective, Pairs, contrastive_scores
-from cn_clip.training.optim import build_optimizer, clamp_logit_scale, learning_rate
 from cn_clip.training.params import Options
-from cn_clip.training.sampling import EpochSampler
-from cn_clip.training.state import explained_memory
+from cn_clip.training.scheduler import build_optimizer, clamp_logit_scale, learning_rate
 from cn_clip.training.step import Batch, Learner, cut_to_longest
-from cn_clip.training.trainer import Trainer, TrainingData
+from cn_clip.training.trainer import Trainer
 from cn_clip.training.validation import validate
 
 GOLDEN = Path(__file__).parent / "golden"

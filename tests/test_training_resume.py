@@ -18,7 +18,7 @@ from training_runs import TINY
 
 from cn_clip.checkpoints import convert
 from cn_clip.clip.loading import open_model
-from cn_clip.errors import CheckpointError, ConfigError, DataError, OutputError
+from cn_clip.errors import CheckpointError, ConfigError, DataError
 from cn_clip.training import main as training
 from cn_clip.training.stopping import StopRequest
 from cn_clip.training.trainer import Trainer
@@ -384,13 +384,22 @@ def test_two_processes_agree_on_where_to_begin_and_on_what_is_wrong(
     assert refused.stderr.count("错误 / error: --resume") == 2  # each process ends with the reason
 
 
-@pytest.mark.parametrize("name", ["x", "n" * 300])
-def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(name: str, split: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("x", "Not a directory; a part of the path is a file; choose another"), ("n" * 300, "File name too long")],
+)
+def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(
+    name: str, reason: str, split: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"")
     logs = file if name == "x" else tmp_path
-    with pytest.raises(OutputError, match=f"^--logs {logs}: the folder .* cannot be made or written .*another --logs$"):
-        training.run(options(split, logs, name=name, max_steps=1, **QUIET))
+    with pytest.raises(SystemExit) as stopped:
+        training.main([f"--train-data={split}", f"--logs={logs}", f"--name={name}", "--device=cpu"])
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"错误 / error: {logs / name}")
+    assert reason in line
 
 
 def test_missing_validation_data_are_named(split: Path, tmp_path: Path) -> None:

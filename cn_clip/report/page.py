@@ -26,7 +26,7 @@ from cn_clip.clip.pictures import open_picture
 from cn_clip.clip.transforms import in_8_bits
 from cn_clip.data.pictures import load_picture
 from cn_clip.report.run_folder import DIRECTIONS, Run, is_finite, mean_recall
-from cn_clip.training.curves import Points, smoothed
+from cn_clip.training.monitor import Points, smoothed
 
 if TYPE_CHECKING:
     from cn_clip.report.findings import Confusion, PairView, Retrieval

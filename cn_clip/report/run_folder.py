@@ -3,8 +3,6 @@
 A log, `out_*.log`, is read for runs of Chinese-CLIP, and for those that have lost their metrics file.
 """
 
-# N points
-
 import math
 import re
 from collections.abc import Iterable
@@ -13,13 +11,10 @@ from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any, TypeGuard
 
-import numpy as np
-
 from cn_clip.errors import DataError
 from cn_clip.jsonl import numbered_lines
-from cn_clip.training.curves import Points
-from cn_clip.training.logs import TIME_FORMAT
-from cn_clip.training.metrics_file import METRICS, Record, read_records
+from cn_clip.training.logger import TIME_FORMAT
+from cn_clip.training.monitor import METRICS, Kind, Points, Record, points, read_records
 
 CHECKPOINTS, BEST, LATEST = "checkpoints", "epoch_best.pt", "epoch_latest.pt"
 DIRECTIONS = ("text_to_image", "image_to_text")
@@ -180,18 +175,9 @@ class Run:
         """The names of the checkpoint files."""
         return sorted(path.name for path in (self.folder / CHECKPOINTS).glob("*.pt"))
 
-    def points(self, kind: str, name: str, *, factor: float = 1.0) -> Points:
-        """Steps (N,) in order and values (N,) times `factor`; the last value of a step counts.
-
-        Values that are no number are left out.
-        """
-        values = {
-            record["step"]: value * factor
-            for record in self.records
-            if record["kind"] == kind and is_finite(value := record.get(name))
-        }
-        steps = sorted(values)
-        return np.array(steps, dtype=np.float64), np.array([values[step] for step in steps], dtype=np.float64)
+    def points(self, kind: Kind, name: str, *, factor: float = 1.0) -> Points:
+        """As `monitor.points`, of this run's records."""
+        return points(self.records, kind, name, factor=factor)
 
     def validations(self) -> list[Record]:
         """The records of the validations, by step."""

@@ -13,7 +13,7 @@ from cn_clip.clip.resnet import ModifiedResNet
 from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint, fit, read_checkpoint
 from cn_clip.clip.weights.low_rank import LowRank, is_adapter
 from cn_clip.errors import CheckpointError, ConfigError
-from cn_clip.training.logs import logger
+from cn_clip.training.logger import logger
 
 JOINED_WEIGHT = ".attn.in_proj_weight"
 

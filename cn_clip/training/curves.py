@@ -1,23 +1,24 @@
-"""The picture of a run, `curves.png`: loss, recall of both directions and learning rate over the steps."""
+"""The picture of a run, `curves.png`, by matplotlib: loss, recall of both directions and learning rate over the steps.
+
+Only `monitor` imports this module, when it draws.
+"""
 
 # N points
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from cn_clip.extras import require
 from cn_clip.files import atomic_write
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-Points = tuple[NDArray[np.float64], NDArray[np.float64]]
+# Steps (N,) and values (N,) by KIND/NAME, as `monitor.all_points` gives them.
+Series = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 TRAIN_COLOUR, VALID_COLOUR, CHANCE_COLOUR, RATE_COLOUR = "#1f6fb4", "#d1495b", "#8d99ae", "#2a9d8f"
 # R@1 is what runs are chosen by: the darkest. The mean is dashed, because it is made of the others.
@@ -30,47 +31,12 @@ RECALL_LINES = {
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
 
 
-class History:
-    """The values of a run that are drawn, by kind ("train", "valid") and name. The last value of a step counts."""
-
-    def __init__(self) -> None:
-        self._values: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
-
-    def add(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
-        """Takes the values of one step; None and names that no panel shows are left out."""
-        for name, value in values.items():
-            if name in _DRAWN and value is not None:
-                self._values[kind, name][step] = value
-
-    def points(self, kind: str, name: str) -> Points:
-        """Steps (N,) in order and values (N,); empty where nothing was added."""
-        items = sorted(self._values.get((kind, name), {}).items())
-        steps, values = zip(*items, strict=True) if items else ((), ())
-        return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
-
-
-_DRAWN = {"loss", "chance_loss", "lr"} | {f"{way}_{name}" for way in DIRECTIONS for name in RECALL_LINES}
-
-
-def smoothed(values_N: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The mean over a window around each point, about a fortieth of all (9 at least); shorter at both ends."""
-    half = max(4, len(values_N) // 80)
-    sums = np.concatenate([[0.0], np.cumsum(values_N)])
-    index = np.arange(len(values_N))
-    start, end = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values_N))
-    means: NDArray[np.float64] = (sums[end] - sums[start]) / (end - start)
-    return means
-
-
-def draw(history: History, path: Path, *, title: str) -> None:
-    """Writes the PNG as a whole or not at all; raises MissingExtraError without matplotlib, OSError as files do."""
-    require("matplotlib", extra="plot", purpose="the plot of loss and recall")
-    from matplotlib.figure import Figure
-
+def draw(series: Series, path: Path, *, title: str) -> None:
+    """Writes the PNG as a whole or not at all; raises OSError as files do."""
     figure = Figure(figsize=(11, 9), facecolor="white")
     # Fixed, for finding these numbers anew would draw every picture twice.
     figure.subplots_adjust(left=0.055, right=0.985, top=0.92, bottom=0.055, hspace=0.42, wspace=0.11)
-    _fill(figure, history)
+    fill(figure, series)
     # The font of matplotlib has no Chinese characters, and a "$" would begin a formula.
     shown = title if title.isascii() else ""
     figure.suptitle(shown, x=0.01, ha="left", fontsize=13, fontweight="bold", parse_math=False)
@@ -78,53 +44,53 @@ def draw(history: History, path: Path, *, title: str) -> None:
         figure.savefig(stream, format="png", dpi=110)
 
 
-def _fill(figure: "Figure", history: History) -> None:
+def fill(figure: Figure, series: Series) -> None:
+    """Draws the four panels: the loss, the recall of both directions, the learning rate; all over the same steps."""
     panels = figure.subplot_mosaic("LL;TI;RR", height_ratios=[3, 2.6, 1.1])
+    last = max([1.0, *(float(series[name][0][-1]) for name in ("train/loss", "valid/loss") if _has(series, name))])
     for panel in panels.values():
-        _plain(panel)
-    _draw_loss(panels["L"], history)
-    _draw_recall(panels["T"], history, "text_to_image")
-    _draw_recall(panels["I"], history, "image_to_text")
-    _line(panels["R"], history.points("train", "lr"), color=RATE_COLOUR)
-    panels["R"].set(title="learning rate", xlabel="step", ylim=(0, None))
-    panels["R"].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    _share_steps(panels.values(), history)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color="#e6e8ec", linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    loss, rate = panels["L"], panels["R"]
+    _line(loss, series, "train/loss", color=TRAIN_COLOUR, alpha=0.25, linewidth=0.8)
+    _line(loss, series, "train/loss smoothed", color=TRAIN_COLOUR, linewidth=1.8, label="train, smoothed")
+    _line(loss, series, "valid/loss", color=VALID_COLOUR, marker="o", label="valid")
+    label = "ln(batch): guessing"
+    _line(loss, series, "train/chance_loss", color=CHANCE_COLOUR, linestyle="--", linewidth=1.2, label=label)
+    loss.set(title="loss (nats, inside batches)", ylim=(0, None))
+    _legend(loss)
+    _draw_recall(panels["T"], series, "text_to_image")
+    _draw_recall(panels["I"], series, "image_to_text")
+    _line(rate, series, "train/lr", color=RATE_COLOUR)
+    rate.set(title="learning rate", xlabel="step", ylim=(0, None))
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for panel in panels.values():
+        panel.set_xlim(-0.01 * last, 1.01 * last)
 
 
-def _plain(panel: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(color="#e6e8ec", linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+def _has(series: Series, name: str) -> bool:
+    return name in series and len(series[name][0]) > 0
 
 
-def _line(panel: "Axes", points: Points, **style: Any) -> None:
+def _line(panel: Axes, series: Series, name: str, *, factor: float = 1.0, **style: Any) -> None:
     """A line through the points, or a dot where there is only one."""
-    if len(points[0]):
-        panel.plot(*points, **{"marker": "o" if len(points[0]) == 1 else "", "markersize": 4, **style})
+    if _has(series, name):
+        steps_N, values_N = series[name]
+        style = {"marker": "o" if len(steps_N) == 1 else "", "markersize": 4, **style}
+        panel.plot(steps_N, factor * values_N, **style)
 
 
-def _draw_loss(panel: "Axes", history: History) -> None:
-    steps, losses = history.points("train", "loss")
-    _line(panel, (steps, losses), color=TRAIN_COLOUR, alpha=0.25, linewidth=0.8)
-    _line(panel, (steps, smoothed(losses)), color=TRAIN_COLOUR, linewidth=1.8, label="train, smoothed")
-    _line(panel, history.points("valid", "loss"), color=VALID_COLOUR, marker="o", label="valid")
-    chance = history.points("train", "chance_loss")
-    _line(panel, chance, color=CHANCE_COLOUR, linestyle="--", linewidth=1.2, label="ln(batch): guessing")
-    panel.set(title="loss (nats, inside batches)", ylim=(0, None))
-    _legend(panel)
-
-
-def _draw_recall(panel: "Axes", history: History, way: str) -> None:
+def _draw_recall(panel: Axes, series: Series, way: str) -> None:
     last, highest = [], 0.0
     for name, (label, colour, style) in RECALL_LINES.items():
-        steps, values = history.points("valid", f"{way}_{name}")
-        if len(values):
-            last.append(f"{label} {100 * values[-1]:.1f}")
-            highest = max(highest, 100 * float(np.nanmax(values)))
-        _line(panel, (steps, 100 * values), color=colour, linestyle=style, marker="o", markersize=3, label=label)
+        key = f"valid/{way}_{name}"
+        if _has(series, key):
+            values_N = 100 * series[key][1]
+            last.append(f"{label} {values_N[-1]:.1f}")
+            highest = max(highest, float(np.nanmax(values_N)))
+        _line(panel, series, key, factor=100, color=colour, linestyle=style, marker="o", markersize=3, label=label)
     # Both directions on one scale from 0 would be fairer to compare, but a low recall must be seen to rise.
     panel.set(title=f"recall {DIRECTIONS[way]} (%, whole validation set)", ylim=(0, min(102, max(10, 1.15 * highest))))
     if last:
@@ -134,13 +100,6 @@ def _draw_recall(panel: "Axes", history: History, way: str) -> None:
     _legend(panel)
 
 
-def _legend(panel: "Axes") -> None:
+def _legend(panel: Axes) -> None:
     if panel.get_legend_handles_labels()[1]:
         panel.legend(loc="best", frameon=True, framealpha=0.85, edgecolor="none", fontsize=9)
-
-
-def _share_steps(panels: Iterable["Axes"], history: History) -> None:
-    ends = (history.points(kind, "loss")[0][-1:] for kind in ("train", "valid"))
-    last = max([1.0, *(float(step) for end in ends for step in end)])
-    for panel in panels:
-        panel.set_xlim(-0.01 * last, 1.01 * last)

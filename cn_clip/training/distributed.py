@@ -14,12 +14,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # before any group: its default arguments would keep one, and its threads
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cn_clip import ranks, terminal
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.resnet import ModifiedResNet
 from cn_clip.errors import CnClipError, ConfigError
-from cn_clip.training.logs import logger
+from cn_clip.training.logger import logger
 
 Gather = Literal["none", "values", "gradients"]
 ResultT = TypeVar("ResultT")
@@ -47,23 +50,19 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
         wait_for_all()
     except Exception as error:
-        if device.type == "cuda":
-            _leave_at_once(error)
-        raise
+        if device.type != "cuda":
+            raise
+        # NCCL's own end would wait for the other processes, and they for this one.
+        if isinstance(error, CnClipError):
+            logger.error("%s", error)
+        else:
+            logger.exception("unexpected error")
+        terminal.leave(1)
     finally:
         # The threads of the group must end before the process does, which they could abort. Meshes of FSDP that lie in
         # cycles would keep them.
         gc.collect()
         dist.destroy_process_group()
-
-
-def _leave_at_once(error: Exception) -> None:
-    """Says what is wrong and ends this process: NCCL's own end would wait for the others, and they for this one."""
-    if isinstance(error, CnClipError):
-        logger.error("%s", error)
-    else:
-        logger.exception("unexpected error")
-    terminal.leave(1)
 
 
 def any_process(flag: bool) -> bool:
@@ -98,10 +97,15 @@ def together(do: Callable[[], ResultT]) -> ResultT:
         result = do()
     except CnClipError as raised:
         error = raised
+    fail_together(error)
+    return cast(ResultT, result)
+
+
+def fail_together(error: Exception | None) -> None:
+    """Raises `error`, or where this process has none, that of the first one that has; every process must ask."""
     first = next((one for one in every_object(error) if one is not None), None)
     if first is not None:
         raise error or first
-    return cast(ResultT, result)
 
 
 def every_object(value: Any) -> list[Any]:
@@ -176,27 +180,22 @@ class Parallel:
         self.model, self.device, self.fsdp = model, device, fsdp
         self.module: nn.Module = model
         self.loose: list[nn.Parameter] = []
-        if fsdp:
-            self._split()
-        elif ranks.world_size() > 1:
-            devices = [device] if device.type == "cuda" else None
-            self.module = nn.parallel.DistributedDataParallel(model, device_ids=devices)
-
-    def _split(self) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
+        if not fsdp:
+            if ranks.world_size() > 1:
+                devices = [device] if device.type == "cuda" else None
+                self.module = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+            return
         if ranks.world_size() == 1:
             raise ConfigError("--fsdp: splits a model over several processes, there is one; start it with torchrun")
         if "ignored_params" not in inspect.signature(fully_shard).parameters:
             raise ConfigError(f"--fsdp: needs PyTorch 2.7 or newer, this is {torch.__version__}")
-        mesh = init_device_mesh(self.device.type, (ranks.world_size(),))
-        self.loose = [parameter for parameter in self.model.parameters() if parameter.ndim == 0]
+        mesh = init_device_mesh(device.type, (ranks.world_size(),))
+        self.loose = [parameter for parameter in model.parameters() if parameter.ndim == 0]
         for parameter in self.loose:
             dist.broadcast(parameter.data, 0)
-        for block in blocks(self.model):
+        for block in blocks(model):
             fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh, ignored_params=set(self.loose))
+        fully_shard(model, mesh=mesh, ignored_params=set(self.loose))
 
     def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs)
@@ -265,20 +264,17 @@ def compile_blocks(model: CLIP) -> None:
     Variants: with and without gradients, mixed precision, class token alone, sizes. Past its limit PyTorch would run
     one uncompiled, and the two passes of gradient caching would no longer draw the same.
     """
-    import torch._dynamo
-    import torch._inductor.config
+    from torch import _dynamo, _inductor  # loading them takes seconds, and only --compile needs them
 
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    setattr(torch._dynamo.config, limit, 64)
-    torch._inductor.config.fallback_random = True
+    limit = "recompile_limit" if hasattr(_dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(_dynamo.config, limit, 64)
+    _inductor.config.fallback_random = True
     for block in blocks(model):
         block.compile()
 
 
 def whole(value: Tensor) -> Tensor:
     """A tensor split over processes put together in the memory of rank 0, empty elsewhere; others pass."""
-    from torch.distributed.tensor import DTensor
-
     if not isinstance(value, DTensor):
         return value
     full: Tensor = value.full_tensor()
@@ -287,8 +283,6 @@ def whole(value: Tensor) -> Tensor:
 
 def like(value: Tensor, target: Tensor) -> Tensor:
     """The whole tensor `value` split as `target` is; it must be the same on every process."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     if not isinstance(target, DTensor):
         return value
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)

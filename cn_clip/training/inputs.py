@@ -1,29 +1,201 @@
-"""From the settings to batches of pixels and token ids."""
+"""What a run reads: which pairs each step sees, and from the settings to batches of pixels and token ids.
+
+The order of the pairs depends on seed and epoch alone, and can start anywhere.
+"""
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import Sampler
 
 from cn_clip import ranks
 from cn_clip.clip.inputs import ChineseTexts
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.data.augment import Augmentation
-from cn_clip.data.datasets import LmdbPairs, PairDataset, PairSource, make_loader
-from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, read_split
+from cn_clip.data.datasets import LmdbPairs, Loader, PairDataset, PairSource, make_loader
+from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, Split, read_split
 from cn_clip.data.pictures import LmdbPictures, PictureDataset
 from cn_clip.data.shards import ShardPairs
 from cn_clip.data.tars import is_shards
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.training.distributed import own_share
-from cn_clip.training.logs import logger
+from cn_clip.training.logger import logger
 from cn_clip.training.params import Options
-from cn_clip.training.sampling import EpochNumbers, EpochSampler, ShardSampler
-from cn_clip.training.trainer import TrainingData, ValidationData
+
+WINDOW = 4096
+
+
+class EpochSampler(Sampler[int]):
+    """Sample numbers of one epoch, whole batches of them.
+
+    The order is the one of torch's DistributedSampler with the same seed, so that runs can be compared with
+    Chinese-CLIP. The last batch is filled up with samples of the beginning. `start` batches are passed over.
+    num_streams: in how many parts a process reads; with another number the order is another.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.num_batches = math.ceil(num_samples / (batch_size * world_size))
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.num_streams = 1
+        self.epoch, self.start = 0, 0
+
+    @property
+    def num_padded(self) -> int:
+        """Samples of an epoch over all processes, repeated ones included."""
+        return self.num_batches * self.batch_size * self.world_size
+
+    def __len__(self) -> int:
+        return (self.num_batches - self.start) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        order = self._order()
+        for first in range(self.start * self.batch_size, len(order), self.batch_size):
+            yield from order[first : first + self.batch_size].tolist()
+
+    def _order(self) -> Tensor:
+        """The samples of this process in this epoch."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.num_padded, generator=generator)
+        return order[self.rank :: self.world_size] % self.num_samples
+
+    def batches(self) -> list[list[int]]:
+        """The sample numbers of each batch."""
+        numbers = list(self)
+        return [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
+
+
+class ShardSampler(EpochSampler):
+    """Sample numbers of one epoch such that each loading process reads its own stretch of the shards.
+
+    Samples are numbered shard by shard. In each epoch the shards are put into a random order, one long row of samples,
+    which is cut into equal stretches: one for each of `num_workers` loading processes of each rank. A stretch is read
+    from front to back, shuffled within a window of WINDOW samples. Batch b of a rank is of stretch b % num_workers,
+    as DataLoader gives them to its processes. A shard at a cut is shared by two neighbours.
+
+    Every rank has the same number of batches, the same in each epoch, and no sample comes twice. The num_samples -
+    num_padded samples that fill no batch are left out, others each epoch.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        window: int = WINDOW,
+    ) -> None:
+        """shard_sizes: samples in each shard. Raises ConfigError when there are fewer shards than loading processes."""
+        super().__init__(sum(shard_sizes), batch_size, seed=seed, rank=rank, world_size=world_size)
+        self.num_batches = self.num_samples // (batch_size * world_size)
+        self.num_streams, self.window = max(1, num_workers), window
+        self.shard_sizes = np.array(shard_sizes, dtype=np.int64)
+        self._entropy = seed % 2**64  # NumPy takes no negative seeds
+        num_readers = self.num_streams * world_size
+        if len(shard_sizes) < num_readers:
+            raise ConfigError(
+                f"--train-data: {len(shard_sizes)} shards for {num_readers} loading processes ({world_size} x "
+                f"{self.num_streams} by --num-workers), some would have nothing to read; lower --num-workers, or write "
+                f"{num_readers} shards or more (cn-clip dataset shards --num-shards {num_readers})"
+            )
+
+    def _order(self) -> Tensor:
+        row, first = self._row(), self.rank * self.num_batches * self.batch_size
+        order = np.empty((self.num_batches, self.batch_size), dtype=np.int64)
+        for stream in range(self.num_streams):
+            own = order[stream :: self.num_streams]
+            own[:] = self._shuffled(row[first : first + own.size], stream).reshape(own.shape)
+            first += own.size
+        return torch.from_numpy(order.reshape(-1))
+
+    def _row(self) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+        """The samples used in this epoch over all ranks, shards in random order; the same on every rank."""
+        draw = np.random.default_rng((self._entropy, self.epoch))
+        shards = draw.permutation(len(self.shard_sizes))
+        sizes = self.shard_sizes[shards]
+        firsts = (np.cumsum(self.shard_sizes) - self.shard_sizes)[shards]
+        row = np.repeat(firsts - (np.cumsum(sizes) - sizes), sizes) + np.arange(self.num_samples)
+        left_out = draw.choice(self.num_samples, self.num_samples - self.num_padded, replace=False, shuffle=False)
+        return np.delete(row, left_out)
+
+    def _shuffled(
+        self, stretch: "np.ndarray[tuple[int], np.dtype[np.int64]]", stream: int
+    ) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+        """No sample moves by more than the window."""
+        draw = np.random.default_rng((self._entropy, self.epoch, self.rank, stream))
+        return stretch[np.argsort(np.arange(len(stretch)) + self.window * draw.random(len(stretch)), kind="stable")]
+
+
+class EpochNumbers(Sampler[int]):
+    """The samples of another sampler as `epoch * num_samples + number`, so that a dataset learns the epoch too.
+
+    Nothing is to be told to the processes that load: the number says it all.
+    """
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.sampler.epoch * self.sampler.num_samples
+        return (first + number for number in self.sampler)
+
+
+# --- from the settings to batches -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Batches of `Pair` in the order of the sampler."""
+
+    loader: Loader[Any]
+    sampler: EpochSampler
+
+    def start_epoch(self, epoch: int, batch: int) -> None:
+        """The next pass over the loader is this epoch's, from this batch on."""
+        self.sampler.epoch, self.sampler.start = epoch, batch
+
+
+@dataclass(frozen=True)
+class ValidationData:
+    """The validation split, token ids of its texts, this process's share of its pictures, and the batches to score."""
+
+    split: Split
+    tokens: list[list[int]]
+    pixels: Loader[Any]
+    sampler: EpochSampler
 
 
 def training_data(options: Options, resolution: int, device: torch.device) -> TrainingData:
     """This process's part of the training split; raises ConfigError when it holds less than one batch."""
-    source, sampler = _shards(options) if is_shards(options.train_data) else _lmdb(options)
+    source: PairSource
+    if is_shards(options.train_data):
+        source = shards = ShardPairs(options.train_data, split="train", on_error=options.on_error)
+        _require_a_batch(len(shards), options.batch_size, "--batch-size")
+        sampler: EpochSampler = ShardSampler(
+            shards.shard_sizes,
+            options.batch_size,
+            seed=options.seed,
+            num_workers=options.num_workers,
+            rank=ranks.rank(),
+            world_size=ranks.world_size(),
+        )
+        left_out = len(shards) - sampler.num_padded
+        logger.info("%d pairs, others each epoch, are left out: they fill no batch for every process.", left_out)
+    else:
+        source = LmdbPairs(options.train_data, split="train")
+        sampler = _epoch_sampler(options, len(source), options.batch_size, "--batch-size")
     _require_two(source, options)
     dataset = PairDataset(
         source,
@@ -42,6 +214,42 @@ def training_data(options: Options, resolution: int, device: torch.device) -> Tr
         generator=_loader_generator(options),
     )
     return TrainingData(loader, sampler)
+
+
+def validation_data(options: Options, resolution: int) -> ValidationData | None:
+    """The validation split, or None when there is none; raises ConfigError when it holds less than one batch."""
+    if options.val_data is None:
+        return None
+    images = LmdbPictures(f"{options.val_data}/{IMAGES}")
+    pairs = PairStore(f"{options.val_data}/{PAIRS}")
+    sampler = _epoch_sampler(options, len(pairs), options.valid_batch_size, "--valid-batch-size")
+    loader = make_loader(
+        PictureDataset(images, ImageTransform(resolution, options.decode)),
+        options.valid_batch_size,
+        options.valid_num_workers,
+        sampler=own_share(len(images)),
+        generator=_loader_generator(options),
+    )
+    split = read_split(pairs, images.ids)
+    return ValidationData(split, ChineseTexts(options.context_length).rows(split.texts), loader, sampler)
+
+
+def _loader_generator(options: Options) -> torch.Generator:
+    """Draws the workers' seeds, so that neither loading nor validating moves the random state dropout depends on."""
+    return torch.Generator().manual_seed(options.seed)
+
+
+def _epoch_sampler(options: Options, num_samples: int, batch_size: int, flag: str) -> EpochSampler:
+    _require_a_batch(num_samples, batch_size, flag)
+    return EpochSampler(num_samples, batch_size, seed=options.seed, rank=ranks.rank(), world_size=ranks.world_size())
+
+
+def _require_a_batch(num_samples: int, batch_size: int, flag: str) -> None:
+    if num_samples < batch_size * ranks.world_size():
+        processes = f" in each of {ranks.world_size()} processes" if ranks.world_size() > 1 else ""
+        raise ConfigError(
+            f"{flag} {batch_size}{processes}: larger than the {num_samples} pairs of the data; choose a smaller one"
+        )
 
 
 def _require_two(source: PairSource, options: Options) -> None:
@@ -69,63 +277,3 @@ def _require_two(source: PairSource, options: Options) -> None:
     if not options.distillation:
         raise DataError(f"{message}; expected pairs of different pictures and texts")
     logger.warning("%s, only --distillation teaches", message)
-
-
-def _lmdb(options: Options) -> tuple[PairSource, EpochSampler]:
-    pairs = LmdbPairs(options.train_data, split="train")
-    return pairs, _sampler(options, len(pairs), options.batch_size, "--batch-size", world_size=ranks.world_size())
-
-
-def _shards(options: Options) -> tuple[PairSource, EpochSampler]:
-    pairs = ShardPairs(options.train_data, split="train", on_error=options.on_error)
-    _require_a_batch(len(pairs), options.batch_size, "--batch-size", ranks.world_size())
-    sampler = ShardSampler(
-        pairs.shard_sizes,
-        options.batch_size,
-        seed=options.seed,
-        num_workers=options.num_workers,
-        rank=ranks.rank(),
-        world_size=ranks.world_size(),
-    )
-    left_out = len(pairs) - sampler.num_padded
-    logger.info("%d pairs, others each epoch, are left out: they fill no batch for every process.", left_out)
-    return pairs, sampler
-
-
-def validation_data(options: Options, resolution: int) -> ValidationData | None:
-    """The validation split, or None when there is none; raises ConfigError when it holds less than one batch."""
-    if options.val_data is None:
-        return None
-    images = LmdbPictures(f"{options.val_data}/{IMAGES}")
-    pairs = PairStore(f"{options.val_data}/{PAIRS}")
-    sampler = _sampler(
-        options, len(pairs), options.valid_batch_size, "--valid-batch-size", world_size=ranks.world_size()
-    )
-    loader = make_loader(
-        PictureDataset(images, ImageTransform(resolution, options.decode)),
-        options.valid_batch_size,
-        options.valid_num_workers,
-        sampler=own_share(len(images)),
-        generator=_loader_generator(options),
-    )
-    split = read_split(pairs, images.ids)
-    return ValidationData(split, ChineseTexts(options.context_length).rows(split.texts), loader, sampler)
-
-
-def _loader_generator(options: Options) -> torch.Generator:
-    """Draws the workers' seeds, so that neither loading nor validating moves the random state dropout depends on."""
-    return torch.Generator().manual_seed(options.seed)
-
-
-def _sampler(options: Options, num_samples: int, batch_size: int, flag: str, *, world_size: int = 1) -> EpochSampler:
-    _require_a_batch(num_samples, batch_size, flag, world_size)
-    rank = ranks.rank() if world_size > 1 else 0
-    return EpochSampler(num_samples, batch_size, seed=options.seed, rank=rank, world_size=world_size)
-
-
-def _require_a_batch(num_samples: int, batch_size: int, flag: str, world_size: int) -> None:
-    if num_samples < batch_size * world_size:
-        processes = f" in each of {world_size} processes" if world_size > 1 else ""
-        raise ConfigError(
-            f"{flag} {batch_size}{processes}: larger than the {num_samples} pairs of the data; choose a smaller one"
-        )

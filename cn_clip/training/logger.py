@@ -1,16 +1,84 @@
-"""The log of a process as Chinese-CLIP's training script sets it up: through a queue, to the screen and to a file.
+"""The log of a run: on the screen and in a file, in the lines of Chinese-CLIP.
 
-`cn-clip train` sets up its own, in `logs`.
+`setup_primary_logging` and `setup_worker_logging` are Chinese-CLIP's names, for programs with their own loop: the log
+of several processes through a queue.
 """
 
 import atexit
+import contextlib
 import logging
 import multiprocessing
+import sys
+from collections.abc import Iterator
 from logging.handlers import QueueHandler, QueueListener
 from multiprocessing.queues import Queue
+from pathlib import Path
 from typing import Any
 
-from cn_clip.training.logs import TIME_FORMAT
+from cn_clip import terminal
+from cn_clip.files import atomic_write
+
+logger = logging.getLogger("cn_clip")
+
+LINE_FORMAT = "%(asctime)s | %(levelname)s | Rank {rank} | %(message)s"
+TIME_FORMAT = "%Y-%m-%d,%H:%M:%S"
+
+
+@contextlib.contextmanager
+def logging_to(path: Path, *, rank: int, debug: bool) -> Iterator[None]:
+    """Sends this package's log to the screen and to `path` while the block runs.
+
+    Processes other than the first have nothing else to say than it, but for warnings, which go to the screen.
+    """
+    formatter = logging.Formatter(LINE_FORMAT.format(rank=rank), datefmt=TIME_FORMAT)
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if rank == 0:
+        handlers.append(_LogFile(path, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            with contextlib.suppress(OSError):  # said when the line could not be written
+                handler.close()
+        logger.level, logger.propagate = level, propagate
+
+
+class _LogFile(logging.FileHandler):
+    """A log without which the run goes on once it cannot be written: the disk may be full until the next checkpoint."""
+
+    is_lost = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.is_lost:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is that of logging
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self.is_lost = True
+        reason = f"{self.baseFilename}: cannot be written ({error.strerror})"
+        terminal.say(f"警告 / warning: {reason}; the run goes on without this log", to=sys.stderr)
+
+
+def log_params(values: dict[str, Any], path: Path) -> None:
+    """Writes the settings to `params_*.txt` and to the log, sorted by name."""
+    with atomic_write(path) as stream:
+        stream.writelines(f"{name}: {values[name]}\n" for name in sorted(values))
+    logger.info("Params:")
+    for name in sorted(values):
+        logger.info("  %s: %s", name, values[name])
+
+
+# --- Chinese-CLIP's names ---------------------------------------------------------------------------------------------
 
 
 def setup_primary_logging(log_file: str, level: int, rank: int) -> "Queue[Any]":

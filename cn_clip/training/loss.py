@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cn_clip.training.distill import feature_distillation_loss
-
 BLOCK_ROWS = 4096  # with 32,768 pairs a block of logits is 0.5 GiB in float32
 
 
@@ -137,3 +135,19 @@ def _right(blocks: list[_Block]) -> tuple[Tensor, Tensor]:
     best_image_N = torch.stack([block.best_image for block in blocks]).gather(0, block_of_N).squeeze(0)
     own_N = torch.arange(len(best_text_N), device=best_text_N.device)
     return (best_text_N == own_N).sum().float(), (best_image_N == own_N).sum().float()
+
+
+def feature_distillation_loss(teacher_ND: Tensor, student_ND: Tensor) -> Tensor:
+    """1 - the mean cosine of the rows, in float32, in [0, 2]; gradients reach both arguments.
+
+    The numbers of features may differ: the student's rows are then stretched or shrunk to the teacher's by linear
+    interpolation, as Chinese-CLIP does. Raises ValueError when the numbers of rows differ.
+    """
+    if len(teacher_ND) != len(student_ND):
+        raise ValueError(f"{len(teacher_ND)} rows of the teacher, but {len(student_ND)} of the student")
+    teacher_ND, student_ND = teacher_ND.float(), student_ND.float()
+    if teacher_ND.shape[1] != student_ND.shape[1]:
+        student_N1D = student_ND.unsqueeze(1)
+        stretched = F.interpolate(student_N1D, size=teacher_ND.shape[1], mode="linear", align_corners=False)
+        student_ND = stretched.squeeze(1)
+    return 1 - F.cosine_similarity(teacher_ND, student_ND, dim=1).mean()

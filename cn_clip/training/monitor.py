@@ -1,31 +1,32 @@
-"""What tells a trainer how a run goes: `metrics.jsonl`, TensorBoard events, `curves.png`, and a few warnings."""
+"""The numbers of a run in its folder: `metrics.jsonl`, `curves.png`, and events for TensorBoard."""
 
+# N points
+
+import contextlib
+import json
 import math
-from collections.abc import Callable, Mapping
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, Any, Literal
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from cn_clip.errors import MissingExtraError
+from cn_clip.digests import is_there
+from cn_clip.errors import CnClipError, DataError, MissingExtraError
 from cn_clip.extras import require
-from cn_clip.processes import peak_bytes
-from cn_clip.training.curves import History, draw
-from cn_clip.training.logs import logger
-from cn_clip.training.metrics_file import METRICS, MetricsFile, Record
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from cn_clip.files import atomic_write
+from cn_clip.jsonl import json_object, numbered_lines
+from cn_clip.training.logger import logger
 
 Kind = Literal["train", "valid"]
+Record = dict[str, Any]
+Points = tuple[NDArray[np.float64], NDArray[np.float64]]
 
-CURVES, EVENTS = "curves.png", "tensorboard"
-
-# The published fine-tuning settings: this rate at this global batch.
-FINE_TUNING_RATE, FINE_TUNING_BATCH = 5e-5, 1024
-RATE_MARGIN = 4
-HIGHEST_RATE = 5e-3
+METRICS, CURVES, EVENTS = "metrics.jsonl", "curves.png", "tensorboard"
 
 
 class Monitor:
@@ -44,15 +45,18 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, *, start_step: int, tensorboard: bool, goes_on: bool = True) -> None:
+        events: Any = None
         if tensorboard:
-            require("tensorboard", extra="tensorboard", purpose="--report-to tensorboard")
-        self.folder = folder
+            events = require("torch.utils.tensorboard", extra="tensorboard", purpose="--report-to tensorboard")
+        self.folder, self.path = folder, folder / METRICS
+        self._stream: IO[str] | None = None
         self._can_draw, self._is_drawn = True, False
-        self._file = MetricsFile(folder / METRICS)
         if not start_step or not goes_on:
-            self._file.set_aside()
+            self._set_aside()
         self._keep(lambda record: record["step"] <= start_step)
-        self._events = _event_writer(folder / EVENTS, start_step) if tensorboard else None
+        # TensorBoard hides what earlier processes wrote of the steps from purge_step on.
+        purge_step = start_step + 1 if start_step else 0
+        self._events = events and events.SummaryWriter(str(folder / EVENTS), purge_step=purge_step)
 
     def __enter__(self) -> "Monitor":
         return self
@@ -73,9 +77,9 @@ class Monitor:
 
     def close(self) -> None:
         """Draws the curves for the last time; twice does no harm."""
-        if not self._file.is_open:
+        if self._stream is None:
             return
-        self._file.close()
+        self._close_file()
         if self._events is not None:
             self._events.close()
         self._draw()
@@ -85,125 +89,123 @@ class Monitor:
             self._keep(lambda record: record["kind"] != kind or record["step"] < step)
         record: Record = {"step": step, "kind": kind}
         record |= {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
-        self._file.append(record)
-        self._remember(record)
-        self._is_drawn = False
+        assert self._stream is not None
+        with self._writing():
+            self._stream.write(json.dumps(record, allow_nan=False) + "\n")
+            self._stream.flush()  # other processes see the line at once
+        self._records.append(record)
+        self._last_step[kind], self._is_drawn = step, False
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def _keep(self, wanted: Callable[[Record], bool]) -> None:
-        """Drops the other records from the file, and begins the history with those that stay."""
-        self._history, self._last_step = History(), {"train": -1, "valid": -1}
-        for record in self._file.keep(wanted):
-            self._remember(record)
+        """Leaves only the wanted records in the file, logs what went, and opens it for more."""
+        self._close_file()
+        records, num_torn = read_records(self.path)
+        self._records = [record for record in records if wanted(record)]
+        self._last_step = {"train": -1, "valid": -1}
+        for record in self._records:
+            self._last_step[record["kind"]] = max(record["step"], self._last_step[record["kind"]])
+        num_dropped = len(records) - len(self._records)
+        if num_torn:
+            logger.warning("%s: left out %d lines that are no record (a torn write?)", self.path, num_torn)
+        if num_dropped:
+            logger.info("%s: left out %d records of steps that are done again", self.path, num_dropped)
+        with self._writing():
+            if num_torn or num_dropped:
+                with atomic_write(self.path) as stream:
+                    stream.writelines(json.dumps(record) + "\n" for record in self._records)
+            self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by _close_file
 
-    def _remember(self, record: Record) -> None:
-        kind, step = record["kind"], record["step"]
-        self._last_step[kind] = max(step, self._last_step[kind])
-        self._history.add(kind, step, {name: value for name, value in record.items() if name not in ("step", "kind")})
+    def _set_aside(self) -> None:
+        """Gives a file with something in it a name with the time of its last change."""
+        if not is_there(self.path) or not self.path.stat().st_size:
+            return
+        changed = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime(self.path.stat().st_mtime))
+        with self._writing():
+            os.replace(self.path, self.path.with_name(f"{self.path.stem}_{changed}{self.path.suffix}"))
+
+    def _close_file(self) -> None:
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            with self._writing():
+                stream.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CnClipError(f"{self.path}: cannot be written ({error.strerror}); is the disk full?") from error
 
     def _draw(self) -> None:
         """A picture that cannot be drawn is no reason to end a training."""
         if self._is_drawn or not self._can_draw:
             return
+        path = self.folder / CURVES
         try:
-            draw(self._history, self.folder / CURVES, title=self.folder.name)
+            require("matplotlib", extra="plot", purpose="the plot of loss and recall")
+            from cn_clip.training import curves
+
+            curves.draw(all_points(self._records), path, title=self.folder.name)
             self._is_drawn = True
         except MissingExtraError as error:
             self._can_draw = False
             logger.info("No %s: %s", CURVES, error)
         except OSError as error:
-            logger.warning("%s: cannot be written (%s)", self.folder / CURVES, error.strerror)
+            logger.warning("%s: cannot be written (%s)", path, error.strerror)
 
 
-def _event_writer(folder: Path, start_step: int) -> "SummaryWriter":
-    from torch.utils.tensorboard import SummaryWriter
+def read_records(path: Path) -> tuple[list[Record], int]:
+    """The records of a metrics file, none where there is no file, and the number of lines that are none.
 
-    # TensorBoard then hides what earlier processes wrote of these steps.
-    purge_step = start_step + 1 if start_step else 0
-    return SummaryWriter(str(folder), purge_step=purge_step)
-
-
-def peak_memory(device: torch.device | str) -> int:
-    """The most memory in use so far, in bytes: on a GPU this process's CUDA tensors, else what was resident."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_bytes()
-
-
-class StuckLoss:
-    """Notices a loss that stays at ln(batch), what guessing among the texts of a batch costs.
-
-    warmup: steps that do not count. patience: observed steps in a row. band: nats around ln(batch).
+    Raises DataError for a file that cannot be opened.
     """
-
-    def __init__(self, *, warmup: int, patience: int = 200, band: float = 0.05) -> None:
-        self.warmup, self.patience, self.band = warmup, patience, band
-        self._smoothed: float | None = None
-        self._count = 0
-        self._has_warned = False
-
-    def observe(self, step: int, loss: float, batch: int) -> str | None:
-        """A warning, once, or None. batch: pairs that the loss contrasted; a loss that is not finite is passed over."""
-        if self._has_warned or step <= self.warmup or batch < 2 or not math.isfinite(loss):
-            return None
-        self._smoothed = loss if self._smoothed is None else 0.95 * self._smoothed + 0.05 * loss
-        chance = math.log(batch)
-        self._count = self._count + 1 if abs(self._smoothed - chance) <= self.band else 0
-        self._has_warned = self._count >= self.patience
-        if not self._has_warned:
-            return None
-        return (
-            f"the loss has stayed at {self._smoothed:.3f}, that is ln({batch}) = {chance:.3f}, up to step {step}: the "
-            "model guesses which text belongs to which picture. Either the learning rate is too high and all features "
-            "have become the same (start again from the pretrained weights with a tenth of --lr and more --warmup), "
-            "or texts and pictures do not belong together (look at the data with cn-clip dataset check)"
-        )
+    records, num_torn = [], 0
+    for _, line in numbered_lines(path) if is_there(path) else ():
+        try:
+            record = json_object(line)
+        except DataError:
+            record = {}
+        values = [value for name, value in record.items() if name != "kind"]
+        are_numbers = all(value is None or type(value) in (int, float) for value in values)
+        if type(record.get("step")) is int and record.get("kind") in ("train", "valid") and are_numbers:
+            records.append(record)
+        else:
+            num_torn += 1
+    return records, num_torn
 
 
-def rate_warning(lr: float, global_batch: int, *, pretrained: bool) -> str | None:
-    """What speaks against this learning rate, or None.
+def points(records: Iterable[Record], kind: Kind, name: str, *, factor: float = 1.0) -> Points:
+    """Steps (N,) in order and values (N,) times `factor`, both float64; the last value of a step counts.
 
-    Fine-tuning: more than 4 times 5e-5 * global_batch / 1024, the rate of the published settings made smaller with the
-    batch. From scratch: above 5e-3, with which AdamW trains no model of this kind.
+    Values that are missing, null or not finite are left out.
     """
-    if not pretrained:
-        if lr <= HIGHEST_RATE:
-            return None
-        return f"--lr {lr:g} is far above what AdamW bears when training from scratch; try --lr 5e-4 or less"
-    fitting = FINE_TUNING_RATE * global_batch / FINE_TUNING_BATCH
-    if lr <= RATE_MARGIN * fitting:
-        return None
-    return (
-        f"--lr {lr:g} is {lr / fitting:.0f} times what fits a global batch of {global_batch}: the published "
-        f"fine-tuning uses {FINE_TUNING_RATE:g} at {FINE_TUNING_BATCH}, in proportion {fitting:.2g} here. Accuracy "
-        f"may fall to chance at the start and take hundreds of epochs to return; try --lr {fitting:.1g} "
-        f"to {RATE_MARGIN * fitting:.1g}, or a larger batch (--accum-freq)"
-    )
+    values: dict[int, float] = {}
+    for record in records:
+        value = record.get(name)
+        if record["kind"] == kind and value is not None and math.isfinite(value):
+            values[record["step"]] = value * factor
+    steps = sorted(values)
+    return np.array(steps, dtype=np.float64), np.array([values[step] for step in steps], dtype=np.float64)
 
 
-class EarlyStop:
-    """The best score so far, and how many scores in a row were not better. Higher is better."""
+def smoothed(values_N: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean over a window around each point, about a fortieth of all (9 at least); shorter at both ends."""
+    half = max(4, len(values_N) // 80)
+    sums = np.concatenate([[0.0], np.cumsum(values_N)])
+    index = np.arange(len(values_N))
+    start, end = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values_N))
+    means: NDArray[np.float64] = (sums[end] - sums[start]) / (end - start)
+    return means
 
-    def __init__(self) -> None:
-        self.best: float | None = None
-        self.bad = 0
 
-    def observe(self, score: float) -> bool:
-        """Whether `score` is the best one; equal is not better, and NaN never is."""
-        is_best = not math.isnan(score) and (self.best is None or score > self.best)
-        self.best, self.bad = (score, 0) if is_best else (self.best, self.bad + 1)
-        return is_best
-
-    def should_stop(self, patience: int | None) -> bool:
-        """Whether `patience` scores in a row were not better; None: never."""
-        return patience is not None and self.bad >= patience
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values for the checkpoint."""
-        return {"best": self.best, "bad": self.bad}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict()`."""
-        self.best, self.bad = state["best"], state["bad"]
+def all_points(records: Sequence[Record]) -> dict[str, Points]:
+    """The points of every value by KIND/NAME, e.g. "train/loss", and of the smoothed loss, "train/loss smoothed"."""
+    names = {(record["kind"], name) for record in records for name in record if name not in ("step", "kind")}
+    found = {f"{kind}/{name}": points(records, kind, name) for kind, name in names}
+    if "train/loss" in found:
+        steps, losses = found["train/loss"]
+        found["train/loss smoothed"] = (steps, smoothed(losses))
+    return found

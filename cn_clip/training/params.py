@@ -182,6 +182,11 @@ class Options:
         return OPTIMIZER_DEFAULTS.get(self.vision_model, _VIT)[name] if value is None else value
 
 
+def is_due(count: int, interval: int | None) -> bool:
+    """Whether `count` is a multiple of a positive interval; None, 0 and -1 mean never."""
+    return interval is not None and interval > 0 and count % interval == 0
+
+
 def _num_kept_patches(options: Options) -> int | None:
     """The patches that --mask-ratio leaves of a picture; None for a ResNet, which has none."""
     config = vision_config(options.vision_model)

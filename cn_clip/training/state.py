@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,10 @@ from cn_clip.clip.families.names import refuse
 from cn_clip.clip.weights.checkpoint import Checkpoint, read_checkpoint
 from cn_clip.clip.weights.hub import weight_file
 from cn_clip.digests import is_file
-from cn_clip.errors import CheckpointError, CnClipError, ConfigError, Where, lacked_memory
+from cn_clip.errors import CheckpointError, ConfigError, Where
 from cn_clip.files import atomic_write
 from cn_clip.settings import flag
-from cn_clip.training.logs import logger
+from cn_clip.training.logger import logger
 from cn_clip.training.params import Options
 
 LATEST, BEST = "epoch_latest.pt", "epoch_best.pt"
@@ -349,19 +349,3 @@ def restore_rng(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
     elif "mps" in state and device.type == "mps":
         torch.mps.set_rng_state(state["mps"])
-
-
-@contextlib.contextmanager
-def explained_memory() -> Iterator[None]:
-    """Turns "out of memory" into a ConfigError that names the flags that help."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, CnClipError) or not lacked_memory(error):
-            raise
-        text = str(error)
-        raise ConfigError(
-            f"out of memory ({text.splitlines()[0] if text else 'no details'}); these flags need less, in this order: "
-            "--grad-checkpointing, --precision bf16, a smaller --batch-size with a larger --accum-freq (the same "
-            "global batch), --mask-ratio 0.5, --lora-rank 16, --freeze-vision, and on several devices --fsdp"
-        ) from error

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cn_clip.data.datasets import PairBatch
 from cn_clip.data.records import RecordId
 from cn_clip.training import state
-from cn_clip.training.distill import Teacher
 from cn_clip.training.distributed import Gather, Parallel, gather_rows
 from cn_clip.training.loss import Objective, Pairs, Scores
+
+Encode = Callable[[Tensor], Any]
 
 
 class Batch(NamedTuple):
@@ -34,6 +36,27 @@ class Features(NamedTuple):
     image_BD: Tensor
     text_BD: Tensor
     scale: Tensor
+
+
+class Teacher:
+    """A picture tower that is not trained. `encode` takes pixels and returns features, or a tuple that begins so.
+
+    resolution: what pixels are resized to (bicubic, antialiased); None: they are handed over as they are.
+    """
+
+    def __init__(self, encode: Encode, *, resolution: int | None) -> None:
+        self.encode, self.resolution = encode, resolution
+
+    @torch.no_grad()
+    def features(self, pixels_B3RR: Tensor) -> Tensor:
+        """Features (B, D), float32, not normalised, without gradient; mixed precision as the caller has it."""
+        pixels_B3RR = pixels_B3RR.float()
+        if self.resolution not in (None, pixels_B3RR.shape[-1]):
+            size = [self.resolution, self.resolution]
+            pixels_B3RR = F.interpolate(pixels_B3RR, size=size, mode="bicubic", antialias=True, align_corners=False)
+        output = self.encode(pixels_B3RR)
+        features_BD: Tensor = output[0] if isinstance(output, tuple) else output
+        return features_BD.float()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""SIGTERM and Ctrl-C as a request that a run answers between two steps."""
+"""What ends a run before its last step: SIGTERM and Ctrl-C, and validations that get no better."""
 
+import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -12,7 +14,7 @@ class StopWaiting(BaseException):
 
 
 class StopRequest:
-    """`number` is the signal that asked, or None."""
+    """SIGTERM or Ctrl-C as a request that a run answers between two steps; `number`: the signal that asked, or None."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -52,3 +54,29 @@ class StopRequest:
         if self._is_waiting:
             self._is_waiting = False
             raise StopWaiting
+
+
+class EarlyStop:
+    """The best score so far, and how many scores in a row were not better. Higher is better."""
+
+    def __init__(self) -> None:
+        self.best: float | None = None
+        self.bad = 0
+
+    def observe(self, score: float) -> bool:
+        """Whether `score` is the best one; equal is not better, and NaN never is."""
+        is_best = not math.isnan(score) and (self.best is None or score > self.best)
+        self.best, self.bad = (score, 0) if is_best else (self.best, self.bad + 1)
+        return is_best
+
+    def should_stop(self, patience: int | None) -> bool:
+        """Whether `patience` scores in a row were not better; None: never."""
+        return patience is not None and self.bad >= patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for the checkpoint."""
+        return {"best": self.best, "bad": self.bad}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state_dict()`."""
+        self.best, self.bad = state["best"], state["bad"]

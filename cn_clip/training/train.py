@@ -1,6 +1,6 @@
 """One epoch and one validation under Chinese-CLIP's names, for programs that bring their own loop over epochs.
 
-The gradients come from `step` and the log lines from `report`, as those of `cn-clip train`, whose loop is `trainer`.
+The gradients come from `step` and the log lines from `log_lines`, as those of `cn-clip train`, whose loop is `trainer`.
 """
 
 # B batch, N rows of all processes, D embedding
@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from cn_clip import drop_in, ranks
 from cn_clip.errors import ConfigError
 from cn_clip.training import state
-from cn_clip.training.distill import Teacher, feature_distillation_loss
 from cn_clip.training.distributed import Gather, Parallel, gather_rows
-from cn_clip.training.logs import logger
-from cn_clip.training.loss import Objective, Pairs, contrastive_scores
-from cn_clip.training.monitor import StuckLoss
-from cn_clip.training.optim import clamp_logit_scale
-from cn_clip.training.report import Plan, Report, validation_line
+from cn_clip.training.log_lines import Plan, Report, StuckLoss, validation_line
+from cn_clip.training.logger import logger
+from cn_clip.training.loss import Objective, Pairs, contrastive_scores, feature_distillation_loss
+from cn_clip.training.params import is_due
+from cn_clip.training.scheduler import clamp_logit_scale
 from cn_clip.training.state import Position
-from cn_clip.training.step import Batch, Learner, cut_to_longest
+from cn_clip.training.step import Batch, Learner, Teacher, cut_to_longest
 
 __getattr__ = drop_in.names(__name__)
 
@@ -185,20 +184,16 @@ def train(
         clamp_logit_scale(learner.parallel.model.logit_scale)
         trained += 1
         report.clock.step_done(report.plan.global_batch)
-        if is_master(args) and _is_due(step + 1, args.log_interval):
+        if is_master(args) and is_due(step + 1, args.log_interval):
             rate, scale = optimizer.param_groups[0]["lr"], learner.parallel.model.logit_scale.item()
             report.step(Position(epoch, number + 1, step + 1), scores, rate=rate, logit_scale=scale)
-        if args.val_data is not None and _is_due(step + 1, args.valid_step_interval):
+        if args.val_data is not None and is_due(step + 1, args.valid_step_interval):
             evaluate(model, data, epoch, args, step + 1)
             _set_training_mode(model, args)
             report.clock.restart()
-        if args.should_save and _is_due(step + 1, args.save_step_frequency):
+        if args.should_save and is_due(step + 1, args.save_step_frequency):
             _save(model, optimizer, epoch, step + 1, args)
     return trained
-
-
-def _is_due(count: int, interval: int | None) -> bool:
-    return interval is not None and interval > 0 and count % interval == 0
 
 
 def _set_training_mode(model: nn.Module, args: Any) -> None:

@@ -5,7 +5,7 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +15,27 @@ from torch import Tensor
 from cn_clip import ranks
 from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint
 from cn_clip.data.datasets import Loader, PairBatch
-from cn_clip.data.lmdb_store import Split
 from cn_clip.data.records import RecordId
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, reading
 from cn_clip.settings import flag
 from cn_clip.training import adapt, distributed, state
-from cn_clip.training.logs import logger
+from cn_clip.training.inputs import TrainingData, ValidationData
+from cn_clip.training.log_lines import Plan, Report, StuckLoss
+from cn_clip.training.logger import logger
 from cn_clip.training.loss import Scores
-from cn_clip.training.monitor import EarlyStop, StuckLoss
-from cn_clip.training.optim import (
+from cn_clip.training.params import Options, is_due
+from cn_clip.training.scheduler import (
+    assign_learning_rate,
     clamp_logit_scale,
     decay_groups,
     learning_rate,
     load_optimizer_state,
     optimizer_state,
-    set_learning_rate,
 )
-from cn_clip.training.params import Options
-from cn_clip.training.report import Plan, Report
-from cn_clip.training.sampling import EpochSampler
 from cn_clip.training.state import Extent, Position, Start
 from cn_clip.training.step import Batch, Learner, make_batch
-from cn_clip.training.stopping import StopRequest, StopWaiting
+from cn_clip.training.stopping import EarlyStop, StopRequest, StopWaiting
 from cn_clip.training.validation import Validation, validate
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Batches of `Pair` in the order of the sampler."""
-
-    loader: Loader[Any]
-    sampler: EpochSampler
-
-    def start_epoch(self, epoch: int, batch: int) -> None:
-        """The next pass over the loader is this epoch's, from this batch on."""
-        self.sampler.epoch, self.sampler.start = epoch, batch
-
-
-@dataclass(frozen=True)
-class ValidationData:
-    """The validation split, token ids of its texts, this process's share of its pictures, and the batches to score."""
-
-    split: Split
-    tokens: list[list[int]]
-    pixels: Loader[Any]
-    sampler: EpochSampler
 
 
 class Trainer:
@@ -97,17 +73,15 @@ class Trainer:
         self.unchecked: tuple[int, Later, list[tuple[RecordId, RecordId]]] | None = None
         self.stop_request = StopRequest()
         stuck = StuckLoss(warmup=options.warmup, patience=max(20, 200 // options.log_interval))
-        self.report = Report(self._plan(), stuck, self.device, options.report_training_batch_acc)
-
-    def _plan(self) -> Plan:
-        return Plan(
+        plan = Plan(
             max_steps=self.max_steps,
             steps_per_epoch=self.steps_per_epoch,
-            num_padded=self.training.sampler.num_padded,
+            num_padded=training.sampler.num_padded,
             global_batch=self.global_batch,
-            contrasted=self.options.num_contrasted,
-            has_chance_loss=self.options.loss == "clip" and not self.options.distillation,
+            contrasted=options.num_contrasted,
+            has_chance_loss=options.loss == "clip" and not options.distillation,
         )
+        self.report = Report(plan, stuck, self.device, options.report_training_batch_acc)
 
     @property
     def extent(self) -> Extent:
@@ -133,7 +107,16 @@ class Trainer:
         if start.with_position:
             self.position = state.resume_position(checkpoint, self.extent)
         if start.with_optimizer:
-            self._restore_optimizer(checkpoint)
+            if checkpoint.optimizer is None:
+                raise CheckpointError(
+                    "no optimizer state in it; to begin with its weights, give it as --init, or add --reset-optimizer",
+                    at=checkpoint.path,
+                )
+            what = "optimizer state does not fit"
+            with reading(checkpoint.path, CheckpointError, what=what, step="add --reset-optimizer"):
+                load_optimizer_state(self.optimizer, self.groups, checkpoint.optimizer)
+                if scaler := saved.get("scaler"):
+                    self.learner.scaler.load_state_dict(scaler)
             logger.info("=> optimizer state is restored from the checkpoint")
         if saved and start.with_position:
             what = "the state of its run does not fit"
@@ -144,18 +127,6 @@ class Trainer:
         step = self.position.step
         logger.info("=> loaded checkpoint '%s' (epoch %d @ %d steps)", checkpoint.path, checkpoint.epoch, step)
 
-    def _restore_optimizer(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.optimizer is None:
-            raise CheckpointError(
-                "no optimizer state in it; to begin with its weights, give it as --init, or add --reset-optimizer",
-                at=checkpoint.path,
-            )
-        what = "optimizer state does not fit"
-        with reading(checkpoint.path, CheckpointError, what=what, step="add --reset-optimizer"):
-            load_optimizer_state(self.optimizer, self.groups, checkpoint.optimizer)
-            if scaler := state.resume_entry(checkpoint).get("scaler"):
-                self.learner.scaler.load_state_dict(scaler)
-
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
@@ -165,35 +136,33 @@ class Trainer:
                 if self.position.step == 0 and self.options.validates:
                     self.validate(-1)
                     self._leave_if_asked(-1)
-                while (self._next_step() < self.max_steps or not self.closed) and not self._should_stop():
+                while self._next_step() < self.max_steps or not self.closed:
+                    if self.early_stop.should_stop(self.options.early_stop):
+                        bad, best = self.early_stop.bad, self.early_stop.best or 0.0
+                        logger.info(
+                            f"Stopping training: {bad} validations without a better mean recall than {best * 100:.2f}"
+                        )
+                        break
                     self._run_epoch(self.position.epoch)
             except StopWaiting:
                 self._leave_if_asked(self.position.epoch)
         self.report.end()
 
+    def _next_step(self) -> int:
+        return self.steps_per_epoch * self.position.epoch + self.position.batch
+
     def _run_epoch(self, epoch: int) -> None:
+        """Trains, and closes the epoch: validation where it is due, and a checkpoint."""
         logger.info("Start epoch %d", epoch + 1)
         self._train_epoch(epoch)
         if self.position.batch == self.steps_per_epoch:
             self.position = Position(epoch + 1, 0, self.position.step)
         is_end = self.position.step >= self.max_steps and self.options.validates
-        if is_end or _is_due(epoch + 1, self.options.valid_epoch_interval):
+        if is_end or is_due(epoch + 1, self.options.valid_epoch_interval):
             self.validate(epoch)
         self.closed = True
         self._save_epoch(epoch)
         self._leave_if_asked(epoch, is_saved=True)
-
-    def _next_step(self) -> int:
-        return self.steps_per_epoch * self.position.epoch + self.position.batch
-
-    def _should_stop(self) -> bool:
-        if not self.early_stop.should_stop(self.options.early_stop):
-            return False
-        best = self.early_stop.best or 0.0
-        logger.info(
-            f"Stopping training: {self.early_stop.bad} validations without a better mean recall than {best * 100:.2f}"
-        )
-        return True
 
     def _train_epoch(self, epoch: int) -> None:
         self._set_training_mode()
@@ -211,10 +180,10 @@ class Trainer:
                 self._check_loss()
                 rate, scale = self.optimizer.param_groups[0]["lr"], self.model.logit_scale.item()
                 self.report.step(self.position, scores, rate=rate, logit_scale=scale)
-            if _is_due(step + 1, self.options.valid_step_interval):
+            if is_due(step + 1, self.options.valid_step_interval):
                 self.validate(epoch)
                 self._set_training_mode()
-            if _is_due(step + 1, self.options.save_step_frequency):
+            if is_due(step + 1, self.options.save_step_frequency):
                 self._save([f"epoch_{epoch + 1}_{step + 1}.pt", state.LATEST], epoch)
             if batch + 1 < self.steps_per_epoch and step + 1 < self.max_steps:  # else the epoch is closed first
                 self._leave_if_asked(epoch)
@@ -257,7 +226,7 @@ class Trainer:
         ids = [pair for batch in batches for pair in batch.ids]
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("Step %d: (image id, text id) of the batch: %s", step + 1, _listed(ids))
-        set_learning_rate(self.optimizer, self._rate(step))
+        assign_learning_rate(self.optimizer, self._rate(step))
         self.optimizer.zero_grad(set_to_none=True)
         scores = self.learner.backward(batches)
         self._check_loss()  # of the step before: asking now would make the device wait
@@ -325,7 +294,8 @@ class Trainer:
             sizes=(len(data.split.image_ids), len(data.tokens)),
         )
         if self.early_stop.observe(result.mean_recall) and step:
-            self._save_best(epoch)
+            # Without what only going on would need.
+            self._write([state.BEST], epoch, optimizer=None, resume=None)
         self.report.clock.restart()
         return result
 
@@ -339,7 +309,7 @@ class Trainer:
         is_done = self.position.batch == 0 or self.position.step == self.max_steps  # not when stopped early
         is_last = epoch + 1 == self.max_epochs
         names = [state.LATEST]
-        if is_done and (is_last or _is_due(epoch + 1, self.options.save_epoch_frequency)):
+        if is_done and (is_last or is_due(epoch + 1, self.options.save_epoch_frequency)):
             names = [f"epoch{epoch + 1}.pt", *names]
         self._save(names, epoch)
 
@@ -360,10 +330,6 @@ class Trainer:
             for path in state.prune(self.checkpoint_dir, self.options.keep_checkpoints):
                 logger.info("Deleted old checkpoint %s (--keep-checkpoints %d)", path, self.options.keep_checkpoints)
         distributed.wait_for_all()  # a process that left before would have the one that writes stopped
-
-    def _save_best(self, epoch: int) -> None:
-        """The best weights so far, without what only going on would need."""
-        self._write([state.BEST], epoch, optimizer=None, resume=None)
 
     def _write(
         self, names: list[str], epoch: int, *, optimizer: dict[str, Any] | None, resume: dict[str, Any] | None
@@ -414,8 +380,3 @@ class Later:
 
 def _listed(ids: list[tuple[RecordId, RecordId]]) -> str:
     return ", ".join(f"({image_id}, {text_id})" for image_id, text_id in ids)
-
-
-def _is_due(count: int, interval: int | None) -> bool:
-    """Whether `count` is a multiple of a positive interval; None, 0 and -1 mean never."""
-    return interval is not None and interval > 0 and count % interval == 0

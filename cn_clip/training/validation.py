@@ -17,8 +17,8 @@ from cn_clip.clip.model import CLIP
 from cn_clip.data.lmdb_store import Split
 from cn_clip.retrieval.recall import Recall, RecallBothWays, recall_from_features
 from cn_clip.training.distributed import from_first, gather_shares, own_share
+from cn_clip.training.inputs import EpochSampler
 from cn_clip.training.loss import Pairs, contrastive_scores
-from cn_clip.training.sampling import EpochSampler
 
 
 @dataclass(frozen=True)

@@ -530,9 +530,9 @@ def _read_run_checkpoint(folder: Path) -> object:
     checkpoints = folder / "logs" / "x" / "checkpoints"
     from in_process_runs import options
 
-    from cn_clip.training import main as training
+    from cn_clip.training import building
 
-    trainer = training.build_trainer(
+    trainer = building.build_trainer(
         options(folder / "split", folder / "logs", **shrink()), torch.device("cpu"), checkpoints
     )
     return trainer.position
@@ -553,7 +553,7 @@ _MODEL_FOLDER = {
 }
 
 _FAMILIES = ("transformers.models.auto.modeling_auto", "transformers.modeling_utils", "torch._dynamo")
-_TRAINING = ("torch._dynamo", "matplotlib.backends.backend_agg", "cn_clip.training.main")
+_TRAINING = ("torch._dynamo", "matplotlib.backends.backend_agg", "cn_clip.training.building")
 READERS: Sequence[Reader] = (
     Reader("pictures", _make_pictures, _read_pictures, weight=8),
     Reader("datasets", _make_dataset, _read_dataset, {"*.tsv": odd_bytes, "*.jsonl": odd_lines}, weight=4),

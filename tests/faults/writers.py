@@ -62,8 +62,8 @@ _PRELOADED = (
     "cn_clip.index.repairing",
     "cn_clip.index.search",
     "cn_clip.report.main",
-    "cn_clip.training.inputs",
-    "cn_clip.training.main",
+    "cn_clip.training.building",
+    "cn_clip.training.curves",
 )
 _NEVER_ENDS = 600.0
 _ADDED = ("b.png", "c.png")

@@ -1,4 +1,4 @@
-"""What a run tells of itself: the log lines of Chinese-CLIP, speed and memory, warnings, and the monitor's numbers."""
+"""What a run logs: the lines of Chinese-CLIP, speed and memory, and warnings; its numbers go to the monitor too."""
 
 import math
 import time
@@ -6,11 +6,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cn_clip.training.logs import logger
+from cn_clip.processes import peak_bytes
+from cn_clip.training.logger import logger
 from cn_clip.training.loss import Scores
-from cn_clip.training.monitor import Monitor, StuckLoss, peak_memory
+from cn_clip.training.monitor import Monitor
 from cn_clip.training.state import Position
 from cn_clip.training.validation import Validation
+
+# The published fine-tuning settings: this rate at this global batch.
+FINE_TUNING_RATE, FINE_TUNING_BATCH = 5e-5, 1024
+RATE_MARGIN = 4
+HIGHEST_RATE = 5e-3
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,64 @@ class Clock:
         return speed
 
 
+def peak_memory(device: torch.device | str) -> int:
+    """The most memory in use so far, in bytes: on a GPU this process's CUDA tensors, else what was resident."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_bytes()
+
+
+class StuckLoss:
+    """Notices a loss that stays at ln(batch), what guessing among the texts of a batch costs.
+
+    warmup: steps that do not count. patience: observed steps in a row. band: nats around ln(batch).
+    """
+
+    def __init__(self, *, warmup: int, patience: int = 200, band: float = 0.05) -> None:
+        self.warmup, self.patience, self.band = warmup, patience, band
+        self._smoothed: float | None = None
+        self._count = 0
+        self._has_warned = False
+
+    def observe(self, step: int, loss: float, batch: int) -> str | None:
+        """A warning, once, or None. batch: pairs that the loss contrasted; a loss that is not finite is passed over."""
+        if self._has_warned or step <= self.warmup or batch < 2 or not math.isfinite(loss):
+            return None
+        self._smoothed = loss if self._smoothed is None else 0.95 * self._smoothed + 0.05 * loss
+        chance = math.log(batch)
+        self._count = self._count + 1 if abs(self._smoothed - chance) <= self.band else 0
+        self._has_warned = self._count >= self.patience
+        if not self._has_warned:
+            return None
+        return (
+            f"the loss has stayed at {self._smoothed:.3f}, that is ln({batch}) = {chance:.3f}, up to step {step}: the "
+            "model guesses which text belongs to which picture. Either the learning rate is too high and all features "
+            "have become the same (start again from the pretrained weights with a tenth of --lr and more --warmup), "
+            "or texts and pictures do not belong together (look at the data with cn-clip dataset check)"
+        )
+
+
+def rate_warning(lr: float, global_batch: int, *, pretrained: bool) -> str | None:
+    """What speaks against this learning rate, or None.
+
+    Fine-tuning: more than 4 times 5e-5 * global_batch / 1024, the rate of the published settings made smaller with the
+    batch. From scratch: above 5e-3, with which AdamW trains no model of this kind.
+    """
+    if not pretrained:
+        if lr <= HIGHEST_RATE:
+            return None
+        return f"--lr {lr:g} is far above what AdamW bears when training from scratch; try --lr 5e-4 or less"
+    fitting = FINE_TUNING_RATE * global_batch / FINE_TUNING_BATCH
+    if lr <= RATE_MARGIN * fitting:
+        return None
+    return (
+        f"--lr {lr:g} is {lr / fitting:.0f} times what fits a global batch of {global_batch}: the published "
+        f"fine-tuning uses {FINE_TUNING_RATE:g} at {FINE_TUNING_BATCH}, in proportion {fitting:.2g} here. Accuracy "
+        f"may fall to chance at the start and take hundreds of epochs to return; try --lr {fitting:.1g} "
+        f"to {RATE_MARGIN * fitting:.1g}, or a larger batch (--accum-freq)"
+    )
+
+
 @dataclass
 class Report:
     """Writes what happens into the log and, where there is one, the monitor: that of rank 0, None elsewhere."""
@@ -84,19 +148,25 @@ class Report:
 
     def step(self, position: Position, scores: Scores, *, rate: float, logit_scale: float) -> None:
         """The step before `position`."""
-        loss, plan = scores.loss.item(), self.plan
-        batch = position.batch
+        loss, plan, batch = scores.loss.item(), self.plan, position.batch
         seen, percent = batch * plan.global_batch, 100.0 * batch / plan.steps_per_epoch
+        accuracies = ""
+        if self.with_accuracy:
+            counts = (scores.images_right.item(), scores.texts_right.item())
+            images, texts = (100 * count / plan.contrasted for count in counts)
+            accuracies = f"Image2Text Acc: {images:.2f} | Text2Image Acc: {texts:.2f} | "
         logger.info(
             f"Global Steps: {position.step}/{plan.max_steps} | "
             f"Train Epoch: {position.epoch + 1} [{seen}/{plan.num_padded} ({percent:.0f}%)] | "
-            f"Loss: {loss:.6f} | {self._accuracies(scores)}"
+            f"Loss: {loss:.6f} | {accuracies}"
             f"Data Time: {self.clock.data_time:.3f}s | Batch Time: {self.clock.batch_time:.3f}s | "
             f"LR: {rate:5f} | logit_scale: {logit_scale:.3f} | Global Batch Size: {plan.global_batch}"
         )
         speed, memory = self.clock.samples_per_second(), peak_memory(self.device) / 2**30
         logger.info(f"Speed: {speed:.1f} samples/s | Peak Memory: {memory:.2f} GiB")
-        self._tell_skipped()
+        if self.num_skipped > self._told_skipped:
+            logger.warning("%d pictures could not be read so far and were passed over.", self.num_skipped)
+            self._told_skipped = self.num_skipped
         values = {"loss": loss, "lr": rate, "logit_scale": logit_scale}
         values |= {"samples_per_second": speed, "peak_memory_gib": memory}
         if loss == 0 and not self._told_zero:
@@ -113,18 +183,6 @@ class Report:
                 logger.warning("%s", warning)
         if self.monitor is not None:
             self.monitor.step(position.step, values)
-
-    def _accuracies(self, scores: Scores) -> str:
-        if not self.with_accuracy:
-            return ""
-        counts = (scores.images_right.item(), scores.texts_right.item())
-        images, texts = (100 * count / self.plan.contrasted for count in counts)
-        return f"Image2Text Acc: {images:.2f} | Text2Image Acc: {texts:.2f} | "
-
-    def _tell_skipped(self) -> None:
-        if self.num_skipped > self._told_skipped:
-            logger.warning("%d pictures could not be read so far and were passed over.", self.num_skipped)
-            self._told_skipped = self.num_skipped
 
     def validation(
         self, where: str, result: Validation, *, step: int, logit_scale: float, batch_size: int, sizes: tuple[int, int]
