@@ -18,8 +18,7 @@ from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.loading import load
 from cn_clip.errors import ConfigError
-from cn_clip.training import distributed
-from cn_clip.training import main as training
+from cn_clip.training import building, distributed
 
 PACKAGE = Path(ranks.__file__).parent
 
@@ -131,8 +130,8 @@ def test_training_makes_the_device_of_its_process_current(
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(distributed, "every_object", lambda value: [value])
     monkeypatch.setattr(distributed, "wait_for_all", lambda: None)
-    monkeypatch.setattr(training, "train_in_group", lambda settings, device, *rest: begun.append(device))
-    training.run(options(tmp_path, tmp_path / "logs", device=device))
+    monkeypatch.setattr(building, "train_in_group", lambda settings, device, *rest: begun.append(device))
+    building.run(options(tmp_path, tmp_path / "logs", device=device))
     assert cuda.made_current == begun == [torch.device("cuda", number)]
 
 
@@ -143,7 +142,7 @@ def test_a_numbered_gpu_for_several_processes_is_refused(
     assert ranks.own_device("cuda:1") == torch.device("cuda", 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="--device cuda:1: names one GPU for 2 processes; use --device cuda"):
-        training.run(options(tmp_path, tmp_path / "logs", device="cuda:1"))
+        building.run(options(tmp_path, tmp_path / "logs", device="cuda:1"))
     assert ranks.own_device("cpu") == torch.device("cpu")
 
 
