@@ -92,6 +92,26 @@ def test_a_uri_holds_what_its_path_holds(tmp_path: Path, kind: str) -> None:
     assert [part[number].data for number in range(5)] == PICTURES[2:]
 
 
+@pytest.mark.parametrize("kind", ["folder", "tars", "tables"])
+def test_an_address_in_memory_holds_what_was_put_there(tmp_path: Path, kind: str) -> None:
+    """The way to an object store but for the network: nothing of it is a disk's."""
+    location = KINDS[kind][0](tmp_path / "data")
+    there = open_storage(f"memory://{tmp_path}/data")
+    for path in (path for path in (tmp_path / "data").rglob("*") if path.is_file()):
+        there.child(path.relative_to(tmp_path / "data").as_posix()).write(path.read_bytes())
+    collection = open_collection(f"memory://{location}")
+    assert list(collection.ids) == KINDS[kind][1]
+    part = pickle.loads(pickle.dumps(collection.part(2, 7)))
+    assert [part[number].data for number in range(5)] == PICTURES[2:]
+    assert not list((tmp_path / "data").rglob(".*lock"))
+    file = there.list_files()[0]
+    there.at(file.path).delete()
+    assert there.at(file.path).find() is None
+    with pytest.raises(DataError, match=f"memory://.*{Path(file.path).name}: cannot be read") as raised:
+        there.at(file.path).read()
+    assert not isinstance(raised.value, StorageError)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_digest_tells_other_data(tmp_path: Path, kind: str) -> None:
     location = KINDS[kind][0](tmp_path / "data")

@@ -59,6 +59,19 @@ def folder(tmp_path: Path) -> Storage:
     return open_storage(str(tmp_path / "out"))
 
 
+def test_shards_in_a_store_that_is_no_disk_are_finished_and_gone_on_with() -> None:
+    folder = open_storage("memory://bucket/features/images")
+    assert begin_shards(folder, manifest(), overwrite=False) == {}
+    with folder.alone("busy"):
+        write(folder, manifest(), manifest().shards()[1])
+    folder.delete_leftovers("part-")
+    assert begin_shards(folder, manifest(), overwrite=False) == {1: Finished(4)}
+    with pytest.raises(ConfigError, match=r"memory://bucket/features/images: 已有另一次提取的结果"):
+        begin_shards(folder, manifest(5), overwrite=False)
+    assert begin_shards(folder, manifest(5), overwrite=True) == {}
+    assert [folder.below(file.path) for file in folder.list_files()] == ["manifest.json"]
+
+
 @pytest.fixture
 def filled(folder: Storage) -> Storage:
     """All three shards of `manifest()`."""
@@ -434,6 +447,7 @@ def test_a_worker_with_other_weights_refuses(tmp_path: Path, pictures: Path) -> 
         (["--output=x"], "--output: is for --engine ray"),
         (["--num-actors=2"], "--num-actors: is for --engine ray"),
         (["--overwrite"], "--overwrite: is for --engine ray"),
+        (["--engine=ray", "--output=memory://x"], "--output memory://x: each process has its own memory; use a path"),
         (["--engine=ray", "--output=x", "--shard-size=0"], "--shard-size: expected at least 1, got 0"),
         (["--engine=ray", "--output=x", "--gpus-per-actor=1.5"], "--gpus-per-actor: expected a whole number"),
         (["--engine=ray", "--output=x", "--image-feat-output-path=y"], "writes into --output; leave it out"),

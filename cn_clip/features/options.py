@@ -140,6 +140,11 @@ class EngineSettings(RaySettings, Settings, choice.CheckpointSettings):
             return
         if self.output is None:
             raise ConfigError("--output: expected the folder that the shards of --engine ray go to")
+        for name, address in (("output", self.output), ("image_data", self.image_data)):
+            if address.startswith("memory://"):
+                raise ConfigError(
+                    f"{flag(name)} {address}: each process has its own memory; use a path, s3:// or gs://"
+                )
         share = self.gpus_per_actor
         if share is not None and not (0 <= share < 1 or share == int(share)):
             raise ConfigError(f"--gpus-per-actor: expected a whole number, or a part of one GPU, got {share}")
