@@ -19,10 +19,10 @@ from cn_clip.clip import Encoder, load_from_name
 from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
-from cn_clip.eval import benchmark_classification as classification
 from cn_clip.eval import compare, linear_probe
 from cn_clip.eval import evaluate as evaluate_command
 from cn_clip.evaluation import benchmark_sets as sets
+from cn_clip.evaluation import classification, zeroshot
 from cn_clip.evaluation.benchmark_sets import ClassName
 from cn_clip.zoo_results import CHINESE_CLIP
 
@@ -124,14 +124,14 @@ def test_average_precision_of_a_ranking_worked_by_hand() -> None:
     scores = np.array([0.1, 0.9, 0.8, 0.7, 0.5, 0.6], dtype=np.float32)
     relevant = np.array([True, True, False, True, False, False])
     expected = (4 * 1 + 3 * 2 / 3 + 4 * 1 / 2) / 11
-    assert classification.average_precision_11_point(scores, relevant) == pytest.approx(expected)
+    assert zeroshot.average_precision_11_point(scores, relevant) == pytest.approx(expected)
 
 
 def test_the_best_precision_of_a_deeper_cut_counts() -> None:
     # Ranked: no, yes, yes. The cut after two has precision 1/2, that after three 2/3 and every recall.
     relevant = np.array([False, True, True])
     scores = np.array([3, 2, 1], dtype=np.float32)
-    assert classification.average_precision_11_point(scores, relevant) == pytest.approx(2 / 3)
+    assert zeroshot.average_precision_11_point(scores, relevant) == pytest.approx(2 / 3)
 
 
 def test_a_recall_that_is_a_level_reaches_it() -> None:
@@ -139,14 +139,14 @@ def test_a_recall_that_is_a_level_reaches_it() -> None:
     relevant = np.array([True, False] * 10)
     scores = np.linspace(1, 0, 20, dtype=np.float32)
     expected = (1 + sum(hit / (2 * hit - 1) for hit in range(1, 11))) / 11
-    assert classification.average_precision_11_point(scores, relevant) == pytest.approx(expected)
+    assert zeroshot.average_precision_11_point(scores, relevant) == pytest.approx(expected)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=30).filter(any))
 def test_average_precision_is_1_for_hits_first_and_never_above(relevant: list[bool]) -> None:
     scores = np.linspace(1, 0, len(relevant), dtype=np.float32)
-    assert 0 < classification.average_precision_11_point(scores, np.array(relevant)) <= 1
-    assert classification.average_precision_11_point(scores, np.array(sorted(relevant, reverse=True))) == 1
+    assert 0 < zeroshot.average_precision_11_point(scores, np.array(relevant)) <= 1
+    assert zeroshot.average_precision_11_point(scores, np.array(sorted(relevant, reverse=True))) == 1
 
 
 @pytest.mark.parametrize("relevant", [[True, False, True], [True, True, False]])
@@ -154,17 +154,17 @@ def test_equal_scores_are_cut_together(relevant: list[bool]) -> None:
     # Cut after one: precision 1, recall 1/2; after all three, of which two are equal: 2/3 and 1.
     scores = np.array([3, 2, 2], dtype=np.float32)
     expected = (6 * 1 + 5 * 2 / 3) / 11
-    assert classification.average_precision_11_point(scores, np.array(relevant)) == pytest.approx(expected)
+    assert zeroshot.average_precision_11_point(scores, np.array(relevant)) == pytest.approx(expected)
 
 
 def test_scores_that_say_nothing_have_the_precision_of_chance() -> None:
     relevant = np.arange(40) // 10 == 0  # the first of four classes, in the order of the folders
-    assert classification.average_precision_11_point(np.ones(40, dtype=np.float32), relevant) == 0.25
+    assert zeroshot.average_precision_11_point(np.ones(40, dtype=np.float32), relevant) == 0.25
 
 
 def test_average_precision_needs_something_to_find() -> None:
     with pytest.raises(ValueError, match="at least one relevant item"):
-        classification.average_precision_11_point(np.ones(2, dtype=np.float32), np.zeros(2, dtype=np.bool_))
+        zeroshot.average_precision_11_point(np.ones(2, dtype=np.float32), np.zeros(2, dtype=np.bool_))
 
 
 FEW = (ClassName("sea_lake", "海"), ClassName("Industrial", "工厂"), ClassName("crop", "农田"))
@@ -582,7 +582,7 @@ def test_files_bear_the_names_of_run_checkpoint_and_arithmetic(
     options = evaluate_command.Options(benchmark="muge", data="d", **given)
     assert options.folder == Path(f"evaluations/muge-valid-{name}")
     probing = linear_probe.Options(train="t/train", test="t/test", **given)
-    assert linear_probe._cache_file(Path("t/train"), probing) == tmp_path / "here" / "t" / f"train.{name}.npz"
+    assert probing.cache_file(Path("t/train")) == tmp_path / "here" / "t" / f"train.{name}.npz"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import ConfigError, DataError, MissingExtraError
 from cn_clip.eval import make_topk_predictions
-from cn_clip.evaluation import class_features
+from cn_clip.evaluation import classification
 from cn_clip.features.files import read_features, write_features, write_rows
 from cn_clip.features.options import OutputFormat, format_of
 
@@ -323,7 +323,7 @@ def test_text_beyond_unicode_in_an_npz_is_refused_whoever_reads_it(tmp_path: Pat
         read_features(path, "image_id")
     np.savez(path, features=ROWS[:2], labels=np.array([0, 1]), classes=names.astype(">U1"))
     with pytest.raises(DataError, match=r"f\.npz classes: holds 0x110000, which is no character; compute"):
-        class_features.read(path)
+        classification.read(path)
 
 
 def test_npz_of_numpy_is_read(tmp_path: Path) -> None:

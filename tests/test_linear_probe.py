@@ -19,7 +19,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.command import Speaker
 from cn_clip.demo import emoji
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.evaluation import class_features, logistic
+from cn_clip.evaluation import classification, logistic
 
 LABELS = ("时钟", "心", "猫脸", "圆", "正方形")
 
@@ -178,7 +178,7 @@ def save(path: Path, rows: Any, labels: Any, **more: Any) -> Path:
 def test_faulty_feature_files_are_refused(tmp_path: Path, arrays: dict[str, Any], reason: str) -> None:
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(DataError, match=rf"x\.npz: .*{reason}"):
-        class_features.read(tmp_path / "x.npz")
+        classification.read(tmp_path / "x.npz")
 
 
 # --- the command
@@ -259,8 +259,8 @@ def test_pictures_are_probed_as_their_features_are(
         files = sorted(folder.glob("*/*.png"))
         labels = np.array([int(file.parent.name) for file in files])
         arrays[name] = save(tmp_path / f"{name}.npz", encoder.encode_images(files, batch_size=64), labels)
-    by_hand = class_features.read(arrays["train"])
-    kept = class_features.read(train.parent / "test.Emoji-Tiny.npz")
+    by_hand = classification.read(arrays["train"])
+    kept = classification.read(train.parent / "test.Emoji-Tiny.npz")
     np.testing.assert_allclose(kept.rows_ND, by_hand.rows_ND, atol=1e-6)
     np.testing.assert_array_equal(kept.labels_N, by_hand.labels_N)
     assert kept.classes == ("000", "001", "002", "003", "004")
@@ -307,7 +307,7 @@ def test_features_of_another_checkpoint_of_the_same_name_are_computed_again(
         model = ["--checkpoint", tmp_path / name / "mine.pt", "--cache", cache, "--num-workers", 0]
         probe("--train", folder, "--test", folder, *model, "--c", 1, capsys=capsys)
         (file,) = cache.iterdir()
-        found.append(class_features.read(file).rows_ND)
+        found.append(classification.read(file).rows_ND)
         names.append(file.name)
     assert names[0] == names[1]
     np.testing.assert_allclose(found[1], -found[0], atol=1e-6)
@@ -340,9 +340,9 @@ def test_features_of_changed_pictures_are_computed_again_and_a_killed_run_goes_o
             raise KeyboardInterrupt
         return encode(self, pixels)
 
-    def features() -> class_features.ClassFeatures:
+    def features() -> classification.ClassFeatures:
         model = {"model": "Emoji-Tiny"}
-        return class_features.of_folder(
+        return classification.of_folder(
             folder, tmp_path / "few.npz", encoder, lambda _: model, Speaker(quiet=True), **sizes
         )
 
@@ -368,7 +368,7 @@ def test_features_of_changed_pictures_are_computed_again_and_a_killed_run_goes_o
         (["--test", "two.npz"], 2, "--train: expected a folder"),
         (["--train", "two.npz"], 2, "--test: expected a folder"),
         (["--train", "two.npz", "--test", "two.npz", "--shots", "0"], 2, "--shots: expected at least 1"),
-        (["--train", "two.npz", "--test", "two.npz", "--c", "0"], 2, "--c: expected a number above 0"),
+        (["--train", "two.npz", "--test", "two.npz", "--c", "0"], 2, "--c: expected more than 0, got 0"),
         (["--train", "two.npz", "--test", "two.npz", "--seeds", "1", "1"], 2, "--seeds: expected different numbers"),
         (["--train", "two.npz", "--test", "two.npz", "--c", "1", "--seeds", "1", "2"], 2, "--seeds: nothing is drawn"),
         (["--train", "two.npz", "--test", "two.npz", "--context-length", "9"], 2, "--context-length"),

@@ -30,7 +30,7 @@ from cn_clip.clip.families import names, snapshots
 from cn_clip.clip.weights.checkpoint import read_checkpoint, read_openai_archive
 from cn_clip.data.captions import pictures_from_table
 from cn_clip.errors import CheckpointError, CnClipError, DataError, DownloadError, first_sentence, reading
-from cn_clip.evaluation import class_features
+from cn_clip.evaluation import classification
 from cn_clip.features.files import read_features
 from cn_clip.training.scheduler import build_optimizer, decay_groups, load_optimizer_state, optimizer_state
 
@@ -362,7 +362,7 @@ def test_whatever_a_reader_raises_is_one_sentence(raised: Exception, kind: type[
 def test_a_label_of_any_size_and_a_tower_that_gives_one_number_are_sentences(tmp_path: Path) -> None:
     np.savez(tmp_path / "f.npz", features=np.ones((1, 2), np.float32), labels=np.array([2**62]))
     with pytest.raises(DataError, match=r"f\.npz: expected labels from 0 to 999999, got 4611686018427387904"):
-        class_features.read(tmp_path / "f.npz")
+        classification.read(tmp_path / "f.npz")
     with pytest.raises(CheckpointError, match=r"x: does not say its size"):
         onnx_files.facts_of(
             "x", "text", inputs={"text": (None, 52)}, outputs={"unnorm_text_features": ()}, metadata=None

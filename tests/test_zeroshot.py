@@ -25,7 +25,7 @@ from cn_clip.data.pictures import ClassFolders
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
 from cn_clip.eval import zeroshot_evaluation
-from cn_clip.evaluation import elevater, templates, zeroshot
+from cn_clip.evaluation import templates, zeroshot
 
 TINY = "RN-Tiny-64", "BERT-Tiny-chinese"
 GOLDEN = json.loads((pipeline_weights.GOLDEN / "zeroshot.json").read_text())
@@ -161,7 +161,7 @@ def test_an_index_that_is_no_list_of_picture_numbers_is_refused(tmp_path: Path, 
     path = tmp_path / "index.json"
     path.write_text(content)
     with pytest.raises(DataError, match=r"index\.json: "):
-        elevater.read_index(path, 3)
+        zeroshot.read_index(path, 3)
 
 
 # --- the numbers of the reference

@@ -4,6 +4,8 @@ cn-clip evaluate muge --data datasets/MUGE
 """
 
 import difflib
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,18 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from cn_clip import command
-from cn_clip.clip.backends.base import DEFAULT_CONTEXT_LENGTH
-from cn_clip.clip.choice import Choice
+from cn_clip import command, settings, zoo
+from cn_clip.clip import choice
+from cn_clip.clip.choice import DEFAULT_MODEL, Choice
 from cn_clip.errors import ConfigError, OutputError
 from cn_clip.evaluation import benchmark_sets
 from cn_clip.evaluation.benchmark_sets import Metric, RetrievalSet, Split
-from cn_clip.evaluation.model_choice import ModelChoice
-from cn_clip.option_types import ContextLength, Json
+from cn_clip.option_types import ContextLength, Json, NumWorkers
+from cn_clip.settings import Range
+from cn_clip.zoo import CONTEXT_LENGTH
 from cn_clip.zoo_results import CHINESE_CLIP, Query, Result, Setup
 
 if TYPE_CHECKING:
-    from cn_clip.eval.benchmark_classification import Classified
+    from cn_clip.evaluation.classification import Measured
 
 RESULT_FILE = "result.json"
 DIRECTIONS: Mapping[Query, str] = {"text": "以文搜图 / text→image", "image": "以图搜文 / image→text"}
@@ -39,6 +42,62 @@ _NOT_PUBLISHED = "—"
 
 
 @dataclass(frozen=True)
+class ModelChoice(choice.ModelSettings):
+    """Which model computes the features, and how."""
+
+    model: str | None = None
+    """A published or bundled model, or one of another family, hf:FOLDER or open_clip:ARCHITECTURE@FILE; ViT-B-16 if no
+    checkpoint is given. Beside --checkpoint: the model whose weights these are"""
+    checkpoint: str | None = None
+    """Weights of your own: a file or a transformers folder"""
+    batch_size: Annotated[int, Range(least=1)] = 64
+    """Pictures, and texts, in a batch"""
+    num_workers: NumWorkers = 4
+    decode: choice.Decoding = "exact"
+
+    def __post_init__(self) -> None:
+        if self.model and self.checkpoint and zoo.named(self.model) is None:
+            raise ConfigError(
+                f"--model {self.model}: beside --checkpoint it says what the weights are of; "
+                f"expected one of {', '.join(zoo.available_models())}"
+            )
+        choice.check(self.chosen)
+        settings.check(self)
+
+    @property
+    def chosen(self) -> Choice:
+        """What is opened: the checkpoint, with the towers of the model it is said to be of, or that model."""
+        named = zoo.named(self.model) if self.model and self.checkpoint else None
+        return replace(
+            super().chosen,
+            model=self.checkpoint or self.model or DEFAULT_MODEL,
+            vision=named.vision if named else None,
+            text=named.text if named else None,
+            decode=self.decode,
+        )
+
+    @property
+    def model_name(self) -> str | None:
+        """The model meant; None for a checkpoint of which nothing is said."""
+        return self.model or (None if self.checkpoint else DEFAULT_MODEL)
+
+    @property
+    def file_name(self) -> str:
+        """The model in the names of files: letters of words, digits, `-` and `.` alone.
+
+        A checkpoint of a run has the name of the run before its own; backend and precision follow where they are not
+        the usual ones.
+        """
+        names = [self.model or DEFAULT_MODEL]
+        if self.checkpoint:
+            path = Path(os.path.abspath(self.checkpoint))
+            # The folder of a run in which the training keeps its checkpoints; all runs name them alike.
+            names = [path.parent.parent.name, path.stem] if path.parent.name == "checkpoints" else [path.stem]
+        arithmetic = [one for one in (self.backend, self.precision) if one not in ("torch", "fp32", "amp")]
+        return re.sub(r"[^\w.-]+", "_", "-".join([*names, *arithmetic]))
+
+
+@dataclass(frozen=True)
 class Options(ModelChoice):
     """Features, search and recall, or zero-shot classification, of a benchmark; beside the published figures."""
 
@@ -50,7 +109,7 @@ class Options(ModelChoice):
     """Folder of the dataset: lmdb/ and *_texts.jsonl, or test/ with a folder a class"""
     split: Split | None = None
     """Default: the one of the published figures, valid of MUGE, test of all others"""
-    context_length: ContextLength = DEFAULT_CONTEXT_LENGTH
+    context_length: ContextLength = CONTEXT_LENGTH
     output: str | None = None
     """Folder for features, predictions and result.json; default: evaluations/BENCHMARK-SPLIT-MODEL,
     where MODEL is RUN-CHECKPOINT for a file in RUN/checkpoints, with backend and precision unless torch and fp32"""
@@ -118,12 +177,13 @@ def _make(folder: Path) -> None:
 
 
 def _retrieval(options: Options, say: command.Speaker) -> dict[str, Any]:
-    from cn_clip.eval import benchmark_retrieval
+    from cn_clip.evaluation import retrieval
 
     benchmark, data, split = benchmark_sets.RETRIEVAL_SETS[options.name], Path(options.data or ""), options.used_split
-    benchmark_retrieval.check(data, split)
+    retrieval.check_split(data, split)
     _make(options.folder)
-    measured = benchmark_retrieval.measure(data, benchmark, split, options, options.folder, say)
+    sizes = {"batch_size": options.batch_size, "num_workers": options.num_workers}
+    measured = retrieval.benchmark(data, split, benchmark.queries, options.chosen, options.folder, say, **sizes)
     model = _published_model(options)
     published = benchmark.published(model) if split == benchmark.split else []
     _say_recalls(options, benchmark, measured, published, say)
@@ -172,12 +232,13 @@ def _published_recalls(published: Sequence[Result], model: str | None) -> dict[s
 
 
 def _classification(options: Options, say: command.Speaker) -> dict[str, Any]:
-    from cn_clip.eval import benchmark_classification
+    from cn_clip.evaluation import classification
 
     benchmark = benchmark_sets.classification_sets()[options.name]
-    dataset = benchmark_classification.read_dataset(Path(options.data or ""), options.name)
+    dataset = classification.read_dataset(Path(options.data or ""), options.name)
     _make(options.folder)
-    found = benchmark_classification.measure(dataset, options, options.folder, say)
+    sizes = {"batch_size": options.batch_size, "num_workers": options.num_workers}
+    found = classification.benchmark(dataset, options.chosen, options.folder, say, **sizes)
     model = _published_model(options)
     figure, reason = benchmark.published.get(model or ""), _no_figures(options)
     num_classes, num_labels = len(benchmark_sets.class_names(options.name)), len(dataset.labels)
@@ -194,11 +255,11 @@ def _classification(options: Options, say: command.Speaker) -> dict[str, Any]:
         published = {"model": model, "zero-shot": figure, "elevater_metric": benchmark.elevater_metric}
         published |= {"source": CHINESE_CLIP}
     facts = {"num_pictures": found.num_pictures, "own_labels": found.own_labels, "predictions": str(found.predictions)}
-    return _facts(options) | facts | {"measured": found.measured, "published": published}
+    return _facts(options) | facts | {"measured": found.measures, "published": published}
 
 
 def _say_accuracy(
-    options: Options, found: "Classified", figure: float | None, model: str | None, reason: str, say: command.Speaker
+    options: Options, found: "Measured", figure: float | None, model: str | None, reason: str, say: command.Speaker
 ) -> None:
     """reason: why there is no figure to compare with."""
     from cn_clip import terminal
@@ -207,7 +268,7 @@ def _say_accuracy(
     rows = [(f"{benchmark.title} test，{found.num_pictures} 张图片 / pictures", "%")]
     rows += [
         (f"  本次测得 / measured, {METRICS[metric]}: {options.chosen.model}", f"{value:.1f}")
-        for metric, value in found.measured.items()
+        for metric, value in found.measures.items()
     ]
     if figure is not None:
         rows.append((f"  {SETUPS['zero-shot']}: {model}", f"{figure:.1f}"))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from cn_clip import command, drop_in, settings
 from cn_clip.clip import choice
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.evaluation.templates import load_templates, read_labels
+from cn_clip.files import refuse_inputs, replaceable
 from cn_clip.option_types import (
     BatchSize,
     ContextLength,
@@ -19,12 +21,6 @@ from cn_clip.option_types import (
 from cn_clip.zoo import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from cn_clip.clip.backends.base import Rows
-    from cn_clip.clip.encoder import Encoder
-    from cn_clip.data.pictures import ClassFolders
     from cn_clip.evaluation.zeroshot import Accuracy
 
 MOST_CLASSES_SHOWN = 50
@@ -81,95 +77,44 @@ def run_command(options: Options) -> None:
 
 def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
     """Evaluates, tells `say` about it, writes the ELEVATER file and returns the accuracy."""
-    import numpy as np
-
-    from cn_clip.clip.opening import open_encoder
-    from cn_clip.data.pictures import ClassFolders
-    from cn_clip.evaluation import elevater, zeroshot
-    from cn_clip.evaluation.templates import load_templates, read_labels
-    from cn_clip.features.rows import check_finite
+    from cn_clip.evaluation import classification, zeroshot
 
     say.params(options)
-    _check_output(options)
-    labels = read_labels(Path(options.label_file or ""))
-    templates = load_templates(options.dataset, Path(options.templates) if options.templates else None)
-    encoder = open_encoder(options.chosen, say)
-    say("Preparing zeroshot dataset.")
-    dataset = ClassFolders(options.datapath)
-    numbers = _class_numbers(options, dataset.classes, len(labels))
-    order = elevater.read_index(Path(options.index), len(dataset)) if options.index else None
-    say("Building zero-shot classifier")
-    classes_CD = zeroshot.classifier(encoder, labels, templates)
-    check_finite(classes_CD, labels, "label")
-    say("Using classifier")
-    images_ND, folders_N = _picture_features(options, encoder, dataset)
-    probabilities_NC = zeroshot.probabilities(images_ND, classes_CD)
-    result = zeroshot.accuracy(probabilities_NC, np.array(numbers)[folders_N])
-    if order is not None:
-        say("Use index to rearrange the logits...")
-        probabilities_NC = probabilities_NC[order]
-    path = options.output_file
+    path, label_file = options.output_file, options.label_file or ""
+    refuse_inputs("--save-dir: the file", path, [label_file, options.index, options.templates])
+    for place in (path.parent, *path.parent.parents):
+        if place.exists() and not place.is_dir():
+            raise DataError(f"--save-dir {options.save_dir}: {place} is no folder; name another one")
+    if path.parent.exists():
+        replaceable(path)
+    labels = read_labels(Path(label_file))
+    found = classification.classify(
+        options.chosen,
+        options.datapath,
+        labels,
+        load_templates(options.dataset, Path(options.templates) if options.templates else None),
+        label_file=label_file,
+        index=options.index,
+        batch_size=options.img_batch_size,
+        num_workers=options.num_workers,
+        say=say,
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
             f"--save-dir {options.save_dir}: cannot be made ({error.strerror}); name another one"
         ) from error
-    elevater.write(
+    zeroshot.write_probabilities(
         path,
-        probabilities_NC,
+        found.probabilities_NC,
         options.chosen.model,
-        options.vision_model,
+        options.chosen.vision,
         dataset=options.dataset,
-        num_parameters=encoder.facts.num_parameters,
+        num_parameters=found.num_parameters,
     )
-    _report(say, result, labels, path)
-    return result
-
-
-def _check_output(options: Options) -> None:
-    """Raises CnClipError where the ELEVATER file could not be written, before any work."""
-    from cn_clip.files import refuse_inputs, replaceable
-
-    refuse_inputs("--save-dir: the file", options.output_file, [options.label_file, options.index, options.templates])
-    folder = options.output_file.parent
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise DataError(f"--save-dir {options.save_dir}: {place} is no folder; name another one")
-    if folder.exists():
-        replaceable(options.output_file)
-
-
-def _picture_features(
-    options: Options, encoder: "Encoder", dataset: "ClassFolders"
-) -> "tuple[Rows, NDArray[np.int64]]":
-    import numpy as np
-    from tqdm import tqdm
-
-    from cn_clip.clip.backends.base import named
-    from cn_clip.data.pictures import batches
-    from cn_clip.features.rows import check_finite
-
-    rows: list[Rows] = []
-    targets: list[int] = []
-    with tqdm(total=len(dataset), unit="picture") as bar:
-        for numbers, pixels in batches(dataset, encoder.transform, options.img_batch_size, options.num_workers):
-            paths = [path for path, _ in dataset.samples[len(targets) : len(targets) + len(numbers)]]
-            with named("picture", paths.__getitem__):
-                rows.append(encoder.backend.encode_pixels(pixels))
-            check_finite(rows[-1], paths, "picture")
-            targets += numbers
-            bar.update(len(numbers))
-    return np.concatenate(rows), np.array(targets, dtype=np.int64)
-
-
-def _class_numbers(options: Options, folders: list[str], num_labels: int) -> list[int]:
-    from cn_clip.evaluation.zeroshot import class_numbers
-
-    try:
-        return class_numbers(folders, num_labels)
-    except DataError as error:
-        raise DataError(f"{options.datapath} and {options.label_file}: {error}") from error
+    _report(say, found.accuracy, labels, path)
+    return found.accuracy
 
 
 def _report(say: command.Speaker, result: "Accuracy", labels: list[str], path: Path) -> None:

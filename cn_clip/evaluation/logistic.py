@@ -1,20 +1,21 @@
-"""Multinomial logistic regression on frozen features: the fit, the choice of its strength, draws of few shots."""
+"""Multinomial logistic regression on frozen features: the fit, the choice of its strength, few shots, and probes."""
 
-# N rows, D features, C classes
+# N rows, M of them held out, D features, C classes
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.evaluation import zeroshot
+from cn_clip.evaluation.classification import ClassFeatures
 from cn_clip.features.rows import FloatArray
-
-if TYPE_CHECKING:
-    import torch
 
 Labels = NDArray[np.int64]
 
@@ -22,6 +23,9 @@ Labels = NDArray[np.int64]
 FIRST_EXPONENTS = (-6, -4, -2, 0, 2, 4, 6)
 NUM_HALVINGS = 4
 MOST_ITERATIONS = 1000
+HELD_OUT_SHARE = 0.2
+# With one picture a class nothing can be held out to choose by; CLIP's example for its own features takes this.
+C_OF_ONE_SHOT = 0.316
 _GRADIENT_TOLERANCE, _LOSS_TOLERANCE = 1e-7, 1e-12
 
 
@@ -44,19 +48,18 @@ def fit(
     num_classes: int,
     *,
     c: float,
-    device: "torch.device | None" = None,
+    device: torch.device | None = None,
     start: Classifier | None = None,
 ) -> Classifier:
     """The minimum of `c * sum of cross-entropies + |weights|² / 2`, scikit-learn's objective; the bias is free.
 
     By L-BFGS in float64 from `start`, or zeros: equal inputs give equal weights. rows_ND: float32.
-    Raises ConfigError for a c that is not above 0.
+    device: the processor in place of one without float64 (MPS). Raises ConfigError for a c that is not above 0.
     """
-    import torch
-    from torch.nn.functional import cross_entropy
-
     if not (c > 0 and math.isfinite(c)):
         raise ConfigError(f"c: expected a number above 0, got {c}")
+    if device is not None and device.type == "mps":
+        device = torch.device("cpu")
     rows, labels = torch.as_tensor(rows_ND, device=device).double(), torch.as_tensor(labels_N, device=device)
     begin = start or Classifier(np.zeros((num_classes, rows.shape[1])), np.zeros(num_classes))
     weights, bias = (torch.tensor(one, device=device, requires_grad=True) for one in (begin.weights_CD, begin.bias_C))
@@ -120,3 +123,88 @@ def draw_shots(labels_N: Labels, names: Sequence[str], shots: int, *, seed: int)
             raise DataError(f"class {name!r} has {len(places)} training pictures; --shots {shots} needs as many")
         drawn.append(generator.choice(places, size=shots, replace=False))
     return np.sort(np.concatenate(drawn))
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The result of one seed: accuracies in percent, and the C that was chosen or given."""
+
+    seed: int
+    c: float
+    num_train: int
+    top1: float
+    mean_per_class: float
+
+
+def matched_labels(train: ClassFeatures, test: ClassFeatures, *, names: tuple[object, object]) -> Labels:
+    """The test labels in the numbers of the training classes of the same names; names: of both, for messages.
+
+    Raises DataError for rows of two lengths, for a single class, and for one that only the test has.
+    """
+    wide, other = train.rows_ND.shape[1], test.rows_ND.shape[1]
+    if wide != other:
+        raise DataError(f"{names[0]} has features of {wide} numbers, {names[1]} of {other}; use one model")
+    if len(np.unique(train.labels_N)) < 2:
+        raise DataError("expected two classes or more to tell apart, got one", at=names[0])
+    number_of = {name: number for number, name in enumerate(train.classes)}
+    for label in np.unique(test.labels_N).tolist():
+        if test.classes[label] not in number_of:
+            raise DataError(
+                f"the class {test.classes[label]!r} is not among those of {names[0]}; "
+                "name the folders of a class alike",
+                at=names[1],
+            )
+    numbers = np.array([number_of.get(name, -1) for name in test.classes], dtype=np.int64)
+    return numbers[test.labels_N]
+
+
+def probe(
+    train: ClassFeatures,
+    test: ClassFeatures,
+    test_labels_N: Labels,
+    *,
+    seed: int,
+    shots: int | None = None,
+    c: float | None = None,
+    device: torch.device | None = None,
+) -> Probe:
+    """One draw, one choice of C, one fit, one test. test_labels_N: in the numbers of the training classes.
+
+    shots: pictures a class to draw; None: all. c: None for the one of the best accuracy on a fifth held out.
+    """
+    if shots is not None:
+        drawn = draw_shots(train.labels_N, train.classes, shots, seed=seed)
+        train = ClassFeatures(train.rows_ND[drawn], train.labels_N[drawn], train.classes)
+    c = c or _chosen_c(train, seed, device)
+    fitted = fit(train.rows_ND, train.labels_N, len(train.classes), c=c, device=device)
+    result = zeroshot.accuracy(fitted.logits(test.rows_ND).astype(np.float32), test_labels_N)
+    return Probe(seed, c, len(train.rows_ND), 100 * result.top1, 100 * result.mean_per_class)
+
+
+def _chosen_c(data: ClassFeatures, seed: int, device: torch.device | None) -> float:
+    is_held_N = held_out(data.labels_N, share=HELD_OUT_SHARE, seed=seed)
+    if not is_held_N.any():
+        return C_OF_ONE_SHOT
+    rows_ND, labels_N = data.rows_ND[~is_held_N], data.labels_N[~is_held_N]
+    held_rows_MD, held_labels_M = data.rows_ND[is_held_N], data.labels_N[is_held_N]
+    start: Classifier | None = None
+    with tqdm(desc="C", unit="fit") as bar:
+
+        def score(exponent: float) -> float:
+            nonlocal start
+            start = fit(rows_ND, labels_N, len(data.classes), c=10**exponent, device=device, start=start)
+            bar.update(1)
+            return float((start.logits(held_rows_MD).argmax(axis=1) == held_labels_M).mean())
+
+        exponent, _ = choose(score)
+    return float(10**exponent)
+
+
+def mean_of(probes: Sequence[Probe]) -> dict[str, float]:
+    """The means over the probes, in percent, and the standard deviation of top-1."""
+    top1 = [one.top1 for one in probes]
+    means = {"top1": float(np.mean(top1)), "top1_std": float(np.std(top1))}
+    return {**means, "mean_per_class": float(np.mean([one.mean_per_class for one in probes]))}

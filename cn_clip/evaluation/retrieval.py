@@ -1,21 +1,34 @@
-"""Retrieval with computed features: what each query finds, for the top-k commands and for benchmarks."""
+"""Retrieval: what each query finds among features, and the recall of a benchmark."""
 
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from cn_clip import ranks
+from cn_clip.clip.choice import Choice
+from cn_clip.clip.opening import identity, open_encoder
 from cn_clip.command import Speaker
-from cn_clip.data.records import RecordId
+from cn_clip.data.lmdb_store import IMAGES
+from cn_clip.data.pictures import LmdbPictures
+from cn_clip.data.records import RecordId, read_texts
 from cn_clip.errors import DataError
-from cn_clip.evaluation.annotations import FIELDS, Direction, line_of
+from cn_clip.evaluation import annotations
+from cn_clip.evaluation.annotations import FIELDS, Direction, Ranking
+from cn_clip.features.extraction import Pictures, Texts, Work, job_of, write_files
 from cn_clip.features.files import read_features
+from cn_clip.features.options import OutputFormat
 from cn_clip.features.rows import Features
-from cn_clip.files import atomic_write
+from cn_clip.features.store import job_text
+from cn_clip.files import atomic_write, settle
 from cn_clip.retrieval.flat import GALLERY_BLOCK, top_k
 
 OTHER: dict[Direction, Direction] = {"text": "image", "image": "text"}
+NUM_FOUND = annotations.NUM_PREDICTIONS
+JOB_FILE = "features.json"
 _QUERIES_A_STEP = 1024
 
 
@@ -65,6 +78,104 @@ def write_predictions(
             )
         loaded = time.perf_counter()
         for query_id, found in search(queries, gallery, k, block=block, device=device):
-            stream.write(line_of(query, query_id, found))
+            stream.write(annotations.line_of(query, query_id, found))
     counts = {"num_queries": len(queries.ids), "num_searched": len(gallery.ids), "top_k": k}
     return counts | {"load_seconds": loaded - started, "search_seconds": time.perf_counter() - loaded}
+
+
+# --- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+def check_split(data: Path, split: str) -> None:
+    """Raises DataError saying which part of a split is missing or cannot be scored, and what to do."""
+    images, texts = data / "lmdb" / split / IMAGES, data / f"{split}_texts.jsonl"
+    settle(data)
+    if not data.is_dir():
+        raise DataError(f"no such folder; expected a dataset with lmdb/{split}/imgs and {split}_texts.jsonl", at=data)
+    if not texts.is_file():
+        raise DataError(
+            f"{split}_texts.jsonl is missing; expected the texts of the split with their image_ids", at=data
+        )
+    if not images.is_dir() and (data / f"{split}_imgs.tsv").is_file():
+        raise DataError(
+            f"lmdb/{split}/imgs is missing; 先打包 / pack the tsv and jsonl files first: "
+            f"cn-clip dataset build --data_dir {data} --splits {split}",
+            at=data,
+        )
+    if not images.is_dir():
+        raise DataError(
+            f"neither lmdb/{split}/imgs nor {split}_imgs.tsv is there; expected the pictures of the split", at=data
+        )
+    num_images, num_texts, has_answer = len(LmdbPictures(images)), 0, False
+    for _, found in annotations.read_relevant(str(texts)):
+        num_texts, has_answer = num_texts + 1, has_answer or bool(found)
+    if not has_answer:
+        raise DataError("no text has image_ids, so nothing can be scored; choose a split with answers", at=texts)
+    for count, what in ((num_images, "pictures"), (num_texts, "texts")):
+        if count < NUM_FOUND:
+            raise DataError(f"{split} has {count} {what}; recall at 10 needs at least {NUM_FOUND}", at=data)
+
+
+def benchmark(
+    data: Path,
+    split: str,
+    queries: Sequence[Direction],
+    chosen: Choice,
+    output: Path,
+    say: Speaker,
+    *,
+    batch_size: int,
+    num_workers: int,
+) -> dict[Direction, dict[str, float]]:
+    """Recall in percent, by direction: `r1`, `r5`, `r10`, `mean_recall`; of a split that `check_split` has passed.
+
+    `output` exists and receives features, predictions and annotations; features of the same job that are there are
+    taken as they are, and a killed extraction goes on. Raises CnClipError naming a text or picture that is faulty.
+    """
+    encoder = open_encoder(chosen, Speaker(quiet=True))
+    of_model, device = identity(chosen, encoder), ranks.choose_device(chosen.device)
+    texts, images = data / f"{split}_texts.jsonl", data / "lmdb" / split / IMAGES
+    files = {"image": str(output / f"{split}_imgs.img_feat.npz"), "text": str(output / f"{split}_texts.txt_feat.npz")}
+    pictures = Pictures(LmdbPictures(images), batch_size=batch_size, num_workers=num_workers)
+    works: list[Work] = [Texts(read_texts(texts), batch_size=batch_size, path=texts), pictures]
+    job = job_text({work.kind: job_of(work, encoder, of_model) for work in works})
+    job_file = output / f"{split}_{JOB_FILE}"
+    are_there = all(Path(file).is_file() for file in files.values())
+    if are_there and job_file.is_file() and job_file.read_text(encoding="utf-8") == job:
+        say(f"特征已有，不再计算 / the features are there: {', '.join(files.values())}")
+    else:
+        if are_there:
+            say.note(f"{output}: 其中的特征属于别的设置，重新计算 / features of another job; computing again")
+        say("提取特征 / extracting features…")
+        job_file.unlink(missing_ok=True)
+        npz: OutputFormat = "npz"
+        write_files([(work, files[work.kind], npz) for work in works], encoder, of_model, Speaker(quiet=True))
+        with atomic_write(job_file) as stream:
+            stream.write(job)
+    annotation = output / f"{split}_texts.jsonl"
+    with atomic_write(annotation, "wb") as copy, texts.open("rb") as source:
+        shutil.copyfileobj(source, copy)
+    return {query: _recall(files, annotation, query, device, say) for query in queries}
+
+
+def _recall(
+    files: Mapping[str, str], annotation: Path, query: Direction, device: torch.device, say: Speaker
+) -> dict[str, float]:
+    """Writes the predictions, and for pictures the annotation turned round, beside the annotation."""
+    say("以文搜图 / texts find pictures…" if query == "text" else "以图搜文 / pictures find texts…")
+    mark = "" if query == "text" else "tr_"
+    predictions = annotation.with_name(annotation.name.replace("texts.jsonl", f"{mark}predictions.jsonl"))
+    asked, gallery = (read_features(files[side], FIELDS[side].query_id) for side in (query, OTHER[query]))
+    predicted: Ranking = {}
+    with atomic_write(predictions) as stream:
+        for query_id, found in search(asked, gallery, NUM_FOUND, device=device):
+            stream.write(annotations.line_of(query, query_id, found))
+            predicted[query_id] = found
+    standard = str(annotation)
+    if query == "text":
+        relevant = annotations.read_annotation(standard)
+    else:
+        standard, _, relevant = annotations.turn_round(standard)
+    annotations.check_complete(relevant, predicted, query=query)
+    result = annotations.score(relevant, predicted, query=query, standard=standard, submit=predictions)
+    return {name: result["scoreJson"][name] for name in ("r1", "r5", "r10", "mean_recall")}

@@ -20,7 +20,7 @@ from cn_clip.clip.opening import Identity, identity, open_encoder
 from cn_clip.data.pictures import LmdbPictures, PictureSource, batches
 from cn_clip.data.records import RecordId, digest_of, read_texts
 from cn_clip.features.files import write_rows
-from cn_clip.features.options import RULES, EngineSettings, Settings
+from cn_clip.features.options import RULES, EngineSettings, OutputFormat, Settings
 from cn_clip.features.rows import IdField, check_unique
 from cn_clip.features.store import Job, RowStore
 from cn_clip.features.tables import check_npz_ids, require_parquet
@@ -190,23 +190,32 @@ def open_works(options: Settings, say: command.Speaker) -> list[Work]:
     return works
 
 
-def job_of(options: Settings, work: Work, encoder: Encoder, identity: Identity) -> dict[str, object]:
+def job_of(work: Work, encoder: Encoder, identity: Identity) -> dict[str, object]:
     """What is extracted, from what, with what: equal jobs give equal files."""
     job = {**work.facts(), **identity(work.kind), "version": __version__}
-    return job | ({"context_length": encoder.context_length} if work.kind == "text" else {"decode": options.decode})
+    return job | ({"context_length": encoder.context_length} if work.kind == "text" else {"decode": encoder.decode})
 
 
 def extract(options: Settings, encoder: Encoder, identity: Identity, say: command.Speaker) -> None:
-    """Extracts what is asked for, going on where a killed run stopped, also if that had written one of two outputs.
-
-    identity: what tells the model from others, of each tower in use.
-    Raises CnClipError naming file, line or id of what cannot be read, DataError for ids that a format cannot keep.
-    """
+    """Extracts what is asked for; raises as `write_files`."""
     # All is opened before any is worked on: a wrong path is an error at once, not after minutes.
     for kind in options.kinds:
         refuse_inputs(f"--{kind}-feat-output-path", options.output_file(kind)[0], options.inputs())
-    works = open_works(options, say)
-    outputs = [(work, *options.output_file(work.kind)) for work in works]
+    outputs = [(work, *options.output_file(work.kind)) for work in open_works(options, say)]
+    result = write_files(outputs, encoder, identity, say)
+    say("Done!")
+    say.result(result)
+
+
+def write_files(
+    outputs: Sequence[tuple[Work, str, OutputFormat]], encoder: Encoder, identity: Identity, say: command.Speaker
+) -> dict[str, object]:
+    """Writes feature files, going on where a killed run stopped, also if that had written one of several.
+
+    outputs: inputs, path and format of each. identity: what tells the model from others, of each tower in use.
+    Returns counts and paths by kind. Raises CnClipError naming file, line or id of what cannot be read, DataError for
+    ids that a format cannot keep.
+    """
     for work, path, output_format in outputs:
         if output_format == "npz":
             check_npz_ids(path, work.field, work.ids)
@@ -214,7 +223,7 @@ def extract(options: Settings, encoder: Encoder, identity: Identity, say: comman
     with contextlib.ExitStack() as stack:
         stores = []
         for work, path, _ in outputs:
-            job = job_of(options, work, encoder, identity)
+            job = job_of(work, encoder, identity)
             stores.append(stack.enter_context(RowStore(path, job, encoder.embed_dim, say.note)))
         for (work, path, output_format), store in zip(outputs, stores, strict=True):
             say(f"Make inference for {work.kind}s...")
@@ -226,5 +235,4 @@ def extract(options: Settings, encoder: Encoder, identity: Identity, say: comman
             store.is_written = True
             say(f"{len(work.ids)} {work.kind} features are stored in {path}")
             result |= {f"num_{work.kind}s": len(work.ids), f"{work.kind}_features": path}
-    say("Done!")
-    say.result(result)
+    return result

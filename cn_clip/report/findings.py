@@ -31,8 +31,8 @@ from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, is_split_folder, r
 from cn_clip.data.pictures import ClassFolders, LmdbPictures, batches
 from cn_clip.errors import DataError
 from cn_clip.evaluation import zeroshot
+from cn_clip.evaluation.classification import picture_features
 from cn_clip.evaluation.templates import load_templates, read_labels
-from cn_clip.features.rows import check_finite
 from cn_clip.retrieval.flat import top_k
 from cn_clip.retrieval.recall import RecallBothWays, recall_from_features
 
@@ -237,16 +237,10 @@ def examine_classes(
     templates = load_templates(dataset, Path(templates_file) if templates_file else None)
     labels = read_labels(labels_file)
     pictures = ClassFolders(folder)
-    try:
-        numbers = zeroshot.class_numbers(pictures.classes, len(labels))
-    except DataError as error:
-        raise DataError(f"{folder} and {labels_file}: {error}") from error
+    numbers = zeroshot.class_numbers(pictures.classes, len(labels), at=f"{folder} and {labels_file}")
     classes_CD = zeroshot.classifier(encoder, labels, templates, batch_size=batch_size)
-    check_finite(classes_CD, labels, "label")
-    pixel_batches = batches(pictures, encoder.transform, batch_size, num_threads)
-    images_ND = np.concatenate([encoder.backend.encode_pixels(pixels) for _, pixels in pixel_batches])
+    images_ND = picture_features(encoder, pictures, batch_size=batch_size, num_workers=num_threads)
     paths = [path for path, _ in pictures.samples]
-    check_finite(images_ND, paths, "picture")
     targets_N = np.array([numbers[label] for _, label in pictures.samples], dtype=np.int64)
     return tally(zeroshot.probabilities(images_ND, classes_CD), targets_N, labels, paths, folder)
 

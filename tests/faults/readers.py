@@ -59,8 +59,8 @@ from cn_clip.data.records import read_texts
 from cn_clip.data.shards import ShardPairs
 from cn_clip.errors import DataError
 from cn_clip.eval import compare, evaluation
-from cn_clip.evaluation import class_features, templates
-from cn_clip.evaluation.elevater import read_index
+from cn_clip.evaluation import classification, templates
+from cn_clip.evaluation.zeroshot import read_index
 from cn_clip.features import files as feature_files
 from cn_clip.features import store as feature_store
 from cn_clip.report.run_folder import read_run
@@ -312,7 +312,7 @@ def _make_class_features(folder: Path) -> None:
 
 
 def _read_class_features(folder: Path) -> object:
-    found = class_features.read(folder / "x.npz")
+    found = classification.read(folder / "x.npz")
     return found.rows_ND.tobytes(), found.labels_N.tobytes(), found.classes
 
 

@@ -54,7 +54,7 @@ _PRELOADED = (
     "cn_clip.clip.backends.export",
     "cn_clip.clip.backends.pytorch",
     "cn_clip.data.datasets",
-    "cn_clip.eval.benchmark_retrieval",
+    "cn_clip.evaluation.retrieval",
     "cn_clip.eval.extract_features",
     "cn_clip.eval.linear_probe",
     "cn_clip.eval.zeroshot_evaluation",
