@@ -20,7 +20,8 @@ from cn_clip.clip.weights.checkpoint import read_checkpoint
 from cn_clip.data.lmdb_store import PairStore, read_split
 from cn_clip.data.pictures import LmdbPictures, PictureDataset
 from cn_clip.errors import DataError
-from cn_clip.eval.wise_ft import Point, interpolate, table
+from cn_clip.eval.wise_ft import table
+from cn_clip.evaluation.retrieval import Point, interpolate
 from cn_clip.retrieval.recall import Recall, RecallBothWays, recall_from_features
 from cn_clip.training import adapt
 
@@ -215,7 +216,7 @@ def test_models_of_other_shapes_are_refused_naming_the_tensor(
     [
         ([], "--val-data: expected the LMDB folder of a split"),
         (["--alpha=0.5"], "--alpha: chooses the mixture to write; add --output"),
-        (["--alpha=1.5", "--output=x.pt"], "--alpha: expected a value from 0 to 1, got 1.5"),
+        (["--alpha=1.5", "--output=x.pt"], "--alpha: expected 0 to 1, got 1.5"),
         (["--val-data=d", "--alphas=0,two"], "--alphas: expected numbers with commas between, got '0,two'"),
         (["--val-data=d", "--alphas=0,2"], "--alphas: expected values from 0 to 1, got '0,2'"),
         (["--val-data=d", "--alphas="], "--alphas: expected numbers with commas between, got ''"),

@@ -3,8 +3,8 @@
 cn-clip wise-ft --zeroshot ViT-B-16 --finetuned epoch3.pt --val-data lmdb/valid --output best.pt
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cn_clip import command, settings, terminal
@@ -14,17 +14,9 @@ from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from cn_clip.clip.encoder import Encoder
-    from cn_clip.clip.model import CLIP
-    from cn_clip.clip.weights.checkpoint import Checkpoint
-    from cn_clip.data.lmdb_store import Split
-    from cn_clip.data.pictures import LmdbPictures
-    from cn_clip.retrieval.recall import RecallBothWays
+    from cn_clip.evaluation.retrieval import Point
 
 TENTHS = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
-
 
 # What does nothing when there is nothing to evaluate on.
 RULES = [
@@ -51,7 +43,7 @@ class Options:
     """Shares of the fine-tuned weights to evaluate, with commas between"""
     output: str | None = None
     """Checkpoint to write: the mixture of the best mean recall, or of --alpha"""
-    alpha: float | None = None
+    alpha: Annotated[float | None, Range(least=0, most=1)] = None
     """Write this mixture instead of the best one"""
     vision_model: str | None = None
     """Picture tower; default: what the checkpoints hold"""
@@ -73,8 +65,6 @@ class Options:
                 raise ConfigError(f"--{name}: expected a checkpoint file, or a model's name such as ViT-B-16")
         if self.alpha is not None and self.output is None:
             raise ConfigError("--alpha: chooses the mixture to write; add --output")
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ConfigError(f"--alpha: expected a value from 0 to 1, got {self.alpha}")
         if self.val_data is None and self.alpha is None:
             raise ConfigError("--val-data: expected the LMDB folder of a split, such as datasets/MUGE/lmdb/valid")
         settings.check(self, RULES)
@@ -91,111 +81,40 @@ class Options:
         return values
 
 
-@dataclass(frozen=True)
-class Point:
-    """Recall of one mixture, in [0, 1]."""
-
-    alpha: float
-    recall: "RecallBothWays"
-
-    def values(self) -> dict[str, float]:
-        """One name each, for JSON; `mean_recall` is that of both directions."""
-        return {"alpha": self.alpha, **self.recall.values(), "mean_recall": self.recall.mean}
-
-
 def run(options: Options) -> None:
     """Evaluates, prints the table and writes the mixture; raises CheckpointError when the two models do not match."""
-    from cn_clip.clip.weights.writing import refuse_inputs, write_checkpoint
-    from cn_clip.files import replaceable
+    from cn_clip.evaluation import retrieval
 
     say = command.Speaker(quiet=options.json)
-    if options.output is not None:
-        refuse_inputs(options.output, [options.zeroshot or "", options.finetuned or ""])
-        replaceable(options.output)
-    zeroshot, finetuned, model = open_both(options)
-    points = [] if options.val_data is None else evaluate(options, model, zeroshot, finetuned)
+    zeroshot, finetuned = options.zeroshot or "", options.finetuned or ""
+    ends = retrieval.open_ends(
+        zeroshot, finetuned, vision=options.vision_model, text=options.text_model, output=options.output
+    )
+    points: list[Point] = []
+    if options.val_data is not None:
+        points = retrieval.recall_along(
+            ends,
+            options.line(),
+            options.val_data,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            precision="fp32" if options.precision == "amp" else options.precision,
+            device=options.device,
+            context_length=options.context_length,
+        )
     # Of equals the nearest to the zero-shot model.
     best = max(points, key=lambda point: point.recall.mean, default=None)
     if best is not None:
         say("\n".join(table(points, best)))
     chosen = options.alpha if best is None or options.alpha is not None else best.alpha
     if options.output is not None and chosen is not None:
-        tensors = interpolate(zeroshot.state_dict, finetuned.state_dict, chosen)
-        ends = {"zeroshot": str(options.zeroshot), "finetuned": str(options.finetuned)}
-        write_checkpoint(options.output, tensors, finetuned, wise_ft={"alpha": chosen, **ends})
+        retrieval.write_mixture(options.output, ends, chosen, names={"zeroshot": zeroshot, "finetuned": finetuned})
         say(f"alpha {chosen:g} -> {options.output}")
     written = {"output": options.output, "alpha": chosen if options.output else None}
     say.result({"points": [p.values() for p in points], "best_alpha": best.alpha if best else None, **written})
 
 
-def open_both(options: Options) -> "tuple[Checkpoint, Checkpoint, CLIP]":
-    """Both checkpoints with the tensors of their models, which are the same by name and shape, and a model for them.
-
-    Raises CheckpointError naming the first tensor that differs, or holds NaN or infinity.
-    """
-    from cn_clip.clip.loading import open_model
-    from cn_clip.clip.weights.writing import check_finite, check_same_tensors
-
-    opened = []
-    for name in (options.zeroshot, options.finetuned):
-        assert name is not None
-        model, checkpoint = open_model(name, vision=options.vision_model, text=options.text_model)
-        opened.append(replace(checkpoint, state_dict=dict(model.state_dict())))
-        check_finite(opened[-1])
-    zeroshot, finetuned = opened
-    check_same_tensors(zeroshot, finetuned)
-    return zeroshot, finetuned, model
-
-
-def interpolate(zeroshot: "dict[str, Tensor]", finetuned: "dict[str, Tensor]", alpha: float) -> "dict[str, Tensor]":
-    """(1 - alpha) * zeroshot + alpha * finetuned, exact at 0 and 1; whole numbers are those of the fine-tuned model."""
-    return {
-        name: zeroshot[name].lerp(value, alpha) if value.is_floating_point() else value
-        for name, value in finetuned.items()
-    }
-
-
-def evaluate(options: Options, model: "CLIP", zeroshot: "Checkpoint", finetuned: "Checkpoint") -> list[Point]:
-    """Recall of both directions at each alpha, on the whole split."""
-    from tqdm import tqdm
-
-    from cn_clip.clip.encoder import Encoder
-    from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, read_split
-    from cn_clip.data.pictures import LmdbPictures
-
-    precision = "fp32" if options.precision == "amp" else options.precision
-    pictures = LmdbPictures(f"{options.val_data}/{IMAGES}")
-    split = read_split(PairStore(f"{options.val_data}/{PAIRS}"), pictures.ids)
-    points, alphas = [], options.line()
-    with tqdm(total=len(alphas) * len(pictures), unit="picture", disable=None) as bar:
-        for alpha in alphas:
-            model.load_state_dict(interpolate(zeroshot.state_dict, finetuned.state_dict, alpha), assign=True)
-            encoder = Encoder(model, device=options.device, precision=precision, context_length=options.context_length)
-            points.append(Point(alpha, _recall(options, encoder, pictures, split, bar.update)))
-    return points
-
-
-def _recall(
-    options: Options,
-    encoder: "Encoder",
-    pictures: "LmdbPictures",
-    split: "Split",
-    advance: "Callable[[int], object]",
-) -> "RecallBothWays":
-    import numpy as np
-
-    from cn_clip.data.pictures import batches
-    from cn_clip.retrieval.recall import recall_from_features
-
-    rows = []
-    for ids, pixels in batches(pictures, encoder.transform, options.batch_size, options.num_workers):
-        rows.append(encoder.backend.encode_pixels(pixels))
-        advance(len(ids))
-    texts_TD = encoder.encode_texts(split.texts, batch_size=options.batch_size)
-    return recall_from_features(np.concatenate(rows), texts_TD, split.pairs)
-
-
-def table(points: Sequence[Point], best: Point) -> list[str]:
+def table(points: "Sequence[Point]", best: "Point") -> list[str]:
     """Lines for the terminal, in percent; the best mean is marked."""
     ks = list(best.recall.text_to_image.at)
     head = ["alpha", *(f"文→图 R@{k}" for k in ks), *(f"图→文 R@{k}" for k in ks), "平均 / mean", ""]

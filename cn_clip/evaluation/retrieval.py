@@ -1,19 +1,30 @@
-"""Retrieval: what each query finds among features, and the recall of a benchmark."""
+"""Retrieval: what each query finds among features, and the recall of benchmarks and of mixtures of weights."""
+
+# N pictures, T texts, D embedding
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from cn_clip import ranks
+from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.choice import Choice
+from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.loading import open_model
+from cn_clip.clip.model import CLIP
 from cn_clip.clip.opening import identity, open_encoder
+from cn_clip.clip.weights.checkpoint import Checkpoint
+from cn_clip.clip.weights.writing import check_finite, check_same_tensors, refuse_inputs, write_checkpoint
 from cn_clip.command import Speaker
-from cn_clip.data.lmdb_store import IMAGES
-from cn_clip.data.pictures import LmdbPictures
+from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, Split, read_split
+from cn_clip.data.pictures import LmdbPictures, batches
 from cn_clip.data.records import RecordId, read_texts
 from cn_clip.errors import DataError
 from cn_clip.evaluation import annotations
@@ -23,8 +34,9 @@ from cn_clip.features.files import read_features
 from cn_clip.features.options import OutputFormat
 from cn_clip.features.rows import Features
 from cn_clip.features.store import job_text
-from cn_clip.files import atomic_write, settle
+from cn_clip.files import atomic_write, replaceable, settle
 from cn_clip.retrieval.flat import GALLERY_BLOCK, top_k
+from cn_clip.retrieval.recall import RecallBothWays, recall_from_features
 
 OTHER: dict[Direction, Direction] = {"text": "image", "image": "text"}
 NUM_FOUND = annotations.NUM_PREDICTIONS
@@ -179,3 +191,106 @@ def _recall(
     annotations.check_complete(relevant, predicted, query=query)
     result = annotations.score(relevant, predicted, query=query, standard=standard, submit=predictions)
     return {name: result["scoreJson"][name] for name in ("r1", "r5", "r10", "mean_recall")}
+
+
+# --- mixtures of weights (WiSE-FT) ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Both checkpoints with the tensors of their models, which are the same by name and shape, and a model for them."""
+
+    zeroshot: Checkpoint
+    finetuned: Checkpoint
+    model: CLIP
+
+    def mixture(self, alpha: float) -> dict[str, Tensor]:
+        """The weights at `alpha`, see `interpolate`."""
+        return interpolate(self.zeroshot.state_dict, self.finetuned.state_dict, alpha)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Recall of one mixture, in [0, 1]."""
+
+    alpha: float
+    recall: RecallBothWays
+
+    def values(self) -> dict[str, float]:
+        """One name each, for JSON; `mean_recall` is that of both directions."""
+        return {"alpha": self.alpha, **self.recall.values(), "mean_recall": self.recall.mean}
+
+
+def open_ends(
+    zeroshot: str, finetuned: str, *, vision: str | None = None, text: str | None = None, output: str | None = None
+) -> Ends:
+    """Opens both; vision, text: the towers of weights that leave them open. output: where a mixture is to be written.
+
+    Raises CheckpointError naming the first tensor that differs, or holds NaN or infinity, and CnClipError, before any
+    work, for an output that is one of them or cannot be written.
+    """
+    if output is not None:
+        refuse_inputs(output, [zeroshot, finetuned])
+        replaceable(output)
+    opened = []
+    for name in (zeroshot, finetuned):
+        model, checkpoint = open_model(name, vision=vision, text=text)
+        opened.append(replace(checkpoint, state_dict=dict(model.state_dict())))
+        check_finite(opened[-1])
+    check_same_tensors(*opened)
+    return Ends(opened[0], opened[1], model)
+
+
+def interpolate(zeroshot: dict[str, Tensor], finetuned: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """(1 - alpha) * zeroshot + alpha * finetuned, exact at 0 and 1; whole numbers are those of the fine-tuned model."""
+    return {
+        name: zeroshot[name].lerp(value, alpha) if value.is_floating_point() else value
+        for name, value in finetuned.items()
+    }
+
+
+def write_mixture(path: str, ends: Ends, alpha: float, *, names: Mapping[str, str]) -> None:
+    """A checkpoint of the mixture with epoch, step and name of the fine-tuned one; names: of both, to be kept in it."""
+    write_checkpoint(path, ends.mixture(alpha), ends.finetuned, wise_ft={"alpha": alpha, **names})
+
+
+def recall_along(
+    ends: Ends,
+    alphas: Sequence[float],
+    folder: str,
+    *,
+    batch_size: int,
+    num_workers: int,
+    precision: str,
+    device: str,
+    context_length: int,
+) -> list[Point]:
+    """Recall of both directions at each alpha, on the whole split whose LMDB folder is given."""
+    pictures = LmdbPictures(f"{folder}/{IMAGES}")
+    split = read_split(PairStore(f"{folder}/{PAIRS}"), pictures.ids)
+    sizes, points = {"batch_size": batch_size, "num_workers": num_workers}, []
+    with tqdm(total=len(alphas) * len(pictures), unit="picture", disable=None) as bar:
+        for alpha in alphas:
+            ends.model.load_state_dict(ends.mixture(alpha), assign=True)
+            encoder = Encoder(ends.model, device=device, precision=precision, context_length=context_length)
+            images_ND, texts_TD = split_features(encoder, pictures, split, **sizes, advance=bar.update)
+            points.append(Point(alpha, recall_from_features(images_ND, texts_TD, split.pairs)))
+    return points
+
+
+def split_features(
+    encoder: Encoder,
+    pictures: LmdbPictures,
+    split: Split,
+    *,
+    batch_size: int,
+    num_workers: int,
+    advance: Callable[[int], object] | None = None,
+) -> tuple[Rows, Rows]:
+    """Unit rows of all pictures (N, D) and texts (T, D) of a split; advance: called with the size of each batch."""
+    rows = []
+    for ids, pixels in batches(pictures, encoder.transform, batch_size, num_workers):
+        rows.append(encoder.backend.encode_pixels(pixels))
+        if advance is not None:
+            advance(len(ids))
+    return np.concatenate(rows), encoder.encode_texts(split.texts, batch_size=batch_size)

@@ -28,10 +28,11 @@ from cn_clip.clip.pictures import open_picture
 from cn_clip.clip.resnet import ModifiedResNet
 from cn_clip.clip.vit import ResidualAttentionBlock
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, is_split_folder, read_split
-from cn_clip.data.pictures import ClassFolders, LmdbPictures, batches
+from cn_clip.data.pictures import ClassFolders, LmdbPictures
 from cn_clip.errors import DataError
 from cn_clip.evaluation import zeroshot
 from cn_clip.evaluation.classification import picture_features
+from cn_clip.evaluation.retrieval import split_features
 from cn_clip.evaluation.templates import load_templates, read_labels
 from cn_clip.retrieval.flat import top_k
 from cn_clip.retrieval.recall import RecallBothWays, recall_from_features
@@ -105,9 +106,7 @@ def examine_queries(
         raise DataError(f"no built split is here; expected the folders {IMAGES} and {PAIRS} in it (--data)", at=folder)
     pictures = LmdbPictures(folder / IMAGES)
     split = read_split(PairStore(folder / PAIRS), pictures.ids)
-    pixel_batches = batches(pictures, encoder.transform, batch_size, num_threads)
-    images_ND = np.concatenate([encoder.backend.encode_pixels(pixels) for _, pixels in pixel_batches])
-    texts_MD = encoder.encode_texts(split.texts, batch_size=batch_size)
+    images_ND, texts_MD = split_features(encoder, pictures, split, batch_size=batch_size, num_workers=num_threads)
     recall = recall_from_features(images_ND, texts_MD, split.pairs)
     ranking = rank_all(images_ND, texts_MD, split.pairs)
     groups = choose(first_of_each(ranking.order_M, split.texts), group_size)
