@@ -3,7 +3,6 @@
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from cn_clip import command, drop_in
 from cn_clip.features.options import EngineSettings
@@ -27,13 +26,6 @@ class Options(EngineSettings):
         "download_root",
         "ray_address",
     )
-
-    def inputs(self) -> list[str | None]:
-        """The files that are read, none of which may be the output."""
-        from cn_clip.clip.opening import weight_files
-
-        is_here = self.chosen.is_foreign or Path(self.chosen.model).exists()
-        return [*super().inputs(), *map(str, weight_files(self.chosen) if is_here else [])]
 
 
 def run(options: Options) -> None:

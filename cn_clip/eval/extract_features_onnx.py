@@ -6,20 +6,17 @@ The files are those of `deploy/pytorch_to_onnx.py`, this package's or Chinese-CL
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
 
 from cn_clip import command, drop_in
-from cn_clip.eval import exported_models
+from cn_clip.features.options import ExportedSettings
 from cn_clip.option_types import NumThreads, OnnxImage, OnnxText
-
-if TYPE_CHECKING:
-    from cn_clip.clip.backends.base import ExportedBackend, Kind
 
 __getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
-class Options(exported_models.Settings):
+class Options(ExportedSettings):
     """Writes the unit features of the pictures of an LMDB and of the texts of a JSONL file, by ONNX Runtime."""
 
     onnx_image_model: OnnxImage = None
@@ -28,31 +25,14 @@ class Options(exported_models.Settings):
     """auto (cuda where ONNX Runtime has it, else cpu), cpu, cuda, cuda:N or tensorrt"""
     num_threads: NumThreads = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        image = ("--onnx-image-model", self.onnx_image_model)
-        exported_models.check_files(self, image=image, text=("--onnx-text-model", self.onnx_text_model))
-
-    def inputs(self) -> list[str | None]:
-        """The files that are read, none of which may be the output."""
-        return [*super().inputs(), self.onnx_image_model, self.onnx_text_model]
+    TOWERS = MappingProxyType({"image": "onnx_image_model", "text": "onnx_text_model"})
 
 
 def run(options: Options) -> None:
     """Extracts what is asked for; raises CnClipError naming file, line or id of what cannot be read."""
+    from cn_clip.features import extraction
 
-    def open_files(image: str | None, text: str | None) -> "ExportedBackend":
-        from cn_clip.clip.backends.base import ExportedBackend
-        from cn_clip.clip.backends.onnx_runtime import OnnxTower
-
-        def tower(path: str | None, kind: "Kind") -> OnnxTower | None:
-            if path is None:
-                return None
-            return OnnxTower(path, kind, device=options.device, num_threads=options.num_threads)
-
-        return ExportedBackend(tower(image, "image"), tower(text, "text"))
-
-    exported_models.run(options, options.onnx_image_model, options.onnx_text_model, open_files)
+    extraction.run_exported(options, "onnx", device=options.device, num_threads=options.num_threads)
 
 
 def parse_args() -> Namespace:

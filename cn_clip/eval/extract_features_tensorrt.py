@@ -6,20 +6,17 @@ The engines are those of `deploy/onnx_to_tensorrt.py`; they run on the kind of G
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
 
 from cn_clip import command, drop_in
-from cn_clip.eval import exported_models
+from cn_clip.features.options import ExportedSettings
 from cn_clip.option_types import CudaDevice
-
-if TYPE_CHECKING:
-    from cn_clip.clip.backends.base import ExportedBackend
 
 __getattr__ = drop_in.names(__name__)
 
 
 @dataclass(frozen=True)
-class Options(exported_models.Settings):
+class Options(ExportedSettings):
     """Writes the unit features of the pictures of an LMDB and of the texts of a JSONL file, by TensorRT."""
 
     tensorrt_image_model: str | None = None
@@ -30,25 +27,14 @@ class Options(exported_models.Settings):
 
     ADDED = ("decode", "device")  # see `command.spelled_out`
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        image = ("--tensorrt-image-model", self.tensorrt_image_model)
-        exported_models.check_files(self, image=image, text=("--tensorrt-text-model", self.tensorrt_text_model))
-
-    def inputs(self) -> list[str | None]:
-        """The files that are read, none of which may be the output."""
-        return [*super().inputs(), self.tensorrt_image_model, self.tensorrt_text_model]
+    TOWERS = MappingProxyType({"image": "tensorrt_image_model", "text": "tensorrt_text_model"})
 
 
 def run(options: Options) -> None:
     """Extracts what is asked for; raises CnClipError naming file, line or id of what cannot be read."""
+    from cn_clip.features import extraction
 
-    def open_files(image: str | None, text: str | None) -> "ExportedBackend":
-        from cn_clip.clip.backends.tensor_rt import open_engines
-
-        return open_engines(image, text, device=options.device)
-
-    exported_models.run(options, options.tensorrt_image_model, options.tensorrt_text_model, open_files)
+    extraction.run_exported(options, "tensorrt", device=options.device)
 
 
 def parse_args() -> Namespace:

@@ -7,20 +7,30 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cn_clip import __version__, command, settings
-from cn_clip.clip.backends.base import Kind, named
+from cn_clip import __version__, command, settings, zoo
+from cn_clip.clip.backends.base import KINDS, Kind, named
+from cn_clip.clip.backends.opening import open_files
 from cn_clip.clip.encoder import SORTING_WINDOW, Encoder, sorted_batches
-from cn_clip.clip.opening import Identity, identity, open_encoder
+from cn_clip.clip.opening import (
+    Identity,
+    check_context_length,
+    identity,
+    open_encoder,
+    tower_identity,
+    weight_files,
+)
 from cn_clip.data.pictures import LmdbPictures, PictureSource, batches
 from cn_clip.data.records import RecordId, digest_of, read_texts
+from cn_clip.errors import ConfigError
 from cn_clip.features.files import write_rows
-from cn_clip.features.options import RULES, EngineSettings, OutputFormat, Settings
+from cn_clip.features.options import RULES, EngineSettings, ExportedSettings, OutputFormat, Settings
 from cn_clip.features.rows import IdField, check_unique
 from cn_clip.features.store import Job, RowStore
 from cn_clip.features.tables import check_npz_ids, require_parquet
@@ -158,8 +168,33 @@ def run(options: EngineSettings) -> None:
 
         ray_extraction.extract(options, say)
         return
-    encoder = open_encoder(options.chosen, say, kinds=options.kinds)
-    extract(options, encoder, identity(options.chosen, encoder), say)
+    chosen = options.chosen
+    encoder = open_encoder(chosen, say, kinds=options.kinds)
+    is_here = chosen.is_foreign or Path(chosen.model).exists()
+    extract(options, encoder, identity(chosen, encoder), say, model_files=weight_files(chosen) if is_here else ())
+
+
+def run_exported(
+    options: ExportedSettings, backend: Literal["onnx", "tensorrt"], *, device: str, num_threads: int | None = None
+) -> None:
+    """Extracts with two exported files; raises CnClipError as `extract`, and when a file is not the model named."""
+    say = begin(options)
+    image, text = (options.tower_file(kind) if kind in options.kinds else None for kind in KINDS)
+    opened = open_files(backend, image, text, device=device, num_threads=num_threads)
+    name, tower = options.vision_model, opened.image
+    if name is not None and tower is not None:
+        config = zoo.vision_config(name)
+        expected, found = (config.image_resolution, config.embed_dim), (tower.facts.resolution, tower.facts.embed_dim)
+        if found != expected:
+            raise ConfigError(
+                f"--vision-model {name}: takes {expected[0]} pixels a side and gives {expected[1]} dimensions, but "
+                f"{tower.path} takes {found[0]} and gives {found[1]}; name its own model, or leave the flag out"
+            )
+    check_context_length(opened, options.context_length)
+    for tower in filter(None, (opened.image, opened.text)):
+        say(f"=> opened '{tower.path}' ({tower.provider or 'TensorRT'})")
+    encoder = Encoder(opened, context_length=options.context_length, decode=options.decode)
+    extract(options, encoder, tower_identity(opened), say)
 
 
 def begin(options: Settings) -> command.Speaker:
@@ -196,11 +231,18 @@ def job_of(work: Work, encoder: Encoder, identity: Identity) -> dict[str, object
     return job | ({"context_length": encoder.context_length} if work.kind == "text" else {"decode": encoder.decode})
 
 
-def extract(options: Settings, encoder: Encoder, identity: Identity, say: command.Speaker) -> None:
-    """Extracts what is asked for; raises as `write_files`."""
+def extract(
+    options: Settings,
+    encoder: Encoder,
+    identity: Identity,
+    say: command.Speaker,
+    *,
+    model_files: Sequence[Path] = (),
+) -> None:
+    """Extracts what is asked for; raises as `write_files`. model_files: may not be replaced by an output either."""
     # All is opened before any is worked on: a wrong path is an error at once, not after minutes.
     for kind in options.kinds:
-        refuse_inputs(f"--{kind}-feat-output-path", options.output_file(kind)[0], options.inputs())
+        refuse_inputs(f"--{kind}-feat-output-path", options.output_file(kind)[0], [*options.inputs(), *model_files])
     outputs = [(work, *options.output_file(work.kind)) for work in open_works(options, say)]
     result = write_files(outputs, encoder, identity, say)
     say("Done!")

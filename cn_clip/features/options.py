@@ -1,16 +1,17 @@
 """The settings of the extraction commands, of both engines, and their checks; imports little, for --help."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias, get_args
 
 from cn_clip import settings
 from cn_clip.clip import choice
 from cn_clip.errors import ConfigError
 from cn_clip.option_types import BatchSize, ContextLength, Json, NumWorkers
 from cn_clip.settings import Range, flag
-from cn_clip.zoo import CONTEXT_LENGTH
+from cn_clip.zoo import CONTEXT_LENGTH, TextName, VisionName
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Kind
@@ -99,6 +100,41 @@ class Settings:
     def inputs(self) -> list[str | None]:
         """The files that are read, none of which an output may replace; None for those that are not given."""
         return [self.text_data, self.image_data, *(f"{self.image_data}/{name}" for name in ("data.mdb", "lock.mdb"))]
+
+
+@dataclass(frozen=True)
+class ExportedSettings(Settings):
+    """The settings of an extraction with two exported files, of which a command names the kind."""
+
+    img_batch_size: int = 1
+    """Pictures in a batch; a file made for one batch size is fed that many at a time"""
+    text_batch_size: int = 1
+    """Texts in a batch; a file made for one batch size is fed that many at a time"""
+    vision_model: VisionName | None = None
+    """Picture tower, to be checked against the file; default: what the file holds"""
+    text_model: TextName | None = None
+    """Text tower; the file alone decides"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kind in self.kinds:
+            if self.tower_file(kind) is None:
+                option = flag(self.TOWERS[kind])
+                raise ConfigError(
+                    f"{option}: expected the file of the {kind} model, which --extract-{kind}-feats needs"
+                )
+
+    # The options that name the files of the towers.
+    TOWERS: ClassVar[Mapping[str, str]] = {}
+
+    def tower_file(self, kind: str) -> str | None:
+        """The exported file of a tower."""
+        path: str | None = getattr(self, self.TOWERS[kind])
+        return path
+
+    def inputs(self) -> list[str | None]:
+        """The files that are read, none of which may be the output."""
+        return [*super().inputs(), *map(self.tower_file, self.TOWERS)]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from cn_clip import ranks, zoo
 from cn_clip.clip.backends.base import (
@@ -86,6 +86,25 @@ def open_backend(
         form = "fp32"  # OpenVINO rounds while it computes
     towers = _open_all(source, kinds, form, open_tower, say)
     return ExportedBackend(towers.get("image"), towers.get("text"), precision=chosen)
+
+
+def open_files(
+    backend: Literal["onnx", "tensorrt"], image: str | None, text: str | None, *, device: str, num_threads: int | None
+) -> ExportedBackend:
+    """Exported towers by the paths of their files, None for one that is not wanted; num_threads: of onnx alone.
+
+    Raises CnClipError: no such file, device or package, or a file of another kind.
+    """
+    if backend == "tensorrt":
+        from cn_clip.clip.backends.tensor_rt import open_engines
+
+        return open_engines(image, text, device=device)
+    from cn_clip.clip.backends.onnx_runtime import OnnxTower
+
+    return ExportedBackend(
+        None if image is None else OnnxTower(image, "image", device=device, num_threads=num_threads),
+        None if text is None else OnnxTower(text, "text", device=device, num_threads=num_threads),
+    )
 
 
 def settle_precision(backend: BackendName, precision: str, device: "str | torch.device | None" = None) -> Precision:
