@@ -6,7 +6,7 @@ It reads what `cn-clip recall` and `cn-clip evaluate` write, and what `cn-clip z
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias
@@ -15,7 +15,8 @@ import tyro
 
 from cn_clip import command
 from cn_clip.errors import ConfigError, DataError, Where
-from cn_clip.eval.evaluate import RESULT_FILE
+from cn_clip.evaluation.benchmark_sets import RESULT_FILE
+from cn_clip.files import atomic_write, refuse_inputs
 
 # Percentages by column, and by the name of a row.
 Values: TypeAlias = dict[str, float]
@@ -28,6 +29,8 @@ ACCURACY = {"top1": "top-1", "mean_per_class": "各类平均 / mean per class", 
 DIRECTIONS = {"text": "文搜图", "image": "图搜文"}
 PROBE = "线性探测 / linear probe"
 MISSING = "–"
+# The fields that tell whose result it is.
+FIELDS = ("scoreJson", "zeroshot-top1", "measured", "runs")
 EXPECTED = "what cn-clip recall or evaluate wrote, or cn-clip zeroshot --json or linear-probe --json printed"
 
 
@@ -62,8 +65,6 @@ class Source(NamedTuple):
 
 def run(options: Options) -> None:
     """Prints the table; raises DataError for a file that is no result, or a value that is there twice."""
-    from cn_clip.files import atomic_write, refuse_inputs
-
     sources = [source_of(given) for given in options.results]
     if options.output is not None:
         refuse_inputs("--output", options.output, [str(one.path) for one in sources])
@@ -112,43 +113,27 @@ def read_result(path: Path) -> Values:
         raise DataError(f"holds a {type(result).__name__}; expected the result of an evaluation, an object", at=path)
     if result.get("success") is False:
         raise DataError(f"the evaluation failed ({result.get('errorDetail')}); run it again", at=path)
-    for field, read in READERS.items():
-        if field in result and (values := read(path, result)):
-            return values
-    raise DataError(f"has none of {', '.join(READERS)} with values in it; expected {EXPECTED}", at=path)
+    for values in filter(None, _readings(path, result)):
+        return values
+    raise DataError(f"has none of {', '.join(FIELDS)} with values in it; expected {EXPECTED}", at=path)
 
 
-def _recall(path: Path, result: Mapping[str, Any]) -> Values:
-    return _values(path, result["scoreJson"], RECALL)
-
-
-def _zeroshot(path: Path, result: Mapping[str, Any]) -> Values:
-    return _values(path, result, ZEROSHOT, to_percent=100.0)
-
-
-def _benchmark(path: Path, result: Mapping[str, Any]) -> Values:
-    """Recall in each direction that was measured, or the accuracy of a zero-shot classification."""
-    measured = result["measured"]
-    values = _values(path, measured, ACCURACY)
-    for query, title in DIRECTIONS.items():
-        if isinstance(measured, dict) and query in measured:
-            values |= _grouped(title, _values(path, measured[query], RECALL))
-    return values
-
-
-def _probe(path: Path, result: Mapping[str, Any]) -> Values:
-    """The means over the seeds; how many shots a class there were belongs to the group."""
-    shots = result.get("shots")
-    return _grouped(PROBE if shots is None else f"{PROBE} {shots}-shot", _values(path, result, ACCURACY))
-
-
-# By the field that tells whose result it is.
-READERS: Mapping[str, Callable[[Path, Mapping[str, Any]], Values]] = {
-    "scoreJson": _recall,
-    "zeroshot-top1": _zeroshot,
-    "measured": _benchmark,
-    "runs": _probe,
-}
+def _readings(path: Path, result: Mapping[str, Any]) -> Iterator[Values]:
+    """What stands under each of `FIELDS`."""
+    if "scoreJson" in result:
+        yield _values(path, result["scoreJson"], RECALL)
+    if "zeroshot-top1" in result:
+        yield _values(path, result, ZEROSHOT, to_percent=100.0)
+    if "measured" in result:  # recall in each direction, or the accuracy of a zero-shot classification
+        measured = result["measured"]
+        values = _values(path, measured, ACCURACY)
+        for query, title in DIRECTIONS.items():
+            if isinstance(measured, dict) and query in measured:
+                values |= _grouped(title, _values(path, measured[query], RECALL))
+        yield values
+    if "runs" in result:  # the means over the seeds; the shots a class belong to the group
+        shots = result.get("shots")
+        yield _grouped(PROBE if shots is None else f"{PROBE} {shots}-shot", _values(path, result, ACCURACY))
 
 
 def _grouped(group: str, values: Values) -> Values:

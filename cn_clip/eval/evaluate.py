@@ -13,21 +13,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from cn_clip import command, settings, zoo
+from cn_clip import command, settings, terminal, zoo
 from cn_clip.clip import choice
 from cn_clip.clip.choice import DEFAULT_MODEL, Choice
 from cn_clip.errors import ConfigError, OutputError
 from cn_clip.evaluation import benchmark_sets
-from cn_clip.evaluation.benchmark_sets import Metric, RetrievalSet, Split
+from cn_clip.evaluation.benchmark_sets import RESULT_FILE, Metric, Split
+from cn_clip.files import atomic_write
+from cn_clip.jsonl import dumps
 from cn_clip.option_types import ContextLength, Json, NumWorkers
 from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
-from cn_clip.zoo_results import CHINESE_CLIP, Query, Result, Setup
+from cn_clip.zoo_results import CHINESE_CLIP, Query, Setup
 
 if TYPE_CHECKING:
     from cn_clip.evaluation.classification import Measured
 
-RESULT_FILE = "result.json"
 DIRECTIONS: Mapping[Query, str] = {"text": "以文搜图 / text→image", "image": "以图搜文 / image→text"}
 SETUPS: Mapping[Setup, str] = {
     "zero-shot": "公布，零样本 / published, zero-shot",
@@ -118,7 +119,12 @@ class Options(ModelChoice):
     def __post_init__(self) -> None:
         super().__post_init__()
         if benchmark_sets.known_name(self.benchmark) is None:
-            raise ConfigError(_unknown(self.benchmark))
+            known = benchmark_sets.names()
+            nearest = difflib.get_close_matches(self.benchmark.casefold().replace("_", "-"), known, n=1)
+            hint = f"是否想用 / did you mean {nearest[0]}? " if nearest else ""
+            raise ConfigError(
+                f"没有评测集 / no benchmark {self.benchmark!r}; {hint}可用 / expected one of: {', '.join(known)}"
+            )
         if not self.data:
             raise ConfigError("--data: expected the folder of the dataset")
         if self.name in benchmark_sets.classification_sets() and self.split == "valid":
@@ -150,23 +156,29 @@ class Options(ModelChoice):
 
 def run(options: Options) -> None:
     """Measures and reports; raises CnClipError saying which part of the dataset is missing or faulty."""
-    from cn_clip.files import atomic_write
-    from cn_clip.jsonl import dumps
+    say, data = command.Speaker(quiet=options.json), Path(options.data or "")
+    sizes = {"batch_size": options.batch_size, "num_workers": options.num_workers}
+    if options.name in benchmark_sets.RETRIEVAL_SETS:
+        from cn_clip.evaluation import retrieval
 
-    say = command.Speaker(quiet=options.json)
-    is_retrieval = options.name in benchmark_sets.RETRIEVAL_SETS
-    result = _retrieval(options, say) if is_retrieval else _classification(options, say)
+        retrieval.check_split(data, options.used_split)
+        _make(options.folder)
+        queries = benchmark_sets.RETRIEVAL_SETS[options.name].queries
+        recalls = retrieval.benchmark(data, options.used_split, queries, options.chosen, options.folder, say, **sizes)
+        found = _report_recalls(options, recalls, say)
+    else:
+        from cn_clip.evaluation import classification
+
+        dataset = classification.read_dataset(data, options.name)
+        _make(options.folder)
+        measured = classification.benchmark(dataset, options.chosen, options.folder, say, **sizes)
+        found = _report_accuracy(options, measured, len(dataset.labels), say)
+    facts = {"benchmark": options.name, "split": options.used_split, "model": options.model_name}
+    result = {**facts, "checkpoint": options.checkpoint, "output": str(options.folder), **found}
     with atomic_write(options.folder / RESULT_FILE) as stream:
         stream.write(dumps(result) + "\n")
     say(f"特征与结果保存在 / features and results are in {options.folder}")
     say.result(result)
-
-
-def _unknown(given: str) -> str:
-    nearest = difflib.get_close_matches(given.casefold().replace("_", "-"), benchmark_sets.names(), n=1)
-    hint = f"是否想用 / did you mean {nearest[0]}? " if nearest else ""
-    known = ", ".join(benchmark_sets.names())
-    return f"没有评测集 / no benchmark {given!r}; {hint}可用 / expected one of: {known}"
 
 
 def _make(folder: Path) -> None:
@@ -176,115 +188,73 @@ def _make(folder: Path) -> None:
         raise OutputError(f"--output {folder}: cannot be made ({error.strerror}); name another folder") from error
 
 
-def _retrieval(options: Options, say: command.Speaker) -> dict[str, Any]:
-    from cn_clip.evaluation import retrieval
-
-    benchmark, data, split = benchmark_sets.RETRIEVAL_SETS[options.name], Path(options.data or ""), options.used_split
-    retrieval.check_split(data, split)
-    _make(options.folder)
-    sizes = {"batch_size": options.batch_size, "num_workers": options.num_workers}
-    measured = retrieval.benchmark(data, split, benchmark.queries, options.chosen, options.folder, say, **sizes)
-    model = _published_model(options)
+def _report_recalls(
+    options: Options, measured: Mapping[Query, Mapping[str, float]], say: command.Speaker
+) -> dict[str, Any]:
+    """Prints recalls beside the published ones of the split; returns both for the result."""
+    benchmark, split, model = benchmark_sets.RETRIEVAL_SETS[options.name], options.used_split, _published_model(options)
     published = benchmark.published(model) if split == benchmark.split else []
-    _say_recalls(options, benchmark, measured, published, say)
+    setups: dict[str, dict[str, dict[str, float | None]]] = {}
+    for one in published:
+        figures = {"r1": one.recall_1, "r5": one.recall_5, "r10": one.recall_10, "mean_recall": one.mean}
+        setups.setdefault(one.setup, {})[one.query] = figures
+    rows: list[tuple[str, ...]] = []
+    for query, scores in measured.items():
+        rows.append((f"{benchmark.title} {split}，{DIRECTIONS[query]}", "R@1", "R@5", "R@10", "MR"))
+        rows.append((f"  本次测得 / measured: {options.chosen.model}", *(f"{score:.1f}" for score in scores.values())))
+        for one in published:
+            if one.query == query:
+                known = setups[one.setup][query].values()
+                shown = (_NOT_PUBLISHED if figure is None else f"{figure:.1f}" for figure in known)
+                rows.append((f"  {SETUPS[one.setup]}: {model}", *shown))
+    for line in terminal.align(rows, right=frozenset({1, 2, 3, 4})):
+        say(line)
     if split != benchmark.split:
         say(f"公布的指标属于 {benchmark.split}，不能相比 / the published figures are of {benchmark.split} alone")
     elif published:
         say(f"公布的指标来自 / published figures: {published[0].source}")
     else:
         say(_no_figures(options))
-    return _facts(options) | {"measured": measured, "published": _published_recalls(published, model)}
+    kept = {"model": model, **setups, "source": published[0].source} if published else None
+    return {"measured": measured, "published": kept}
 
 
-def _say_recalls(
-    options: Options,
-    benchmark: RetrievalSet,
-    measured: Mapping[Query, Mapping[str, float]],
-    published: Sequence[Result],
-    say: command.Speaker,
-) -> None:
-    from cn_clip import terminal
-
-    rows: list[tuple[str, ...]] = []
-    for query, scores in measured.items():
-        rows.append((f"{benchmark.title} {options.used_split}，{DIRECTIONS[query]}", "R@1", "R@5", "R@10", "MR"))
-        rows.append((f"  本次测得 / measured: {options.chosen.model}", *(f"{score:.1f}" for score in scores.values())))
-        for one in published:
-            if one.query == query:
-                rows.append((f"  {SETUPS[one.setup]}: {_published_model(options)}", *_shown(one)))
-    for line in terminal.align(rows, right=frozenset({1, 2, 3, 4})):
-        say(line)
-
-
-def _shown(one: Result) -> list[str]:
-    figures = (one.recall_1, one.recall_5, one.recall_10, one.mean)
-    return [_NOT_PUBLISHED if figure is None else f"{figure:.1f}" for figure in figures]
-
-
-def _published_recalls(published: Sequence[Result], model: str | None) -> dict[str, Any] | None:
-    if not published:
-        return None
-    setups: dict[str, dict[str, dict[str, float | None]]] = {}
-    for one in published:
-        figures = {"r1": one.recall_1, "r5": one.recall_5, "r10": one.recall_10, "mean_recall": one.mean}
-        setups.setdefault(one.setup, {})[one.query] = figures
-    return {"model": model, **setups, "source": published[0].source}
-
-
-def _classification(options: Options, say: command.Speaker) -> dict[str, Any]:
-    from cn_clip.evaluation import classification
-
-    benchmark = benchmark_sets.classification_sets()[options.name]
-    dataset = classification.read_dataset(Path(options.data or ""), options.name)
-    _make(options.folder)
-    sizes = {"batch_size": options.batch_size, "num_workers": options.num_workers}
-    found = classification.benchmark(dataset, options.chosen, options.folder, say, **sizes)
-    model = _published_model(options)
-    figure, reason = benchmark.published.get(model or ""), _no_figures(options)
-    num_classes, num_labels = len(benchmark_sets.class_names(options.name)), len(dataset.labels)
+def _report_accuracy(options: Options, found: "Measured", num_labels: int, say: command.Speaker) -> dict[str, Any]:
+    """Prints the measures beside the published one, if it is of as many classes; returns both for the result."""
+    benchmark, model = benchmark_sets.classification_sets()[options.name], _published_model(options)
+    figure, num_classes = benchmark.published.get(model or ""), len(benchmark_sets.class_names(options.name))
     if num_labels != num_classes:
         figure = None
-        reason = (
-            f"注意：标签有 {num_labels} 类，{benchmark.title} 有 {num_classes} 类，不与公布的指标相比；"
-            f"自己的数据请用 cn-clip zeroshot / {num_labels} labels, {benchmark.title} has {num_classes}: not compared "
-            "with published figures; for data of your own use cn-clip zeroshot"
-        )
-    _say_accuracy(options, found, figure, model, reason, say)
-    published = None
-    if figure is not None:
-        published = {"model": model, "zero-shot": figure, "elevater_metric": benchmark.elevater_metric}
-        published |= {"source": CHINESE_CLIP}
-    facts = {"num_pictures": found.num_pictures, "own_labels": found.own_labels, "predictions": str(found.predictions)}
-    return _facts(options) | facts | {"measured": found.measures, "published": published}
-
-
-def _say_accuracy(
-    options: Options, found: "Measured", figure: float | None, model: str | None, reason: str, say: command.Speaker
-) -> None:
-    """reason: why there is no figure to compare with."""
-    from cn_clip import terminal
-
-    benchmark = benchmark_sets.classification_sets()[options.name]
     rows = [(f"{benchmark.title} test，{found.num_pictures} 张图片 / pictures", "%")]
-    rows += [
-        (f"  本次测得 / measured, {METRICS[metric]}: {options.chosen.model}", f"{value:.1f}")
-        for metric, value in found.measures.items()
-    ]
+    for metric, value in found.measures.items():
+        rows.append((f"  本次测得 / measured, {METRICS[metric]}: {options.chosen.model}", f"{value:.1f}"))
     if figure is not None:
         rows.append((f"  {SETUPS['zero-shot']}: {model}", f"{figure:.1f}"))
     for line in terminal.align(rows, right=frozenset({1})):
         say(line)
     if found.own_labels:
         say("没有 label_cn.txt，用了本包的中文类别名 / no label_cn.txt there: the class names are this package's own")
-    if figure is None:
-        say(reason)
-        return
-    say(f"公布的指标来自 / published figures: {CHINESE_CLIP}")
-    if benchmark.elevater_metric != "top1":
+    if num_labels != num_classes:
+        say(
+            f"注意：标签有 {num_labels} 类，{benchmark.title} 有 {num_classes} 类，不与公布的指标相比；"
+            f"自己的数据请用 cn-clip zeroshot / {num_labels} labels, {benchmark.title} has {num_classes}: not compared "
+            "with published figures; for data of your own use cn-clip zeroshot"
+        )
+    elif figure is None:
+        say(_no_figures(options))
+    else:
+        say(f"公布的指标来自 / published figures: {CHINESE_CLIP}")
+    if figure is not None and benchmark.elevater_metric != "top1":
         say(
             "出处没有写明用什么指标；ELEVATER 规定的是 / the source does not name its measure; ELEVATER's is: "
             f"{METRICS[benchmark.elevater_metric]}"
         )
+    published = None
+    if figure is not None:
+        published = {"model": model, "zero-shot": figure, "elevater_metric": benchmark.elevater_metric}
+        published |= {"source": CHINESE_CLIP}
+    facts = {"num_pictures": found.num_pictures, "own_labels": found.own_labels, "predictions": str(found.predictions)}
+    return {**facts, "measured": found.measures, "published": published}
 
 
 def _published_model(options: Options) -> str | None:
@@ -298,11 +268,6 @@ def _no_figures(options: Options) -> str:
             "nothing says which model the checkpoint is of; name it with --model to see published figures"
         )
     return f"{options.chosen.model} 没有公布的指标 / has no published figures"
-
-
-def _facts(options: Options) -> dict[str, Any]:
-    model = {"model": options.model_name, "checkpoint": options.checkpoint}
-    return {"benchmark": options.name, "split": options.used_split, **model, "output": str(options.folder)}
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -15,6 +15,8 @@ Metric: TypeAlias = Literal["top1", "mean_per_class", "map_11_point"]
 Split: TypeAlias = Literal["valid", "test"]
 
 FOLDER = Path(__file__).parent / "benchmark_files"
+# What `cn-clip evaluate` calls its result.
+RESULT_FILE = "result.json"
 
 
 @dataclass(frozen=True)

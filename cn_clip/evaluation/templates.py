@@ -45,7 +45,12 @@ def _embedded(name: str) -> tuple[str, ...]:
 
 def _checked(file: Path) -> Iterator[str]:
     """Yields the templates of a file once each has been found to hold one slot."""
-    found = list(_json_items(file) if file.suffix.lower() == ".json" else _text_lines(file))
+    found: list[tuple[Where, Any]]
+    if file.suffix.lower() == ".json":
+        found = [(Where(file, part=f"item {number}"), item) for number, item in enumerate(_json_list(file), start=1)]
+    else:
+        lines = ((Where(file, line=number), line) for number, line in numbered_lines(file))
+        found = [(where, text_of(line, where)) for where, line in lines]
     if not found:
         raise DataError(f"holds no template; expected lines such as `一张{SLOT}的照片`", at=file)
     for where, template in found:
@@ -56,12 +61,7 @@ def _checked(file: Path) -> Iterator[str]:
     return (template for _, template in found)
 
 
-def _text_lines(file: Path) -> Iterator[tuple[Where, str]]:
-    for number, line in numbered_lines(file):
-        yield (where := Where(file, line=number)), text_of(line, where)
-
-
-def _json_items(file: Path) -> Iterator[tuple[Where, Any]]:
+def _json_list(file: Path) -> list[Any]:
     try:
         items = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -74,7 +74,7 @@ def _json_items(file: Path) -> Iterator[tuple[Where, Any]]:
         raise DataError(f"invalid UTF-8 at byte {error.start}; save the file as UTF-8", at=file) from error
     if not isinstance(items, list):
         raise DataError(f"expected a JSON list of strings, got {type(items).__name__}", at=file)
-    return ((Where(file, part=f"item {number}"), item) for number, item in enumerate(items, start=1))
+    return items
 
 
 def read_labels(path: Path) -> list[str]:

@@ -120,9 +120,8 @@ class ExportedSettings(Settings):
         for kind in self.kinds:
             if self.tower_file(kind) is None:
                 option = flag(self.TOWERS[kind])
-                raise ConfigError(
-                    f"{option}: expected the file of the {kind} model, which --extract-{kind}-feats needs"
-                )
+                needed = f"--extract-{kind}-feats needs"
+                raise ConfigError(f"{option}: expected the file of the {kind} model, which {needed}")
 
     # The options that name the files of the towers.
     TOWERS: ClassVar[Mapping[str, str]] = {}
