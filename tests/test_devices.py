@@ -162,7 +162,6 @@ def test_more_processes_than_gpus_are_refused_without_touching_the_first_gpu(
 # Where else CUDA may be asked for, and why.
 OTHERS_THAT_ASK = {
     "ranks.py",
-    "clip/backends/tensor_rt.py",  # its own sentence, before a device is chosen
 }
 
 

@@ -20,10 +20,10 @@ TENSORRT = {"export tensorrt"}
 # Options that the modules which all commands share name, and the commands whose settings lead to that message.
 RAISED_BY: dict[tuple[str, str], set[str]] = {
     **{
-        ("clip/backends/engines.py", flag): TENSORRT
-        for flag in ("--fp16", "--fp32", "--fp16-banned-ops", "--model-arch", "--batch-size", "--context-length")
+        ("clip/backends/tensor_rt.py", flag): TENSORRT
+        for flag in ("--fp16", "--model-arch", "--batch-size", "--context-length")
     },
-    ("clip/backends/engines.py", "--timing-cache"): TENSORRT,
+    ("clip/backends/tensor_rt.py", "--precisions"): {"export onnx"},
     ("clip/backends/onnx_runtime.py", "--device"): {"features", "zeroshot", "evaluate", "linear-probe", "index build"}
     | {"index add", "index check", "search", "serve", "bench"},
     **{("clip/choice.py", flag): {"features", "zeroshot"} for flag in ("--model", "--resume", "--num-threads")},

@@ -1,12 +1,13 @@
 """Builds TensorRT engines: `python cn_clip/deploy/onnx_to_tensorrt.py --model-arch ViT-B-16 --convert-vision …`.
 
-Tested with a stand-in for the Python bindings of TensorRT, and not yet on a GPU.
+ONNX Runtime's TensorRT provider builds them. Tested with a stand-in for its sessions, and not yet on a GPU.
 """
 
 import shlex
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cn_clip import command, drop_in, settings
@@ -18,7 +19,6 @@ from cn_clip.settings import Range
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Kind
-    from cn_clip.clip.backends.engines import Build, Built
 
 Form = Literal["fp32", "fp16"]
 # Of a tower: its name in flags and messages.
@@ -32,7 +32,7 @@ class Options:
     """Writes PREFIX.txt.fp16.trt, PREFIX.img.fp16.trt and their fp32 forms from the files of pytorch_to_onnx.py.
 
     Engines run on the version of TensorRT and the kind of GPU they are built with. Sizes that are fixed in the ONNX
-    file stay fixed.
+    file stay fixed. Needs onnxruntime-gpu; its TensorRT provider builds and runs them.
     """
 
     model_arch: RequiredArch = None
@@ -52,11 +52,11 @@ class Options:
     fp32: bool = False
     """Write float32 engines"""
     fp16_banned_ops: str = ""
-    """Layers that stay float32 in float16 engines: parts of their names, separated by commas; up to TensorRT 10"""
+    """Refused unless empty: ONNX Runtime cannot keep single layers of a float16 engine in float32"""
     workspace_gib: float | None = None
     """GPU memory the builder may use, in GiB; default: all"""
     timing_cache: str | None = None
-    """A file that keeps measurements for later builds"""
+    """A folder that keeps measurements for later builds"""
     device: CudaDevice = "cuda"
     json: Json = False
 
@@ -76,11 +76,11 @@ class Options:
                 raise ConfigError(f"--convert-{name}: give the ONNX file with --{name}-onnx-path")
             if given is not None and not wanted:
                 raise ConfigError(f"--{name}-onnx-path: is for --convert-{name}, which was not given")
-        if self.fp16_banned_ops and not self.fp16:
-            raise ConfigError("--fp16-banned-ops: is for --fp16, which was not given")
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
+        if self.fp16_banned_ops:
+            raise ConfigError(
+                "--fp16-banned-ops: ONNX Runtime builds the engine and cannot keep single layers in float32; leave it "
+                "out, and use --fp32 if float16 loses too much"
+            )
         settings.check(self)
         if self.max_batch_size is not None and self.max_batch_size < self.batch_size:
             raise ConfigError(f"--max-batch-size: expected at least {self.batch_size}, got {self.max_batch_size}")
@@ -95,68 +95,46 @@ class Options:
 
 def run(options: Options) -> None:
     """Builds what is asked for; raises CnClipError when an ONNX file or a setting does not fit, and without a GPU."""
-    from cn_clip.clip.backends.tensor_rt import engine_path, find_gpu, library
+    from cn_clip.clip.backends import tensor_rt
 
-    assert options.save_tensorrt_path is not None
-    targets = [engine_path(options.save_tensorrt_path, kind, form) for form, kind, _ in _wanted(options)]
-    check_targets("--save-tensorrt-path", options.save_tensorrt_path, targets)
+    prefix = options.save_tensorrt_path
+    assert prefix is not None
+    forms: dict[Form, bool] = {"fp32": options.fp32, "fp16": options.fp16}
+    files = {kind: path for kind, path in options.onnx_paths.items() if path is not None}
+    wanted = [(form, kind, files[kind]) for form in forms if forms[form] for kind in files]
+    targets = {(kind, form): tensor_rt.engine_path(prefix, kind, form) for form, kind, _ in wanted}
+    check_targets("--save-tensorrt-path", prefix, targets.values())
     say = command.Speaker(quiet=options.json)
     say.params(options)
-    library()
-    find_gpu(options.device)
-    built = [(kind, form, _build(options, kind, form, say)) for form, kind, _ in _wanted(options)]
+    tensor_rt.device_of(options.device)
+    if options.timing_cache is not None and not Path(options.timing_cache).is_dir():
+        raise ConfigError(f"--timing-cache {options.timing_cache}: no such folder; create it first")
+    built = []
+    for form, kind, onnx_path in wanted:
+        path = targets[kind, form]
+        build = tensor_rt.Build(
+            precision=form,
+            batch=options.batch_size,
+            max_batch=options.max_batch_size or options.batch_size,
+            context_length=options.context_length,
+            workspace_gib=options.workspace_gib,
+            timing_cache=options.timing_cache,
+            architecture=options.model_arch,
+            command=command_line(options, tensor_rt.TOOL),
+        )
+        say.note(f"正在构建，需要几分钟 / building, this takes minutes: {onnx_path} -> {path}")
+        engine = tensor_rt.build_engine(onnx_path, kind, path, build, device=options.device)
+        say(f"  {engine}")
+        built.append((kind, form, engine))
     say("Finished ONNX to TensorRT conversion...")
     for kind, form, engine in sorted(built, key=lambda one: one[0], reverse=True):
         say(f">>> The {TITLES[kind]} {form.upper()} TensorRT model is saved at {engine.path}")
     say.result({"engines": [{"kind": kind, "precision": form, **asdict(engine)} for kind, form, engine in built]})
 
 
-def _wanted(options: Options) -> "Iterator[tuple[Form, Kind, str]]":
-    """Precision, tower and ONNX file of each engine to build."""
-    forms: tuple[tuple[Form, bool], ...] = (("fp32", options.fp32), ("fp16", options.fp16))
-    for form, is_wanted in forms:
-        for kind, path in options.onnx_paths.items():
-            if is_wanted and path is not None:
-                yield form, kind, path
-
-
-def _build(options: Options, kind: "Kind", form: Form, say: command.Speaker) -> "Built":
-    from cn_clip.clip.backends.engines import build_engine
-    from cn_clip.clip.backends.tensor_rt import engine_path
-
-    onnx_path = options.onnx_paths[kind]
-    assert onnx_path is not None
-    assert options.save_tensorrt_path is not None
-    path = engine_path(options.save_tensorrt_path, kind, form)
-    say.note(f"正在构建，需要几分钟 / building, this takes minutes: {onnx_path} -> {path}")
-    engine = build_engine(onnx_path, kind, path, _settings(options, form), device=options.device, say=say.note)
-    size = f"{engine.num_bytes / 2**20:.1f} MiB, {engine.seconds:.0f} s, TensorRT {engine.tensorrt}, {engine.gpu}"
-    say(f"  {size}" + (f", cosine to ONNX at least {engine.cosine:.6f}" if engine.cosine is not None else ""))
-    return engine
-
-
-def _settings(options: Options, form: Form) -> "Build":
-    from cn_clip.clip.backends.engines import Build
-
-    banned = options.fp16_banned_ops if form == "fp16" else ""
-    return Build(
-        precision=form,
-        batch=options.batch_size,
-        max_batch=options.max_batch_size or options.batch_size,
-        context_length=options.context_length,
-        kept_float=tuple(part for part in map(str.strip, banned.split(",")) if part),
-        workspace_gib=options.workspace_gib,
-        timing_cache=options.timing_cache,
-        architecture=options.model_arch,
-        command=command_line(options),
-    )
-
-
-def command_line(options: Options) -> str:
-    """The command with these options, for a shell."""
-    from cn_clip.clip.backends.tensor_rt import TOOL
-
-    words = TOOL.split()
+def command_line(options: Options, tool: str) -> str:
+    """The command `tool` with these options, for a shell."""
+    words = tool.split()
     for field in fields(options):
         value: Any = getattr(options, field.name)
         if value == field.default or field.name == "json":

@@ -1,42 +1,65 @@
-"""TensorRT under the names of Chinese-CLIP, over `clip.backends`: what its deployment guide imports, and its helpers.
+"""TensorRT under the names of Chinese-CLIP, over ONNX Runtime's provider: what its deployment guide imports.
 
-Its helpers count the bindings of an engine, which TensorRT 10 has no more; here they count its inputs and outputs.
+ONNX Runtime has no networks, contexts and bindings to hand out, so the helpers that take them say so.
 """
 
 import dataclasses
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from cn_clip.clip.backends import engines, tensor_rt
+from cn_clip.clip.backends import tensor_rt
 from cn_clip.clip.backends.base import Kind
 from cn_clip.deploy.benchmark_utils import track_infer_time
 from cn_clip.errors import ConfigError
 
+TRT_LOGGER = logging.getLogger("onnxruntime")
 
-class TensorRTModel(tensor_rt.TensorRTModel):
+
+class TensorRTModel:
     """An engine file, opened: `TensorRTModel(path)(inputs={"image": pixels})["unnorm_image_features"]`."""
 
+    def __init__(self, engine_path: str | Path, *, device: str | torch.device | None = None) -> None:
+        """device: cuda or cuda:N; default the first GPU. Raises what `tensor_rt.open_engine` raises."""
+        self.load_engine(str(engine_path), device=device)
+
     def __call__(self, inputs: Mapping[str, Tensor], time_buffer: list[float] | None = None) -> dict[str, Tensor]:
-        """The outputs by name; the seconds that they took are appended to `time_buffer`."""
-        if time_buffer is None:
-            return super().__call__(inputs)
-        with track_infer_time(time_buffer):
-            outputs = super().__call__(inputs)
-            if self.gpu.device.type == "cuda":
-                torch.cuda.synchronize(self.gpu.device)
+        """The outputs by name, on the device of the first input; they pass through the processor's memory.
+
+        inputs: by name, of any dtype: they are cast to what the engine takes. time_buffer: the seconds that the outputs
+        took are appended to it. Raises ConfigError for another name or shape than the engine takes.
+        """
+        names = sorted(one.name for one in self.session.get_inputs())
+        if sorted(inputs) != names:
+            raise ConfigError(f"{self.path}: takes the inputs {names}, got {sorted(inputs)}")
+        for name, (least, _, most) in self.shapes.items():
+            shape = list(inputs[name].shape)
+            if len(shape) != len(least) or not all(
+                low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
+            ):
+                span = tuple(least) if least == most else f"{tuple(least)} to {tuple(most)}"
+                raise ConfigError(f"{self.path}: takes {name} of the shape {span}, got {tuple(shape)}")
+        device = next(iter(inputs.values())).device
+        seconds: list[float] = []
+        with track_infer_time(seconds):
+            fed = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
+            found = tensor_rt.run_engine(self.path, self.session, fed)
+            outputs = {name: torch.from_numpy(values).to(device) for name, values in found.items()}
+        if time_buffer is not None:
+            time_buffer += seconds
         return outputs
 
-    def load_engine(self, engine_file_path: str) -> Any:
-        """The engine of another file; raises AssertionError when there is none, CheckpointError as on opening."""
-        if not Path(engine_file_path).exists():
-            raise AssertionError(f"{engine_file_path}: no such file; expected an engine")
-        return TensorRTModel(engine_file_path, device=self.gpu.device)._engine
+    def load_engine(self, engine_file_path: str, *, device: str | torch.device | None = None) -> Any:
+        """Opens a file in place of the one that is open; returns its session. Raises as the constructor."""
+        self.session = tensor_rt.open_engine(engine_file_path, device=device)
+        self.path, self.shapes = engine_file_path, tensor_rt.shapes_of(self.session)
+        return self.session
 
 
 @dataclass
@@ -67,10 +90,9 @@ class TensorRTShape:
         return [self.make_copy(name) for name in input_names]
 
 
-def fix_fp16_network(network_definition: Any, fp16_banned_ops: Sequence[str] | None = None) -> Any:
-    """Holds the layers that float16 is too narrow for to float32, and those with one of these parts in their names."""
-    engines._keep_float(tensor_rt.library(), network_definition, fp16_banned_ops or ())
-    return network_definition
+def fix_fp16_network(network_definition: Any, fp16_banned_ops: Sequence[str] | None = None) -> NoReturn:
+    """Raises ConfigError: there is no network to change."""
+    _refuse("fix_fp16_network")
 
 
 def build_engine(
@@ -84,69 +106,56 @@ def build_engine(
     fp16_banned_ops: Sequence[str] | None = None,
     timing_cache: str | None = None,
     **kwargs: Any,
-) -> Any:
-    """The engine of an ONNX file of a tower, deserialized by `runtime`.
+) -> TensorRTModel:
+    """The engine of an ONNX file of a tower, opened; `onnx_to_tensorrt` writes it to a file.
 
     Shapes: `input_shapes`, one TensorRTShape, or `min_shape`, `optimal_shape` and `max_shape`; batches go from 1 to the
-    largest. workspace_size: bytes. Messages go to `logging`, not to `logger`. Raises ConfigError for int8 and a
-    `fp16_fix` of one's own, which are not had here, and what `engines.build_engine` raises.
+    largest. workspace_size: bytes. timing_cache: a folder. `runtime` and `logger` are not used. Raises ConfigError for
+    int8, a `fp16_fix` of one's own and banned operations, and what `tensor_rt.build_engine` raises.
     """
-    del logger
-    if int8 or fp16_fix is not fix_fp16_network:
-        raise ConfigError("build_engine: int8 and a fp16_fix of your own are not had here; leave them out")
-    shape = _shape_of(kwargs)
+    del runtime, logger
+    if int8 or fp16_fix is not fix_fp16_network or fp16_banned_ops:
+        raise ConfigError(
+            "build_engine: int8, a fp16_fix of your own and fp16_banned_ops are not had here; leave them out"
+        )
+    names = ("min_shape", "optimal_shape", "max_shape")
+    shapes = kwargs.get("input_shapes")
+    if all(name in kwargs for name in names):
+        least, usual, most = (kwargs[name] for name in names)
+        shapes = [TensorRTShape(least, usual, most, "")]
+    if not shapes or len(shapes) != 1:
+        raise AssertionError(f"input_shapes: expected the shape of the tower's one input, got {shapes!r}")
+    shape: TensorRTShape = shapes[0]
+    shape.check_validity()
     kind: Kind = "text" if len(shape.max_shape) == 2 else "image"
-    build = engines.Build(
+    build = tensor_rt.Build(
         precision="fp16" if fp16 else "fp32",
         batch=shape.optimal_shape[0],
         max_batch=shape.max_shape[0],
-        context_length=shape.max_shape[1] if kind == "text" else engines.CACHED_LENGTH,
-        kept_float=tuple(fp16_banned_ops or ()),
+        context_length=shape.max_shape[-1] if kind == "text" else tensor_rt.CACHED_LENGTH,
         workspace_gib=None if workspace_size is None else workspace_size / 2**30,
         timing_cache=timing_cache,
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "engine.trt"
-        engines.build_engine(onnx_file_path, kind, path, build)
-        return runtime.deserialize_cuda_engine(path.read_bytes())
+        tensor_rt.build_engine(onnx_file_path, kind, path, build)
+        return TensorRTModel(path)
 
 
-def _shape_of(settings: Mapping[str, Any]) -> TensorRTShape:
-    names = ("min_shape", "optimal_shape", "max_shape")
-    if all(name in settings for name in names):
-        return TensorRTShape(settings["min_shape"], settings["optimal_shape"], settings["max_shape"], None)
-    shapes = settings.get("input_shapes")
-    if not shapes or len(shapes) != 1:
-        raise AssertionError(f"input_shapes: expected the shape of the tower's one input, got {shapes!r}")
-    shapes[0].check_validity()
-    shape: TensorRTShape = shapes[0]
-    return shape
-
-
-def get_binding_idxs(engine: Any, profile_index: int) -> tuple[list[int], list[int]]:
-    """The numbers of an engine's inputs and of its outputs; they are alike for every profile."""
-    trt, found = tensor_rt.library(), range(engine.num_io_tensors)
-    inputs = [
-        index for index in found if engine.get_tensor_mode(engine.get_tensor_name(index)) == trt.TensorIOMode.INPUT
-    ]
-    return inputs, [index for index in found if index not in inputs]
+def get_binding_idxs(engine: Any, profile_index: int) -> NoReturn:
+    """Raises ConfigError: there are no bindings."""
+    _refuse("get_binding_idxs")
 
 
 def get_output_tensors(
     context: Any, host_inputs: Sequence[Tensor], input_binding_idxs: Sequence[int], output_binding_idxs: Sequence[int]
-) -> dict[str, Tensor]:
-    """Sets the shapes of the inputs, and returns room for the outputs by name, on the device of the inputs."""
-    engine = context.engine
-    for tensor, index in zip(host_inputs, input_binding_idxs, strict=True):
-        context.set_input_shape(engine.get_tensor_name(index), tuple(tensor.shape))
-    outputs = {}
-    for name in map(engine.get_tensor_name, output_binding_idxs):
-        dtype = tensor_rt.DTYPES[engine.get_tensor_dtype(name).name]
-        outputs[name] = torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device=host_inputs[0].device)
-    return outputs
+) -> NoReturn:
+    """Raises ConfigError: there is no context."""
+    _refuse("get_output_tensors")
 
 
-def __getattr__(name: str) -> Any:
-    if name == "TRT_LOGGER":  # needs TensorRT, which importing this module does not
-        return tensor_rt.make_log(tensor_rt.library())
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _refuse(name: str) -> NoReturn:
+    raise ConfigError(
+        f"{name}: TensorRT runs inside ONNX Runtime here, which hands out no networks, contexts and bindings; call a "
+        "TensorRTModel instead"
+    )

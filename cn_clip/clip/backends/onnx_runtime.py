@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,48 +48,22 @@ class OnnxTower:
     ) -> None:
         """device: cpu, cuda, cuda:N or tensorrt; default: cuda where it works. num_threads: default one a core.
 
-        Raises ConfigError when ONNX Runtime has no such provider here, or would compute elsewhere; CheckpointError when
-        the file cannot be opened or is no tower of this kind; MissingExtraError without `onnxruntime`.
+        Raises what `open_session` raises; CheckpointError for a file that is no tower of this kind.
         """
-        runtime: Any = require("onnxruntime", extra="onnx", purpose="the onnx backend")
-        self.path = str(path)
-        self.provider, chosen = _provider(runtime, device)
+        self._take(path, kind, open_session(path, device, num_threads=num_threads))
+
+    def _take(self, path: str | Path, kind: Kind, session: Any) -> None:
+        self.path, self._session = str(path), session
+        self.provider: str = session.get_providers()[0]
         self.on_gpu = self.provider != PROVIDERS["cpu"]
-        settings = runtime.SessionOptions()
-        settings.log_severity_level = 3  # errors alone; they come as exceptions too
-        if not ranks.processor()[1] & VNNI:
-            settings.add_session_config_entry(EXACT_INT8, "1")
-        if num_threads is not None:
-            settings.intra_op_num_threads = num_threads
-        missing = missing_weights(path)
-        if missing:
-            raise CheckpointError(missing)
-        weights = _given_weights(settings, Path(path))
-        try:
-            with contextlib.redirect_stdout(io.StringIO()) if self.on_gpu else contextlib.nullcontext():
-                self._session = runtime.InferenceSession(self.path, settings, providers=chosen)
-        except Exception as error:  # its errors have no common type, and no fixed wording
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise not_opened(self.path, f"ONNX Runtime on {device or 'auto'}", reason, error) from error
-        del weights  # the session has copied them
-        hold_in_children(self)
-        used = self._session.get_providers()[0]
-        if used != self.provider:
-            if device not in (None, "auto"):
-                raise ConfigError(
-                    f"device: {self.provider} was asked for, but ONNX Runtime fell back to {used}; its log says why, "
-                    'a missing CUDA, cuDNN or TensorRT library as a rule; or use device="cpu"'
-                )
-            say_fallen_back(self.provider)
-            self.provider, self.on_gpu = used, False
-        self._session.disable_fallback()
         with reading_facts(self.path):
-            inputs = {one.name: _shape(one.shape) for one in self._session.get_inputs()}
-            outputs = {one.name: _shape(one.shape) for one in self._session.get_outputs()}
-            metadata = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+            inputs = {one.name: _shape(one.shape) for one in session.get_inputs()}
+            outputs = {one.name: _shape(one.shape) for one in session.get_outputs()}
+            metadata = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         self.facts: TowerFacts = facts_of(self.path, kind, inputs=inputs, outputs=outputs, metadata=metadata)
         self._input, self._output = INPUTS[kind], OUTPUTS[kind]
-        self._type = np.float16 if self._session.get_inputs()[0].type == "tensor(float16)" else None
+        self._type = np.float16 if session.get_inputs()[0].type == "tensor(float16)" else None
+        runtime: Any = require("onnxruntime", extra="onnx", purpose="the onnx backend")
         self._misfit: type[Exception] = runtime.capi.onnxruntime_pybind11_state.InvalidArgument
 
     def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
@@ -102,6 +77,52 @@ class OnnxTower:
         except self._misfit as error:
             raise not_taken(self.path, fed, str(error).splitlines()[0]) from error
         return features
+
+
+def open_session(
+    path: str | Path,
+    device: str | None,
+    *,
+    num_threads: int | None = None,
+    options: Mapping[str, str] | None = None,
+    otherwise: str = 'use device="cpu"',
+) -> Any:
+    """An `onnxruntime.InferenceSession` of a file on a device: cpu, cuda, cuda:N, tensorrt or tensorrt:N.
+
+    options: of the device's provider, besides the device itself. otherwise: what to do if the device fails.
+    Raises ConfigError when ONNX Runtime has no such provider here, or would compute elsewhere; CheckpointError when
+    the file cannot be opened; MissingExtraError without `onnxruntime`.
+    """
+    runtime: Any = require("onnxruntime", extra="onnx", purpose="the onnx backend")
+    provider, chosen = _provider(runtime, device, options or {})
+    settings = runtime.SessionOptions()
+    settings.log_severity_level = 3  # errors alone; they come as exceptions too
+    if not ranks.processor()[1] & VNNI:
+        settings.add_session_config_entry(EXACT_INT8, "1")
+    if num_threads is not None:
+        settings.intra_op_num_threads = num_threads
+    missing = missing_weights(path)
+    if missing:
+        raise CheckpointError(missing)
+    weights = _given_weights(settings, Path(path))
+    try:
+        with contextlib.nullcontext() if provider == PROVIDERS["cpu"] else contextlib.redirect_stdout(io.StringIO()):
+            session = runtime.InferenceSession(str(path), settings, providers=chosen)
+    except Exception as error:  # its errors have no common type, and no fixed wording
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise not_opened(str(path), f"ONNX Runtime on {device or 'auto'}", reason, error) from error
+    del weights  # the session has copied them
+    hold_in_children(session)
+    used = session.get_providers()[0]
+    if used != provider:
+        if device not in (None, "auto"):
+            raise ConfigError(
+                f"device: {provider} was asked for, but ONNX Runtime fell back to {used}; its log says why, "
+                f"a missing CUDA, cuDNN or TensorRT library as a rule; or {otherwise}"
+            )
+        say_fallen_back(provider)
+    session.disable_fallback()
+    return session
 
 
 def _given_weights(settings: Any, path: Path) -> list[NDArray[np.uint8]]:
@@ -127,22 +148,22 @@ def say_fallen_back(provider: str) -> None:
 
 def check_device(device: str | None) -> None:
     """Raises ConfigError for a device that there is not, or that ONNX Runtime here is not built for."""
-    _provider(require("onnxruntime", extra="onnx", purpose="the onnx backend"), device)
+    _provider(require("onnxruntime", extra="onnx", purpose="the onnx backend"), device, {})
 
 
 def native_precisions(device: str | None) -> tuple[Precision, ...]:
     """What a device multiplies in hardware, of what keeps its cosine; raises as `check_device`."""
-    provider, _ = _provider(require("onnxruntime", extra="onnx", purpose="the onnx backend"), device)
+    provider, _ = _provider(require("onnxruntime", extra="onnx", purpose="the onnx backend"), device, {})
     return ("fp32",) if provider == PROVIDERS["cpu"] else ("fp16", "fp32")
 
 
-def _provider(runtime: Any, device: str | None) -> tuple[str, list[Any]]:
-    """The provider of a device, and what to ask ONNX Runtime for: it and those it leans on."""
+def _provider(runtime: Any, device: str | None, given: Mapping[str, str]) -> tuple[str, list[Any]]:
+    """The provider of a device, and what to ask ONNX Runtime for: it, with the given options, and those it needs."""
     available = runtime.get_available_providers()
     if device in (None, "auto"):
         device = "cuda" if PROVIDERS["cuda"] in available else "cpu"
     name, _, number = device.partition(":")
-    if name not in PROVIDERS or (number and not (name == "cuda" and number.isdigit())):
+    if name not in PROVIDERS or (number and not (name != "cpu" and number.isdigit())):
         raise ConfigError(f"device: the onnx backend runs on cpu, cuda, cuda:N or tensorrt, got {device!r}")
     provider = PROVIDERS[name]
     if provider not in available:
@@ -150,11 +171,12 @@ def _provider(runtime: Any, device: str | None) -> tuple[str, list[Any]]:
             f"device: this ONNX Runtime has no {provider}, only {', '.join(available)}; "
             "use --device cpu, or install the build for GPUs: pip uninstall onnxruntime && pip install onnxruntime-gpu"
         )
-    options = {"use_tf32": "0"} if name == "cuda" else {}  # float32 is float32
-    if number:
-        options["device_id"] = number
-    leaned_on = {"cpu": [], "cuda": ["cpu"], "tensorrt": ["cuda", "cpu"]}[name]
-    return provider, [(provider, options), *(PROVIDERS[one] for one in leaned_on)]
+    where = {"device_id": number} if number else {}
+    exact = {"use_tf32": "0"} if name == "cuda" else {}  # float32 is float32
+    chosen: list[Any] = [(provider, {**exact, **where, **given})]
+    if name == "tensorrt":
+        chosen.append((PROVIDERS["cuda"], where) if where else PROVIDERS["cuda"])
+    return provider, chosen if name == "cpu" else [*chosen, PROVIDERS["cpu"]]
 
 
 def _shape(shape: list[Any]) -> tuple[int | None, ...]:

@@ -75,11 +75,11 @@ def open_backend(
     chosen = settle_precision(backend, precision, device)
     source = Source(model, vision, text, download_root)
     if backend == "tensorrt":
-        from cn_clip.clip.backends.engines import open_towers
+        from cn_clip.clip.backends.tensor_rt import open_towers
 
         if num_threads is not None:
             raise ConfigError("num_threads: is for processors; the tensorrt backend runs on a GPU")
-        return open_towers(source, chosen, kinds, device=None if device is None else str(device), say=say)
+        return open_towers(source, chosen, kinds, device=device, say=say)
     open_tower = tower_opener(backend, chosen, None if device is None else str(device), num_threads)
     form = "int8.openvino" if (backend, chosen) == ("openvino", "int8") else chosen
     if backend == "openvino" and chosen == "bf16":

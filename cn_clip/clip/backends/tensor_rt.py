@@ -1,41 +1,99 @@
-"""Exported towers as TensorRT engines on NVIDIA GPUs: opening them and running them.
+"""Exported towers in ONNX Runtime's TensorRT provider, on NVIDIA GPUs: building engine files, keeping and opening them.
 
-Written against the Python bindings of TensorRT 10.13, 10.16 and 11.4, whose calls by tensor name TensorRT 8.6 has too,
-and tested with a stand-in that checks every call. No engine has been built or run on a GPU with it yet.
+An engine file is an ONNX model of one node that holds the engine (an "EP context model"), so it opens without being
+built again. It runs on the kind of GPU and the release of TensorRT that built it. Nothing here has run on a GPU yet: it
+is written from the documentation of ONNX Runtime and tested with a stand-in for its sessions.
 """
 
-# B batch, R resolution, L tokens, D embedding
+# B batch, L tokens, D embedding
 
 import contextlib
+import glob
+import importlib
+import io
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from cn_clip import ranks
-from cn_clip.clip.backends.base import ExportedBackend, Kind, Pixels, TokenIds, TowerFacts
-from cn_clip.clip.backends.onnx_files import INPUTS, MIDDLE, OUTPUTS, facts_of
+from cn_clip import zoo
+from cn_clip.clip.backends import onnx_files, parity
+from cn_clip.clip.backends.base import ExportedBackend, Kind, Pixels, Precision, TokenIds, TowerFacts
+from cn_clip.clip.backends.exported import Announce, Source, announce, forget, kept_file, tower_file
+from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, MIDDLE
+from cn_clip.clip.backends.onnx_runtime import PROVIDERS, OnnxTower, open_session
 from cn_clip.clip.weights.file_kinds import what_it_is
-from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingExtraError,
+    NotFiniteError,
+    first_sentence,
+    lacked_memory,
+)
 from cn_clip.extras import require
-from cn_clip.files import settle
+from cn_clip.files import HeldFolder
 
 TOOL = "python cn_clip/deploy/onnx_to_tensorrt.py"
-DTYPES = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
+# The metadata of an engine file that only engines have: versions, shapes, and the command that built it.
+ENGINE_KEY = "cn_clip_engine"
+# The shapes of engines in the cache: tuned for a batch of pictures or texts, good down to one.
+CACHED_BATCH, CACHED_MAX_BATCH, CACHED_LENGTH = 32, 128, 52
+SHORTEST_TEXT = 2
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
 }
-_logger = logging.getLogger(__name__)
+# Where the kind of the node of an EP context model is written: names before it, the engine behind it.
+_HEAD = 1 << 16
+Span = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Build:
+    """How an engine is built.
+
+    batch: what it is tuned for; max_batch: the largest it takes, the smallest being 1. context_length: longest text.
+    workspace_gib: memory of the GPU that the builder may use; default all. timing_cache: a folder of measurements that
+    make the next build faster. architecture: the name that the file must fit. command: how to build it again, for the
+    sentence on engines of another machine.
+    """
+
+    precision: Literal["fp16", "fp32"]
+    batch: int = 1
+    max_batch: int = 1
+    context_length: int = 52
+    workspace_gib: float | None = None
+    timing_cache: str | None = None
+    architecture: str | None = None
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine that was written. cosine: the smallest to the rows of the ONNX file."""
+
+    path: str
+    onnxruntime: str
+    tensorrt: str
+    num_bytes: int
+    seconds: float
+    cosine: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_bytes / 2**20:.1f} MiB, {self.seconds:.0f} s, ONNX Runtime {self.onnxruntime}, TensorRT "
+            f"{self.tensorrt}, cosine to ONNX at least {self.cosine:.6f}"
+        )
 
 
 def engine_path(prefix: str | Path, kind: Kind, precision: str) -> Path:
@@ -43,233 +101,115 @@ def engine_path(prefix: str | Path, kind: Kind, precision: str) -> Path:
     return Path(f"{prefix}.{MIDDLE[kind]}.{precision}.trt")
 
 
-def description_path(path: str | Path) -> Path:
-    """`PREFIX.img.fp16.trt.json`: what an engine does not say of itself. The engine runs without it."""
-    return Path(f"{path}.json")
+def device_of(device: object) -> str:
+    """The device in the words of `open_session`: `tensorrt`, or `tensorrt:1` of cuda:1.
 
-
-def library() -> Any:
-    """The module `tensorrt`; raises MissingExtraError without it, ConfigError when its libraries cannot be loaded."""
-    try:
-        return require("tensorrt", extra="tensorrt", purpose="the tensorrt backend")
-    except OSError as error:
-        raise ConfigError(f"the tensorrt backend cannot load the libraries of TensorRT ({error})") from error
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The GPU that an engine is built for or runs on. capability: as "9.0"."""
-
-    device: torch.device
-    name: str
-    capability: str
-
-    def __str__(self) -> str:
-        return f"{self.name} (compute capability {self.capability})"
-
-    def current(self) -> contextlib.AbstractContextManager[object]:
-        """TensorRT works on whichever GPU is current."""
-        return torch.cuda.device(self.device)
-
-    @contextlib.contextmanager
-    def stream(self) -> Iterator[int]:
-        """The handle of a stream of its own, in the order of PyTorch's: on the default one TensorRT waits too often."""
-        current, own = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        own.wait_stream(current)
-        yield own.cuda_stream
-        current.wait_stream(own)
-
-
-def find_gpu(device: str | torch.device | None = None) -> Gpu:
-    """The GPU of `cuda`, `cuda:N`, or None for the current one; raises ConfigError when there is none such."""
-    refusal = f"device: the tensorrt backend runs on cuda or cuda:N, got {str(device)!r}"
-    try:
-        chosen = torch.device("cuda" if device in (None, "auto") else str(device))
-    except RuntimeError as error:
-        raise ConfigError(refusal) from error
-    if chosen.type != "cuda":
-        raise ConfigError(refusal)
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "the tensorrt backend needs an NVIDIA GPU, and PyTorch finds none here; "
-            "use the backend openvino or onnx on a processor"
+    Raises ConfigError for a device that is no GPU, MissingExtraError when the installed ONNX Runtime has no TensorRT
+    provider.
+    """
+    name, _, number = ("cuda" if device in (None, "auto") else str(device)).partition(":")
+    if name != "cuda" or not (number == "" or number.isdigit()):
+        raise ConfigError(f"device: the tensorrt backend runs on cuda or cuda:N, got {str(device)!r}")
+    runtime: Any = require("onnxruntime", extra="tensorrt", purpose="the tensorrt backend")
+    if PROVIDERS["tensorrt"] not in runtime.get_available_providers():
+        raise MissingExtraError(
+            "the tensorrt backend needs the package `onnxruntime-gpu`: the ONNX Runtime that is installed has no "
+            "TensorRT provider; install it with: pip uninstall onnxruntime && pip install 'cn_clip[tensorrt]'"
         )
-    gpu = ranks.choose_device(chosen)
-    major, minor = torch.cuda.get_device_capability(gpu.index)
-    return Gpu(gpu, torch.cuda.get_device_name(gpu.index), f"{major}.{minor}")
+    # The provider is linked to libraries that pip puts where the system does not look; once loaded, they are found.
+    with contextlib.redirect_stdout(io.StringIO()):
+        for load in (lambda: importlib.import_module("tensorrt"), lambda: runtime.preload_dlls()):
+            with contextlib.suppress(Exception):
+                load()
+    return f"tensorrt:{number}" if number else "tensorrt"
 
 
-def make_log(trt: Any) -> Any:
-    """A `tensorrt.ILogger` that passes messages on to `logging` and keeps the errors in `errors`."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors.append(msg.strip())
-            else:
-                level = logging.WARNING if severity == trt.ILogger.WARNING else logging.DEBUG
-                _logger.log(level, "TensorRT: %s", msg)
-
-    return Log()
+def versions() -> dict[str, str]:
+    """The versions of ONNX Runtime and TensorRT; "?" for TensorRT that came without its Python package."""
+    found = {"onnxruntime": "?", "tensorrt": "?"}
+    for name in found:
+        with contextlib.suppress(Exception):
+            found[name] = str(importlib.import_module(name).__version__)
+    return found
 
 
-def reasons(log: Any) -> str:
-    """The last errors of a log on one line, for a sentence."""
-    return "; ".join(" ".join(message.split())[:300] for message in log.errors[-3:]) or "it gives no reason"
+def open_engine(path: str | Path, *, device: object = None) -> Any:
+    """The `onnxruntime.InferenceSession` of an engine file; device: cuda or cuda:N, default the first GPU.
 
-
-def started(start: Callable[[Any], Any], log: Any, gpu: Gpu) -> Any:
-    """A `Builder` or `Runtime`; raises ConfigError where the bindings give none, as with a driver too old for them."""
+    Raises what `device_of` raises, ConfigError when the provider cannot start, CheckpointError for a file that is not
+    there, holds no engine, or holds one of another release of TensorRT or another kind of GPU.
+    """
+    place, path = device_of(device), Path(path)
     try:
-        return start(log)
-    except TypeError as error:
-        raise ConfigError(
-            f"TensorRT cannot start on {gpu}: {reasons(log)}; check that the driver is new enough for its CUDA version"
+        with path.open("rb") as stream:
+            is_engine = b"EPContext" in stream.read(_HEAD)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); build the engine with {TOOL}") from error
+    if not is_engine:
+        what = what_it_is(path) or (
+            "is not an engine for ONNX Runtime; raw TensorRT engines, which Chinese-CLIP and older versions of this "
+            f"package write, cannot be opened: build it again from the ONNX file with {TOOL}"
+        )
+        raise CheckpointError(f"{path}: {what}")
+    try:
+        return open_session(path, place, otherwise="use the backend openvino or onnx on a processor")
+    except CheckpointError as error:
+        told: dict[str, Any] = {}
+        with contextlib.suppress(Exception):  # whatever is wrong with the file, the first error says it
+            proto = onnx_files.load(path)
+            told = json.loads(next(one.value for one in proto.metadata_props if one.key == ENGINE_KEY))
+        if not told:
+            raise
+        there, here = (
+            f"ONNX Runtime {one['onnxruntime']} and TensorRT {one['tensorrt']}" for one in (told, versions())
+        )
+        raise CheckpointError(
+            f"{error}; the engine was built with {there}, here is {here}, and engines run on the kind of GPU and the "
+            f"TensorRT that built them; build it again: {told['command'] or f'{TOOL} --help'}"
         ) from error
 
 
-@dataclass(frozen=True)
-class Port:
-    """An input or output of an engine. shape: None where it is free; least, most: the shapes an input may have."""
+def run_engine(path: str, session: Any, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The outputs of an engine by name, in the processor's memory; inputs are cast to what it takes.
 
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int | None, ...]
-    least: tuple[int, ...] = ()
-    most: tuple[int, ...] = ()
-
-
-class TensorRTModel:
-    """An engine file, opened: `TensorRTModel(path)(inputs={"image": pixels})["unnorm_image_features"]`.
-
-    Not for several threads at once.
+    Raises CheckpointError when TensorRT refuses the batch.
     """
-
-    def __init__(self, engine_path: str | Path, *, device: str | torch.device | None = None) -> None:
-        """device: cuda or cuda:N; default the current GPU.
-
-        Raises ConfigError without such a GPU, MissingExtraError without `tensorrt`, CheckpointError for a file that is
-        no engine, or one of another version of TensorRT or another kind of GPU.
-        """
-        self.path = str(engine_path)
-        settle(Path(engine_path).parent)
-        trt = library()
-        self.gpu = find_gpu(device)
-        self.description = read_description(engine_path)
-        self._log = make_log(trt)
-        with self.gpu.current():
-            self._runtime, self._engine = self._opened(trt)
-            self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise CheckpointError(f"TensorRT cannot run it on {self.gpu}: {reasons(self._log)}", at=self.path)
-        self.inputs, self.outputs = _ports(trt, self._engine, self.path)
-
-    def _opened(self, trt: Any) -> tuple[Any, Any]:
-        try:
-            plan = Path(self.path).read_bytes()
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot be read ({error.strerror}); build the engine with {TOOL}", at=self.path
-            ) from error
-        built_with = self.description.get("tensorrt")
-        if built_with is not None and release(built_with) != release(trt.__version__):
-            raise CheckpointError(self._stale(trt))
-        runtime = started(trt.Runtime, self._log, self.gpu)
-        engine = runtime.deserialize_cuda_engine(plan)
-        if engine is None:
-            if (known := what_it_is(self.path)) is not None:
-                raise CheckpointError(known, at=self.path)
-            raise CheckpointError(f"{self._stale(trt)} (TensorRT: {reasons(self._log)})")
-        return runtime, engine
-
-    def _stale(self, trt: Any) -> str:
-        here = f"here is TensorRT {trt.__version__} on {self.gpu}"
-        again = f"build it again: {self.description.get('command') or f'{TOOL} --help'}"
-        if "tensorrt" not in self.description:
-            return f"{self.path}: no engine for this machine, {here}, and engines run where they were built; {again}"
-        built = f"TensorRT {self.description['tensorrt']} on {self.description.get('gpu', 'an unknown GPU')}"
-        return f"{self.path}: the engine was built with {built}, {here}; {again}"
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs by name, on the GPU of the engine, in the order of its current stream.
-
-        inputs: by name, on the same GPU, of any dtype: they are cast to what the engine takes.
-        Raises ConfigError for another name, device or shape than the engine takes.
-        """
-        if set(inputs) != set(self.inputs):
-            raise ConfigError(f"takes the inputs {sorted(self.inputs)}, got {sorted(inputs)}", at=self.path)
-        fed = {name: self._fitting(port, inputs[name]) for name, port in self.inputs.items()}
-        with self.gpu.current():
-            for name, tensor in fed.items():
-                self._must(self._context.set_input_shape(name, tuple(tensor.shape)), f"the shape of {name}")
-            found = {name: self._room(port) for name, port in self.outputs.items()}
-            for name, tensor in {**fed, **found}.items():
-                self._must(self._context.set_tensor_address(name, tensor.data_ptr()), f"the memory of {name}")
-            with self.gpu.stream() as handle:
-                self._must(self._context.execute_async_v3(handle), "to run")
-        return found
-
-    def _fitting(self, port: Port, tensor: Tensor) -> Tensor:
-        if tensor.device != self.gpu.device:
-            raise ConfigError(f"{port.name} lies on {tensor.device}, expected {self.gpu.device}", at=self.path)
-        shape = tuple(tensor.shape)
-        if len(shape) != len(port.least) or not all(
-            low <= size <= high for low, size, high in zip(port.least, shape, port.most, strict=True)
-        ):
-            span = str(port.least) if port.least == port.most else f"{port.least} to {port.most}"
-            raise ConfigError(f"takes {port.name} of the shape {span}, got {shape}", at=self.path)
-        return tensor.to(port.dtype).contiguous()
-
-    def _room(self, port: Port) -> Tensor:
-        shape = tuple(self._context.get_tensor_shape(port.name))
-        return torch.empty(shape, dtype=port.dtype, device=self.gpu.device)
-
-    def _must(self, accepted: bool, what: str) -> None:
-        if not accepted:
-            raise CheckpointError(f"TensorRT refuses {what}: {reasons(self._log)}", at=self.path)
+    fed = {one.name: inputs[one.name].astype(TYPES[one.type], copy=False) for one in session.get_inputs()}
+    names = [one.name for one in session.get_outputs()]
+    try:
+        return dict(zip(names, session.run(names, fed), strict=True))
+    except Exception as error:  # its errors have no common type
+        if lacked_memory(error):
+            raise
+        raise CheckpointError(f"{path}: TensorRT stopped ({first_sentence(error)}); its log may say more") from error
 
 
-class TensorRtTower:
-    """One engine as a tower over numpy arrays."""
+def shapes_of(session: Any) -> dict[str, list[list[int]]]:
+    """The smallest, the usual and the largest shape of each input; nothing for engines of other programs."""
+    text = session.get_modelmeta().custom_metadata_map.get(ENGINE_KEY)
+    shapes: dict[str, list[list[int]]] = json.loads(text)["shapes"] if text else {}
+    return shapes
 
-    provider, on_gpu = "", True
 
-    def __init__(self, path: str | Path, kind: Kind, *, device: str | torch.device | None = None) -> None:
-        """Raises what `TensorRTModel` raises; CheckpointError for an engine that is no tower of this kind."""
-        self.model = TensorRTModel(path, device=device)
-        self.path = str(path)
-        facts = self.model.description.get("facts")
-        self.facts: TowerFacts = facts_of(
-            self.path,
-            kind,
-            inputs={port.name: _shape(port) for port in self.model.inputs.values()},
-            outputs={port.name: port.shape for port in self.model.outputs.values()},
-            metadata=None if facts is None else json.dumps(facts),
-        )
-        self._input, self._output = INPUTS[kind], OUTPUTS[kind]
-        most = self.model.inputs[self._input].most
-        self._most = most[0]
-        if kind == "text":
-            self.facts = replace(self.facts, max_length=most[1])
+class TensorRtTower(OnnxTower):
+    """One engine file as a tower over numpy arrays."""
+
+    def __init__(self, path: str | Path, kind: Kind, *, device: object = None) -> None:
+        """Raises what `open_engine` raises; CheckpointError for an engine that is no tower of this kind."""
+        session = open_engine(path, device=device)
+        self._take(path, kind, session)
+        shapes = shapes_of(session).get(self._input)
+        self._largest = self.facts.batch or (shapes[-1][0] if shapes else 1)
 
     def run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
         """Batches larger than the engine takes are cut."""
-        nothing = np.empty((0, self.facts.embed_dim), dtype=np.float32)
-        pieces = [inputs[start : start + self._most] for start in range(0, len(inputs), self._most)]
-        return np.concatenate([nothing, *(self._run(piece) for piece in pieces)])
-
-    def _run(self, inputs: "Pixels | TokenIds") -> NDArray[np.floating]:
-        fed = torch.from_numpy(inputs).to(self.model.gpu.device)
-        features: NDArray[np.floating] = self.model({self._input: fed})[self._output].float().cpu().numpy()
-        return features
+        pieces = [inputs[start : start + self._largest] for start in range(0, len(inputs), self._largest)]
+        rows = [run_engine(self.path, self._session, {self._input: piece})[self._output] for piece in pieces]
+        return np.concatenate([np.empty((0, self.facts.embed_dim), dtype=np.float32), *rows])
 
 
 def open_engines(
-    image_path: str | Path | None, text_path: str | Path | None, *, device: str | torch.device | None = None
+    image_path: str | Path | None, text_path: str | Path | None, *, device: object = None
 ) -> ExportedBackend:
     """The engines of a model as a backend; a missing one is an error only when it is asked for.
 
@@ -280,52 +220,187 @@ def open_engines(
     return ExportedBackend(image, text)
 
 
-def release(version: str) -> str:
-    """A version of TensorRT without the number of its package: engines run in the release they were built with."""
-    return version.partition(".post")[0]
+def build_engine(onnx_path: str | Path, kind: Kind, path: Path, build: Build, *, device: object = None) -> Built:
+    """Writes the engine of an ONNX file; sizes that are fixed in the file stay fixed. A failure writes nothing.
+
+    Raises ConfigError for settings that the file cannot have; CheckpointError when the file is no tower of this kind,
+    when TensorRT cannot build it, or when the engine computes something else than the file; what `device_of` raises.
+    """
+    started, base = time.monotonic(), Path(onnx_path)
+    place = device_of(device)
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: the folder {path.parent} does not exist; create it first")
+    tower = OnnxTower(base, kind, device="cpu")
+    _check(base, tower.facts, build)
+    span = _span(str(base), kind, tower.facts, build)
+    expected = parity.reference(_backend(kind, tower), parity.embedded_samples(build.context_length), [kind])
+    with HeldFolder(path.parent, f".{path.name}.") as scratch:
+        dumped, made = scratch.path / "engine.onnx", scratch.path / path.name
+        options = _options(build, dumped, tower.facts, span)
+        session = open_session(base, place, options=options, otherwise="use another machine")
+        # If shapes are free, the first batch builds the engine, and the end of the session may write it.
+        run_engine(str(base), session, {INPUTS[kind]: np.ones(span[1])})
+        del session
+        if not dumped.is_file():
+            raise CheckpointError(
+                f"{base}: ONNX Runtime wrote no engine of it; its log says which operations TensorRT does not take"
+            )
+        _describe(dumped, made, tower.facts, span, build)
+        cosine = _cosine(base, made, kind, build, expected, device)
+        onnx_files.move(made, path.parent)
+    size, seconds = path.stat().st_size, time.monotonic() - started
+    return Built(str(path), **versions(), num_bytes=size, seconds=seconds, cosine=cosine)
 
 
-def read_description(path: str | Path) -> dict[str, Any]:
-    """What was written beside an engine; nothing for engines of other programs."""
-    beside = description_path(path)
+def _check(path: Path, facts: TowerFacts, build: Build) -> None:
+    """Raises ConfigError for a file that has no engine of this kind."""
+    onnx: Any = require("onnx", extra="tensorrt", purpose="building TensorRT engines")
+    weights = onnx_files.load(path, with_weights=False).graph.initializer
+    if build.precision == "fp32" and any(one.data_type == onnx.TensorProto.FLOAT16 for one in weights):
+        raise ConfigError(f"{path}: holds float16 weights; give the fp32 file for a float32 engine, or use --fp16")
+    sizes = [file.stat().st_size for file in (path, *(path.parent / name for name in onnx_files.outside_files(path)))]
+    if sum(sizes) > onnx_files.LARGEST_FILE:
+        raise ConfigError(
+            f"{path}: holds more than 2 GiB, and an engine file cannot; export it with --precisions fp16 and give that "
+            "file, with --fp16"
+        )
+    if build.architecture is None:
+        return
+    entry = zoo.named(build.architecture)
+    dimensions = zoo.vision_config(entry.vision if entry else build.architecture).embed_dim
+    if facts.embed_dim != dimensions:
+        raise ConfigError(
+            f"{path}: gives {facts.embed_dim} dimensions, {build.architecture} gives {dimensions}; "
+            "is it the file of another model, or --model-arch that of another file?"
+        )
+
+
+def _span(path: str, kind: Kind, facts: TowerFacts, build: Build) -> Span:
+    """The smallest, the usual and the largest shape of the input; raises ConfigError where the file has others."""
+    if facts.batch is not None and (build.batch, build.max_batch) != (facts.batch, facts.batch):
+        raise ConfigError(
+            f"{path}: was exported for batches of {facts.batch}; use --batch-size {facts.batch}, or export it again"
+        )
+    batches = (facts.batch or 1, build.batch, build.max_batch)
+    if kind == "image":
+        assert facts.resolution is not None, "facts_of refuses a picture tower of unknown size"
+        side = facts.resolution
+        least, tuned, most = ((batch, 3, side, side) for batch in batches)
+        return least, tuned, most
+    longest = build.context_length
+    if facts.length is not None and longest != facts.length:
+        raise ConfigError(
+            f"{path}: was exported for texts of {facts.length} tokens; use --context-length {facts.length}, "
+            "or export it again"
+        )
+    if facts.max_length is not None and longest > facts.max_length:
+        raise ConfigError(f"--context-length: {path} takes at most {facts.max_length} tokens, got {longest}")
+    return (batches[0], facts.length or SHORTEST_TEXT), (batches[1], longest), (batches[2], longest)
+
+
+def _options(build: Build, dumped: Path, facts: TowerFacts, span: Span) -> dict[str, str]:
+    """What ONNX Runtime's provider is told: https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.
+
+    Shapes are given only if some size is free: the provider refuses those of an input that has one shape.
+    """
+    is_half = str(int(build.precision == "fp16"))
+    options = {
+        "trt_fp16_enable": is_half,
+        "trt_layer_norm_fp32_fallback": is_half,
+        "trt_dump_ep_context_model": "1",
+        "trt_ep_context_file_path": str(dumped),
+        "trt_ep_context_embed_mode": "1",
+    }
+    if facts.batch is None or (facts.kind == "text" and facts.length is None):
+        for which, shape in zip(("min", "opt", "max"), span, strict=True):
+            options[f"trt_profile_{which}_shapes"] = f"{INPUTS[facts.kind]}:{'x'.join(map(str, shape))}"
+    if build.workspace_gib is not None:
+        options["trt_max_workspace_size"] = str(int(build.workspace_gib * 2**30))
+    if build.timing_cache is not None:
+        options |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": build.timing_cache}
+    return options
+
+
+def _describe(dumped: Path, made: Path, facts: TowerFacts, span: Span, build: Build) -> None:
+    """Writes the engine with its metadata: the facts of the tower, and what only engines have."""
+    most = span[2]
+    facts = replace(
+        facts,
+        precision=build.precision,
+        architecture=facts.architecture or build.architecture,
+        max_length=most[1] if facts.kind == "text" else None,
+    )
+    about = {"shapes": {INPUTS[facts.kind]: span}, **versions(), "command": build.command}
+    proto = onnx_files.load(dumped)
+    del proto.metadata_props[:]
+    for key, value in {METADATA_KEY: onnx_files.metadata(facts), ENGINE_KEY: json.dumps(about)}.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value
+    onnx_files.save(proto, made)
+
+
+def _cosine(base: Path, made: Path, kind: Kind, build: Build, expected: parity.Reference, device: object) -> float:
+    """The smallest cosine of the rows of an engine to those of its file; raises CheckpointError if it is too small."""
+    inputs, rows_ND = expected.inputs[kind], expected.rows[kind]
+    backend = _backend(kind, TensorRtTower(made, kind, device=device))
     try:
-        values = json.loads(beside.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read ({error}); delete it, or build the engine again", at=beside) from error
-    if not isinstance(values, dict):
-        raise CheckpointError("expected a JSON object; delete it, or build the engine again", at=beside)
-    return values
+        found_ND = backend.encode_pixels(inputs) if kind == "image" else backend.encode_tokens(inputs)
+        cosine = float((found_ND * rows_ND).sum(axis=1).min())
+    except NotFiniteError:
+        cosine = math.nan
+    if not cosine >= parity.TOLERANCES[build.precision]:  # also when it is NaN
+        raise CheckpointError(
+            f"{base}: its {build.precision} engine differs from it by more than it may: smallest cosine "
+            f"{cosine:.6f}, tolerance {parity.TOLERANCES[build.precision]}; use fp32"
+        )
+    return cosine
 
 
-def _ports(trt: Any, engine: Any, path: str) -> tuple[dict[str, Port], dict[str, Port]]:
-    inputs: dict[str, Port] = {}
-    outputs: dict[str, Port] = {}
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        type_name = engine.get_tensor_dtype(name).name
-        if type_name not in DTYPES:
-            raise CheckpointError(f"its tensor {name} is {type_name}; expected one of {', '.join(DTYPES)}", at=path)
-        shape = tuple(None if size < 0 else size for size in engine.get_tensor_shape(name))
-        port = Port(name, DTYPES[type_name], shape)
-        if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
-            least, most = _span(engine, name, shape)
-            inputs[name] = replace(port, least=least, most=most)
+def _backend(kind: Kind, tower: OnnxTower) -> ExportedBackend:
+    return ExportedBackend(tower, None) if kind == "image" else ExportedBackend(None, tower)
+
+
+def open_towers(
+    source: Source, precision: Precision, kinds: Sequence[Kind], *, device: object = None, say: Announce = announce
+) -> ExportedBackend:
+    """The engines of a prefix (`deploy/vit-b-16`), or of a name or weight file through the cache, built at first use.
+
+    Raises what `TensorRtTower`, `tower_file` and `build_engine` raise.
+    """
+    device_of(device)
+    towers: dict[Kind, TensorRtTower] = {}
+    folder, name = Path(source.model).parent, glob.escape(Path(source.model).name)
+    is_prefix = zoo.named(str(source.model)) is None and not Path(source.model).exists() and folder.is_dir()
+    for kind in kinds:
+        given = engine_path(source.model, kind, precision)
+        if is_prefix and any([*folder.glob(f"{name}.*.trt"), *folder.glob(f"{name}.*.onnx")]):
+            if not given.is_file():
+                raise CheckpointError(f"{given}: no such file; build it with {TOOL}")
+            towers[kind] = TensorRtTower(given, kind, device=device)
         else:
-            outputs[name] = port
-    return inputs, outputs
+            towers[kind] = _open_cached(source, kind, precision, device, say)
+    return ExportedBackend(towers.get("image"), towers.get("text"), precision=precision)
 
 
-def _span(engine: Any, name: str, shape: tuple[int | None, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The smallest and the largest shape of an input; profiles speak of inputs with free sizes alone."""
-    fixed = tuple(size for size in shape if size is not None)
-    if len(fixed) == len(shape):
-        return fixed, fixed
-    least, _, most = (tuple(one) for one in engine.get_tensor_profile_shape(name, 0))
-    return least, most
+def _open_cached(source: Source, kind: Kind, precision: Precision, device: object, say: Announce) -> TensorRtTower:
+    assert precision in ("fp16", "fp32"), "check_precision admits no other"
+    build = Build(precision, batch=CACHED_BATCH, max_batch=CACHED_MAX_BATCH, context_length=CACHED_LENGTH)
+    base = tower_file(source, kind, precision, say=say)
+    # Of one release of the libraries and one GPU of this machine: no other can open the engine.
+    key = re.sub(r"[^\w.-]+", "", "-".join([*map("".join, versions().items()), device_of(device)]))
+    path = engine_path(base.with_name(f"model.{key}"), kind, precision)
 
+    def made() -> None:
+        chinese, english = "首次使用，正在构建", "first use, building an engine"
+        if path.exists():
+            chinese, english = "正在重新构建", "building an engine again"
+        say(f"{chinese} TensorRT 引擎，需要几分钟 / {english}, some minutes -> {path}")
+        build_engine(base, kind, path, build, device=device)
 
-def _shape(port: Port) -> tuple[int | None, ...]:
-    """The sizes of an input that has no other."""
-    return tuple(low if low == high else None for low, high in zip(port.least, port.most, strict=True))
+    engine = kept_file(path, made)
+    try:
+        return TensorRtTower(engine, kind, device=device)
+    except CheckpointError as error:
+        say(f"{error}; 重新构建 / building it again")
+        forget(path)
+    return TensorRtTower(kept_file(path, made), kind, device=device)
