@@ -37,14 +37,14 @@ class TensorRTModel:
         """
         names = sorted(one.name for one in self.session.get_inputs())
         if sorted(inputs) != names:
-            raise ConfigError(f"{self.path}: takes the inputs {names}, got {sorted(inputs)}")
+            raise ConfigError(f"takes the inputs {names}, got {sorted(inputs)}", at=self.path)
         for name, (least, _, most) in self.shapes.items():
             shape = list(inputs[name].shape)
             if len(shape) != len(least) or not all(
                 low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
             ):
                 span = tuple(least) if least == most else f"{tuple(least)} to {tuple(most)}"
-                raise ConfigError(f"{self.path}: takes {name} of the shape {span}, got {tuple(shape)}")
+                raise ConfigError(f"takes {name} of the shape {span}, got {tuple(shape)}", at=self.path)
         device = next(iter(inputs.values())).device
         seconds: list[float] = []
         with track_infer_time(seconds):

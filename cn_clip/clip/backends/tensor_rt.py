@@ -144,13 +144,13 @@ def open_engine(path: str | Path, *, device: object = None) -> Any:
         with path.open("rb") as stream:
             is_engine = b"EPContext" in stream.read(_HEAD)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); build the engine with {TOOL}") from error
+        raise CheckpointError(f"cannot be read ({error.strerror}); build the engine with {TOOL}", at=path) from error
     if not is_engine:
         what = what_it_is(path) or (
             "is not an engine for ONNX Runtime; raw TensorRT engines, which Chinese-CLIP and older versions of this "
             f"package write, cannot be opened: build it again from the ONNX file with {TOOL}"
         )
-        raise CheckpointError(f"{path}: {what}")
+        raise CheckpointError(what, at=path)
     try:
         return open_session(path, place, otherwise="use the backend openvino or onnx on a processor")
     except CheckpointError as error:
@@ -164,8 +164,9 @@ def open_engine(path: str | Path, *, device: object = None) -> Any:
             f"ONNX Runtime {one['onnxruntime']} and TensorRT {one['tensorrt']}" for one in (told, versions())
         )
         raise CheckpointError(
-            f"{error}; the engine was built with {there}, here is {here}, and engines run on the kind of GPU and the "
-            f"TensorRT that built them; build it again: {told['command'] or f'{TOOL} --help'}"
+            f"{str(error).removeprefix(f'{path}: ')}; the engine was built with {there}, here is {here}, and engines run "
+            f"on the kind of GPU and the TensorRT that built them; build it again: {told['command'] or f'{TOOL} --help'}",
+            at=path,
         ) from error
 
 
@@ -181,7 +182,7 @@ def run_engine(path: str, session: Any, inputs: Mapping[str, NDArray[Any]]) -> d
     except Exception as error:  # its errors have no common type
         if lacked_memory(error):
             raise
-        raise CheckpointError(f"{path}: TensorRT stopped ({first_sentence(error)}); its log may say more") from error
+        raise CheckpointError(f"TensorRT stopped ({first_sentence(error)}); its log may say more", at=path) from error
 
 
 def shapes_of(session: Any) -> dict[str, list[list[int]]]:
@@ -229,7 +230,7 @@ def build_engine(onnx_path: str | Path, kind: Kind, path: Path, build: Build, *,
     started, base = time.monotonic(), Path(onnx_path)
     place = device_of(device)
     if not path.parent.is_dir():
-        raise ConfigError(f"{path}: the folder {path.parent} does not exist; create it first")
+        raise ConfigError(f"the folder {path.parent} does not exist; create it first", at=path)
     tower = OnnxTower(base, kind, device="cpu")
     _check(base, tower.facts, build)
     span = _span(str(base), kind, tower.facts, build)
@@ -243,7 +244,7 @@ def build_engine(onnx_path: str | Path, kind: Kind, path: Path, build: Build, *,
         del session
         if not dumped.is_file():
             raise CheckpointError(
-                f"{base}: ONNX Runtime wrote no engine of it; its log says which operations TensorRT does not take"
+                "ONNX Runtime wrote no engine of it; its log says which operations TensorRT does not take", at=base
             )
         _describe(dumped, made, tower.facts, span, build)
         cosine = _cosine(base, made, kind, build, expected, device)
@@ -257,12 +258,13 @@ def _check(path: Path, facts: TowerFacts, build: Build) -> None:
     onnx: Any = require("onnx", extra="tensorrt", purpose="building TensorRT engines")
     weights = onnx_files.load(path, with_weights=False).graph.initializer
     if build.precision == "fp32" and any(one.data_type == onnx.TensorProto.FLOAT16 for one in weights):
-        raise ConfigError(f"{path}: holds float16 weights; give the fp32 file for a float32 engine, or use --fp16")
+        raise ConfigError("holds float16 weights; give the fp32 file for a float32 engine, or use --fp16", at=path)
     sizes = [file.stat().st_size for file in (path, *(path.parent / name for name in onnx_files.outside_files(path)))]
     if sum(sizes) > onnx_files.LARGEST_FILE:
         raise ConfigError(
-            f"{path}: holds more than 2 GiB, and an engine file cannot; export it with --precisions fp16 and give that "
-            "file, with --fp16"
+            "holds more than 2 GiB, and an engine file cannot; export it with --precisions fp16 and give that file, "
+            "with --fp16",
+            at=path,
         )
     if build.architecture is None:
         return
@@ -270,8 +272,9 @@ def _check(path: Path, facts: TowerFacts, build: Build) -> None:
     dimensions = zoo.vision_config(entry.vision if entry else build.architecture).embed_dim
     if facts.embed_dim != dimensions:
         raise ConfigError(
-            f"{path}: gives {facts.embed_dim} dimensions, {build.architecture} gives {dimensions}; "
-            "is it the file of another model, or --model-arch that of another file?"
+            f"gives {facts.embed_dim} dimensions, {build.architecture} gives {dimensions}; "
+            "is it the file of another model, or --model-arch that of another file?",
+            at=path,
         )
 
 
@@ -279,7 +282,7 @@ def _span(path: str, kind: Kind, facts: TowerFacts, build: Build) -> Span:
     """The smallest, the usual and the largest shape of the input; raises ConfigError where the file has others."""
     if facts.batch is not None and (build.batch, build.max_batch) != (facts.batch, facts.batch):
         raise ConfigError(
-            f"{path}: was exported for batches of {facts.batch}; use --batch-size {facts.batch}, or export it again"
+            f"was exported for batches of {facts.batch}; use --batch-size {facts.batch}, or export it again", at=path
         )
     batches = (facts.batch or 1, build.batch, build.max_batch)
     if kind == "image":
@@ -290,8 +293,8 @@ def _span(path: str, kind: Kind, facts: TowerFacts, build: Build) -> Span:
     longest = build.context_length
     if facts.length is not None and longest != facts.length:
         raise ConfigError(
-            f"{path}: was exported for texts of {facts.length} tokens; use --context-length {facts.length}, "
-            "or export it again"
+            f"was exported for texts of {facts.length} tokens; use --context-length {facts.length}, or export it again",
+            at=path,
         )
     if facts.max_length is not None and longest > facts.max_length:
         raise ConfigError(f"--context-length: {path} takes at most {facts.max_length} tokens, got {longest}")
@@ -350,8 +353,9 @@ def _cosine(base: Path, made: Path, kind: Kind, build: Build, expected: parity.R
         cosine = math.nan
     if not cosine >= parity.TOLERANCES[build.precision]:  # also when it is NaN
         raise CheckpointError(
-            f"{base}: its {build.precision} engine differs from it by more than it may: smallest cosine "
-            f"{cosine:.6f}, tolerance {parity.TOLERANCES[build.precision]}; use fp32"
+            f"its {build.precision} engine differs from it by more than it may: smallest cosine "
+            f"{cosine:.6f}, tolerance {parity.TOLERANCES[build.precision]}; use fp32",
+            at=base,
         )
     return cosine
 
@@ -375,7 +379,7 @@ def open_towers(
         given = engine_path(source.model, kind, precision)
         if is_prefix and any([*folder.glob(f"{name}.*.trt"), *folder.glob(f"{name}.*.onnx")]):
             if not given.is_file():
-                raise CheckpointError(f"{given}: no such file; build it with {TOOL}")
+                raise CheckpointError(f"no such file; build it with {TOOL}", at=given)
             towers[kind] = TensorRtTower(given, kind, device=device)
         else:
             towers[kind] = _open_cached(source, kind, precision, device, say)
