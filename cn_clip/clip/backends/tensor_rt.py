@@ -163,9 +163,10 @@ def open_engine(path: str | Path, *, device: object = None) -> Any:
         there, here = (
             f"ONNX Runtime {one['onnxruntime']} and TensorRT {one['tensorrt']}" for one in (told, versions())
         )
+        reason, again = str(error).removeprefix(f"{path}: "), told["command"] or f"{TOOL} --help"
         raise CheckpointError(
-            f"{str(error).removeprefix(f'{path}: ')}; the engine was built with {there}, here is {here}, and engines run "
-            f"on the kind of GPU and the TensorRT that built them; build it again: {told['command'] or f'{TOOL} --help'}",
+            f"{reason}; the engine was built with {there}, here is {here}, and engines run on the kind of GPU and the "
+            f"TensorRT that built them; build it again: {again}",
             at=path,
         ) from error
 
