@@ -93,28 +93,25 @@ COMMANDS: dict[str, Command] = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its status; status 2 with one line for a command that does not exist."""
+    given = list(sys.argv[1:] if args is None else args)
     with terminal.ending():
-        _dispatch(list(sys.argv[1:] if args is None else args))
-
-
-def _dispatch(given: list[str]) -> None:
-    if given[:1] == ["help"] and len(given) > 1:
-        given = [*given[1:], "--help"]
-    if not given or given[0] in ("-h", "--help", "help"):
-        print(help_text())
-        return
-    if given[0] in ("-V", "--version"):
-        print(f"{PROG} {__version__}")
-        return
-    name, rest = split(given)
-    if name in COMMANDS:
-        sys.argv[0] = f"{PROG} {name}"
-        importlib.import_module(COMMANDS[name].module).main(rest)
-    elif family(name) and rest[:1] in (["-h"], ["--help"]):
-        print(help_text(f"{name} "))
-    else:
-        print(f"错误 / error: {refusal(name, rest)}", file=sys.stderr)
-        sys.exit(2)
+        if given[:1] == ["help"] and len(given) > 1:
+            given = [*given[1:], "--help"]
+        if not given or given[0] in ("-h", "--help", "help"):
+            print(help_text())
+            return
+        if given[0] in ("-V", "--version"):
+            print(f"{PROG} {__version__}")
+            return
+        name, rest = split(given)
+        if name in COMMANDS:
+            sys.argv[0] = f"{PROG} {name}"
+            importlib.import_module(COMMANDS[name].module).main(rest)
+        elif family(name) and rest[:1] in (["-h"], ["--help"]):
+            print(help_text(f"{name} "))
+        else:
+            print(f"错误 / error: {refusal(name, rest)}", file=sys.stderr)
+            sys.exit(2)
 
 
 def split(args: Sequence[str]) -> tuple[str, list[str]]:

@@ -37,43 +37,37 @@ class Options:
 
 def run(options: Options) -> None:
     """Downloads or checks the file; raises DownloadError with the next step."""
+    from cn_clip.clip.weights import hub
+
     say = command.Speaker(quiet=options.json)
     entry = zoo.named(options.name)
     assert entry is not None
     if isinstance(entry, zoo.Bundled):
-        path, is_new, is_checked = entry.path, False, False
+        path, is_new, is_published = entry.path, False, None
         say(f"随包附带，不用下载 / comes with this package: {path}")
     else:
-        path, is_new, is_checked = _fetch(entry, options, say)
+        use_modelscope = options.hub == "modelscope"
+        is_new = not os.path.isfile(options.download_root.expanduser() / entry.filename)
+        if is_new and not options.offline:
+            say.note(f"下载 / downloading {hub.url_of(entry, use_modelscope=use_modelscope)}")
+        path = hub.download(entry, options.download_root, use_modelscope=use_modelscope, offline=options.offline)
+        # Also what was not here before: while this process waited, another one may have put it there, or a person.
+        is_published = hub.is_published_file(entry, path)
+        if is_published is False and not use_modelscope:
+            raise DownloadError(
+                f"is not the published file, whose SHA-256 is {entry.sha256}; move it away and download again, "
+                "or use it by its path",
+                at=path,
+            )
+        verdict = {
+            True: "SHA-256 相符 / matches",
+            False: "SHA-256 与 Hugging Face 上的不同 / is not that on Hugging Face",
+            None: "没有可比的 SHA-256 / no SHA-256 known to compare",
+        }[is_published]
+        done = "已下载 / downloaded" if is_new else "已在本机 / here already"
+        say(f"{done}: {path} ({path.stat().st_size:,} 字节 / bytes; {verdict})")
     result = {"name": options.name, "path": str(path), "num_bytes": path.stat().st_size}
-    say.result({**result, "downloaded": is_new, "checked": is_checked})
-
-
-def _fetch(published: zoo.Published, options: Options, say: command.Speaker) -> tuple[Path, bool, bool]:
-    """(the file, whether it was downloaded now, whether its SHA-256 is the published one)."""
-    from cn_clip.clip.weights import hub
-
-    use_modelscope = options.hub == "modelscope"
-    is_new = not os.path.isfile(options.download_root.expanduser() / published.filename)
-    if is_new and not options.offline:
-        say.note(f"下载 / downloading {hub.url_of(published, use_modelscope=use_modelscope)}")
-    path = hub.download(published, options.download_root, use_modelscope=use_modelscope, offline=options.offline)
-    # Also what was not here before: while this process waited, another one may have put it there, or a person.
-    is_published = hub.is_published_file(published, path)
-    if is_published is False and not use_modelscope:
-        raise DownloadError(
-            f"is not the published file, whose SHA-256 is {published.sha256}; move it away and download again, "
-            "or use it by its path",
-            at=path,
-        )
-    verdict = {
-        True: "SHA-256 相符 / matches",
-        False: "SHA-256 与 Hugging Face 上的不同 / is not that on Hugging Face",
-        None: "没有可比的 SHA-256 / no SHA-256 known to compare",
-    }[is_published]
-    done = "已下载 / downloaded" if is_new else "已在本机 / here already"
-    say(f"{done}: {path} ({path.stat().st_size:,} 字节 / bytes; {verdict})")
-    return path, is_new, is_published is True
+    say.result({**result, "downloaded": is_new, "checked": is_published is True})
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -17,7 +17,6 @@ from cn_clip.zoo import (
     Bundled,
     ModelConfig,
     Published,
-    TextConfig,
     VisionConfig,
     everything,
     model_config,
@@ -40,8 +39,11 @@ class Options:
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """Number of trainable values of the model: (all, of the picture tower); computed, nothing is built."""
     visual = _vit(config.vision) if config.vision.vision_patch_size else _resnet(config.vision)
-    logit_scale = 1
-    return visual + _bert(config.text, config.vision.embed_dim) + logit_scale, visual
+    text, width, logit_scale = config.text, config.text.text_hidden_size, 1
+    rows = text.vocab_size + text.text_max_position_embeddings + text.text_type_vocab_size
+    layers = text.text_num_hidden_layers * _transformer_layer(width, text.text_intermediate_size)
+    bert = rows * width + 2 * width + layers + width * config.vision.embed_dim
+    return visual + bert + logit_scale, visual
 
 
 def _transformer_layer(width: int, inner: int) -> int:
@@ -65,32 +67,20 @@ def _convolution(inputs: int, outputs: int, side: int) -> int:
     return inputs * outputs * side * side + 2 * outputs
 
 
-def _bottleneck(inputs: int, width: int, *, shortcut: bool) -> int:
-    outputs = 4 * width
-    count = _convolution(inputs, width, 1) + _convolution(width, width, 3) + _convolution(width, outputs, 1)
-    return count + (_convolution(inputs, outputs, 1) if shortcut else 0)
-
-
 def _resnet(vision: VisionConfig) -> int:
     assert isinstance(vision.vision_layers, tuple)
-    width = vision.vision_width
-    half = width // 2
-    count = _convolution(3, half, 3) + _convolution(half, half, 3) + _convolution(half, width, 3)
-    inputs = width
+    inputs, half = vision.vision_width, vision.vision_width // 2
+    count = _convolution(3, half, 3) + _convolution(half, half, 3) + _convolution(half, inputs, 3)
     for stage, num_blocks in enumerate(vision.vision_layers):
+        width, outputs = vision.vision_width << stage, 4 * vision.vision_width << stage
         for block in range(num_blocks):
-            count += _bottleneck(inputs, width << stage, shortcut=block == 0)
-            inputs = 4 * (width << stage)
+            count += _convolution(inputs, width, 1) + _convolution(width, width, 3) + _convolution(width, outputs, 1)
+            if block == 0:  # the shortcut
+                count += _convolution(inputs, outputs, 1)
+            inputs = outputs
     positions = (vision.image_resolution // 32) ** 2 + 1
     attention_pool = positions * inputs + 3 * (inputs * inputs + inputs) + inputs * vision.embed_dim + vision.embed_dim
     return count + attention_pool
-
-
-def _bert(text: TextConfig, embed_dim: int) -> int:
-    width = text.text_hidden_size
-    rows = text.vocab_size + text.text_max_position_embeddings + text.text_type_vocab_size
-    layers = text.text_num_hidden_layers * _transformer_layer(width, text.text_intermediate_size)
-    return rows * width + 2 * width + layers + width * embed_dim
 
 
 def describe(name: str, entry: Published | Bundled, root: Path) -> dict[str, Any]:
@@ -136,43 +126,35 @@ def _row(model: dict[str, Any]) -> list[str]:
 
 
 def tables_of_results(names: Sequence[str]) -> list[str]:
-    """Lines of one table for each dataset and direction, of the models that have results there, and their sources."""
-    found = {name: results_of(name) for name in names}
-    everywhere = [result for results in found.values() for result in results]
+    """Lines of one table for each dataset and direction, of the models that have results there, and their sources.
+
+    A table has one line a model, and one block for each setup that any of them has results in.
+    """
+    titles: dict[Setup, str] = {"zero-shot": "零样本 zero-shot", "fine-tuned": "微调 fine-tuned"}
+    everywhere = [(name, result) for name in names for result in results_of(name)]
     lines: list[str] = []
     for dataset, split in SPLITS.items():
         for query, direction in (("text", "以文搜图 / text → image"), ("image", "以图搜文 / image → text")):
-            here = {name: _of(results, dataset, query) for name, results in found.items()}
-            lines += [f"{dataset} ({split})：{direction}", *_table_of_results({k: v for k, v in here.items() if v}), ""]
-    sources = dict.fromkeys(result.source for result in everywhere)
+            here = [(name, one) for name, one in everywhere if (one.dataset, one.query) == (dataset, query)]
+            models = list(dict.fromkeys(name for name, _ in here))
+            blocks = []
+            for setup, title in titles.items():
+                found = {name: one for name, one in here if one.setup == setup}
+                if found:
+                    blocks.append([title, *_block([found.get(name) for name in models])])
+            table = terminal.align(zip(["", "", *models], *blocks, strict=True))
+            lines += [f"{dataset} ({split})：{direction}", *table, ""]
+    sources = dict.fromkeys(result.source for _, result in everywhere)
     return [*lines, "单位 / in %；MR：三者的平均 / their mean；来源 / from:", *(f"  {source}" for source in sources)]
-
-
-def _of(results: Iterable[Result], dataset: str, query: str) -> dict[Setup, Result]:
-    return {one.setup: one for one in results if (one.dataset, one.query) == (dataset, query)}
-
-
-def _table_of_results(found: dict[str, dict[Setup, Result]]) -> list[str]:
-    """One line a model, one block a setup that any of them has results in."""
-    titles: dict[Setup, str] = {"zero-shot": "零样本 zero-shot", "fine-tuned": "微调 fine-tuned"}
-    blocks = [
-        [title, *_block([results.get(setup) for results in found.values()])]
-        for setup, title in titles.items()
-        if any(setup in results for results in found.values())
-    ]
-    return terminal.align(zip(["", "", *found], *blocks, strict=True))
 
 
 def _block(results: Sequence[Result | None]) -> list[str]:
     """The head and the numbers; the mean only where one is published."""
     columns_of = {"R@1": "recall_1", "R@5": "recall_5", "R@10": "recall_10", "MR": "mean"}
     shown = [head for head, field in columns_of.items() if any(one and getattr(one, field) for one in results)]
-    rows = [[_percent(getattr(one, columns_of[head], None)) for head in shown] for one in results]
+    values = [[getattr(one, columns_of[head], None) for head in shown] for one in results]
+    rows = [["–" if value is None else f"{value:.1f}" for value in row] for row in values]
     return terminal.align([shown, *rows], right=frozenset(range(len(shown))))
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
 
 
 def run(options: Options) -> None:

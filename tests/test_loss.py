@@ -42,6 +42,8 @@ def test_loss_of_two_pairs_is_the_value_worked_by_hand() -> None:
     columns = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-3))) / 2
     assert scores.loss.item() == pytest.approx((rows + columns) / 2)
     assert (scores.images_right.item(), scores.texts_right.item()) == (2.0, 2.0)
+    in_blocks = contrastive_scores(pairs_with_logits([[2.0, 0.0], [1.0, 3.0]]), block_rows=1)
+    assert in_blocks.loss.item() == pytest.approx(0.154, abs=5e-4)  # as worked out in its docstring
     wrong = contrastive_scores(pairs_with_logits([[0.0, 5.0], [1.0, 3.0]]))
     assert (wrong.images_right.item(), wrong.texts_right.item()) == (1.0, 0.0)
 

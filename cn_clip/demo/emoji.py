@@ -10,6 +10,7 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 
+from cn_clip.clip.pictures import opened
 from cn_clip.data.records import DATASET, text_line
 from cn_clip.emoji_pack import Emoji, Vendor, load
 from cn_clip.errors import ConfigError
@@ -86,8 +87,6 @@ def _names(vendor: Vendor) -> frozenset[str]:
 
 def png(emoji: Emoji) -> bytes:
     """The picture as a PNG file, RGB."""
-    from cn_clip.clip.pictures import opened
-
     stream = BytesIO()
     with opened(emoji.picture) as picture:
         picture.convert("RGB").save(stream, "PNG")

@@ -89,6 +89,10 @@ def recall_from_features(
     A text without a pair counts as a query that found nothing; a picture without one is no query, only something to
     find, as in the picture-to-text annotation of Chinese-CLIP. Raises DataError for a pair outside the rows, without
     pictures or texts, and without pairs.
+
+    Ties, a worked example: a text has the products 0.7, 0.9, 0.7 with pictures 0, 1, 2. Of equal ones the smaller row
+    number comes first: 1, 0, 2. If only picture 2 is relevant, its rank is 3, and R@1 = 0, R@2 = 0, R@3 = 1; if only
+    picture 0 is, its rank is 2, and R@2 = 1.
     """
     images, texts = _as_rows(images_ND), _as_rows(texts_MD)
     if not len(images) or not len(texts):

@@ -57,6 +57,10 @@ def contrastive_scores(pairs: Pairs, block_rows: int = BLOCK_ROWS) -> Scores:
     """InfoNCE, mean of both directions. Source: arXiv:2103.00020, fig. 3.
 
     With keys, pairs that share a picture or a text are left out of each other's denominators.
+
+    Worked example: logits [[2, 0], [1, 3]] (a row is a picture) in blocks of one row. A block has its rows whole:
+    ln(e^2 + e^0) - 2 = 0.127, and ln(e^1 + e^3) - 3 = 0.127; of the columns it has a part each: (2, 0), and (1, 3).
+    The parts join: ln(e^2 + e^1) - 2 = 0.313, and ln(e^0 + e^3) - 3 = 0.049. Loss: (0.127 + 0.181) / 2 = 0.154.
     """
     blocks = _blocks(_softmax_block, pairs, block_rows)
     row_lse_N, own_N = torch.cat([block.row for block in blocks]), torch.cat([block.own for block in blocks])
@@ -66,9 +70,9 @@ def contrastive_scores(pairs: Pairs, block_rows: int = BLOCK_ROWS) -> Scores:
 
 
 def sigmoid_scores(pairs: Pairs, block_rows: int = BLOCK_ROWS) -> Scores:
-    """Every picture with every text a yes-or-no question; sum over texts, mean over pictures. Source: arXiv:2303.15343.
+    """Each picture with each text is a yes-or-no question: sum over texts, mean over pictures.
 
-    With keys, pairs that share a picture or a text are no question to each other.
+    Source: arXiv:2303.15343. With keys, pairs that share a picture or a text are no question to each other.
     """
     blocks = _blocks(_sigmoid_block, pairs, block_rows)
     return Scores(torch.cat([block.row for block in blocks]).mean(), *_right(blocks))
