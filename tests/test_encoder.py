@@ -3,6 +3,7 @@
 import copy
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import CONFIGS, TEXT, tiny_model
 
-from cn_clip import zoo
+from cn_clip import ranks, zoo
 from cn_clip.clip import Encoder, tokenize
 from cn_clip.clip.backends.base import Facts, Pixels, Rows, TokenIds
 from cn_clip.clip.backends.pytorch import TorchBackend
@@ -289,6 +290,28 @@ def test_settings_for_a_model_that_is_open_are_refused(setting: dict[str, Any]) 
     for one in (setting, {"decode": "reference"}):
         with pytest.raises(ConfigError, match=f"{next(iter(one))}: the model is parts, opened with its own settings"):
             Encoder(parts, **one)
+
+
+def test_a_length_that_parts_do_not_cut_at_is_refused_though_it_is_the_usual_one() -> None:
+    parts = Parts(FixedBackend(), ImageTransform(4), ChineseTexts(64))
+    assert Encoder(parts).context_length == Encoder(parts, context_length=64).context_length == 64
+    with pytest.raises(ConfigError, match="context_length 52: this model cuts texts at 64 tokens of its own"):
+        Encoder(parts, context_length=52)
+
+
+@pytest.mark.parametrize("of", [lambda: "Emoji-Tiny", tiny_model], ids=["name", "model"])
+def test_the_device_is_chosen_as_the_commands_choose_theirs(
+    of: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, choose = [], ranks.choose_device
+
+    def record(device: Any = "auto") -> torch.device:
+        asked.append(device)
+        return choose("cpu")
+
+    monkeypatch.setattr(ranks, "choose_device", record)
+    Encoder(of())
+    assert set(asked) - {torch.device("cpu")} == {"auto"}  # CUDA, else MPS, else the CPU
 
 
 def test_a_folder_for_downloads_is_refused_beside_a_loaded_model() -> None:

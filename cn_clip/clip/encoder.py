@@ -3,16 +3,17 @@
 # N inputs, D embedding
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
+from PIL.Image import Image
+from tqdm import tqdm
 
-from cn_clip import ranks
+from cn_clip import zoo
 from cn_clip.clip.backends.base import (
     DEFAULT_CONTEXT_LENGTH,
     USUAL_SIZES,
@@ -34,8 +35,6 @@ from cn_clip.clip.transforms import Decode, ImageTransform, check_decode
 from cn_clip.errors import ConfigError, DataError, NotFiniteError
 
 if TYPE_CHECKING:
-    from typing import TypeGuard
-
     import torch
 
     from cn_clip.clip.model import CLIP
@@ -60,7 +59,8 @@ class Encoder:
     first use and kept in `exported/` under `download_root`; once it is there, onnx and openvino do without PyTorch.
     precision: "fp32" (default), "bf16", "fp16" or "int8", as the backend has them; "auto": the fastest that keeps a
     cosine of 0.999 to float32 and that the device has in hardware. `encoder.facts.precision` says which it is.
-    device: default CUDA where there is one. num_threads: default one a core. compile: `torch.compile` both towers.
+    device: "auto", or None: CUDA, else MPS, else the CPU. num_threads: default one a core. compile: `torch.compile`
+    both towers.
     context_length: longest text in tokens; default: what the checkpoint was trained with, 52 where it does not say.
     With int8 a row depends a little on those computed with it, for they share the scale of their activations.
     decode: "fast" decodes JPEG files and bytes at 1/2, 1/4 or 1/8 of their size where both sides stay at least as
@@ -77,7 +77,7 @@ class Encoder:
         model: "str | Path | CLIP | Backend | Parts" = "ViT-B-16",
         *,
         backend: BackendName = "torch",
-        device: "str | torch.device | None" = None,
+        device: "str | torch.device | None" = "auto",
         precision: str = "fp32",
         context_length: int = DEFAULT_CONTEXT_LENGTH,
         download_root: str | Path | None = None,
@@ -89,7 +89,7 @@ class Encoder:
         self.decode = decode
         settings: dict[str, Any] = {
             "backend": backend,
-            "device": device,
+            "device": "auto" if device is None else device,
             "precision": precision,
             "num_threads": num_threads,
             "download_root": download_root,
@@ -106,16 +106,25 @@ class Encoder:
             settings, decode = {}, "exact"
         if isinstance(model, Parts):
             _check_unset("parts", decode=decode, **settings)
-            _check_context_length(context_length, model.texts.context_length)
+            longest = model.texts.context_length
+            if context_length != longest and not isinstance(context_length, zoo.UsualLength):
+                told = f"context_length {context_length}: this model cuts texts at {longest} tokens of its own"
+                raise ConfigError(f"{told}; leave it out")
             self.backend, self._pictures, self.texts = model.backend, model.pictures, model.texts
             return
         if isinstance(model, (str, Path)):
             self.backend = open_backend(model, **settings)
-        elif _is_backend(model):
+        elif hasattr(model, "encode_pixels"):
             _check_unset("a backend", **settings)
-            self.backend = model
+            self.backend = cast("Backend", model)
+        elif backend != "torch":
+            raise ConfigError(f"backend: {backend} runs models from a file or by name; save this one first")
         else:
-            self.backend = _over(model, **settings)
+            from cn_clip.clip.backends.pytorch import sharing
+
+            _check_unset("a CLIP", download_root=download_root)
+            sizes: dict[str, Any] = {"num_threads": num_threads, "compile": compile}
+            self.backend = sharing(model, device=settings["device"], precision=precision, **sizes)
         name = model if isinstance(model, (str, Path)) else "the model"
         self.texts = ChineseTexts(text_length(context_length, self.facts.context_length, name))
 
@@ -153,8 +162,6 @@ class Encoder:
         batch_size: default 32, on a GPU 256.
         Raises DataError naming the picture that cannot be read, NotFiniteError one that the model has no vector for.
         """
-        from PIL.Image import Image
-
         images = [images] if isinstance(images, (str, Path, bytes, Image)) else list(images)
         batch_size = _size(batch_size, self.facts.batch_sizes[0])
         check_threads(num_threads, least=0)
@@ -166,7 +173,16 @@ class Encoder:
                 batch_size,
                 num_threads,
             )
-            return self._joined(self._encode_pictures(images, batches, advance))
+            rows, done = [np.empty((0, self.embed_dim), dtype=np.float32)], 0
+            for _, pixels in batches:
+                try:
+                    rows.append(self.backend.encode_pixels(pixels))
+                except NotFiniteError as error:
+                    wrong = [done + position for position in error.positions]
+                    raise NotFiniteError(_picture_name(images[wrong[0]], wrong[0]), wrong) from error
+                done += len(pixels)
+                advance(len(pixels))
+            return np.concatenate(rows)
 
     def encode_texts(self, texts: Iterable[str], *, batch_size: int | None = None, progress: bool = False) -> Rows:
         """Unit rows (N, D), float32, in the order given. Texts of like length are computed together.
@@ -177,7 +193,8 @@ class Encoder:
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         with _bar(len(texts), "text", progress) as advance:
-            return self._joined(self.encode_text_windows(texts, batch_size=batch_size, advance=advance))
+            windows = self.encode_text_windows(texts, batch_size=batch_size, advance=advance)
+            return np.concatenate([np.empty((0, self.embed_dim), dtype=np.float32), *windows])
 
     def encode_text_windows(
         self, texts: Sequence[str], *, batch_size: int | None = None, advance: Advance | None = None
@@ -192,35 +209,16 @@ class Encoder:
                 raise DataError(f"texts[{number}]: is a picture as a data URL, no text; give it to encode_images")
         for start in range(0, len(texts), SORTING_WINDOW):
             rows = self.texts.rows(texts[start : start + SORTING_WINDOW])
-            try:
-                yield self._encode_sorted(rows, batch_size, advance or (lambda _: None))
-            except NotFiniteError as error:
-                wrong = [start + position for position in error.positions]
-                raise NotFiniteError(f"text {wrong[0]} ({texts[wrong[0]][:_SHOWN]!r})", wrong) from error
-
-    def _encode_sorted(self, rows: list[list[int]], batch_size: int, advance: Advance) -> Rows:
-        output = np.empty((len(rows), self.embed_dim), dtype=np.float32)
-        for chosen, token_ids in sorted_batches(rows, batch_size, self.texts.pad):
-            try:
-                output[chosen] = self.backend.encode_tokens(token_ids)
-            except NotFiniteError as error:
-                wrong = sorted(chosen[position] for position in error.positions)
-                raise NotFiniteError(f"text {wrong[0]}", wrong) from error
-            advance(len(chosen))
-        return output
-
-    def _encode_pictures(
-        self, images: Sequence[Picture], batches: Iterable[tuple[object, Pixels]], advance: Advance
-    ) -> Iterator[Rows]:
-        start = 0
-        for _, pixels in batches:
-            try:
-                yield self.backend.encode_pixels(pixels)
-            except NotFiniteError as error:
-                wrong = [start + position for position in error.positions]
-                raise NotFiniteError(_picture_name(images[wrong[0]], wrong[0]), wrong) from error
-            start += len(pixels)
-            advance(len(pixels))
+            output = np.empty((len(rows), self.embed_dim), dtype=np.float32)
+            for chosen, token_ids in sorted_batches(rows, batch_size, self.texts.pad):
+                try:
+                    output[chosen] = self.backend.encode_tokens(token_ids)
+                except NotFiniteError as error:
+                    wrong = sorted(start + chosen[position] for position in error.positions)
+                    raise NotFiniteError(f"text {wrong[0]} ({texts[wrong[0]][:_SHOWN]!r})", wrong) from error
+                if advance is not None:
+                    advance(len(chosen))
+            yield output
 
     def _decode(self, picture: Picture, number: int, out: Pixels) -> None:
         name = _picture_name(picture, number)
@@ -229,9 +227,6 @@ class Encoder:
             self.transform.array(image, out)
         except DataError as error:
             raise DataError(error, at=name) from error
-
-    def _joined(self, pieces: Iterable[Rows]) -> Rows:
-        return np.concatenate([np.empty((0, self.embed_dim), dtype=np.float32), *pieces])
 
 
 def sorted_batches(
@@ -249,43 +244,11 @@ def _picture_name(picture: Picture, number: int) -> str:
     return str(picture) if is_path else f"picture {number}"
 
 
-def _is_backend(model: "CLIP | Backend") -> "TypeGuard[Backend]":
-    return hasattr(model, "encode_pixels")
-
-
 def _check_unset(what: str, **given: object) -> None:
     """Raises ConfigError for settings of an Encoder that a model which is open already cannot obey."""
     default = {name: one.default for name, one in inspect.signature(Encoder).parameters.items()}
     if changed := [name for name, value in given.items() if value != default[name]]:
         raise ConfigError(f"{', '.join(changed)}: the model is {what}, opened with its own settings; leave it out")
-
-
-def _check_context_length(given: int, longest: int) -> None:
-    if given not in (DEFAULT_CONTEXT_LENGTH, longest):
-        raise ConfigError(f"context_length {given}: this model cuts texts at {longest} tokens of its own; leave it out")
-
-
-def _over(
-    model: "CLIP | Backend", *, backend: BackendName, device: Any, download_root: object, **settings: Any
-) -> Backend:
-    if backend != "torch":
-        raise ConfigError(f"backend: {backend} runs models from a file or by name; save this one first")
-    _check_unset("a CLIP", download_root=download_root)
-    from cn_clip.clip.backends.pytorch import TorchBackend
-    from cn_clip.clip.model import CLIP
-
-    if not isinstance(model, CLIP):
-        raise TypeError(f"model: expected a name, a path, a CLIP or a Backend, got {type(model).__name__}")
-    return TorchBackend(_same_weights(model), device=ranks.choose_device(device), **settings)
-
-
-def _same_weights(model: "CLIP") -> "CLIP":
-    """Another model over the same weights: its mode, types and device change without those of `model`."""
-    import torch
-
-    memo: dict[int, Any] = {id(one): torch.nn.Parameter(one.detach(), one.requires_grad) for one in model.parameters()}
-    memo |= {id(one): one.detach() for one in model.buffers()}
-    return copy.deepcopy(model, memo)
 
 
 def _size(batch_size: int | None, usual: int = USUAL_SIZES[0]) -> int:
@@ -296,7 +259,5 @@ def _size(batch_size: int | None, usual: int = USUAL_SIZES[0]) -> int:
 
 @contextlib.contextmanager
 def _bar(total: int, unit: str, visible: bool) -> Iterator[Advance]:
-    from tqdm import tqdm
-
     with tqdm(total=total, unit=unit, disable=not visible) as bar:
         yield bar.update

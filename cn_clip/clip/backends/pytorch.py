@@ -2,8 +2,10 @@
 
 # B batch, R resolution, L tokens, D embedding
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,6 +108,21 @@ def open_torch(
     backend = TorchBackend(loaded, device=chosen, precision=precision, compile=compile, num_threads=num_threads)
     backend.facts = replace(backend.facts, weights=weights, epoch=checkpoint.epoch, step=checkpoint.step)
     return backend
+
+
+def sharing(
+    model: object, *, device: str | torch.device, precision: str, num_threads: int | None, compile: bool
+) -> TorchBackend:
+    """A backend over the weights of a loaded model, whose mode, types and device stay as they are.
+
+    Raises TypeError for what is no `CLIP`.
+    """
+    if not isinstance(model, CLIP):
+        raise TypeError(f"model: expected a name, a path, a CLIP or a Backend, got {type(model).__name__}")
+    memo: dict[int, Any] = {id(one): torch.nn.Parameter(one.detach(), one.requires_grad) for one in model.parameters()}
+    memo |= {id(one): one.detach() for one in model.buffers()}
+    copied, chosen = copy.deepcopy(model, memo), ranks.choose_device(device)
+    return TorchBackend(copied, device=chosen, precision=precision, num_threads=num_threads, compile=compile)
 
 
 def native_precisions(device: torch.device) -> tuple[Precision, ...]:
