@@ -12,11 +12,9 @@ from dataset_files import jsonl_line, tsv_line, write_split
 from PIL import Image, ImageOps
 
 from cn_clip import cli
-from cn_clip.clip import Encoder, decoding_process, pictures
-from cn_clip.clip.decoding import REFUSED, packed, unpacked
-from cn_clip.clip.decoding_process import DecodingProcess, ProcessClosedError, opened_elsewhere
-from cn_clip.clip.picture_files import is_bounded, opened_here
-from cn_clip.clip.picture_heads import look
+from cn_clip.clip import Encoder, decoding, pictures
+from cn_clip.clip.decoding import REFUSED, DecodingProcess, ProcessClosedError, opened_elsewhere, packed, unpacked
+from cn_clip.clip.picture_files import is_bounded, look, opened_here
 from cn_clip.clip.pictures import decode, opened
 from cn_clip.data.pictures import check_picture
 from cn_clip.emoji_pack import load
@@ -43,12 +41,12 @@ def palette(transparency: int | bytes) -> Image.Image:
 @pytest.fixture(autouse=True, scope="module")
 def _end_processes() -> Iterator[None]:
     yield
-    decoding_process._end()
+    decoding._end()
 
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding_process, "DECODE_SECONDS", 0.25)
+    monkeypatch.setattr(decoding, "DECODE_SECONDS", 0.25)
 
 
 PICTURES: dict[str, Callable[[], bytes]] = {
@@ -167,22 +165,22 @@ def test_commands_name_the_picture_that_takes_too_long_and_go_on(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork here")
 def test_a_forked_child_leaves_the_processes_of_its_parent_alone() -> None:
     data = encoded(NOISE, "TIFF")
-    decoding_process._end()
+    decoding._end()
     opened_elsewhere(data)
-    (process,) = decoding_process._idle
+    (process,) = decoding._idle
     child = os.fork()
     if child == 0:
         status = 1
         try:
             same = opened_elsewhere(data).tobytes() == NOISE.tobytes()
-            status = 0 if same and process not in decoding_process._idle else 1
-            decoding_process._end()
+            status = 0 if same and process not in decoding._idle else 1
+            decoding._end()
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert process.is_running
     assert opened_elsewhere(data).tobytes() == NOISE.tobytes()
-    assert decoding_process._idle == [process]
+    assert decoding._idle == [process]
 
 
 def test_threads_have_a_process_each_and_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,18 +189,18 @@ def test_threads_have_a_process_each_and_none_is_left(monkeypatch: pytest.Monkey
     data = encoded(NOISE, "TIFF")
     with ThreadPoolExecutor(3) as pool:
         assert {image.tobytes() for image in pool.map(opened_elsewhere, [data] * 9)} == {NOISE.tobytes()}
-    processes = [one.child for one in decoding_process._idle]
+    processes = [one.child for one in decoding._idle]
     assert 1 <= len(processes) <= 3
-    decoding_process._end()
+    decoding._end()
     assert all(process is not None and process.poll() is not None for process in processes)
 
 
 def test_where_no_process_can_be_started_pictures_are_decoded_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    decoding_process._end()
+    decoding._end()
     pictures._say_unwatched.cache_clear()
-    monkeypatch.setattr(decoding_process.sys, "executable", "/nonexistent/python")
+    monkeypatch.setattr(decoding.sys, "executable", "/nonexistent/python")
     for _ in range(2):
         assert decode(encoded(NOISE, "TIFF")).tobytes() == NOISE.tobytes()
     assert [one.message.split(":")[0] for one in caplog.records] == [
@@ -222,7 +220,7 @@ def test_a_process_that_answers_too_much_or_is_closed_is_ended() -> None:
 
 
 def test_an_answer_that_nobody_waited_for_is_not_that_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoding_process._end()
+    decoding._end()
     with monkeypatch.context() as patch:
         receive = DecodingProcess._received
 

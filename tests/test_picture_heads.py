@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import cn_clip
-from cn_clip.clip import picture_heads
-from cn_clip.clip.picture_files import FORMATS
-from cn_clip.clip.picture_heads import Head, look
+from cn_clip.clip import picture_files
+from cn_clip.clip.picture_files import FORMATS, Head, look
 from cn_clip.clip.pictures import decode, open_picture, opened
 from cn_clip.data.pictures import check_picture
 from cn_clip.data.pictures import open_picture as open_stored
@@ -200,5 +199,5 @@ def test_no_damage_makes_the_look_fail_otherwise_or_a_size_that_pillow_does_not_
 
 
 def test_the_bounds_leave_room_for_what_programs_write() -> None:
-    assert picture_heads.MAX_SEGMENTS > 255 + 150  # a colour profile, and a depth map in extended XMP
-    assert picture_heads.MAX_SCANNED_PIXELS > 20 * 89_478_485
+    assert picture_files.MAX_SEGMENTS > 255 + 150  # a colour profile, and a depth map in extended XMP
+    assert picture_files.MAX_SCANNED_PIXELS > 20 * 89_478_485

@@ -20,7 +20,7 @@ from serving import WatchedBackend, data_url, harmed, queue_depth, served, wait_
 
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.inputs import PictureTransform
-from cn_clip.clip.picture_heads import Head, look
+from cn_clip.clip.picture_files import Head, look
 from cn_clip.clip.pictures import decode
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.serve import decoders as module

@@ -10,20 +10,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
+from PIL.Image import Image
 
 from cn_clip.clip.backends.base import Pixels
-from cn_clip.clip.decoding_process import ProcessStartError, opened_elsewhere
-from cn_clip.clip.picture_files import is_bounded, opened_here
-from cn_clip.clip.picture_heads import look
+from cn_clip.clip.decoding import ProcessStartError, opened_elsewhere
+from cn_clip.clip.picture_files import is_bounded, look, opened_here
 from cn_clip.errors import DataError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Picture: TypeAlias = "str | Path | bytes | Image"
+Picture: TypeAlias = str | Path | bytes | Image
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -62,11 +59,11 @@ def data_url_bytes(url: str, between: Callable[[bytes], object] = lambda _: None
     return b"".join(pieces)
 
 
-def opened(data: bytes) -> "Image":
+def opened(data: bytes) -> Image:
     """The picture with its head read; every picture file that the package reads comes through here.
 
     A file whose cost its head bounds is not decoded yet. Any other one is decoded by a process that is killed when it
-    takes too long (see `decoding_process`), and comes back loaded.
+    takes too long (see `decoding`), and comes back loaded.
     Raises DataError for a file that takes far longer than its pixels, and what Pillow's plugins raise:
     UnidentifiedImageError for a format that is not one of `picture_files.FORMATS`, and others.
     """
@@ -85,7 +82,7 @@ def _say_unwatched(reason: str) -> None:
     logger.warning("pictures are decoded without a bound on their time: %s", reason)
 
 
-def decode(picture: str | Path | bytes, draft_size: int | None = None) -> "Image":
+def decode(picture: str | Path | bytes, draft_size: int | None = None) -> Image:
     """The loaded picture of a file or of encoded bytes, mode and size as there; the first frame of an animation.
 
     draft_size: decodes a JPEG at 1/2, 1/4 or 1/8 of its size, the smallest whose sides are both at least so long.
@@ -98,13 +95,11 @@ def decode(picture: str | Path | bytes, draft_size: int | None = None) -> "Image
     return image
 
 
-def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) -> "Image":
+def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) -> Image:
     """A loaded PIL picture from a path, a data URL or encoded bytes (see `decode`), or PIL itself.
 
     Raises DataError saying `name` when it cannot be decoded, TypeError for any other kind of object.
     """
-    from PIL.Image import Image
-
     if not isinstance(picture, (str, Path, bytes, Image)):
         raise TypeError(f"{name}: expected a path, bytes or a PIL picture, got {type(picture).__name__}")
     try:

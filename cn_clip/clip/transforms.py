@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image, Resampling, fromarray
 
 from cn_clip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
 
 # Of OpenAI's CLIP training pictures, red, green, blue, for values in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -36,8 +36,6 @@ class Resize:
     def __call__(self, image: Any) -> Any:
         height, width = self.size
         if not hasattr(image, "resize_"):  # which tensors have and pictures do not
-            from PIL.Image import Resampling
-
             return image.resize((width, height), Resampling[self.interpolation.upper()])
         import torch.nn.functional as F
 
@@ -47,7 +45,7 @@ class Resize:
         return resized if image.is_floating_point() else resized.round().clamp(0, 255).to(image.dtype)
 
 
-def _convert_to_rgb(image: "Image") -> "Image":
+def _convert_to_rgb(image: Image) -> Image:
     return image.convert("RGB")
 
 
@@ -102,7 +100,7 @@ class ImageTransform:
         """The side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole."""
         return self.resolution if self.decode == "fast" else None
 
-    def __call__(self, image: "Image") -> "torch.Tensor":
+    def __call__(self, image: Image) -> "torch.Tensor":
         import torch
 
         if self.transforms == _steps(self.resolution):
@@ -113,13 +111,11 @@ class ImageTransform:
         pixels: torch.Tensor = x
         return pixels
 
-    def array(self, image: "Image", out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    def array(self, image: Image, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """The same pixels without PyTorch, float32 (3, R, R), in `out` where it is given.
 
         Raises ConfigError when `transforms` was changed: such steps are only obeyed by the call.
         """
-        from PIL.Image import Resampling
-
         if self.transforms != _steps(self.resolution):
             raise ConfigError(
                 "transforms: the steps were changed; call the preprocessing itself, or use them unchanged"
@@ -145,12 +141,12 @@ def _steps(resolution: int) -> list[Callable[[Any], Any]]:
     return [Resize((resolution, resolution)), _convert_to_rgb, ToTensor(), Normalize(MEAN, STD)]
 
 
-def is_deep(image: "Image") -> bool:
+def is_deep(image: Image) -> bool:
     """Whether a picture is grey of more than 8 bits a pixel: PIL's modes I;16 and its kin, I and F."""
     return image.mode[0] in "IF"
 
 
-def in_8_bits(image: "Image", decode: Decode = "exact") -> "Image":
+def in_8_bits(image: Image, decode: Decode = "exact") -> Image:
     """Grey of more than 8 bits as grey of 8: PIL's own conversion makes all above 255 white. Others come back as is.
 
     decode: "reference" leaves all to PIL's conversion, as Chinese-CLIP does.
@@ -159,8 +155,6 @@ def in_8_bits(image: "Image", decode: Decode = "exact") -> "Image":
     """
     if decode == "reference" or not is_deep(image):
         return image
-    from PIL.Image import fromarray
-
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if not 0 <= low <= high <= _LARGEST_16_BITS:

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from cn_clip.clip.backends.base import Pixels
-from cn_clip.clip.decoding import PIXELS, TOO_LARGE
-from cn_clip.clip.decoding_process import (
+from cn_clip.clip.decoding import (
     DECODE_BYTES,
     DECODE_BYTES_PER_PIXEL,
     DECODE_SECONDS,
+    PIXELS,
+    TOO_LARGE,
     DecodingProcess,
     ProcessClosedError,
     ProcessEndedError,
     ProcessStartError,
 )
 from cn_clip.clip.inputs import PictureTransform
-from cn_clip.clip.picture_heads import Head
+from cn_clip.clip.picture_files import Head
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.refusals import RefusalError
 

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-from cn_clip.clip.picture_heads import look, look_at_start
+from cn_clip.clip.picture_files import look, look_at_start
 from cn_clip.clip.pictures import data_url_bytes
 from cn_clip.errors import DataError
 from cn_clip.serve.decoders import EncodedPicture, too_large, undecodable
