@@ -12,8 +12,7 @@ from tiny_models import CONFIGS, TOKENS, tiny_model, tiny_pixels
 from cn_clip import zoo
 from cn_clip.clip.layers import attend
 from cn_clip.clip.model import CLIP, convert_models_to_fp32, convert_weights, resize_pos_embed
-from cn_clip.clip.resnet import ModifiedResNet
-from cn_clip.clip.vit import VisualTransformer, keep_random_patches
+from cn_clip.clip.visual import ModifiedResNet, VisualTransformer, keep_random_patches
 from cn_clip.errors import ConfigError
 
 GOLDEN = Path(__file__).parent / "golden"

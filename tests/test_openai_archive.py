@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cn_clip.clip import load
 from cn_clip.clip.layers import LayerNorm, QuickGELU
 from cn_clip.clip.model import CLIP
-from cn_clip.clip.vit import VisualTransformer
+from cn_clip.clip.visual import VisualTransformer
 from cn_clip.clip.weights.checkpoint import infer_config, read_checkpoint, read_openai_archive
 from cn_clip.errors import CheckpointError
 

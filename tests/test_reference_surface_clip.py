@@ -18,7 +18,7 @@ import cn_clip.clip as clip
 from cn_clip.clip.bert import BertIntermediate
 from cn_clip.clip.layers import QuickGELU
 from cn_clip.clip.model import CLIP
-from cn_clip.clip.vit import VisualTransformer
+from cn_clip.clip.visual import VisualTransformer
 from cn_clip.errors import ConfigError
 
 GOLDEN = json.loads(gzip.decompress((Path(__file__).parent / "golden" / "uses.json.gz").read_bytes()))

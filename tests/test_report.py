@@ -20,8 +20,7 @@ from tiny_models import tiny_model, tiny_pixels
 
 from cn_clip.clip import tokenizer
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.resnet import ModifiedResNet
-from cn_clip.clip.vit import VisualTransformer
+from cn_clip.clip.visual import ModifiedResNet, VisualTransformer
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
 from cn_clip.eval import evaluation, extract_features, make_topk_predictions

@@ -17,7 +17,7 @@ from training_runs import losses, train
 from cn_clip.checkpoints import strip
 from cn_clip.clip import Encoder, load_from_name
 from cn_clip.clip.model import CLIP
-from cn_clip.clip.resnet import ModifiedResNet
+from cn_clip.clip.visual import ModifiedResNet
 from cn_clip.clip.weights.low_rank import is_adapter
 from cn_clip.errors import CheckpointError, ConfigError, DataError
 from cn_clip.eval import extract_features

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cn_clip.clip.tokenizer import CONTEXT_LENGTH, END, START, UNKNOWN, VOCAB_FILE, Tokenizer
 from cn_clip.clip.weights import hf
-from cn_clip.clip.weights.hf_inputs import PICTURE_FILE, picture_fields
+from cn_clip.clip.weights.hf import PICTURE_FILE, picture_fields
 from cn_clip.clip.weights.writing import write_safetensors
 from cn_clip.errors import ConfigError
 from cn_clip.files import atomic_write

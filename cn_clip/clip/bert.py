@@ -306,16 +306,13 @@ class BertModel(BertPreTrainedModel):
             attention_mask = torch.ones_like(input_ids)
         embedded = self.embeddings(input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
         score_bias = (1.0 - attention_mask.to(embedded.dtype))[:, None, None, :] * MASKED_SCORE
-        heads = self._head_masks(head_mask, embedded.dtype)
+        count = len(self.encoder.layer)
+        heads: Sequence[Tensor | None] = [None] * count
+        if head_mask is not None:
+            rows = head_mask.expand(count, -1) if head_mask.ndim == 1 else head_mask
+            heads = [row[None, :, None, None].to(embedded.dtype) for row in rows]
         sequence, *rest = self.encoder(embedded, score_bias, head_mask=heads, **options)
         return (sequence, None, *rest)
-
-    def _head_masks(self, head_mask: Tensor | None, dtype: torch.dtype) -> Sequence[Tensor | None]:
-        count = len(self.encoder.layer)
-        if head_mask is None:
-            return [None] * count
-        rows = head_mask.expand(count, -1) if head_mask.ndim == 1 else head_mask
-        return [row[None, :, None, None].to(dtype) for row in rows]
 
     def class_token_suffices(self) -> bool:
         """Whether no program looks at the other tokens of the last layer, or has put its own code there."""

@@ -155,9 +155,6 @@ def unhooked(module: nn.Module) -> bool:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         found = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        return all(_is_of_fsdp(hook) for hooks in found for hook in hooks.values())
+        homes = (getattr(hook, "__module__", None) or "" for hooks in found for hook in hooks.values())
+        return all(home.startswith("torch.distributed.") for home in homes)
     return True
-
-
-def _is_of_fsdp(hook: object) -> bool:
-    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")

@@ -19,12 +19,18 @@ from cn_clip.clip import _tokenizer
 from cn_clip.clip.bert import BertModel
 from cn_clip.clip.configuration_bert import BertConfig
 from cn_clip.clip.layers import LayerNorm, QuickGELU
-from cn_clip.clip.resnet import AttentionPool2d, Bottleneck, ModifiedResNet
-from cn_clip.clip.vit import ResidualAttentionBlock, Transformer, VisualTransformer
+from cn_clip.clip.visual import (
+    AttentionPool2d,
+    Bottleneck,
+    ModifiedResNet,
+    ResidualAttentionBlock,
+    Transformer,
+    VisualTransformer,
+)
 from cn_clip.clip.weights.checkpoint import convert_state_dict, fit, normalise_keys, resize_position_embedding
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.processes import compute_alone_in_children
-from cn_clip.zoo import ModelConfig, TextConfig, VisionConfig, config_from_info
+from cn_clip.zoo import ModelConfig, VisionConfig, config_from_info
 
 __all__ = [
     "CLIP",
@@ -88,7 +94,8 @@ class CLIP(nn.Module):
         compute_alone_in_children()
         self.config: ModelConfig = config_from_info(info)
         self.visual = _picture_tower(self.config.vision, use_flash_attention)
-        self.bert_config = _bert_config(self.config.text, use_flash_attention)
+        fields = {name.removeprefix("text_"): value for name, value in asdict(self.config.text).items()}
+        self.bert_config = BertConfig(fields.pop("vocab_size"), **fields, use_flash_attention=use_flash_attention)
         self.bert = BertModel(self.bert_config)
         self.text_projection = nn.Parameter(torch.empty(text_hidden_size, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
@@ -210,11 +217,6 @@ def _picture_tower(config: VisionConfig, use_flash_attention: bool) -> ModifiedR
     heads = width // config.vision_head_width
     sizes = (config.image_resolution, config.vision_patch_size, width, layers, heads, config.embed_dim)
     return VisualTransformer(*sizes, use_flash_attention)
-
-
-def _bert_config(config: TextConfig, use_flash_attention: bool) -> BertConfig:
-    fields = {name.removeprefix("text_"): value for name, value in asdict(config).items()}
-    return BertConfig(fields.pop("vocab_size"), **fields, use_flash_attention=use_flash_attention)
 
 
 def _unit(rows: Tensor) -> Tensor:

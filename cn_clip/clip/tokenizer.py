@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from cn_clip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
-    from tokenizers import Tokenizer as RustTokenizer
 
 VOCAB_FILE = Path(__file__).parent / "vocab.txt"
 CONTEXT_LENGTH = 52
@@ -62,9 +65,16 @@ def tokenize(texts: str | Iterable[str], context_length: int = CONTEXT_LENGTH) -
 
 def encode(texts: str | Iterable[str], context_length: int = CONTEXT_LENGTH) -> list[list[int]]:
     """The rows of `tokenize` before padding: [CLS] ids [SEP], 2 to context_length ids each."""
-    room = _checked_length(context_length) - 2
+    try:
+        length = operator.index(context_length)
+    except TypeError:
+        length = 0
+    if length < 2:
+        raise ConfigError(
+            f"context_length: expected an integer of at least 2, for [CLS] and [SEP], got {context_length!r}"
+        )
     start, end = _default().vocab[START], _default().vocab[END]
-    return [[start, *_default().ids(text)[:room], end] for text in checked_texts(texts)]
+    return [[start, *_default().ids(text)[: length - 2], end] for text in checked_texts(texts)]
 
 
 def pad(rows: Sequence[Sequence[int]], length: int) -> NDArray[np.int64]:
@@ -100,13 +110,8 @@ class Tokenizer:
         return max(map(len, self.vocab))
 
     @cached_property
-    def rust(self) -> "RustTokenizer":
+    def rust(self) -> RustTokenizer:
         """The rules as a tokenizer of Rust; shared, so not to be changed."""
-        from tokenizers import Tokenizer as RustTokenizer
-        from tokenizers.models import WordPiece
-        from tokenizers.normalizers import BertNormalizer
-        from tokenizers.pre_tokenizers import BertPreTokenizer
-
         # No special token is added: the text "[SEP]" is three words, not the separator.
         rust = RustTokenizer(WordPiece(self.vocab, unk_token=UNKNOWN, max_input_chars_per_word=MAX_WORD_CHARS))
         rust.normalizer = BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=True, lowercase=True)
@@ -221,18 +226,6 @@ def punctuation_apart(char: str) -> str:
 @lru_cache(maxsize=1)
 def _default() -> Tokenizer:
     return Tokenizer()
-
-
-def _checked_length(context_length: int) -> int:
-    try:
-        length = operator.index(context_length)
-    except TypeError:
-        length = 0
-    if length < 2:
-        raise ConfigError(
-            f"context_length: expected an integer of at least 2, for [CLS] and [SEP], got {context_length!r}"
-        )
-    return length
 
 
 def checked_texts(texts: str | Iterable[str]) -> list[str]:

@@ -25,8 +25,7 @@ from cn_clip.clip.families.names import refuse
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.opening import open_quietly
 from cn_clip.clip.pictures import open_picture
-from cn_clip.clip.resnet import ModifiedResNet
-from cn_clip.clip.vit import ResidualAttentionBlock
+from cn_clip.clip.visual import ModifiedResNet, ResidualAttentionBlock
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, is_split_folder, read_split
 from cn_clip.data.pictures import ClassFolders, LmdbPictures
 from cn_clip.errors import DataError

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cn_clip import extras
 from cn_clip.clip.model import CLIP
-from cn_clip.clip.resnet import ModifiedResNet
+from cn_clip.clip.visual import ModifiedResNet
 from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint, fit, read_checkpoint
 from cn_clip.clip.weights.low_rank import LowRank, is_adapter
 from cn_clip.errors import CheckpointError, ConfigError

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cn_clip import ranks, terminal
 from cn_clip.clip.model import CLIP
-from cn_clip.clip.resnet import ModifiedResNet
+from cn_clip.clip.visual import ModifiedResNet
 from cn_clip.errors import CnClipError, ConfigError
 from cn_clip.training.logger import logger
 

@@ -15,16 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cn_clip.clip.families.names import refuse
-from cn_clip.clip.weights import hf, low_rank, torchscript
-from cn_clip.clip.weights.file_formats import is_torchscript, only_tensors, read_content
-from cn_clip.clip.weights.hf_inputs import check_inputs
+from cn_clip.clip.weights import hf, low_rank
+from cn_clip.clip.weights.file_formats import is_torchscript, only_tensors, read_content, read_torchscript
 from cn_clip.errors import CheckpointError, first_sentence
 from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, TextConfig, VisionConfig, text_config, vision_config
 
 POSITION_KEYS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 SIGMOID_BIAS = "logit_bias"  # of the sigmoid loss alone: similarity does not use it, Chinese-CLIP does not know it
 DROPPED_KEYS = ("bert.pooler.", "bert.embeddings.position_ids")
-_TENSORFLOW_NAME = re.compile(r"(?<=\.LayerNorm\.)(gamma|beta)$")
+_GAMMA, _BETA = (re.compile(rf"(?<=\.LayerNorm\.){name}$") for name in ("gamma", "beta"))  # as TensorFlow says it
 # What DataParallel, torch.compile, FSDP and checkpointing put into names, wherever they wrap a part of a model.
 _OF_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # The towers, here and in transformers; what comes before them is the name that a larger model gave to this one.
@@ -72,7 +71,11 @@ def read_checkpoint(path: str | Path, *, merge_lora: bool = True, mapped: bool =
     """
     path = Path(path)
     if os.path.isdir(path):
-        return _read_folder(path, mapped=mapped)
+        tensors: dict[str, Tensor] = {}
+        for file in hf.weight_files(path):
+            tensors |= only_tensors(read_content(file, mapped=mapped), file)
+        config = _neighbouring_config(tensors, path)
+        return Checkpoint(path, _named(tensors, path), config=config, is_mapped=mapped)
     if not os.path.exists(path):
         refuse(str(path))
     content = read_content(path, mapped=mapped)
@@ -80,7 +83,12 @@ def read_checkpoint(path: str | Path, *, merge_lora: bool = True, mapped: bool =
         raise CheckpointError(f"holds a {type(content).__name__}, expected a dictionary of tensors", at=path)
     if isinstance(content.get("state_dict"), Mapping):
         checkpoint = replace(_read_training(content, path), is_mapped=mapped)
-        return _merged(checkpoint) if merge_lora else checkpoint
+        if checkpoint.lora is None or not merge_lora:
+            return checkpoint
+        try:
+            return replace(checkpoint, state_dict=low_rank.merge(checkpoint.state_dict, checkpoint.lora))
+        except ValueError as error:
+            raise CheckpointError(error, at=path) from error
     if _SHARD.fullmatch(path.name):
         raise CheckpointError(f"is one of several files of a model; give their folder, {path.parent}", at=path)
     tensors = only_tensors(_model_in(content, path), path)
@@ -109,20 +117,12 @@ def _holds_towers(content: Mapping[Any, Any]) -> bool:
     return any(isinstance(value, Tensor) and _wrapper(str(key)) is not None for key, value in content.items())
 
 
-def _read_folder(folder: Path, *, mapped: bool) -> Checkpoint:
-    tensors: dict[str, Tensor] = {}
-    for file in hf.weight_files(folder):
-        tensors |= only_tensors(read_content(file, mapped=mapped), file)
-    config = _neighbouring_config(tensors, folder)
-    return Checkpoint(folder, _named(tensors, folder), config=config, is_mapped=mapped)
-
-
 def _neighbouring_config(tensors: Mapping[str, Tensor], folder: Path) -> ModelConfig | None:
     if not hf.is_transformers(tensors) or not (folder / hf.CONFIG_FILE).is_file():
         return None
     config = hf.config_from_folder(folder)
     hf.check_weights(config, tensors, folder)
-    check_inputs(folder, config.vision.image_resolution)
+    hf.check_inputs(folder, config.vision.image_resolution)
     return config
 
 
@@ -139,25 +139,13 @@ def _read_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
         raise CheckpointError(f"context_length is {length!r}, expected an integer from 3 to 512", at=path)
     if not isinstance(optimizer, dict | None):
         raise CheckpointError(f"optimizer is a {type(optimizer).__name__}, expected a dictionary", at=path)
-    return Checkpoint(path, tensors, optimizer=optimizer, extra=rest, lora=_low_rank(tensors, rest, path), **counts)
-
-
-def _low_rank(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], path: Path) -> low_rank.LowRank | None:
-    if not any(map(low_rank.is_adapter, tensors)):
-        return None
-    try:
-        return low_rank.LowRank.from_entry(rest.get("lora"))
-    except ValueError as error:
-        raise CheckpointError(f"{error}; without it the adapters in the file cannot be used", at=path) from error
-
-
-def _merged(checkpoint: Checkpoint) -> Checkpoint:
-    if checkpoint.lora is None:
-        return checkpoint
-    try:
-        return replace(checkpoint, state_dict=low_rank.merge(checkpoint.state_dict, checkpoint.lora))
-    except ValueError as error:
-        raise CheckpointError(error, at=checkpoint.path) from error
+    lora = None
+    if any(map(low_rank.is_adapter, tensors)):
+        try:
+            lora = low_rank.LowRank.from_entry(rest.get("lora"))
+        except ValueError as error:
+            raise CheckpointError(f"{error}; without it the adapters in the file cannot be used", at=path) from error
+    return Checkpoint(path, tensors, optimizer=optimizer, extra=rest, lora=lora, **counts)
 
 
 def _named(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -178,7 +166,7 @@ def read_openai_archive(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not is_torchscript(path):
         raise CheckpointError("not a TorchScript archive; expected a file as OpenAI publishes it", at=path)
-    return torchscript.read_state_dict(path)
+    return read_torchscript(path)
 
 
 # --- key spellings ----------------------------------------------------------------------------------------------------
@@ -192,7 +180,7 @@ def normalise_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     normalisation gamma and beta.
     Raises CheckpointError when two tensors have one name then: those of a student and a teacher, for example.
     """
-    tensors = {_TENSORFLOW_NAME.sub(_tensorflow_to_torch, key): value for key, value in _unwrapped(state_dict).items()}
+    tensors = {_GAMMA.sub("weight", _BETA.sub("bias", key)): value for key, value in _unwrapped(state_dict).items()}
     if hf.is_transformers(tensors):
         tensors = hf.to_reference(tensors)
     tensors = {key: value for key, value in tensors.items() if not key.startswith(DROPPED_KEYS)}
@@ -235,10 +223,6 @@ def convert_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     state_dict.clear()
     state_dict.update({f"{prefix}{key}": value for key, value in parts.items()})
     return state_dict
-
-
-def _tensorflow_to_torch(found: re.Match[str]) -> str:
-    return {"gamma": "weight", "beta": "bias"}[found[1]]
 
 
 def split_wqkv(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

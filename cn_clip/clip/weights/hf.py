@@ -1,6 +1,12 @@
-"""Folders of transformers' ChineseCLIPModel: their tensors' names and their config.json, to this package's and back."""
+"""Folders of transformers' ChineseCLIPModel, to this package's terms and back: tensors' names, config.json, inputs.
+
+A folder that prepares pictures or texts in another way than this package is refused.
+"""
 
 import json
+import logging
+import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,10 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cn_clip.clip.tokenizer import VOCAB_FILE
+from cn_clip.clip.transforms import MEAN, STD
 from cn_clip.errors import CheckpointError, ConfigError, reading
 from cn_clip.zoo import ModelConfig, TextConfig, VisionConfig
 
+logger = logging.getLogger(__name__)
+
 CONFIG_FILE = "config.json"
+PICTURE_FILE = "preprocessor_config.json"
+BICUBIC = 3  # as PIL numbers it
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # What a config.json means by the fields it leaves out. Source: ChineseCLIPConfig of transformers.
@@ -108,30 +120,26 @@ def config_from_folder(folder: Path) -> ModelConfig:
     vision = _VISION_DEFAULTS | _section(config, "vision_config")
     try:
         embed_dim = _count({"projection_dim": 512} | config, "projection_dim")
-        return ModelConfig(_vision_config(vision, embed_dim), _text_config(text))
+        width, heads = _width_and_heads(vision)
+        resolution, patch = _count(vision, "image_size"), _count(vision, "patch_size")
+        if resolution < patch:
+            raise ValueError(f"image_size {resolution} is less than patch_size {patch}")
+        picture_tower = VisionConfig(
+            embed_dim=embed_dim,
+            image_resolution=resolution,
+            vision_layers=_count(vision, "num_hidden_layers"),
+            vision_width=width,
+            vision_patch_size=patch,
+            vision_head_width=width // heads,
+        )
+        _width_and_heads(text)
+        values = {name: _READ[type(default)](text, name) for name, default in _TEXT_DEFAULTS.items()}
+        vocab_size = values.pop("vocab_size")
+        return ModelConfig(
+            picture_tower, TextConfig(vocab_size=vocab_size, **{f"text_{name}": v for name, v in values.items()})
+        )
     except ValueError as error:
         raise CheckpointError(f"not the configuration of a ChineseCLIPModel ({error})", at=path) from error
-
-
-def _vision_config(fields: Mapping[str, Any], embed_dim: int) -> VisionConfig:
-    width, heads = _width_and_heads(fields)
-    resolution, patch = _count(fields, "image_size"), _count(fields, "patch_size")
-    if resolution < patch:
-        raise ValueError(f"image_size {resolution} is less than patch_size {patch}")
-    return VisionConfig(
-        embed_dim=embed_dim,
-        image_resolution=resolution,
-        vision_layers=_count(fields, "num_hidden_layers"),
-        vision_width=width,
-        vision_patch_size=patch,
-        vision_head_width=width // heads,
-    )
-
-
-def _text_config(fields: Mapping[str, Any]) -> TextConfig:
-    _width_and_heads(fields)
-    values = {name: _READ[type(default)](fields, name) for name, default in _TEXT_DEFAULTS.items()}
-    return TextConfig(vocab_size=values.pop("vocab_size"), **{f"text_{name}": v for name, v in values.items()})
 
 
 def _width_and_heads(fields: Mapping[str, Any]) -> tuple[int, int]:
@@ -295,3 +303,85 @@ def _rename(key: str, *, back: bool = False) -> str:
     for names in _BLOCK_NAMES:
         key = key.replace(names[old], names[new])
     return key
+
+
+# --- how a folder prepares pictures and texts
+
+
+def picture_fields(resolution: int) -> dict[str, Any]:
+    """What `clip.transforms` does to pictures, in transformers' terms: squeezed, not cropped."""
+    size = {"height": resolution, "width": resolution}
+    return {
+        "do_resize": True,
+        "size": size,
+        "resample": BICUBIC,
+        "do_center_crop": False,
+        "crop_size": size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
+
+
+def check_inputs(folder: Path, resolution: int) -> None:
+    """Raises CheckpointError where files of the folder ask for other pixels or other words than this package makes.
+
+    A folder without such files says nothing. One that keeps the proportions of pictures, as transformers does where
+    nobody told it how Chinese-CLIP was trained, is warned about.
+    """
+    for name in (PICTURE_FILE, "processor_config.json"):  # transformers 5 writes pictures into its processor's own
+        if os.path.isfile(path := folder / name):
+            content = read_json(path)
+            fields = content if name == PICTURE_FILE else content.get("image_processor")
+            if isinstance(fields, dict):
+                _check_pictures(path, fields, resolution)
+    if os.path.isfile(path := folder / "vocab.txt"):
+        with reading(path, CheckpointError, what="not a vocabulary that can be read", step=_instead(folder)):
+            words = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        _check_words(path, words)
+    if os.path.isfile(path := folder / "tokenizer.json"):
+        model = read_json(path).get("model")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        if not isinstance(vocab, dict) or not all(type(number) is int for number in vocab.values()):
+            raise CheckpointError(f"holds no vocabulary of words; {_instead(folder)}", at=path)
+        _check_words(path, sorted(vocab, key=vocab.__getitem__))
+
+
+def _check_pictures(path: Path, fields: dict[str, Any], resolution: int) -> None:
+    expected = picture_fields(resolution)
+    is_squeezed = fields.get("size") not in (resolution, {"shortest_edge": resolution})
+    ignored = ["do_center_crop", *([] if fields.get("do_center_crop") else ["crop_size"])]
+    ignored += [] if is_squeezed else ["size"]
+    for name, wanted in expected.items():
+        if name in fields and name not in ignored and not _is_same(fields[name], wanted):
+            shown = repr(fields[name])[:60]
+            raise CheckpointError(f"{name} is {shown}, expected {wanted}; {_instead(path.parent)}", at=path)
+    if not is_squeezed:
+        logger.warning(
+            "%s: keeps the proportions of pictures; here they are squeezed, as Chinese-CLIP was trained; for the "
+            "other, use hf:%s",
+            path,
+            path.parent,
+        )
+
+
+def _check_words(path: Path, words: list[str]) -> None:
+    ours = VOCAB_FILE.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    if [word.strip() for word in words] != [word.strip() for word in ours]:
+        raise CheckpointError(f"is another vocabulary than that of Chinese-CLIP; {_instead(path.parent)}", at=path)
+
+
+def _instead(folder: Path) -> str:
+    return f"to have pictures and texts prepared as the folder says, use hf:{folder} (cn-clip features, serve, …)"
+
+
+def _is_same(given: object, expected: object) -> bool:
+    if isinstance(expected, dict) and isinstance(given, int):  # one number means a square
+        return {given} == set(expected.values())
+    if isinstance(expected, (list, tuple)):
+        return isinstance(given, list) and len(given) == len(expected) and all(map(_is_same, given, expected))
+    if isinstance(expected, float):
+        return isinstance(given, (int, float)) and math.isclose(given, expected, abs_tol=1e-5)
+    return given == expected

@@ -70,14 +70,23 @@ def download(
             return target
         raise DownloadError(f"{target} exists and is not a regular file; move it away or choose another download_root")
     url = url_of(published, use_modelscope=use_modelscope)
-    told_offline = not use_modelscope and _is_set("HF_HUB_OFFLINE")
+    told_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and not use_modelscope
     if offline or told_offline:
         reason = "HF_HUB_OFFLINE is set" if told_offline else "--offline"
-        raise DownloadError(f"离线 / offline ({reason}): {_by_hand(published, url, target)}")
-    _make_folder(target.parent)
-    fetch = _from_modelscope if use_modelscope else _from_huggingface
+        size = f"{published.num_bytes:,} 字节 / bytes" if published.num_bytes else "大小未知 / of unknown size"
+        check = f", SHA-256 {published.sha256}" if published.sha256 else ""
+        raise DownloadError(
+            f"离线 / offline ({reason}): 请在能联网的机器上下载 / fetch where there is a network {url} "
+            f"({size}{check})，放到 / and put it at {target}"
+        )
     try:
-        return _fetch_alone(published, target, fetch)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DownloadError(
+            f"cannot be made a folder ({error.strerror}); choose another download_root", at=target.parent
+        ) from error
+    try:
+        return _fetch_alone(published, target, _from_modelscope if use_modelscope else _from_huggingface)
     except CnClipError:
         raise
     except Exception as error:  # the hub clients raise errors of many unrelated types, which differ by version
@@ -112,27 +121,6 @@ def is_published_file(published: Published, path: Path) -> bool | None:
     return None if published.sha256 is None else _sha256(path) == published.sha256
 
 
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def _by_hand(published: Published, url: str, target: Path) -> str:
-    size = f"{published.num_bytes:,} 字节 / bytes" if published.num_bytes else "大小未知 / of unknown size"
-    check = f", SHA-256 {published.sha256}" if published.sha256 else ""
-    return (
-        f"请在能联网的机器上下载 / fetch where there is a network {url} ({size}{check})，放到 / and put it at {target}"
-    )
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DownloadError(
-            f"cannot be made a folder ({error.strerror}); choose another download_root", at=folder
-        ) from error
-
-
 def _fetch_alone(published: Published, target: Path, fetch: Callable[[Published, Path], Path]) -> Path:
     """Fetches into a folder beside the target, under a lock, and moves the finished file."""
     partial = target.parent / f".{target.name}.download"
@@ -164,7 +152,13 @@ def _from_huggingface(published: Published, folder: Path) -> Path:
     sha256 = _expected_sha256(published, metadata.etag)
     part = _part_file(folder, metadata)
     with open(part, "ab") as stream:
-        _need_room(folder, published.filename, (metadata.size or 0) - stream.tell())
+        missing, free = (metadata.size or 0) - stream.tell(), shutil.disk_usage(folder).free
+        if missing > free:
+            raise DownloadError(
+                f"{published.filename} takes {missing:,} more bytes and the disk has {free:,} left; free space, or "
+                "choose another download_root",
+                at=folder.parent,
+            )
         logger.info("downloading %s (%s bytes, %d of them here already)", url, metadata.size, stream.tell())
         http_get(
             url,
@@ -191,16 +185,6 @@ def _expected_sha256(published: Published, etag: str | None) -> str | None:
             "download it yourself and pass its path"
         )
     return published.sha256 or of_hub
-
-
-def _need_room(folder: Path, name: str, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if num_bytes > free:
-        raise DownloadError(
-            f"{name} takes {num_bytes:,} more bytes and the disk has {free:,} left; free space, or "
-            "choose another download_root",
-            at=folder.parent,
-        )
 
 
 def _part_file(folder: Path, metadata: "HfFileMetadata") -> Path:

@@ -51,17 +51,13 @@ def merge(tensors: Mapping[str, Tensor], settings: LowRank) -> dict[str, Tensor]
         target = next((name for name in (f"{stem}.weight", f"{stem}_weight") if name in merged), None)
         if target is None or stem + FIRST not in tensors or stem + SECOND not in tensors:
             raise ValueError(f"the adapter {stem} lacks its lora_A, its lora_B or the weight it adapts")
-        merged[target] = _adapted(merged[target], tensors[stem + FIRST], tensors[stem + SECOND], settings, stem)
+        weight, first, second, rank = merged[target], tensors[stem + FIRST], tensors[stem + SECOND], settings.rank
+        # A convolution's second factor is 1 x 1, so that its product, too, is one of matrices.
+        matrices = [value.float().reshape(len(value), -1) for value in (weight, first, second) if value.ndim > 1]
+        shapes = [tuple(matrix.shape) for matrix in matrices]
+        if len(shapes) < 3 or shapes[1:] != [(rank, shapes[0][1]), (shapes[0][0], rank)]:
+            found = f"{tuple(first.shape)} and {tuple(second.shape)} for a weight of {tuple(weight.shape)}"
+            raise ValueError(f"the adapter {stem} has shapes {found}, which do not fit at rank {rank}")
+        adapted = matrices[0] + (settings.alpha / rank) * (matrices[2] @ matrices[1])
+        merged[target] = adapted.view(weight.shape).to(weight.dtype)
     return merged
-
-
-def _adapted(weight: Tensor, first: Tensor, second: Tensor, settings: LowRank, stem: str) -> Tensor:
-    rank = settings.rank
-    # A convolution's second factor is 1 x 1, so that its product, too, is one of matrices.
-    matrices = [value.float().reshape(len(value), -1) for value in (weight, first, second) if value.ndim > 1]
-    shapes = [tuple(matrix.shape) for matrix in matrices]
-    if len(shapes) < 3 or shapes[1:] != [(rank, shapes[0][1]), (shapes[0][0], rank)]:
-        found = f"{tuple(first.shape)} and {tuple(second.shape)} for a weight of {tuple(weight.shape)}"
-        raise ValueError(f"the adapter {stem} has shapes {found}, which do not fit at rank {rank}")
-    adapted = matrices[0] + (settings.alpha / rank) * (matrices[2] @ matrices[1])
-    return adapted.view(weight.shape).to(weight.dtype)

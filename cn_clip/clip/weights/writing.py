@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from cn_clip import files
@@ -35,7 +36,6 @@ def write_state_dict(path: str | Path, tensors: dict[str, Tensor]) -> None:
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A `.safetensors` under the names of this package, the same bytes every time; raises as `write_checkpoint`."""
-    from safetensors.torch import save
 
     def write(stream: IO[bytes]) -> None:
         data = memoryview(save(owned(tensors), dict(metadata)))
