@@ -1,36 +1,44 @@
-"""What all test files share, to be quick: a tower is translated to ONNX once a process; nothing waits for disks."""
+"""What all test files share, to be quick: their order; one translation of a tower to ONNX; no waiting for disks."""
 
+import functools
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import kept_translations
 import pytest
 
-from cn_clip.clip.backends import export
+# The files that take longest come first: a process that begins one of them last would work alone for a while.
+LONGEST = ("docs", "training_state", "training_resume", "tensorrt", "coreml", "serve_command", "faulty_paths", "demo")
+LONGEST += ("platforms", "bench", "export_cache", "training_options", "training_command", "distributed", "cli", "page")
+LONGEST += ("export", "search_command", "precision", "backends", "extract_features", "extract_backends")
+# These name OpenVINO and do not load it into the process of the tests.
+WITHOUT_OPENVINO = ("docs", "processes", "light_modules")
 
-if TYPE_CHECKING:
-    from onnx import ModelProto
 
-    from cn_clip.clip.backends.base import Kind
-    from cn_clip.clip.model import CLIP
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With OpenVINO 2026.4, a process that has used it and forks later may crash: files that load it come last."""
+    items.sort(key=lambda item: order_of(item.path))
+
+
+@functools.cache
+def order_of(path: Path) -> tuple[bool, int]:
+    """Whether a file loads OpenVINO, and its number among the longest."""
+    name = path.stem.removeprefix("test_")
+    loads = name not in WITHOUT_OPENVINO and "openvino" in path.read_text(encoding="utf-8").lower()
+    return loads, LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def translations_kept() -> Iterator[None]:
-    """Only the translation by PyTorch is kept, by its weights; what is made of it and measured on it is done anew."""
-    kept: dict[tuple[str, str, object], bytes] = {}
-    translated = export._translated
+def translations_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of all processes of the run; those of pytest-xdist have folders beside each other."""
+    import torch.onnx
 
-    def translated_once(model: "CLIP", kind: "Kind") -> "ModelProto":
-        from onnx import ModelProto
-
-        key = (model.fingerprint(), kind, model.config)
-        if key not in kept:
-            kept[key] = translated(model, kind).SerializeToString()
-        return ModelProto.FromString(kept[key])
-
+    base = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "_translated", translated_once)
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "translations"
+        patch.setenv(kept_translations.VARIABLE, str(folder))
+        patch.setattr(torch.onnx, "export", kept_translations.keeping(torch.onnx.export, folder))
         yield
 
 
