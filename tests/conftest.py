@@ -1,12 +1,14 @@
-"""What all test files share, to be quick: their order; one translation of a tower to ONNX; no waiting for disks."""
+"""What all test files share, to be quick: their order, and the shortcuts that are taken unless a test forgoes them."""
 
 import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import kept_translations
 import pytest
+import shortcuts
+import torch.onnx
+from matplotlib.figure import Figure
 
 # The files that take longest come first: a process that begins one of them last would work alone for a while.
 LONGEST = ("docs", "training_state", "training_resume", "tensorrt", "coreml", "serve_command", "faulty_paths", "demo")
@@ -32,14 +34,31 @@ def order_of(path: Path) -> tuple[bool, int]:
 @pytest.fixture(scope="session", autouse=True)
 def translations_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Of all processes of the run; those of pytest-xdist have folders beside each other."""
-    import torch.onnx
-
     base = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
         folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "translations"
-        patch.setenv(kept_translations.VARIABLE, str(folder))
-        patch.setattr(torch.onnx, "export", kept_translations.keeping(torch.onnx.export, folder))
+        patch.setenv(shortcuts.TRANSLATIONS, str(folder))
+        patch.setattr(torch.onnx, "export", shortcuts.keeping(torch.onnx.export, folder))
         yield
+
+
+DRAWING = Figure.savefig
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pictures_are_blank() -> Iterator[None]:
+    """Those of matplotlib."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(shortcuts.BLANK, "1")
+        patch.setattr(Figure, "savefig", shortcuts.blank)
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves are really drawn, in this process and in those that it starts."""
+    monkeypatch.delenv(shortcuts.BLANK)
+    monkeypatch.setattr(Figure, "savefig", DRAWING)
 
 
 @pytest.fixture(scope="session", autouse=True)

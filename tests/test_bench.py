@@ -267,7 +267,7 @@ def test_markdown_tells_the_machine_and_holds_the_table() -> None:
     assert lines.count("— torch int8 (image ×16, text ×16): no such precision  ") == 1
 
 
-def test_picture_has_a_bar_for_what_was_measured(tmp_path: Path) -> None:
+def test_picture_has_a_bar_for_what_was_measured(tmp_path: Path, drawn: None) -> None:
     from matplotlib.figure import Figure
 
     bench_report.draw(RESULT, tmp_path / "x.png")

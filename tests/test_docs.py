@@ -275,7 +275,7 @@ class Workplace:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, weights: Path) -> Workplace:
+def workplace(tmp_path: Path, weights: Path, drawn: None) -> Workplace:
     return Workplace(tmp_path, weights)
 
 

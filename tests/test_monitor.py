@@ -17,6 +17,8 @@ from cn_clip.training.log_lines import StuckLoss, peak_memory, rate_warning
 from cn_clip.training.monitor import Monitor
 from cn_clip.training.stopping import EarlyStop
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 RECALLS = {
     f"{way}_{name}": value
     for way in ("text_to_image", "image_to_text")

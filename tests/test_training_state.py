@@ -154,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_batch_and_saves_nothing(l
 
 
 def test_validation_begins_before_the_first_step_and_early_stop_ends_a_run_that_does_not_improve(
-    lmdb: Path, tmp_path: Path
+    lmdb: Path, tmp_path: Path, drawn: None
 ) -> None:
     flags = ["--batch-size=8", "--valid-batch-size=8", "--lr=1e-12", "--valid-step-interval=1", "--early-stop=2"]
     result = train(lmdb / "train", tmp_path, f"--val-data={lmdb / 'valid'}", *flags, "--name=run")

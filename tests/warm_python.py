@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import kept_translations
+import shortcuts
 
 # What many commands import and none must avoid; nothing of this project.
 IMPORTED = (
@@ -40,6 +40,9 @@ IMPORTED = (
     "lmdb",
     "onnx",
     "onnxscript",
+    "fastapi",
+    "prometheus_client",
+    "tyro",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
     "uvicorn",
@@ -110,7 +113,7 @@ def start(arguments: list[str], folder: str, environment: dict[str, str]) -> Non
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    kept_translations.install()
+    shortcuts.install()
     if environment.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.path[1:1] = [os.path.abspath(one) for one in environment.get("PYTHONPATH", "").split(os.pathsep) if one]

@@ -1,7 +1,11 @@
-"""A tower is translated to ONNX once a test run: all processes keep in one folder what `torch.onnx.export` returned.
+"""What the processes of a test run do not do twice, or not at all, because it takes seconds and other tests see to it.
 
-Only the translation by PyTorch is kept, which takes seconds; what is made of it and measured on it is done anew. The
-tests' own process installs it (conftest.py), and so do the commands that they start with warm_python.
+- A tower is translated to ONNX once a run: all processes keep in one folder what `torch.onnx.export` returned. What is
+  made of it and measured on it is done anew.
+- Matplotlib writes blank pictures: a run draws its curves after every validation. The fixture `drawn` has them drawn.
+
+The tests' own process takes these (conftest.py), and so do the commands that they start with warm_python, if a variable
+of their environment says so.
 """
 
 import functools
@@ -12,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# The folder; processes that the tests start inherit it.
-VARIABLE = "CN_CLIP_KEPT_TRANSLATIONS"
+TRANSLATIONS, BLANK = "CN_CLIP_TEST_TRANSLATIONS", "CN_CLIP_TEST_BLANK_PICTURES"
 
 
 def key(model: Any, arguments: "tuple[Any, ...]", settings: "dict[str, Any]") -> str:
@@ -55,9 +58,20 @@ def keeping(export: "Callable[..., Any]", folder: Path) -> "Callable[..., Any]":
     return kept
 
 
+def blank(figure: Any, stream: Any, **_: Any) -> None:
+    """In the stead of `Figure.savefig`."""
+    from PIL import Image
+
+    Image.new("L", (1, 1)).save(stream, "PNG")
+
+
 def install() -> None:
-    """In this process, if it is one of a test run."""
-    if VARIABLE in os.environ:
+    """In a process that a test has started, as its environment says."""
+    if TRANSLATIONS in os.environ:
         import torch.onnx
 
-        torch.onnx.export = keeping(torch.onnx.export, Path(os.environ[VARIABLE]))
+        torch.onnx.export = keeping(torch.onnx.export, Path(os.environ[TRANSLATIONS]))
+    if BLANK in os.environ:
+        from matplotlib.figure import Figure
+
+        Figure.savefig = blank
