@@ -20,7 +20,7 @@ HEAVY += ("pyarrow", "matplotlib", "lmdb", "usearch", "safetensors", "huggingfac
 
 # Their options still reach a module that imports numpy.
 WITH_NUMPY = {"features", "zeroshot", "evaluate", "linear-probe", "compare", "search", "serve", "bench"}
-WITH_NUMPY |= {"index build", "index add", "index remove", "index info", "index check"}
+WITH_NUMPY |= {"report", "index build", "index add", "index remove", "index info", "index check"}
 
 # A fork for each command, of a process that has imported what all of them do: each sees what its own import brings.
 EACH_COMMAND = """
