@@ -124,7 +124,11 @@ def test_embedded_font_has_its_licence_and_every_character_of_names_and_tags() -
 
 
 def test_embedded_font_is_taken_whenever_it_has_all_characters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "_is_installed", lambda name: name == "wqy-zenhei.ttc")
+    def truetype(name: str, size: int) -> None:
+        if name != "wqy-zenhei.ttc":
+            raise OSError("cannot open resource")
+
+    monkeypatch.setattr(grid.ImageFont, "truetype", truetype)
     assert isinstance(grid._font_for("熊猫\n在吃竹子"), bytes)
     assert grid._font_for("龘") == "wqy-zenhei.ttc"
 

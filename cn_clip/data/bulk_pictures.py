@@ -4,7 +4,7 @@ import contextlib
 import fnmatch
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +22,7 @@ from cn_clip.extras import require
 logger = logging.getLogger(__name__)
 
 ID_COLUMNS, PICTURE_COLUMNS = ("image_id", "id"), ("image", "image_bytes")
+_SUFFIXES = {"pictures": PICTURE_SUFFIXES, "tar files": (".tar",), "Parquet files": (".parquet",)}
 _LISTING_THREADS = 8
 _ROW_GROUPS_KEPT = 2
 
@@ -67,9 +68,12 @@ def open_collection(location: str) -> Collection:
 
 
 def _open(location: str) -> Collection:
-    for folder in () if is_uri(location) else (Path(location), Path(location, IMAGES)):
-        if (folder / "data.mdb").is_file():
-            return _open_lmdb(folder)
+    folders = () if is_uri(location) else (Path(location), Path(location, IMAGES))
+    lmdb = next((folder for folder in folders if (folder / "data.mdb").is_file()), None)
+    if lmdb is not None:
+        ids, status = ImageStore(lmdb).ids, (lmdb / "data.mdb").stat()
+        digest = digest_of([*ids, status.st_size, status.st_mtime_ns])
+        return Collection(ids, digest, lambda start, stop: LmdbPart(str(lmdb.absolute()), ids[start:stop]))
     root, files = _listed(location)
     begun = _begun_as_pictures(root, [file for file in files if not suffix_of(file.path)])
     kinds = {
@@ -84,8 +88,18 @@ def _open(location: str) -> Collection:
         name = shown(location).rstrip("/")
         raise DataError(f"holds {counts}; name one kind, such as {name}/*.tar", at=name)
     ((kind, chosen),) = found.items()
-    _say_passed_over(location, {file.path for file in files} - {file.path for file in chosen})
-    return _OPENERS[kind](root, chosen)
+    sentence = passed_over(shown(location), {file.path for file in files} - {file.path for file in chosen})
+    if sentence:
+        logger.warning("%s", sentence)
+    digest = digest_of((root.below(file.path), file.size, file.mtime_ns) for file in chosen)
+    if kind == "Parquet files":
+        return _open_tables(root, chosen, digest)
+    if kind == "pictures":
+        items = [_Item(spelled(root.below(file.path)), file.path, root.at(file.path).name) for file in chosen]
+    else:
+        with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+            items = [item for members in pool.map(lambda file: _members(root, file), chosen) for item in members]
+    return Collection([item.id for item in items], digest, lambda start, stop: FilePart(root, items[start:stop]))
 
 
 def _begun_as_pictures(root: Storage, files: Sequence[FoundFile]) -> set[FoundFile]:
@@ -101,56 +115,36 @@ def _begun_as_pictures(root: Storage, files: Sequence[FoundFile]) -> set[FoundFi
         }
 
 
-def _say_passed_over(location: str, names: Iterable[str]) -> None:
-    sentence = passed_over(shown(location), names)
-    if sentence:
-        logger.warning("%s", sentence)
-
-
 def _listed(location: str) -> tuple[Storage, list[FoundFile]]:
     """The folder that ids are relative to, and the files that a location names, or those below it."""
     address, mark, query = location.partition("?") if is_uri(location) else (location, "", "")
     marks = [position for position in map(address.find, "{*") if position >= 0]
-    if marks and (is_uri(location) or not Path(address).exists()):
-        start = address.rfind("/", 0, min(marks)) + 1
-        root = open_storage(f"{address[:start] or '.'}{mark}{query}")
-        return root, [file for pattern in expand_braces(address[start:]) for file in _matching(root, pattern)]
-    place = open_storage(location)
-    file = place.find()
-    if file is None:
-        return place, place.list_files()
-    parent = address.rstrip("/").rpartition("/")
-    return open_storage(f"{parent[0]}{parent[1] or '.'}{mark}{query}"), [file]
-
-
-def _matching(root: Storage, pattern: str) -> list[FoundFile]:
-    """The file of a name, or the files of a pattern with `*` in the last part of its path."""
-    folder, _, name = pattern.rpartition("/")
-    if "*" in folder:
-        raise DataError(f"{root.name}/{pattern}: expected * in the last part of the path alone")
-    if "*" in name:
-        listed = (root.child(folder) if folder else root).list_files(recursive=False)
-        found = [file for file in listed if fnmatch.fnmatchcase(PurePosixPath(file.path).name, name)]
-    else:
-        file = root.child(pattern).find()
-        found = [] if file is None else [file]
-    if not found:
-        raise DataError("no such file", at=root.child(pattern).name)
-    return found
-
-
-def _digest_of_files(root: Storage, files: Sequence[FoundFile]) -> str:
-    return digest_of((root.below(file.path), file.size, file.mtime_ns) for file in files)
+    if not marks or (not is_uri(location) and Path(address).exists()):
+        storage = open_storage(location)
+        file = storage.find()
+        if file is None:
+            return storage, storage.list_files()
+        parent = address.rstrip("/").rpartition("/")
+        return open_storage(f"{parent[0]}{parent[1] or '.'}{mark}{query}"), [file]
+    start = address.rfind("/", 0, min(marks)) + 1
+    root, files = open_storage(f"{address[:start] or '.'}{mark}{query}"), list[FoundFile]()
+    for pattern in expand_braces(address[start:]):
+        folder, _, name = pattern.rpartition("/")
+        if "*" in folder:
+            raise DataError(f"{root.name}/{pattern}: expected * in the last part of the path alone")
+        if "*" in name:
+            listed = (root.child(folder) if folder else root).list_files(recursive=False)
+            found = [one for one in listed if fnmatch.fnmatchcase(PurePosixPath(one.path).name, name)]
+        else:
+            file = root.child(pattern).find()
+            found = [] if file is None else [file]
+        if not found:
+            raise DataError("no such file", at=root.child(pattern).name)
+        files += found
+    return root, files
 
 
 # --- an LMDB
-
-
-def _open_lmdb(folder: Path) -> Collection:
-    ids = ImageStore(folder).ids
-    status = (folder / "data.mdb").stat()
-    digest = digest_of([*ids, status.st_size, status.st_mtime_ns])
-    return Collection(ids, digest, lambda start, stop: LmdbPart(str(folder.absolute()), ids[start:stop]))
 
 
 class LmdbPart:
@@ -207,11 +201,11 @@ class FilePart:
 
     def __getitem__(self, index: int) -> StoredPicture[RecordId]:
         item = self.items[index]
-        place = Storage(self.storage.files, item.path, item.name)
+        stored = Storage(self.storage.files, item.path, item.name)
         if item.size < 0:
-            return StoredPicture(item.id, place.read(), Where(item.name))
+            return StoredPicture(item.id, stored.read(), Where(item.name))
         try:
-            with place.input_file() as stream:
+            with stored.input_file() as stream:
                 data: bytes = stream.read_at(item.size, item.offset)
         except OSError as error:
             raise DataError(f"cannot be read ({error})", at=item.name) from error
@@ -220,31 +214,15 @@ class FilePart:
         return StoredPicture(item.id, data, Where(item.name))
 
 
-def _open_folder(root: Storage, files: Sequence[FoundFile]) -> Collection:
-    items = []
-    for file in files:
-        place = root.at(file.path)
-        items.append(_Item(spelled(root.below(file.path)), file.path, place.name))
-    digest = _digest_of_files(root, files)
-    return Collection([item.id for item in items], digest, lambda start, stop: FilePart(root, items[start:stop]))
-
-
-def _open_tars(root: Storage, files: Sequence[FoundFile]) -> Collection:
-    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        items = [item for found in pool.map(lambda file: _members(root, file), files) for item in found]
-    digest = _digest_of_files(root, files)
-    return Collection([item.id for item in items], digest, lambda start, stop: FilePart(root, items[start:stop]))
-
-
 def _members(root: Storage, file: FoundFile) -> list[_Item]:
-    place, items = root.at(file.path), []
-    with place.open() as stream:
-        for member in tar_members(stream, place.name):
+    stored, items = root.at(file.path), []
+    with stored.open() as stream:
+        for member in tar_members(stream, stored.name):
             folder, slash, name = member.name.removeprefix("./").rpartition("/")
             stem, _, suffix = name.partition(".")
             if stem and f".{suffix.lower()}" in PICTURE_SUFFIXES:
                 image_id = f"{spelled(root.below(file.path))}/{folder}{slash}{stem}"
-                items.append(_Item(image_id, file.path, f"{place.name}/{member.name}", member.offset, member.size))
+                items.append(_Item(image_id, file.path, f"{stored.name}/{member.name}", member.offset, member.size))
     return items
 
 
@@ -292,34 +270,31 @@ class TablePart:
         piece, number = self._positions[index]
         where = Where(piece.name, part=f"row {piece.first + number + 1}", id=self.ids[index])
         with self._reading, reading(where, DataError, step="write the table again"):  # a text may be no UTF-8
-            value = self._column(piece)[number].as_py()
+            if piece not in self._kept:
+                if len(self._kept) >= _ROW_GROUPS_KEPT:
+                    self._kept.pop(next(iter(self._kept)))
+                with _parquet(Storage(self.storage.files, piece.path, piece.name)) as table:
+                    self._kept[piece] = table.read_row_group(piece.group, columns=[self.column]).column(self.column)
+            value = self._kept[piece][number].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise DataError(f"expected the bytes of a picture, got {type(data).__name__}", at=where.of(self.column))
         return StoredPicture(self.ids[index], data, where)
 
-    def _column(self, piece: _Rows) -> Any:
-        if piece not in self._kept:
-            if len(self._kept) >= _ROW_GROUPS_KEPT:
-                self._kept.pop(next(iter(self._kept)))
-            with _parquet(Storage(self.storage.files, piece.path, piece.name)) as table:
-                self._kept[piece] = table.read_row_group(piece.group, columns=[self.column]).column(self.column)
-        return self._kept[piece]
-
 
 @contextlib.contextmanager
-def _parquet(place: Storage) -> Iterator[Any]:
+def _parquet(stored: Storage) -> Iterator[Any]:
     """A Parquet file, opened; what goes wrong with it is a DataError."""
-    parquet = require("pyarrow.parquet", extra=EXTRA, purpose=place.name)
+    parquet = require("pyarrow.parquet", extra=EXTRA, purpose=stored.name)
     with (
-        reading(place.name, DataError, what="cannot be read as Parquet", step="write it again"),
-        place.input_file() as stream,
+        reading(stored.name, DataError, what="cannot be read as Parquet", step="write it again"),
+        stored.input_file() as stream,
         parquet.ParquetFile(stream) as file,
     ):
         yield file
 
 
-def _open_tables(root: Storage, files: Sequence[FoundFile]) -> Collection:
+def _open_tables(root: Storage, files: Sequence[FoundFile], digest: str) -> Collection:
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         tables = list(pool.map(lambda file: _table(root.at(file.path)), files))
     columns = {table.column for table in tables}
@@ -332,11 +307,11 @@ def _open_tables(root: Storage, files: Sequence[FoundFile]) -> Collection:
     def part(start: int, stop: int) -> TablePart:
         return TablePart(root, ids[start:stop], list(_cut(rows, start, stop)), column)
 
-    return Collection(ids, _digest_of_files(root, files), part)
+    return Collection(ids, digest, part)
 
 
-def _table(place: Storage) -> _Table:
-    with _parquet(place) as file:
+def _table(stored: Storage) -> _Table:
+    with _parquet(stored) as file:
         names = file.schema_arrow.names
         id_column = next((name for name in ID_COLUMNS if name in names), None)
         column = next((name for name in PICTURE_COLUMNS if name in names), None)
@@ -344,18 +319,18 @@ def _table(place: Storage) -> _Table:
             raise DataError(
                 f"expected a column {' or '.join(ID_COLUMNS)} and one with the bytes of pictures, "
                 f"{' or '.join(PICTURE_COLUMNS)}; it has {names}",
-                at=place.name,
+                at=stored.name,
             )
         values = file.read(columns=[id_column]).column(id_column).to_pylist()
         sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     if len(values) != sum(sizes):
-        raise DataError(f"says it has {sum(sizes)} rows, and has {len(values)}; write it again", at=place.name)
+        raise DataError(f"says it has {sum(sizes)} rows, and has {len(values)}; write it again", at=stored.name)
     rows, first = [], 0
     for group, size in enumerate(sizes):
-        rows.append(_Rows(place.path, place.name, group, first, 0, size))
+        rows.append(_Rows(stored.path, stored.name, group, first, 0, size))
         first += size
     return _Table(
-        [_id(value, Where(place.name, part=f"row {row}")) for row, value in enumerate(values, 1)], rows, column
+        [_id(value, Where(stored.name, part=f"row {row}")) for row, value in enumerate(values, 1)], rows, column
     )
 
 
@@ -374,11 +349,3 @@ def _cut(rows: Sequence[_Rows], start: int, stop: int) -> Iterator[_Rows]:
         if begin < stop and start < end:
             yield piece._replace(start=max(start - begin, 0), stop=min(stop, end) - begin)
         begin = end
-
-
-_SUFFIXES = {"pictures": PICTURE_SUFFIXES, "tar files": (".tar",), "Parquet files": (".parquet",)}
-_OPENERS: dict[str, Callable[[Storage, Sequence[FoundFile]], Collection]] = {
-    "pictures": _open_folder,
-    "tar files": _open_tars,
-    "Parquet files": _open_tables,
-}

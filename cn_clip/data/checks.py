@@ -79,8 +79,15 @@ def checked_images(
 def _checked_pictures(
     path: str | os.PathLike[str], items: Iterable[ImageRecord | Fault], check: PictureCheck, num_workers: int
 ) -> Iterator[ImageRecord | Fault]:
+    """The records of which the picture passes `check`, a Fault in place of each other one."""
+
     def look(item: ImageRecord | Fault) -> ImageRecord | Fault:
-        return item if isinstance(item, Fault) else _checked_picture(path, item, check)
+        if isinstance(item, Fault):
+            return item
+        try:
+            return replace(item, is_deep=check_picture(decode_base64(item.base64), check))
+        except DataError as error:
+            return Fault(str(path), item.line, f"image id {item.image_id!r}: {error}", item.image_id)
 
     if num_workers <= 0:
         yield from map(look, items)
@@ -89,14 +96,6 @@ def _checked_pictures(
     with ThreadPoolExecutor(num_workers) as pool:  # threads: the decoders of PIL release the interpreter
         while window := list(itertools.islice(iterator, _WINDOW_RECORDS)):
             yield from pool.map(look, window)
-
-
-def _checked_picture(path: str | os.PathLike[str], record: ImageRecord, check: PictureCheck) -> ImageRecord | Fault:
-    try:
-        is_deep = check_picture(decode_base64(record.base64), check)
-    except DataError as error:
-        return Fault(str(path), record.line, f"image id {record.image_id!r}: {error}", record.image_id)
-    return replace(record, is_deep=True) if is_deep else record
 
 
 def checked_texts(
@@ -117,29 +116,17 @@ def checked_texts(
             message = f"duplicate text id {item.text_id!r}, first in line {first}; expected each text id once"
             yield Fault(str(path), item.line, message, item.text_id)
             continue
-        yield from _checked_names(path, item, image_ids, images_file)
-
-
-def _checked_names(
-    path: str | os.PathLike[str],
-    record: TextRecord,
-    known: Container[RecordId],
-    images_file: str | os.PathLike[str],
-) -> Iterator[TextRecord | Fault]:
-    kept: dict[RecordId, None] = {}
-    where = f"text id {record.text_id!r}: image_ids"
-    for image_id in record.image_ids:
-        if image_id in kept:
-            message = f"{where} names picture {image_id!r} twice; expected each picture once"
-            yield Fault(str(path), record.line, message, record.text_id)
-        elif image_id not in known:
-            message = (
-                f"{where} names picture {image_id!r}, which is not in {images_file}; add it there or remove it here"
-            )
-            yield Fault(str(path), record.line, message, record.text_id)
-        else:
-            kept[image_id] = None
-    yield TextRecord(record.text_id, record.text, tuple(kept), record.line)
+        kept: dict[RecordId, None] = {}
+        for image_id in item.image_ids:
+            if image_id not in kept and image_id in image_ids:
+                kept[image_id] = None
+                continue
+            what = " twice; expected each picture once"
+            if image_id not in kept:
+                what = f", which is not in {images_file}; add it there or remove it here"
+            message = f"text id {item.text_id!r}: image_ids names picture {image_id!r}{what}"
+            yield Fault(str(path), item.line, message, item.text_id)
+        yield TextRecord(item.text_id, item.text, tuple(kept), item.line)
 
 
 @dataclass
@@ -195,7 +182,17 @@ def check_split(
     """
     result = SplitCheck(split)
     images_file, texts_file = images_path(data_dir, split), texts_path(data_dir, split)
-    stores = _open_stores(lmdb_folder, result)
+    stores: tuple[ImageStore, PairStore] | None = None
+    try:
+        if is_there(lmdb_folder):
+            stores = ImageStore(lmdb_folder / IMAGES), PairStore(lmdb_folder / PAIRS)
+            said, held, result.num_pairs = stores[0].num_images, len(stores[0].listed), len(stores[1])
+            if said != held:
+                message = f"num_images says {said}, but it holds {held} pictures; build it again"
+                result.faults.append(Fault(stores[0].folder, None, message))
+    except DataError as error:
+        stores, result.num_pairs = None, None
+        result.faults.append(Fault(str(lmdb_folder), None, str(error)))
     try:
         absent = [path for path in (images_file, texts_file) if not is_file(path)]
     except UnreadableError as error:  # no word on what else there is: it would be compared with nothing
@@ -206,30 +203,15 @@ def check_split(
         return result
     for path in absent:
         result.faults.append(Fault(str(path), None, "no such file; a split has _imgs.tsv and _texts.jsonl"))
-    images = checked_images(images_file, check=check, num_workers=num_workers) if images_file not in absent else ()
-    known = _check_images(images, stores, result)
+    records = checked_images(images_file, check=check, num_workers=num_workers) if images_file not in absent else ()
+    known = _check_images(records, stores, result)
     texts = checked_texts(texts_file, known, images_file=images_file) if texts_file not in absent else ()
     _check_texts(texts, stores, result)
     return result
 
 
-def _open_stores(folder: Path, result: SplitCheck) -> "tuple[ImageStore, PairStore] | None":
-    try:
-        if not is_there(folder):
-            return None
-        images, pairs = ImageStore(folder / IMAGES), PairStore(folder / PAIRS)
-        if images.num_images != len(images.listed):
-            message = f"num_images says {images.num_images}, but it holds {len(images.listed)} pictures; build it again"
-            result.faults.append(Fault(images.folder, None, message))
-    except DataError as error:
-        result.faults.append(Fault(str(folder), None, str(error)))
-        return None
-    result.num_pairs = len(pairs)
-    return images, pairs
-
-
 def _check_images(
-    items: Iterable[ImageRecord | Fault], stores: "tuple[ImageStore, PairStore] | None", result: SplitCheck
+    items: Iterable[ImageRecord | Fault], stores: tuple[ImageStore, PairStore] | None, result: SplitCheck
 ) -> set[RecordId]:
     known: set[RecordId] = set()
     for item in items:
@@ -252,7 +234,7 @@ def _check_images(
 
 
 def _check_texts(
-    items: Iterable[TextRecord | Fault], stores: "tuple[ImageStore, PairStore] | None", result: SplitCheck
+    items: Iterable[TextRecord | Fault], stores: tuple[ImageStore, PairStore] | None, result: SplitCheck
 ) -> None:
     expected: list[tuple[Pair, int]] = []
     for item in items:
@@ -263,29 +245,28 @@ def _check_texts(
         result.num_blank += not item.text.strip()
         if stores:
             expected.extend((Pair(image_id, item.text_id, item.text), item.line) for image_id in item.image_ids)
-    if stores:
-        result.faults.extend(_pair_faults(stores[1], expected))
-
-
-def _pair_faults(store: PairStore, expected: list[tuple[Pair, int]]) -> Iterator[Fault]:
-    if len(store) != len(expected):
-        message = f"holds {len(store)} pairs, the jsonl file {len(expected)}; build the LMDB again"
-        yield Fault(store.folder, None, message)
-    for index, (pair, line) in zip(range(len(store)), expected, strict=False):
+    if stores is None:
+        return
+    pairs = stores[1]
+    if len(pairs) != len(expected):
+        message = f"holds {len(pairs)} pairs, the jsonl file {len(expected)}; build the LMDB again"
+        result.faults.append(Fault(pairs.folder, None, message))
+    for index, (pair, line) in zip(range(len(pairs)), expected, strict=False):
         try:
-            stored = store[index]
+            stored = pairs[index]
         except DataError as error:
-            yield Fault(store.folder, None, str(error).removeprefix(f"{store.folder}: "), pair.text_id)
+            message = str(error).removeprefix(f"{pairs.folder}: ")
+            result.faults.append(Fault(pairs.folder, None, message, pair.text_id))
             continue
         if stored != pair:  # one is enough: the numbers after it are shifted
             message = (
                 f"pair {index} is {tuple(stored)}, line {line} of the jsonl file says {tuple(pair)}; build it again"
             )
-            yield Fault(store.folder, None, message, pair.text_id)
+            result.faults.append(Fault(pairs.folder, None, message, pair.text_id))
             return
 
 
-def _check_stores(stores: "tuple[ImageStore, PairStore]", result: SplitCheck, check: PictureCheck) -> None:
+def _check_stores(stores: tuple[ImageStore, PairStore], result: SplitCheck, check: PictureCheck) -> None:
     images, pairs = stores
     for image_id in images.listed:
         try:

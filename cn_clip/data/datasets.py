@@ -181,21 +181,15 @@ def collate(items: list[Any]) -> Any:
         return failure
     columns = zip(*items, strict=True)
     batch: list[Any] = [torch.stack(column) if isinstance(column[0], Tensor) else list(column) for column in columns]
-    if not _has_shared_memory_for(sum(part.nbytes for part in batch if isinstance(part, Tensor))):
-        batch = [part.numpy() if isinstance(part, Tensor) else part for part in batch]
-    return PairBatch._make(batch) if isinstance(items[0], Pair) else tuple(batch)
-
-
-def _has_shared_memory_for(size: int) -> bool:
-    """Whether this worker may hand over tensors of so many bytes in shared memory, even if all workers do so at once.
-
-    PyTorch loses a batch for which there is no room, and the training waits for it for ever. Arrays go through a pipe.
-    """
     worker = get_worker_info()
-    if worker is None:
-        return True
-    num_writers = worker.num_workers * ranks.local_world_size()
-    return free_shared_memory() > 2 * size * num_writers  # twice: the batch before may still be on its way
+    if worker is not None:
+        # A worker hands over tensors in shared memory. PyTorch loses a batch that finds no room there, even if all
+        # workers write at once, and the training waits for it for ever; arrays go through a pipe.
+        size = sum(part.nbytes for part in batch if isinstance(part, Tensor))
+        num_writers = worker.num_workers * ranks.local_world_size()
+        if free_shared_memory() <= 2 * size * num_writers:  # twice: the batch before may still be on its way
+            batch = [part.numpy() if isinstance(part, Tensor) else part for part in batch]
+    return PairBatch._make(batch) if isinstance(items[0], Pair) else tuple(batch)
 
 
 def free_shared_memory() -> float:

@@ -1,5 +1,6 @@
 """The picture grid: queries at the left, what they found at the right, as a PNG; for the demo and `cn-clip search`."""
 
+import contextlib
 import zipfile
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -61,16 +62,12 @@ def draw_grid(rows: Sequence[Row], path: Path) -> None:
     texts = [text for query, hits in table for text in (query, *(hit.caption for hit in hits))]
     sheet = _Sheet(len(table), num_hits, texts)
     for index, (query, hits) in enumerate(table):
-        sheet.draw_query(index, query, _rank_note(hits))
-        for place, hit in enumerate(hits):
-            sheet.draw_hit(index, place, hit)
+        rank = next((rank for rank, hit in enumerate(hits, start=1) if hit.is_right), None)
+        sheet.draw_query(index, query, "" if rank is None else f"第 {rank} 位 / rank {rank}")
+        for column, hit in enumerate(hits):
+            sheet.draw_hit(index, column, hit)
     with atomic_write(path, "wb") as stream:
         sheet.image.save(stream, "PNG", optimize=True)
-
-
-def _rank_note(hits: Sequence[Hit]) -> str:
-    ranks = [rank for rank, hit in enumerate(hits, start=1) if hit.is_right]
-    return f"第 {ranks[0]} 位 / rank {ranks[0]}" if ranks else ""
 
 
 class _Sheet:
@@ -101,11 +98,17 @@ class _Sheet:
             y += leading
         self.pen.text((MARGIN, y + NOTE_GAP), note, font=self.caption_font, fill=RIGHT)
 
-    def draw_hit(self, row: int, place: int, hit: Hit) -> None:
-        """Draws one picture in the middle of its cell, its frame when it is right, its caption beneath."""
-        left = MARGIN + QUERY_WIDTH + place * CELL_WIDTH + (CELL_WIDTH - PICTURE) // 2
+    def draw_hit(self, row: int, column: int, hit: Hit) -> None:
+        """Draws one picture whole, on a white square in its cell, with its caption, and a frame if it is right."""
+        left = MARGIN + QUERY_WIDTH + column * CELL_WIDTH + (CELL_WIDTH - PICTURE) // 2
         top = self.top(row) + GAP + FRAME
-        self.image.paste(_fitted(hit.picture), (left, top))
+        drawing = (opened(hit.picture) if isinstance(hit.picture, bytes) else hit.picture).convert("RGBA")
+        scale = PICTURE / max(drawing.size)
+        size = (max(1, round(drawing.width * scale)), max(1, round(drawing.height * scale)))
+        square = Image.new("RGBA", (PICTURE, PICTURE), PAPER)
+        corner = ((PICTURE - size[0]) // 2, (PICTURE - size[1]) // 2)
+        square.alpha_composite(drawing.resize(size, Image.Resampling.LANCZOS), corner)
+        self.image.paste(square.convert("RGB"), (left, top))
         if hit.is_right:
             box = (left - FRAME - 2, top - FRAME - 2, left + PICTURE + FRAME + 1, top + PICTURE + FRAME + 1)
             self.pen.rounded_rectangle(box, radius=FRAME + 4, outline=RIGHT, width=FRAME)
@@ -116,26 +119,15 @@ class _Sheet:
             y += CAPTION_SIZE * LINE_SPACING
 
 
-def _fitted(picture: bytes | Image.Image) -> Image.Image:
-    """The whole picture on a white square of PICTURE pixels a side."""
-    image = opened(picture) if isinstance(picture, bytes) else picture
-    drawing = image.convert("RGBA")
-    scale = PICTURE / max(drawing.size)
-    size = (max(1, round(drawing.width * scale)), max(1, round(drawing.height * scale)))
-    square = Image.new("RGBA", (PICTURE, PICTURE), PAPER)
-    corner = ((PICTURE - size[0]) // 2, (PICTURE - size[1]) // 2)
-    square.alpha_composite(drawing.resize(size, Image.Resampling.LANCZOS), corner)
-    return square.convert("RGB")
-
-
 def wrap(text: str, font: Font, width: float, *, max_lines: int) -> list[str]:
     """Lines of at most `width` pixels, broken between any two characters but before closing punctuation.
 
-    What does not fit into `max_lines` is cut, and the last line then ends in "…".
+    One closing mark may hang over. What does not fit into `max_lines` is cut, and the last line then ends in "…".
     """
     lines = [""]
     for character in " ".join(text.split()):
-        if _may_follow(lines[-1], character, font, width):
+        fits = not lines[-1] or font.getlength(lines[-1] + character) <= width
+        if fits or (character in NO_LINE_BEGINS_WITH and font.getlength(lines[-1]) <= width):
             lines[-1] += character
         elif len(lines) > max_lines:
             break
@@ -147,13 +139,6 @@ def wrap(text: str, font: Font, width: float, *, max_lines: int) -> list[str]:
     while last and font.getlength(last + "…") > width:
         last = last[:-1]
     return [*lines[: max_lines - 1], last + "…"]
-
-
-def _may_follow(line: str, character: str, font: Font, width: float) -> bool:
-    """Whether the character still stands on the line; one closing punctuation mark may hang over."""
-    if not line or font.getlength(line + character) <= width:
-        return True
-    return character in NO_LINE_BEGINS_WITH and font.getlength(line) <= width
 
 
 @cache
@@ -169,15 +154,11 @@ def _font_for(text: str) -> bytes | str:
     data, has = _embedded_font()
     if has.issuperset(text.replace("\n", " ")):
         return data
-    return next((name for name in SYSTEM_FONTS if _is_installed(name)), data)
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        ImageFont.truetype(name, CAPTION_SIZE)
-    except OSError:
-        return False
-    return True
+    for name in SYSTEM_FONTS:
+        with contextlib.suppress(OSError):  # not installed
+            ImageFont.truetype(name, CAPTION_SIZE)
+            return name
+    return data
 
 
 def _sized(font: bytes | str, size: int) -> Font:

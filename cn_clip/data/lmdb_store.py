@@ -76,20 +76,15 @@ class LmdbWriter:
 
     def _flush(self) -> None:
         with _writing(self._folder):
-            while not self._put_batch():
-                self._env.set_mapsize(self._env.info()["map_size"] * 2)
-        self._batch.clear()
+            while self._batch:
+                try:
+                    with self._env.begin(write=True) as transaction:
+                        for key, value in self._batch:
+                            transaction.put(key, value)
+                    self._batch.clear()
+                except lmdb.MapFullError:  # nothing of the batch was stored
+                    self._env.set_mapsize(self._env.info()["map_size"] * 2)
         self._batch_bytes = 0
-
-    def _put_batch(self) -> bool:
-        """Whether the map held it; if not, nothing of it was stored."""
-        try:
-            with self._env.begin(write=True) as transaction:
-                for key, value in self._batch:
-                    transaction.put(key, value)
-        except lmdb.MapFullError:
-            return False
-        return True
 
     def __enter__(self) -> "LmdbWriter":
         return self

@@ -62,7 +62,18 @@ def path_of(spelling: str) -> str:
 
     Raises ValueError for what is no spelling.
     """
-    return "/".join(map(_path_of, spelling.split("/")))
+    parts = []
+    for part in spelling.split("/"):
+        if part.startswith(_UTF8):
+            part = part.removeprefix(_UTF8)
+        elif part.startswith(_GBK):
+            part = part.removeprefix(_GBK).encode("gbk").decode("utf-8", "surrogateescape")
+        elif part.startswith(_PAIRS):
+            part = unquote_to_bytes(part.removeprefix(_PAIRS)).decode("utf-8", "surrogatepass")
+        elif part.startswith(_BYTES):
+            part = unquote_to_bytes(part.removeprefix(_BYTES)).decode("utf-8", "surrogateescape")
+        parts.append(part)
+    return "/".join(parts)
 
 
 def characters(part: str) -> str | None:
@@ -96,15 +107,3 @@ def _spelled(part: str) -> str:
     if text.isprintable() and text.encode("gbk", "replace") == data:
         return _GBK + text
     return _BYTES + quote_from_bytes(data, safe=_UNQUOTED)
-
-
-def _path_of(part: str) -> str:
-    if part.startswith(_UTF8):
-        return part.removeprefix(_UTF8)
-    if part.startswith(_GBK):
-        return part.removeprefix(_GBK).encode("gbk").decode("utf-8", "surrogateescape")
-    if part.startswith(_PAIRS):
-        return unquote_to_bytes(part.removeprefix(_PAIRS)).decode("utf-8", "surrogatepass")
-    if part.startswith(_BYTES):
-        return unquote_to_bytes(part.removeprefix(_BYTES)).decode("utf-8", "surrogateescape")
-    return part

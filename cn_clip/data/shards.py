@@ -47,7 +47,14 @@ def _scan(path: str) -> _Scan:
     try:
         with open(path, "rb", buffering=4096) as stream:
             for member in tar_members(stream, path):
-                _add(samples, member, path, faults)
+                folder, slash, name = member.name.removeprefix("./").rpartition("/")
+                stem, _, suffix = name.partition(".")
+                role = _ROLES.get(f".{suffix.lower()}")
+                if role is None or not stem or stem.startswith("__"):  # of other tools, or WebDataset's notes to itself
+                    continue
+                parts = samples.setdefault(f"{folder}{slash}{stem}", {})
+                if parts.setdefault(role, member) is not member:
+                    faults.append(f"{path}: member {member.name!r}: the sample has {parts[role].name!r} already")
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})", at=path) from error
     except DataError as error:
@@ -65,17 +72,6 @@ def _scan(path: str) -> _Scan:
     keys = sorted(whole, key=lambda key: whole[key]["picture"].offset)
     rows = [[number for role in _PARTS for number in whole[key].get(role, _ABSENT)[1:]] for key in keys]
     return _Scan(np.array(rows, dtype=np.int64).reshape(-1, 2 * len(_PARTS)), keys, faults)
-
-
-def _add(samples: dict[str, dict[str, Member]], member: Member, path: str, faults: list[str]) -> None:
-    folder, slash, name = member.name.removeprefix("./").rpartition("/")
-    stem, _, suffix = name.partition(".")
-    role = _ROLES.get(f".{suffix.lower()}")
-    if role is None or not stem or stem.startswith("__"):  # files of other tools, and WebDataset's notes to itself
-        return
-    parts = samples.setdefault(f"{folder}{slash}{stem}", {})
-    if parts.setdefault(role, member) is not member:
-        faults.append(f"{path}: member {member.name!r}: the sample has {parts[role].name!r} already")
 
 
 class ShardPairs:

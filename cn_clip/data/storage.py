@@ -77,8 +77,14 @@ class Storage:
         On a disk, links are followed, and each folder is looked at once.
         """
         with self._trying("cannot be listed"):
-            if self._is_local:
-                files = self._walked(recursive)
+            files: list[FoundFile] = []
+            if self._is_local:  # pyarrow cannot list a folder with a name that is not UTF-8
+                for folder, folders, names in walked(self.path, _refuse):
+                    below = folder.removeprefix(self.path).replace(os.sep, "/").strip("/")
+                    paths = [self.child(f"{below}/{name}" if below else name).path for name in names]
+                    files += [one for path in paths if (one := _found(path)) is not None]
+                    if not recursive:
+                        folders.clear()
             else:
                 selector = require("pyarrow.fs", extra=EXTRA, purpose=self.name).FileSelector
                 found = self.files.get_file_info(selector(self.path, recursive=recursive, allow_not_found=True))
@@ -89,17 +95,6 @@ class Storage:
     @property
     def _is_local(self) -> bool:
         return bool(self.files.type_name == "local")
-
-    def _walked(self, recursive: bool) -> list[FoundFile]:
-        """pyarrow cannot list a folder with a name that is not UTF-8."""
-        files = list[FoundFile]()
-        for folder, folders, names in walked(self.path, _refuse):
-            below = folder.removeprefix(self.path).replace(os.sep, "/").strip("/")
-            paths = [self.child(f"{below}/{name}" if below else name).path for name in names]
-            files += [found for path in paths if (found := _found(path)) is not None]
-            if not recursive:
-                folders.clear()
-        return files
 
     def read(self) -> bytes:
         """The bytes of a file; raises DataError."""

@@ -61,8 +61,15 @@ def tar_members(stream: BinaryIO, path: str) -> Iterator[Member]:
         if offset + size > num_bytes:
             what = f"member {name!r} has {num_bytes - offset} of {size} bytes"
             raise DataError(f"cut short, {what}; copy or write it again", at=path)
-        if kind in b"Lx":
-            extended |= _extended(kind, stream, offset, size, Where(path, part=f"byte {offset}"))
+        if kind in b"Lx":  # the name, in GNU's way; name, size and more in POSIX's way
+            where = Where(path, part=f"byte {offset}")
+            if size > _MAX_EXTENDED_BYTES:
+                what = f"an extended header of {size} bytes; expected at most {_MAX_EXTENDED_BYTES}"
+                raise DataError(what, at=where)
+            data = read_at(stream, offset, size)
+            extended |= {"path": _text(data)} if kind == b"L" else _pax_records(data, where)
+            if not re.fullmatch("[0-9]{0,19}", extended.get("size", "")):
+                raise _damaged_extension(where)
         elif kind in b"07\0":
             yield Member(spelled(name), offset, size)
         if kind not in b"LKxg":
@@ -101,17 +108,6 @@ def _number(field: bytes) -> int:
 
 def _text(field: bytes) -> str:
     return field.split(b"\0")[0].decode("utf-8", "surrogateescape")
-
-
-def _extended(kind: bytes, stream: BinaryIO, offset: int, size: int, where: Where) -> dict[str, str]:
-    """The name, in GNU's way; name, size and more in POSIX's way."""
-    if size > _MAX_EXTENDED_BYTES:
-        raise DataError(f"an extended header of {size} bytes; expected at most {_MAX_EXTENDED_BYTES}", at=where)
-    data = read_at(stream, offset, size)
-    records = {"path": _text(data)} if kind == b"L" else _pax_records(data, where)
-    if not re.fullmatch("[0-9]{0,19}", records.get("size", "")):
-        raise _damaged_extension(where)
-    return records
 
 
 def _pax_records(data: bytes, where: Where) -> dict[str, str]:

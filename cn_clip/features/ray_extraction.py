@@ -345,33 +345,31 @@ class ShardWorker:
     def work(self, task: Task) -> Finished | CnClipError:
         """Computes a shard and writes it; an error that another attempt would meet again is returned, not raised."""
         try:
-            return self._work(task)
+            if self._encoder is None:
+                if weights_digest(self._options.chosen) != self._weights:
+                    raise ConfigError(
+                        f"{platform.node()}: {self._options.model} is another file there than where the run was "
+                        "started; copy the same weights to every machine"
+                    )
+                self._encoder = open_encoder(self._options.chosen, Speaker(quiet=True), kinds=self._kinds)
+            job, part = task.job, task.inputs
+            if isinstance(part, TextPart):
+                rows_ND = text_rows(self._encoder, part, batch_size=self._options.text_batch_size)
+                ids = [text_id for text_id, _ in part.texts]
+                return write_shard(job.folder, job.manifest, task.shard, ids, rows_ND)
+            outcomes, rows_ND = picture_rows(self._encoder, part, self._options)
+            kept = [index for index, skipped in enumerate(outcomes) if skipped is None]
+            return write_shard(
+                job.folder,
+                job.manifest,
+                task.shard,
+                [part.ids[index] for index in kept],
+                rows_ND[kept],
+                paths=None if part.paths is None else [part.paths[index] for index in kept],
+                skipped=[skipped for skipped in outcomes if skipped is not None],
+            )
         except CnClipError as error:
             return error
-
-    def _work(self, task: Task) -> Finished:
-        if self._encoder is None:
-            if weights_digest(self._options.chosen) != self._weights:
-                raise ConfigError(
-                    f"{platform.node()}: {self._options.model} is another file there than where the run was started; "
-                    "copy the same weights to every machine"
-                )
-            self._encoder = open_encoder(self._options.chosen, Speaker(quiet=True), kinds=self._kinds)
-        job, part = task.job, task.inputs
-        if isinstance(part, TextPart):
-            rows_ND = text_rows(self._encoder, part, batch_size=self._options.text_batch_size)
-            return write_shard(job.folder, job.manifest, task.shard, [text_id for text_id, _ in part.texts], rows_ND)
-        outcomes, rows_ND = picture_rows(self._encoder, part, self._options)
-        kept = [index for index, skipped in enumerate(outcomes) if skipped is None]
-        return write_shard(
-            job.folder,
-            job.manifest,
-            task.shard,
-            [part.ids[index] for index in kept],
-            rows_ND[kept],
-            paths=None if part.paths is None else [part.paths[index] for index in kept],
-            skipped=[skipped for skipped in outcomes if skipped is not None],
-        )
 
 
 def text_rows(encoder: Encoder, part: TextPart, *, batch_size: int) -> FloatArray:

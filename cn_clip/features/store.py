@@ -369,18 +369,17 @@ def begin_shards(folder: Storage, manifest: Manifest, *, overwrite: bool) -> dic
 def _finished(folder: Storage, manifest: Manifest, there: Iterable[str]) -> dict[int, Finished]:
     shards = {shard.name: shard for shard in manifest.shards()}
     wanted = [shards[name] for name in there if name in shards]
+
+    def look(shard: Shard) -> Finished | None:
+        try:
+            with folder.child(shard.name).open() as stream:
+                return _report_of(stream, manifest, shard)
+        except DataError:  # damaged, or not this shard of this job
+            return None
+
     with ThreadPoolExecutor(_READING_THREADS) as pool:
-        reports = pool.map(lambda shard: _read_report(folder, manifest, shard), wanted)
-        return {shard.number: report for shard, report in zip(wanted, reports, strict=True) if report is not None}
-
-
-def _read_report(folder: Storage, manifest: Manifest, shard: Shard) -> Finished | None:
-    """What a file says of itself; None if it is not this shard of this job."""
-    try:
-        with folder.child(shard.name).open() as stream:
-            return _report_of(stream, manifest, shard)
-    except DataError:
-        return None
+        found = zip(wanted, pool.map(look, wanted), strict=True)
+        return {shard.number: finished for shard, finished in found if finished is not None}
 
 
 def _report_of(stream: BinaryIO, manifest: Manifest, shard: Shard) -> Finished:

@@ -2,9 +2,11 @@
 
 # N rows, D embedding
 
+import contextlib
 import io
 import json
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +33,7 @@ METADATA_KEY = b"cn_clip"
 _LARGEST_INT64 = 2**63 - 1
 # What the ids of an npz may take, and how many times their own size if it is more.
 _BYTES_A_CHARACTER, _LARGEST_IDS, _LARGEST_WASTE = 4, 1 << 26, 16
+_NOT_KEPT = re.compile("[\0\ud800-\udfff]")
 _NO_FACTS: Mapping[str, object] = {}
 
 
@@ -108,7 +111,8 @@ def read_npz(path: Path, field: IdField) -> Features:
     found, names = read_arrays(path, wanted, step=step)
     if IDS not in found or FEATURES not in found:
         raise DataError(f"expected the arrays {IDS} and {FEATURES}, it has {names}", at=path)
-    _check_field(path, field, str(found.get(FIELD, field)))
+    if str(found.get(FIELD, field)) != field:
+        raise DataError(f"no {field}, only {found[FIELD]}; is this the file of the other modality?", at=path)
     ids, vectors = found[IDS], found[FEATURES]
     if ids.ndim != 1 or vectors.ndim != 2 or len(ids) != len(vectors):
         raise DataError(
@@ -218,7 +222,9 @@ def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]
         id_type, list_type = (file.schema_arrow.field(name).type for name in (field, FEATURE_COLUMN))
         _check_types(arrow, path, field, _plain_type(arrow, id_type), _plain_type(arrow, list_type))
         parts = list(_row_groups(arrow, path, field, file))
-    kind = _known_kind(metadata.get(METADATA_KEY, b"{}"))
+    kind = ""
+    with contextlib.suppress(ValueError, AttributeError):  # the metadata of another program
+        kind = str(json.loads(metadata.get(METADATA_KEY, b"{}")).get(ID_KIND, ""))
     ids = [item_id for part_ids, _ in parts for item_id in part_ids]
     widths = {vectors.shape[1] for _, vectors in parts}
     if len(widths) > 1:
@@ -314,13 +320,6 @@ def _rows(path: Path, lists: Any, start: int) -> FloatArray:
     return _as_float32(path, values.to_numpy(zero_copy_only=False).reshape(len(lists), width))
 
 
-def _known_kind(metadata: bytes) -> str:
-    try:
-        return str(json.loads(metadata).get(ID_KIND, ""))
-    except (ValueError, AttributeError):
-        return ""
-
-
 # --- both
 
 
@@ -328,14 +327,10 @@ def _kept_ids(ids: Sequence[RecordId]) -> tuple[IdKind, list[RecordId]]:
     """How ids are kept, and as what: a column of one type that gives them back as they were."""
     if all(type(one) is int and -_LARGEST_INT64 <= one <= _LARGEST_INT64 for one in ids):
         return "int", list(ids)
-    if all(isinstance(one, str) and _is_plain(one) for one in ids):
+    # numpy drops NUL at the end of a string, Parquet has no lone surrogates.
+    if all(isinstance(one, str) and not _NOT_KEPT.search(one) for one in ids):
         return "str", list(ids)
     return "json", [json.dumps(one) for one in ids]
-
-
-def _is_plain(text: str) -> bool:
-    # numpy drops NUL at the end of a string, Parquet has no lone surrogates.
-    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _checked(path: Path, field: IdField, ids: list[Any], vectors_ND: FloatArray, kind: str) -> Features:
@@ -349,25 +344,18 @@ def _checked(path: Path, field: IdField, ids: list[Any], vectors_ND: FloatArray,
             f"row {faulty + 1} {FEATURE_COLUMN}: holds NaN or infinity; expected finite float32 numbers", at=path
         )
     if kind == "json":
-        ids = [_from_json(path, field, text, row) for row, text in enumerate(ids, start=1)]
+        texts, ids = ids, []
+        for row, text in enumerate(texts, start=1):
+            value = None
+            with contextlib.suppress(ValueError):
+                value = json.loads(str(text))
+            if type(value) not in (int, str):
+                what = f"row {row} {field}: expected the JSON of an integer or a string, got {text!r}"
+                raise DataError(what, at=path)
+            ids.append(value)
     ids = list(map(plain_id, ids))
     check_unique(ids, path, field)
     return Features(ids, vectors_ND)
-
-
-def _from_json(path: Path, field: IdField, text: object, row: int) -> RecordId:
-    try:
-        value = json.loads(str(text))
-    except ValueError:
-        value = None
-    if type(value) is int or type(value) is str:
-        return value
-    raise DataError(f"row {row} {field}: expected the JSON of an integer or a string, got {text!r}", at=path)
-
-
-def _check_field(path: Path, field: IdField, found: str) -> None:
-    if found != field:
-        raise DataError(f"no {field}, only {found}; is this the file of the other modality?", at=path)
 
 
 def _as_float32(path: Path, vectors: NDArray[Any]) -> FloatArray:
