@@ -28,6 +28,7 @@ from cn_clip.clip.model import CLIP
 from cn_clip.clip.weights import hub
 from cn_clip.data.lmdb_store import LmdbWriter
 from cn_clip.eval import extract_features
+from cn_clip.features import extraction
 from cn_clip.features.files import IdField, read_features
 from cn_clip.preprocess import build_lmdb_dataset
 
@@ -618,3 +619,33 @@ def test_help_of_the_script_names_the_flags_of_the_reference() -> None:
     )  # fmt: skip
     for flag in ("--extract-image-feats", "--image-feat-output-path", "--img-batch-size", "--precision", "--debug"):
         assert flag in done.stdout
+
+
+def test_a_text_passes_the_files_that_the_architecture_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From reading a line to writing its row; opening the model is not on the way."""
+    passed: set[str] = set()
+
+    def note(frame: Any, event: str, _: object) -> None:
+        _, inside, name = frame.f_code.co_filename.rpartition("/cn_clip/")
+        if event == "call" and inside and frame.f_code.co_name != "<module>":
+            passed.add(name)
+
+    def watched(function: Any) -> Any:
+        def call(*args: Any, **settings: Any) -> Any:
+            sys.setprofile(note)
+            try:
+                return function(*args, **settings)
+            finally:
+                sys.setprofile(None)
+
+        return call
+
+    monkeypatch.setattr(extraction, "read_texts", watched(extraction.read_texts))
+    monkeypatch.setattr(extraction, "write_rows", watched(extraction.write_rows))
+    monkeypatch.setattr(extraction.Texts, "compute", watched(extraction.Texts.compute))
+    extract_features.main(arguments(folder, "--extract-text-feats"))
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    walk = page[page.index("- **A text, from") : page.index("- **A picture into an index**")]
+    named = set(re.findall(r"`([\w/]+\.py)`", walk))
+    assert passed == named - {"cli.py", "eval/extract_features.py"}
+    assert len(named) <= 16
