@@ -1,9 +1,8 @@
 """What an index is built from: folders of pictures, single pictures, LMDB splits, and the tables beside them."""
 
-import csv
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, TypeAlias
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES, suffix_of
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
 from cn_clip.data.paths import spelled, walked
+from cn_clip.data.tables import csv_rows
 from cn_clip.digests import is_file, is_folder, is_there
 from cn_clip.errors import DataError, UnreadableError, Where, is_absent
 from cn_clip.features.store import is_shard_folder
@@ -225,19 +225,15 @@ def _rows(path: Path, image_column: str) -> Iterator[tuple[int, dict[str, Any]]]
         return
     if suffix not in (".csv", ".tsv"):
         raise DataError("expected a table whose name ends in .csv, .tsv or .jsonl", at=path)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, dialect="excel-tab" if suffix == ".tsv" else "excel")
-            columns = list(reader.fieldnames or [])
-            if columns and image_column not in columns:
-                raise DataError(f"{path}:1: expected a picture in the column {image_column!r}; has {sorted(columns)}")
-            for row in reader:
-                if None in row or None in row.values():
-                    raise DataError(
-                        f"expected {len(columns)} columns as in the first line", at=Where(path, line=reader.line_num)
-                    )
-                yield reader.line_num, {name: value for name, value in row.items() if name}
-    except UnicodeDecodeError as error:
-        raise DataError(f"invalid UTF-8 at byte {error.start}; save the file as UTF-8", at=path) from error
-    except (OSError, csv.Error) as error:
-        raise DataError(f"cannot be read ({error})", at=path) from error
+
+    def check(columns: Sequence[str]) -> None:
+        if columns and image_column not in columns:
+            raise DataError(
+                f"expected a picture in the column {image_column!r}; has {sorted(columns)}", at=Where(path, line=1)
+            )
+
+    for number, row in csv_rows(path, check):
+        if None in row or None in row.values():
+            count = len(row.keys() - {None})
+            raise DataError(f"expected {count} columns as in the first line", at=Where(path, line=number))
+        yield number, {name: value for name, value in row.items() if name}
