@@ -70,7 +70,7 @@ def build_splits(
 ) -> list[SplitReport]:
     """Builds `lmdb_dir/SPLIT` of each split; what is skipped is listed on stderr.
 
-    check, num_workers: see `checked_images`. tell: receives a line for each step.
+    check, num_workers: see `checked_images`. tell: called with each line of the report.
     Raises DataError for a missing file, at the first fault unless faults are skipped, and when nothing is left.
     """
     tell(f"Dataset splits to be processed: {', '.join(splits)}")

@@ -169,7 +169,7 @@ def assign_ids(pictures: list[Picture], source: IdSource) -> list[RecordId]:
 
 def _leading_number(picture: Picture) -> int | None:
     match = _LEADING_NUMBER.match(picture.path.name)
-    return int(match[0]) if match and len(match[0]) <= 18 else None  # beyond that it is no counter
+    return int(match[0]) if match and len(match[0]) <= 18 else None  # a longer one is not a counter
 
 
 # --- the files of a dataset -------------------------------------------------------------------------------------------

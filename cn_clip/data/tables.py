@@ -15,7 +15,7 @@ Row: TypeAlias = tuple[int, dict[Any, Any]]
 def csv_rows(table: Path, check: Callable[[Sequence[str]], None]) -> Iterator[Row]:
     """The rows of a CSV, or by its suffix TSV, file in UTF-8; `check` is given the columns before the first row.
 
-    Raises DataError naming the file, and the line of what is no CSV.
+    Raises DataError naming the file, and the line that is not CSV.
     """
     csv.field_size_limit(2**30)
     try:

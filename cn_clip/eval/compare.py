@@ -56,7 +56,7 @@ class Options:
 
 
 class Source(NamedTuple):
-    """A result file and its place in the table."""
+    """A result file, and its row and group in the table."""
 
     row: str
     group: str
@@ -64,7 +64,7 @@ class Source(NamedTuple):
 
 
 def run(options: Options) -> None:
-    """Prints the table; raises DataError for a file that is no result, or a value that is there twice."""
+    """Prints the table; raises DataError for a file that is not a result, or a value given twice."""
     sources = [source_of(given) for given in options.results]
     if options.output is not None:
         refuse_inputs("--output", options.output, [str(one.path) for one in sources])
@@ -92,7 +92,7 @@ def source_of(given: str) -> Source:
 
 
 def merged(sources: Sequence[Source]) -> Table:
-    """Rows and columns in the order of the files; raises DataError for a value that is there twice."""
+    """Rows and columns in the order of the files; raises DataError for a value given twice."""
     table: Table = {}
     for row, group, path in sources:
         values = table.setdefault(row, {})
@@ -104,7 +104,7 @@ def merged(sources: Sequence[Source]) -> Table:
 
 
 def read_result(path: Path) -> Values:
-    """Percentages by column; raises DataError for what is no result, or one of an evaluation that failed."""
+    """Percentages by column; raises DataError for a file that is not a result, or of an evaluation that failed."""
     try:
         result = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -119,7 +119,7 @@ def read_result(path: Path) -> Values:
 
 
 def _readings(path: Path, result: Mapping[str, Any]) -> Iterator[Values]:
-    """What stands under each of `FIELDS`."""
+    """The values that each of `FIELDS` gives, in their order."""
     if "scoreJson" in result:
         yield _values(path, result["scoreJson"], RECALL)
     if "zeroshot-top1" in result:
@@ -155,12 +155,12 @@ def _values(path: Path, scores: object, names: Mapping[str, str], *, to_percent:
 
 
 def columns_of(table: Table) -> list[str]:
-    """All columns, in the order in which they come up."""
+    """All columns, in the order of their first values."""
     return list(dict.fromkeys(column for values in table.values() for column in values))
 
 
 def markdown(table: Table) -> list[str]:
-    """The lines of the table: two decimals, the best of two or more values in bold, also where several are."""
+    """The lines of the table: two decimals, the best of two or more values in bold, all that are equal."""
     names = columns_of(table)
     best = {name: _best([values[name] for values in table.values() if name in values]) for name in names}
     rows = [[_escaped(row), *(_cell(values.get(name), best[name]) for name in names)] for row, values in table.items()]
@@ -170,7 +170,7 @@ def markdown(table: Table) -> list[str]:
 
 
 def _best(values: Sequence[float]) -> float:
-    """What a cell must reach to be bold, as it is shown; nothing reaches it where there is nothing to compare."""
+    """What a cell must reach to be bold, as it is shown; infinity if there is nothing to compare."""
     return round(max(values), 2) if len(values) > 1 else math.inf
 
 

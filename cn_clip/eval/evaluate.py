@@ -84,9 +84,9 @@ class ModelChoice(choice.ModelSettings):
 
     @property
     def file_name(self) -> str:
-        """The model in the names of files: letters of words, digits, `-` and `.` alone.
+        """The model in the names of files: only letters, digits, `_`, `-` and `.`.
 
-        A checkpoint of a run has the name of the run before its own; backend and precision follow where they are not
+        A checkpoint of a run has the name of the run before its own; backend and precision follow if they are not
         the usual ones.
         """
         names = [self.model or DEFAULT_MODEL]

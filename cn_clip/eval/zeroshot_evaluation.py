@@ -76,15 +76,15 @@ def run_command(options: Options) -> None:
 
 
 def evaluate(options: Options, say: command.Speaker) -> "Accuracy":
-    """Evaluates, tells `say` about it, writes the ELEVATER file and returns the accuracy."""
+    """Evaluates, reports to `say`, writes the ELEVATER file and returns the accuracy."""
     from cn_clip.evaluation import classification, zeroshot
 
     say.params(options)
     path, label_file = options.output_file, options.label_file or ""
     refuse_inputs("--save-dir: the file", path, [label_file, options.index, options.templates])
-    for place in (path.parent, *path.parent.parents):
-        if place.exists() and not place.is_dir():
-            raise DataError(f"--save-dir {options.save_dir}: {place} is no folder; name another one")
+    for folder in (path.parent, *path.parent.parents):
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"--save-dir {options.save_dir}: {folder} is no folder; name another one")
     if path.parent.exists():
         replaceable(path)
     labels = read_labels(Path(label_file))

@@ -88,10 +88,10 @@ def known_name(given: str) -> str | None:
 
 
 def published_model(model: str | None, checkpoint: str | None) -> str | None:
-    """The published model whose figures stand beside those of a model, None where there are none.
+    """The published model whose figures are shown beside those of a model; None if there is none.
 
-    A checkpoint of one's own stands beside the model it is said to be of, else beside that whose file or repository is
-    called alike; a folder or file that merely bears the name of a model is another one.
+    For a checkpoint it is the model that the user says it is of, else the one whose file or repository has its name.
+    A folder or file that only has the name of a model is not that model.
     """
     published = zoo.downloadable()
     given = model or checkpoint or ""

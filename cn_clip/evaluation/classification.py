@@ -172,7 +172,7 @@ def classify(
     num_workers: int,
     say: Speaker,
 ) -> Classified:
-    """Classifies the pictures of class folders by the labels of a file; `say` tells of it as Chinese-CLIP does.
+    """Classifies the pictures of class folders by the labels of a file; `say` prints what Chinese-CLIP prints.
 
     index: the file of ELEVATER's order, into which the probabilities are put; "" for none. Raises CnClipError when
     labels, folders or checkpoint do not fit together.
@@ -262,9 +262,9 @@ def read_dataset(folder: Path, name: str) -> Dataset:
 def own_numbers(
     folders: Sequence[str], names: Sequence[ClassName], *, by_number: bool = True, at: object = None
 ) -> list[int]:
-    """The class of each folder, which bears its name in the dataset (case, blanks, `_`, `-` aside) or its number.
+    """The class of each folder, which has its name in the dataset (ignoring case, blanks, `_` and `-`) or its number.
 
-    by_number: whether the numbers of the dataset's folders are known to be those of `names`; if not they are no names.
+    by_number: whether the numbers of the dataset's folders are known to be those of `names`; if not they are refused.
     Raises DataError, about `at`, for a folder that is neither: an order by which others belong to classes cannot be
     guessed.
     """

@@ -54,7 +54,7 @@ def fit(
     """The minimum of `c * sum of cross-entropies + |weights|² / 2`, scikit-learn's objective; the bias is free.
 
     By L-BFGS in float64 from `start`, or zeros: equal inputs give equal weights. rows_ND: float32.
-    device: the processor in place of one without float64 (MPS). Raises ConfigError for a c that is not above 0.
+    MPS has no float64: the processor computes instead. Raises ConfigError for a c that is not above 0.
     """
     if not (c > 0 and math.isfinite(c)):
         raise ConfigError(f"c: expected a number above 0, got {c}")
@@ -101,27 +101,27 @@ def _best(scores: dict[float, float]) -> float:
 
 
 def held_out(labels_N: Labels, *, share: float, seed: int) -> NDArray[np.bool_]:
-    """Which rows are held out: of each class the share, rounded, but one at least and never all; by seed alone."""
+    """Which rows are held out: of each class the share, rounded, at least one and never all; only the seed decides."""
     generator = np.random.default_rng(seed)
     is_held_N = np.zeros(len(labels_N), dtype=np.bool_)
     for label in np.unique(labels_N):
-        places = generator.permutation(np.flatnonzero(labels_N == label))
-        is_held_N[places[: min(max(1, round(share * len(places))), len(places) - 1)]] = True
+        positions = generator.permutation(np.flatnonzero(labels_N == label))
+        is_held_N[positions[: min(max(1, round(share * len(positions))), len(positions) - 1)]] = True
     return is_held_N
 
 
 def draw_shots(labels_N: Labels, names: Sequence[str], shots: int, *, seed: int) -> NDArray[np.int64]:
-    """The places of `shots` rows of each class, in the order of the rows; by seed alone.
+    """The positions of `shots` rows of each class, in the order of the rows; only the seed decides.
 
     Raises DataError naming a class that has fewer.
     """
     generator = np.random.default_rng(seed)
     drawn = []
     for number, name in enumerate(names):
-        places = np.flatnonzero(labels_N == number)
-        if len(places) < shots:
-            raise DataError(f"class {name!r} has {len(places)} training pictures; --shots {shots} needs as many")
-        drawn.append(generator.choice(places, size=shots, replace=False))
+        positions = np.flatnonzero(labels_N == number)
+        if len(positions) < shots:
+            raise DataError(f"class {name!r} has {len(positions)} training pictures; --shots {shots} needs as many")
+        drawn.append(generator.choice(positions, size=shots, replace=False))
     return np.sort(np.concatenate(drawn))
 
 

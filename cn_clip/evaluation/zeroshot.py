@@ -96,7 +96,7 @@ def probabilities(images_ND: Rows, classes_CD: Rows, *, scale: float = LOGIT_SCA
 
 
 def accuracy(probabilities_NC: Rows, targets_N: NDArray[np.int64]) -> Accuracy:
-    """Top-1, top-5 and per-class accuracy; raises DataError for a target that is no class."""
+    """Top-1, top-5 and per-class accuracy; raises DataError for a target that is not a class."""
     num_classes = probabilities_NC.shape[1]
     if len(targets_N) and not 0 <= targets_N.min() <= targets_N.max() < num_classes:
         raise DataError(f"class number {targets_N.max()}, but there are only {num_classes} labels")
