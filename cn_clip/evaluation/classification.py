@@ -31,8 +31,6 @@ from cn_clip.features.store import Job, RowStore, job_text
 from cn_clip.features.tables import read_arrays
 from cn_clip.files import atomic_write
 
-SUFFIX = ".npz"
-
 # Of a file that does not name them: a label of a damaged one may be any number.
 MOST_CLASSES = 1_000_000
 
