@@ -18,9 +18,8 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "PIL", "onnx", "onnxruntime", "openvino", "transformers", "tokenizers", "fastapi", "gradio")
 HEAVY += ("pyarrow", "matplotlib", "lmdb", "usearch", "safetensors", "huggingface_hub", "opencc")
 
-# Their options still reach a module that imports numpy.
-WITH_NUMPY = {"features", "zeroshot", "evaluate", "linear-probe", "compare", "search", "serve", "bench"}
-WITH_NUMPY |= {"report", "index build", "index add", "index remove", "index info", "index check"}
+# Its options still reach a module that imports numpy.
+WITH_NUMPY = {"bench"}
 
 # A fork for each command, of a process that has imported what all of them do: each sees what its own import brings.
 EACH_COMMAND = """

@@ -5,9 +5,9 @@ from typing import Annotated, Literal, TypeAlias
 
 import tyro
 
-from cn_clip.clip.backends.base import DEFAULT_CONTEXT_LENGTH, BackendName, check_precision
+from cn_clip.clip.backends.names import DEFAULT_CONTEXT_LENGTH, BackendName, check_precision
 from cn_clip.clip.families import names
-from cn_clip.clip.transforms import Decode
+from cn_clip.clip.picture_names import Decode
 from cn_clip.errors import ConfigError
 from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads, PictureTower, TextTower
 

@@ -1,8 +1,15 @@
-"""Which files count as pictures: those with a suffix of this list, and those without any that begin as pictures do."""
+"""Which files count as pictures: those with a suffix of this list, and those without any that begin as pictures do.
+
+Imports nothing heavy, for the options of commands.
+"""
 
 import os
 from collections import Counter
 from collections.abc import Iterable
+from typing import Literal, TypeAlias
+
+# How a picture file becomes pixels; see `transforms.ImageTransform`.
+Decode: TypeAlias = Literal["exact", "fast", "reference"]
 
 # By PIL's name of the format, the usual suffix first. PIL reads HEIF only with a plugin; without it the file is named.
 SUFFIXES_OF: dict[str, tuple[str, ...]] = {

@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer as RustTokenizer
-from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from cn_clip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    import tokenizers
     import torch
 
 VOCAB_FILE = Path(__file__).parent / "vocab.txt"
@@ -110,12 +107,17 @@ class Tokenizer:
         return max(map(len, self.vocab))
 
     @cached_property
-    def rust(self) -> RustTokenizer:
+    def rust(self) -> "tokenizers.Tokenizer":
         """The rules as a tokenizer of Rust; shared, so not to be changed."""
+        import tokenizers  # takes a while, and exact_ids does without
+
         # No special token is added: the text "[SEP]" is three words, not the separator.
-        rust = RustTokenizer(WordPiece(self.vocab, unk_token=UNKNOWN, max_input_chars_per_word=MAX_WORD_CHARS))
-        rust.normalizer = BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=True, lowercase=True)
-        rust.pre_tokenizer = BertPreTokenizer()
+        word_piece = tokenizers.models.WordPiece(self.vocab, unk_token=UNKNOWN, max_input_chars_per_word=MAX_WORD_CHARS)
+        rust = tokenizers.Tokenizer(word_piece)
+        rust.normalizer = tokenizers.normalizers.BertNormalizer(
+            clean_text=True, handle_chinese_chars=True, strip_accents=True, lowercase=True
+        )
+        rust.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
         return rust
 
     def ids(self, text: str) -> list[int]:

@@ -4,12 +4,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image, Resampling, fromarray
 
+from cn_clip.clip.picture_names import Decode as Decode
 from cn_clip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 _MEAN_311 = np.array(MEAN, dtype=np.float32)[:, None, None]
 _STD_311 = np.array(STD, dtype=np.float32)[:, None, None]
 
-Decode: TypeAlias = Literal["exact", "fast", "reference"]
 _LARGEST_16_BITS = 65535
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cn_clip import command, settings, zoo
-from cn_clip.clip.backends.base import BackendName, Kind, Precision, check_precision
+from cn_clip.clip.backends.names import BackendName, Kind, Precision, check_precision
 from cn_clip.deploy.bench_worker import Job
 from cn_clip.deploy.model_arch import ArchName, vision_name
 from cn_clip.errors import ConfigError, DataError

@@ -3,44 +3,29 @@
 # B batch, R resolution, L tokens, D embedding
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip import zoo
+from cn_clip.clip.backends.names import BACKENDS as BACKENDS
+from cn_clip.clip.backends.names import DEFAULT_CONTEXT_LENGTH as DEFAULT_CONTEXT_LENGTH
+from cn_clip.clip.backends.names import KINDS as KINDS
+from cn_clip.clip.backends.names import PRECISIONS as PRECISIONS
+from cn_clip.clip.backends.names import BackendName as BackendName
+from cn_clip.clip.backends.names import Kind as Kind
+from cn_clip.clip.backends.names import Precision as Precision
+from cn_clip.clip.backends.names import PrecisionChoice as PrecisionChoice
+from cn_clip.clip.backends.names import check_precision as check_precision
+from cn_clip.clip.backends.names import check_threads as check_threads
+from cn_clip.clip.backends.names import settled as settled
 from cn_clip.errors import ConfigError, NotFiniteError
 
 Rows: TypeAlias = NDArray[np.float32]
 Pixels: TypeAlias = NDArray[np.float32]
 TokenIds: TypeAlias = NDArray[np.int64]
-Kind: TypeAlias = Literal["image", "text"]
-BackendName: TypeAlias = Literal["torch", "onnx", "openvino", "tensorrt"]
-Precision: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
-PrecisionChoice: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "int8"]
-BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
-KINDS: tuple[Kind, ...] = get_args(Kind)
-# What each backend computes in; the machine may lack some of it.
-PRECISIONS: dict[BackendName, tuple[Precision, ...]] = {
-    "torch": ("fp32", "bf16", "fp16"),
-    "onnx": ("fp32", "fp16", "int8"),
-    "openvino": ("fp32", "bf16", "int8"),
-    "tensorrt": ("fp16", "fp32"),
-}
-# What "auto" takes: the first that the device multiplies in hardware. All keep a cosine of 0.999 to float32 (measured
-# on ViT-B-16: bf16 0.9998, docs/benchmarks.md); int8 is faster and does not.
-FASTEST: dict[BackendName, tuple[Precision, ...]] = {
-    "torch": ("fp16", "bf16", "fp32"),
-    "onnx": ("fp16", "fp32"),
-    "openvino": ("bf16", "fp32"),
-    "tensorrt": ("fp16", "fp32"),
-}
-
-
-DEFAULT_CONTEXT_LENGTH = zoo.CONTEXT_LENGTH
-
 # Pictures, and texts, in a batch when nobody says: enough to keep every core busy, few enough to stay in its cache.
 USUAL_SIZES = (32, 64)
 USUAL_SIZES_ON_GPU = (256, 512)
@@ -101,26 +86,6 @@ def facts_of(backend: Backend) -> Facts:
     return facts
 
 
-def check_precision(backend: BackendName, precision: str) -> PrecisionChoice:
-    """`precision` as a type; raises ConfigError for a backend or a precision it does not have."""
-    if backend not in PRECISIONS:
-        raise ConfigError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
-    known: tuple[PrecisionChoice, ...] = (*PRECISIONS[backend], "auto")
-    for name in known:
-        if precision == name:
-            return name
-    raise ConfigError(f"precision: the {backend} backend computes in {' or '.join(known)}, got {precision!r}")
-
-
-def settled(backend: BackendName, precision: str, native: Collection[Precision]) -> Precision:
-    """`precision`, or for "auto" the fastest of those in `native`, what the device multiplies in hardware.
-
-    Raises what `check_precision` raises.
-    """
-    chosen = check_precision(backend, precision)
-    return next(one for one in FASTEST[backend] if one in native) if chosen == "auto" else chosen
-
-
 def unit_rows(features_BD: NDArray[np.floating]) -> Rows:
     """Rows of length 1, float32; raises as `checked_rows`."""
     features_BD = features_BD.astype(np.float32, copy=False)
@@ -152,13 +117,6 @@ def named(kind: str, names: Callable[[int], object]) -> Iterator[None]:
         yield
     except NotFiniteError as error:
         raise NotFiniteError(f"{kind} {names(error.positions[0])!r}", error.positions) from error
-
-
-def check_threads(count: object, *, least: int = 1) -> None:
-    """Raises ConfigError for a number of threads that cannot be; None is one."""
-    is_number = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
-    if count is not None and not (is_number and count >= least):  # type: ignore[operator]
-        raise ConfigError(f"num_threads: expected a whole number of at least {least}, got {count!r}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,60 @@
+"""The backends by name, and what each computes in; imports nothing heavy, for the options of commands."""
+
+import numbers
+from collections.abc import Collection
+from typing import Literal, TypeAlias, get_args
+
+from cn_clip import zoo
+from cn_clip.errors import ConfigError
+
+Kind: TypeAlias = Literal["image", "text"]
+BackendName: TypeAlias = Literal["torch", "onnx", "openvino", "tensorrt"]
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
+PrecisionChoice: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# What each backend computes in; the machine may lack some of it.
+PRECISIONS: dict[BackendName, tuple[Precision, ...]] = {
+    "torch": ("fp32", "bf16", "fp16"),
+    "onnx": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
+    "tensorrt": ("fp16", "fp32"),
+}
+# What "auto" takes: the first that the device multiplies in hardware. All keep a cosine of 0.999 to float32 (measured
+# on ViT-B-16: bf16 0.9998, docs/benchmarks.md); int8 is faster and does not.
+FASTEST: dict[BackendName, tuple[Precision, ...]] = {
+    "torch": ("fp16", "bf16", "fp32"),
+    "onnx": ("fp16", "fp32"),
+    "openvino": ("bf16", "fp32"),
+    "tensorrt": ("fp16", "fp32"),
+}
+
+
+DEFAULT_CONTEXT_LENGTH = zoo.CONTEXT_LENGTH
+
+
+def check_precision(backend: BackendName, precision: str) -> PrecisionChoice:
+    """`precision` as a type; raises ConfigError for a backend or a precision it does not have."""
+    if backend not in PRECISIONS:
+        raise ConfigError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
+    known: tuple[PrecisionChoice, ...] = (*PRECISIONS[backend], "auto")
+    for name in known:
+        if precision == name:
+            return name
+    raise ConfigError(f"precision: the {backend} backend computes in {' or '.join(known)}, got {precision!r}")
+
+
+def settled(backend: BackendName, precision: str, native: Collection[Precision]) -> Precision:
+    """`precision`, or for "auto" the fastest of those in `native`, what the device multiplies in hardware.
+
+    Raises what `check_precision` raises.
+    """
+    chosen = check_precision(backend, precision)
+    return next(one for one in FASTEST[backend] if one in native) if chosen == "auto" else chosen
+
+
+def check_threads(count: object, *, least: int = 1) -> None:
+    """Raises ConfigError for a number of threads that cannot be; None is one."""
+    is_number = isinstance(count, numbers.Integral) and not isinstance(count, bool)
+    if count is not None and not (is_number and count >= least):  # type: ignore[operator]
+        raise ConfigError(f"num_threads: expected a whole number of at least {least}, got {count!r}")
