@@ -15,12 +15,11 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.inputs import ChineseTexts, Parts
 from cn_clip.retrieval.addresses import Searchable
 from cn_clip.serve.app import create_app
-from cn_clip.serve.engine import Engine
-from cn_clip.serve.hosts import Hosts
+from cn_clip.serve.batching import Metrics
+from cn_clip.serve.gate import Hosts
 from cn_clip.serve.limits import Limits
-from cn_clip.serve.main import listen
-from cn_clip.serve.metrics import Metrics
-from cn_clip.serve.server import Server
+from cn_clip.serve.runner import Runner
+from cn_clip.serve.server import Server, listen
 
 
 class WatchedBackend:
@@ -70,8 +69,8 @@ def served(
 ) -> Iterator[str]:
     """The address of a server that is ready, on a free port; gone at the end."""
     limits, metrics = limits or Limits(), Metrics()
-    engine = Engine("tiny", lambda: encoder, limits, metrics)
-    app = create_app(engine, metrics, limits=limits, api_key=api_key, hosts=hosts, index=index, label_sets=label_sets)
+    runner = Runner("tiny", lambda: encoder, limits, metrics)
+    app = create_app(runner, metrics, limits=limits, api_key=api_key, hosts=hosts, index=index, label_sets=label_sets)
     if with_page:
         from cn_clip.serve import page
 

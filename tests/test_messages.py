@@ -58,7 +58,6 @@ OTHERS = {
     ("training/main.py", "--local-rank"),
     ("deploy/speed_benchmark.py", "--pytorch-ckpt"),
 }
-STYLES = ("serve/page_texts.py",)
 
 
 @cache
@@ -113,7 +112,7 @@ def options_of_package(name: str) -> frozenset[str]:
 
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
-LIGHT = [name for name in FILES if name not in STYLES and not name.startswith("demo/")]
+LIGHT = [name for name in FILES if not name.startswith("demo/")]
 
 
 @pytest.mark.parametrize("folder", sorted({name.rpartition("/")[0] or "." for name in LIGHT}))

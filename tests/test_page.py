@@ -21,13 +21,14 @@ from cn_clip.emoji_pack import load
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import Index, open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
-from cn_clip.serve import main
-from cn_clip.serve import page_texts as texts
+from cn_clip.serve import server
 from cn_clip.serve.limits import MAX_K, MAX_LABELS, MAX_TEXT_CHARS, Limits
 from cn_clip.serve.uploads import bytes_on_disk
 
 pytest.importorskip("gradio")
 from gradio.state_holder import StateHolder
+
+from cn_clip.serve import page as texts
 
 # Gradio asks pandas for what it will no longer do.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -344,7 +345,7 @@ def test_with_a_key_there_is_no_page_and_without_gradio_a_line_says_what_to_inst
 ) -> None:
     app = FastAPI()
     routes = list(app.routes)
-    assert "浏览器不会带上密钥" in main.add_page(app, main.Options(), "key", "http://127.0.0.1:1")
+    assert "浏览器不会带上密钥" in server.add_page(app, {}, "key", "http://127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "pip install 'cn_clip[page]'" in main.add_page(app, main.Options(), None, "http://127.0.0.1:1")
+    assert "pip install 'cn_clip[page]'" in server.add_page(app, {}, None, "http://127.0.0.1:1")
     assert app.routes == routes

@@ -18,9 +18,10 @@ from cn_clip.emoji_pack import load
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
-from cn_clip.serve import page_texts as texts
 
 pytest.importorskip("gradio")
+from cn_clip.serve import page as texts
+
 api = pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 

@@ -21,13 +21,11 @@ from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.encoder import Encoder
 from cn_clip.emoji_pack import load
 from cn_clip.errors import ConfigError
-from cn_clip.serve.batching import Batcher, Slots, alike
-from cn_clip.serve.engine import Engine, Text
-from cn_clip.serve.gate import Gate
-from cn_clip.serve.hosts import Hosts
+from cn_clip.serve.batching import Batcher, Metrics, Slots, alike
+from cn_clip.serve.gate import Gate, Hosts
 from cn_clip.serve.limits import BODIES_HELD, MAX_JSON_MARKS, Limits
-from cn_clip.serve.metrics import Metrics
-from cn_clip.serve.refusals import RefusalError
+from cn_clip.serve.runner import Runner, Text
+from cn_clip.serve.schemas import RefusalError
 
 # Long enough for all that a test sends to be in one batch, were it not full before.
 PATIENT_MS = 60_000.0
@@ -215,58 +213,58 @@ def test_two_hundred_clients_at_once_are_each_answered(backend: WatchedBackend) 
     assert 31 <= max(backend.text_batches) <= 32
 
 
-def test_a_model_that_cannot_be_opened_is_the_failure_of_the_engine() -> None:
+def test_a_model_that_cannot_be_opened_is_the_failure_of_the_runner() -> None:
     def missing() -> Encoder:
         raise ConfigError("no such model")
 
-    async def start() -> Engine:
-        engine = Engine("missing", missing, Limits(), Metrics())
-        engine.start(never)
-        await engine.opened.wait()
-        await engine.stop()
-        return engine
+    async def start() -> Runner:
+        runner = Runner("missing", missing, Limits(), Metrics())
+        runner.start(never)
+        await runner.opened.wait()
+        await runner.stop()
+        return runner
 
     async def never() -> None:
         raise AssertionError
 
-    engine = asyncio.run(start())
-    assert str(engine.failure) == "no such model"
-    assert not engine.is_ready
+    runner = asyncio.run(start())
+    assert str(runner.failure) == "no such model"
+    assert not runner.is_ready
     with pytest.raises(RefusalError, match="the model has failed"):
-        engine.check_ready()
+        runner.check_ready()
 
 
 def test_no_client_is_let_in_before_all_is_prepared_nor_after_a_queue_has_died(backend: WatchedBackend) -> None:
-    from cn_clip.serve.engine import Engine, Text
-    from cn_clip.serve.metrics import Metrics
+    from cn_clip.serve.batching import Metrics
+    from cn_clip.serve.runner import Runner, Text
     from cn_clip.serve.service import Service
 
     async def main() -> None:
         limits = Limits(max_batch=2, max_queue=2, max_items=2)
-        engine = Engine("tiny", lambda: Encoder(backend), limits, Metrics())
-        service = Service(engine, limits, None, {"animals": ["猫", "狗", "鸟"]})
+        runner = Runner("tiny", lambda: Encoder(backend), limits, Metrics())
+        service = Service(runner, limits, None, {"animals": ["猫", "狗", "鸟"]})
         backend.going.clear()
-        engine.start(service.prepare)
+        runner.start(service.prepare)
         await asyncio.get_running_loop().run_in_executor(None, backend.begun.acquire)
         with pytest.raises(RefusalError, match="still being opened"):
-            await engine.embed([Text("猫")])
+            await runner.embed([Text("猫")])
         with pytest.raises(RefusalError, match="still being opened"):
             service.check_model(None)
         backend.going.set()
-        await engine.opened.wait()
-        assert engine.is_ready
-        assert (await engine.embed([Text("猫")]))[0][0].tolist() == [3, 0, 0, 0]
+        await runner.opened.wait()
+        assert runner.is_ready
+        assert (await runner.embed([Text("猫")]))[0][0].tolist() == [3, 0, 0, 0]
 
         async def dies() -> None:
             raise RuntimeError("a fault")
 
         task = asyncio.ensure_future(dies())
-        task.add_done_callback(engine._ended)
-        await engine.failed.wait()
-        assert (engine.is_ready, str(engine.failure)) == (False, "a fault")
+        task.add_done_callback(runner._ended)
+        await runner.failed.wait()
+        assert (runner.is_ready, str(runner.failure)) == (False, "a fault")
         with pytest.raises(RefusalError, match="has failed"):
-            engine.check_ready()
-        await engine.stop()
+            runner.check_ready()
+        await runner.stop()
 
     asyncio.run(main())
 
@@ -278,19 +276,19 @@ def test_an_index_that_does_not_answer_holds_up_no_texts(backend: WatchedBackend
     going = threading.Event()
 
     async def asked() -> list[float]:
-        engine = Engine("tiny", lambda: Encoder(backend), Limits(), Metrics())
-        engine.start()
-        await engine.opened.wait()
-        searches = [asyncio.ensure_future(engine.ask(going.wait)) for _ in range(64)]
+        runner = Runner("tiny", lambda: Encoder(backend), Limits(), Metrics())
+        runner.start()
+        await runner.opened.wait()
+        searches = [asyncio.ensure_future(runner.ask(going.wait)) for _ in range(64)]
         await asyncio.sleep(0)
         try:
             # Long enough not to be cut into tokens on the event loop.
-            rows, _ = await asyncio.wait_for(engine.embed([Text("猫" * 1000)]), 60)
+            rows, _ = await asyncio.wait_for(runner.embed([Text("猫" * 1000)]), 60)
             assert not any(search.done() for search in searches)
         finally:
             going.set()
             await asyncio.gather(*searches)
-            await engine.stop()
+            await runner.stop()
         return [float(row[0]) for row in rows]
 
     assert asyncio.run(asked()) == [52]

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from serving import WatchedBackend, data_url, served
 
 from cn_clip.clip.encoder import Encoder
-from cn_clip.serve import bodies
-from cn_clip.serve.bodies import loads
+from cn_clip.serve import schemas
+from cn_clip.serve.schemas import loads
 
-LONG = "data:image/png;base64," + "A" * bodies._LONG
+LONG = "data:image/png;base64," + "A" * schemas._LONG
 
 VALUES: list[Any] = [
     {"model": "tiny", "input": [LONG, {"image": LONG + "="}, "短", LONG]},
@@ -32,7 +32,7 @@ def test_a_body_is_read_as_json_reads_it(place: int, spelling: dict[str, Any]) -
 
 
 def test_short_strings_and_those_beyond_the_most_are_left_to_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "_MOST", 2)
+    monkeypatch.setattr(schemas, "_MOST", 2)
     given = ["data:short", LONG, LONG, "data:"]
     assert loads(json.dumps(given).encode()) == given
 
@@ -68,7 +68,7 @@ def test_what_is_no_json_is_refused_as_json_refuses_it(place: int) -> None:
 @settings(max_examples=400, deadline=None)
 def test_any_text_is_read_or_refused_alike(parts: list[str]) -> None:
     body = "".join(parts).encode()
-    long, bodies._LONG = bodies._LONG, 8
+    long, schemas._LONG = schemas._LONG, 8
     try:
         try:
             expected = json.loads(body)
@@ -78,7 +78,7 @@ def test_any_text_is_read_or_refused_alike(parts: list[str]) -> None:
         else:
             assert loads(body) == expected
     finally:
-        bodies._LONG = long
+        schemas._LONG = long
 
 
 def test_a_long_picture_comes_through_the_service() -> None:

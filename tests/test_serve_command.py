@@ -22,11 +22,12 @@ import warm_python
 from serving import data_url, queue_depth, wait_until
 from tiny_families import write_family
 
+from cn_clip.clip.choice import Choice
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.loading import create_model
 from cn_clip.emoji_pack import load
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.serve import main
+from cn_clip.serve import main, server
 
 COMMAND = ["-m", "cn_clip", "serve", "--port", "0"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -172,8 +173,8 @@ def test_sigterm_ends_a_server_that_is_sent_bombs_and_decodes_what_takes_long() 
 
 _STUCK = """
 import sys, threading
-from cn_clip.serve import main
-main._open_encoder = lambda *_: threading.Event().wait()
+from cn_clip.serve import main, server
+server._open_encoder = lambda *_: threading.Event().wait()
 main.main(sys.argv[1:])
 """
 
@@ -194,10 +195,10 @@ def test_sigterm_ends_a_server_one_of_whose_threads_never_returns() -> None:
 
 def test_a_key_that_can_be_guessed_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     for key in ("secret", "a" * 40, "password1234567"):
-        main._warn_of_weak(key)
+        server._warn("localhost", key)
         assert "the API key can be guessed" in capsys.readouterr().err
     for key in (None, secrets.token_urlsafe(), secrets.token_hex(16)):
-        main._warn_of_weak(key)
+        server._warn("localhost", key)
         assert capsys.readouterr().err == ""
 
 
@@ -258,7 +259,7 @@ def test_lines_tell_when_it_started_was_ready_and_stopped_and_with_a_flag_who_as
 
 
 def test_fast_decoding_reaches_the_model() -> None:
-    encoder = main._open_encoder(main.Options(decode="fast", device="cpu"), "Emoji-Tiny", None)
+    encoder = server._open_encoder(Choice("Emoji-Tiny", device="cpu", decode="fast"), None)
     assert encoder.transform.draft_size == encoder.backend.resolution
 
 
@@ -320,14 +321,14 @@ def test_an_index_is_searched_with_its_own_model_and_no_other(tmp_path: Path) ->
 
 
 def test_a_port_in_use_is_refused() -> None:
-    with main.listen("127.0.0.1", 0) as taken:
+    with server.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {port}: cannot be listened at"):
-            main.listen("127.0.0.1", port)
+            server.listen("127.0.0.1", port)
 
 
 def test_answers_do_not_wait_for_acknowledgements() -> None:
-    with main.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+    with server.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
@@ -335,11 +336,11 @@ def test_answers_do_not_wait_for_acknowledgements() -> None:
 
 def test_label_sets_are_called_by_their_files_names(tmp_path: Path) -> None:
     (tmp_path / "animals.txt").write_text("猫\n狗\n", encoding="utf-8")
-    assert main.read_label_sets([tmp_path / "animals.txt"]) == {"animals": ["猫", "狗"]}
+    assert server.read_label_sets([tmp_path / "animals.txt"]) == {"animals": ["猫", "狗"]}
     with pytest.raises(DataError, match=r"other\.txt: cannot be opened"):
-        main.read_label_sets([tmp_path / "other.txt"])
+        server.read_label_sets([tmp_path / "other.txt"])
     with pytest.raises(ConfigError, match="files of different names"):
-        main.read_label_sets([tmp_path / "animals.txt"] * 2)
+        server.read_label_sets([tmp_path / "animals.txt"] * 2)
 
 
 def test_the_key_comes_from_the_flag_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,6 +352,6 @@ def test_the_key_comes_from_the_flag_or_the_environment(monkeypatch: pytest.Monk
 
 
 def test_the_model_is_called_by_its_name_or_that_of_its_file() -> None:
-    assert main.served_name("Emoji-Tiny") == "Emoji-Tiny"
-    assert main.served_name("/somewhere/epoch3.pt") == "epoch3"
-    assert main.served_name("hf:siglip") == main.served_name("hf:models/siglip") == "siglip"
+    assert server.served_name("Emoji-Tiny") == "Emoji-Tiny"
+    assert server.served_name("/somewhere/epoch3.pt") == "epoch3"
+    assert server.served_name("hf:siglip") == server.served_name("hf:models/siglip") == "siglip"

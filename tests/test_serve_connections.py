@@ -12,7 +12,7 @@ from serving import WatchedBackend, served, wait_until
 
 from cn_clip.clip.encoder import Encoder
 from cn_clip.serve import gate, server
-from cn_clip.serve.hosts import Hosts
+from cn_clip.serve.gate import Hosts
 from cn_clip.serve.limits import Limits
 
 HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"

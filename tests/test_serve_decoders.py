@@ -23,14 +23,13 @@ from cn_clip.clip.inputs import PictureTransform
 from cn_clip.clip.picture_files import Head, look
 from cn_clip.clip.pictures import decode
 from cn_clip.clip.transforms import ImageTransform
-from cn_clip.serve import decoders as module
-from cn_clip.serve import engine as engine_module
-from cn_clip.serve.decoders import Decoders, EncodedPicture
-from cn_clip.serve.engine import GIVEN_WAY, Engine, Picture
+from cn_clip.serve import pictures as module
+from cn_clip.serve import runner as runner_module
+from cn_clip.serve.batching import Metrics
 from cn_clip.serve.limits import Limits
-from cn_clip.serve.metrics import Metrics
-from cn_clip.serve.refusals import RefusalError
-from cn_clip.serve.untrusted import picture_bytes
+from cn_clip.serve.pictures import Decoders, EncodedPicture, picture_bytes
+from cn_clip.serve.runner import GIVEN_WAY, Picture, Runner
+from cn_clip.serve.schemas import RefusalError
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
 HAS_PROC = Path("/proc/self/environ").exists()
@@ -217,19 +216,19 @@ def test_texts_do_not_stand_behind_pictures_that_are_not_decoded() -> None:
 
 def test_texts_that_wait_go_before_the_base64_of_a_long_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(engine_module, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(runner_module, "time", SimpleNamespace(sleep=slept.append))
 
     async def main() -> None:
-        engine = Engine("tiny", lambda: Encoder(WatchedBackend()), Limits(), Metrics())
+        runner = Runner("tiny", lambda: Encoder(WatchedBackend()), Limits(), Metrics())
         long = Picture(data_url(encoded() + bytes(1_000_000)), "input")
-        engine._looked_at([long])
+        runner._looked_at([long])
         assert slept == []
-        with engine._text_slots.taken(1):
-            engine._looked_at([Picture(data_url(encoded()), "input")])
+        with runner._text_slots.taken(1):
+            runner._looked_at([Picture(data_url(encoded()), "input")])
             assert slept == []
-            (file,) = engine._looked_at([long])
+            (file,) = runner._looked_at([long])
         assert len(file.data) > 1_000_000
-        await engine.stop()
+        await runner.stop()
 
     asyncio.run(main())
     assert slept == [GIVEN_WAY] * 5

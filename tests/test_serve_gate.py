@@ -16,12 +16,10 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
-from cn_clip.serve import gate, guesses
-from cn_clip.serve.gate import STEP
-from cn_clip.serve.guesses import MAX_GUESSES, Guesses
-from cn_clip.serve.hosts import Hosts
+from cn_clip.serve import gate
+from cn_clip.serve.gate import MAX_GUESSES, STEP, Guesses, Hosts
 from cn_clip.serve.limits import MAX_HEAD_BYTES, Limits
-from cn_clip.serve.refusals import RefusalError
+from cn_clip.serve.schemas import RefusalError
 
 
 def raw(address: str, request: bytes) -> bytes:
@@ -164,7 +162,7 @@ def test_a_guess_is_given_back_after_its_time_and_each_network_has_its_own() -> 
 
 
 def test_addresses_are_remembered_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guesses, "MAX_ADDRESSES", 10)
+    monkeypatch.setattr(gate, "MAX_ADDRESSES", 10)
     counted = Guesses(lambda: 0.0)
     for number in range(100):
         counted.add(f"10.0.0.{number}")

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from cn_clip.serve.schemas import RefusalError
+
+pytest.importorskip("python_multipart")  # comes with gradio
 from cn_clip.serve import uploads as module
-from cn_clip.serve.refusals import RefusalError
 from cn_clip.serve.uploads import MAX_AGE, Uploads, bytes_on_disk, delete_older, held_folder
 
 MIB = 1 << 20

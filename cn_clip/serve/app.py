@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -12,17 +13,15 @@ from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Rows
 from cn_clip.retrieval.addresses import Searchable
-from cn_clip.serve.bodies import JsonRoute
-from cn_clip.serve.engine import Engine
-from cn_clip.serve.gate import Gate
-from cn_clip.serve.hosts import Hosts
+from cn_clip.serve.batching import Metrics
+from cn_clip.serve.gate import Gate, Hosts
 from cn_clip.serve.limits import Limits
-from cn_clip.serve.metrics import Measured, Metrics
-from cn_clip.serve.refusals import RefusalError
+from cn_clip.serve.runner import Runner
 from cn_clip.serve.schemas import (
     TAG_MARK,
     ClassifyRequest,
@@ -30,8 +29,10 @@ from cn_clip.serve.schemas import (
     EmbeddingRequest,
     EmbeddingResponse,
     ErrorResponse,
+    JsonRoute,
     ModelCard,
     ModelList,
+    RefusalError,
     SearchHit,
     SearchRequest,
     SearchResponse,
@@ -41,6 +42,8 @@ from cn_clip.serve.service import Service
 SUMMARY = """Vectors of pictures and Chinese text, zero-shot classification, and search over an index.
 
 Errors have OpenAI's form. Pictures are read from the request alone, never from an address."""
+# The client left before it was answered; no client ever sees it.
+CLIENT_LEFT = 499
 # Numbers; so few are written on the event loop, for a thread and back would take longer.
 SMALL_ANSWER = 1024
 STATUSES = (400, 401, 403, 404, 408, 413, 429, 431, 500, 503, 504)
@@ -48,7 +51,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for
 
 
 def create_app(
-    engine: Engine,
+    runner: Runner,
     metrics: Metrics,
     *,
     limits: Limits,
@@ -63,15 +66,15 @@ def create_app(
     probes must bear. hosts: where there is no key, what the server may be called; default: this machine alone.
     `app.state.service` is the `Service` behind the routes; streams of events end when `app.state.stopping` is set.
     """
-    service = Service(engine, limits, index, label_sets or {})
+    service = Service(runner, limits, index, label_sets or {})
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engine.start(service.prepare)
+        runner.start(service.prepare)
         try:
             yield
         finally:
-            await engine.stop()
+            await runner.stop()
 
     # The pages /docs and /redoc would load their scripts from elsewhere.
     app = FastAPI(title="cn-clip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -79,7 +82,7 @@ def create_app(
     app.state.service, app.state.stopping = service, asyncio.Event()
     _add_model_routes(app, service)
     _add_search_routes(app, service)
-    _add_probes(app, engine, metrics)
+    _add_probes(app, runner, metrics)
     _add_error_handlers(app)
     _describe(app)
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
@@ -93,11 +96,11 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     async def embeddings(request: EmbeddingRequest) -> Response:
         """Unit vectors of texts and pictures."""
         rows_ND, num_tokens = await service.embed(request)
-        parts = (service.engine.name, rows_ND, num_tokens, request.encoding_format)
+        parts = (service.runner.name, rows_ND, num_tokens, request.encoding_format)
         if rows_ND.size <= SMALL_ANSWER:
             answer = _embedding_list(*parts)
         else:
-            answer = await service.engine.call(_embedding_list, *parts)
+            answer = await service.runner.call(_embedding_list, *parts)
         return Response(answer, media_type="application/json")
 
     @app.post("/v1/classify", responses=_ERRORS)
@@ -106,10 +109,10 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         return await service.classify(request)
 
     def card() -> ModelCard:
-        service.engine.check_ready()
-        encoder = service.engine.encoder
+        service.runner.check_ready()
+        encoder = service.runner.encoder
         return ModelCard(
-            id=service.engine.name,
+            id=service.runner.name,
             created=0,
             owned_by="cn_clip",
             embed_dim=encoder.embed_dim,
@@ -135,7 +138,7 @@ def _add_search_routes(app: FastAPI, service: Service) -> None:
         """The items of the index that are nearest to the query."""
         hits = await service.search(request)
         return SearchResponse(
-            model=service.engine.name,
+            model=service.runner.name,
             data=[
                 SearchHit(
                     id=hit.id,
@@ -158,7 +161,7 @@ def _add_search_routes(app: FastAPI, service: Service) -> None:
         return Response(data, media_type="image/jpeg")
 
 
-def _add_probes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
+def _add_probes(app: FastAPI, runner: Runner, metrics: Metrics) -> None:
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -169,7 +172,7 @@ def _add_probes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     @app.get("/readyz", responses={503: {"model": ErrorResponse}})
     async def readyz() -> dict[str, str]:
         """Whether the model is open, batches are computed and pictures decoded."""
-        engine.check_moving()
+        runner.check_moving()
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -180,28 +183,20 @@ def _add_probes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
 
 def _add_error_handlers(app: FastAPI) -> None:
     async def refused(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RefusalError)
-        return error.response()
-
-    async def invalid(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return _invalid(error).response()
-
-    async def no_route(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        # FastAPI's own for a body that is no JSON, not even a faulty one.
-        code = "invalid_json" if error.status_code == 400 else None
-        response = RefusalError(error.status_code, str(error.detail), code=code).response()
-        response.headers.update(error.headers or {})
-        return response
-
-    async def failed(_: Request, error: Exception) -> Response:
+        if isinstance(error, RefusalError):
+            return error.response()
+        if isinstance(error, RequestValidationError):
+            return _invalid(error).response()
+        if isinstance(error, HTTPException):
+            # FastAPI's own for a body that is no JSON, not even a faulty one.
+            code = "invalid_json" if error.status_code == 400 else None
+            response = RefusalError(error.status_code, str(error.detail), code=code).response()
+            response.headers.update(error.headers or {})
+            return response
         return RefusalError(500, f"the server failed ({type(error).__name__}); its log tells why").response()
 
-    app.add_exception_handler(RefusalError, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, no_route)
-    app.add_exception_handler(Exception, failed)
+    for kind in (RefusalError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, refused)
 
 
 def _invalid(error: RequestValidationError) -> RefusalError:
@@ -250,3 +245,34 @@ def _embedding_list(model: str, rows_ND: Rows, num_tokens: int, encoding_format:
 def thumbnail_path(item_id: int | str) -> str:
     """Where the small picture of an item is."""
     return f"/v1/index/thumbnails/{quote(str(item_id), safe='')}"
+
+
+class Measured:
+    """ASGI middleware: one count and one duration for each request."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str]) -> None:
+        self.app, self.metrics, self.routes = app, metrics, routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin, status = time.perf_counter(), CLIENT_LEFT
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            # The pattern of the route: paths that strangers make up must not become labels.
+            path = getattr(scope.get("route"), "path", scope["path"])
+            route = path if path in self.routes else "other"
+            self.metrics.requests.labels(route, status).inc()
+            self.metrics.seconds.labels(route).observe(time.perf_counter() - begin)

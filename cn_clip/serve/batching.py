@@ -1,4 +1,7 @@
-"""Inputs of many requests joined into batches for one computing thread: bounded in number, size and waiting time."""
+"""Inputs of many requests joined into batches for one computing thread: bounded in number, size and waiting time.
+
+And the counters of the service, which Prometheus reads at /metrics.
+"""
 
 # N inputs, D dimensions
 
@@ -11,9 +14,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
 from cn_clip.clip.backends.base import Rows
 from cn_clip.errors import NotFiniteError
-from cn_clip.serve.refusals import RefusalError, queue_full
+from cn_clip.serve.schemas import RefusalError, queue_full
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +27,52 @@ PART_OVERHEAD = 24
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
+
+
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Metrics:
+    """The counters of one service, in a registry of their own."""
+
+    CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "cn_clip_requests", "Requests by route and HTTP status", ["route", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "cn_clip_request_seconds",
+            "Time from the head of a request to the end of its answer",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.batch_size = Histogram(
+            "cn_clip_batch_size",
+            "Inputs that were computed together",
+            ["inputs"],
+            buckets=_BATCH_SIZES,
+            registry=self.registry,
+        )
+        self.queue_depth = Gauge(
+            "cn_clip_queue_depth", "Inputs admitted and not yet done", ["inputs"], registry=self.registry
+        )
+
+    def watch_queue(self, inputs: str, depth: Callable[[], float]) -> None:
+        """Reads the depth of a queue whenever it is asked for."""
+        self.queue_depth.labels(inputs).set_function(depth)
+
+    def observe_batch(self, inputs: str) -> Callable[[int], None]:
+        """What to tell the size of each batch."""
+        batch_size = self.batch_size.labels(inputs)
+        return lambda size: batch_size.observe(size)
+
+    def text(self) -> bytes:
+        """All of it, in Prometheus' text format."""
+        return generate_latest(self.registry)
 
 
 class Slots:
@@ -95,30 +146,25 @@ class Batcher(Generic[ItemT]):
             self._waiting = deque(one for one in self._waiting if not one.row.done())
 
     async def run(self) -> None:
-        """Computes batch after batch until cancelled."""
+        """Computes batch after batch until cancelled: each once it is full, or its oldest input has waited enough."""
+        loop = asyncio.get_running_loop()
         while True:
-            await self._gathering()
-            self.computing_since = asyncio.get_running_loop().time()
+            while len(self._waiting) < self.max_batch:
+                left = self._waiting[0].since + self.max_wait - loop.time() if self._waiting else None
+                if left is not None and left <= 0:
+                    break
+                self._arrival.clear()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._arrival.wait(), left)
+            self.computing_since = loop.time()
             await self._computing([self._waiting.popleft() for _ in range(min(len(self._waiting), self.max_batch))])
             self.computing_since = None
-
-    async def _gathering(self) -> None:
-        """Returns when a batch is full, or its oldest input has waited long enough."""
-        loop = asyncio.get_running_loop()
-        while len(self._waiting) < self.max_batch:
-            left = self._waiting[0].since + self.max_wait - loop.time() if self._waiting else None
-            if left is not None and left <= 0:
-                return
-            self._arrival.clear()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._arrival.wait(), left)
 
     async def _computing(self, batch: Sequence[_Waiting[ItemT]]) -> None:
         parts = [list(batch)]
         if self._length is not None:
-            parts = [
-                [batch[position] for position in part] for part in alike([self._length(one.item) for one in batch])
-            ]
+            lengths = [self._length(one.item) for one in batch]
+            parts = [[batch[position] for position in part] for part in alike(lengths)]
         try:
             # All of them at once: the thread does not wait for the event loop, which answers one part during the next.
             await joined(self._computing_part(part) for part in parts)
@@ -135,7 +181,14 @@ class Batcher(Generic[ItemT]):
                 if not one.row.done():
                     one.row.set_result(row_D)
         except NotFiniteError as error:
-            await self._without(part, error)
+            # These have no vector; the others only shared their batch.
+            log.error("%d of %d %s: %s", len(error.positions), len(part), self.what, error)
+            message = f"the model gives NaN or infinity for one of the {self.what}; the server's log tells what to do"
+            for position in error.positions:
+                if not part[position].row.done():
+                    part[position].row.set_exception(RefusalError(500, message, code="not_finite"))
+            if others := [one for position, one in enumerate(part) if position not in error.positions]:
+                await self._computing_part(others)
         except Exception as error:
             log.exception("a batch of %d %s failed", len(part), self.what)
             failure = RefusalError(500, f"the model could not compute the {self.what}: {type(error).__name__}")
@@ -143,27 +196,12 @@ class Batcher(Generic[ItemT]):
                 if not one.row.done():
                     one.row.set_exception(failure)
 
-    async def _without(self, part: Sequence[_Waiting[ItemT]], error: NotFiniteError) -> None:
-        """Refuses the inputs that the model has no vector for, and computes those that only shared their batch."""
-        log.error("%d of %d %s: %s", len(error.positions), len(part), self.what, error)
-        for position in error.positions:
-            if not part[position].row.done():
-                part[position].row.set_exception(_no_vector(self.what))
-        others = [one for position, one in enumerate(part) if position not in error.positions]
-        if others:
-            await self._computing_part(others)
-
     def _rows_of(self, part: Sequence[_Waiting[ItemT]]) -> Rows | None:
         """None when all who waited have left."""
         if all(one.row.done() for one in part):
             return None
         self._observe(len(part))
         return self._compute([one.item for one in part])
-
-
-def _no_vector(what: str) -> RefusalError:
-    message = f"the model gives NaN or infinity for one of the {what}; the server's log tells what to do"
-    return RefusalError(500, message, code="not_finite")
 
 
 def alike(lengths: Sequence[int], overhead: int = PART_OVERHEAD) -> list[list[int]]:

@@ -1,19 +1,162 @@
-"""What a request passes before a route sees it: key or host, bounds on body and time, a client that leaves."""
+"""What a request passes before a route sees it: key or host, bounds on body and time, a client that leaves.
+
+Which names a service without a key answers to: a page of another site, open in a browser here, must not reach it. Such
+a page may have its own name resolve to this machine (DNS rebinding); then `Host` bears that name, and what it asks for
+counts as its own. Or it asks by a name of this machine, and `Origin` bears its own: Gradio lets any page read the
+answer. How often an address may send a wrong key: guessing one takes years then, where it would have taken hours.
+"""
 
 import asyncio
 import hmac
 import io
+import ipaddress
 import logging
+import math
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cn_clip.serve.guesses import Guesses
-from cn_clip.serve.hosts import Hosts
+from cn_clip.errors import ConfigError
 from cn_clip.serve.limits import BODIES_HELD, MAX_HEAD_BYTES, MAX_JSON_MARKS, MAX_READERS, Limits
-from cn_clip.serve.refusals import RefusalError
+from cn_clip.serve.schemas import RefusalError, shown
 
 log = logging.getLogger(__name__)
+
+# --- names of the server
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_AUTHORITY = re.compile(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[!-~]+?))(?::\d{1,5})?", re.IGNORECASE)
+_NO_NAME = re.compile(r"[\s\[\]:/@*]")
+
+
+class Hosts:
+    """This machine's own names, the address that is listened at, and those allowed besides.
+
+    listens_at: --host. allowed: names or addresses, without scheme and port; raises ConfigError for others.
+    """
+
+    def __init__(self, listens_at: str = LOOPBACK[1], allowed: Iterable[str] = ()) -> None:
+        self._names = {*LOOPBACK, normal_name(listens_at)} - {None}
+        for given in allowed:
+            is_v6 = given.startswith("[") and given.endswith("]") and ":" in given
+            name = normal_name(given[1:-1] if is_v6 else given)
+            if name is None:
+                raise ConfigError(
+                    f"--allowed-host: expected a name or an address, without scheme, port and *, got {given!r}; "
+                    "for several names give it several times"
+                )
+            self._names.add(name)
+        is_unspecified = _is_address(listens_at) and ipaddress.ip_address(listens_at).is_unspecified
+        self._any_address = not listens_at or is_unspecified
+
+    def check(self, scope: Scope) -> None:
+        """Raises RefusalError (403) for a foreign `Host`, and for what a page of a foreign `Origin` asks.
+
+        Ports do not count: whoever serves a page at another port of an allowed host is trusted as well.
+        """
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = _name(host)
+        # No page can have an address for its name that is not its own.
+        if name is None or not (name in self._names or (self._any_address and _is_address(name))):
+            raise _refused("Host", host, name, "host_not_allowed")
+        if b"origin" in headers:
+            origin = headers[b"origin"].decode("latin-1")
+            page = _name(origin.partition("://")[2])
+            if page is None or page not in (name, *self._names):
+                raise _refused("Origin", origin, page, "origin_not_allowed")
+
+
+def normal_name(given: str) -> str | None:
+    """A name or an address, an IPv6 one without brackets, as browsers write it; None for what is neither."""
+    name = given.removesuffix(".")
+    if _is_address(name):
+        return str(ipaddress.ip_address(name))
+    try:
+        return None if not name or _NO_NAME.search(name) else name.encode("idna").decode().lower()
+    except UnicodeError:  # a part is empty, or too long
+        return None
+
+
+def _name(authority: str) -> str | None:
+    """The name or address in `host[:port]`; None where there is none."""
+    found = _AUTHORITY.fullmatch(authority)
+    return None if found is None else normal_name(found["v6"] or found["name"])
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _refused(header: str, given: str, name: str | None, code: str) -> RefusalError:
+    if name is None:
+        message = f"{header}: {shown(given)} names no host; a server without an API key answers none such"
+    else:
+        message = (
+            f"{header}: {shown(given)} is not served here; if it should be, start the server with "
+            f"--allowed-host {name[:80]}, or with an API key"
+        )
+    return RefusalError(403, message, param=header, code=code)
+
+
+# --- wrong keys
+
+# Wrong keys that an address may send at once, and the seconds after which it may send one more.
+MAX_GUESSES = 20
+SECONDS_PER_GUESS = 1.0
+# Addresses that are remembered: those that guessed last.
+MAX_ADDRESSES = 4096
+# A shorter key, or one of fewer characters, can be guessed.
+LEAST_KEY_CHARS, LEAST_KEY_ALPHABET = 16, 6
+
+
+class Guesses:
+    """The wrong keys of each address, for one event loop. now: seconds, from any start."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        # When what an address has used will be given back in full.
+        self._free_at: OrderedDict[str, float] = OrderedDict()
+
+    def check(self, address: str) -> None:
+        """Raises RefusalError (429) for an address with no guess left; its key is not looked at, right or wrong."""
+        wait = self._free_at.get(_network(address), 0) - self._now() - (MAX_GUESSES - 1) * SECONDS_PER_GUESS
+        if wait > 0:
+            message = f"too many wrong API keys from this address; ask again in {math.ceil(wait)} seconds"
+            raise RefusalError(429, message, code="too_many_guesses", retry_after=math.ceil(wait))
+
+    def add(self, address: str) -> None:
+        """Counts a wrong key."""
+        network = _network(address)
+        self._free_at[network] = max(self._free_at.get(network, 0), self._now()) + SECONDS_PER_GUESS
+        self._free_at.move_to_end(network)
+        if len(self._free_at) > MAX_ADDRESSES:
+            self._free_at.popitem(last=False)
+
+
+def is_weak(key: str) -> bool:
+    """Whether a key is so short or so uniform that it can be guessed."""
+    return len(key) < LEAST_KEY_CHARS or len(set(key)) < LEAST_KEY_ALPHABET
+
+
+def _network(address: str) -> str:
+    """The address; of IPv6 its network, of which a customer has all addresses."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return address if parsed.version == 4 else str(ipaddress.ip_network((int(parsed) >> 64 << 64, 64)))
+
+
+# --- the gate
 
 # Probes carry no key, and name the machine as they like.
 OPEN_PATHS = ("/healthz", "/readyz")
@@ -58,12 +201,16 @@ class Gate:
             return
         sender = _Sender(send)
         try:
-            _check_head(scope)
-            if scope["path"] not in OPEN_PATHS:
+            path = scope["path"]
+            num_bytes = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
+            if num_bytes + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
+                message = f"the head of the request is larger than {MAX_HEAD_BYTES} bytes"
+                raise RefusalError(431, message, code="head_too_large")
+            if path not in OPEN_PATHS:
                 self._check_caller(scope)
-            if _is_bounded(scope):
+            if scope["type"] == "http" and (path.startswith(BOUNDED_PREFIX) or scope["method"] not in ("GET", "HEAD")):
                 await self._bounded(scope, receive, sender)
-            elif scope["path"] in UNCOUNTED_PATHS:
+            elif path in UNCOUNTED_PATHS:
                 await self.app(scope, receive, sender)
             else:
                 await self._read_by_one_more(scope, receive, sender)
@@ -92,7 +239,11 @@ class Gate:
     async def _bounded(self, scope: Scope, receive: Receive, send: "_Sender") -> None:
         body = io.BytesIO()
         try:
-            await self._read_in_time(scope, receive, body)
+            try:
+                await asyncio.wait_for(self._read(scope, receive, body), self.limits.timeout)
+            except asyncio.TimeoutError as error:
+                message = f"the request did not arrive within {self.limits.timeout:g} seconds"
+                raise RefusalError(408, message, code="timeout") from error
             is_short = body.tell() <= STEP
             self._num_short += is_short
             try:
@@ -102,19 +253,15 @@ class Gate:
         finally:
             self._bytes_held -= body.tell()
 
-    async def _read_in_time(self, scope: Scope, receive: Receive, body: io.BytesIO) -> None:
-        try:
-            await asyncio.wait_for(self._read(scope, receive, body), self.limits.timeout)
-        except asyncio.TimeoutError as error:
-            message = f"the request did not arrive within {self.limits.timeout:g} seconds"
-            raise RefusalError(408, message, code="timeout") from error
-
     async def _read(self, scope: Scope, receive: Receive, body: io.BytesIO) -> None:
         """Fills `body`; never holds more than the bound, whatever Content-Length says."""
-        if _announced_size(scope) > self.limits.max_body_bytes:
-            await self._too_large(receive, is_waiting=_waits_to_send(scope))
+        headers = dict(scope["headers"])
+        announced = headers.get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self.limits.max_body_bytes:
+            await self._too_large(receive, is_waiting=headers.get(b"expect", b"").lower() == b"100-continue")
         marks_left, more, next_pause = MAX_JSON_MARKS, True, STEP
-        is_json = not _is_upload(scope)
+        # What no route reads as JSON. The first of several headers counts, as for the routes.
+        is_json = not Headers(scope=scope).get("content-type", "").startswith("multipart/form-data;")
         while more:
             piece, more = await _next_piece(receive)
             if body.tell() + len(piece) > self.limits.max_body_bytes:
@@ -201,8 +348,10 @@ class Gate:
         async def noting(message: Message) -> None:
             nonlocal is_whole
             await send(message)
-            if message["type"] == "http.response.start" and _is_event_stream(message):
-                streaming.set()
+            if message["type"] == "http.response.start":
+                content_type: bytes = dict(message.get("headers", ())).get(b"content-type", b"")
+                if content_type.startswith(b"text/event-stream"):
+                    streaming.set()
             is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         async def stopping() -> None:
@@ -226,13 +375,6 @@ class Gate:
             await send({"type": "http.response.body"})
 
 
-def _check_head(scope: Scope) -> None:
-    num_bytes = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
-    num_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
-    if num_bytes > MAX_HEAD_BYTES:
-        raise RefusalError(431, f"the head of the request is larger than {MAX_HEAD_BYTES} bytes", code="head_too_large")
-
-
 async def _refuse(refusal: RefusalError, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
@@ -253,23 +395,6 @@ class _Sender:
         await self._send(message)
 
 
-def _is_bounded(scope: Scope) -> bool:
-    return scope["type"] == "http" and (
-        scope["path"].startswith(BOUNDED_PREFIX) or scope["method"] not in ("GET", "HEAD")
-    )
-
-
-def _is_event_stream(start: Message) -> bool:
-    content_type: bytes = dict(start.get("headers", ())).get(b"content-type", b"")
-    return content_type.startswith(b"text/event-stream")
-
-
-def _is_upload(scope: Scope) -> bool:
-    """Whether the body is never read as JSON."""
-    # The first of several, as the routes read it.
-    return Headers(scope=scope).get("content-type", "").startswith("multipart/form-data;")
-
-
 def _num_marks(piece: bytes, most: int) -> int:
     """An upper bound on the values of a piece of JSON, up to one more than `most`.
 
@@ -282,15 +407,6 @@ def _num_marks(piece: bytes, most: int) -> int:
             found += 1
             at = piece.find(mark, at + 1)
     return found
-
-
-def _announced_size(scope: Scope) -> int:
-    given = dict(scope["headers"]).get(b"content-length", b"0")
-    return int(given) if given.isdigit() else 0
-
-
-def _waits_to_send(scope: Scope) -> bool:
-    return bool(dict(scope["headers"]).get(b"expect", b"").lower() == b"100-continue")
 
 
 async def _next_piece(receive: Receive) -> tuple[bytes, bool]:

@@ -9,6 +9,8 @@ from cn_clip.settings import flag
 MOST_PIXELS = 89_478_485
 # How log lines tell the time.
 LOG_TIME = "%Y-%m-%d %H:%M:%S"
+# Where the key is, if not on the command line.
+API_KEY_VARIABLE = "CN_CLIP_API_KEY"
 # Bodies of the largest size that are held in memory at a time.
 BODIES_HELD = 16
 # And on the disk, as uploads of the web page.

@@ -13,115 +13,93 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse, Response
 from pydantic import ValidationError
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cn_clip.files import HeldFolder
-from cn_clip.serve import page_texts as texts
 from cn_clip.serve.app import thumbnail_path
-from cn_clip.serve.limits import UPLOADS_HELD, VISITORS_HELD
-from cn_clip.serve.refusals import RefusalError
-from cn_clip.serve.schemas import ClassifyRequest, QueryPart, SearchRequest
-from cn_clip.serve.service import Found, Service
-from cn_clip.serve.uploads import Uploads, held_folder
+from cn_clip.serve.limits import (
+    MAX_K,
+    MAX_LABELS,
+    MAX_TEMPLATES,
+    MAX_TEXT_CHARS,
+    UPLOADS_HELD,
+    VISITORS_HELD,
+)
+from cn_clip.serve.schemas import ClassifyRequest, QueryPart, RefusalError, SearchRequest
+from cn_clip.serve.service import Service
+from cn_clip.serve.uploads import REFUSED, Door, Uploads, held_folder, one_line
 
 log = logging.getLogger(__name__)
 
-ResultT = TypeVar("ResultT")
 PATH = "/page"
 MOST_SHOWN = 100
 MOST_LABELS_SHOWN = 10
-MOST_LOGGED_CHARS = 200
-# The field of an item that names it.
+# The field of an item that names it; where it has none, the name of its file does.
 CAPTION = "caption"
 _FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 
 
-# What the page asks Gradio for; it would answer far more.
-_READ = (
-    *("config", "theme.css", "assets/", "static/"),
-    *("gradio_api/upload_progress", "gradio_api/queue/data", "gradio_api/heartbeat/"),
+ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
+<rect width="16" height="16" rx="3" fill="#6366f1"/>
+<g fill="none" stroke="#fff" stroke-width="1.8"><circle cx="7" cy="7" r="3.5"/><path d="M9.6 9.6l3 3"/></g></svg>"""
+STYLE = Path(__file__).with_name("page.css")
+
+# --- what it says
+
+TITLE = "cn-clip · 中文图文检索 / Chinese CLIP"
+PHRASES = ("小猫", "下雨天", "生日蛋糕", "想吃水果", "晚上的月亮", "坐飞机")
+LABELS = ("猫", "狗", "鸟", "鱼", "花", "水果", "蛋糕", "汽车", "飞机", "船", "月亮", "心")
+TEMPLATES = ("一张{}的图片", "{}")
+
+NO_INDEX = (
+    "启动时没有给出索引，所以不能搜图；另外两页照常可用。先建索引，再带着它启动 / No index was opened, so there is "
+    "nothing to search. Build one, and start with it:\n\n"
+    "```\ncn-clip index build 图片文件夹 --output photos.index\ncn-clip serve photos.index\n```"
 )
-_UPLOAD = "gradio_api/upload"
-# The boundary stands before a part and behind the last.
-_MARKS_OF_ONE_PART = 2
-_WRITTEN = (_UPLOAD, "gradio_api/queue/join", "gradio_api/cancel", "gradio_api/reset")
+SOFTMAX = (
+    "概率假定答案就在标签里；可能都不是时，加一个“其他”之类的标签。 / "
+    "The probabilities take it for granted that one of the labels is right."
+)
+NOTHING_FOUND = "没有达到最低分的图片 / no picture reaches the minimum score"
+NO_TEXT = "请先写一句话 / write a phrase first"
+NO_PICTURE = "请先放一张图片 / drop a picture first"
+TIMEOUT = "没有在限定的时间内算完，请稍后再试 / not answered in time; try again later"
+FAILED = "服务器出错，原因在它的日志里 / the server failed; its log tells why"
+
+# By the first field at fault.
+FAULTS = {
+    "query": f"文字请写 1 到 {MAX_TEXT_CHARS} 个字 / 1 to {MAX_TEXT_CHARS} characters, please",
+    "labels": (
+        f"标签一行一个，1 到 {MAX_LABELS} 个，每个不超过 {MAX_TEXT_CHARS} 个字 / "
+        f"1 to {MAX_LABELS} labels, one a line, of at most {MAX_TEXT_CHARS} characters"
+    ),
+    "templates": (
+        f"模板一行一个，1 到 {MAX_TEMPLATES} 个，每个要有且只有一处 {{}} / "
+        f"1 to {MAX_TEMPLATES} templates, one a line, each with exactly one {{}}"
+    ),
+    "k": f"张数应为 1 到 {MAX_K} 的整数 / k: a whole number from 1 to {MAX_K}",
+    "min_score": "最低分应在 -1 到 1 之间 / minimum score: from -1 to 1",
+}
+# By the code of the refusal; what the service itself says stands behind.
+REFUSALS = {
+    "not_ready": "模型还没打开，请稍后再试",
+    "queue_full": "排队的请求太多，请稍后再试",
+    "timeout": "没有在限定的时间内算完，请稍后再试",
+    "image_too_large": "图片的像素太多",
+    "invalid_image": "读不出这张图片",
+    "no_upload": "只读取上传的图片，不读路径和网址",
+    "index_not_found": "启动时没有给出索引",
+    "too_many_items": "标签和模板太多",
+}
 
 
-class Door:
-    """ASGI middleware: of Gradio's routes, those that the page uses; 404 for the rest.
-
-    An upload needs room, and holds one file: Gradio would take a thousand, each in a folder of its own.
-    """
-
-    def __init__(self, app: ASGIApp, uploads: Uploads) -> None:
-        self.app, self.uploads = app, uploads
-        self._read = (*_READ, f"gradio_api/file={uploads.folder}")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
-        is_begun = False
-
-        async def noting(message: Message) -> None:
-            nonlocal is_begun
-            is_begun = True
-            await send(message)
-
-        try:
-            await self._admitted(scope, receive, noting)
-        except RefusalError as refusal:
-            await refusal.response()(scope, receive, send)
-        except Exception as error:
-            # What Gradio raises for requests that its scripts do not send; the server would log 100 lines of each.
-            log.warning("a request to the page was refused: %s", _one_line(error))
-            if not is_begun:
-                await RefusalError(400, f"{texts.REFUSED} / no request of the page's own").response()(
-                    scope, receive, send
-                )
-
-    async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = str(scope["path"]).removeprefix(scope["root_path"]).lstrip("/")
-        if not self._is_used(scope, path):
-            raise RefusalError(404, "Not Found")
-        if path == _UPLOAD:
-            body = await _with_one_file(scope, receive)
-            async with self.uploads.one_more():
-                await self.app(scope, body, send)
-        else:
-            await self.app(scope, receive, send)
-
-    def _is_used(self, scope: Scope, path: str) -> bool:
-        if scope.get("method") == "POST":
-            return path in _WRITTEN
-        return scope.get("method") in ("GET", "HEAD") and (not path or path.startswith(self._read))
-
-
-async def _with_one_file(scope: Scope, receive: Receive) -> Receive:
-    """What gives the body once more; raises RefusalError (400) where it is of several parts."""
-    _, options = parse_options_header(Headers(scope=scope).get("content-type", ""))
-    mark, messages = b"--" + options.get(b"boundary", b""), list[Message]()
-    more = True
-    while more:
-        message = await receive()
-        messages.append(message)
-        more = message.get("more_body", False)
-    if b"".join(message.get("body", b"") for message in messages).count(mark) > _MARKS_OF_ONE_PART:
-        raise RefusalError(400, "an upload holds one file; send the others by themselves")
-
-    async def again() -> Message:
-        return messages.pop(0) if messages else await receive()
-
-    return again
+# --- what it shows
 
 
 class Answers:
@@ -136,7 +114,7 @@ class Answers:
     async def by_text(self, text: str, k: float, min_score: float) -> str:
         """The hits of a phrase as HTML. min_score: -1 for any."""
         if not text.strip():
-            raise RefusalError(400, texts.NO_TEXT)
+            raise RefusalError(400, NO_TEXT)
         return await self._search([QueryPart(text=text)], k, min_score)
 
     async def by_picture(self, path: object, text: str, share: float, k: float) -> str:
@@ -154,10 +132,10 @@ class Answers:
 
     async def facts(self) -> str:
         """What there is to know of the model and the index, as HTML."""
-        encoder, index = self.service.engine.encoder, self.service.index
+        encoder, index = self.service.runner.encoder, self.service.index
         count = "无索引 / no index" if index is None else f"{await self.service.ask_index(len, index):,}"
         rows: dict[str, object] = {
-            "模型 / model": self.service.engine.name,
+            "模型 / model": self.service.runner.name,
             **self._facts,
             "图片边长 / resolution": f"{encoder.backend.resolution} px",
             "向量维数 / dimensions": encoder.embed_dim,
@@ -171,12 +149,23 @@ class Answers:
 
     async def _search(self, parts: list[QueryPart], k: float, min_score: float | None) -> str:
         hits = await self.service.search(SearchRequest(query=parts, k=int(k), min_score=min_score, where=None))
-        return _figures(hits)
+        if not hits:
+            return f"<p>{html.escape(NOTHING_FOUND)}</p>"
+        figures = []
+        for hit in hits:
+            caption = hit.metadata.get(CAPTION)
+            name = html.escape(str(caption) if caption else PurePosixPath(str(hit.id)).stem)
+            picture = f'<img src="..{html.escape(thumbnail_path(hit.id))}" alt="{name}">' if hit.has_thumbnail else "—"
+            figures.append(
+                f'<figure title="{html.escape(str(hit.id))}"><div class="picture">{picture}</div><figcaption>'
+                f'<span class="name">{name}</span> <span class="score">{hit.score:.3f}</span></figcaption></figure>'
+            )
+        return f'<div class="hits">{"".join(figures)}</div>'
 
     async def _data_url(self, path: object) -> str:
         if path is None:
-            raise RefusalError(400, texts.NO_PICTURE)
-        data = await self.service.engine.call(self.uploads.read, path)
+            raise RefusalError(400, NO_PICTURE)
+        data = await self.service.runner.call(self.uploads.read, path)
         return f"data:;base64,{base64.b64encode(data).decode()}"
 
 
@@ -188,44 +177,40 @@ def mount(app: FastAPI, service: Service, facts: Mapping[str, object]) -> None:
     """
 
     async def mounted() -> None:
-        _mount(app, service, facts)
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        # Gradio's own folder is one for all users of a machine.
+        folder = held_folder()
+        os.environ["GRADIO_TEMP_DIR"] = str(folder.path)
+        largest = service.limits.max_body_bytes
+        uploads = Uploads(folder.path, most_bytes=UPLOADS_HELD * largest, largest=largest)
+        blocks = _blocks(Answers(service, uploads, facts))
+        _fetch_nothing(blocks, uploads)
+        _log_one_line(blocks)
+        # Gradio keeps a copy of the page's settings for each visitor, 100 KB, which the page never reads.
+        blocks.state_session_capacity = VISITORS_HELD
+        gr.mount_gradio_app(
+            app,
+            blocks,
+            PATH,
+            footer_links=[],
+            app_kwargs={"middleware": [Middleware(Door, uploads=uploads)]},
+            ssr_mode=False,
+            show_error=True,
+            max_file_size=largest,
+            theme=gr.themes.Default(primary_hue="indigo", font=_FONTS, font_mono=("ui-monospace", "monospace")),
+            css=STYLE.read_text(encoding="utf-8"),
+        )
+        _keep_small(app, blocks, uploads, folder)
+
+        @app.get("/", include_in_schema=False)
+        async def root() -> RedirectResponse:
+            return RedirectResponse(f".{PATH}/")
+
+        @app.get("/favicon.ico", include_in_schema=False)
+        async def icon() -> Response:
+            return Response(ICON, media_type="image/svg+xml")
 
     asyncio.run(mounted())
-
-
-def _mount(app: FastAPI, service: Service, facts: Mapping[str, object]) -> None:
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    # Gradio's own folder is one for all users of a machine.
-    folder = held_folder()
-    os.environ["GRADIO_TEMP_DIR"] = str(folder.path)
-    largest = service.limits.max_body_bytes
-    uploads = Uploads(folder.path, most_bytes=UPLOADS_HELD * largest, largest=largest)
-    blocks = _blocks(Answers(service, uploads, facts))
-    _fetch_nothing(blocks, uploads)
-    _log_one_line(blocks)
-    # Gradio keeps a copy of the page's settings for each visitor, 100 KB, which the page never reads.
-    blocks.state_session_capacity = VISITORS_HELD
-    gr.mount_gradio_app(
-        app,
-        blocks,
-        PATH,
-        footer_links=[],
-        app_kwargs={"middleware": [Middleware(Door, uploads=uploads)]},
-        ssr_mode=False,
-        show_error=True,
-        max_file_size=largest,
-        theme=gr.themes.Default(primary_hue="indigo", font=_FONTS, font_mono=("ui-monospace", "monospace")),
-        css=texts.CSS,
-    )
-    _keep_small(app, blocks, uploads, folder)
-
-    @app.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse(f".{PATH}/")
-
-    @app.get("/favicon.ico", include_in_schema=False)
-    async def icon() -> Response:
-        return Response(texts.ICON, media_type="image/svg+xml")
 
 
 def _fetch_nothing(blocks: gr.Blocks, uploads: Uploads) -> None:
@@ -255,14 +240,10 @@ def _log_one_line(blocks: gr.Blocks) -> None:
             error.print_exception = False
             raise
         except Exception as error:
-            log.warning("a request to the page was refused: %s", _one_line(error))
-            raise gr.Error(texts.REFUSED, print_exception=False) from error
+            log.warning("a request to the page was refused: %s", one_line(error))
+            raise gr.Error(REFUSED, print_exception=False) from error
 
     vars(blocks)["process_api"] = process_api
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:MOST_LOGGED_CHARS]}"
 
 
 def _keep_small(app: FastAPI, blocks: gr.Blocks, uploads: Uploads, folder: HeldFolder) -> None:
@@ -293,14 +274,14 @@ class _Forgetful(set[str]):
 def _blocks(answers: Answers) -> gr.Blocks:
     service = answers.service
     has_index = service.index is not None
-    blocks = gr.Blocks(title=texts.TITLE, analytics_enabled=False, fill_width=True)
+    blocks = gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True)
     with blocks:
-        gr.Markdown(f"# {texts.TITLE}")
+        gr.Markdown(f"# {TITLE}")
         with gr.Tabs(selected="text" if has_index else "labels"):
             with gr.Tab("以文搜图 / search by text", id="text"):
-                _text_tab(answers) if has_index else gr.Markdown(texts.NO_INDEX)
+                _text_tab(answers) if has_index else gr.Markdown(NO_INDEX)
             with gr.Tab("以图搜图 / search by picture"):
-                _picture_tab(answers) if has_index else gr.Markdown(texts.NO_INDEX)
+                _picture_tab(answers) if has_index else gr.Markdown(NO_INDEX)
             with gr.Tab("零样本分类 / zero-shot labels", id="labels"):
                 _labels_tab(answers)
             with gr.Tab("模型信息 / model", elem_id="facts") as tab:
@@ -313,17 +294,17 @@ def _blocks(answers: Answers) -> gr.Blocks:
 def _text_tab(answers: Answers) -> None:
     with gr.Row(equal_height=True):
         text = gr.Textbox(
-            label="想找什么 / what to look for", placeholder=texts.PHRASES[0], scale=8, elem_id="phrase", autofocus=True
+            label="想找什么 / what to look for", placeholder=PHRASES[0], scale=8, elem_id="phrase", autofocus=True
         )
         button = gr.Button("搜索 / search", variant="primary", scale=1, min_width=120)
     with gr.Row():
-        examples = [gr.Button(phrase, size="sm", min_width=80) for phrase in texts.PHRASES]
+        examples = [gr.Button(phrase, size="sm", min_width=80) for phrase in PHRASES]
     with gr.Row():
         k = _k_slider()
         min_score = gr.Slider(-1, 1, -1, step=0.01, label="最低分 / minimum score")
     hits = gr.HTML(elem_id="text-hits")
     _when([button.click, text.submit], answers, answers.by_text, [text, k, min_score], hits)
-    for phrase, example in zip(texts.PHRASES, examples, strict=True):
+    for phrase, example in zip(PHRASES, examples, strict=True):
         chosen = example.click(None, None, text, js=f"() => {json.dumps(phrase)}")
         _when([chosen.then], answers, answers.by_text, [text, k, min_score], hits)
 
@@ -348,14 +329,14 @@ def _labels_tab(answers: Answers) -> None:
         with gr.Column(scale=1, min_width=280):
             picture = _picture("labelled-picture")
             labels = gr.Textbox(
-                "\n".join(texts.LABELS),
+                "\n".join(LABELS),
                 label="标签，一行一个 / labels, one a line",
                 lines=6,
                 max_lines=8,
                 elem_id="labels",
             )
             templates = gr.Textbox(
-                "\n".join(texts.TEMPLATES),
+                "\n".join(TEMPLATES),
                 label="模板，{} 处填标签 / templates, with {} for the label",
                 lines=2,
                 max_lines=6,
@@ -364,7 +345,7 @@ def _labels_tab(answers: Answers) -> None:
             button = gr.Button("分类 / classify", variant="primary")
         with gr.Column(scale=1, min_width=320):
             shares = gr.Label(label="概率 / probabilities", num_top_classes=MOST_LABELS_SHOWN, elem_id="shares")
-            gr.Markdown(texts.SOFTMAX)
+            gr.Markdown(SOFTMAX)
     _when([picture.upload, button.click], answers, answers.labels, [picture, labels, templates], shares)
     picture.clear(None, None, shares, js="() => null")
 
@@ -395,14 +376,14 @@ def _when(
         try:
             return await asyncio.wait_for(function(*given), timeout)
         except asyncio.TimeoutError:
-            _note(texts.TIMEOUT)
+            _note(TIMEOUT)
         except RefusalError as refusal:
             _note(refusal_sentence(refusal))
         except ValidationError as error:
             _note(fault_sentence(error))
         except Exception:
             log.exception("the page could not answer")
-            _note(texts.FAILED)
+            _note(FAILED)
         return None
 
     for event in events:
@@ -417,35 +398,14 @@ def refusal_sentence(refusal: RefusalError) -> str:
     """What people are told: Chinese first, and what the service itself says."""
     if refusal.code is None:
         return refusal.message
-    return f"{texts.REFUSALS.get(refusal.code, texts.REFUSED)} / {refusal.message}"
+    return f"{REFUSALS.get(refusal.code, REFUSED)} / {refusal.message}"
 
 
 def fault_sentence(error: ValidationError) -> str:
     """What people are told of the first field that is not as it should be."""
     first = error.errors()[0]
     field = "query" if "text" in first["loc"] else str(first["loc"][0])
-    return texts.FAULTS.get(field, f"{texts.REFUSED} / {field}: {first['msg']}")
-
-
-def _figures(hits: Sequence[Found]) -> str:
-    if not hits:
-        return f"<p>{html.escape(texts.NOTHING_FOUND)}</p>"
-    return f'<div class="hits">{"".join(map(_figure, hits))}</div>'
-
-
-def _figure(hit: Found) -> str:
-    name, item_id = html.escape(_name(hit)), html.escape(str(hit.id))
-    picture = f'<img src="..{html.escape(thumbnail_path(hit.id))}" alt="{name}">' if hit.has_thumbnail else "—"
-    return (
-        f'<figure title="{item_id}"><div class="picture">{picture}</div>'
-        f'<figcaption><span class="name">{name}</span> <span class="score">{hit.score:.3f}</span></figcaption></figure>'
-    )
-
-
-def _name(hit: Found) -> str:
-    """The caption, else the name of the file."""
-    caption = hit.metadata.get(CAPTION)
-    return str(caption) if caption else PurePosixPath(str(hit.id)).stem
+    return FAULTS.get(field, f"{REFUSED} / {field}: {first['msg']}")
 
 
 def _lines(text: str) -> list[str]:

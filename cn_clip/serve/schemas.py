@@ -1,7 +1,16 @@
-"""What requests and answers look like; the OpenAPI document is made of these."""
+"""Requests and answers: how JSON bodies with pictures are read, what they hold, and errors in OpenAI's form.
 
+The OpenAPI document is made of these.
+"""
+
+import json
+import secrets
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal, TypeAlias
 
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
@@ -16,6 +25,122 @@ from cn_clip.serve.limits import (
     MAX_TEXT_CHARS,
     MAX_WEIGHT,
 )
+
+# --- errors
+
+# Characters of a message, and of what it shows of a request.
+_MOST_CHARS = 1000
+_SHOWN_CHARS = 80
+
+
+class RefusalError(Exception):
+    """An answer with an HTTP status of 400 or more.
+
+    param: the field of the request that is at fault. retry_after: seconds after which to ask again.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
+    ) -> None:
+        message, param = message[:_MOST_CHARS], param and param[:_SHOWN_CHARS]
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        headers = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return JSONResponse({"error": error}, self.status, headers)
+
+
+def shown(value: object) -> str:
+    """What a request named, as a message may repeat it."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
+
+
+def queue_full(what: str, limit: int) -> RefusalError:
+    """503: as many of `what` as admitted are waiting."""
+    return RefusalError(503, f"the queue of {limit} {what} is full; ask again later", code="queue_full", retry_after=1)
+
+
+# --- JSON bodies
+
+# Strings that begin so, and of at least so many bytes, are cut out; of a body no more than so many are looked at.
+_BEGIN, _LONG, _MOST = b'"data:', 1 << 16, 256
+
+
+def loads(body: bytes) -> Any:
+    """What `json.loads` gives; raises what it raises, but lets control characters in long data URLs pass.
+
+    Long data URLs are cut out first, so that it reads the rest: `{"image": "data:…"}` becomes `{"image": "TOKEN 0"}`.
+    What is cut out lies between two quotes and holds neither quote nor backslash, so the rest is JSON if the whole is.
+    """
+    if len(body) < _LONG:
+        return json.loads(body)
+    whole, pieces, strings, position, end = memoryview(body), list[bytes | memoryview](), dict[str, str](), 0, 0
+    token = secrets.token_hex(16)
+    for _ in range(_MOST):
+        quote = body.find(_BEGIN, end)
+        end = body.find(b'"', quote + 1)
+        if quote < 0 or end < 0:
+            break
+        if end - quote < _LONG or body.find(b"\\", quote, end) >= 0:
+            continue
+        try:
+            string = str(whole[quote + 1 : end], "ascii")
+        except UnicodeDecodeError:
+            continue
+        name = f"{token} {len(strings)}"
+        strings[name] = string
+        pieces += [whole[position : quote + 1], name.encode()]
+        position = end
+    if not strings:
+        return json.loads(body)
+    return _put_back(json.loads(b"".join([*pieces, whole[position:]])), strings)
+
+
+def _put_back(value: Any, strings: dict[str, str]) -> Any:
+    """The value with the strings in their places; never deeper than `json.loads` goes."""
+    if isinstance(value, str):
+        return strings.get(value, value)
+    if isinstance(value, list):
+        return [_put_back(one, strings) for one in value]
+    if isinstance(value, dict):
+        return {strings.get(name, name): _put_back(one, strings) for name, one in value.items()}
+    return value
+
+
+class _JsonRequest(Request):
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            # One piece, as the gate hands it on, is not copied.
+            self._body = b"".join([piece async for piece in self.stream() if piece])
+        return self._body
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            self._json = loads(await self.body())
+        return self._json
+
+
+class JsonRoute(APIRoute):
+    """A route whose JSON body is read by `loads`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """That of the route, for which the body is read so."""
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            return await handle(_JsonRequest(request.scope, request.receive))
+
+        return answer
+
+
+# --- requests and answers
 
 
 def _words(value: Any) -> Any:

@@ -1,24 +1,43 @@
-"""Uvicorn as the service needs it: bounded connections, and an end that waits for requests but not for streams."""
+"""A server from its settings to its end: the model and the index opened, and uvicorn as the service needs it.
+
+Connections are bounded, and the end waits for requests but not for streams.
+"""
 
 import asyncio
 import contextlib
 import copy
+import gc
 import math
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from cn_clip.serve.limits import LOG_TIME, MAX_CONNECTIONS, Limits
-from cn_clip.serve.refusals import RefusalError
+from cn_clip import command, extras, terminal, zoo
+from cn_clip.clip.choice import DEFAULT_MODEL, Choice
+from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.opening import precision_of
+from cn_clip.errors import ConfigError, MissingExtraError
+from cn_clip.evaluation.templates import read_labels
+from cn_clip.index.models import open_encoder
+from cn_clip.retrieval.addresses import Searchable, address_of, open_index
+from cn_clip.retrieval.store import same_model
+from cn_clip.serve.app import create_app
+from cn_clip.serve.batching import Metrics
+from cn_clip.serve.gate import LEAST_KEY_CHARS, Hosts, is_weak
+from cn_clip.serve.limits import API_KEY_VARIABLE, LOG_TIME, MAX_CONNECTIONS, Limits
+from cn_clip.serve.runner import Runner
+from cn_clip.serve.schemas import RefusalError
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
+SWITCH_SECONDS = 0.001
 # Seconds for what follows the drain.
 END_SECONDS = 2
 
@@ -32,7 +51,7 @@ class Server(uvicorn.Server):
 
     def __init__(
         self,
-        app: "FastAPI",
+        app: FastAPI,
         limits: Limits,
         *,
         drain_timeout: float = 30,
@@ -40,12 +59,15 @@ class Server(uvicorn.Server):
         end: Callable[[], None] | None = None,
     ) -> None:
         drain_seconds = math.ceil(drain_timeout)
+        logs = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+        for formatter in logs["formatters"].values():  # each line with its time
+            formatter.update(fmt=f"%(asctime)s {formatter['fmt']}", datefmt=LOG_TIME)
         super().__init__(
             uvicorn.Config(
                 app,
                 http=_protocol(limits.timeout),
                 ws="none",
-                log_config=_logs(),
+                log_config=logs,
                 access_log=access_log,
                 server_header=False,
                 timeout_graceful_shutdown=drain_seconds,
@@ -83,14 +105,6 @@ class Server(uvicorn.Server):
         finally:
             for one, handler in handlers.items():
                 signal.signal(one, handler)
-
-
-def _logs() -> dict[str, Any]:
-    """Uvicorn's logs, each line with its time."""
-    logs = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
-    for formatter in logs["formatters"].values():
-        formatter.update(fmt=f"%(asctime)s {formatter['fmt']}", datefmt=LOG_TIME)
-    return logs
 
 
 def _protocol(head_timeout: float) -> type[asyncio.Protocol]:
@@ -133,11 +147,160 @@ def _protocol(head_timeout: float) -> type[asyncio.Protocol]:
     return Protocol
 
 
-def _too_many() -> bytes:
-    message = "too many connections at a time; ask again later"
-    response = RefusalError(503, message, code="busy", retry_after=1).response()
-    head = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
-    return b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\n" + head + b"\r\n" + bytes(response.body)
+_busy = RefusalError(503, "too many connections at a time; ask again later", code="busy", retry_after=1).response()
+_TOO_MANY = b"".join(
+    [
+        b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\n",
+        *(b"%s: %s\r\n" % header for header in _busy.raw_headers),
+        b"\r\n",
+        bytes(_busy.body),
+    ]
+)
 
 
-_TOO_MANY = _too_many()
+# --- from the settings to its end
+
+
+def launch(
+    chosen: Choice,
+    limits: Limits,
+    *,
+    model: str | None,
+    name: str | None,
+    index_address: str | None,
+    label_sets: Sequence[Path],
+    host: str,
+    port: int,
+    allowed_hosts: Sequence[str],
+    api_key: str | None,
+    with_page: bool,
+    access_log: bool,
+    drain_timeout: float,
+) -> None:
+    """Serves until it is told to stop; raises CnClipError for what cannot be opened.
+
+    chosen: how the model is computed. model: None for that of the index, or the default. name: of it in requests.
+    api_key: without one, only `allowed_hosts` and names of this machine are answered. with_page: mounts the web page
+    too, if it can be used. drain_timeout: as of `Server`.
+    """
+    chosen = replace(chosen, precision=precision_of(chosen))
+    hosts = Hosts(host, allowed_hosts)
+    labels_of = read_label_sets(label_sets)
+    index = None if index_address is None else open_index(address_of(index_address))
+    opened = model or (index.model.name if index is not None else DEFAULT_MODEL)
+    metrics = Metrics()
+    runner = Runner(
+        name or served_name(opened), lambda: _open_encoder(replace(chosen, model=opened), index), limits, metrics
+    )
+    app = create_app(runner, metrics, limits=limits, api_key=api_key, hosts=hosts, index=index, label_sets=labels_of)
+    _warn(host, api_key)
+    with listen(host, port) as listener:
+        given_host, given_port = listener.getsockname()[:2]
+        address = f"http://{f'[{given_host}]' if ':' in given_host else given_host}:{given_port}"
+        _say(f"正在打开 / opening {opened}; {address}")
+        if with_page:
+            facts = {"后端 / backend": chosen.backend, "精度 / precision": chosen.precision}
+            _say(add_page(app, facts, api_key, address))
+        server = Server(app, limits, drain_timeout=drain_timeout, access_log=access_log, end=lambda: _end(runner))
+        # The event loop waits so long for a thread that goes through a large picture's base64; by default 5 ms.
+        sys.setswitchinterval(SWITCH_SECONDS)
+        asyncio.run(_serve(server, runner, listener))
+        server.ended()
+        if runner.failure is not None:
+            raise runner.failure
+
+
+def add_page(app: FastAPI, facts: Mapping[str, object], api_key: str | None, address: str) -> str:
+    """Mounts the web page if it can be used; the line that tells of it."""
+    if api_key is not None:
+        return "设了密钥，所以没有网页：浏览器不会带上密钥 / no web page: browsers do not send the key"
+    try:
+        extras.require("gradio", extra="page", purpose="the web page")
+    except MissingExtraError as error:
+        return f"没有网页 / no web page: {error}"
+    from cn_clip.serve import page
+
+    page.mount(app, app.state.service, facts)
+    return f"网页 / web page: {address}/"
+
+
+def _end(runner: Runner) -> None:
+    """Ends the process, whatever its threads wait for."""
+    runner.kill_decoders()
+    _say(f"已停止，有线程没有结束 / stopped, with threads that did not end: {runner.name}")
+    terminal.leave(0)
+
+
+async def _serve(server: Server, runner: Runner, listener: socket.socket) -> None:
+    """Serves until SIGTERM or SIGINT, or until the model fails, and says when it is ready and when it has stopped."""
+
+    async def announce() -> None:
+        await runner.opened.wait()
+        if runner.is_ready:
+            _say(f"可以使用 / ready: {runner.name}")
+            # What is there now stays. Looking through it all for garbage, again and again, holds up every answer.
+            gc.collect()
+            gc.freeze()
+        await runner.failed.wait()
+        server.should_exit = True
+
+    announcing = asyncio.ensure_future(announce())
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        announcing.cancel()
+    _say(f"已停止 / stopped: {runner.name}")
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime(LOG_TIME)} {line}", flush=True)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that connections can be accepted from; raises ConfigError when the address cannot be had."""
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port}: cannot be listened at ({error.strerror or error})") from error
+    # Connections inherit it. asyncio sets it only where a socket names its protocol, which those of `create_server` do
+    # not; without it an answer's body waits 40 ms for the client to acknowledge its head.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def served_name(model: str) -> str:
+    """A name for a model: that of a file or folder without where it lies."""
+    return model if zoo.named(model) else Path(model.removeprefix("hf:")).stem
+
+
+def read_label_sets(paths: Sequence[Path]) -> dict[str, list[str]]:
+    """Labels by the name of their file; raises DataError for a faulty file, ConfigError for two of one name."""
+    found = {path.stem: read_labels(path) for path in paths}
+    if len(found) < len(paths):
+        raise ConfigError(f"--label-sets: expected files of different names, got {', '.join(map(str, paths))}")
+    return found
+
+
+def _open_encoder(chosen: Choice, index: Searchable | None) -> Encoder:
+    """The open model; raises ConfigError for another one than that of the index."""
+    encoder, facts = open_encoder(chosen, command.Speaker(quiet=False))
+    if index is not None:
+        same_model(index.model, facts, index.address)
+    return encoder
+
+
+def _warn(host: str, api_key: str | None) -> None:
+    """Warns of strangers who need no key, and of a key that can be guessed."""
+    if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
+        print(
+            f"注意：其他机器可以访问 {host}，而没有设置 {API_KEY_VARIABLE} / "
+            f"other machines can reach {host}, and no {API_KEY_VARIABLE} is set",
+            file=sys.stderr,
+        )
+    if api_key is not None and is_weak(api_key):
+        print(
+            f"注意：密钥太容易猜，至少用 {LEAST_KEY_CHARS} 个随机字符 / the API key can be guessed; use at least "
+            f"{LEAST_KEY_CHARS} random characters, such as those of: "
+            'python -c "import secrets; print(secrets.token_urlsafe())"',
+            file=sys.stderr,
+        )

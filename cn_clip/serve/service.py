@@ -1,4 +1,4 @@
-"""What the routes do, apart from HTTP: embed, classify and search with one engine, one index, some sets of labels."""
+"""What the routes do, apart from HTTP: embed, classify and search with one runner, one index, some sets of labels."""
 
 # N inputs, C classes, D embedding
 
@@ -23,9 +23,8 @@ from cn_clip.retrieval.addresses import Searchable, item_called
 from cn_clip.retrieval.query import mixed
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.store import Hit
-from cn_clip.serve.engine import Engine, Picture, Text
 from cn_clip.serve.limits import MAX_PROMPT_CHARS, MAX_PROMPTS, Limits
-from cn_clip.serve.refusals import RefusalError, shown
+from cn_clip.serve.runner import Picture, Runner, Text
 from cn_clip.serve.schemas import (
     ClassifyRequest,
     ClassifyResponse,
@@ -33,7 +32,9 @@ from cn_clip.serve.schemas import (
     EmbeddingRequest,
     ImageInput,
     QueryPart,
+    RefusalError,
     SearchRequest,
+    shown,
 )
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Found(NamedTuple):
 class Service:
     """The state behind the routes. label_sets: labels by the name of their set."""
 
-    engine: Engine
+    runner: Runner
     limits: Limits
     index: Searchable | None = None
     label_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -68,24 +69,21 @@ class Service:
         """Computes the class vectors of the stored sets of labels, and opens what the index opens at first use."""
         if self.index is not None:
             index = self.index
-            await self.engine.alone(lambda: 0 in index)
+            await self.runner.alone(lambda: 0 in index)
         for name, labels in self.label_sets.items():
-            self._stored[name] = await self._computed_alone(labels)
-
-    async def _computed_alone(self, labels: Sequence[str]) -> Rows:
-        """The class vectors, computed past the queue, a batch at a time: whoever stops the server waits for one."""
-        texts = await self.engine.alone(zeroshot.prompts, labels, load_templates(DEFAULT))
-        step = self.limits.max_batch
-        parts = [
-            await self.engine.alone(self.engine.encoder.encode_texts, texts[start : start + step])
-            for start in range(0, len(texts), step)
-        ]
-        return zeroshot.class_vectors(np.concatenate(parts), len(labels))
+            # Past the queue, a batch at a time: whoever stops the server waits for one.
+            texts = await self.runner.alone(zeroshot.prompts, labels, load_templates(DEFAULT))
+            step = self.limits.max_batch
+            parts = [
+                await self.runner.alone(self.runner.encoder.encode_texts, texts[start : start + step])
+                for start in range(0, len(texts), step)
+            ]
+            self._stored[name] = zeroshot.class_vectors(np.concatenate(parts), len(labels))
 
     async def embed(self, request: EmbeddingRequest) -> tuple[Rows, int]:
         """(unit rows (N, D), tokens of the texts); raises RefusalError."""
         self.check_model(request.model)
-        inputs, embed_dim = request.inputs, self.engine.encoder.embed_dim
+        inputs, embed_dim = request.inputs, self.runner.encoder.embed_dim
         if len(inputs) > self.limits.max_items:
             message = f"input: expected at most {self.limits.max_items} items, got {len(inputs)}"
             raise RefusalError(400, message, param="input", code="too_many_items")
@@ -93,7 +91,7 @@ class Service:
             message = f"dimensions: the model has {embed_dim} and cannot give {request.dimensions}; leave it out"
             raise RefusalError(400, message, param="dimensions", code="unsupported_value")
         alone = not isinstance(request.input, list)
-        return await self.engine.embed(
+        return await self.runner.embed(
             [_input(one, "input" if alone else f"input[{place}]") for place, one in enumerate(inputs)]
         )
 
@@ -105,12 +103,12 @@ class Service:
         is_stored = request.label_set is not None and request.templates is None
         if not is_stored:
             _check_prompts(labels, templates)
-        image_1D, _ = await self.engine.embed([Picture(request.image, "image")])
+        image_1D, _ = await self.runner.embed([Picture(request.image, "image")])
         if is_stored:
             classes_CD = self._stored[str(request.label_set)]
         else:
             classes_CD = await self._classifier(labels, templates)
-        scale = self._scale()
+        scale = self.runner.encoder.facts.logit_scale or zeroshot.LOGIT_SCALE
         (shares_C,) = zeroshot.probabilities(image_1D, classes_CD, scale=scale).tolist()
         (cosines_C,) = (image_1D @ classes_CD.T).tolist()
         order = sorted(range(len(labels)), key=lambda number: -shares_C[number])
@@ -118,7 +116,7 @@ class Service:
             ClassScore(index=number, label=labels[number], probability=shares_C[number], cosine=cosines_C[number])
             for number in order
         ]
-        return ClassifyResponse(model=self.engine.name, scale=scale, data=scores)
+        return ClassifyResponse(model=self.runner.name, scale=scale, data=scores)
 
     async def search(self, request: SearchRequest) -> list[Found]:
         """The hits, best first, with ids and metadata that JSON holds; raises RefusalError."""
@@ -148,7 +146,7 @@ class Service:
     async def ask_index(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         """Calls `function`, which reads the index; raises RefusalError (503) when the server that keeps it is away."""
         try:
-            return await self.engine.ask(function, *args)
+            return await self.runner.ask(function, *args)
         except StoreError as error:
             logger.error("%s", error)
             message = "the index does not answer; the server's log tells why"
@@ -156,14 +154,14 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raises RefusalError: 503 before the model is ready, 404 for another than the one that is served."""
-        self.engine.check_ready()
-        if name not in (None, self.engine.name):
-            message = f"model: {shown(name)} is not served here, only {self.engine.name!r}"
+        self.runner.check_ready()
+        if name not in (None, self.runner.name):
+            message = f"model: {shown(name)} is not served here, only {self.runner.name!r}"
             raise RefusalError(404, message, param="model", code="model_not_found")
 
     def opened_index(self) -> Searchable:
         """Raises RefusalError: 503 before the model is ready, 404 when the service was started without an index."""
-        self.engine.check_ready()
+        self.runner.check_ready()
         if self.index is None:
             message = "no index was opened; start the server as: cn-clip serve INDEX"
             raise RefusalError(404, message, code="index_not_found")
@@ -181,11 +179,11 @@ class Service:
         return labels
 
     async def _classifier(self, labels: Sequence[str], templates: Sequence[str]) -> Rows:
-        key = await self.engine.call(_digest, labels, templates)
+        key = await self.runner.call(_digest, labels, templates)
         classes_CD = self._recent.get(key)
         if classes_CD is None:
-            features = await self.engine.embed_many_texts(await self.engine.call(zeroshot.prompts, labels, templates))
-            classes_CD = await self.engine.call(zeroshot.class_vectors, features, len(labels))
+            features = await self.runner.embed_many_texts(await self.runner.call(zeroshot.prompts, labels, templates))
+            classes_CD = await self.runner.call(zeroshot.class_vectors, features, len(labels))
             self._recent[key] = classes_CD
             while sum(rows.nbytes for rows in self._recent.values()) > CLASSIFIER_BYTES:
                 self._recent.popitem(last=False)
@@ -193,19 +191,24 @@ class Service:
             self._recent.move_to_end(key)
         return classes_CD
 
-    def _scale(self) -> float:
-        return self.engine.encoder.facts.logit_scale or zeroshot.LOGIT_SCALE
-
     async def _query(self, parts: Sequence[QueryPart], index: Searchable) -> Rows:
         """The unit vector (1, D) of the weighted sum of the parts."""
-        named = [(part, "query" if len(parts) == 1 else f"query[{place}]") for place, part in enumerate(parts)]
-        inputs = {place: one for place, (part, param) in enumerate(named) if (one := _part(part, param)) is not None}
+        inputs: dict[int, Text | Picture] = {}
         rows_ND = np.empty((len(parts), index.model.embed_dim), dtype=np.float32)
+        for position, part in enumerate(parts):
+            param = "query" if len(parts) == 1 else f"query[{position}]"
+            if sum(value is not None for value in (part.text, part.image, part.id)) != 1:
+                message = f"{param}: expected one of text, image and id"
+                raise RefusalError(400, message, param=param, code="invalid_value")
+            if part.text is not None:
+                inputs[position] = Text(part.text)
+            elif part.image is not None:
+                inputs[position] = Picture(part.image, f"{param}.image")
         if inputs:
-            rows_ND[list(inputs)], _ = await self.engine.embed(list(inputs.values()))
-        for place, (part, _) in enumerate(named):
+            rows_ND[list(inputs)], _ = await self.runner.embed(list(inputs.values()))
+        for position, part in enumerate(parts):
             if part.id is not None:
-                rows_ND[place] = await self.ask_index(_vector, index, part.id)
+                rows_ND[position] = await self.ask_index(_vector, index, part.id)
         try:
             return mixed(rows_ND, [part.weight for part in parts])[None]
         except ConfigError as error:
@@ -252,13 +255,3 @@ def _input(given: str | ImageInput, param: str) -> Text | Picture:
     if isinstance(given, str):
         return Picture(given, param) if is_data_url(given) else Text(given)
     return Picture(given.image, f"{param}.image")
-
-
-def _part(part: QueryPart, param: str) -> Text | Picture | None:
-    """What of a part must be computed; None for an id. Raises RefusalError unless it is one of text, image and id."""
-    given: dict[str, Any] = {name: getattr(part, name) for name in ("text", "image", "id")}
-    if sum(value is not None for value in given.values()) != 1:
-        raise RefusalError(400, f"{param}: expected one of text, image and id", param=param, code="invalid_value")
-    if part.text is not None:
-        return Text(part.text)
-    return None if part.image is None else Picture(part.image, f"{param}.image")

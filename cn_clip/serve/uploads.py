@@ -1,4 +1,4 @@
-"""The uploads of a web page: what they take on the disk, bounded before another is written, and how they are read.
+"""What the web page lets in: of Gradio's routes those that it uses, and uploads, bounded before another is written.
 
 `Uploads.read` is the one way from a path that a request names to the bytes of a file.
 """
@@ -10,11 +10,15 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path, PurePath
 
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from cn_clip.files import HeldFolder
-from cn_clip.serve.refusals import RefusalError
+from cn_clip.serve.schemas import RefusalError
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +126,12 @@ class Uploads:
     async def _measure(self) -> None:
         """Charges what is there; first deletes what is old, unless a folder may be about to be written into."""
         if self._num_writing == 0:
-            await _to_the_end(delete_older, self.folder, time.time() - MAX_AGE)
+            # When cancelled, it goes on only once the thread has returned.
+            deleting = asyncio.ensure_future(asyncio.to_thread(delete_older, self.folder, time.time() - MAX_AGE))
+            try:
+                await asyncio.shield(deleting)
+            finally:
+                await asyncio.wait((deleting,))
         unfinished = self._num_writing * self._charge
         self._charged = unfinished + await asyncio.to_thread(bytes_on_disk, self.folder)
 
@@ -148,15 +157,6 @@ def _no_upload() -> RefusalError:
     return RefusalError(400, "a picture is read from an upload of the page only, no path or address", code="no_upload")
 
 
-async def _to_the_end(function: Callable[..., object], *args: object) -> None:
-    """Calls it in a thread; when cancelled, goes on only once it has returned."""
-    call = asyncio.ensure_future(asyncio.to_thread(function, *args))
-    try:
-        await asyncio.shield(call)
-    finally:
-        await asyncio.wait((call,))
-
-
 def delete_older(folder: Path, before: float) -> None:
     """Deletes the files in `folder` that were last changed before that time, and the folders that are then empty."""
     for parent, _, files in os.walk(folder, topdown=False):
@@ -178,3 +178,83 @@ def bytes_on_disk(folder: Path) -> int:
             with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                 total += max(os.lstat(os.path.join(parent, name)).st_blocks * _BLOCK, _LEAST_BYTES)
     return total
+
+
+# --- the door of the page
+
+REFUSED = "做不到"
+MOST_LOGGED_CHARS = 200
+# What the page asks Gradio for; it would answer far more.
+_READ = (
+    *("config", "theme.css", "assets/", "static/"),
+    *("gradio_api/upload_progress", "gradio_api/queue/data", "gradio_api/heartbeat/"),
+)
+_UPLOAD = "gradio_api/upload"
+# The boundary stands before a part and behind the last.
+_MARKS_OF_ONE_PART = 2
+_WRITTEN = (_UPLOAD, "gradio_api/queue/join", "gradio_api/cancel", "gradio_api/reset")
+
+
+class Door:
+    """ASGI middleware: of Gradio's routes, those that the page uses; 404 for the rest.
+
+    An upload needs room, and holds one file: Gradio would take a thousand, each in a folder of its own.
+    """
+
+    def __init__(self, app: ASGIApp, uploads: Uploads) -> None:
+        self.app, self.uploads = app, uploads
+        self._read = (*_READ, f"gradio_api/file={uploads.folder}")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        is_begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal is_begun
+            is_begun = True
+            await send(message)
+
+        try:
+            path = str(scope["path"]).removeprefix(scope["root_path"]).lstrip("/")
+            method = scope.get("method")
+            is_read = method in ("GET", "HEAD") and (not path or path.startswith(self._read))
+            if not is_read and not (method == "POST" and path in _WRITTEN):
+                raise RefusalError(404, "Not Found")
+            if path == _UPLOAD:
+                body = await _with_one_file(scope, receive)
+                async with self.uploads.one_more():
+                    await self.app(scope, body, noting)
+            else:
+                await self.app(scope, receive, noting)
+        except RefusalError as refusal:
+            await refusal.response()(scope, receive, send)
+        except Exception as error:
+            # What Gradio raises for requests that its scripts do not send; the server would log 100 lines of each.
+            log.warning("a request to the page was refused: %s", one_line(error))
+            if not is_begun:
+                await RefusalError(400, f"{REFUSED} / no request of the page's own").response()(scope, receive, send)
+
+
+async def _with_one_file(scope: Scope, receive: Receive) -> Receive:
+    """What gives the body once more; raises RefusalError (400) where it is of several parts."""
+    _, options = parse_options_header(Headers(scope=scope).get("content-type", ""))
+    mark, messages = b"--" + options.get(b"boundary", b""), list[Message]()
+    more = True
+    while more:
+        message = await receive()
+        messages.append(message)
+        more = message.get("more_body", False)
+    if b"".join(message.get("body", b"") for message in messages).count(mark) > _MARKS_OF_ONE_PART:
+        raise RefusalError(400, "an upload holds one file; send the others by themselves")
+
+    async def again() -> Message:
+        return messages.pop(0) if messages else await receive()
+
+    return again
+
+
+def one_line(error: Exception) -> str:
+    """What a log says of an error that a request caused."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:MOST_LOGGED_CHARS]}"

@@ -18,12 +18,10 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from cn_clip.clip.backends.base import Pixels, Rows
-from cn_clip.serve import untrusted
-from cn_clip.serve.batching import Batcher, Slots, joined
-from cn_clip.serve.decoders import Decoders, EncodedPicture
+from cn_clip.serve.batching import Batcher, Metrics, Slots, joined
 from cn_clip.serve.limits import Limits
-from cn_clip.serve.metrics import Metrics
-from cn_clip.serve.refusals import RefusalError
+from cn_clip.serve.pictures import Decoders, EncodedPicture, looked_at, picture_bytes
+from cn_clip.serve.schemas import RefusalError
 
 if TYPE_CHECKING:
     from cn_clip.clip.encoder import Encoder
@@ -56,7 +54,7 @@ class Picture:
     param: str
 
 
-class Engine:
+class Runner:
     """Vectors for many requests at a time. All methods are for one event loop; the model is for one thread of its own.
 
     name: what the model is called in answers. open_encoder: opens the model; called once, in the computing thread.
@@ -78,8 +76,23 @@ class Engine:
         self._searchers = ThreadPoolExecutor(num_threads, "search")
         self._decoders, self._reading = Decoders(num_threads, limits), asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
-        self._texts = self._batcher("texts", self._encode_token_ids, metrics, length=len)
-        self._pictures = self._batcher("pictures", self._encode_pixels, metrics)
+        self._texts = Batcher(
+            "texts",
+            self._encode_token_ids,
+            self._thread,
+            max_batch=limits.max_batch,
+            max_wait=limits.max_wait_ms / 1000,
+            length=len,
+            observe=metrics.observe_batch("texts"),
+        )
+        self._pictures = Batcher(
+            "pictures",
+            self._encode_pixels,
+            self._thread,
+            max_batch=limits.max_batch,
+            max_wait=limits.max_wait_ms / 1000,
+            observe=metrics.observe_batch("pictures"),
+        )
         self._text_slots = _slots("texts", limits, metrics)
         self._picture_slots = _slots("pictures", limits, metrics)
         self._call_slots = _slots("calls", limits, metrics)
@@ -164,23 +177,6 @@ class Engine:
         parts = [await self.embed(list(map(Text, texts[start : start + step]))) for start in range(0, len(texts), step)]
         return np.concatenate([rows for rows, _ in parts])
 
-    def _batcher(
-        self,
-        what: str,
-        compute: Callable[[Sequence[ItemT]], Rows],
-        metrics: Metrics,
-        length: Callable[[ItemT], int] | None = None,
-    ) -> Batcher[ItemT]:
-        return Batcher(
-            what,
-            compute,
-            self._thread,
-            max_batch=self.limits.max_batch,
-            max_wait=self.limits.max_wait_ms / 1000,
-            length=length,
-            observe=metrics.observe_batch(what),
-        )
-
     def _encode_token_ids(self, token_ids: Sequence[list[int]]) -> Rows:
         return self.encoder.backend.encode_tokens(self.encoder.texts.pad(token_ids))
 
@@ -212,8 +208,8 @@ class Engine:
         """The pictures, not decoded; raises RefusalError when they would have too many pixels together."""
         files, num_pixels = list[EncodedPicture](), 0
         for picture in pictures:
-            data = untrusted.picture_bytes(picture.data_url, picture.param, self._give_way)
-            files.append(untrusted.looked_at(data, picture.param, max_pixels=self.limits.max_pixels))
+            data = picture_bytes(picture.data_url, picture.param, self._give_way)
+            files.append(looked_at(data, picture.param, max_pixels=self.limits.max_pixels))
             num_pixels += files[-1].head.width * files[-1].head.height
             if num_pixels > self.limits.max_request_pixels:
                 message = (
