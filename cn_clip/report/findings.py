@@ -61,7 +61,7 @@ class FoundPicture(NamedTuple):
 
 @dataclass(frozen=True)
 class Query:
-    """A text and what it found, best first. right: its own picture of the highest score, `rank` its place from 1."""
+    """A text and what it found, best first. right: its own picture of the highest score, `rank` its position from 1."""
 
     text: str
     rank: int
@@ -124,7 +124,7 @@ def examine_queries(
 
 
 class Ranking(NamedTuple):
-    """For every text: the place of its first right picture from 1, its number and score; texts in order of success."""
+    """For every text: the position of its first right picture from 1, its number and score; texts by success."""
 
     ranks_M: NDArray[np.int64]
     right_M: NDArray[np.int64]

@@ -97,7 +97,7 @@ class Options:
         return list(zip(*repeated, strict=True))
 
     def check_output(self) -> None:
-        """Raises ConfigError where the page would take the place of what is read, or of what a run left."""
+        """Raises ConfigError where the page would replace what is read, or of what a run left."""
         refuse_inputs("--output", self.output, [self.checkpoint, self.labels, self.templates, *self.picture])
         found = [path for pattern in ("*", "*/*") for path in Path(self.run).glob(pattern)] if self.run else []
         # Its checkpoints and events too; not pages, which earlier reports may be.

@@ -200,15 +200,15 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _invalid(error: RequestValidationError) -> RefusalError:
-    """400 with the first fault, the place written as `input[3].image`."""
+    """400 with the first fault, its path written as `input[3].image`."""
     first = error.errors()[0]
-    place = [one for one in first["loc"][1:] if not str(one).startswith(TAG_MARK)]
+    path = [one for one in first["loc"][1:] if not str(one).startswith(TAG_MARK)]
     if first["type"] == "json_invalid":
         return RefusalError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
-    if not place:
+    if not path:
         message = f"expected a JSON object, sent with the header Content-Type: application/json ({first['msg']})"
         return RefusalError(400, message, code="invalid_json")
-    param = "".join(f"[{one}]" if isinstance(one, int) else f".{str(one)[:80]}" for one in place).lstrip(".")
+    param = "".join(f"[{one}]" if isinstance(one, int) else f".{str(one)[:80]}" for one in path).lstrip(".")
     return RefusalError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
 
 
@@ -237,7 +237,7 @@ def _embedding_list(model: str, rows_ND: Rows, num_tokens: int, encoding_format:
         vectors: list[Any] = [base64.b64encode(row_D.astype("<f4").tobytes()).decode() for row_D in rows_ND]
     else:
         vectors = rows_ND.tolist()
-    data = [{"object": "embedding", "index": place, "embedding": vector} for place, vector in enumerate(vectors)]
+    data = [{"object": "embedding", "index": position, "embedding": vector} for position, vector in enumerate(vectors)]
     usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
     return json.dumps({"object": "list", "model": model, "data": data, "usage": usage}, ensure_ascii=False).encode()
 

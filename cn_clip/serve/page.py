@@ -351,7 +351,7 @@ def _labels_tab(answers: Answers) -> None:
 
 
 def _picture(elem_id: str) -> gr.Image:
-    """A place to drop a picture in. Gives the path of the upload as the request has it, which may be any."""
+    """A field to drop a picture in. Gives the path of the upload as the request has it, which may be any."""
     picture = gr.Image(sources=["upload", "clipboard"], label="图片 / picture", height=240, buttons=[], elem_id=elem_id)
     # Gradio's own would decode the picture, of whatever size.
     vars(picture)["preprocess"] = lambda upload: upload and upload.path

@@ -104,7 +104,7 @@ def loads(body: bytes) -> Any:
 
 
 def _put_back(value: Any, strings: dict[str, str]) -> Any:
-    """The value with the strings in their places; never deeper than `json.loads` goes."""
+    """The value with the strings put back where they were; never deeper than `json.loads` goes."""
     if isinstance(value, str):
         return strings.get(value, value)
     if isinstance(value, list):
@@ -174,7 +174,7 @@ class ImageInput(_Strict):
     image: DataUrl
 
 
-# Tags stand in the places of errors, where brackets tell them from names of fields.
+# Tags stand in the paths of errors, where brackets tell them from names of fields.
 TAG_MARK = "<"
 
 

@@ -92,7 +92,7 @@ class Service:
             raise RefusalError(400, message, param="dimensions", code="unsupported_value")
         alone = not isinstance(request.input, list)
         return await self.runner.embed(
-            [_input(one, "input" if alone else f"input[{place}]") for place, one in enumerate(inputs)]
+            [_input(one, "input" if alone else f"input[{position}]") for position, one in enumerate(inputs)]
         )
 
     async def classify(self, request: ClassifyRequest) -> ClassifyResponse:
