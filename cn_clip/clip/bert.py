@@ -324,7 +324,7 @@ class BertModel(BertPreTrainedModel):
         return all(kind.forward is forward for kind, forward in _FORWARDS)
 
 
-# As they are here: a program may put others in their place, which know no `first_only`.
+# As they are here: a program may replace them by others, which know no `first_only`.
 _FORWARDS = [
     (kind, kind.forward) for kind in (BertModel, BertEncoder, BertLayer, BertAttention, BertSelfAttention, BertAddNorm)
 ]

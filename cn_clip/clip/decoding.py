@@ -168,7 +168,7 @@ def _write(answers: BinaryIO, kind: int, data: bytes) -> None:
 
 
 def _bound_time(seconds: float) -> None:
-    """Where the system can (not Windows): this process dies once it has computed so long, whoever still watches it."""
+    """Where the system can (not Windows): this process dies once it has computed so long, even if nobody waits."""
     with contextlib.suppress(AttributeError, OSError, ValueError, OverflowError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _, most = resource.getrlimit(resource.RLIMIT_CPU)

@@ -232,7 +232,7 @@ class Encoder:
 def sorted_batches(
     rows: list[list[int]], batch_size: int, pad: Callable[[list[list[int]]], TokenIds]
 ) -> Iterator[tuple[list[int], TokenIds]]:
-    """(places in `rows`, their token ids (B, L) as `pad` makes them), rows of like length together."""
+    """(positions in `rows`, their token ids (B, L) as `pad` makes them), rows of like length together."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for start in range(0, len(order), _size(batch_size)):
         chosen = order[start : start + batch_size]

@@ -17,7 +17,7 @@ _KNOWN_PACKAGES = ("torch.", "peft.", "cn_clip.")
 
 
 def check_pixels(x: Tensor, resolution: int | None) -> None:
-    """Raises ConfigError for what is no batch of pictures (B, 3, R, R), R being `resolution` unless that is None."""
+    """Raises ConfigError unless x is a batch of pictures (B, 3, R, R); R is `resolution`, or any if that is None."""
     side = "R" if resolution is None else resolution
     if x.ndim != 4 or x.shape[1] != 3 or (resolution is not None and x.shape[2:] != (resolution, resolution)):
         raise ConfigError(f"pictures of shape {tuple(x.shape)}; this model takes (B, 3, {side}, {side})")
@@ -135,7 +135,7 @@ def _score_bias(attn_mask: Tensor | None, padding_BL: Tensor | None, rows_BLD: T
 def unwatched(*modules: nn.Module) -> bool:
     """Whether no program sees or changes what passes through the modules and their parts, so that shortcuts are safe.
 
-    It would by a hook, a `forward` put on one object, or a module of its own in the place of one of ours.
+    It would by a hook, a `forward` put on one object, or a module of its own that replaces one of ours.
     """
     return not _has_any_global_hook() and all(map(_unwatched, modules))  # type: ignore[no-untyped-call]
 

@@ -107,7 +107,8 @@ def load_from_name(
 
     name: one of `available_models()` (Emoji-Tiny comes with the package), or a checkpoint file or transformers folder,
     whose architecture is inferred from its tensors where `vision_model_name` and `text_model_name` do not say it.
-    device: default CUDA where there is one. Weights are float32 with full precision on CPU and MPS, float16 on CUDA.
+    device: default CUDA if there is a GPU, else the CPU. Weights are float16 on CUDA; elsewhere float32 with full
+    precision.
     Raises CheckpointError (a RuntimeError) or DownloadError.
     """
     device = ranks.choose_device(device or None)

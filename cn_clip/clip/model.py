@@ -153,7 +153,7 @@ class CLIP(nn.Module):
         self.bert.set_grad_checkpointing(enable)
 
     def add_logit_bias(self) -> None:
-        """Prepares scale and bias for the sigmoid loss, which alone uses the bias. Source: arXiv:2303.15343, fig. 1."""
+        """Prepares scale and bias for the sigmoid loss; no other uses the bias. Source: arXiv:2303.15343, fig. 1."""
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))
         self.logit_scale.data.fill_(math.log(10))
 
@@ -171,7 +171,7 @@ class CLIP(nn.Module):
     def encode_text(self, text: Tensor) -> Tensor:
         """Text features (T, E) in the type of the weights, not normalised. text: int64 (T, L), 0 is padding."""
         mask = text.ne(self._pad_id)
-        # A program may have put a module of its own in the place of the tower.
+        # A program may have replaced the tower by a module of its own.
         shortcut = isinstance(self.bert, BertModel) and self.bert.class_token_suffices()
         options = {"first_only": True} if shortcut else {}
         hidden: Tensor = self.bert(text, attention_mask=mask.to(self.dtype), **options)[0]

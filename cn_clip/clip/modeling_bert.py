@@ -94,7 +94,7 @@ class BertPredictionHeadTransform(nn.Module):
 
 
 class BertLMPredictionHead(nn.Module):
-    """Scores (B, L, V) of the words at each place."""
+    """Scores (B, L, V) of the words at each position."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""From the model that a command was told to an `Encoder`, and what tells its rows from those of other models.
+"""From the model named on the command line to an `Encoder`, and the identity of a model.
 
 Every command that opens a model by its name, file or folder does so here.
 """
@@ -27,7 +27,7 @@ Identity: TypeAlias = Callable[[Kind], Mapping[str, object]]
 
 
 def open_encoder(chosen: Choice, say: Speaker, *, kinds: Sequence[Kind] = KINDS) -> Encoder:
-    """The encoder asked for, of exported models only the towers wanted; `say` tells of it as Chinese-CLIP does.
+    """The encoder asked for, of exported models only the towers wanted; `say` prints what Chinese-CLIP prints.
 
     Raises CnClipError: no such model, device or precision, texts longer than it takes, a package that is missing.
     """
@@ -115,7 +115,7 @@ def check_context_length(backend: Backend, context_length: int, model: str = "")
         )
 
 
-# --- what tells the rows of a model from those of others
+# --- the identity of a model: when its rows are those of another run
 
 
 def identity(chosen: Choice, encoder: Encoder) -> Identity:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _BASE64_CHARS = 1 << 18
 # Batches that are decoded, or being decoded, before the one in use is done.
 BATCHES_AHEAD = 2
-# A picture opened lazily is read once, whoever asks; others are read beside it, but for chance.
+# A picture opened lazily is read once, also when several threads ask; others are read at the same time, but for chance.
 _LOADING = [threading.Lock() for _ in range(61)]
 
 
@@ -125,7 +125,7 @@ def decoded_batches(
 
     load: takes a number and the (3, R, R) to write its pixels into; called by several threads at once. PIL and NumPy
     work without Python's global lock, so threads do what processes would. num_threads 0: loads in this thread.
-    An error of `load` comes out at its place.
+    An error of `load` is raised when its batch is due.
     """
     batches = (numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size))
     if num_threads == 0:

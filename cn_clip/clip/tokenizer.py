@@ -23,7 +23,7 @@ MAX_WORD_CHARS = 200
 UNKNOWN, START, END = "[UNK]", "[CLS]", "[SEP]"
 PAD_ID = 0
 
-# Strings of these characters alone go through Rust. Rust and Python disagree on other characters: unassigned,
+# Only strings of these characters go through Rust. Rust and Python disagree on other characters: unassigned,
 # private-use and control ones, the bounds of rare Han, line separators, the sigma at the end of a word, and all that
 # entered Unicode after the tables of one of them. These ranges are as old as Unicode 3.2 and hold no combining mark.
 FAST_CHARACTERS = (
@@ -166,7 +166,7 @@ def read_vocab(path: str | Path) -> dict[str, int]:
 
 
 def basic_words(text: str, *, lower: bool = True) -> list[str]:
-    """Splits text into words: cleaned, every Han and punctuation character alone; lower case without accents."""
+    """Words of a text: cleaned, each Han and punctuation character a word of its own; lower case without accents."""
     text = "".join(map(cleaned, text))
     if lower:
         # Lower first: İ becomes i and a dot above, and only then loses the dot.

@@ -1,4 +1,4 @@
-"""Pictures to pixels: the one place that knows size, interpolation, mean and standard deviation."""
+"""Pictures to pixels: only this module knows size, interpolation, mean and standard deviation."""
 
 # R resolution
 
@@ -81,7 +81,7 @@ class ImageTransform:
     The picture is squeezed to R x R (bicubic), then turned into RGB; the first frame of an animation, no rotation by
     EXIF. Palette pictures are scaled by nearest neighbour, as PIL does.
 
-    decode: what `draft_size` tells those who open picture files for it; a PIL picture is taken as it is. Grey of more
+    decode: decides `draft_size`, for the code that opens picture files; a PIL picture is taken as it is. Grey of more
     than 8 bits goes through `in_8_bits` first, but for "reference", which clips it at 255 as Chinese-CLIP does.
     transforms: the steps, as torchvision's `Compose` has them; each can be called by itself, and the list changed.
     Raises DataError as `in_8_bits`.

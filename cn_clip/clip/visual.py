@@ -90,7 +90,7 @@ class Transformer(nn.Module):
         self.resblocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor, *, first_only: bool = False) -> Tensor:
-        """All tokens (L, B, D); with `first_only` the last block computes the class token alone, (1, B, D)."""
+        """All tokens (L, B, D); with `first_only` the last block computes only the class token, (1, B, D)."""
         recompute = self.grad_checkpointing and self.training
         if not (recompute or first_only):
             every: Tensor = self.resblocks(x)
@@ -115,7 +115,7 @@ class Transformer(nn.Module):
         )
 
 
-# As they are here: a program may put others in their place, which know no `first_only`.
+# As they are here: a program may replace them by others, which know no `first_only`.
 _TRANSFORMER_FORWARD, _BLOCK_FORWARD = Transformer.forward, ResidualAttentionBlock.forward
 _BLOCK_ATTENTION = ResidualAttentionBlock.attention
 
@@ -173,7 +173,7 @@ class VisualTransformer(nn.Module):
         if mask_ratio:
             x = self.random_masking(x, mask_ratio)
         x_LBD = self.ln_pre(x).transpose(0, 1)
-        # A program may have put a module of its own in the place of the transformer.
+        # A program may have replaced the transformer by a module of its own.
         shortcut = isinstance(self.transformer, Transformer) and self.transformer.class_token_suffices()
         x_LBD = self.transformer(x_LBD, first_only=True) if shortcut else self.transformer(x_LBD)
         embedding: Tensor = self.ln_post(x_LBD.transpose(0, 1)[:, 0])

@@ -1,4 +1,4 @@
-"""One reader for every weight file a user has, and the only place that knows how each format spells its keys."""
+"""One reader for every weight file a user has, and the only module that knows how each format spells its keys."""
 
 # S tokens of a position embedding (class token + grid), D width
 
@@ -21,7 +21,7 @@ from cn_clip.errors import CheckpointError, first_sentence
 from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, TextConfig, VisionConfig, text_config, vision_config
 
 POSITION_KEYS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
-SIGMOID_BIAS = "logit_bias"  # of the sigmoid loss alone: similarity does not use it, Chinese-CLIP does not know it
+SIGMOID_BIAS = "logit_bias"  # only for the sigmoid loss: similarity does not use it, Chinese-CLIP does not know it
 DROPPED_KEYS = ("bert.pooler.", "bert.embeddings.position_ids")
 _GAMMA, _BETA = (re.compile(rf"(?<=\.LayerNorm\.){name}$") for name in ("gamma", "beta"))  # as TensorFlow says it
 # What DataParallel, torch.compile, FSDP and checkpointing put into names, wherever they wrap a part of a model.
@@ -38,7 +38,7 @@ class Checkpoint:
     """What a weight file holds: tensors under this package's names, and the rest of a training checkpoint.
 
     config: what a transformers folder says of its architecture; None for files that say nothing. lora: the adapters
-    trained, whether they stand apart in `state_dict` or are merged into it. is_mapped: the tensors may lie in the file.
+    trained, as separate tensors of `state_dict` or merged into it. is_mapped: the tensors may lie in the file.
     """
 
     path: Path
@@ -64,7 +64,7 @@ def read_checkpoint(path: str | Path, *, merge_lora: bool = True, mapped: bool =
     Takes `.pt` of Chinese-CLIP (plain, DataParallel, with pooler, position ids, optimizer or fused Wqkv), bare state
     dicts, dictionaries that hold one under any name, `.safetensors`, OpenAI's CLIP archives, and transformers folders
     or their weight files; names as in `normalise_keys`. Adapters (LoRA) are added to their weights; without
-    `merge_lora` they stand apart, as training resumes from them.
+    `merge_lora` they stay separate, as training resumes from them.
     mapped: tensors are read from the file when they are used, where its format allows: for a caller that is done with
     them before anybody may write the file, and that does not want all of them, or all at a time.
     Raises CheckpointError naming the file when it is none of these.
@@ -175,7 +175,7 @@ def read_openai_archive(path: str | Path) -> dict[str, Tensor]:
 def normalise_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under this package's names: no wrappers, pooler, position ids, fused Wqkv or names of transformers.
 
-    Wrappers are `module.`, `_orig_mod.` and their like anywhere, and whatever stands before the towers: `model.` of
+    Wrappers are `module.`, `_orig_mod.` and their like anywhere, and anything before the towers: `model.` of
     Lightning, `clip_model.` of a larger model. BERT files made from TensorFlow's call the weight and bias of a
     normalisation gamma and beta.
     Raises CheckpointError when two tensors have one name then: those of a student and a teacher, for example.
@@ -201,7 +201,7 @@ def _unwrapped(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _wrapper(key: str) -> str | None:
-    """What stands before the tower that a tensor belongs to; None when it belongs to none."""
+    """The part of a key before the tower that the tensor belongs to; None if it belongs to no tower."""
     found = _BEFORE_TOWERS.match(_OF_WRAPPERS.sub("", key))
     return None if found is None else found[1]
 
@@ -336,7 +336,7 @@ def _default_heads(width: int) -> int:
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """How many numbers stand in the place of the group; a gap shows as a missing tensor later."""
+    """How many numbers match the group; a gap shows as a missing tensor later."""
     return len({found[1] for name in names if (found := re.match(pattern, name))})
 
 

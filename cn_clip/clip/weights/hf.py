@@ -90,19 +90,16 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return [folder / shard for shard in _shards(index)]
+            shards = read_json(index).get("weight_map")
+            are_names = isinstance(shards, dict) and all(isinstance(shard, str) for shard in shards.values())
+            if not shards or not are_names:
+                raise CheckpointError("weight_map: expected an object from tensors to names of files", at=index)
+            return [folder / shard for shard in sorted({Path(shard).name for shard in shards.values()})]
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".ckpt", ".safetensors"))
     such = f", such as {others[0]} in it" if others else ""
     raise CheckpointError(
         f"a folder without {' or '.join(WEIGHT_FILES)}; expected a transformers folder or a file{such}", at=folder
     )
-
-
-def _shards(index: Path) -> list[str]:
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-        raise CheckpointError("weight_map: expected an object from tensors to names of files", at=index)
-    return sorted({Path(shard).name for shard in shards.values()})
 
 
 def config_from_folder(folder: Path) -> ModelConfig:
@@ -294,7 +291,7 @@ def from_reference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rename(key: str, *, back: bool = False) -> str:
-    """The name here of one there, or the reverse; a name is of one part alone, so at most one prefix fits."""
+    """The name here of one there, or the reverse; a name belongs to one part, so at most one prefix fits."""
     old, new = (1, 0) if back else (0, 1)
     for names in _PREFIXES:
         if key.startswith(names[old]):

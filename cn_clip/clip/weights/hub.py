@@ -125,7 +125,7 @@ def _fetch_alone(published: Published, target: Path, fetch: Callable[[Published,
     """Fetches into a folder beside the target, under a lock, and moves the finished file."""
     partial = target.parent / f".{target.name}.download"
     with alone(lock_file(target), f"{target}: another process is downloading it", waiting=logger.warning):
-        if os.path.isfile(target):  # whoever held the lock before has finished
+        if os.path.isfile(target):  # the process that held the lock before has finished
             return target
         partial.mkdir(exist_ok=True)
         try:
@@ -168,7 +168,14 @@ def _from_huggingface(published: Published, folder: Path) -> Path:
             expected_size=metadata.size,
             displayed_filename=published.filename,
         )
-    _check(part, size=metadata.size, sha256=sha256)
+    actual_size, wrong = part.stat().st_size, None
+    if metadata.size is not None and actual_size != metadata.size:
+        wrong = f"expected {metadata.size} bytes, got {actual_size}"
+    elif sha256 and (actual := _sha256(part)) != sha256:
+        wrong = f"expected the SHA-256 {sha256}, got {actual}"
+    if wrong:
+        part.unlink()
+        raise OSError(f"{wrong}; the file was removed")
     return part
 
 
@@ -195,19 +202,6 @@ def _part_file(folder: Path, metadata: "HfFileMetadata") -> Path:
         if found != part or metadata.etag is None or too_long:
             found.unlink()
     return part
-
-
-def _check(part: Path, *, size: int | None, sha256: str | None) -> None:
-    """Refuses and removes a file of the wrong size or SHA-256, where these are known."""
-    actual_size = part.stat().st_size
-    wrong = None
-    if size is not None and actual_size != size:
-        wrong = f"expected {size} bytes, got {actual_size}"
-    elif sha256 and (actual := _sha256(part)) != sha256:
-        wrong = f"expected the SHA-256 {sha256}, got {actual}"
-    if wrong:
-        part.unlink()
-        raise OSError(f"{wrong}; the file was removed")
 
 
 def _sha256(path: Path) -> str:

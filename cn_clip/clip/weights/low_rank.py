@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA) as checkpoints hold them, and adding them to the weights they adapt; tensors only.
 
-Beside `STEM.weight` stand `STEM.lora_A.weight` (r, in, ...) and `STEM.lora_B.weight` (out, r, ...). The joined
+`STEM.weight` has `STEM.lora_A.weight` (r, in, ...) and `STEM.lora_B.weight` (out, r, ...) beside it. The joined
 attention weight `….attn.in_proj_weight` has the stem `….attn.in_proj`.
 """
 

@@ -29,7 +29,7 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], source: Ch
 
 
 def write_state_dict(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """The tensors alone, as `torch.load` gives them back; raises DataError when the folder is missing."""
+    """Only the tensors, as `torch.load` gives them back; raises DataError when the folder is missing."""
     with atomic_write(path, "wb") as stream:
         torch.save(tensors, stream)
 
