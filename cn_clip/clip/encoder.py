@@ -148,6 +148,19 @@ class Encoder:
         """Dimensions of a vector."""
         return self.backend.embed_dim
 
+    @property
+    def resolution(self) -> int:
+        """Pixels a side that the picture tower takes."""
+        return self.backend.resolution
+
+    def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
+        """Unit rows (B, D) of pixels that `transform` made; raises as `Backend.encode_pixels`."""
+        return self.backend.encode_pixels(pixels_B3RR)
+
+    def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
+        """Unit rows (B, D) of ids that `texts` made; raises as `Backend.encode_tokens`."""
+        return self.backend.encode_tokens(token_ids_BL)
+
     def encode_images(
         self,
         images: Iterable[Picture],
@@ -176,7 +189,7 @@ class Encoder:
             rows, done = [np.empty((0, self.embed_dim), dtype=np.float32)], 0
             for _, pixels in batches:
                 try:
-                    rows.append(self.backend.encode_pixels(pixels))
+                    rows.append(self.encode_pixels(pixels))
                 except NotFiniteError as error:
                     wrong = [done + position for position in error.positions]
                     raise NotFiniteError(_picture_name(images[wrong[0]], wrong[0]), wrong) from error
@@ -212,7 +225,7 @@ class Encoder:
             output = np.empty((len(rows), self.embed_dim), dtype=np.float32)
             for chosen, token_ids in sorted_batches(rows, batch_size, self.texts.pad):
                 try:
-                    output[chosen] = self.backend.encode_tokens(token_ids)
+                    output[chosen] = self.encode_tokens(token_ids)
                 except NotFiniteError as error:
                     wrong = sorted(start + chosen[position] for position in error.positions)
                     raise NotFiniteError(f"text {wrong[0]} ({texts[wrong[0]][:_SHOWN]!r})", wrong) from error

@@ -1,4 +1,4 @@
-"""From the bytes of a picture to Pillow: what a file declares, and opening it without decoding, which is done only here.
+"""From the bytes of a picture to Pillow: what a file declares, and opening it; nothing is decoded yet.
 
 A decoder takes time by the pixels, but for some files of a few kilobytes: a comment in a million pieces, a thousand
 empty scans, metadata whose entries all name the same bytes. `look` refuses them; it is linear in the bytes and holds no

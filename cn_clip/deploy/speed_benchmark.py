@@ -13,7 +13,7 @@ from cn_clip.option_types import Json, OnnxImage, OnnxText
 from cn_clip.settings import Range
 
 if TYPE_CHECKING:
-    from cn_clip.clip.backends.base import Backend, Kind, Pixels, TokenIds, Tower
+    from cn_clip.clip.backends.base import Backend, Kind, Pixels, TokenIds
     from cn_clip.clip.model import CLIP
 
 # What Chinese-CLIP's test measures with; the picture is the one of examples/pokemon.jpeg.
@@ -107,12 +107,13 @@ def _subjects(options: Options, kind: "Kind") -> list[Subject]:
 
 
 def _time(options: Options, kind: "Kind", subject: Subject, say: command.Speaker) -> dict[str, float]:
+    from cn_clip.clip.backends.base import facts_of
     from cn_clip.deploy.timing import call_seconds, summary, summary_line
 
     say(f"Prepare the {subject.title} from {subject.place}")
     with command.stdout_to_stderr(when=options.json):
         backend, place = subject.open(options, kind)
-    _check_tower(options, subject, getattr(backend, kind, None))
+    _check_architecture(options, subject, facts_of(backend).architecture)
     say(f"Device: {place}")
     call = _call(options, kind, backend)
     say(f"Forward the {subject.name} {kind} model...")
@@ -121,10 +122,9 @@ def _time(options: Options, kind: "Kind", subject: Subject, say: command.Speaker
     return milliseconds
 
 
-def _check_tower(options: Options, subject: Subject, tower: "Tower | None") -> None:
+def _check_architecture(options: Options, subject: Subject, found: str | None) -> None:
     """Raises ConfigError for an exported file that says it is of another architecture."""
     assert options.model_arch is not None
-    found = tower.facts.architecture if tower is not None else None
     vision = found.split("@")[0] if found else "?"
     if vision not in ("?", vision_name(options.model_arch)):
         raise ConfigError(

@@ -202,7 +202,7 @@ def picture_features(
     with tqdm(total=len(pictures), unit="picture", disable=not progress) as bar:
         for numbers, pixels in batches(pictures, encoder.transform, batch_size, num_workers):
             with named("picture", paths[done : done + len(numbers)].__getitem__):
-                rows.append(encoder.backend.encode_pixels(pixels))
+                rows.append(encoder.encode_pixels(pixels))
             done += len(numbers)
             bar.update(len(numbers))
     return np.concatenate(rows)

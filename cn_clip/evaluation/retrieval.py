@@ -290,7 +290,7 @@ def split_features(
     """Unit rows of all pictures (N, D) and texts (T, D) of a split; advance: called with the size of each batch."""
     rows = []
     for ids, pixels in batches(pictures, encoder.transform, batch_size, num_workers):
-        rows.append(encoder.backend.encode_pixels(pixels))
+        rows.append(encoder.encode_pixels(pixels))
         if advance is not None:
             advance(len(ids))
     return np.concatenate(rows), encoder.encode_texts(split.texts, batch_size=batch_size)

@@ -104,7 +104,7 @@ class Texts:
                     if first + len(chosen) > store.num_rows:
                         names = [self.ids[start + distinct[index]] for index in chosen]
                         with named(self.field, names.__getitem__):
-                            store.put(first, encoder.backend.encode_tokens(token_ids))
+                            store.put(first, encoder.encode_tokens(token_ids))
                     row_of |= {distinct[index]: first + row for row, index in enumerate(chosen)}
                     first += len(chosen)
                     bar.update(len(chosen))
@@ -155,7 +155,7 @@ def compute_pictures(
         if done < count or not count:
             for keys, pixels in batches(pictures, encoder.transform, batch_size, num_workers, first=done):
                 with named("image_id", ids[done : done + len(keys)].__getitem__):
-                    store.put(done, encoder.backend.encode_pixels(pixels))
+                    store.put(done, encoder.encode_pixels(pixels))
                 done += len(keys)
                 bar.update(len(keys))
 

@@ -410,7 +410,7 @@ def picture_rows(encoder: Encoder, part: Part, options: EngineSettings) -> tuple
     for outcome, pixels in batches:
         ids = part.ids[len(outcomes) : len(outcomes) + len(outcome)]
         with named("image_id", ids.__getitem__):
-            rows_ND[len(outcomes) : len(outcomes) + len(outcome)] = encoder.backend.encode_pixels(pixels)
+            rows_ND[len(outcomes) : len(outcomes) + len(outcome)] = encoder.encode_pixels(pixels)
         outcomes += outcome
     return outcomes, rows_ND
 

@@ -184,7 +184,7 @@ class Ingest:
         fresh = [n for n, one in enumerate(batch) if isinstance(one, _Prepared) and not one.known]
         ids = [one.candidate.id for one in batch if isinstance(one, _Prepared) and not one.known]
         with named("id", ids.__getitem__):
-            rows = self.encoder().backend.encode_pixels(np.ascontiguousarray(pixels[fresh])) if fresh else pixels[:0]
+            rows = self.encoder().encode_pixels(np.ascontiguousarray(pixels[fresh])) if fresh else pixels[:0]
         vectors = dict(zip(fresh, rows, strict=True))
         lending = {self._owners[one.digest] for one in batch if self._is_owned(one)}
         self._lenders = {one: self._buffer[one] for one in lending if one in self._buffer}
@@ -223,7 +223,7 @@ class Ingest:
         size = self.settings.thumbnail_size
         facts = {"width": image.width, "height": image.height}
         with named("id", lambda _: one.candidate.id):
-            vector_D = encoder.backend.encode_pixels(pixels[None])[0]
+            vector_D = encoder.encode_pixels(pixels[None])[0]
         self.summary.encoded += 1
         self._put(one, vector_D, facts, thumbnail(image, size) if size else b"")
 

@@ -298,7 +298,7 @@ def examine_pair(encoder: Encoder, path: str, text: str) -> PairView:
         raise DataError(f"--text {text!r}: no token is left of it; expected words")
     pixels_3RR = torch.from_numpy(encoder.transform.array(image))
     rows = without_each(ids)
-    texts_LE = torch.from_numpy(encoder.backend.encode_tokens(tokenizer.pad(rows, len(ids))))
+    texts_LE = torch.from_numpy(encoder.encode_tokens(tokenizer.pad(rows, len(ids))))
     image_E, regions_HWE = region_vectors(encoder.backend.model, pixels_3RR.to(encoder.backend.device))
     image_E, regions_HWE = image_E.cpu(), regions_HWE.cpu()
     cosines = (texts_LE @ image_E).tolist()

@@ -116,7 +116,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             created=0,
             owned_by="cn_clip",
             embed_dim=encoder.embed_dim,
-            resolution=encoder.backend.resolution,
+            resolution=encoder.resolution,
             context_length=encoder.context_length,
         )
 

@@ -137,7 +137,7 @@ class Answers:
         rows: dict[str, object] = {
             "模型 / model": self.service.runner.name,
             **self._facts,
-            "图片边长 / resolution": f"{encoder.backend.resolution} px",
+            "图片边长 / resolution": f"{encoder.resolution} px",
             "向量维数 / dimensions": encoder.embed_dim,
             "文本长度 / context length": f"{encoder.context_length} tokens",
             "索引里的图片 / pictures in the index": count,

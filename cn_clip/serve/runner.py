@@ -178,10 +178,10 @@ class Runner:
         return np.concatenate([rows for rows, _ in parts])
 
     def _encode_token_ids(self, token_ids: Sequence[list[int]]) -> Rows:
-        return self.encoder.backend.encode_tokens(self.encoder.texts.pad(token_ids))
+        return self.encoder.encode_tokens(self.encoder.texts.pad(token_ids))
 
     def _encode_pixels(self, pixels: Sequence[Pixels]) -> Rows:
-        return self.encoder.backend.encode_pixels(np.stack(pixels))
+        return self.encoder.encode_pixels(np.stack(pixels))
 
     async def _token_ids(self, texts: list[str]) -> list[list[int]]:
         if sum(map(len, texts)) <= SHORT:

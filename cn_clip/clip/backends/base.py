@@ -63,7 +63,8 @@ class Facts:
     device: "cpu" or "cuda:0", as PyTorch calls it; provider: the same in the words of ONNX Runtime.
     batch_sizes: pictures, and texts, in a batch when nobody says. max_length: the longest text it takes, in tokens;
     context_length: the longest it was trained with. logit_scale: the factor on cosines, exp of the stored parameter.
-    num_parameters: all, and those of the picture tower. weights: a fingerprint, alike for every backend and precision.
+    num_parameters: all, and those of the picture tower. architecture: "VISION@TEXT", of exported files.
+    weights: a fingerprint, alike for every backend and precision.
     epoch, step: of the checkpoint.
     """
 
@@ -75,6 +76,7 @@ class Facts:
     context_length: int | None = None
     logit_scale: float | None = None
     num_parameters: tuple[int, int] = (0, 0)
+    architecture: str | None = None
     weights: str | None = None
     epoch: int = 0
     step: int = 0
@@ -212,6 +214,7 @@ class ExportedBackend:
             context_length=None if text is None else text.context_length,
             logit_scale=first.facts.logit_scale,
             num_parameters=(sum(tower.facts.num_parameters or 0 for tower in towers), of_image),
+            architecture=first.facts.architecture,
             weights=next((tower.facts.weights for tower in towers if tower.facts.weights), None),
         )
 
