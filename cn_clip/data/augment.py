@@ -1,6 +1,6 @@
 """Training pictures varied at random: crop, flip and AutoAugment, drawn from a generator the caller seeds.
 
-A picture's variation depends on that generator alone, so it is the same in whichever process it is made.
+A picture's variation depends only on that generator, so it is the same in any process.
 """
 
 # R resolution

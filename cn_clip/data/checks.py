@@ -1,4 +1,4 @@
-"""Checks of a dataset against its rules, one place for the builder (which stops) and the checker (which lists)."""
+"""Checks a dataset against its rules, for the builder, which stops at a fault, and the checker, which lists all."""
 
 import itertools
 import os
@@ -61,7 +61,7 @@ def sound_records(items: Iterable[T | Fault], on_error: Literal["stop", "skip"],
 def checked_images(
     path: str | os.PathLike[str], *, check: PictureCheck = "decode", num_workers: int = 0
 ) -> Iterator[ImageRecord | Fault]:
-    """The records of a `*_imgs.tsv` in order, a Fault in place of each that breaks a rule.
+    """The records of a `*_imgs.tsv` in order, a Fault instead of each that breaks a rule.
 
     Rules: id, tab and UTF-8; the id is new; the base64 is whole; the picture passes `check` (see check_picture).
     num_workers: threads that decode; 0 decodes in this one. At most 64 lines are in memory at a time.
@@ -79,7 +79,7 @@ def checked_images(
 def _checked_pictures(
     path: str | os.PathLike[str], items: Iterable[ImageRecord | Fault], check: PictureCheck, num_workers: int
 ) -> Iterator[ImageRecord | Fault]:
-    """The records of which the picture passes `check`, a Fault in place of each other one."""
+    """The records of which the picture passes `check`, a Fault instead of each other one."""
 
     def look(item: ImageRecord | Fault) -> ImageRecord | Fault:
         if isinstance(item, Fault):
@@ -101,7 +101,7 @@ def _checked_pictures(
 def checked_texts(
     path: str | os.PathLike[str], image_ids: Container[RecordId], *, images_file: str | os.PathLike[str]
 ) -> Iterator[TextRecord | Fault]:
-    """The records of a `*_texts.jsonl` in order, a Fault in place of, or before, each that breaks a rule.
+    """The records of a `*_texts.jsonl` in order, a Fault instead of, or before, each that breaks a rule.
 
     Rules: the fields and their types; the text id is new; each picture named is in `image_ids` and named once. After
     a Fault about one picture comes the record with the other pictures.
@@ -146,7 +146,7 @@ class SplitCheck:
 
     @property
     def notes(self) -> list[str]:
-        """What is no fault, and yet to be known."""
+        """What is not a fault but worth knowing."""
         deep, blank = self.num_deep, self.num_blank
         notes = {
             f"{deep} pictures are grey of more than 8 bits: they are scaled to 8, where Chinese-CLIP clips to white "
@@ -175,7 +175,7 @@ def check_split(
     check: PictureCheck = "decode",
     num_workers: int = 0,
 ) -> SplitCheck:
-    """Reads the files of a split, and its LMDB folder where there is one, to the end; lists every fault.
+    """Reads the files of a split, and its LMDB folder if there is one, to the end; lists every fault.
 
     An LMDB is compared with the files record by record; without the files it is checked by itself. num_images and
     num_texts count the records without fault.

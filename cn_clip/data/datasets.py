@@ -70,7 +70,7 @@ class PairSource(Protocol):
         """Raises DataError for a pair that cannot be read."""
 
     def substitute(self, number: int) -> int:
-        """The pair to take in place of an unreadable one; asked again and again, it comes back to `number`."""
+        """The pair to take instead of an unreadable one; asked again and again, it comes back to `number`."""
 
 
 class LmdbPairs:
@@ -98,7 +98,7 @@ class LmdbPairs:
         return SourcePair(self.images.picture(image_id), text, image_id, text_id, where)
 
     def substitute(self, number: int) -> int:
-        """The pair that takes the place of one whose picture cannot be read: the next."""
+        """The pair to take instead of one whose picture cannot be read: the next."""
         return (number + 1) % len(self)
 
 
@@ -121,7 +121,7 @@ class PairDataset(Dataset[Pair]):
     ) -> None:
         """texts: zeros pad its rows to its context_length. augment: varies a picture before `transform`.
 
-        on_error="skip" puts the next readable pair in the place of one that cannot be read, with a warning in the log
+        on_error="skip" takes the next readable pair instead of one that cannot be read, with a warning in the log
         and counted in num_skipped.
         """
         self.source, self.transform, self.texts = source, transform, texts
@@ -240,9 +240,7 @@ class Loader(Generic[ItemT]):
                 yield _with_tensors(batch)
         except (Exception, GeneratorExit):
             raise
-        except (
-            BaseException
-        ):  # of a signal: ending the workers takes seconds, and whoever waits for a batch saves first
+        except BaseException:  # of a signal: ending the workers takes seconds, and the training is to be saved first
             self._interrupted = iterator
             raise
 
@@ -277,7 +275,7 @@ def make_loader(
 ) -> Loader[ItemT]:
     """Batches of a dataset in its order, or in the order of `sampler`, decoded by `num_workers` processes.
 
-    generator: draws the seeds of the workers, in place of torch's random state. Raises ConfigError for a batch size
+    generator: draws the seeds of the workers, instead of torch's random state. Raises ConfigError for a batch size
     below 1 or fewer than 0 workers.
     """
     if batch_size < 1 or num_workers < 0:

@@ -39,7 +39,7 @@ SYSTEM_FONTS = (
 
 
 class Hit(NamedTuple):
-    """One found picture: file bytes or a PIL picture, what stands under it, and whether it is the right answer."""
+    """One found picture: file bytes or a PIL picture, its caption, and whether it is the right answer."""
 
     picture: bytes | Image.Image
     caption: str
@@ -52,7 +52,7 @@ Row: TypeAlias = tuple[str, Sequence[Hit | tuple[bytes | Image.Image, str, bool]
 def draw_grid(rows: Sequence[Row], path: Path) -> None:
     """Writes a PNG: a row for each (query, hits in rank order), a green frame round the right hits.
 
-    Under a query stands the rank of its first right hit, if there is one. Long texts end in "…".
+    Below a query is the rank of its first right hit, if there is one. Long texts end in "…".
     Raises ConfigError without rows or without hits, DataError when the folder of `path` does not exist.
     """
     table = [(query, [Hit(*hit) for hit in hits]) for query, hits in rows]

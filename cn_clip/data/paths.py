@@ -26,7 +26,7 @@ def walked(
 ) -> Iterator[tuple[str, list[str], list[str]]]:
     """(folder, names of folders in it, names of files in it) of `root` and of all below it, names in order.
 
-    A caller that empties the names of folders enters none of them. on_error: told of a folder that cannot be listed,
+    A caller that empties the names of folders enters none of them. on_error: called for a folder that cannot be listed,
     with its name in the error; it may raise.
     """
     seen = set[tuple[int, int]]()
@@ -60,7 +60,7 @@ def spelled(path: str) -> str:
 def path_of(spelling: str) -> str:
     """The path of a spelling, as Python reads it from a disk: the inverse of `spelled`.
 
-    Raises ValueError for what is no spelling.
+    Raises ValueError for a text that `spelled` never returns.
     """
     parts = []
     for part in spelling.split("/"):

@@ -30,7 +30,7 @@ TextFields: TypeAlias = tuple[RecordId, str, tuple[RecordId, ...]]
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong at one place of a dataset; `record_id` is the picture or text id where one is known."""
+    """What is wrong in one line of a dataset, or in a file; `record_id`: the picture or text id, if it is known."""
 
     path: str
     line: int | None

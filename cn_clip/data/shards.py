@@ -1,4 +1,4 @@
-"""WebDataset shards: pairs of picture and text in tar files, found by their headers once, then read by their places.
+"""WebDataset shards: pairs of picture and text in tar files, found by their headers once, then read by offset and size.
 
 A sample is the members with the same name up to the first dot: a picture, and a text in `.txt` or under "text" or
 "caption" in `.json`, which may also give `image_id` and `text_id`.
@@ -34,9 +34,12 @@ _ABSENT = Member("", -1, 0)
 
 
 class _Scan(NamedTuple):
-    """The samples of a shard in the order of their pictures: places (N, 6), names, and what is wrong with others."""
+    """The samples of a shard in the order of their pictures, and what is wrong with others.
 
-    places: "np.ndarray[tuple[int, int], np.dtype[np.int64]]"
+    spans: offset and size of picture, text and record (N, 6), -1 and 0 for none. keys: their names.
+    """
+
+    spans: "np.ndarray[tuple[int, int], np.dtype[np.int64]]"
     keys: list[str]
     faults: list[str]
 
@@ -100,7 +103,7 @@ class ShardPairs:
             logger.warning("skipped %d faults of the shards in all", len(faults))
         self.shard_sizes = [len(scan.keys) for scan in scans]
         self._starts = np.cumsum([0, *self.shard_sizes])
-        self._places = np.concatenate([scan.places for scan in scans])
+        self._spans = np.concatenate([scan.spans for scan in scans])
         names = [key.encode() for scan in scans for key in scan.keys]
         self._names, self._name_ends = b"".join(names), np.cumsum([0, *map(len, names)])
         self._files = _OpenFiles()
@@ -109,7 +112,7 @@ class ShardPairs:
             raise DataError(f"{value}: holds no pair of picture and text")
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._spans)
 
     def __getitem__(self, number: int) -> SourcePair:
         shard = self._shard(number)
@@ -117,7 +120,7 @@ class ShardPairs:
         where = Where(self.paths[shard], part=f"sample {key!r}", id=key)
         picture, text, record = (
             self._files.read(self.paths[shard], int(offset), int(size), where) if offset >= 0 else None
-            for offset, size in self._places[number].reshape(-1, 2)
+            for offset, size in self._spans[number].reshape(-1, 2)
         )
         values = {} if record is None else parse_object(record, where)
         default = f"{spelled(self.paths[shard])}/{key}"  # names repeat from shard to shard, with the file's they do not

@@ -1,4 +1,4 @@
-"""Tar files: which ones an address names, and where their members are, by the headers alone.
+"""Tar files: which ones an address names, and where their members are, by their headers only.
 
 Not by `tarfile`: to list the headers of 20,000 members it takes 0.90 s of processor time, this module 0.34 s (GNU
 format; PAX 0.93 s and 0.34 s; Python 3.11, medians of five, one core).
@@ -78,7 +78,7 @@ def tar_members(stream: BinaryIO, path: str) -> Iterator[Member]:
 
 
 def read_at(stream: BinaryIO, offset: int, size: int) -> bytes:
-    """Up to `size` bytes from a place; moves the position of the stream."""
+    """Up to `size` bytes from an offset on; moves the position of the stream."""
     stream.seek(offset)
     return stream.read(size)
 
@@ -113,15 +113,15 @@ def _text(field: bytes) -> str:
 def _pax_records(data: bytes, where: Where) -> dict[str, str]:
     """Records `LENGTH KEY=VALUE` and a line end, where LENGTH counts the whole record; values may hold line ends."""
     records: dict[str, str] = {}
-    place = 0
-    while place < len(data):
-        length = _RECORD_LENGTH.match(data, place)
-        end = place + int(length[1]) if length else 0
+    position = 0
+    while position < len(data):
+        length = _RECORD_LENGTH.match(data, position)
+        end = position + int(length[1]) if length else 0
         if length is None or not length.end() < end <= len(data):
             raise _damaged_extension(where)
         key, _, value = data[length.end() : end - 1].partition(b"=")
         records[_text(key)] = value.decode("utf-8", "surrogateescape")
-        place = end
+        position = end
     return records
 
 

@@ -254,9 +254,9 @@ def write_files(
 ) -> dict[str, object]:
     """Writes feature files, going on where a killed run stopped, also if that had written one of several.
 
-    outputs: inputs, path and format of each. identity: what tells the model from others, of each tower in use.
-    Returns counts and paths by kind. Raises CnClipError naming file, line or id of what cannot be read, DataError for
-    ids that a format cannot keep.
+    outputs: inputs, path and format of each. identity: the facts by which the model differs from others, of each tower
+    in use. Returns counts and paths by kind. Raises CnClipError naming file, line or id of what cannot be read,
+    DataError for ids that a format cannot keep.
     """
     for work, path, output_format in outputs:
         if output_format == "npz":

@@ -56,7 +56,7 @@ def write_rows(
 
 
 def read_features(path: str | os.PathLike[str], field: IdField, *, progress: bool = False) -> Features:
-    """Reads a feature file of any of the formats, which its first bytes tell, or a folder of Parquet shards.
+    """Reads a feature file of any of the formats, recognised by its first bytes, or a folder of Parquet shards.
 
     Raises DataError with file and line (JSONL) or row, counted from 1, for an id that came before or is neither int nor
     str, a vector that is empty, not finite or of another length, a damaged file, the file of the other modality, and

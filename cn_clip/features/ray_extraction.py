@@ -129,7 +129,7 @@ class Task:
 
 
 class _Inputs(NamedTuple):
-    """The inputs of one kind: what tells them from others, how many, and those of a shard."""
+    """The inputs of one kind: the facts by which they differ from others, how many, and those of a shard."""
 
     facts: Mapping[str, object]
     number: int
@@ -415,13 +415,13 @@ def picture_rows(encoder: Encoder, part: Part, options: EngineSettings) -> tuple
     return outcomes, rows_ND
 
 
-# --- what tells models apart, on whichever machine
+# --- the facts by which models differ, on whichever machine
 
 
 def model_facts(options: EngineSettings, kind: Kind, weights: str) -> Mapping[str, object]:
     """What decides on the rows, besides the inputs: the model of a `Manifest`.
 
-    Batch sizes and threads are not in it, for they change the last digits alone: a run may go on with others.
+    Batch sizes and threads are not in it, for they change only the last digits: a run may go on with others.
     """
     facts: dict[str, object] = {
         "weights": weights,

@@ -289,7 +289,7 @@ class Finished:
 class Manifest:
     """What the shards of a folder are of.
 
-    model, data: values that JSON can hold; each has a "digest", which tells it from others.
+    model, data: values that JSON can hold; each has a "digest", which differs from that of others.
     """
 
     field: IdField
@@ -300,7 +300,7 @@ class Manifest:
 
     @property
     def key(self) -> str:
-        """A digest that tells these shards from those of another job."""
+        """A digest by which these shards differ from those of another job."""
         parts = [self.field, self.model["digest"], self.data["digest"], self.num_inputs, self.shard_size]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
@@ -407,7 +407,7 @@ def write_shard(
     paths: Sequence[str] | None = None,
     skipped: Sequence[Skipped] = (),
 ) -> Finished:
-    """Writes a shard; it appears whole or not at all, in place of one that is there.
+    """Writes a shard; it appears whole or not at all, instead of one that is there.
 
     Raises DataError when it cannot be written, CheckpointError naming the id of a row that holds NaN or infinity.
     """

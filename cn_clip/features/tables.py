@@ -10,8 +10,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Literal, TypeAlias
+from typing import IO, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +33,6 @@ _LARGEST_INT64 = 2**63 - 1
 # What the ids of an npz may take, and how many times their own size if it is more.
 _BYTES_A_CHARACTER, _LARGEST_IDS, _LARGEST_WASTE = 4, 1 << 26, 16
 _NOT_KEPT = re.compile("[\0\ud800-\udfff]")
-_NO_FACTS: Mapping[str, object] = {}
 
 
 # --- npz
@@ -63,9 +61,9 @@ def check_npz_ids(path: Path, field: IdField, ids: Sequence[RecordId]) -> None:
     lengths = [len(one) for one in _kept_ids(ids)[1] if isinstance(one, str)]
     room = _BYTES_A_CHARACTER * max(lengths, default=0) * len(lengths)
     if room > _LARGEST_IDS and max(lengths) * len(lengths) > _LARGEST_WASTE * sum(lengths):
-        place = lengths.index(max(lengths))
+        position = lengths.index(max(lengths))
         raise DataError(
-            f"{str(ids[place])[:40]!r}… has {max(lengths)} characters, as many as npz would keep of "
+            f"{str(ids[position])[:40]!r}… has {max(lengths)} characters, as many as npz would keep of "
             f"each id ({room / 2**20:.0f} MiB); write parquet or jsonl",
             at=Where(path, field=field),
         )
@@ -132,15 +130,9 @@ def write_parquet(path: Path, field: IdField, ids: Sequence[RecordId], blocks: B
     One row group a block; the metadata under "cn_clip" say how the ids are kept.
     Raises DataError when the folder is missing, MissingExtraError without pyarrow.
     """
-    arrow, parquet = require_parquet()
-    kind, kept = _kept_ids(ids)
-    schema = _schema(arrow, field, kind, embed_dim)
-    with atomic_write(path, "wb") as stream, parquet.ParquetWriter(stream, schema, write_page_checksum=True) as writer:
-        start = 0
-        for block in blocks:
-            chosen = arrow.array(kept[start : start + len(block)], type=schema.field(0).type)
-            writer.write_table(arrow.table([chosen, _lists(arrow, block, embed_dim)], schema=schema))
-            start += len(block)
+    require_parquet()
+    with atomic_write(path, "wb") as stream:
+        _write_parquet(stream, field, ids, blocks, embed_dim)
 
 
 def parquet_bytes(
@@ -155,16 +147,40 @@ def parquet_bytes(
 
     facts: what JSON can hold, kept in the metadata for `parquet_facts`. Raises MissingExtraError without pyarrow.
     """
+    sink = io.BytesIO()
+    _write_parquet(sink, field, ids, [rows_ND], rows_ND.shape[1], paths=paths, facts=facts)
+    return sink.getvalue()
+
+
+def _write_parquet(
+    stream: IO[bytes],
+    field: IdField,
+    ids: Sequence[RecordId],
+    blocks: Blocks,
+    embed_dim: int,
+    *,
+    paths: Sequence[str] | None = None,
+    facts: Mapping[str, object] | None = None,
+) -> None:
     arrow, parquet = require_parquet()
     kind, kept = _kept_ids(ids)
-    schema = _schema(arrow, field, kind, rows_ND.shape[1], facts)
-    columns = [arrow.array(kept, type=schema.field(0).type), _lists(arrow, rows_ND, rows_ND.shape[1])]
-    if paths is not None:
-        schema = schema.append(arrow.field(PATH_COLUMN, arrow.string()))
-        columns.append(arrow.array(paths, type=arrow.string()))
-    sink = io.BytesIO()
-    parquet.write_table(arrow.table(columns, schema=schema), sink, write_page_checksum=True)
-    return sink.getvalue()
+    columns = [
+        arrow.field(field, arrow.int64() if kind == "int" else arrow.string()),
+        arrow.field(FEATURE_COLUMN, arrow.list_(arrow.field("element", arrow.float32()), embed_dim)),
+    ]
+    texts = {} if paths is None else {PATH_COLUMN: paths}
+    columns += [arrow.field(name, arrow.string()) for name in texts]
+    schema = arrow.schema(columns, {METADATA_KEY: json.dumps({FIELD: field, ID_KIND: kind, **(facts or {})})})
+    with parquet.ParquetWriter(stream, schema, write_page_checksum=True) as writer:
+        start = 0
+        for block in blocks:
+            part = slice(start, start + len(block))
+            numbers = arrow.array(np.ascontiguousarray(block, dtype=np.float32).reshape(-1))
+            lists = arrow.FixedSizeListArray.from_arrays(numbers, embed_dim)
+            arrays = [arrow.array(kept[part], type=schema.field(0).type), lists]
+            arrays += [arrow.array(values[part], type=arrow.string()) for values in texts.values()]
+            writer.write_table(arrow.table(arrays, schema=schema))
+            start += len(block)
 
 
 def parquet_facts(stream: Any) -> tuple[int, dict[str, Any]]:
@@ -208,7 +224,10 @@ def read_parquet(path: Path, field: IdField) -> Features:
 def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]:
     """The ids as kept, the vectors, and how the ids are kept."""
     arrow, parquet = require_parquet()
-    with reading_parquet(path), parquet.ParquetFile(path, page_checksum_verification=True) as file:
+    with (  # texts that are no UTF-8 fail as late as a column becomes Python's
+        reading(path, DataError, what="cannot be read as Parquet", step="write it again"),
+        parquet.ParquetFile(path, page_checksum_verification=True) as file,
+    ):
         names, metadata = file.schema_arrow.names, file.schema_arrow.metadata or {}
         if field not in names or FEATURE_COLUMN not in names:
             raise DataError(
@@ -235,29 +254,11 @@ def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]
     return ids, vectors, kind
 
 
-def reading_parquet(path: object) -> AbstractContextManager[None]:
-    """Around what pyarrow reads of a file; texts that are no UTF-8 fail as late as a column becomes Python's."""
-    return reading(path, DataError, what="cannot be read as Parquet", step="write it again")
-
-
 def require_parquet() -> tuple[Any, Any]:
     """The modules pyarrow and pyarrow.parquet; raises MissingExtraError saying how to install them."""
     return tuple(
         require(name, extra="parquet", purpose="a feature file in Parquet") for name in ("pyarrow", "pyarrow.parquet")
     )  # type: ignore[return-value]
-
-
-def _schema(arrow: Any, field: IdField, kind: IdKind, embed_dim: int, facts: Mapping[str, object] = _NO_FACTS) -> Any:
-    list_type = arrow.list_(arrow.field("element", arrow.float32()), embed_dim)
-    return arrow.schema(
-        [(field, arrow.int64() if kind == "int" else arrow.string()), (FEATURE_COLUMN, list_type)],
-        metadata={METADATA_KEY: json.dumps({FIELD: field, ID_KIND: kind, **facts})},
-    )
-
-
-def _lists(arrow: Any, rows_BD: FloatArray, embed_dim: int) -> Any:
-    values = arrow.array(np.ascontiguousarray(rows_BD, dtype=np.float32).reshape(-1))
-    return arrow.FixedSizeListArray.from_arrays(values, embed_dim)
 
 
 def _plain_type(arrow: Any, column_type: Any) -> Any:
