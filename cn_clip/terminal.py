@@ -1,6 +1,6 @@
 """What every command does with its terminal or pipe: any encoding is written, every end is one line and a status.
 
-Also text tables, where a Chinese character is two cells wide.
+Also names in one printable line, and text tables, where a Chinese character is two cells wide.
 """
 
 import contextlib
@@ -117,6 +117,14 @@ def leave(status: int) -> NoReturn:
 def _fail(line: str, *, status: int) -> NoReturn:
     print(line, file=sys.stderr)
     sys.exit(status)
+
+
+def shown(value: object) -> str:
+    """One line of printable text: what is no UTF-8 or moves the cursor comes out as an escape."""
+    return "".join(
+        one.encode("unicode_escape").decode() if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") else one
+        for one in str(value)
+    )
 
 
 def width(text: str) -> int:

@@ -119,14 +119,27 @@ def test_store_stands_for_the_index_wherever_it_is_given() -> None:
         assert with_store(args) == ["S", "a", "--k", "3"]
     assert with_store(["i", "a"]) == ["i", "a"]
     assert with_store(["i", "--", "--store"]) == ["i", "--", "--store"]
+    assert with_store(["a", "--store", "milvus://h/c"], "--output") == ["--output", "milvus://h/c", "a"]
+    assert with_store(["a", "--output", "i"], "--output") == ["a", "--output", "i"]
+
+
+@pytest.mark.parametrize("command", ["index build", "index add", "index remove", "index info", "search"])
+def test_store_is_no_option_of_its_own_any_more(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main([*command.split(), "--help"])
+    shown = " ".join(re.sub("[│|]", " ", capsys.readouterr().out).split())
+    assert "--store" not in shown
+    assert "The folder of the index, or milvus://HOST:PORT/COLLECTION" in shown
 
 
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        ((), "expected the folder of the index, or in its place --store"),
+        ((), "--output: expected the folder of the index, or milvus://HOST:PORT/COLLECTION"),
         (("--output", "i", "--store", "milvus://h/c"), "expected the folder of the index, or in its place --store"),
         (("--store", "milvus://h/c", "--engine", "exact"), "are for folders, Milvus has its own"),
+        (("--output", "milvus://h/c", "--engine", "exact"), "are for folders, Milvus has its own"),
+        (("--output", "milvus://h/c/d"), "milvus://h/c/d: expected milvus://HOST:PORT/COLLECTION"),
         (("--store", "milvus://h/c", "--vector-type", "float16"), "are for folders, Milvus has its own"),
         (("--store", "h/c"), "--store: expected milvus://HOST:PORT/COLLECTION"),
     ],

@@ -8,14 +8,14 @@ from typing import Annotated
 import tyro
 
 from cn_clip import command
-from cn_clip.index.options import AddOptions, IndexPlace, with_store
+from cn_clip.index.options import AddOptions, IndexArgument, with_store
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(AddOptions):
     """Adds what a source holds, and removes nothing; what is there already is brought up to date."""
 
-    index: IndexPlace
+    index: IndexArgument
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A picture, a folder of pictures, an LMDB split or picture features"""
     id_prefix: str = ""
@@ -25,11 +25,8 @@ class Options(AddOptions):
 def run(options: Options) -> None:
     """Adds; raises CnClipError, with all kept that was reported done."""
     from cn_clip.index import building
-    from cn_clip.retrieval import addresses
 
-    index = addresses.address_of(options.index)
-    addresses.require(index)
-    job = building.Job(index, Path(options.source), id_prefix=options.id_prefix)
+    job = building.Job(options.index, Path(options.source), id_prefix=options.id_prefix)
     building.update(options, job, command.Speaker(quiet=options.json))
 
 

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import tyro
 
-from cn_clip import command
+from cn_clip import command, terminal
 from cn_clip.errors import ConfigError
-from cn_clip.index.options import AddOptions
+from cn_clip.index.options import AddOptions, with_store
 from cn_clip.retrieval.manifest import EngineName, VectorType
+from cn_clip.retrieval.milvus_collection import SCHEME, parse_address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,7 @@ class Options(AddOptions):
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A folder of pictures, a split's LMDB or its imgs folder, or picture features as jsonl, npz or parquet"""
     output: command.Required = None
-    """The folder of the index"""
-    store: str | None = None
-    """Instead of --output: milvus://HOST:PORT/COLLECTION, an index in Milvus"""
+    """The folder of the index, or milvus://HOST:PORT/COLLECTION"""
     engine: EngineName | None = None
     """How it is searched: exact, or usearch, a graph for millions of vectors; default: as it is, else exact"""
     vector_type: VectorType | None = None
@@ -37,29 +36,20 @@ class Options(AddOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.output is None) == (self.store is None):
-            raise ConfigError("--output: expected the folder of the index, or in its place --store milvus://…")
-        from cn_clip.retrieval.addresses import address_of
-        from cn_clip.retrieval.milvus_collection import GRAMMAR, SCHEME, Address
-
-        if self.store is not None and not self.store.startswith(SCHEME):
-            raise ConfigError(f"--store: {GRAMMAR}; got {self.store}")
-        if isinstance(address_of(self.address), Address) and (self.engine or self.vector_type):
-            raise ConfigError("--engine, --vector-type: are for folders, Milvus has its own; leave them out")
-
-    @property
-    def address(self) -> str:
-        """Where the index is to be."""
-        return self.output or self.store or ""
+        if self.output is None:
+            raise ConfigError("--output: expected the folder of the index, or milvus://HOST:PORT/COLLECTION")
+        if self.output.startswith(SCHEME):
+            parse_address(self.output)
+            if self.engine or self.vector_type:
+                raise ConfigError("--engine, --vector-type: are for folders, Milvus has its own; leave them out")
 
 
 def run(options: Options) -> None:
     """Builds or updates; raises CnClipError, with all kept that was reported done."""
     from cn_clip.index import building
-    from cn_clip.retrieval.addresses import address_of
 
     job = building.Job(
-        address_of(options.address),
+        options.output or "",
         Path(options.source),
         engine=options.engine,
         vector_type=options.vector_type,
@@ -72,7 +62,9 @@ def run(options: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    command.execute(run, Options, args)
+    with terminal.ending(status=2):
+        given = with_store(args, "--output")
+    command.execute(run, Options, given)
 
 
 if __name__ == "__main__":

@@ -2,28 +2,25 @@
 
 # N rows, D embedding
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cn_clip.clip.choice import DEFAULT_MODEL
+from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import full_name
 from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.features.files import read_features
 from cn_clip.features.rows import Features
 from cn_clip.index.ingest import Ingest, Report, Settings, Summary
-from cn_clip.index.models import open_encoder
 from cn_clip.index.options import AddOptions
-from cn_clip.index.show import shown
+from cn_clip.index.searching import open_encoder
 from cn_clip.index.sources import (
     OWN_FIELDS,
-    Skipped,
-    Source,
     Table,
     is_feature_file,
     is_single_picture,
@@ -37,9 +34,7 @@ from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, VectorTy
 from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import same_model
 from cn_clip.retrieval.writer import NewItem
-
-if TYPE_CHECKING:
-    from cn_clip.clip.encoder import Encoder
+from cn_clip.terminal import shown
 
 LISTED = 20
 # Of features that were rounded to 16 bits.
@@ -48,13 +43,13 @@ UNIT_LENGTH_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Job:
-    """A source to bring into an index. engine, vector_type: None keeps what the index has.
+    """A source to bring into an index. index: its address; engine, vector_type: None keeps what the index has.
 
     is_sync: the index is to hold what the source holds, and of this source nothing else. replace_source: also when that
     is another source than the last one.
     """
 
-    index: IndexAddress
+    index: str
     source: Path
     engine: EngineName | None = None
     vector_type: VectorType | None = None
@@ -62,6 +57,11 @@ class Job:
     is_sync: bool = False
     keep_missing: bool = False
     replace_source: bool = False
+
+    @property
+    def address(self) -> IndexAddress:
+        """Raises ConfigError for a faulty address."""
+        return addresses.address_of(self.index)
 
 
 class Model:
@@ -74,7 +74,7 @@ class Model:
         if self.facts and options.model and full_name(options.model) != self.facts.model.name:
             self.encoder()
 
-    def encoder(self) -> "Encoder":
+    def encoder(self) -> Encoder:
         """Raises ConfigError naming both models when it is not that of the index."""
         if self._opened is None:
             name = self.options.model or (self.facts.model.name if self.facts else DEFAULT_MODEL) or DEFAULT_MODEL
@@ -82,12 +82,6 @@ class Model:
             if self.facts:
                 same_model(self.facts.model, self._opened[1], self.index)
         return self._opened[0]
-
-    def settle(self, found: Facts) -> None:
-        """The index, now that nobody else changes it; raises ConfigError when it came to be of another model."""
-        if self._opened is not None:
-            same_model(found.model, self._opened[1], self.index)
-        self.facts = found
 
     def info(self) -> ModelInfo:
         """What the index says, or is to say, of it."""
@@ -100,110 +94,59 @@ class Model:
 
 def update(options: AddOptions, job: Job, say: Speaker) -> None:
     """Does the job, and says what came of it; raises CnClipError, with all kept that was reported done."""
+    if not job.is_sync:
+        addresses.require(job.address)
     table = read_table(Path(options.metadata), options.image_column) if options.metadata else None
-    model = Model(options, job.index, say)
+    model = Model(options, job.address, say)
     if is_feature_file(job.source):
-        _update_from_features(options, job, model, table, say)
-        return
+        _add_features(options, job, model, table, say)
+    else:
+        _add_pictures(options, job, model, table, say)
+
+
+def _add_pictures(options: AddOptions, job: Job, model: Model, table: Table | None, say: Speaker) -> None:
     source = open_source(job.source, id_prefix=job.id_prefix)
     if job.is_sync and is_single_picture(job.source):
         raise ConfigError("expected a folder; one picture goes into an index with: cn-clip index add", at=job.source)
     if not source.candidates and model.facts is None:
-        raise DataError(f"holds no picture{_reasons(source.skipped)}", at=job.source)
-    with _writer(job, model, source.name) as writer:
-        model.settle(writer.manifest)
-        ids = [one.id for one in source.candidates]
-        _refuse_others_ids(writer, ids, source.name, job)
-        _refuse_another_source(writer, ids, source.name, job)
+        reason = f"; {shown(source.skipped[0].id)}: {source.skipped[0].reason}" if source.skipped else ""
+        raise DataError(f"holds no picture{reason}", at=job.source)
+    info, ids = model.info(), [one.id for one in source.candidates]
+    with _changing(job, info, info.embed_dim, source.name, ids) as writer:
         before = writer.manifest.source
         settings = Settings(options.batch_size, options.num_workers, options.commit_every, options.thumbnail_size)
         ingest = Ingest(writer, model.encoder, settings, _reporter(say), skipped=source.skipped)
         ingest.add(source.candidates, table, job.id_prefix)
         if job.is_sync and not job.keep_missing:
             ingest.prune({source.name, before}, source.candidates)
-        _finish(writer, job, source.name, say)
-        _say_summary(ingest.summary, writer, job, _unmatched(table, source), say)
+    pictures = {str(one).removeprefix(source.id_prefix) for one in ids}
+    unmatched = sum(str(key) not in pictures for key in table or ())
+    _say_summary(ingest.summary, writer, job, unmatched, say)
 
 
-def _writer(job: Job, model: Model, source: str) -> "AbstractContextManager[Writer]":
-    if model.facts is None:
-        return addresses.open_writer(job.index, _create(job, model.info(), source))
-    _check_vector_type(job, model.facts)
-    return addresses.open_writer(job.index)
-
-
-def _create(job: Job, model: ModelInfo, source: str) -> Manifest:
-    return Manifest(model, engine=job.engine or "exact", vector_type=job.vector_type or "float32", source=source)
-
-
-def _check_vector_type(job: Job, facts: Facts) -> None:
-    if job.vector_type not in (None, facts.vector_type):
-        raise ConfigError(f"holds {facts.vector_type} vectors; build another index for others", at=job.index)
-
-
-def _refuse_others_ids(writer: Writer, ids: Iterable[ItemId], source: str, job: Job) -> None:
-    """An item added from elsewhere must not take the place of one that happens to be called the same."""
-    if job.is_sync:
-        return
-    wanted = set(ids)
-    for item_id, metadata in writer.items():
-        if item_id in wanted and metadata.get("source") != source:
-            raise ConfigError(
-                f"has an item {shown(item_id)} of {shown(metadata.get('source', 'elsewhere'))}; "
-                "give --id-prefix, which goes before the ids of what is added",
-                at=job.index,
-            )
-
-
-def _refuse_another_source(writer: Writer, ids: Iterable[ItemId], source: str, job: Job) -> None:
-    """A folder that moved holds most of what it held. Another one would empty the index, which few mean to do."""
-    before = writer.manifest.source
-    if not job.is_sync or job.keep_missing or job.replace_source or not before or before == source:
-        return
-    old, wanted = {item_id for item_id, metadata in writer.items() if metadata.get("source") == before}, set(ids)
-    num_gone = len(old - wanted)
-    if 2 * num_gone > len(old):
-        raise ConfigError(
-            f"was built from {before}, and {num_gone} of its {len(old)} items are not in {source}; "
-            "to have both, use cn-clip index add; to have the new ones alone, give --replace-source; for a second "
-            "index, give another --output",
-            at=job.index,
-        )
-
-
-def _update_from_features(options: AddOptions, job: Job, model: Model, table: Table | None, say: Speaker) -> None:
+def _add_features(options: AddOptions, job: Job, model: Model, table: Table | None, say: Speaker) -> None:
     features = read_features(job.source, "image_id")
     vectors_ND, num_scaled = _of_unit_length(features, job.source)
     name, embed_dim = str(job.source.absolute()), vectors_ND.shape[1]
     info = _model_of_features(options, job, model, embed_dim)
-    summary = Summary()
-    with addresses.open_writer(job.index, _create(job, info, name)) as writer:
-        _check_vector_type(job, writer.manifest)
-        if writer.manifest.model.embed_dim != embed_dim:
-            raise DataError(
-                f"vectors of {embed_dim} numbers, the index {job.index} has those of "
-                f"{writer.manifest.model.name or 'a model'} of {writer.manifest.model.embed_dim}",
-                at=job.source,
-            )
-        if writer.manifest.model.fingerprint != info.fingerprint:
-            same_model(writer.manifest.model, info, job.index)
+    ids = [f"{job.id_prefix}{one}" if job.id_prefix else one for one in features.ids]
+    summary, report = Summary(), _reporter(say)
+    with _changing(job, info, embed_dim, name, ids) as writer:
         before, known = writer.manifest.source, dict(writer.items())
-        ids = [f"{job.id_prefix}{one}" if job.id_prefix else one for one in features.ids]
-        _refuse_others_ids(writer, ids, name, job)
-        _refuse_another_source(writer, ids, name, job)
         if num_scaled:
             say.note(
                 f"{job.source}: {num_scaled} 行的长度不是 1，已归一化 / "
                 f"rows whose length is not 1, normalised: {num_scaled}"
             )
-        report = _reporter(say)
         for start in range(0, len(ids), options.commit_every):
             items = []
             end = start + options.commit_every
             stored = writer.stored(ids[start:end])
             for item_id, vector_D in zip(ids[start:end], vectors_ND[start:end], strict=True):
                 row = row_of(table, item_id, job.id_prefix) if table is not None else known.get(item_id)
-                item = NewItem(item_id, vector_D, {**_foreign(row or {}), "source": name})
+                # Without what only pictures have: vectors of a file are not those of the bytes that a digest names.
+                metadata = {field: value for field, value in (row or {}).items() if field not in OWN_FIELDS}
+                item = NewItem(item_id, vector_D, {**metadata, "source": name})
                 if item_id in stored and _is_same(item, stored[item_id]):
                     summary.unchanged += 1
                 else:
@@ -219,8 +162,58 @@ def _update_from_features(options: AddOptions, job: Job, model: Model, table: Ta
                 if one not in wanted and metadata.get("source") in (name, before)
             ]
             writer.commit(remove=summary.removed)
-        _finish(writer, job, name, say)
-        _say_summary(summary, writer, job, 0, say)
+    _say_summary(summary, writer, job, 0, say)
+
+
+@contextlib.contextmanager
+def _changing(job: Job, model: ModelInfo, embed_dim: int, name: str, ids: Sequence[ItemId]) -> Iterator[Writer]:
+    """The index, new or as it is, opened for changing it; at the end it notes its source and brings up its graph.
+
+    embed_dim: of the vectors to be added; name, ids: of their source. Raises ConfigError for another model, and if
+    items of other sources are in the way, DataError for vectors of another length.
+    """
+    create = Manifest(model, engine=job.engine or "exact", vector_type=job.vector_type or "float32", source=name)
+    with addresses.open_writer(job.address, create) as writer:
+        found = writer.manifest
+        if job.vector_type not in (None, found.vector_type):
+            raise ConfigError(f"holds {found.vector_type} vectors; build another index for others", at=job.address)
+        if found.model.fingerprint != model.fingerprint:
+            same_model(found.model, model, job.address)
+        if found.model.embed_dim != embed_dim:
+            raise DataError(
+                f"vectors of {embed_dim} numbers, the index {job.address} has those of "
+                f"{found.model.name or 'a model'} of {found.model.embed_dim}",
+                at=job.source,
+            )
+        _refuse_conflicts(writer, set(ids), name, job)
+        yield writer
+        writer.describe(engine=job.engine, source=name if job.is_sync else writer.manifest.source)
+        writer.finish()
+
+
+def _refuse_conflicts(writer: Writer, wanted: set[ItemId], source: str, job: Job) -> None:
+    """Raises ConfigError when the items of a source would take the place of others, which few mean to do."""
+    if not job.is_sync:
+        for item_id, metadata in writer.items():
+            if item_id in wanted and metadata.get("source") != source:
+                raise ConfigError(
+                    f"has an item {shown(item_id)} of {shown(metadata.get('source', 'elsewhere'))}; "
+                    "give --id-prefix, which goes before the ids of what is added",
+                    at=job.address,
+                )
+        return
+    before = writer.manifest.source
+    if job.keep_missing or job.replace_source or before in ("", source):
+        return
+    old = {item_id for item_id, metadata in writer.items() if metadata.get("source") == before}
+    num_gone = len(old - wanted)
+    if 2 * num_gone > len(old):  # a folder that moved holds most of what it held; another one would empty the index
+        raise ConfigError(
+            f"was built from {before}, and {num_gone} of its {len(old)} items are not in {source}; "
+            "to have both, use cn-clip index add; to have the new ones alone, give --replace-source; for a second "
+            "index, give another --output",
+            at=job.address,
+        )
 
 
 def _of_unit_length(features: Features, path: Path) -> tuple[FloatArray, int]:
@@ -245,7 +238,7 @@ def _model_of_features(options: AddOptions, job: Job, model: Model, embed_dim: i
     if model.facts is not None:
         if model.facts.model.fingerprint and options.model is None:
             raise ConfigError(
-                f"the file does not record its model; the vectors of {job.index} are of "
+                f"the file does not record its model; the vectors of {job.address} are of "
                 f"{model.facts.model.name}: if these are too, give --model {model.facts.model.name}",
                 at=job.source,
             )
@@ -258,19 +251,9 @@ def _model_of_features(options: AddOptions, job: Job, model: Model, embed_dim: i
     return info
 
 
-def _foreign(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what pictures alone have: vectors of a file are not those of the bytes that a digest names."""
-    return {field: value for field, value in row.items() if field not in OWN_FIELDS}
-
-
 def _is_same(item: NewItem, stored: NewItem) -> bool:
     is_same_vector = bool(np.array_equal(item.vector_D.astype(stored.vector_D.dtype), stored.vector_D))
     return is_same_vector and dict(item.metadata) == dict(stored.metadata)
-
-
-def _finish(writer: Writer, job: Job, source: str, say: Speaker) -> None:
-    writer.describe(engine=job.engine, source=source if job.is_sync else writer.manifest.source)
-    writer.finish()
 
 
 def _reporter(say: Speaker) -> Report:
@@ -280,15 +263,8 @@ def _reporter(say: Speaker) -> Report:
     return report
 
 
-def _unmatched(table: Table | None, source: Source) -> int:
-    """Rows of the table that name no picture of the source."""
-    if table is None:
-        return 0
-    bare = {str(one.id).removeprefix(source.id_prefix) for one in source.candidates}
-    return sum(str(key) not in bare for key in table)
-
-
 def _say_summary(summary: Summary, writer: Writer, job: Job, unmatched: int, say: Speaker) -> None:
+    """unmatched: rows of the table that name no picture of the source."""
     for title, ids in (
         ("已移除 / removed", [shown(one) for one in summary.removed]),
         ("内容重复 / duplicates", [f"{shown(one)} = {shown(other)}" for one, other in summary.duplicates]),
@@ -305,10 +281,10 @@ def _say_summary(summary: Summary, writer: Writer, job: Job, unmatched: int, say
         f"{new}, 未变 / unchanged {summary.unchanged}, "
         f"移除 / removed {len(summary.removed)}, 未收录 / not indexed {len(summary.skipped)}"
     )
-    say(f"{job.index}: {len(writer)} items ({writer.manifest.engine}), {writer.manifest.model.name or '?'}")
+    say(f"{job.address}: {len(writer)} items ({writer.manifest.engine}), {writer.manifest.model.name or '?'}")
     say.result(
         {
-            "index": str(job.index),
+            "index": str(job.address),
             "num_items": len(writer),
             "encoded": summary.encoded,
             "added": summary.added,
@@ -329,7 +305,3 @@ def listed(title: str, lines: Sequence[str]) -> Iterator[str]:
         yield from (f"  {line}" for line in lines[:LISTED])
     if len(lines) > LISTED:
         yield f"  … 其余 {len(lines) - LISTED} 项用 --json 查看 / {len(lines) - LISTED} more, see --json"
-
-
-def _reasons(skipped: Sequence[Skipped]) -> str:
-    return f"; {shown(skipped[0].id)}: {skipped[0].reason}" if skipped else ""

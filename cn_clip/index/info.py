@@ -2,33 +2,38 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cn_clip import command
-from cn_clip.index.options import IndexPlace, with_store
+from cn_clip.index.options import IndexArgument, with_store
 from cn_clip.option_types import Json
-
-if TYPE_CHECKING:
-    from cn_clip.retrieval.manifest import Manifest
+from cn_clip.retrieval.manifest import Manifest
+from cn_clip.terminal import shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Tells the model, the engine, and how much there is of what."""
 
-    index: IndexPlace
+    index: IndexArgument
     json: Json = False
 
 
 def run(options: Options) -> None:
     """Prints the facts; raises DataError when there is no index."""
-    from cn_clip.index.show import shown
     from cn_clip.retrieval import addresses
-    from cn_clip.retrieval.manifest import Manifest
 
     say = command.Speaker(quiet=options.json)
     facts = addresses.require(addresses.address_of(options.index))
-    model, more = facts.model, _of_folder(facts) if isinstance(facts, Manifest) else {}
+    model, more = facts.model, dict[str, Any]()
+    if isinstance(facts, Manifest):
+        more = {
+            "num_removed": facts.num_rows - facts.num_items,
+            "has_graph": facts.graph is not None,
+            "num_segments": len(facts.segments),
+            "bytes": sum(file.bytes for _, file in facts.files()),
+            "generation": facts.generation,
+        }
     say(f"模型 / model        {shown(model.name) or '?'} ({model.embed_dim} dimensions, {model.fingerprint or '?'})")
     say(f"条目 / items        {facts.num_items}")
     say(f"引擎 / engine       {facts.engine}{' (graph)' if more.get('has_graph') else ''}")
@@ -49,16 +54,6 @@ def run(options: Options) -> None:
             **more,
         }
     )
-
-
-def _of_folder(facts: "Manifest") -> dict[str, Any]:
-    return {
-        "num_removed": facts.num_rows - facts.num_items,
-        "has_graph": facts.graph is not None,
-        "num_segments": len(facts.segments),
-        "bytes": sum(file.bytes for _, file in facts.files()),
-        "generation": facts.generation,
-    }
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -7,11 +7,13 @@ import hashlib
 import io
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from cn_clip.clip.backends.base import Pixels, named
+from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.pictures import decoded_batches
 from cn_clip.clip.transforms import in_8_bits
 from cn_clip.data.pictures import open_picture
@@ -20,11 +22,6 @@ from cn_clip.index.sources import OWN_FIELDS, Candidate, Skipped, Table, row_of
 from cn_clip.retrieval.addresses import Writer
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.writer import NewItem
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from cn_clip.clip.encoder import Encoder
 
 Report: TypeAlias = Callable[[int, int], None]
 
@@ -82,7 +79,7 @@ class Ingest:
     def __init__(
         self,
         writer: Writer,
-        encoder: "Callable[[], Encoder]",
+        encoder: Callable[[], Encoder],
         settings: Settings,
         report: Report,
         *,
@@ -107,22 +104,31 @@ class Ingest:
         self.commit()
 
     def read(self, candidates: Sequence[Candidate], table: Table | None = None, id_prefix: str = "") -> None:
-        """As `add`, but for what `commit` is still to write."""
-        pending = [one for one in candidates if not self._is_unchanged(one, table, id_prefix)]
+        """As `add`, but for what `commit` is still to write. Without a table, an item keeps the metadata it had."""
+        pending = []
+        for one in candidates:
+            known = self._known.get(one.id)
+            own = {name: value for name, value in (known or {}).items() if name in OWN_FIELDS}
+            more: Mapping[str, Any] = {name: value for name, value in (known or {}).items() if name not in OWN_FIELDS}
+            if table is not None:
+                more = row_of(table, one.id, id_prefix) or {}
+            # A caption of the table goes before one of the source.
+            caption = {"caption": more["caption"]} if "caption" in more else {}
+            wanted = {**more, **one.metadata, **caption}
+            if not one.is_dated or known != {**own, **wanted}:
+                pending.append(replace(one, metadata=wanted))
         self._total, self.summary.unchanged = len(candidates), len(candidates) - len(pending)
-        if pending:
-            self._encode([self._with_row(one, table, id_prefix) for one in pending])
-
-    def keep(self, items: Iterable[NewItem]) -> None:
-        """Adds items as they are with the next commit, unless a picture of the same id comes before it."""
-        self._buffer.update({item.id: item for item in items})
-
-    def _encode(self, pending: Sequence[Candidate]) -> None:
+        if not pending:
+            return
         resolution, load = self._loader(pending)
         for prepared, pixels in decoded_batches(
             load, range(len(pending)), resolution, self.settings.batch_size, self.settings.num_workers
         ):
             self._take(prepared, pixels)
+
+    def keep(self, items: Iterable[NewItem]) -> None:
+        """Adds items as they are with the next commit, unless a picture of the same id comes before it."""
+        self._buffer.update({item.id: item for item in items})
 
     def prune(self, sources: Collection[str], candidates: Iterable[Candidate]) -> None:
         """Removes the items of these sources that are not there any more; raises DataError where none would be left."""
@@ -141,22 +147,6 @@ class Ingest:
         self.writer.commit(remove=gone)
         self.summary.removed = gone
         self.summary.duplicates = [pair for pair in self.summary.duplicates if pair[1] in self.writer]
-
-    def _is_unchanged(self, candidate: Candidate, table: Table | None, id_prefix: str) -> bool:
-        found = self._known.get(candidate.id)
-        if found is None or not candidate.is_dated:
-            return False
-        own = {name: found[name] for name in OWN_FIELDS if name in found}
-        return found == {**own, **self._with_row(candidate, table, id_prefix).metadata}
-
-    def _with_row(self, candidate: Candidate, table: Table | None, id_prefix: str) -> Candidate:
-        """With the metadata of the table; where none is given, with those the item had."""
-        if table is None:
-            before = self._known.get(candidate.id, {})
-            more: Mapping[str, Any] = {name: value for name, value in before.items() if name not in OWN_FIELDS}
-        else:
-            more = row_of(table, candidate.id, id_prefix) or {}
-        return replace(candidate, metadata={**more, **candidate.metadata, **_caption(more)})
 
     def _loader(self, candidates: Sequence[Candidate]) -> "tuple[int, Callable[[int, Pixels], _Prepared | Skipped]]":
         transform = self.encoder().transform
@@ -246,10 +236,8 @@ class Ingest:
         self.report(self.summary.num_done, self._total)
 
 
-def thumbnail(image: "Image", size: int) -> bytes:
+def thumbnail(image: Image.Image, size: int) -> bytes:
     """A JPEG of at most `size` pixels a side, upright, on white."""
-    from PIL import Image, ImageOps
-
     small = in_8_bits(image).copy()
     small.thumbnail((size, size))
     with contextlib.suppress(Exception):  # EXIF that is damaged in one way or another says nothing
@@ -261,8 +249,3 @@ def thumbnail(image: "Image", size: int) -> bytes:
     stream = io.BytesIO()
     small.convert("RGB").save(stream, "JPEG", quality=THUMBNAIL_QUALITY)
     return stream.getvalue()
-
-
-def _caption(more: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A caption of the table goes before one of the source."""
-    return {"caption": more["caption"]} if "caption" in more else {}

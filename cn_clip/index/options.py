@@ -9,18 +9,23 @@ import tyro
 
 from cn_clip import settings
 from cn_clip.clip import choice
+from cn_clip.errors import ConfigError
 from cn_clip.option_types import BatchSize, Json
+from cn_clip.retrieval.milvus_collection import GRAMMAR, SCHEME
 from cn_clip.settings import Range
 
-IndexPlace: TypeAlias = Annotated[
+IndexArgument: TypeAlias = Annotated[
     tyro.conf.Positional[str],
-    tyro.conf.arg(metavar="INDEX", help="The folder of the index, or --store milvus://HOST:PORT/COLLECTION"),
+    tyro.conf.arg(metavar="INDEX", help="The folder of the index, or milvus://HOST:PORT/COLLECTION"),
 ]
 IndexFolder: TypeAlias = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INDEX")]
 
 
-def with_store(args: Sequence[str] | None) -> list[str]:
-    """The command line with INDEX in front where it was given as `--store ADDRESS`."""
+def with_store(args: Sequence[str] | None, flag: str = "") -> list[str]:
+    """The command line with an address that is given as `--store ADDRESS` in front, or behind `flag`.
+
+    That is how an index in Milvus was named before. Raises ConfigError for what is no address, and for `flag` as well.
+    """
     given, stores = list(sys.argv[1:] if args is None else args), list[str]()
     rest = iter(given)
     kept = []
@@ -33,7 +38,13 @@ def with_store(args: Sequence[str] | None) -> list[str]:
             stores.append(one.removeprefix("--store="))
         else:
             kept.append(one)
-    return [*stores, *kept]
+    if not flag or not stores:
+        return [*stores, *kept]
+    if any(one.partition("=")[0] == flag for one in kept):
+        raise ConfigError(f"{flag}: expected the folder of the index, or in its place --store milvus://…")
+    if not stores[-1].startswith(SCHEME):
+        raise ConfigError(f"--store: {GRAMMAR}; got {stores[-1]}")
+    return [flag, stores[-1], *kept]
 
 
 @dataclass(frozen=True)

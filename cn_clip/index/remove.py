@@ -7,9 +7,11 @@ from typing import Annotated
 import tyro
 
 from cn_clip import command
+from cn_clip.data.paths import readable
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.index.options import IndexPlace, with_store
+from cn_clip.index.options import IndexArgument, with_store
 from cn_clip.option_types import Json
+from cn_clip.terminal import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class Options:
     The picture files stay, so building from them again brings the items back.
     """
 
-    index: IndexPlace
+    index: IndexArgument
     ids: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="ID")] = ()
     """Items to remove"""
     where: str | None = None
@@ -35,14 +37,11 @@ class Options:
 
 def run(options: Options) -> None:
     """Removes; raises DataError, with nothing removed, for an id that is not there."""
-    from cn_clip.data.paths import readable
-    from cn_clip.index.show import shown
-    from cn_clip.retrieval.addresses import address_of, open_writer
-    from cn_clip.retrieval.query import parse_condition
+    from cn_clip.retrieval import addresses, query
 
     say = command.Speaker(quiet=options.json)
-    condition = parse_condition(options.where) if options.where is not None else None
-    with open_writer(address_of(options.index)) as writer:
+    condition = query.parse_condition(options.where) if options.where is not None else None
+    with addresses.open_writer(addresses.address_of(options.index)) as writer:
         by_name = {str(item_id): item_id for item_id, _ in writer.items()}
         names = [name if name in by_name else readable(name) for name in options.ids]
         absent = [name for name in names if name not in by_name]

@@ -1,4 +1,4 @@
-"""Makes the damaged parts of an index again, from its other files and from the pictures; for `index check --repair`."""
+"""What `cn-clip index check` does: finds damage, and makes what is damaged again from other files and from pictures."""
 
 import contextlib
 import os
@@ -13,17 +13,18 @@ from cn_clip.command import Speaker
 from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.digests import is_file
 from cn_clip.errors import CnClipError, ConfigError, DataError
-from cn_clip.features.files import Features, read_features
+from cn_clip.features.files import read_features
 from cn_clip.index.building import Model, listed
 from cn_clip.index.ingest import Ingest, Settings
 from cn_clip.index.options import AddOptions
-from cn_clip.index.show import shown
 from cn_clip.index.sources import Candidate, is_feature_file, read_file
 from cn_clip.retrieval import inspection
+from cn_clip.retrieval.addresses import address_of
 from cn_clip.retrieval.inspection import Damage
 from cn_clip.retrieval.manifest import Manifest
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.writer import NewItem, open_writer
+from cn_clip.terminal import shown
 
 _UNCHANGED = (
     "nothing was changed: see that the disk is there and repair again; a file that can never be read again counts as "
@@ -45,6 +46,44 @@ class Result:
     num_bare: int = 0
     remaining: list[Damage] = field(default_factory=list)
     aside: Path | None = None
+
+
+def check(index: str, options: AddOptions, say: Speaker, *, also_repair: bool, keep_aside: bool) -> int:
+    """Says what is damaged, and repairs it if `also_repair`; returns 1 if something stays damaged or is lost, else 0.
+
+    Raises ConfigError for an address of Milvus, and as `repair`.
+    """
+    folder = address_of(index)
+    if not isinstance(folder, Path):
+        raise ConfigError("Milvus looks after its own files; this command is for folders", at=folder)
+    facts, found = inspection.inspect(folder)
+    for damage in found:
+        say(f"损坏 / damaged: {folder / damage.path}: {damage.reason}")
+    result = Result(facts.num_items, remaining=found)
+    if found and also_repair:
+        result = repair(options, folder, facts, found, say, keep_aside=keep_aside)
+    elif found:
+        say("用 --repair 修复 / --repair repairs what can be")
+    else:
+        if also_repair:
+            with contextlib.suppress(CnClipError), open_writer(folder):  # removes what a killed writer left
+                pass
+        say(f"完好 / whole: {folder}, {facts.num_items} items")
+    num_lost = len(result.lost) + result.num_nameless
+    say.result(
+        {
+            "index": index,
+            "num_items": result.num_items,
+            "damaged": [{"path": one.path, "reason": one.reason} for one in found],
+            "repaired": bool(found and also_repair),
+            "remaining": [{"path": one.path, "reason": one.reason} for one in result.remaining],
+            "lost": result.lost,
+            "num_lost": num_lost,
+            "num_without_thumbnails": result.num_bare,
+            "kept_aside": str(result.aside) if result.aside else None,
+        }
+    )
+    return int(bool(result.remaining) or num_lost > 0)
 
 
 def repair(
@@ -82,12 +121,6 @@ def repair(
     result.remaining = inspection.inspect(folder)[1]
     _say(result, folder, facts, say)
     return result
-
-
-def tidy(folder: Path) -> None:
-    """Removes what a writer that was killed left in a whole index; else the next writer does."""
-    with contextlib.suppress(CnClipError), open_writer(folder):  # perhaps somebody writes it, or nobody may
-        pass
 
 
 @dataclass
@@ -145,7 +178,8 @@ class _Sources:
     """Where the items of a segment came from, opened at first use."""
 
     def __init__(self) -> None:
-        self._opened: dict[str, Any] = {}
+        # Vectors by id, or pictures by id.
+        self._opened: dict[str, dict[ItemId, Any] | ImageStore | None] = {}
 
     def find(self, item: NewItem) -> tuple[Any, Candidate | None]:
         """(vector, None) of a feature file, (None, picture) where there still is one, else (None, None).
@@ -160,22 +194,15 @@ class _Sources:
         if not isinstance(source, str) or path is not None:
             return None, None
         if source not in self._opened:
-            self._opened[source] = _open(source)
+            self._opened[source] = None  # gone
+            if is_feature_file(Path(source)):
+                features = read_features(source, "image_id")
+                self._opened[source] = dict(zip(features.ids, features.vectors, strict=True))
+            elif is_file(Path(source, "data.mdb")):
+                self._opened[source] = ImageStore(source)
         opened = self._opened[source]
         if isinstance(opened, dict):
             return opened.get(item.id), None
         if isinstance(opened, ImageStore) and opened.base64(item.id) is not None:
             return None, Candidate(item.id, item.metadata, partial(opened.picture, item.id), is_dated=False)
         return None, None
-
-
-def _open(source: str) -> "ImageStore | dict[ItemId, Any] | None":
-    """Pictures by id, or vectors by id; None of a source that is gone."""
-    if is_feature_file(Path(source)):
-        return _vectors(source)
-    return ImageStore(source) if is_file(Path(source, "data.mdb")) else None
-
-
-def _vectors(source: str) -> dict[ItemId, Any]:
-    features: Features = read_features(source, "image_id")
-    return dict(zip(features.ids, features.vectors, strict=True))

@@ -107,16 +107,12 @@ def _folder(root: Path, id_prefix: str) -> Source:
         )
 
     for folder, folders, names in walked(root, unreadable):
-        if _is_index(names, folders):
+        if manifest.NAME in names and any(map(manifest.is_own, [*names, *folders])):  # an index
             folders.clear()
             continue
         for name in names:
             _look_at(source, os.path.join(folder, name))
     return source
-
-
-def _is_index(names: list[str], folders: list[str]) -> bool:
-    return manifest.NAME in names and any(map(manifest.is_own, [*names, *folders]))
 
 
 def _look_at(source: Source, path: str) -> None:
@@ -153,8 +149,14 @@ def read_file(path: str) -> bytes:
 
 
 def _lmdb(folder: Path, id_prefix: str) -> Source:
+    """The pictures of a split; the caption is the first text of each, if the pairs lie beside the pictures."""
     store, source = ImageStore(folder), Source(str(folder.absolute()), id_prefix)
-    captions = _captions(folder.parent / PAIRS)
+    captions: dict[ItemId, str] = {}
+    if is_file(folder.parent / PAIRS / "data.mdb"):
+        pairs = PairStore(folder.parent / PAIRS)
+        for number in range(len(pairs)):
+            pair = pairs[number]
+            captions.setdefault(pair.image_id, pair.text)
     for image_id in store.ids:
         known: dict[str, Any] = {"source": source.name}
         if image_id in captions:
@@ -162,18 +164,6 @@ def _lmdb(folder: Path, id_prefix: str) -> Source:
         item_id = f"{id_prefix}{image_id}" if id_prefix else image_id
         source.candidates.append(Candidate(item_id, known, partial(store.picture, image_id), is_dated=False))
     return source
-
-
-def _captions(folder: Path) -> dict[ItemId, str]:
-    """The first text of each picture, where the pairs lie beside the pictures."""
-    if not is_file(folder / "data.mdb"):
-        return {}
-    captions: dict[ItemId, str] = {}
-    pairs = PairStore(folder)
-    for number in range(len(pairs)):
-        pair = pairs[number]
-        captions.setdefault(pair.image_id, pair.text)
-    return captions
 
 
 def read_table(path: Path, image_column: str) -> Table:

@@ -48,7 +48,9 @@ def top_k(
     queries_QD, gallery_ND: finite float32. Raises ConfigError for k or a block below 1, DataError for arrays of other
     shapes, for NaN or infinity (naming the row) and for rows so long that a product overflows float32.
     """
-    _check_settings(k, query_block, gallery_block)
+    for name, value in (("k", k), ("query_block", query_block), ("gallery_block", gallery_block)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {value}")
     queries_QD, gallery_ND = _checked(queries_QD, "queries"), _checked(gallery_ND, "gallery")
     if queries_QD.shape[1] != gallery_ND.shape[1]:
         raise DataError(f"queries have {queries_QD.shape[1]} dimensions, the gallery has {gallery_ND.shape[1]}")
@@ -84,12 +86,6 @@ def _full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _check_settings(k: int, query_block: int | None, gallery_block: int) -> None:
-    for name, value in (("k", k), ("query_block", query_block), ("gallery_block", gallery_block)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}: expected at least 1, got {value}")
 
 
 def _checked(rows: FloatArray, name: str) -> FloatArray:

@@ -3,10 +3,9 @@
 # N rows of a segment, D dimensions
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,8 +127,12 @@ def remains(folder: Path, facts: Manifest, name: str, damaged: set[str]) -> Rema
             item_id, metadata = Segment.parse(lines[row], lambda: ITEMS)
         except DataError:
             continue
-        if ITEMS not in damaged or _is_likely(item_id, metadata):
-            found[item_id] = row, NewItem(item_id, vectors_ND[row], metadata, thumbnails[row])
+        path, source = metadata.get("path"), metadata.get("source")
+        if ITEMS in damaged and isinstance(path, str) and isinstance(source, str):
+            relative = os.path.relpath(path, source).replace(os.sep, "/")
+            if not str(item_id).endswith(relative):
+                continue
+        found[item_id] = row, NewItem(item_id, vectors_ND[row], metadata, thumbnails[row])
     is_certain = ITEMS not in damaged and ROWS not in damaged
     return Remains(
         [item for _, item in found.values()],
@@ -197,23 +200,14 @@ def _readable(
 
 
 def _lines(path: Path, table_N3: IntArray | None) -> list[bytes]:
-    """The lines of an items.jsonl, cut where the table says; without it, at the ends of lines."""
-    return path.read_bytes().splitlines() if table_N3 is None else _cut(path, table_N3[:, ITEM_END])
+    """The lines of an items.jsonl, cut where the table says; without it, at the ends of lines.
 
-
-def _cut(path: Path, ends_N: IntArray) -> list[bytes]:
-    """The pieces of a file, each up to its end; empty where the file is gone or shorter."""
-    data = path.read_bytes() if is_file(path) else b""
-    ends = ends_N.tolist()
+    Those are empty that a file lacks which is gone or shorter.
+    """
+    if table_N3 is None:
+        return path.read_bytes().splitlines()
+    data, ends = path.read_bytes() if is_file(path) else b"", table_N3[:, ITEM_END].tolist()
     return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def _is_likely(item_id: ItemId, metadata: Mapping[str, Any]) -> bool:
-    """Whether an id of a damaged file is that of its picture's path, where it has one."""
-    path, source = metadata.get("path"), metadata.get("source")
-    if not isinstance(path, str) or not isinstance(source, str):
-        return True
-    return str(item_id).endswith(os.path.relpath(path, source).replace(os.sep, "/"))
 
 
 def require_removed(folder: Path, facts: Manifest, damaged: Sequence[Damage]) -> None:

@@ -85,7 +85,13 @@ class MilvusIndex:
         """As `store.Index.search`; raises StoreError besides."""
         check_bounds(k, min_score)
         queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.address)
-        condition = self._condition(where) if where is not None else None
+        condition = parse_condition(where) if where is not None else None
+        if condition is not None and not condition.fields <= self._seen_fields:
+            for _, metadata in self.items():  # until each field was seen, now or by a condition before
+                self._seen_fields.update(metadata)
+                if condition.fields <= self._seen_fields:
+                    break
+            condition.check_fields(self._seen_fields)
         limit = min(OVERFETCH * int(k) + 16, LARGEST_LIMIT)
         at_once, results = max(1, LARGEST_LIMIT // limit), list[list[Hit]]()
         for start in range(0, len(queries_QD), at_once):
@@ -127,17 +133,6 @@ class MilvusIndex:
         if not found:
             raise DataError(f"has no item {item_id!r}", at=self.address)
         return found[0]
-
-    def _condition(self, where: str) -> Condition:
-        """Reads items until each field of the condition was seen, now or by a condition before."""
-        condition = parse_condition(where)
-        if not condition.fields <= self._seen_fields:
-            for _, metadata in self.items():
-                self._seen_fields.update(metadata)
-                if condition.fields <= self._seen_fields:
-                    break
-            condition.check_fields(self._seen_fields)
-        return condition
 
     def _nearest(self, queries_QD: FloatArray, limit: int) -> list[list[_Row]]:
         """What Milvus finds for each query, with exact scores."""

@@ -236,11 +236,15 @@ class IndexWriter:
         facts = self.manifest
         if facts.engine == "exact":
             return
+        graph, is_newest = facts.graph, False
+        if graph is not None and graph.next_key == facts.next_key and not self._graph_is_old:
+            with contextlib.suppress(OSError):
+                is_newest = is_whole(self.folder / graph.name, graph.file)
         with self._writing():
             if len(self) < SMALLEST_GRAPH:
-                if facts.graph is not None:
+                if graph is not None:
                     self._write(replace(facts, graph=None))
-            elif not self._has_newest_graph():
+            elif not is_newest:
                 self._write(replace(facts, graph=self._write_graph()))
         self._graph_is_old = False
         self._tidy()
@@ -297,15 +301,6 @@ class IndexWriter:
         )
         merged = [self._write_segment(rows, num_rows)] if num_rows else []
         self._change(replace(self.manifest, segments=(*self.manifest.segments[:first], *merged)), self._removed)
-
-    def _has_newest_graph(self) -> bool:
-        """Whether the graph on disk knows all items, no other ones, and is whole."""
-        graph = self.manifest.graph
-        if self._graph_is_old or graph is None or graph.next_key != self.manifest.next_key:
-            return False
-        with contextlib.suppress(OSError):
-            return is_whole(self.folder / graph.name, graph.file)
-        return False
 
     def _write_graph(self) -> DerivedFacts:
         """The graph on disk with what is new, or one from the start where that one is missing or damaged."""

@@ -27,7 +27,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import precision_of
 from cn_clip.errors import ConfigError, MissingExtraError
 from cn_clip.evaluation.templates import read_labels
-from cn_clip.index.models import open_encoder
+from cn_clip.index.searching import open_encoder
 from cn_clip.retrieval.addresses import Searchable, address_of, open_index
 from cn_clip.retrieval.store import same_model
 from cn_clip.serve.app import create_app
