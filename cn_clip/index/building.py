@@ -192,7 +192,7 @@ def _changing(job: Job, model: ModelInfo, embed_dim: int, name: str, ids: Sequen
 
 
 def _refuse_conflicts(writer: Writer, wanted: set[ItemId], source: str, job: Job) -> None:
-    """Raises ConfigError when the items of a source would take the place of others, which few mean to do."""
+    """Raises ConfigError when the items of a source would replace others, which few users want."""
     if not job.is_sync:
         for item_id, metadata in writer.items():
             if item_id in wanted and metadata.get("source") != source:
@@ -234,7 +234,7 @@ def _of_unit_length(features: Features, path: Path) -> tuple[FloatArray, int]:
 
 
 def _model_of_features(options: AddOptions, job: Job, model: Model, embed_dim: int) -> ModelInfo:
-    """The model named, or nobody's: then text and pictures cannot be searched for, ids can."""
+    """The model that is named, else an unknown one: then the index can be searched by id, not by text or picture."""
     if model.facts is not None:
         if model.facts.model.fingerprint and options.model is None:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Tells what an index holds: `cn-clip index info photos.index`."""
+"""Prints what an index holds: `cn-clip index info photos.index`."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -22,9 +22,10 @@ IndexFolder: TypeAlias = Annotated[tyro.conf.Positional[str], tyro.conf.arg(meta
 
 
 def with_store(args: Sequence[str] | None, flag: str = "") -> list[str]:
-    """The command line with an address that is given as `--store ADDRESS` in front, or behind `flag`.
+    """The command line with the address given as `--store ADDRESS` moved to the front, or behind `flag`.
 
-    That is how an index in Milvus was named before. Raises ConfigError for what is no address, and for `flag` as well.
+    Earlier versions named an index in Milvus so. With `flag`, raises ConfigError for an address that is not one of
+    Milvus, or if both are given.
     """
     given, stores = list(sys.argv[1:] if args is None else args), list[str]()
     rest = iter(given)

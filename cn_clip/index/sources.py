@@ -30,7 +30,7 @@ Table: TypeAlias = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Skipped:
-    """What was not indexed, and why. is_gone: there is no such picture; else it, or a folder, could not be read now."""
+    """A picture that was not indexed, and why. is_gone: it does not exist; else it or its folder cannot be read now."""
 
     id: ItemId
     reason: str

@@ -1,4 +1,4 @@
-"""Reads every byte of an index and tells what is damaged, and what of a damaged segment can still be read."""
+"""Reads every byte of an index: which files are damaged, and which items of a damaged segment can still be read."""
 
 # N rows of a segment, D dimensions
 
@@ -49,9 +49,9 @@ class Damage:
 
 
 def inspect(folder: Path) -> tuple[Manifest, list[Damage]]:
-    """The newest generation of an index, and all its damaged files; what it does not name is no concern.
+    """The newest generation of an index, and all its damaged files; files that it does not name are not looked at.
 
-    A writer may go on meanwhile: of the files that it takes away nothing is said, and those that it adds are read too.
+    A writer may go on meanwhile: files that it removes are not reported, and those that it adds are read, too.
     """
     seen: dict[str, Damage | None] = {}
     while True:
@@ -109,8 +109,8 @@ class Remains:
 def remains(folder: Path, facts: Manifest, name: str, damaged: set[str]) -> Remains:
     """What can be read of the segment `name`. damaged: its damaged files.
 
-    Without rows.npy nobody knows which rows were removed; where any were, and where items.jsonl is damaged too, all of
-    the segment is lost. Of a damaged items.jsonl the lines count that parse and whose id is that of their path.
+    Only rows.npy says which rows were removed. Without it, all of the segment is lost if any were, or if items.jsonl is
+    damaged, too. Of a damaged items.jsonl the lines count that parse and whose id is that of their path.
     """
     segment = next(one for one in facts.segments if one.name == name)
     table_N3 = None if ROWS in damaged else np.load(folder / name / ROWS, allow_pickle=False)
@@ -211,7 +211,7 @@ def _lines(path: Path, table_N3: IntArray | None) -> list[bytes]:
 
 
 def require_removed(folder: Path, facts: Manifest, damaged: Sequence[Damage]) -> None:
-    """Raises DataError when the list of removed rows is damaged: then nobody knows which items there are."""
+    """Raises DataError when the list of removed rows is damaged: no other file says which items are left."""
     if facts.removed is not None and facts.removed.name in [one.path for one in damaged]:
         raise DataError(
             "is damaged, and no other file tells which items were removed; build the index again in another folder",

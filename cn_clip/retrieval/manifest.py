@@ -24,7 +24,7 @@ class ModelInfo:
     """The model whose vectors an index holds.
 
     name: a published name or the path of a weight file. fingerprint: of the weights, alike for every backend and
-    precision; "" when nobody said which model it was.
+    precision; "" for an unknown model.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Manifest:
     """A generation of an index. What it does not name is rubbish.
 
     num_items: rows that are not removed. next_key: the key of the row that is added next; keys rise and never return.
-    source: what the index was built from, for who builds it again.
+    source: what the index was built from, by which it can be built again.
     """
 
     model: ModelInfo

@@ -31,7 +31,7 @@ UPSERT_BYTES = 32 << 20
 
 
 def key_of(item_id: ItemId) -> str:
-    """The primary key of an item: alike for equal ids alone, and plain ASCII however wild the id."""
+    """The primary key of an item: the same only for equal ids, and ASCII for any id."""
     return hashlib.blake2b(json.dumps(item_id).encode(), digest_size=KEY_BYTES).hexdigest()
 
 

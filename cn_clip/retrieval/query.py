@@ -62,7 +62,7 @@ class Term:
     values: tuple[str, ...]
 
     def admits(self, metadata: Mapping[str, Any]) -> bool:
-        """Whether an item fits. One without the field fits `!=` alone; of a list, one element is enough."""
+        """Whether an item fits. One without the field fits only `!=`; of a list, one element is enough."""
         found = metadata.get(self.field)
         candidates = [one for one in (found if isinstance(found, list) else [found]) if one is not None]
         if self.operator == "!=":

@@ -13,7 +13,7 @@ import mmap
 import os
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -74,11 +74,11 @@ def write_segment(folder: Path, rows: Iterable[Row], num_rows: int, embed_dim: i
     ):
         # No memory map: of a full disk that says nothing but SIGBUS.
         _write_header(vectors, np.dtype(vector_type), (num_rows, embed_dim))
-        for place, row in enumerate(rows):
+        for number, row in enumerate(rows):
             vectors.write(row.vector_D.astype(vector_type).tobytes())
             items.write(row.item + b"\n")
             thumbnails.write(row.thumbnail)
-            table_N3[place] = row.key, items.tell(), thumbnails.tell()
+            table_N3[number] = row.key, items.tell(), thumbnails.tell()
     with open(folder / ROWS, "wb") as stream:
         _write_header(stream, table_N3.dtype, table_N3.shape)
         stream.write(table_N3.tobytes())
@@ -247,12 +247,11 @@ class Segment:
         start, stop = _span(self._thumbnail_ends, row)
         return start < stop
 
-    def rows(self, places: Sequence[int] | IntArray) -> Iterator[Row]:
-        """Rows to write elsewhere."""
-        for place in places:
-            index = int(place)
-            vector_D = self.vectors(index, index + 1)[0]
-            yield Row(int(self.keys_N[index]), vector_D, self.item_bytes(index), self.thumbnail(index))
+    def rows(self, numbers_N: IntArray) -> Iterator[Row]:
+        """Rows to write into another segment."""
+        for row in numbers_N.tolist():
+            vector_D = self.vectors(row, row + 1)[0]
+            yield Row(int(self.keys_N[row]), vector_D, self.item_bytes(row), self.thumbnail(row))
 
 
 def _piece(file: MappedFile, ends_N: IntArray, row: int) -> bytes:

@@ -58,7 +58,7 @@ def open_index(path: str | os.PathLike[str]) -> "Index":
 
 
 def was_replaced(folder: Path, facts: Manifest) -> bool:
-    """Whether a writer has taken away files of a generation: what is wrong with them then is no damage."""
+    """Whether a writer has taken away files of a generation: if they cannot be read then, it is not damage."""
     return not facts.names() <= manifest.read(folder).names()
 
 

@@ -68,7 +68,7 @@ def open_writer(
 ) -> "Iterator[IndexWriter]":
     """The one writer of an index; leaving the context gives the lock back, and does nothing else.
 
-    create: what to begin with where there is no index yet. without: segments that count no more, being damaged, from
+    create: what to begin with where there is no index yet. without: damaged segments, which no longer count from
     the first commit on. Raises ConfigError when another process is writing or the folder holds something else,
     DataError when the index cannot be read or the folder not be written.
     """
@@ -101,7 +101,7 @@ def open_writer(
 
 
 def _refuse_strange(folder: Path) -> None:
-    """Raises ConfigError for a folder that is no index and holds something."""
+    """Raises ConfigError for a folder that is not an index and not empty."""
     names = set(os.listdir(folder))
     strange = sorted(name for name in names if name != LOCK and not _is_temporary(name))
     if strange and manifest.NAME not in names:
@@ -169,7 +169,7 @@ class IndexWriter:
     def commit(self, items: Sequence[NewItem] = (), remove: Iterable[ItemId] = ()) -> None:
         """Adds items, in place of those of the same id, and removes others; ids that are not there are passed over.
 
-        When it returns, the change is on disk; before that, nobody sees any of it. Raises DataError, with nothing
+        When it returns, the change is on disk; before that, readers see none of it. Raises DataError, with nothing
         changed, for an id that comes twice, a vector of another length or not finite, metadata that JSON cannot hold,
         and when the disk is full. If only merging small segments fails, the change counts, and the error says so.
         """
