@@ -202,7 +202,7 @@ def test_collections_of_others_are_left_alone(address: Address, run: Callable[..
         f"{address}: this collection is no index; give another name"
     )
     with milvus_server.collection() as absent:
-        assert f"{absent}: is no index; build one with: cn-clip index build PICTURES --store {absent}" in run(
+        assert f"{absent}: is no index; build one with: cn-clip index build PICTURES --output {absent}" in run(
             "search", "--store", absent, "猫", fails=True
         )
 
