@@ -216,7 +216,10 @@ def _rows(path: Path, image_column: str) -> Iterator[tuple[int, dict[str, Any]]]
     if suffix not in (".csv", ".tsv"):
         raise DataError("expected a table whose name ends in .csv, .tsv or .jsonl", at=path)
 
+    header = list[str]()
+
     def check(columns: Sequence[str]) -> None:
+        header.extend(columns)
         if columns and image_column not in columns:
             raise DataError(
                 f"expected a picture in the column {image_column!r}; has {sorted(columns)}", at=Where(path, line=1)
@@ -224,6 +227,5 @@ def _rows(path: Path, image_column: str) -> Iterator[tuple[int, dict[str, Any]]]
 
     for number, row in csv_rows(path, check):
         if None in row or None in row.values():
-            count = len(row.keys() - {None})
-            raise DataError(f"expected {count} columns as in the first line", at=Where(path, line=number))
+            raise DataError(f"expected {len(header)} columns as in the first line", at=Where(path, line=number))
         yield number, {name: value for name, value in row.items() if name}
