@@ -10,9 +10,9 @@ import httpx
 import numpy as np
 from harmful_pictures import Harmful
 
-from cn_clip.clip.backends.base import Pixels, Rows, TokenIds
+from cn_clip.clip.backends.base import Parts, Pixels, Rows, TokenIds
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.inputs import ChineseTexts, Parts
+from cn_clip.clip.tokenizer import ChineseTexts
 from cn_clip.retrieval.addresses import Searchable
 from cn_clip.serve.app import create_app
 from cn_clip.serve.batching import Metrics

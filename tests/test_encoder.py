@@ -17,10 +17,10 @@ from tiny_models import CONFIGS, TEXT, tiny_model
 
 from cn_clip import ranks, zoo
 from cn_clip.clip import Encoder, tokenize
-from cn_clip.clip.backends.base import Facts, Pixels, Rows, TokenIds
+from cn_clip.clip.backends.base import Facts, Parts, Pixels, Rows, TokenIds
 from cn_clip.clip.backends.pytorch import TorchBackend
-from cn_clip.clip.inputs import ChineseTexts, Parts
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.tokenizer import ChineseTexts
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.errors import ConfigError, DataError, NotFiniteError
 

@@ -20,13 +20,12 @@ from tiny_families import EMBED_DIM, KINDS, RESOLUTION, write_family
 
 from cn_clip import cli
 from cn_clip.clip import Encoder
-from cn_clip.clip.backends.base import Rows
+from cn_clip.clip.backends.base import Parts, Rows
 from cn_clip.clip.choice import Choice
 from cn_clip.clip.families import names, snapshots
 from cn_clip.clip.families.opening import open_parts
-from cn_clip.clip.inputs import ChineseTexts, Parts
 from cn_clip.clip.opening import identity, open_encoder, weights_digest
-from cn_clip.clip.tokenizer import VOCAB_FILE
+from cn_clip.clip.tokenizer import VOCAB_FILE, ChineseTexts
 from cn_clip.clip.transforms import MEAN, STD, ImageTransform
 from cn_clip.command import Speaker
 from cn_clip.demo import emoji

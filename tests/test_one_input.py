@@ -21,7 +21,7 @@ from serving import data_url, served
 import cn_clip.clip as clip
 from cn_clip import cli
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.inputs import ChineseTexts
+from cn_clip.clip.tokenizer import ChineseTexts
 from cn_clip.clip.transforms import ImageTransform, in_8_bits
 from cn_clip.data.augment import Augmentation
 from cn_clip.data.bulk_pictures import open_collection

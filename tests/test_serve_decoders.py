@@ -19,10 +19,9 @@ from PIL import Image
 from serving import WatchedBackend, data_url, harmed, queue_depth, served, wait_until
 
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.inputs import PictureTransform
 from cn_clip.clip.picture_files import Head, look
 from cn_clip.clip.pictures import decode
-from cn_clip.clip.transforms import ImageTransform
+from cn_clip.clip.transforms import ImageTransform, PictureTransform
 from cn_clip.serve import pictures as module
 from cn_clip.serve import runner as runner_module
 from cn_clip.serve.batching import Metrics

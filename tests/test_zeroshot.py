@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from cn_clip import cli, zoo
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.inputs import ChineseTexts
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.tokenizer import ChineseTexts
 from cn_clip.data.pictures import ClassFolders
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError

@@ -31,7 +31,7 @@ except ImportError:  # Windows
     resource: Any = None  # type: ignore[no-redef]
 
 if TYPE_CHECKING:
-    from cn_clip.clip.inputs import PictureTransform
+    from cn_clip.clip.transforms import PictureTransform
 
 # Decoding a picture may take so many seconds of a processor, and `SECONDS_PER_PIXEL` for its pixels.
 DECODE_SECONDS = 3.0

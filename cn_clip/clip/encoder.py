@@ -20,6 +20,7 @@ from cn_clip.clip.backends.base import (
     Backend,
     BackendName,
     Facts,
+    Parts,
     Pixels,
     Rows,
     TokenIds,
@@ -29,9 +30,9 @@ from cn_clip.clip.backends.base import (
 from cn_clip.clip.backends.opening import open_backend
 from cn_clip.clip.families.names import is_foreign
 from cn_clip.clip.families.opening import open_parts
-from cn_clip.clip.inputs import ChineseTexts, Parts, PictureTransform, TextTransform, text_length
 from cn_clip.clip.pictures import Picture, decoded_batches, is_data_url, open_picture
-from cn_clip.clip.transforms import Decode, ImageTransform, check_decode
+from cn_clip.clip.tokenizer import ChineseTexts, TextTransform, text_length
+from cn_clip.clip.transforms import Decode, ImageTransform, PictureTransform, check_decode
 from cn_clip.errors import ConfigError, DataError, NotFiniteError
 
 if TYPE_CHECKING:

@@ -1,21 +1,29 @@
-"""Text to token ids by the rules of Chinese BERT: what `clip.tokenize`, the encoder and the datasets call."""
+"""Text to token ids by the rules of Chinese BERT: what `clip.tokenize`, the encoder and the datasets call.
 
+`tokenize` and `encode` take a text as it is; `ChineseTexts` prepares it first, as Chinese-CLIP's commands do.
+"""
+
+import logging
 import operator
 import re
 import unicodedata
 from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cn_clip import zoo
 from cn_clip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import tokenizers
     import torch
+
+logger = logging.getLogger(__name__)
 
 VOCAB_FILE = Path(__file__).parent / "vocab.txt"
 CONTEXT_LENGTH = 52
@@ -241,3 +249,60 @@ def checked_texts(texts: str | Iterable[str]) -> list[str]:
         if not isinstance(text, str):
             raise TypeError(f"texts[{index}]: expected a str, got {type(text).__name__} {text!r:.80}")
     return checked
+
+
+# --- texts as people write them
+
+
+class TextTransform(Protocol):
+    """From texts, as people wrote them, to token ids; called by several threads at once."""
+
+    @property
+    def context_length(self) -> int:
+        """The longest row, special tokens included; longer texts are cut."""
+        ...
+
+    def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, special tokens included, before padding. Raises TypeError for what is not a str."""
+        ...
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+        """Rows of ids as the text tower takes them: int64 (B, L), padded to the longest or to a fixed length."""
+        ...
+
+
+def preprocess_text(text: str) -> str:
+    """Lower-cased, curly double quotes straightened: how Chinese-CLIP adapts text to its vocabulary."""
+    return text.lower().replace("\N{LEFT DOUBLE QUOTATION MARK}", '"').replace("\N{RIGHT DOUBLE QUOTATION MARK}", '"')
+
+
+@dataclass(frozen=True)
+class ChineseTexts:
+    """Chinese-CLIP's: `preprocess_text`, its tokenizer, zeros up to the longest row. `clip.tokenize` skips the first.
+
+    context_length: the longest row. Raises ConfigError from `rows` where it is below 2.
+    """
+
+    context_length: int
+
+    def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, prepared, [CLS] and [SEP] included, cut at context_length; raises TypeError."""
+        return encode(map(preprocess_text, checked_texts(texts)), self.context_length)
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+        """Rows of different lengths as one int64 array (B, longest row), padded with 0."""
+        return pad(rows, max(map(len, rows), default=0))
+
+
+def text_length(asked: int, trained: int | None, model: object) -> int:
+    """The longest text in tokens: `asked`, but when nobody asked (zoo.CONTEXT_LENGTH) what the model was trained with.
+
+    trained: what its checkpoint says, None for one that says nothing. Warns when another length is asked for.
+    """
+    if trained is None or trained == asked:
+        return int(asked)
+    if isinstance(asked, zoo.UsualLength):
+        logger.info("texts are cut at %d tokens, as %s was trained", trained, model)
+        return trained
+    logger.warning("context length %d: %s was trained with texts of at most %d tokens", asked, model, trained)
+    return asked

@@ -4,7 +4,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,28 @@ _MEAN_311 = np.array(MEAN, dtype=np.float32)[:, None, None]
 _STD_311 = np.array(STD, dtype=np.float32)[:, None, None]
 
 _LARGEST_16_BITS = 65535
+
+
+class PictureTransform(Protocol):
+    """From a PIL picture of any mode to normalised pixels; called by several threads at once."""
+
+    @property
+    def resolution(self) -> int:
+        """R, pixels a side."""
+        ...
+
+    @property
+    def draft_size(self) -> int | None:
+        """The side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole."""
+        ...
+
+    def array(self, image: Image, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """float32 (3, R, R), in `out` where it is given."""
+        ...
+
+    def __call__(self, image: Image) -> "torch.Tensor":
+        """The same pixels as a tensor."""
+        ...
 
 
 @dataclass

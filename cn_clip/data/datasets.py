@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from cn_clip import ranks
 from cn_clip.clip import tokenizer
-from cn_clip.clip.inputs import TextTransform
+from cn_clip.clip.tokenizer import TextTransform
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId, SourcePair

@@ -12,10 +12,9 @@ from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from cn_clip.clip.backends.base import Pixels
-from cn_clip.clip.inputs import PictureTransform
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES, is_picture_file, passed_over
 from cn_clip.clip.pictures import decode, decoded_batches, opened
-from cn_clip.clip.transforms import in_8_bits, is_deep
+from cn_clip.clip.transforms import PictureTransform, in_8_bits, is_deep
 from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.data.paths import walked
 from cn_clip.data.records import RecordId

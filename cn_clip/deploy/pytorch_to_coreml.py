@@ -76,7 +76,7 @@ def run(options: Options) -> None:
 
 
 def _convert(model: "CLIP", kind: "Kind", path: Path, options: Options) -> dict[str, Any]:
-    from cn_clip.clip.inputs import text_length
+    from cn_clip.clip.tokenizer import text_length
     from cn_clip.deploy import coreml_package
 
     return coreml_package.write_package(

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from cn_clip import ranks, zoo
 from cn_clip.clip import tokenizer
-from cn_clip.clip.inputs import preprocess_text as _preprocess_text
+from cn_clip.clip.tokenizer import preprocess_text as _preprocess_text
 from cn_clip.clip.tokenizer import tokenize
 from cn_clip.clip.transforms import ImageTransform, image_transform
 from cn_clip.data.pictures import ClassFolders, LmdbPictures, load_picture

@@ -24,9 +24,9 @@ from cn_clip.clip.decoding import (
     ProcessEndedError,
     ProcessStartError,
 )
-from cn_clip.clip.inputs import PictureTransform
 from cn_clip.clip.picture_files import Head, look, look_at_start
 from cn_clip.clip.pictures import data_url_bytes
+from cn_clip.clip.transforms import PictureTransform
 from cn_clip.errors import DataError
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.schemas import RefusalError

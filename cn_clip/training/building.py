@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from cn_clip import ranks, settings, zoo
-from cn_clip.clip.inputs import text_length
 from cn_clip.clip.loading import load, open_model
 from cn_clip.clip.model import CLIP, convert_weights
+from cn_clip.clip.tokenizer import text_length
 from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint, infer_config, read_checkpoint
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, DownloadError, lacked_memory
 from cn_clip.extras import require

@@ -17,7 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from cn_clip import ranks, zoo
 from cn_clip.clip import _tokenizer
-from cn_clip.clip.inputs import preprocess_text as _preprocess_text
+from cn_clip.clip.tokenizer import preprocess_text as _preprocess_text
 from cn_clip.clip.tokenizer import tokenize
 from cn_clip.clip.transforms import image_transform
 from cn_clip.data.augment import Augmentation

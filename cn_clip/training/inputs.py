@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from cn_clip import ranks
-from cn_clip.clip.inputs import ChineseTexts
+from cn_clip.clip.tokenizer import ChineseTexts
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.data.augment import Augmentation
 from cn_clip.data.datasets import LmdbPairs, Loader, PairDataset, PairSource, make_loader

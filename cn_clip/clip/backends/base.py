@@ -21,6 +21,8 @@ from cn_clip.clip.backends.names import PrecisionChoice as PrecisionChoice
 from cn_clip.clip.backends.names import check_precision as check_precision
 from cn_clip.clip.backends.names import check_threads as check_threads
 from cn_clip.clip.backends.names import settled as settled
+from cn_clip.clip.tokenizer import TextTransform
+from cn_clip.clip.transforms import PictureTransform
 from cn_clip.errors import ConfigError, NotFiniteError
 
 Rows: TypeAlias = NDArray[np.float32]
@@ -54,6 +56,15 @@ class Backend(Protocol):
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
         """Unit float32 rows (B, D) of int64 token ids, 0 being padding, B at least 1; raises as `encode_pixels`."""
         ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that an `Encoder` needs: towers, and how their inputs are made."""
+
+    backend: Backend
+    pictures: PictureTransform
+    texts: TextTransform
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from cn_clip import emoji_pack
 from cn_clip.clip import tokenizer
 from cn_clip.clip.backends.base import KINDS, Backend, ExportedBackend, Kind, Rows, Tower
-from cn_clip.clip.inputs import ChineseTexts
 from cn_clip.clip.pictures import open_picture
+from cn_clip.clip.tokenizer import ChineseTexts
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.errors import CheckpointError, NotFiniteError
 

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cn_clip.clip.backends.base import Pixels, TokenIds
+from cn_clip.clip.backends.base import Parts, Pixels, TokenIds
 from cn_clip.clip.families.towers import ForeignTowers
-from cn_clip.clip.inputs import Parts
 from cn_clip.clip.transforms import Decode, in_8_bits
 from cn_clip.clip.weights.file_kinds import what_it_is
 from cn_clip.clip.weights.hf import CONFIG_FILE, read_json

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from cn_clip.clip.inputs import Parts
+    from cn_clip.clip.backends.base import Parts
 
 
 def open_parts(
