@@ -5,7 +5,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,11 @@ from cn_clip.clip.backends.names import PrecisionChoice as PrecisionChoice
 from cn_clip.clip.backends.names import check_precision as check_precision
 from cn_clip.clip.backends.names import check_threads as check_threads
 from cn_clip.clip.backends.names import settled as settled
-from cn_clip.clip.tokenizer import TextTransform
-from cn_clip.clip.transforms import PictureTransform
 from cn_clip.errors import ConfigError, NotFiniteError
+
+if TYPE_CHECKING:
+    from cn_clip.clip.tokenizer import TextTransform
+    from cn_clip.clip.transforms import PictureTransform
 
 Rows: TypeAlias = NDArray[np.float32]
 Pixels: TypeAlias = NDArray[np.float32]
@@ -63,8 +65,8 @@ class Parts:
     """All that an `Encoder` needs: towers, and how their inputs are made."""
 
     backend: Backend
-    pictures: PictureTransform
-    texts: TextTransform
+    pictures: "PictureTransform"
+    texts: "TextTransform"
 
 
 @dataclass(frozen=True)
