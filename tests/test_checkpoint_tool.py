@@ -14,8 +14,7 @@ from tiny_models import TEXT, TOKENS, tiny_model, tiny_pixels
 from torch import Tensor
 
 from cn_clip import cli, zoo
-from cn_clip.checkpoints.average import mean
-from cn_clip.checkpoints.weights import num_bytes
+from cn_clip.checkpoints.weights import mean, num_bytes
 from cn_clip.clip.loading import load_from_name
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.weights.checkpoint import Checkpoint, read_checkpoint

@@ -2,14 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from cn_clip import command, zoo
-from cn_clip.checkpoints.options import RewriteOptions
-from cn_clip.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from cn_clip.clip.weights.checkpoint import Checkpoint
+from cn_clip import command
+from cn_clip.checkpoints.strip import RewriteOptions
 
 
 @dataclass(frozen=True)
@@ -22,33 +17,13 @@ class Options(RewriteOptions):
 
 def run(options: Options) -> None:
     """Writes the file; raises CheckpointError when the checkpoint cannot be read."""
-    from cn_clip.checkpoints.weights import in_precision
-    from cn_clip.clip.weights.checkpoint import read_checkpoint
-    from cn_clip.clip.weights.writing import refuse_inputs, write_safetensors
+    from cn_clip.checkpoints import weights
 
     assert options.output is not None
     say = command.Speaker(quiet=options.json)
-    refuse_inputs(options.output, [options.file], suffix=".safetensors")
-    checkpoint = read_checkpoint(options.file, mapped=True)
-    tensors = in_precision(checkpoint, options.precision)
-    about = metadata(checkpoint)
-    write_safetensors(options.output, tensors, about)
-    say(f"{options.file} -> {options.output}, {len(tensors)} tensors")
-    say.result({"file": options.file, "output": options.output, "num_tensors": len(tensors), "metadata": about})
-
-
-def metadata(checkpoint: "Checkpoint") -> dict[str, str]:
-    """What the file says of itself; the towers only where they have a name."""
-    from cn_clip import __version__
-    from cn_clip.clip.weights.checkpoint import infer_config
-
-    about = {"format": "pt", "cn_clip": __version__, "name": str(checkpoint.extra.get("name", checkpoint.path.stem))}
-    about |= {"epoch": str(checkpoint.epoch), "step": str(checkpoint.step)}
-    try:
-        towers = dict(zip(("vision_model", "text_model"), zoo.tower_names(infer_config(checkpoint)), strict=True))
-    except CheckpointError:  # weights of another kind: nothing is known of them
-        return about
-    return about | {kind: name for kind, name in towers.items() if name}
+    num_tensors, about = weights.export(options.file, options.output, options.precision)
+    say(f"{options.file} -> {options.output}, {num_tensors} tensors")
+    say.result({"file": options.file, "output": options.output, "num_tensors": num_tensors, "metadata": about})
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -2,9 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 from cn_clip import command
-from cn_clip.checkpoints.options import RewriteOptions
+from cn_clip.errors import ConfigError
+from cn_clip.option_types import Json, WeightType
+
+
+@dataclass(frozen=True)
+class RewriteOptions:
+    """One file in, one file out, in the precision asked for."""
+
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+    """The checkpoint"""
+    output: command.Required = None
+    """The file to write"""
+    precision: WeightType = "keep"
+    json: Json = False
+
+    def __post_init__(self) -> None:
+        if self.output is None:
+            raise ConfigError("--output: expected the file to write")
 
 
 @dataclass(frozen=True)
@@ -20,22 +40,15 @@ class Options(RewriteOptions):
 
 def run(options: Options) -> None:
     """Writes the file; raises CheckpointError when the checkpoint cannot be read."""
-    from cn_clip.checkpoints.weights import file_bytes, in_precision
-    from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, read_checkpoint
-    from cn_clip.clip.weights.writing import refuse_inputs, write_checkpoint
+    from cn_clip.checkpoints import weights
 
     assert options.output is not None
     say = command.Speaker(quiet=options.json)
-    refuse_inputs(options.output, [options.file])
-    checkpoint = read_checkpoint(options.file, mapped=True)
-    tensors = in_precision(checkpoint, options.precision)
-    # Chinese-CLIP refuses a tensor it does not know; similarity does not need this one.
-    kept = {name: value for name, value in tensors.items() if name != SIGMOID_BIAS}
-    write_checkpoint(options.output, kept, checkpoint)
-    sizes = {"bytes_before": file_bytes(options.file), "bytes": file_bytes(options.output)}
+    num_tensors = weights.strip(options.file, options.output, options.precision)
+    sizes = {"bytes_before": weights.file_bytes(options.file), "bytes": weights.file_bytes(options.output)}
     before, after = (size / 2**20 for size in sizes.values())
-    say(f"{options.file} ({before:.1f} MiB) -> {options.output} ({after:.1f} MiB), {len(kept)} tensors")
-    say.result({"file": options.file, "output": options.output, "num_tensors": len(kept), **sizes})
+    say(f"{options.file} ({before:.1f} MiB) -> {options.output} ({after:.1f} MiB), {num_tensors} tensors")
+    say.result({"file": options.file, "output": options.output, "num_tensors": num_tensors, **sizes})
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -42,7 +42,7 @@ from tiny_families import KINDS, write_family
 from tiny_models import tiny_model
 
 from cn_clip import emoji_pack, zoo
-from cn_clip.checkpoints.hf_folders import write_transformers
+from cn_clip.checkpoints.weights import write_transformers
 from cn_clip.clip import loading
 from cn_clip.clip.backends.onnx_files import metadata
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
