@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 
 from cn_clip import cli, zoo
 from cn_clip.clip import Encoder
-from cn_clip.clip.backends import export, int8, onnx_files, parity
+from cn_clip.clip.backends import derived, export, onnx_files, parity
 from cn_clip.clip.backends.base import ExportedBackend, Kind, unit_rows
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.open_vino import OpenVinoTower
@@ -104,7 +104,7 @@ def test_picture_towers_equal_pytorch_at_any_batch_size(tmp_path: Path, name: st
     expected = reference(model, "image")
     base, half = tmp_path / "m.img.fp32.onnx", tmp_path / "m.img.fp16.onnx"
     assert export.export_tower(model, "image", base, expected).smallest > 0.99999
-    assert 0.999 < export.derive(base, "image", "fp16", half, expected).smallest <= 1
+    assert 0.999 < derived.derive(base, "image", "fp16", half, expected).smallest <= 1
     assert half.stat().st_size + onnx_files.extra_path(half).stat().st_size < 0.6 * base.stat().st_size
     backend = TorchBackend(model)
     for opener in OPENERS.values() if name in ("ViT-B-16", "RN50") else [OPENERS["onnx"]]:
@@ -122,7 +122,7 @@ def test_text_towers_equal_pytorch_at_any_batch_size_and_length(tmp_path: Path, 
     expected = reference(model, "text")
     base, half = tmp_path / "m.txt.fp32.onnx", tmp_path / "m.txt.fp16.onnx"
     assert export.export_tower(model, "text", base, expected).smallest > 0.99999
-    assert 0.999 < export.derive(base, "text", "fp16", half, expected).smallest < 1
+    assert 0.999 < derived.derive(base, "text", "fp16", half, expected).smallest < 1
     backend = TorchBackend(model)
     towers = [opener(base, "text") for opener in OPENERS.values()]
     for count, length in ((1, 5), (3, 52), (3, 77), (1, 512)):
@@ -159,14 +159,14 @@ def test_the_product_that_loses_most_is_left_out_of_int8(
     tmp_path: Path, outlier: tuple[Path, Reference], form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, expected = outlier
-    losses = int8.product_losses(base, "image", expected, tmp_path / "watched.onnx")
+    losses = derived.product_losses(base, "image", expected, tmp_path / "watched.onnx")
     worst = max(losses, key=lambda name: losses[name])
     assert losses[worst] > 10 * sorted(losses.values())[-2]
-    monkeypatch.setattr(int8, "TARGET", -1)
-    everything = export.derive(base, "image", form, tmp_path / "all.onnx", expected, tolerance=-1)
+    monkeypatch.setattr(derived, "TARGET", -1)
+    everything = derived.derive(base, "image", form, tmp_path / "all.onnx", expected, tolerance=-1)
     assert everything.left_out == ()
-    monkeypatch.setattr(int8, "TARGET", (1 + everything.smallest) / 2)
-    report = export.derive(base, "image", form, tmp_path / "m.onnx", expected)
+    monkeypatch.setattr(derived, "TARGET", (1 + everything.smallest) / 2)
+    report = derived.derive(base, "image", form, tmp_path / "m.onnx", expected)
     assert report.left_out == (worst,)
     assert [path.name for path in base.parent.iterdir()] == ["m.img.fp32.onnx"]
     assert everything.smallest < report.smallest
@@ -184,13 +184,13 @@ def test_int8_models_too_large_for_one_file_keep_their_weights_outside(
     base, expected = outlier
     monkeypatch.setattr(onnx_files, "LARGEST_FILE", 10_000)
     path = tmp_path / "m.onnx"
-    assert export.derive(base, "image", form, path, expected, tolerance=0.9).smallest > 0.9
+    assert derived.derive(base, "image", form, path, expected, tolerance=0.9).smallest > 0.9
     assert onnx_files.outside_files(path) == ["m.onnx.extra_file"]
 
 
 def test_a_report_says_how_much_became_int8(tmp_path: Path, outlier: tuple[Path, Reference]) -> None:
     base, expected = outlier
-    report = export.derive(base, "image", "int8", tmp_path / "m.onnx", expected, tolerance=0.9)
+    report = derived.derive(base, "image", "int8", tmp_path / "m.onnx", expected, tolerance=0.9)
     model = onnx.load(tmp_path / "m.onnx")
     in_int8 = sum(node.op_type == "MatMulInteger" for node in model.graph.node)
     others = sum(node.op_type in ("MatMul", "Gemm", "Conv") for node in onnx.load(base).graph.node)
@@ -200,7 +200,7 @@ def test_a_report_says_how_much_became_int8(tmp_path: Path, outlier: tuple[Path,
     assert f"{in_int8} of {report.share.num_products} products in int8" in str(report)
     facts = props(tmp_path / "m.onnx")
     assert (facts["num_int8"], facts["num_products"]) == (in_int8, report.share.num_products)
-    assert facts["levels"] in int8.LEVELS
+    assert facts["levels"] in derived.LEVELS
 
 
 def test_a_picture_tower_of_convolutions_is_said_to_gain_little_from_int8(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_picture_tower_of_convolutions_is_said_to_gain_little_from_int8(tmp_pa
     expected = reference(model, "image")
     base = tmp_path / "m.img.fp32.onnx"
     export.export_tower(model, "image", base, expected)
-    found = int8.share(base, ())
+    found = derived.share(base, ())
     assert found.work < 0.2
     assert str(parity.Share(3, 37, 0.12)) == (
         "3 of 37 products in int8, 12 % of the work: 大部分仍是 float32，快不了多少 / little is gained"
@@ -221,29 +221,29 @@ def test_an_int8_file_that_is_too_far_off_is_an_error(tmp_path: Path, outlier: t
     with pytest.raises(
         CheckpointError, match=r"m.onnx: differs from float32 by more than int8 may: smallest cosine 0.9"
     ):
-        export.derive(base, "image", "int8", tmp_path / "m.onnx", expected, tolerance=1)
+        derived.derive(base, "image", "int8", tmp_path / "m.onnx", expected, tolerance=1)
 
 
 def test_int8_weights_keep_the_scale_of_each_column() -> None:
     weight = np.array([[127.0, -2.0, 0.0], [-50.4, 0.5, 0.0]], dtype=np.float32)
-    values, scale = int8.rounded(weight, 127)
+    values, scale = derived.rounded(weight, 127)
     assert values.tolist() == [[127, -127, 0], [-50, 32, 0]]  # 0.5 / (2 / 127) = 31.75
     np.testing.assert_allclose(scale, [1, 2 / 127, 1], rtol=1e-6)
-    assert int8.rounded(weight, 63)[0].tolist() == [[63, -63, 0], [-25, 16, 0]]
+    assert derived.rounded(weight, 63)[0].tolist() == [[63, -63, 0], [-25, 16, 0]]
 
 
 def test_the_loss_of_a_product_is_the_share_of_its_energy() -> None:
     exact = np.array([[0, 255.0], [3, 4]], dtype=np.float32)  # whole steps from 0 to 255
     weight = np.array([[127.0, 0], [0, 127]], dtype=np.float32)
-    assert int8.loss(exact, weight) == 0
+    assert derived.loss(exact, weight) == 0
     off = np.array([[255.0, 0.4]], dtype=np.float32)  # 0.4 is rounded away
-    assert int8.loss(off, weight) == pytest.approx(0.16 / (255**2 + 0.16))
+    assert derived.loss(off, weight) == pytest.approx(0.16 / (255**2 + 0.16))
 
 
 def test_half_precision_keeps_float32_ends_and_normalisation(tmp_path: Path, outlier: tuple[Path, Reference]) -> None:
     base, expected = outlier
     path = tmp_path / "m.img.fp16.onnx"
-    export.derive(base, "image", "fp16", path, expected)
+    derived.derive(base, "image", "fp16", path, expected)
     model = onnx.load(path)
     onnx.checker.check_model(model)
     assert {one.data_type for one in model.graph.initializer} == {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}
@@ -267,13 +267,13 @@ def test_weights_too_large_for_float16_are_an_error(tmp_path: Path, outlier: tup
     projection.CopyFrom(onnx.numpy_helper.from_array(values, projection.name))
     onnx.save(model, tmp_path / "m.img.fp32.onnx")
     with pytest.raises(CheckpointError, match=r"visual.proj holds values too large for float16; use fp32"):
-        export.derive(tmp_path / "m.img.fp32.onnx", "image", "fp16", tmp_path / "m.img.fp16.onnx", expected)
+        derived.derive(tmp_path / "m.img.fp32.onnx", "image", "fp16", tmp_path / "m.img.fp16.onnx", expected)
 
 
 def test_an_unknown_form_is_refused(tmp_path: Path, outlier: tuple[Path, Reference]) -> None:
     base, expected = outlier
     with pytest.raises(ConfigError, match=r"form: expected fp16, int8 or int8.openvino, got 'int4'"):
-        export.derive(base, "image", "int4", tmp_path / "m.onnx", expected)
+        derived.derive(base, "image", "int4", tmp_path / "m.onnx", expected)
 
 
 # --- what a report says
@@ -505,7 +505,7 @@ def test_full_size_models_equal_pytorch(tmp_path: Path, name: str) -> None:
         is_large = (name, kind) == ("ViT-H-14", "image")  # 2.5 GB of weights
         assert onnx_files.extra_path(path).exists() == is_large
         half = onnx_files.onnx_path(tmp_path / "m", kind, "fp16")
-        assert export.derive(path, kind, "fp16", half, expected).smallest > 0.999
+        assert derived.derive(path, kind, "fp16", half, expected).smallest > 0.999
         half.unlink()
         onnx_files.extra_path(half).unlink()
         (tmp_path / "moved").mkdir(exist_ok=True)

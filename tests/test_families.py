@@ -22,7 +22,7 @@ from cn_clip import cli
 from cn_clip.clip import Encoder
 from cn_clip.clip.backends.base import Parts, Rows
 from cn_clip.clip.choice import Choice
-from cn_clip.clip.families import names, snapshots
+from cn_clip.clip.families import names, opening
 from cn_clip.clip.families.opening import open_parts
 from cn_clip.clip.opening import identity, open_encoder, weights_digest
 from cn_clip.clip.tokenizer import VOCAB_FILE, ChineseTexts
@@ -422,7 +422,7 @@ def test_of_a_hub_id_safetensors_come_first_and_pickles_only_without_them(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.test/")
     monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path, files))
-    assert snapshots.folder_of(names.parse("hf:someone/model"), download_root=tmp_path) == tmp_path
+    assert opening.folder_of(names.parse("hf:someone/model"), download_root=tmp_path) == tmp_path
     assert {path.name for path in tmp_path.iterdir()} == fetched
 
 
@@ -430,14 +430,14 @@ def test_a_hub_id_that_does_not_come_is_a_sentence(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.test/")
     monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path, ["config.json", "flax_model.msgpack"]))
     with pytest.raises(DownloadError, match="neither safetensors nor"):
-        snapshots.snapshot("someone/model", download_root=tmp_path)
+        opening.snapshot("someone/model", download_root=tmp_path)
 
     def unreachable(*_: object, **__: object) -> str:
         raise OSError("no route\nto host.")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(DownloadError, match=r"hf:someone/model: .*no route to host; give a local folder"):
-        snapshots.snapshot("someone/model")
+        opening.snapshot("someone/model")
 
 
 # --- the evaluation
@@ -765,7 +765,7 @@ def test_open_clip_goes_through_the_evaluation(open_clip_file: Path, split: Path
     chosen = emoji.load()[:NUM_PICTURES]
     rows = Encoder(open_parts(name)).encode_texts([one.name for one in chosen])
     np.testing.assert_allclose(np.load(files["text"])["features"], rows, atol=1e-5)
-    assert snapshots.files_of(name) == [open_clip_file]
+    assert opening.files_of(name) == [open_clip_file]
 
 
 # --- files that change, and files of other kinds

@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from cn_clip import ranks
 from cn_clip.cli import COMMANDS
 from cn_clip.clip import Encoder
 from cn_clip.clip.backends import open_vino
+from cn_clip.clip.backends.base import torch_precisions
 from cn_clip.clip.backends.opening import open_backend, settle_precision
-from cn_clip.clip.backends.pytorch import native_precisions
 from cn_clip.errors import ConfigError
 
 OLD = ["FP32", "INT8", "BIN"]
@@ -55,8 +54,8 @@ def test_auto_takes_the_fastest_that_a_processor_multiplies_in_hardware(
 
 def test_auto_on_a_gpu_is_float16_and_on_an_apple_gpu_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, ZEN_4)
-    assert native_precisions(torch.device("cuda", 0))[0] == "fp16"
-    assert native_precisions(torch.device("mps"))[0] == "fp32"
+    assert torch_precisions("cuda")[0] == "fp16"
+    assert torch_precisions("mps")[0] == "fp32"
     assert settle_precision("tensorrt", "auto") == "fp16"
 
 

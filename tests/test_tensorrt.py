@@ -18,7 +18,7 @@ from fake_tensorrt import Runtime
 from tiny_models import TEXT, VIT, tiny_pixels
 
 from cn_clip import cli
-from cn_clip.clip.backends import export, half, onnx_files, parity, tensor_rt
+from cn_clip.clip.backends import derived, export, onnx_files, parity, tensor_rt
 from cn_clip.clip.backends.base import KINDS, Kind
 from cn_clip.clip.backends.exported import Source, tower_files
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
@@ -159,7 +159,7 @@ def test_normalisations_of_a_float16_engine_stay_float32(
 
 
 def test_a_float16_file_gives_float16_engines_only(runtime: Runtime, files: dict[Kind, Path], tmp_path: Path) -> None:
-    onnx_files.save(half.halved(files["image"]), tmp_path / "half.onnx", outside=True)
+    onnx_files.save(derived.halved(files["image"]), tmp_path / "half.onnx", outside=True)
     built = build_engine(tmp_path / "half.onnx", "image", tmp_path / "e", Build("fp16"))
     assert built.cosine == pytest.approx(1, abs=1e-4)
     with pytest.raises(ConfigError, match=r"half.onnx: holds float16 weights; give the fp32 file for a float32 engine"):

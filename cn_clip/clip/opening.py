@@ -16,7 +16,8 @@ from cn_clip.clip.backends.onnx_files import extra_path
 from cn_clip.clip.backends.opening import open_backend, settle_precision
 from cn_clip.clip.choice import Choice
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.families import names, snapshots
+from cn_clip.clip.families import names
+from cn_clip.clip.families import opening as families
 from cn_clip.clip.weights import hub
 from cn_clip.command import Speaker
 from cn_clip.digests import add_file
@@ -181,7 +182,7 @@ def weight_files(chosen: Choice) -> list[Path]:
     Raises CheckpointError, DownloadError.
     """
     if chosen.is_foreign:
-        return snapshots.files_of(chosen.model, download_root=chosen.download_root)
+        return families.files_of(chosen.model, download_root=chosen.download_root)
     given = Path(chosen.model)
     if zoo.named(chosen.model) is None and not given.exists():
         exported = sorted(given.parent.glob(f"{glob.escape(given.name)}.*"))  # the prefix of exported files

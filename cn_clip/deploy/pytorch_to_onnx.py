@@ -66,7 +66,7 @@ class Options(ConversionOptions):
 
 def run(options: Options) -> None:
     """Writes what is asked for, all of it or nothing; raises CnClipError when it cannot be converted faithfully."""
-    from cn_clip.clip.backends import export
+    from cn_clip.clip.backends import derived
     from cn_clip.clip.backends.onnx_files import extra_path, move, onnx_path
     from cn_clip.files import HeldFolder, written_together
 
@@ -75,7 +75,7 @@ def run(options: Options) -> None:
     check_targets("--save-onnx-path", options.save_onnx_path, targets)
     say = command.Speaker(quiet=options.json)
     say.params(options)
-    export.check_packages(options.forms)
+    derived.check_packages(options.forms)
     samples = _samples(options)
     prefix = Path(options.save_onnx_path)
     with written_together(prefix) as folder, HeldFolder(prefix.parent, f".{prefix.name}.") as scratch:
@@ -97,7 +97,7 @@ def _convert(
     options: Options, prefix: Path, samples: "Samples", say: command.Speaker
 ) -> "Iterator[tuple[Kind, Report]]":
     """Writes all forms of all towers; yields those that were asked for."""
-    from cn_clip.clip.backends import export, parity
+    from cn_clip.clip.backends import derived, export, parity
     from cn_clip.clip.backends.onnx_files import onnx_path
     from cn_clip.clip.backends.pytorch import TorchBackend
 
@@ -118,7 +118,7 @@ def _convert(
         exported = export.export_tower(model, kind, base, expected, max_length=options.context_length, **limits)
         for form in options.forms:
             path = onnx_path(prefix, kind, form)
-            report = exported if form == "fp32" else export.derive(base, kind, form, path, expected, **limits)
+            report = exported if form == "fp32" else derived.derive(base, kind, form, path, expected, **limits)
             say(str(report))
             yield kind, report
 

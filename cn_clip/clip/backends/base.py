@@ -21,6 +21,7 @@ from cn_clip.clip.backends.names import PrecisionChoice as PrecisionChoice
 from cn_clip.clip.backends.names import check_precision as check_precision
 from cn_clip.clip.backends.names import check_threads as check_threads
 from cn_clip.clip.backends.names import settled as settled
+from cn_clip.clip.backends.names import torch_precisions as torch_precisions
 from cn_clip.errors import ConfigError, NotFiniteError
 
 if TYPE_CHECKING:
@@ -197,8 +198,17 @@ class ExportedBackend:
     def __init__(self, image: Tower | None, text: Tower | None, *, precision: Precision | None = None) -> None:
         """precision: what they compute in, if known. Raises ConfigError when the towers are of different models."""
         self.image, self.text, self.precision = image, text, precision
-        if image is not None and text is not None:
-            _check_siblings(image, text)
+        if image is None or text is None:
+            return
+        if image.facts.embed_dim != text.facts.embed_dim:
+            raise ConfigError(
+                f"{image.path} gives {image.facts.embed_dim} dimensions, {text.path} gives {text.facts.embed_dim}; "
+                "give the two files of one model"
+            )
+        if image.facts.weights and text.facts.weights and image.facts.weights != text.facts.weights:
+            raise ConfigError(
+                f"{image.path} and {text.path} were exported from different weights; give files of one model"
+            )
 
     @property
     def resolution(self) -> int:
@@ -242,10 +252,33 @@ class ExportedBackend:
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
         """Token ids, int64 (B, L), padded with 0, to unit rows (B, D), float32."""
         tower = self._tower("text")
-        return self._rows(tower, _at_length(token_ids_BL, tower))
+        facts, length = tower.facts, token_ids_BL.shape[1]
+        if facts.length is None and facts.max_length is not None and length > facts.max_length:
+            raise ConfigError(
+                f"takes texts of at most {facts.max_length} tokens, got {length}; use a "
+                f"context length of {facts.max_length}, or export it again for longer ones",
+                at=tower.path,
+            )
+        if facts.length is not None:
+            if length > facts.length:
+                raise ConfigError(
+                    f"was exported for texts of {facts.length} tokens, got {length}; use "
+                    f"a context length of {facts.length}, or export it again",
+                    at=tower.path,
+                )
+            token_ids_BL = np.pad(token_ids_BL, ((0, 0), (0, facts.length - length)))
+        return self._rows(tower, token_ids_BL)
 
     def _rows(self, tower: Tower, inputs: "Pixels | TokenIds") -> Rows:
-        return unit_rows(_in_batches(tower.run, inputs, tower.facts.batch))
+        batch = tower.facts.batch
+        if batch is None:
+            return unit_rows(tower.run(inputs))
+        pieces = []
+        for start in range(0, len(inputs), batch):
+            piece = inputs[start : start + batch]
+            filled = np.concatenate([piece, np.repeat(piece[:1], batch - len(piece), axis=0)])
+            pieces.append(tower.run(filled)[: len(piece)].copy())
+        return unit_rows(np.concatenate(pieces))
 
     def _tower(self, kind: Kind) -> Tower:
         tower = self.image if kind == "image" else self.text
@@ -253,49 +286,3 @@ class ExportedBackend:
             other = self.text if kind == "image" else self.image
             raise ConfigError(f"no {kind} model was opened, only {other.path if other else 'nothing'}; give both files")
         return tower
-
-
-def _check_siblings(image: Tower, text: Tower) -> None:
-    if image.facts.embed_dim != text.facts.embed_dim:
-        raise ConfigError(
-            f"{image.path} gives {image.facts.embed_dim} dimensions, {text.path} gives {text.facts.embed_dim}; "
-            "give the two files of one model"
-        )
-    if image.facts.weights and text.facts.weights and image.facts.weights != text.facts.weights:
-        raise ConfigError(f"{image.path} and {text.path} were exported from different weights; give files of one model")
-
-
-def _at_length(ids_BL: TokenIds, tower: Tower) -> TokenIds:
-    facts, length = tower.facts, ids_BL.shape[1]
-    if facts.length is None:
-        if facts.max_length is not None and length > facts.max_length:
-            raise ConfigError(
-                f"takes texts of at most {facts.max_length} tokens, got {length}; use a "
-                f"context length of {facts.max_length}, or export it again for longer ones",
-                at=tower.path,
-            )
-        return ids_BL
-    if length > facts.length:
-        raise ConfigError(
-            f"was exported for texts of {facts.length} tokens, got {length}; use "
-            f"a context length of {facts.length}, or export it again",
-            at=tower.path,
-        )
-    return np.pad(ids_BL, ((0, 0), (0, facts.length - length)))
-
-
-def _in_batches(
-    run: "Callable[[Pixels | TokenIds], NDArray[np.floating]]", inputs: "Pixels | TokenIds", batch: int | None
-) -> NDArray[np.floating]:
-    if batch is None:
-        return run(inputs)
-    return np.concatenate(list(_fixed_batches(run, inputs, batch)))
-
-
-def _fixed_batches(
-    run: "Callable[[Pixels | TokenIds], NDArray[np.floating]]", inputs: "Pixels | TokenIds", batch: int
-) -> Iterator[NDArray[np.floating]]:
-    for start in range(0, len(inputs), batch):
-        piece = inputs[start : start + batch]
-        filled = np.concatenate([piece, np.repeat(piece[:1], batch - len(piece), axis=0)])
-        yield run(filled)[: len(piece)].copy()

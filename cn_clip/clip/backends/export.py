@@ -1,48 +1,53 @@
-"""From a model in PyTorch to ONNX files, and from those to other precisions; each is measured before it is believed."""
+"""From a model in PyTorch to float32 ONNX files; each is measured before it is believed."""
 
 import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+
 from cn_clip import zoo
-from cn_clip.clip.backends import half, int8, parity
+from cn_clip.clip.backends import parity
 from cn_clip.clip.backends.base import Kind, TowerFacts
-from cn_clip.clip.backends.onnx_files import (
-    INPUTS,
-    METADATA_KEY,
-    OUTPUTS,
-    metadata,
-    read_metadata,
-    save,
-)
+from cn_clip.clip.backends.derived import check_packages
+from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, metadata, onnx_path, save, set_metadata
 from cn_clip.clip.backends.parity import Reference, Report
-from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.clip.backends.pytorch import TorchBackend
+from cn_clip.clip.loading import open_model
+from cn_clip.clip.model import CLIP
+from cn_clip.errors import ConfigError
 from cn_clip.extras import require
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from cn_clip.clip.model import CLIP
-
 OPSET = 18
-# The packages that writing and measuring a form takes, each with the extra that installs it.
-PACKAGES = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
 
 
-def check_packages(forms: Collection[str]) -> None:
-    """Raises MissingExtraError for a package that exporting from PyTorch to these forms takes and that is absent."""
-    for module, extra in PACKAGES.items():
-        if module != "openvino" or "int8.openvino" in forms:
-            require(module, extra=extra, purpose=f"exporting to ONNX ({', '.join(forms)})")
+def export_model(
+    model: str | Path,
+    kinds: Sequence[Kind],
+    prefix: Path,
+    *,
+    vision: str | None = None,
+    text: str | None = None,
+    download_root: str | Path | None = None,
+) -> Iterator[Report]:
+    """Writes towers of a name, a checkpoint or a folder; raises as `open_model` and `export_tower`."""
+    opened, _ = open_model(model, vision=vision, text=text, download_root=download_root)
+    expected = parity.reference(TorchBackend(opened), parity.embedded_samples(), kinds)
+    for kind in kinds:
+        yield export_tower(opened, kind, onnx_path(prefix, kind, "fp32"), expected)
 
 
 def export_tower(
-    model: "CLIP",
+    model: CLIP,
     kind: Kind,
     path: Path,
     expected: Reference,
@@ -65,39 +70,12 @@ def export_tower(
             )
         facts = replace(facts, max_length=max_length)
     proto = _translated(model, kind)
-    _add_metadata(proto, facts)
+    set_metadata(proto, {METADATA_KEY: metadata(facts)})
     save(proto, path)
     return parity.compare(expected, path, kind, "fp32", tolerance=tolerance)
 
 
-def derive(
-    base: Path, kind: Kind, form: str, path: Path, expected: Reference, *, tolerance: float | None = None
-) -> Report:
-    """Writes another form of a float32 file: "fp16", "int8" or "int8.openvino"; returns how close it is.
-
-    Needs no PyTorch. Raises CheckpointError when it is further from float32 than the tolerance of its form.
-    """
-    choice = share = None
-    if form == "fp16":
-        proto = half.halved(base)
-    elif form in ("int8", "int8.openvino"):
-        choice = int8.choose(base, kind, form, path, expected)
-        share = int8.share(base, choice.left_out)
-        proto = int8.quantised(base, form, choice)
-    else:
-        raise ConfigError(f"form: expected fp16, int8 or int8.openvino, got {form!r}")
-    facts = _facts(base, kind, proto)
-    facts = replace(facts, precision=form.partition(".")[0])
-    if choice is not None and share is not None:
-        facts = replace(facts, left_out=choice.left_out, levels=choice.levels)
-        facts = replace(facts, num_int8=share.num_int8, num_products=share.num_products)
-    _add_metadata(proto, facts)
-    # Chinese-CLIP's float16 files keep their weights outside, and its guides copy both.
-    save(proto, path, outside=True if form == "fp16" else None)
-    return parity.compare(expected, path, kind, form, tolerance=tolerance, left_out=facts.left_out, share=share)
-
-
-def facts_of_model(model: "CLIP", kind: Kind) -> TowerFacts:
+def facts_of_model(model: CLIP, kind: Kind) -> TowerFacts:
     """What the metadata of an exported tower say."""
     part = model.visual if kind == "image" else model.bert
     count = sum(parameter.numel() for parameter in part.parameters())
@@ -116,9 +94,7 @@ def facts_of_model(model: "CLIP", kind: Kind) -> TowerFacts:
     )
 
 
-def _translated(model: "CLIP", kind: Kind) -> "ModelProto":
-    import torch
-
+def _translated(model: CLIP, kind: Kind) -> "ModelProto":
     script: Any = require("onnxscript.optimizer", extra="onnx", purpose="exporting to ONNX")
     batch = torch.export.Dim("batch", min=1)
     if kind == "image":
@@ -130,7 +106,7 @@ def _translated(model: "CLIP", kind: Kind) -> "ModelProto":
         free = {0: batch, 1: torch.export.Dim("length", min=2, max=longest)}
     with _quietly(), torch.no_grad():
         program = torch.onnx.export(
-            _Tower(model, kind).eval(),
+            (_ImageTower if kind == "image" else _TextTower)(model).eval(),
             (example,),
             input_names=[INPUTS[kind]],
             output_names=[OUTPUTS[kind]],
@@ -151,36 +127,22 @@ def _translated(model: "CLIP", kind: Kind) -> "ModelProto":
     return proto
 
 
-def _facts(base: Path, kind: Kind, proto: "ModelProto") -> TowerFacts:
-    text = {one.key: one.value for one in proto.metadata_props}.get(METADATA_KEY)
-    known = read_metadata(str(base), kind, text)
-    if "embed_dim" not in known:
-        raise CheckpointError("was not written by this package; export the model again", at=base)
-    return TowerFacts(**{**known, "kind": kind})
+class _Tower(nn.Module):
+    """One tower as a module of one input, which the exporter names after its parameter."""
+
+    def __init__(self, model: CLIP) -> None:
+        super().__init__()
+        self.model = model
 
 
-def _add_metadata(proto: "ModelProto", facts: TowerFacts) -> None:
-    del proto.metadata_props[:]
-    entry = proto.metadata_props.add()
-    entry.key, entry.value = METADATA_KEY, metadata(facts)
+class _ImageTower(_Tower):
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model.encode_image(image)
 
 
-def _Tower(model: "CLIP", kind: Kind) -> Any:  # noqa: N802 - a class made where torch is at hand
-    from torch import Tensor, nn
-
-    class ImageTower(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, image: Tensor) -> Tensor:
-            return self.model.encode_image(image)
-
-    class TextTower(ImageTower):
-        def forward(self, text: Tensor) -> Tensor:
-            return self.model.encode_text(text)
-
-    return ImageTower() if kind == "image" else TextTower()
+class _TextTower(_Tower):
+    def forward(self, text: Tensor) -> Tensor:
+        return self.model.encode_text(text)
 
 
 @contextlib.contextmanager

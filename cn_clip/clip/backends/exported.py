@@ -8,18 +8,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cn_clip import digests, zoo
+from cn_clip.clip.backends import derived, parity
 from cn_clip.clip.backends.base import Kind
 from cn_clip.clip.backends.onnx_files import extra_path, move, onnx_path
+from cn_clip.clip.backends.parity import Report
 from cn_clip.clip.weights import hub
 from cn_clip.digests import FileFacts
 from cn_clip.errors import ConfigError
 from cn_clip.files import atomic_write, take
-
-if TYPE_CHECKING:
-    from cn_clip.clip.backends.parity import Report
 
 FOLDER = "exported"
 STEM = "model"
@@ -110,42 +108,33 @@ def forget(path: Path) -> None:
 def _make(source: Source, kinds: Sequence[Kind], form: str, folder: Path, say: Announce) -> None:
     if not kinds:
         return
-    from cn_clip.clip.backends import export
-
-    export.check_packages([form])
+    derived.check_packages([form])
     is_first = all(onnx_path(folder / STEM, kind, form).name not in _read_manifest(folder) for kind in kinds)
     what = FIRST_USE if is_first else DAMAGED
     say(f"{what} {source.model} ({', '.join(kinds)}, {form}) -> {folder}")
-    reports = _exports(source, kinds, folder) if form == "fp32" else _derivations(source, kinds, form, folder, say)
-    for report in reports:
-        # Between the two moves of a file and its weights, a killed process must leave nothing that looks whole.
-        _record(folder, report.path.name, None)
-        move(report.path, folder)
-        _record(folder, report.path.name, _facts(folder / report.path.name))
-        say(str(report))
-
-
-def _exports(source: Source, kinds: Sequence[Kind], folder: Path) -> "Iterator[Report]":
-    from cn_clip.clip.backends import export, parity
-    from cn_clip.clip.backends.pytorch import TorchBackend
-    from cn_clip.clip.loading import open_model
-
-    model, _ = open_model(source.model, vision=source.vision, text=source.text, download_root=source.download_root)
-    expected = parity.reference(TorchBackend(model), parity.embedded_samples(), kinds)
-    with _building(folder) as scratch:
-        for kind in kinds:
-            yield export.export_tower(model, kind, onnx_path(scratch / STEM, kind, "fp32"), expected)
-
-
-def _derivations(source: Source, kinds: Sequence[Kind], form: str, folder: Path, say: Announce) -> "Iterator[Report]":
-    from cn_clip.clip.backends import export, parity
-
     bases = {kind: onnx_path(folder / STEM, kind, "fp32") for kind in kinds}
-    _make(source, [kind for kind in kinds if not _is_whole(bases[kind])], "fp32", folder, say)
-    expected = parity.file_reference(bases, parity.embedded_samples())
+    if form != "fp32":
+        _make(source, [kind for kind in kinds if not _is_whole(bases[kind])], "fp32", folder, say)
     with _building(folder) as scratch:
-        for kind in kinds:
-            yield export.derive(bases[kind], kind, form, onnx_path(scratch / STEM, kind, form), expected)
+        for report in _reports(source, bases, form, scratch / STEM):
+            # Between the two moves of a file and its weights, a killed process must leave nothing that looks whole.
+            _record(folder, report.path.name, None)
+            move(report.path, folder)
+            _record(folder, report.path.name, _facts(folder / report.path.name))
+            say(str(report))
+
+
+def _reports(source: Source, bases: dict[Kind, Path], form: str, prefix: Path) -> Iterator[Report]:
+    """Writes the towers of `bases` in a form; float32 ones are translated from PyTorch, others from float32."""
+    if form == "fp32":
+        from cn_clip.clip.backends import export  # brings PyTorch, which files that are there do without
+
+        towers = {"vision": source.vision, "text": source.text}
+        yield from export.export_model(source.model, list(bases), prefix, **towers, download_root=source.download_root)
+        return
+    expected = parity.file_reference(bases, parity.embedded_samples())
+    for kind, base in bases.items():
+        yield derived.derive(base, kind, form, onnx_path(prefix, kind, form), expected)
 
 
 @contextlib.contextmanager

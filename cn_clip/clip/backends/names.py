@@ -4,7 +4,7 @@ import numbers
 from collections.abc import Collection
 from typing import Literal, TypeAlias, get_args
 
-from cn_clip import zoo
+from cn_clip import ranks, zoo
 from cn_clip.errors import ConfigError
 
 Kind: TypeAlias = Literal["image", "text"]
@@ -51,6 +51,13 @@ def settled(backend: BackendName, precision: str, native: Collection[Precision])
     """
     chosen = check_precision(backend, precision)
     return next(one for one in FASTEST[backend] if one in native) if chosen == "auto" else chosen
+
+
+def torch_precisions(device_type: str) -> tuple[Precision, ...]:
+    """What a device of PyTorch ("cuda", "cpu", "mps") multiplies in hardware, of what keeps its cosine."""
+    if device_type == "cuda":
+        return "fp16", "fp32"
+    return ("bf16", "fp32") if device_type == "cpu" and ranks.cpu_has_bf16() else ("fp32",)
 
 
 def check_threads(count: object, *, least: int = 1) -> None:

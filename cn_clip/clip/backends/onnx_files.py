@@ -34,6 +34,12 @@ _SMALLEST_OUTSIDE = 1024
 _LARGEST_GRAPH = 1 << 25
 _LOCATION = b"\x0a\x08location\x12"
 
+# The facts that are no whole numbers.
+FACT_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("kind", "precision", "architecture", "weights"), (str,)),
+    "logit_scale": (int, float),
+}
+
 Shape = tuple[int | None, ...]
 
 
@@ -105,6 +111,14 @@ def metadata(facts: TowerFacts) -> str:
     return json.dumps({"writer": f"cn_clip {__version__}", **asdict(facts)})
 
 
+def set_metadata(proto: "ModelProto", entries: Mapping[str, str]) -> None:
+    """Replaces the metadata of a model."""
+    del proto.metadata_props[:]
+    for key, value in entries.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value
+
+
 def reading_facts(path: str) -> contextlib.AbstractContextManager[None]:
     """For asking a runtime about an opened file, whose names may be no UTF-8; raises CheckpointError."""
     return reading(path, CheckpointError, what="its names or metadata cannot be read", step="export it again")
@@ -150,7 +164,9 @@ def read_metadata(path: str, kind: Kind, text: str | None) -> dict[str, Any]:
             raise ValueError(f"expected an object, got {type(values).__name__}")
         known = {field.name: values[field.name] for field in fields(TowerFacts) if field.name in values}
         for name, value in known.items():
-            if not _is_fact(name, value):
+            words = name == "left_out" and isinstance(value, list) and all(isinstance(one, str) for one in value)
+            plain = isinstance(value, FACT_TYPES.get(name, (int,))) and not isinstance(value, bool)
+            if not (words if name == "left_out" else value is None or plain):
                 raise ValueError(f"{name}: {value!r}")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
@@ -160,15 +176,6 @@ def read_metadata(path: str, kind: Kind, text: str | None) -> dict[str, Any]:
     if known.get("kind", kind) != kind:
         raise CheckpointError(f"is the {known['kind']} model; expected the {kind} model", at=path)
     return known
-
-
-def _is_fact(name: str, value: object) -> bool:
-    """Whether a value has the type of a fact; numbers are whole but for the scale."""
-    if name == "left_out":
-        return isinstance(value, list) and all(isinstance(one, str) for one in value)
-    words = dict.fromkeys(("kind", "precision", "architecture", "weights"), str)
-    types = {**words, "logit_scale": (int, float)}.get(name, int)
-    return value is None or (isinstance(value, types) and not isinstance(value, bool))  # type: ignore[arg-type]
 
 
 def missing_weights(path: str | Path) -> str | None:

@@ -64,7 +64,8 @@ class OpenVinoTower:
         with reading_facts(self.path):
             inputs = {one.get_any_name(): _shape(one) for one in model.inputs}
             outputs = {one.get_any_name(): _shape(one) for one in model.outputs}
-            metadata = _metadata(model)
+            is_ours = model.has_rt_info(["framework", METADATA_KEY])
+            metadata = model.get_rt_info(["framework", METADATA_KEY]).astype(str) if is_ours else None
         self.facts: TowerFacts = facts_of(self.path, kind, inputs=inputs, outputs=outputs, metadata=metadata)
         self._input, self._output = INPUTS[kind], OUTPUTS[kind]
 
@@ -150,10 +151,3 @@ def settings_for(capabilities: list[str], precision: Precision) -> dict[str, str
 
 def _shape(port: Any) -> tuple[int | None, ...]:
     return tuple(None if size.is_dynamic else size.get_length() for size in port.get_partial_shape())
-
-
-def _metadata(model: Any) -> str | None:
-    if not model.has_rt_info(["framework", METADATA_KEY]):
-        return None
-    text: str = model.get_rt_info(["framework", METADATA_KEY]).astype(str)
-    return text

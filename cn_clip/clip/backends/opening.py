@@ -1,13 +1,15 @@
 """From a name or a file to a running backend: what `Encoder` and the commands call."""
 
+import functools
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
 from cn_clip import ranks, zoo
+from cn_clip.clip.backends import onnx_runtime, open_vino, tensor_rt
 from cn_clip.clip.backends.base import (
     KINDS,
     Backend,
@@ -19,15 +21,14 @@ from cn_clip.clip.backends.base import (
     check_precision,
     check_threads,
     settled,
+    torch_precisions,
 )
-from cn_clip.clip.backends.exported import Announce, Source, announce, tower_files
+from cn_clip.clip.backends.exported import Announce, Source, announce, forget, kept_file, tower_file, tower_files
 from cn_clip.clip.backends.onnx_files import onnx_path
 from cn_clip.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import torch
-
-OpenTower: TypeAlias = Callable[[Path, Kind], Tower]
 
 
 def open_backend(
@@ -74,18 +75,89 @@ def open_backend(
         )
     chosen = settle_precision(backend, precision, device)
     source = Source(model, vision, text, download_root)
+    where = None if device is None else str(device)
+    towers: Mapping[Kind, Tower]
     if backend == "tensorrt":
-        from cn_clip.clip.backends.tensor_rt import open_towers
-
         if num_threads is not None:
             raise ConfigError("num_threads: is for processors; the tensorrt backend runs on a GPU")
-        return open_towers(source, chosen, kinds, device=device, say=say)
-    open_tower = tower_opener(backend, chosen, None if device is None else str(device), num_threads)
-    form = "int8.openvino" if (backend, chosen) == ("openvino", "int8") else chosen
-    if backend == "openvino" and chosen == "bf16":
-        form = "fp32"  # OpenVINO rounds while it computes
-    towers = _open_all(source, kinds, form, open_tower, say)
+        tensor_rt.device_of(where)
+        towers = {kind: _open_engine(source, kind, chosen, where, say) for kind in kinds}
+    else:
+        towers = _open_onnx(
+            source, kinds, backend=backend, precision=chosen, device=where, num_threads=num_threads, say=say
+        )
     return ExportedBackend(towers.get("image"), towers.get("text"), precision=chosen)
+
+
+def _open_onnx(
+    source: Source,
+    kinds: Sequence[Kind],
+    *,
+    backend: BackendName,
+    precision: Precision,
+    device: str | None,
+    num_threads: int | None,
+    say: Announce,
+) -> Mapping[Kind, Tower]:
+    """The towers in ONNX Runtime or OpenVINO; a device that it does not run on is refused before any export."""
+    if backend == "openvino":
+        if device not in (None, "auto", "cpu"):
+            raise ConfigError(f"device: the openvino backend runs on cpu, got {device!r}")
+        # OpenVINO rounds to bfloat16 while it computes.
+        files = _onnx_files(source, kinds, {"int8": "int8.openvino", "bf16": "fp32"}.get(precision, precision), say)
+        vino = functools.partial(open_vino.OpenVinoTower, precision=precision, num_threads=num_threads)
+        return {kind: vino(path, kind) for kind, path in files.items()}
+    if precision == "int8":
+        if device not in (None, "auto", "cpu"):
+            raise ConfigError(f"device: the onnx backend computes int8 on cpu, got {device!r}; use fp16 or cpu")
+        device = "cpu"
+    onnx_runtime.check_device(device)
+    tower = functools.partial(onnx_runtime.OnnxTower, device=device, num_threads=num_threads)
+    return {kind: tower(path, kind) for kind, path in _onnx_files(source, kinds, precision, say).items()}
+
+
+def _onnx_files(source: Source, kinds: Sequence[Kind], form: str, say: Announce) -> dict[Kind, Path]:
+    """The files of a prefix, of one tower or of both as they were exported; else those of the cache."""
+    names = _files_of_prefix(source.model, "onnx")
+    if not names:
+        return tower_files(source, kinds, form, say=say)
+    paths = {kind: onnx_path(source.model, kind, form) for kind in kinds}
+    found = {kind: path for kind, path in paths.items() if path.is_file()}
+    if not found:
+        wanted = " or ".join(path.name for path in paths.values())
+        raise CheckpointError(
+            f"expected {wanted}, found {', '.join(names)}; "
+            "choose another precision, or export this one with deploy/pytorch_to_onnx.py",
+            at=source.model,
+        )
+    return found
+
+
+def _open_engine(source: Source, kind: Kind, precision: Precision, device: str | None, say: Announce) -> Tower:
+    """The engine of a prefix, or of a name or weight file through the cache, built at first use."""
+    assert precision in ("fp16", "fp32"), "check_precision admits no other"
+    if _files_of_prefix(source.model, "trt", "onnx"):
+        given = tensor_rt.engine_path(source.model, kind, precision)
+        if not given.is_file():
+            raise CheckpointError(f"no such file; build it with {tensor_rt.TOOL}", at=given)
+        return tensor_rt.TensorRtTower(given, kind, device=device)
+    base = tower_file(source, kind, precision, say=say)
+    path = tensor_rt.cached_path(base, kind, precision, device)
+
+    def make() -> None:
+        chinese, english = "首次使用，正在构建", "first use, building an engine"
+        if path.exists():
+            chinese, english = "正在重新构建", "building an engine again"
+        say(f"{chinese} TensorRT 引擎，需要几分钟 / {english}, some minutes -> {path}")
+        tensor_rt.build_engine(base, kind, path, tensor_rt.cached_build(precision), device=device)
+
+    engine = kept_file(path, make)
+    try:
+        return tensor_rt.TensorRtTower(engine, kind, device=device)
+    except CheckpointError as error:
+        say(f"{error}; 重新构建 / building it again")
+        forget(path)
+    return tensor_rt.TensorRtTower(kept_file(path, make), kind, device=device)
 
 
 def open_files(
@@ -96,14 +168,10 @@ def open_files(
     Raises CnClipError: no such file, device or package, or a file of another kind.
     """
     if backend == "tensorrt":
-        from cn_clip.clip.backends.tensor_rt import open_engines
-
-        return open_engines(image, text, device=device)
-    from cn_clip.clip.backends.onnx_runtime import OnnxTower
-
+        return tensor_rt.open_engines(image, text, device=device)
+    tower = functools.partial(onnx_runtime.OnnxTower, device=device, num_threads=num_threads)
     return ExportedBackend(
-        None if image is None else OnnxTower(image, "image", device=device, num_threads=num_threads),
-        None if text is None else OnnxTower(text, "text", device=device, num_threads=num_threads),
+        None if image is None else tower(image, "image"), None if text is None else tower(text, "text")
     )
 
 
@@ -114,49 +182,16 @@ def settle_precision(backend: BackendName, precision: str, device: "str | torch.
     """
     chosen = check_precision(backend, precision)
     if backend == "openvino":
-        from cn_clip.clip.backends import open_vino
-
         chosen = settled(backend, chosen, open_vino.native_precisions())
         open_vino.settings_for(open_vino.capabilities(), chosen)
         return chosen
     if chosen != "auto":
         return chosen
     if backend == "torch":
-        from cn_clip.clip.backends.pytorch import native_precisions
-
-        return settled(backend, chosen, native_precisions(ranks.choose_device(device)))
+        return settled(backend, chosen, torch_precisions(ranks.choose_device(device).type))
     if backend == "onnx":
-        from cn_clip.clip.backends import onnx_runtime
-
         return settled(backend, chosen, onnx_runtime.native_precisions(str(device or "auto")))
     return settled(backend, chosen, ("fp16", "fp32"))
-
-
-def tower_opener(backend: BackendName, precision: Precision, device: str | None, num_threads: int | None) -> OpenTower:
-    """What opens an exported file in a backend; raises ConfigError for a device it does not run on."""
-    if backend == "openvino":
-        if device not in (None, "auto", "cpu"):
-            raise ConfigError(f"device: the openvino backend runs on cpu, got {device!r}")
-
-        def open_vino(path: Path, kind: Kind) -> Tower:
-            from cn_clip.clip.backends.open_vino import OpenVinoTower
-
-            return OpenVinoTower(path, kind, precision=precision, num_threads=num_threads)
-
-        return open_vino
-
-    from cn_clip.clip.backends.onnx_runtime import OnnxTower, check_device
-
-    if precision == "int8":
-        if device not in (None, "auto", "cpu"):
-            raise ConfigError(f"device: the onnx backend computes int8 on cpu, got {device!r}; use fp16 or cpu")
-        device = "cpu"
-    check_device(device)
-
-    def open_onnx(path: Path, kind: Kind) -> Tower:
-        return OnnxTower(path, kind, device=device, num_threads=num_threads)
-
-    return open_onnx
 
 
 def _check_model(model: str | Path, backend: BackendName) -> None:
@@ -170,36 +205,13 @@ def _check_model(model: str | Path, backend: BackendName) -> None:
         prefix = path.with_name(named[1]) if named else "of files named PREFIX.img.fp32.onnx and PREFIX.txt.fp32.onnx"
         more = f", and {others}" if backend == "torch" else ""
         raise ConfigError(f"{model}: is one exported tower; give the prefix {prefix}{more}")
-    if backend == "torch" and _is_prefix(model):
+    if backend == "torch" and _files_of_prefix(model, "onnx"):
         raise ConfigError(f"{model}: is the prefix of exported files; {others}")
 
 
-def _open_all(
-    source: Source, kinds: Sequence[Kind], form: str, open_tower: OpenTower, say: Announce
-) -> dict[Kind, Tower]:
-    if _is_prefix(source.model):
-        return {kind: open_tower(path, kind) for kind, path in _given_files(source.model, kinds, form).items()}
-    return {kind: open_tower(path, kind) for kind, path in tower_files(source, kinds, form, say=say).items()}
-
-
-def _is_prefix(model: str | Path) -> bool:
-    return zoo.named(str(model)) is None and not os.path.exists(model) and bool(_files_of_prefix(model))
-
-
-def _files_of_prefix(model: str | Path) -> list[str]:
-    parent, name = Path(model).parent, Path(model).name
-    return sorted(path.name for path in parent.glob(f"{glob.escape(name)}.*.onnx"))
-
-
-def _given_files(prefix: str | Path, kinds: Sequence[Kind], form: str) -> dict[Kind, Path]:
-    """The files of a prefix in a form: of one tower or of both, as they were exported."""
-    paths = {kind: onnx_path(prefix, kind, form) for kind in kinds}
-    found = {kind: path for kind, path in paths.items() if path.is_file()}
-    if not found:
-        wanted = " or ".join(path.name for path in paths.values())
-        raise CheckpointError(
-            f"expected {wanted}, found {', '.join(_files_of_prefix(prefix))}; "
-            "choose another precision, or export this one with deploy/pytorch_to_onnx.py",
-            at=prefix,
-        )
-    return found
+def _files_of_prefix(model: str | Path, *suffixes: str) -> list[str]:
+    """The exported files whose names begin so; none for the name or the path of a model."""
+    if zoo.named(str(model)) is not None or os.path.exists(model):
+        return []
+    parent, name = Path(model).parent, glob.escape(Path(model).name)
+    return sorted(path.name for suffix in suffixes for path in parent.glob(f"{name}.*.{suffix}"))

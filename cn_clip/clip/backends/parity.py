@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from cn_clip import emoji_pack
 from cn_clip.clip import tokenizer
 from cn_clip.clip.backends.base import KINDS, Backend, ExportedBackend, Kind, Rows, Tower
+from cn_clip.clip.backends.onnx_runtime import OnnxTower
+from cn_clip.clip.backends.open_vino import OpenVinoTower
 from cn_clip.clip.pictures import open_picture
 from cn_clip.clip.tokenizer import ChineseTexts
 from cn_clip.clip.transforms import ImageTransform
@@ -129,7 +131,11 @@ def compare(
     """How close a file is; raises CheckpointError when its smallest cosine is below the tolerance of its form."""
     rows = _form_rows(expected, path, kind, form)
     cosines_N = (rows * expected.rows[kind]).sum(axis=1)
-    agreement = _agreement(expected.rows, {**expected.rows, kind: rows}) if len(expected.rows) == len(KINDS) else None
+    agreement = None
+    if len(expected.rows) == len(KINDS):
+        pairs = (expected.rows, {**expected.rows, kind: rows})
+        best, found = ((rows_of["image"] @ rows_of["text"].T).argmax(axis=1) for rows_of in pairs)
+        agreement = float((best == found).mean())
     ends = float(cosines_N.min()), float(cosines_N.mean())
     report = Report(path, form, *ends, len(rows), agreement, tuple(left_out), share)
     least = TOLERANCES[form] if tolerance is None else tolerance
@@ -151,11 +157,7 @@ def cosines(expected: Reference, path: Path, kind: Kind, form: str) -> NDArray[n
 def open_form(path: Path, kind: Kind, form: str) -> Tower:
     """An exported file on this processor, in what it was made for."""
     if form == "int8.openvino":
-        from cn_clip.clip.backends.open_vino import OpenVinoTower
-
         return OpenVinoTower(path, kind, precision="int8")
-    from cn_clip.clip.backends.onnx_runtime import OnnxTower
-
     return OnnxTower(path, kind, device="cpu")
 
 
@@ -171,8 +173,3 @@ def _form_rows(expected: Reference, path: Path, kind: Kind, form: str) -> Rows:
 def _rows(backend: Backend, kind: Kind, inputs: Any) -> Rows:
     encode = backend.encode_pixels if kind == "image" else backend.encode_tokens
     return np.concatenate([encode(inputs[start : start + BATCH_SIZE]) for start in range(0, len(inputs), BATCH_SIZE)])
-
-
-def _agreement(expected: Mapping[Kind, Rows], found: Mapping[Kind, Rows]) -> float:
-    best = [(rows["image"] @ rows["text"].T).argmax(axis=1) for rows in (expected, found)]
-    return float((best[0] == best[1]).mean())

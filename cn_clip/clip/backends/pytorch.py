@@ -1,14 +1,15 @@
-"""The towers in PyTorch."""
+"""The towers in PyTorch: Chinese-CLIP's, and those of other families."""
 
 # B batch, R resolution, L tokens, D embedding
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cn_clip import ranks
 from cn_clip.clip.backends.base import (
@@ -16,15 +17,18 @@ from cn_clip.clip.backends.base import (
     USUAL_SIZES_ON_GPU,
     Facts,
     Pixels,
-    Precision,
     Rows,
     TokenIds,
     check_threads,
     checked_rows,
     settled,
+    torch_precisions,
+    unit_rows,
 )
 from cn_clip.clip.loading import open_model
 from cn_clip.clip.model import CLIP, convert_weights
+from cn_clip.clip.weights.file_formats import owned
+from cn_clip.processes import compute_alone_in_children
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,7 +51,7 @@ class TorchBackend:
         num_threads: int | None = None,
     ) -> None:
         self.device = ranks.choose_device(device)
-        self.precision = settled("torch", precision, native_precisions(self.device))
+        self.precision = settled("torch", precision, torch_precisions(self.device.type))
         check_threads(num_threads)
         ranks.use_threads(num_threads)
         model.float()
@@ -125,11 +129,63 @@ def sharing(
     return TorchBackend(copied, device=chosen, precision=precision, num_threads=num_threads, compile=compile)
 
 
-def native_precisions(device: torch.device) -> tuple[Precision, ...]:
-    """What a device multiplies in hardware, of what keeps its cosine."""
-    if device.type == "cuda":
-        return "fp16", "fp32"
-    return ("bf16", "fp32") if device.type == "cpu" and ranks.cpu_has_bf16() else ("fp32",)
+class ForeignTowers:
+    """A model that is moved to `device` and put into `precision` itself.
+
+    encode_image: normalised pixels (B, 3, R, R) in the model's dtype to features (B, D). encode_text: int64 token ids
+    (B, L) to features (B, D). visual_parts: beginnings of the names of the picture tower's parameters.
+    logit_scale: the factor on cosines. num_threads: sets PyTorch's threads, for the whole process.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        encode_image: Callable[[Tensor], Tensor],
+        encode_text: Callable[[Tensor], Tensor],
+        resolution: int,
+        logit_scale: float | None,
+        visual_parts: tuple[str, ...],
+        device: torch.device,
+        precision: str = "fp32",
+        num_threads: int | None = None,
+    ) -> None:
+        compute_alone_in_children()
+        self.precision = settled("torch", precision, torch_precisions(device.type))
+        self._dtype = DTYPES[self.precision]
+        check_threads(num_threads)
+        ranks.use_threads(num_threads)
+        self.device = device
+        self.model = model.to(device=device, dtype=self._dtype).eval()
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, value in owned(tensors).items():  # transformers leaves them in the mapped file
+            tensors[name].data = value
+        self.resolution = resolution
+        sizes = {name: one.numel() for name, one in model.named_parameters()}
+        visual = sum(size for name, size in sizes.items() if name.startswith(visual_parts))
+        self.facts = Facts(
+            precision=self.precision,
+            device=str(device),
+            batch_sizes=USUAL_SIZES_ON_GPU if device.type == "cuda" else USUAL_SIZES,
+            logit_scale=logit_scale,
+            num_parameters=(sum(sizes.values()), visual),
+        )
+        self._encode_image, self._encode_text = encode_image, encode_text
+        # No two families keep the width of their rows in the same place.
+        self.embed_dim = self.encode_pixels(torch.zeros(1, 3, resolution, resolution).numpy()).shape[1]
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
+        """Normalised pixels, float32 (B, 3, R, R), to unit rows (B, D), float32."""
+        return unit_rows(
+            self._encode_image(torch.from_numpy(pixels_B3RR).to(self.device, self._dtype)).float().cpu().numpy()
+        )
+
+    @torch.inference_mode()
+    def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
+        """Token ids, int64 (B, L), to unit rows (B, D), float32."""
+        features_BD = self._encode_text(torch.from_numpy(token_ids_BL).to(self.device))
+        return unit_rows(features_BD.float().cpu().numpy())
 
 
 def _unit_rows(features_BD: Tensor) -> Rows:

@@ -8,14 +8,13 @@ is written from the documentation of ONNX Runtime and tested with a stand-in for
 # B batch, L tokens, D embedding
 
 import contextlib
-import glob
 import importlib
 import io
 import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,6 @@ from numpy.typing import NDArray
 from cn_clip import zoo
 from cn_clip.clip.backends import onnx_files, parity
 from cn_clip.clip.backends.base import ExportedBackend, Kind, Pixels, Precision, TokenIds, TowerFacts
-from cn_clip.clip.backends.exported import Announce, Source, announce, forget, kept_file, tower_file
 from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, MIDDLE
 from cn_clip.clip.backends.onnx_runtime import PROVIDERS, OnnxTower, open_session
 from cn_clip.clip.weights.file_kinds import what_it_is
@@ -336,10 +334,8 @@ def _describe(dumped: Path, made: Path, facts: TowerFacts, span: Span, build: Bu
     )
     about = {"shapes": {INPUTS[facts.kind]: span}, **versions(), "command": build.command}
     proto = onnx_files.load(dumped)
-    del proto.metadata_props[:]
-    for key, value in {METADATA_KEY: onnx_files.metadata(facts), ENGINE_KEY: json.dumps(about)}.items():
-        entry = proto.metadata_props.add()
-        entry.key, entry.value = key, value
+    entries = {METADATA_KEY: onnx_files.metadata(facts), ENGINE_KEY: json.dumps(about)}
+    onnx_files.set_metadata(proto, entries)
     onnx_files.save(proto, made)
 
 
@@ -365,47 +361,12 @@ def _backend(kind: Kind, tower: OnnxTower) -> ExportedBackend:
     return ExportedBackend(tower, None) if kind == "image" else ExportedBackend(None, tower)
 
 
-def open_towers(
-    source: Source, precision: Precision, kinds: Sequence[Kind], *, device: object = None, say: Announce = announce
-) -> ExportedBackend:
-    """The engines of a prefix (`deploy/vit-b-16`), or of a name or weight file through the cache, built at first use.
-
-    Raises what `TensorRtTower`, `tower_file` and `build_engine` raise.
-    """
-    device_of(device)
-    towers: dict[Kind, TensorRtTower] = {}
-    folder, name = Path(source.model).parent, glob.escape(Path(source.model).name)
-    is_prefix = zoo.named(str(source.model)) is None and not Path(source.model).exists() and folder.is_dir()
-    for kind in kinds:
-        given = engine_path(source.model, kind, precision)
-        if is_prefix and any([*folder.glob(f"{name}.*.trt"), *folder.glob(f"{name}.*.onnx")]):
-            if not given.is_file():
-                raise CheckpointError(f"no such file; build it with {TOOL}", at=given)
-            towers[kind] = TensorRtTower(given, kind, device=device)
-        else:
-            towers[kind] = _open_cached(source, kind, precision, device, say)
-    return ExportedBackend(towers.get("image"), towers.get("text"), precision=precision)
-
-
-def _open_cached(source: Source, kind: Kind, precision: Precision, device: object, say: Announce) -> TensorRtTower:
-    assert precision in ("fp16", "fp32"), "check_precision admits no other"
-    build = Build(precision, batch=CACHED_BATCH, max_batch=CACHED_MAX_BATCH, context_length=CACHED_LENGTH)
-    base = tower_file(source, kind, precision, say=say)
-    # Of one release of the libraries and one GPU of this machine: no other can open the engine.
+def cached_path(base: Path, kind: Kind, precision: Precision, device: object) -> Path:
+    """Where the engine of an ONNX file of the cache is kept: of one release of the libraries and one GPU here."""
     key = re.sub(r"[^\w.-]+", "", "-".join([*map("".join, versions().items()), device_of(device)]))
-    path = engine_path(base.with_name(f"model.{key}"), kind, precision)
+    return engine_path(base.with_name(f"model.{key}"), kind, precision)
 
-    def made() -> None:
-        chinese, english = "首次使用，正在构建", "first use, building an engine"
-        if path.exists():
-            chinese, english = "正在重新构建", "building an engine again"
-        say(f"{chinese} TensorRT 引擎，需要几分钟 / {english}, some minutes -> {path}")
-        build_engine(base, kind, path, build, device=device)
 
-    engine = kept_file(path, made)
-    try:
-        return TensorRtTower(engine, kind, device=device)
-    except CheckpointError as error:
-        say(f"{error}; 重新构建 / building it again")
-        forget(path)
-    return TensorRtTower(kept_file(path, made), kind, device=device)
+def cached_build(precision: Literal["fp16", "fp32"]) -> Build:
+    """How engines of the cache are built."""
+    return Build(precision, batch=CACHED_BATCH, max_batch=CACHED_MAX_BATCH, context_length=CACHED_LENGTH)

@@ -10,22 +10,20 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cn_clip.clip.backends.base import Parts, Pixels, TokenIds
-from cn_clip.clip.families.towers import ForeignTowers
+from cn_clip.clip.backends.pytorch import ForeignTowers
 from cn_clip.clip.transforms import Decode, in_8_bits
 from cn_clip.clip.weights.file_kinds import what_it_is
 from cn_clip.clip.weights.hf import CONFIG_FILE, read_json
 from cn_clip.errors import CheckpointError, CnClipError, MissingExtraError, first_sentence, reading
 from cn_clip.extras import require
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _VISUAL_PARTS = ("vision_model.", "visual_projection.")
 
@@ -61,10 +59,8 @@ class ProcessedPictures:
     """A folder's image processor as a `PictureTransform`."""
 
     def __init__(self, processor: Any, decode: Decode) -> None:
-        from PIL.Image import new
-
         self._processor, self.decode = processor, decode
-        self.shape: tuple[int, ...] = self._pixels(new("RGB", (3, 2))).shape
+        self.shape: tuple[int, ...] = self._pixels(Image.new("RGB", (3, 2))).shape
 
     @property
     def resolution(self) -> int:
@@ -79,7 +75,7 @@ class ProcessedPictures:
         size = getattr(self._processor, "size", None) or {}
         return int(size.get("shortest_edge") or self.resolution)
 
-    def array(self, image: "Image", out: Pixels | None = None) -> Pixels:
+    def array(self, image: Image.Image, out: Pixels | None = None) -> Pixels:
         """Normalised pixels, float32 (3, R, R), in `out` if it is given."""
         image = in_8_bits(image, self.decode)
         pixels_3RR = self._pixels(image if image.mode == "RGB" else image.convert("RGB"))
@@ -88,10 +84,10 @@ class ProcessedPictures:
         out[...] = pixels_3RR
         return out
 
-    def __call__(self, image: "Image") -> Tensor:
+    def __call__(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(self.array(image))
 
-    def _pixels(self, image: "Image") -> Pixels:
+    def _pixels(self, image: Image.Image) -> Pixels:
         batch = self._processor(images=[image], return_tensors="np")
         pixels: Pixels = np.ascontiguousarray(batch["pixel_values"][0], dtype=np.float32)
         return pixels
@@ -133,18 +129,26 @@ def open_folder(
     for code of its own; MissingExtraError without transformers.
     """
     config = read_json(folder / CONFIG_FILE)
-    family = _family(folder, config)
-    _check_version(folder, require("transformers", extra="hf", purpose=f"hf:{folder}").__version__)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        more = ", and code that comes with a folder is not run" if "auto_map" in config else ""
+        raise CheckpointError(
+            f"is of the family {kind!r}, expected one of {', '.join(sorted(FAMILIES))}{more}", at=folder
+        )
+    family = FAMILIES[kind]
+    transformers: Any = require("transformers", extra="hf", purpose=f"hf:{folder}")
+    version = transformers.__version__
+    if int(version.split(".")[0]) < 5:  # 4.57 fails on the texts of a ChineseCLIPModel, and has other processors
+        raise MissingExtraError(
+            f"hf:{folder}: needs transformers 5, {version} is installed; install it with: pip install 'cn_clip[hf]'"
+        )
     if (folder / "spiece.model").is_file():
         # Without it transformers 5 takes another tokenizer of the folder, which leaves out what SigLIP does to a text.
         require("sentencepiece", extra="hf", purpose=f"hf:{folder}")
-    with _quiet(), _explained(folder):
-        model = _load_model(folder)
-        processor = _load_processor(folder, family.processor)
-        _check_sizes(folder, processor, model.config.vision_config.image_size)
-        pictures = ProcessedPictures(processor, decode)
-        _check_pixels(folder, pictures, model.config.vision_config)
-        tokenizer = _load_tokenizer(folder)
+    with _quiet(transformers), _explained(folder):
+        model = _load_model(transformers, folder)
+        pictures = _open_pictures(transformers, folder, family.processor, model.config.vision_config, decode)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         longest = _longest(model, tokenizer, family)
         texts = TokenizedTexts(tokenizer, context_length=longest, is_full=family.is_full)
         towers = ForeignTowers(
@@ -162,27 +166,8 @@ def open_folder(
     return Parts(towers, pictures, texts)
 
 
-def _check_version(folder: Path, version: str) -> None:
-    if int(version.split(".")[0]) < 5:  # 4.57 fails on the texts of a ChineseCLIPModel, and has other processors
-        raise MissingExtraError(
-            f"hf:{folder}: needs transformers 5, {version} is installed; install it with: pip install 'cn_clip[hf]'"
-        )
-
-
-def _family(folder: Path, config: dict[str, Any]) -> Family:
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        more = ", and code that comes with a folder is not run" if "auto_map" in config else ""
-        raise CheckpointError(
-            f"is of the family {kind!r}, expected one of {', '.join(sorted(FAMILIES))}{more}", at=folder
-        )
-    return FAMILIES[kind]
-
-
-def _load_model(folder: Path) -> Any:
-    from transformers import AutoModel
-
-    model, found = AutoModel.from_pretrained(
+def _load_model(transformers: Any, folder: Path) -> Any:
+    model, found = transformers.AutoModel.from_pretrained(
         folder,
         local_files_only=True,
         trust_remote_code=False,
@@ -199,10 +184,11 @@ def _load_model(folder: Path) -> Any:
     return model
 
 
-def _load_processor(folder: Path, usual: str) -> Any:
-    """The processor over PIL: those over torchvision, which AutoImageProcessor needs, resize a little differently."""
-    import transformers
+def _open_pictures(transformers: Any, folder: Path, usual: str, config: Any, decode: Decode) -> ProcessedPictures:
+    """The processor over PIL: those over torchvision, which AutoImageProcessor needs, resize a little differently.
 
+    usual: the processor of a folder that does not name one. config: of the picture tower.
+    """
     settings, _ = getattr(transformers, f"{usual}Pil").get_image_processor_dict(folder, local_files_only=True)
     written = settings.get("image_processor_type") or settings.get("feature_extractor_type") or usual
     name = written.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
@@ -210,33 +196,22 @@ def _load_processor(folder: Path, usual: str) -> Any:
         raise CheckpointError(
             f"has the processor {written}, expected one of {', '.join(sorted(PROCESSORS))}", at=folder
         )
-    return getattr(transformers, f"{name}Pil").from_pretrained(folder, local_files_only=True)
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def _check_sizes(folder: Path, processor: Any, image_size: int) -> None:
-    """Before a picture is made: one as large as the file says may not fit into memory."""
-    most = 4 * image_size
-    for name, switch in (("size", "do_resize"), ("crop_size", "do_center_crop")):
-        sides = dict(getattr(processor, name, None) or {}) if getattr(processor, switch, False) else {}
-        for side in sides.values():
-            if side is not None and not 1 <= side <= most:
+    processor = getattr(transformers, f"{name}Pil").from_pretrained(folder, local_files_only=True)
+    # Before a picture is made: one as large as the file says may not fit into memory.
+    side, most = config.image_size, 4 * config.image_size
+    for size, switch in (("size", "do_resize"), ("crop_size", "do_center_crop")):
+        asked = dict(getattr(processor, size, None) or {}) if getattr(processor, switch, False) else {}
+        for one in asked.values():
+            if one is not None and not 1 <= one <= most:
                 raise CheckpointError(
-                    f"{folder}/preprocessor_config.json: {name}: expected 1 to {most} pixels a side, got {side}"
+                    f"{folder}/preprocessor_config.json: {size}: expected 1 to {most} pixels a side, got {one}"
                 )
-
-
-def _check_pixels(folder: Path, pictures: ProcessedPictures, config: Any) -> None:
-    expected = (3, config.image_size, config.image_size)
-    if pictures.shape != expected:
+    pictures = ProcessedPictures(processor, decode)
+    if pictures.shape != (3, side, side):
         raise CheckpointError(
-            f"preprocessor_config.json makes pixels {pictures.shape}, the model takes {expected}", at=folder
+            f"preprocessor_config.json makes pixels {pictures.shape}, the model takes {(3, side, side)}", at=folder
         )
+    return pictures
 
 
 def _longest(model: Any, tokenizer: Any, family: Family) -> int:
@@ -260,11 +235,9 @@ def _pooled(output: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(transformers: Any) -> Iterator[None]:
     """Without transformers' bars and warnings, which speak of what is checked here."""
-    from transformers import utils
-
-    logging: Any = utils.logging
+    logging = transformers.utils.logging
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

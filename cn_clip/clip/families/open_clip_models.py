@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cn_clip.clip.backends.base import Parts, Pixels, TokenIds
+from cn_clip.clip.backends.pytorch import ForeignTowers
 from cn_clip.clip.families.names import ForeignName
-from cn_clip.clip.families.towers import ForeignTowers
 from cn_clip.clip.transforms import Decode, in_8_bits
 from cn_clip.clip.weights.file_kinds import what_it_is
 from cn_clip.errors import CheckpointError, ConfigError, first_sentence
@@ -148,15 +148,13 @@ def _pixels_of_tags(name: ForeignName, open_clip: Any) -> dict[str, Any]:
     """How pictures are treated for a file: open_clip keeps that with its tags, and a file has none."""
     architecture, _, tag = name.architecture.partition(":")
     tags = [tag] if tag else open_clip.list_pretrained_tags_by_model(architecture)
-    found = {one: _pixels_of(open_clip.get_pretrained_cfg(architecture, one)) for one in tags}
-    settings = list(found.values())
+    entries = [open_clip.get_pretrained_cfg(architecture, one) for one in tags]
+    settings = [
+        {ours: entry[theirs] for theirs, ours in _PIXELS.items() if entry.get(theirs) is not None} for entry in entries
+    ]
     if any(one != settings[0] for one in settings):
         raise ConfigError(
             f"{name}: weights of {architecture} take pictures in different ways; name those that this file was trained "
             f"like, as in open_clip:{architecture}:{tags[0]}@{name.source} ({', '.join(tags)})"
         )
     return settings[0] if settings else {}
-
-
-def _pixels_of(entry: dict[str, Any]) -> dict[str, Any]:
-    return {ours: entry[theirs] for theirs, ours in _PIXELS.items() if entry.get(theirs) is not None}
