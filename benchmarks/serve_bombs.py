@@ -33,7 +33,7 @@ from serve_soak import resident_mb  # noqa: E402
 
 from cn_clip import command, terminal  # noqa: E402
 from cn_clip.clip.backends.base import BackendName, Precision  # noqa: E402
-from cn_clip.deploy import machine  # noqa: E402
+from cn_clip.deploy import bench_report  # noqa: E402
 from cn_clip.emoji_pack import load  # noqa: E402
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def run(options: Options) -> None:
     say(f"SIGTERM while pictures are decoded: ended after {seconds:.1f} s of {options.drain_timeout:g} at most")
     say.result(
         {
-            "machine": machine.facts(),
+            "machine": bench_report.machine_facts(),
             "options": asdict(options),
             "waits": [asdict(one) for one in waits],
             "sigterm_seconds": seconds,

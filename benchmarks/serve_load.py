@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from cn_clip import command, terminal  # noqa: E402
 from cn_clip.clip.backends.base import KINDS, BackendName, Kind, Precision  # noqa: E402
 from cn_clip.clip.encoder import Encoder  # noqa: E402
-from cn_clip.deploy import machine  # noqa: E402
+from cn_clip.deploy import bench_report  # noqa: E402
 from cn_clip.emoji_pack import load  # noqa: E402
 from cn_clip.errors import ConfigError  # noqa: E402
 
@@ -101,7 +101,7 @@ def run(options: Options) -> None:
     say(table(loads))
     say.result(
         {
-            "machine": machine.facts(),
+            "machine": bench_report.machine_facts(),
             "options": asdict(options),
             "offline_per_second": offline,
             "loads": [asdict(one) for one in loads],

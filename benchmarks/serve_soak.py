@@ -29,7 +29,7 @@ from serve_load import PAUSE_AFTER_REFUSAL, data_url, exchange, service  # noqa:
 
 from cn_clip import command, terminal  # noqa: E402
 from cn_clip.clip.backends.base import BackendName, Precision  # noqa: E402
-from cn_clip.deploy import machine  # noqa: E402
+from cn_clip.deploy import bench_report  # noqa: E402
 from cn_clip.emoji_pack import load  # noqa: E402
 from cn_clip.errors import ConfigError, DataError  # noqa: E402
 
@@ -91,7 +91,7 @@ def run(options: Options) -> None:
     say(f"memory, mean of each third of {options.minutes:g} minutes: {first:.0f}, {middle:.0f}, {last:.0f} MB")
     say.result(
         {
-            "machine": machine.facts(),
+            "machine": bench_report.machine_facts(),
             "options": {**asdict(options), "index": str(options.index)},
             "answered": {kind: len(taken) for kind, taken in seconds.items()},
             "refused": refused,

@@ -33,10 +33,10 @@ NAMES: dict[str, str] = {
     "cn_clip.eval.zeroshot_evaluation": "CLIP _preprocess_text accuracy convert_models_to_fp32 convert_weights "
     f"get_zeroshot_dataset image_transform run tokenize zero_shot_classifier {_TEMPLATES}",
     "cn_clip.deploy.onnx_to_tensorrt": "TensorRTShape _MODEL_INFO build_engine",
-    "cn_clip.deploy.pytorch_to_onnx": _BUILDING,
+    "cn_clip.deploy.pytorch_to_onnx": f"packing_small_onnx_files {_BUILDING}",
     "cn_clip.deploy.pytorch_to_coreml": f"ImageEncoder TextEncoder {_BUILDING}",
     "cn_clip.deploy.speed_benchmark": "_MODEL_INFO convert_models_to_fp32 convert_weights create_model image_transform "
-    "print_timings track_infer_time",
+    "prepare_pytorch_model print_timings track_infer_time",
 }
 # Module -> the names that are in it. A name means the same in every module of `NAMES`.
 HOMES: dict[str, str] = {
@@ -54,6 +54,7 @@ HOMES: dict[str, str] = {
     "cn_clip.deploy.tensorrt_utils": "TensorRTModel TensorRTShape build_engine",
     "cn_clip.deploy.benchmark_utils": "print_timings track_infer_time",
     "cn_clip.deploy.coreml_package": "ImageEncoder TextEncoder",
+    "cn_clip.deploy.towers": "packing_small_onnx_files prepare_pytorch_model",
 }
 _HOME_OF = {name: home for home, names in HOMES.items() for name in names.split()}
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import warm_python
 
-from cn_clip.deploy import bench, bench_report, bench_worker, machine, speed_benchmark, timing
+from cn_clip.deploy import bench, bench_report, bench_worker, benchmark_utils, speed_benchmark, towers
 from cn_clip.deploy.bench_worker import Job
 from cn_clip.errors import ConfigError, DataError, MissingExtraError
 
@@ -61,11 +61,11 @@ def run_python(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_summary_is_that_of_chinese_clip_worked_by_hand() -> None:
-    values = timing.summary([0.001, 0.002, 0.003, 0.004])
+    values = benchmark_utils.summary([0.001, 0.002, 0.003, 0.004])
     assert values == pytest.approx(
         {"mean": 2.5, "sd": 1.25**0.5, "min": 1, "max": 4, "median": 2.5, "95p": 3.85, "99p": 3.97}
     )
-    assert timing.summary_line("Pytorch text inference speed (batch-size: 1):", values) == (
+    assert benchmark_utils.summary_line("Pytorch text inference speed (batch-size: 1):", values) == (
         "[Pytorch text inference speed (batch-size: 1):] mean=2.50ms, sd=1.12ms, min=1.00ms, max=4.00ms, "
         "median=2.50ms, 95p=3.85ms, 99p=3.97ms"
     )
@@ -73,7 +73,7 @@ def test_summary_is_that_of_chinese_clip_worked_by_hand() -> None:
 
 def test_warm_up_is_called_and_not_timed() -> None:
     calls: list[None] = []
-    assert len(timing.call_seconds(lambda: calls.append(None), repeats=3, warmup=2)) == 3
+    assert len(benchmark_utils.call_seconds(lambda: calls.append(None), repeats=3, warmup=2)) == 3
     assert len(calls) == 5
 
 
@@ -292,7 +292,7 @@ def test_without_matplotlib_the_numbers_are_written_all_the_same(
 
 
 def test_machine_facts_name_the_versions() -> None:
-    facts = machine.facts()
+    facts = bench_report.machine_facts()
     assert facts["versions"]["numpy"] == np.__version__
     assert facts["cores"] >= 1
     assert facts["processor"]
@@ -388,13 +388,20 @@ def test_speed_test_prints_the_lines_of_chinese_clip(measured: tuple[Path, dict[
 
 
 def test_speed_test_takes_the_picture_and_text_of_chinese_clip() -> None:
-    options = speed_benchmark.Options(
-        model_arch="Emoji-Tiny", pytorch_ckpt="Emoji-Tiny", batch_size=2, context_length=7
-    )
-    pixels = speed_benchmark._pixels(options)
+    class Recorded:
+        def encode_pixels(self, pixels: Any) -> None:
+            seen.append(pixels)
+
+        encode_tokens = encode_pixels
+
+    seen: list[Any] = []
+    shape = {"batch_size": 2, "context_length": 7, "repeats": 1, "warmup": 0}
+    for kind in ("image", "text"):
+        towers.time_tower(Recorded(), kind, arch="Emoji-Tiny", **shape)  # type: ignore[arg-type]
+    pixels, token_ids = seen
     assert pixels.shape == (2, 3, 64, 64)
     np.testing.assert_array_equal(pixels[0], pixels[1])
-    assert speed_benchmark._token_ids(options).tolist() == 2 * [[101, 3345, 2225, 7991, 102, 0, 0]]
+    assert token_ids.tolist() == 2 * [[101, 3345, 2225, 7991, 102, 0, 0]]
 
 
 def test_speed_test_on_cuda_without_one_names_the_flag_to_change() -> None:

@@ -56,7 +56,7 @@ OTHERS = {
     ("ranks.py", "--nproc-per-node"),
     ("training/building.py", "--upgrade"),
     ("training/main.py", "--local-rank"),
-    ("deploy/speed_benchmark.py", "--pytorch-ckpt"),
+    ("deploy/towers.py", "--pytorch-ckpt"),
 }
 
 

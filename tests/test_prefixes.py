@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cn_clip.deploy import onnx_to_tensorrt, pytorch_to_coreml, pytorch_to_onnx
-from cn_clip.deploy.prefixes import check_targets
+from cn_clip.deploy.model_arch import check_targets
 from cn_clip.errors import ConfigError
 
 COMMANDS: dict[str, tuple[Any, dict[str, Any], str]] = {

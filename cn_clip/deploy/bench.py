@@ -80,7 +80,6 @@ def run(options: Options) -> int:
     Raises CnClipError when there is no such model, or the output folder cannot be made.
     """
     from cn_clip.deploy import bench_report
-    from cn_clip.deploy.machine import facts
 
     output = None if options.output is None else _checked(Path(options.output))
     rows: list[dict[str, Any]] = []
@@ -92,8 +91,13 @@ def run(options: Options) -> int:
     except KeyboardInterrupt:
         _say(f"已中断，保留已测的 {len(rows)} 项 / interrupted; keeping the {len(rows)} measured")
         status = INTERRUPTED
-    result = {"model": options.model or f"random {options.random}", "machine": facts(), **_settings(options)}
-    result["rows"] = rows
+    names = ("repeats", "warmup", "device", "num_threads", "text_length")
+    result: dict[str, Any] = {
+        "model": options.model or f"random {options.random}",
+        "machine": bench_report.machine_facts(),
+        "settings": {name: getattr(options, name) for name in names},
+        "rows": rows,
+    }
     if not options.json:
         print("\n".join(bench_report.table(rows)))
     if status == 0 and all("error" in row for row in rows):
@@ -190,11 +194,6 @@ def _in_process(task: Literal["reference", "prepare", "measure"], job: Job) -> d
         return {"error": f"its process was killed by signal {-done.returncode}; perhaps memory ran out"}
     last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
     return {"error": f"its process ended with status {done.returncode}: {last}"}
-
-
-def _settings(options: Options) -> dict[str, Any]:
-    names = ("repeats", "warmup", "device", "num_threads", "text_length")
-    return {"settings": {name: getattr(options, name) for name in names}}
 
 
 def _checked(folder: Path) -> Path:

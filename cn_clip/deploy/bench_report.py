@@ -1,11 +1,16 @@
-"""The measurements of `cn-clip bench` as a table, a Markdown page and a picture."""
+"""The measurements of `cn-clip bench` as a table, a Markdown page and a picture, and what they were made on."""
 
+import contextlib
+import datetime
 import json
+import os
+import platform
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cn_clip import terminal
+from cn_clip import ranks, terminal
 from cn_clip.errors import MissingExtraError
 from cn_clip.extras import require
 from cn_clip.files import atomic_write
@@ -40,6 +45,29 @@ MEASURED = (
     "backend included, exporting not. `peak MiB`: the whole process, one for each row. `cos`: cosines to PyTorch in "
     "float32 on 32 embedded pictures, or their names and tags."
 )
+PACKAGES = ("cn_clip", "torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "numpy")
+# What fast low precision on x86 and ARM needs.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "bf16")
+
+
+def machine_facts() -> dict[str, Any]:
+    """Processor, cores this process may use, instructions, OMP_NUM_THREADS, system, versions and the time (UTC)."""
+    processor, flags = ranks.processor()
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "processor": processor,
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
 
 
 def cells(row: Row) -> list[str]:
@@ -83,6 +111,7 @@ def markdown(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     threads = settings["num_threads"] or machine["omp_num_threads"] or "default"
     instructions = " ".join(machine["instructions"]) or machine["system"]
+    shapes = dict.fromkeys(f"{row['tower']} {'×'.join(map(str, row['shape']))}" for row in rows if "shape" in row)
     marks = ["---:" if number in NUMBERS else "---" for number in range(len(HEADER))]
     lines = [
         f"# {result['model']}: speed of its towers",
@@ -91,7 +120,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"- threads: {threads}; devices: {', '.join(sorted({row['device'] for row in rows if 'device' in row}))}",
         f"- Python {machine['python']}, {versions}",
         f"- {settings['repeats']} batches timed after {settings['warmup']}; {machine['date']}",
-        f"- shapes: {_shapes(rows)}",
+        f"- shapes: {', '.join(shapes)}",
         "",
         *(f"| {' | '.join(line)} |" for line in (HEADER, marks, *map(cells, rows))),
         "",
@@ -101,11 +130,6 @@ def markdown(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _shapes(rows: Sequence[Row]) -> str:
-    found = dict.fromkeys(f"{row['tower']} {'×'.join(map(str, row['shape']))}" for row in rows if "shape" in row)
-    return ", ".join(found)
 
 
 def write(result: dict[str, Any], folder: Path, *, say: Callable[[str], None]) -> None:
@@ -127,15 +151,14 @@ def write(result: dict[str, Any], folder: Path, *, say: Callable[[str], None]) -
 def draw(result: dict[str, Any], path: Path) -> None:
     """Bars of throughput, a panel for each tower and batch size; raises MissingExtraError without matplotlib."""
     require("matplotlib", extra="plot", purpose="the plot of the measurements")
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
+    figures: Any = require("matplotlib.figure", extra="plot", purpose="the plot of the measurements")
+    layouts: Any = require("matplotlib.layout_engine", extra="plot", purpose="the plot of the measurements")
     rows = result["rows"]
     towers, batches = ([*dict.fromkeys(row[name] for row in rows)] for name in ("tower", "batch_size"))
     labels = [*dict.fromkeys(f"{row['backend']} {row['precision']}" for row in rows if "error" not in row)]
     height = 1.2 + len(towers) * (0.9 + 0.33 * len(labels))
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, hspace=0.05, wspace=0.05)
-    figure = Figure(figsize=(2.4 + 4 * len(batches), height), layout=layout, facecolor="white")
+    layout = layouts.ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, hspace=0.05, wspace=0.05)
+    figure = figures.Figure(figsize=(2.4 + 4 * len(batches), height), layout=layout, facecolor="white")
     panels = figure.subplots(len(towers), len(batches), squeeze=False, sharey=True)
     for tower, line in zip(towers, panels, strict=True):
         for batch_size, panel in zip(batches, line, strict=True):

@@ -17,13 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.clip.backends.base import KINDS, Backend, BackendName, Kind, Pixels, Rows, TokenIds, facts_of
+from cn_clip.deploy.benchmark_utils import call_seconds, summary
 from cn_clip.errors import CnClipError
 from cn_clip.processes import peak_bytes
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.exported import Announce
-
-RANDOM_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,12 @@ class Job:
 
 def reference(job: Job) -> dict[str, Any]:
     """Writes the samples of both towers and the rows that PyTorch computes of them in float32, on the processor."""
-    from cn_clip.clip.backends import parity
+    from cn_clip.deploy import towers  # brings PyTorch, which measurements of other backends must not have in memory
 
-    if job.vision is not None:
-        _make_random(job)
+    if job.vision is not None and job.text is not None:
+        towers.write_random(Path(job.model), job.vision, job.text)
     backend = _open(job, "torch", "fp32", device="cpu", kinds=KINDS)
-    expected = parity.reference(backend, parity.embedded_samples())
+    expected = towers.reference_rows(backend)
     for kind in KINDS:
         np.save(_inputs_path(job, kind), expected.inputs[kind])
         np.save(_rows_path(job, kind), expected.rows[kind])
@@ -81,8 +80,6 @@ def measure(job: Job) -> dict[str, Any]:
     result, with the import of the backend. peak_bytes: the largest memory of this process, Python with it.
     cosine_min, cosine_mean: to float32, over all samples, in batches of this size.
     """
-    from cn_clip.deploy.timing import call_seconds, summary
-
     samples = np.load(_inputs_path(job, job.kind), mmap_mode="r")
     batch = _batch(job, samples)
     start = time.perf_counter()
@@ -92,7 +89,11 @@ def measure(job: Job) -> dict[str, Any]:
     seconds = call_seconds(lambda: _encode(backend, job.kind, batch), repeats=job.repeats, warmup=job.warmup)
     milliseconds = summary(seconds)
     peak = peak_bytes()
-    cosines, facts = _cosines(job, backend, samples), facts_of(backend)
+    starts = range(0, len(samples), job.batch_size)
+    pieces = (np.array(samples[start : start + job.batch_size]) for start in starts)
+    found = np.concatenate([_encode(backend, job.kind, piece) for piece in pieces])
+    cosines = (np.load(_rows_path(job, job.kind)) * found).sum(axis=1)
+    facts = facts_of(backend)
     return {
         "shape": list(batch.shape),
         "median_ms": milliseconds["median"],
@@ -129,16 +130,6 @@ def _batch(job: Job, samples: NDArray[Any]) -> "Pixels | TokenIds":
     return pixels
 
 
-def _cosines(job: Job, backend: Backend, samples: NDArray[Any]) -> NDArray[np.float32]:
-    expected = np.load(_rows_path(job, job.kind))
-    starts = range(0, len(samples), job.batch_size)
-    found = np.concatenate(
-        [_encode(backend, job.kind, np.array(samples[start : start + job.batch_size])) for start in starts]
-    )
-    cosines: NDArray[np.float32] = (expected * found).sum(axis=1)
-    return cosines
-
-
 def _encode(backend: Backend, kind: Kind, inputs: "Pixels | TokenIds") -> Rows:
     if kind == "image":
         return backend.encode_pixels(inputs)  # type: ignore[arg-type]
@@ -161,26 +152,6 @@ def _open(job: Job, backend: BackendName, precision: str, *, device: str | None,
         kinds=kinds,
         say=say,
     )
-
-
-def _make_random(job: Job) -> None:
-    """The same weights every time, in a file that stays: so its exports can be used again."""
-    path = Path(job.model)
-    if path.is_file():
-        return
-    import torch
-
-    from cn_clip import zoo
-    from cn_clip.clip.model import CLIP
-    from cn_clip.clip.weights.checkpoint import Checkpoint
-    from cn_clip.clip.weights.writing import write_checkpoint
-
-    assert job.vision is not None
-    assert job.text is not None
-    torch.manual_seed(RANDOM_SEED)
-    model = CLIP.from_config(zoo.model_config(job.vision, job.text))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(path, model.state_dict(), Checkpoint(path, {}))
 
 
 def _inputs_path(job: Job, kind: Kind) -> Path:

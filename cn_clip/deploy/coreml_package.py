@@ -19,7 +19,9 @@ from cn_clip.clip.backends.base import Kind, TowerFacts
 from cn_clip.clip.backends.export import facts_of_model
 from cn_clip.clip.backends.onnx_files import METADATA_KEY, metadata
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.tokenizer import text_length as text_length
 from cn_clip.clip.transforms import MEAN, STD
+from cn_clip.deploy.towers import open_arch as open_arch
 from cn_clip.errors import CheckpointError, ConfigError, DataError
 from cn_clip.extras import require
 from cn_clip.files import staged_folder
@@ -71,11 +73,18 @@ def write_package(
                 _save(package, folder)
             except Exception as error:
                 raise _not_written(path, error) from error
-    return {"num_operations": _count_operations(package), "num_bytes": _size(path)}
+    (function,) = package.get_spec().mlProgram.functions.values()
+    (block,) = function.block_specializations.values()
+    num_operations = sum(operation.type != "const" for operation in block.operations)
+    num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return {"num_operations": num_operations, "num_bytes": num_bytes}
 
 
 def _converted(tools: Any, model: CLIP, facts: TowerFacts) -> Any:
-    example = _example(facts)
+    if facts.kind == "image":
+        example = torch.zeros(facts.batch or 1, 3, facts.resolution or 0, facts.resolution or 0)
+    else:
+        example = torch.ones(facts.batch or 1, facts.length or 0, dtype=torch.int32)  # Core ML has no int64
     trace: Any = torch.jit.trace
     with torch.no_grad():
         traced = trace(ENCODERS[facts.kind](model).eval(), (example,))
@@ -117,15 +126,6 @@ class TextEncoder(nn.Module):
 ENCODERS: dict[Kind, type[nn.Module]] = {"image": ImageEncoder, "text": TextEncoder}
 
 
-def _example(facts: TowerFacts) -> Tensor:
-    assert facts.batch is not None
-    if facts.kind == "image":
-        assert facts.resolution is not None
-        return torch.zeros(facts.batch, 3, facts.resolution, facts.resolution)
-    assert facts.length is not None
-    return torch.ones(facts.batch, facts.length, dtype=torch.int32)  # Core ML has no int64
-
-
 def _describe(package: Any, facts: TowerFacts) -> None:
     """What Xcode shows of a model, and the facts for programs."""
     package.short_description = f"Chinese-CLIP, {facts.kind} tower: {facts.embed_dim} dimensions, {facts.precision}"
@@ -155,16 +155,6 @@ def _not_written(path: Path, error: Exception) -> DataError:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _count_operations(package: Any) -> int:
-    (function,) = package.get_spec().mlProgram.functions.values()
-    (block,) = function.block_specializations.values()
-    return sum(operation.type != "const" for operation in block.operations)
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 @contextlib.contextmanager

@@ -1,6 +1,9 @@
-"""The `--model-arch` of the deployment commands, and the model it and a checkpoint name."""
+"""What the deployment commands share: `--model-arch` and other options, and the prefixes that they write at."""
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import tyro
@@ -11,8 +14,9 @@ from cn_clip.option_types import ConvertText, ConvertVision, Json
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Kind
-    from cn_clip.clip.model import CLIP
 
+# The prefix of examples in messages.
+EXAMPLE = "vit-b-16"
 ArchName: TypeAlias = Literal[
     "RN50",
     "ViT-B-16",
@@ -71,25 +75,25 @@ def vision_name(arch: ArchName) -> str:
     return entry.vision if entry else arch
 
 
-def open_arch(
-    arch: ArchName,
-    checkpoint: str | None,
-    *,
-    flag: str,
-    download_root: str | None = None,
-    vision: str | None = None,
-    text: str | None = None,
-) -> "CLIP":
-    """The float32 model of a checkpoint, or else the published or bundled one of that name; on the CPU, in eval mode.
+def check_targets(flag: str, prefix: str | Path, targets: Iterable[Path], *, are_folders: bool = False) -> None:
+    """Raises ConfigError, naming the flag, when files (or folders) with that prefix cannot be written there.
 
-    flag: the one that gives the checkpoint, for messages. vision, text: towers other than those of the architecture.
-    Raises ConfigError when nobody has published such a model,
-    CheckpointError when the checkpoint is of another architecture, DownloadError.
+    Makes nothing: a folder that is not there yet is good where it can be made.
     """
-    from cn_clip.clip.loading import open_model
-
-    if checkpoint is None and zoo.named(arch) is None:
-        raise ConfigError(f"--model-arch {arch}: there are no published weights of it; give {flag}")
-    if checkpoint is None:
-        return open_model(arch, vision=vision, text=text, download_root=download_root)[0]
-    return open_model(checkpoint, vision=vision or vision_name(arch), text=text)[0]
+    given = os.fspath(prefix)
+    if not given:
+        raise ConfigError(f"{flag}: expected a prefix such as out/{EXAMPLE}, got ''")
+    if given.endswith(("/", os.sep)):
+        raise ConfigError(f"{flag} {given}: ends like a folder; give a prefix in it, such as {Path(given, EXAMPLE)}")
+    if Path(given).is_dir():
+        raise ConfigError(f"{flag} {given}: is a folder; give a prefix in it, such as {Path(given, EXAMPLE)}")
+    above = next(folder for folder in Path(given).absolute().parents if os.path.lexists(folder))
+    reason = None if above.is_dir() else "Not a directory"
+    if reason is None and not os.access(above, os.W_OK | os.X_OK):
+        reason = "Permission denied"
+    if reason:
+        raise ConfigError(f"{flag} {given}: cannot be written ({reason}); choose another folder")
+    for target in targets:
+        if target.exists() and target.is_dir() != are_folders:
+            kind = "a folder" if target.is_dir() else "a file"
+            raise ConfigError(f"{flag} {given}: {target} is {kind}; choose another prefix")

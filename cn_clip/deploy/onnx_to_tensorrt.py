@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cn_clip import command, drop_in, settings
-from cn_clip.deploy.model_arch import RequiredArch, check_arch
-from cn_clip.deploy.prefixes import check_targets
+from cn_clip.deploy.model_arch import RequiredArch, check_arch, check_targets
 from cn_clip.errors import ConfigError
 from cn_clip.option_types import ConvertText, ConvertVision, CudaDevice, Json, OnnxImage, OnnxText, OutputPrefix
 from cn_clip.settings import Range

@@ -4,19 +4,18 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cn_clip import command, drop_in, settings
-from cn_clip.deploy.model_arch import ConversionOptions, check_arch, open_arch
-from cn_clip.deploy.prefixes import check_targets
+from cn_clip.deploy.model_arch import ConversionOptions, check_arch, check_targets
 from cn_clip.errors import ConfigError
+from cn_clip.files import written_together
 from cn_clip.option_types import OutputPrefix
 from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
     from cn_clip.clip.backends.base import Kind
-    from cn_clip.clip.model import CLIP
 
 TITLES: "dict[Kind, str]" = {"text": "Text", "image": "Image"}
 
@@ -48,44 +47,41 @@ class Options(ConversionOptions):
 
 def run(options: Options) -> None:
     """Writes what is asked for, all of it or nothing; raises CnClipError when it cannot be read or converted."""
-    from cn_clip.deploy.coreml_package import package_path
-    from cn_clip.files import written_together
+    from cn_clip.deploy import coreml_package
 
     assert options.model_arch is not None
     assert options.save_coreml_path is not None
-    paths = {kind: package_path(options.save_coreml_path, kind) for kind in options.kinds}
+    paths = {kind: coreml_package.package_path(options.save_coreml_path, kind) for kind in options.kinds}
     check_targets("--save-coreml-path", options.save_coreml_path, paths.values(), are_folders=True)
     say = command.Speaker(quiet=options.json)
     say.params(options)
     with command.stdout_to_stderr(when=options.json):
-        model = open_arch(
+        model = coreml_package.open_arch(
             options.model_arch,
             options.pytorch_ckpt_path,
             flag="--pytorch-ckpt-path",
             download_root=options.download_root,
         )
     with written_together(Path(options.save_coreml_path)) as scratch:
-        written = {kind: _convert(model, kind, scratch / paths[kind].name, options) for kind in paths}
+        written = {
+            kind: coreml_package.write_package(
+                model,
+                kind,
+                scratch / path.name,
+                precision=options.precision,
+                batch_size=options.batch_size,
+                context_length=coreml_package.text_length(
+                    options.context_length, model.context_length, options.pytorch_ckpt_path
+                ),
+            )
+            for kind, path in paths.items()
+        }
     for kind, path in paths.items():
         say(f"{TITLES[kind]} model converted to CoreML and saved at: {path}")
         num_bytes = written[kind]["num_bytes"]
         say(f"  {written[kind]['num_operations']} operations, {num_bytes / 2**20:.1f} MiB, {options.precision}")
     say.result(
         {kind: {"path": str(path), "precision": options.precision, **written[kind]} for kind, path in paths.items()}
-    )
-
-
-def _convert(model: "CLIP", kind: "Kind", path: Path, options: Options) -> dict[str, Any]:
-    from cn_clip.clip.tokenizer import text_length
-    from cn_clip.deploy import coreml_package
-
-    return coreml_package.write_package(
-        model,
-        kind,
-        path,
-        precision=options.precision,
-        batch_size=options.batch_size,
-        context_length=text_length(options.context_length, model.context_length, options.pytorch_ckpt_path),
     )
 
 
