@@ -21,8 +21,8 @@ from cn_clip.clip.loading import build
 from cn_clip.clip.model import convert_weights
 from cn_clip.clip.tokenizer import CONTEXT_LENGTH, END, START, UNKNOWN, VOCAB_FILE, Tokenizer
 from cn_clip.clip.weights import hf
-from cn_clip.clip.weights.hf import PICTURE_FILE, picture_fields
 from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint, fit, infer_config, read_checkpoint
+from cn_clip.clip.weights.hf import PICTURE_FILE, picture_fields
 from cn_clip.clip.weights.low_rank import is_adapter
 from cn_clip.clip.weights.writing import check_same_tensors, refuse_inputs, write_checkpoint, write_safetensors
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, DataError
