@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cn_clip import __version__
-from cn_clip.clip.backends.base import Rows, named
+from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.choice import Choice
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import Identity, identity, open_encoder
 from cn_clip.command import Speaker
-from cn_clip.data.pictures import ClassFolders, batches
+from cn_clip.data.pictures import ClassFolders
 from cn_clip.data.records import digest_of
 from cn_clip.errors import DataError
 from cn_clip.evaluation import zeroshot
 from cn_clip.evaluation.benchmark_sets import ClassName, Metric, class_names, classification_sets
 from cn_clip.evaluation.templates import load_templates, read_labels
-from cn_clip.features.extraction import compute_pictures
+from cn_clip.features.extraction import compute_pictures, picture_rows
 from cn_clip.features.rows import FloatArray, first_not_finite
 from cn_clip.features.store import Job, RowStore, job_text
 from cn_clip.features.tables import read_arrays
@@ -183,29 +183,17 @@ def classify(
     say("Building zero-shot classifier")
     classes_CD = zeroshot.classifier(encoder, labels, templates)
     say("Using classifier")
-    images_ND = picture_features(encoder, pictures, batch_size=batch_size, num_workers=num_workers, progress=True)
-    probabilities_NC = zeroshot.probabilities(images_ND, classes_CD)
+    rows, paths = [], [path for path, _ in pictures.samples]
+    with tqdm(total=len(pictures), unit="picture") as bar:
+        for rows_BD in picture_rows(pictures, encoder, names=paths, batch_size=batch_size, num_workers=num_workers):
+            rows.append(rows_BD)
+            bar.update(len(rows_BD))
+    probabilities_NC = zeroshot.probabilities(np.concatenate(rows), classes_CD)
     accuracy = zeroshot.accuracy(probabilities_NC, np.array([numbers[label] for _, label in pictures.samples]))
     if order is not None:
         say("Use index to rearrange the logits...")
         probabilities_NC = probabilities_NC[order]
     return Classified(probabilities_NC, accuracy, encoder.facts.num_parameters)
-
-
-def picture_features(
-    encoder: Encoder, pictures: ClassFolders, *, batch_size: int, num_workers: int, progress: bool = False
-) -> Rows:
-    """Unit rows (N, D) in the order of the pictures; raises CnClipError naming one that cannot be read or computed."""
-    rows: list[Rows] = []
-    paths = [path for path, _ in pictures.samples]
-    done = 0
-    with tqdm(total=len(pictures), unit="picture", disable=not progress) as bar:
-        for numbers, pixels in batches(pictures, encoder.transform, batch_size, num_workers):
-            with named("picture", paths[done : done + len(numbers)].__getitem__):
-                rows.append(encoder.encode_pixels(pixels))
-            done += len(numbers)
-            bar.update(len(numbers))
-    return np.concatenate(rows)
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------

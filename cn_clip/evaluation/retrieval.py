@@ -24,12 +24,12 @@ from cn_clip.clip.weights.checkpoint import Checkpoint
 from cn_clip.clip.weights.writing import check_finite, check_same_tensors, refuse_inputs, write_checkpoint
 from cn_clip.command import Speaker
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, Split, read_split
-from cn_clip.data.pictures import LmdbPictures, batches
+from cn_clip.data.pictures import LmdbPictures
 from cn_clip.data.records import RecordId, read_texts
 from cn_clip.errors import DataError
 from cn_clip.evaluation import annotations
 from cn_clip.evaluation.annotations import FIELDS, Direction, Ranking
-from cn_clip.features.extraction import Pictures, Texts, Work, job_of, write_files
+from cn_clip.features.extraction import Pictures, Texts, Work, job_of, picture_rows, write_files
 from cn_clip.features.files import read_features
 from cn_clip.features.options import OutputFormat
 from cn_clip.features.rows import Features
@@ -288,9 +288,10 @@ def split_features(
     advance: Callable[[int], object] | None = None,
 ) -> tuple[Rows, Rows]:
     """Unit rows of all pictures (N, D) and texts (T, D) of a split; advance: called with the size of each batch."""
-    rows = []
-    for ids, pixels in batches(pictures, encoder.transform, batch_size, num_workers):
-        rows.append(encoder.encode_pixels(pixels))
+    rows, names = [], pictures.ids
+    sizes = {"batch_size": batch_size, "num_workers": num_workers}
+    for rows_BD in picture_rows(pictures, encoder, names=names, what="image_id", **sizes):
+        rows.append(rows_BD)
         if advance is not None:
-            advance(len(ids))
+            advance(len(rows_BD))
     return np.concatenate(rows), encoder.encode_texts(split.texts, batch_size=batch_size)

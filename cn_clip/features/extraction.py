@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cn_clip import __version__, command, settings, zoo
-from cn_clip.clip.backends.base import KINDS, Kind, named
+from cn_clip.clip.backends.base import KINDS, Kind, Rows, named
 from cn_clip.clip.backends.opening import open_files
 from cn_clip.clip.encoder import SORTING_WINDOW, Encoder, sorted_batches
 from cn_clip.clip.opening import (
@@ -153,11 +153,33 @@ def compute_pictures(
     done = store.num_rows if store.num_rows >= count else store.num_rows // batch_size * batch_size
     with tqdm(total=count, initial=done, unit="picture") as bar:
         if done < count or not count:
-            for keys, pixels in batches(pictures, encoder.transform, batch_size, num_workers, first=done):
-                with named("image_id", ids[done : done + len(keys)].__getitem__):
-                    store.put(done, encoder.encode_pixels(pixels))
-                done += len(keys)
-                bar.update(len(keys))
+            sizes = {"batch_size": batch_size, "num_workers": num_workers}
+            for rows_BD in picture_rows(pictures, encoder, names=ids, what="image_id", **sizes, first=done):
+                store.put(done, rows_BD)
+                done += len(rows_BD)
+                bar.update(len(rows_BD))
+
+
+def picture_rows(
+    pictures: PictureSource[object],
+    encoder: Encoder,
+    *,
+    names: Sequence[object],
+    what: str = "picture",
+    batch_size: int,
+    num_workers: int,
+    first: int = 0,
+) -> Iterator[Rows]:
+    """Yields the unit rows (B, D) of the pictures from number `first` on, batch by batch.
+
+    names: of all pictures, for errors, which call each `what` NAME. Raises DataError naming a picture that cannot be
+    read, NotFiniteError for one whose row is no number.
+    """
+    for keys, pixels in batches(pictures, encoder.transform, batch_size, num_workers, first=first):
+        with named(what, names[first : first + len(keys)].__getitem__):
+            rows_BD = encoder.encode_pixels(pixels)
+        first += len(keys)
+        yield rows_BD
 
 
 def run(options: EngineSettings) -> None:

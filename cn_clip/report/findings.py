@@ -30,9 +30,9 @@ from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, is_split_folder, r
 from cn_clip.data.pictures import ClassFolders, LmdbPictures
 from cn_clip.errors import DataError
 from cn_clip.evaluation import zeroshot
-from cn_clip.evaluation.classification import picture_features
 from cn_clip.evaluation.retrieval import split_features
 from cn_clip.evaluation.templates import load_templates, read_labels
+from cn_clip.features.extraction import picture_rows
 from cn_clip.retrieval.flat import top_k
 from cn_clip.retrieval.recall import RecallBothWays, recall_from_features
 
@@ -237,8 +237,9 @@ def examine_classes(
     pictures = ClassFolders(folder)
     numbers = zeroshot.class_numbers(pictures.classes, len(labels), at=f"{folder} and {labels_file}")
     classes_CD = zeroshot.classifier(encoder, labels, templates, batch_size=batch_size)
-    images_ND = picture_features(encoder, pictures, batch_size=batch_size, num_workers=num_threads)
     paths = [path for path, _ in pictures.samples]
+    rows = picture_rows(pictures, encoder, names=paths, batch_size=batch_size, num_workers=num_threads)
+    images_ND = np.concatenate(list(rows))
     targets_N = np.array([numbers[label] for _, label in pictures.samples], dtype=np.int64)
     return tally(zeroshot.probabilities(images_ND, classes_CD), targets_N, labels, paths, folder)
 
