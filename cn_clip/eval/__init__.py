@@ -1,4 +1,4 @@
-"""Features, retrieval and zero-shot evaluation: the commands and the pure functions they call."""
+"""The commands of features, retrieval and classification; `features` and `evaluation` do their work."""
 
 if __name__ == "eval":  # found in cn_clip/, which is on the path
     from cn_clip import drop_in

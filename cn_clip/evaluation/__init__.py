@@ -1,1 +1,1 @@
-"""Evaluation as functions of arrays, and what the commands of `eval` share: models, benchmarks, labelled pictures."""
+"""Evaluation as functions over arrays and values: recall, classification, benchmarks; for the commands of `eval`."""

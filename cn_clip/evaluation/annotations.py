@@ -65,6 +65,9 @@ def score(
 
     Every query of the annotation counts, also one without relevant ids (which nothing can find). If nothing relevant
     is predicted for any query, a note on stderr says so, and calls both sides `standard` and `submit`.
+
+    Relevant {1: [7], 2: [8, 9], 3: []}, predicted {1: [7, …], 2: [5, 9, …], 3: [5, …]}: a query counts once, by its
+    first hit, so r1 is 1/3 and r5 and r10 are 2/3 of 100; their mean, `score`, is 55.6.
     """
     # Ids of one form, so that `"7"` in one file is 7 in the other.
     relevant, predicted = (
