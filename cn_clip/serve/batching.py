@@ -28,7 +28,6 @@ PART_OVERHEAD = 24
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
-
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 

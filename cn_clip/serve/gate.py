@@ -3,7 +3,7 @@
 Which names a service without a key answers to: a page of another site, open in a browser here, must not reach it. Such
 a page may have its own name resolve to this machine (DNS rebinding); then `Host` bears that name, and what it asks for
 counts as its own. Or it asks by a name of this machine, and `Origin` bears its own: Gradio lets any page read the
-answer. How often an address may send a wrong key: guessing one takes years then, where it would have taken hours.
+answer. An address may send few wrong keys, so that guessing the right one takes years instead of hours.
 """
 
 import asyncio

@@ -26,7 +26,6 @@ from cn_clip.serve.schemas import RefusalError
 if TYPE_CHECKING:
     from cn_clip.clip.encoder import Encoder
 
-ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 # Of those that prepare, and again of those that decode, and that search.
