@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm_python
 
 from cn_clip import digests, zoo
 from cn_clip.clip import Encoder
@@ -67,8 +68,9 @@ def root(both_processes: tuple[Path, object], tmp_path: Path) -> Path:
     return Path(shutil.copytree(both_processes[0], tmp_path / "root"))
 
 
-def start(code: str, *arguments: object) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+def start(code: str, *arguments: object, python: str | None = None) -> "subprocess.Popen[str]":
+    strict = f"import warnings\nwarnings.simplefilter('error')\n{code}"
+    command = [python or warm_python.program(), "-c", strict, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -117,7 +119,7 @@ def test_a_later_use_says_nothing_and_computes_what_pytorch_does(weights: Path, 
 
 def test_another_precision_is_made_of_the_float32_file_without_pytorch(weights: Path, root: Path) -> None:
     code = APART + "assert 'torch' not in sys.modules, 'torch'"
-    run = start(code, weights, root, "int8")
+    run = start(code, weights, root, "int8", python=sys.executable)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 0, err
     assert out == f"{text_file(weights, root, 'int8')}\n"

@@ -7,13 +7,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import warm_python
 from dataset_files import tsv_line
 
 from cn_clip import cli
@@ -386,7 +386,7 @@ def test_a_killed_build_keeps_what_it_reported_and_goes_on(tmp_path: Path, comma
     output = tmp_path / "i"
     args = ["index", "build", folder, "--output", output, *MODEL, "--batch-size", "4", "--commit-every", "8"]
     with subprocess.Popen(
-        [sys.executable, "-m", "cn_clip", *map(str, args)], stdout=subprocess.PIPE, text=True
+        [warm_python.program(), "-m", "cn_clip", *map(str, args)], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(3)]
