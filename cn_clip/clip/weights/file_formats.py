@@ -217,21 +217,17 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     with explained, zipfile.ZipFile(path) as archive:
         root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
         module = _Unpickler(archive, root, path).load()
+        # For each class, which attributes are parameters or buffers: others, like masks, are no part of a state dict.
+        names: dict[str, set[str]] = {}
+        sources = [one for one in archive.namelist() if one.startswith(f"{root}/code/") and one.endswith(".py")]
+        for source in sources:
+            package = source.removeprefix(f"{root}/code/").removesuffix(".py").replace("/", ".")
+            for kind, body in _CLASS.findall(archive.read(source).decode()):
+                lists = _WEIGHT_NAMES.findall(body)
+                names[f"{package}.{kind}"] = set(re.findall(r'"([^"]+)"', " ".join(lists)))
         tensors: dict[str, Tensor] = {}
-        _collect(module, "", tensors, _weight_names(archive, root))
+        _collect(module, "", tensors, names)
         return tensors
-
-
-def _weight_names(archive: zipfile.ZipFile, root: str) -> dict[str, set[str]]:
-    """For each class, which attributes are parameters or buffers: others, like masks, are no part of a state dict."""
-    names: dict[str, set[str]] = {}
-    sources = [name for name in archive.namelist() if name.startswith(f"{root}/code/") and name.endswith(".py")]
-    for source in sources:
-        package = source.removeprefix(f"{root}/code/").removesuffix(".py").replace("/", ".")
-        for kind, body in _CLASS.findall(archive.read(source).decode()):
-            lists = _WEIGHT_NAMES.findall(body)
-            names[f"{package}.{kind}"] = set(re.findall(r'"([^"]+)"', " ".join(lists)))
-    return names
 
 
 def _collect(module: _Module, prefix: str, tensors: dict[str, Tensor], weight_names: dict[str, set[str]]) -> None:
