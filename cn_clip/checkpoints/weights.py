@@ -39,7 +39,7 @@ _UNSEEN = ("image_resolution", "vision_head_width", "text_num_attention_heads", 
 
 
 def strip(file: str, output: str, precision: Precision) -> int:
-    """Writes the weights of a checkpoint alone, as a .pt; returns how many tensors."""
+    """Writes only the weights of a checkpoint, as a .pt; returns how many tensors."""
     refuse_inputs(output, [file])
     checkpoint = read_checkpoint(file, mapped=True)
     tensors = in_precision(checkpoint, precision)
@@ -62,8 +62,8 @@ def export(file: str, output: str, precision: Precision) -> tuple[int, dict[str,
 def average(inputs: Sequence[str], output: str) -> int:
     """Writes the mean of several checkpoints, as `mean` has it; returns how many tensors."""
     refuse_inputs(output, inputs)
-    # Mapped: of each file only the tensor in use is in memory. Adapters are merged: the mean of products is no product
-    # of means.
+    # Mapped: of each file only the tensor in use is in memory. Adapters are merged: the mean of products is not the
+    # product of means.
     checkpoints = [read_checkpoint(file, mapped=True) for file in inputs]
     tensors = mean(checkpoints)
     write_checkpoint(output, tensors, checkpoints[-1])
@@ -185,7 +185,7 @@ def num_parameters(tensors: dict[str, Tensor]) -> int:
 
 
 def num_bytes(content: object) -> int:
-    """Bytes of all tensors in a nested structure of any depth; what stands in it several times counts once."""
+    """Bytes of all tensors in a nested structure of any depth; what is in it several times counts once."""
     total, seen, waiting = 0, set(), [content]
     while waiting:
         item = waiting.pop()
@@ -217,8 +217,8 @@ def type_name(dtype: torch.dtype) -> str:
 def whole(checkpoint: Checkpoint, precision: Precision) -> Checkpoint:
     """The same with the tensors of its model, all of them, in the order of Chinese-CLIP, and its architecture.
 
-    Raises CheckpointError when one is missing, or something does not belong to the model; the bias of the sigmoid loss
-    alone is left out, for similarity does not use it.
+    Raises CheckpointError when one is missing, or something does not belong to the model; only the bias of the sigmoid
+    loss is left out, because similarity does not use it.
     """
     config = infer_config(checkpoint)
     shapes = {name: value.to("meta") for name, value in checkpoint.state_dict.items()}
@@ -268,7 +268,7 @@ _MODULES = (
     ("", "sentence_transformers.base.modules.transformer.Transformer"),
     ("1_Normalize", "sentence_transformers.sentence_transformer.modules.Normalize"),
 )
-# Left out, sentence-transformers takes the model for one of texts alone.
+# Without it sentence-transformers takes the model for one of texts only.
 _FEATURES = {
     "transformer_task": "feature-extraction",
     "modality_config": {

@@ -175,9 +175,9 @@ def _in_process(task: Literal["reference", "prepare", "measure"], job: Job) -> d
     """What the worker gives; {"error": sentence} when it fails or dies."""
     folder = Path(job.folder)
     job.save(folder / "job.json")
-    place = folder / "result.json"
-    place.unlink(missing_ok=True)
-    worker = [sys.executable, "-m", "cn_clip.deploy.bench_worker", task, str(folder / "job.json"), str(place)]
+    answer = folder / "result.json"
+    answer.unlink(missing_ok=True)
+    worker = [sys.executable, "-m", "cn_clip.deploy.bench_worker", task, str(folder / "job.json"), str(answer)]
     # Its last line is read here, whatever the encoding of this process's own output.
     done = subprocess.run(
         worker,
@@ -188,7 +188,7 @@ def _in_process(task: Literal["reference", "prepare", "measure"], job: Job) -> d
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
     )
     with contextlib.suppress(OSError, ValueError):
-        result: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         return result
     if done.returncode < 0:
         return {"error": f"its process was killed by signal {-done.returncode}; perhaps memory ran out"}

@@ -92,11 +92,11 @@ def reasons(rows: Sequence[Row]) -> list[str]:
     found: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if "error" in row:
-            places = found.setdefault((row["backend"], row["precision"], row["error"]), [])
-            places.append(f"{row['tower']} ×{row['batch_size']}")
+            combinations = found.setdefault((row["backend"], row["precision"], row["error"]), [])
+            combinations.append(f"{row['tower']} ×{row['batch_size']}")
     return [
-        f"{MISSING} {backend} {precision} ({', '.join(places)}): {error}"
-        for (backend, precision, error), places in found.items()
+        f"{MISSING} {backend} {precision} ({', '.join(combinations)}): {error}"
+        for (backend, precision, error), combinations in found.items()
     ]
 
 

@@ -74,7 +74,7 @@ def prepare(job: Job) -> dict[str, Any]:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """What one combination takes; all of it in this process alone.
+    """What one combination takes; this process computes nothing else.
 
     median_ms, p95_ms: of a batch, from an array in memory to unit rows in memory. load_s: from opening to the first
     result, with the import of the backend. peak_bytes: the largest memory of this process, Python with it.
@@ -113,11 +113,11 @@ TASKS: dict[str, Callable[[Job], dict[str, Any]]] = {"reference": reference, "pr
 def chosen_texts(ids_NL: TokenIds, count: int, length: int | None) -> TokenIds:
     """`count` texts from the shortest to the longest, cut or padded to the longest among them, or to `length` tokens.
 
-    They are spread evenly over the samples; one alone is of the middle.
+    They are spread evenly over the samples; a single one is from the middle.
     """
     lengths = (ids_NL != 0).sum(axis=1)
-    places = ((np.arange(count) + 0.5) / count * len(ids_NL)).astype(int)
-    chosen = np.argsort(lengths, kind="stable")[places]
+    positions = ((np.arange(count) + 0.5) / count * len(ids_NL)).astype(int)
+    chosen = np.argsort(lengths, kind="stable")[positions]
     longest = int(lengths[chosen].max())
     cut: TokenIds = np.ascontiguousarray(ids_NL[chosen, : min(longest, length or longest)])
     return cut if length is None else np.pad(cut, ((0, 0), (0, length - cut.shape[1])))
@@ -163,7 +163,7 @@ def _rows_path(job: Job, kind: Kind) -> Path:
 
 
 def main() -> None:
-    """Writes the result, or {"error": sentence}, which also stands for what nobody foresaw."""
+    """Writes the result, or {"error": sentence}, also for errors that were not foreseen."""
     task, job_path, result_path = sys.argv[1:]
     job = Job(**json.loads(Path(job_path).read_text(encoding="utf-8")))
     try:

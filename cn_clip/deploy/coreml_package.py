@@ -159,7 +159,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """coremltools tells of parts that only macOS has, of versions it was not tested with, and of its every pass."""
+    """Without what coremltools prints: parts that only macOS has, versions it was not tested with, its every pass."""
     logger = logging.getLogger("coremltools")
     previous = logger.level
     logger.setLevel(logging.ERROR)

@@ -53,7 +53,7 @@ class ConversionOptions:
 
     @property
     def kinds(self) -> "list[Kind]":
-        """The towers to convert, in the order they are told of."""
+        """The towers to convert, in the order of the messages."""
         wanted: list[tuple[Kind, bool]] = [("text", self.convert_text), ("image", self.convert_vision)]
         return [kind for kind, is_wanted in wanted if is_wanted]
 

@@ -48,8 +48,8 @@ def open_arch(
     """The float32 model of a checkpoint, or else the published or bundled one of that name; on the CPU, in eval mode.
 
     flag: the one that gives the checkpoint, for messages. vision, text: towers other than those of the architecture.
-    Raises ConfigError when nobody has published such a model,
-    CheckpointError when the checkpoint is of another architecture, DownloadError.
+    Raises ConfigError when no such model is published, CheckpointError when the checkpoint is of another architecture,
+    DownloadError.
     """
     if checkpoint is None and zoo.named(arch) is None:
         raise ConfigError(f"--model-arch {arch}: there are no published weights of it; give {flag}")
@@ -113,7 +113,7 @@ def write_onnx(
     tolerance: float | None,
     say: Callable[[str], object],
 ) -> list[Written]:
-    """Writes towers in several forms, all of them or nothing; `say` is told how close each is to PyTorch.
+    """Writes towers in several forms, all of them or nothing; `say` prints how close each is to PyTorch.
 
     Raises what `export.export_tower` and `derived.derive` raise.
     """

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Rows: TypeAlias = NDArray[np.float32]
 Pixels: TypeAlias = NDArray[np.float32]
 TokenIds: TypeAlias = NDArray[np.int64]
-# Pictures, and texts, in a batch when nobody says: enough to keep every core busy, few enough to stay in its cache.
+# Pictures, and texts, in a batch by default: enough to keep every core busy, few enough to stay in its cache.
 USUAL_SIZES = (32, 64)
 USUAL_SIZES_ON_GPU = (256, 512)
 
@@ -39,7 +39,7 @@ USUAL_SIZES_ON_GPU = (256, 512)
 class Backend(Protocol):
     """What runs the towers. `Encoder`, `eval`, `serve` and the benchmarks know nothing else of it.
 
-    Not for several threads at once: whoever shares a backend calls it from one of them.
+    Not for several threads at once: programs that share a backend call it from one of them.
     """
 
     @property
@@ -75,7 +75,7 @@ class Facts:
     """What is known of an open backend besides what every one has; None, 0 or "" where it does not say.
 
     device: "cpu" or "cuda:0", as PyTorch calls it; provider: the same in the words of ONNX Runtime.
-    batch_sizes: pictures, and texts, in a batch when nobody says. max_length: the longest text it takes, in tokens;
+    batch_sizes: pictures, and texts, in a batch by default. max_length: the longest text it takes, in tokens;
     context_length: the longest it was trained with. logit_scale: the factor on cosines, exp of the stored parameter.
     num_parameters: all, and those of the picture tower. architecture: "VISION@TEXT", of exported files.
     weights: a fingerprint, alike for every backend and precision.
@@ -112,7 +112,7 @@ def unit_rows(features_BD: NDArray[np.floating]) -> Rows:
 
 
 def checked_rows(rows_BD: Rows) -> Rows:
-    """The rows, once each of them is finite: every backend sends its own through here, and nobody checks again.
+    """The rows, once each of them is finite: every backend sends its own through here, and they are not checked again.
 
     Raises NotFiniteError for those that hold NaN or infinity, as do rows that come from zeros only, which have no
     direction (0 / 0), and from features too large for their length (see `unit_rows`).
@@ -191,7 +191,7 @@ class Tower(Protocol):
 class ExportedBackend:
     """Two exported towers as a backend; a missing one is an error only when it is asked for.
 
-    Towers that take one batch size or one text length alone, as those Chinese-CLIP exports do, are served what they
+    Towers that take only one batch size or one text length, as those Chinese-CLIP exports, are served what they
     take: batches are cut, the last one filled up, and texts padded.
     """
 

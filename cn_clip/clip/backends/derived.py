@@ -259,14 +259,14 @@ def share(base: Path, left_out: Collection[str]) -> Share:
     for name, weight in _weights(proto, ("MatMul", "Gemm", "Conv")).items():
         (node,) = (node for node in proto.graph.node if node.name == name)
         sizes = [dim.dim_value or 1 for dim in shapes.get(node.output[0], ())]  # batch and text length are free
-        places = sizes[2:] if node.op_type == "Conv" else sizes[:-1]
-        work[name] = int(np.prod(weight.dims)) * int(np.prod(places))
+        positions = sizes[2:] if node.op_type == "Conv" else sizes[:-1]
+        work[name] = int(np.prod(weight.dims)) * int(np.prod(positions))
     chosen = [name for name, weight in _weights(proto).items() if _may_be_int8(weight) and name not in left_out]
     return Share(len(chosen), len(work), sum(work[name] for name in chosen) / max(sum(work.values()), 1))
 
 
 def product_losses(base: Path, kind: Kind, reference: Reference, scratch: Path) -> dict[str, float]:
-    """The share of its output's energy that each product loses in int8, alone, on its own real inputs.
+    """The share of its output's energy that each product loses if only it is in int8, on its own real inputs.
 
     scratch: where a copy is written whose outputs are those inputs.
     """

@@ -120,7 +120,7 @@ def _translated(model: CLIP, kind: Kind) -> "ModelProto":
         script.fold_constants(program.model, input_size_limit=everything, output_size_limit=everything)
         script.remove_unused_nodes(program.model)
     proto: ModelProto = program.model_proto
-    del proto.graph.value_info[:]  # shapes of the example, some of them wrong; whoever wants them infers them
+    del proto.graph.value_info[:]  # shapes of the example, some of them wrong; readers that want them infer them
     for node in proto.graph.node:  # lines of source and paths of this machine
         node.ClearField("doc_string")
         node.ClearField("metadata_props")

@@ -77,7 +77,7 @@ def tower_files(source: Source, kinds: Sequence[Kind], form: str, *, say: Announ
     folder = source.folder()
     paths = {kind: onnx_path(folder / STEM, kind, form) for kind in kinds}
     if not all(map(_is_whole, paths.values())):
-        with _alone(folder, say):  # whoever held the lock before may have made them
+        with _alone(folder, say):  # the process that held the lock before may have made them
             _make(source, [kind for kind in kinds if not _is_whole(paths[kind])], form, folder, say)
     return paths
 
@@ -139,7 +139,7 @@ def _reports(source: Source, bases: dict[Kind, Path], form: str, prefix: Path) -
 
 @contextlib.contextmanager
 def _building(folder: Path) -> Iterator[Path]:
-    """An empty folder on the same disk, for whoever holds the lock: what a killed process left there goes."""
+    """An empty folder on the same disk; the caller holds the lock. What a killed process left there is deleted."""
     scratch = folder / BUILDING
     shutil.rmtree(scratch, ignore_errors=True)
     with _keeping(folder):

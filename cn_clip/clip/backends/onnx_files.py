@@ -34,7 +34,7 @@ _SMALLEST_OUTSIDE = 1024
 _LARGEST_GRAPH = 1 << 25
 _LOCATION = b"\x0a\x08location\x12"
 
-# The facts that are no whole numbers.
+# The facts that are not whole numbers.
 FACT_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("kind", "precision", "architecture", "weights"), (str,)),
     "logit_scale": (int, float),
@@ -81,7 +81,7 @@ def save(proto: "ModelProto", path: Path, *, outside: bool | None = None) -> Non
             size_threshold=_SMALLEST_OUTSIDE,
         )
         if outside:
-            beside.chmod(path.stat().st_mode)  # onnx makes it readable by its owner alone
+            beside.chmod(path.stat().st_mode)  # onnx makes it readable by its owner only
 
 
 def move(path: Path, folder: Path) -> Path:
@@ -129,7 +129,7 @@ def facts_of(
 ) -> TowerFacts:
     """The facts of an opened file: shapes from its tensors, the rest from its metadata if it has any.
 
-    Raises CheckpointError when it is no tower of this kind.
+    Raises CheckpointError when it is not a tower of this kind.
     """
     wanted = {INPUTS[kind]: 4 if kind == "image" else 2}
     if {name: len(shape) for name, shape in inputs.items()} != wanted or OUTPUTS[kind] not in outputs:
@@ -181,7 +181,7 @@ def read_metadata(path: str, kind: Kind, text: str | None) -> dict[str, Any]:
 def missing_weights(path: str | Path) -> str | None:
     """A sentence when the file, or the file of its outside weights, is not there; None when nothing is missing.
 
-    First an export that was killed while its files got their places is finished; raises DataError as `files.settle`.
+    First an export that was killed while its files were moved is finished; raises DataError as `files.settle`.
     """
     path = Path(path)
     settle(path.parent)

@@ -96,7 +96,7 @@ def open_session(
     runtime: Any = require("onnxruntime", extra="onnx", purpose="the onnx backend")
     provider, chosen = _provider(runtime, device, options or {})
     settings = runtime.SessionOptions()
-    settings.log_severity_level = 3  # errors alone; they come as exceptions too
+    settings.log_severity_level = 3  # errors only; they come as exceptions too
     if not ranks.processor()[1] & VNNI:
         settings.add_session_config_entry(EXACT_INT8, "1")
     if num_threads is not None:

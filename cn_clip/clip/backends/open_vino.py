@@ -88,7 +88,7 @@ class OpenVinoTower:
 
 
 def _last_line(error: Exception) -> str:
-    """What OpenVINO says after the places in its source."""
+    """What OpenVINO says after the lines of its source."""
     return next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
 
 

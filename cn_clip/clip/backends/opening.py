@@ -49,10 +49,10 @@ def open_backend(
 
     model: a published or bundled name, a checkpoint, a transformers folder; for backends other than torch also the
     prefix of exported files (`deploy/vit-b-16` for `deploy/vit-b-16.img.fp32.onnx`). What is not exported yet is
-    exported into the cache, `exported/` in `download_root`, and `say` is told.
+    exported into the cache, `exported/` in `download_root`, and `say` prints a line.
     precision: "auto" takes the fastest that keeps a cosine of 0.999 to float32 and that the device has in hardware.
     vision, text: architecture names, for a checkpoint that leaves them open. kinds: the towers wanted.
-    device: of torch, onnx and tensorrt; default, or "auto": CUDA where there is one. compile: torch alone.
+    device: of torch, onnx and tensorrt; default, or "auto": CUDA where there is one. compile: torch only.
     Raises CnClipError: no such model, backend, precision or device, or a package that is not installed.
     """
     check_precision(backend, precision)
@@ -163,7 +163,7 @@ def _open_engine(source: Source, kind: Kind, precision: Precision, device: str |
 def open_files(
     backend: Literal["onnx", "tensorrt"], image: str | None, text: str | None, *, device: str, num_threads: int | None
 ) -> ExportedBackend:
-    """Exported towers by the paths of their files, None for one that is not wanted; num_threads: of onnx alone.
+    """Exported towers by the paths of their files, None for one that is not wanted; num_threads: of onnx only.
 
     Raises CnClipError: no such file, device or package, or a file of another kind.
     """
@@ -195,7 +195,7 @@ def settle_precision(backend: BackendName, precision: str, device: "str | torch.
 
 
 def _check_model(model: str | Path, backend: BackendName) -> None:
-    """Raises ConfigError for what can be told from the name alone to be no model of this backend."""
+    """Raises ConfigError for a name that cannot be a model of this backend."""
     if not str(model):
         raise ConfigError("model: expected a name or a path, got ''")
     others = 'use backend="onnx" or backend="openvino"'

@@ -171,7 +171,7 @@ class ForeignTowers:
             num_parameters=(sum(sizes.values()), visual),
         )
         self._encode_image, self._encode_text = encode_image, encode_text
-        # No two families keep the width of their rows in the same place.
+        # Each family keeps the width of its rows under another name.
         self.embed_dim = self.encode_pixels(torch.zeros(1, 3, resolution, resolution).numpy()).shape[1]
 
     @torch.inference_mode()

@@ -102,7 +102,7 @@ def engine_path(prefix: str | Path, kind: Kind, precision: str) -> Path:
 def device_of(device: object) -> str:
     """The device in the words of `open_session`: `tensorrt`, or `tensorrt:1` of cuda:1.
 
-    Raises ConfigError for a device that is no GPU, MissingExtraError when the installed ONNX Runtime has no TensorRT
+    Raises ConfigError for a device that is not a GPU, MissingExtraError when the installed ONNX Runtime has no TensorRT
     provider.
     """
     name, _, number = ("cuda" if device in (None, "auto") else str(device)).partition(":")
@@ -137,7 +137,7 @@ def open_engine(path: str | Path, *, device: object = None) -> Any:
     Raises what `device_of` raises, ConfigError when the provider cannot start, CheckpointError for a file that is not
     there, holds no engine, or holds one of another release of TensorRT or another kind of GPU.
     """
-    place, path = device_of(device), Path(path)
+    where, path = device_of(device), Path(path)
     try:
         with path.open("rb") as stream:
             is_engine = b"EPContext" in stream.read(_HEAD)
@@ -150,7 +150,7 @@ def open_engine(path: str | Path, *, device: object = None) -> Any:
         )
         raise CheckpointError(what, at=path)
     try:
-        return open_session(path, place, otherwise="use the backend openvino or onnx on a processor")
+        return open_session(path, where, otherwise="use the backend openvino or onnx on a processor")
     except CheckpointError as error:
         told: dict[str, Any] = {}
         with contextlib.suppress(Exception):  # whatever is wrong with the file, the first error says it
@@ -195,7 +195,7 @@ class TensorRtTower(OnnxTower):
     """One engine file as a tower over numpy arrays."""
 
     def __init__(self, path: str | Path, kind: Kind, *, device: object = None) -> None:
-        """Raises what `open_engine` raises; CheckpointError for an engine that is no tower of this kind."""
+        """Raises what `open_engine` raises; CheckpointError for an engine that is not a tower of this kind."""
         session = open_engine(path, device=device)
         self._take(path, kind, session)
         shapes = shapes_of(session).get(self._input)
@@ -223,11 +223,11 @@ def open_engines(
 def build_engine(onnx_path: str | Path, kind: Kind, path: Path, build: Build, *, device: object = None) -> Built:
     """Writes the engine of an ONNX file; sizes that are fixed in the file stay fixed. A failure writes nothing.
 
-    Raises ConfigError for settings that the file cannot have; CheckpointError when the file is no tower of this kind,
-    when TensorRT cannot build it, or when the engine computes something else than the file; what `device_of` raises.
+    Raises ConfigError for settings that the file cannot have; CheckpointError when the file is not a tower of this
+    kind, when TensorRT cannot build it, or when the engine computes something else; what `device_of` raises.
     """
     started, base = time.monotonic(), Path(onnx_path)
-    place = device_of(device)
+    where = device_of(device)
     if not path.parent.is_dir():
         raise ConfigError(f"the folder {path.parent} does not exist; create it first", at=path)
     tower = OnnxTower(base, kind, device="cpu")
@@ -237,7 +237,7 @@ def build_engine(onnx_path: str | Path, kind: Kind, path: Path, build: Build, *,
     with HeldFolder(path.parent, f".{path.name}.") as scratch:
         dumped, made = scratch.path / "engine.onnx", scratch.path / path.name
         options = _options(build, dumped, tower.facts, span)
-        session = open_session(base, place, options=options, otherwise="use another machine")
+        session = open_session(base, where, options=options, otherwise="use another machine")
         # If shapes are free, the first batch builds the engine, and the end of the session may write it.
         run_engine(str(base), session, {INPUTS[kind]: np.ones(span[1])})
         del session
@@ -301,7 +301,7 @@ def _span(path: str, kind: Kind, facts: TowerFacts, build: Build) -> Span:
 
 
 def _options(build: Build, dumped: Path, facts: TowerFacts, span: Span) -> dict[str, str]:
-    """What ONNX Runtime's provider is told: https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.
+    """Options of ONNX Runtime's provider: https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.
 
     Shapes are given only if some size is free: the provider refuses those of an input that has one shape.
     """

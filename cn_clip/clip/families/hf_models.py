@@ -1,7 +1,7 @@
 """Models of transformers: CLIP, SigLIP, AltCLIP, MetaCLIP 2 and Chinese-CLIP folders, run by transformers itself.
 
 Pictures go through the processor of the folder and texts through its tokenizer: nothing of them is repeated here.
-Code that comes with a folder is never run, and pickled weights are read by `torch.load(weights_only=True)` alone.
+Code that comes with a folder is never run, and pickled weights are read only by `torch.load(weights_only=True)`.
 """
 
 # B batch, R resolution, L tokens, D embedding
@@ -32,10 +32,10 @@ _VISUAL_PARTS = ("vision_model.", "visual_projection.")
 class Family:
     """How the texts of a family were padded when it was trained.
 
-    is_masked: padding is hidden from attention; where it is not, the tower looks back alone, or was trained with it.
+    is_masked: padding is hidden from attention; if it is not, attention is causal, or the tower was trained with it.
     is_full: every text is padded to the longest that the tower takes. has_spare_positions: as in RoBERTa, the first
-    position embeddings, one more than the id of padding, are no text's. processor: of pictures, where the folder does
-    not say which.
+    position embeddings, one more than the id of padding, belong to no text. processor: of pictures, if the folder does
+    not name one.
     """
 
     is_masked: bool = False
