@@ -1,9 +1,8 @@
 """Which weights a run trains: frozen towers and layers, and low-rank adapters (LoRA) in place of the weights."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -14,19 +13,9 @@ from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint, fit, read_
 from cn_clip.clip.weights.low_rank import LowRank, is_adapter
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.training.logger import logger
+from cn_clip.training.params import Options
 
 JOINED_WEIGHT = ".attn.in_proj_weight"
-
-
-class Frozen(Protocol):
-    """The settings that say what stays as it is; `training.params.Options` has them."""
-
-    @property
-    def freeze_vision(self) -> bool: ...
-    @property
-    def freeze_text(self) -> bool: ...
-    @property
-    def freeze_text_layers(self) -> int: ...
 
 
 # --- freezing ---------------------------------------------------------------------------------------------------------
@@ -63,7 +52,7 @@ def frozen_modules(model: CLIP, *, vision: bool, text: bool, text_layers: int) -
     return modules
 
 
-def set_training_mode(model: CLIP, options: Frozen) -> None:
+def set_training_mode(model: CLIP, options: Options) -> None:
     """`model.train()`, but what is frozen computes as in evaluation: no dropout, running statistics as they are.
 
     With adapters this holds for every batch normalisation: its statistics belong to the weights that stay.
@@ -89,7 +78,13 @@ def add_lora(model: CLIP, rank: int, alpha: float | None = None) -> None:
     Raises ConfigError when both towers are frozen, MissingExtraError without `peft`.
     """
     peft = extras.require("peft", extra="lora", purpose="--lora-rank")
-    modules, parameters = list(_adapted_modules(model)), list(_adapted_parameters(model))
+    # The convolution of a Vision Transformer is the patch embedding: neither attention nor perceptron.
+    kinds = (nn.Linear, nn.Conv2d) if isinstance(model.visual, ModifiedResNet) else (nn.Linear,)
+    modules = [
+        name for name, module in model.named_modules() if isinstance(module, kinds) and module.weight.requires_grad
+    ]
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    parameters = [name for name in trained if name.endswith(JOINED_WEIGHT)]
     if not modules:
         raise ConfigError("--lora-rank: both towers are frozen, there is nothing to adapt; leave one to be trained")
     chosen = {"target_modules": modules, "target_parameters": parameters or None}
@@ -102,22 +97,6 @@ def add_lora(model: CLIP, rank: int, alpha: float | None = None) -> None:
     settings = lora_settings(model)
     assert settings is not None
     logger.info("LoRA of rank %d, alpha %g: %d values are trained.", rank, settings.alpha, count)
-
-
-def _adapted_modules(model: CLIP) -> Iterator[str]:
-    is_resnet = isinstance(model.visual, ModifiedResNet)
-    for name, module in model.named_modules():
-        # The convolution of a Vision Transformer is the patch embedding: neither attention nor perceptron.
-        if (isinstance(module, nn.Linear) or (is_resnet and isinstance(module, nn.Conv2d))) and (
-            module.weight.requires_grad
-        ):
-            yield name
-
-
-def _adapted_parameters(model: CLIP) -> Iterator[str]:
-    for name, parameter in model.named_parameters():
-        if name.endswith(JOINED_WEIGHT) and parameter.requires_grad:
-            yield name
 
 
 def lora_settings(model: nn.Module) -> LowRank | None:
@@ -141,12 +120,7 @@ def file_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_plain_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copies tensors under the names of checkpoints into the model; as `tensors_for`."""
-    model.load_state_dict(tensors_for(model, tensors, path))
-
-
-def tensors_for(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """A whole state dict for `model`, under its own names, position embeddings resized.
+    """Copies tensors under the names of checkpoints into the model, position embeddings resized.
 
     Adapters, and the bias of the sigmoid loss, keep their values when `tensors` has none: a run that starts from
     weights trained without them.
@@ -156,9 +130,8 @@ def tensors_for(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> 
     expected = file_names(own)
     has_adapters = any(map(is_adapter, tensors))
     kept = [name for name in expected if name == SIGMOID_BIAS or (is_adapter(name) and not has_adapters)]
-    tensors = {**{name: expected[name] for name in kept}, **tensors}
-    fitted = fit(tensors, expected, path)
-    return {name: fitted[file_name(name)] for name in own}
+    fitted = fit({**{name: expected[name] for name in kept}, **tensors}, expected, path)
+    model.load_state_dict({name: fitted[file_name(name)] for name in own})
 
 
 def read_for_training(model: nn.Module, path: str | Path) -> Checkpoint:

@@ -224,19 +224,13 @@ def load_start(options: Options, model: CLIP, checkpoint_dir: Path) -> tuple[Sta
     try:
         adapt.load_plain_state_dict(model, tensors, checkpoint.path)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}{_advice(options, checkpoint)}") from error
+        advice = ""
+        with contextlib.suppress(CheckpointError):
+            vision, text = zoo.tower_names(infer_config(checkpoint))
+            if None not in (vision, text) and (vision, text) != (options.vision_model, options.text_model):
+                advice = f" It holds {vision} @ {text}: give --vision-model {vision} --text-model {text}"
+        raise CheckpointError(f"{error}{advice}") from error
     return start, checkpoint
-
-
-def _advice(options: Options, checkpoint: Checkpoint) -> str:
-    """The flags that fit the checkpoint, where its towers have names and others were asked for."""
-    try:
-        vision, text = zoo.tower_names(infer_config(checkpoint))
-    except CheckpointError:
-        return ""
-    if None in (vision, text) or (vision, text) == (options.vision_model, options.text_model):
-        return ""
-    return f" It holds {vision} @ {text}: give --vision-model {vision} --text-model {text}"
 
 
 def agree_on_start(trainer: Trainer) -> None:

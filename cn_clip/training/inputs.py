@@ -113,7 +113,10 @@ class ShardSampler(EpochSampler):
         order = np.empty((self.num_batches, self.batch_size), dtype=np.int64)
         for stream in range(self.num_streams):
             own = order[stream :: self.num_streams]
-            own[:] = self._shuffled(row[first : first + own.size], stream).reshape(own.shape)
+            draw = np.random.default_rng((self._entropy, self.epoch, self.rank, stream))
+            # No sample moves by more than the window.
+            moved = np.argsort(np.arange(own.size) + self.window * draw.random(own.size), kind="stable")
+            own[:] = row[first : first + own.size][moved].reshape(own.shape)
             first += own.size
         return torch.from_numpy(order.reshape(-1))
 
@@ -126,13 +129,6 @@ class ShardSampler(EpochSampler):
         row = np.repeat(firsts - (np.cumsum(sizes) - sizes), sizes) + np.arange(self.num_samples)
         left_out = draw.choice(self.num_samples, self.num_samples - self.num_padded, replace=False, shuffle=False)
         return np.delete(row, left_out)
-
-    def _shuffled(
-        self, stretch: "np.ndarray[tuple[int], np.dtype[np.int64]]", stream: int
-    ) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-        """No sample moves by more than the window."""
-        draw = np.random.default_rng((self._entropy, self.epoch, self.rank, stream))
-        return stretch[np.argsort(np.arange(len(stretch)) + self.window * draw.random(len(stretch)), kind="stable")]
 
 
 class EpochNumbers(Sampler[int]):

@@ -51,8 +51,10 @@ class Monitor:
         self.folder, self.path = folder, folder / METRICS
         self._stream: IO[str] | None = None
         self._can_draw, self._is_drawn = True, False
-        if not start_step or not goes_on:
-            self._set_aside()
+        if (not start_step or not goes_on) and is_there(self.path) and self.path.stat().st_size:
+            changed = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime(self.path.stat().st_mtime))
+            with self._writing():
+                os.replace(self.path, self.path.with_name(f"{self.path.stem}_{changed}{self.path.suffix}"))
         self._keep(lambda record: record["step"] <= start_step)
         # TensorBoard hides what earlier processes wrote of the steps from purge_step on.
         purge_step = start_step + 1 if start_step else 0
@@ -117,14 +119,6 @@ class Monitor:
                 with atomic_write(self.path) as stream:
                     stream.writelines(json.dumps(record) + "\n" for record in self._records)
             self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by _close_file
-
-    def _set_aside(self) -> None:
-        """Gives a file with something in it a name with the time of its last change."""
-        if not is_there(self.path) or not self.path.stat().st_size:
-            return
-        changed = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime(self.path.stat().st_mtime))
-        with self._writing():
-            os.replace(self.path, self.path.with_name(f"{self.path.stem}_{changed}{self.path.suffix}"))
 
     def _close_file(self) -> None:
         if self._stream is not None:

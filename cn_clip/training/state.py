@@ -89,8 +89,8 @@ def checkpoint_content(
     return content
 
 
-def save(content: dict[str, Any], paths: list[Path]) -> float:
-    """Writes a file of its own under each of `paths`, all or none, and returns the seconds it took.
+def save(content: dict[str, Any], paths: list[Path]) -> None:
+    """Writes a file of its own under each of `paths`, all or none, and logs them.
 
     Raises CheckpointError when they cannot be written, e.g. on a full disk; files written earlier stay as they were.
     """
@@ -112,7 +112,10 @@ def save(content: dict[str, Any], paths: list[Path]) -> float:
             "free some space (--keep-checkpoints N deletes old ones) and start the same command again",
             at=paths[0],
         ) from error
-    return time.monotonic() - begin
+    seconds = time.monotonic() - begin
+    where = f"(epoch {content['epoch']} @ {content['step']} steps)"
+    for path in paths:
+        logger.info(f"Saved checkpoint {path} {where} (writing took {seconds} seconds)")
 
 
 def _copy(source: IO[bytes], target: IO[bytes]) -> None:

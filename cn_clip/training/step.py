@@ -3,7 +3,8 @@
 # B pairs of a batch, L tokens, R resolution, D embedding, T teacher's embedding
 
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -127,7 +128,7 @@ class Learner:
             for batch in batches:
                 randomness.append(state.rng_state(self.parallel.device))
                 parts.append(self._forward(batch))
-        image, text = (torch.cat([part[place] for part in parts]) for place in (0, 1))
+        image, text = (torch.cat([part[tower] for part in parts]) for tower in (0, 1))
         return randomness, Features(image, text, parts[0].scale)
 
     def _score(self, features: Features, bias: Tensor | None, batches: Sequence[Batch]) -> Scores:
@@ -163,16 +164,20 @@ def make_batch(pairs: PairBatch, device: torch.device, *, with_keys: bool = True
     with_keys: for a learner with `multi_positive`; they take a hash for each picture and text.
     """
     tokens_BL = cut_to_longest(pairs.tokens)
-    keys_B2 = _make_keys(pairs.image_id, tokens_BL).to(device, non_blocking=True) if with_keys else None
+    keys_B2 = None
+    if with_keys:  # int64; texts are compared as the model reads them
+        images = [_key(image_id) for image_id in pairs.image_id]
+        texts = [_key(row[: int(row.ne(0).sum())].tolist()) for row in tokens_BL]
+        keys_B2 = torch.tensor([images, texts]).t().to(device, non_blocking=True)
     pixels_B3RR, tokens_BL = (tensor.to(device, non_blocking=True) for tensor in (pairs.pixels, tokens_BL))
     return Batch(pixels_B3RR, tokens_BL, list(zip(pairs.image_id, pairs.text_id, strict=True)), keys_B2)
 
 
-def _make_keys(image_ids: Sequence[RecordId], tokens_BL: Tensor) -> Tensor:
-    """Int64 (B, 2) on the CPU. Texts are compared as the model reads them."""
-    images = [_key(image_id) for image_id in image_ids]
-    texts = [_key(row[: int(row.ne(0).sum())].tolist()) for row in tokens_BL]
-    return torch.tensor([images, texts]).t()
+def joined(batches: Iterable[Batch], number: int) -> Iterator[list[Batch]]:
+    """The batches of each update, `number` of them; those at the end that fill no update are left out."""
+    rest = iter(batches)
+    while len(update := list(itertools.islice(rest, number))) == number:
+        yield update
 
 
 def _keys(batch: Batch) -> Tensor:

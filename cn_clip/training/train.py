@@ -6,7 +6,7 @@ The gradients come from `step` and the log lines from `log_lines`, as those of `
 # B batch, N rows of all processes, D embedding
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from cn_clip.training.loss import Objective, Pairs, contrastive_scores, feature_
 from cn_clip.training.params import is_due
 from cn_clip.training.scheduler import clamp_logit_scale
 from cn_clip.training.state import Position
-from cn_clip.training.step import Batch, Learner, Teacher, cut_to_longest
+from cn_clip.training.step import Batch, Learner, Teacher, cut_to_longest, joined
 
 __getattr__ = drop_in.names(__name__)
 
@@ -170,7 +170,7 @@ def train(
     _set_training_mode(model, args)
     trained = 0
     report.clock.restart()
-    for number, batches in enumerate(_updates(dataloader, args.accum_freq, learner.parallel.device)):
+    for number, batches in enumerate(joined(_batches(dataloader, learner.parallel.device), args.accum_freq)):
         step = steps_per_epoch * epoch + number
         if step >= args.max_steps:
             logger.info("Stopping training due to step %d has reached max_steps %d", step, args.max_steps)
@@ -209,20 +209,16 @@ def _learner(model: nn.Module, scaler: Any, args: Any, teacher_model: Any) -> Le
             "program with torchrun, or set RANK and WORLD_SIZE as it does"
         )
     parallel = _Given(model)
+    dtype = ranks.autocast_dtype("amp", parallel.device) if args.precision == "amp" else None
     return Learner(
         parallel,
         Objective("clip", args.kd_loss_weight if args.distillation else 0.0),
         scaler or torch.amp.GradScaler(parallel.device.type, enabled=False),
-        _autocast(args, parallel.device),
+        nullcontext if dtype is None else partial(torch.autocast, parallel.device.type, dtype=dtype),
         gather=_gather_mode(args),
         mask_ratio=args.mask_ratio,
         teacher=_teacher(teacher_model) if args.distillation else None,
     )
-
-
-def _autocast(args: Any, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    dtype = ranks.autocast_dtype("amp", device) if args.precision == "amp" else None
-    return nullcontext if dtype is None else partial(torch.autocast, device.type, dtype=dtype)
 
 
 def _report(learner: Learner, dataloader: Any, batch_size: int, args: Any) -> Report:
@@ -239,15 +235,10 @@ def _report(learner: Learner, dataloader: Any, batch_size: int, args: Any) -> Re
     return Report(plan, stuck, learner.parallel.device, args.report_training_batch_acc)
 
 
-def _updates(dataloader: Any, number: int, device: torch.device) -> Iterator[list[Batch]]:
-    """The batches of each update; batches at the end that fill none are left out."""
-    batches: list[Batch] = []
+def _batches(dataloader: Any, device: torch.device) -> Iterator[Batch]:
     for images, texts, *_ in islice(dataloader, dataloader.num_batches):
         pixels, tokens = (tensor.to(device, non_blocking=True) for tensor in (images, cut_to_longest(texts)))
-        batches.append(Batch(pixels, tokens, [(place, place) for place in range(len(images))], None))
-        if len(batches) == number:
-            yield batches
-            batches = []
+        yield Batch(pixels, tokens, [(number, number) for number in range(len(images))], None)
 
 
 def _save(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, step: int, args: Any) -> None:
@@ -259,10 +250,7 @@ def _save(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, step: 
         "state_dict": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    paths = [Path(args.checkpoint_path) / name for name in (f"epoch_{epoch + 1}_{step}.pt", state.LATEST)]
-    seconds = state.save(content, paths)
-    for path in paths:
-        logger.info(f"Saved checkpoint {path} (epoch {epoch + 1} @ {step} steps) (writing took {seconds} seconds)")
+    state.save(content, [Path(args.checkpoint_path) / name for name in (f"epoch_{epoch + 1}_{step}.pt", state.LATEST)])
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from cn_clip.training.scheduler import (
     optimizer_state,
 )
 from cn_clip.training.state import Extent, Position, Start
-from cn_clip.training.step import Batch, Learner, make_batch
+from cn_clip.training.step import Batch, Learner, joined, make_batch
 from cn_clip.training.stopping import EarlyStop, StopRequest, StopWaiting
 from cn_clip.training.validation import Validation, validate
 
@@ -135,8 +135,10 @@ class Trainer:
             try:
                 if self.position.step == 0 and self.options.validates:
                     self.validate(-1)
-                    self._leave_if_asked(-1)
-                while self._next_step() < self.max_steps or not self.closed:
+                    self._leave_if_asked()
+                while (
+                    not self.closed or self.steps_per_epoch * self.position.epoch + self.position.batch < self.max_steps
+                ):
                     if self.early_stop.should_stop(self.options.early_stop):
                         bad, best = self.early_stop.bad, self.early_stop.best or 0.0
                         logger.info(
@@ -145,11 +147,8 @@ class Trainer:
                         break
                     self._run_epoch(self.position.epoch)
             except StopWaiting:
-                self._leave_if_asked(self.position.epoch)
+                self._leave_if_asked()
         self.report.end()
-
-    def _next_step(self) -> int:
-        return self.steps_per_epoch * self.position.epoch + self.position.batch
 
     def _run_epoch(self, epoch: int) -> None:
         """Trains, and closes the epoch: validation where it is due, and a checkpoint."""
@@ -162,7 +161,7 @@ class Trainer:
             self.validate(epoch)
         self.closed = True
         self._save_epoch(epoch)
-        self._leave_if_asked(epoch, is_saved=True)
+        self._leave_if_asked(is_saved=True)
 
     def _train_epoch(self, epoch: int) -> None:
         self._set_training_mode()
@@ -184,24 +183,23 @@ class Trainer:
                 self.validate(epoch)
                 self._set_training_mode()
             if is_due(step + 1, self.options.save_step_frequency):
-                self._save([f"epoch_{epoch + 1}_{step + 1}.pt", state.LATEST], epoch)
+                self._save([f"epoch_{epoch + 1}_{step + 1}.pt", state.LATEST])
             if batch + 1 < self.steps_per_epoch and step + 1 < self.max_steps:  # else the epoch is closed first
-                self._leave_if_asked(epoch)
+                self._leave_if_asked()
             if self.early_stop.should_stop(self.options.early_stop):
                 return
 
     def _updates(self, epoch: int) -> Iterator[list[Batch]]:
         """The batches of each update, from where the run stands."""
-        number = self.options.accum_freq
-        self.training.start_epoch(epoch, self.position.batch * number)
-        batches: list[Batch] = []
-        for pairs in self._awaited(self.training.loader):
-            assert isinstance(pairs, PairBatch)
-            self.report.num_skipped += sum(pairs.num_skipped)
-            batches.append(make_batch(pairs, self.device, with_keys=self.learner.multi_positive))
-            if len(batches) == number:
-                yield batches
-                batches = []
+
+        def batches() -> Iterator[Batch]:
+            for pairs in self._awaited(self.training.loader):
+                assert isinstance(pairs, PairBatch)
+                self.report.num_skipped += sum(pairs.num_skipped)
+                yield make_batch(pairs, self.device, with_keys=self.learner.multi_positive)
+
+        self.training.start_epoch(epoch, self.position.batch * self.options.accum_freq)
+        return joined(batches(), self.options.accum_freq)
 
     def _awaited(self, loader: Loader[Any]) -> Iterator[Any]:
         """The batches of a loader; a signal ends the wait for one, which a disk that hangs would make endless.
@@ -259,12 +257,12 @@ class Trainer:
 
     # --- stopping, validating ----------------------------------------------------------------------------------------
 
-    def _leave_if_asked(self, epoch: int, *, is_saved: bool = False) -> None:
+    def _leave_if_asked(self, *, is_saved: bool = False) -> None:
         """Ends the run when a signal asks for it, with a checkpoint as soon as a step is done."""
         if not distributed.any_process(self.stop_request.number is not None):
             return
         if self.position.step and not is_saved:
-            self._save([state.LATEST], epoch)
+            self._save([state.LATEST])
         number = self.stop_request.number or signal.SIGTERM
         names = [name for name in ("reset_optimizer", "reset_data_offset", "overwrite") if getattr(self.options, name)]
         left_out = [f"--resume {self.options.resume}"] if self.options.resume is not None else []
@@ -295,7 +293,7 @@ class Trainer:
         )
         if self.early_stop.observe(result.mean_recall) and step:
             # Without what only going on would need.
-            self._write([state.BEST], epoch, optimizer=None, resume=None)
+            self._write([state.BEST], optimizer=None, resume=None)
         self.report.clock.restart()
         return result
 
@@ -311,9 +309,9 @@ class Trainer:
         names = [state.LATEST]
         if is_done and (is_last or is_due(epoch + 1, self.options.save_epoch_frequency)):
             names = [f"epoch{epoch + 1}.pt", *names]
-        self._save(names, epoch)
+        self._save(names)
 
-    def _save(self, names: list[str], epoch: int) -> None:
+    def _save(self, names: list[str]) -> None:
         self._check_loss()
         resume = {
             "extent": asdict(self.extent),
@@ -325,15 +323,13 @@ class Trainer:
             "origin": None if self.start is None else self.start.origin,
         }
         optimizer = optimizer_state(self.optimizer, self.groups)
-        self._write(names, epoch, optimizer=optimizer, resume=resume)
+        self._write(names, optimizer=optimizer, resume=resume)
         if ranks.rank() == 0:
             for path in state.prune(self.checkpoint_dir, self.options.keep_checkpoints):
                 logger.info("Deleted old checkpoint %s (--keep-checkpoints %d)", path, self.options.keep_checkpoints)
         distributed.wait_for_all()  # a process that left before would have the one that writes stopped
 
-    def _write(
-        self, names: list[str], epoch: int, *, optimizer: dict[str, Any] | None, resume: dict[str, Any] | None
-    ) -> None:
+    def _write(self, names: list[str], *, optimizer: dict[str, Any] | None, resume: dict[str, Any] | None) -> None:
         self.parallel.share_statistics()
         tensors = adapt.file_names(self.parallel.state_dict())
         bias = tensors.pop(SIGMOID_BIAS, None)  # no model but the one in training has a place for it
@@ -351,13 +347,7 @@ class Trainer:
             resume=resume,
             lora=None if lora is None else lora.entry(),
         )
-        paths = [self.checkpoint_dir / name for name in names]
-        seconds = state.save(content, paths)
-        for path in paths:
-            logger.info(
-                f"Saved checkpoint {path} (epoch {epoch + 1} @ {self.position.step} steps) "
-                f"(writing took {seconds} seconds)"
-            )
+        state.save(content, [self.checkpoint_dir / name for name in names])
 
 
 class Later:

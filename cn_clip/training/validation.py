@@ -96,20 +96,20 @@ def _text_features(model: CLIP, tokens: list[list[int]], batch_size: int) -> Ten
     return features_TD
 
 
-def _batches_of_all(sampler: EpochSampler) -> Iterator[list[int]]:
-    """The batches each process would score: every process has all features, so that each can score them all."""
-    for rank in range(sampler.world_size):
-        arguments = {"seed": sampler.seed, "rank": rank, "world_size": sampler.world_size}
-        yield from EpochSampler(sampler.num_samples, sampler.batch_size, **arguments).batches()
-
-
 def _in_batches(
     images_ND: Tensor, texts_TD: Tensor, split: Split, sampler: EpochSampler, logit_scale: Tensor
 ) -> tuple[float, float, float]:
     """Mean loss and mean accuracies over batches of pairs."""
     pairs_P2 = torch.tensor(split.pairs, device=images_ND.device)
     totals = torch.zeros(3, dtype=torch.float64)
-    for batch in _batches_of_all(sampler):
+    # Every process has all features, so that each can score the batches of all.
+    every_rank = [
+        EpochSampler(
+            sampler.num_samples, sampler.batch_size, seed=sampler.seed, rank=rank, world_size=sampler.world_size
+        )
+        for rank in range(sampler.world_size)
+    ]
+    for batch in (batch for own in every_rank for batch in own.batches()):
         image_B, text_B = pairs_P2[torch.tensor(batch)].unbind(1)
         scores = contrastive_scores(Pairs(images_ND[image_B], texts_TD[text_B], logit_scale.float().exp()))
         values = [scores.loss * len(batch), scores.images_right, scores.texts_right]
