@@ -55,7 +55,7 @@ class Tour:
         self.data = folder / "datasets" / "emoji"
         self.classes = folder / "datasets" / "emoji-classes"
         self.logs = folder / "experiments"
-        # A run of other settings is another one: it must not go on where this one stood.
+        # A run of other settings is another one: it must not go on from the checkpoints of this one.
         self.name = f"emoji-tiny_seed{seed}_steps{steps}"
         self.checkpoint = self.logs / self.name / "checkpoints" / "epoch_latest.pt"
         self.grid = folder / "grid.png"
@@ -133,7 +133,7 @@ class Tour:
         return self.grid
 
     def train(self) -> None:
-        """Fine-tunes the bundled model on the new drawings, or goes on where a killed demo stood."""
+        """Fine-tunes the bundled model on the new drawings, or goes on from where a demo was killed."""
         self._headline("微调：从随包模型接着学这些图片", "fine-tuning: the bundled model learns these drawings")
         entry, steps = zoo.BUNDLED[MODEL], self.steps
         self._call(

@@ -61,7 +61,7 @@ def run(options: Options) -> None:
 
 @contextlib.contextmanager
 def run_folder(options: Options, folder: Path, started: str) -> Iterator[None]:
-    """The folder of a run, made, for this run alone, and its log; of several processes the first takes it for all.
+    """Makes the folder of a run, locks it, and logs into it while the block runs; the first process locks for all.
 
     Raises OSError when it cannot be made or written, ConfigError when another run is at it.
     """

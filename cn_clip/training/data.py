@@ -43,7 +43,7 @@ class Augmented:
 
 
 class LMDBDataset(Dataset[tuple[Tensor, Tensor, int]]):
-    """(pixels (3, R, R) float32, token ids (L,) int64, place of [SEP]) of the pairs of a built split, by number.
+    """(pixels (3, R, R) float32, token ids (L,) int64, position of [SEP]) of the pairs of a built split, by number.
 
     Beyond `number_samples`, up to `dataset_len`, it begins again. Programs may set `transform`, and read the LMDBs
     themselves with `txn_pairs` and `txn_imgs`.
@@ -66,20 +66,13 @@ class LMDBDataset(Dataset[tuple[Tensor, Tensor, int]]):
                 raise AssertionError(
                     f"{folder}: no such folder; expected the {split} split, a folder with imgs and pairs"
                 )
-        self.lmdb_path, self.split, self.max_txt_length, self.use_augment = (
-            lmdb_path,
-            split,
-            max_txt_length,
-            use_augment,
-        )
+        self.lmdb_path, self.split = lmdb_path, split
+        self.max_txt_length, self.use_augment = max_txt_length, use_augment
         self.source = LmdbPairs(lmdb_path, split=split)
         self.number_samples, self.number_images = len(self.source), self.source.images.num_images
         self.dataset_len, self.global_batch_size = self.number_samples, 1  # until `pad_dataset`
-        self.transform = self._build_transform(resolution)
-
-    def _build_transform(self, resolution: int) -> Callable[[Image.Image], Tensor]:
-        is_varied = self.split == "train" and self.use_augment
-        return Augmented(resolution) if is_varied else image_transform(resolution)
+        is_varied = split == "train" and use_augment
+        self.transform: Callable[[Image.Image], Tensor] = (Augmented if is_varied else image_transform)(resolution)
 
     @property
     def txn_pairs(self) -> Any:
@@ -123,7 +116,7 @@ class DataInfo:
 
 
 def get_dataset(args: Any, is_train: bool, max_txt_length: int = 64, epoch_id: int = 0) -> DataInfo:
-    """Batches (pixels (B, 3, R, R), token ids (B, L), places of [SEP] (B,)) of a split, for this process.
+    """Batches (pixels (B, 3, R, R), token ids (B, L), positions of [SEP] (B,)) of a split, for this process.
 
     Of `args`, for training: train_data, batch_size, num_workers, use_augment; for validation: val_data,
     valid_batch_size, valid_num_workers; for both: vision_model, whose resolution is R, and seed. Both are shuffled:

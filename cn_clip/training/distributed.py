@@ -32,7 +32,7 @@ ResultT = TypeVar("ResultT")
 def process_group(device: torch.device) -> Iterator[None]:
     """Joins the processes torchrun started, NCCL on CUDA and gloo elsewhere; does nothing for a single process.
 
-    With CUDA gloo is there too: what processes tell each other between steps must not wait for the device.
+    With CUDA gloo is there too: what processes exchange between steps must not wait for the device.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -142,7 +142,7 @@ def _gather(rows_BD: Tensor) -> Tensor:
 def gather_rows(rows_BD: Tensor, mode: Gather) -> Tensor:
     """The rows of all processes in the order of ranks, or with "none" the own ones.
 
-    "values": gradients reach the own rows alone. "gradients": the own rows get the gradients of every process's loss.
+    "values": gradients reach only the own rows. "gradients": the own rows get the gradients of every process's loss.
     Every process must hold as many rows.
     """
     if mode == "none" or ranks.world_size() == 1:
@@ -173,7 +173,7 @@ def gather_shares(rows_BD: Tensor, num_rows: int) -> Tensor:
 
 
 class Parallel:
-    """A model as training calls it: alone, copied to every process (DDP) or split over them (FSDP2)."""
+    """A model as training calls it: whole, copied to every process (DDP) or split over them (FSDP2)."""
 
     def __init__(self, model: CLIP, device: torch.device, *, fsdp: bool = False) -> None:
         """Wraps `model`, which lies on `device`. Raises ConfigError for FSDP with one process."""
@@ -207,7 +207,7 @@ class Parallel:
 
     @contextlib.contextmanager
     def without_gradients(self) -> Iterator[None]:
-        """A forward pass alone: DDP has nothing to prepare, and statistics of batch normalisation stay."""
+        """Only a forward pass: DDP has nothing to prepare, and statistics of batch normalisation stay."""
         module, self.module = self.module, self.model
         norms = [norm for norm in self.model.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
         tracked = [norm.track_running_stats for norm in norms]
@@ -261,7 +261,7 @@ def blocks(model: CLIP) -> list[nn.Module]:
 def compile_blocks(model: CLIP) -> None:
     """Compiles each block, in all its variants, to draw the same random numbers as uncompiled.
 
-    Variants: with and without gradients, mixed precision, class token alone, sizes. Past its limit PyTorch would run
+    Variants: with and without gradients, mixed precision, only the class token, sizes. Past its limit PyTorch would run
     one uncompiled, and the two passes of gradient caching would no longer draw the same.
     """
     from torch import _dynamo, _inductor  # loading them takes seconds, and only --compile needs them

@@ -1,6 +1,6 @@
 """What a run reads: which pairs each step sees, and from the settings to batches of pixels and token ids.
 
-The order of the pairs depends on seed and epoch alone, and can start anywhere.
+The order of the pairs depends only on seed and epoch, and can start anywhere.
 """
 
 import math

@@ -134,17 +134,21 @@ def rate_warning(lr: float, global_batch: int, *, pretrained: bool) -> str | Non
 
 @dataclass
 class Report:
-    """Writes what happens into the log and, where there is one, the monitor: that of rank 0, None elsewhere."""
+    """Writes what happens into the log and, if given, the monitor, which only rank 0 has."""
 
     plan: Plan
-    stuck: StuckLoss
     device: torch.device
+    warmup: int
+    log_interval: int
     with_accuracy: bool = False
     monitor: Monitor | None = None
     clock: Clock = field(default_factory=Clock)
     num_skipped: int = 0
     _told_skipped: int = 0
     _told_zero: bool = False
+
+    def __post_init__(self) -> None:
+        self.stuck = StuckLoss(warmup=self.warmup, patience=max(20, 200 // self.log_interval))
 
     def step(self, position: Position, scores: Scores, *, rate: float, logit_scale: float) -> None:
         """The step before `position`."""

@@ -152,7 +152,7 @@ class Monitor:
 
 
 def read_records(path: Path) -> tuple[list[Record], int]:
-    """The records of a metrics file, none where there is no file, and the number of lines that are none.
+    """The records of a metrics file, none if it does not exist, and how many of its lines are no record.
 
     Raises DataError for a file that cannot be opened.
     """

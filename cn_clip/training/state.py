@@ -5,9 +5,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +31,7 @@ _EPOCH_FILE = re.compile(r"epoch(\d+|_\d+_\d+)\.pt")  # a copy that a user gave 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: `epoch` counted from 0, `batch` of it to come next, `step` updates done in all."""
+    """How far a run is: `epoch` counted from 0, `batch` of it to come next, `step` updates done in all."""
 
     epoch: int = 0
     batch: int = 0
@@ -69,7 +67,7 @@ def checkpoint_content(
     """The dictionary a checkpoint file holds.
 
     `epoch`, `step`, `name`, `state_dict` (with "module." names) and `optimizer` are the format of Chinese-CLIP, which
-    counts a begun epoch as its own number. It has no place for `context_length`, the longest text in tokens, for
+    counts a begun epoch as its own number. It has no key for `context_length`, the longest text in tokens, for
     `resume`, which only training reads, and for `lora`, what adapters are. What is None is left out.
     """
     begun_epoch = position.epoch + (1 if position.batch else 0)
@@ -177,7 +175,7 @@ def discard(checkpoint_dir: Path, *, kept: Path | None) -> list[Path]:
 class Start:
     """The checkpoint a run begins from. is_own: this experiment wrote it. origin: what the run's first weights were.
 
-    with_optimizer, with_position: whether optimizer state, and place in the data, are taken from it too.
+    with_optimizer, with_position: whether optimizer state, and the position in the data, are taken from it too.
     """
 
     path: Path
@@ -218,15 +216,23 @@ def choose_start(options: Options, checkpoint_dir: Path) -> Start | None:
 
 
 def _newest_own(checkpoint_dir: Path, *, must_be_good: bool) -> Checkpoint | None:
-    try:
-        own, errors = read_first_good(own_checkpoints(checkpoint_dir), partial(read_checkpoint, merge_lora=False))
-    except CheckpointError:
-        if must_be_good:
-            raise
-        return None
-    for error in errors:
-        logger.warning("%s; the next older checkpoint is tried.", error)
-    return own
+    """The newest of the run's own checkpoints that can be read, None without one.
+
+    Raises the last CheckpointError when there are some and none can be read, if `must_be_good`.
+    """
+    errors: list[CheckpointError] = []
+    for path in own_checkpoints(checkpoint_dir):
+        try:
+            own = read_checkpoint(path, merge_lora=False)
+        except CheckpointError as error:
+            errors.append(error)
+            continue
+        for earlier in errors:
+            logger.warning("%s; the next older checkpoint is tried.", earlier)
+        return own
+    if errors and must_be_good:
+        raise errors[-1]
+    return None
 
 
 def find_weights(name: str, value: str) -> Path:
@@ -247,7 +253,7 @@ def find_weights(name: str, value: str) -> Path:
 
 
 def _identity(value: str) -> str:
-    """What tells first weights apart in a checkpoint: the name of a model, or a whole path."""
+    """What distinguishes first weights in a checkpoint: the name of a model, or a whole path."""
     return value if zoo.named(value) and not os.path.exists(value) else os.path.realpath(value)
 
 
@@ -287,24 +293,6 @@ def _refuse_other_origin(options: Options, own: Checkpoint) -> None:
         f"--init {options.init}: {own.path} is of a run that began with {began}. To go on with that run, {goes_on}; to "
         "start again and delete the old checkpoints, add --overwrite; to keep both runs, choose another --name"
     )
-
-
-def read_first_good(
-    paths: list[Path], read: Callable[[Path], Checkpoint]
-) -> tuple[Checkpoint | None, list[CheckpointError]]:
-    """The first file that can be read, and what was wrong with those before it; None for no path.
-
-    Raises the last CheckpointError when none can be read.
-    """
-    errors: list[CheckpointError] = []
-    for path in paths:
-        try:
-            return read(path), errors
-        except CheckpointError as error:
-            errors.append(error)
-    if errors:
-        raise errors[-1]
-    return None, []
 
 
 def resume_entry(checkpoint: Checkpoint) -> dict[str, Any]:

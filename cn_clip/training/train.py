@@ -20,7 +20,7 @@ from cn_clip import drop_in, ranks
 from cn_clip.errors import ConfigError
 from cn_clip.training import state
 from cn_clip.training.distributed import Gather, Parallel, gather_rows
-from cn_clip.training.log_lines import Plan, Report, StuckLoss, validation_line
+from cn_clip.training.log_lines import Plan, Report, validation_line
 from cn_clip.training.logger import logger
 from cn_clip.training.loss import Objective, Pairs, contrastive_scores, feature_distillation_loss
 from cn_clip.training.params import is_due
@@ -99,8 +99,8 @@ def get_loss(
     return loss, dict(zip(("i2t", "t2i"), shares, strict=True))
 
 
-def _with(rows: list[Tensor], place: int, own: Tensor) -> Tensor:
-    return torch.cat([*rows[:place], own, *rows[place + 1 :]])
+def _with(rows: list[Tensor], position: int, own: Tensor) -> Tensor:
+    return torch.cat([*rows[:position], own, *rows[position + 1 :]])
 
 
 def _gather_mode(args: Any) -> Gather:
@@ -231,8 +231,8 @@ def _report(learner: Learner, dataloader: Any, batch_size: int, args: Any) -> Re
         contrasted=global_batch // (ranks.world_size() if learner.gather == "none" else 1),
         has_chance_loss=not args.distillation,
     )
-    stuck = StuckLoss(warmup=getattr(args, "warmup", 0), patience=max(20, 200 // args.log_interval))
-    return Report(plan, stuck, learner.parallel.device, args.report_training_batch_acc)
+    warmup, with_accuracy = getattr(args, "warmup", 0), args.report_training_batch_acc
+    return Report(plan, learner.parallel.device, warmup, args.log_interval, with_accuracy)
 
 
 def _batches(dataloader: Any, device: torch.device) -> Iterator[Batch]:

@@ -20,7 +20,7 @@ from cn_clip.errors import CheckpointError, CnClipError, ConfigError, reading
 from cn_clip.settings import flag
 from cn_clip.training import adapt, distributed, state
 from cn_clip.training.inputs import TrainingData, ValidationData
-from cn_clip.training.log_lines import Plan, Report, StuckLoss
+from cn_clip.training.log_lines import Plan, Report
 from cn_clip.training.logger import logger
 from cn_clip.training.loss import Scores
 from cn_clip.training.params import Options, is_due
@@ -72,7 +72,6 @@ class Trainer:
         self.closed = True  # whether the epoch that was begun last has been validated and saved
         self.unchecked: tuple[int, Later, list[tuple[RecordId, RecordId]]] | None = None
         self.stop_request = StopRequest()
-        stuck = StuckLoss(warmup=options.warmup, patience=max(20, 200 // options.log_interval))
         plan = Plan(
             max_steps=self.max_steps,
             steps_per_epoch=self.steps_per_epoch,
@@ -81,7 +80,8 @@ class Trainer:
             contrasted=options.num_contrasted,
             has_chance_loss=options.loss == "clip" and not options.distillation,
         )
-        self.report = Report(plan, stuck, self.device, options.report_training_batch_acc)
+        with_accuracy = options.report_training_batch_acc
+        self.report = Report(plan, self.device, options.warmup, options.log_interval, with_accuracy)
 
     @property
     def extent(self) -> Extent:
@@ -145,23 +145,20 @@ class Trainer:
                             f"Stopping training: {bad} validations without a better mean recall than {best * 100:.2f}"
                         )
                         break
-                    self._run_epoch(self.position.epoch)
+                    epoch = self.position.epoch
+                    logger.info("Start epoch %d", epoch + 1)
+                    self._train_epoch(epoch)
+                    if self.position.batch == self.steps_per_epoch:
+                        self.position = Position(epoch + 1, 0, self.position.step)
+                    is_end = self.position.step >= self.max_steps and self.options.validates
+                    if is_end or is_due(epoch + 1, self.options.valid_epoch_interval):
+                        self.validate(epoch)
+                    self.closed = True
+                    self._save_epoch(epoch)
+                    self._leave_if_asked(is_saved=True)
             except StopWaiting:
                 self._leave_if_asked()
         self.report.end()
-
-    def _run_epoch(self, epoch: int) -> None:
-        """Trains, and closes the epoch: validation where it is due, and a checkpoint."""
-        logger.info("Start epoch %d", epoch + 1)
-        self._train_epoch(epoch)
-        if self.position.batch == self.steps_per_epoch:
-            self.position = Position(epoch + 1, 0, self.position.step)
-        is_end = self.position.step >= self.max_steps and self.options.validates
-        if is_end or is_due(epoch + 1, self.options.valid_epoch_interval):
-            self.validate(epoch)
-        self.closed = True
-        self._save_epoch(epoch)
-        self._leave_if_asked(is_saved=True)
 
     def _train_epoch(self, epoch: int) -> None:
         self._set_training_mode()
@@ -190,7 +187,7 @@ class Trainer:
                 return
 
     def _updates(self, epoch: int) -> Iterator[list[Batch]]:
-        """The batches of each update, from where the run stands."""
+        """The batches of each update, from the position of the run on."""
 
         def batches() -> Iterator[Batch]:
             for pairs in self._awaited(self.training.loader):
@@ -332,7 +329,7 @@ class Trainer:
     def _write(self, names: list[str], *, optimizer: dict[str, Any] | None, resume: dict[str, Any] | None) -> None:
         self.parallel.share_statistics()
         tensors = adapt.file_names(self.parallel.state_dict())
-        bias = tensors.pop(SIGMOID_BIAS, None)  # no model but the one in training has a place for it
+        bias = tensors.pop(SIGMOID_BIAS, None)  # no model but the one in training has it
         if ranks.rank() != 0:
             return
         if resume is not None and bias is not None:
