@@ -199,13 +199,6 @@ def _has_resnet(options: Options) -> bool:
     return _num_kept_patches(options) is None
 
 
-def _asks_for_validation(options: Options) -> bool:
-    intervals = ("valid_step_interval", "valid_epoch_interval")
-    return any(is_given(options, name) for name in ("valid_batch_size", "valid_num_workers")) or any(
-        is_given(options, name) and (getattr(options, name) or 0) > 0 for name in intervals
-    )
-
-
 # Which options need, exclude or silence each other. Refused: what cannot be meant, and flags that Chinese-CLIP does not
 # have. Warned of: what Chinese-CLIP takes although it changes nothing, so that its command lines still run.
 RULES: tuple[Rule, ...] = (
@@ -243,7 +236,14 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("valid_batch_size", "valid_num_workers", "valid_step_interval", "valid_epoch_interval", "val_data"),
-        lambda options: options.val_data is None and _asks_for_validation(options),
+        lambda options: (
+            options.val_data is None
+            and any(
+                # An interval of -1 or None asks for nothing; 0 processes are a choice.
+                is_given(options, name) and (name == "valid_num_workers" or (getattr(options, name) or 0) > 0)
+                for name in ("valid_batch_size", "valid_num_workers", "valid_step_interval", "valid_epoch_interval")
+            )
+        ),
         "no --val-data: --valid-batch-size, --valid-num-workers, --valid-step-interval, --valid-epoch-interval change "
         "nothing",
         False,

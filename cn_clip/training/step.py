@@ -96,9 +96,14 @@ class Learner:
 
         Both passes of a batch start from the same random state. Source: arXiv:2101.06983.
         """
-        randomness, features = self._features_alone(batches)
+        randomness, parts = [], []
+        with self.parallel.without_gradients(), self.autocast():
+            for batch in batches:
+                randomness.append(state.rng_state(self.parallel.device))
+                parts.append(self._forward(batch))
+        features = [torch.cat([part[tower] for part in parts]) for tower in (0, 1)]
         own_bias = self.parallel.logit_bias
-        leaves = [tensor.detach().requires_grad_() for tensor in features]
+        leaves = [tensor.detach().requires_grad_() for tensor in (*features, parts[0].scale)]
         bias = None if own_bias is None else own_bias.detach().requires_grad_()
         with self.autocast():
             scores = self._score(Features(*leaves), bias, batches)
@@ -120,16 +125,6 @@ class Learner:
                 _backward(outputs, gradients)
         self.parallel.finish_gradients()
         return scores._replace(loss=scores.loss.detach())
-
-    def _features_alone(self, batches: Sequence[Batch]) -> tuple[list[dict[str, Any]], Features]:
-        """The random state each batch starts from, and the features of all, joined."""
-        randomness, parts = [], []
-        with self.parallel.without_gradients(), self.autocast():
-            for batch in batches:
-                randomness.append(state.rng_state(self.parallel.device))
-                parts.append(self._forward(batch))
-        image, text = (torch.cat([part[tower] for part in parts]) for tower in (0, 1))
-        return randomness, Features(image, text, parts[0].scale)
 
     def _score(self, features: Features, bias: Tensor | None, batches: Sequence[Batch]) -> Scores:
         def gathered(rows: Tensor) -> Tensor:
