@@ -100,11 +100,7 @@ def update(options: AddOptions, job: Job, say: Speaker) -> None:
     model = Model(options, job.address, say)
     if is_feature_file(job.source):
         _add_features(options, job, model, table, say)
-    else:
-        _add_pictures(options, job, model, table, say)
-
-
-def _add_pictures(options: AddOptions, job: Job, model: Model, table: Table | None, say: Speaker) -> None:
+        return
     source = open_source(job.source, id_prefix=job.id_prefix)
     if job.is_sync and is_single_picture(job.source):
         raise ConfigError("expected a folder; one picture goes into an index with: cn-clip index add", at=job.source)

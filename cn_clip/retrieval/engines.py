@@ -79,7 +79,7 @@ class ExactEngine:
 
     def search(self, queries_QD: FloatArray, k: int, allowed_N: Mask) -> Sequence[Found]:
         """The k best of each query among the allowed rows, by inner product."""
-        from cn_clip.retrieval import flat
+        from cn_clip.retrieval import flat  # it imports torch, which a search with a graph does without
 
         positions = np.empty((len(queries_QD), 0), dtype=np.int64)
         scores = np.empty((len(queries_QD), 0), dtype=np.float32)

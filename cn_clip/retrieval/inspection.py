@@ -3,7 +3,7 @@
 # N rows of a segment, D dimensions
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +61,15 @@ def inspect(folder: Path) -> tuple[Manifest, list[Damage]]:
             continue
         if found := [damage for path, _ in facts.files() if (damage := seen[path]) is not None]:
             return facts, found
-        try:
-            return facts, list(_contradictions(folder, facts))
+        try:  # what no crash can cause, only a fault of a program
+            snapshot = Snapshot.open(folder, facts)
+            ids = [item_id for _, item_id, _ in snapshot.items()]
+            if num_twice := len(ids) - len(set(ids)):
+                found.append(Damage(manifest.NAME, f"{num_twice} ids come twice"))
+            for segment in snapshot.rows.segments:
+                if not np.isfinite(segment.vectors(0, len(segment))).all():
+                    found.append(Damage(f"{segment.folder.name}/{VECTORS}", "holds NaN or infinity"))
+            return facts, found
         except DataError:
             if not was_replaced(folder, facts):
                 raise
@@ -78,17 +85,6 @@ def _damage(folder: Path, path: str, expected: FileFacts) -> Damage | None:
     if found.bytes != expected.bytes:
         return Damage(path, f"expected {expected.bytes} bytes, found {found.bytes}")
     return None if found == expected else Damage(path, "its bytes have changed")
-
-
-def _contradictions(folder: Path, facts: Manifest) -> Iterator[Damage]:
-    """What no crash can cause, only a fault of a program."""
-    snapshot = Snapshot.open(folder, facts)
-    ids = [item_id for _, item_id, _ in snapshot.items()]
-    if len(set(ids)) < len(ids):
-        yield Damage(manifest.NAME, f"{len(ids) - len(set(ids))} ids come twice")
-    for segment in snapshot.rows.segments:
-        if not np.isfinite(segment.vectors(0, len(segment))).all():
-            yield Damage(f"{segment.folder.name}/{VECTORS}", "holds NaN or infinity")
 
 
 @dataclass(frozen=True)

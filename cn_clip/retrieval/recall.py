@@ -119,7 +119,7 @@ def _one_way(
     ks: Sequence[int],
     device: str | torch.device,
 ) -> Recall:
-    from cn_clip.retrieval.flat import top_k
+    from cn_clip.retrieval.flat import top_k  # it imports torch, which rankings do without
 
     found_QK = top_k(queries_QD, gallery_ND, max(ks), device=device).indices
     # One number names one (query, found row) pair.
