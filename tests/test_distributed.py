@@ -21,11 +21,11 @@ EXACT = ["with_grad", "accumulated", "siglip", "siglip_accumulated", "multi_posi
 SPLIT = ["fsdp", "fsdp_accumulated"]
 
 
-def torchrun(*args: str, cwd: Path = ROOT, python: str = "") -> "subprocess.CompletedProcess[str]":
+def torchrun(*args: str, cwd: Path = ROOT, worker_python: str = "") -> "subprocess.CompletedProcess[str]":
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    python = warm_python.program()
     # torchrun starts its workers with PYTHON_EXEC.
-    python = python or warm_python.program()
-    environment = {**os.environ, "PYTHON_EXEC": python, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHON_EXEC": worker_python or python, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     # Without "--", torchrun takes the script's --logs for an abbreviation of its own options.
     command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", *args]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
@@ -102,7 +102,7 @@ def test_optimizer_states_are_whole_and_come_back_as_they_were(mode: str, two: d
 def test_no_thread_of_a_group_outlives_it(tmp_path: Path) -> None:
     # Not the warm one, which has imported already what would keep a group.
     worker = str(ROOT / "tests" / "distributed_worker.py")
-    result = torchrun(worker, str(tmp_path), "with_grad", python=sys.executable)
+    result = torchrun(worker, str(tmp_path), "with_grad", worker_python=sys.executable)
     assert result.returncode == 0, result.stderr
     for rank in (0, 1):
         assert "gloo" not in (tmp_path / f"threads-{rank}").read_text()
