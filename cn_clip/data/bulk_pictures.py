@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from cn_clip.clip.picture_names import HEAD_BYTES, PICTURE_SUFFIXES, begins_as_picture, passed_over, suffix_of
 from cn_clip.data.lmdb_store import IMAGES, ImageStore
 from cn_clip.data.paths import spelled
-from cn_clip.data.pictures import PictureSource, StoredPicture
+from cn_clip.data.pictures import LmdbPictures, PictureSource, StoredPicture
 from cn_clip.data.records import RecordId, canonical_id, digest_of
 from cn_clip.data.storage import EXTRA, FoundFile, Storage, is_uri, open_storage, shown
 from cn_clip.data.tars import expand_braces, tar_members
@@ -73,7 +73,7 @@ def _open(location: str) -> Collection:
     if lmdb is not None:
         ids, status = ImageStore(lmdb).ids, (lmdb / "data.mdb").stat()
         digest = digest_of([*ids, status.st_size, status.st_mtime_ns])
-        return Collection(ids, digest, lambda start, stop: LmdbPart(str(lmdb.absolute()), ids[start:stop]))
+        return Collection(ids, digest, lambda start, stop: LmdbPictures(lmdb.absolute(), ids[start:stop]))
     root, files = _listed(location)
     begun = _begun_as_pictures(root, [file for file in files if not suffix_of(file.path)])
     kinds = {
@@ -144,37 +144,6 @@ def _listed(location: str) -> tuple[Storage, list[FoundFile]]:
     return root, files
 
 
-# --- an LMDB
-
-
-class LmdbPart:
-    """Pictures of an LMDB, by their ids; the folder must be at the same path on every machine."""
-
-    paths = None
-
-    def __init__(self, folder: str, ids: Sequence[RecordId]) -> None:
-        self.folder, self.ids = folder, ids
-        self._store: ImageStore | None = None
-        self._opening = threading.Lock()
-
-    def __getstate__(self) -> tuple[str, Sequence[RecordId]]:
-        return self.folder, self.ids
-
-    def __setstate__(self, state: tuple[str, Sequence[RecordId]]) -> None:
-        LmdbPart.__init__(self, *state)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> StoredPicture[RecordId]:
-        with self._opening:
-            self._store = self._store or ImageStore(self.folder)
-        image_id = self.ids[index]
-        return StoredPicture(
-            image_id, self._store.picture(image_id), Where(self.folder, part=f"image id {image_id!r}", id=image_id)
-        )
-
-
 # --- files, and members of tar files
 
 
@@ -218,10 +187,9 @@ def _members(root: Storage, file: FoundFile) -> list[_Item]:
     stored, items = root.at(file.path), []
     with stored.open() as stream:
         for member in tar_members(stream, stored.name):
-            folder, slash, name = member.name.removeprefix("./").rpartition("/")
-            stem, _, suffix = name.partition(".")
-            if stem and f".{suffix.lower()}" in PICTURE_SUFFIXES:
-                image_id = f"{spelled(root.below(file.path))}/{folder}{slash}{stem}"
+            key, suffix = member.sample
+            if key and suffix in PICTURE_SUFFIXES:
+                image_id = f"{spelled(root.below(file.path))}/{key}"
                 items.append(_Item(image_id, file.path, f"{stored.name}/{member.name}", member.offset, member.size))
     return items
 

@@ -140,13 +140,16 @@ class PictureDataset(Generic[KeyT, PixelsT]):
 
 
 class LmdbPictures:
-    """The pictures of an `imgs` folder by index in key order, known by their ids."""
+    """The pictures of an `imgs` folder by index, known by their ids. May be pickled: the folder is opened again."""
 
-    def __init__(self, images_folder: str | os.PathLike[str]) -> None:
-        """Opens an `imgs` folder; raises DataError when it is none."""
+    paths = None  # see `bulk_pictures.Part`
+
+    def __init__(self, images_folder: str | os.PathLike[str], ids: Sequence[RecordId] | None = None) -> None:
+        """Opens an `imgs` folder; raises DataError if it is none. ids: of the pictures wanted; default all, by key."""
         self.images = ImageStore(images_folder)
-        self.ids = self.images.ids
-        logger.info("The specified LMDB directory contains %d images.", len(self.ids))
+        self.ids = self.images.ids if ids is None else ids
+        if ids is None:
+            logger.info("The specified LMDB directory contains %d images.", len(self.ids))
 
     def __len__(self) -> int:
         return len(self.ids)

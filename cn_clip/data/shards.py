@@ -50,12 +50,11 @@ def _scan(path: str) -> _Scan:
     try:
         with open(path, "rb", buffering=4096) as stream:
             for member in tar_members(stream, path):
-                folder, slash, name = member.name.removeprefix("./").rpartition("/")
-                stem, _, suffix = name.partition(".")
-                role = _ROLES.get(f".{suffix.lower()}")
-                if role is None or not stem or stem.startswith("__"):  # of other tools, or WebDataset's notes to itself
-                    continue
-                parts = samples.setdefault(f"{folder}{slash}{stem}", {})
+                key, suffix = member.sample
+                role = _ROLES.get(suffix)
+                if role is None or not key or key.rpartition("/")[2].startswith("__"):
+                    continue  # of other tools, or WebDataset's notes to itself
+                parts = samples.setdefault(key, {})
                 if parts.setdefault(role, member) is not member:
                     faults.append(f"{path}: member {member.name!r}: the sample has {parts[role].name!r} already")
     except OSError as error:

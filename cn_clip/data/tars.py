@@ -32,6 +32,16 @@ class Member(NamedTuple):
     offset: int
     size: int
 
+    @property
+    def sample(self) -> tuple[str, str]:
+        """WebDataset's key of its sample, which is its path up to the first dot of the name, and its suffix.
+
+        `./a/0001.Seg.PNG` -> `a/0001`, `.seg.png`. The key is empty for a name that begins with a dot.
+        """
+        folder, slash, name = self.name.removeprefix("./").rpartition("/")
+        stem, dot, suffix = name.partition(".")
+        return f"{folder}{slash}{stem}" if stem else "", f"{dot}{suffix.lower()}"
+
 
 def compressed(path: str) -> DataError:
     """The error for a tar that is packed."""
