@@ -3,7 +3,6 @@
 import contextlib
 import zipfile
 from collections.abc import Iterable, Sequence
-from functools import cache
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
@@ -141,18 +140,12 @@ def wrap(text: str, font: Font, width: float, *, max_lines: int) -> list[str]:
     return [*lines[: max_lines - 1], last + "…"]
 
 
-@cache
-def _embedded_font() -> tuple[bytes, frozenset[str]]:
-    """(the font file, the characters it has)."""
-    data = resources.files("cn_clip.data").joinpath("noto_sans_sc.zip").read_bytes()
-    with zipfile.ZipFile(BytesIO(data)) as archive:
-        return archive.read("font.ttf"), frozenset(archive.read("characters.txt").decode())
-
-
 def _font_for(text: str) -> bytes | str:
     """The embedded font, so that grids look the same everywhere; one of the system when it lacks a character."""
-    data, has = _embedded_font()
-    if has.issuperset(text.replace("\n", " ")):
+    packed = resources.files("cn_clip.data").joinpath("noto_sans_sc.zip").read_bytes()
+    with zipfile.ZipFile(BytesIO(packed)) as archive:
+        data, characters = archive.read("font.ttf"), archive.read("characters.txt").decode()
+    if set(characters).issuperset(text.replace("\n", " ")):
         return data
     for name in SYSTEM_FONTS:
         with contextlib.suppress(OSError):  # not installed

@@ -121,7 +121,16 @@ class RowStore:
             raise DataError("is no file of computed rows; move it away, or choose another output path", at=self.path)
         found = content.partition(b"\n")[0]
         if found and found + b"\n" != self._header:
-            tell(f"{self.path}: {_difference(found, self._header)}")
+            again = "从头开始 / starting again"
+            try:
+                old, new = json.loads(found), json.loads(self._header)
+                names = {*old["job"], *new["job"]}
+                other = sorted(name for name in names if old["job"].get(name) != new["job"].get(name))
+                listed = ", ".join(other + ["embed_dim"] * (old["embed_dim"] != new["embed_dim"]))
+                reason = f"属于另一次提取（{listed} 不同），{again}: it is of another extraction, with other {listed}"
+            except (ValueError, KeyError, TypeError, AttributeError):
+                reason = f"读不出是什么，{again}: it does not say what it is of"
+            tell(f"{self.path}: {reason}")
         elif found:
             self.num_rows = self._count()
             if self.num_rows:
@@ -218,21 +227,6 @@ class RowStore:
             self.remove()
         else:
             self._close()
-
-
-def _difference(found: bytes, header: bytes) -> str:
-    """What differs between the header of a file and that of this job, in a sentence."""
-    again = "从头开始 / starting again"
-    try:
-        old, new = json.loads(found), json.loads(header)
-        names = {*old["job"], *new["job"]}
-        other = sorted(name for name in names if old["job"].get(name) != new["job"].get(name))
-        if old["embed_dim"] != new["embed_dim"]:
-            other.append("embed_dim")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"读不出是什么，{again}: it does not say what it is of"
-    listed = ", ".join(other)
-    return f"属于另一次提取（{listed} 不同），{again}: it is of another extraction, with other {listed}"
 
 
 def _open_alone(path: Path) -> tuple[Any, Lock]:

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, Literal, TypeAlias
 
 import numpy as np
@@ -240,17 +240,28 @@ def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]
                 raise DataError(f"has {names.count(name)} columns {name}; expected one", at=path)
         id_type, list_type = (file.schema_arrow.field(name).type for name in (field, FEATURE_COLUMN))
         _check_types(arrow, path, field, _plain_type(arrow, id_type), _plain_type(arrow, list_type))
-        parts = list(_row_groups(arrow, path, field, file))
+        ids: list[Any] = []
+        parts: list[FloatArray] = []
+        for number in range(file.num_row_groups):
+            table, start = file.read_row_group(number, columns=[field, FEATURE_COLUMN]), len(ids) + 1
+            if not len(table):
+                continue
+            kept, lists = (_plain(arrow, table.column(name)) for name in (field, FEATURE_COLUMN))
+            for name, column in ((field, kept), (FEATURE_COLUMN, lists)):
+                if column.null_count:
+                    empty = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
+                    raise DataError(f"row {start + empty} {name}: is null", at=path)
+            ids += kept.to_pylist()
+            parts.append(_rows(path, lists, start))
     kind = ""
     with contextlib.suppress(ValueError, AttributeError):  # the metadata of another program
         kind = str(json.loads(metadata.get(METADATA_KEY, b"{}")).get(ID_KIND, ""))
-    ids = [item_id for part_ids, _ in parts for item_id in part_ids]
-    widths = {vectors.shape[1] for _, vectors in parts}
+    widths = {vectors.shape[1] for vectors in parts}
     if len(widths) > 1:
         raise DataError(
             f"the row groups have vectors of {sorted(widths)} numbers", at=Where(path, field=FEATURE_COLUMN)
         )
-    vectors = np.concatenate([part for _, part in parts]) if parts else np.empty((0, 0), dtype=np.float32)
+    vectors = np.concatenate(parts) if parts else np.empty((0, 0), dtype=np.float32)
     return ids, vectors, kind
 
 
@@ -289,20 +300,6 @@ def _plain(arrow: Any, column: Any) -> Any:
     whole = column.combine_chunks()
     whole = whole.storage if isinstance(whole, arrow.ExtensionArray) else whole
     return whole.cast(_plain_type(arrow, column.type))
-
-
-def _row_groups(arrow: Any, path: Path, field: IdField, file: Any) -> Iterator[tuple[list[RecordId], FloatArray]]:
-    start = 1
-    for number in range(file.num_row_groups):
-        table = file.read_row_group(number, columns=[field, FEATURE_COLUMN])
-        if len(table):
-            ids, lists = (_plain(arrow, table.column(name)) for name in (field, FEATURE_COLUMN))
-            for name, column in ((field, ids), (FEATURE_COLUMN, lists)):
-                if column.null_count:
-                    empty = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
-                    raise DataError(f"row {start + empty} {name}: is null", at=path)
-            yield ids.to_pylist(), _rows(path, lists, start)
-        start += len(table)
 
 
 def _rows(path: Path, lists: Any, start: int) -> FloatArray:
