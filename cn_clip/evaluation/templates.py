@@ -47,7 +47,18 @@ def _checked(file: Path) -> Iterator[str]:
     """Yields the templates of a file once each has been found to hold one slot."""
     found: list[tuple[Where, Any]]
     if file.suffix.lower() == ".json":
-        found = [(Where(file, part=f"item {number}"), item) for number, item in enumerate(_json_list(file), start=1)]
+        try:
+            items = json.loads(file.read_text(encoding="utf-8-sig"))
+        except OSError as error:
+            raise DataError(f"cannot be opened ({error.strerror})", at=file) from error
+        except json.JSONDecodeError as error:
+            where = Where(file, line=error.lineno)
+            raise DataError(f"not valid JSON ({error.msg}); expected a list of strings", at=where) from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"invalid UTF-8 at byte {error.start}; save the file as UTF-8", at=file) from error
+        if not isinstance(items, list):
+            raise DataError(f"expected a JSON list of strings, got {type(items).__name__}", at=file)
+        found = [(Where(file, part=f"item {number}"), item) for number, item in enumerate(items, start=1)]
     else:
         lines = ((Where(file, line=number), line) for number, line in numbered_lines(file))
         found = [(where, text_of(line, where)) for where, line in lines]
@@ -59,22 +70,6 @@ def _checked(file: Path) -> Iterator[str]:
         if template.count(SLOT) != 1:
             raise DataError(f"expected exactly one {SLOT} for the label, got {template!r}", at=where)
     return (template for _, template in found)
-
-
-def _json_list(file: Path) -> list[Any]:
-    try:
-        items = json.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"cannot be opened ({error.strerror})", at=file) from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"not valid JSON ({error.msg}); expected a list of strings", at=Where(file, line=error.lineno)
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"invalid UTF-8 at byte {error.start}; save the file as UTF-8", at=file) from error
-    if not isinstance(items, list):
-        raise DataError(f"expected a JSON list of strings, got {type(items).__name__}", at=file)
-    return items
 
 
 def read_labels(path: Path) -> list[str]:
