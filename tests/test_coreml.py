@@ -1,10 +1,12 @@
 """Core ML export: what a package says of itself, what it computes, and that it appears whole or not at all."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,25 @@ pytestmark = [
 ROOT = Path(__file__).parents[1]
 LENGTH = 12
 TOKENS = np.array([[2, 5, 6, 7, 3], [2, 8, 3, 0, 0]], dtype=np.int32)
+Package = Callable[[str, str, str], tuple[Path, dict[str, Any]]]
 FLOAT32, INT32 = 65568, 131104  # MLMultiArrayDataType of Core ML's specification
 
 
 def write(model: CLIP, kind: Any, path: Path, **settings: Any) -> dict[str, Any]:
     chosen: dict[str, Any] = {"precision": "fp16", "batch_size": 2, "context_length": LENGTH, **settings}
     return coreml_package.write_package(model, kind, path, **chosen)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """Tower, kind, precision -> where its package is, written once, and what writing it returned."""
+
+    @functools.cache
+    def written(tower: str, kind: str, precision: str) -> tuple[Path, dict[str, Any]]:
+        path = tmp_path_factory.mktemp("package") / "x.mlpackage"
+        return path, write(tiny_model(tower), kind, path, precision=precision)
+
+    return written
 
 
 def inputs_of(model: CLIP, kind: str) -> np.ndarray:
@@ -58,10 +73,9 @@ def expected_of(model: CLIP, kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 @pytest.mark.parametrize(("tower", "kind"), [("vit", "image"), ("resnet", "image"), ("vit", "text")])
-def test_package_computes_what_the_model_does(tower: str, kind: str, precision: str, tmp_path: Path) -> None:
+def test_package_computes_what_the_model_does(tower: str, kind: str, precision: str, package: Package) -> None:
     model = tiny_model(tower)
-    path = tmp_path / "x.mlpackage"
-    write(model, kind, path, precision=precision)
+    path, _ = package(tower, kind, precision)
     # The arithmetic of this check is float32; weights of float16 alone cost a thousandth.
     tolerance = 1e-5 if precision == "fp32" else 3e-3
     found = evaluate(path, inputs_of(model, kind))
@@ -72,10 +86,9 @@ def test_package_computes_what_the_model_does(tower: str, kind: str, precision: 
 
 @pytest.mark.parametrize(("kind", "shape", "type_"), [("image", [2, 3, 32, 32], FLOAT32), ("text", [2, LENGTH], INT32)])
 def test_package_names_shapes_and_types_are_those_of_chinese_clip(
-    kind: str, shape: list[int], type_: int, tmp_path: Path
+    kind: str, shape: list[int], type_: int, package: Package
 ) -> None:
-    path = tmp_path / "x.mlpackage"
-    written = write(tiny_model(), kind, path)
+    path, written = package("vit", kind, "fp16")
     spec = load_spec(str(path))
     (given,), (result,) = spec.description.input, spec.description.output
     assert (given.name, list(given.type.multiArrayType.shape), given.type.multiArrayType.dataType) == (
@@ -94,10 +107,9 @@ def test_package_names_shapes_and_types_are_those_of_chinese_clip(
     assert written["num_operations"] == sum(operation.type != "const" for operation in block.operations) > 30
 
 
-def test_package_tells_the_facts_of_the_model(tmp_path: Path) -> None:
+def test_package_tells_the_facts_of_the_model(package: Package) -> None:
     model = tiny_model()
-    path = tmp_path / "x.mlpackage"
-    write(model, "text", path)
+    path, _ = package("vit", "text", "fp16")
     description = load_spec(str(path)).description
     facts = json.loads(description.metadata.userDefined["cn_clip"])
     assert facts["writer"] == f"cn_clip {__version__}"
@@ -114,11 +126,10 @@ def test_package_tells_the_facts_of_the_model(tmp_path: Path) -> None:
     assert description.input[0].shortDescription == "Token ids with [CLS] and [SEP], padded with 0 to 12"
 
 
-def test_fp16_weights_take_half_the_bytes(tmp_path: Path) -> None:
+def test_fp16_weights_take_half_the_bytes(package: Package) -> None:
     sizes = {}
     for precision in ("fp16", "fp32"):
-        path = tmp_path / f"{precision}.mlpackage"
-        write(tiny_model(), "image", path, precision=precision)
+        path, _ = package("vit", "image", precision)
         sizes[precision] = (path / "Data" / "com.apple.CoreML" / "weights" / "weight.bin").stat().st_size
     assert sizes["fp32"] / sizes["fp16"] == pytest.approx(2, rel=0.05)
 
