@@ -18,7 +18,7 @@ from cn_clip.clip.families.names import refuse
 from cn_clip.clip.weights import hf, low_rank
 from cn_clip.clip.weights.file_formats import is_torchscript, only_tensors, read_content, read_torchscript
 from cn_clip.errors import CheckpointError, first_sentence
-from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, TextConfig, VisionConfig, text_config, vision_config
+from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, VisionConfig, text_config, vision_config
 
 POSITION_KEYS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 SIGMOID_BIAS = "logit_bias"  # only for the sigmoid loss: similarity does not use it, Chinese-CLIP does not know it
@@ -82,35 +82,26 @@ def read_checkpoint(path: str | Path, *, merge_lora: bool = True, mapped: bool =
     if not isinstance(content, Mapping):
         raise CheckpointError(f"holds a {type(content).__name__}, expected a dictionary of tensors", at=path)
     if isinstance(content.get("state_dict"), Mapping):
-        checkpoint = replace(_read_training(content, path), is_mapped=mapped)
-        if checkpoint.lora is None or not merge_lora:
-            return checkpoint
-        try:
-            return replace(checkpoint, state_dict=low_rank.merge(checkpoint.state_dict, checkpoint.lora))
-        except ValueError as error:
-            raise CheckpointError(error, at=path) from error
+        return replace(_read_training(content, path, merge_lora=merge_lora), is_mapped=mapped)
     if _SHARD.fullmatch(path.name):
         raise CheckpointError(f"is one of several files of a model; give their folder, {path.parent}", at=path)
-    tensors = only_tensors(_model_in(content, path), path)
+    model: Mapping[str, Any] = content
+    if not _holds_towers(content):
+        # One entry of it, or of an entry, may be the model.
+        entries = {str(key): value for key, value in content.items() if isinstance(value, Mapping)}
+        entries |= {
+            f"{key}.{inner}": value
+            for key, outer in list(entries.items())
+            for inner, value in outer.items()
+            if isinstance(value, Mapping)
+        }
+        models = [key for key, value in entries.items() if _holds_towers(value)]
+        if len(models) > 1:
+            raise CheckpointError(f"holds the models {' and '.join(models)}; {_SAVE_ONE}", at=path)
+        model = entries[models[0]] if models else content
+    tensors = only_tensors(model, path)
     config = _neighbouring_config(tensors, path.parent)
     return Checkpoint(path, _named(tensors, path), config=config, is_mapped=mapped)
-
-
-def _model_in(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """The dictionary of tensors: `content` itself, or the one entry of it, or of an entry, that holds towers."""
-    if _holds_towers(content):
-        return content
-    entries = {str(key): value for key, value in content.items() if isinstance(value, Mapping)}
-    entries |= {
-        f"{key}.{inner}": value
-        for key, outer in list(entries.items())
-        for inner, value in outer.items()
-        if isinstance(value, Mapping)
-    }
-    models = [key for key, value in entries.items() if _holds_towers(value)]
-    if len(models) > 1:
-        raise CheckpointError(f"holds the models {' and '.join(models)}; {_SAVE_ONE}", at=path)
-    return entries[models[0]] if models else content
 
 
 def _holds_towers(content: Mapping[Any, Any]) -> bool:
@@ -126,7 +117,7 @@ def _neighbouring_config(tensors: Mapping[str, Tensor], folder: Path) -> ModelCo
     return config
 
 
-def _read_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
+def _read_training(content: Mapping[str, Any], path: Path, *, merge_lora: bool) -> Checkpoint:
     rest = {key: value for key, value in content.items() if key != "state_dict"}
     tensors = _named(only_tensors(content["state_dict"], path), path)
     counts = {name: rest.pop(name, 0) for name in ("epoch", "step")}
@@ -145,6 +136,11 @@ def _read_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
             lora = low_rank.LowRank.from_entry(rest.get("lora"))
         except ValueError as error:
             raise CheckpointError(f"{error}; without it the adapters in the file cannot be used", at=path) from error
+        if merge_lora:
+            try:
+                tensors = low_rank.merge(tensors, lora)
+            except ValueError as error:
+                raise CheckpointError(error, at=path) from error
     return Checkpoint(path, tensors, optimizer=optimizer, extra=rest, lora=lora, **counts)
 
 
@@ -275,7 +271,22 @@ def infer_config(checkpoint: Checkpoint) -> ModelConfig:
             at=checkpoint.path,
         )
     try:
-        return ModelConfig(_infer_vision(tensors), _infer_text(tensors))
+        vision = _infer_vision(tensors)
+        vocab_size, width = tensors["bert.embeddings.word_embeddings.weight"].shape
+        layers = _count(tensors, r"bert\.encoder\.layer\.(\d+)\.")
+        known = [text_config(name) for name in TEXT_MODELS]
+        heads = [k.text_num_attention_heads for k in known if k.text_hidden_size == width]
+        text = replace(
+            known[0],
+            vocab_size=vocab_size,
+            text_hidden_size=width,
+            text_intermediate_size=tensors["bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
+            text_max_position_embeddings=tensors["bert.embeddings.position_embeddings.weight"].shape[0],
+            text_num_attention_heads=heads[0] if heads else _default_heads(width),
+            text_num_hidden_layers=layers,
+            text_type_vocab_size=tensors["bert.embeddings.token_type_embeddings.weight"].shape[0],
+        )
+        return ModelConfig(vision, text)
     except KeyError as error:
         raise CheckpointError(f"the tensor {error.args[0]} is missing", at=checkpoint.path) from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
@@ -309,23 +320,6 @@ def _infer_vision(tensors: Mapping[str, Tensor]) -> VisionConfig:
         return replace(config, vision_head_width=head_widths[0])
     _default_heads(config.vision_width * (32 if config.vision_patch_size is None else 1))
     return config
-
-
-def _infer_text(tensors: Mapping[str, Tensor]) -> TextConfig:
-    vocab_size, width = tensors["bert.embeddings.word_embeddings.weight"].shape
-    layers = _count(tensors, r"bert\.encoder\.layer\.(\d+)\.")
-    known = [text_config(name) for name in TEXT_MODELS]
-    heads = [k.text_num_attention_heads for k in known if k.text_hidden_size == width]
-    return replace(
-        known[0],
-        vocab_size=vocab_size,
-        text_hidden_size=width,
-        text_intermediate_size=tensors["bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
-        text_max_position_embeddings=tensors["bert.embeddings.position_embeddings.weight"].shape[0],
-        text_num_attention_heads=heads[0] if heads else _default_heads(width),
-        text_num_hidden_layers=layers,
-        text_type_vocab_size=tensors["bert.embeddings.token_type_embeddings.weight"].shape[0],
-    )
 
 
 def _default_heads(width: int) -> int:

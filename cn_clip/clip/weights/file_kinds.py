@@ -3,7 +3,6 @@
 import json
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from cn_clip.errors import CnClipError
@@ -79,7 +78,16 @@ def what_it_is(path: str | os.PathLike[str]) -> str | None:
         for magic, what in _MAGIC.items():
             if head.startswith(magic):
                 return f"is {what}"
-        found = next((told for look in _LOOKS if (told := look(path, head, size)) is not None), None)
+        if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_MARKUP):
+            return "is a web page, as a hub sends instead of a file; download the file itself (cn-clip download)"
+        found = _json(path, head) or _archive(path, head) or _safetensors(path, head, size)
+        if found is None:
+            with open(path, "rb") as stream:
+                stream.seek(max(0, size - len(_TENSORFLOW)))
+                ends_so = stream.read() == _TENSORFLOW
+            is_part = ".ckpt" in path.name and (".data-" in path.name or path.suffix == ".meta")
+            is_tensorflow = ends_so or is_part
+            found = "a TensorFlow checkpoint; convert it to PyTorch's format" if is_tensorflow else _text(head)
     except OSError:  # asked after an error, which says why
         return None
     return None if found is None else f"is {found}"
@@ -90,14 +98,7 @@ def _head(path: Path) -> bytes:
         return stream.read(_HEAD_BYTES)
 
 
-def _page(_: Path, head: bytes, __: int) -> str | None:
-    is_page = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_MARKUP)
-    return (
-        "a web page, as a hub sends instead of a file; download the file itself (cn-clip download)" if is_page else None
-    )
-
-
-def _json(path: Path, head: bytes, _: int) -> str | None:
+def _json(path: Path, head: bytes) -> str | None:
     if head.lstrip()[:1] not in (b"{", b"["):
         return None
     if path.name.endswith(".index.json"):
@@ -109,7 +110,7 @@ def _json(path: Path, head: bytes, _: int) -> str | None:
     return "JSON text; give the weight file that it belongs to"
 
 
-def _archive(path: Path, head: bytes, _: int) -> str | None:
+def _archive(path: Path, head: bytes) -> str | None:
     if head[257:262] == b"ustar":
         return "a tar archive; unpack it"
     if not head.startswith(b"PK\x03\x04"):
@@ -140,15 +141,7 @@ def _safetensors(path: Path, head: bytes, size: int) -> str | None:
         return cut_off
 
 
-def _tensorflow(path: Path, _: bytes, size: int) -> str | None:
-    with open(path, "rb") as stream:
-        stream.seek(max(0, size - len(_TENSORFLOW)))
-        ends_so = stream.read() == _TENSORFLOW
-    is_part = ".ckpt" in path.name and (".data-" in path.name or path.suffix == ".meta")
-    return "a TensorFlow checkpoint; convert it to PyTorch's format" if ends_so or is_part else None
-
-
-def _text(_: Path, head: bytes, __: int) -> str | None:
+def _text(head: bytes) -> str | None:
     try:
         text = head.decode()
     except UnicodeDecodeError as error:
@@ -160,13 +153,3 @@ def _text(_: Path, head: bytes, __: int) -> str | None:
         if text.isprintable() or text.replace("\n", "").isprintable()
         else None
     )
-
-
-_LOOKS: tuple[Callable[[Path, bytes, int], str | None], ...] = (
-    _page,
-    _json,
-    _archive,
-    _safetensors,
-    _tensorflow,
-    _text,
-)

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,21 +116,21 @@ def config_from_folder(folder: Path) -> ModelConfig:
     text = _TEXT_DEFAULTS | _section(config, "text_config")
     vision = _VISION_DEFAULTS | _section(config, "vision_config")
     try:
-        embed_dim = _count({"projection_dim": 512} | config, "projection_dim")
+        embed_dim = _value({"projection_dim": 512} | config, "projection_dim")
         width, heads = _width_and_heads(vision)
-        resolution, patch = _count(vision, "image_size"), _count(vision, "patch_size")
+        resolution, patch = _value(vision, "image_size"), _value(vision, "patch_size")
         if resolution < patch:
             raise ValueError(f"image_size {resolution} is less than patch_size {patch}")
         picture_tower = VisionConfig(
             embed_dim=embed_dim,
             image_resolution=resolution,
-            vision_layers=_count(vision, "num_hidden_layers"),
+            vision_layers=_value(vision, "num_hidden_layers"),
             vision_width=width,
             vision_patch_size=patch,
             vision_head_width=width // heads,
         )
         _width_and_heads(text)
-        values = {name: _READ[type(default)](text, name) for name, default in _TEXT_DEFAULTS.items()}
+        values = {name: _value(text, name, type(default)) for name, default in _TEXT_DEFAULTS.items()}
         vocab_size = values.pop("vocab_size")
         return ModelConfig(
             picture_tower, TextConfig(vocab_size=vocab_size, **{f"text_{name}": v for name, v in values.items()})
@@ -140,40 +140,26 @@ def config_from_folder(folder: Path) -> ModelConfig:
 
 
 def _width_and_heads(fields: Mapping[str, Any]) -> tuple[int, int]:
-    width, heads = _count(fields, "hidden_size"), _count(fields, "num_attention_heads")
+    width, heads = _value(fields, "hidden_size"), _value(fields, "num_attention_heads")
     if width % heads:
         raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
     return width, heads
 
 
-def _count(fields: Mapping[str, Any], name: str) -> int:
+def _value(fields: Mapping[str, Any], name: str, kind: type = int) -> Any:
+    """An integer of at least 1 unless `kind` is float, for a number from 0 to 1, or str; raises ValueError."""
     value = fields[name]
-    if type(value) is not int or not 1 <= value <= _MOST:
-        raise ValueError(f"{name}: expected an integer from 1 to {_MOST}, got {_shown(value)}")
-    return value
-
-
-def _share(fields: Mapping[str, Any], name: str) -> float:
-    value = fields[name]
-    if type(value) not in (int, float) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number from 0 to 1, got {_shown(value)}")
-    return float(value)
-
-
-def _word(fields: Mapping[str, Any], name: str) -> str:
-    value = fields[name]
-    if not isinstance(value, str):
-        raise ValueError(f"{name}: expected a word, got {_shown(value)}")
-    return value
-
-
-_READ: dict[type, Callable[[Mapping[str, Any], str], Any]] = {int: _count, float: _share, str: _word}
-
-
-def _shown(value: object) -> str:
-    """At most 40 characters: a file from elsewhere may hold megabytes there."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"
+    if kind is int:
+        expected, is_right = f"an integer from 1 to {_MOST}", type(value) is int and 1 <= value <= _MOST
+    elif kind is float:
+        expected, is_right = "a number from 0 to 1", type(value) in (int, float) and 0 <= value <= 1
+    else:
+        expected, is_right = "a word", isinstance(value, str)
+    if not is_right:
+        shown = repr(value)
+        shown = shown if len(shown) <= 40 else f"{shown[:40]}…"  # a file from elsewhere may hold megabytes there
+        raise ValueError(f"{name}: expected {expected}, got {shown}")
+    return kind(value)
 
 
 def check_weights(config: ModelConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -332,8 +318,22 @@ def check_inputs(folder: Path, resolution: int) -> None:
         if os.path.isfile(path := folder / name):
             content = read_json(path)
             fields = content if name == PICTURE_FILE else content.get("image_processor")
-            if isinstance(fields, dict):
-                _check_pictures(path, fields, resolution)
+            if not isinstance(fields, dict):
+                continue
+            is_squeezed = fields.get("size") not in (resolution, {"shortest_edge": resolution})
+            ignored = ["do_center_crop", *([] if fields.get("do_center_crop") else ["crop_size"])]
+            ignored += [] if is_squeezed else ["size"]
+            for field, wanted in picture_fields(resolution).items():
+                if field in fields and field not in ignored and not _is_same(fields[field], wanted):
+                    shown = repr(fields[field])[:60]
+                    raise CheckpointError(f"{field} is {shown}, expected {wanted}; {_instead(folder)}", at=path)
+            if not is_squeezed:
+                logger.warning(
+                    "%s: keeps the proportions of pictures; here they are squeezed, as Chinese-CLIP was trained; for "
+                    "the other, use hf:%s",
+                    path,
+                    folder,
+                )
     if os.path.isfile(path := folder / "vocab.txt"):
         with reading(path, CheckpointError, what="not a vocabulary that can be read", step=_instead(folder)):
             words = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
@@ -344,24 +344,6 @@ def check_inputs(folder: Path, resolution: int) -> None:
         if not isinstance(vocab, dict) or not all(type(number) is int for number in vocab.values()):
             raise CheckpointError(f"holds no vocabulary of words; {_instead(folder)}", at=path)
         _check_words(path, sorted(vocab, key=vocab.__getitem__))
-
-
-def _check_pictures(path: Path, fields: dict[str, Any], resolution: int) -> None:
-    expected = picture_fields(resolution)
-    is_squeezed = fields.get("size") not in (resolution, {"shortest_edge": resolution})
-    ignored = ["do_center_crop", *([] if fields.get("do_center_crop") else ["crop_size"])]
-    ignored += [] if is_squeezed else ["size"]
-    for name, wanted in expected.items():
-        if name in fields and name not in ignored and not _is_same(fields[name], wanted):
-            shown = repr(fields[name])[:60]
-            raise CheckpointError(f"{name} is {shown}, expected {wanted}; {_instead(path.parent)}", at=path)
-    if not is_squeezed:
-        logger.warning(
-            "%s: keeps the proportions of pictures; here they are squeezed, as Chinese-CLIP was trained; for the "
-            "other, use hf:%s",
-            path,
-            path.parent,
-        )
 
 
 def _check_words(path: Path, words: list[str]) -> None:

@@ -9,10 +9,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from cn_clip import zoo
@@ -22,9 +20,6 @@ from cn_clip.errors import CheckpointError, CnClipError, DownloadError
 from cn_clip.extras import require
 from cn_clip.files import alone, lock_file
 from cn_clip.zoo import Published
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfFileMetadata
 
 logger = logging.getLogger(__name__)
 
@@ -85,18 +80,7 @@ def download(
         raise DownloadError(
             f"cannot be made a folder ({error.strerror}); choose another download_root", at=target.parent
         ) from error
-    try:
-        return _fetch_alone(published, target, _from_modelscope if use_modelscope else _from_huggingface)
-    except CnClipError:
-        raise
-    except Exception as error:  # the hub clients raise errors of many unrelated types, which differ by version
-        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
-            raise DownloadError(
-                f"{published.filename} cannot be written there ({error.strerror}); free space, or "
-                "choose another download_root",
-                at=target.parent,
-            ) from error
-        raise DownloadError(_explain(published, error, use_modelscope=use_modelscope)) from error
+    return _fetch(published, target, use_modelscope=use_modelscope)
 
 
 def url_of(published: Published, *, use_modelscope: bool = False) -> str:
@@ -121,20 +105,44 @@ def is_published_file(published: Published, path: Path) -> bool | None:
     return None if published.sha256 is None else _sha256(path) == published.sha256
 
 
-def _fetch_alone(published: Published, target: Path, fetch: Callable[[Published, Path], Path]) -> Path:
-    """Fetches into a folder beside the target, under a lock, and moves the finished file."""
+def _fetch(published: Published, target: Path, *, use_modelscope: bool) -> Path:
+    """Fetches into a folder beside the target, under a lock, and moves the finished file; raises as `download`."""
     partial = target.parent / f".{target.name}.download"
-    with alone(lock_file(target), f"{target}: another process is downloading it", waiting=logger.warning):
-        if os.path.isfile(target):  # the process that held the lock before has finished
-            return target
-        partial.mkdir(exist_ok=True)
-        try:
-            os.replace(fetch(published, partial), target)
-            shutil.rmtree(partial, ignore_errors=True)
-        finally:
-            with suppress(OSError):  # what a failed download left behind is kept, to go on from there
-                partial.rmdir()
-    return target
+    try:
+        with alone(lock_file(target), f"{target}: another process is downloading it", waiting=logger.warning):
+            if os.path.isfile(target):  # the process that held the lock before has finished
+                return target
+            partial.mkdir(exist_ok=True)
+            try:
+                fetch = _from_modelscope if use_modelscope else _from_huggingface
+                os.replace(fetch(published, partial), target)
+                shutil.rmtree(partial, ignore_errors=True)
+            finally:
+                with suppress(OSError):  # what a failed download left behind is kept, to go on from there
+                    partial.rmdir()
+        return target
+    except CnClipError:
+        raise
+    except Exception as error:  # the hub clients raise errors of many unrelated types, which differ by version
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            raise DownloadError(
+                f"{published.filename} cannot be written there ({error.strerror}); free space, or "
+                "choose another download_root",
+                at=target.parent,
+            ) from error
+        if use_modelscope:
+            where, others = f"{published.modelscope} on ModelScope", ["fetch it from Hugging Face"]
+        else:
+            where, others = f"{published.huggingface} at {_endpoint()}", ["set HF_ENDPOINT to a mirror"]
+            if published.modelscope:
+                names = {one.filename: name for name, one in zoo.downloadable().items()}
+                name = names.get(published.filename, "MODEL")
+                others.append(f"run `cn-clip download {name} --hub modelscope`")
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DownloadError(
+            f"could not download {published.filename} from {where}: {reason.rstrip('.')}; try again to go on from "
+            f"there, {', '.join(others)}, or download the file yourself and pass its path"
+        ) from error
 
 
 def _from_huggingface(published: Published, folder: Path) -> Path:
@@ -150,7 +158,12 @@ def _from_huggingface(published: Published, folder: Path) -> Path:
     url = url_of(published)
     metadata = get_hf_file_metadata(url)
     sha256 = _expected_sha256(published, metadata.etag)
-    part = _part_file(folder, metadata)
+    # The name is that of this version of the file; what cannot be its beginning goes.
+    part = folder / f"{hashlib.sha256((metadata.etag or '').encode()).hexdigest()[:16]}.part"
+    for found in folder.glob("*.part"):
+        too_long = metadata.size is not None and found.stat().st_size > metadata.size
+        if found != part or metadata.etag is None or too_long:
+            found.unlink()
     with open(part, "ab") as stream:
         missing, free = (metadata.size or 0) - stream.tell(), shutil.disk_usage(folder).free
         if missing > free:
@@ -194,16 +207,6 @@ def _expected_sha256(published: Published, etag: str | None) -> str | None:
     return published.sha256 or of_hub
 
 
-def _part_file(folder: Path, metadata: "HfFileMetadata") -> Path:
-    """Where the bytes of this version of the file gather; those that cannot be its beginning are removed."""
-    part = folder / f"{hashlib.sha256((metadata.etag or '').encode()).hexdigest()[:16]}.part"
-    for found in folder.glob("*.part"):
-        too_long = metadata.size is not None and found.stat().st_size > metadata.size
-        if found != part or metadata.etag is None or too_long:
-            found.unlink()
-    return part
-
-
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     add_file(digest, path)
@@ -220,22 +223,6 @@ def _from_modelscope(published: Published, folder: Path) -> Path:
 
 def _endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
-
-
-def _explain(published: Published, error: Exception, *, use_modelscope: bool) -> str:
-    if use_modelscope:
-        where, others = f"{published.modelscope} on ModelScope", ["fetch it from Hugging Face"]
-    else:
-        where, others = f"{published.huggingface} at {_endpoint()}", ["set HF_ENDPOINT to a mirror"]
-        if published.modelscope:
-            names = {one.filename: name for name, one in zoo.downloadable().items()}
-            name = names.get(published.filename, "MODEL")
-            others.append(f"run `cn-clip download {name} --hub modelscope`")
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return (
-        f"could not download {published.filename} from {where}: {reason.rstrip('.')}; try again to go on from there, "
-        f"{', '.join(others)}, or download the file yourself and pass its path"
-    )
 
 
 def files_of(path: Path) -> list[Path]:
