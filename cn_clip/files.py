@@ -9,7 +9,6 @@ next writer of the same output removes it, whatever the host or container of tha
 import contextlib
 import ctypes
 import errno
-import functools
 import hashlib
 import json
 import logging
@@ -312,7 +311,6 @@ class Lock:
             return os.open(self.path, os.O_RDONLY | _FLAGS)  # another user's, in a folder that both use
 
     def _begin(self, handle: int) -> None:
-        _close_in_children()
         self._handle, self._pid = handle, os.getpid()
         _handles.add(handle)
         facts = {"pid": self._pid, "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -388,18 +386,16 @@ else:
         return True
 
 
-@functools.cache
-def _close_in_children() -> None:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_close_handles)
-
-
 def _close_handles() -> None:
     """A lock lasts as long as any process has its file open: the workers of a killed run must not keep it."""
     for handle in _handles:
         with contextlib.suppress(OSError):
             os.close(handle)
     _handles.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_handles)
 
 
 # --- temporary folders that die with their process

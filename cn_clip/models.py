@@ -38,7 +38,17 @@ class Options:
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """Number of trainable values of the model: (all, of the picture tower); computed, nothing is built."""
-    visual = _vit(config.vision) if config.vision.vision_patch_size else _resnet(config.vision)
+    vision = config.vision
+    if vision.vision_patch_size:
+        assert isinstance(vision.vision_layers, int)
+        width, patch = vision.vision_width, vision.vision_patch_size
+        positions = (vision.image_resolution // patch) ** 2 + 1
+        embeddings = 3 * patch * patch * width + width + positions * width
+        layer_norms = 2 * 2 * width
+        layers = vision.vision_layers * _transformer_layer(width, 4 * width)
+        visual = embeddings + layer_norms + layers + width * vision.embed_dim
+    else:
+        visual = _resnet(vision)
     text, width, logit_scale = config.text, config.text.text_hidden_size, 1
     rows = text.vocab_size + text.text_max_position_embeddings + text.text_type_vocab_size
     layers = text.text_num_hidden_layers * _transformer_layer(width, text.text_intermediate_size)
@@ -49,17 +59,6 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 def _transformer_layer(width: int, inner: int) -> int:
     """Four attention matrices and two of the perceptron with their biases, and two layer norms."""
     return 4 * (width * width + width) + (width * inner + inner) + (inner * width + width) + 2 * 2 * width
-
-
-def _vit(vision: VisionConfig) -> int:
-    assert isinstance(vision.vision_layers, int)
-    assert vision.vision_patch_size
-    width, patch = vision.vision_width, vision.vision_patch_size
-    positions = (vision.image_resolution // patch) ** 2 + 1
-    embeddings = 3 * patch * patch * width + width + positions * width
-    layer_norms = 2 * 2 * width
-    layers = vision.vision_layers * _transformer_layer(width, 4 * width)
-    return embeddings + layer_norms + layers + width * vision.embed_dim
 
 
 def _convolution(inputs: int, outputs: int, side: int) -> int:
@@ -115,14 +114,13 @@ def table_of_models(models: Iterable[dict[str, Any]]) -> list[str]:
         ["模型", "像素", "参数", "视觉塔", "大小", "文件", "本机"],
         ["model", "px", "params", "visual", "size", "file", "here"],
     ]
-    return terminal.align([*head, *map(_row, models)], right=frozenset({1, 2, 3, 4}))
-
-
-def _row(model: dict[str, Any]) -> list[str]:
-    numbers = [str(model["resolution"]), *(f"{model[key] / 1e6:.1f}M" for key in ("num_params", "num_visual_params"))]
-    size = "?" if model["num_bytes"] is None else f"{model['num_bytes'] / 1e6:,.0f} MB"
-    here = "随包 / bundled" if model["bundled"] else "已下载 / here" if model["path"] else "未下载 / not here"
-    return [model["name"], *numbers, size, model["file"], here]
+    rows = []
+    for model in models:
+        counts = (f"{model[key] / 1e6:.1f}M" for key in ("num_params", "num_visual_params"))
+        size = "?" if model["num_bytes"] is None else f"{model['num_bytes'] / 1e6:,.0f} MB"
+        here = "随包 / bundled" if model["bundled"] else "已下载 / here" if model["path"] else "未下载 / not here"
+        rows.append([model["name"], str(model["resolution"]), *counts, size, model["file"], here])
+    return terminal.align([*head, *rows], right=frozenset({1, 2, 3, 4}))
 
 
 def tables_of_results(names: Sequence[str]) -> list[str]:

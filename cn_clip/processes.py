@@ -81,16 +81,13 @@ def hold_in_children(owner: object) -> None:
 
     For what has threads of its own: the children lack them, and freeing it would wait for them to end.
     """
-    _hold_at_fork()
     _HELD.add(owner)
-
-
-@functools.cache
-def _hold_at_fork() -> None:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_hold)
 
 
 def _hold() -> None:
     for owner in _HELD:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))  # never given back, not even when the interpreter ends
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_hold)

@@ -7,7 +7,6 @@ imports only what a picture needs, so it starts quickly; and it knows no secret 
 
 import atexit
 import contextlib
-import functools
 import io
 import json
 import math
@@ -328,7 +327,6 @@ def opened_elsewhere(data: bytes) -> Image.Image:
     try:
         process = _idle.pop()
     except IndexError:
-        _end_with_this_process()
         spare_bytes = DECODE_BYTES + DECODE_BYTES_PER_PIXEL * MOST_PIXELS
         process = DecodingProcess(None, num_bytes=4 * MOST_PIXELS + MAX_FACTS_BYTES, spare_bytes=spare_bytes)
     deadline = threading.Timer(WAITING_SECONDS, process.kill)
@@ -347,13 +345,6 @@ def opened_elsewhere(data: bytes) -> Image.Image:
     raise OSError(sentence)
 
 
-@functools.cache
-def _end_with_this_process() -> None:
-    atexit.register(_end)
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_leave_to_parent)
-
-
 def _end() -> None:
     while _idle:
         process = _idle.pop()
@@ -364,3 +355,8 @@ def _end() -> None:
 def _leave_to_parent() -> None:
     _of_the_parent.extend(_idle)
     _idle.clear()
+
+
+atexit.register(_end)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)

@@ -179,14 +179,18 @@ class Encoder:
         images = [images] if isinstance(images, (str, Path, bytes, Image)) else list(images)
         batch_size = _size(batch_size, self.facts.batch_sizes[0])
         check_threads(num_threads, least=0)
+
+        def load(number: int, out: Pixels) -> None:
+            name = _picture_name(images[number], number)
+            image = open_picture(images[number], name=name, draft_size=self.transform.draft_size)
+            try:
+                self.transform.array(image, out)
+            except DataError as error:
+                raise DataError(error, at=name) from error
+
         with _bar(len(images), "picture", progress) as advance:
-            batches = decoded_batches(
-                lambda number, out: self._decode(images[number], number, out),
-                range(len(images)),
-                self.transform.resolution,
-                batch_size,
-                num_threads,
-            )
+            numbers, resolution = range(len(images)), self.transform.resolution
+            batches = decoded_batches(load, numbers, resolution, batch_size, num_threads)
             rows, done = [np.empty((0, self.embed_dim), dtype=np.float32)], 0
             for _, pixels in batches:
                 try:
@@ -233,14 +237,6 @@ class Encoder:
                 if advance is not None:
                     advance(len(chosen))
             yield output
-
-    def _decode(self, picture: Picture, number: int, out: Pixels) -> None:
-        name = _picture_name(picture, number)
-        image = open_picture(picture, name=name, draft_size=self.transform.draft_size)
-        try:
-            self.transform.array(image, out)
-        except DataError as error:
-            raise DataError(error, at=name) from error
 
 
 def sorted_batches(

@@ -90,27 +90,26 @@ class SelfAttention(nn.MultiheadAttention):
             rows = (x[:, None] for x in (query, key, value))
             output, weights = self(*rows, padding, need_weights, attn_mask, average_attn_weights)
             return output[:, 0], None if weights is None else weights[0]
-        rows_BQD, rows_BLD, values_BLD = self._projected(query, key, value)
-        bias = _score_bias(attn_mask, key_padding_mask, rows_BLD, self.num_heads)
-        if not need_weights:
-            context_BQD = attend(rows_BQD, rows_BLD, values_BLD, self.num_heads, attn_mask=bias)
-            return self.out_proj(context_BQD).transpose(0, 1), None
-        shares_BHQL = attention_scores(rows_BQD, rows_BLD, self.num_heads, bias)
-        context_BQD = (shares_BHQL @ split_heads(values_BLD, self.num_heads)).transpose(1, 2).flatten(2)
-        weights = shares_BHQL.mean(dim=1) if average_attn_weights else shares_BHQL
-        return self.out_proj(context_BQD).transpose(0, 1), weights
-
-    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Rows of queries, keys and values, batch first, by as few products as equal inputs allow."""
+        # Batch first, by as few products as equal inputs allow.
         weight, bias, width = self.in_proj_weight, self.in_proj_bias, self.embed_dim
         x_BLD = key.transpose(0, 1)
         if query is key and key is value:
-            return F.linear(x_BLD, weight, bias).chunk(3, dim=-1)
-        query_BQD = F.linear(query.transpose(0, 1), weight[:width], bias[:width])
-        if key is value:
-            return query_BQD, *F.linear(x_BLD, weight[width:], bias[width:]).chunk(2, dim=-1)
-        key_BLD = F.linear(x_BLD, weight[width : 2 * width], bias[width : 2 * width])
-        return query_BQD, key_BLD, F.linear(value.transpose(0, 1), weight[2 * width :], bias[2 * width :])
+            rows_BQD, rows_BLD, values_BLD = F.linear(x_BLD, weight, bias).chunk(3, dim=-1)
+        else:
+            rows_BQD = F.linear(query.transpose(0, 1), weight[:width], bias[:width])
+            if key is value:
+                rows_BLD, values_BLD = F.linear(x_BLD, weight[width:], bias[width:]).chunk(2, dim=-1)
+            else:
+                rows_BLD = F.linear(x_BLD, weight[width : 2 * width], bias[width : 2 * width])
+                values_BLD = F.linear(value.transpose(0, 1), weight[2 * width :], bias[2 * width :])
+        score_bias = _score_bias(attn_mask, key_padding_mask, rows_BLD, self.num_heads)
+        if not need_weights:
+            context_BQD = attend(rows_BQD, rows_BLD, values_BLD, self.num_heads, attn_mask=score_bias)
+            return self.out_proj(context_BQD).transpose(0, 1), None
+        shares_BHQL = attention_scores(rows_BQD, rows_BLD, self.num_heads, score_bias)
+        context_BQD = (shares_BHQL @ split_heads(values_BLD, self.num_heads)).transpose(1, 2).flatten(2)
+        weights = shares_BHQL.mean(dim=1) if average_attn_weights else shares_BHQL
+        return self.out_proj(context_BQD).transpose(0, 1), weights
 
 
 def _score_bias(attn_mask: Tensor | None, padding_BL: Tensor | None, rows_BLD: Tensor, heads: int) -> Tensor | None:

@@ -30,7 +30,7 @@ from cn_clip.clip.visual import (
 from cn_clip.clip.weights.checkpoint import convert_state_dict, fit, normalise_keys, resize_position_embedding
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.processes import compute_alone_in_children
-from cn_clip.zoo import ModelConfig, VisionConfig, config_from_info
+from cn_clip.zoo import ModelConfig, config_from_info
 
 __all__ = [
     "CLIP",
@@ -93,7 +93,18 @@ class CLIP(nn.Module):
         super().__init__()
         compute_alone_in_children()
         self.config: ModelConfig = config_from_info(info)
-        self.visual = _picture_tower(self.config.vision, use_flash_attention)
+        vision = self.config.vision
+        layers, width = vision.vision_layers, vision.vision_width
+        self.visual: ModifiedResNet | VisualTransformer
+        if not isinstance(layers, int):
+            heads = width * 32 // vision.vision_head_width
+            self.visual = ModifiedResNet(layers, vision.embed_dim, heads, vision.image_resolution, width)
+        else:
+            if vision.vision_patch_size is None:
+                raise ConfigError("vision_patch_size: a Vision Transformer needs one")
+            heads = width // vision.vision_head_width
+            sizes = (vision.image_resolution, vision.vision_patch_size, width, layers, heads, vision.embed_dim)
+            self.visual = VisualTransformer(*sizes, use_flash_attention)
         fields = {name.removeprefix("text_"): value for name, value in asdict(self.config.text).items()}
         self.bert_config = BertConfig(fields.pop("vocab_size"), **fields, use_flash_attention=use_flash_attention)
         self.bert = BertModel(self.bert_config)
@@ -205,18 +216,6 @@ class CLIP(nn.Module):
 
 # The arguments of CLIP that are no fields of a configuration file.
 _NO_FIELDS = ("self", "tokenizer", "use_flash_attention", "__class__")
-
-
-def _picture_tower(config: VisionConfig, use_flash_attention: bool) -> ModifiedResNet | VisualTransformer:
-    layers, width = config.vision_layers, config.vision_width
-    if not isinstance(layers, int):
-        heads = width * 32 // config.vision_head_width
-        return ModifiedResNet(layers, config.embed_dim, heads, config.image_resolution, width)
-    if config.vision_patch_size is None:
-        raise ConfigError("vision_patch_size: a Vision Transformer needs one")
-    heads = width // config.vision_head_width
-    sizes = (config.image_resolution, config.vision_patch_size, width, layers, heads, config.embed_dim)
-    return VisualTransformer(*sizes, use_flash_attention)
 
 
 def _unit(rows: Tensor) -> Tensor:
