@@ -174,11 +174,12 @@ class WordpieceTokenizer:
 
     def tokenize(self, text: str | bytes) -> list[str]:
         """The pieces of words that blanks separate; a word that has none is the unknown token."""
-        return [piece for word in convert_to_unicode(text).split() for piece in self._pieces(word)]
-
-    def _pieces(self, word: str) -> list[str]:
         limit = self.max_input_chars_per_word
-        return word_pieces(word, self.vocab, longest=self._longest, unknown=self.unk_token, max_chars=limit)
+        return [
+            piece
+            for word in convert_to_unicode(text).split()
+            for piece in word_pieces(word, self.vocab, longest=self._longest, unknown=self.unk_token, max_chars=limit)
+        ]
 
 
 class FullTokenizer:

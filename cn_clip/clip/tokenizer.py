@@ -7,7 +7,7 @@ import logging
 import operator
 import re
 import unicodedata
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -199,18 +199,13 @@ def word_pieces(
     pieces: list[str] = []
     start = 0
     while start < len(word):
-        found = next((piece for piece in _candidates(word, start, longest) if piece in vocab), None)
+        prefix, ends = "##" if start else "", range(min(len(word), start + longest), start, -1)
+        found = next((piece for end in ends if (piece := prefix + word[start:end]) in vocab), None)
         if found is None:
             return [unknown]
         pieces.append(found)
         start += len(found) - (2 if start else 0)
     return pieces
-
-
-def _candidates(word: str, start: int, longest: int) -> Iterator[str]:
-    prefix = "##" if start else ""
-    for end in range(min(len(word), start + longest), start, -1):
-        yield prefix + word[start:end]
 
 
 @lru_cache(maxsize=1 << 16)

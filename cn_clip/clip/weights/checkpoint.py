@@ -176,15 +176,6 @@ def normalise_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     normalisation gamma and beta.
     Raises CheckpointError when two tensors have one name then: those of a student and a teacher, for example.
     """
-    tensors = {_GAMMA.sub("weight", _BETA.sub("bias", key)): value for key, value in _unwrapped(state_dict).items()}
-    if hf.is_transformers(tensors):
-        tensors = hf.to_reference(tensors)
-    tensors = {key: value for key, value in tensors.items() if not key.startswith(DROPPED_KEYS)}
-    return split_wqkv(tensors)
-
-
-def _unwrapped(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`model._orig_mod.visual.proj` and `model.logit_scale` as `visual.proj` and `logit_scale`."""
     wrappers = {wrapper for key in state_dict if (wrapper := _wrapper(key)) is not None}
     names = {key: _OF_WRAPPERS.sub("", key) for key in state_dict}
     for key, name in names.items():
@@ -193,7 +184,11 @@ def _unwrapped(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = {names[key]: value for key, value in state_dict.items()}
     if len(tensors) < len(names):
         raise CheckpointError(f"holds several models, under {' and '.join(map(repr, sorted(wrappers)))}; {_SAVE_ONE}")
-    return tensors
+    tensors = {_GAMMA.sub("weight", _BETA.sub("bias", key)): value for key, value in tensors.items()}
+    if hf.is_transformers(tensors):
+        tensors = hf.to_reference(tensors)
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(DROPPED_KEYS)}
+    return split_wqkv(tensors)
 
 
 def _wrapper(key: str) -> str | None:
