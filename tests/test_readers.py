@@ -177,7 +177,7 @@ def test_weights_that_cannot_be_read_are_a_sentence(
     def refused(*_: object, **__: object) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    for place in ("builtins.open", "torch.load", "safetensors.torch.load_file"):
+    for place in ("builtins.open", "torch.load", "cn_clip.clip.weights.file_formats.load_file"):
         monkeypatch.setattr(place, refused)
     with pytest.raises(CheckpointError, match=rf"a\.{suffix}: .*\(Permission denied\)"):
         read_checkpoint(path)
