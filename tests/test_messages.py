@@ -101,7 +101,7 @@ def options_of_package(name: str) -> frozenset[str]:
     folder = name.partition("/")[0].replace("evaluation", "eval")
     if "/" not in name or folder in SHARED:
         return frozenset()
-    found: set[str] = set()
+    found: set[str] = {"--store"} if folder == "index" else set()  # an alias of the address that help leaves out
     for path in (ROOT / folder).glob("*.py"):
         module = importlib.import_module(f"cn_clip.{folder}.{path.stem}")
         for kind in vars(module).values():

@@ -185,7 +185,7 @@ class FilePart:
 
 def _members(root: Storage, file: FoundFile) -> list[_Item]:
     stored, items = root.at(file.path), []
-    with stored.open() as stream:
+    with root.at(file.path).open() as stream:
         for member in tar_members(stream, stored.name):
             key, suffix = member.sample
             if key and suffix in PICTURE_SUFFIXES:
