@@ -29,7 +29,7 @@ from cn_clip.training.monitor import Monitor
 from cn_clip.training.params import RULES, Options
 from cn_clip.training.scheduler import build_optimizer
 from cn_clip.training.state import Start
-from cn_clip.training.step import Encode, Learner, Teacher
+from cn_clip.training.step import Learner, Teacher
 from cn_clip.training.trainer import Trainer
 
 LOCK = ".lock"
@@ -267,7 +267,23 @@ def open_teacher(name: str, device: torch.device | str) -> Teacher:
     is_local = zoo.named(name) is not None or Path(name).exists() or name.endswith(_WEIGHT_SUFFIXES)
     resolution, details = None, ""
     if not is_local and _MODELSCOPE_ID.fullmatch(name):
-        model, encode = _open_on_modelscope(name)
+        models = require("modelscope.models", extra="modelscope", purpose=f"the teacher {name} from ModelScope")
+        try:
+            model = models.Model.from_pretrained(name)
+        except Exception as error:  # whatever its loaders raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if "Unexpected key(s) in state_dict" in reason:
+                message = f"{name} on ModelScope: {reason}; try pip install --upgrade modelscope"
+                raise CheckpointError(message) from error
+            raise DownloadError(
+                f"{name} on ModelScope: {reason}; try again, or give --teacher-model-name a checkpoint file or ViT-L-14"
+            ) from error
+        found = (getattr(getattr(model, part, None), method, None) for part, method in MODELSCOPE_ENCODERS)
+        encode = next(filter(callable, found), None)
+        if encode is None:
+            expected = ", ".join(".".join(path) for path in MODELSCOPE_ENCODERS)
+            kind = type(model).__name__
+            raise ConfigError(f"--teacher-model-name {name}: a {kind} has none of {expected} for pictures")
     else:
         clip, _ = open_model(name)
         del clip.bert  # the text tower would only take memory
@@ -276,22 +292,3 @@ def open_teacher(name: str, device: torch.device | str) -> Teacher:
     model.requires_grad_(False).eval().to(device)
     logger.info("Teacher model loaded from %s%s", name, details)
     return Teacher(encode, resolution=resolution)
-
-
-def _open_on_modelscope(name: str) -> tuple[nn.Module, Encode]:
-    models = require("modelscope.models", extra="modelscope", purpose=f"the teacher {name} from ModelScope")
-    try:
-        model: nn.Module = models.Model.from_pretrained(name)
-    except Exception as error:  # whatever its loaders raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if "Unexpected key(s) in state_dict" in reason:
-            raise CheckpointError(f"{name} on ModelScope: {reason}; try pip install --upgrade modelscope") from error
-        raise DownloadError(
-            f"{name} on ModelScope: {reason}; try again, or give --teacher-model-name a checkpoint file or ViT-L-14"
-        ) from error
-    for part, method in MODELSCOPE_ENCODERS:
-        encode = getattr(getattr(model, part, None), method, None)
-        if callable(encode):
-            return model, encode
-    expected = ", ".join(".".join(path) for path in MODELSCOPE_ENCODERS)
-    raise ConfigError(f"--teacher-model-name {name}: a {type(model).__name__} has none of {expected} for pictures")

@@ -109,7 +109,15 @@ class ShardSampler(EpochSampler):
             )
 
     def _order(self) -> Tensor:
-        row, first = self._row(), self.rank * self.num_batches * self.batch_size
+        # The row of all samples used in this epoch, the same on every rank.
+        draw = np.random.default_rng((self._entropy, self.epoch))
+        shards = draw.permutation(len(self.shard_sizes))
+        sizes = self.shard_sizes[shards]
+        firsts = (np.cumsum(self.shard_sizes) - self.shard_sizes)[shards]
+        row = np.repeat(firsts - (np.cumsum(sizes) - sizes), sizes) + np.arange(self.num_samples)
+        left_out = draw.choice(self.num_samples, self.num_samples - self.num_padded, replace=False, shuffle=False)
+        row = np.delete(row, left_out)
+        first = self.rank * self.num_batches * self.batch_size
         order = np.empty((self.num_batches, self.batch_size), dtype=np.int64)
         for stream in range(self.num_streams):
             own = order[stream :: self.num_streams]
@@ -119,16 +127,6 @@ class ShardSampler(EpochSampler):
             own[:] = row[first : first + own.size][moved].reshape(own.shape)
             first += own.size
         return torch.from_numpy(order.reshape(-1))
-
-    def _row(self) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-        """The samples used in this epoch over all ranks, shards in random order; the same on every rank."""
-        draw = np.random.default_rng((self._entropy, self.epoch))
-        shards = draw.permutation(len(self.shard_sizes))
-        sizes = self.shard_sizes[shards]
-        firsts = (np.cumsum(self.shard_sizes) - self.shard_sizes)[shards]
-        row = np.repeat(firsts - (np.cumsum(sizes) - sizes), sizes) + np.arange(self.num_samples)
-        left_out = draw.choice(self.num_samples, self.num_samples - self.num_padded, replace=False, shuffle=False)
-        return np.delete(row, left_out)
 
 
 class EpochNumbers(Sampler[int]):

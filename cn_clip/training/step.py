@@ -122,7 +122,12 @@ class Learner:
                 if number == last:  # scale and bias belong to the joined batch, not to one of them
                     outputs += [again.scale] if own_bias is None else [again.scale, own_bias]
                     gradients += [scale] if bias is None else [scale, _gradient(bias)]
-                _backward(outputs, gradients)
+                # The outputs of a frozen tower depend on no trained weight. One sum: DDP must see every weight in one
+                # backward pass, and FSDP's hooks hang on tensors, not on lists.
+                pairs = zip(outputs, gradients, strict=True)
+                sums = [(output.float() * gradient.float()).sum() for output, gradient in pairs if output.requires_grad]
+                if sums:
+                    torch.autograd.backward(torch.stack(sums).sum())
         self.parallel.finish_gradients()
         return scores._replace(loss=scores.loss.detach())
 
@@ -142,15 +147,6 @@ class Learner:
 
 def _gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def _backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Backward from the outputs that depend on trained weights; those of a frozen tower do not."""
-    trained = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if output.requires_grad]
-    # One sum: DDP must see every weight in one backward pass, and FSDP's hooks hang on tensors, not on lists.
-    sums = [(output.float() * gradient.float()).sum() for output, gradient in trained]
-    if sums:
-        torch.autograd.backward(torch.stack(sums).sum())
 
 
 def make_batch(pairs: PairBatch, device: torch.device, *, with_keys: bool = True) -> Batch:

@@ -66,7 +66,14 @@ def validate(
     with autocast():
         # Through the model's call: FSDP's hooks hang there.
         own_images = _joined(model(pixels.to(_device(model)), None) for pixels in pixel_batches)
-        own_texts = _text_features(model, [tokens[n] for n in own_share(len(tokens))], sampler.batch_size)
+        # Texts in batches of like length; their features go back into the order of this process's share.
+        own = [tokens[number] for number in own_share(len(tokens))]
+        order = sorted(range(len(own)), key=lambda number: len(own[number]))
+        batches = [order[start : start + sampler.batch_size] for start in range(0, len(order), sampler.batch_size)]
+        padded = (tokenizer.pad([own[number] for number in batch], len(own[batch[-1]])) for batch in batches)
+        sorted_texts = _joined(model(None, torch.from_numpy(batch).to(_device(model))) for batch in padded)
+        own_texts = torch.empty_like(sorted_texts)
+        own_texts[order] = sorted_texts
     images_ND = gather_shares(own_images, len(split.image_ids))
     texts_TD = gather_shares(own_texts, len(tokens))
     model.train(was_training)
@@ -83,17 +90,6 @@ def _device(model: CLIP) -> torch.device:
 
 def _joined(batches: Iterator[Tensor]) -> Tensor:
     return torch.cat([F.normalize(batch.float(), dim=-1) for batch in batches])
-
-
-def _text_features(model: CLIP, tokens: list[list[int]], batch_size: int) -> Tensor:
-    """Features (T, D) in the order of `tokens`, computed in batches of like length."""
-    order = sorted(range(len(tokens)), key=lambda number: len(tokens[number]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    padded = (tokenizer.pad([tokens[number] for number in batch], len(tokens[batch[-1]])) for batch in batches)
-    sorted_TD = _joined(model(None, torch.from_numpy(batch).to(_device(model))) for batch in padded)
-    features_TD = torch.empty_like(sorted_TD)
-    features_TD[order] = sorted_TD
-    return features_TD
 
 
 def _in_batches(
