@@ -121,16 +121,16 @@ class MissingExtraError(CnClipError, ImportError):
 
 @contextlib.contextmanager
 def reading(
-    place: object,
+    path: object,
     error_type: type[CnClipError],
     *,
     what: str = "cannot be read",
     step: str,
     look: Callable[[Any], str | None] | None = None,
 ) -> Iterator[None]:
-    """Turns whatever another package raises inside into one error: "PLACE: WHAT (REASON); STEP".
+    """Turns whatever another package raises inside into one error: "PATH: WHAT (REASON); STEP".
 
-    look: says of `place` what it really is, and what to do; then that follows the place instead.
+    look: says of `path` what it really is, and what to do; then that follows the path instead.
     On damaged bytes, parsers raise errors of any type, which differ from version to version; those written in Rust
     panic, which is no Exception. Errors of this package pass as they are. Only calls of the other package belong
     inside: a fault of our own would become a sentence about the file.
@@ -142,22 +142,22 @@ def reading(
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        known = None if look is None else look(place)
+        known = None if look is None else look(path)
         # contextlib takes a RuntimeError from a StopIteration for one of the generator, and lets the latter pass.
         cause = None if isinstance(error, StopIteration) else error
-        raise error_type(known or f"{what} ({first_sentence(error, place)}); {step}", at=place) from cause
+        raise error_type(known or f"{what} ({first_sentence(error, path)}); {step}", at=path) from cause
 
 
 _LONGEST_REASON = 300
 
 
-def first_sentence(error: BaseException, place: object = None) -> str:
-    """The first sentence of what an error says, without the path `place` before it; its type where it says nothing."""
+def first_sentence(error: BaseException, path: object = None) -> str:
+    """The first sentence of what an error says, without `path` before it; its type where it says nothing."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, MemoryError):
         return f"not enough memory{f': {error}' if str(error) else ''}"
-    text = str(error).strip().removeprefix(f"{place}: ")
+    text = str(error).strip().removeprefix(f"{path}: ")
     return re.split(r"\.?\n|\. |\.$", text, maxsplit=1)[0][:_LONGEST_REASON] or type(error).__name__
 
 

@@ -44,7 +44,7 @@ def _lines(stream: IO[bytes], path: str | os.PathLike[str]) -> Iterator[bytes]:
 
 
 def json_object(line: bytes) -> dict[str, Any]:
-    """Parses one line as a JSON object; raises DataError without the place, which the caller knows."""
+    """Parses one line as a JSON object; raises DataError without path and line, which the caller knows."""
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -158,7 +158,7 @@ def write_shards(
 ) -> Shards:
     """Writes the pairs of an LMDB, shuffled by `seed`, as 000000.tar, 000001.tar, ... of a folder, whole or not at all.
 
-    num_shards: so many of equal size give or take one pair, in place of `pairs_per_shard`. The same pairs give the
+    num_shards: so many of equal size give or take one pair, instead of `pairs_per_shard`. The same pairs give the
     same bytes. Raises DataError when the folder holds something already, or for a pair that cannot be read.
     """
     images, pairs = ImageStore(source / IMAGES), PairStore(source / PAIRS)

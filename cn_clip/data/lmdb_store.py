@@ -56,7 +56,7 @@ class LmdbWriter:
         self._folder = told or folder
         with _writing(self._folder, "is the disk full, or the folder read-only?"):
             folder.mkdir(parents=True, exist_ok=True)
-            # One sync at the end is enough: a folder that is not complete is never moved into place.
+            # One sync at the end is enough: a folder that is not complete is never moved to its final path.
             # No file of locks: one process writes here, and of a full disk that file says nothing but SIGBUS.
             self._env = lmdb.open(
                 os.fspath(folder), map_size=map_bytes, sync=False, metasync=False, meminit=False, lock=False

@@ -56,7 +56,7 @@ class TensorRTModel:
         return outputs
 
     def load_engine(self, engine_file_path: str, *, device: str | torch.device | None = None) -> Any:
-        """Opens a file in place of the one that is open; returns its session. Raises as the constructor."""
+        """Opens a file instead of the one that is open; returns its session. Raises as the constructor."""
         self.session = tensor_rt.open_engine(engine_file_path, device=device)
         self.path, self.shapes = engine_file_path, tensor_rt.shapes_of(self.session)
         return self.session

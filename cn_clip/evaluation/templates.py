@@ -34,7 +34,7 @@ def load_templates(dataset: str, file: Path | None = None) -> list[str]:
 
 
 def fill(template: str, label: str) -> str:
-    """The template with `label` in place of `{}`; nothing else in either has a meaning."""
+    """The template with `label` instead of `{}`; nothing else in either has a meaning."""
     return template.replace(SLOT, label)
 
 

@@ -27,11 +27,11 @@ class Options:
     split: str = "train"
     """The split of --data-dir to write"""
     lmdb: str | None = None
-    """The LMDB of a split (.../lmdb/train), in place of --data-dir and --split"""
+    """The LMDB of a split (.../lmdb/train), instead of --data-dir and --split"""
     pairs_per_shard: Annotated[int | None, Range(least=1)] = None
     """Pairs in a shard; default: 10000"""
     num_shards: Annotated[int | None, Range(least=1)] = None
-    """Number of shards, of equal size give or take one pair, in place of --pairs-per-shard"""
+    """Number of shards, of equal size give or take one pair, instead of --pairs-per-shard"""
     seed: int = 123
     """Seed of the order of the pairs"""
     overwrite: bool = False

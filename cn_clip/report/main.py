@@ -47,7 +47,7 @@ class Options:
     """Name of the zero-shot dataset, which chooses the prompt templates"""
     templates: Templates = None
     picture: Words = ()
-    """Pictures to look into, each with the --text of its place; one picture or one text serves all of the other"""
+    """Pictures to look into, each with the --text of its position; one picture or one text serves all of the other"""
     text: Words = ()
     """Texts for --picture"""
     batch_size: Annotated[int, Range(least=1)] = 64

@@ -251,7 +251,7 @@ class MilvusWriter:
             self._facts = replace(self._facts, source=source)
 
     def commit(self, items: Sequence[NewItem] = (), remove: Iterable[ItemId] = ()) -> None:
-        """Adds items, in place of those of the same id, and removes others; ids that are not there are passed over.
+        """Adds items, which replace those of the same id, and removes others; ids that are not there are passed over.
 
         When it returns, every reader sees the change. A run that is killed meanwhile leaves every item once, the old
         or the new. Raises DataError, with nothing changed, for what `writer.IndexWriter.commit` refuses and for more

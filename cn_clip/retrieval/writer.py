@@ -167,7 +167,7 @@ class IndexWriter:
             self._tidy()
 
     def commit(self, items: Sequence[NewItem] = (), remove: Iterable[ItemId] = ()) -> None:
-        """Adds items, in place of those of the same id, and removes others; ids that are not there are passed over.
+        """Adds items, which replace those of the same id, and removes others; ids that are not there are passed over.
 
         When it returns, the change is on disk; before that, readers see none of it. Raises DataError, with nothing
         changed, for an id that comes twice, a vector of another length or not finite, metadata that JSON cannot hold,

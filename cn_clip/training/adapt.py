@@ -1,4 +1,4 @@
-"""Which weights a run trains: frozen towers and layers, and low-rank adapters (LoRA) in place of the weights."""
+"""Which weights a run trains: frozen towers and layers, and low-rank adapters (LoRA) instead of the weights."""
 
 import re
 from collections.abc import Mapping

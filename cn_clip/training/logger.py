@@ -114,7 +114,7 @@ class WorkerLogFilter(logging.Filter):
 
 
 def setup_worker_logging(rank: int, log_queue: "Queue[Any]", level: int) -> None:
-    """Sends the root logger's records of this level and above into the queue, in place of its first handler."""
+    """Sends the root logger's records of this level and above into the queue, instead of its first handler."""
     handler = QueueHandler(log_queue)
     handler.addFilter(WorkerLogFilter(rank))
     handler.setLevel(level)

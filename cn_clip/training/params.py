@@ -74,7 +74,7 @@ class Options:
     save_step_frequency: Annotated[int, Range(least=-1)] = -1
     """Keep a checkpoint every N steps; -1: never by steps"""
     resume: str | None = None
-    """Checkpoint to go on from, with optimizer and place in the data; default: this experiment's latest, if any"""
+    """Checkpoint to go on from, with optimizer and position in the data; default: this experiment's latest, if any"""
     reset_optimizer: bool = False
     """Start from the weights of --resume without its optimizer state"""
     reset_data_offset: bool = False

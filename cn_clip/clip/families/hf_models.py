@@ -176,7 +176,7 @@ def _load_model(transformers: Any, folder: Path) -> Any:
         dtype=torch.float32,
         output_loading_info=True,
     )
-    # transformers would go on, with random values in their place.
+    # transformers would go on, with random values instead of them.
     for what in ("missing_keys", "mismatched_keys"):
         if wrong := sorted(map(str, found.get(what) or ())):
             listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
