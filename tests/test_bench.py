@@ -129,10 +129,11 @@ def test_random_job_names_the_towers_of_the_architecture(tmp_path: Path) -> None
     )
 
 
-def test_combinations_come_by_tower_and_batch_once_each() -> None:
+def test_combinations_come_by_tower_and_batch_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_in_process", lambda *_: {"median_ms": 1.0, "per_second": 1.0})
     options = bench.Options(model="x", backends=("onnx", "torch", "onnx"), precisions=("fp32",), batch_sizes=(4, 1))
-    jobs = bench._jobs(options, Job(model="x", folder="x"))
-    assert [(job.kind, job.batch_size, job.backend) for job in jobs] == [
+    rows = bench.measured(options, Job(model="x", folder="x"))
+    assert [(row["tower"], row["batch_size"], row["backend"]) for row in rows] == [
         (kind, batch_size, backend)
         for kind in ("image", "text")
         for batch_size in (4, 1)
@@ -267,15 +268,21 @@ def test_markdown_tells_the_machine_and_holds_the_table() -> None:
     assert lines.count("— torch int8 (image ×16, text ×16): no such precision  ") == 1
 
 
-def test_picture_has_a_bar_for_what_was_measured(tmp_path: Path, drawn: None) -> None:
+def test_picture_has_a_bar_for_what_was_measured(tmp_path: Path, drawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
-    bench_report.draw(RESULT, tmp_path / "x.png")
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (figures.append(self), save(self, *args, **kw)))
+    # Of the texts one precision failed; the other was not tried.
+    rows = [*ROWS[:2], {**ROWS[0], "precision": "bf16", "per_second": 12.34}, {**ROWS[2], "precision": "fp32"}]
+    bench_report.draw({**RESULT, "rows": rows}, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    panel = Figure().subplots()
-    bench_report._bars(panel, {"torch fp32": ROWS[0], "torch int8": ROWS[1]}, ["torch fp32", "torch int8"])
-    assert [bar.get_width() for bar in panel.patches] == [1280.0, 0.0]
-    assert [text.get_text() for text in panel.texts] == ["1,280", "—"]
+    pictures, sentences = figures[0].axes
+    assert [bar.get_width() for bar in pictures.patches] == [1280.0, 12.34]
+    assert [text.get_text() for text in pictures.texts] == ["1,280", "12.3"]
+    assert [bar.get_width() for bar in sentences.patches] == [0.0, 0.0]
+    assert [text.get_text() for text in sentences.texts] == ["—", "—"]
 
 
 def test_without_matplotlib_the_numbers_are_written_all_the_same(

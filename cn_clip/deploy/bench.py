@@ -116,7 +116,12 @@ def measured(options: Options, base: Job) -> Iterator[dict[str, Any]]:
     reference = _in_process("reference", base)
     if "error" in reference:
         raise ConfigError(reference["error"])
-    jobs = list(_jobs(options, base))
+    towers_and_sizes = itertools.product(dict.fromkeys(options.towers), dict.fromkeys(options.batch_sizes))
+    jobs = [
+        replace(base, kind=kind, batch_size=batch_size, backend=backend, precision=precision)
+        for kind, batch_size in towers_and_sizes
+        for backend, precision in itertools.product(dict.fromkeys(options.backends), dict.fromkeys(options.precisions))
+    ]
     refusals: dict[tuple[str, str, str], str | None] = {}
     for number, job in enumerate(jobs, start=1):
         name = {"tower": job.kind, "backend": job.backend, "precision": job.precision}
@@ -150,12 +155,6 @@ def _first_job(options: Options, folder: str) -> Job:
     text = entry.text if entry else BASE_TEXT if options.random == "ViT-B-32" else TINY_TEXT
     path = root / "random" / f"{options.random}.pt"
     return replace(base, model=str(path), vision=vision_name(options.random), text=text)
-
-
-def _jobs(options: Options, base: Job) -> Iterator[Job]:
-    for kind, batch_size in itertools.product(dict.fromkeys(options.towers), dict.fromkeys(options.batch_sizes)):
-        for backend, precision in itertools.product(dict.fromkeys(options.backends), dict.fromkeys(options.precisions)):
-            yield replace(base, kind=kind, batch_size=batch_size, backend=backend, precision=precision)
 
 
 def _refusal(job: Job) -> str | None:

@@ -16,7 +16,6 @@ from cn_clip.extras import require
 from cn_clip.files import atomic_write
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
@@ -163,7 +162,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for tower, line in zip(towers, panels, strict=True):
         for batch_size, panel in zip(batches, line, strict=True):
             chosen = [row for row in rows if (row["tower"], row["batch_size"]) == (tower, batch_size)]
-            _bars(panel, {f"{row['backend']} {row['precision']}": row for row in chosen}, labels)
+            speeds = {f"{row['backend']} {row['precision']}": row.get("per_second", 0.0) for row in chosen}
+            values = [speeds.get(label, 0.0) for label in labels]
+            colours = [COLOURS.get(label.split()[0], FAINT) for label in labels]
+            bars = panel.barh(range(len(labels)), values, color=colours, height=0.68)
+            texts = [f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value else MISSING for value in values]
+            panel.bar_label(bars, texts, padding=4, fontsize=9, color="#333a45")
+            panel.set_yticks(range(len(labels)), labels, fontsize=9)
+            panel.set_ylim(len(labels) - 0.4, -0.6)
+            panel.set_xlim(0, 1.18 * max([*values, 1e-9]))
+            panel.spines[["top", "right", "bottom"]].set_visible(False)
+            panel.tick_params(axis="y", length=0)
+            panel.tick_params(axis="x", labelbottom=False, length=0)
             unit = "pictures" if tower == "image" else "texts"
             panel.set_title(f"{tower} tower, batch {batch_size}: {unit} per second", loc="left", fontsize=10)
     _head(figure, Path(result["model"]).name, result["machine"])
@@ -176,17 +186,3 @@ def _head(figure: "Figure", model: str, machine: dict[str, Any]) -> None:
     # The font of matplotlib has no Chinese characters, and a "$" would begin a formula.
     title = "\n".join(part for part in parts if part.isascii())
     figure.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold", parse_math=False)
-
-
-def _bars(panel: "Axes", rows: dict[str, Row], labels: Sequence[str]) -> None:
-    values = [rows[label].get("per_second", 0.0) if label in rows else 0.0 for label in labels]
-    colours = [COLOURS.get(label.split()[0], FAINT) for label in labels]
-    bars = panel.barh(range(len(labels)), values, color=colours, height=0.68)
-    texts = [f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value else MISSING for value in values]
-    panel.bar_label(bars, texts, padding=4, fontsize=9, color="#333a45")
-    panel.set_yticks(range(len(labels)), labels, fontsize=9)
-    panel.set_ylim(len(labels) - 0.4, -0.6)
-    panel.set_xlim(0, 1.18 * max([*values, 1e-9]))
-    panel.spines[["top", "right", "bottom"]].set_visible(False)
-    panel.tick_params(axis="y", length=0)
-    panel.tick_params(axis="x", labelbottom=False, length=0)

@@ -6,10 +6,10 @@ It reads what `cn-clip recall` and `cn-clip evaluate` write, and what `cn-clip z
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias
 
 import tyro
 
@@ -113,27 +113,22 @@ def read_result(path: Path) -> Values:
         raise DataError(f"holds a {type(result).__name__}; expected the result of an evaluation, an object", at=path)
     if result.get("success") is False:
         raise DataError(f"the evaluation failed ({result.get('errorDetail')}); run it again", at=path)
-    for values in filter(None, _readings(path, result)):
+    if "scoreJson" in result and (values := _values(path, result["scoreJson"], RECALL)):
         return values
-    raise DataError(f"has none of {', '.join(FIELDS)} with values in it; expected {EXPECTED}", at=path)
-
-
-def _readings(path: Path, result: Mapping[str, Any]) -> Iterator[Values]:
-    """The values that each of `FIELDS` gives, in their order."""
-    if "scoreJson" in result:
-        yield _values(path, result["scoreJson"], RECALL)
-    if "zeroshot-top1" in result:
-        yield _values(path, result, ZEROSHOT, to_percent=100.0)
+    if "zeroshot-top1" in result and (values := _values(path, result, ZEROSHOT, to_percent=100.0)):
+        return values
     if "measured" in result:  # recall in each direction, or the accuracy of a zero-shot classification
         measured = result["measured"]
         values = _values(path, measured, ACCURACY)
         for query, title in DIRECTIONS.items():
             if isinstance(measured, dict) and query in measured:
                 values |= _grouped(title, _values(path, measured[query], RECALL))
-        yield values
-    if "runs" in result:  # the means over the seeds; the shots a class belong to the group
-        shots = result.get("shots")
-        yield _grouped(PROBE if shots is None else f"{PROBE} {shots}-shot", _values(path, result, ACCURACY))
+        if values:
+            return values
+    if "runs" in result and (values := _values(path, result, ACCURACY)):  # the means over the seeds
+        shots = result.get("shots")  # those a class belong to the group
+        return _grouped(PROBE if shots is None else f"{PROBE} {shots}-shot", values)
+    raise DataError(f"has none of {', '.join(FIELDS)} with values in it; expected {EXPECTED}", at=path)
 
 
 def _grouped(group: str, values: Values) -> Values:

@@ -179,10 +179,25 @@ def read_predictions(
     if not os.path.exists(path):
         raise DataError("The submission file is not found!")
     predicted: Ranking = {}
+    fields = FIELDS[query]
     for _, data in numbered_lines(path, with_blank=True):
         line = data.decode("utf-8", errors="backslashreplace").strip()
-        query_id, found = _prediction(line, FIELDS[query], query_types)
-        _check_found(found, query_id, FIELDS[query], found_types, num_predictions)
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"Cannot parse this line into json object: {line}") from error
+        if not isinstance(record, dict) or fields.query_id not in record:
+            raise DataError(f"There exists one line not containing {fields.query_id}: {line}")
+        query_id: RecordId = record[fields.query_id]
+        if not _is_id(query_id, query_types):
+            raise DataError(
+                f"Found an invalid {fields.query_id} {query_id}, it should be an integer (not string), "
+                "please check your schema"
+            )
+        if fields.found_ids not in record:
+            raise DataError(f"There exists one line not containing the predicted {fields.found_ids}: {line}")
+        found = record[fields.found_ids]
+        _check_found(found, query_id, fields, found_types, num_predictions)
         predicted[query_id] = found
     check_complete(relevant, predicted, query=query)
     return predicted
@@ -190,25 +205,6 @@ def read_predictions(
 
 def _types(ids: Iterable[RecordId]) -> tuple[type, ...]:
     return (int, str) if any(isinstance(one, str) for one in ids) else (int,)
-
-
-def _prediction(line: str, fields: Fields, types: tuple[type, ...]) -> tuple[RecordId, list[RecordId]]:
-    """(query id, ids found) of a line; the ids found are not looked at."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"Cannot parse this line into json object: {line}") from error
-    if not isinstance(record, dict) or fields.query_id not in record:
-        raise DataError(f"There exists one line not containing {fields.query_id}: {line}")
-    query_id: RecordId = record[fields.query_id]
-    if not _is_id(query_id, types):
-        raise DataError(
-            f"Found an invalid {fields.query_id} {query_id}, it should be an integer (not string), "
-            "please check your schema"
-        )
-    if fields.found_ids not in record:
-        raise DataError(f"There exists one line not containing the predicted {fields.found_ids}: {line}")
-    return query_id, record[fields.found_ids]
 
 
 def _check_found(

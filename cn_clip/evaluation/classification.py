@@ -61,7 +61,15 @@ def of_folder(
     written, CheckpointError for a model that gives no numbers.
     """
     pictures = ClassFolders(folder)
-    job = _job(pictures, encoder, identity, batch_size)
+    paths, states = [path for path, _ in pictures.samples], []
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError as error:  # a link that leads nowhere
+            raise DataError(f"cannot be read ({error.strerror})", at=path) from error
+        states.append((path, status.st_size, status.st_mtime_ns))
+    facts = {"data": digest_of(states), "batch_size": batch_size, "decode": encoder.decode, "version": __version__}
+    job: Job = {**facts, **identity("image")}
     if file.is_file():
         arrays = _load(file)
         if "job" not in arrays:
@@ -72,7 +80,6 @@ def of_folder(
         say.note(f"{file}: 图片、模型或设置变了，重新计算 / of other pictures, model or settings; computing again")
     with RowStore(file, job, encoder.embed_dim, say.note) as store:
         with store.computing():
-            paths = [path for path, _ in pictures.samples]
             compute_pictures(pictures, encoder, store, ids=paths, batch_size=batch_size, num_workers=num_workers)
         labels_N = np.array([label for _, label in pictures.samples], dtype=np.int64)
         found = ClassFeatures(np.array(store.rows()), labels_N, tuple(pictures.classes))
@@ -80,18 +87,6 @@ def of_folder(
             np.savez(stream, features=found.rows_ND, labels=labels_N, classes=found.classes, job=job_text(job))
         store.is_written = True
     return found
-
-
-def _job(pictures: ClassFolders, encoder: Encoder, identity: Identity, batch_size: int) -> Job:
-    states = []
-    for path, _ in pictures.samples:
-        try:
-            status = os.stat(path)
-        except OSError as error:  # a link that leads nowhere
-            raise DataError(f"cannot be read ({error.strerror})", at=path) from error
-        states.append((path, status.st_size, status.st_mtime_ns))
-    facts = {"data": digest_of(states), "batch_size": batch_size, "decode": encoder.decode, "version": __version__}
-    return {**facts, **identity("image")}
 
 
 def read(file: Path) -> ClassFeatures:

@@ -106,7 +106,19 @@ def read_logs(paths: Iterable[Path]) -> Log:
     """
     whole = Log([])
     for path in paths:
-        log = _read_log(path)
+        log = Log([path.name])
+        for _, line in numbered_lines(path):
+            found = _LINE.fullmatch(line.decode("utf-8", errors="replace"))
+            if found is None:
+                continue
+            try:
+                log.end = datetime.strptime(found["time"], TIME_FORMAT)
+            except ValueError:
+                continue
+            log.begin = log.begin or log.end
+            log.take(found["message"])
+        if log.begin is not None and log.end is not None:
+            log.seconds = max(0.0, (log.end - log.begin).total_seconds())
         if not log.records:
             continue
         if whole.records and log.continues(whole):
@@ -117,23 +129,6 @@ def read_logs(paths: Iterable[Path]) -> Log:
             log.max_steps, log.global_batch = log.max_steps or whole.max_steps, log.global_batch or whole.global_batch
         whole = log
     return whole
-
-
-def _read_log(path: Path) -> Log:
-    log = Log([path.name])
-    for _, line in numbered_lines(path):
-        found = _LINE.fullmatch(line.decode("utf-8", errors="replace"))
-        if found is None:
-            continue
-        try:
-            log.end = datetime.strptime(found["time"], TIME_FORMAT)
-        except ValueError:
-            continue
-        log.begin = log.begin or log.end
-        log.take(found["message"])
-    if log.begin is not None and log.end is not None:
-        log.seconds = max(0.0, (log.end - log.begin).total_seconds())
-    return log
 
 
 def _finite(text: str) -> float | None:

@@ -213,7 +213,14 @@ class Gate:
             elif path in UNCOUNTED_PATHS:
                 await self.app(scope, receive, sender)
             else:
-                await self._read_by_one_more(scope, receive, sender)
+                if self._num_readers >= MAX_READERS:
+                    message = f"{MAX_READERS} requests for the page are open; ask again later"
+                    raise RefusalError(503, message, code="busy", retry_after=5)
+                self._num_readers += 1
+                try:
+                    await self._until_stopping(scope, receive, sender)
+                finally:
+                    self._num_readers -= 1
         except ClientLeftError:
             pass
         except RefusalError as refusal:
@@ -328,16 +335,6 @@ class Gate:
                 code="timeout",
                 retry_after=1,
             )
-
-    async def _read_by_one_more(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._num_readers >= MAX_READERS:
-            message = f"{MAX_READERS} requests for the page are open; ask again later"
-            raise RefusalError(503, message, code="busy", retry_after=5)
-        self._num_readers += 1
-        try:
-            await self._until_stopping(scope, receive, send)
-        finally:
-            self._num_readers -= 1
 
     async def _until_stopping(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers; a stream of events, which has no end of its own, until the server stops."""

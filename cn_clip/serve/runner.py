@@ -163,7 +163,9 @@ class Runner:
         texts = {position: one.text for position, one in enumerate(inputs) if isinstance(one, Text)}
         pictures = {position: one for position, one in enumerate(inputs) if isinstance(one, Picture)}
         with self._text_slots.taken(len(texts)), self._picture_slots.taken(len(pictures)):
-            token_ids = await self._token_ids(list(texts.values()))
+            to_token_ids, strings = self.encoder.texts.rows, list(texts.values())
+            is_short = sum(map(len, strings)) <= SHORT
+            token_ids = to_token_ids(strings) if is_short else await self._in_pool(to_token_ids, strings)
             waiting = [self._texts.rows(token_ids)] if texts else []
             waiting += [self._picture_rows(list(pictures.values()))] if pictures else []
             parts = await joined(waiting)
@@ -181,11 +183,6 @@ class Runner:
 
     def _encode_pixels(self, pixels: Sequence[Pixels]) -> Rows:
         return self.encoder.encode_pixels(np.stack(pixels))
-
-    async def _token_ids(self, texts: list[str]) -> list[list[int]]:
-        if sum(map(len, texts)) <= SHORT:
-            return self.encoder.texts.rows(texts)
-        return await self._in_pool(self.encoder.texts.rows, texts)
 
     async def _in_pool(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)

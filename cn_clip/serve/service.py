@@ -98,11 +98,25 @@ class Service:
     async def classify(self, request: ClassifyRequest) -> ClassifyResponse:
         """The labels by falling probability; raises RefusalError."""
         self.check_model(request.model)
-        labels = self._labels(request)
+        if (request.labels is None) == (request.label_set is None):
+            raise RefusalError(400, "labels: expected either labels or label_set", param="labels", code="invalid_value")
+        labels = self.label_sets.get(request.label_set or "") if request.labels is None else request.labels
+        if labels is None:
+            message = f"label_set: there is no {shown(request.label_set)}; known are {sorted(self.label_sets)}"
+            raise RefusalError(404, message, param="label_set", code="label_set_not_found")
         templates = load_templates(DEFAULT) if request.templates is None else request.templates
         is_stored = request.label_set is not None and request.templates is None
-        if not is_stored:
-            _check_prompts(labels, templates)
+        num_prompts = len(labels) * len(templates)
+        num_chars = len(templates) * sum(map(len, labels)) + len(labels) * sum(map(len, templates))
+        if not is_stored and (num_prompts > MAX_PROMPTS or num_chars > MAX_PROMPT_CHARS):  # before any are made
+            raise RefusalError(
+                400,
+                f"labels: {len(labels)} labels in {len(templates)} templates are {num_prompts} texts of {num_chars} "
+                f"characters; expected at most {MAX_PROMPTS} texts of {MAX_PROMPT_CHARS} characters, give fewer "
+                "templates",
+                param="templates",
+                code="too_many_items",
+            )
         image_1D, _ = await self.runner.embed([Picture(request.image, "image")])
         if is_stored:
             classes_CD = self._stored[str(request.label_set)]
@@ -167,17 +181,6 @@ class Service:
             raise RefusalError(404, message, code="index_not_found")
         return self.index
 
-    def _labels(self, request: ClassifyRequest) -> Sequence[str]:
-        if (request.labels is None) == (request.label_set is None):
-            raise RefusalError(400, "labels: expected either labels or label_set", param="labels", code="invalid_value")
-        if request.labels is not None:
-            return request.labels
-        labels = self.label_sets.get(request.label_set or "")
-        if labels is None:
-            message = f"label_set: there is no {shown(request.label_set)}; known are {sorted(self.label_sets)}"
-            raise RefusalError(404, message, param="label_set", code="label_set_not_found")
-        return labels
-
     async def _classifier(self, labels: Sequence[str], templates: Sequence[str]) -> Rows:
         key = await self.runner.call(_digest, labels, templates)
         classes_CD = self._recent.get(key)
@@ -231,20 +234,6 @@ def known_id(index: Searchable, item_id: int | str) -> int | str:
 
 def _vector(index: Searchable, item_id: int | str) -> Rows:
     return index.vector(known_id(index, item_id))
-
-
-def _check_prompts(labels: Sequence[str], templates: Sequence[str]) -> None:
-    """Raises RefusalError (400) for too much text, before any of it is made."""
-    count = len(labels) * len(templates)
-    num_chars = len(templates) * sum(map(len, labels)) + len(labels) * sum(map(len, templates))
-    if count > MAX_PROMPTS or num_chars > MAX_PROMPT_CHARS:
-        raise RefusalError(
-            400,
-            f"labels: {len(labels)} labels in {len(templates)} templates are {count} texts of {num_chars} characters; "
-            f"expected at most {MAX_PROMPTS} texts of {MAX_PROMPT_CHARS} characters, give fewer templates",
-            param="templates",
-            code="too_many_items",
-        )
 
 
 def _digest(labels: Sequence[str], templates: Sequence[str]) -> bytes:
