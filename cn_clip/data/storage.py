@@ -182,9 +182,7 @@ def open_storage(location: str) -> Storage:
         path = os.path.abspath(os.path.expanduser(location))
         return Storage(file_systems.LocalFileSystem(), path, name)
     if location.startswith(MEMORY):
-        import fsspec  # 0.3 s, for tests and programs only
-
-        files, path = fsspec.url_to_fs(location)
+        files, path = require("fsspec", extra=EXTRA, purpose=location).url_to_fs(location)
         return Storage(file_systems.PyFileSystem(file_systems.FSSpecHandler(files)), path, name)
     try:
         files, path = file_systems.FileSystem.from_uri(location)
