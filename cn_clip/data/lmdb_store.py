@@ -173,39 +173,36 @@ def _environment(folder: str) -> Any:
         return environment
 
 
-def _open(folder: str, num_bytes: int) -> Any:
-    with reading(folder, UnreadableError, what="cannot be read as an LMDB", step=BUILD_AGAIN):
-        environment = lmdb.open(folder, readonly=True, create=False, lock=False, readahead=False, meminit=False)
-        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    try:
-        if num_bytes < needed:  # reading behind the end of a memory-mapped file kills the process
-            raise DataError(f"{folder}/data.mdb: cut short, {num_bytes} of {needed} bytes; copy or build it again")
-        _check_last_pages(Path(folder, "data.mdb"), environment.stat()["psize"], num_bytes)
-    except CnClipError:
-        environment.close()
-        raise
-    return environment
-
-
 # Offsets within a page are of 16 bits: from so many bytes before the end of the file, a wrong one may lead behind it.
 _REACH = 1 << 16
 _BRANCH, _LEAF, _META, _BIG = 1, 2, 8, 1
 _HEAD, _NODE = struct.Struct("<QHHHH"), struct.Struct("<HHHH")
 
 
-def _check_last_pages(path: Path, page_bytes: int, num_bytes: int) -> None:
-    """Raises DataError for a damaged page near the end of the file: LMDB believes it, and would read behind the end.
+def _open(folder: str, num_bytes: int) -> Any:
+    """An environment that is safe to read: LMDB believes damaged pages, and near the end would read behind the end.
 
     Of pages before these, LMDB mostly says itself that they are damaged.
     """
-    first = max(2, (num_bytes - _REACH) // page_bytes - 1)
-    with reading(path, UnreadableError, step=BUILD_AGAIN), path.open("rb") as stream:
-        stream.seek(first * page_bytes)
-        pages = stream.read()
-    for start in range(0, len(pages) - page_bytes + 1, page_bytes):
-        number, page = first + start // page_bytes, pages[start : start + page_bytes]
-        if not _is_sound(page, number, num_bytes):
-            raise DataError(f"page {number} is damaged; copy or build it again", at=path)
+    with reading(folder, UnreadableError, what="cannot be read as an LMDB", step=BUILD_AGAIN):
+        environment = lmdb.open(folder, readonly=True, create=False, lock=False, readahead=False, meminit=False)
+        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    try:
+        if num_bytes < needed:  # reading behind the end of a memory-mapped file kills the process
+            raise DataError(f"{folder}/data.mdb: cut short, {num_bytes} of {needed} bytes; copy or build it again")
+        path, page_bytes = Path(folder, "data.mdb"), environment.stat()["psize"]
+        first = max(2, (num_bytes - _REACH) // page_bytes - 1)
+        with reading(path, UnreadableError, step=BUILD_AGAIN), path.open("rb") as stream:
+            stream.seek(first * page_bytes)
+            pages = stream.read()
+        for start in range(0, len(pages) - page_bytes + 1, page_bytes):
+            number, page = first + start // page_bytes, pages[start : start + page_bytes]
+            if not _is_sound(page, number, num_bytes):
+                raise DataError(f"page {number} is damaged; copy or build it again", at=path)
+    except CnClipError:
+        environment.close()
+        raise
+    return environment
 
 
 def _is_sound(page: bytes, number: int, num_bytes: int) -> bool:

@@ -129,7 +129,17 @@ class ShardPairs:
                 ids.append(default if values.get(name) is None else canonical_id(values[name]))
             except DataError as error:
                 raise DataError(f"{name} in its .json: {error}", at=where) from error
-        return SourcePair(picture or b"", _caption(text, values, where), ids[0], ids[1], where)
+        if text is None:
+            found = next((values[name] for name in TEXT_FIELDS if name in values), None)
+            if isinstance(found, bool) or not isinstance(found, (str, int, float)):
+                raise DataError(f"expected a string under text or caption in its .json, got {found!r:.60}", at=where)
+            caption = str(found)
+        else:
+            try:
+                caption = text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"its .txt is not UTF-8 (byte {error.start})", at=where) from error
+        return SourcePair(picture or b"", caption.strip(), ids[0], ids[1], where)
 
     def substitute(self, number: int) -> int:
         """The next pair of the same shard, so that a worker stays in its shards."""
@@ -138,20 +148,6 @@ class ShardPairs:
 
     def _shard(self, number: int) -> int:
         return int(np.searchsorted(self._starts, number, side="right")) - 1
-
-
-def _caption(text: bytes | None, values: dict[str, Any], where: Where) -> str:
-    if text is None:
-        found = next((values[name] for name in TEXT_FIELDS if name in values), None)
-        if isinstance(found, bool) or not isinstance(found, (str, int, float)):
-            raise DataError(f"expected a string under text or caption in its .json, got {found!r:.60}", at=where)
-        caption = str(found)
-    else:
-        try:
-            caption = text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"its .txt is not UTF-8 (byte {error.start})", at=where) from error
-    return caption.strip()
 
 
 class _OpenFiles:

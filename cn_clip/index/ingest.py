@@ -183,39 +183,32 @@ class Ingest:
             if isinstance(one, Skipped):
                 self.summary.skipped.append(one)
             elif self._is_owned(one):
-                self._reuse(one)
+                owner = self._owners[one.digest]
+                stored = self._lenders[owner]
+                facts = {name: stored.metadata[name] for name in ("width", "height") if name in stored.metadata}
+                before = self._known.get(one.candidate.id)
+                if before == {**one.candidate.metadata, **facts, "digest": one.digest}:
+                    self.summary.unchanged += 1
+                    continue
+                if owner != one.candidate.id:
+                    self.summary.duplicates.append((one.candidate.id, owner))
+                self.summary.reused += 1
+                self._put(one, stored.vector_D, facts, stored.thumbnail)
             elif one.known:  # its owner has changed since
-                self._encode_late(one)
+                image = open_picture(one.data)
+                late = self.encoder().transform.array(image)
+                size = self.settings.thumbnail_size
+                facts = {"width": image.width, "height": image.height}
+                with named("id", [one.candidate.id].__getitem__):
+                    vector_D = self.encoder().encode_pixels(late[None])[0]
+                self.summary.encoded += 1
+                self._put(one, vector_D, facts, thumbnail(image, size) if size else b"")
             else:
                 self.summary.encoded += 1
                 self._put(one, vectors[number], one.facts, one.thumbnail)
 
     def _is_owned(self, one: _Prepared | Skipped) -> TypeGuard[_Prepared]:
         return isinstance(one, _Prepared) and one.digest in self._owners
-
-    def _reuse(self, one: _Prepared) -> None:
-        owner = self._owners[one.digest]
-        stored = self._lenders[owner]
-        facts = {name: stored.metadata[name] for name in ("width", "height") if name in stored.metadata}
-        before = self._known.get(one.candidate.id)
-        if before == {**one.candidate.metadata, **facts, "digest": one.digest}:
-            self.summary.unchanged += 1
-            return
-        if owner != one.candidate.id:
-            self.summary.duplicates.append((one.candidate.id, owner))
-        self.summary.reused += 1
-        self._put(one, stored.vector_D, facts, stored.thumbnail)
-
-    def _encode_late(self, one: _Prepared) -> None:
-        encoder = self.encoder()
-        image = open_picture(one.data)
-        pixels = encoder.transform.array(image)
-        size = self.settings.thumbnail_size
-        facts = {"width": image.width, "height": image.height}
-        with named("id", lambda _: one.candidate.id):
-            vector_D = encoder.encode_pixels(pixels[None])[0]
-        self.summary.encoded += 1
-        self._put(one, vector_D, facts, thumbnail(image, size) if size else b"")
 
     def _put(self, one: _Prepared, vector_D: Any, facts: Mapping[str, Any], small: bytes) -> None:
         item_id = one.candidate.id

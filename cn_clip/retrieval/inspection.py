@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip.digests import FileFacts, facts_of, is_file
+from cn_clip.digests import facts_of, is_file
 from cn_clip.errors import DataError, is_absent, reason_of
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.engines import Mask
@@ -57,7 +57,21 @@ def inspect(folder: Path) -> tuple[Manifest, list[Damage]]:
     while True:
         facts = manifest.read(folder)
         if fresh := [(path, expected) for path, expected in facts.files() if path not in seen]:
-            seen |= {path: _damage(folder, path, expected) for path, expected in fresh}
+            for path, expected in fresh:
+                seen[path] = None
+                try:
+                    there = facts_of(folder / path)
+                except OSError as error:
+                    if is_absent(error):
+                        seen[path] = Damage(path, "is missing")
+                    else:
+                        reason = f"cannot be read just now ({reason_of(error)})"
+                        seen[path] = Damage(path, reason, is_unread=True)
+                    continue
+                if there.bytes != expected.bytes:
+                    seen[path] = Damage(path, f"expected {expected.bytes} bytes, found {there.bytes}")
+                elif there != expected:
+                    seen[path] = Damage(path, "its bytes have changed")
             continue
         if found := [damage for path, _ in facts.files() if (damage := seen[path]) is not None]:
             return facts, found
@@ -73,18 +87,6 @@ def inspect(folder: Path) -> tuple[Manifest, list[Damage]]:
         except DataError:
             if not was_replaced(folder, facts):
                 raise
-
-
-def _damage(folder: Path, path: str, expected: FileFacts) -> Damage | None:
-    try:
-        found = facts_of(folder / path)
-    except OSError as error:
-        if is_absent(error):
-            return Damage(path, "is missing")
-        return Damage(path, f"cannot be read just now ({reason_of(error)})", is_unread=True)
-    if found.bytes != expected.bytes:
-        return Damage(path, f"expected {expected.bytes} bytes, found {found.bytes}")
-    return None if found == expected else Damage(path, "its bytes have changed")
 
 
 @dataclass(frozen=True)

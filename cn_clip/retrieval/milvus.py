@@ -264,7 +264,15 @@ class MilvusWriter:
         ]
         kept = {item.id for item in items}
         gone = [one for one in dict.fromkeys(remove) if one in self._items and one not in kept]
-        for part in _parts(rows, self._facts.model.embed_dim):
+        part, num_bytes = list[Fields](), 0  # as many rows as go into a request
+        for row in rows:
+            size = len(row["item"]) + len(row["thumbnail"]) + 4 * self._facts.model.embed_dim + 64
+            if part and num_bytes + size > UPSERT_BYTES:
+                self._collection.call("upsert", data=part)
+                part, num_bytes = [], 0
+            part.append(row)
+            num_bytes += size
+        if part:
             self._collection.call("upsert", data=part)
         for start in range(0, len(gone), WINDOW):
             self._collection.call("delete", ids=[key_of(one) for one in gone[start : start + WINDOW]])
@@ -292,17 +300,3 @@ def _fields_of(item: NewItem, line: bytes, position: int) -> Fields:
         "thumbnail": base64.b64encode(item.thumbnail).decode(),
         "vector": item.vector_D.astype(np.float32),
     }
-
-
-def _parts(rows: Sequence[Fields], embed_dim: int) -> Iterator[list[Fields]]:
-    """As many rows as go into a request."""
-    part, num_bytes = list[Fields](), 0
-    for row in rows:
-        size = len(row["item"]) + len(row["thumbnail"]) + 4 * embed_dim + 64
-        if part and num_bytes + size > UPSERT_BYTES:
-            yield part
-            part, num_bytes = [], 0
-        part.append(row)
-        num_bytes += size
-    if part:
-        yield part

@@ -165,7 +165,17 @@ class Index:
         """
         check_bounds(k, min_score)
         queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.address)
-        allowed_N = self.snapshot.alive_N if where is None else self._mask(where)
+        allowed_N = self.snapshot.alive_N
+        if where is not None:
+            condition = parse_condition(where)
+            mask_N = self._masks.get(where)
+            if mask_N is None:
+                mask_N = self.table.mask(condition)
+                with self._lock:
+                    self._masks[where] = mask_N
+                    while len(self._masks) > _MASKS_KEPT:
+                        del self._masks[next(iter(self._masks))]
+            allowed_N = mask_N
         if not allowed_N.any():
             return [[] for _ in queries_QD]
         results = []
@@ -201,17 +211,6 @@ class Index:
     def with_thumbnail(self, ids: Iterable[ItemId]) -> set[ItemId]:
         """Those of the ids whose items have a thumbnail."""
         return {one for one in ids if (found := self._found(one)) and found[0].has_thumbnail(found[1])}
-
-    def _mask(self, where: str) -> Mask:
-        condition = parse_condition(where)
-        mask_N = self._masks.get(where)
-        if mask_N is None:
-            mask_N = self.table.mask(condition)
-            with self._lock:
-                self._masks[where] = mask_N
-                while len(self._masks) > _MASKS_KEPT:
-                    del self._masks[next(iter(self._masks))]
-        return mask_N
 
     @property
     def table(self) -> ItemTable:

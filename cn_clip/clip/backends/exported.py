@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -106,6 +106,7 @@ def forget(path: Path) -> None:
 
 
 def _make(source: Source, kinds: Sequence[Kind], form: str, folder: Path, say: Announce) -> None:
+    """Writes towers in a form, float32 ones translated from PyTorch, others from float32; the caller holds the lock."""
     if not kinds:
         return
     derived.check_packages([form])
@@ -115,37 +116,30 @@ def _make(source: Source, kinds: Sequence[Kind], form: str, folder: Path, say: A
     bases = {kind: onnx_path(folder / STEM, kind, "fp32") for kind in kinds}
     if form != "fp32":
         _make(source, [kind for kind in kinds if not _is_whole(bases[kind])], "fp32", folder, say)
-    with _building(folder) as scratch:
-        for report in _reports(source, bases, form, scratch / STEM):
+    scratch = folder / BUILDING  # on the same disk
+    shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left there
+    with _keeping(folder):
+        scratch.mkdir()
+    try:
+        reports: Iterable[Report]
+        if form == "fp32":
+            from cn_clip.clip.backends import export  # brings PyTorch, which files that are there do without
+
+            towers = {"vision": source.vision, "text": source.text}
+            root = source.download_root
+            reports = export.export_model(source.model, list(bases), scratch / STEM, **towers, download_root=root)
+        else:
+            expected = parity.file_reference(bases, parity.embedded_samples())
+            reports = (
+                derived.derive(base, kind, form, onnx_path(scratch / STEM, kind, form), expected)
+                for kind, base in bases.items()
+            )
+        for report in reports:
             # Between the two moves of a file and its weights, a killed process must leave nothing that looks whole.
             _record(folder, report.path.name, None)
             move(report.path, folder)
             _record(folder, report.path.name, _facts(folder / report.path.name))
             say(str(report))
-
-
-def _reports(source: Source, bases: dict[Kind, Path], form: str, prefix: Path) -> Iterator[Report]:
-    """Writes the towers of `bases` in a form; float32 ones are translated from PyTorch, others from float32."""
-    if form == "fp32":
-        from cn_clip.clip.backends import export  # brings PyTorch, which files that are there do without
-
-        towers = {"vision": source.vision, "text": source.text}
-        yield from export.export_model(source.model, list(bases), prefix, **towers, download_root=source.download_root)
-        return
-    expected = parity.file_reference(bases, parity.embedded_samples())
-    for kind, base in bases.items():
-        yield derived.derive(base, kind, form, onnx_path(prefix, kind, form), expected)
-
-
-@contextlib.contextmanager
-def _building(folder: Path) -> Iterator[Path]:
-    """An empty folder on the same disk; the caller holds the lock. What a killed process left there is deleted."""
-    scratch = folder / BUILDING
-    shutil.rmtree(scratch, ignore_errors=True)
-    with _keeping(folder):
-        scratch.mkdir()
-    try:
-        yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
