@@ -126,8 +126,16 @@ def measured(options: Options, base: Job) -> Iterator[dict[str, Any]]:
     for number, job in enumerate(jobs, start=1):
         name = {"tower": job.kind, "backend": job.backend, "precision": job.precision}
         key = (job.kind, job.backend, job.precision)
-        if key not in refusals:
-            refusals[key] = _refusal(job)
+        if key not in refusals:  # why this tower cannot run so, if it cannot; exported if need be
+            refusals[key] = None
+            try:
+                check_precision(job.backend, job.precision)
+            except ConfigError as error:
+                refusals[key] = str(error)
+            else:
+                if job.backend != "torch":
+                    _say(f"准备 / preparing {' '.join(key)}")
+                    refusals[key] = _in_process("prepare", job).get("error")
         reason = refusals[key]
         row = {**name, "batch_size": job.batch_size}
         row |= {"error": reason} if reason else _in_process("measure", job)
@@ -155,19 +163,6 @@ def _first_job(options: Options, folder: str) -> Job:
     text = entry.text if entry else BASE_TEXT if options.random == "ViT-B-32" else TINY_TEXT
     path = root / "random" / f"{options.random}.pt"
     return replace(base, model=str(path), vision=vision_name(options.random), text=text)
-
-
-def _refusal(job: Job) -> str | None:
-    """Why this tower cannot run so, if it cannot; exports it if need be."""
-    try:
-        check_precision(job.backend, job.precision)
-    except ConfigError as error:
-        return str(error)
-    if job.backend == "torch":
-        return None
-    _say(f"准备 / preparing {job.kind} {job.backend} {job.precision}")
-    error_text: str | None = _in_process("prepare", job).get("error")
-    return error_text
 
 
 def _in_process(task: Literal["reference", "prepare", "measure"], job: Job) -> dict[str, Any]:

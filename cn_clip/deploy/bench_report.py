@@ -8,15 +8,12 @@ import platform
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cn_clip import ranks, terminal
 from cn_clip.errors import MissingExtraError
 from cn_clip.extras import require
 from cn_clip.files import atomic_write
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -176,13 +173,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
             panel.tick_params(axis="x", labelbottom=False, length=0)
             unit = "pictures" if tower == "image" else "texts"
             panel.set_title(f"{tower} tower, batch {batch_size}: {unit} per second", loc="left", fontsize=10)
-    _head(figure, Path(result["model"]).name, result["machine"])
-    with atomic_write(path, "wb") as stream:
-        figure.savefig(stream, format="png", dpi=120)
-
-
-def _head(figure: "Figure", model: str, machine: dict[str, Any]) -> None:
-    parts = [model, f"{machine['processor']}, {machine['cores']} cores, {machine['date'][:10]}"]
+    machine = result["machine"]
+    parts = [Path(result["model"]).name, f"{machine['processor']}, {machine['cores']} cores, {machine['date'][:10]}"]
     # The font of matplotlib has no Chinese characters, and a "$" would begin a formula.
     title = "\n".join(part for part in parts if part.isascii())
     figure.suptitle(title, x=0.01, ha="left", fontsize=9, fontweight="bold", parse_math=False)
+    with atomic_write(path, "wb") as stream:
+        figure.savefig(stream, format="png", dpi=120)

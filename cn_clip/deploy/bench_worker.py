@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cn_clip.clip.backends.base import KINDS, Backend, BackendName, Kind, Pixels, Rows, TokenIds, facts_of
 from cn_clip.deploy.benchmark_utils import call_seconds, summary
@@ -81,7 +80,9 @@ def measure(job: Job) -> dict[str, Any]:
     cosine_min, cosine_mean: to float32, over all samples, in batches of this size.
     """
     samples = np.load(_inputs_path(job, job.kind), mmap_mode="r")
-    batch = _batch(job, samples)
+    batch: Pixels | TokenIds = samples[np.arange(job.batch_size) % len(samples)]
+    if job.kind == "text":
+        batch = chosen_texts(samples, job.batch_size, job.text_length)
     start = time.perf_counter()
     backend = _open(job, job.backend, job.precision, device=job.device, kinds=(job.kind,))
     _encode(backend, job.kind, batch)
@@ -121,13 +122,6 @@ def chosen_texts(ids_NL: TokenIds, count: int, length: int | None) -> TokenIds:
     longest = int(lengths[chosen].max())
     cut: TokenIds = np.ascontiguousarray(ids_NL[chosen, : min(longest, length or longest)])
     return cut if length is None else np.pad(cut, ((0, 0), (0, length - cut.shape[1])))
-
-
-def _batch(job: Job, samples: NDArray[Any]) -> "Pixels | TokenIds":
-    if job.kind == "text":
-        return chosen_texts(samples, job.batch_size, job.text_length)
-    pixels: Pixels = samples[np.arange(job.batch_size) % len(samples)]
-    return pixels
 
 
 def _encode(backend: Backend, kind: Kind, inputs: "Pixels | TokenIds") -> Rows:
