@@ -1,5 +1,6 @@
 """Checks a dataset against its rules, for the builder, which stops at a fault, and the checker, which lists all."""
 
+import contextlib
 import itertools
 import os
 from collections.abc import Container, Iterable, Iterator
@@ -66,20 +67,6 @@ def checked_images(
     Rules: id, tab and UTF-8; the id is new; the base64 is whole; the picture passes `check` (see check_picture).
     num_workers: threads that decode; 0 decodes in this one. At most 64 lines are in memory at a time.
     """
-    lines: dict[RecordId, int] = {}
-    for item in _checked_pictures(path, read_image_records(path), check, num_workers):
-        first = lines.setdefault(item.image_id, item.line) if isinstance(item, ImageRecord) else None
-        if isinstance(item, ImageRecord) and first != item.line:
-            message = f"duplicate image id {item.image_id!r}, first in line {first}; expected each picture once"
-            yield Fault(str(path), item.line, message, item.image_id)
-        else:
-            yield item
-
-
-def _checked_pictures(
-    path: str | os.PathLike[str], items: Iterable[ImageRecord | Fault], check: PictureCheck, num_workers: int
-) -> Iterator[ImageRecord | Fault]:
-    """The records of which the picture passes `check`, a Fault instead of each other one."""
 
     def look(item: ImageRecord | Fault) -> ImageRecord | Fault:
         if isinstance(item, Fault):
@@ -89,13 +76,21 @@ def _checked_pictures(
         except DataError as error:
             return Fault(str(path), item.line, f"image id {item.image_id!r}: {error}", item.image_id)
 
-    if num_workers <= 0:
-        yield from map(look, items)
-        return
-    iterator = iter(items)
-    with ThreadPoolExecutor(num_workers) as pool:  # threads: the decoders of PIL release the interpreter
-        while window := list(itertools.islice(iterator, _WINDOW_RECORDS)):
-            yield from pool.map(look, window)
+    lines: dict[RecordId, int] = {}
+    records = iter(read_image_records(path))
+    with contextlib.ExitStack() as stack:
+        looked: Iterator[ImageRecord | Fault] = map(look, records)
+        if num_workers > 0:  # threads: the decoders of PIL release the interpreter
+            pool = stack.enter_context(ThreadPoolExecutor(num_workers))
+            windows = iter(lambda: list(itertools.islice(records, _WINDOW_RECORDS)), [])
+            looked = itertools.chain.from_iterable(pool.map(look, window) for window in windows)
+        for item in looked:
+            first = lines.setdefault(item.image_id, item.line) if isinstance(item, ImageRecord) else None
+            if isinstance(item, ImageRecord) and first != item.line:
+                message = f"duplicate image id {item.image_id!r}, first in line {first}; expected each picture once"
+                yield Fault(str(path), item.line, message, item.image_id)
+            else:
+                yield item
 
 
 def checked_texts(

@@ -147,32 +147,6 @@ _opening = threading.Lock()
 _owner_pid = os.getpid()
 
 
-def _environment(folder: str) -> Any:
-    global _owner_pid
-    data_file = Path(folder) / "data.mdb"
-    try:
-        status = data_file.stat()
-    except OSError as error:
-        if not is_absent(error):
-            raise UnreadableError.of(data_file, error) from error
-        raise DataError(
-            f"no LMDB is here ({error.strerror}: data.mdb); give a folder that "
-            "build_lmdb_dataset.py made, such as .../lmdb/train/imgs",
-            at=folder,
-        ) from error
-    with _opening:
-        if _owner_pid != os.getpid():  # a forked worker: it must not share the parent's handles
-            for environment in list(_open_environments.values()):
-                environment.close()
-            _open_environments.clear()
-            _owner_pid = os.getpid()
-        environment = _open_environments.get((status.st_dev, status.st_ino))
-        if environment is None:
-            environment = _open(folder, status.st_size)
-            _open_environments[status.st_dev, status.st_ino] = environment
-        return environment
-
-
 # Offsets within a page are of 16 bits: from so many bytes before the end of the file, a wrong one may lead behind it.
 _REACH = 1 << 16
 _BRANCH, _LEAF, _META, _BIG = 1, 2, 8, 1
@@ -244,9 +218,32 @@ class LmdbReader:
         return {**self.__dict__, "_opened": None}
 
     def _env(self) -> Any:
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), _environment(self.folder))
-        return self._opened[1]
+        global _owner_pid
+        if self._opened is not None and self._opened[0] == os.getpid():
+            return self._opened[1]
+        data_file = Path(self.folder) / "data.mdb"
+        try:
+            status = data_file.stat()
+        except OSError as error:
+            if not is_absent(error):
+                raise UnreadableError.of(data_file, error) from error
+            raise DataError(
+                f"no LMDB is here ({error.strerror}: data.mdb); give a folder that "
+                "build_lmdb_dataset.py made, such as .../lmdb/train/imgs",
+                at=self.folder,
+            ) from error
+        with _opening:
+            if _owner_pid != os.getpid():  # a forked worker: it must not share the parent's handles
+                for environment in list(_open_environments.values()):
+                    environment.close()
+                _open_environments.clear()
+                _owner_pid = os.getpid()
+            environment = _open_environments.get((status.st_dev, status.st_ino))
+            if environment is None:
+                environment = _open(self.folder, status.st_size)
+                _open_environments[status.st_dev, status.st_ino] = environment
+        self._opened = (os.getpid(), environment)
+        return environment
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, or None; a copy, safe to keep."""

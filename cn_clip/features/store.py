@@ -58,7 +58,7 @@ from cn_clip.digests import is_file
 from cn_clip.errors import CnClipError, ConfigError, DataError, UnreadableError, is_absent
 from cn_clip.features.rows import Features, FloatArray, IdField, check_finite
 from cn_clip.features.tables import parquet_bytes, parquet_facts, read_parquet_parts
-from cn_clip.files import Lock, lock_file, take
+from cn_clip.files import lock_file, take
 
 # The facts of a job: values that JSON can hold.
 Job: TypeAlias = Mapping[str, object]
@@ -103,7 +103,21 @@ class RowStore:
         self.embed_dim = embed_dim
         line = json.dumps({"job": job, "embed_dim": embed_dim}, sort_keys=True).encode()
         self._header = line + b" " * (-(len(line) + 1) % _ALIGNMENT) + b"\n"
-        self._stream, self._lock = _open_alone(self.path)
+        path = self.path.with_name(self.path.name.removesuffix(SUFFIX))
+        if not path.parent.is_dir():
+            raise DataError(f"the folder {path.parent} does not exist; create it first", at=path)
+        if path.is_dir():
+            raise DataError("is a folder; expected the path of a file to write", at=path)
+        try:
+            self._lock = take(lock_file(path), f"{self.path}: another process is extracting into this file")
+            try:
+                self._stream = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed by `_close`
+            except OSError:
+                self._lock.release()
+                raise
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror}); choose another output path"
+            raise DataError(reason, at=self.path) from error
         self._keep = False
         self.is_written = False
         self.num_rows = 0
@@ -227,24 +241,6 @@ class RowStore:
             self.remove()
         else:
             self._close()
-
-
-def _open_alone(path: Path) -> tuple[Any, Lock]:
-    """The file, unbuffered, for reading and writing, and the lock of its output; raises as `RowStore`."""
-    output = path.with_name(path.name.removesuffix(SUFFIX))
-    if not path.parent.is_dir():
-        raise DataError(f"the folder {path.parent} does not exist; create it first", at=output)
-    if output.is_dir():
-        raise DataError("is a folder; expected the path of a file to write", at=output)
-    try:
-        lock = take(lock_file(output), f"{path}: another process is extracting into this file")
-        try:
-            return open(path, "a+b", buffering=0), lock  # closed by the caller
-        except OSError:
-            lock.release()
-            raise
-    except OSError as error:
-        raise DataError(f"cannot be written ({error.strerror}); choose another output path", at=path) from error
 
 
 # --- many processes: a folder of shards

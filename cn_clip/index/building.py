@@ -181,35 +181,28 @@ def _changing(job: Job, model: ModelInfo, embed_dim: int, name: str, ids: Sequen
                 f"{found.model.name or 'a model'} of {found.model.embed_dim}",
                 at=job.source,
             )
-        _refuse_conflicts(writer, set(ids), name, job)
+        wanted, before = set(ids), found.source
+        if not job.is_sync:
+            for item_id, metadata in writer.items():
+                if item_id in wanted and metadata.get("source") != name:
+                    raise ConfigError(
+                        f"has an item {shown(item_id)} of {shown(metadata.get('source', 'elsewhere'))}; "
+                        "give --id-prefix, which goes before the ids of what is added",
+                        at=job.address,
+                    )
+        elif not (job.keep_missing or job.replace_source or before in ("", name)):
+            old = {item_id for item_id, metadata in writer.items() if metadata.get("source") == before}
+            num_gone = len(old - wanted)
+            if 2 * num_gone > len(old):  # a folder that moved holds most of what it held; another would empty the index
+                raise ConfigError(
+                    f"was built from {before}, and {num_gone} of its {len(old)} items are not in {name}; "
+                    "to have both, use cn-clip index add; to have the new ones alone, give --replace-source; for a "
+                    "second index, give another --output",
+                    at=job.address,
+                )
         yield writer
         writer.describe(engine=job.engine, source=name if job.is_sync else writer.manifest.source)
         writer.finish()
-
-
-def _refuse_conflicts(writer: Writer, wanted: set[ItemId], source: str, job: Job) -> None:
-    """Raises ConfigError when the items of a source would replace others, which few users want."""
-    if not job.is_sync:
-        for item_id, metadata in writer.items():
-            if item_id in wanted and metadata.get("source") != source:
-                raise ConfigError(
-                    f"has an item {shown(item_id)} of {shown(metadata.get('source', 'elsewhere'))}; "
-                    "give --id-prefix, which goes before the ids of what is added",
-                    at=job.address,
-                )
-        return
-    before = writer.manifest.source
-    if job.keep_missing or job.replace_source or before in ("", source):
-        return
-    old = {item_id for item_id, metadata in writer.items() if metadata.get("source") == before}
-    num_gone = len(old - wanted)
-    if 2 * num_gone > len(old):  # a folder that moved holds most of what it held; another one would empty the index
-        raise ConfigError(
-            f"was built from {before}, and {num_gone} of its {len(old)} items are not in {source}; "
-            "to have both, use cn-clip index add; to have the new ones alone, give --replace-source; for a second "
-            "index, give another --output",
-            at=job.address,
-        )
 
 
 def _of_unit_length(features: Features, path: Path) -> tuple[FloatArray, int]:

@@ -120,9 +120,26 @@ class Ingest:
         self._total, self.summary.unchanged = len(candidates), len(candidates) - len(pending)
         if not pending:
             return
-        resolution, load = self._loader(pending)
+        transform, size = self.encoder().transform, self.settings.thumbnail_size
+
+        def load(number: int, out: Pixels) -> _Prepared | Skipped:
+            candidate = pending[number]
+            try:
+                data = candidate.read()
+                digest = hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
+                if digest in self._owners:
+                    return _Prepared(candidate, data, digest, True, {}, b"")
+                image = open_picture(data)
+                transform.array(image, out)
+                facts = {"width": image.width, "height": image.height}
+                return _Prepared(candidate, b"", digest, False, facts, thumbnail(image, size) if size else b"")
+            except OSError as error:
+                return Skipped(candidate.id, f"cannot be read ({reason_of(error)})", is_gone=False)
+            except (DataError, ValueError) as error:
+                return Skipped(candidate.id, str(error))
+
         for prepared, pixels in decoded_batches(
-            load, range(len(pending)), resolution, self.settings.batch_size, self.settings.num_workers
+            load, range(len(pending)), transform.resolution, self.settings.batch_size, self.settings.num_workers
         ):
             self._take(prepared, pixels)
 
@@ -147,28 +164,6 @@ class Ingest:
         self.writer.commit(remove=gone)
         self.summary.removed = gone
         self.summary.duplicates = [pair for pair in self.summary.duplicates if pair[1] in self.writer]
-
-    def _loader(self, candidates: Sequence[Candidate]) -> "tuple[int, Callable[[int, Pixels], _Prepared | Skipped]]":
-        transform = self.encoder().transform
-        size = self.settings.thumbnail_size
-
-        def load(number: int, out: Pixels) -> _Prepared | Skipped:
-            candidate = candidates[number]
-            try:
-                data = candidate.read()
-                digest = hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
-                if digest in self._owners:
-                    return _Prepared(candidate, data, digest, True, {}, b"")
-                image = open_picture(data)
-                transform.array(image, out)
-                facts = {"width": image.width, "height": image.height}
-                return _Prepared(candidate, b"", digest, False, facts, thumbnail(image, size) if size else b"")
-            except OSError as error:
-                return Skipped(candidate.id, f"cannot be read ({reason_of(error)})", is_gone=False)
-            except (DataError, ValueError) as error:
-                return Skipped(candidate.id, str(error))
-
-        return transform.resolution, load
 
     def _take(self, batch: Sequence[_Prepared | Skipped], pixels: Pixels) -> None:
         fresh = [n for n, one in enumerate(batch) if isinstance(one, _Prepared) and not one.known]

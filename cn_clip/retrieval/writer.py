@@ -245,7 +245,23 @@ class IndexWriter:
                 if graph is not None:
                     self._write(replace(facts, graph=None))
             elif not is_newest:
-                self._write(replace(facts, graph=self._write_graph()))
+                rows, alive_N, made = self._snapshot.rows, self._snapshot.alive_N, None
+                if graph is not None:  # goes on with it, or starts anew where it is missing or damaged
+                    with contextlib.suppress(DataError):
+                        made = extended_graph(self.folder / graph.name, graph.file, rows, alive_N, graph.next_key)
+                if made is None:
+                    made = new_graph(rows, alive_N)
+                building, path = self.folder / BUILDING, self._fresh("graph", ".usearch")
+                for rubbish in (building, path):
+                    _remove(rubbish)
+                try:
+                    made.save(building)
+                except DataError as error:  # all that usearch says of a full disk
+                    raise OSError(errno.EIO, str(error)) from error
+                with open(building, "rb+") as stream:
+                    os.fsync(stream.fileno())
+                os.replace(building, path)
+                self._write(replace(facts, graph=DerivedFacts(path.name, facts_of(path), facts.next_key)))
         self._graph_is_old = False
         self._tidy()
 
@@ -301,27 +317,6 @@ class IndexWriter:
         )
         merged = [self._write_segment(rows, num_rows)] if num_rows else []
         self._change(replace(self.manifest, segments=(*self.manifest.segments[:first], *merged)), self._removed)
-
-    def _write_graph(self) -> DerivedFacts:
-        """The graph on disk with what is new, or one from the start where that one is missing or damaged."""
-        facts, rows, alive_N = self.manifest, self._snapshot.rows, self._snapshot.alive_N
-        before, graph = facts.graph, None
-        if before is not None:
-            with contextlib.suppress(DataError):
-                graph = extended_graph(self.folder / before.name, before.file, rows, alive_N, before.next_key)
-        if graph is None:
-            graph = new_graph(rows, alive_N)
-        building, path = self.folder / BUILDING, self._fresh("graph", ".usearch")
-        for rubbish in (building, path):
-            _remove(rubbish)
-        try:
-            graph.save(building)
-        except DataError as error:  # all that usearch says of a full disk
-            raise OSError(errno.EIO, str(error)) from error
-        with open(building, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(building, path)
-        return DerivedFacts(path.name, facts_of(path), facts.next_key)
 
     def _tidy(self) -> None:
         """Removes what no manifest names: of commits that were killed, and of generations before."""

@@ -22,7 +22,7 @@ from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto
+    from onnx import ModelProto
 
 # The packages that writing and measuring a form takes, each with the extra that installs it.
 PACKAGES = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
@@ -104,24 +104,18 @@ def halved(base: Path) -> "ModelProto":
             node.input[position] = full
         node.output[0] = f"{name}_output"
         nodes += [node, _cast(onnx, node.output[0], output, onnx.TensorProto.FLOAT16)]
-    _cast_ends(onnx, graph, nodes)
-    return proto
-
-
-def _cast_ends(onnx: Any, graph: "GraphProto", nodes: list[Any]) -> None:
-    """Puts `nodes` into the graph, with casts behind its float inputs and before its float outputs."""
-    ends = {
-        end.name for end in [*graph.input, *graph.output] if end.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    }
+    # Casts behind its float inputs and before its float outputs.
+    half, full_type = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    ends = {end.name for end in [*graph.input, *graph.output] if end.type.tensor_type.elem_type == full_type}
     renamed = {name: f"{name}_half" for name in ends}
     for node in nodes:
         for names in (node.input, node.output):
             names[:] = [renamed.get(name, name) for name in names]
-    half, full = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
     first = [_cast(onnx, end.name, renamed[end.name], half) for end in graph.input if end.name in renamed]
-    last = [_cast(onnx, renamed[end.name], end.name, full) for end in graph.output if end.name in renamed]
+    last = [_cast(onnx, renamed[end.name], end.name, full_type) for end in graph.output if end.name in renamed]
     del graph.node[:]
     graph.node.extend([*first, *nodes, *last])
+    return proto
 
 
 def _half(onnx: Any, tensor: Any, base: Path) -> Any:

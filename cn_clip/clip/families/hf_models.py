@@ -145,7 +145,7 @@ def open_folder(
     if (folder / "spiece.model").is_file():
         # Without it transformers 5 takes another tokenizer of the folder, which leaves out what SigLIP does to a text.
         require("sentencepiece", extra="hf", purpose=f"hf:{folder}")
-    with _quiet(transformers), _explained(folder):
+    with _explained(transformers, folder):
         model = _load_model(transformers, folder)
         pictures = _open_pictures(transformers, folder, family.processor, model.config.vision_config, decode)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -235,23 +235,15 @@ def _pooled(output: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' bars and warnings, which speak of what is checked here."""
+def _explained(transformers: Any, folder: Path) -> Iterator[None]:
+    """Turns whatever transformers raises, of no common type, into a sentence that names the folder.
+
+    Without its bars and warnings, which speak of what is checked here.
+    """
     logging = transformers.utils.logging
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Turns whatever transformers raises, of no common type, into a sentence that names the folder."""
     step = "download it again, or give another folder"
     with reading(folder, CheckpointError, what="not a folder that transformers can open", step=step):
         try:
@@ -268,3 +260,7 @@ def _explained(folder: Path) -> Iterator[None]:
                 if (known := what_it_is(file)) is not None:
                     raise CheckpointError(known, at=file) from error
             raise
+        finally:
+            logging.set_verbosity(verbosity)
+            if has_bars:
+                logging.enable_progress_bar()
