@@ -276,7 +276,7 @@ def test_what_cannot_be_opened_is_said_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_model_of_another_family_answers_in_torch_alone(tmp_path: Path) -> None:
+def test_a_model_of_another_family_answers_in_torch_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     family = f"hf:{write_family(tmp_path / 'family', 'siglip')}"
     (tmp_path / "animals.txt").write_text("Cat\nDog\n", encoding="utf-8")
@@ -289,7 +289,10 @@ def test_a_model_of_another_family_answers_in_torch_alone(tmp_path: Path) -> Non
     encoder = Encoder(family, device="cpu")
     expected = [encoder.encode_texts(["a red HEART"])[0], encoder.encode_images([load()[0].picture])[0]]
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
-    assert "backend: onnx runs Chinese-CLIP alone" in refusal("--model", family, "--backend", "onnx")
+    with pytest.raises(SystemExit) as refused:  # by the options alone, before anything is opened
+        main.main(["--model", family, "--backend", "onnx"])
+    assert refused.value.code == 2
+    assert "backend: onnx runs Chinese-CLIP alone" in capsys.readouterr().err
 
 
 def test_an_index_is_searched_with_its_own_model_and_no_other(tmp_path: Path) -> None:
