@@ -257,6 +257,13 @@ def test_a_file_that_is_not_given_is_asked_for(command: Any, flag: str, capsys: 
     assert (status, f"{flag}: expected the file of the text model" in told) == (2, True)
 
 
+@pytest.mark.parametrize("command", [extract_features_onnx, extract_features_tensorrt])
+@pytest.mark.parametrize("flag", ["--img-batch-size", "--text-batch-size"])
+def test_a_batch_of_nothing_is_refused(command: Any, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, told = refuses(command, capsys, "--extract-text-feats", f"{flag}=0")
+    assert (status, f"{flag}: expected at least 1, got 0" in told) == (2, True)
+
+
 def test_the_model_that_is_named_fits_the_file(exports: Workplace) -> None:
     flags = ["--vision-model=RN-Small-64", f"--onnx-image-model={exports.file('img')}", "--device=cpu"]
     extract_features_onnx.main([*exports.inputs("image"), *flags])

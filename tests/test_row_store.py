@@ -198,6 +198,18 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
         reopened(tmp_path / "new" / "x.npz")
 
 
+def test_an_output_that_ends_in_a_slash_is_that_file(output: Path) -> None:
+    with RowStore(f"{output}/", JOB, 3, Log()) as store:
+        assert (store.path, store.num_rows) == (Path(f"{output}.partial"), 4)
+
+
+def test_a_folder_is_no_output(tmp_path: Path) -> None:
+    for path in (tmp_path, f"{tmp_path}/"):
+        with pytest.raises(DataError, match=f"{path}: is a folder; expected the path of a file to write"):
+            RowStore(path, JOB, 3, Log())
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_worked_example_of_the_module_is_true() -> None:
     assert doctest.testmod(feature_store) == (0, 6)
 

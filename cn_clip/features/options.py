@@ -106,9 +106,9 @@ class Settings:
 class ExportedSettings(Settings):
     """The settings of an extraction with two exported files, of which a command names the kind."""
 
-    img_batch_size: int = 1
+    img_batch_size: Annotated[int, Range(least=1)] = 1
     """Pictures in a batch; a file made for one batch size is fed that many at a time"""
-    text_batch_size: int = 1
+    text_batch_size: Annotated[int, Range(least=1)] = 1
     """Texts in a batch; a file made for one batch size is fed that many at a time"""
     vision_model: VisionName | None = None
     """Picture tower, to be checked against the file; default: what the file holds"""
@@ -148,7 +148,7 @@ class RaySettings:
     """ray: processes that compute; default: one a GPU, else one for 8 cores"""
     cpus_per_actor: Annotated[int | None, Range(least=1)] = None
     """ray: cores of each, and its threads unless --num-threads says otherwise"""
-    gpus_per_actor: float | None = None
+    gpus_per_actor: Annotated[float | None, Range(least=0)] = None
     """ray: GPUs of each; default: 1 where there are any. 0.5: two share one"""
     shard_size: Annotated[int, Range(least=1)] = 4096
     """ray: pictures or texts of one file"""
@@ -173,7 +173,7 @@ class EngineSettings(RaySettings, Settings, choice.CheckpointSettings):
                 if settings.is_given(self, field.name):
                     raise ConfigError(f"{flag(field.name)}: is for --engine ray")
             return
-        if self.output is None:
+        if not self.output:
             raise ConfigError("--output: expected the folder that the shards of --engine ray go to")
         for name, address in (("output", self.output), ("image_data", self.image_data)):
             if address.startswith("memory://"):
@@ -181,7 +181,7 @@ class EngineSettings(RaySettings, Settings, choice.CheckpointSettings):
                     f"{flag(name)} {address}: each process has its own memory; use a path, s3:// or gs://"
                 )
         share = self.gpus_per_actor
-        if share is not None and not (0 <= share < 1 or share == int(share)):
+        if share is not None and not (share < 1 or share == int(share)):
             raise ConfigError(f"--gpus-per-actor: expected a whole number, or a part of one GPU, got {share}")
         for name in ("image_feat_output_path", "text_feat_output_path"):
             if settings.is_given(self, name):

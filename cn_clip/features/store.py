@@ -58,7 +58,7 @@ from cn_clip.digests import is_file
 from cn_clip.errors import CnClipError, ConfigError, DataError, UnreadableError, is_absent
 from cn_clip.features.rows import Features, FloatArray, IdField, check_finite
 from cn_clip.features.tables import parquet_bytes, parquet_facts, read_parquet_parts
-from cn_clip.files import lock_file, take
+from cn_clip.files import lock_file, replaceable, take
 
 # The facts of a job: values that JSON can hold.
 Job: TypeAlias = Mapping[str, object]
@@ -96,18 +96,15 @@ class RowStore:
     def __init__(self, output: str | os.PathLike[str], job: Job, embed_dim: int, tell: Tell) -> None:
         """Opens the file of `output` and goes on with it, or starts it again, saying why with `tell`.
 
-        Raises DataError when the folder is missing or not writable, or a file of that name holds something else;
-        ConfigError when another process is at it.
+        Raises DataError as `files.replaceable`, when the folder is not writable, or a file of that name holds something
+        else; ConfigError when another process is at it.
         """
-        self.path = Path(f"{os.fspath(output)}{SUFFIX}")
+        replaceable(output)
+        path = Path(output)
+        self.path = path.with_name(f"{path.name}{SUFFIX}")
         self.embed_dim = embed_dim
         line = json.dumps({"job": job, "embed_dim": embed_dim}, sort_keys=True).encode()
         self._header = line + b" " * (-(len(line) + 1) % _ALIGNMENT) + b"\n"
-        path = self.path.with_name(self.path.name.removesuffix(SUFFIX))
-        if not path.parent.is_dir():
-            raise DataError(f"the folder {path.parent} does not exist; create it first", at=path)
-        if path.is_dir():
-            raise DataError("is a folder; expected the path of a file to write", at=path)
         try:
             self._lock = take(lock_file(path), f"{self.path}: another process is extracting into this file")
             try:
