@@ -308,14 +308,21 @@ class FakeRay:
         return Finished(task.shard.stop - task.shard.start)
 
 
-def finish(ray: FakeRay, *, bad: int | None = None) -> list[int]:
+Planned = tuple[ray_extraction._Progress, "deque[tuple[ray_extraction._Progress, Shard]]"]
+
+
+def planned(bad: int | None = None) -> Planned:
     def part(start: int, stop: int) -> str:
         return "bad" if start == bad else ""
 
     job = ShardJob("image", open_storage("out"), manifest())
     inputs = ray_extraction._Inputs({}, 10, lambda shard: part(*shard[1:]))
     work = ray_extraction._Progress(job, inputs, {})
-    tasks = deque((work, shard) for shard in work.todo())
+    return work, deque((work, shard) for shard in work.todo())
+
+
+def finish(ray: FakeRay, *, bad: int | None = None) -> list[int]:
+    _, tasks = planned(bad)
     found = ray_extraction._finish(ray, ray.hire, 2, tasks, Speaker(quiet=True))
     return [shard.number for _, shard, _ in found]
 
@@ -366,6 +373,24 @@ def work_off(chosen: extract_features.Options) -> list[Finished | CnClipError]:
     worker = pickle.loads(pickle.dumps(ShardWorker(chosen, ["image"], weights)))
     tasks = [Task(job, shard, collection.part(shard.start, shard.stop)) for shard in one.shards()]
     return [worker.work(pickle.loads(pickle.dumps(task))) for task in tasks]
+
+
+@pytest.mark.parametrize(("model", "at_home"), [("exported", False), ("Emoji-Tiny", True)])
+def test_workers_in_other_folders_open_the_same_model(
+    tmp_path: Path, pictures: Path, model: str, at_home: bool
+) -> None:
+    ray, given = FakeRay(dying={}), []
+
+    def hire(settings: extract_features.Options, *_: object) -> Any:
+        given.append(settings.model)
+        return ray.hire()
+
+    fake: Any = ray
+    fake.remote = lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=hire))
+    work, tasks = planned()
+    nodes = [Node(8, 0)]
+    ray_extraction._run(fake, options(tmp_path, pictures, model=model), "w", nodes, tasks, [work], Speaker(quiet=True))
+    assert given == [model if at_home else str(Path.cwd() / model)]
 
 
 def test_a_worker_writes_the_encoders_rows_with_ids_and_paths(tmp_path: Path, pictures: Path) -> None:

@@ -92,6 +92,11 @@ class StoredPicture(Generic[KeyT]):
     where: Where
 
 
+def load_pixels(stored: StoredPicture[object], transform: PictureTransform, out: Pixels) -> None:
+    """Puts the pixels (3, R, R) of a stored picture into `out`; raises DataError that starts with its `where`."""
+    load_picture(stored.data, stored.where, lambda image: transform.array(image, out), draft_size=transform.draft_size)
+
+
 class PictureSource(Protocol[KeyT]):
     """Where pictures come from, by number."""
 
@@ -117,9 +122,7 @@ def batches(
 
     def load(index: int, out: Pixels) -> KeyT:
         stored = pictures[index]
-        load_picture(
-            stored.data, stored.where, lambda image: transform.array(image, out), draft_size=transform.draft_size
-        )
+        load_pixels(stored, transform, out)
         return stored.key
 
     return decoded_batches(load, range(first, len(pictures)), transform.resolution, batch_size, num_threads)

@@ -23,12 +23,11 @@ from tqdm import tqdm
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Kind, Pixels, named
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.families.names import absolute, is_foreign
-from cn_clip.clip.opening import open_encoder, precision_of, weights_digest
+from cn_clip.clip.opening import full_name, open_encoder, precision_of, weights_digest
 from cn_clip.clip.pictures import decoded_batches
 from cn_clip.command import Speaker
 from cn_clip.data.bulk_pictures import Part, open_collection
-from cn_clip.data.pictures import load_picture
+from cn_clip.data.pictures import load_pixels
 from cn_clip.data.records import RecordId, digest_of, read_texts
 from cn_clip.data.storage import Storage, StorageError, open_storage, shown
 from cn_clip.errors import CnClipError, ConfigError, DataError
@@ -168,8 +167,9 @@ def extract(options: EngineSettings, say: Speaker) -> None:
         facts = {"digest": pictures.digest, "location": shown(options.image_data)}
         inputs["image"] = _Inputs(facts, len(pictures.ids), lambda shard: pictures.part(shard.start, shard.stop))
     weights = weights_digest(options.chosen)
-    with open_storage(options.output or "").alone("another process is extracting into this folder"):
-        works = [_begin(options, kind, one, weights, say) for kind, one in inputs.items()]
+    output = open_storage(options.output or "")
+    with output.alone("another process is extracting into this folder"):
+        works = [_begin(options, output, kind, one, weights, say) for kind, one in inputs.items()]
         tasks = deque((work, shard) for work in works for shard in work.todo())
         if tasks:
             with _cluster(ray, options.ray_address) as nodes:
@@ -181,8 +181,10 @@ def extract(options: EngineSettings, say: Speaker) -> None:
         say.result(result)
 
 
-def _begin(options: EngineSettings, kind: Kind, inputs: _Inputs, weights: str, say: Speaker) -> _Progress:
-    folder = open_storage(options.output or "").child(_FOLDERS[kind])
+def _begin(
+    options: EngineSettings, output: Storage, kind: Kind, inputs: _Inputs, weights: str, say: Speaker
+) -> _Progress:
+    folder = output.child(_FOLDERS[kind])
     model = model_facts(options, kind, weights)
     manifest = Manifest(_FIELDS[kind], model, inputs.facts, inputs.number, options.shard_size)
     finished = begin_shards(folder, manifest, overwrite=options.overwrite)
@@ -259,14 +261,9 @@ def _run(
     if count > plan.room:
         say.note(f"Ray: 现在只有 {plan.room} 个的位置，其余等待 / there is room for {plan.room} now, the others wait")
     actor = ray.remote(ShardWorker).options(num_cpus=plan.cpus, num_gpus=plan.gpus, max_restarts=0)
-    name = options.chosen.model
-    if is_foreign(name):
-        name = absolute(name)
-    elif os.path.dirname(name) or os.path.exists(name):
-        name = os.path.abspath(name)
     settings = replace(  # as they hold in the workers, which run in other folders
         options,
-        model=name,
+        model=full_name(options.chosen.model),
         download_root=options.download_root and os.path.abspath(os.path.expanduser(options.download_root)),
         num_threads=options.num_threads or (None if options.backend == "tensorrt" else plan.cpus),
         device="cpu" if options.device == "auto" and not plan.gpus else options.device,
@@ -391,10 +388,7 @@ def picture_rows(encoder: Encoder, part: Part, options: EngineSettings) -> tuple
 
     def load(index: int, out: Pixels) -> Skipped | None:
         try:
-            stored = part[index]
-            load_picture(
-                stored.data, stored.where, lambda image: transform.array(image, out), draft_size=transform.draft_size
-            )
+            load_pixels(part[index], transform, out)
         except StorageError:  # the store failed, not the picture
             raise
         except DataError as error:

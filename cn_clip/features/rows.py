@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.data.records import RecordId
-from cn_clip.errors import DataError, NotFiniteError, Where
+from cn_clip.errors import DataError, Where
 
 IdField: TypeAlias = Literal["image_id", "text_id"]
 FloatArray: TypeAlias = NDArray[np.float32]
@@ -43,13 +43,6 @@ def check_unique(
             where = Where(path, line=line, part=part, field=field, id=item_id)
             raise DataError(f"{item_id!r} is already on {unit} {first[item_id]}", at=where)
         first[item_id] = number
-
-
-def check_finite(rows_ND: FloatArray, names: Sequence[object], field: str) -> None:
-    """Raises NotFiniteError naming the first row that holds NaN or infinity, which no input is to blame for."""
-    faulty = first_not_finite(rows_ND)
-    if faulty is not None:
-        raise NotFiniteError(f"{field} {names[faulty]!r}", [faulty])
 
 
 def first_not_finite(vectors_ND: FloatArray) -> int | None:

@@ -56,7 +56,7 @@ from cn_clip.data.records import RecordId
 from cn_clip.data.storage import Storage
 from cn_clip.digests import is_file
 from cn_clip.errors import CnClipError, ConfigError, DataError, UnreadableError, is_absent
-from cn_clip.features.rows import Features, FloatArray, IdField, check_finite
+from cn_clip.features.rows import Features, FloatArray, IdField
 from cn_clip.features.tables import parquet_bytes, parquet_facts, read_parquet_parts
 from cn_clip.files import lock_file, replaceable, take
 
@@ -396,10 +396,9 @@ def write_shard(
 ) -> Finished:
     """Writes a shard; it appears whole or not at all, instead of one that is there.
 
-    Raises DataError when it cannot be written, CheckpointError naming the id of a row that holds NaN or infinity.
+    Raises DataError when it cannot be written.
     """
     assert len(ids) + len(skipped) == shard.stop - shard.start, "every input has a row or a reason"
-    check_finite(rows_ND, ids, manifest.field)
     facts = {"key": manifest.key, "shard": list(shard), "skipped": [[one.id, one.reason] for one in skipped]}
     data = parquet_bytes(manifest.field, ids, rows_ND, paths=paths, facts=facts)
     folder.child(shard.name).write(data)
