@@ -11,6 +11,7 @@ import tyro
 
 from cn_clip import terminal
 from cn_clip.errors import CnClipError, ConfigError, lacked_memory
+from cn_clip.settings import flag, flag_of
 
 OptionsT = TypeVar("OptionsT")
 
@@ -19,14 +20,14 @@ Required: TypeAlias = Annotated[str | None, tyro.conf.arg(help_behavior_hint="(r
 _POSITIONAL = get_args(tyro.conf.Positional[str])[1]
 
 
-def parse(options: type[OptionsT], args: Sequence[str] | None, *, prog: str | None = None) -> OptionsT:
+def parse(options: type[OptionsT], args: Sequence[str] | None) -> OptionsT:
     """Parses `args` (default: sys.argv) into the frozen dataclass `options`; exits with status 2 when it cannot.
 
     Options may be shortened as argparse allows, see `spelled_out`.
     """
     with terminal.ending(status=2):
         written = spelled_out(options, sys.argv[1:] if args is None else args)
-        return tyro.cli(options, args=written, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+        return tyro.cli(options, args=written, config=(tyro.conf.FlagCreatePairsOff,))
 
 
 def spelled_out(options: type[Any], args: Sequence[str]) -> list[str]:
@@ -44,7 +45,7 @@ def spelled_out(options: type[Any], args: Sequence[str]) -> list[str]:
         name = name.replace("_", "-")
         candidates = sorted({full for flag, full in flags.items() if flag.startswith(name)})
         if len(candidates) > 1:
-            added = {f"--{field.replace('_', '-')}" for field in getattr(options, "ADDED", ())}
+            added = set(map(flag, getattr(options, "ADDED", ())))
             candidates = [full for full in candidates if full not in added] or candidates
         if not name.startswith("--") or name in flags or not candidates:
             written.append(word)
@@ -60,12 +61,11 @@ def spellings(options: type[Any]) -> dict[str, str]:
     hints = get_type_hints(options, include_extras=True)
     found = {"--help": "--help"}
     for field in fields(options):
-        settings = getattr(hints[field.name], "__metadata__", ())
-        if _POSITIONAL not in settings:
-            name = next((one.name for one in settings if getattr(one, "name", None)), field.name)
-            flag = f"--{name.replace('_', '-')}"
-            aliases = [alias for one in settings for alias in getattr(one, "aliases", None) or ()]
-            found |= dict.fromkeys((flag, *aliases), flag)
+        annotations = getattr(hints[field.name], "__metadata__", ())
+        if _POSITIONAL not in annotations:
+            first = flag_of(field.name, annotations)
+            aliases = [alias for one in annotations for alias in getattr(one, "aliases", None) or ()]
+            found |= dict.fromkeys((first, *aliases), first)
     return found
 
 
@@ -85,7 +85,7 @@ def namespace(options: type[Any], *, required: Sequence[str] = (), **defaults: A
     with terminal.ending(status=2):
         for name in required:
             if getattr(parsed, name) is None:
-                raise ConfigError(f"--{name.replace('_', '-')}: expected a value; this option is required")
+                raise ConfigError(f"{flag(name)}: expected a value; this option is required")
     return parsed
 
 
@@ -106,7 +106,7 @@ def execute(run: Callable[[OptionsT], int | None], options: type[OptionsT], args
 def _out_of_memory(error: BaseException, options: Any) -> ConfigError:
     """The first line of what a library says, and the options of this command that need less."""
     names = [field.name for field in fields(options)]
-    less = [f"a smaller --{name.replace('_', '-')}" for name in names if "batch" in name]
+    less = [f"a smaller {flag(name)}" for name in names if "batch" in name]
     less += [f"--{name} {value}" for name, value in (("precision", "bf16"), ("device", "cpu")) if name in names]
     advice = f"; these need less: {', '.join(less)}" if less else ""
     reason = (str(error).splitlines() or ["no details"])[0].split(" If reserved")[0]

@@ -54,6 +54,11 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def flag_of(name: str, annotations: Iterable[Any]) -> str:
+    """The flag of a field of an Options class, which its annotations may call by another name."""
+    return flag(next((one.name for one in annotations if getattr(one, "name", None)), name))
+
+
 def is_given(options: Any, name: str) -> bool:
     """Whether an option differs from its default."""
     default = next(field.default for field in fields(type(options)) if field.name == name)
@@ -89,11 +94,9 @@ def check(options: Any, rules: Iterable[Rule] = ()) -> None:
     """Raises ConfigError for the first number outside its range, then for the first rule that refuses."""
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         value, annotations = getattr(options, name), getattr(hint, "__metadata__", ())
-        # An option may have another name on the command line than in the program.
-        shown = next((one.name for one in annotations if getattr(one, "name", None)), name)
         for bounds in annotations:
             if isinstance(bounds, Range) and value is not None and value not in bounds:
-                raise ConfigError(f"{flag(shown)}: expected {bounds}, got {value}")
+                raise ConfigError(f"{flag_of(name, annotations)}: expected {bounds}, got {value}")
     for rule in broken(options, rules):
         if rule.is_refused:
             raise ConfigError(rule.message)

@@ -6,7 +6,6 @@ them: one node that holds the engine, here the ONNX file itself behind a header.
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -165,10 +164,3 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
     return runtime
-
-
-def with_engine(path: Path, content: bytes) -> None:
-    """Writes another engine into an engine file."""
-    proto = onnx.load(path)
-    next(one for one in proto.graph.node[0].attribute if one.name == "ep_cache_context").s = content
-    onnx.save_model(proto, path)

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ import warm_python
 from distributed_worker import MODES, batches_of, update
 
 from cn_clip import command, terminal
-from cn_clip.errors import ConfigError
+from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.training import distributed
 from cn_clip.training import main as training
 from cn_clip.training.distributed import process_group
 
@@ -117,6 +118,38 @@ def test_one_of_many_processes_ends_at_once_whatever_threads_fsdp_has_left(monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     training.main([])
     assert left == [0]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            NotADirectoryError(20, "Not a directory", "logs/run"),
+            "logs/run: Not a directory; a part of the path is a file",
+        ),
+        (CheckpointError("is cut short", at="a.pt"), "a.pt: is cut short"),
+        (KeyError("x"), "unexpected error"),
+    ],
+)
+def test_an_error_of_one_of_many_gpus_is_said_as_the_command_says_it(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leave(status: int) -> NoReturn:
+        raise SystemExit(status)
+
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "x")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(terminal, "leave", leave)
+    monkeypatch.setattr(distributed.logger, "propagate", True)
+    with caplog.at_level("ERROR"), pytest.raises(SystemExit), process_group(torch.device("cuda", 1)):
+        raise error
+    (record,) = caplog.records
+    assert record.getMessage().startswith(said)
+    assert (record.exc_info is not None) == (said == "unexpected error")
 
 
 def test_a_world_size_without_torchrun_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

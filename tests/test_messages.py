@@ -26,9 +26,10 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     ("clip/backends/tensor_rt.py", "--precisions"): {"export onnx"},
     ("clip/backends/onnx_runtime.py", "--device"): {"features", "zeroshot", "evaluate", "linear-probe", "index build"}
     | {"index add", "index check", "search", "serve", "bench"},
-    **{("clip/choice.py", flag): {"features", "zeroshot"} for flag in ("--model", "--resume", "--num-threads")},
+    **{("clip/choice.py", flag): {"features", "zeroshot"} for flag in ("--model", "--resume")},
+    ("clip/choice.py", "--num-threads"): {"features", "zeroshot", "evaluate", "linear-probe", "index build"}
+    | {"index add", "index check", "search", "serve"},
     ("clip/opening.py", "--context-length"): {"features", "zeroshot", "evaluate", "report"},
-    ("evaluation/logistic.py", "--shots"): {"linear-probe"},
     ("clip/weights/hub.py", "--offline"): {"download"},
     ("clip/weights/writing.py", "--output"): {"checkpoint strip", "checkpoint average", "checkpoint export"},
     ("data/checks.py", "--decode"): {"train", "features", "zeroshot", "evaluate", "linear-probe"},
@@ -49,6 +50,8 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     ("retrieval/store.py", "--model"): {"index build", "index add", "index check", "search", "serve"},
 }
 SHARED = ("clip", "data", "retrieval")
+# An alias of the address of an index, which help leaves out.
+STORE = ("--store",)
 # Not options of ours: of docker, of pip, of torchrun, of style sheets.
 OTHERS = {
     ("data/datasets.py", "--ipc"),
@@ -62,7 +65,8 @@ OTHERS = {
 
 @cache
 def options_of(command: str) -> frozenset[str]:
-    return frozenset({"--store", *spellings(importlib.import_module(COMMANDS[command].module).Options)})
+    named = spellings(importlib.import_module(COMMANDS[command].module).Options)
+    return frozenset({*named, *(STORE if command.startswith(("index ", "search")) else ())})
 
 
 def messages(path: Path) -> list[str]:
@@ -101,7 +105,7 @@ def options_of_package(name: str) -> frozenset[str]:
     folder = name.partition("/")[0].replace("evaluation", "eval")
     if "/" not in name or folder in SHARED:
         return frozenset()
-    found: set[str] = {"--store"} if folder == "index" else set()  # an alias of the address that help leaves out
+    found: set[str] = set(STORE if folder == "index" else ())
     for path in (ROOT / folder).glob("*.py"):
         module = importlib.import_module(f"cn_clip.{folder}.{path.stem}")
         for kind in vars(module).values():

@@ -138,7 +138,7 @@ def command_line(options: Options, tool: str) -> str:
         value: Any = getattr(options, field.name)
         if value == field.default or field.name == "json":
             continue
-        words.append(f"--{field.name.replace('_', '-')}")
+        words.append(settings.flag(field.name))
         if value is not True:
             words.append(str(value))
     return shlex.join(words)

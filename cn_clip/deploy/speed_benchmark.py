@@ -53,10 +53,10 @@ class Options:
         settings.check(self)
         files = {name: getattr(self, name) for name in EXPORTED}
         if not (self.pytorch_ckpt or any(files.values())):
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in ("pytorch_ckpt", *EXPORTED))
+            flags = ", ".join(map(settings.flag, ("pytorch_ckpt", *EXPORTED)))
             raise ConfigError(f"nothing to measure; give one or more of {flags}")
         for name, path in files.items():
-            flag = f"--{name.replace('_', '-')}"
+            flag = settings.flag(name)
             if path and not Path(path).is_file():
                 raise ConfigError(f"{flag}: {path} is no file; expected the exported model")
             if path and name.startswith("tensorrt") and self.device == "cpu":

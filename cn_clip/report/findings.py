@@ -93,9 +93,7 @@ class Retrieval:
         return {**sizes, **self.recall.values(), **groups}
 
 
-def examine_queries(
-    encoder: Encoder, folder: Path, *, k: int, batch_size: int, num_threads: int, group_size: int = GROUP_SIZE
-) -> Retrieval:
+def examine_queries(encoder: Encoder, folder: Path, *, k: int, batch_size: int, num_workers: int) -> Retrieval:
     """Computes every picture and text of a built split and ranks them.
 
     The queries are ordered by the rank of their right picture, and of equal ranks by how far its score lies above
@@ -105,10 +103,10 @@ def examine_queries(
         raise DataError(f"no built split is here; expected the folders {IMAGES} and {PAIRS} in it (--data)", at=folder)
     pictures = LmdbPictures(folder / IMAGES)
     split = read_split(PairStore(folder / PAIRS), pictures.ids)
-    images_ND, texts_MD = split_features(encoder, pictures, split, batch_size=batch_size, num_workers=num_threads)
+    images_ND, texts_MD = split_features(encoder, pictures, split, batch_size=batch_size, num_workers=num_workers)
     recall = recall_from_features(images_ND, texts_MD, split.pairs)
     ranking = rank_all(images_ND, texts_MD, split.pairs)
-    groups = choose(first_of_each(ranking.order_M, split.texts), group_size)
+    groups = choose(first_of_each(ranking.order_M, split.texts), GROUP_SIZE)
     chosen = [text for group in groups for text in group]
     matches = top_k(texts_MD[chosen], images_ND, k)
     pairs, found = set(split.pairs), dict[int, Query]()
@@ -226,7 +224,7 @@ def examine_classes(
     templates_file: str | None,
     *,
     batch_size: int,
-    num_threads: int,
+    num_workers: int,
 ) -> Confusion:
     """Classifies as `cn-clip zeroshot` does; raises DataError when folders and labels do not fit together.
 
@@ -238,7 +236,7 @@ def examine_classes(
     numbers = zeroshot.class_numbers(pictures.classes, len(labels), at=f"{folder} and {labels_file}")
     classes_CD = zeroshot.classifier(encoder, labels, templates, batch_size=batch_size)
     paths = [path for path, _ in pictures.samples]
-    rows = picture_rows(pictures, encoder, names=paths, batch_size=batch_size, num_workers=num_threads)
+    rows = picture_rows(pictures, encoder, names=paths, batch_size=batch_size, num_workers=num_workers)
     images_ND = np.concatenate(list(rows))
     targets_N = np.array([numbers[label] for _, label in pictures.samples], dtype=np.int64)
     return tally(zeroshot.probabilities(images_ND, classes_CD), targets_N, labels, paths, folder)

@@ -73,8 +73,8 @@ class Options:
                 raise ConfigError(f"--{first} and --{second}: expected both or neither")
         settings.check(self)
         for name, part in (("templates", "zeroshot"), ("dataset", "zeroshot"), ("k", "data")):
-            if getattr(self, name) != getattr(Options, name) and not getattr(self, part):
-                raise ConfigError(f"--{name.replace('_', '-')}: nothing to do for it; add --{part}")
+            if settings.is_given(self, name) and not getattr(self, part):
+                raise ConfigError(f"{settings.flag(name)}: nothing to do for it; add --{part}")
         self.pairs  # noqa: B018 - raises
 
     @property
@@ -97,7 +97,7 @@ class Options:
         return list(zip(*repeated, strict=True))
 
     def check_output(self) -> None:
-        """Raises ConfigError where the page would replace what is read, or of what a run left."""
+        """Raises ConfigError where the page would replace something that is read, or that a run left."""
         refuse_inputs("--output", self.output, [self.checkpoint, self.labels, self.templates, *self.picture])
         found = [path for pattern in ("*", "*/*") for path in Path(self.run).glob(pattern)] if self.run else []
         # Its checkpoints and events too; not pages, which earlier reports may be.
@@ -129,7 +129,7 @@ def run(options: Options) -> None:
         subtitle, facts["checkpoint"] = f"模型 / model: {checkpoint}", checkpoint
         from cn_clip.report import findings  # imports torch, which the curves of a run do not need
 
-        sizes = {"batch_size": options.batch_size, "num_threads": options.num_workers}
+        sizes = {"batch_size": options.batch_size, "num_workers": options.num_workers}
         chosen = Choice(
             checkpoint,
             device=options.device,

@@ -216,9 +216,7 @@ def run_part(run: Run) -> Part:
         "accuracy": line_chart(
             [
                 Line(name, run.points("valid", f"{way}_acc", factor=100), style, marked=True)
-                for way, name, style in zip(
-                    DIRECTIONS, ("text → image", "image → text"), ("violet", "amber"), strict=True
-                )
+                for way, (name, style) in ACCURACY_LINES.items()
             ],
             form=_significant,
             from_zero=True,

@@ -90,13 +90,13 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 def _checked(rows: FloatArray, name: str) -> FloatArray:
     if rows.ndim != 2:
-        raise DataError(f"expected rows of vectors (2 dimensions), got shape {rows.shape}", at=name)
+        raise DataError(f"{name}: expected rows of vectors (2 dimensions), got shape {rows.shape}")
     if rows.dtype != np.float32:
-        raise DataError(f"expected float32, got {rows.dtype}", at=name)
+        raise DataError(f"{name}: expected float32, got {rows.dtype}")
     for start in range(0, len(rows), GALLERY_BLOCK):
         finite = np.isfinite(rows[start : start + GALLERY_BLOCK]).all(axis=1)
         if not finite.all():
-            raise DataError(f"row {start + int(np.argmin(finite))} holds NaN or infinity", at=name)
+            raise DataError(f"{name}: row {start + int(np.argmin(finite))} holds NaN or infinity")
     return np.ascontiguousarray(rows)
 
 

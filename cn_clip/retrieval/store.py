@@ -75,9 +75,7 @@ class Snapshot:
     def open(cls, folder: Path, facts: Manifest) -> "Snapshot":
         """Raises DataError as `open_index`."""
         rows = open_rows(folder, facts)
-        alive_N = np.ones(len(rows), dtype=np.bool_)
-        if facts.removed is not None:
-            alive_N[np.isin(rows.keys_N, removed_keys(folder, facts))] = False
+        alive_N = alive(rows, removed_keys(folder, facts))
         if int(alive_N.sum()) != facts.num_items:
             raise DataError(
                 f"holds {int(alive_N.sum())} items, its manifest says {facts.num_items}; {manifest.ADVICE}", at=folder
@@ -94,6 +92,12 @@ class Snapshot:
 def open_rows(folder: Path, facts: Manifest) -> Rows:
     """The rows of all segments; raises DataError as `Segment`."""
     return Rows([Segment(folder / one.name, one, facts.model.embed_dim, facts.vector_type) for one in facts.segments])
+
+
+def alive(rows: Rows, removed: IntArray) -> Mask:
+    """Which rows (N,) are no removed ones; removed: keys, as `removed_keys` gives them."""
+    alive_N: Mask = ~np.isin(rows.keys_N, removed)
+    return alive_N
 
 
 def removed_keys(folder: Path, facts: Manifest) -> IntArray:

@@ -22,7 +22,6 @@ from cn_clip.files import alone, atomic_write, is_temporary, sync_folder
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.engines import (
     SMALLEST_GRAPH,
-    Mask,
     Rows,
     extended_graph,
     new_graph,
@@ -38,7 +37,7 @@ from cn_clip.retrieval.segments import (
     item_line,
     write_segment,
 )
-from cn_clip.retrieval.store import Snapshot, open_rows, removed_keys
+from cn_clip.retrieval.store import Snapshot, alive, open_rows, removed_keys
 
 LOCK = ".lock"
 BUILDING = ".building"
@@ -93,7 +92,7 @@ def open_writer(
         if without:
             kept = replace(facts, segments=tuple(one for one in facts.segments if one.name not in without))
             rows = open_rows(folder, kept)
-            alive_N = _alive(rows, removed_keys(folder, facts))
+            alive_N = alive(rows, removed_keys(folder, facts))
             snapshot = Snapshot(folder, replace(kept, num_items=int(alive_N.sum())), rows, alive_N)
         else:
             snapshot = Snapshot.open(folder, facts)
@@ -270,7 +269,7 @@ class IndexWriter:
         segments = {segment.folder.name: segment for segment in self._snapshot.rows.segments}
         rows = Rows([segments.get(one.name) or self._open(one) for one in facts.segments])
         removed = removed[np.isin(removed, rows.keys_N)]
-        alive_N = _alive(rows, removed)
+        alive_N = alive(rows, removed)
         entry = None
         if len(removed):
             path, content = self._fresh("removed", ".npy"), BytesIO()
@@ -356,11 +355,6 @@ def checked_lines(items: Sequence[NewItem], embed_dim: int, vector_type: VectorT
             if not np.isfinite(item.vector_D.astype(vector_type)).all():
                 raise DataError(f"id {item.id!r}: its vector holds NaN, infinity or what becomes infinity")
     return [item_line(item.id, item.metadata) for item in items]
-
-
-def _alive(rows: Rows, removed: IntArray) -> Mask:
-    alive_N: Mask = ~np.isin(rows.keys_N, removed)
-    return alive_N
 
 
 def _num_to_merge(sizes: Sequence[int]) -> int:

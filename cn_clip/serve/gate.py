@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cn_clip.errors import ConfigError
 from cn_clip.serve.limits import BODIES_HELD, MAX_HEAD_BYTES, MAX_JSON_MARKS, MAX_READERS, Limits
-from cn_clip.serve.schemas import RefusalError, shown
+from cn_clip.serve.schemas import RefusalError, shown, stopping
 
 log = logging.getLogger(__name__)
 
@@ -227,8 +227,7 @@ class Gate:
             await _refuse(refusal, scope, receive, sender)
         except asyncio.CancelledError:  # the server stops, and has waited for its requests as long as it may
             if not sender.has_begun:
-                stopping = RefusalError(503, "the server is stopping", code="stopping", retry_after=5)
-                await _refuse(stopping, scope, receive, sender)
+                await _refuse(stopping(), scope, receive, sender)
 
     def _check_caller(self, scope: Scope) -> None:
         if self._key is None:
@@ -351,11 +350,11 @@ class Gate:
                     streaming.set()
             is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-        async def stopping() -> None:
+        async def told_to_stop() -> None:
             await streaming.wait()
             await self.stopping.wait()
 
-        answer, end = asyncio.ensure_future(self.app(scope, receive, noting)), asyncio.ensure_future(stopping())
+        answer, end = asyncio.ensure_future(self.app(scope, receive, noting)), asyncio.ensure_future(told_to_stop())
         try:
             done, _ = await asyncio.wait((answer, end), return_when=asyncio.FIRST_COMPLETED)
         finally:

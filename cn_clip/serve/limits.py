@@ -37,7 +37,6 @@ MAX_TEMPLATES = 100
 MAX_PARTS = 16
 MAX_WEIGHT = 100.0
 MAX_K = 1000
-MAX_CONDITIONS = 16
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from cn_clip.clip.pictures import data_url_bytes
 from cn_clip.clip.transforms import PictureTransform
 from cn_clip.errors import DataError
 from cn_clip.serve.limits import Limits
-from cn_clip.serve.schemas import RefusalError
+from cn_clip.serve.schemas import RefusalError, stopping
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class _Worker:
             self.has_failed = True
             return _unavailable()
         except ProcessClosedError:
-            return _stopping()
+            return stopping()
         self.has_failed = False
         return None
 
@@ -150,7 +150,7 @@ class _Worker:
         try:
             kind, data = self.process.ask(picture.data, DECODE_SECONDS, self.max_pixels)
         except ProcessClosedError:
-            return _stopping()
+            return stopping()
         except ProcessEndedError as error:
             log.warning("%s: a decoding process was ended: %s", picture.head, error)
             return undecodable(error, picture.param)
@@ -176,10 +176,6 @@ def too_large(size: str, param: str, max_pixels: int) -> RefusalError:
     """400: the picture in the field `param` has more pixels than one may have."""
     message = f"{param}: at most {max_pixels} pixels a picture are read, this one has {size}"
     return RefusalError(400, message, param=param, code="image_too_large")
-
-
-def _stopping() -> RefusalError:
-    return RefusalError(503, "the server is stopping", code="stopping", retry_after=5)
 
 
 def _unavailable() -> RefusalError:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -75,23 +75,12 @@ class Runner:
         self._searchers = ThreadPoolExecutor(num_threads, "search")
         self._decoders, self._reading = Decoders(num_threads, limits), asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
+        bounds: dict[str, Any] = {"max_batch": limits.max_batch, "max_wait": limits.max_wait_ms / 1000}
+        seen = metrics.observe_batch
         self._texts = Batcher(
-            "texts",
-            self._encode_token_ids,
-            self._thread,
-            max_batch=limits.max_batch,
-            max_wait=limits.max_wait_ms / 1000,
-            length=len,
-            observe=metrics.observe_batch("texts"),
+            "texts", self._encode_token_ids, self._thread, length=len, observe=seen("texts"), **bounds
         )
-        self._pictures = Batcher(
-            "pictures",
-            self._encode_pixels,
-            self._thread,
-            max_batch=limits.max_batch,
-            max_wait=limits.max_wait_ms / 1000,
-            observe=metrics.observe_batch("pictures"),
-        )
+        self._pictures = Batcher("pictures", self._encode_pixels, self._thread, observe=seen("pictures"), **bounds)
         self._text_slots = _slots("texts", limits, metrics)
         self._picture_slots = _slots("pictures", limits, metrics)
         self._call_slots = _slots("calls", limits, metrics)

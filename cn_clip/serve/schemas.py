@@ -62,6 +62,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
 
 
+def stopping() -> RefusalError:
+    """What is asked while the server ends."""
+    return RefusalError(503, "the server is stopping", code="stopping", retry_after=5)
+
+
 def queue_full(what: str, limit: int) -> RefusalError:
     """503: as many of `what` as admitted are waiting."""
     return RefusalError(503, f"the queue of {limit} {what} is full; ask again later", code="queue_full", retry_after=1)

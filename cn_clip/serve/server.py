@@ -32,7 +32,7 @@ from cn_clip.retrieval.addresses import Searchable, address_of, open_index
 from cn_clip.retrieval.store import same_model
 from cn_clip.serve.app import create_app
 from cn_clip.serve.batching import Metrics
-from cn_clip.serve.gate import LEAST_KEY_CHARS, Hosts, is_weak
+from cn_clip.serve.gate import LEAST_KEY_CHARS, LOOPBACK, Hosts, is_weak
 from cn_clip.serve.limits import API_KEY_VARIABLE, LOG_TIME, MAX_CONNECTIONS, Limits
 from cn_clip.serve.runner import Runner
 from cn_clip.serve.schemas import RefusalError
@@ -291,7 +291,7 @@ def _open_encoder(chosen: Choice, index: Searchable | None) -> Encoder:
 
 def _warn(host: str, api_key: str | None) -> None:
     """Warns of strangers who need no key, and of a key that can be guessed."""
-    if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
+    if api_key is None and host not in LOOPBACK:
         print(
             f"注意：其他机器可以访问 {host}，而没有设置 {API_KEY_VARIABLE} / "
             f"other machines can reach {host}, and no {API_KEY_VARIABLE} is set",

@@ -106,17 +106,18 @@ class Service:
             raise RefusalError(404, message, param="label_set", code="label_set_not_found")
         templates = load_templates(DEFAULT) if request.templates is None else request.templates
         is_stored = request.label_set is not None and request.templates is None
-        num_prompts = len(labels) * len(templates)
-        num_chars = len(templates) * sum(map(len, labels)) + len(labels) * sum(map(len, templates))
-        if not is_stored and (num_prompts > MAX_PROMPTS or num_chars > MAX_PROMPT_CHARS):  # before any are made
-            raise RefusalError(
-                400,
-                f"labels: {len(labels)} labels in {len(templates)} templates are {num_prompts} texts of {num_chars} "
-                f"characters; expected at most {MAX_PROMPTS} texts of {MAX_PROMPT_CHARS} characters, give fewer "
-                "templates",
-                param="templates",
-                code="too_many_items",
-            )
+        if not is_stored:  # those of the operator are as many as he likes, and are computed already
+            num_prompts = len(labels) * len(templates)
+            num_chars = len(templates) * sum(map(len, labels)) + len(labels) * sum(map(len, templates))
+            if num_prompts > MAX_PROMPTS or num_chars > MAX_PROMPT_CHARS:  # before any are made
+                raise RefusalError(
+                    400,
+                    f"labels: {len(labels)} labels in {len(templates)} templates are {num_prompts} texts of "
+                    f"{num_chars} characters; expected at most {MAX_PROMPTS} texts of {MAX_PROMPT_CHARS} characters, "
+                    "give fewer templates",
+                    param="templates",
+                    code="too_many_items",
+                )
         image_1D, _ = await self.runner.embed([Picture(request.image, "image")])
         if is_stored:
             classes_CD = self._stored[str(request.label_set)]

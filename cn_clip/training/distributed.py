@@ -53,10 +53,11 @@ def process_group(device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             raise
         # NCCL's own end would wait for the other processes, and they for this one.
-        if isinstance(error, CnClipError):
-            logger.error("%s", error)
-        else:
+        sentence = str(error) if isinstance(error, CnClipError) else terminal.explained(error)
+        if sentence is None:
             logger.exception("unexpected error")
+        else:
+            logger.error("%s", sentence)
         terminal.leave(1)
     finally:
         # The threads of the group must end before the process does, which they could abort. Meshes of FSDP that lie in

@@ -16,7 +16,7 @@ from cn_clip.clip.families.names import refuse
 from cn_clip.clip.weights.checkpoint import Checkpoint, read_checkpoint
 from cn_clip.clip.weights.hub import weight_file
 from cn_clip.digests import is_file
-from cn_clip.errors import CheckpointError, ConfigError, Where
+from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.files import atomic_write
 from cn_clip.settings import flag
 from cn_clip.training.logger import logger
@@ -246,9 +246,7 @@ def find_weights(name: str, value: str) -> Path:
         known = {model.filename: name for name, model in zoo.downloadable().items()}
         model = known.get(path.name)
         fetch = f"; fetch it with: cn-clip download {model} --download-root {path.parent}" if model else ""
-        raise CheckpointError(
-            f"no such file{fetch}; training stops rather than start from scratch", at=Where(name, field=value)
-        )
+        raise CheckpointError(f"{name} {value}: no such file{fetch}; training stops rather than start from scratch")
     return path
 
 

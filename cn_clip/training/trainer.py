@@ -172,7 +172,7 @@ class Trainer:
             scores = self._step(step, batches)
             self.position, self.closed = Position(epoch, batch + 1, step + 1), False
             self.report.clock.step_done(self.global_batch)
-            if (step + 1) % self.options.log_interval == 0:
+            if is_due(step + 1, self.options.log_interval):
                 self._check_loss()
                 rate, scale = self.optimizer.param_groups[0]["lr"], self.model.logit_scale.item()
                 self.report.step(self.position, scores, rate=rate, logit_scale=scale)
