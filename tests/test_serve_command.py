@@ -295,6 +295,14 @@ def test_a_model_of_another_family_answers_in_torch_alone(tmp_path: Path, capsys
     assert "backend: onnx runs Chinese-CLIP alone" in capsys.readouterr().err
 
 
+def test_an_index_that_records_no_model_is_refused_before_any_is_opened(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"image_id": 1, "feature": [1.0, 0.0]}\n', encoding="utf-8")
+    command = [warm_python.program(), "-m", "cn_clip", "index", "build", str(rows), "--output", str(tmp_path / "i")]
+    subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
+    assert "i: the index does not record its model" in refusal(str(tmp_path / "i"))
+
+
 def test_an_index_is_searched_with_its_own_model_and_no_other(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for one in load()[:5]:

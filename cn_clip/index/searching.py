@@ -35,6 +35,14 @@ if TYPE_CHECKING:
     from cn_clip.index.search import Options
 
 
+def model_of(index: Searchable, given: str | None) -> str:
+    """The model to open for an index: the one given, else its own; raises ConfigError when it records none."""
+    name = given or index.model.name
+    if not name:
+        same_model(index.model, index.model, index.address)
+    return name
+
+
 def open_encoder(chosen: Choice, say: Speaker, *, kinds: Sequence[Kind] = KINDS) -> tuple[Encoder, ModelInfo]:
     """The towers wanted, and what an index records of their model; raises as `clip.opening.open_encoder`."""
     encoder = open_quietly(chosen, say, kinds=kinds, with_fingerprint=True)
@@ -108,9 +116,7 @@ def _query(index: Searchable, options: "Options", own_id: ItemId | None, say: Sp
     kinds = [kind for kind, value in given.items() if value is not None]
     picture_D = index.vector(own_id) if own_id is not None else None
     if kinds:
-        name = options.model or index.model.name
-        if not name:
-            same_model(index.model, index.model, index.address)
+        name = model_of(index, options.model)
         encoder, info = open_encoder(replace(options.chosen, model=name), say, kinds=kinds)
         same_model(index.model, info, index.address)
         if options.image is not None:

@@ -27,7 +27,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import precision_of
 from cn_clip.errors import ConfigError, MissingExtraError
 from cn_clip.evaluation.templates import read_labels
-from cn_clip.index.searching import open_encoder
+from cn_clip.index.searching import model_of, open_encoder
 from cn_clip.retrieval.addresses import Searchable, address_of, open_index
 from cn_clip.retrieval.store import same_model
 from cn_clip.serve.app import create_app
@@ -187,7 +187,7 @@ def launch(
     hosts = Hosts(host, allowed_hosts)
     labels_of = read_label_sets(label_sets)
     index = None if index_address is None else open_index(address_of(index_address))
-    opened = model or (index.model.name if index is not None else DEFAULT_MODEL)
+    opened = (model or DEFAULT_MODEL) if index is None else model_of(index, model)
     metrics = Metrics()
     runner = Runner(
         name or served_name(opened), lambda: _open_encoder(replace(chosen, model=opened), index), limits, metrics
