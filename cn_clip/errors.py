@@ -130,6 +130,7 @@ def reading(
 ) -> Iterator[None]:
     """Turns whatever another package raises inside into one error: "PATH: WHAT (REASON); STEP".
 
+    path: None for a file that only the caller can name; the message then begins with WHAT.
     look: says of `path` what it really is, and what to do; then that follows the path instead.
     On damaged bytes, parsers raise errors of any type, which differ from version to version; those written in Rust
     panic, which is no Exception. Errors of this package pass as they are. Only calls of the other package belong

@@ -193,8 +193,9 @@ def test_errors_of_a_picture_name_its_place(tmp_path: Path) -> None:
     assert tars.paths is not None
     assert tars.paths[0] == f"{tmp_path}/tars/00.tar/000.png"
     (tmp_path / "tars/01.tar").write_bytes((tmp_path / "tars/01.tar").read_bytes()[:600])
-    with pytest.raises(DataError, match=r"tars/01\.tar/006\.png: the file became shorter"):
+    with pytest.raises(DataError, match=r"tars/01\.tar/006\.png: the file became shorter") as raised:
         tars[6]
+    assert (raised.value.path, raised.value.id) == (f"{tmp_path}/tars/01.tar/006.png", tars.ids[6])
     tables = open_collection(write_tables(tmp_path / "tables")).part(0, 7)
     assert [str(tables[number].where) for number in (4, 5)] == [
         f"{tmp_path}/tables/x.parquet: row 5",

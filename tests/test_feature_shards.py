@@ -184,6 +184,12 @@ def test_what_cannot_be_read_is_told(filled: Storage, tmp_path: Path) -> None:
     second.write_bytes(Path(filled.path, "part-00000.parquet").read_bytes())
     with pytest.raises(DataError, match=r"part-00001\.parquet: holds 4 rows of the inputs \[0, 0, 4\]; expected those"):
         read_features(filled.path, "image_id")
+    second.write_bytes(b"PAR1")
+    with pytest.raises(DataError) as raised:
+        read_features(filled.path, "image_id")
+    assert str(raised.value).startswith(f"{second}: the end of the file: is no shard of features (")
+    assert str(raised.value).endswith("run the extraction again, which makes the shards that are not of manifest.json")
+    assert raised.value.path == str(second)
     second.unlink()
     with pytest.raises(DataError, match=r"1 of 3 shards are missing \(part-00001\.parquet\)"):
         read_features(filled.path, "image_id")

@@ -17,6 +17,7 @@ from cn_clip.clip import load_from_name
 from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.encoder import Encoder
 from cn_clip.command import Speaker
+from cn_clip.data.pictures import ClassFolders
 from cn_clip.demo import emoji
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.evaluation import classification, logistic
@@ -343,7 +344,7 @@ def test_features_of_changed_pictures_are_computed_again_and_a_killed_run_goes_o
     def features() -> classification.ClassFeatures:
         model = {"model": "Emoji-Tiny"}
         return classification.of_folder(
-            folder, tmp_path / "few.npz", encoder, lambda _: model, Speaker(quiet=True), **sizes
+            ClassFolders(folder), tmp_path / "few.npz", encoder, lambda _: model, Speaker(quiet=True), **sizes
         )
 
     monkeypatch.setattr(TorchBackend, "encode_pixels", counted)

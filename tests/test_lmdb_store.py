@@ -161,14 +161,16 @@ def test_an_lmdb_that_cannot_be_read_now_is_not_called_absent(tmp_path: Path, nu
 def test_a_missing_picture_names_folder_and_id(tmp_path: Path) -> None:
     store = ImageStore(small_split(tmp_path / "train") / "imgs")
     assert store.base64(11) is None
-    with pytest.raises(DataError, match=r"imgs: image id 11: no such picture"):
+    with pytest.raises(DataError, match=r"imgs: image id 11: no such picture") as raised:
         store.picture(11)
+    assert (raised.value.path, raised.value.id) == (store.folder, 11)
 
 
 def test_damaged_base64_names_folder_and_id(tmp_path: Path) -> None:
     store = ImageStore(write_raw(tmp_path / "imgs", {b"7": b"QUJ", b"num_images": b"1"}))
-    with pytest.raises(DataError, match=r"imgs: image id 7: the base64 text of 3 characters is truncated"):
+    with pytest.raises(DataError, match=r"imgs: image id 7: the base64 text of 3 characters is truncated") as raised:
         store.picture(7)
+    assert (raised.value.path, raised.value.id) == (store.folder, 7)
 
 
 class _Evil:

@@ -373,7 +373,8 @@ def test_more_folders_than_labels_stop_with_both_paths_named(
         zeroshot_evaluation.main([*flags, f"--label-file={path}"])
     assert exit_info.value.code == 1
     message = capsys.readouterr().err
-    assert f"{path}: 7 class folders and 2 labels" in message
+    folder = next(flag.removeprefix("--datapath=") for flag in flags if flag.startswith("--datapath="))
+    assert f"{folder} and {path}: 7 class folders and 2 labels" in message
 
 
 @pytest.mark.parametrize(

@@ -170,17 +170,17 @@ class FilePart:
 
     def __getitem__(self, index: int) -> StoredPicture[RecordId]:
         item = self.items[index]
-        stored = Storage(self.storage.files, item.path, item.name)
+        stored, where = Storage(self.storage.files, item.path, item.name), Where(item.name, id=item.id)
         if item.size < 0:
-            return StoredPicture(item.id, stored.read(), Where(item.name))
+            return StoredPicture(item.id, stored.read(), where)
         try:
             with stored.input_file() as stream:
                 data: bytes = stream.read_at(item.size, item.offset)
         except OSError as error:
-            raise DataError(f"cannot be read ({error})", at=item.name) from error
+            raise DataError(f"cannot be read ({error})", at=where) from error
         if len(data) < item.size:
-            raise DataError("the file became shorter while it was in use", at=item.name)
-        return StoredPicture(item.id, data, Where(item.name))
+            raise DataError("the file became shorter while it was in use", at=where)
+        return StoredPicture(item.id, data, where)
 
 
 def _members(root: Storage, file: FoundFile) -> list[_Item]:

@@ -31,7 +31,7 @@ from cn_clip.clip.tokenizer import TextTransform
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId, SourcePair
-from cn_clip.errors import CnClipError, ConfigError, DataError, Where
+from cn_clip.errors import CnClipError, ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +94,7 @@ class LmdbPairs:
 
     def __getitem__(self, number: int) -> SourcePair:
         image_id, text_id, text = self.pairs[number]
-        where = Where(self.images.folder, part=f"image id {image_id!r}", id=image_id)
-        return SourcePair(self.images.picture(image_id), text, image_id, text_id, where)
+        return SourcePair(self.images.picture(image_id), text, image_id, text_id, self.images.where(image_id))
 
     def substitute(self, number: int) -> int:
         """The pair to take instead of one whose picture cannot be read: the next."""

@@ -17,7 +17,7 @@ import lmdb
 
 from cn_clip.data.records import NUM_IMAGES_KEY, RecordId, canonical_id, decode_base64, id_from_key, id_key
 from cn_clip.digests import is_file
-from cn_clip.errors import CnClipError, DataError, UnreadableError, is_absent, reading
+from cn_clip.errors import CnClipError, DataError, UnreadableError, Where, is_absent, reading
 
 IMAGES = "imgs"
 PAIRS = "pairs"
@@ -319,15 +319,19 @@ class ImageStore:
         """The base64 text as stored, or None when there is no such picture."""
         return self._reader.get(id_key(image_id))
 
+    def where(self, image_id: RecordId) -> Where:
+        """How an error about a picture begins: with the folder and the id."""
+        return Where(self.folder, part=f"image id {image_id!r}", id=image_id)
+
     def picture(self, image_id: RecordId) -> bytes:
-        """The bytes of the picture file; raises DataError naming the folder and the id."""
+        """The bytes of the picture file; raises DataError that starts with `where`."""
         text = self.base64(image_id)
         if text is None:
-            raise DataError(f"image id {image_id!r}: no such picture; build the dataset again", at=self.folder)
+            raise DataError("no such picture; build the dataset again", at=self.where(image_id))
         try:
             return decode_base64(text)
         except DataError as error:
-            raise DataError(f"image id {image_id!r}: {error}", at=self.folder) from error
+            raise DataError(error, at=self.where(image_id)) from error
 
 
 class _TripleUnpickler(pickle.Unpickler):

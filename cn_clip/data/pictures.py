@@ -159,8 +159,7 @@ class LmdbPictures:
 
     def __getitem__(self, index: int) -> StoredPicture[RecordId]:
         image_id = self.ids[index]
-        where = Where(self.images.folder, part=f"image id {image_id!r}", id=image_id)
-        return StoredPicture(image_id, self.images.picture(image_id), where)
+        return StoredPicture(image_id, self.images.picture(image_id), self.images.where(image_id))
 
 
 class PictureFiles:

@@ -45,7 +45,7 @@ class ClassFeatures:
 
 
 def of_folder(
-    folder: str | os.PathLike[str],
+    pictures: ClassFolders,
     file: Path,
     encoder: Encoder,
     identity: Identity,
@@ -57,10 +57,9 @@ def of_folder(
     """The features of the pictures of class folders, from `file` if it is of these pictures and this model.
 
     Otherwise they are computed and written there; a killed run goes on where it stopped.
-    Raises DataError for a missing folder, one without pictures, a picture that cannot be read and a file that cannot be
-    written, CheckpointError for a model that gives no numbers.
+    Raises DataError for a picture that cannot be read and a file that cannot be written, CheckpointError for a model
+    that gives no numbers.
     """
-    pictures = ClassFolders(folder)
     paths, states = [path for path, _ in pictures.samples], []
     for path in paths:
         try:
@@ -125,7 +124,7 @@ def kept_features(
 ) -> list[ClassFeatures]:
     """The features of several sources: class folders, each with the file that keeps its features, or files of features.
 
-    Without a folder no model is opened. Raises as `of_folder` and `read`.
+    Without a folder no model is opened. Raises as `ClassFolders`, `of_folder` and `read`.
     """
     encoder: Encoder | None = None
     if any(source.is_dir() for source, _ in sources):
@@ -137,7 +136,7 @@ def kept_features(
             continue
         say(f"图片特征 / picture features: {source} → {file}")
         sizes = {"batch_size": batch_size, "num_workers": num_workers}
-        found.append(of_folder(source, file, encoder, identity(chosen, encoder), say, **sizes))
+        found.append(of_folder(ClassFolders(source), file, encoder, identity(chosen, encoder), say, **sizes))
     return found
 
 
@@ -173,7 +172,7 @@ def classify(
     encoder = open_encoder(chosen, say)
     say("Preparing zeroshot dataset.")
     pictures = ClassFolders(folder)
-    numbers = zeroshot.class_numbers(pictures.classes, len(labels), at=f"{folder} and {label_file}")
+    numbers = zeroshot.numbers_of_labels(folder, pictures.classes, label_file, len(labels))
     order = zeroshot.read_index(Path(index), len(pictures)) if index else None
     say("Building zero-shot classifier")
     classes_CD = zeroshot.classifier(encoder, labels, templates)
@@ -280,7 +279,7 @@ def benchmark(
     name, encoder = dataset.name, open_encoder(chosen, Speaker(quiet=True))
     say("提取图片特征 / extracting picture features…")
     found = of_folder(
-        dataset.folder / "test",
+        dataset.pictures,
         output / "test_features.npz",
         encoder,
         identity(chosen, encoder),

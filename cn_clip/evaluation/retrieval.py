@@ -85,8 +85,8 @@ def write_predictions(
         wide, other = queries.vectors.shape[1], gallery.vectors.shape[1]
         if wide != other:
             raise DataError(
-                f"the {query} features have {wide} numbers, the others {other}; extract both with the same model",
-                at=f"{features['image']} and {features['text']}",
+                f"{features['image']} and {features['text']}: the {query} features have {wide} numbers, the others "
+                f"{other}; extract both with the same model"
             )
         loaded = time.perf_counter()
         for query_id, found in search(queries, gallery, k, block=block, device=device):

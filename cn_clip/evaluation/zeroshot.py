@@ -3,6 +3,7 @@
 # N pictures, C classes, D embedding, K cuts of a ranking
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,16 @@ def class_numbers(folders: Sequence[str], num_labels: int, *, at: object = None)
             )
         bearer[number] = name
     return list(bearer)
+
+
+def numbers_of_labels(
+    folder: str | os.PathLike[str], folders: Sequence[str], labels_file: str | os.PathLike[str], num_labels: int
+) -> list[int]:
+    """`class_numbers` of the class folders in `folder`; raises DataError about it and the file of the labels."""
+    try:
+        return class_numbers(folders, num_labels)
+    except DataError as error:  # of two files, so of none that programs could read from it
+        raise DataError(f"{folder} and {labels_file}: {error}") from error
 
 
 def classifier(encoder: Encoder, labels: Sequence[str], templates: Sequence[str], *, batch_size: int = 64) -> Rows:

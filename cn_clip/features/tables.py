@@ -189,7 +189,8 @@ def parquet_facts(stream: Any) -> tuple[int, dict[str, Any]]:
     Raises DataError when it is none, or damaged there.
     """
     _, parquet = require_parquet()
-    with reading("the end of the file", DataError, what="is no shard of features", step="extract it again"):
+    what = "the end of the file: is no shard of features"
+    with reading(None, DataError, what=what, step="extract it again"):  # the caller knows the file
         metadata = parquet.read_metadata(stream)
         facts = json.loads((metadata.metadata or {})[METADATA_KEY])
     if not isinstance(facts, dict):

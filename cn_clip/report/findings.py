@@ -233,7 +233,7 @@ def examine_classes(
     templates = load_templates(dataset, Path(templates_file) if templates_file else None)
     labels = read_labels(labels_file)
     pictures = ClassFolders(folder)
-    numbers = zeroshot.class_numbers(pictures.classes, len(labels), at=f"{folder} and {labels_file}")
+    numbers = zeroshot.numbers_of_labels(folder, pictures.classes, labels_file, len(labels))
     classes_CD = zeroshot.classifier(encoder, labels, templates, batch_size=batch_size)
     paths = [path for path, _ in pictures.samples]
     rows = picture_rows(pictures, encoder, names=paths, batch_size=batch_size, num_workers=num_workers)
