@@ -251,6 +251,11 @@ def vision_config(name: str) -> VisionConfig:
     return VisionConfig(**_read(name, VISION_MODELS))
 
 
+def fetch_resolution(vision_model: str) -> int:
+    """Pixels a side that a picture tower takes, also one called "ViT-L/14"; raises ConfigError for an unknown name."""
+    return vision_config(vision_model.replace("/", "-")).image_resolution
+
+
 @cache
 def text_config(name: str) -> TextConfig:
     """The text tower called `name`, e.g. "RBT3-chinese"; raises ConfigError for an unknown name."""

@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from cn_clip.clip.picture_names import SUFFIXES_OF
 from cn_clip.clip.pictures import opened
-from cn_clip.data.checks import checked_images, checked_texts, images_path, sound_records, texts_path
+from cn_clip.data.checks import check_folder, checked_images, checked_texts, images_path, sound_records, texts_path
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, Pair, PairStore, SplitWriter
 from cn_clip.data.pictures import PictureCheck, check_picture
 from cn_clip.data.records import Fault, RecordId
-from cn_clip.digests import is_file, is_folder
+from cn_clip.digests import is_file
 from cn_clip.errors import ConfigError, DataError, Where
-from cn_clip.files import settle, staged_folder
+from cn_clip.files import staged_folder
 
 OnFault: TypeAlias = Literal["stop", "skip"]
 
@@ -74,9 +74,7 @@ def build_splits(
     Raises DataError for a missing file, at the first fault unless faults are skipped, and when nothing is left.
     """
     tell(f"Dataset splits to be processed: {', '.join(splits)}")
-    settle(data_dir)
-    if not is_folder(data_dir):
-        raise DataError("the data_dir does not exist; give the folder of the tsv and jsonl files", at=data_dir)
+    check_folder(data_dir)
     for split in splits:
         for path in (images_path(data_dir, split), texts_path(data_dir, split)):
             if not is_file(path):
@@ -206,7 +204,7 @@ def _members(images: ImageStore, pairs: PairStore, number: int) -> Iterator[tupl
         where = Where(pairs.folder, part=f"text id {pair.text_id!r}", id=pair.text_id)
         raise DataError(f"its text is not valid Unicode ({found}); correct it and build again", at=where) from error
     data = images.picture(pair.image_id)
-    where = Where(images.folder, part=f"image id {pair.image_id!r}", id=pair.image_id)
+    where = images.where(pair.image_id)
     try:
         check_picture(data, "header")
         with opened(data) as image:

@@ -20,8 +20,9 @@ from cn_clip.data.records import (
     read_image_records,
     read_text_records,
 )
-from cn_clip.digests import is_file, is_there
+from cn_clip.digests import is_file, is_folder, is_there
 from cn_clip.errors import DataError, UnreadableError
+from cn_clip.files import settle
 
 _WINDOW_RECORDS = 64
 
@@ -36,6 +37,13 @@ def images_path(data_dir: str | os.PathLike[str], split: str) -> Path:
 def texts_path(data_dir: str | os.PathLike[str], split: str) -> Path:
     """Where the sentences of a split are."""
     return Path(data_dir) / f"{split}_texts.jsonl"
+
+
+def check_folder(data_dir: str | os.PathLike[str]) -> None:
+    """Raises DataError when the folder of the tsv and jsonl files does not exist."""
+    settle(data_dir)
+    if not is_folder(data_dir):
+        raise DataError("the data_dir does not exist; give the folder of the tsv and jsonl files", at=data_dir)
 
 
 def splits_in(data_dir: Path, lmdb_dir: Path) -> list[str]:

@@ -18,20 +18,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from tqdm import tqdm
 
-from cn_clip import ranks, zoo
+from cn_clip import ranks
 from cn_clip.clip import tokenizer
 from cn_clip.clip.tokenizer import preprocess_text as _preprocess_text
 from cn_clip.clip.tokenizer import tokenize
-from cn_clip.clip.transforms import ImageTransform, image_transform
+from cn_clip.clip.transforms import ImageTransform, _convert_to_rgb, image_transform
 from cn_clip.data.pictures import ClassFolders, LmdbPictures, load_picture
 from cn_clip.data.records import RecordId, read_texts
 from cn_clip.evaluation.zeroshot import LOGIT_SCALE, read_index
+from cn_clip.zoo import fetch_resolution as fetch_resolution
 
 __all__ = ["tokenize"]
-
-
-def _convert_to_rgb(image: Image.Image) -> Image.Image:
-    return image.convert("RGB")
 
 
 class EvalTxtDataset(Dataset[tuple[RecordId, Tensor]]):
@@ -112,11 +109,6 @@ def get_eval_txt_dataset(args: Any, max_txt_length: int = 24) -> DataInfo:
     Ids are int64, or a list where they are strings.
     """
     return _in_order(EvalTxtDataset(args.text_data, max_txt_length=max_txt_length), args.text_batch_size)
-
-
-def fetch_resolution(vision_model: str) -> int:
-    """Pixels a side that a picture tower takes; raises ConfigError for an unknown name."""
-    return zoo.vision_config(vision_model.replace("/", "-")).image_resolution
 
 
 def get_eval_img_dataset(args: Any) -> DataInfo:

@@ -120,7 +120,7 @@ class Options(ModelChoice):
         super().__post_init__()
         if benchmark_sets.known_name(self.benchmark) is None:
             known = benchmark_sets.names()
-            nearest = difflib.get_close_matches(self.benchmark.casefold().replace("_", "-"), known, n=1)
+            nearest = difflib.get_close_matches(benchmark_sets.folded(self.benchmark), known, n=1)
             hint = f"是否想用 / did you mean {nearest[0]}? " if nearest else ""
             raise ConfigError(
                 f"没有评测集 / no benchmark {self.benchmark!r}; {hint}可用 / expected one of: {', '.join(known)}"

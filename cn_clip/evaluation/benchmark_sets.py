@@ -84,7 +84,7 @@ def names() -> list[str]:
 
 def known_name(given: str) -> str | None:
     """The benchmark meant: case, `_` and `-` make no difference; None for one that is not known."""
-    return {_plain(name): name for name in names()}.get(_plain(given))
+    return {folded(name): name for name in names()}.get(folded(given))
 
 
 def published_model(model: str | None, checkpoint: str | None) -> str | None:
@@ -106,7 +106,8 @@ def published_model(model: str | None, checkpoint: str | None) -> str | None:
     return None
 
 
-def _plain(name: str) -> str:
+def folded(name: str) -> str:
+    """A name of a benchmark as names are compared: of small letters, with - for _."""
     return name.casefold().replace("_", "-")
 
 

@@ -10,9 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from cn_clip import command, settings, terminal
-from cn_clip.digests import is_folder
-from cn_clip.errors import DataError
-from cn_clip.files import settle
 from cn_clip.option_types import CheckPictures, CheckWorkers, DataDir, Json
 from cn_clip.preprocess.build_lmdb_dataset import split_names
 
@@ -42,9 +39,7 @@ def run(options: Options) -> int:
 
     data_dir = Path(options.data_dir)
     lmdb_dir = Path(options.lmdb_dir or data_dir / "lmdb")
-    settle(data_dir)
-    if not is_folder(data_dir):
-        raise DataError("the data_dir does not exist; give the folder of the tsv and jsonl files", at=data_dir)
+    checks.check_folder(data_dir)
     splits = checks.splits_in(data_dir, lmdb_dir) if options.splits is None else split_names(options.splits)
     look = partial(checks.check_split, check=options.check_pictures, num_workers=options.num_workers)
     results = []

@@ -15,21 +15,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from cn_clip import ranks, zoo
+from cn_clip import ranks
 from cn_clip.clip import _tokenizer
 from cn_clip.clip.tokenizer import preprocess_text as _preprocess_text
 from cn_clip.clip.tokenizer import tokenize
+from cn_clip.clip.transforms import _convert_to_rgb as _convert_to_rgb
 from cn_clip.clip.transforms import image_transform
 from cn_clip.data.augment import Augmentation
 from cn_clip.data.datasets import LmdbPairs
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, LmdbReader
 from cn_clip.data.pictures import load_picture
+from cn_clip.zoo import fetch_resolution as fetch_resolution
 
 __all__ = ["_tokenizer"]
-
-
-def _convert_to_rgb(image: Image.Image) -> Image.Image:
-    return image.convert("RGB")
 
 
 class Augmented:
@@ -98,11 +96,6 @@ def pad_dataset(dataset: LMDBDataset, global_batch_size: int) -> None:
     """Lengthens a dataset, which then repeats its beginning, so that the last batch of all processes is full."""
     dataset.dataset_len = ceil(dataset.dataset_len / global_batch_size) * global_batch_size
     dataset.global_batch_size = global_batch_size
-
-
-def fetch_resolution(vision_model: str) -> int:
-    """Pixels a side that a picture tower takes; raises ConfigError for an unknown name."""
-    return zoo.vision_config(vision_model.replace("/", "-")).image_resolution
 
 
 @dataclass
