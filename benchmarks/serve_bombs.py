@@ -32,7 +32,7 @@ from serve_load import crowd, data_url, exchange, request_bodies, request_body, 
 from serve_soak import resident_mb  # noqa: E402
 
 from cn_clip import command, terminal  # noqa: E402
-from cn_clip.clip.backends.base import BackendName, Precision  # noqa: E402
+from cn_clip.clip.backends.names import BackendName, Precision  # noqa: E402
 from cn_clip.deploy import bench_report  # noqa: E402
 from cn_clip.emoji_pack import load  # noqa: E402
 

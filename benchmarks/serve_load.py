@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cn_clip import command, terminal  # noqa: E402
-from cn_clip.clip.backends.base import KINDS, BackendName, Kind, Precision  # noqa: E402
+from cn_clip.clip.backends.names import KINDS, BackendName, Kind, Precision  # noqa: E402
 from cn_clip.clip.encoder import Encoder  # noqa: E402
 from cn_clip.deploy import bench_report  # noqa: E402
 from cn_clip.emoji_pack import load  # noqa: E402

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from serve_load import PAUSE_AFTER_REFUSAL, data_url, exchange, service  # noqa: E402
 
 from cn_clip import command, terminal  # noqa: E402
-from cn_clip.clip.backends.base import BackendName, Precision  # noqa: E402
+from cn_clip.clip.backends.names import BackendName, Precision  # noqa: E402
 from cn_clip.deploy import bench_report  # noqa: E402
 from cn_clip.emoji_pack import load  # noqa: E402
 from cn_clip.errors import ConfigError, DataError  # noqa: E402

@@ -13,7 +13,8 @@ import numpy as np  # noqa: E402
 
 from cn_clip import command, emoji_pack, zoo  # noqa: E402
 from cn_clip.clip import Encoder  # noqa: E402
-from cn_clip.clip.backends.base import BackendName, Rows  # noqa: E402
+from cn_clip.clip.backends.base import Rows  # noqa: E402
+from cn_clip.clip.backends.names import BackendName  # noqa: E402
 from cn_clip.clip.backends.opening import settle_precision  # noqa: E402
 from cn_clip.data.records import decode_base64  # noqa: E402
 from cn_clip.errors import ConfigError  # noqa: E402

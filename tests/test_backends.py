@@ -18,7 +18,8 @@ from other_kinds import OTHER_KINDS
 
 from cn_clip.clip import Encoder
 from cn_clip.clip.backends import onnx_files, onnx_runtime
-from cn_clip.clip.backends.base import ExportedBackend, Kind, Tower, TowerFacts, unit_rows
+from cn_clip.clip.backends.base import ExportedBackend, Tower, TowerFacts, unit_rows
+from cn_clip.clip.backends.names import Kind
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.open_vino import OpenVinoTower, settings_for
 from cn_clip.clip.backends.opening import open_backend

@@ -18,7 +18,8 @@ from tiny_models import tiny_model
 from cn_clip import cli, zoo
 from cn_clip.clip import Encoder
 from cn_clip.clip.backends import derived, export, onnx_files, parity
-from cn_clip.clip.backends.base import ExportedBackend, Kind, unit_rows
+from cn_clip.clip.backends.base import ExportedBackend, unit_rows
+from cn_clip.clip.backends.names import Kind
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.open_vino import OpenVinoTower
 from cn_clip.clip.backends.parity import Reference

@@ -17,8 +17,9 @@ import torch
 from dataset_files import REPOSITORY, jsonl_line, tsv_line, write_split
 
 from cn_clip.clip.backends import tensor_rt
-from cn_clip.clip.backends.base import KINDS, ExportedBackend
+from cn_clip.clip.backends.base import ExportedBackend
 from cn_clip.clip.backends.exported import Source, tower_files
+from cn_clip.clip.backends.names import KINDS
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.demo import emoji
 from cn_clip.eval import extract_features, extract_features_onnx, extract_features_tensorrt, zeroshot_evaluation

@@ -14,7 +14,7 @@ from cn_clip import ranks
 from cn_clip.cli import COMMANDS
 from cn_clip.clip import Encoder
 from cn_clip.clip.backends import open_vino
-from cn_clip.clip.backends.base import torch_precisions
+from cn_clip.clip.backends.names import torch_precisions
 from cn_clip.clip.backends.opening import open_backend, settle_precision
 from cn_clip.errors import ConfigError
 

@@ -19,8 +19,8 @@ from tiny_models import TEXT, VIT, tiny_pixels
 
 from cn_clip import cli
 from cn_clip.clip.backends import derived, export, onnx_files, parity, tensor_rt
-from cn_clip.clip.backends.base import KINDS, Kind
 from cn_clip.clip.backends.exported import Source, tower_files
+from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.opening import open_backend
 from cn_clip.clip.backends.pytorch import TorchBackend

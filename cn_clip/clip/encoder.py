@@ -14,19 +14,8 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from cn_clip import zoo
-from cn_clip.clip.backends.base import (
-    DEFAULT_CONTEXT_LENGTH,
-    USUAL_SIZES,
-    Backend,
-    BackendName,
-    Facts,
-    Parts,
-    Pixels,
-    Rows,
-    TokenIds,
-    check_threads,
-    facts_of,
-)
+from cn_clip.clip.backends.base import USUAL_SIZES, Backend, Facts, Parts, Pixels, Rows, TokenIds, facts_of
+from cn_clip.clip.backends.names import DEFAULT_CONTEXT_LENGTH, BackendName, check_threads
 from cn_clip.clip.backends.opening import open_backend
 from cn_clip.clip.families.names import is_foreign
 from cn_clip.clip.families.opening import open_parts

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cn_clip import zoo
-from cn_clip.clip.backends.base import KINDS, Backend, ExportedBackend, Kind, Precision, facts_of
+from cn_clip.clip.backends.base import Backend, ExportedBackend, facts_of
+from cn_clip.clip.backends.names import KINDS, Kind, Precision
 from cn_clip.clip.backends.onnx_files import extra_path
 from cn_clip.clip.backends.opening import open_backend, settle_precision
 from cn_clip.clip.choice import Choice

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cn_clip.clip.backends.base import KINDS, Backend, BackendName, Kind, Pixels, Rows, TokenIds, facts_of
+from cn_clip.clip.backends.base import Backend, Pixels, Rows, TokenIds, facts_of
+from cn_clip.clip.backends.names import KINDS, BackendName, Kind
 from cn_clip.deploy.benchmark_utils import call_seconds, summary
 from cn_clip.errors import CnClipError
 from cn_clip.processes import peak_bytes

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cn_clip.clip.backends.base import Kind, TowerFacts
+from cn_clip.clip.backends.base import TowerFacts
 from cn_clip.clip.backends.export import facts_of_model
+from cn_clip.clip.backends.names import Kind
 from cn_clip.clip.backends.onnx_files import METADATA_KEY, metadata
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.tokenizer import text_length as text_length

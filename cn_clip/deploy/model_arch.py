@@ -13,7 +13,7 @@ from cn_clip.errors import ConfigError
 from cn_clip.option_types import ConvertText, ConvertVision, Json
 
 if TYPE_CHECKING:
-    from cn_clip.clip.backends.base import Kind
+    from cn_clip.clip.backends.names import Kind
 
 # The prefix of examples in messages.
 EXAMPLE = "vit-b-16"

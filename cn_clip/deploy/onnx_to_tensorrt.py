@@ -17,7 +17,7 @@ from cn_clip.option_types import ConvertText, ConvertVision, CudaDevice, Json, O
 from cn_clip.settings import Range
 
 if TYPE_CHECKING:
-    from cn_clip.clip.backends.base import Kind
+    from cn_clip.clip.backends.names import Kind
 
 Form = Literal["fp32", "fp16"]
 # Of a tower: its name in flags and messages.

@@ -15,7 +15,7 @@ from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
-    from cn_clip.clip.backends.base import Kind
+    from cn_clip.clip.backends.names import Kind
 
 TITLES: "dict[Kind, str]" = {"text": "Text", "image": "Image"}
 

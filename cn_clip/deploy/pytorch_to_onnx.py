@@ -14,7 +14,7 @@ from cn_clip.settings import Range
 from cn_clip.zoo import TextName, VisionName
 
 if TYPE_CHECKING:
-    from cn_clip.clip.backends.base import Kind
+    from cn_clip.clip.backends.names import Kind
 
 FormName: TypeAlias = Literal["fp32", "fp16", "int8", "int8-openvino"]
 TITLES: "dict[Kind, str]" = {"text": "text", "image": "vision"}

@@ -13,7 +13,7 @@ from cn_clip.option_types import Json, OnnxImage, OnnxText
 from cn_clip.settings import Range
 
 if TYPE_CHECKING:
-    from cn_clip.clip.backends.base import Kind
+    from cn_clip.clip.backends.names import Kind
 
 __getattr__ = drop_in.names(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cn_clip.clip.backends import tensor_rt
-from cn_clip.clip.backends.base import Kind
+from cn_clip.clip.backends.names import Kind
 from cn_clip.deploy.benchmark_utils import track_infer_time
 from cn_clip.errors import ConfigError
 

@@ -12,8 +12,9 @@ import torch
 from cn_clip import emoji_pack, ranks, zoo
 from cn_clip.clip import tokenizer
 from cn_clip.clip.backends import derived, export, onnx_files, parity
-from cn_clip.clip.backends.base import Backend, Kind
+from cn_clip.clip.backends.base import Backend
 from cn_clip.clip.backends.derived import check_packages as check_packages
+from cn_clip.clip.backends.names import Kind
 from cn_clip.clip.backends.onnx_files import onnx_path as onnx_path
 from cn_clip.clip.backends.opening import open_files
 from cn_clip.clip.backends.parity import Reference, Report, Samples

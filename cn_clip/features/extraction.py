@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cn_clip import __version__, command, settings, zoo
-from cn_clip.clip.backends.base import KINDS, Kind, Rows, named
+from cn_clip.clip.backends.base import Rows, named
+from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.backends.opening import open_files
 from cn_clip.clip.encoder import SORTING_WINDOW, Encoder, sorted_batches
 from cn_clip.clip.opening import (

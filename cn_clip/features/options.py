@@ -14,7 +14,7 @@ from cn_clip.settings import Range, flag
 from cn_clip.zoo import CONTEXT_LENGTH, TextName, VisionName
 
 if TYPE_CHECKING:
-    from cn_clip.clip.backends.base import Kind
+    from cn_clip.clip.backends.names import Kind
 
 OutputFormat: TypeAlias = Literal["jsonl", "npz", "parquet"]
 FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)

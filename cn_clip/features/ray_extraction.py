@@ -21,7 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from cn_clip import __version__
-from cn_clip.clip.backends.base import Kind, Pixels, named
+from cn_clip.clip.backends.base import Pixels, named
+from cn_clip.clip.backends.names import Kind
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import full_name, open_encoder, precision_of, weights_digest
 from cn_clip.clip.pictures import decoded_batches

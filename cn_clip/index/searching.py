@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from cn_clip import files, terminal
-from cn_clip.clip.backends.base import KINDS, Kind
+from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.choice import Choice
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import fingerprint, full_name, open_quietly

@@ -10,18 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip.clip.backends.names import BACKENDS as BACKENDS
-from cn_clip.clip.backends.names import DEFAULT_CONTEXT_LENGTH as DEFAULT_CONTEXT_LENGTH
-from cn_clip.clip.backends.names import KINDS as KINDS
-from cn_clip.clip.backends.names import PRECISIONS as PRECISIONS
-from cn_clip.clip.backends.names import BackendName as BackendName
-from cn_clip.clip.backends.names import Kind as Kind
-from cn_clip.clip.backends.names import Precision as Precision
-from cn_clip.clip.backends.names import PrecisionChoice as PrecisionChoice
-from cn_clip.clip.backends.names import check_precision as check_precision
-from cn_clip.clip.backends.names import check_threads as check_threads
-from cn_clip.clip.backends.names import settled as settled
-from cn_clip.clip.backends.names import torch_precisions as torch_precisions
+from cn_clip.clip.backends.names import Kind, Precision
 from cn_clip.errors import ConfigError, NotFiniteError
 
 if TYPE_CHECKING:

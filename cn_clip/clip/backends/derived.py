@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.clip.backends import parity
-from cn_clip.clip.backends.base import Kind, TowerFacts
+from cn_clip.clip.backends.base import TowerFacts
+from cn_clip.clip.backends.names import Kind
 from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, load, metadata, read_metadata, save, set_metadata
 from cn_clip.clip.backends.parity import Reference, Report, Share
 from cn_clip.errors import CheckpointError, ConfigError

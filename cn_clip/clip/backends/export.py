@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from cn_clip import zoo
 from cn_clip.clip.backends import parity
-from cn_clip.clip.backends.base import Kind, TowerFacts
+from cn_clip.clip.backends.base import TowerFacts
 from cn_clip.clip.backends.derived import check_packages
+from cn_clip.clip.backends.names import Kind
 from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, metadata, onnx_path, save, set_metadata
 from cn_clip.clip.backends.parity import Reference, Report
 from cn_clip.clip.backends.pytorch import TorchBackend

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cn_clip import digests, zoo
 from cn_clip.clip.backends import derived, parity
-from cn_clip.clip.backends.base import Kind
+from cn_clip.clip.backends.names import Kind
 from cn_clip.clip.backends.onnx_files import extra_path, move, onnx_path
 from cn_clip.clip.backends.parity import Report
 from cn_clip.clip.weights import hub

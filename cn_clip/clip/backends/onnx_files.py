@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip import __version__
-from cn_clip.clip.backends.base import Kind, TowerFacts
+from cn_clip.clip.backends.base import TowerFacts
+from cn_clip.clip.backends.names import Kind
 from cn_clip.clip.weights.file_kinds import what_it_is
 from cn_clip.errors import CheckpointError, DataError, lacked_memory, reading
 from cn_clip.extras import require

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip import ranks
-from cn_clip.clip.backends.base import Kind, Pixels, Precision, TokenIds, TowerFacts
+from cn_clip.clip.backends.base import Pixels, TokenIds, TowerFacts
+from cn_clip.clip.backends.names import Kind, Precision
 from cn_clip.clip.backends.onnx_files import (
     INPUTS,
     METADATA_KEY,

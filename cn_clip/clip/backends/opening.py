@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING, Literal
 
 from cn_clip import ranks, zoo
 from cn_clip.clip.backends import onnx_runtime, open_vino, tensor_rt
-from cn_clip.clip.backends.base import (
+from cn_clip.clip.backends.base import Backend, ExportedBackend, Tower
+from cn_clip.clip.backends.exported import Announce, Source, announce, forget, kept_file, tower_file, tower_files
+from cn_clip.clip.backends.names import (
     KINDS,
-    Backend,
     BackendName,
-    ExportedBackend,
     Kind,
     Precision,
-    Tower,
     check_precision,
     check_threads,
     settled,
     torch_precisions,
 )
-from cn_clip.clip.backends.exported import Announce, Source, announce, forget, kept_file, tower_file, tower_files
 from cn_clip.clip.backends.onnx_files import onnx_path
 from cn_clip.errors import CheckpointError, ConfigError
 

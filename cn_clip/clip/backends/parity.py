@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from cn_clip import emoji_pack
 from cn_clip.clip import tokenizer
-from cn_clip.clip.backends.base import KINDS, Backend, ExportedBackend, Kind, Rows, Tower
+from cn_clip.clip.backends.base import Backend, ExportedBackend, Rows, Tower
+from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.open_vino import OpenVinoTower
 from cn_clip.clip.pictures import open_picture

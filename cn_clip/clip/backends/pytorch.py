@@ -19,12 +19,10 @@ from cn_clip.clip.backends.base import (
     Pixels,
     Rows,
     TokenIds,
-    check_threads,
     checked_rows,
-    settled,
-    torch_precisions,
     unit_rows,
 )
+from cn_clip.clip.backends.names import check_threads, settled, torch_precisions
 from cn_clip.clip.loading import open_model
 from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.clip.weights.file_formats import owned

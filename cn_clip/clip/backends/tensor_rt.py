@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from cn_clip import zoo
 from cn_clip.clip.backends import onnx_files, parity
-from cn_clip.clip.backends.base import ExportedBackend, Kind, Pixels, Precision, TokenIds, TowerFacts
+from cn_clip.clip.backends.base import ExportedBackend, Pixels, TokenIds, TowerFacts
+from cn_clip.clip.backends.names import Kind, Precision
 from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, MIDDLE
 from cn_clip.clip.backends.onnx_runtime import PROVIDERS, OnnxTower, open_session
 from cn_clip.clip.weights.file_kinds import what_it_is

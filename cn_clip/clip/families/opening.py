@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cn_clip import ranks
-from cn_clip.clip.backends.base import BackendName, check_precision
+from cn_clip.clip.backends.names import BackendName, check_precision
 from cn_clip.clip.families import names
 from cn_clip.clip.families.names import ForeignName, parse
 from cn_clip.clip.transforms import Decode
