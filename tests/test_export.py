@@ -284,7 +284,8 @@ def test_a_report_counts_cosines_and_pictures_with_the_same_best_caption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turned = np.float32([[0.8, 0.6, 0], [0, 1, 0], [0, 0, 1]])
-    monkeypatch.setattr(parity, "_form_rows", lambda *_: turned)
+    monkeypatch.setattr(parity, "open_form", lambda *_: None)
+    monkeypatch.setattr(parity, "rows_of", lambda *_: turned)
     texts = np.float32([[0, 1, 0], [0.6, 0.8, 0], [0, 0, 1]])
     expected = Reference({}, {"image": np.eye(3, dtype=np.float32), "text": texts})
     report = parity.compare(expected, tmp_path / "m.onnx", "image", "int8", tolerance=0.5)
@@ -309,7 +310,8 @@ def test_rows_that_are_no_numbers_or_too_far_off_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float
 ) -> None:
     rows = np.eye(3, dtype=np.float32)
-    monkeypatch.setattr(parity, "_form_rows", lambda *_: rows * np.float32([[1], [bad], [1]]))
+    monkeypatch.setattr(parity, "open_form", lambda *_: None)
+    monkeypatch.setattr(parity, "rows_of", lambda *_: rows * np.float32([[1], [bad], [1]]))
     with pytest.raises(
         CheckpointError, match=r"m.onnx: differs from float32 by more than int8 may: .*tolerance 0.99; use a"
     ):

@@ -17,9 +17,8 @@ import torch
 from dataset_files import REPOSITORY, jsonl_line, tsv_line, write_split
 
 from cn_clip.clip.backends import tensor_rt
-from cn_clip.clip.backends.base import ExportedBackend
 from cn_clip.clip.backends.exported import Source, tower_files
-from cn_clip.clip.backends.names import KINDS
+from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.demo import emoji
 from cn_clip.eval import extract_features, extract_features_onnx, extract_features_tensorrt, zeroshot_evaluation
@@ -207,14 +206,14 @@ def test_the_tensorrt_script_does_the_same_with_engines(
 ) -> None:
     devices = []
 
-    def open_engines(image_path: str, text_path: str, *, device: str) -> ExportedBackend:
+    def open_tower(path: str, kind: Kind, *, device: str) -> OnnxTower:
         devices.append(device)
-        return ExportedBackend(OnnxTower(image_path, "image", device="cpu"), OnnxTower(text_path, "text", device="cpu"))
+        return OnnxTower(path, kind, device="cpu")
 
-    monkeypatch.setattr(tensor_rt, "open_engines", open_engines)
+    monkeypatch.setattr(tensor_rt, "TensorRtTower", open_tower)
     engines = [f"--tensorrt-image-model={exports.file('img')}", f"--tensorrt-text-model={exports.file('txt')}"]
     extract_features_tensorrt.main([*exports.inputs(), *engines, "--device=cuda:1"])
-    assert devices == ["cuda:1"]
+    assert devices == ["cuda:1", "cuda:1"]
     for kind, rows in exports.features().items():
         np.testing.assert_allclose(rows, by_torch[0][kind], atol=2e-5, err_msg=kind)
 

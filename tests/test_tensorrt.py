@@ -22,9 +22,9 @@ from cn_clip.clip.backends import derived, export, onnx_files, parity, tensor_rt
 from cn_clip.clip.backends.exported import Source, tower_files
 from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
-from cn_clip.clip.backends.opening import open_backend
+from cn_clip.clip.backends.opening import open_backend, open_files
 from cn_clip.clip.backends.pytorch import TorchBackend
-from cn_clip.clip.backends.tensor_rt import Build, TensorRtTower, build_engine, open_engines
+from cn_clip.clip.backends.tensor_rt import Build, TensorRtTower, build_engine
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
 from cn_clip.deploy import onnx_to_tensorrt, tensorrt_utils
@@ -230,7 +230,7 @@ def test_tower_cuts_batches_and_gives_the_rows_of_the_model(
 ) -> None:
     for kind in KINDS:
         build_engine(files[kind], kind, tmp_path / kind, Build("fp32", max_batch=2, context_length=4))
-    backend = open_engines(tmp_path / "image", tmp_path / "text")
+    backend = open_files("tensorrt", tmp_path / "image", tmp_path / "text", device="cuda")
     pixels = tiny_pixels(tiny, 5).numpy()
     expected = TorchBackend(tiny)
     np.testing.assert_allclose(backend.encode_pixels(pixels), expected.encode_pixels(pixels), atol=1e-5)
@@ -240,7 +240,7 @@ def test_tower_cuts_batches_and_gives_the_rows_of_the_model(
     with pytest.raises(ConfigError, match="takes texts of at most 4 tokens, got 5"):
         backend.encode_tokens(np.ones((1, 5), dtype=np.int64))
     with pytest.raises(ConfigError, match="no text model was opened"):
-        open_engines(tmp_path / "image", None).encode_tokens(IDS)
+        open_files("tensorrt", tmp_path / "image", None, device="cuda").encode_tokens(IDS)
     with pytest.raises(CheckpointError, match=r"text: expected the image model.*are the two files swapped"):
         TensorRtTower(tmp_path / "text", "image")
 
@@ -256,7 +256,7 @@ def test_fixed_sizes_stay_fixed_and_engines_without_metadata_run(
         del proto.metadata_props[:]
         onnx.save_model(proto, tmp_path / kind)
     assert not any("trt_profile_min_shapes" in options for options in runtime.built)
-    backend = open_engines(tmp_path / "image", tmp_path / "text")
+    backend = open_files("tensorrt", tmp_path / "image", tmp_path / "text", device="cuda")
     pixels, expected = tiny_pixels(tiny, 3).numpy(), TorchBackend(tiny)
     np.testing.assert_allclose(backend.encode_pixels(pixels), expected.encode_pixels(pixels), atol=1e-5)
     np.testing.assert_allclose(backend.encode_tokens(IDS), expected.encode_tokens(IDS), atol=1e-5)
@@ -429,7 +429,7 @@ def test_every_door_names_the_package_where_the_provider_is_missing(
     for door in (
         lambda: Encoder("Emoji-Tiny", backend="tensorrt", precision="fp16"),
         lambda: TensorRTModel(tmp_path / "e"),
-        lambda: open_engines(tmp_path / "e", None),
+        lambda: open_files("tensorrt", tmp_path / "e", None, device="cuda"),
         lambda: build_engine(files["image"], "image", tmp_path / "e", Build("fp16")),
     ):
         with pytest.raises(MissingExtraError) as caught:
@@ -607,7 +607,7 @@ def test_engines_on_a_gpu(files: dict[Kind, Path], tiny: CLIP, tmp_path: Path) -
     for precision, tolerance in (("fp32", 0.9999), ("fp16", 0.999)):
         convert(*both(files, tmp_path / "e"), f"--{precision}", "--batch-size", 2, "--max-batch-size", 4)
         image, text = (tensor_rt.engine_path(tmp_path / "e", kind, precision) for kind in KINDS)
-        backend, expected = open_engines(image, text), TorchBackend(tiny)
+        backend, expected = open_files("tensorrt", image, text, device="cuda"), TorchBackend(tiny)
         pixels = tiny_pixels(tiny, 5).numpy()
         assert (backend.encode_pixels(pixels) * expected.encode_pixels(pixels)).sum(axis=1).min() > tolerance
         assert (backend.encode_tokens(IDS) * expected.encode_tokens(IDS)).sum(axis=1).min() > tolerance

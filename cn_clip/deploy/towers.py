@@ -172,9 +172,7 @@ def open_subject(
         return TorchBackend(model, device=chosen, precision=precision), chosen.type
     paths = (path, None) if kind == "image" else (None, path)
     opened = (
-        open_files("onnx", *paths, device=device, num_threads=None)
-        if name == "ONNX"
-        else open_files("tensorrt", *paths, device="cuda", num_threads=None)
+        open_files("onnx", *paths, device=device) if name == "ONNX" else open_files("tensorrt", *paths, device="cuda")
     )
     tower = opened.image if kind == "image" else opened.text
     assert tower is not None

@@ -4,7 +4,7 @@ import functools
 import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -159,15 +159,22 @@ def _open_engine(source: Source, kind: Kind, precision: Precision, device: str |
 
 
 def open_files(
-    backend: Literal["onnx", "tensorrt"], image: str | None, text: str | None, *, device: str, num_threads: int | None
+    backend: Literal["onnx", "tensorrt"],
+    image: str | Path | None,
+    text: str | Path | None,
+    *,
+    device: str,
+    num_threads: int | None = None,
 ) -> ExportedBackend:
     """Exported towers by the paths of their files, None for one that is not wanted; num_threads: of onnx only.
 
     Raises CnClipError: no such file, device or package, or a file of another kind.
     """
+    tower: Callable[[str | Path, Kind], Tower]
     if backend == "tensorrt":
-        return tensor_rt.open_engines(image, text, device=device)
-    tower = functools.partial(onnx_runtime.OnnxTower, device=device, num_threads=num_threads)
+        tower = functools.partial(tensor_rt.TensorRtTower, device=device)
+    else:
+        tower = functools.partial(onnx_runtime.OnnxTower, device=device, num_threads=num_threads)
     return ExportedBackend(
         None if image is None else tower(image, "image"), None if text is None else tower(text, "text")
     )

@@ -130,12 +130,12 @@ def compare(
     share: Share | None = None,
 ) -> Report:
     """How close a file is; raises CheckpointError when its smallest cosine is below the tolerance of its form."""
-    rows = _form_rows(expected, path, kind, form)
+    rows = rows_of(open_form(path, kind, form), kind, expected)
     cosines_N = (rows * expected.rows[kind]).sum(axis=1)
     agreement = None
     if len(expected.rows) == len(KINDS):
         pairs = (expected.rows, {**expected.rows, kind: rows})
-        best, found = ((rows_of["image"] @ rows_of["text"].T).argmax(axis=1) for rows_of in pairs)
+        best, found = ((both["image"] @ both["text"].T).argmax(axis=1) for both in pairs)
         agreement = float((best == found).mean())
     ends = float(cosines_N.min()), float(cosines_N.mean())
     report = Report(path, form, *ends, len(rows), agreement, tuple(left_out), share)
@@ -151,7 +151,8 @@ def compare(
 
 def cosines(expected: Reference, path: Path, kind: Kind, form: str) -> NDArray[np.float32]:
     """Of each sample's row to its row in float32, (N,)."""
-    found: NDArray[np.float32] = (_form_rows(expected, path, kind, form) * expected.rows[kind]).sum(axis=1)
+    rows = rows_of(open_form(path, kind, form), kind, expected)
+    found: NDArray[np.float32] = (rows * expected.rows[kind]).sum(axis=1)
     return found
 
 
@@ -162,11 +163,15 @@ def open_form(path: Path, kind: Kind, form: str) -> Tower:
     return OnnxTower(path, kind, device="cpu")
 
 
-def _form_rows(expected: Reference, path: Path, kind: Kind, form: str) -> Rows:
-    tower = open_form(path, kind, form)
-    backend = ExportedBackend(tower, None) if kind == "image" else ExportedBackend(None, tower)
+def backend_of(tower: Tower, kind: Kind) -> ExportedBackend:
+    """A backend of one tower."""
+    return ExportedBackend(tower, None) if kind == "image" else ExportedBackend(None, tower)
+
+
+def rows_of(tower: Tower, kind: Kind, expected: Reference) -> Rows:
+    """What a tower gives for the inputs of a reference; NaN where it gives a row that is not finite."""
     try:
-        return _rows(backend, kind, expected.inputs[kind])
+        return _rows(backend_of(tower, kind), kind, expected.inputs[kind])
     except NotFiniteError:  # no closer to float32 than any row can be
         return np.full_like(expected.rows[kind], np.nan)
 

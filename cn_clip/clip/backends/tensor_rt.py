@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import io
 import json
-import math
 import re
 import time
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from cn_clip import zoo
 from cn_clip.clip.backends import onnx_files, parity
-from cn_clip.clip.backends.base import ExportedBackend, Pixels, TokenIds, TowerFacts
+from cn_clip.clip.backends.base import Pixels, TokenIds, TowerFacts
 from cn_clip.clip.backends.names import Kind, Precision
 from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, MIDDLE
 from cn_clip.clip.backends.onnx_runtime import PROVIDERS, OnnxTower, open_session
@@ -33,7 +32,6 @@ from cn_clip.errors import (
     CheckpointError,
     ConfigError,
     MissingExtraError,
-    NotFiniteError,
     first_sentence,
     lacked_memory,
 )
@@ -209,18 +207,6 @@ class TensorRtTower(OnnxTower):
         return np.concatenate([np.empty((0, self.facts.embed_dim), dtype=np.float32), *rows])
 
 
-def open_engines(
-    image_path: str | Path | None, text_path: str | Path | None, *, device: object = None
-) -> ExportedBackend:
-    """The engines of a model as a backend; a missing one is an error only when it is asked for.
-
-    Raises what `TensorRtTower` and `ExportedBackend` raise.
-    """
-    image = None if image_path is None else TensorRtTower(image_path, "image", device=device)
-    text = None if text_path is None else TensorRtTower(text_path, "text", device=device)
-    return ExportedBackend(image, text)
-
-
 def build_engine(onnx_path: str | Path, kind: Kind, path: Path, build: Build, *, device: object = None) -> Built:
     """Writes the engine of an ONNX file; sizes that are fixed in the file stay fixed. A failure writes nothing.
 
@@ -234,7 +220,7 @@ def build_engine(onnx_path: str | Path, kind: Kind, path: Path, build: Build, *,
     tower = OnnxTower(base, kind, device="cpu")
     _check(base, tower.facts, build)
     span = _span(str(base), kind, tower.facts, build)
-    expected = parity.reference(_backend(kind, tower), parity.embedded_samples(build.context_length), [kind])
+    expected = parity.reference(parity.backend_of(tower, kind), parity.embedded_samples(build.context_length), [kind])
     with HeldFolder(path.parent, f".{path.name}.") as scratch:
         dumped, made = scratch.path / "engine.onnx", scratch.path / path.name
         options = _options(build, dumped, tower.facts, span)
@@ -342,13 +328,8 @@ def _describe(dumped: Path, made: Path, facts: TowerFacts, span: Span, build: Bu
 
 def _cosine(base: Path, made: Path, kind: Kind, build: Build, expected: parity.Reference, device: object) -> float:
     """The smallest cosine of the rows of an engine to those of its file; raises CheckpointError if it is too small."""
-    inputs, rows_ND = expected.inputs[kind], expected.rows[kind]
-    backend = _backend(kind, TensorRtTower(made, kind, device=device))
-    try:
-        found_ND = backend.encode_pixels(inputs) if kind == "image" else backend.encode_tokens(inputs)
-        cosine = float((found_ND * rows_ND).sum(axis=1).min())
-    except NotFiniteError:
-        cosine = math.nan
+    found_ND = parity.rows_of(TensorRtTower(made, kind, device=device), kind, expected)
+    cosine = float((found_ND * expected.rows[kind]).sum(axis=1).min())
     if not cosine >= parity.TOLERANCES[build.precision]:  # also when it is NaN
         raise CheckpointError(
             f"its {build.precision} engine differs from it by more than it may: smallest cosine "
@@ -356,10 +337,6 @@ def _cosine(base: Path, made: Path, kind: Kind, build: Build, expected: parity.R
             at=base,
         )
     return cosine
-
-
-def _backend(kind: Kind, tower: OnnxTower) -> ExportedBackend:
-    return ExportedBackend(tower, None) if kind == "image" else ExportedBackend(None, tower)
 
 
 def cached_path(base: Path, kind: Kind, precision: Precision, device: object) -> Path:
