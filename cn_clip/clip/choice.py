@@ -14,7 +14,7 @@ from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads, Pictur
 DEFAULT_MODEL = "ViT-B-16"
 FORMS = (
     "a published name, a checkpoint file, a transformers folder, or the prefix of exported files; of other families "
-    "hf:FOLDER or open_clip:ARCHITECTURE@FILE"
+    + names.FORMS
 )
 
 Model: TypeAlias = Annotated[str | None, tyro.conf.arg(help=f"Model: {FORMS}; default: {DEFAULT_MODEL}")]

@@ -1,6 +1,6 @@
 """A process that decodes pictures: each has so long and so much memory; then the process is killed and made anew.
 
-The service decodes all pictures so (`serve.decoders`), and `pictures.opened` those whose cost their head does not
+The service decodes all pictures so (`serve.pictures`), and `pictures.opened` those whose cost their head does not
 bound. The process runs `main`: encoded pictures come by its standard input, pixels leave by its standard output. It
 imports only what a picture needs, so it starts quickly; and it knows no secret of the program that started it.
 """

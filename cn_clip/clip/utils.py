@@ -1,4 +1,4 @@
-"""The import path of Chinese-CLIP guides; the code is in `loading`, `tokenizer`, `transforms`, `hub` and `model`."""
+"""The import path of Chinese-CLIP guides, to `loading`, `tokenizer`, `transforms`, `weights.hub` and `model`."""
 
 from cn_clip import zoo
 from cn_clip.clip import _tokenizer as _tokenizer

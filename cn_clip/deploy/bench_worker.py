@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +20,6 @@ from cn_clip.clip.backends.names import KINDS, BackendName, Kind
 from cn_clip.deploy.benchmark_utils import call_seconds, summary
 from cn_clip.errors import CnClipError
 from cn_clip.processes import peak_bytes
-
-if TYPE_CHECKING:
-    from cn_clip.clip.backends.exported import Announce
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,6 @@ def _encode(backend: Backend, kind: Kind, inputs: "Pixels | TokenIds") -> Rows:
 def _open(job: Job, backend: BackendName, precision: str, *, device: str | None, kinds: tuple[Kind, ...]) -> Backend:
     from cn_clip.clip.backends.opening import open_backend
 
-    say: Announce = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     return open_backend(
         job.model,
         backend=backend,
@@ -145,7 +141,6 @@ def _open(job: Job, backend: BackendName, precision: str, *, device: str | None,
         download_root=job.download_root,
         num_threads=job.num_threads,
         kinds=kinds,
-        say=say,
     )
 
 

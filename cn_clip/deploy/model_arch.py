@@ -4,19 +4,19 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import tyro
 
 from cn_clip import zoo
+from cn_clip.clip.backends.names import Kind
 from cn_clip.errors import ConfigError
 from cn_clip.option_types import ConvertText, ConvertVision, Json
 
-if TYPE_CHECKING:
-    from cn_clip.clip.backends.names import Kind
-
 # The prefix of examples in messages.
 EXAMPLE = "vit-b-16"
+# Of a tower: its name in flags and messages.
+TITLES: dict[Kind, str] = {"text": "text", "image": "vision"}
 ArchName: TypeAlias = Literal[
     "RN50",
     "ViT-B-16",
@@ -52,7 +52,7 @@ class ConversionOptions:
     json: Json = False
 
     @property
-    def kinds(self) -> "list[Kind]":
+    def kinds(self) -> list[Kind]:
         """The towers to convert, in the order of the messages."""
         wanted: list[tuple[Kind, bool]] = [("text", self.convert_text), ("image", self.convert_vision)]
         return [kind for kind, is_wanted in wanted if is_wanted]

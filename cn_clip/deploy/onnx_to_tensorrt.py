@@ -8,20 +8,16 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cn_clip import command, drop_in, settings
-from cn_clip.deploy.model_arch import RequiredArch, check_arch, check_targets
+from cn_clip.clip.backends.names import Kind
+from cn_clip.deploy.model_arch import TITLES, RequiredArch, check_arch, check_targets
 from cn_clip.errors import ConfigError
 from cn_clip.option_types import ConvertText, ConvertVision, CudaDevice, Json, OnnxImage, OnnxText, OutputPrefix
 from cn_clip.settings import Range
 
-if TYPE_CHECKING:
-    from cn_clip.clip.backends.names import Kind
-
 Form = Literal["fp32", "fp16"]
-# Of a tower: its name in flags and messages.
-TITLES: "dict[Kind, str]" = {"text": "text", "image": "vision"}
 
 __getattr__ = drop_in.names(__name__)
 
@@ -87,7 +83,7 @@ class Options:
             raise ConfigError(f"--workspace-gib: expected a number above 0, got {self.workspace_gib}")
 
     @property
-    def onnx_paths(self) -> "dict[Kind, str | None]":
+    def onnx_paths(self) -> dict[Kind, str | None]:
         """The ONNX files of the towers to convert."""
         return {"text": self.text_onnx_path, "image": self.vision_onnx_path}
 

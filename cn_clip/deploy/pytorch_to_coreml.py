@@ -4,9 +4,10 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cn_clip import command, drop_in, settings
+from cn_clip.clip.backends.names import Kind
 from cn_clip.deploy.model_arch import ConversionOptions, check_arch, check_targets
 from cn_clip.errors import ConfigError
 from cn_clip.files import written_together
@@ -14,10 +15,7 @@ from cn_clip.option_types import OutputPrefix
 from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
 
-if TYPE_CHECKING:
-    from cn_clip.clip.backends.names import Kind
-
-TITLES: "dict[Kind, str]" = {"text": "Text", "image": "Image"}
+TITLES: dict[Kind, str] = {"text": "Text", "image": "Image"}
 
 __getattr__ = drop_in.names(__name__)
 

@@ -4,20 +4,16 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from cn_clip import command, drop_in, settings
-from cn_clip.deploy.model_arch import ConversionOptions, check_arch, check_targets
+from cn_clip.deploy.model_arch import TITLES, ConversionOptions, check_arch, check_targets
 from cn_clip.errors import ConfigError
 from cn_clip.option_types import OutputPrefix
 from cn_clip.settings import Range
 from cn_clip.zoo import TextName, VisionName
 
-if TYPE_CHECKING:
-    from cn_clip.clip.backends.names import Kind
-
 FormName: TypeAlias = Literal["fp32", "fp16", "int8", "int8-openvino"]
-TITLES: "dict[Kind, str]" = {"text": "text", "image": "vision"}
 
 __getattr__ = drop_in.names(__name__)
 

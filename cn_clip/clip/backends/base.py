@@ -26,7 +26,7 @@ USUAL_SIZES_ON_GPU = (256, 512)
 
 
 class Backend(Protocol):
-    """What runs the towers. `Encoder`, `eval`, `serve` and the benchmarks know nothing else of it.
+    """What runs the towers. `Encoder`, `evaluation`, `features`, `serve` and the benchmarks know nothing else of it.
 
     Not for several threads at once: programs that share a backend call it from one of them.
     """
@@ -231,7 +231,7 @@ class ExportedBackend:
         )
 
     def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
-        """Normalised pixels, float32 (B, 3, R, R), to unit rows (B, D), float32; raises DataError for another shape."""
+        """Normalised pixels, float32 (B, 3, R, R), to unit float32 rows (B, D); raises ConfigError for other shapes."""
         tower = self._tower("image")
         expected = (3, self.resolution, self.resolution)
         if pixels_B3RR.shape[1:] != expected:

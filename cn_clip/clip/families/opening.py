@@ -107,7 +107,7 @@ def snapshot(repo: str, revision: str | None = None, *, download_root: str | Pat
     import huggingface_hub.errors
 
     name = f"hf:{repo}" if revision is None else f"hf:{repo}@{revision}"
-    endpoint = (os.environ.get("HF_ENDPOINT") or hub.DEFAULT_ENDPOINT).rstrip("/")
+    endpoint = hub.endpoint()
     try:
         for weights in _WEIGHTS:
             patterns = [weights, *_BESIDES]

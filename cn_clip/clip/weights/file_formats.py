@@ -213,7 +213,7 @@ class _Unpickler(pickle.Unpickler):
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
     """Parameters and buffers of an archive under their dotted names; raises CheckpointError when it is damaged."""
-    explained = reading(path, CheckpointError, what="a damaged TorchScript archive", step="download or copy it again")
+    explained = reading(path, CheckpointError, what="a damaged TorchScript archive", step=_AGAIN)
     with explained, zipfile.ZipFile(path) as archive:
         root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
         module = _Unpickler(archive, root, path).load()

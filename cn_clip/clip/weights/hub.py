@@ -89,7 +89,7 @@ def url_of(published: Published, *, use_modelscope: bool = False) -> str:
     Raises DownloadError for a file that ModelScope is not known to have.
     """
     if not use_modelscope:
-        return f"{_endpoint()}/{published.huggingface}/resolve/main/{quote(published.filename)}"
+        return f"{endpoint()}/{published.huggingface}/resolve/main/{quote(published.filename)}"
     if published.modelscope is None:
         raise DownloadError(
             f"{published.filename} is not known to be on ModelScope; fetch it from Hugging Face, and set HF_ENDPOINT "
@@ -98,6 +98,11 @@ def url_of(published: Published, *, use_modelscope: bool = False) -> str:
     domain = os.environ.get("MODELSCOPE_DOMAIN") or DEFAULT_MODELSCOPE_DOMAIN
     query = f"Revision=master&FilePath={quote(published.filename)}"
     return f"https://{domain}/api/v1/models/{published.modelscope}/repo?{query}"
+
+
+def endpoint() -> str:
+    """The hub that files are fetched from: HF_ENDPOINT if set."""
+    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
 
 
 def is_published_file(published: Published, path: Path) -> bool | None:
@@ -133,7 +138,7 @@ def _fetch(published: Published, target: Path, *, use_modelscope: bool) -> Path:
         if use_modelscope:
             where, others = f"{published.modelscope} on ModelScope", ["fetch it from Hugging Face"]
         else:
-            where, others = f"{published.huggingface} at {_endpoint()}", ["set HF_ENDPOINT to a mirror"]
+            where, others = f"{published.huggingface} at {endpoint()}", ["set HF_ENDPOINT to a mirror"]
             if published.modelscope:
                 names = {one.filename: name for name, one in zoo.downloadable().items()}
                 name = names.get(published.filename, "MODEL")
@@ -200,7 +205,7 @@ def _expected_sha256(published: Published, etag: str | None) -> str | None:
     of_hub = etag if etag and _SHA256.fullmatch(etag) else None
     if of_hub and published.sha256 and of_hub != published.sha256:
         raise DownloadError(
-            f"{published.filename} at {_endpoint()} is not the file published as {published.huggingface}: expected the "
+            f"{published.filename} at {endpoint()} is not the file published as {published.huggingface}: expected the "
             f"SHA-256 {published.sha256}, the hub says {of_hub}; try another HF_ENDPOINT, or, if you trust that file, "
             "download it yourself and pass its path"
         )
@@ -219,10 +224,6 @@ def _from_modelscope(published: Published, folder: Path) -> Path:
     from modelscope.hub.file_download import model_file_download
 
     return Path(model_file_download(model_id=published.modelscope, file_path=published.filename, local_dir=str(folder)))
-
-
-def _endpoint() -> str:
-    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
 
 
 def files_of(path: Path) -> list[Path]:
