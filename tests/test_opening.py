@@ -1,13 +1,24 @@
 """How commands name a model: one declaration of the options, one value they become, one place that opens it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cn_clip.clip import opening
+from cn_clip.clip.backends.base import Facts
 from cn_clip.clip.backends.names import KINDS
 from cn_clip.clip.choice import DEFAULT_MODEL, CheckpointSettings, Choice, ModelSettings, check
-from cn_clip.clip.opening import fingerprint, full_name, identity, open_encoder, open_quietly, weight_files
+from cn_clip.clip.opening import (
+    fingerprint,
+    full_name,
+    identity,
+    open_encoder,
+    open_quietly,
+    weight_files,
+    weights_digest,
+)
 from cn_clip.command import Speaker, parse
 from cn_clip.errors import ConfigError
 from cn_clip.eval import evaluate, extract_features, linear_probe, zeroshot_evaluation
@@ -77,6 +88,16 @@ def test_a_fingerprint_is_of_the_weights_whatever_they_are_computed_in() -> None
         chosen = Choice("Emoji-Tiny", device="cpu", precision=precision)
         digits.add(fingerprint(chosen, open_quietly(chosen, QUIET, with_fingerprint=True)))
     assert digits == {"dd8b50067459b177"}
+
+
+def test_models_without_files_here_are_told_apart_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening.families, "files_of", lambda *_, **__: [])  # as of the tags of open_clip
+    encoder: Any = SimpleNamespace(facts=Facts(), backend=None)
+    chosen = [Choice(f"open_clip:ViT-B-32@{tag}") for tag in ("openai", "laion2b_s34b_b79k")]
+    for of in (lambda one: fingerprint(one, encoder), weights_digest):
+        first, other = map(of, chosen)
+        assert first != other
+        assert first == of(chosen[0])
 
 
 def test_a_published_name_stays_and_a_path_is_from_the_root_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,7 @@ def tower_identity(backend: ExportedBackend) -> Identity:
 def fingerprint(chosen: Choice, encoder: Encoder) -> str:
     """Of the weights, alike for every backend and precision; else of the bytes of the files that were opened.
 
+    Of a model without files here, such as a tag of open_clip, it is of the name.
     encoder: from `open_quietly` with_fingerprint.
     """
     if encoder.facts.weights is not None:
@@ -162,16 +163,20 @@ def fingerprint(chosen: Choice, encoder: Encoder) -> str:
         files = [one for path in paths for one in (path, extra_path(path)) if one.is_file()]
     else:
         files = weight_files(chosen)
-    digest = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(b"" if files else chosen.model.encode(), digest_size=8)
     for path in files:
         add_file(digest, path)
     return f"file:{digest.hexdigest()}"
 
 
 def weights_digest(chosen: Choice) -> str:
-    """Of names, sizes and bytes of the files, the same on every machine; raises CheckpointError, DownloadError."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in weight_files(chosen):
+    """Of names, sizes and bytes of the files, the same on every machine; of a model without files here, of its name.
+
+    Raises CheckpointError, DownloadError.
+    """
+    files = weight_files(chosen)
+    digest = hashlib.blake2b(b"" if files else chosen.model.encode(), digest_size=8)
+    for path in files:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         add_file(digest, path)
     return digest.hexdigest()
