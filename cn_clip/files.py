@@ -117,10 +117,11 @@ def staged_folder(target: StrPath) -> Iterator[Path]:
     in; ConfigError when another process is writing the same folder.
     """
     resolved = Path(os.path.realpath(target))
-    if resolved.exists() and not resolved.is_dir():
-        raise DataError("exists and is no folder; choose another name for the folder", at=target)
-    if resolved in (Path.cwd(), Path(resolved.anchor)):  # a shell would go on in the folder that was taken away
-        raise DataError("is the folder this command runs in, or the root; choose a folder inside it", at=target)
+    with _writing(target, resolved):
+        if resolved.exists() and not resolved.is_dir():
+            raise DataError("exists and is no folder; choose another name for the folder", at=target)
+        if resolved in (Path.cwd(), Path(resolved.anchor)):  # a shell would go on in the folder that was taken away
+            raise DataError("is the folder this command runs in, or the root; choose a folder inside it", at=target)
     with _held_alone(target, resolved) as held:
         folder = held.path / resolved.name
         folder.mkdir()

@@ -51,6 +51,9 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
 def test_a_name_that_is_too_long_and_a_full_disk_are_told_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"xxx: cannot be written \(File name too long\)"):
         write(tmp_path / ("x" * 300))
+    too_long = pytest.raises(DataError, match=r"xxx: cannot be written \(File name too long\)")
+    with too_long, staged_folder(tmp_path / ("x" * 300)):
+        pass
     code = f"from cn_clip.files import atomic_write\nwith atomic_write({str(tmp_path / 'big')!r}) as stream:\n" + (
         "    for _ in range(9): stream.write('x' * 10_000)"
     )

@@ -25,7 +25,7 @@ from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint, fit, infer
 from cn_clip.clip.weights.hf import PICTURE_FILE, picture_fields
 from cn_clip.clip.weights.low_rank import is_adapter
 from cn_clip.clip.weights.writing import check_same_tensors, refuse_inputs, write_checkpoint, write_safetensors
-from cn_clip.errors import CheckpointError, CnClipError, ConfigError, DataError
+from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.files import atomic_write, staged_folder
 from cn_clip.zoo import ModelConfig
 
@@ -252,10 +252,6 @@ def write_folder(target: Path, kind: str, model: Checkpoint) -> None:
             write(folder, model.state_dict, infer_config(model))
     except ConfigError as error:
         raise ConfigError(f"{error}; a .pt or .safetensors can hold it", at=model.path) from error
-    except OSError as error:
-        if isinstance(error, CnClipError):
-            raise
-        raise DataError(f"cannot be written ({error.strerror})", at=target) from error
 
 
 # --- folders of transformers and sentence-transformers

@@ -10,15 +10,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cn_clip import command, settings, zoo
 from cn_clip.clip.backends.names import BackendName, Kind, Precision, check_precision
-from cn_clip.deploy.bench_worker import Job
 from cn_clip.deploy.model_arch import ArchName, vision_name
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.option_types import Json
 from cn_clip.settings import Range
+
+if TYPE_CHECKING:
+    from cn_clip.deploy.bench_worker import Job
 
 TINY_TEXT, BASE_TEXT = "BERT-Tiny-chinese", "RoBERTa-wwm-ext-base-chinese"
 INTERRUPTED = 130
@@ -110,7 +112,7 @@ def run(options: Options) -> int:
     return status
 
 
-def measured(options: Options, base: Job) -> Iterator[dict[str, Any]]:
+def measured(options: Options, base: "Job") -> Iterator[dict[str, Any]]:
     """The row of each combination, in order; raises CnClipError when PyTorch itself cannot run the model."""
     _say(f"以 PyTorch float32 为准 / the reference is PyTorch in float32: {base.model}")
     reference = _in_process("reference", base)
@@ -144,7 +146,9 @@ def measured(options: Options, base: Job) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _first_job(options: Options, folder: str) -> Job:
+def _first_job(options: Options, folder: str) -> "Job":
+    from cn_clip.deploy.bench_worker import Job
+
     device = None if options.device == "auto" else options.device
     base = Job(
         model=options.model or "",
@@ -165,7 +169,7 @@ def _first_job(options: Options, folder: str) -> Job:
     return replace(base, model=str(path), vision=vision_name(options.random), text=text)
 
 
-def _in_process(task: Literal["reference", "prepare", "measure"], job: Job) -> dict[str, Any]:
+def _in_process(task: Literal["reference", "prepare", "measure"], job: "Job") -> dict[str, Any]:
     """What the worker gives; {"error": sentence} when it fails or dies."""
     folder = Path(job.folder)
     job.save(folder / "job.json")

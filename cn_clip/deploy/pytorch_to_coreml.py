@@ -60,6 +60,9 @@ def run(options: Options) -> None:
             flag="--pytorch-ckpt-path",
             download_root=options.download_root,
         )
+    length = options.context_length
+    if "text" in paths:
+        length = coreml_package.text_length(length, model.context_length, options.pytorch_ckpt_path)
     with written_together(Path(options.save_coreml_path)) as scratch:
         written = {
             kind: coreml_package.write_package(
@@ -68,9 +71,7 @@ def run(options: Options) -> None:
                 scratch / path.name,
                 precision=options.precision,
                 batch_size=options.batch_size,
-                context_length=coreml_package.text_length(
-                    options.context_length, model.context_length, options.pytorch_ckpt_path
-                ),
+                context_length=length,
             )
             for kind, path in paths.items()
         }
