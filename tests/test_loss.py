@@ -1,6 +1,7 @@
 """The losses against values worked by hand and against the plain formulas on the whole matrix."""
 
 import math
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cn_clip.training.loss import Objective, Pairs, contrastive_scores, sigmoid_scores
 
@@ -143,3 +145,30 @@ def test_the_distance_from_the_teacher_is_added_with_its_weight() -> None:
     expected = plain_loss(pairs) + 0.25 * distance
     assert student(pairs._replace(teacher_NT=teacher)).loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert student(pairs).loss.item() == pytest.approx(plain_loss(pairs).item(), rel=1e-5)
+
+
+class _Operators(TorchDispatchMode):
+    """Notes what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        # A number for chosen elements, and elements chosen by truth values, whose count the device must say first.
+        assert not (func.overloadpacket.__name__ == "index" and any(one.dtype is torch.bool for one in args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("block_rows", [2, 8])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_the_loss_asks_nothing_for_which_a_gpu_would_have_to_be_waited_for(
+    kind: Literal["clip", "siglip"], block_rows: int
+) -> None:
+    keys = torch.tensor([1, 1, 2, 3, 4, 5, 6, 7])
+    pairs = random_pairs(8)._replace(image_keys_N=keys, text_keys_N=keys.flip(0), teacher_NT=torch.ones(8, 3))
+    with _Operators() as seen:
+        torch.autograd.backward(Objective(kind, 0.5)(pairs, block_rows).loss)
+    assert "mm" in seen.names  # the logits
+    assert not seen.names & {"index_put", "index_put_", "nonzero", "_local_scalar_dense", "masked_select", "lift_fresh"}

@@ -184,7 +184,10 @@ class Parallel:
         if not fsdp:
             if ranks.world_size() > 1:
                 devices = [device] if device.type == "cuda" else None
-                self.module = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+                # Gradients lie in the buckets that are exchanged, instead of beside them: less memory, fewer copies.
+                self.module = nn.parallel.DistributedDataParallel(
+                    model, device_ids=devices, gradient_as_bucket_view=True
+                )
             return
         if ranks.world_size() == 1:
             raise ConfigError("--fsdp: splits a model over several processes, there is one; start it with torchrun")

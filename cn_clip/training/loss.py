@@ -104,8 +104,9 @@ def _logits(pairs: Pairs, start: int, block_rows: int) -> tuple[Tensor, Tensor]:
         logits_BN = logits_BN + pairs.bias
     own_B = torch.arange(start, start + len(rows_BD), device=rows_BD.device)
     if pairs.image_keys_N is not None and pairs.text_keys_N is not None:
-        same_BN = _same(pairs.image_keys_N, own_B) | _same(pairs.text_keys_N, own_B)
-        same_BN[torch.arange(len(own_B), device=own_B.device), own_B] = False
+        # By comparison: assigning a number to chosen elements would upload it, and wait for the device.
+        is_other_BN = own_B.unsqueeze(1) != torch.arange(len(pairs.text_ND), device=own_B.device)
+        same_BN = (_same(pairs.image_keys_N, own_B) | _same(pairs.text_keys_N, own_B)) & is_other_BN
         # Finite: the logarithm of a sum over minus infinities has no gradient.
         logits_BN = logits_BN.masked_fill(same_BN, torch.finfo(logits_BN.dtype).min / 2)
     return logits_BN, own_B
