@@ -12,6 +12,7 @@ from tiny_models import CONFIGS, TOKENS, tiny_model, tiny_pixels
 from cn_clip import zoo
 from cn_clip.clip.layers import attend
 from cn_clip.clip.model import CLIP, convert_models_to_fp32, convert_weights, resize_pos_embed
+from cn_clip.clip.transforms import normalised
 from cn_clip.clip.visual import ModifiedResNet, VisualTransformer, keep_random_patches
 from cn_clip.errors import ConfigError
 
@@ -108,6 +109,16 @@ def test_a_pass_without_picture_and_text_is_refused() -> None:
 def test_pictures_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"this model takes \(B, 3, 32, 32\)"):
         tiny_model().encode_image(torch.zeros(shape))
+
+
+def test_bytes_have_the_features_of_the_pixels_that_they_become() -> None:
+    model, levels = tiny_model(), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():  # what it leaves for later calls must serve training too
+        expected = model.encode_image(normalised(levels))
+        torch.testing.assert_close(model.encode_image(levels), expected, atol=0, rtol=0)
+        assert not torch.equal(model.encode_image(levels.float()), expected)
+    model.encode_image(levels).sum().backward()
+    assert model.visual.conv1.weight.grad is not None
 
 
 def test_texts_longer_than_the_position_table_are_refused() -> None:

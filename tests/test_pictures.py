@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import tiny_model
 
 from cn_clip.clip import Encoder
 from cn_clip.clip.backends.base import Pixels
 from cn_clip.clip.pictures import data_url_bytes, decode, decoded_batches, open_picture
-from cn_clip.clip.transforms import MEAN, STD, ImageTransform
+from cn_clip.clip.transforms import MEAN, STD, Decode, ImageTransform, normalised
 from cn_clip.data.lmdb_store import SplitWriter
 from cn_clip.data.pictures import LmdbPictures, PictureFiles, batches, load_picture
 from cn_clip.errors import ConfigError, DataError
@@ -63,6 +66,51 @@ def test_pixels_are_written_where_they_are_wanted() -> None:
     assert np.shares_memory(written, batch)
     np.testing.assert_array_equal(batch[1], transform.array(scene(50, 30)))
     assert (batch[[0, 2]] == 7).all()
+
+
+def any_picture(mode: str, width: int, height: int, seed: int) -> Image.Image:
+    """Noise of a mode, over the range of values that `in_8_bits` takes."""
+    random = np.random.default_rng(seed)
+    if mode in ("I", "F", "I;16"):
+        kind = {"I": np.int32, "F": np.float32, "I;16": np.uint16}[mode]
+        return Image.fromarray(random.integers(0, 65536, (height, width)).astype(kind))
+    return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
+
+
+@settings(deadline=None)
+@given(
+    mode=st.sampled_from(["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"]),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    resolution=st.integers(1, 24),
+    how=st.sampled_from(["exact", "fast", "reference"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_normalised_bytes_are_the_pixels_to_the_last_bit(
+    mode: str, size: tuple[int, int], resolution: int, how: Decode, seed: int
+) -> None:
+    transform, picture = ImageTransform(resolution, how), any_picture(mode, *size, seed)
+    pixels, batch = transform.array(picture), np.full((2, 3, resolution, resolution), 7, dtype=np.uint8)
+    written = transform.bytes(picture, batch[1])
+    assert written.dtype == np.uint8
+    assert np.shares_memory(written, batch)
+    assert (batch[0] == 7).all()
+    np.testing.assert_array_equal(transform.bytes(picture), batch[1])
+    found = normalised(torch.from_numpy(batch))
+    assert found.dtype == torch.float32
+    assert found[1].numpy().tobytes() == pixels.tobytes()
+
+
+def test_pixels_that_are_no_bytes_are_normalised_already() -> None:
+    pixels = torch.rand(1, 3, 2, 2, dtype=torch.float16)
+    assert normalised(pixels) is pixels
+
+
+def test_bytes_of_changed_steps_are_refused() -> None:
+    transform = ImageTransform(4)
+    del transform.transforms[-1]
+    for make in (transform.array, transform.bytes):
+        with pytest.raises(ConfigError, match="transforms: the steps were changed"):
+            make(scene(8, 8))
 
 
 # --- batches

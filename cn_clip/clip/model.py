@@ -19,6 +19,7 @@ from cn_clip.clip import _tokenizer
 from cn_clip.clip.bert import BertModel
 from cn_clip.clip.configuration_bert import BertConfig
 from cn_clip.clip.layers import LayerNorm, QuickGELU
+from cn_clip.clip.transforms import normalised
 from cn_clip.clip.visual import (
     AttentionPool2d,
     Bottleneck,
@@ -171,10 +172,11 @@ class CLIP(nn.Module):
     def encode_image(self, image: Tensor, mask_ratio: float = 0) -> Tensor:
         """Picture features (B, E) in the type of the weights, not normalised.
 
-        image: (B, 3, R, R), normalised pixels. mask_ratio: share of patches dropped (ViT only; a ResNet ignores it).
+        image: (B, 3, R, R), normalised pixels, or uint8 ones, which `transforms.normalised` makes such here.
+        mask_ratio: share of patches dropped (ViT only; a ResNet ignores it).
         Raises ConfigError when the size is not the model's resolution.
         """
-        image = image.to(self.dtype)
+        image = normalised(image).to(self.dtype)
         takes_ratio = mask_ratio and not isinstance(self.visual, ModifiedResNet)
         features: Tensor = self.visual(image, mask_ratio) if takes_ratio else self.visual(image)
         return features

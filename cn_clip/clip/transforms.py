@@ -25,6 +25,9 @@ _STD_311 = np.array(STD, dtype=np.float32)[:, None, None]
 
 _LARGEST_16_BITS = 65535
 
+# 255, mean and standard deviation as tensors of the devices that have normalised pixels.
+_CONSTANTS: dict["torch.device", tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]] = {}
+
 
 class PictureTransform(Protocol):
     """From a PIL picture of any mode to normalised pixels; called by several threads at once."""
@@ -138,6 +141,26 @@ class ImageTransform:
 
         Raises ConfigError when `transforms` was changed: such steps are only obeyed by the call.
         """
+        pixels_3RR = self._resized(image).transpose(2, 0, 1)
+        # Three passes of vector instructions, in place, are faster than one look-up a value, and as exact.
+        planes_3RR: NDArray[np.float32] = np.divide(pixels_3RR, np.float32(255), out=out, dtype=np.float32, order="C")
+        planes_3RR -= _MEAN_311
+        planes_3RR /= _STD_311
+        return planes_3RR
+
+    def bytes(self, image: Image, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """The pixels before they are normalised, uint8 (3, R, R), in `out` where it is given; raises as `array`.
+
+        `normalised` makes those of `array` of them, on any device: they are a quarter of its bytes to send there.
+        """
+        pixels_3RR = self._resized(image).transpose(2, 0, 1)
+        if out is None:
+            return np.ascontiguousarray(pixels_3RR)
+        np.copyto(out, pixels_3RR)
+        return out
+
+    def _resized(self, image: Image) -> NDArray[np.uint8]:
+        """RGB (R, R, 3), a view of what PIL holds."""
         if self.transforms != _steps(self.resolution):
             raise ConfigError(
                 "transforms: the steps were changed; call the preprocessing itself, or use them unchanged"
@@ -146,17 +169,28 @@ class ImageTransform:
         size = (self.resolution, self.resolution)
         if image.size != size:
             image = image.resize(size, Resampling.BICUBIC)
-        pixels_RR3 = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-        # Three passes of vector instructions, in place, are faster than one look-up a value, and as exact.
-        planes_3RR: NDArray[np.float32] = np.divide(
-            pixels_RR3.transpose(2, 0, 1), np.float32(255), out=out, dtype=np.float32, order="C"
-        )
-        planes_3RR -= _MEAN_311
-        planes_3RR /= _STD_311
-        return planes_3RR
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
     def __repr__(self) -> str:
         return f"ImageTransform({self.resolution}, decode={self.decode!r})"
+
+
+def normalised(pixels: "torch.Tensor") -> "torch.Tensor":
+    """Pixels (..., 3, R, R) of `ImageTransform.bytes` as those of `array`: float32, on the CPU to the last bit.
+
+    Those of any other type than uint8 are taken to be normalised, and come back as they are.
+    """
+    import torch
+
+    if pixels.dtype != torch.uint8:
+        return pixels
+    if pixels.device not in _CONSTANTS:
+        like = {"dtype": torch.float32, "device": pixels.device}
+        whole, mean, std = (torch.tensor(values, **like) for values in ([255], MEAN, STD))
+        _CONSTANTS[pixels.device] = (whole, mean[:, None, None], std[:, None, None])
+    # By tensors of the device: on CUDA, division by a number is multiplication by its rounded reciprocal.
+    whole, mean, std = _CONSTANTS[pixels.device]
+    return pixels.div(whole).sub_(mean).div_(std)
 
 
 def _steps(resolution: int) -> list[Callable[[Any], Any]]:
