@@ -185,8 +185,9 @@ def normalised(pixels: "torch.Tensor") -> "torch.Tensor":
     if pixels.dtype != torch.uint8:
         return pixels
     if pixels.device not in _CONSTANTS:
-        like = {"dtype": torch.float32, "device": pixels.device}
-        whole, mean, std = (torch.tensor(values, **like) for values in ([255], MEAN, STD))
+        whole, mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=pixels.device) for values in ((255.0,), MEAN, STD)
+        )
         _CONSTANTS[pixels.device] = (whole, mean[:, None, None], std[:, None, None])
     # By tensors of the device: on CUDA, division by a number is multiplication by its rounded reciprocal.
     whole, mean, std = _CONSTANTS[pixels.device]
