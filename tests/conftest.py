@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import shortcuts
+import torch
 import torch.onnx
 from matplotlib.figure import Figure
+
+from cn_clip import ranks
 
 # The files that take longest come first: a process that begins one of them last would work alone for a while.
 LONGEST = ("docs", "training_state", "training_resume", "tensorrt", "coreml", "serve_command", "faulty_paths", "demo")
@@ -35,6 +38,19 @@ def translations_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         patch.setenv(shortcuts.TRANSLATIONS, str(folder))
         patch.setattr(torch.onnx, "export", shortcuts.keeping(torch.onnx.export, folder))
         yield
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The same test on the CPU, in `make test`, and on a GPU, in `make test-gpu`, there without TF32."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU here")
+    matrices, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield ranks.choose_device(request.param)
+    torch.set_float32_matmul_precision(matrices)
+    torch.backends.cudnn.allow_tf32 = convolutions
 
 
 DRAWING = Figure.savefig

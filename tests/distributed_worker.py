@@ -1,4 +1,4 @@
-"""What each process of test_distributed.py runs: `torchrun … distributed_worker.py OUTPUT MODE...`; no test itself."""
+"""What each process of test_distributed.py runs: `torchrun … distributed_worker.py OUTPUT DEVICE MODE...`; no test."""
 
 import contextlib
 import sys
@@ -35,37 +35,37 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def batches_of(rank: int, world_size: int, accum: int) -> list[Batch]:
+def batches_of(rank: int, world_size: int, accum: int, device: torch.device = CPU) -> list[Batch]:
     """The part of 8 pairs that a process has, in `accum` batches."""
     ((pixels, tokens),) = training_batches(1)
     numbers = torch.arange(8).chunk(world_size)[rank].chunk(accum)
     images, texts = torch.from_numpy(pixels), torch.from_numpy(tokens)
     parts = [PairBatch(images[n], texts[n], (n // 3).tolist(), n.tolist(), []) for n in numbers]
-    return [make_batch(part, CPU) for part in parts]
+    return [make_batch(part, device) for part in parts]
 
 
-def update(mode: str, *, steps: int = 2) -> dict[str, Any]:
+def update(mode: str, *, steps: int = 2, device: torch.device = CPU) -> dict[str, Any]:
     """Loss, gradients and then weights and optimizer state of some updates on one fixed batch."""
     settings = {"kind": "clip", "accum": 1, "fsdp": False, **MODES[mode]}
     torch.manual_seed(3)
-    model = CLIP(**SMALL_MODEL).train()
+    model = CLIP(**SMALL_MODEL).train().to(device)
     if settings["kind"] == "siglip":
         model.add_logit_bias()
     gather: Gather = settings["gather"]
-    parallel = Parallel(model, CPU, fsdp=settings["fsdp"] and ranks.world_size() > 1)
+    parallel = Parallel(model, device, fsdp=settings["fsdp"] and ranks.world_size() > 1)
     optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
     teacher = settings.get("teacher")
     learner = Learner(
         parallel,
         Objective(settings["kind"], 0.5 if teacher else 0.0),
-        torch.amp.GradScaler("cpu", enabled=False),
+        torch.amp.GradScaler(device.type, enabled=False),
         contextlib.nullcontext,
         gather=gather,
         multi_positive=settings.get("multi_positive", False),
         teacher=teacher,
     )
     groups = decay_groups(model)
-    batches = batches_of(ranks.rank(), ranks.world_size(), settings["accum"])
+    batches = batches_of(ranks.rank(), ranks.world_size(), settings["accum"], device)
     result: dict[str, Any] = {"losses": []}
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
@@ -83,17 +83,26 @@ def update(mode: str, *, steps: int = 2) -> dict[str, Any]:
     return result
 
 
+def on_cpu(value: Any) -> Any:
+    """The same with every tensor on the CPU."""
+    if isinstance(value, dict):
+        return {name: on_cpu(part) for name, part in value.items()}
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
 def main() -> None:
     """Every mode in turn; rank 0 writes what came out, and the losses of all."""
     output = Path(sys.argv[1])
     torch.set_num_threads(1)
-    with process_group(CPU):
-        for mode in sys.argv[2:]:
-            result = update(mode)
+    device = ranks.own_device(sys.argv[2])
+    torch.backends.cudnn.allow_tf32 = False
+    with process_group(device):
+        for mode in sys.argv[3:]:
+            result = update(mode, device=device)
             losses: list[Any] = [None] * ranks.world_size()
             dist.all_gather_object(losses, result["losses"])
             if ranks.rank() == 0:
-                torch.save({**result, "all_losses": losses}, output / f"{mode}.pt")
+                torch.save(on_cpu({**result, "all_losses": losses}), output / f"{mode}.pt")
     tasks = Path("/proc/self/task").glob("*/comm")
     (output / f"threads-{ranks.rank()}").write_text("".join(sorted(task.read_text() for task in tasks)))
 

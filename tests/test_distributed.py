@@ -33,10 +33,12 @@ def torchrun(*args: str, cwd: Path = ROOT, worker_python: str = "") -> "subproce
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What two processes got, by mode."""
+def two(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What two processes got, by mode; on GPUs it is compared with one process on the CPU."""
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     folder = tmp_path_factory.mktemp("two")
-    result = torchrun(str(ROOT / "tests" / "distributed_worker.py"), str(folder), *MODES)
+    result = torchrun(str(ROOT / "tests" / "distributed_worker.py"), str(folder), device.type, *MODES)
     assert result.returncode == 0, result.stderr
     return {mode: torch.load(folder / f"{mode}.pt", weights_only=True) for mode in MODES}
 
@@ -103,7 +105,7 @@ def test_optimizer_states_are_whole_and_come_back_as_they_were(mode: str, two: d
 def test_no_thread_of_a_group_outlives_it(tmp_path: Path) -> None:
     # Not the warm one, which has imported already what would keep a group.
     worker = str(ROOT / "tests" / "distributed_worker.py")
-    result = torchrun(worker, str(tmp_path), "with_grad", worker_python=sys.executable)
+    result = torchrun(worker, str(tmp_path), "cpu", "with_grad", worker_python=sys.executable)
     assert result.returncode == 0, result.stderr
     for rank in (0, 1):
         assert "gloo" not in (tmp_path / f"threads-{rank}").read_text()

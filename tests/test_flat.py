@@ -34,26 +34,28 @@ def test_equal_scores_keep_gallery_order() -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(st.data())
-def test_top_k_equals_a_stable_sort_when_most_scores_are_tied(data: st.DataObject) -> None:
+def test_top_k_equals_a_stable_sort_when_most_scores_are_tied(device: torch.device, data: st.DataObject) -> None:
     dimensions = data.draw(st.integers(1, 4))
     small = st.integers(-2, 2).map(float)
     queries = data.draw(arrays(np.float32, (data.draw(st.integers(0, 6)), dimensions), elements=small))
     gallery = data.draw(arrays(np.float32, (data.draw(st.integers(0, 25)), dimensions), elements=small))
     k = data.draw(st.integers(1, 30))
     blocks = {"query_block": data.draw(st.integers(1, 7)), "gallery_block": data.draw(st.integers(1, 30))}
-    found, expected = top_k(queries, gallery, k, **blocks), sorted_scores(queries, gallery, k)
+    found, expected = top_k(queries, gallery, k, **blocks, device=device), sorted_scores(queries, gallery, k)
     assert found.indices.shape == (len(queries), min(k, len(gallery)))
     np.testing.assert_array_equal(found.indices, expected.indices)
     np.testing.assert_array_equal(found.scores, expected.scores)
 
 
 @pytest.mark.parametrize(("query_block", "gallery_block"), [(None, 32768), (1, 7), (5, 100), (64, 333), (3, 1000)])
-def test_blocks_do_not_change_the_answer_on_nearly_equal_vectors(query_block: int | None, gallery_block: int) -> None:
+def test_blocks_do_not_change_the_answer_on_nearly_equal_vectors(
+    query_block: int | None, gallery_block: int, device: torch.device
+) -> None:
     generator = np.random.default_rng(5)
     gallery = unit_rows(generator, 1, 32) + generator.normal(scale=1e-6, size=(1000, 32)).astype(np.float32)
     gallery[500:600] = gallery[:100]
     queries = unit_rows(generator, 17, 32)
-    found = top_k(queries, gallery, 25, query_block=query_block, gallery_block=gallery_block)
+    found = top_k(queries, gallery, 25, query_block=query_block, gallery_block=gallery_block, device=device)
     expected = sorted_scores(queries, gallery, 25)
     np.testing.assert_array_equal(found.indices, expected.indices)
     np.testing.assert_array_equal(found.scores, expected.scores)
@@ -73,13 +75,13 @@ def test_a_gallery_of_one_repeated_vector_gives_its_first_rows() -> None:
     assert found.indices.tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
-def test_autocast_and_lowered_precision_of_the_caller_do_not_change_the_answer() -> None:
+def test_autocast_and_lowered_precision_of_the_caller_do_not_change_the_answer(device: torch.device) -> None:
     generator = np.random.default_rng(3)
     queries, gallery = unit_rows(generator, 10, 64), unit_rows(generator, 2000, 64)
     torch.set_float32_matmul_precision("medium")
     try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = top_k(queries, gallery, 10)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            found = top_k(queries, gallery, 10, device=device)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")

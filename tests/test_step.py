@@ -12,17 +12,18 @@ from cn_clip.clip.model import CLIP
 from cn_clip.data.datasets import PairBatch
 from cn_clip.training.distributed import Parallel
 from cn_clip.training.loss import Objective, Pairs, contrastive_scores
+from cn_clip.training.state import rng_state
 from cn_clip.training.step import Batch, Learner, Teacher, make_batch
 
 CPU = torch.device("cpu")
 
 
-def model_with(**changes: Any) -> CLIP:
+def model_with(device: torch.device = CPU, **changes: Any) -> CLIP:
     torch.manual_seed(3)
-    return CLIP(**{**SMALL_MODEL, **changes}).train()
+    return CLIP(**{**SMALL_MODEL, **changes}).train().to(device)
 
 
-def batches(number: int) -> list[Batch]:
+def batches(number: int, device: torch.device) -> list[Batch]:
     """The same 8 pairs in `number` batches, texts of different lengths."""
     ((pixels, tokens),) = training_batches(1)
     parts = zip(torch.from_numpy(pixels).chunk(number), torch.from_numpy(tokens).chunk(number), strict=True)
@@ -30,15 +31,17 @@ def batches(number: int) -> list[Batch]:
     made = []
     for pixels_B3RR, tokens_BL in parts:
         numbers = [next(ids) for _ in range(len(tokens_BL))]
-        made.append(make_batch(PairBatch(pixels_B3RR, tokens_BL, [n // 2 for n in numbers], numbers, [0] * 8), CPU))
+        pairs = PairBatch(pixels_B3RR, tokens_BL, [n // 2 for n in numbers], numbers, [0] * 8)
+        made.append(make_batch(pairs, device))
     return made
 
 
 def learner(model: CLIP, kind: Literal["clip", "siglip"] = "clip", **settings: Any) -> Learner:
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    device = model.logit_scale.device
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
     autocast = settings.pop("autocast", contextlib.nullcontext)
     weight = 0.5 if "teacher" in settings else 0.0
-    return Learner(Parallel(model, CPU), Objective(kind, weight), scaler, autocast, **settings)
+    return Learner(Parallel(model, device), Objective(kind, weight), scaler, autocast, **settings)
 
 
 def gradients(model: CLIP) -> dict[str, Tensor]:
@@ -58,73 +61,76 @@ TEACHER = Teacher(lambda pixels: pixels[:, :, :4, :4].flatten(1), resolution=Non
 @pytest.mark.parametrize(
     "settings", [{}, {"multi_positive": True}, {"teacher": TEACHER}, {"kind": "siglip"}], ids=lambda s: str(list(s))
 )
-def test_accumulated_batches_give_loss_and_gradients_of_the_large_batch(number: int, settings: dict[str, Any]) -> None:
+def test_accumulated_batches_give_loss_and_gradients_of_the_large_batch(
+    number: int, settings: dict[str, Any], device: torch.device
+) -> None:
     results = []
     for parts in (1, number):
-        model = model_with()
+        model = model_with(device)
         if settings.get("kind") == "siglip":
             model.add_logit_bias()
-        scores = learner(model, **settings).backward(batches(parts))
+        scores = learner(model, **settings).backward(batches(parts, device))
         results.append((scores, gradients(model)))
     (whole, expected), (joined, found) = results
     assert joined.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
     assert (joined.images_right, joined.texts_right) == (whole.images_right, whole.texts_right)
-    assert len(expected) == len(list(model_with().parameters())) + (settings.get("kind") == "siglip")
+    assert len(expected) == len(list(model_with(device).parameters())) + (settings.get("kind") == "siglip")
     assert_close(found, expected)
 
 
-def test_both_passes_draw_the_same_dropout_and_the_same_patches() -> None:
+def test_both_passes_draw_the_same_dropout_and_the_same_patches(device: torch.device) -> None:
     """The reference: every batch forward once with gradients, in turn, then one loss over all of them."""
     dropout = {"text_hidden_dropout_prob": 0.2, "text_attention_probs_dropout_prob": 0.1}
-    model = model_with(**dropout)
+    model = model_with(device, **dropout)
     torch.manual_seed(11)
-    outputs = [model(batch.pixels_B3RR, batch.tokens_BL, 0.5) for batch in batches(4)]
+    outputs = [model(batch.pixels_B3RR, batch.tokens_BL, 0.5) for batch in batches(4, device)]
     image, text = (torch.cat([output[part] for output in outputs]) for part in (0, 1))
     torch.autograd.backward(contrastive_scores(Pairs(image, text, outputs[0][2])).loss)
-    expected, after = gradients(model), torch.get_rng_state()
-    model = model_with(**dropout)
+    expected, after = gradients(model), rng_state(device)
+    model = model_with(device, **dropout)
     torch.manual_seed(11)
-    learner(model, mask_ratio=0.5).backward(batches(4))
+    learner(model, mask_ratio=0.5).backward(batches(4, device))
     assert_close(gradients(model), expected)
-    assert torch.equal(torch.get_rng_state(), after)
+    for kind, before in after.items():
+        assert torch.equal(rng_state(device)[kind], before)
 
 
-def test_a_frozen_tower_gets_no_gradients_and_the_other_those_of_the_large_batch() -> None:
+def test_a_frozen_tower_gets_no_gradients_and_the_other_those_of_the_large_batch(device: torch.device) -> None:
     results = []
     for number in (1, 4):
-        model = model_with()
+        model = model_with(device)
         model.visual.requires_grad_(False)
-        learner(model).backward(batches(number))
+        learner(model).backward(batches(number, device))
         results.append(gradients(model))
     assert_close(results[1], results[0])
     assert not any(name.startswith("visual.") for name in results[0])
 
 
-def test_running_statistics_move_once_for_each_batch() -> None:
+def test_running_statistics_move_once_for_each_batch(device: torch.device) -> None:
     resnet = {"vision_layers": (1, 1, 1, 1), "vision_width": 8, "vision_patch_size": None, "image_resolution": 32}
-    model = model_with(**resnet)
-    learner(model).backward(batches(4))
+    model = model_with(device, **resnet)
+    learner(model).backward(batches(4, device))
     tracked = [value for name, value in model.named_buffers() if name.endswith("num_batches_tracked")]
     assert tracked
     assert {int(value) for value in tracked} == {4}
 
 
-def test_recomputing_activations_changes_no_gradient() -> None:
+def test_recomputing_activations_changes_no_gradient(device: torch.device) -> None:
     results = []
     for checkpointing in (False, True):
         model = model_with(text_hidden_dropout_prob=0.2)
         model.set_grad_checkpointing(checkpointing)
         torch.manual_seed(5)
-        learner(model).backward(batches(1))
+        learner(model).backward(batches(1, device))
         results.append(gradients(model))
     assert_close(results[1], results[0])
 
 
-def test_mixed_precision_accumulates_what_the_large_batch_gives_within_its_rounding() -> None:
+def test_mixed_precision_accumulates_what_the_large_batch_gives_within_its_rounding(device: torch.device) -> None:
     results = []
     for number in (1, 4):
-        model = model_with()
-        learner(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16)).backward(batches(number))
+        model = model_with(device)
+        learner(model, autocast=lambda: torch.autocast(device.type, torch.bfloat16)).backward(batches(number, device))
         results.append(torch.cat([gradient.flatten() for gradient in gradients(model).values()]))
     assert torch.nn.functional.cosine_similarity(*results, dim=0) > 0.999
 
