@@ -9,7 +9,7 @@ FILES := cn_clip tests benchmarks tools
 # Some machines forbid it for small images; the tests start thousands of processes, each of which would compile again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-long test-slow test-gpu test-milvus test-families test-browser test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel clean
+.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-families test-browser test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-long  所有指南的命令、较长的训练，约十分钟 / the commands of every guide and longer runs, ten minutes"
 	@echo "make test-slow  完整规模的对照 / full-size comparisons, many minutes"
 	@echo "make test-gpu   需要 CUDA 的测试 / tests that need CUDA"
+	@echo "make test-pretend-gpu  在假的 GPU 上运行 --device cuda 的命令 / commands with --device cuda on a GPU that is not there (5 GB)"
 	@echo "make test-milvus  在 Milvus 服务上测试检索 / indexes on a Milvus server, which it installs (60 MB)"
 	@echo "make test-families  用 open_clip 和 sentence-transformers 的测试 / tests with both; open_clip brings torchvision"
 	@echo "make test-browser  在 Chromium 里测试网页 / the web page in Chromium (Debian: apt-get install chromium)"
@@ -66,6 +67,13 @@ test-slow: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
+
+# Builds the pretend GPU in PRETEND_GPU, once; RUNS='-k compile' chooses among the runs. At the end stands a table of them.
+PRETEND_GPU ?= .pretend-gpu
+RUNS ?=
+test-pretend-gpu: $(VENV)/.dev
+	tools/pretend_gpu/setup.sh $(PRETEND_GPU)
+	PRETEND_GPU=$(PRETEND_GPU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m pretend_gpu $(RUNS) tests/test_pretend_gpu.py
 
 test-milvus: $(VENV)/.dev
 	$(INSTALL) --editable '.[milvus]' milvus==2.3.5

@@ -27,13 +27,14 @@ def train(data: Path, logs: Path, *args: str) -> "subprocess.CompletedProcess[st
     return run("training/main", f"--train-data={data}", f"--logs={logs}", *TINY, *args)
 
 
-def small_lmdb(folder: Path) -> Path:
-    """Splits train and valid of 24 emoji pictures and 24 pairs each; returns the folder that holds them."""
+def small_lmdb(folder: Path, *, num_pairs: int = 24) -> Path:
+    """Splits train and valid of as many emoji pictures and pairs each; returns the folder that holds them."""
     emoji.write_dataset(folder)
     for split in ("train", "valid"):
         for kind in ("imgs.tsv", "texts.jsonl"):
             path = folder / f"{split}_{kind}"
-            path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:24]), encoding="utf-8")
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            path.write_text("".join(lines[:num_pairs]), encoding="utf-8")
     kept = [json.loads(line) for line in (folder / "train_texts.jsonl").read_text(encoding="utf-8").splitlines()]
     with (folder / "train_texts.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps({**row, "image_ids": row["image_ids"][:1]}) + "\n" for row in kept)
