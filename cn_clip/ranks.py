@@ -111,9 +111,12 @@ def autocast_dtype(precision: str, device: "torch.device") -> "torch.dtype | Non
     """The type of mixed precision arithmetic, None for none.
 
     "amp" is float16 on CUDA, as in Chinese-CLIP; elsewhere bfloat16 where the processor multiplies it natively.
+    "auto" is bfloat16 on CUDA that multiplies it natively, which needs no scaling of gradients; else what "amp" is.
     """
     import torch
 
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and gpu_has_bf16(device) else "amp"
     if precision == "bf16":
         return torch.bfloat16
     if precision != "amp":
@@ -121,6 +124,14 @@ def autocast_dtype(precision: str, device: "torch.device") -> "torch.dtype | Non
     if device.type == "cuda":
         return torch.float16
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else None
+
+
+def gpu_has_bf16(device: "torch.device") -> bool:
+    """Whether a device of CUDA multiplies bfloat16 in hardware: NVIDIA's from Ampere on."""
+    import torch
+
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def cpu_has_bf16() -> bool:

@@ -19,6 +19,7 @@ from cn_clip.clip.opening import open_encoder
 from cn_clip.command import Speaker
 from cn_clip.errors import CnClipError, ConfigError
 from cn_clip.eval import extract_features
+from cn_clip.training.params import Options
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,18 @@ def test_amp_on_a_cpu_is_bfloat16_where_the_hardware_has_it(
     monkeypatch.setattr(ranks, "cpu_has_bf16", lambda: has_bf16)
     assert ranks.autocast_dtype("amp", torch.device("cpu")) is dtype
     assert ranks.autocast_dtype("amp", torch.device("cuda")) is torch.float16
+
+
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_training_is_in_bfloat16_on_gpus_that_have_it_unless_amp_is_asked_for(
+    has_bf16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "gpu_has_bf16", lambda _: has_bf16)
+    monkeypatch.setattr(ranks, "cpu_has_bf16", lambda: False)
+    default, gpu = Options(train_data="x").precision, torch.device("cuda", 0)
+    assert ranks.autocast_dtype(default, gpu) is dtype
+    assert ranks.autocast_dtype("amp", gpu) is torch.float16
+    assert ranks.autocast_dtype(default, torch.device("cpu")) is None
 
 
 def test_skip_scheduler_keeps_the_rate_that_the_cosine_would_lower(split_folder: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from cn_clip.errors import CheckpointError, ConfigError, DataError
 from cn_clip.eval import extract_features
 from cn_clip.training import distributed, inputs
 from cn_clip.training.building import build_model, synchronise_norms
+from cn_clip.training.log_lines import arithmetic_words
 from cn_clip.training.params import Options
 from cn_clip.training.trainer import Trainer
 from cn_clip.zoo import model_config
@@ -223,6 +224,45 @@ def test_the_precision_is_that_of_the_products(
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == expected
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "asked", "expected"),
+    [
+        ("cuda", "auto", "auto", True),
+        ("cuda", "amp", "auto", True),
+        ("cuda", "amp", "fp32", False),
+        ("cpu", "auto", "auto", False),
+        ("cpu", "amp", "training", True),
+        ("cpu", "bf16", "auto", True),
+        ("cpu", "bf16", "fp32", False),
+    ],
+)
+def test_validation_has_the_arithmetic_of_the_training_on_gpus_and_where_it_is_asked_for(
+    device: str, precision: Any, asked: Any, expected: bool
+) -> None:
+    options = Options(train_data="x", precision=precision, valid_precision=asked)
+    assert options.validates_as_trained(device) is expected
+
+
+@pytest.mark.parametrize(("asked", "dtype"), [("training", torch.bfloat16), ("fp32", torch.float32)])
+def test_validation_has_the_arithmetic_asked_for(asked: str, dtype: torch.dtype, split: Path, tmp_path: Path) -> None:
+    trainer = build(split, tmp_path, precision="bf16", valid_precision=asked)
+    with trainer.validation_autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_validation_in_float32_of_a_model_in_float16_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--valid-precision fp32 and --precision fp16: the weights are float16"):
+        Options(train_data="x", precision="fp16", valid_precision="fp32")
+
+
+def test_the_log_says_what_is_computed_in() -> None:
+    mixed = arithmetic_words(torch.bfloat16, torch.float32, validates_in_float32=False)
+    assert mixed == "mixed bfloat16"
+    as_chinese_clip = arithmetic_words(torch.float16, torch.float32, validates_in_float32=True)
+    assert as_chinese_clip == "mixed float16, validation float32"
+    assert arithmetic_words(None, torch.float32, validates_in_float32=True) == "float32"
 
 
 def test_compiling_takes_each_block_of_both_towers(

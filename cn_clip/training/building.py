@@ -22,7 +22,7 @@ from cn_clip.errors import CheckpointError, CnClipError, ConfigError, DownloadEr
 from cn_clip.extras import require
 from cn_clip.files import alone
 from cn_clip.training import adapt, distributed, inputs, state
-from cn_clip.training.log_lines import rate_warning
+from cn_clip.training.log_lines import arithmetic_words, rate_warning
 from cn_clip.training.logger import log_params, logger, logging_to
 from cn_clip.training.loss import Objective
 from cn_clip.training.monitor import Monitor
@@ -108,7 +108,8 @@ def train_in_group(options: Options, device: torch.device, folder: Path, started
     if is_first:
         log_params(values, folder / f"params_{started}.txt")
     dtype = ranks.autocast_dtype(options.precision, device)
-    arithmetic = f"{'' if dtype is None else 'mixed '}{dtype or trainer.model.dtype}".replace("torch.", "")
+    in_float32 = options.validates and not options.validates_as_trained(device.type)
+    arithmetic = arithmetic_words(dtype, trainer.model.dtype, validates_in_float32=in_float32)
     logger.info("Use device: %s for training, precision %s", device, arithmetic)
     with_events = options.report_to == "tensorboard"
     goes_on = trainer.start is not None and trainer.start.is_own

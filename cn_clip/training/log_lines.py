@@ -45,6 +45,12 @@ def validation_line(
     )
 
 
+def arithmetic_words(mixed: torch.dtype | None, weights: torch.dtype, *, validates_in_float32: bool) -> str:
+    """What a run computes in, as `mixed bfloat16, validation float32`. mixed: the type of mixed precision, or None."""
+    words = f"{'' if mixed is None else 'mixed '}{mixed or weights}".replace("torch.", "")
+    return f"{words}, validation float32" if mixed is not None and validates_in_float32 else words
+
+
 class Clock:
     """Seconds of the last step, and pairs a second since the last question."""
 

@@ -79,8 +79,8 @@ class Options:
     """Start from the weights of --resume without its optimizer state"""
     reset_data_offset: bool = False
     """Start from the weights of --resume at the beginning of the data"""
-    precision: Literal["amp", "fp16", "fp32", "bf16"] = "amp"
-    """Arithmetic; amp: mixed float16 on CUDA, mixed bfloat16 on CPUs that have it, float32 elsewhere"""
+    precision: Literal["auto", "amp", "fp16", "fp32", "bf16"] = "auto"
+    """auto: mixed bfloat16 on GPUs that have it, else amp: mixed float16 on CUDA, bfloat16 on CPUs that have it"""
     vision_model: VisionName = "ViT-B-16"
     """Picture tower"""
     mask_ratio: Annotated[float, Range(least=0, below=1)] = 0
@@ -116,6 +116,8 @@ class Options:
     device: Device = "auto"
     num_threads: Annotated[int | None, Range(least=1)] = None
     """CPU threads of PyTorch; default: its own choice"""
+    valid_precision: Literal["auto", "training", "fp32"] = "auto"
+    """Arithmetic of validation; auto: that of the training on CUDA and with --precision bf16, else fp32"""
     fsdp: bool = False
     """Split weights, gradients and optimizer state over the processes (FSDP2) instead of copying them (DDP)"""
     compile: bool = False
@@ -159,6 +161,7 @@ class Options:
         "keep_checkpoints",
         "num_threads",
         "report_to",
+        "valid_precision",
     )
 
     def __post_init__(self) -> None:
@@ -169,6 +172,12 @@ class Options:
         """Whether the run is ever validated."""
         intervals = (self.valid_step_interval, self.valid_epoch_interval)
         return self.val_data is not None and any(interval is not None and interval > 0 for interval in intervals)
+
+    def validates_as_trained(self, device_type: str) -> bool:
+        """Whether validation has the arithmetic of the training; else it has float32."""
+        if self.valid_precision != "auto":
+            return self.valid_precision == "training"
+        return device_type == "cuda" or self.precision == "bf16"
 
     @property
     def num_contrasted(self) -> int:
@@ -285,6 +294,12 @@ RULES: tuple[Rule, ...] = (
         True,
     ),
     Rule(
+        ("valid_precision", "precision"),
+        lambda options: options.valid_precision == "fp32" and options.precision == "fp16",
+        "--valid-precision fp32 and --precision fp16: the weights are float16; leave one out",
+        True,
+    ),
+    Rule(
         ("mask_ratio", "vision_model"),
         lambda options: _num_kept_patches(options) == 0,
         "--mask-ratio: leaves no patch of a picture of this --vision-model; choose a smaller one",
@@ -333,6 +348,8 @@ def parse_args() -> Namespace:
     """What Chinese-CLIP's gives: its options and ours, `aggregate`, and AdamW's settings of the picture tower."""
     args = command.namespace(Options)
     args.aggregate = not args.skip_aggregate
+    if args.precision == "auto":  # which loops written for Chinese-CLIP do not know
+        args.precision = "amp"
     for name, value in get_default_params(args.vision_model).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -295,8 +295,8 @@ class Trainer:
         return result
 
     def validation_autocast(self) -> AbstractContextManager[object]:
-        """Chinese-CLIP validates "amp" runs in float32; only an explicit bf16 asks for less."""
-        return self.learner.autocast() if self.options.precision == "bf16" else nullcontext()
+        """The arithmetic of the training or float32, as --valid-precision says."""
+        return self.learner.autocast() if self.options.validates_as_trained(self.device.type) else nullcontext()
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
