@@ -49,9 +49,9 @@ def run(split: Path, logs: Path, **settings: Any) -> str:
     return latest.read_bytes()[before.get(latest, 0) :].decode()
 
 
-def build(split: Path, logs: Path, **settings: Any) -> Trainer:
+def build(split: Path, logs: Path, device: torch.device = torch.device("cpu"), **settings: Any) -> Trainer:  # noqa: B008
     """What the command builds before it trains."""
-    return building.build_trainer(options(split, logs, **settings), torch.device("cpu"), logs)
+    return building.build_trainer(options(split, logs, device=device.type, **settings), device, logs)
 
 
 def checkpoint(logs: Path, name: str = "x", file: str = "epoch_latest.pt") -> dict[str, Any]:

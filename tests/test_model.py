@@ -67,18 +67,19 @@ def test_attend_is_softmax_of_scaled_products() -> None:
     torch.testing.assert_close(attend(query, key, value, 2)[..., head], scores.softmax(dim=-1) @ value[..., head])
 
 
-def test_padding_changes_nothing() -> None:
-    model = tiny_model()
-    padded = torch.cat([TOKENS, torch.zeros(3, 47, dtype=torch.long)], dim=1)
+def test_padding_changes_nothing(device: torch.device) -> None:
+    model, tokens = tiny_model().to(device), TOKENS.to(device)
+    padded = torch.cat([tokens, tokens.new_zeros(3, 47)], dim=1)
     with torch.inference_mode():
-        torch.testing.assert_close(model.encode_text(padded), model.encode_text(TOKENS))
+        torch.testing.assert_close(model.encode_text(padded), model.encode_text(tokens), atol=1e-5, rtol=1e-5)
 
 
-def test_a_row_of_nothing_but_padding_gives_numbers() -> None:
-    model = tiny_model()
+def test_a_row_of_nothing_but_padding_gives_numbers(device: torch.device) -> None:
+    model = tiny_model().to(device)
     with torch.inference_mode():
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            assert model.to(dtype).encode_text(torch.zeros(2, 4, dtype=torch.long)).isfinite().all()
+            nothing = torch.zeros(2, 4, dtype=torch.long, device=device)
+            assert model.to(dtype).encode_text(nothing).isfinite().all()
 
 
 # --- calls and shapes -------------------------------------------------------------------------------------------------
@@ -183,13 +184,13 @@ def test_a_mask_ratio_outside_its_range_is_refused(ratio: float) -> None:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(kind: str, device: torch.device) -> None:
     gradients = []
     for enable in (False, True):
-        model = tiny_model(kind).train()
+        model = tiny_model(kind).train().to(device)
         model.set_grad_checkpointing(enable)
         torch.manual_seed(5)  # dropout draws the same masks
-        images, texts, scale = model(tiny_pixels(model), TOKENS)
+        images, texts, scale = model(tiny_pixels(model).to(device), TOKENS.to(device))
         (scale * images @ texts.t()).logsumexp(dim=1).sum().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     plain, recomputed = gradients
@@ -222,15 +223,17 @@ def test_the_same_parameters_turn_to_half_precision_as_in_the_reference(vision: 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_converted_model_computes_in_its_type_and_stays_close(kind: str, dtype: torch.dtype) -> None:
-    model = tiny_model(kind)
-    pixels = tiny_pixels(model)
+def test_a_converted_model_computes_in_its_type_and_stays_close(
+    kind: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    model, tokens = tiny_model(kind).to(device), TOKENS.to(device)
+    pixels = tiny_pixels(model).to(device)
     with torch.inference_mode():
-        exact = model(pixels, TOKENS)
+        exact = model(pixels, tokens)
         convert_weights(model, dtype)
-        rough = model(pixels, TOKENS)
+        rough = model(pixels, tokens)
         assert model.encode_image(pixels).dtype == dtype
-        assert model.encode_text(TOKENS).dtype == dtype
+        assert model.encode_text(tokens).dtype == dtype
     for rows, expected in zip(rough[:2], exact[:2], strict=True):
         assert float((rows.float() * expected).sum(dim=1).min()) > 0.99
 

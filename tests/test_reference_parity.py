@@ -39,7 +39,7 @@ def deterministic_model(vision: str) -> CLIP:
 
 def relative_error(ours: torch.Tensor, theirs: Any) -> float:
     """Largest distance of a row, as a share of the row's length."""
-    difference = np.linalg.norm(ours.numpy() - theirs, axis=-1)
+    difference = np.linalg.norm(ours.cpu().numpy() - theirs, axis=-1)
     return float((difference / np.linalg.norm(theirs, axis=-1)).max())
 
 
@@ -48,17 +48,17 @@ def relative_error(ours: torch.Tensor, theirs: Any) -> float:
     # The large ones take two minutes.
     [pytest.param(name, marks=pytest.mark.slow if name.startswith(("ViT-L", "ViT-H")) else ()) for name in TEXT_TOWER],
 )
-def test_features_equal_the_reference_within_1e_4(vision: str) -> None:
+def test_features_equal_the_reference_within_1e_4(vision: str, device: torch.device) -> None:
     golden = np.load(GOLDEN / "features" / f"{vision}.npz")
-    model = deterministic_model(vision)
+    model = deterministic_model(vision).to(device)
     transform = image_transform(model.resolution)
-    pixels = torch.stack([transform(Image.fromarray(picture_bytes(number))) for number in (1, 2)])
-    tokens = clip.tokenize(TEXTS)
+    pixels = torch.stack([transform(Image.fromarray(picture_bytes(number))) for number in (1, 2)]).to(device)
+    tokens = clip.tokenize(TEXTS).to(device)
     with torch.inference_mode():
         assert relative_error(model.encode_image(pixels), golden["images"]) < 1e-4
         assert relative_error(model.encode_text(tokens), golden["texts"]) < 1e-4
         logits, logits_transposed = model.get_similarity(pixels, tokens)
-    np.testing.assert_allclose(logits.numpy(), golden["logits"], atol=54.6 * 1e-4)
+    np.testing.assert_allclose(logits.cpu().numpy(), golden["logits"], atol=54.6 * 1e-4)
     assert torch.equal(logits.t(), logits_transposed)
 
 

@@ -276,14 +276,15 @@ def test_compiling_takes_each_block_of_both_towers(
 
 
 @pytest.mark.slow
-def test_a_compiled_run_has_the_losses_of_a_plain_one(split: Path, tmp_path: Path) -> None:
+def test_a_compiled_run_has_the_losses_of_a_plain_one(split: Path, tmp_path: Path, device: torch.device) -> None:
+    run = ("--batch-size=4", "--max-steps=2", "--freeze-text")
     plain, compiled = (
-        train(split, tmp_path, f"--name=x{flag}", "--batch-size=4", "--max-steps=2", "--freeze-text", *flag.split())
+        train(split, tmp_path, f"--name=x{flag}", f"--device={device.type}", *run, *flag.split())
         for flag in ("", "--compile")
     )
     assert compiled.returncode == 0, compiled.stderr
     # No dropout where the text tower is frozen: the same arithmetic in another order.
-    expected = pytest.approx([float(loss) for loss in losses(plain.stderr)], rel=1e-4)
+    expected = pytest.approx([float(loss) for loss in losses(plain.stderr)], rel=1e-4 if device.type == "cpu" else 2e-3)
     assert [float(loss) for loss in losses(compiled.stderr)] == expected
     files = [tmp_path / name / "checkpoints" / "epoch_latest.pt" for name in ("x", "x--compile")]
     first, second = (torch.load(file, weights_only=True)["state_dict"].keys() for file in files)
