@@ -30,6 +30,21 @@ MODES: dict[str, dict[str, Any]] = {
     "multi_positive": {"gather": "gradients", "multi_positive": True},
     "distillation": {"gather": "gradients", "teacher": TEACHER},
     "distillation_default": {"gather": "values", "teacher": TEACHER},
+    "local": {"gather": "gradients", "local_loss": True},
+    "local_accumulated": {"gather": "gradients", "local_loss": True, "accum": 2},
+    "local_siglip_multi_positive": {
+        "gather": "gradients",
+        "local_loss": True,
+        "kind": "siglip",
+        "multi_positive": True,
+        "accum": 2,
+    },
+    "local_distillation_multi_positive": {
+        "gather": "gradients",
+        "local_loss": True,
+        "teacher": TEACHER,
+        "multi_positive": True,
+    },
     "fsdp": {"gather": "gradients", "fsdp": True},
     "fsdp_accumulated": {"gather": "gradients", "fsdp": True, "accum": 2},
 }
@@ -62,6 +77,7 @@ def update(mode: str, *, steps: int = 2, device: torch.device = CPU) -> dict[str
         contextlib.nullcontext,
         gather=gather,
         multi_positive=settings.get("multi_positive", False),
+        local_loss=settings.get("local_loss", False),
         teacher=teacher,
     )
     groups = decay_groups(model)

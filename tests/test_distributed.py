@@ -19,6 +19,7 @@ from cn_clip.training.distributed import process_group
 
 ROOT = Path(__file__).resolve().parent.parent
 EXACT = ["with_grad", "accumulated", "siglip", "siglip_accumulated", "multi_positive", "distillation"]
+LOCAL = [mode for mode in MODES if mode.startswith("local")]
 SPLIT = ["fsdp", "fsdp_accumulated"]
 
 
@@ -50,7 +51,7 @@ def assert_same_gradients(ours: dict[str, Any], theirs: dict[str, Any], factor: 
         torch.testing.assert_close(ours[name], value * own, atol=2e-6, rtol=2e-4, msg=f"{name}: another gradient")
 
 
-@pytest.mark.parametrize("mode", EXACT + SPLIT)
+@pytest.mark.parametrize("mode", EXACT + LOCAL + SPLIT)
 def test_gather_with_grad_gives_losses_gradients_and_weights_of_one_process(
     mode: str, two: dict[str, dict[str, Any]]
 ) -> None:

@@ -147,6 +147,47 @@ def test_the_distance_from_the_teacher_is_added_with_its_weight() -> None:
     assert student(pairs).loss.item() == pytest.approx(plain_loss(pairs).item(), rel=1e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["clip", "siglip"]),
+    num_processes=st.integers(1, 4),
+    num_own=st.integers(1, 3),
+    block_rows=st.integers(1, 4),
+    keys=st.lists(st.integers(0, 3), min_size=24, max_size=24),
+)
+def test_the_mean_of_the_losses_of_each_process_is_the_loss_of_all_and_so_are_its_gradients(
+    kind: Literal["clip", "siglip"], num_processes: int, num_own: int, block_rows: int, keys: list[int]
+) -> None:
+    total = num_processes * num_own
+    pairs = random_pairs(total)._replace(
+        bias=torch.tensor(-0.5, requires_grad=True),
+        image_keys_N=torch.tensor(keys[:total]),
+        text_keys_N=torch.tensor(keys[12 : 12 + total]),
+        teacher_NT=torch.eye(12, 6, dtype=torch.float64)[:total] + 0.1,
+    )
+    assert pairs.teacher_NT is not None
+    objective = Objective(kind, 0.3)
+    whole = objective(pairs)
+    parts = []
+    for process in range(num_processes):
+        own = slice(process * num_own, (process + 1) * num_own)
+        parts.append(objective(pairs._replace(own_rows=own, teacher_NT=pairs.teacher_NT[own]), block_rows))
+    mean = torch.stack([part.loss for part in parts]).mean()
+    torch.testing.assert_close(mean, whole.loss, atol=1e-6, rtol=1e-5)
+    inputs = [pairs.image_ND, pairs.text_ND, pairs.scale]
+    for ours, theirs in zip(torch.autograd.grad(mean, inputs), torch.autograd.grad(whole.loss, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    assert sum(part.images_right for part in parts) == whole.images_right
+    assert sum(part.texts_right for part in parts) == whole.texts_right
+
+
+def test_the_local_loss_of_two_processes_is_the_value_worked_by_hand() -> None:
+    pairs = pairs_with_logits([[2.0, 0.0], [1.0, 3.0]])
+    parts = [contrastive_scores(pairs._replace(own_rows=slice(n, n + 1))).loss.item() for n in range(2)]
+    # as worked out in its docstring
+    assert parts == [pytest.approx((0.127 + 0.313) / 2, abs=5e-4), pytest.approx((0.127 + 0.049) / 2, abs=5e-4)]
+
+
 class _Operators(TorchDispatchMode):
     """Notes what is computed."""
 

@@ -67,10 +67,12 @@ SAMPLES: dict[str, Any] = {
     "kd_loss_weight": 0.25,
     "device": "cpu",
     "num_threads": 2,
+    "valid_precision": "fp32",
     "fsdp": True,
     "compile": True,
     "loss": "siglip",
     "multi_positive": True,
+    "local_loss": True,
     "freeze_text": True,
     "freeze_text_layers": 2,
     "lora_rank": 8,
@@ -90,6 +92,8 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     "valid_batch_size": (W, set()),
     "valid_num_workers": (W, {"val_data"}),
     "valid_step_interval": (W, {"val_data"}),
+    "valid_precision": (W, {"val_data"}),
+    "local_loss": (R, {"gather_with_grad"}),
     "use_bn_sync": (W, {"vision_model"}),
     "mask_ratio": (R, set()),
     "use_flash_attention": (W, set()),
@@ -108,6 +112,7 @@ PAIRS: dict[frozenset[str], str] = {
             *(("init", other) for other in ("clip_weight_path", "bert_weight_path")),
             ("gather_with_grad", "skip_aggregate"),
             ("fsdp", "precision"),
+            ("valid_precision", "precision"),
         ],
         W: [
             *(("resume", other) for other in ("clip_weight_path", "bert_weight_path")),
@@ -125,6 +130,7 @@ PAIRS: dict[frozenset[str], str] = {
 INSTEAD: dict[frozenset[str], str] = {
     frozenset(("mask_ratio", "vision_model")): W,  # a ResNet has no patches: nothing is left out
     frozenset(("valid_batch_size", "valid_epoch_interval")): W,
+    frozenset(("gather_with_grad", "local_loss")): W,  # there is one process
     frozenset(("batch_size", "distillation")): R,  # the teacher is missing still
 }
 

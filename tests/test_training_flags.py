@@ -179,6 +179,8 @@ TESTED: dict[str, str] = {
     "test_loss.py::test_sigmoid_loss_of_two_pairs_is_the_value_worked_by_hand",
     "multi_positive": "test_training_options.py::test_pairs_of_one_text_are_no_negatives_when_asked, "
     "test_loss.py::test_pairs_that_share_a_picture_or_a_text_are_not_each_others_negatives",
+    "local_loss": "test_training_options.py::test_the_local_loss_is_of_all_features_and_of_several_processes, "
+    "test_distributed.py::test_gather_with_grad_gives_losses_gradients_and_weights_of_one_process",
     "freeze_text": "test_training_options.py::test_a_frozen_text_tower_stays_and_the_rest_moves",
     "freeze_text_layers": "test_training_options.py::test_frozen_text_layers_stay_and_the_later_ones_move",
     "lora_rank": "test_training_options.py::"

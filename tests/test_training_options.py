@@ -416,6 +416,15 @@ def test_features_are_gathered_as_asked(settings: dict[str, bool], gather: str, 
     assert build(split, tmp_path, **settings).learner.gather == gather
 
 
+def test_the_local_loss_is_of_all_features_and_of_several_processes(
+    split: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match="--local-loss: needs --gather-with-grad"):
+        Options(train_data="x", local_loss=True)
+    assert build(split, tmp_path, gather_with_grad=True, local_loss=True).learner.local_loss
+    assert "--local-loss changes nothing: there is one process." in caplog.text
+
+
 def test_batches_are_joined_into_one_update(split: Path, tmp_path: Path) -> None:
     trainer = build(split, tmp_path, batch_size=2, accum_freq=3)
     assert [len(batches) for batches in trainer._updates(0)] == [3, 3]

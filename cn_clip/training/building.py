@@ -151,6 +151,7 @@ def build_trainer(options: Options, device: torch.device, checkpoint_dir: Path) 
         gather="none" if options.skip_aggregate else "gradients" if options.gather_with_grad else "values",
         mask_ratio=options.mask_ratio,
         multi_positive=options.multi_positive,
+        local_loss=options.local_loss,
         teacher=None if name is None else open_teacher(name, device),
     )
     trainer = Trainer(options, learner, optimizer, training, validation, checkpoint_dir=checkpoint_dir)

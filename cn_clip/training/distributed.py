@@ -130,8 +130,7 @@ class _GatherWithGradients(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> Tensor:
         gradient_ND = gradients[0].contiguous()
         dist.all_reduce(gradient_ND)
-        start = ranks.rank() * context.num_rows
-        return gradient_ND[start : start + context.num_rows]
+        return gradient_ND[rows_of_this(context.num_rows)]
 
 
 def _gather(rows_BD: Tensor) -> Tensor:
@@ -151,9 +150,21 @@ def gather_rows(rows_BD: Tensor, mode: Gather) -> Tensor:
     if mode == "gradients" and rows_BD.requires_grad:
         gathered: Tensor = _GatherWithGradients.apply(rows_BD)  # type: ignore[no-untyped-call]
         return gathered
-    others_ND = _gather(rows_BD)
-    start = ranks.rank() * len(rows_BD)
-    return torch.cat([others_ND[:start], rows_BD, others_ND[start + len(rows_BD) :]])
+    others_ND, own = _gather(rows_BD), rows_of_this(len(rows_BD))
+    return torch.cat([others_ND[: own.start], rows_BD, others_ND[own.stop :]])
+
+
+def rows_of_this(num_rows: int) -> slice:
+    """Where this process's `num_rows` rows lie among those of all, as `gather_rows` orders them."""
+    start = ranks.rank() * num_rows
+    return slice(start, start + num_rows)
+
+
+def sum_of_all(values: Tensor) -> Tensor:
+    """The sum over the processes; every process must ask. The device is not waited for."""
+    if ranks.world_size() > 1:
+        dist.all_reduce(values)
+    return values
 
 
 def own_share(num_rows: int) -> list[int]:

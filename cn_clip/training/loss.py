@@ -17,7 +17,8 @@ class Pairs(NamedTuple):
     """Features of a batch, picture i with text i, and what the loss may want to know of them.
 
     image_ND, text_ND: unit rows. scale: exp(logit_scale). bias: of the sigmoid loss. image_keys_N, text_keys_N: int64,
-    equal where picture or text is the same. teacher_NT: picture features of a teacher, float32.
+    equal where picture or text is the same. teacher_NT: picture features of a teacher, float32; with own_rows of these.
+    own_rows: the pairs of this process (local loss); None: the loss is of all.
     """
 
     image_ND: Tensor
@@ -27,6 +28,7 @@ class Pairs(NamedTuple):
     image_keys_N: Tensor | None = None
     text_keys_N: Tensor | None = None
     teacher_NT: Tensor | None = None
+    own_rows: slice | None = None
 
 
 class Scores(NamedTuple):
@@ -45,11 +47,15 @@ class Objective:
     distillation_weight: float = 0.0
 
     def __call__(self, pairs: Pairs, block_rows: int = BLOCK_ROWS) -> Scores:
-        """Scores of a batch; more than `block_rows` pairs are computed in blocks, again in the backward pass."""
+        """Scores of a batch; more than `block_rows` pairs are computed in blocks, again in the backward pass.
+
+        With `own_rows` they are the part of these pairs: the mean of it over the processes is the loss of the batch.
+        """
         scores = {"clip": contrastive_scores, "siglip": sigmoid_scores}[self.kind](pairs, block_rows)
         if pairs.teacher_NT is None:
             return scores
-        distillation = feature_distillation_loss(pairs.teacher_NT, pairs.image_ND)
+        student_ND = pairs.image_ND if pairs.own_rows is None else pairs.image_ND[pairs.own_rows]
+        distillation = feature_distillation_loss(pairs.teacher_NT, student_ND)
         return scores._replace(loss=scores.loss + self.distillation_weight * distillation)
 
 
@@ -62,6 +68,8 @@ def contrastive_scores(pairs: Pairs, block_rows: int = BLOCK_ROWS) -> Scores:
     ln(e^2 + e^0) - 2 = 0.127, and ln(e^1 + e^3) - 3 = 0.127; of the columns it has a part each: (2, 0), and (1, 3).
     The parts join: ln(e^2 + e^1) - 2 = 0.313, and ln(e^0 + e^3) - 3 = 0.049. Loss: (0.127 + 0.181) / 2 = 0.154.
     """
+    if pairs.own_rows is not None:
+        return _own_scores(_softmax_rows, pairs, pairs.own_rows, block_rows)
     blocks = _blocks(_softmax_block, pairs, block_rows)
     row_lse_N, own_N = torch.cat([block.row for block in blocks]), torch.cat([block.own for block in blocks])
     column_lse_N = torch.stack([block.column for block in blocks]).logsumexp(dim=0)
@@ -74,6 +82,8 @@ def sigmoid_scores(pairs: Pairs, block_rows: int = BLOCK_ROWS) -> Scores:
 
     Source: arXiv:2303.15343. With keys, pairs that share a picture or a text are no question to each other.
     """
+    if pairs.own_rows is not None:
+        return _own_scores(_sigmoid_rows, pairs, pairs.own_rows, block_rows)
     blocks = _blocks(_sigmoid_block, pairs, block_rows)
     return Scores(torch.cat([block.row for block in blocks]).mean(), *_right(blocks))
 
@@ -124,9 +134,43 @@ def _softmax_block(pairs: Pairs, start: int, block_rows: int) -> _Block:
 
 def _sigmoid_block(pairs: Pairs, start: int, block_rows: int) -> _Block:
     logits_BN, own_B = _logits(pairs, start, block_rows)
-    sign_BN = torch.full_like(logits_BN, -1.0).scatter_(1, own_B.unsqueeze(1), 1.0)
-    row = -F.logsigmoid(sign_BN * logits_BN).sum(dim=1)
+    row = _sigmoid_rows(logits_BN, own_B)
     return _Block(row, row, row, *_best(logits_BN, start))
+
+
+def _sigmoid_rows(logits_BN: Tensor, own_B: Tensor) -> Tensor:
+    sign_BN = torch.full_like(logits_BN, -1.0).scatter_(1, own_B.unsqueeze(1), 1.0)
+    return -F.logsigmoid(sign_BN * logits_BN).sum(dim=1)
+
+
+def _softmax_rows(logits_BN: Tensor, own_B: Tensor) -> Tensor:
+    return F.cross_entropy(logits_BN, own_B, reduction="none")
+
+
+def _own_scores(rows: Any, pairs: Pairs, own_rows: slice, block_rows: int) -> Scores:
+    """Own pictures with all texts, and own texts with all pictures: 2 B x N logits of a process instead of N x N.
+
+    Worked example: logits [[2, 0], [1, 3]], softmax. Process 0 has row (2, 0) and column (2, 1): (0.127 + 0.313) / 2;
+    process 1 row (1, 3) and column (0, 3): (0.127 + 0.049) / 2. The mean of both is 0.154, as of the whole matrix.
+    """
+    texts_first = pairs._replace(image_ND=pairs.text_ND, text_ND=pairs.image_ND)
+    texts_first = texts_first._replace(image_keys_N=pairs.text_keys_N, text_keys_N=pairs.image_keys_N)
+    starts = range(own_rows.start, own_rows.stop, block_rows)
+    losses, right = [], []
+    for one_way in (pairs, texts_first):
+        blocks = [(rows, one_way, start, min(block_rows, own_rows.stop - start)) for start in starts]
+        if len(blocks) == 1:
+            parts = [_own_block(*blocks[0])]
+        else:
+            parts = [checkpoint(_own_block, *block, use_reentrant=False) for block in blocks]
+        losses.append(torch.cat([values for values, _ in parts]).mean())
+        right.append(torch.cat([is_right for _, is_right in parts]).sum().float())
+    return Scores((losses[0] + losses[1]) / 2, *right)
+
+
+def _own_block(rows: Any, pairs: Pairs, start: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    logits_BN, own_B = _logits(pairs, start, num_rows)
+    return rows(logits_BN, own_B), logits_BN.detach().argmax(dim=1) == own_B
 
 
 def _best(logits_BN: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:

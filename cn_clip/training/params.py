@@ -126,6 +126,8 @@ class Options:
     """clip: softmax over the batch (InfoNCE); siglip: a sigmoid for each pair"""
     multi_positive: bool = False
     """Pairs of one batch that share a picture or a text are not each other's negatives"""
+    local_loss: bool = False
+    """Each process computes the loss of its own pairs among those of all: the same gradients, less work and memory"""
     freeze_text: bool = False
     """Do not train the text tower"""
     freeze_text_layers: Annotated[int, Range(least=0)] = 0
@@ -159,6 +161,7 @@ class Options:
         "freeze_text_layers",
         "fsdp",
         "keep_checkpoints",
+        "local_loss",
         "num_threads",
         "report_to",
         "valid_precision",
@@ -244,17 +247,27 @@ RULES: tuple[Rule, ...] = (
         True,
     ),
     Rule(
-        ("valid_batch_size", "valid_num_workers", "valid_step_interval", "valid_epoch_interval", "val_data"),
+        (
+            "valid_batch_size",
+            "valid_num_workers",
+            "valid_precision",
+            "valid_step_interval",
+            "valid_epoch_interval",
+            "val_data",
+        ),
         lambda options: (
             options.val_data is None
-            and any(
+            and (
                 # An interval of -1 or None asks for nothing; 0 processes are a choice.
-                is_given(options, name) and (name == "valid_num_workers" or (getattr(options, name) or 0) > 0)
-                for name in ("valid_batch_size", "valid_num_workers", "valid_step_interval", "valid_epoch_interval")
+                any(is_given(options, name) for name in ("valid_num_workers", "valid_precision"))
+                or any(
+                    is_given(options, name) and (getattr(options, name) or 0) > 0
+                    for name in ("valid_batch_size", "valid_step_interval", "valid_epoch_interval")
+                )
             )
         ),
-        "no --val-data: --valid-batch-size, --valid-num-workers, --valid-step-interval, --valid-epoch-interval change "
-        "nothing",
+        "no --val-data: --valid-batch-size, --valid-num-workers, --valid-precision, --valid-step-interval, "
+        "--valid-epoch-interval change nothing",
         False,
     ),
     Rule(
@@ -284,6 +297,13 @@ RULES: tuple[Rule, ...] = (
         lambda options: options.num_contrasted < 2 and options.distillation,
         "--batch-size 1: a global batch of one pair has nothing to tell apart: only --distillation teaches, the text "
         "tower learns nothing; raise --batch-size or --accum-freq, or leave --skip-aggregate out",
+        False,
+    ),
+    needs("local_loss", "gather_with_grad", ", which brings the gradients that other processes compute", refused=True),
+    Rule(
+        ("local_loss",),
+        lambda options: options.local_loss and ranks.world_size() == 1,
+        "--local-loss changes nothing: there is one process.",
         False,
     ),
     excludes("gather_with_grad", "skip_aggregate", "they contradict each other; choose one", refused=True),

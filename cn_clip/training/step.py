@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cn_clip import ranks
 from cn_clip.data.datasets import PairBatch
 from cn_clip.data.records import RecordId
 from cn_clip.training import state
-from cn_clip.training.distributed import Gather, Parallel, gather_rows
+from cn_clip.training.distributed import Gather, Parallel, gather_rows, rows_of_this, sum_of_all
 from cn_clip.training.loss import Objective, Pairs, Scores
 
 Encode = Callable[[Tensor], Any]
@@ -62,7 +63,10 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Learner:
-    """Turns batches into gradients. `gather` says which features of other processes the loss sees."""
+    """Turns batches into gradients. `gather` says which features of other processes the loss sees.
+
+    local_loss: each process computes the loss of its own pairs among those of all; needs `gather` "gradients".
+    """
 
     parallel: Parallel
     objective: Objective
@@ -71,6 +75,7 @@ class Learner:
     gather: Gather = "none"
     mask_ratio: float = 0.0
     multi_positive: bool = False
+    local_loss: bool = False
     teacher: Teacher | None = None
 
     def backward(self, batches: Sequence[Batch]) -> Scores:
@@ -86,7 +91,7 @@ class Learner:
                 scores = self._score(features, self.parallel.logit_bias, batches)
             torch.autograd.backward(self.scaler.scale(scores.loss))
         self.parallel.finish_gradients()
-        return scores._replace(loss=scores.loss.detach())
+        return self._of_all(scores)
 
     def _forward(self, batch: Batch) -> Features:
         return Features(*self.parallel(batch.pixels_B3RR, batch.tokens_BL, self.mask_ratio))
@@ -129,7 +134,18 @@ class Learner:
                 if sums:
                     torch.autograd.backward(torch.stack(sums).sum())
         self.parallel.finish_gradients()
-        return scores._replace(loss=scores.loss.detach())
+        return self._of_all(scores)
+
+    @property
+    def _is_local(self) -> bool:
+        return self.local_loss and ranks.world_size() > 1
+
+    def _of_all(self, scores: Scores) -> Scores:
+        scores = scores._replace(loss=scores.loss.detach())
+        if not self._is_local:
+            return scores
+        loss, images_right, texts_right = sum_of_all(torch.stack(scores)).unbind()
+        return Scores(loss / ranks.world_size(), images_right, texts_right)
 
     def _score(self, features: Features, bias: Tensor | None, batches: Sequence[Batch]) -> Scores:
         def gathered(rows: Tensor) -> Tensor:
@@ -139,9 +155,11 @@ class Learner:
         if self.multi_positive:
             image_keys, text_keys = gathered(torch.cat([_keys(batch) for batch in batches])).unbind(1)
             pairs = pairs._replace(image_keys_N=image_keys, text_keys_N=text_keys)
+        if self._is_local:
+            pairs = pairs._replace(own_rows=rows_of_this(len(features.image_BD)))
         if self.teacher is not None:
-            taught = [self.teacher.features(batch.pixels_B3RR) for batch in batches]
-            pairs = pairs._replace(teacher_NT=gathered(torch.cat(taught)))
+            taught = torch.cat([self.teacher.features(batch.pixels_B3RR) for batch in batches])
+            pairs = pairs._replace(teacher_NT=taught if self._is_local else gathered(taught))
         return self.objective(pairs)
 
 
