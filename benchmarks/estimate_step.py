@@ -2,12 +2,13 @@
 
 python benchmarks/estimate_step.py --checkout ../before .
 
-One step (towers, loss, backward pass, optimizer) of ViT-B-16 @ RoBERTa-base is traced with tensors that have a shape and
-no content. Every kernel takes the largest of its products at the peak, its bytes at the bandwidth, and two microseconds.
-Assumed: an H100 that reaches 742 TFLOP/s in bfloat16 and float16, 60 in float32, and 4.1 TB/s; every operand is read from
-and written to memory once; kernels follow each other without gaps; attention is FlashAttention or the memory-efficient
-kernel, never cuDNN's; PyTorch's normalisation takes two kernels in the backward pass, FlashAttention three, embeddings four.
-So ratios of two estimates mean something, milliseconds less. Needs PyTorch's CUDA build and a driver that answers.
+One step (towers, loss, backward pass, optimizer) of ViT-B-16 @ RoBERTa-base is traced with tensors that have a shape
+and no content. A kernel takes the time of its products at the peak or of its bytes at the bandwidth. Assumed:
+- An H100 that reaches 742 TFLOP/s in bfloat16 and float16, 60 in float32, and 4.1 TB/s.
+- A kernel takes 2 us at least, reads every operand once and writes every result; kernels follow without gaps.
+- Attention is FlashAttention or the memory-efficient kernel, never cuDNN's.
+- In the backward pass a normalisation is two kernels, FlashAttention three, an embedding four.
+So the ratio of two estimates means something, milliseconds less. Needs PyTorch's CUDA build and a driver that answers.
 """
 
 # B pairs, L tokens, R resolution
@@ -75,7 +76,9 @@ class Roofline(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not any(tensor.is_cuda for tensor in (*inputs, *outputs)):
             return result
-        if name == "_fused_adamw_":  # rates and counts aside: weights, gradients and two moments in, all but gradients out
+        if (
+            name == "_fused_adamw_"
+        ):  # rates and counts aside: weights, gradients and two moments in, all but gradients out
             outputs = [tensor for number in (0, 2, 3) for tensor in args[number]]
         count = flop_registry.get(func.overloadpacket)
         flops = 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
@@ -161,7 +164,9 @@ def table(trees: dict[str, list[dict[str, Any]]], top: int) -> str:
     lines = [f"{'tree':24} {'tokens':>6} {'kernels':>8} {'TFLOP':>7} {'GB moved':>9} {'GiB saved':>10} {'ms':>7}"]
     for tree, rows in trees.items():
         for row in rows:
-            numbers = f"{row['flops'] / 1e12:7.2f} {row['moved'] / 1e9:9.1f} {row['saved'] / 2**30:10.2f} {row['ms']:7.1f}"
+            numbers = (
+                f"{row['flops'] / 1e12:7.2f} {row['moved'] / 1e9:9.1f} {row['saved'] / 2**30:10.2f} {row['ms']:7.1f}"
+            )
             lines.append(f"{tree[-24:]:24} {row['length']:6} {row['kernels']:8} {numbers}")
             lines += [f"{'':31} {ms:7.2f} ms  {name}" for name, ms in row["costly"][:top]]
     return "\n".join(lines)

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cn_clip.clip.configuration_bert import BertConfig
-from cn_clip.clip.layers import LayerNorm, attend, attention_scores, split_heads, unhooked, unwatched
+from cn_clip.clip.layers import (
+    LayerNorm,
+    aligned,
+    attend,
+    attention_scores,
+    in_mixed_type,
+    may_draw,
+    split_heads,
+    unhooked,
+    unwatched,
+)
 from cn_clip.errors import ConfigError
 
 # Added to the attention scores of padding. Finite, as in BERT: a row of nothing but padding stays a number.
@@ -113,7 +123,8 @@ class BertSelfAttention(nn.Module):
         bias = None if attention_mask is None else attention_mask.to(query.dtype)
         if not self.output_attentions and head_mask is None and unwatched(self.dropout):
             dropout_p = self.dropout.p if self.dropout.training else 0.0
-            return (attend(query, key, value, self.num_attention_heads, attn_mask=bias, dropout_p=dropout_p),)
+            heads, options = self.num_attention_heads, {"attn_mask": bias, "dropout_p": dropout_p}
+            return (attend(query, key, value, heads, lengths_vary=True, **options),)
         shares_BHQL = self.dropout(attention_scores(query, key, self.num_attention_heads, bias))
         if head_mask is not None:
             shares_BHQL = shares_BHQL * head_mask
@@ -244,6 +255,7 @@ class BertEncoder(nn.Module):
             arguments = (states[-1], attention_mask, None if head_mask is None else head_mask[number])
             options: dict[str, Any] = {"first_only": True} if first_only and number == last else {}
             if self.grad_checkpointing and self.training:
+                options["preserve_rng_state"] = may_draw(layer)
                 output = checkpoint(layer, *arguments, use_reentrant=False, **options)
             else:
                 output = layer(*arguments, **options)
@@ -302,10 +314,14 @@ class BertModel(BertPreTrainedModel):
         head_mask: (H,) or (layers, H), 0 for heads left out. `first_only`, for the states (B, 1, D) of the first token.
         Raises ConfigError for rows longer than the position table.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         embedded = self.embeddings(input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
-        score_bias = (1.0 - attention_mask.to(embedded.dtype))[:, None, None, :] * MASKED_SCORE
+        if embedded.is_cuda:
+            embedded = in_mixed_type(embedded)
+        score_bias = None
+        if attention_mask is not None or not embedded.is_cuda:
+            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            score_bias = (1.0 - attention_mask.to(embedded.dtype))[:, None, None, :] * MASKED_SCORE
+            score_bias = aligned(score_bias) if embedded.is_cuda else score_bias
         count = len(self.encoder.layer)
         heads: Sequence[Tensor | None] = [None] * count
         if head_mask is not None:

@@ -1,4 +1,7 @@
-"""Building blocks both towers share: attention, layer normalisation in float32, the quick GELU."""
+"""Building blocks both towers share: attention, layer normalisation, the quick GELU.
+
+On CUDA they compute the same by fewer kernels and keep less for the backward pass; elsewhere they are written plainly.
+"""
 
 # B batch, L tokens, Q queries (L, or 1 when only the class token is wanted), D width, H heads
 
@@ -14,6 +17,7 @@ from cn_clip.errors import ConfigError
 
 # Packages whose modules treat each token by itself where this package has them, or wrap such modules.
 _KNOWN_PACKAGES = ("torch.", "peft.", "cn_clip.")
+QUICK_GELU_SLOPE = 1.702
 
 
 def check_pixels(x: Tensor, resolution: int | None) -> None:
@@ -28,8 +32,19 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimension in float32; the result has the type of x."""
+        if x.is_cuda:
+            return normalised_in_type(x, self.weight, self.bias, self.eps)
         weight, bias = self.weight.float(), self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+def normalised_in_type(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer normalisation of the last dimension by one kernel each way, also under autocast; keeps x in its type.
+
+    The kernel computes in float32 within; gain and bias are rounded to the type of x before, which it demands.
+    """
+    with torch.autocast(x.device.type, enabled=False):  # it would turn x into float32 first, and keep that
+        return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
 class QuickGELU(nn.Module):
@@ -37,7 +52,32 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x * sigmoid(1.702 x), elementwise."""
-        return x * torch.sigmoid(1.702 * x)
+        return quick_gelu_by_silu(x) if x.is_cuda else x * torch.sigmoid(QUICK_GELU_SLOPE * x)
+
+
+def quick_gelu_by_silu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x) by silu(z) = z * sigmoid(z), which keeps one tensor for the backward pass, not two."""
+    return F.silu(QUICK_GELU_SLOPE * x) / QUICK_GELU_SLOPE
+
+
+def quick_gelu_perceptron(x: Tensor, expand: nn.Linear, shrink: nn.Linear) -> Tensor:
+    """shrink(quick_gelu(expand(x))), the activation by one kernel each way.
+
+    Its two factors go into the weights, which are far smaller than the rows: with z = 1.702 (W x + b),
+    W x + b times sigmoid(z) is silu(z) / 1.702.
+    """
+    slope = QUICK_GELU_SLOPE
+    z = F.linear(x, expand.weight * slope, expand.bias * slope)
+    return F.linear(F.silu(z), shrink.weight / slope, shrink.bias)
+
+
+def in_mixed_type(x: Tensor) -> Tensor:
+    """x in the type that autocast multiplies in where it is on, else itself.
+
+    Rows that stay in float32 between layers are turned into that type by every product that takes them.
+    """
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def split_heads(x_BLD: Tensor, heads: int) -> Tensor:
@@ -45,14 +85,57 @@ def split_heads(x_BLD: Tensor, heads: int) -> Tensor:
     return x_BLD.reshape(x_BLD.shape[0], x_BLD.shape[1], heads, -1).transpose(1, 2)
 
 
-def attend(query_BQD: Tensor, key_BLD: Tensor, value_BLD: Tensor, heads: int, **options: Any) -> Tensor:
+def attend(
+    query_BQD: Tensor, key_BLD: Tensor, value_BLD: Tensor, heads: int, *, lengths_vary: bool = False, **options: Any
+) -> Tensor:
     """Multi-head attention of projected rows, (B, Q, D); `options` go to scaled_dot_product_attention.
 
-    PyTorch picks the kernel: FlashAttention where device, type and mask allow it.
+    PyTorch picks the kernel by device, type and mask. lengths_vary: for texts, whose batches have many shapes. On CUDA
+    they then get the memory-efficient kernel: cuDNN, which PyTorch prefers on Hopper, builds a plan for every shape.
     """
     query, key, value = (split_heads(x, heads) for x in (query_BQD, key_BLD, value_BLD))
-    context: Tensor = F.scaled_dot_product_attention(query, key, value, **options)
+    context: Tensor
+    if lengths_vary and query.is_cuda and _takes_efficient(query, key, value, **options):
+        context = efficient_attention(query, key, value, **options)
+    else:
+        context = F.scaled_dot_product_attention(query, key, value, **options)
     return context.transpose(1, 2).flatten(2)
+
+
+def _takes_efficient(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+) -> bool:
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, attn_mask, dropout_p, False, False)
+    return torch.backends.cuda.can_use_efficient_attention(parameters)
+
+
+def efficient_attention(
+    query_BHQD: Tensor,
+    key_BHLD: Tensor,
+    value_BHLD: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """scaled_dot_product_attention by CUDA's memory-efficient kernel, (B, H, Q, D); attn_mask: added to the scores.
+
+    Called by its name: PyTorch's switch between kernels (`sdpa_kernel`) is one for all threads of the process.
+    """
+    rows = (query_BHQD, key_BHLD, value_BHLD)
+    if attn_mask is not None:
+        attn_mask = aligned(attn_mask).expand(*query_BHQD.shape[:3], key_BHLD.shape[2])
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in rows)
+    context: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+        *rows, attn_mask, needs_gradient, dropout_p
+    )[0]
+    return context
+
+
+def aligned(mask: Tensor) -> Tensor:
+    """The mask (…, L) with rows that begin at multiples of 8 elements, as the kernel demands; itself if they do."""
+    if all(stride % 8 == 0 for size, stride in zip(mask.shape[:-1], mask.stride()[:-1], strict=True) if size > 1):
+        return mask
+    length = mask.shape[-1]
+    return F.pad(mask, (0, -length % 8))[..., :length]
 
 
 def attention_scores(query_BQD: Tensor, key_BLD: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
@@ -146,6 +229,16 @@ def _unwatched(module: nn.Module) -> bool:
         if part is not None and not _unwatched(part):
             return False
     return True
+
+
+def may_draw(module: nn.Module) -> bool:
+    """Whether computing the module may take random numbers: it drops something out, or runs code that is not ours."""
+    return not unwatched(module) or any(map(_drops_out, module.modules()))
+
+
+def _drops_out(part: nn.Module) -> bool:
+    share = part.p if isinstance(part, nn.modules.dropout._DropoutNd) else getattr(part, "dropout", 0.0)
+    return part.training and isinstance(share, float) and share > 0
 
 
 def unhooked(module: nn.Module) -> bool:

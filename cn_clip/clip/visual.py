@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cn_clip.clip.layers import LayerNorm, QuickGELU, SelfAttention, attend, check_pixels, unhooked, unwatched
+from cn_clip.clip.layers import (
+    LayerNorm,
+    QuickGELU,
+    SelfAttention,
+    attend,
+    check_pixels,
+    may_draw,
+    quick_gelu_perceptron,
+    unhooked,
+    unwatched,
+)
 from cn_clip.errors import ConfigError
 
 
@@ -53,6 +63,15 @@ class ResidualAttentionBlock(nn.Module):
         output: Tensor = self.attn(query_QBD, x_LBD, x_LBD, need_weights=False, attn_mask=mask)[0]
         return output
 
+    def _plain_perceptron(self, *, rows: int) -> tuple[nn.Linear, nn.Linear] | None:
+        """The two layers of the perceptron if all is as here, and the rows so many that scaling weights costs less."""
+        expand, gelu, shrink = (self.mlp._modules.get(name) for name in ("c_fc", "gelu", "c_proj"))
+        if type(gelu) is not QuickGELU or QuickGELU.forward is not _QUICK_GELU_FORWARD or len(self.mlp) != 3:
+            return None
+        if type(expand) is not nn.Linear or type(shrink) is not nn.Linear or expand.bias is None:
+            return None
+        return (expand, shrink) if rows >= 2 * expand.in_features else None
+
     def forward(self, x: Tensor, *, first_only: bool = False) -> Tensor:
         """All tokens (L, B, D); with `first_only` the class token (1, B, D)."""
         if first_only:
@@ -63,6 +82,8 @@ class ResidualAttentionBlock(nn.Module):
         elif unwatched(self.ln_1, self.mlp, self.ln_2):
             x_BLD = x.transpose(0, 1)
             x_BLD = x_BLD + self.attention(self.ln_1(x_BLD).transpose(0, 1)).transpose(0, 1)
+            if x.is_cuda and (layers := self._plain_perceptron(rows=x.shape[0] * x.shape[1])):
+                return (x_BLD + quick_gelu_perceptron(self.ln_2(x_BLD), *layers)).transpose(0, 1)
         else:
             x = x + self.attention(self.ln_1(x))
             output: Tensor = x + self.mlp(self.ln_2(x))
@@ -98,7 +119,10 @@ class Transformer(nn.Module):
         last = len(self.resblocks) - 1
         for number, block in enumerate(self.resblocks):
             options: dict[str, Any] = {"first_only": True} if first_only and number == last else {}
-            x = checkpoint(block, x, use_reentrant=False, **options) if recompute else block(x, **options)
+            if recompute:
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=may_draw(block), **options)
+            else:
+                x = block(x, **options)
         return x
 
     def class_token_suffices(self) -> bool:
@@ -117,7 +141,7 @@ class Transformer(nn.Module):
 
 # As they are here: a program may replace them by others, which know no `first_only`.
 _TRANSFORMER_FORWARD, _BLOCK_FORWARD = Transformer.forward, ResidualAttentionBlock.forward
-_BLOCK_ATTENTION = ResidualAttentionBlock.attention
+_BLOCK_ATTENTION, _QUICK_GELU_FORWARD = ResidualAttentionBlock.attention, QuickGELU.forward
 
 
 class VisualTransformer(nn.Module):
