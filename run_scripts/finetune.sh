@@ -51,7 +51,7 @@ text_model=${text_model:-RoBERTa-wwm-ext-base-chinese}  # 文本塔
 use_augment=${use_augment---use-augment}        # 图片增强（随机裁剪、翻转、AutoAugment）；设为空就不用
 grad_checkpointing=${grad_checkpointing-}       # 省显存、多花时间；设为 --grad-checkpointing 就用
 mask_ratio=${mask_ratio-}                       # FLIP：训练时丢掉图像块的比例；空为不丢
-use_flash_attention=${use_flash_attention-}     # 可写 --use-flash-attention；PyTorch 能用时本来就用
+use_flash_attention=${use_flash_attention-}     # 可写 --use-flash-attention，不起作用
 teacher_model_name=${teacher_model_name-}       # 蒸馏的老师：权重文件、ViT-L-14 这样的模型名，或 ModelScope 的模型名；空为不蒸馏
 kd_loss_weight=${kd_loss_weight:-0.5}           # 蒸馏损失的权重
 

@@ -15,6 +15,8 @@ from tiny_models import TOKENS, tiny_model, tiny_pixels
 from torch import Tensor, nn
 
 from cn_clip.clip import layers
+from cn_clip.clip.backends.pytorch import TorchBackend
+from cn_clip.clip.bert import BertModel
 from cn_clip.clip.layers import LayerNorm, QuickGELU
 from cn_clip.clip.visual import VisualTransformer
 
@@ -192,6 +194,28 @@ def test_rows_between_text_layers_have_the_type_of_mixed_precision() -> None:
     assert layers.in_mixed_type(x) is x
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layers.in_mixed_type(x), torch.ones(1, dtype=torch.bfloat16))
+
+
+def test_rows_without_padding_give_the_same_without_a_mask() -> None:
+    model, full = tiny_model(), TOKENS[:1].repeat(2, 1)
+    with torch.inference_mode():
+        assert torch.equal(model.encode_text(full, padded=False), model.encode_text(full))
+        assert not torch.allclose(model.encode_text(TOKENS, padded=False)[1], model.encode_text(TOKENS)[1])
+
+
+def test_the_backend_asks_for_a_mask_only_for_rows_with_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[bool] = []
+    forward = BertModel.forward
+
+    def spied(self: BertModel, ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        masks.append(attention_mask is not None)
+        return forward(self, ids, attention_mask, **options)
+
+    backend = TorchBackend(tiny_model())
+    monkeypatch.setattr(BertModel, "forward", spied)
+    for rows in (TOKENS, TOKENS[:1], TOKENS[1:2, :3]):
+        backend.encode_tokens(rows.numpy())
+    assert masks == [True, False, False]
 
 
 # --- gradient checkpointing -------------------------------------------------------------------------------------------

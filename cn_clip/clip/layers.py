@@ -90,8 +90,10 @@ def attend(
 ) -> Tensor:
     """Multi-head attention of projected rows, (B, Q, D); `options` go to scaled_dot_product_attention.
 
-    PyTorch picks the kernel by device, type and mask. lengths_vary: for texts, whose batches have many shapes. On CUDA
-    they then get the memory-efficient kernel: cuDNN, which PyTorch prefers on Hopper, builds a plan for every shape.
+    PyTorch picks the kernel by device, type and mask. On CUDA, without a mask, it is FlashAttention or on newer GPUs
+    cuDNN's in half precision, the memory-efficient kernel in float32. lengths_vary: for texts, whose batches have many
+    shapes. On CUDA they get the memory-efficient kernel, because cuDNN would build a plan for every shape, and
+    FlashAttention takes no mask.
     """
     query, key, value = (split_heads(x, heads) for x in (query_BQD, key_BLD, value_BLD))
     context: Tensor

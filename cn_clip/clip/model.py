@@ -12,6 +12,8 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -64,8 +66,8 @@ class CLIP(nn.Module):
     """Picture tower `visual`, text tower `bert`, one space of `embed_dim` dimensions.
 
     Takes the fields of the configuration files by name (`CLIP(**model_info)`) or in the order of Chinese-CLIP.
-    tokenizer: its `vocab["[PAD]"]` is the id of padding. `use_flash_attention` changes nothing: PyTorch's
-    scaled_dot_product_attention uses FlashAttention where it can.
+    tokenizer: its `vocab["[PAD]"]` is the id of padding. `use_flash_attention` changes nothing: `layers.attend` says
+    which kernel computes the attention of each tower.
     """
 
     def __init__(
@@ -143,6 +145,10 @@ class CLIP(nn.Module):
         vocab = None if tokenizer is _tokenizer else getattr(tokenizer, "vocab", None)
         self._pad_id = PAD_ID if vocab is None else vocab["[PAD]"]
 
+    def has_padding(self, token_ids: "npt.NDArray[np.int64]") -> bool:
+        """Whether a row of token ids has padding."""
+        return bool((token_ids == self._pad_id).any())
+
     @classmethod
     def from_config(cls, config: ModelConfig) -> "CLIP":
         """A model with random weights."""
@@ -181,13 +187,16 @@ class CLIP(nn.Module):
         features: Tensor = self.visual(image, mask_ratio) if takes_ratio else self.visual(image)
         return features
 
-    def encode_text(self, text: Tensor) -> Tensor:
-        """Text features (T, E) in the type of the weights, not normalised. text: int64 (T, L), 0 is padding."""
-        mask = text.ne(self._pad_id)
+    def encode_text(self, text: Tensor, *, padded: bool = True) -> Tensor:
+        """Text features (T, E) in the type of the weights, not normalised. text: int64 (T, L), 0 is padding.
+
+        padded: False when it is known, without asking a GPU, that no row has padding; a GPU then needs no mask.
+        """
         # A program may have replaced the tower by a module of its own.
-        shortcut = isinstance(self.bert, BertModel) and self.bert.class_token_suffices()
-        options = {"first_only": True} if shortcut else {}
-        hidden: Tensor = self.bert(text, attention_mask=mask.to(self.dtype), **options)[0]
+        ours = isinstance(self.bert, BertModel)
+        options = {"first_only": True} if ours and self.bert.class_token_suffices() else {}
+        mask = text.ne(self._pad_id).to(self.dtype) if padded or not ours else None
+        hidden: Tensor = self.bert(text, attention_mask=mask, **options)[0]
         features: Tensor = hidden[:, 0].to(self.dtype) @ self.text_projection
         return features
 

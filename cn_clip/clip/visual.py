@@ -147,7 +147,7 @@ _BLOCK_ATTENTION, _QUICK_GELU_FORWARD = ResidualAttentionBlock.attention, QuickG
 class VisualTransformer(nn.Module):
     """Pixels to embeddings: patches, class token, transformer, projection of the class token.
 
-    `use_flash_attention` changes nothing: PyTorch's attention uses FlashAttention where it can.
+    `use_flash_attention` changes nothing: PyTorch picks the kernel of attention, as `layers.attend` says.
     """
 
     proj: nn.Parameter | None

@@ -96,7 +96,7 @@ class Options:
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time"""
     use_flash_attention: bool = False
-    """Accepted; FlashAttention is used wherever PyTorch offers it"""
+    """Accepted, changes nothing: on CUDA pictures have FlashAttention in half precision, texts a kernel with a mask"""
     accum_freq: Annotated[int, Range(least=1)] = 1
     """Batches joined into one update, with the gradient of one large batch"""
     gather_with_grad: bool = False
@@ -346,7 +346,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("use_flash_attention",),
         lambda options: options.use_flash_attention,
-        "--use-flash-attention changes nothing: FlashAttention is used wherever PyTorch offers it.",
+        "--use-flash-attention changes nothing: PyTorch's kernels are used, on CUDA in half precision FlashAttention "
+        "or cuDNN's for pictures, and the memory-efficient one for texts: they need a mask for padding.",
         False,
     ),
     Rule(

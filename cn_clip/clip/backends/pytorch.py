@@ -81,7 +81,8 @@ class TorchBackend:
     @torch.inference_mode()
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
         """Token ids, int64 (B, L), padded with 0, to unit rows (B, D), float32."""
-        return _unit_rows(self._encode_text(self._moved(token_ids_BL)))
+        known = {} if self.model.has_padding(token_ids_BL) else {"padded": False}
+        return _unit_rows(self._encode_text(self._moved(token_ids_BL), **known))
 
     def _moved(self, inputs: "Pixels | TokenIds") -> Tensor:
         return torch.from_numpy(inputs).to(self.device, non_blocking=True)
