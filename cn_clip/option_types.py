@@ -25,6 +25,9 @@ Device: TypeAlias = Annotated[str, _help(_DEVICES)]
 BackendDevice: TypeAlias = Annotated[str, _help(f"{_DEVICES}; openvino computes on the cpu alone")]
 CudaDevice: TypeAlias = Annotated[str, _help("cuda or cuda:N")]
 NumThreads: TypeAlias = Annotated[int | None, _help("Threads that compute; default: one a core"), Range(least=1)]
+StrictFp32: TypeAlias = Annotated[
+    bool, _help("Multiply float32 in full on CUDA, not as TF32, which keeps 10 bits of fraction; slower")
+]
 NumWorkers: TypeAlias = Annotated[
     int, _help("Threads that decode pictures; 0: decode between the batches"), Range(least=0)
 ]

@@ -1,9 +1,11 @@
 """Where this process runs: device, mixed precision type, rank among its peers."""
 
+import contextlib
 import os
 import platform
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,6 +134,57 @@ def gpu_has_bf16(device: "torch.device") -> bool:
 
     with torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def computes_in_tf32(device: "torch.device", *, is_strict: bool) -> bool:
+    """Whether float32 products are TF32 after `set_float32_products`: from Ampere on, unless strict."""
+    import torch
+
+    if device.type != "cuda" or is_strict or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def set_float32_products(device: "torch.device", *, is_strict: bool) -> None:
+    """On CUDA: products of float32 matrices and convolutions are TF32, or where `is_strict` in full, in this process.
+
+    TF32 keeps 10 of 23 bits of each factor's fraction and sums in float32. For commands, as a program that uses the
+    library has PyTorch's settings for its own.
+    """
+    import torch
+
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if is_strict else "high")
+        torch.backends.cudnn.allow_tf32 = not is_strict
+
+
+class _FullFloat32:
+    """PyTorch has one setting for the process: it is put back when the last of several threads has left."""
+
+    def __init__(self) -> None:
+        self._lock, self._num_inside, self._before = threading.Lock(), 0, ""
+
+    @contextlib.contextmanager
+    def __call__(self, device: "torch.device") -> Iterator[None]:
+        import torch
+
+        with self._lock:
+            self._num_inside += 1
+            if self._num_inside == 1:
+                self._before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            with self._lock:
+                self._num_inside -= 1
+                if not self._num_inside:
+                    torch.set_float32_matmul_precision(self._before)
+
+
+# With full_float32(device): float32 products inside are not rounded to a smaller type, whatever the caller has set.
+full_float32 = _FullFloat32()
 
 
 def cpu_has_bf16() -> bool:

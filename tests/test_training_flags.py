@@ -171,6 +171,8 @@ TESTED: dict[str, str] = {
     "test_training_options.py::test_a_run_writes_under_its_name_with_all_of_its_settings",
     "num_threads": "test_training_options.py::test_a_run_writes_under_its_name_with_all_of_its_settings",
     "valid_precision": "test_training_options.py::test_validation_has_the_arithmetic_asked_for",
+    "strict_fp32": "test_training_options.py::test_strict_float32_reaches_the_setting_of_the_process, "
+    "test_precision.py::test_float32_products_are_tf32_on_cuda_unless_strict_and_left_alone_elsewhere",
     "fsdp": "test_training_state.py::test_checkpoints_of_two_processes_split_or_not_go_on_in_one, "
     "test_distributed.py::test_gather_with_grad_gives_losses_gradients_and_weights_of_one_process",
     "compile": "test_training_options.py::test_compiling_takes_each_block_of_both_towers, "

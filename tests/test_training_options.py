@@ -14,6 +14,7 @@ import torch
 from in_process_runs import BATCH, NUM_PAIRS, RATE, TOWERS, build, checkpoint, emoji_split, run
 from training_runs import losses, train
 
+from cn_clip import ranks
 from cn_clip.checkpoints import strip
 from cn_clip.clip import Encoder, load_from_name
 from cn_clip.clip.model import CLIP
@@ -258,11 +259,26 @@ def test_validation_in_float32_of_a_model_in_float16_is_refused() -> None:
 
 
 def test_the_log_says_what_is_computed_in() -> None:
-    mixed = arithmetic_words(torch.bfloat16, torch.float32, validates_in_float32=False)
-    assert mixed == "mixed bfloat16"
-    as_chinese_clip = arithmetic_words(torch.float16, torch.float32, validates_in_float32=True)
-    assert as_chinese_clip == "mixed float16, validation float32"
-    assert arithmetic_words(None, torch.float32, validates_in_float32=True) == "float32"
+    def words(mixed: torch.dtype | None, weights: torch.dtype = torch.float32, *, tf32: bool = False) -> list[str]:
+        return [arithmetic_words(mixed, weights, validates_in_float32=one, is_tf32=tf32) for one in (False, True)]
+
+    assert words(torch.bfloat16) == ["mixed bfloat16", "mixed bfloat16, validation float32"]
+    assert words(torch.float16, tf32=True)[1] == "mixed float16, validation float32 (TF32 products)"
+    assert words(None) == ["float32", "float32"]
+    assert words(None, tf32=True) == ["float32 (TF32 products)"] * 2
+    assert words(None, torch.float16)[0] == "float16"
+
+
+def test_strict_float32_reaches_the_setting_of_the_process(
+    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict: list[bool] = []
+    monkeypatch.setattr(ranks, "set_float32_products", lambda _, is_strict: strict.append(is_strict))
+    for asked in (False, True):
+        run(split, tmp_path, name=str(asked), max_steps=1, strict_fp32=asked, **NO_VALIDATION)
+    assert strict == [False, True]
+    with pytest.raises(ConfigError, match="--strict-fp32: is for float32; it needs --precision fp32"):
+        Options(train_data="x", strict_fp32=True)
 
 
 def test_compiling_takes_each_block_of_both_towers(

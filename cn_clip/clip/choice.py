@@ -9,7 +9,7 @@ from cn_clip.clip.backends.names import DEFAULT_CONTEXT_LENGTH, BackendName, che
 from cn_clip.clip.families import names
 from cn_clip.clip.picture_names import Decode
 from cn_clip.errors import ConfigError
-from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads, PictureTower, TextTower
+from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads, PictureTower, StrictFp32, TextTower
 
 DEFAULT_MODEL = "ViT-B-16"
 FORMS = (
@@ -59,7 +59,7 @@ class Choice:
 
     model: a name, file, folder or prefix, see `FORMS`. vision, text: its towers, for weights that leave them open.
     precision: "auto" is the fastest that the device has. device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-    context_length: longest text in tokens, special ones included.
+    context_length: longest text in tokens, special ones included. strict_fp32: no TF32 on CUDA.
     """
 
     model: str
@@ -72,6 +72,7 @@ class Choice:
     download_root: str | None = None
     decode: Decode = "exact"
     context_length: int = DEFAULT_CONTEXT_LENGTH
+    strict_fp32: bool = False
 
     @property
     def is_foreign(self) -> bool:
@@ -86,6 +87,7 @@ class ModelSettings:
     model: Model = None
     backend: Runner = "torch"
     precision: Arithmetic = "fp32"
+    strict_fp32: StrictFp32 = False
     device: BackendDevice = "auto"
     num_threads: NumThreads = None
     download_root: DownloadRoot = None
@@ -100,6 +102,7 @@ class ModelSettings:
             device=self.device,
             num_threads=self.num_threads,
             download_root=self.download_root,
+            strict_fp32=self.strict_fp32,
         )
 
 
@@ -132,5 +135,8 @@ def check(chosen: Choice) -> None:
         check_precision(chosen.backend, chosen.precision)
     except ConfigError as error:
         raise ConfigError(f"--{error}") from error
+    if chosen.strict_fp32 and (chosen.backend, chosen.precision) != ("torch", "fp32"):
+        other = f"--backend {chosen.backend}" if chosen.backend != "torch" else f"--precision {chosen.precision}"
+        raise ConfigError(f"--strict-fp32 and {other}: it is for float32 in PyTorch; leave one out")
     if chosen.backend == "tensorrt" and chosen.num_threads is not None:
         raise ConfigError("--num-threads: the tensorrt backend computes on the GPU; leave it out")

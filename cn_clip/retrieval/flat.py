@@ -2,8 +2,6 @@
 
 # Q queries, N gallery rows, D dimensions, K results, P (query, gallery) pairs
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.ranks import full_float32
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
@@ -63,7 +62,8 @@ def top_k(
         return best
     gallery_block = min(gallery_block, len(gallery_ND))
     step = query_block or max(1, _SCORES_IN_FLIGHT // gallery_block)
-    with _full_precision(torch.device(device)):
+    # The margins count on float32 products.
+    with full_float32(torch.device(device)), torch.no_grad():
         for offset in range(0, len(gallery_ND), gallery_block):
             block_ND = gallery_ND[offset : offset + gallery_block]
             on_device = torch.tensor(block_ND, device=device)
@@ -74,18 +74,6 @@ def top_k(
                 score_P = _exact_scores(queries_QD[rows], block_ND, query_P, row_P)
                 best.indices[rows], best.scores[rows] = _merged(part, query_P, row_P + offset, score_P)
     return best
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 products inside, also under a caller's autocast or TF32 setting: the margins count on it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False), torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _checked(rows: FloatArray, name: str) -> FloatArray:

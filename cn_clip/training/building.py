@@ -45,6 +45,7 @@ def run(options: Options) -> None:
     multiprocessing.set_forkserver_preload(["__main__", "cn_clip.training.inputs"])
     ranks.use_threads(options.num_threads)
     device = ranks.own_device(options.device)
+    ranks.set_float32_products(device, is_strict=options.strict_fp32)
     folder = Path(options.logs) / options.name
     started = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
     with contextlib.ExitStack() as stack:
@@ -108,8 +109,12 @@ def train_in_group(options: Options, device: torch.device, folder: Path, started
     if is_first:
         log_params(values, folder / f"params_{started}.txt")
     dtype = ranks.autocast_dtype(options.precision, device)
-    in_float32 = options.validates and not options.validates_as_trained(device.type)
-    arithmetic = arithmetic_words(dtype, trainer.model.dtype, validates_in_float32=in_float32)
+    arithmetic = arithmetic_words(
+        dtype,
+        trainer.model.dtype,
+        validates_in_float32=options.validates and not options.validates_as_trained(device.type),
+        is_tf32=ranks.computes_in_tf32(device, is_strict=options.strict_fp32),
+    )
     logger.info("Use device: %s for training, precision %s", device, arithmetic)
     with_events = options.report_to == "tensorboard"
     goes_on = trainer.start is not None and trainer.start.is_own

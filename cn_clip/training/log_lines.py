@@ -45,10 +45,18 @@ def validation_line(
     )
 
 
-def arithmetic_words(mixed: torch.dtype | None, weights: torch.dtype, *, validates_in_float32: bool) -> str:
-    """What a run computes in, as `mixed bfloat16, validation float32`. mixed: the type of mixed precision, or None."""
-    words = f"{'' if mixed is None else 'mixed '}{mixed or weights}".replace("torch.", "")
-    return f"{words}, validation float32" if mixed is not None and validates_in_float32 else words
+def arithmetic_words(
+    mixed: torch.dtype | None, weights: torch.dtype, *, validates_in_float32: bool, is_tf32: bool
+) -> str:
+    """What a run computes in, as `mixed bfloat16, validation float32`.
+
+    mixed: the type of mixed precision, None for none. is_tf32: whether float32 products are TF32.
+    """
+    float32 = "float32 (TF32 products)" if is_tf32 else "float32"
+    if mixed is not None:
+        words = f"mixed {mixed}".replace("torch.", "")
+        return f"{words}, validation {float32}" if validates_in_float32 else words
+    return float32 if weights is torch.float32 else str(weights).replace("torch.", "")
 
 
 class Clock:

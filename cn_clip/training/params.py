@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from cn_clip import command, ranks
-from cn_clip.option_types import Device
+from cn_clip.option_types import Device, StrictFp32
 from cn_clip.settings import Range, Rule, check, excludes, flag, is_given, needs
 from cn_clip.zoo import CONTEXT_LENGTH, VISION_MODELS, TextName, VisionName, vision_config
 
@@ -118,6 +118,7 @@ class Options:
     """CPU threads of PyTorch; default: its own choice"""
     valid_precision: Literal["auto", "training", "fp32"] = "auto"
     """Arithmetic of validation; auto: that of the training on CUDA and with --precision bf16, else fp32"""
+    strict_fp32: StrictFp32 = False
     fsdp: bool = False
     """Split weights, gradients and optimizer state over the processes (FSDP2) instead of copying them (DDP)"""
     compile: bool = False
@@ -164,6 +165,7 @@ class Options:
         "local_loss",
         "num_threads",
         "report_to",
+        "strict_fp32",
         "valid_precision",
     )
 
@@ -317,6 +319,12 @@ RULES: tuple[Rule, ...] = (
         ("valid_precision", "precision"),
         lambda options: options.valid_precision == "fp32" and options.precision == "fp16",
         "--valid-precision fp32 and --precision fp16: the weights are float16; leave one out",
+        True,
+    ),
+    Rule(
+        ("strict_fp32", "precision", "valid_precision"),
+        lambda options: options.strict_fp32 and "fp32" not in (options.precision, options.valid_precision),
+        "--strict-fp32: is for float32; it needs --precision fp32, or --valid-precision fp32",
         True,
     ),
     Rule(

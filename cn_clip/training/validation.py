@@ -96,8 +96,8 @@ def _in_batches(
     images_ND: Tensor, texts_TD: Tensor, split: Split, sampler: EpochSampler, logit_scale: Tensor
 ) -> tuple[float, float, float]:
     """Mean loss and mean accuracies over batches of pairs."""
-    pairs_P2 = torch.tensor(split.pairs, device=images_ND.device)
-    totals = torch.zeros(3, dtype=torch.float64)
+    device = images_ND.device
+    pairs_P2 = torch.tensor(split.pairs, device=device)
     # Every process has all features, so that each can score the batches of all.
     every_rank = [
         EpochSampler(
@@ -105,10 +105,17 @@ def _in_batches(
         )
         for rank in range(sampler.world_size)
     ]
-    for batch in (batch for own in every_rank for batch in own.batches()):
-        image_B, text_B = pairs_P2[torch.tensor(batch)].unbind(1)
-        scores = contrastive_scores(Pairs(images_ND[image_B], texts_TD[text_B], logit_scale.float().exp()))
-        values = [scores.loss * len(batch), scores.images_right, scores.texts_right]
-        totals += torch.stack([value.cpu().double() for value in values])
+    batches = [batch for own in every_rank for batch in own.batches()]
+    rows_P = torch.tensor([row for batch in batches for row in batch], device=device)
+    values = []
+    # TF32 would move logits, up to 100 times a cosine, by some hundredths.
+    with ranks.full_float32(device):
+        for rows_B in torch.split(rows_P, [len(batch) for batch in batches]):
+            image_B, text_B = pairs_P2[rows_B].unbind(1)
+            scores = contrastive_scores(Pairs(images_ND[image_B], texts_TD[text_B], logit_scale.float().exp()))
+            values.append(torch.stack([scores.loss * len(rows_B), scores.images_right, scores.texts_right]))
+    totals = torch.zeros(3, dtype=torch.float64)
+    for of_batch in torch.stack(values).cpu():  # once for all: each would wait for the device
+        totals += of_batch
     loss, image_to_text, text_to_image = (totals / sampler.num_padded).tolist()
     return loss, image_to_text, text_to_image

@@ -193,7 +193,7 @@ def settle_precision(backend: BackendName, precision: str, device: "str | torch.
     if chosen != "auto":
         return chosen
     if backend == "torch":
-        return settled(backend, chosen, torch_precisions(ranks.choose_device(device).type))
+        return settled(backend, chosen, torch_precisions(ranks.choose_device(device)))
     if backend == "onnx":
         return settled(backend, chosen, onnx_runtime.native_precisions(str(device or "auto")))
     return settled(backend, chosen, ("fp16", "fp32"))

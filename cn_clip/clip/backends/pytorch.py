@@ -49,7 +49,7 @@ class TorchBackend:
         num_threads: int | None = None,
     ) -> None:
         self.device = ranks.choose_device(device)
-        self.precision = settled("torch", precision, torch_precisions(self.device.type))
+        self.precision = settled("torch", precision, torch_precisions(self.device))
         check_threads(num_threads)
         ranks.use_threads(num_threads)
         model.float()
@@ -150,7 +150,7 @@ class ForeignTowers:
         num_threads: int | None = None,
     ) -> None:
         compute_alone_in_children()
-        self.precision = settled("torch", precision, torch_precisions(device.type))
+        self.precision = settled("torch", precision, torch_precisions(device))
         self._dtype = DTYPES[self.precision]
         check_threads(num_threads)
         ranks.use_threads(num_threads)
