@@ -27,8 +27,15 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     ("clip/backends/onnx_runtime.py", "--device"): {"features", "zeroshot", "evaluate", "linear-probe", "index build"}
     | {"index add", "index check", "search", "serve", "bench"},
     **{("clip/choice.py", flag): {"features", "zeroshot"} for flag in ("--model", "--resume")},
-    ("clip/choice.py", "--num-threads"): {"features", "zeroshot", "evaluate", "linear-probe", "index build"}
-    | {"index add", "index check", "search", "serve"},
+    **{
+        ("clip/choice.py", flag): {"features", "zeroshot", "evaluate", "linear-probe", "index build"}
+        | {"index add", "index check", "search", "serve"}
+        for flag in ("--num-threads", "--strict-fp32", "--backend", "--precision")
+    },
+    **{
+        ("clip/opening.py", flag): {"features", "zeroshot", "evaluate", "linear-probe"}
+        for flag in ("--strict-fp32", "--precision")
+    },
     ("clip/opening.py", "--context-length"): {"features", "zeroshot", "evaluate", "report"},
     ("clip/weights/hub.py", "--offline"): {"download"},
     ("clip/weights/writing.py", "--output"): {"checkpoint strip", "checkpoint average", "checkpoint export"},
