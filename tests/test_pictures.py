@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 
 from cn_clip.clip import Encoder
 from cn_clip.clip.backends.base import Pixels
-from cn_clip.clip.pictures import data_url_bytes, decode, decoded_batches, open_picture
+from cn_clip.clip.pictures import data_url_bytes, decode, decoded_batches, float_room, open_picture
 from cn_clip.clip.transforms import MEAN, STD, Decode, ImageTransform, normalised
 from cn_clip.data.lmdb_store import SplitWriter
 from cn_clip.data.pictures import LmdbPictures, PictureFiles, batches, load_picture
@@ -122,11 +122,11 @@ def test_batches_hold_what_was_written_for_each_number(num_threads: int) -> None
         out[:] = number
         return f"{number}"
 
-    found = list(decoded_batches(load, range(3, 10), 2, 3, num_threads))
+    found = list(decoded_batches(load, range(3, 10), float_room(2), 3, num_threads))
     assert [keys for keys, _ in found] == [["3", "4", "5"], ["6", "7", "8"], ["9"]]
     assert [pixels.shape for _, pixels in found] == [(3, 3, 2, 2), (3, 3, 2, 2), (1, 3, 2, 2)]
     assert [pixels.mean(axis=(1, 2, 3)).tolist() for _, pixels in found] == [[3, 4, 5], [6, 7, 8], [9]]
-    assert list(decoded_batches(load, range(4, 4), 2, 3, num_threads)) == []
+    assert list(decoded_batches(load, range(4, 4), float_room(2), 3, num_threads)) == []
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
@@ -136,7 +136,7 @@ def test_an_error_comes_after_the_batches_before_it(num_threads: int) -> None:
             raise DataError("number 3")
         return number
 
-    found = decoded_batches(load, range(6), 1, 2, num_threads)
+    found = decoded_batches(load, range(6), float_room(1), 2, num_threads)
     assert next(found)[0] == [0, 1]
     with pytest.raises(DataError, match="number 3"):
         next(found)

@@ -14,14 +14,29 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from cn_clip import zoo
-from cn_clip.clip.backends.base import USUAL_SIZES, Backend, Facts, Parts, Pixels, Rows, TokenIds, facts_of
+from cn_clip.clip.backends.base import (
+    USUAL_SIZES,
+    AnyPixels,
+    AsyncBackend,
+    Backend,
+    Facts,
+    InputsT,
+    Parts,
+    Pixels,
+    PixelType,
+    Rows,
+    T,
+    TokenIds,
+    facts_of,
+    rows_ahead,
+)
 from cn_clip.clip.backends.names import DEFAULT_CONTEXT_LENGTH, BackendName, check_threads
 from cn_clip.clip.backends.opening import open_backend
 from cn_clip.clip.families.names import is_foreign
 from cn_clip.clip.families.opening import open_parts
 from cn_clip.clip.pictures import Picture, decoded_batches, is_data_url, open_picture
 from cn_clip.clip.tokenizer import ChineseTexts, TextTransform, text_length
-from cn_clip.clip.transforms import Decode, ImageTransform, PictureTransform, check_decode
+from cn_clip.clip.transforms import Decode, ImageTransform, PictureTransform, check_decode, write_pixels
 from cn_clip.errors import ConfigError, DataError, NotFiniteError
 
 if TYPE_CHECKING:
@@ -143,13 +158,52 @@ class Encoder:
         """Pixels a side that the picture tower takes."""
         return self.backend.resolution
 
-    def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
-        """Unit rows (B, D) of pixels that `transform` made; raises as `Backend.encode_pixels`."""
-        return self.backend.encode_pixels(pixels_B3RR)
+    def encode_pixels(self, pixels_B3RR: AnyPixels) -> Rows:
+        """Unit rows (B, D) of pixels that `transform` made, or of a `room`; raises as `Backend.encode_pixels`."""
+        return self.backend.encode_pixels(cast("Pixels", pixels_B3RR))
 
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
         """Unit rows (B, D) of ids that `texts` made; raises as `Backend.encode_tokens`."""
         return self.backend.encode_tokens(token_ids_BL)
+
+    def room(self, count: int) -> AnyPixels:
+        """Memory for the pixels (count, 3, R, R) of pictures, for `transforms.write_pixels`.
+
+        Of the type and kind that the backend gets fastest: for PyTorch on CUDA pinned, and bytes.
+        """
+        resolution = self.transform.resolution
+        shape = (count, 3, resolution, resolution)
+        # A transform of its own kind knows normalised pixels only.
+        pixel_type: PixelType = self.facts.pixels if type(self.transform) is ImageTransform else "float32"
+        if self.facts.is_async:
+            return cast("AsyncBackend", self.backend).room(shape, pixel_type)
+        return np.empty(shape, dtype=pixel_type)
+
+    def pixel_rows(self, batches: Iterable[tuple[T, AnyPixels]]) -> Iterator[tuple[T, Rows]]:
+        """(anything, unit rows (B, D)) of (the same, pixels of a `room`), batch by batch in order; B may be 0.
+
+        On CUDA a batch is computed while the next is got and started; raises as `encode_pixels`, for the batch whose
+        rows are next.
+        """
+        start = cast("AsyncBackend", self.backend).start_pixels if self.facts.is_async else None
+        return self._rows(batches, self.encode_pixels, start)
+
+    def token_rows(self, batches: Iterable[tuple[T, TokenIds]]) -> Iterator[tuple[T, Rows]]:
+        """`pixel_rows` of token ids."""
+        start = cast("AsyncBackend", self.backend).start_tokens if self.facts.is_async else None
+        return self._rows(batches, self.encode_tokens, start)
+
+    def _rows(
+        self,
+        batches: Iterable[tuple[T, InputsT]],
+        encode: Callable[[InputsT], Rows],
+        start: Callable[[InputsT], Callable[[], Rows]] | None,
+    ) -> Iterator[tuple[T, Rows]]:
+        none = np.empty((0, self.embed_dim), dtype=np.float32)
+        if start is None:
+            return ((own, encode(inputs) if len(inputs) else none) for own, inputs in batches)
+        begin = start
+        return rows_ahead(batches, lambda inputs: begin(inputs) if len(inputs) else lambda: none)
 
     def encode_images(
         self,
@@ -169,27 +223,26 @@ class Encoder:
         batch_size = _size(batch_size, self.facts.batch_sizes[0])
         check_threads(num_threads, least=0)
 
-        def load(number: int, out: Pixels) -> None:
+        def load(number: int, out: AnyPixels) -> None:
             name = _picture_name(images[number], number)
             image = open_picture(images[number], name=name, draft_size=self.transform.draft_size)
             try:
-                self.transform.array(image, out)
+                write_pixels(self.transform, image, out)
             except DataError as error:
                 raise DataError(error, at=name) from error
 
+        rows, done = [np.empty((0, self.embed_dim), dtype=np.float32)], 0
+        batches = decoded_batches(load, range(len(images)), self.room, batch_size, num_threads)
         with _bar(len(images), "picture", progress) as advance:
-            numbers, resolution = range(len(images)), self.transform.resolution
-            batches = decoded_batches(load, numbers, resolution, batch_size, num_threads)
-            rows, done = [np.empty((0, self.embed_dim), dtype=np.float32)], 0
-            for _, pixels in batches:
-                try:
-                    rows.append(self.encode_pixels(pixels))
-                except NotFiniteError as error:
-                    wrong = [done + position for position in error.positions]
-                    raise NotFiniteError(_picture_name(images[wrong[0]], wrong[0]), wrong) from error
-                done += len(pixels)
-                advance(len(pixels))
-            return np.concatenate(rows)
+            try:
+                for _, rows_BD in self.pixel_rows(batches):
+                    rows.append(rows_BD)
+                    done += len(rows_BD)
+                    advance(len(rows_BD))
+            except NotFiniteError as error:
+                wrong = [done + position for position in error.positions]
+                raise NotFiniteError(_picture_name(images[wrong[0]], wrong[0]), wrong) from error
+        return np.concatenate(rows)
 
     def encode_texts(self, texts: Iterable[str], *, batch_size: int | None = None, progress: bool = False) -> Rows:
         """Unit rows (N, D), float32, in the order given. Texts of like length are computed together.
@@ -214,18 +267,31 @@ class Encoder:
         for number, text in enumerate(texts):
             if isinstance(text, str) and is_data_url(text):
                 raise DataError(f"texts[{number}]: is a picture as a data URL, no text; give it to encode_images")
-        for start in range(0, len(texts), SORTING_WINDOW):
-            rows = self.texts.rows(texts[start : start + SORTING_WINDOW])
-            output = np.empty((len(rows), self.embed_dim), dtype=np.float32)
-            for chosen, token_ids in sorted_batches(rows, batch_size, self.texts.pad):
-                try:
-                    output[chosen] = self.encode_tokens(token_ids)
-                except NotFiniteError as error:
-                    wrong = sorted(start + chosen[position] for position in error.positions)
-                    raise NotFiniteError(f"text {wrong[0]} ({texts[wrong[0]][:_SHOWN]!r})", wrong) from error
+        numbers: list[int] = []  # of the texts, in the order in which they are computed
+
+        def batches() -> Iterator[tuple[int, TokenIds]]:
+            for start in range(0, len(texts), SORTING_WINDOW):
+                rows = self.texts.rows(texts[start : start + SORTING_WINDOW])
+                for chosen, token_ids in sorted_batches(rows, batch_size, self.texts.pad):
+                    numbers.extend(start + position for position in chosen)
+                    yield len(numbers), token_ids
+
+        begin = 0
+        output = np.empty((min(SORTING_WINDOW, len(texts)), self.embed_dim), dtype=np.float32)
+        done = 0
+        try:
+            for end, rows_BD in self.token_rows(batches()):
+                output[np.array(numbers[done:end]) - begin] = rows_BD
+                done = end
                 if advance is not None:
-                    advance(len(chosen))
-            yield output
+                    advance(len(rows_BD))
+                if done == begin + len(output):
+                    yield output
+                    begin = done
+                    output = np.empty((min(SORTING_WINDOW, len(texts) - begin), self.embed_dim), dtype=np.float32)
+        except NotFiniteError as error:
+            wrong = sorted(numbers[done + position] for position in error.positions)
+            raise NotFiniteError(f"text {wrong[0]} ({texts[wrong[0]][:_SHOWN]!r})", wrong) from error
 
 
 def sorted_batches(

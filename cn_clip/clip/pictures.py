@@ -15,12 +15,14 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from PIL.Image import Image
 
-from cn_clip.clip.backends.base import Pixels
+from cn_clip.clip.backends.base import AnyPixels
 from cn_clip.clip.decoding import ProcessStartError, opened_elsewhere
 from cn_clip.clip.picture_files import is_bounded, look, opened_here
 from cn_clip.errors import DataError
 
 Picture: TypeAlias = str | Path | bytes | Image
+# From a number of pictures to memory for their pixels (B, 3, R, R), yet to be written.
+Room: TypeAlias = Callable[[int], AnyPixels]
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -119,25 +121,25 @@ def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) 
 
 
 def decoded_batches(
-    load: Callable[[int, Pixels], T], numbers: range, resolution: int, batch_size: int, num_threads: int
-) -> Iterator[tuple[list[T], Pixels]]:
+    load: Callable[[int, AnyPixels], T], numbers: range, room: Room, batch_size: int, num_threads: int
+) -> Iterator[tuple[list[T], AnyPixels]]:
     """(what `load` returned, pixels (B, 3, R, R)) of `numbers`, the last batch shorter, made ahead by threads.
 
     load: takes a number and the (3, R, R) to write its pixels into; called by several threads at once. PIL and NumPy
     work without Python's global lock, so threads do what processes would. num_threads 0: loads in this thread.
-    An error of `load` is raised when its batch is due.
+    room: memory for the pixels of so many pictures. An error of `load` is raised when its batch is due.
     """
     batches = (numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size))
     if num_threads == 0:
         for batch in batches:
-            pixels = _room(len(batch), resolution)
+            pixels = room(len(batch))
             yield list(map(load, batch, pixels)), pixels
         return
-    waiting: deque[tuple[list[Future[T]], Pixels]] = deque()
+    waiting: deque[tuple[list[Future[T]], AnyPixels]] = deque()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
         try:
             for batch in batches:
-                pixels = _room(len(batch), resolution)
+                pixels = room(len(batch))
                 waiting.append(([pool.submit(load, *item) for item in zip(batch, pixels, strict=True)], pixels))
                 if len(waiting) > BATCHES_AHEAD:
                     yield _finished(waiting.popleft())
@@ -147,10 +149,11 @@ def decoded_batches(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _room(count: int, resolution: int) -> Pixels:
-    return np.empty((count, 3, resolution, resolution), dtype=np.float32)
+def float_room(resolution: int) -> Room:
+    """Memory for normalised pixels."""
+    return lambda count: np.empty((count, 3, resolution, resolution), dtype=np.float32)
 
 
-def _finished(batch: tuple[list[Future[T]], Pixels]) -> tuple[list[T], Pixels]:
+def _finished(batch: tuple[list[Future[T]], AnyPixels]) -> tuple[list[T], AnyPixels]:
     futures, pixels = batch
     return [future.result() for future in futures], pixels

@@ -4,7 +4,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Protocol, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -173,6 +173,14 @@ class ImageTransform:
 
     def __repr__(self) -> str:
         return f"ImageTransform({self.resolution}, decode={self.decode!r})"
+
+
+def write_pixels(transform: PictureTransform, image: Image, out: NDArray[np.float32 | np.uint8]) -> None:
+    """Writes the pixels (3, R, R) of a picture in the type of `out`; bytes are for an `ImageTransform` only."""
+    if out.dtype == np.uint8:
+        cast("ImageTransform", transform).bytes(image, cast("NDArray[np.uint8]", out))
+    else:
+        transform.array(image, cast("NDArray[np.float32]", out))
 
 
 def normalised(pixels: "torch.Tensor") -> "torch.Tensor":

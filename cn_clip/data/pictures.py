@@ -11,10 +11,10 @@ from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
-from cn_clip.clip.backends.base import Pixels
+from cn_clip.clip.backends.base import AnyPixels
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES, is_picture_file, passed_over
-from cn_clip.clip.pictures import decode, decoded_batches, opened
-from cn_clip.clip.transforms import PictureTransform, in_8_bits, is_deep
+from cn_clip.clip.pictures import Room, decode, decoded_batches, float_room, opened
+from cn_clip.clip.transforms import PictureTransform, in_8_bits, is_deep, write_pixels
 from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.data.paths import walked
 from cn_clip.data.records import RecordId
@@ -92,9 +92,11 @@ class StoredPicture(Generic[KeyT]):
     where: Where
 
 
-def load_pixels(stored: StoredPicture[object], transform: PictureTransform, out: Pixels) -> None:
+def load_pixels(stored: StoredPicture[object], transform: PictureTransform, out: AnyPixels) -> None:
     """Puts the pixels (3, R, R) of a stored picture into `out`; raises DataError that starts with its `where`."""
-    load_picture(stored.data, stored.where, lambda image: transform.array(image, out), draft_size=transform.draft_size)
+    load_picture(
+        stored.data, stored.where, lambda image: write_pixels(transform, image, out), draft_size=transform.draft_size
+    )
 
 
 class PictureSource(Protocol[KeyT]):
@@ -108,24 +110,32 @@ class PictureSource(Protocol[KeyT]):
 
 
 def batches(
-    pictures: PictureSource[KeyT], transform: PictureTransform, batch_size: int, num_threads: int = 1, *, first: int = 0
-) -> Iterator[tuple[list[KeyT], Pixels]]:
+    pictures: PictureSource[KeyT],
+    transform: PictureTransform,
+    batch_size: int,
+    num_threads: int = 1,
+    *,
+    first: int = 0,
+    room: Room | None = None,
+) -> Iterator[tuple[list[KeyT], AnyPixels]]:
     """(keys, pixels (B, 3, R, R)) in order from number `first` on; meanwhile `num_threads` threads decode the next.
 
-    num_threads 0: decodes in this thread. Raises ConfigError for a batch size below 1 or fewer than 0 threads,
-    DataError for an empty source and naming a picture that cannot be read.
+    num_threads 0: decodes in this thread. room: see `decoded_batches`; default: for normalised pixels. Raises
+    ConfigError for a batch size below 1 or fewer than 0 threads, DataError for an empty source and naming a picture
+    that cannot be read.
     """
     if batch_size < 1 or num_threads < 0:
         raise ConfigError(f"expected a batch size of 1 or more and 0 or more workers, got {batch_size}, {num_threads}")
     if not len(pictures):
         raise DataError("the dataset is empty; nothing to load")
 
-    def load(index: int, out: Pixels) -> KeyT:
+    def load(index: int, out: AnyPixels) -> KeyT:
         stored = pictures[index]
         load_pixels(stored, transform, out)
         return stored.key
 
-    return decoded_batches(load, range(first, len(pictures)), transform.resolution, batch_size, num_threads)
+    room = room or float_room(transform.resolution)
+    return decoded_batches(load, range(first, len(pictures)), room, batch_size, num_threads)
 
 
 class PictureDataset(Generic[KeyT, PixelsT]):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cn_clip import __version__, command, settings, zoo
-from cn_clip.clip.backends.base import Rows, named
+from cn_clip.clip.backends.base import Rows, TokenIds, named
 from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.backends.opening import open_files
 from cn_clip.clip.encoder import SORTING_WINDOW, Encoder, sorted_batches
@@ -92,26 +92,39 @@ class Texts:
     def compute(self, encoder: Encoder, store: RowStore) -> Positions:
         """Encodes all texts; returns the row of each. Texts of equal tokens within a window share one."""
         positions = np.empty(len(self.texts), dtype=np.int64)
-        first = 0
-        with tqdm(total=len(self.texts), unit="text") as bar:
-            for start in range(0, len(self.texts), SORTING_WINDOW):
-                window = encoder.texts.rows([text for _, text in self.texts[start : start + SORTING_WINDOW]])
-                # Computed once, equal rows have equal vectors; in batches of other shapes the last digits may differ.
-                number_of = {tuple(row): number for number, row in reversed(list(enumerate(window)))}
-                distinct = sorted(number_of.values())
-                row_of: dict[int, int] = {}
-                tokens = [window[number] for number in distinct]
-                for chosen, token_ids in sorted_batches(tokens, self.batch_size, encoder.texts.pad):
-                    if first + len(chosen) > store.num_rows:
-                        names = [self.ids[start + distinct[index]] for index in chosen]
-                        with named(self.field, names.__getitem__):
-                            store.put(first, encoder.encode_tokens(token_ids))
-                    row_of |= {distinct[index]: first + row for row, index in enumerate(chosen)}
-                    first += len(chosen)
-                    bar.update(len(chosen))
-                positions[start : start + len(window)] = [row_of[number_of[tuple(row)]] for row in window]
-                bar.update(len(window) - len(distinct))
+        stored, done, names = store.num_rows, 0, list[RecordId]()  # names: of the rows that are computed
+
+        def lacking() -> Iterator[tuple[tuple[int, int], TokenIds]]:
+            first = 0
+            for groups, token_ids in self._batches(encoder):
+                for row, numbers in enumerate(groups, first):
+                    positions[numbers] = row
+                num_texts = sum(map(len, groups))
+                if first + len(groups) > stored:
+                    names.extend(self.ids[numbers[0]] for numbers in groups)
+                    yield (first, num_texts), token_ids
+                else:
+                    bar.update(num_texts)
+                first += len(groups)
+
+        with tqdm(total=len(self.texts), unit="text") as bar, named(self.field, lambda row: names[done + row]):
+            for (first, num_texts), rows_BD in encoder.token_rows(lacking()):
+                store.put(first, rows_BD)
+                done += len(rows_BD)
+                bar.update(num_texts)
         return positions
+
+    def _batches(self, encoder: Encoder) -> Iterator[tuple[list[list[int]], TokenIds]]:
+        """(for each row the numbers of the texts that share it, its token ids), texts of like length together."""
+        for start in range(0, len(self.texts), SORTING_WINDOW):
+            window = encoder.texts.rows([text for _, text in self.texts[start : start + SORTING_WINDOW]])
+            # Computed once, equal rows have equal vectors; in batches of other shapes the last digits may differ.
+            numbers_of: dict[tuple[int, ...], list[int]] = {}
+            for number, row in enumerate(window, start):
+                numbers_of.setdefault(tuple(row), []).append(number)
+            groups, tokens = list(numbers_of.values()), list(map(list, numbers_of))
+            for chosen, token_ids in sorted_batches(tokens, self.batch_size, encoder.texts.pad):
+                yield [groups[index] for index in chosen], token_ids
 
 
 class Pictures:
@@ -176,11 +189,11 @@ def picture_rows(
     names: of all pictures, for errors, which call each `what` NAME. Raises DataError naming a picture that cannot be
     read, NotFiniteError for one whose row is no number.
     """
-    for keys, pixels in batches(pictures, encoder.transform, batch_size, num_workers, first=first):
-        with named(what, names[first : first + len(keys)].__getitem__):
-            rows_BD = encoder.encode_pixels(pixels)
-        first += len(keys)
-        yield rows_BD
+    decoded = batches(pictures, encoder.transform, batch_size, num_workers, first=first, room=encoder.room)
+    with named(what, lambda position: names[first + position]):
+        for _, rows_BD in encoder.pixel_rows(decoded):
+            first += len(rows_BD)
+            yield rows_BD
 
 
 def run(options: EngineSettings) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cn_clip import __version__
-from cn_clip.clip.backends.base import Pixels, named
+from cn_clip.clip.backends.base import AnyPixels, named
 from cn_clip.clip.backends.names import Kind
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import full_name, open_encoder, precision_of, weights_digest
@@ -387,7 +387,7 @@ def picture_rows(encoder: Encoder, part: Part, options: EngineSettings) -> tuple
     """
     transform = encoder.transform
 
-    def load(index: int, out: Pixels) -> Skipped | None:
+    def load(index: int, out: AnyPixels) -> Skipped | None:
         try:
             load_pixels(part[index], transform, out)
         except StorageError:  # the store failed, not the picture
@@ -401,12 +401,11 @@ def picture_rows(encoder: Encoder, part: Part, options: EngineSettings) -> tuple
 
     outcomes: list[Skipped | None] = []
     rows_ND = np.empty((len(part), encoder.embed_dim), dtype=np.float32)
-    batches = decoded_batches(load, range(len(part)), transform.resolution, options.img_batch_size, options.num_workers)
-    for outcome, pixels in batches:
-        ids = part.ids[len(outcomes) : len(outcomes) + len(outcome)]
-        with named("image_id", ids.__getitem__):
-            rows_ND[len(outcomes) : len(outcomes) + len(outcome)] = encoder.encode_pixels(pixels)
-        outcomes += outcome
+    batches = decoded_batches(load, range(len(part)), encoder.room, options.img_batch_size, options.num_workers)
+    with named("image_id", lambda position: part.ids[len(outcomes) + position]):
+        for outcome, rows_BD in encoder.pixel_rows(batches):
+            rows_ND[len(outcomes) : len(outcomes) + len(outcome)] = rows_BD
+            outcomes += outcome
     return outcomes, rows_ND
 
 

@@ -5,17 +5,17 @@
 import contextlib
 import hashlib
 import io
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from cn_clip.clip.backends.base import Pixels, named
+from cn_clip.clip.backends.base import AnyPixels, Rows, named
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.pictures import decoded_batches
-from cn_clip.clip.transforms import in_8_bits
+from cn_clip.clip.transforms import in_8_bits, write_pixels
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import DataError, reason_of
 from cn_clip.index.sources import OWN_FIELDS, Candidate, Skipped, Table, row_of
@@ -120,9 +120,9 @@ class Ingest:
         self._total, self.summary.unchanged = len(candidates), len(candidates) - len(pending)
         if not pending:
             return
-        transform, size = self.encoder().transform, self.settings.thumbnail_size
+        encoder, size = self.encoder(), self.settings.thumbnail_size
 
-        def load(number: int, out: Pixels) -> _Prepared | Skipped:
+        def load(number: int, out: AnyPixels) -> _Prepared | Skipped:
             candidate = pending[number]
             try:
                 data = candidate.read()
@@ -130,7 +130,7 @@ class Ingest:
                 if digest in self._owners:
                     return _Prepared(candidate, data, digest, True, {}, b"")
                 image = open_picture(data)
-                transform.array(image, out)
+                write_pixels(encoder.transform, image, out)
                 facts = {"width": image.width, "height": image.height}
                 return _Prepared(candidate, b"", digest, False, facts, thumbnail(image, size) if size else b"")
             except OSError as error:
@@ -138,10 +138,26 @@ class Ingest:
             except (DataError, ValueError) as error:
                 return Skipped(candidate.id, str(error))
 
-        for prepared, pixels in decoded_batches(
-            load, range(len(pending)), transform.resolution, self.settings.batch_size, self.settings.num_workers
-        ):
-            self._take(prepared, pixels)
+        decoded = decoded_batches(
+            load, range(len(pending)), encoder.room, self.settings.batch_size, self.settings.num_workers
+        )
+        ids, done = list[ItemId](), 0  # of the pictures that are computed
+
+        def to_compute() -> Iterator[tuple[list[_Prepared | Skipped], AnyPixels]]:
+            for batch, pixels in decoded:
+                count = 0
+                for number, one in enumerate(batch):
+                    if _is_fresh(one):
+                        ids.append(one.candidate.id)
+                        if count < number:
+                            pixels[count] = pixels[number]
+                        count += 1
+                yield batch, pixels[:count]
+
+        with named("id", lambda position: ids[done + position]):
+            for batch, rows in encoder.pixel_rows(to_compute()):
+                done += len(rows)
+                self._take(batch, rows)
 
     def keep(self, items: Iterable[NewItem]) -> None:
         """Adds items as they are with the next commit, unless a picture of the same id comes before it."""
@@ -165,12 +181,9 @@ class Ingest:
         self.summary.removed = gone
         self.summary.duplicates = [pair for pair in self.summary.duplicates if pair[1] in self.writer]
 
-    def _take(self, batch: Sequence[_Prepared | Skipped], pixels: Pixels) -> None:
-        fresh = [n for n, one in enumerate(batch) if isinstance(one, _Prepared) and not one.known]
-        ids = [one.candidate.id for one in batch if isinstance(one, _Prepared) and not one.known]
-        with named("id", ids.__getitem__):
-            rows = self.encoder().encode_pixels(np.ascontiguousarray(pixels[fresh])) if fresh else pixels[:0]
-        vectors = dict(zip(fresh, rows, strict=True))
+    def _take(self, batch: Sequence[_Prepared | Skipped], rows: Rows) -> None:
+        """rows: of the fresh ones."""
+        vectors = dict(zip([number for number, one in enumerate(batch) if _is_fresh(one)], rows, strict=True))
         lending = {self._owners[one.digest] for one in batch if self._is_owned(one)}
         self._lenders = {one: self._buffer[one] for one in lending if one in self._buffer}
         self._lenders |= self.writer.stored(lending - self._lenders.keys())
@@ -222,6 +235,10 @@ class Ingest:
         self.writer.commit(list(self._buffer.values()))
         self._buffer.clear()
         self.report(self.summary.num_done, self._total)
+
+
+def _is_fresh(one: _Prepared | Skipped) -> TypeGuard[_Prepared]:
+    return isinstance(one, _Prepared) and not one.known
 
 
 def thumbnail(image: Image.Image, size: int) -> bytes:

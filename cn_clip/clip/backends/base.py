@@ -3,9 +3,9 @@
 # B batch, R resolution, L tokens, D embedding
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,13 @@ if TYPE_CHECKING:
     from cn_clip.clip.tokenizer import TextTransform
     from cn_clip.clip.transforms import PictureTransform
 
+T = TypeVar("T")
+InputsT = TypeVar("InputsT", bound="AnyPixels | TokenIds")
 Rows: TypeAlias = NDArray[np.float32]
+# Normalised, as every backend takes them; and what a room holds, float32 or, for a backend that takes them, bytes.
 Pixels: TypeAlias = NDArray[np.float32]
+AnyPixels: TypeAlias = NDArray[np.float32 | np.uint8]
+PixelType: TypeAlias = Literal["float32", "uint8"]
 TokenIds: TypeAlias = NDArray[np.int64]
 # Pictures, and texts, in a batch by default: enough to keep every core busy, few enough to stay in its cache.
 USUAL_SIZES = (32, 64)
@@ -50,6 +55,25 @@ class Backend(Protocol):
         ...
 
 
+class AsyncBackend(Backend, Protocol):
+    """A backend whose device computes a batch while the program goes on: `rows_ahead` keeps it busy."""
+
+    def room(self, shape: tuple[int, ...], pixel_type: PixelType) -> AnyPixels:
+        """Memory that is copied to the device without waiting; free for others once nothing refers to it."""
+        ...
+
+    def start_pixels(self, pixels_B3RR: AnyPixels) -> Callable[[], Rows]:
+        """`encode_pixels` in two: begins at once, and gives what waits for the rows, and raises.
+
+        The pixels, from `room`, stay as they are until the rows are there.
+        """
+        ...
+
+    def start_tokens(self, token_ids_BL: TokenIds) -> Callable[[], Rows]:
+        """The same for `encode_tokens`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Parts:
     """All that an `Encoder` needs: towers, and how their inputs are made."""
@@ -68,7 +92,8 @@ class Facts:
     context_length: the longest it was trained with. logit_scale: the factor on cosines, exp of the stored parameter.
     num_parameters: all, and those of the picture tower. architecture: "VISION@TEXT", of exported files.
     weights: a fingerprint, alike for every backend and precision.
-    epoch, step: of the checkpoint.
+    epoch, step: of the checkpoint. pixels: "uint8" for a backend that also takes them before they are normalised, and
+    gets them sooner so. is_async: it is an `AsyncBackend`.
     """
 
     precision: Precision | None = None
@@ -83,12 +108,40 @@ class Facts:
     weights: str | None = None
     epoch: int = 0
     step: int = 0
+    pixels: PixelType = "float32"
+    is_async: bool = False
 
 
 def facts_of(backend: Backend) -> Facts:
     """`backend.facts`; those of any other object with the methods of a backend say nothing."""
     facts: Facts = getattr(backend, "facts", Facts())
     return facts
+
+
+def rows_ahead(
+    batches: Iterable[tuple[T, InputsT]], start: Callable[[InputsT], Callable[[], Rows]]
+) -> Iterator[tuple[T, Rows]]:
+    """(the same, rows) of (anything, inputs), in order; the rows of a batch are waited for once the next has started.
+
+    An error of `batches` or of `start` is raised after the rows of the batches before it.
+    """
+    coming = iter(batches)
+    waiting: tuple[T, Callable[[], Rows]] | None = None
+    while True:
+        started: tuple[T, Callable[[], Rows]] | None = None
+        failure: Exception | None = None
+        try:
+            if (batch := next(coming, None)) is not None:
+                started = batch[0], start(batch[1])
+        except Exception as error:
+            failure = error
+        if waiting is not None:
+            yield waiting[0], waiting[1]()
+        if failure is not None:
+            raise failure
+        if started is None:
+            return
+        waiting = started
 
 
 def unit_rows(features_BD: NDArray[np.floating]) -> Rows:

@@ -15,8 +15,9 @@ from cn_clip import ranks
 from cn_clip.clip.backends.base import (
     USUAL_SIZES,
     USUAL_SIZES_ON_GPU,
+    AnyPixels,
     Facts,
-    Pixels,
+    PixelType,
     Rows,
     TokenIds,
     checked_rows,
@@ -25,6 +26,7 @@ from cn_clip.clip.backends.base import (
 from cn_clip.clip.backends.names import check_threads, settled, torch_precisions
 from cn_clip.clip.loading import open_model
 from cn_clip.clip.model import CLIP, convert_weights
+from cn_clip.clip.transforms import normalised
 from cn_clip.clip.weights.file_formats import owned
 from cn_clip.processes import compute_alone_in_children
 
@@ -67,25 +69,82 @@ class TorchBackend:
             context_length=model.context_length,
             logit_scale=float(model.logit_scale.detach().exp()),
             num_parameters=(total, visual),
+            pixels="uint8" if self.device.type == "cuda" else "float32",
+            is_async=self.device.type == "cuda",
         )
+        self._lane = _Lane(self.device)
+        self.room = self._lane.room
         self._encode_image, self._encode_text = model.encode_image, model.encode_text
         if compile:
             self._encode_image = torch.compile(model.encode_image, dynamic=True)
             self._encode_text = torch.compile(model.encode_text, dynamic=True)
 
-    @torch.inference_mode()
-    def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
-        """Normalised pixels, float32 (B, 3, R, R), to unit rows (B, D), float32."""
-        return _unit_rows(self._encode_image(self._moved(pixels_B3RR)))
+    def encode_pixels(self, pixels_B3RR: AnyPixels) -> Rows:
+        """Normalised pixels, float32 (B, 3, R, R), or uint8 ones, to unit rows (B, D), float32."""
+        return self.start_pixels(pixels_B3RR)()
 
-    @torch.inference_mode()
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
         """Token ids, int64 (B, L), padded with 0, to unit rows (B, D), float32."""
-        known = {} if self.model.has_padding(token_ids_BL) else {"padded": False}
-        return _unit_rows(self._encode_text(self._moved(token_ids_BL), **known))
+        return self.start_tokens(token_ids_BL)()
 
-    def _moved(self, inputs: "Pixels | TokenIds") -> Tensor:
-        return torch.from_numpy(inputs).to(self.device, non_blocking=True)
+    def start_pixels(self, pixels_B3RR: AnyPixels) -> Callable[[], Rows]:
+        """See `AsyncBackend`; of another device than CUDA, the rows are there at once."""
+        # What is compiled sees one type of pixels.
+        rows_of = self._lane.started(lambda pixels: _unit(self._encode_image(normalised(pixels))), pixels_B3RR)
+        return lambda: checked_rows(rows_of())
+
+    def start_tokens(self, token_ids_BL: TokenIds) -> Callable[[], Rows]:
+        """See `AsyncBackend`."""
+        known = {} if self.model.has_padding(token_ids_BL) else {"padded": False}
+        rows_of = self._lane.started(
+            lambda token_ids: _unit(self._encode_text(token_ids, **known)), token_ids_BL, is_small=True
+        )
+        return lambda: checked_rows(rows_of())
+
+
+class _Lane:
+    """The way to a device and back. On CUDA nothing is waited for but the rows, when they are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Beside the computing: a batch is copied during the one before.
+        is_cuda = device.type == "cuda"
+        self._copying = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+
+    def room(self, shape: tuple[int, ...], pixel_type: PixelType) -> AnyPixels:
+        """See `AsyncBackend`; pinned memory is PyTorch's own, which gives it out again once its copies are done."""
+        dtype = torch.uint8 if pixel_type == "uint8" else torch.float32
+        pixels: AnyPixels = torch.empty(shape, dtype=dtype, pin_memory=self._copying is not None).numpy()
+        return pixels
+
+    @torch.inference_mode()
+    def started(
+        self, compute: Callable[[Tensor], Tensor], inputs: "AnyPixels | TokenIds", *, is_small: bool = False
+    ) -> Callable[[], Rows]:
+        """What waits for the float32 rows of `compute`. is_small: the inputs may be copied into pinned memory first."""
+        host = torch.from_numpy(inputs)
+        if self._copying is None:
+            rows: Rows = compute(host.to(self._device, non_blocking=True)).cpu().numpy()
+            return lambda: rows
+        if is_small:
+            host = host.pin_memory()
+        computing = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._copying):
+            moved = host.to(self._device, non_blocking=True)
+        computing.wait_stream(self._copying)
+        moved.record_stream(computing)
+        # The inputs are kept too: their memory is not for others before they are copied.
+        kept = (compute(moved).to("cpu", non_blocking=True), host)
+        # Blocking: the threads that decode have the core meanwhile.
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done.record(computing)
+
+        def wait() -> Rows:
+            done.synchronize()
+            fetched: Rows = kept[0].numpy().copy()  # pinned memory is for what comes next
+            return fetched
+
+        return wait
 
 
 def open_torch(
@@ -168,28 +227,38 @@ class ForeignTowers:
             batch_sizes=USUAL_SIZES_ON_GPU if device.type == "cuda" else USUAL_SIZES,
             logit_scale=logit_scale,
             num_parameters=(sum(sizes.values()), visual),
+            is_async=device.type == "cuda",
         )
+        self._lane = _Lane(device)
+        self.room = self._lane.room
         self._encode_image, self._encode_text = encode_image, encode_text
         # Each family keeps the width of its rows under another name.
         self.embed_dim = self.encode_pixels(torch.zeros(1, 3, resolution, resolution).numpy()).shape[1]
 
-    @torch.inference_mode()
-    def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
+    def encode_pixels(self, pixels_B3RR: AnyPixels) -> Rows:
         """Normalised pixels, float32 (B, 3, R, R), to unit rows (B, D), float32."""
-        return unit_rows(
-            self._encode_image(torch.from_numpy(pixels_B3RR).to(self.device, self._dtype)).float().cpu().numpy()
-        )
+        return self.start_pixels(pixels_B3RR)()
 
-    @torch.inference_mode()
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
         """Token ids, int64 (B, L), to unit rows (B, D), float32."""
-        features_BD = self._encode_text(torch.from_numpy(token_ids_BL).to(self.device))
-        return unit_rows(features_BD.float().cpu().numpy())
+        return self.start_tokens(token_ids_BL)()
+
+    def start_pixels(self, pixels_B3RR: AnyPixels) -> Callable[[], Rows]:
+        """See `AsyncBackend`."""
+        features_of = self._lane.started(lambda pixels: self._encode_image(pixels.to(self._dtype)).float(), pixels_B3RR)
+        return lambda: unit_rows(features_of())
+
+    def start_tokens(self, token_ids_BL: TokenIds) -> Callable[[], Rows]:
+        """See `AsyncBackend`."""
+        features_of = self._lane.started(
+            lambda token_ids: self._encode_text(token_ids).float(), token_ids_BL, is_small=True
+        )
+        return lambda: unit_rows(features_of())
 
 
-def _unit_rows(features_BD: Tensor) -> Rows:
+def _unit(features_BD: Tensor) -> Tensor:
     features_BD = features_BD.float()
     lengths_B1 = features_BD.norm(dim=-1, keepdim=True)
     # A length that overflows would make a row of zeros, which looks like an answer.
-    rows: Rows = (features_BD / lengths_B1).masked_fill(lengths_B1.isinf(), float("nan")).cpu().numpy()
-    return checked_rows(rows)
+    rows_BD: Tensor = (features_BD / lengths_B1).masked_fill(lengths_B1.isinf(), float("nan"))
+    return rows_BD
