@@ -54,9 +54,9 @@ def begin(job: Job, environment: dict[str, str]) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(job.folder)
-        os.environ.update(environment)
+        os.environ.update({**environment, "PRETEND_REPORT": job.report})
+        pretend_meter.report_at_exit()
         status = outcome(job.words)
-        pretend_meter.METER.report(job.report)
         sys.stdout.flush()
         sys.stderr.flush()
     finally:

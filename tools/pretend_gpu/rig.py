@@ -182,7 +182,7 @@ class Rig:
 
     def _kept(self, name: str, status: int, seconds: float, log: Path, report: Path) -> Result:
         lines = report.read_text(encoding="utf-8").splitlines() if report.exists() else []
-        records = sorted((json.loads(line) for line in lines), key=lambda record: not record["steps"])
+        records = sorted((json.loads(line) for line in lines), key=lambda record: (not record["steps"], record["rank"]))
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         result = Result(name, status, seconds, text, records)
         self.results.append(result)

@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 # The steps that are looked at: the first ones fill caches. Numbered from 1.
 FIRST, LAST = 3, 6
@@ -31,6 +31,7 @@ class Meter:
         self.steps: list[dict[str, int]] = []
         self.places: Counter[str] = Counter()
         self.num_pictures = 0
+        self.reports = True
         self._first: Counts | None = None
         self._begin: Counts | None = None
         self._pictures_of_step = 0
@@ -123,9 +124,22 @@ METER = Meter()
 
 
 def report_at_exit() -> None:
-    """For a process that is told by PRETEND_REPORT where to write."""
-    if path := os.environ.get("PRETEND_REPORT"):
-        atexit.register(METER.report, path)
+    """Has a process that is told by PRETEND_REPORT where to write do so once, however it leaves."""
+    path, process, leave = os.environ.get("PRETEND_REPORT"), os.getpid(), os._exit
+    if not path:
+        return
+
+    def report() -> None:
+        if os.getpid() == process and METER.reports:
+            METER.reports = False
+            METER.report(path)
+
+    def leave_at_once(status: int) -> NoReturn:
+        report()
+        leave(status)
+
+    atexit.register(report)
+    os._exit = leave_at_once
 
 
 def watch_training(trainer: Any) -> None:

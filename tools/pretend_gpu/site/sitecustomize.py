@@ -64,7 +64,8 @@ def better_recall(recall: Any) -> None:
             draw = np.random.default_rng(1)
             images_ND = draw.standard_normal(images_ND.shape).astype(np.float32)
             texts_TD = draw.standard_normal(texts_TD.shape).astype(np.float32)
-            texts_TD[pairs_P2[:, 1]] += 0.1 * len(calls) * images_ND[pairs_P2[:, 0]]
+            image_P, text_P = np.array(pairs_P2).T
+            texts_TD[text_P] += 0.1 * len(calls) * images_ND[image_P]
         return real(images_ND, texts_TD, pairs_P2, *args, **settings)
 
     recall.recall_from_features = recall_from_features
@@ -77,10 +78,10 @@ def some_found(_: ModuleType) -> None:
     real: Callable[..., Any] = torch.Tensor.nonzero
 
     def nonzero(self: Any, *args: Any, **settings: Any) -> Any:
-        found = real(self, *args, **settings)  # it waits, as it would there
-        if self.is_cuda:
-            found = real((torch.arange(self.shape[-1]) < 32).expand(self.shape)).to(self.device)
-        return found
+        if not self.is_cuda:
+            return real(self, *args, **settings)
+        self.flatten()[:1].cpu()  # waits, as it would there
+        return real((torch.arange(self.shape[-1]) < 32).expand(self.shape)).to(self.device)
 
     torch.Tensor.nonzero = nonzero  # type: ignore[method-assign, assignment]
 
