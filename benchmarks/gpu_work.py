@@ -108,8 +108,7 @@ def _elapsed(work: Callable[[], object]) -> float:
 def arithmetic(name: str) -> Iterator[None]:
     """Float32 products in TF32 with "tf32", in full otherwise."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    ranks.set_float32_products(torch.device("cuda", 0), is_strict=name != "tf32")  # for all GPUs; the CPU has no TF32
     try:
         yield
     finally:

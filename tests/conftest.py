@@ -40,17 +40,22 @@ def translations_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         yield
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests on a GPU multiply float32 in full; commands that ran in this process before them have asked for TF32."""
+    if item.get_closest_marker("gpu") and torch.cuda.is_available():
+        ranks.set_float32_products(ranks.choose_device("cuda"), is_strict=True)
+
+
+# PyTorch says so of the first product of a process.
+NO_CONTEXT = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CONTEXT])])
+def device(request: pytest.FixtureRequest) -> torch.device:
     """The same test on the CPU, in `make test`, and on a GPU, in `make test-gpu`, there without TF32."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("PyTorch finds no GPU here")
-    matrices, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    yield ranks.choose_device(request.param)
-    torch.set_float32_matmul_precision(matrices)
-    torch.backends.cudnn.allow_tf32 = convolutions
+    return ranks.choose_device(request.param)
 
 
 DRAWING = Figure.savefig

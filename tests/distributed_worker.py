@@ -111,7 +111,7 @@ def main() -> None:
     output = Path(sys.argv[1])
     torch.set_num_threads(1)
     device = ranks.own_device(sys.argv[2])
-    torch.backends.cudnn.allow_tf32 = False
+    ranks.set_float32_products(device, is_strict=True)
     with process_group(device):
         for mode in sys.argv[3:]:
             result = update(mode, device=device)
