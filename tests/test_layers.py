@@ -18,7 +18,10 @@ from cn_clip.clip import layers
 from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.bert import BertModel
 from cn_clip.clip.layers import LayerNorm, QuickGELU
-from cn_clip.clip.visual import VisualTransformer
+from cn_clip.clip.model import CLIP
+from cn_clip.clip.visual import ModifiedResNet, VisualTransformer
+from cn_clip.training.distributed import whole
+from cn_clip.training.scheduler import build_optimizer, decay_groups, load_optimizer_state, optimizer_state
 
 # One rounding of the result, and one of an operand before it.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -216,6 +219,48 @@ def test_the_backend_asks_for_a_mask_only_for_rows_with_padding(monkeypatch: pyt
     for rows in (TOKENS, TOKENS[:1], TOKENS[1:2, :3]):
         backend.encode_tokens(rows.numpy())
     assert masks == [True, False, False]
+
+
+# --- layout of a ResNet's weights -------------------------------------------------------------------------------------
+
+
+def stepped(model: CLIP, saved: dict[str, Any] | None = None) -> tuple[CLIP, torch.optim.AdamW, dict[str, Any]]:
+    """The model one step of training further, with moments from `saved`, its optimizer, and the moments of a file."""
+    optimizer = build_optimizer(model.train(), lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    if saved is not None:
+        load_optimizer_state(optimizer, decay_groups(model), copy.deepcopy(saved))
+    model.encode_image(tiny_pixels(model)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer, optimizer_state(optimizer, decay_groups(model))
+
+
+def test_a_resnet_in_channels_last_trains_and_goes_on_as_one_that_is_not() -> None:
+    plain, other = tiny_model("resnet"), tiny_model("resnet")
+    assert isinstance(other.visual, ModifiedResNet)
+    other.visual.use_channels_last()
+    plain, _, plain_state = stepped(plain)
+    other, optimizer, state = stepped(other)
+    weight = other.visual.layer1[0].conv2.weight
+    moment = optimizer.state[weight]["exp_avg"]
+    assert not weight.is_contiguous()
+    assert weight.stride() == moment.stride() == weight.grad.stride()
+    tensors = {name: whole(value) for name, value in other.state_dict().items()}
+    tensors |= {f"{number} {name}": one for number, of in state["state"].items() for name, one in of.items()}
+    assert all(one.is_contiguous() for one in tensors.values())
+    for number, entry in plain_state["state"].items():
+        torch.testing.assert_close(state["state"][number], entry, rtol=1e-4, atol=1e-6)
+    fresh = []
+    for channels_last in (False, True):
+        model = tiny_model("resnet", seed=1)
+        if channels_last:
+            model.visual.use_channels_last()
+        model.load_state_dict(other.state_dict())
+        model, optimizer, _ = stepped(model, state)
+        fresh.append(model.state_dict())
+        for parameter, entry in optimizer.state.items():
+            assert entry["exp_avg"].stride() == parameter.stride()
+    for name, value in fresh[0].items():
+        torch.testing.assert_close(fresh[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 # --- gradient checkpointing -------------------------------------------------------------------------------------------

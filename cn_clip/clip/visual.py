@@ -321,6 +321,13 @@ class ModifiedResNet(nn.Module):
             if isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
+    def use_channels_last(self) -> None:
+        """Lays the weights of the convolutions out as `forward` does the pictures, or cuDNN copies them in every pass.
+
+        Values, shapes and names stay. Not for FSDP, which takes only contiguous weights.
+        """
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Does nothing: recomputing would update the running statistics of batch normalisation twice a step."""
 

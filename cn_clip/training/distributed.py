@@ -193,6 +193,8 @@ class Parallel:
         self.module: nn.Module = model
         self.loose: list[nn.Parameter] = []
         if not fsdp:
+            if device.type == "cuda" and isinstance(model.visual, ModifiedResNet):
+                model.visual.use_channels_last()
             if ranks.world_size() > 1:
                 devices = [device] if device.type == "cuda" else None
                 # Gradients lie in the buckets that are exchanged, instead of beside them: less memory, fewer copies.
@@ -289,15 +291,16 @@ def compile_blocks(model: CLIP) -> None:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor split over processes put together in the memory of rank 0, empty elsewhere; others pass."""
+    """A tensor split over processes put together in the memory of rank 0, empty elsewhere; others pass, contiguous."""
     if not isinstance(value, DTensor):
-        return value
+        return value.contiguous()
     full: Tensor = value.full_tensor()
     return full.cpu() if ranks.rank() == 0 else full.new_empty(0)
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
-    """The whole tensor `value` split as `target` is; it must be the same on every process."""
+    """The whole tensor `value` split as `target` is, or laid out in memory as it; the same on every process."""
     if not isinstance(target, DTensor):
-        return value
+        # The fused AdamW takes moments only in the layout of their weight.
+        return value if value.stride() == target.stride() else torch.empty_like(target, dtype=value.dtype).copy_(value)
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)

@@ -27,6 +27,7 @@ from cn_clip.clip.backends.names import check_threads, settled, torch_precisions
 from cn_clip.clip.loading import open_model
 from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.clip.transforms import normalised
+from cn_clip.clip.visual import ModifiedResNet
 from cn_clip.clip.weights.file_formats import owned
 from cn_clip.processes import compute_alone_in_children
 
@@ -58,6 +59,8 @@ class TorchBackend:
         if self.precision != "fp32":
             convert_weights(model, DTYPES[self.precision])
         self.model = model.to(self.device).eval()
+        if self.device.type == "cuda" and isinstance(model.visual, ModifiedResNet):
+            model.visual.use_channels_last()
         self.resolution = model.resolution
         self.embed_dim = model.config.vision.embed_dim
         total, visual = (sum(one.numel() for one in part.parameters()) for part in (model, model.visual))
