@@ -1,4 +1,4 @@
-"""Facts of processes: their memory, and what children of a fork lack."""
+"""Facts of processes: their memory and cores, and what children of a fork lack."""
 
 import ctypes
 import functools
@@ -28,6 +28,12 @@ def peak_bytes() -> int:
     except ImportError:
         return _windows_peak_bytes()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which are fewer than the machine's where it was given only some."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 class _MemoryCounters(ctypes.Structure):

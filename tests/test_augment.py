@@ -243,6 +243,21 @@ def test_each_epoch_varies_a_picture_anew(split: Path) -> None:
     assert not any(same)
 
 
+@given(st.integers(64, 3000), st.integers(64, 3000), st.sampled_from([32, 64, 224, 336]), st.integers(0, 99))
+def test_a_crop_of_a_fast_decoded_picture_has_the_pixels_that_are_asked_for(
+    width: int, height: int, resolution: int, seed: int
+) -> None:
+    """A JPEG is decoded at 1/2, 1/4 or 1/8, the smallest that leaves `draft_size`; a crop keeps 0.9 of each side."""
+    draft_size = Augmentation(resolution, "fast").draft_size
+    assert draft_size == math.ceil(resolution / 0.9)
+    scale = max((s for s in (1, 2, 4, 8) if min(width, height) // draft_size >= s), default=1)
+    width, height = math.ceil(width / scale), math.ceil(height / scale)
+    left, upper, right, lower = crop_box(width, height, random.Random(seed))
+    if min(width, height) >= draft_size:
+        assert min(right - left, lower - upper) >= resolution
+    assert Augmentation(resolution).draft_size is Augmentation(resolution, "reference").draft_size is None
+
+
 def test_the_augmentation_is_picklable() -> None:
     image = grey([[0, 50, 100], [150, 200, 250]])
     copy = pickle.loads(pickle.dumps(Augmentation(4)))

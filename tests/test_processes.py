@@ -1,6 +1,7 @@
 """Processes of one run: children of a fork, workers without shared memory, stuck workers, other start methods."""
 
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from in_process_runs import BATCH, NUM_PAIRS, checkpoint, emoji_split, options, 
 from cn_clip.data import datasets
 from cn_clip.data.datasets import PairDataset, make_loader
 from cn_clip.training import main as training
+from cn_clip.training.inputs import EpochSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120  # only for a child that hangs
@@ -144,6 +147,58 @@ def test_batches_go_through_pipes_when_shared_memory_has_no_room_for_all_workers
 
 
 with_tensors = datasets._with_tensors
+
+
+@pytest.mark.parametrize("num_workers", [None, 2])
+def test_a_worker_stacks_its_batch_in_shared_memory(num_workers: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = num_workers and SimpleNamespace(num_workers=num_workers)
+    monkeypatch.setattr(datasets, "get_worker_info", lambda: worker)
+    pixels = [torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4) + number for number in range(3)]
+    tokens = [torch.tensor([101, number, 0]) for number in range(3)]
+    scores = [torch.tensor(number / 4) for number in range(3)]
+    batch = datasets.collate(list(zip(pixels, tokens, scores, "abc", strict=True)))
+    assert [part.is_shared() for part in batch[:3]] == [worker is not None] * 3  # else it would be copied there
+    assert all(
+        torch.equal(part, torch.stack(items)) for part, items in zip(batch, (pixels, tokens, scores), strict=False)
+    )
+    assert batch[3] == ["a", "b", "c"]
+
+
+class Readers:
+    """Items that say which process read them, and their number."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return os.getpid(), index
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_workers_live_on_from_epoch_to_epoch_and_read_what_the_sampler_then_names(num_workers: int) -> None:
+    sampler = EpochSampler(10, 2, seed=1)
+    loaders = [make_loader(Readers(), 2, num_workers, sampler=sampler)]
+
+    def batches(epoch: int, start: int, most: int = 5) -> list[tuple[list[int], list[int]]]:
+        sampler.epoch, sampler.start = epoch, start
+        return list(itertools.islice(loaders[0], most))
+
+    expected = {}
+    for epoch in range(4):
+        sampler.epoch, sampler.start = epoch, 0
+        expected[epoch] = sampler.batches()
+    assert len({str(order) for order in expected.values()}) == 4
+    left = batches(1, 0, most=2)  # left in the middle, while workers had read on
+    seen = [(left, expected[1][:2]), (batches(0, 0), expected[0]), (batches(2, 3), expected[2][3:])]
+    seen += [(batches(3, 0), expected[3])]
+    assert [[numbers for _, numbers in found] for found, _ in seen] == [wanted for _, wanted in seen]
+    readers = {
+        (place % (num_workers or 1), pid) for found, _ in seen for place, (pids, _) in enumerate(found) for pid in pids
+    }
+    assert len(readers) == (num_workers or 1)  # as `ShardSampler` counts on: batch b is read by worker b % num_workers
+    loaders.clear()
+    assert not multiprocessing.active_children()
 
 
 @needs_fork

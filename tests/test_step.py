@@ -9,11 +9,12 @@ from deterministic import SMALL_MODEL, training_batches
 from torch import Tensor
 
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.transforms import normalised
 from cn_clip.data.datasets import PairBatch
 from cn_clip.training.distributed import Parallel
 from cn_clip.training.loss import Objective, Pairs, contrastive_scores
 from cn_clip.training.state import rng_state
-from cn_clip.training.step import Batch, Learner, Teacher, make_batch
+from cn_clip.training.step import Batch, Learner, Teacher, make_batch, on_device
 
 CPU = torch.device("cpu")
 
@@ -145,3 +146,33 @@ def test_keys_are_equal_where_picture_or_text_is() -> None:
     assert text_keys[0] == text_keys[1]
     assert len(set(text_keys)) == 3
     assert batch.tokens_BL.shape == (4, 4)
+
+
+def test_a_batch_comes_to_the_device_as_it_was_loaded_with_its_texts_cut(device: torch.device) -> None:
+    pixels = torch.arange(2 * 3 * 2 * 2, dtype=torch.uint8).reshape(2, 3, 2, 2)
+    tokens = torch.tensor([[101, 5, 102, 0, 0], [101, 102, 0, 0, 0]])
+    batch = make_batch(PairBatch(pixels, tokens, [7, 8], ["a", "b"], [0, 0]), device)
+    assert batch.keys_B2 is not None
+    assert {tensor.device for tensor in (batch.pixels_B3RR, batch.tokens_BL, batch.keys_B2)} == {device}
+    assert batch.pixels_B3RR.dtype == torch.uint8
+    assert torch.equal(batch.pixels_B3RR.cpu(), pixels)
+    assert batch.tokens_BL.tolist() == [[101, 5, 102], [101, 102, 0]]
+    assert batch.ids == [(7, "a"), (8, "b")]
+
+
+def test_copies_made_while_others_are_in_use_hold_their_own_values(device: torch.device) -> None:
+    sums = []
+    for number in range(20):  # each is freed while a GPU still reads it
+        (copy,) = on_device([torch.full((1 << 20,), float(number))], device)
+        sums.append((copy * 2).sum())
+        del copy
+    assert [total.item() / (1 << 21) for total in sums] == list(range(20))
+
+
+def test_a_teacher_sees_bytes_as_the_pixels_they_mean_before_it_resizes_them() -> None:
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (2, 3, 6, 6), dtype=torch.uint8)
+    for resolution in (None, 4):
+        teacher = Teacher(lambda seen: seen.flatten(1), resolution=resolution)
+        assert torch.equal(teacher.features(pixels), teacher.features(normalised(pixels)))
+        assert teacher.features(pixels).min() < -1  # bytes as they are would be 0 or more

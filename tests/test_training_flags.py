@@ -93,7 +93,7 @@ FLAGS = [
     number("--kd_loss_weight", 0.5, 0.25),
 ]
 # Defaults that are others here, see docs/differences.md.
-OTHER_DEFAULTS = {"--precision": "auto"}
+OTHER_DEFAULTS = {"--precision": "auto", "--num-workers": None, "--valid-num-workers": None}
 # What a flag of the list asks for besides itself.
 TOGETHER = {"--distillation": ["--teacher-model-name", "teacher.pt"]}
 

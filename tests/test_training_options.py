@@ -1,7 +1,10 @@
 """What each flag of training changes in a run; `test_training_flags.py` names the test of every flag."""
 
+import base64
+import io
 import json
 import logging
+import random
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -11,21 +14,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from in_process_runs import BATCH, NUM_PAIRS, RATE, TOWERS, build, checkpoint, emoji_split, run
+from in_process_runs import BATCH, NUM_PAIRS, RATE, TOWERS, build, checkpoint, emoji_split, options, run
+from PIL import Image
 from training_runs import losses, train
 
-from cn_clip import ranks
+from cn_clip import processes, ranks
 from cn_clip.checkpoints import strip
 from cn_clip.clip import Encoder, load_from_name
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.transforms import ImageTransform, normalised
 from cn_clip.clip.visual import ModifiedResNet
 from cn_clip.clip.weights.low_rank import is_adapter
+from cn_clip.data.augment import Augmentation
+from cn_clip.data.building import write_shards
+from cn_clip.data.datasets import PairDataset
+from cn_clip.data.lmdb_store import IMAGES, ImageStore, Pair, SplitWriter
+from cn_clip.data.pictures import open_picture
 from cn_clip.errors import CheckpointError, ConfigError, DataError
 from cn_clip.eval import extract_features
 from cn_clip.training import distributed, inputs
+from cn_clip.training import trainer as trainer_module
 from cn_clip.training.building import build_model, synchronise_norms
-from cn_clip.training.log_lines import arithmetic_words
+from cn_clip.training.inputs import EpochNumbers, ShardSampler
+from cn_clip.training.log_lines import Clock, arithmetic_words
 from cn_clip.training.params import Options
+from cn_clip.training.step import make_batch
 from cn_clip.training.trainer import Trainer
 from cn_clip.zoo import model_config
 
@@ -73,6 +86,114 @@ def test_as_many_processes_load_as_asked(split: Path, tmp_path: Path) -> None:
     assert trainer.validation is not None
     assert trainer.training.loader._batches.num_workers == 2
     assert trainer.validation.pixels._batches.num_workers == 1
+
+
+@pytest.mark.parametrize("accum_freq", [1, 3])
+def test_data_time_is_the_wait_for_pairs_and_nothing_of_the_device(
+    accum_freq: int, split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pair takes 1 s to load, a batch of 4 takes 5 s to copy, a step 7 s."""
+    seconds, load, copy = [0.0], PairDataset.__getitem__, make_batch
+    trainer = build(split, tmp_path, accum_freq=accum_freq, val_data=None)
+    trainer.report.clock = clock = Clock(lambda: sum(seconds))
+    monkeypatch.setattr(PairDataset, "__getitem__", lambda *given: seconds.append(1) or load(*given))
+    monkeypatch.setattr(trainer_module, "make_batch", lambda *given, **how: seconds.append(5) or copy(*given, **how))
+    step = trainer._step
+    monkeypatch.setattr(trainer, "_step", lambda *given: seconds.append(7) or step(*given))
+    trainer._train_epoch(0)
+    assert clock.data_time == 4 * accum_freq
+    assert clock.batch_time == (4 + 5) * accum_freq + 7
+
+
+@pytest.mark.parametrize("use_augment", [False, True])
+def test_pixels_are_loaded_as_bytes_for_training_and_validation(use_augment: bool, split: Path, tmp_path: Path) -> None:
+    trainer = build(split, tmp_path, use_augment=use_augment)
+    (batch,) = next(trainer._updates(0))
+    assert trainer.validation is not None
+    (ids, validated), *_ = trainer.validation.pixels
+    assert (batch.pixels_B3RR.dtype, validated.dtype) == (torch.uint8, torch.uint8)
+    transform, stored = ImageTransform(64), ImageStore(split / IMAGES)
+
+    def pixels(ids: list[Any]) -> torch.Tensor:
+        return torch.stack([transform(open_picture(stored.picture(image_id))) for image_id in ids])
+
+    assert torch.equal(normalised(validated), pixels(ids))
+    trained = normalised(batch.pixels_B3RR)
+    assert torch.equal(trained, pixels([image_id for image_id, _ in batch.ids])) is not use_augment
+
+
+def test_fast_decoding_leaves_what_pictures_and_their_crops_need(tmp_path: Path) -> None:
+    """A JPEG of 560 x 512: at 1/8 it has 70 x 64 pixels, enough for 64; a crop may need 72, so it comes at 1/4."""
+    rng = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    coarse = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    coarse.resize((560, 512), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    with SplitWriter(tmp_path / "train") as writer:
+        for number in range(4):
+            writer.put_image(number, base64.b64encode(buffer.getvalue()))
+            writer.put_pair(Pair(number, number, f"猫{number}"))
+    data = buffer.getvalue()
+    whole, half, fast = (open_picture(data, draft) for draft in (None, 72, 64))
+    assert (half.size, fast.size) == ((140, 128), (70, 64))
+    for use_augment, decode, image in ((False, "exact", whole), (False, "fast", fast), (True, "fast", half)):
+        trainer = build(tmp_path / "train", tmp_path, decode=decode, use_augment=use_augment, batch_size=4)
+        pixels = image
+        if use_augment:
+            pixels = Augmentation(64)(image, random.Random("123 0 0"))
+        (batch,) = next(trainer._updates(0))
+        place = [image_id for image_id, _ in batch.ids].index(0)
+        expected = torch.from_numpy(ImageTransform(64).bytes(pixels))
+        assert torch.equal(batch.pixels_B3RR[place], expected), (use_augment, decode)
+        assert trainer.validation is not None
+        (_, validated), *_ = trainer.validation.pixels
+        expected = torch.from_numpy(ImageTransform(64).bytes(whole if decode == "exact" else fast))
+        assert torch.equal(validated[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes_here", "device", "training", "validation"),
+    [
+        (2, 1, "cpu", 2, 1),
+        (16, 1, "cpu", 4, 1),
+        (1, 4, "cpu", 1, 1),
+        (2, 1, "cuda", 2, 2),
+        (16, 1, "cuda", 8, 4),
+        (16, 4, "cuda", 4, 4),
+        (7, 8, "cuda", 1, 1),
+    ],
+)
+def test_as_many_processes_load_as_there_are_cores_for_within_bounds(
+    cores: int, processes_here: int, device: str, training: int, validation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "usable_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes_here))
+    where = torch.device(device)
+    assert inputs.num_loading(None, where, "--num-workers", **inputs.TRAINING_WORKERS) == training
+    assert inputs.num_loading(None, where, "--valid-num-workers", **inputs.VALIDATION_WORKERS) == validation
+    assert inputs.num_loading(0, where, "--num-workers", **inputs.TRAINING_WORKERS) == 0
+
+
+def test_the_log_says_how_many_processes_load_when_nobody_did(
+    split: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "usable_cores", lambda: 2)
+    with caplog.at_level(logging.INFO):
+        trainer = build(split, tmp_path, num_workers=None, valid_num_workers=None)
+    assert "--num-workers: 2 (2 cores, 1 training on this machine)" in caplog.messages
+    assert "--valid-num-workers: 1 (2 cores, 1 training on this machine)" in caplog.messages
+    assert trainer.training.loader._batches.num_workers == 2
+
+
+def test_the_order_of_shards_does_not_depend_on_the_cores_of_the_machine(
+    tmp_path: Path, split: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(split, tmp_path / "shards", pairs_per_shard=1, num_shards=4, seed=1, overwrite=False)
+    orders = [list(EpochNumbers(ShardSampler([3] * 4, 2, seed=123, num_workers=4)))]
+    for cores in (1, 2):
+        monkeypatch.setattr(processes, "usable_cores", lambda cores=cores: cores)
+        chosen = options(tmp_path / "shards" / "*.tar", tmp_path, num_workers=None, batch_size=2)
+        orders.append(list(EpochNumbers(inputs.training_data(chosen, 64, CPU).sampler)))
+    assert orders[0] == orders[1] == orders[2]
 
 
 def test_texts_are_cut_to_the_context_length_in_training_and_validation(split: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DistributedSampler
 
 from cn_clip.clip import tokenizer
 from cn_clip.clip.model import CLIP
-from cn_clip.clip.transforms import MEAN, STD
+from cn_clip.clip.transforms import MEAN, STD, normalised
 from cn_clip.data.lmdb_store import Pair, Split, SplitWriter
 from cn_clip.errors import ConfigError
 from cn_clip.training import inputs
@@ -24,10 +24,12 @@ from cn_clip.training import main as training
 from cn_clip.training.building import explained_memory
 from cn_clip.training.distributed import Parallel
 from cn_clip.training.inputs import EpochSampler, TrainingData
+from cn_clip.training.log_lines import Clock
 from cn_clip.training.loss import Objective, Pairs, contrastive_scores
 from cn_clip.training.params import Options
 from cn_clip.training.scheduler import build_optimizer, clamp_logit_scale, learning_rate
 from cn_clip.training.step import Batch, Learner, cut_to_longest
+from cn_clip.training.stopping import StopWaiting
 from cn_clip.training.trainer import Trainer
 from cn_clip.training.validation import validate
 
@@ -80,10 +82,12 @@ def test_grey_of_16_bits_is_scaled_unless_the_reference_is_asked_for(use_augment
     trained, validated = {}, {}
     for decode in ("exact", "reference"):
         chosen = options(tmp_path / "train", tmp_path, decode=decode, use_augment=use_augment)
-        data = inputs.validation_data(chosen, 64)
+        data = inputs.validation_data(chosen, 64, torch.device("cpu"))
         assert data is not None
-        (validated[decode],) = {tuple(pixels[:, 32, 32].tolist()) for pixels in next(iter(data.pixels))[1]}
-        trained[decode] = next(iter(inputs.training_data(chosen, 64, torch.device("cpu")).loader))[0][:, :, 32, 32]
+        pixels = normalised(next(iter(data.pixels))[1])
+        (validated[decode],) = {tuple(picture[:, 32, 32].tolist()) for picture in pixels}
+        batch = next(iter(inputs.training_data(chosen, 64, torch.device("cpu")).loader))
+        trained[decode] = normalised(batch.pixels)[:, :, 32, 32]
     assert validated["reference"] == pytest.approx(white, abs=1e-5)
     assert validated["exact"] == pytest.approx(grey, abs=1e-5)
     if use_augment:  # which changes the values
@@ -218,3 +222,37 @@ def test_adam_settings_depend_on_the_picture_tower() -> None:
     assert (resnet.optimizer_setting("lr"), resnet.optimizer_setting("beta2")) == (5e-4, 0.999)
     assert resnet.optimizer_setting("eps") == 1e-8
     assert Options(train_data="x", lr=1e-5).optimizer_setting("lr") == 1e-5
+
+
+def test_the_wait_for_data_is_that_for_the_loader_alone() -> None:
+    """Two steps: 3 + 4 s for two batches of a step, 5 s to copy each, 7 s to compute; a validation between them."""
+    seconds = 0.0
+
+    def passing(amount: float) -> None:
+        nonlocal seconds
+        seconds += amount
+
+    clock = Clock(lambda: seconds)
+    passing(100)
+    clock.restart()
+    for first, second in ((3, 4), (1, 0)):
+        for wait in (first, second):
+            with clock.waiting():
+                passing(wait)
+            passing(5)
+        passing(7)
+        clock.step_done(64)
+        assert (clock.data_time, clock.batch_time) == (first + second, first + second + 17)
+        with clock.waiting():
+            passing(50)  # for pictures of a validation
+        clock.restart()
+    assert clock.samples_per_second() == 128 / (24 + 18)
+
+
+def test_a_wait_that_a_signal_ends_is_a_wait() -> None:
+    seconds = iter([0.0, 1.0, 3.0, 8.0])
+    clock = Clock(lambda: next(seconds))
+    with contextlib.suppress(StopWaiting), clock.waiting():
+        raise StopWaiting
+    clock.step_done(1)
+    assert (clock.data_time, clock.batch_time) == (2, 8)

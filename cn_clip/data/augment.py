@@ -70,6 +70,14 @@ class Augmentation:
             raise ConfigError(f"resolution: expected a positive number of pixels, got {resolution}")
         self.resolution, self.decode = resolution, decode
 
+    @property
+    def draft_size(self) -> int | None:
+        """The side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole.
+
+        A crop is at least MIN_AREA of the shorter side, and shall have `resolution` pixels: 249 for 224.
+        """
+        return math.ceil(self.resolution / MIN_AREA) if self.decode == "fast" else None
+
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
         image = in_8_bits(image, self.decode)
         crop = image.crop(crop_box(*image.size, rng))  # cropped first: resize(box=...) would look beyond the edges

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from cn_clip import ranks
 from cn_clip.clip import tokenizer
 from cn_clip.clip.tokenizer import TextTransform
+from cn_clip.clip.transforms import ImageTransform
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId, SourcePair
@@ -42,7 +43,10 @@ ItemT_co = TypeVar("ItemT_co", covariant=True)
 
 
 class Pair(NamedTuple):
-    """A training sample: pixels (3, R, R) float32, tokens (L,) int64; num_skipped unreadable pairs came before it."""
+    """A training sample: pixels (3, R, R) as the transform makes them, tokens (L,) int64.
+
+    num_skipped: unreadable pairs that came before it.
+    """
 
     pixels: Tensor
     tokens: Tensor
@@ -101,6 +105,16 @@ class LmdbPairs:
         return (number + 1) % len(self)
 
 
+@dataclass(frozen=True)
+class PixelBytes:
+    """Callable: PIL picture of any mode to a uint8 tensor (3, R, R), which a model normalises. Can be pickled."""
+
+    transform: ImageTransform
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return torch.from_numpy(self.transform.bytes(image))
+
+
 class PairDataset(Dataset[Pair]):
     """The pairs of a source by number, as Pair; `epoch * len + number` is pair `number` in a later epoch.
 
@@ -117,14 +131,17 @@ class PairDataset(Dataset[Pair]):
         on_error: Literal["stop", "skip"] = "stop",
         augment: Augment | None = None,
         seed: int = 0,
+        draft_size: int | None = None,
     ) -> None:
         """texts: zeros pad its rows to its context_length. augment: varies a picture before `transform`.
+
+        draft_size: the side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole.
 
         on_error="skip" takes the next readable pair instead of one that cannot be read, with a warning in the log
         and counted in num_skipped.
         """
         self.source, self.transform, self.texts = source, transform, texts
-        self.on_error, self.augment, self.seed = on_error, augment, seed
+        self.on_error, self.augment, self.seed, self.draft_size = on_error, augment, seed, draft_size
 
     def __len__(self) -> int:
         return len(self.source)
@@ -147,7 +164,7 @@ class PairDataset(Dataset[Pair]):
     def _load(self, number: int, rng: random.Random, num_skipped: int) -> Pair:
         stored, augment = self.source[number], self.augment
         transform = self.transform if augment is None else lambda image: self.transform(augment(image, rng))
-        pixels = load_picture(stored.picture, stored.where, transform)
+        pixels = load_picture(stored.picture, stored.where, transform, draft_size=self.draft_size)
         tokens = torch.from_numpy(tokenizer.pad(self.texts.rows([stored.text]), self.texts.context_length))[0]
         return Pair(pixels, tokens, stored.image_id, stored.text_id, num_skipped)
 
@@ -174,21 +191,36 @@ class _Guarded(Dataset[Any]):
 
 
 def collate(items: list[Any]) -> Any:
-    """Items to one batch: tensors stacked, other fields as lists."""
+    """Items to one batch: tensors stacked, other fields as lists.
+
+    A worker stacks tensors in shared memory, where the main process finds them; arrays, which go through a pipe, when
+    there may be no room: PyTorch loses a batch that finds none, and the training waits for it for ever.
+    """
     failure = next((item for item in items if isinstance(item, _Failure)), None)
     if failure is not None:
         return failure
-    columns = zip(*items, strict=True)
-    batch: list[Any] = [torch.stack(column) if isinstance(column[0], Tensor) else list(column) for column in columns]
+    columns = list(zip(*items, strict=True))
+    stack: Callable[[tuple[Tensor, ...]], Any] = torch.stack
     worker = get_worker_info()
     if worker is not None:
-        # A worker hands over tensors in shared memory. PyTorch loses a batch that finds no room there, even if all
-        # workers write at once, and the training waits for it for ever; arrays go through a pipe.
-        size = sum(part.nbytes for part in batch if isinstance(part, Tensor))
+        size = sum(part.nbytes for column in columns for part in column if isinstance(part, Tensor))
         num_writers = worker.num_workers * ranks.local_world_size()
-        if free_shared_memory() <= 2 * size * num_writers:  # twice: the batch before may still be on its way
-            batch = [part.numpy() if isinstance(part, Tensor) else part for part in batch]
+        # All workers may write at once, and twice: the batch before may still be on its way.
+        stack = _stack_shared if free_shared_memory() > 2 * size * num_writers else _stack_array
+    batch: list[Any] = [stack(column) if isinstance(column[0], Tensor) else list(column) for column in columns]
     return PairBatch._make(batch) if isinstance(items[0], Pair) else tuple(batch)
+
+
+def _stack_array(tensors: tuple[Tensor, ...]) -> Any:
+    return torch.stack(tensors).numpy()
+
+
+def _stack_shared(tensors: tuple[Tensor, ...]) -> Tensor:
+    """The same as torch.stack, written once: a stack elsewhere would be copied into shared memory."""
+    first = tensors[0]
+    storage = torch.UntypedStorage._new_shared(first.nbytes * len(tensors))  # type: ignore[no-untyped-call]
+    room = first.new_empty(0).set_(storage).view(len(tensors), *first.shape)
+    return torch.stack(tensors, out=room)
 
 
 def free_shared_memory() -> float:
@@ -218,7 +250,10 @@ class Items(Protocol[ItemT_co]):
 
 
 class Loader(Generic[ItemT]):
-    """Iterates over the batches of a dataset; raises DataError for an item that cannot be read, workers or not."""
+    """Iterates over the batches of a dataset; raises DataError for an item that cannot be read, workers or not.
+
+    Its workers live as long as it does: each iteration asks them for the items that the sampler then names.
+    """
 
     def __init__(self, batches: "DataLoader[Any]", dataset: Items[ItemT]) -> None:
         self._batches = batches
@@ -292,6 +327,6 @@ def make_loader(
         pin_memory=pin_memory,
         generator=generator,
         multiprocessing_context=multiprocessing_context if num_workers else None,
-        persistent_workers=False,
+        persistent_workers=num_workers > 0,
     )
     return Loader(batches, dataset)

@@ -2,14 +2,15 @@
 
 # B batch, R resolution
 
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cn_clip.clip.backends.base import AnyPixels
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES, is_picture_file, passed_over
@@ -22,6 +23,10 @@ from cn_clip.digests import is_folder
 from cn_clip.errors import ConfigError, DataError, UnreadableError, Where
 
 logger = logging.getLogger(__name__)
+
+# Formats of `picture_names` that leave details out; those of WebP are of both kinds.
+LOSSY = frozenset({"JPEG", "MPO", "AVIF", "JPEG2000", "HEIF"})
+SHRUNK_QUALITY = 95
 
 KeyT = TypeVar("KeyT", covariant=True)
 PixelsT = TypeVar("PixelsT")
@@ -69,6 +74,37 @@ def check_picture(data: bytes, check: PictureCheck) -> bool:
         return is_deep(image)
     except Exception as error:
         raise _not_a_picture(data, error) from error
+
+
+def shrunk(data: bytes, shorter_side: int) -> bytes:
+    """The file of the same picture with a shorter side of so many pixels; `data` itself where that saves nothing.
+
+    Scaled as `ImageTransform` scales, in the picture's own mode: the pixels of a model differ little, see docs/data.md.
+    What was lossy becomes a JPEG of quality 95, the rest a PNG; colour profile and EXIF orientation stay, other
+    metadata and the frames after the first go. Grey of more than 8 bits stays as it is.
+    Raises DataError when the bytes are no readable picture.
+    """
+    try:
+        with opened(data) as image:
+            kind, scale = str(image.format), shorter_side / min(image.size)
+            if scale >= 1 or is_deep(image):
+                return data
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+            width, height = (max(1, round(side * scale)) for side in image.size)
+            small = image.resize((width, height), Image.Resampling.BICUBIC)
+        kept: dict[str, Any] = {"icc_profile": small.info.get("icc_profile")}
+        if orientation is not None:
+            kept["exif"] = Image.Exif()
+            kept["exif"][ExifTags.Base.Orientation] = orientation
+        is_lossy = kind in LOSSY or (kind == "WEBP" and b"VP8L" not in data)
+        stream = io.BytesIO()
+        if is_lossy and small.mode in ("L", "RGB", "CMYK"):
+            small.save(stream, "JPEG", quality=SHRUNK_QUALITY, subsampling=0, **kept)
+        else:
+            small.save(stream, "PNG", **kept)
+    except Exception as error:
+        raise _not_a_picture(data, error) from error
+    return min(stream.getvalue(), data, key=len)
 
 
 def _not_a_picture(data: bytes, error: Exception) -> DataError:
@@ -139,17 +175,26 @@ def batches(
 
 
 class PictureDataset(Generic[KeyT, PixelsT]):
-    """The pictures of a source, decoded whole, for torch's loader: (key, picture as `transform` makes it)."""
+    """The pictures of a source for torch's loader: (key, picture as `transform` makes it).
 
-    def __init__(self, source: PictureSource[KeyT], transform: Callable[[Image.Image], PixelsT]) -> None:
-        self.source, self.transform = source, transform
+    draft_size: as of `load_picture`; None: they are decoded whole.
+    """
+
+    def __init__(
+        self,
+        source: PictureSource[KeyT],
+        transform: Callable[[Image.Image], PixelsT],
+        *,
+        draft_size: int | None = None,
+    ) -> None:
+        self.source, self.transform, self.draft_size = source, transform, draft_size
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[KeyT, PixelsT]:
         stored = self.source[index]
-        return stored.key, load_picture(stored.data, stored.where, self.transform)
+        return stored.key, load_picture(stored.data, stored.where, self.transform, draft_size=self.draft_size)
 
 
 class LmdbPictures:

@@ -14,6 +14,7 @@ from cn_clip import ranks, terminal
 from cn_clip.errors import MissingExtraError
 from cn_clip.extras import require
 from cn_clip.files import atomic_write
+from cn_clip.processes import usable_cores
 
 Row = dict[str, Any]
 
@@ -53,10 +54,9 @@ def machine_facts() -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "processor": processor,
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cores": usable_cores(),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "system": f"{platform.system()} {platform.machine()}",

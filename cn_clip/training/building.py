@@ -135,7 +135,7 @@ def build_trainer(options: Options, device: torch.device, checkpoint_dir: Path) 
         options = replace(options, context_length=length)
     torch.manual_seed(options.seed + ranks.rank())  # every process draws its own dropout
     training = inputs.training_data(options, model.resolution, device)
-    validation = inputs.validation_data(options, model.resolution)
+    validation = inputs.validation_data(options, model.resolution, device)
     if options.compile:
         distributed.compile_blocks(model)
     parallel = distributed.Parallel(model, device, fsdp=options.fsdp)

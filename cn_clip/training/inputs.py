@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from cn_clip import ranks
+from cn_clip import processes, ranks
 from cn_clip.clip.tokenizer import ChineseTexts
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.data.augment import Augmentation
-from cn_clip.data.datasets import LmdbPairs, Loader, PairDataset, PairSource, make_loader
+from cn_clip.data.datasets import LmdbPairs, Loader, PairDataset, PairSource, PixelBytes, make_loader
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, Split, read_split
 from cn_clip.data.pictures import LmdbPictures, PictureDataset
 from cn_clip.data.shards import ShardPairs
@@ -28,6 +28,12 @@ from cn_clip.training.logger import logger
 from cn_clip.training.params import Options
 
 WINDOW = 4096
+# Parts that a process reads shards in when --num-workers does not say it: the order shall not depend on the machine.
+STREAMS = 4
+# Processes that load at most: batches of 8 x 256 pictures fit into the shared memory that the warning advises; where
+# the model is computed on the same cores, more would only take them from it.
+TRAINING_WORKERS = {"most": 8, "most_on_cpu": 4}
+VALIDATION_WORKERS = {"most": 4, "most_on_cpu": 1}
 
 
 class EpochSampler(Sampler[int]):
@@ -151,7 +157,7 @@ class EpochNumbers(Sampler[int]):
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Batches of `Pair` in the order of the sampler."""
+    """Batches of `Pair` in the order of the sampler, pixels as bytes."""
 
     loader: Loader[Any]
     sampler: EpochSampler
@@ -181,7 +187,7 @@ def training_data(options: Options, resolution: int, device: torch.device) -> Tr
             shards.shard_sizes,
             options.batch_size,
             seed=options.seed,
-            num_workers=options.num_workers,
+            num_workers=STREAMS if options.num_workers is None else options.num_workers,
             rank=ranks.rank(),
             world_size=ranks.world_size(),
         )
@@ -191,18 +197,21 @@ def training_data(options: Options, resolution: int, device: torch.device) -> Tr
         source = LmdbPairs(options.train_data, split="train")
         sampler = _epoch_sampler(options, len(source), options.batch_size, "--batch-size")
     _require_two(source, options)
+    transform = ImageTransform(resolution, options.decode)
+    augment = Augmentation(resolution, options.decode) if options.use_augment else None
     dataset = PairDataset(
         source,
-        ImageTransform(resolution, options.decode),
+        PixelBytes(transform),
         ChineseTexts(options.context_length),
         on_error=options.on_error,
-        augment=Augmentation(resolution, options.decode) if options.use_augment else None,
+        augment=augment,
         seed=options.seed,
+        draft_size=(augment or transform).draft_size,
     )
     loader = make_loader(
         dataset,
         options.batch_size,
-        options.num_workers,
+        num_loading(options.num_workers, device, "--num-workers", **TRAINING_WORKERS),
         sampler=EpochNumbers(sampler),
         pin_memory=device.type == "cuda",
         generator=_loader_generator(options),
@@ -210,22 +219,38 @@ def training_data(options: Options, resolution: int, device: torch.device) -> Tr
     return TrainingData(loader, sampler)
 
 
-def validation_data(options: Options, resolution: int) -> ValidationData | None:
+def validation_data(options: Options, resolution: int, device: torch.device) -> ValidationData | None:
     """The validation split, or None when there is none; raises ConfigError when it holds less than one batch."""
     if options.val_data is None:
         return None
     images = LmdbPictures(f"{options.val_data}/{IMAGES}")
     pairs = PairStore(f"{options.val_data}/{PAIRS}")
     sampler = _epoch_sampler(options, len(pairs), options.valid_batch_size, "--valid-batch-size")
+    transform = ImageTransform(resolution, options.decode)
     loader = make_loader(
-        PictureDataset(images, ImageTransform(resolution, options.decode)),
+        PictureDataset(images, PixelBytes(transform), draft_size=transform.draft_size),
         options.valid_batch_size,
-        options.valid_num_workers,
+        num_loading(options.valid_num_workers, device, "--valid-num-workers", **VALIDATION_WORKERS),
         sampler=own_share(len(images)),
+        pin_memory=device.type == "cuda",
         generator=_loader_generator(options),
     )
     split = read_split(pairs, images.ids)
     return ValidationData(split, ChineseTexts(options.context_length).rows(split.texts), loader, sampler)
+
+
+def num_loading(asked: int | None, device: torch.device, flag: str, *, most: int, most_on_cpu: int) -> int:
+    """How many processes load: as many as asked, else one for each core that this process has, within the bounds.
+
+    The cores are shared with the other processes of this machine. most_on_cpu: for a model computed on them too.
+    """
+    if asked is not None:
+        return asked
+    cores = processes.usable_cores()
+    number = max(1, min(cores // ranks.local_world_size(), most_on_cpu if device.type == "cpu" else most))
+    of = f"{cores} cores, {ranks.local_world_size()} training on this machine"
+    logger.info("%s: %d (%s)", flag, number, of)
+    return number
 
 
 def _loader_generator(options: Options) -> torch.Generator:

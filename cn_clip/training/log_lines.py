@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -60,24 +62,36 @@ def arithmetic_words(
 
 
 class Clock:
-    """Seconds of the last step, and pairs a second since the last question."""
+    """Seconds of the last step, how many of them it waited for data, and pairs a second since the last question.
 
-    def __init__(self) -> None:
+    The wait is the loader's alone: copies to the device, and whatever the device makes this process wait for, belong
+    to the step.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        """now: gives seconds."""
+        self._now = now
         self.data_time = self.batch_time = 0.0
         self._samples, self._seconds = 0, 0.0
         self.restart()
 
     def restart(self) -> None:
         """Leaves out what has happened since the last step."""
-        self._begin = time.monotonic()
+        self._begin, self._waited = self._now(), 0.0
 
-    def data_ready(self) -> None:
-        """The batches of the step are there."""
-        self.data_time = time.monotonic() - self._begin
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The block waits for data of the step, and does nothing else."""
+        begin = self._now()
+        try:
+            yield
+        finally:
+            self._waited += self._now() - begin
 
     def step_done(self, samples: int) -> None:
         """The step is done, on the whole."""
-        self.batch_time = time.monotonic() - self._begin
+        self.data_time, self._waited = self._waited, 0.0
+        self.batch_time = self._now() - self._begin
         self._begin += self.batch_time
         self._samples, self._seconds = self._samples + samples, self._seconds + self.batch_time
 

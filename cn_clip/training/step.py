@@ -2,6 +2,7 @@
 
 # B pairs of a batch, L tokens, R resolution, D embedding, T teacher's embedding
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cn_clip import ranks
+from cn_clip.clip.transforms import normalised
 from cn_clip.data.datasets import PairBatch
 from cn_clip.data.records import RecordId
 from cn_clip.training import state
@@ -51,8 +53,11 @@ class Teacher:
 
     @torch.no_grad()
     def features(self, pixels_B3RR: Tensor) -> Tensor:
-        """Features (B, D), float32, not normalised, without gradient; mixed precision as the caller has it."""
-        pixels_B3RR = pixels_B3RR.float()
+        """Features (B, D), float32, not normalised, without gradient; mixed precision as the caller has it.
+
+        pixels: float, normalised, or uint8, which are normalised before they are resized.
+        """
+        pixels_B3RR = normalised(pixels_B3RR).float()
         if self.resolution not in (None, pixels_B3RR.shape[-1]):
             size = [self.resolution, self.resolution]
             pixels_B3RR = F.interpolate(pixels_B3RR, size=size, mode="bicubic", antialias=True, align_corners=False)
@@ -168,18 +173,43 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 def make_batch(pairs: PairBatch, device: torch.device, *, with_keys: bool = True) -> Batch:
-    """A batch of the loader on the training device, its texts cut to the longest.
+    """A batch of the loader on the training device, see `on_device`; its texts are cut to the longest.
 
     with_keys: for a learner with `multi_positive`; they take a hash for each picture and text.
     """
     tokens_BL = cut_to_longest(pairs.tokens)
-    keys_B2 = None
+    tensors = [pairs.pixels, tokens_BL]
     if with_keys:  # int64; texts are compared as the model reads them
         images = [_key(image_id) for image_id in pairs.image_id]
         texts = [_key(row[: int(row.ne(0).sum())].tolist()) for row in tokens_BL]
-        keys_B2 = torch.tensor([images, texts]).t().to(device, non_blocking=True)
-    pixels_B3RR, tokens_BL = (tensor.to(device, non_blocking=True) for tensor in (pairs.pixels, tokens_BL))
-    return Batch(pixels_B3RR, tokens_BL, list(zip(pairs.image_id, pairs.text_id, strict=True)), keys_B2)
+        tensors.append(torch.tensor([images, texts]).t())
+    pixels_B3RR, tokens_BL, *keys = on_device(tensors, device)
+    ids = list(zip(pairs.image_id, pairs.text_id, strict=True))
+    return Batch(pixels_B3RR, tokens_BL, ids, keys[0] if keys else None)
+
+
+def on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on `device`, for what the current stream computes from now on.
+
+    On CUDA they are copied from pinned memory by a stream of their own: nobody waits for a copy, and as this process is
+    ahead of the device, the batch of a step is copied while the step before is computed.
+    """
+    if device.type != "cuda":
+        return [tensor.to(device, non_blocking=True) for tensor in tensors]
+    own, current = _copy_stream(device), torch.cuda.current_stream(device)
+    whole = [tensor.contiguous() for tensor in tensors]  # else the copy would go through memory that is not pinned
+    with torch.cuda.stream(own):
+        pinned = [tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in whole]
+        copies = [tensor.to(device, non_blocking=True) for tensor in pinned]
+    current.wait_stream(own)
+    for copy in copies:
+        copy.record_stream(current)  # its memory is free for a later copy when the step is done, not before
+    return copies
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def joined(batches: Iterable[Batch], number: int) -> Iterator[list[Batch]]:

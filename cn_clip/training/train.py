@@ -20,7 +20,7 @@ from cn_clip import drop_in, ranks
 from cn_clip.errors import ConfigError
 from cn_clip.training import state
 from cn_clip.training.distributed import Gather, Parallel, gather_rows
-from cn_clip.training.log_lines import Plan, Report, validation_line
+from cn_clip.training.log_lines import Clock, Plan, Report, validation_line
 from cn_clip.training.logger import logger
 from cn_clip.training.loss import Objective, Pairs, contrastive_scores, feature_distillation_loss
 from cn_clip.training.params import is_due
@@ -170,12 +170,12 @@ def train(
     _set_training_mode(model, args)
     trained = 0
     report.clock.restart()
-    for number, batches in enumerate(joined(_batches(dataloader, learner.parallel.device), args.accum_freq)):
+    batches_on_device = _batches(dataloader, learner.parallel.device, report.clock)
+    for number, batches in enumerate(joined(batches_on_device, args.accum_freq)):
         step = steps_per_epoch * epoch + number
         if step >= args.max_steps:
             logger.info("Stopping training due to step %d has reached max_steps %d", step, args.max_steps)
             break
-        report.clock.data_ready()
         scheduler(step)
         optimizer.zero_grad()
         scores = learner.backward(batches)
@@ -235,8 +235,15 @@ def _report(learner: Learner, dataloader: Any, batch_size: int, args: Any) -> Re
     return Report(plan, learner.parallel.device, warmup, args.log_interval, with_accuracy)
 
 
-def _batches(dataloader: Any, device: torch.device) -> Iterator[Batch]:
-    for images, texts, *_ in islice(dataloader, dataloader.num_batches):
+def _batches(dataloader: Any, device: torch.device, clock: Clock) -> Iterator[Batch]:
+    with clock.waiting():
+        loaded = islice(dataloader, dataloader.num_batches)
+    while True:
+        with clock.waiting():
+            batch = next(loaded, None)
+        if batch is None:
+            return
+        images, texts, *_ = batch
         pixels, tokens = (tensor.to(device, non_blocking=True) for tensor in (images, cut_to_longest(texts)))
         yield Batch(pixels, tokens, [(number, number) for number in range(len(images))], None)
 

@@ -168,7 +168,6 @@ class Trainer:
             if step >= self.max_steps:
                 logger.info("Stopping training due to step %d has reached max_steps %d", step, self.max_steps)
                 return
-            self.report.clock.data_ready()
             scores = self._step(step, batches)
             self.position, self.closed = Position(epoch, batch + 1, step + 1), False
             self.report.clock.step_done(self.global_batch)
@@ -207,7 +206,7 @@ class Trainer:
         batches = iter(loader)
         waiting = self.stop_request.waiting if ranks.world_size() == 1 else nullcontext
         while True:
-            with waiting():
+            with self.report.clock.waiting(), waiting():
                 batch = next(batches, None)
             if batch is None:
                 return

@@ -58,14 +58,15 @@ def validate(
 ) -> Validation:
     """Computes every picture and text once, then scores batches of pairs in the order of `sampler` of each process.
 
-    tokens: token ids of each text. pixel_batches: this process's `own_share` of the pictures, (B, 3, R, R) each. The
+    tokens: token ids of each text. pixel_batches: this process's `own_share` of the pictures, (B, 3, R, R) each,
+    normalised or bytes. The
     model is left in training mode as found. With several processes every one must ask, and all get the same answer.
     """
     was_training = model.training
     model.eval()
     with autocast():
         # Through the model's call: FSDP's hooks hang there.
-        own_images = _joined(model(pixels.to(_device(model)), None) for pixels in pixel_batches)
+        own_images = _joined(model(pixels.to(_device(model), non_blocking=True), None) for pixels in pixel_batches)
         # Texts in batches of like length; their features go back into the order of this process's share.
         own = [tokens[number] for number in own_share(len(tokens))]
         order = sorted(range(len(own)), key=lambda number: len(own[number]))
