@@ -55,4 +55,12 @@ CheckPictures: TypeAlias = Annotated[
     Literal["decode", "header", "none"],
     _help("How closely to look at each picture: decode it, read its header, or only its base64"),
 ]
+Shrink: TypeAlias = Annotated[
+    int | None,
+    _help(
+        "Store pictures whose shorter side has more pixels with just so many, as JPEG (PNG where the file was "
+        "lossless): 256 does for models of 224; default: the files as they are"
+    ),
+    Range(least=1),
+]
 CheckWorkers: TypeAlias = Annotated[int, _help("Threads that decode pictures for the check"), Range(least=0)]

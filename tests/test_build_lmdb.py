@@ -1,5 +1,6 @@
 """Building the LMDB of a dataset: the reference's lines and bytes, every bad record, and never half an output."""
 
+import io
 import json
 import os
 import pickle
@@ -7,11 +8,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from dataset_files import GOLDEN_LMDB, REPOSITORY, jsonl_line, picture, run_script, tree, tsv_line, write_split
+from PIL import ExifTags, Image, ImageCms
 
+from cn_clip.clip.transforms import ImageTransform
+from cn_clip.data.building import write_shards
+from cn_clip.data.checks import check_split
 from cn_clip.data.lmdb_store import ImageStore, LmdbReader, PairStore
+from cn_clip.data.pictures import shrunk
+from cn_clip.data.shards import ShardPairs
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.files import staged_folder
 from cn_clip.preprocess.build_lmdb_dataset import Options, run, split_names
@@ -289,3 +298,120 @@ def test_pictures_of_every_mode_are_sound(tmp_path: Path, mode: str) -> None:
     write_split(tmp_path, [tsv_line(1, stream.getvalue())], [jsonl_line(1, "红", [1])])
     run(Options(str(tmp_path), "train"))
     assert built(tmp_path)[0] == [1]
+
+
+# --- smaller pictures
+
+
+def photo(size: tuple[int, int], *, mode: str = "RGB", kind: str = "JPEG", **how: Any) -> bytes:
+    """Clouds and edges, the same each time."""
+    rng = np.random.default_rng(size[0])
+    clouds = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    stream = io.BytesIO()
+    clouds.convert(mode).save(stream, kind, **({"quality": 92} if kind == "JPEG" else {}) | how)
+    return stream.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "mode", "size"),
+    [
+        (photo((640, 480)), "JPEG", "RGB", (341, 256)),
+        (photo((480, 2000), mode="L"), "JPEG", "L", (256, 1067)),
+        (photo((640, 480), mode="CMYK"), "JPEG", "CMYK", (341, 256)),
+        (photo((640, 480), kind="PNG"), "PNG", "RGB", (341, 256)),
+        (photo((640, 480), mode="RGBA", kind="PNG"), "PNG", "RGBA", (341, 256)),
+        (photo((640, 480), mode="P", kind="GIF"), "PNG", "P", (341, 256)),
+        (photo((640, 480), kind="WEBP", lossless=True), "PNG", "RGB", (341, 256)),
+        (photo((640, 480), kind="BMP"), "PNG", "RGB", (341, 256)),
+    ],
+    ids=["JPEG", "grey", "CMYK", "PNG", "RGBA", "GIF", "lossless WebP", "BMP"],
+)
+def test_a_larger_picture_is_stored_with_the_shorter_side_asked_for(
+    data: bytes, kind: str, mode: str, size: tuple[int, int]
+) -> None:
+    small = shrunk(data, 256)
+    assert len(small) < len(data)
+    image = opened(small)
+    assert (image.format, image.mode, image.size) == (kind, mode, size)
+    expected = opened(data).resize(size, Image.Resampling.BICUBIC)
+    difference = np.abs(np.asarray(image, dtype=float) - np.asarray(expected, dtype=float))
+    assert difference.mean() < (1 if kind == "JPEG" else 1e-9)  # of 255
+    pixels = [ImageTransform(224).bytes(opened(one)).astype(float) for one in (data, small)]
+    assert mode == "P" or np.abs(pixels[0] - pixels[1]).mean() < 2
+
+
+@pytest.mark.parametrize("size", [(256, 256), (300, 256), (5, 4), (256, 5000)])
+def test_a_picture_no_larger_than_asked_for_keeps_its_bytes(size: tuple[int, int]) -> None:
+    data = photo(size)
+    assert shrunk(data, 256) is data
+    assert shrunk(data, 10_000) is data
+
+
+def test_what_would_not_be_smaller_or_is_grey_of_16_bits_keeps_its_bytes() -> None:
+    coarse = photo((260, 260), quality=10)
+    assert shrunk(coarse, 256) == coarse
+    deep = io.BytesIO()
+    Image.fromarray(np.full((400, 400), 5000, dtype=np.uint16)).save(deep, "PNG")
+    assert shrunk(deep.getvalue(), 256) == deep.getvalue()
+
+
+def test_orientation_and_colour_profile_stay_and_other_metadata_goes() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = 6, "a camera"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for kind in ("JPEG", "PNG"):
+        small = opened(shrunk(photo((640, 480), kind=kind, exif=exif, icc_profile=profile), 256))
+        assert small.size == (341, 256)  # not turned, as the pictures of training are not
+        assert dict(small.getexif()) == {ExifTags.Base.Orientation: 6}
+        assert small.info["icc_profile"] == profile
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", photo((640, 480))[:3000]], ids=["empty", "text", "cut"])
+def test_what_cannot_be_read_is_said(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"does not decode|is empty"):
+        shrunk(data, 256)
+
+
+def test_a_split_is_built_of_smaller_pictures_and_checks_as_sound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large, small = photo((640, 480)), photo((200, 150))
+    images = [tsv_line(1, large), tsv_line(2, small), tsv_line(3, picture())]
+    write_split(tmp_path, images, GOOD_TEXTS)
+    for num_workers in (0, 2):
+        run(Options(str(tmp_path), "train", shrink=256, num_workers=num_workers))
+        stored = ImageStore(tmp_path / "lmdb" / "train" / "imgs")
+        assert [stored.picture(number) for number in (1, 2, 3)] == [shrunk(large, 256), small, picture()]
+        assert "Made 1 of 3 pictures of train smaller, to 256 pixels on the shorter side." in capsys.readouterr().out
+    result = check_split(tmp_path, "train", tmp_path / "lmdb" / "train")
+    assert (result.faults, result.num_shrunk) == ([], 1)
+    assert "1 pictures of the LMDB are smaller than in the tsv file (--shrink)" in result.notes
+    write_split(tmp_path, [tsv_line(1, photo((641, 480))), *images[1:]], GOOD_TEXTS)
+    (fault,) = check_split(tmp_path, "train", tmp_path / "lmdb" / "train").faults
+    assert "image id 1 (line 1 of the tsv file) is not the picture of the tsv file" in fault.message
+
+
+def test_a_picture_that_cannot_be_made_smaller_is_a_fault_like_others(tmp_path: Path) -> None:
+    images = [tsv_line(1, photo((640, 480))[:3000]), tsv_line(2), tsv_line(3)]
+    write_split(tmp_path, images, GOOD_TEXTS)
+    with pytest.raises(DataError, match=r"train_imgs.tsv:1: image id 1: the picture of 3000 bytes does not decode"):
+        run(Options(str(tmp_path), "train", shrink=256, check_pictures="none"))
+    assert not (tmp_path / "lmdb" / "train").exists()
+    run(Options(str(tmp_path), "train", shrink=256, check_pictures="none", on_error="skip"))
+    assert built(tmp_path)[0] == [2, 3]
+
+
+def test_shards_hold_smaller_pictures(tmp_path: Path) -> None:
+    large = photo((640, 480))
+    write_split(tmp_path, [tsv_line(1, large), tsv_line(2), tsv_line(3)], GOOD_TEXTS)
+    run(Options(str(tmp_path), "train"))
+    settings: dict[str, Any] = {"pairs_per_shard": 2, "num_shards": None, "seed": 1, "overwrite": False}
+    shards = write_shards(tmp_path / "lmdb/train", tmp_path / "out", **settings, shrink=256)
+    assert (shards.num_pairs, shards.num_shrunk) == (3, 1)
+    pairs = ShardPairs(shards.pattern)
+    found = {pair.image_id: pair.picture for pair in map(pairs.__getitem__, range(3))}
+    assert found == {1: shrunk(large, 256), 2: picture(), 3: picture()}

@@ -1,11 +1,13 @@
 """Builds what training reads: the LMDB of a split from its tsv and jsonl files, and WebDataset shards from an LMDB."""
 
 import io
+import itertools
 import json
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -14,13 +16,22 @@ from tqdm import tqdm
 
 from cn_clip.clip.picture_names import SUFFIXES_OF
 from cn_clip.clip.pictures import opened
-from cn_clip.data.checks import check_folder, checked_images, checked_texts, images_path, sound_records, texts_path
+from cn_clip.data.checks import (
+    by_threads,
+    check_folder,
+    checked_images,
+    checked_texts,
+    images_path,
+    sound_records,
+    texts_path,
+)
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, Pair, PairStore, SplitWriter
-from cn_clip.data.pictures import PictureCheck, check_picture
-from cn_clip.data.records import Fault, RecordId
+from cn_clip.data.pictures import PictureCheck, check_picture, shrunk
+from cn_clip.data.records import Fault, ImageRecord, RecordId
 from cn_clip.digests import is_file
 from cn_clip.errors import ConfigError, DataError, Where
 from cn_clip.files import staged_folder
+from cn_clip.processes import usable_cores
 
 OnFault: TypeAlias = Literal["stop", "skip"]
 
@@ -41,6 +52,7 @@ class SplitReport:
     lmdb_dir: str | None = None
     num_pairs: int = 0
     num_images: int = 0
+    num_shrunk: int = 0
     faults: list[Fault] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -50,6 +62,7 @@ class SplitReport:
             "lmdb_dir": self.lmdb_dir,
             "pairs": self.num_pairs,
             "images": self.num_images,
+            "shrunk": self.num_shrunk,
             "skipped": [fault.as_dict() for fault in self.faults],
         }
 
@@ -67,10 +80,11 @@ def build_splits(
     num_workers: int,
     on_error: OnFault,
     tell: Callable[[str], None],
+    shrink: int | None = None,
 ) -> list[SplitReport]:
     """Builds `lmdb_dir/SPLIT` of each split; what is skipped is listed on stderr.
 
-    check, num_workers: see `checked_images`. tell: called with each line of the report.
+    check, num_workers, shrink: see `checked_images`. tell: called with each line of the report.
     Raises DataError for a missing file, at the first fault unless faults are skipped, and when nothing is left.
     """
     tell(f"Dataset splits to be processed: {', '.join(splits)}")
@@ -86,7 +100,8 @@ def build_splits(
         target = lmdb_dir / split
         if target.is_dir():
             tell(f"We will overwrite an existing LMDB file {target}")
-        report = _build(data_dir, split, target, check=check, num_workers=num_workers, on_error=on_error)
+        images = checked_images(images_path(data_dir, split), check=check, num_workers=num_workers, shrink=shrink)
+        report = _build(data_dir, split, target, images, on_error=on_error)
         reports.append(report)
         print_skipped(report.faults, f"split {split}")
         if report.lmdb_dir is None:
@@ -94,6 +109,9 @@ def build_splits(
             continue
         for count, what, folder in ((report.num_pairs, "pairs", PAIRS), (report.num_images, "images", IMAGES)):
             tell(f"Finished serializing {count} {split} split {what} into {target / folder}.")
+        if shrink is not None:
+            smaller = f"{report.num_shrunk} of {report.num_images} pictures"
+            tell(f"Made {smaller} of {split} smaller, to {shrink} pixels on the shorter side.")
     if not any(report.lmdb_dir for report in reports):
         raise DataError("no split has a usable record left; see the list of faults", at=data_dir)
     tell("done!")
@@ -101,19 +119,19 @@ def build_splits(
 
 
 def _build(
-    data_dir: str | Path, split: str, target: Path, *, check: PictureCheck, num_workers: int, on_error: OnFault
+    data_dir: str | Path, split: str, target: Path, images: Iterable[ImageRecord | Fault], *, on_error: OnFault
 ) -> SplitReport:
-    """Builds one split beside `target` and moves it there."""
+    """Builds one split beside `target` and moves it there. images: its pictures, checked."""
     images_file, texts_file = images_path(data_dir, split), texts_path(data_dir, split)
     report, image_ids, num_texts = SplitReport(split), set[RecordId](), 0
     try:
         with staged_folder(target) as folder:
             with SplitWriter(folder, told=target) as writer:
-                images = checked_images(images_file, check=check, num_workers=num_workers)
                 bar = tqdm(images, desc=f"{split} images", unit=" records", disable=None)
                 for image in sound_records(bar, on_error, report.faults):
                     writer.put_image(image.image_id, image.base64)
                     image_ids.add(image.image_id)
+                    report.num_shrunk += image.is_shrunk
                 texts = checked_texts(texts_file, image_ids, images_file=images_file)
                 bar = tqdm(texts, desc=f"{split} texts", unit=" records", disable=None)
                 for text in sound_records(bar, on_error, report.faults):
@@ -143,21 +161,31 @@ def print_skipped(faults: Sequence[Fault], where: str) -> None:
 
 @dataclass(frozen=True)
 class Shards:
-    """What was written. pattern: the value of --train-data that names them all."""
+    """What was written. pattern: the value of --train-data that names them all. num_shrunk: pairs of which the picture
+    was made smaller."""
 
     pattern: str
     num_shards: int
     num_pairs: int
     num_bytes: int
+    num_shrunk: int
 
 
 def write_shards(
-    source: Path, output: Path, *, pairs_per_shard: int, num_shards: int | None, seed: int, overwrite: bool
+    source: Path,
+    output: Path,
+    *,
+    pairs_per_shard: int,
+    num_shards: int | None,
+    seed: int,
+    overwrite: bool,
+    shrink: int | None = None,
 ) -> Shards:
     """Writes the pairs of an LMDB, shuffled by `seed`, as 000000.tar, 000001.tar, ... of a folder, whole or not at all.
 
     num_shards: so many of equal size give or take one pair, instead of `pairs_per_shard`. The same pairs give the
-    same bytes. Raises DataError when the folder holds something already, or for a pair that cannot be read.
+    same bytes. shrink: makes pictures smaller, see `pictures.shrunk`.
+    Raises DataError when the folder holds something already, or for a pair that cannot be read.
     """
     images, pairs = ImageStore(source / IMAGES), PairStore(source / PAIRS)
     if not len(pairs):
@@ -175,13 +203,16 @@ def write_shards(
         shards = np.array_split(order, num_shards)
     else:
         raise ConfigError(f"--num-shards {num_shards}: more than the {len(pairs)} pairs; choose fewer")
-    names = [f"{number:06d}" for number in range(len(shards))]
+    names, num_shrunk = [f"{number:06d}" for number in range(len(shards))], 0
+    sample = partial(_sample, images, pairs, shrink)
+    samples = by_threads(sample, order.tolist(), 0 if shrink is None else usable_cores())
     with staged_folder(output) as folder:
         with tqdm(desc="writing shards", total=len(pairs), unit=" pairs", disable=None) as bar:
             for name, numbers in zip(names, shards, strict=True):
                 with tarfile.open(folder / f"{name}.tar", mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                    for position, number in enumerate(numbers.tolist()):
-                        for suffix, content in _members(images, pairs, number):
+                    for position, (files, is_shrunk) in enumerate(itertools.islice(samples, len(numbers))):
+                        num_shrunk += is_shrunk
+                        for suffix, content in files:
                             # No owner and no time: the same pairs give the same bytes.
                             info = tarfile.TarInfo(f"{name}{position:06d}.{suffix}")
                             info.size = len(content)
@@ -191,11 +222,16 @@ def write_shards(
             json.dump({f"{name}.tar": len(numbers) for name, numbers in zip(names, shards, strict=True)}, stream)
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     pattern = str(output / (f"{{{names[0]}..{names[-1]}}}.tar" if len(names) > 1 else f"{names[0]}.tar"))
-    return Shards(pattern, len(shards), len(pairs), num_bytes)
+    return Shards(pattern, len(shards), len(pairs), num_bytes, num_shrunk)
 
 
-def _members(images: ImageStore, pairs: PairStore, number: int) -> Iterator[tuple[str, bytes]]:
-    """(suffix, content) of the files of a pair; raises DataError for what training or other tools would refuse."""
+def _sample(
+    images: ImageStore, pairs: PairStore, shrink: int | None, number: int
+) -> tuple[list[tuple[str, bytes]], bool]:
+    """(suffix, content) of the files of a pair, and whether its picture was made smaller.
+
+    Raises DataError for what training or other tools would refuse.
+    """
     pair = pairs[number]
     try:
         text = pair.text.encode("utf-8")
@@ -207,13 +243,13 @@ def _members(images: ImageStore, pairs: PairStore, number: int) -> Iterator[tupl
     where = images.where(pair.image_id)
     try:
         check_picture(data, "header")
-        with opened(data) as image:
+        picture = data if shrink is None else shrunk(data, shrink)
+        with opened(picture) as image:
             kind = str(image.format)
-        yield SUFFIXES_OF[_FORMATS.get(kind, kind)][0].removeprefix("."), data
+        suffix = SUFFIXES_OF[_FORMATS.get(kind, kind)][0].removeprefix(".")
     except DataError as error:
         raise DataError(error, at=where) from error
     except KeyError as error:
         raise DataError(f"is a {kind} picture; expected one of {', '.join(SUFFIXES_OF)}", at=where) from error
-    yield "txt", text
-    ids = {"image_id": pair.image_id, "text_id": pair.text_id}
-    yield "json", json.dumps(ids, ensure_ascii=False).encode("utf-8")
+    ids = json.dumps({"image_id": pair.image_id, "text_id": pair.text_id}, ensure_ascii=False).encode("utf-8")
+    return [(suffix, picture), ("txt", text), ("json", ids)], picture is not data

@@ -1,16 +1,17 @@
 """Checks a dataset against its rules, for the builder, which stops at a fault, and the checker, which lists all."""
 
-import contextlib
 import itertools
 import os
-from collections.abc import Container, Iterable, Iterator
+from base64 import b64encode
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from cn_clip.clip.pictures import opened
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, Pair, PairStore
-from cn_clip.data.pictures import PictureCheck, check_picture
+from cn_clip.data.pictures import PictureCheck, check_picture, shrunk
 from cn_clip.data.records import (
     Fault,
     ImageRecord,
@@ -26,6 +27,7 @@ from cn_clip.files import settle
 
 _WINDOW_RECORDS = 64
 
+ItemT = TypeVar("ItemT")
 T = TypeVar("T")
 
 
@@ -67,38 +69,46 @@ def sound_records(items: Iterable[T | Fault], on_error: Literal["stop", "skip"],
             raise DataError(f"{item} (nothing of it was written; `--on-error skip` skips and lists such records)")
 
 
+def by_threads(work: Callable[[ItemT], T], items: Iterable[ItemT], num_threads: int) -> Iterator[T]:
+    """What `work` makes of each item, in order; num_threads 0: in this thread. At most 64 are in memory at a time."""
+    if not num_threads:
+        yield from map(work, items)
+        return
+    rest = iter(items)
+    with ThreadPoolExecutor(num_threads) as pool:  # threads: the decoders of PIL release the interpreter
+        while window := list(itertools.islice(rest, _WINDOW_RECORDS)):
+            yield from pool.map(work, window)
+
+
 def checked_images(
-    path: str | os.PathLike[str], *, check: PictureCheck = "decode", num_workers: int = 0
+    path: str | os.PathLike[str], *, check: PictureCheck = "decode", num_workers: int = 0, shrink: int | None = None
 ) -> Iterator[ImageRecord | Fault]:
     """The records of a `*_imgs.tsv` in order, a Fault instead of each that breaks a rule.
 
     Rules: id, tab and UTF-8; the id is new; the base64 is whole; the picture passes `check` (see check_picture).
     num_workers: threads that decode; 0 decodes in this one. At most 64 lines are in memory at a time.
+    shrink: makes pictures smaller, see `pictures.shrunk`; None: they stay as they are.
     """
 
     def look(item: ImageRecord | Fault) -> ImageRecord | Fault:
         if isinstance(item, Fault):
             return item
         try:
-            return replace(item, is_deep=check_picture(decode_base64(item.base64), check))
+            data = decode_base64(item.base64)
+            looked_at = replace(item, is_deep=check_picture(data, check))
+            small = data if shrink is None else shrunk(data, shrink)
+            return looked_at if small is data else replace(looked_at, base64=b64encode(small), is_shrunk=True)
         except DataError as error:
             return Fault(str(path), item.line, f"image id {item.image_id!r}: {error}", item.image_id)
 
     lines: dict[RecordId, int] = {}
-    records = iter(read_image_records(path))
-    with contextlib.ExitStack() as stack:
-        looked: Iterator[ImageRecord | Fault] = map(look, records)
-        if num_workers > 0:  # threads: the decoders of PIL release the interpreter
-            pool = stack.enter_context(ThreadPoolExecutor(num_workers))
-            windows = iter(lambda: list(itertools.islice(records, _WINDOW_RECORDS)), [])
-            looked = itertools.chain.from_iterable(pool.map(look, window) for window in windows)
-        for item in looked:
-            first = lines.setdefault(item.image_id, item.line) if isinstance(item, ImageRecord) else None
-            if isinstance(item, ImageRecord) and first != item.line:
-                message = f"duplicate image id {item.image_id!r}, first in line {first}; expected each picture once"
-                yield Fault(str(path), item.line, message, item.image_id)
-            else:
-                yield item
+    for item in by_threads(look, read_image_records(path), num_workers):
+        first = lines.setdefault(item.image_id, item.line) if isinstance(item, ImageRecord) else None
+        if isinstance(item, ImageRecord) and first != item.line:
+            message = f"duplicate image id {item.image_id!r}, first in line {first}; expected each picture once"
+            yield Fault(str(path), item.line, message, item.image_id)
+        else:
+            yield item
 
 
 def checked_texts(
@@ -136,7 +146,8 @@ def checked_texts(
 class SplitCheck:
     """What a check of one split saw; `num_pairs` counts LMDB pairs and is None when the split has no LMDB.
 
-    num_deep: pictures in grey of more than 8 bits. num_blank: texts without a character to see.
+    num_deep: pictures in grey of more than 8 bits. num_blank: texts without a character to see. num_shrunk: pictures
+    that the LMDB has smaller (`--shrink`).
     """
 
     split: str
@@ -144,6 +155,7 @@ class SplitCheck:
     num_texts: int = 0
     num_deep: int = 0
     num_blank: int = 0
+    num_shrunk: int = 0
     num_pairs: int | None = None
     faults: list[Fault] = field(default_factory=list)
 
@@ -155,6 +167,7 @@ class SplitCheck:
             f"{deep} pictures are grey of more than 8 bits: they are scaled to 8, where Chinese-CLIP clips to white "
             "what is above 255 (as does --decode reference)": deep,
             f"{blank} texts are empty or blank: they are trained on and searched for as they are": blank,
+            f"{self.num_shrunk} pictures of the LMDB are smaller than in the tsv file (--shrink)": self.num_shrunk,
         }
         return [note for note, count in notes.items() if count]
 
@@ -224,7 +237,9 @@ def _check_images(
         known.add(item.image_id)
         result.num_deep += item.is_deep
         stored = stores[0].base64(item.image_id) if stores else item.base64
-        if stores and stored != item.base64:
+        if stores and stored is not None and _is_shrunk(item.base64, stored):
+            result.num_shrunk += 1
+        elif stores and stored != item.base64:
             state = "is missing" if stored is None else "is not the picture of the tsv file"
             message = f"image id {item.image_id!r} (line {item.line} of the tsv file) {state}; build the LMDB again"
             result.faults.append(Fault(stores[0].folder, None, message, item.image_id))
@@ -234,6 +249,17 @@ def _check_images(
         surplus = [image_id for image_id in stores[0].listed if image_id not in known]
         result.faults.extend(Fault(stores[0].folder, None, f"image id {x!r} {message}", x) for x in surplus)
     return known
+
+
+def _is_shrunk(original: bytes, stored: bytes) -> bool:
+    """Whether base64 that is stored is that of the original picture, made smaller by `--shrink`."""
+    if len(stored) >= len(original):
+        return False
+    try:
+        picture = decode_base64(stored)
+        return shrunk(decode_base64(original), min(opened(picture).size)) == picture
+    except Exception:  # not a picture: whatever PIL raises
+        return False
 
 
 def _check_texts(

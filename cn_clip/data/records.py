@@ -50,13 +50,14 @@ class Fault:
 class ImageRecord:
     """One line of a `*_imgs.tsv`: the id, and the picture file's bytes as base64 (not yet decoded).
 
-    is_deep: whether a check found grey of more than 8 bits.
+    is_deep: whether a check found grey of more than 8 bits. is_shrunk: whether the picture was made smaller.
     """
 
     image_id: RecordId
     base64: bytes
     line: int = 0
     is_deep: bool = False
+    is_shrunk: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from cn_clip import command, settings, terminal
 from cn_clip.errors import ConfigError
-from cn_clip.option_types import CheckPictures, CheckWorkers, DataDir, Json
+from cn_clip.option_types import CheckPictures, CheckWorkers, DataDir, Json, Shrink
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Options:
     """At a faulty record: stop, leaving what was there before, or skip it (counted and listed)"""
     check_pictures: CheckPictures = "decode"
     num_workers: CheckWorkers = 2
+    shrink: Shrink = None
     json: Json = False
 
     def __post_init__(self) -> None:
@@ -55,6 +56,7 @@ def run(options: Options) -> None:
         Path(options.lmdb_dir or Path(options.data_dir) / "lmdb"),
         check=options.check_pictures,
         num_workers=options.num_workers,
+        shrink=options.shrink,
         on_error=options.on_error,
         tell=partial(print, file=sys.stderr if options.json else sys.stdout),
     )

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from cn_clip import command, settings
 from cn_clip.errors import ConfigError
-from cn_clip.option_types import Json
+from cn_clip.option_types import Json, Shrink
 from cn_clip.settings import Range
 
 PAIRS_PER_SHARD = 10_000
@@ -36,6 +36,7 @@ class Options:
     """Seed of the order of the pairs"""
     overwrite: bool = False
     """Replace the shards that are in the folder"""
+    shrink: Shrink = None
     json: Json = False
 
     def __post_init__(self) -> None:
@@ -58,8 +59,11 @@ def run(options: Options) -> None:
         num_shards=options.num_shards,
         seed=options.seed,
         overwrite=options.overwrite,
+        shrink=options.shrink,
     )
     say(f"Wrote {shards.num_pairs} pairs into {shards.num_shards} shards, {shards.num_bytes / 1e6:.1f} MB")
+    if options.shrink is not None:
+        say(f"{shards.num_shrunk} of the pictures were made smaller, to {options.shrink} pixels on the shorter side.")
     say(f"Train on them with: cn-clip train --train-data '{shards.pattern}'")
     say(f"They serve up to {shards.num_shards} loading processes (processes of a run x its --num-workers).")
     counts = {"shards": shards.num_shards, "pairs": shards.num_pairs, "bytes": shards.num_bytes}
