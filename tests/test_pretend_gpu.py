@@ -150,11 +150,16 @@ PARALLEL = {
 }
 
 
+# In its first ten steps, and in every hundredth, DDP measures its own times: two events for each of four.
+DDP_TIMING = 8
+
+
 @pytest.mark.parametrize("name", PARALLEL)
 def test_a_step_of_two_processes_waits_for_the_step_before_and_for_nothing_else(gpu: Any, name: str) -> None:
     result = trained(gpu, name, PARALLEL[name], gpus=2, processes=2)
     assert len(result.records) == 2
-    assert result.waits == [{"event": 1}] * len(rig.STEADY), result.waits_at
+    events = 1 + (DDP_TIMING if name.startswith("DDP") else 0)
+    assert result.waits == [{"event": events}] * len(rig.STEADY), result.waits_at
 
 
 @pytest.mark.parametrize("flags", [[], ["--fsdp"]], ids=["DDP", "FSDP2"])

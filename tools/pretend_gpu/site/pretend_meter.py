@@ -169,8 +169,8 @@ def _aside(function: Callable[..., Any]) -> Callable[..., Any]:
 def watch_extraction(pytorch: Any) -> None:
     """Has `TorchBackend` tell the meter of its batches."""
     wrapped = pytorch.TorchBackend
-    for name in ("encode_pixels", "encode_tokens"):
-        setattr(wrapped, name, _batch(getattr(wrapped, name), has_pictures=name == "encode_pixels"))
+    for name in ("start_pixels", "start_tokens"):  # every batch goes through them
+        setattr(wrapped, name, _batch(getattr(wrapped, name), has_pictures=name == "start_pixels"))
 
 
 def _batch(function: Callable[..., Any], *, has_pictures: bool) -> Callable[..., Any]:
