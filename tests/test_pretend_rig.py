@@ -32,6 +32,7 @@ def test_only_steady_steps_are_judged_and_waits_are_told_by_kind() -> None:
 
 def test_the_bytes_of_other_commands_are_those_since_their_first_batch() -> None:
     assert result([], pictures=12, since_first_batch={"up_bytes": 600}).bytes_a_picture == 50
+    assert result([], pictures=12, since_first_batch={}).bytes_a_picture == 0  # on the CPU
     assert result([]).bytes_a_picture is None
 
 

@@ -51,10 +51,10 @@ class Result:
     def bytes_a_picture(self) -> float | None:
         """Bytes that go to the device for each picture: of the steady steps, else since the first batch."""
         if self.steps:
-            return sum(step["up_bytes"] for step in self.steps) / sum(step["pictures"] for step in self.steps)
+            return sum(step.get("up_bytes", 0) for step in self.steps) / sum(step["pictures"] for step in self.steps)
         if not self.records or not self.records[0]["pictures"]:
             return None
-        return self.records[0]["since_first_batch"]["up_bytes"] / self.records[0]["pictures"]
+        return self.records[0]["since_first_batch"].get("up_bytes", 0) / self.records[0]["pictures"]
 
     @property
     def largest_pageable(self) -> int | None:
