@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ MODES: dict[str, dict[str, Any]] = {
     },
     "fsdp": {"gather": "gradients", "fsdp": True},
     "fsdp_accumulated": {"gather": "gradients", "fsdp": True, "accum": 2},
+    "fsdp_bf16": {"gather": "gradients", "fsdp": True, "bf16": True},
+    "fsdp_bf16_accumulated": {"gather": "gradients", "fsdp": True, "bf16": True, "accum": 2},
 }
 
 
@@ -67,14 +70,15 @@ def update(mode: str, *, steps: int = 2, device: torch.device = CPU) -> dict[str
     if settings["kind"] == "siglip":
         model.add_logit_bias()
     gather: Gather = settings["gather"]
-    parallel = Parallel(model, device, fsdp=settings["fsdp"] and ranks.world_size() > 1)
+    mixed = torch.bfloat16 if settings.get("bf16") else None
+    parallel = Parallel(model, device, fsdp=settings["fsdp"] and ranks.world_size() > 1, gathered_type=mixed)
     optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
     teacher = settings.get("teacher")
     learner = Learner(
         parallel,
         Objective(settings["kind"], 0.5 if teacher else 0.0),
         torch.amp.GradScaler(device.type, enabled=False),
-        contextlib.nullcontext,
+        contextlib.nullcontext if mixed is None else partial(torch.autocast, device.type, dtype=mixed),
         gather=gather,
         multi_positive=settings.get("multi_positive", False),
         local_loss=settings.get("local_loss", False),
@@ -82,6 +86,10 @@ def update(mode: str, *, steps: int = 2, device: torch.device = CPU) -> dict[str
     )
     groups = decay_groups(model)
     batches = batches_of(ranks.rank(), ranks.world_size(), settings["accum"], device)
+    types: set[str] = set()
+    if mixed is not None:
+        norm = model.visual.transformer.resblocks[0].ln_1
+        norm.register_forward_pre_hook(lambda module, _: types.add(str(module.weight.dtype)))
     result: dict[str, Any] = {"losses": []}
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
@@ -90,6 +98,7 @@ def update(mode: str, *, steps: int = 2, device: torch.device = CPU) -> dict[str
             named = model.named_parameters()
             result["gradients"] = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
         optimizer.step()
+    result["computed_with"] = sorted(types)
     result["weights"] = {name: value.clone() for name, value in parallel.state_dict().items()}
     with torch.no_grad():  # as a validation before the checkpoint; FSDP then holds the root's weights together
         model.eval()(batches[0].pixels_B3RR, None)

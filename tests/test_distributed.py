@@ -65,6 +65,24 @@ def test_gather_with_grad_gives_losses_gradients_and_weights_of_one_process(
         torch.testing.assert_close(two[mode]["weights"][name], value, atol=2.5e-3, rtol=0)
 
 
+@pytest.mark.parametrize("mode", ["fsdp_bf16", "fsdp_bf16_accumulated"])
+def test_weights_gathered_in_bfloat16_train_as_the_mixed_precision_of_one_process(
+    mode: str, two: dict[str, dict[str, Any]]
+) -> None:
+    alone, exact = update(mode), update("with_grad")
+    assert (two[mode]["computed_with"], alone["computed_with"]) == (["torch.bfloat16"], ["torch.float32"])
+    assert two[mode]["all_losses"][0] == two[mode]["all_losses"][1]
+    assert two[mode]["all_losses"][0] == pytest.approx(alone["losses"], rel=5e-3)
+    assert {value.dtype for part in ("weights", "gradients") for value in two[mode][part].values()} == {torch.float32}
+    assert {entry["exp_avg"].dtype for entry in two[mode]["optimizer"]["state"].values()} == {torch.float32}
+    ours, theirs, full = (
+        torch.cat([one["gradients"][name].flatten() for name in exact["gradients"]])
+        for one in (two[mode], alone, exact)
+    )
+    # As near to float32 as mixed precision is, whose roundings are others.
+    assert (ours - full).norm() < 1.5 * (theirs - full).norm()
+
+
 @pytest.mark.parametrize("mode", ["default", "distillation_default"])
 def test_the_default_gather_gives_the_loss_of_one_process_and_its_gradients_divided_by_the_processes(
     mode: str, two: dict[str, dict[str, Any]]

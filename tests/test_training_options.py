@@ -34,7 +34,7 @@ from cn_clip.errors import CheckpointError, ConfigError, DataError
 from cn_clip.eval import extract_features
 from cn_clip.training import distributed, inputs
 from cn_clip.training import trainer as trainer_module
-from cn_clip.training.building import build_model, synchronise_norms
+from cn_clip.training.building import build_model, fsdp_type, synchronise_norms
 from cn_clip.training.inputs import EpochNumbers, ShardSampler
 from cn_clip.training.log_lines import Clock, arithmetic_words
 from cn_clip.training.params import Options
@@ -400,6 +400,22 @@ def test_strict_float32_reaches_the_setting_of_the_process(
     assert strict == [False, True]
     with pytest.raises(ConfigError, match="--strict-fp32: is for float32; it needs --precision fp32"):
         Options(train_data="x", strict_fp32=True)
+
+
+def test_fsdp_gathers_bfloat16_on_gpus_where_products_are_in_it() -> None:
+    half, gpu = torch.bfloat16, torch.device("cuda", 0)
+    split, whole = Options(train_data="x", fsdp=True), Options(train_data="x")
+    cases = [
+        (split, gpu, half),
+        (split, gpu, torch.float16),
+        (split, gpu, None),
+        (split, CPU, half),
+        (whole, gpu, half),
+    ]
+    assert [fsdp_type(*case) for case in cases] == [half, None, None, None, None]
+    refused = Options(train_data="x", fsdp=True, val_data="y", valid_precision="fp32")
+    with pytest.raises(ConfigError, match="--fsdp and --valid-precision fp32: FSDP gathers the weights in bfloat16"):
+        fsdp_type(refused, gpu, half)
 
 
 def test_compiling_takes_each_block_of_both_towers(

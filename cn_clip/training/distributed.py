@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # before any group: its default arguments would keep one, and its threads
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cn_clip import ranks, terminal
@@ -187,8 +187,14 @@ def gather_shares(rows_BD: Tensor, num_rows: int) -> Tensor:
 class Parallel:
     """A model as training calls it: whole, copied to every process (DDP) or split over them (FSDP2)."""
 
-    def __init__(self, model: CLIP, device: torch.device, *, fsdp: bool = False) -> None:
-        """Wraps `model`, which lies on `device`. Raises ConfigError for FSDP with one process."""
+    def __init__(
+        self, model: CLIP, device: torch.device, *, fsdp: bool = False, gathered_type: torch.dtype | None = None
+    ) -> None:
+        """Wraps `model`, which lies on `device`. Raises ConfigError for FSDP with one process.
+
+        gathered_type: with FSDP, in which weights are sent to the processes and computed with; None: their own. What
+        each process keeps, the gradients and the checkpoints have the weights' own.
+        """
         self.model, self.device, self.fsdp = model, device, fsdp
         self.module: nn.Module = model
         self.loose: list[nn.Parameter] = []
@@ -210,9 +216,13 @@ class Parallel:
         self.loose = [parameter for parameter in model.parameters() if parameter.ndim == 0]
         for parameter in self.loose:
             dist.broadcast(parameter.data, 0)
+        policy = MixedPrecisionPolicy()
+        # Batch normalisation wants weights of the type of its running statistics.
+        if gathered_type is not None and not isinstance(model.visual, ModifiedResNet):
+            policy = MixedPrecisionPolicy(param_dtype=gathered_type, reduce_dtype=torch.float32)
         for block in blocks(model):
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh, ignored_params=set(self.loose))
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=set(self.loose))
 
     def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs)
