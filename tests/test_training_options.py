@@ -36,7 +36,7 @@ from cn_clip.training import distributed, inputs
 from cn_clip.training import trainer as trainer_module
 from cn_clip.training.building import build_model, fsdp_type, synchronise_norms
 from cn_clip.training.inputs import EpochNumbers, ShardSampler
-from cn_clip.training.log_lines import Clock, arithmetic_words
+from cn_clip.training.log_lines import Clock, arithmetic_words, compile_advice
 from cn_clip.training.params import Options
 from cn_clip.training.step import make_batch
 from cn_clip.training.trainer import Trainer
@@ -426,6 +426,27 @@ def test_compiling_takes_each_block_of_both_towers(
     trainer = build(split, tmp_path, compile=True)
     assert len(compiled) == 4 + 2
     assert compiled == distributed.blocks(trainer.model)
+
+
+def test_a_run_says_when_it_compiles_for_training_and_for_validation(
+    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "compile_blocks", lambda _: None)
+    log = run(split, tmp_path, max_steps=2, compile=True, valid_step_interval=1)
+    assert re.findall(r"--compile: compiling the towers for (\w+), which may take minutes", log) == [
+        "validation",
+        "training",
+    ]
+    assert "--compile" not in run(split, tmp_path, name="plain", max_steps=1, valid_step_interval=1)
+
+
+def test_compiling_is_advised_for_long_runs_on_a_gpu() -> None:
+    advice = compile_advice(501, compiles=False, device_type="cuda")
+    assert advice is not None
+    assert advice.startswith("--compile may make the 501 steps to come faster")
+    assert compile_advice(500, compiles=False, device_type="cuda") is None
+    assert compile_advice(501, compiles=True, device_type="cuda") is None
+    assert compile_advice(501, compiles=False, device_type="cpu") is None
 
 
 @pytest.mark.slow

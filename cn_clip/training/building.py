@@ -22,7 +22,7 @@ from cn_clip.errors import CheckpointError, CnClipError, ConfigError, DownloadEr
 from cn_clip.extras import require
 from cn_clip.files import alone
 from cn_clip.training import adapt, distributed, inputs, state
-from cn_clip.training.log_lines import arithmetic_words, rate_warning
+from cn_clip.training.log_lines import arithmetic_words, compile_advice, rate_warning
 from cn_clip.training.logger import log_params, logger, logging_to
 from cn_clip.training.loss import Objective
 from cn_clip.training.monitor import Monitor
@@ -116,6 +116,9 @@ def train_in_group(options: Options, device: torch.device, folder: Path, started
         is_tf32=ranks.computes_in_tf32(device, is_strict=options.strict_fp32),
     )
     logger.info("Use device: %s for training, precision %s", device, arithmetic)
+    num_left = trainer.max_steps - trainer.position.step
+    if advice := compile_advice(num_left, compiles=options.compile, device_type=device.type):
+        logger.info("%s", advice)
     with_events = options.report_to == "tensorboard"
     goes_on = trainer.start is not None and trainer.start.is_own
     monitor: AbstractContextManager[Monitor | None] = nullcontext()

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -19,6 +20,8 @@ from cn_clip.training.validation import Validation
 FINE_TUNING_RATE, FINE_TUNING_BATCH = 5e-5, 1024
 RATE_MARGIN = 4
 HIGHEST_RATE = 5e-3
+# Compiling takes minutes, and a step on a GPU some tenths of a second.
+STEPS_WORTH_COMPILING = 500
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,16 @@ def arithmetic_words(
         words = f"mixed {mixed}".replace("torch.", "")
         return f"{words}, validation {float32}" if validates_in_float32 else words
     return float32 if weights is torch.float32 else str(weights).replace("torch.", "")
+
+
+def compile_advice(num_steps: int, *, compiles: bool, device_type: str) -> str | None:
+    """That --compile may pay off in a run of so many steps, or None."""
+    if compiles or device_type != "cuda" or num_steps <= STEPS_WORTH_COMPILING:
+        return None
+    return (
+        f"--compile may make the {num_steps} steps to come faster: it takes minutes, before the first step and before "
+        "the first validation"
+    )
 
 
 class Clock:
@@ -174,6 +187,7 @@ class Report:
     num_skipped: int = 0
     _told_skipped: int = 0
     _told_zero: bool = False
+    _compiled: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.stuck = StuckLoss(warmup=self.warmup, patience=max(20, 200 // self.log_interval))
@@ -228,6 +242,17 @@ class Report:
         )
         if self.monitor is not None:
             self.monitor.validation(step, result.values())
+
+    def compiling(self, what: Literal["training", "validation"]) -> None:
+        """Says once for each that the towers are compiled, so that nobody takes the silence for a run that hangs."""
+        if what in self._compiled:
+            return
+        self._compiled.add(what)
+        more = {
+            "training": "texts of another length compile it once more",
+            "validation": "it is another program than that of training, as it has no gradients",
+        }
+        logger.info("--compile: compiling the towers for %s, which may take minutes; %s", what, more[what])
 
     def end(self) -> None:
         """What the run must not end without saying."""

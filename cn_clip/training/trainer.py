@@ -220,6 +220,8 @@ class Trainer:
         ids = [pair for batch in batches for pair in batch.ids]
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("Step %d: (image id, text id) of the batch: %s", step + 1, _listed(ids))
+        if self.options.compile:
+            self.report.compiling("training")
         assign_learning_rate(self.optimizer, self._rate(step))
         self.optimizer.zero_grad(set_to_none=True)
         scores = self.learner.backward(batches)
@@ -275,6 +277,8 @@ class Trainer:
             return None
         self._check_loss()
         logger.info("Begin to eval on validation set (epoch %d @ %d steps)...", epoch + 1, step)
+        if self.options.compile:
+            self.report.compiling("validation")
         self.parallel.share_statistics()
         pixels = (batch for _, batch in self._awaited(data.pixels))
         result = validate(self.model, data.split, data.tokens, pixels, data.sampler, self.validation_autocast)
