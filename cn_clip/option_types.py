@@ -1,6 +1,6 @@
 """The options that several commands have: one declaration of each, with its help text and its bounds.
 
-`num_workers: NumWorkers = 4` is all that a command says; `settings.check` holds the bounds.
+`num_workers: NumWorkers = None` is all that a command says; `settings.check` holds the bounds.
 """
 
 from typing import Annotated, Literal, TypeAlias
@@ -29,7 +29,9 @@ StrictFp32: TypeAlias = Annotated[
     bool, _help("Multiply float32 in full on CUDA, not as TF32, which keeps 10 bits of fraction; slower")
 ]
 NumWorkers: TypeAlias = Annotated[
-    int, _help("Threads that decode pictures; 0: decode between the batches"), Range(least=0)
+    int | None,
+    _help("Threads that decode pictures; 0: decode between the batches; default: one a core, at most 16"),
+    Range(least=0),
 ]
 BatchSize: TypeAlias = Annotated[int, _help("Pictures in a batch"), Range(least=1)]
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from PIL import Image
 from tiny_models import tiny_model
 
 from cn_clip.clip import Encoder
-from cn_clip.clip.backends.base import Pixels
+from cn_clip.clip import pictures as clip_pictures
+from cn_clip.clip.backends.base import AnyPixels, Pixels
 from cn_clip.clip.pictures import data_url_bytes, decode, decoded_batches, float_room, open_picture
 from cn_clip.clip.transforms import MEAN, STD, Decode, ImageTransform, normalised
 from cn_clip.data.lmdb_store import SplitWriter
@@ -127,6 +129,19 @@ def test_batches_hold_what_was_written_for_each_number(num_threads: int) -> None
     assert [pixels.shape for _, pixels in found] == [(3, 3, 2, 2), (3, 3, 2, 2), (1, 3, 2, 2)]
     assert [pixels.mean(axis=(1, 2, 3)).tolist() for _, pixels in found] == [[3, 4, 5], [6, 7, 8], [9]]
     assert list(decoded_batches(load, range(4, 4), float_room(2), 3, num_threads)) == []
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (3, 3), (64, 16)])
+def test_by_default_there_is_a_thread_a_core(cores: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip_pictures, "usable_cores", lambda: cores)
+    together = threading.Barrier(threads)
+
+    def load(number: int, out: AnyPixels) -> str:
+        together.wait(60)  # until so many threads are here; breaks if there are fewer
+        return threading.current_thread().name
+
+    ((names, _),) = decoded_batches(load, range(2 * threads), float_room(1), 2 * threads, None)
+    assert len(set(names)) == threads
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from in_process_runs import BATCH, NUM_PAIRS, checkpoint, emoji_split, options, run
 
+from cn_clip import processes
 from cn_clip.data import datasets
 from cn_clip.data.datasets import PairDataset, make_loader
 from cn_clip.training import main as training
@@ -301,3 +302,13 @@ def test_training_and_extraction_run_under_the_start_method_of_python_3_14(tmp_p
     )
     assert done.returncode == 0, done.stderr
     assert f"rows: {NUM_PAIRS}" in done.stdout
+
+
+def test_the_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 4, 6}, raising=False)
+    assert processes.usable_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert processes.usable_cores() == 5
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert processes.usable_cores() == 1

@@ -211,12 +211,12 @@ class Encoder:
         *,
         batch_size: int | None = None,
         progress: bool = False,
-        num_threads: int = 2,
+        num_threads: int | None = None,
     ) -> Rows:
         """Unit rows (N, D), float32, in the order given.
 
         images: paths, data URLs, encoded bytes or PIL pictures. Threads decode the next batch while one is computed.
-        batch_size: default 32, on a GPU 256.
+        batch_size: default 32, on a GPU 256. num_threads: that decode; default one a core, at most 16.
         Raises DataError naming the picture that cannot be read, NotFiniteError one that the model has no vector for.
         """
         images = [images] if isinstance(images, (str, Path, bytes, Image)) else list(images)

@@ -19,6 +19,7 @@ from cn_clip.clip.backends.base import AnyPixels
 from cn_clip.clip.decoding import ProcessStartError, opened_elsewhere
 from cn_clip.clip.picture_files import is_bounded, look, opened_here
 from cn_clip.errors import DataError
+from cn_clip.processes import usable_cores
 
 Picture: TypeAlias = str | Path | bytes | Image
 # From a number of pictures to memory for their pixels (B, 3, R, R), yet to be written.
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Base64 that is decoded at once, 1 ms in which no other thread runs; a multiple of 4.
 _BASE64_CHARS = 1 << 18
+# Of those that decode, unless their number is given: more are not kept busy by what reads the files and the bytes.
+MOST_THREADS = 16
 # Batches that are decoded, or being decoded, before the one in use is done.
 BATCHES_AHEAD = 2
 # A picture opened lazily is read once, also when several threads ask; others are read at the same time, but for chance.
@@ -121,15 +124,18 @@ def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) 
 
 
 def decoded_batches(
-    load: Callable[[int, AnyPixels], T], numbers: range, room: Room, batch_size: int, num_threads: int
+    load: Callable[[int, AnyPixels], T], numbers: range, room: Room, batch_size: int, num_threads: int | None
 ) -> Iterator[tuple[list[T], AnyPixels]]:
     """(what `load` returned, pixels (B, 3, R, R)) of `numbers`, the last batch shorter, made ahead by threads.
 
     load: takes a number and the (3, R, R) to write its pixels into; called by several threads at once. PIL and NumPy
-    work without Python's global lock, so threads do what processes would. num_threads 0: loads in this thread.
+    work without Python's global lock, so threads do what processes would. num_threads 0: loads in this thread; None:
+    one a core, at most MOST_THREADS.
     room: memory for the pixels of so many pictures. An error of `load` is raised when its batch is due.
     """
     batches = (numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size))
+    if num_threads is None:
+        num_threads = min(MOST_THREADS, usable_cores())
     if num_threads == 0:
         for batch in batches:
             pixels = room(len(batch))

@@ -149,7 +149,7 @@ def batches(
     pictures: PictureSource[KeyT],
     transform: PictureTransform,
     batch_size: int,
-    num_threads: int = 1,
+    num_threads: int | None = 1,
     *,
     first: int = 0,
     room: Room | None = None,
@@ -160,7 +160,7 @@ def batches(
     ConfigError for a batch size below 1 or fewer than 0 threads, DataError for an empty source and naming a picture
     that cannot be read.
     """
-    if batch_size < 1 or num_threads < 0:
+    if batch_size < 1 or (num_threads is not None and num_threads < 0):
         raise ConfigError(f"expected a batch size of 1 or more and 0 or more workers, got {batch_size}, {num_threads}")
     if not len(pictures):
         raise DataError("the dataset is empty; nothing to load")

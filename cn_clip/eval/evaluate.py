@@ -53,7 +53,7 @@ class ModelChoice(choice.ModelSettings):
     """Weights of your own: a file or a transformers folder"""
     batch_size: Annotated[int, Range(least=1)] = 64
     """Pictures, and texts, in a batch"""
-    num_workers: NumWorkers = 4
+    num_workers: NumWorkers = None
     decode: choice.Decoding = "exact"
 
     def __post_init__(self) -> None:
@@ -157,7 +157,7 @@ class Options(ModelChoice):
 def run(options: Options) -> None:
     """Measures and reports; raises CnClipError saying which part of the dataset is missing or faulty."""
     say, data = command.Speaker(quiet=options.json), Path(options.data or "")
-    sizes = {"batch_size": options.batch_size, "num_workers": options.num_workers}
+    sizes: dict[str, Any] = {"batch_size": options.batch_size, "num_workers": options.num_workers}
     if options.name in benchmark_sets.RETRIEVAL_SETS:
         from cn_clip.evaluation import retrieval
 

@@ -6,7 +6,7 @@ cn-clip linear-probe --train datasets/dtd/train --test datasets/dtd/test
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cn_clip import command, ranks
 from cn_clip.data.records import digest_of
@@ -86,7 +86,7 @@ def run(options: Options) -> None:
 
     say = command.Speaker(quiet=options.json)
     sources = options.sources()
-    sizes = {"batch_size": options.batch_size, "num_workers": options.num_workers}
+    sizes: dict[str, Any] = {"batch_size": options.batch_size, "num_workers": options.num_workers}
     train, test = classification.kept_features(
         [(source, options.cache_file(source)) for source in sources], options.chosen, say, **sizes
     )

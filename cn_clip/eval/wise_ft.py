@@ -55,7 +55,7 @@ class Options:
     precision: Literal["amp", "auto", "fp16", "fp32", "bf16"] = "amp"
     """Arithmetic; amp is float32 here, as in the other evaluations. auto: the fastest close to it (cosine 0.999) that
     the device has"""
-    num_workers: NumWorkers = 4
+    num_workers: NumWorkers = None
     device: Device = "auto"
     json: Json = False
 

@@ -44,7 +44,7 @@ class Options(choice.CheckpointSettings):
     """Folder for the ELEVATER JSON file"""
     img_batch_size: BatchSize = 64
     context_length: ContextLength = CONTEXT_LENGTH
-    num_workers: NumWorkers = 4
+    num_workers: NumWorkers = None
     decode: choice.Decoding = "exact"
     templates: Templates = None
     json: Json = False

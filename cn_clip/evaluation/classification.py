@@ -52,7 +52,7 @@ def of_folder(
     say: Speaker,
     *,
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
 ) -> ClassFeatures:
     """The features of the pictures of class folders, from `file` if it is of these pictures and this model.
 
@@ -120,7 +120,7 @@ def _checked(file: Path, arrays: dict[str, NDArray[Any]]) -> ClassFeatures:
 
 
 def kept_features(
-    sources: Sequence[tuple[Path, Path]], chosen: Choice, say: Speaker, *, batch_size: int, num_workers: int
+    sources: Sequence[tuple[Path, Path]], chosen: Choice, say: Speaker, *, batch_size: int, num_workers: int | None
 ) -> list[ClassFeatures]:
     """The features of several sources: class folders, each with the file that keeps its features, or files of features.
 
@@ -135,7 +135,7 @@ def kept_features(
             found.append(read(source))
             continue
         say(f"图片特征 / picture features: {source} → {file}")
-        sizes = {"batch_size": batch_size, "num_workers": num_workers}
+        sizes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
         found.append(of_folder(ClassFolders(source), file, encoder, identity(chosen, encoder), say, **sizes))
     return found
 
@@ -161,7 +161,7 @@ def classify(
     label_file: str,
     index: str,
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
     say: Speaker,
 ) -> Classified:
     """Classifies the pictures of class folders by the labels of a file; `say` prints what Chinese-CLIP prints.
@@ -269,7 +269,7 @@ def _plain(name: str) -> str:
 
 
 def benchmark(
-    dataset: Dataset, chosen: Choice, output: Path, say: Speaker, *, batch_size: int, num_workers: int
+    dataset: Dataset, chosen: Choice, output: Path, say: Speaker, *, batch_size: int, num_workers: int | None
 ) -> Measured:
     """Classifies the test pictures, zero-shot, with the templates of the benchmark.
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ def benchmark(
     say: Speaker,
     *,
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
 ) -> dict[Direction, dict[str, float]]:
     """Recall in percent, by direction: `r1`, `r5`, `r10`, `mean_recall`; of a split that `check_split` has passed.
 
@@ -260,7 +261,7 @@ def recall_along(
     folder: str,
     *,
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
     precision: str,
     device: str,
     context_length: int,
@@ -268,7 +269,8 @@ def recall_along(
     """Recall of both directions at each alpha, on the whole split whose LMDB folder is given."""
     pictures = LmdbPictures(f"{folder}/{IMAGES}")
     split = read_split(PairStore(f"{folder}/{PAIRS}"), pictures.ids)
-    sizes, points = {"batch_size": batch_size, "num_workers": num_workers}, []
+    points = []
+    sizes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
     with tqdm(total=len(alphas) * len(pictures), unit="picture", disable=None) as bar:
         for alpha in alphas:
             ends.model.load_state_dict(ends.mixture(alpha), assign=True)
@@ -284,12 +286,12 @@ def split_features(
     split: Split,
     *,
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
     advance: Callable[[int], object] | None = None,
 ) -> tuple[Rows, Rows]:
     """Unit rows of all pictures (N, D) and texts (T, D) of a split; advance: called with the size of each batch."""
     rows, names = [], pictures.ids
-    sizes = {"batch_size": batch_size, "num_workers": num_workers}
+    sizes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
     for rows_BD in picture_rows(pictures, encoder, names=names, what="image_id", **sizes):
         rows.append(rows_BD)
         if advance is not None:

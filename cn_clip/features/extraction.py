@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,7 +133,7 @@ class Pictures:
     kind: Kind = "image"
     field: IdField = "image_id"
 
-    def __init__(self, pictures: LmdbPictures, *, batch_size: int, num_workers: int) -> None:
+    def __init__(self, pictures: LmdbPictures, *, batch_size: int, num_workers: int | None) -> None:
         self.pictures, self.batch_size, self.num_workers = pictures, batch_size, num_workers
         self.ids = pictures.ids
 
@@ -145,7 +145,7 @@ class Pictures:
 
     def compute(self, encoder: Encoder, store: RowStore) -> Positions:
         """Encodes all pictures; row n is that of picture n."""
-        sizes = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        sizes: dict[str, Any] = {"batch_size": self.batch_size, "num_workers": self.num_workers}
         compute_pictures(self.pictures, encoder, store, ids=self.ids, **sizes)
         return np.arange(len(self.pictures))
 
@@ -157,7 +157,7 @@ def compute_pictures(
     *,
     ids: Sequence[object],
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
 ) -> None:
     """Computes the rows that `store` lacks, in the order of `pictures`; ids: what errors call them.
 
@@ -167,7 +167,7 @@ def compute_pictures(
     done = store.num_rows if store.num_rows >= count else store.num_rows // batch_size * batch_size
     with tqdm(total=count, initial=done, unit="picture") as bar:
         if done < count or not count:
-            sizes = {"batch_size": batch_size, "num_workers": num_workers}
+            sizes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
             for rows_BD in picture_rows(pictures, encoder, names=ids, what="image_id", **sizes, first=done):
                 store.put(done, rows_BD)
                 done += len(rows_BD)
@@ -181,7 +181,7 @@ def picture_rows(
     names: Sequence[object],
     what: str = "picture",
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
     first: int = 0,
 ) -> Iterator[Rows]:
     """Yields the unit rows (B, D) of the pictures from number `first` on, batch by batch.

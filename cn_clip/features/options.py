@@ -62,7 +62,7 @@ class Settings:
     text_batch_size: Annotated[int, Range(least=1)] = 64
     """Texts in a batch"""
     context_length: ContextLength = CONTEXT_LENGTH
-    num_workers: NumWorkers = 1
+    num_workers: NumWorkers = None
     decode: choice.Decoding = "exact"
     debug: bool = False
     """Log what is opened and downloaded, to stderr"""

@@ -34,7 +34,7 @@ class Settings:
     """How pictures become items; see the options of the same names."""
 
     batch_size: int = 32
-    num_workers: int = 2
+    num_workers: int | None = None
     commit_every: int = 1000
     thumbnail_size: int = 160
 

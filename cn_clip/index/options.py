@@ -10,7 +10,7 @@ import tyro
 from cn_clip import settings
 from cn_clip.clip import choice
 from cn_clip.errors import ConfigError
-from cn_clip.option_types import BatchSize, Json
+from cn_clip.option_types import BatchSize, Json, NumWorkers
 from cn_clip.retrieval.milvus_collection import GRAMMAR, SCHEME
 from cn_clip.settings import Range
 
@@ -69,8 +69,7 @@ class AddOptions(ModelOptions):
     image_column: str = "image"
     """The table's column of picture files, relative to the folder, or of ids"""
     batch_size: BatchSize = 32
-    num_workers: Annotated[int, Range(least=0)] = 2
-    """Threads that read and decode pictures; 0: between the batches"""
+    num_workers: NumWorkers = None
     commit_every: Annotated[int, Range(least=1)] = 1000
     """Pictures after which all so far is safe on disk, and reported"""
     thumbnail_size: Annotated[int, Range(least=0)] = 160

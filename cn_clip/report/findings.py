@@ -93,7 +93,7 @@ class Retrieval:
         return {**sizes, **self.recall.values(), **groups}
 
 
-def examine_queries(encoder: Encoder, folder: Path, *, k: int, batch_size: int, num_workers: int) -> Retrieval:
+def examine_queries(encoder: Encoder, folder: Path, *, k: int, batch_size: int, num_workers: int | None) -> Retrieval:
     """Computes every picture and text of a built split and ranks them.
 
     The queries are ordered by the rank of their right picture, and of equal ranks by how far its score lies above
@@ -224,7 +224,7 @@ def examine_classes(
     templates_file: str | None,
     *,
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
 ) -> Confusion:
     """Classifies as `cn-clip zeroshot` does; raises DataError when folders and labels do not fit together.
 

@@ -52,7 +52,7 @@ class Options:
     """Texts for --picture"""
     batch_size: Annotated[int, Range(least=1)] = 64
     """Pictures or texts in a batch"""
-    num_workers: NumWorkers = 2
+    num_workers: NumWorkers = None
     context_length: ContextLength = CONTEXT_LENGTH
     device: Device = "auto"
     num_threads: NumThreads = None
@@ -129,7 +129,7 @@ def run(options: Options) -> None:
         subtitle, facts["checkpoint"] = f"模型 / model: {checkpoint}", checkpoint
         from cn_clip.report import findings  # imports torch, which the curves of a run do not need
 
-        sizes = {"batch_size": options.batch_size, "num_workers": options.num_workers}
+        sizes: dict[str, Any] = {"batch_size": options.batch_size, "num_workers": options.num_workers}
         chosen = Choice(
             checkpoint,
             device=options.device,
