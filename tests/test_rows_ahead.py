@@ -1,5 +1,6 @@
 """Batches that are computed ahead, as on CUDA: the same rows, names and errors as one batch at a time."""
 
+import asyncio
 import base64
 import io
 import json
@@ -28,6 +29,9 @@ from cn_clip.eval import extract_features
 from cn_clip.features import extraction
 from cn_clip.index import build
 from cn_clip.retrieval.store import open_index
+from cn_clip.serve.batching import Metrics
+from cn_clip.serve.limits import Limits
+from cn_clip.serve.runner import Picture, Runner, Text
 
 TEXTS = ["皮卡丘", "小火龙" * 9, "", "a", "妙蛙种子 和 杰尼龟", "皮卡丘", "狗", "雪地"]
 
@@ -171,6 +175,30 @@ def test_the_picture_and_the_text_without_a_vector_are_named(ahead: None, monkey
     with pytest.raises(NotFiniteError, match="text 1 \\('小火龙") as caught:
         encoder.encode_texts(TEXTS, batch_size=2)
     assert caught.value.positions == [1]
+
+
+# --- the service
+
+
+def test_the_service_answers_the_same_with_bytes(ahead: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "data:image/png;base64," + base64.b64encode(png(3)).decode()
+
+    def answered() -> Rows:
+        async def main() -> Rows:
+            runner = Runner("Emoji-Tiny", lambda: Encoder("Emoji-Tiny", device="cpu"), Limits(), Metrics())
+            runner.start()
+            try:
+                await runner.opened.wait()
+                rows, _ = await runner.embed([Picture(url, "input"), Text("狗")])
+                return rows
+            finally:
+                await runner.stop()
+
+        return asyncio.run(main())
+
+    found = answered()
+    monkeypatch.undo()
+    np.testing.assert_array_equal(found, answered())
 
 
 # --- commands

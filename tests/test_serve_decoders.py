@@ -18,6 +18,7 @@ from harmful_pictures import Harmful
 from PIL import Image
 from serving import WatchedBackend, data_url, harmed, queue_depth, served, wait_until
 
+from cn_clip.clip.backends.base import PixelType
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.picture_files import Head, look
 from cn_clip.clip.pictures import decode
@@ -52,11 +53,12 @@ def decoding(
     limits: Limits | None = None,
     *,
     count: int = 1,
+    pixel_type: PixelType = "float32",
 ) -> None:
     async def main() -> None:
         decoders = Decoders(count, limits or Limits())
         try:
-            await decoders.open(transform or Harmful(8))
+            await decoders.open(transform or Harmful(8), pixel_type)
             await work(decoders)
         finally:
             decoders.close()
@@ -64,8 +66,8 @@ def decoding(
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("decode_mode", ["exact", "fast"])
-def test_the_pixels_are_those_of_this_process(decode_mode: str) -> None:
+@pytest.mark.parametrize(("decode_mode", "pixel_type"), [("exact", "float32"), ("fast", "float32"), ("fast", "uint8")])
+def test_the_pixels_are_those_of_this_process(decode_mode: str, pixel_type: PixelType) -> None:
     transform = ImageTransform(32, decode_mode)  # type: ignore[arg-type]
     files = [
         encoded(300, 200, "JPEG"),
@@ -76,10 +78,14 @@ def test_the_pixels_are_those_of_this_process(decode_mode: str) -> None:
 
     async def work(decoders: Decoders) -> None:
         for data in files:
-            expected = transform.array(decode(data, transform.draft_size))
-            np.testing.assert_array_equal(await decoders.pixels(picture(data)), expected)
+            expected = (transform.array if pixel_type == "float32" else transform.bytes)(
+                decode(data, transform.draft_size)
+            )
+            found = await decoders.pixels(picture(data))
+            assert found.dtype == pixel_type
+            np.testing.assert_array_equal(found, expected)
 
-    decoding(work, transform)
+    decoding(work, transform, pixel_type=pixel_type)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import struct
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from PIL import Image, UnidentifiedImageError
 
@@ -30,7 +30,8 @@ except ImportError:  # Windows
     resource: Any = None  # type: ignore[no-redef]
 
 if TYPE_CHECKING:
-    from cn_clip.clip.transforms import PictureTransform
+    from cn_clip.clip.backends.base import PixelType
+    from cn_clip.clip.transforms import ImageTransform, PictureTransform
 
 # Decoding a picture may take so many seconds of a processor, and `SECONDS_PER_PIXEL` for its pixels.
 DECODE_SECONDS = 3.0
@@ -49,7 +50,7 @@ _SECRETS = ("CN_CLIP_API_KEY",)
 SETTINGS = struct.Struct("<QQB")
 # A picture: processor seconds besides those for its pixels, most pixels, bytes of the file, which follow.
 JOB = struct.Struct("<dQQ")
-# What comes back: one of the kinds, and the bytes of what follows: of PIXELS (3, R, R) float32, of PICTURE what
+# What comes back: one of the kinds, and the bytes of what follows: of PIXELS (3, R, R), of PICTURE what
 # `unpacked` reads, of REFUSED a sentence and of TOO_LARGE the size, in UTF-8.
 ANSWER = struct.Struct("<BQ")
 READY, PIXELS, PICTURE, REFUSED, TOO_LARGE = range(5)
@@ -70,11 +71,12 @@ def main() -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     num_bytes, spare_bytes, niceness = SETTINGS.unpack(requests.read(SETTINGS.size))
-    transform: PictureTransform | None = pickle.loads(requests.read(num_bytes))
+    transform: PictureTransform | None
+    transform, pixel_type = pickle.loads(requests.read(num_bytes))
     for kind in ("JPEG", "PNG"):  # has all imported that a picture needs
         stream = io.BytesIO()
         Image.new("RGB", (8, 8)).save(stream, kind)
-        answer(stream.getvalue(), math.inf, 64, transform)
+        answer(stream.getvalue(), math.inf, 64, transform, pixel_type)
     # Where the system can (Linux), further memory fails, and with it the one picture.
     with contextlib.suppress(AttributeError, OSError, ValueError):
         with open("/proc/self/statm", encoding="ascii") as sizes:
@@ -89,10 +91,16 @@ def main() -> None:
     os.dup2(silence, 2)
     while len(head := requests.read(JOB.size)) == JOB.size:
         seconds, max_pixels, num_bytes = JOB.unpack(head)
-        _write(answers, *answer(requests.read(num_bytes), seconds, max_pixels, transform))
+        _write(answers, *answer(requests.read(num_bytes), seconds, max_pixels, transform, pixel_type))
 
 
-def answer(data: bytes, seconds: float, max_pixels: int, transform: "PictureTransform | None") -> tuple[int, bytes]:
+def answer(
+    data: bytes,
+    seconds: float,
+    max_pixels: int,
+    transform: "PictureTransform | None",
+    pixel_type: "PixelType" = "float32",
+) -> tuple[int, bytes]:
     """(a kind, the pixels of the first frame, without a transform the picture, or a sentence about why there are none).
 
     seconds: of a processor, besides those for the pixels that the file declares; then this process dies.
@@ -112,6 +120,8 @@ def answer(data: bytes, seconds: float, max_pixels: int, transform: "PictureTran
             if transform.draft_size is not None:
                 image.draft(None, (transform.draft_size, transform.draft_size))
             image.load()
+            if pixel_type == "uint8":
+                return PIXELS, cast("ImageTransform", transform).bytes(image).tobytes()
             return PIXELS, transform.array(image).astype("<f4", copy=False).tobytes()
     except MemoryError:
         return REFUSED, b"it takes too much memory"
@@ -192,14 +202,21 @@ class ProcessClosedError(Exception):
 class DecodingProcess:
     """One process, started when it is needed; used by one thread at a time, and killed from any.
 
-    transform: what is done to the pictures there; None: they come back as they are. num_bytes: the most that an answer
-    holds. spare_bytes: memory that decoding may take. niceness: by how much its claim to the processors is less.
+    transform: what is done to the pictures there; None: they come back as they are. pixel_type: of their pixels.
+    num_bytes: the most that an answer holds. spare_bytes: memory that decoding may take. niceness: by how much its
+    claim to the processors is less.
     """
 
     def __init__(
-        self, transform: "PictureTransform | None", *, num_bytes: int, spare_bytes: int, niceness: int = 0
+        self,
+        transform: "PictureTransform | None",
+        *,
+        num_bytes: int,
+        spare_bytes: int,
+        niceness: int = 0,
+        pixel_type: "PixelType" = "float32",
     ) -> None:
-        data = pickle.dumps(transform)
+        data = pickle.dumps((transform, pixel_type))
         self._settings = SETTINGS.pack(len(data), spare_bytes, niceness) + data
         self._num_bytes = max(num_bytes, MAX_SENTENCE_BYTES)
         self.child: subprocess.Popen[bytes] | None = None

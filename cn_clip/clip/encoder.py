@@ -166,6 +166,11 @@ class Encoder:
         """Unit rows (B, D) of ids that `texts` made; raises as `Backend.encode_tokens`."""
         return self.backend.encode_tokens(token_ids_BL)
 
+    @property
+    def pixel_type(self) -> PixelType:
+        """Of a `room`: a transform of another kind than Chinese-CLIP's knows normalised pixels only."""
+        return self.facts.pixels if type(self.transform) is ImageTransform else "float32"
+
     def room(self, count: int) -> AnyPixels:
         """Memory for the pixels (count, 3, R, R) of pictures, for `transforms.write_pixels`.
 
@@ -173,11 +178,9 @@ class Encoder:
         """
         resolution = self.transform.resolution
         shape = (count, 3, resolution, resolution)
-        # A transform of its own kind knows normalised pixels only.
-        pixel_type: PixelType = self.facts.pixels if type(self.transform) is ImageTransform else "float32"
         if self.facts.is_async:
-            return cast("AsyncBackend", self.backend).room(shape, pixel_type)
-        return np.empty(shape, dtype=pixel_type)
+            return cast("AsyncBackend", self.backend).room(shape, self.pixel_type)
+        return np.empty(shape, dtype=self.pixel_type)
 
     def pixel_rows(self, batches: Iterable[tuple[T, AnyPixels]]) -> Iterator[tuple[T, Rows]]:
         """(anything, unit rows (B, D)) of (the same, pixels of a `room`), batch by batch in order; B may be 0.

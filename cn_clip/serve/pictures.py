@@ -6,13 +6,14 @@ What one picture does to its process, no other one notices.
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from cn_clip.clip.backends.base import Pixels
+from cn_clip.clip.backends.base import AnyPixels, PixelType
 from cn_clip.clip.decoding import (
     DECODE_BYTES,
     DECODE_BYTES_PER_PIXEL,
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 # For a process to be ready; those of models that come with code of their own import a lot.
 START_SECONDS = 60.0
+# As they leave a process.
+_DTYPES: dict[PixelType, np.dtype[np.float32 | np.uint8]] = {"float32": np.dtype("<f4"), "uint8": np.dtype(np.uint8)}
 # Texts go before pictures on a full machine, and pictures go on beside other programs.
 _NICE = 10
 
@@ -58,14 +61,14 @@ class Decoders:
         self._workers, self._idle = list[_Worker](), list[_Worker]()
         self._busy_since: dict[_Worker, float] = {}
 
-    async def open(self, transform: PictureTransform) -> None:
+    async def open(self, transform: PictureTransform, pixel_type: PixelType = "float32") -> None:
         """Says what is to become of the pictures, before the first; returns when the processes run, or cannot."""
-        self._workers = [_Worker(transform, self._limits) for _ in range(self.count)]
+        self._workers = [_Worker(transform, pixel_type, self._limits) for _ in range(self.count)]
         self._idle = list(self._workers)
         await asyncio.gather(*[self._with_a_worker(_Worker.start) for _ in range(self.count)])
 
-    async def pixels(self, picture: EncodedPicture) -> Pixels:
-        """float32 (3, R, R) of the first frame; raises RefusalError naming its field.
+    async def pixels(self, picture: EncodedPicture) -> AnyPixels:
+        """The pixels (3, R, R) of the first frame; raises RefusalError naming its field.
 
         400: it does not decode, or not with the time and memory that a picture has. 503: no process can be started.
         """
@@ -99,8 +102,8 @@ class Decoders:
             raise RefusalError(503, "no picture has been decoded for a long time", code="stalled", retry_after=5)
 
     async def _with_a_worker(
-        self, function: "Callable[[_Worker], Pixels | RefusalError | None]"
-    ) -> Pixels | RefusalError | None:
+        self, function: "Callable[[_Worker], AnyPixels | RefusalError | None]"
+    ) -> AnyPixels | RefusalError | None:
         """What `function` gives in a thread."""
         await self._free.acquire()
         loop, worker = asyncio.get_running_loop(), self._idle.pop()
@@ -124,11 +127,14 @@ class Decoders:
 class _Worker:
     """One process, and what requests are told of it."""
 
-    def __init__(self, transform: PictureTransform, limits: Limits) -> None:
-        self.resolution, self.max_pixels, self.has_failed = transform.resolution, limits.max_pixels, False
+    def __init__(self, transform: PictureTransform, pixel_type: PixelType, limits: Limits) -> None:
+        self.max_pixels, self.has_failed = limits.max_pixels, False
         spare = DECODE_BYTES + limits.max_body_bytes + DECODE_BYTES_PER_PIXEL * limits.max_pixels
-        num_bytes = _pixel_bytes(transform.resolution)
-        self.process = DecodingProcess(transform, num_bytes=num_bytes, spare_bytes=spare, niceness=_NICE)
+        self._shape, self._dtype = (3, transform.resolution, transform.resolution), _DTYPES[pixel_type]
+        self._num_bytes = math.prod(self._shape) * self._dtype.itemsize
+        self.process = DecodingProcess(
+            transform, pixel_type=pixel_type, num_bytes=self._num_bytes, spare_bytes=spare, niceness=_NICE
+        )
 
     def start(self) -> RefusalError | None:
         """Has the process running, and waits until it is ready; returns why it cannot be."""
@@ -143,7 +149,7 @@ class _Worker:
         self.has_failed = False
         return None
 
-    def decode(self, picture: EncodedPicture) -> Pixels | RefusalError:
+    def decode(self, picture: EncodedPicture) -> AnyPixels | RefusalError:
         """The pixels, or why there are none."""
         if (refusal := self.start()) is not None:
             return refusal
@@ -154,17 +160,13 @@ class _Worker:
         except ProcessEndedError as error:
             log.warning("%s: a decoding process was ended: %s", picture.head, error)
             return undecodable(error, picture.param)
-        if kind == PIXELS and len(data) == _pixel_bytes(self.resolution):
-            pixels: Pixels = np.frombuffer(data, dtype="<f4").reshape(3, self.resolution, self.resolution)
+        if kind == PIXELS and len(data) == self._num_bytes:
+            pixels: AnyPixels = np.frombuffer(data, dtype=self._dtype).reshape(self._shape)
             return pixels
         sentence = data.decode(errors="replace")
         if kind == TOO_LARGE:
             return too_large(sentence, picture.param, self.max_pixels)
         return undecodable(sentence, picture.param)
-
-
-def _pixel_bytes(resolution: int) -> int:
-    return 3 * resolution * resolution * np.dtype(np.float32).itemsize
 
 
 def undecodable(reason: object, param: str) -> RefusalError:

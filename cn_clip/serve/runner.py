@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from cn_clip.clip.backends.base import Pixels, Rows
+from cn_clip.clip.backends.base import AnyPixels, Rows
 from cn_clip.serve.batching import Batcher, Metrics, Slots, joined
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.pictures import Decoders, EncodedPicture, looked_at, picture_bytes
@@ -170,8 +170,9 @@ class Runner:
     def _encode_token_ids(self, token_ids: Sequence[list[int]]) -> Rows:
         return self.encoder.encode_tokens(self.encoder.texts.pad(token_ids))
 
-    def _encode_pixels(self, pixels: Sequence[Pixels]) -> Rows:
-        return self.encoder.encode_pixels(np.stack(pixels))
+    def _encode_pixels(self, pixels: Sequence[AnyPixels]) -> Rows:
+        room = self.encoder.room(len(pixels))
+        return self.encoder.encode_pixels(np.stack(pixels, out=room))
 
     async def _in_pool(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
@@ -183,7 +184,7 @@ class Runner:
         # No more at a time than there are processes: a request of many lets others in between.
         turns = asyncio.Semaphore(self._decoders.count)
 
-        async def pixels(picture: EncodedPicture) -> Pixels:
+        async def pixels(picture: EncodedPicture) -> AnyPixels:
             async with turns:
                 return await self._decoders.pixels(picture)
 
@@ -212,7 +213,7 @@ class Runner:
     async def _opening(self, then: Callable[[], Coroutine[None, None, None]] | None) -> None:
         try:
             self._encoder = await self.alone(self._open_encoder)
-            await self._decoders.open(self._encoder.transform)
+            await self._decoders.open(self._encoder.transform, self._encoder.pixel_type)
             if then is not None:
                 await then()
             self.is_ready = self.failure is None
