@@ -1,6 +1,8 @@
 """Where the time goes from the bytes in an LMDB to pixels, and what decoding JPEGs at a fraction of their size changes:
 
 python benchmarks/pictures.py --pictures FOLDER
+
+With --shrink also what storing pictures smaller (cn-clip dataset build --shrink) changes in their features.
 """
 
 import base64
@@ -28,8 +30,8 @@ from cn_clip.clip.encoder import Encoder  # noqa: E402
 from cn_clip.clip.pictures import decode  # noqa: E402
 from cn_clip.clip.transforms import STD, Decode, ImageTransform  # noqa: E402
 from cn_clip.data.lmdb_store import IMAGES, ImageStore, SplitWriter  # noqa: E402
-from cn_clip.data.pictures import LmdbPictures, batches  # noqa: E402
-from cn_clip.data.records import decode_base64  # noqa: E402
+from cn_clip.data.pictures import LmdbPictures, batches, shrunk  # noqa: E402
+from cn_clip.data.records import ImageRecord, decode_base64, read_image_records  # noqa: E402
 from cn_clip.errors import ConfigError  # noqa: E402
 
 MODEL = "Emoji-Tiny"
@@ -43,7 +45,7 @@ class Options:
     """Microseconds of one core for each stage of a picture, decoded whole and fast, and how far the results differ."""
 
     pictures: Path | None = None
-    """A folder of JPEG files, looked through at any depth; left out, pictures are made up."""
+    """A folder of JPEG files, looked through at any depth, or a *_imgs.tsv; left out, pictures are made up."""
     limit: int = 64
     """How many pictures to take, evenly spread over the folder, or to make up."""
     size: tuple[int, int] = (1600, 1200)
@@ -52,6 +54,8 @@ class Options:
     """Pixels a side that the pictures are scaled to."""
     runs: int = 5
     """How often each measurement is made; medians are reported."""
+    shrink: int | None = None
+    """Compare with pictures stored with a shorter side of so many pixels, too."""
     threads: int = 2
     """How many decoding threads to set beside one."""
     json: bool = False
@@ -82,7 +86,8 @@ def run(options: Options) -> None:
             "fast_speedup": whole["exact"]["cpu_us"] / whole["fast"]["cpu_us"],
             "threads": options.threads,
             "thread_speedup": {how: whole[how]["thread_speedup"] for how in DECODES},
-            "difference": pixel_difference(images, options.resolution) | feature_difference(files),
+            "difference": pixel_difference(images, options.resolution) | feature_difference(files, "fast"),
+            "shrunk": None if options.shrink is None else shrunk_difference(files, options.shrink),
         }
     say = command.Speaker(quiet=options.json)
     say(report(answer))
@@ -90,7 +95,11 @@ def run(options: Options) -> None:
 
 
 def jpegs(folder: Path, limit: int) -> list[bytes]:
-    """The bytes of files spread evenly over the folder; raises ConfigError when it holds no JPEG."""
+    """The bytes of files spread evenly over the folder or tsv; raises ConfigError when it holds no JPEG."""
+    if folder.is_file():
+        records = [one for one in read_image_records(folder) if isinstance(one, ImageRecord)]
+        count = min(limit, len(records))
+        return [decode_base64(records[len(records) * number // count].base64) for number in range(count)]
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
         raise ConfigError(f"{folder}: holds no file ending in {' or '.join(SUFFIXES)}")
@@ -168,11 +177,21 @@ def pixels(images: Path, resolution: int, how: Decode) -> Iterator[Any]:
     return (batch for _, batch in batches(LmdbPictures(images), ImageTransform(resolution, how), BATCH_SIZE, 0))
 
 
-def feature_difference(files: list[bytes]) -> dict[str, float | str]:
-    """Cosines between the features of each picture, of the embedded model at its own resolution."""
-    exact, fast = (Encoder(MODEL, device="cpu", decode=how).encode_images(files) for how in DECODES)
-    cosines = (exact * fast).sum(axis=1)
+def feature_difference(files: list[bytes], how: Decode, others: list[bytes] | None = None) -> dict[str, float | str]:
+    """Cosines between the features of each picture and of the other file of it, or of the same one decoded otherwise.
+
+    They are of the embedded model at its own resolution, 64.
+    """
+    exact = Encoder(MODEL, device="cpu").encode_images(files)
+    cosines = (exact * Encoder(MODEL, device="cpu", decode=how).encode_images(others or files)).sum(axis=1)
     return {"model": MODEL, "smallest_cosine": float(cosines.min()), "mean_cosine": float(cosines.mean())}
+
+
+def shrunk_difference(files: list[bytes], shrink: int) -> dict[str, Any]:
+    """What is left of the bytes, and the cosines between features before and after."""
+    smaller = [shrunk(data, shrink) for data in files]
+    kept = sum(map(len, smaller)) / sum(map(len, files))
+    return {"side": shrink, "kept_bytes": kept, **feature_difference(files, "exact", smaller)}
 
 
 def describe(files: list[bytes]) -> dict[str, Any]:
@@ -208,7 +227,15 @@ def report(answer: dict[str, Any]) -> str:
             f"{difference['largest_levels']:.0f} at most",
             f"{difference['model']}: cosine of fast to exact features {difference['mean_cosine']:.5f} on average, "
             f"{difference['smallest_cosine']:.5f} at least",
+            *([] if (small := answer["shrunk"]) is None else [shrunk_line(small)]),
         ]
+    )
+
+
+def shrunk_line(small: dict[str, Any]) -> str:
+    return (
+        f"--shrink {small['side']} keeps {small['kept_bytes']:.0%} of the bytes; cosine to the features before "
+        f"{small['mean_cosine']:.5f} on average, {small['smallest_cosine']:.5f} at least"
     )
 
 
