@@ -23,6 +23,7 @@ from cn_clip.clip.model import CLIP
 from cn_clip.clip.visual import ModifiedResNet
 from cn_clip.errors import CnClipError, ConfigError
 from cn_clip.training.logger import logger
+from cn_clip.training.saving import pinned_like
 
 Gather = Literal["none", "values", "gradients"]
 ResultT = TypeVar("ResultT")
@@ -305,7 +306,11 @@ def whole(value: Tensor) -> Tensor:
     if not isinstance(value, DTensor):
         return value.contiguous()
     full: Tensor = value.full_tensor()
-    return full.cpu() if ranks.rank() == 0 else full.new_empty(0)
+    if ranks.rank() != 0:
+        return full.new_empty(0)
+    # One by one, or the device would have to hold the whole model.
+    pinned = pinned_like(full) if full.device.type == "cuda" else None
+    return full.cpu() if pinned is None else pinned.copy_(full)
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cn_clip import drop_in, ranks
 from cn_clip.errors import ConfigError
-from cn_clip.training import state
+from cn_clip.training import saving, state
 from cn_clip.training.distributed import Gather, Parallel, gather_rows
 from cn_clip.training.log_lines import Clock, Plan, Report, validation_line
 from cn_clip.training.logger import logger
@@ -257,6 +257,7 @@ def _save(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, step: 
         "state_dict": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
+    content = saving.in_host_memory(content)  # for readers without this device
     state.save(content, [Path(args.checkpoint_path) / name for name in (f"epoch_{epoch + 1}_{step}.pt", state.LATEST)])
 
 

@@ -18,7 +18,7 @@ from cn_clip.data.datasets import Loader, PairBatch
 from cn_clip.data.records import RecordId
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, reading
 from cn_clip.settings import flag
-from cn_clip.training import adapt, distributed, state
+from cn_clip.training import adapt, distributed, saving, state
 from cn_clip.training.inputs import TrainingData, ValidationData
 from cn_clip.training.log_lines import Plan, Report
 from cn_clip.training.logger import logger
@@ -69,9 +69,11 @@ class Trainer:
         self.early_stop = EarlyStop()
         self.groups = decay_groups(self.model)  # once: FSDP shows other parameters while it holds a layer together
         self.validated_step = -1
+        self.has_new_best = False  # the weights as they are had the best validation, and no file has them yet
         self.closed = True  # whether the epoch that was begun last has been validated and saved
         self.unchecked: tuple[int, Later, list[tuple[RecordId, RecordId]]] | None = None
         self.stop_request = StopRequest()
+        self.writer = saving.Writer(in_background=saving.is_worth_a_copy(self.device))
         plan = Plan(
             max_steps=self.max_steps,
             steps_per_epoch=self.steps_per_epoch,
@@ -131,7 +133,7 @@ class Trainer:
 
     def train(self) -> None:
         """Runs the remaining epochs. Raises SystemExit after SIGTERM or SIGINT, with a checkpoint written."""
-        with self.stop_request.noted():
+        with self.stop_request.noted(), self.writer:
             try:
                 if self.position.step == 0 and self.options.validates:
                     self.validate(-1)
@@ -158,6 +160,7 @@ class Trainer:
                     self._leave_if_asked(is_saved=True)
             except StopWaiting:
                 self._leave_if_asked()
+            distributed.fail_together(self.writer.wait())
         self.report.end()
 
     def _train_epoch(self, epoch: int) -> None:
@@ -178,9 +181,12 @@ class Trainer:
             if is_due(step + 1, self.options.valid_step_interval):
                 self.validate(epoch)
                 self._set_training_mode()
+            is_closed_next = batch + 1 == self.steps_per_epoch or step + 1 == self.max_steps
             if is_due(step + 1, self.options.save_step_frequency):
                 self._save([f"epoch_{epoch + 1}_{step + 1}.pt", state.LATEST])
-            if batch + 1 < self.steps_per_epoch and step + 1 < self.max_steps:  # else the epoch is closed first
+            elif self.has_new_best and not is_closed_next:
+                self._write([], None)
+            if not is_closed_next:
                 self._leave_if_asked()
             if self.early_stop.should_stop(self.options.early_stop):
                 return
@@ -256,11 +262,16 @@ class Trainer:
     # --- stopping, validating ----------------------------------------------------------------------------------------
 
     def _leave_if_asked(self, *, is_saved: bool = False) -> None:
-        """Ends the run when a signal asks for it, with a checkpoint as soon as a step is done."""
-        if not distributed.any_process(self.stop_request.number is not None):
+        """Ends the run when a signal asks for it, with a checkpoint as soon as a step is done.
+
+        Raises the CheckpointError of a file that could not be written meanwhile, in every process.
+        """
+        if not distributed.any_process(self.stop_request.number is not None or self.writer.error is not None):
             return
+        distributed.fail_together(self.writer.error)
         if self.position.step and not is_saved:
             self._save([state.LATEST])
+        distributed.fail_together(self.writer.wait())
         number = self.stop_request.number or signal.SIGTERM
         names = [name for name in ("reset_optimizer", "reset_data_offset", "overwrite") if getattr(self.options, name)]
         left_out = [f"--resume {self.options.resume}"] if self.options.resume is not None else []
@@ -271,7 +282,10 @@ class Trainer:
         raise SystemExit(128 + number)
 
     def validate(self, epoch: int) -> Validation | None:
-        """Validates, logs, and keeps the best; None without validation data, or when this step has been validated."""
+        """Validates, logs, and notes a best result, whose weights the next `_write` keeps.
+
+        Returns None without validation data, or when this step has been validated.
+        """
         data, step = self.validation, self.position.step
         if data is None or step == self.validated_step:
             return None
@@ -292,8 +306,7 @@ class Trainer:
             sizes=(len(data.split.image_ids), len(data.tokens)),
         )
         if self.early_stop.observe(result.mean_recall) and step:
-            # Without what only going on would need.
-            self._write([state.BEST], optimizer=None, resume=None)
+            self.has_new_best = True
         self.report.clock.restart()
         return result
 
@@ -322,23 +335,34 @@ class Trainer:
             "closed": self.closed,
             "origin": None if self.start is None else self.start.origin,
         }
-        optimizer = optimizer_state(self.optimizer, self.groups)
-        self._write(names, optimizer=optimizer, resume=resume)
-        if ranks.rank() == 0:
-            for path in state.prune(self.checkpoint_dir, self.options.keep_checkpoints):
-                logger.info("Deleted old checkpoint %s (--keep-checkpoints %d)", path, self.options.keep_checkpoints)
-        distributed.wait_for_all()  # a process that left before would have the one that writes stopped
+        self._write(names, resume)
 
-    def _write(self, names: list[str], *, optimizer: dict[str, Any] | None, resume: dict[str, Any] | None) -> None:
+    def _write(self, names: list[str], resume: dict[str, Any] | None) -> None:
+        """Begins the files of `names`, and that of the best weights if they are new, once those before are whole.
+
+        The first process writes; every process must ask. Raises the CheckpointError of a file that could not be
+        written, in every process.
+        """
+        distributed.fail_together(self.writer.wait())
         self.parallel.share_statistics()
         tensors = adapt.file_names(self.parallel.state_dict())
         bias = tensors.pop(SIGMOID_BIAS, None)  # no model but the one in training has it
-        if ranks.rank() != 0:
-            return
-        if resume is not None and bias is not None:
-            resume[SIGMOID_BIAS] = bias
+        optimizer = None if resume is None else optimizer_state(self.optimizer, self.groups)
+        if ranks.rank() == 0:
+            if resume is not None and bias is not None:
+                resume[SIGMOID_BIAS] = bias
+            files = [(names, self._content(tensors, optimizer, resume))] if names else []
+            if self.has_new_best:  # first: a run that goes on from the other file takes the best for written
+                files.insert(0, ([state.BEST], self._content(tensors, None, None)))
+            self.writer.write(files, self._save_and_prune)
+        self.has_new_best = False
+        distributed.fail_together(self.writer.error)  # no process leaves before the one that writes
+
+    def _content(
+        self, tensors: dict[str, Tensor], optimizer: dict[str, Any] | None, resume: dict[str, Any] | None
+    ) -> dict[str, Any]:
         lora = adapt.lora_settings(self.model)
-        content = state.checkpoint_content(
+        return state.checkpoint_content(
             tensors,
             optimizer,
             name=self.options.name,
@@ -347,7 +371,13 @@ class Trainer:
             resume=resume,
             lora=None if lora is None else lora.entry(),
         )
-        state.save(content, [self.checkpoint_dir / name for name in names])
+
+    def _save_and_prune(self, files: list[tuple[list[str], dict[str, Any]]]) -> None:
+        """Writes each content under its names; old files go once the new ones are whole."""
+        for names, content in files:
+            state.save(content, [self.checkpoint_dir / name for name in names])
+        for path in state.prune(self.checkpoint_dir, self.options.keep_checkpoints):
+            logger.info("Deleted old checkpoint %s (--keep-checkpoints %d)", path, self.options.keep_checkpoints)
 
 
 class Later:
