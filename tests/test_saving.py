@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,7 +193,7 @@ def test_a_file_holds_the_weights_of_its_step_though_steps_were_done_while_it_wa
     run(split, tmp_path, **settings)
     first = checkpoint(tmp_path, file="epoch_1_1.pt")
     monkeypatch.undo()
-    run(split, tmp_path, name="alone", max_steps=3, save_step_frequency=1, **QUIET)
+    run(split, tmp_path, name="alone", max_steps=3, save_step_frequency=1, keep_checkpoints=-1, **QUIET)
     alone = checkpoint(tmp_path, "alone", "epoch_1_1.pt")
     for key in ("state_dict", "optimizer", "step"):
         assert_same(first[key], alone[key], key)
@@ -290,6 +292,74 @@ def test_loading_processes_start_and_end_while_a_file_is_written(
     run(split, tmp_path, max_epochs=2, num_workers=2, **QUIET)
     assert epochs == [1]
     assert checkpoint(tmp_path)["step"] == 2 * PER_EPOCH
+
+
+# --- how many are kept, and what they take
+
+
+def epoch_names(logs: Path) -> list[str]:
+    return sorted(path.name for path in (logs / "x/checkpoints").glob("epoch?.pt"))
+
+
+def test_a_run_keeps_its_two_newest_files_unless_it_is_told_otherwise(split: Path, tmp_path: Path) -> None:
+    run(split, tmp_path, max_epochs=4, **QUIET)
+    assert epoch_names(tmp_path) == ["epoch3.pt", "epoch4.pt"]
+    run(split, tmp_path / "all", max_epochs=4, keep_checkpoints=-1, **QUIET)
+    assert epoch_names(tmp_path / "all") == ["epoch1.pt", "epoch2.pt", "epoch3.pt", "epoch4.pt"]
+
+
+def test_files_of_a_run_that_kept_all_stay_unless_a_number_is_given(split: Path, tmp_path: Path) -> None:
+    run(split, tmp_path, max_epochs=4, keep_checkpoints=-1, **QUIET)
+    log = run(split, tmp_path, max_epochs=7, **QUIET)
+    assert epoch_names(tmp_path) == [f"epoch{number}.pt" for number in (1, 2, 3, 4, 6, 7)]
+    assert "4 checkpoints of runs before are kept; --keep-checkpoints 2 would delete the old ones" in log
+    run(split, tmp_path, max_epochs=8, keep_checkpoints=2, **QUIET)
+    assert epoch_names(tmp_path) == ["epoch7.pt", "epoch8.pt"]
+
+
+def test_the_disk_that_checkpoints_take_is_said_at_the_start(split: Path, tmp_path: Path) -> None:
+    trainer = build(split, tmp_path, max_epochs=9, **SMALL)
+    log = run(split, tmp_path, max_epochs=9, **SMALL)
+    saved = checkpoint(tmp_path)
+    weights = sum(value.nbytes for value in saved["state_dict"].values())
+    moments = sum(
+        entry[name].nbytes for entry in saved["optimizer"]["state"].values() for name in entry if name != "step"
+    )
+    plan = trainer.disk_plan()
+    assert plan == state.DiskPlan(weights + moments, 3, weights)
+    assert plan.most_bytes == 5 * (weights + moments) + 2 * weights
+    words = f"each checkpoint takes {(weights + moments) / 1e6:.2f} MB, at most 3 are kept (--keep-checkpoints 2, and "
+    assert words in log
+    assert f"GB are free in {tmp_path}/x/checkpoints" in log
+    assert "The disk may fill up" not in log
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"keep_checkpoints": -1}, 1 + 9),
+        ({"keep_checkpoints": -1, "save_step_frequency": 2}, 1 + 9 + 13),  # 27 steps
+        ({"keep_checkpoints": 4, "save_epoch_frequency": 4}, 1 + 3),  # epochs 4, 8, and the last
+        ({"save_epoch_frequency": -1}, 1 + 1),
+    ],
+)
+def test_the_disk_plan_counts_the_files_that_there_can_be(
+    settings: dict[str, int], kept: int, split: Path, tmp_path: Path
+) -> None:
+    assert build(split, tmp_path, max_epochs=9, **QUIET, **settings).disk_plan().num_kept == kept
+
+
+def test_a_disk_that_is_too_small_is_warned_of_at_the_start(
+    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = state.DiskPlan(file_bytes=100, num_kept=3, best_bytes=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=400))
+    assert not plan.fits(tmp_path)  # 5 x 100 and 2 x 10
+    (tmp_path / "epoch_latest.pt").write_bytes(bytes(120))  # will be replaced
+    assert plan.fits(tmp_path)
+    assert not plan.fits(tmp_path, spared=[tmp_path / "epoch_latest.pt"])
+    log = run(split, tmp_path, max_steps=1, **QUIET)
+    assert "The disk may fill up, and the run would then stop: free some space, or lower --keep-checkpoints" in log
 
 
 # --- kills

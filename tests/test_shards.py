@@ -565,7 +565,7 @@ def train(value: str, logs: Path, *flags: str) -> "tuple[list[str], str]":
 @pytest.mark.long
 def test_training_from_shards_resumes_in_an_epoch_as_if_it_had_not_stopped(value: str, tmp_path: Path) -> None:
     flags = ("--num-workers=2", "--max-steps=7")
-    whole, log = train(value, tmp_path, *flags, "--save-step-frequency=3", "--name=whole")
+    whole, log = train(value, tmp_path, *flags, "--save-step-frequency=3", "--keep-checkpoints=-1", "--name=whole")
     assert "train: 4 shards contain 24 pairs." in log
     assert "0 pairs, others each epoch, are left out" in log
     assert len(whole) == 7

@@ -25,7 +25,7 @@ def finished(lmdb: Path, tmp_path_factory: pytest.TempPathFactory) -> "tuple[Pat
         logs,
         f"--val-data={lmdb / 'valid'}",
         *("--batch-size=8", "--valid-batch-size=8", "--max-epochs=2", "--save-step-frequency=2", "--name=run"),
-        "--report-training-batch-acc",
+        *("--report-training-batch-acc", "--keep-checkpoints=-1"),
     )
     assert result.returncode == 0, result.stderr
     return logs / "run", result

@@ -192,7 +192,8 @@ TESTED: dict[str, str] = {
     "on_error": "test_training_options.py::"
     "test_a_corrupt_picture_stops_the_run_by_its_name_or_is_passed_over_and_counted",
     "decode": "test_training_parts.py::test_grey_of_16_bits_is_scaled_unless_the_reference_is_asked_for",
-    "keep_checkpoints": "test_training_state.py::test_only_the_newest_files_are_kept_besides_the_latest_and_the_best",
+    "keep_checkpoints": "test_training_state.py::test_only_the_newest_files_are_kept_besides_the_latest_and_the_best, "
+    "test_saving.py::test_a_run_keeps_its_two_newest_files_unless_it_is_told_otherwise",
     "early_stop": "test_training_state.py::"
     "test_validation_begins_before_the_first_step_and_early_stop_ends_a_run_that_does_not_improve",
     "report_to": "test_training_options.py::test_events_for_tensorboard_are_written_when_asked",

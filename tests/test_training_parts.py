@@ -184,7 +184,8 @@ def test_validation_equals_the_plain_computation() -> None:
         ({"accum_freq": 0}, "--accum-freq: expected at least 1"),
         ({"distillation": True}, "--distillation: needs --teacher-model-name"),
         ({"gather_with_grad": True, "skip_aggregate": True}, "contradict each other"),
-        ({"keep_checkpoints": 0}, "--keep-checkpoints: expected at least 1"),
+        ({"keep_checkpoints": 0}, "--keep-checkpoints: expected at least 1, or -1 to keep all, got 0"),
+        ({"keep_checkpoints": -2}, "--keep-checkpoints: expected at least -1"),
     ],
 )
 def test_settings_that_cannot_be_obeyed_are_refused(setting: dict[str, object], message: str) -> None:

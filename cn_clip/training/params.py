@@ -16,6 +16,8 @@ _LARGE = {**_VIT, "lr": 4.0e-4}
 _RESNET = {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1.0e-8}
 OPTIMIZER_DEFAULTS = {"ViT-L-14": _LARGE, "ViT-L-14-336": _LARGE, "RN50": _RESNET}
 OPTIMIZER_DEFAULTS |= {"RN-Tiny-64": _RESNET, "RN-Small-64": _RESNET}
+# Epoch files that a run keeps unless it is told how many.
+KEPT_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,8 @@ class Options:
     """A training picture that cannot be read: stop and name it, or train on with the next pair and count it"""
     decode: Decode = "exact"
     """fast: JPEGs at 1/2, 1/4 or 1/8 of their size where enough remains; reference: grey of 16 bits clipped to white"""
-    keep_checkpoints: Annotated[int | None, Range(least=1)] = None
-    """Keep the N newest epoch files besides the latest and the best one; default: all"""
+    keep_checkpoints: Annotated[int | None, Range(least=-1)] = None
+    """Keep the N newest epoch files besides the latest and the best one; -1: all; default: 2, and all of runs before"""
     early_stop: Annotated[int | None, Range(least=1)] = None
     """Stop after N validations in a row without a better mean recall; default: never"""
     report_to: Literal["none", "tensorboard"] = "none"
@@ -360,8 +362,16 @@ RULES: tuple[Rule, ...] = (
         False,
     ),
     Rule(
+        ("keep_checkpoints",),
+        lambda options: options.keep_checkpoints == 0,
+        "--keep-checkpoints: expected at least 1, or -1 to keep all, got 0",
+        True,
+    ),
+    Rule(
         ("keep_checkpoints", "save_epoch_frequency", "save_step_frequency"),
-        lambda options: options.keep_checkpoints and max(options.save_epoch_frequency, options.save_step_frequency) < 1,
+        lambda options: (
+            options.keep_checkpoints is not None and max(options.save_epoch_frequency, options.save_step_frequency) < 1
+        ),
         "--keep-checkpoints changes nothing: --save-epoch-frequency and --save-step-frequency keep only the last one",
         False,
     ),

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -141,25 +142,65 @@ def clear_leftovers(checkpoint_dir: Path) -> None:
             path.unlink()
 
 
-def prune(checkpoint_dir: Path, keep: int | None) -> list[Path]:
-    """Deletes all but the `keep` newest epoch files, besides the latest and the best; returns the deleted ones."""
-    if keep is None:
-        return []
-    old = _newest_first(checkpoint_dir)[keep:]
+def epoch_files(checkpoint_dir: Path) -> list[Path]:
+    """The files of a run that are kept by number, newest first: not the latest, nor the best."""
+    files = [path for path in checkpoint_dir.glob("*.pt") if _EPOCH_FILE.fullmatch(path.name)]
+    return sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def prune(checkpoint_dir: Path, keep: int, *, spared: Collection[Path] = ()) -> list[Path]:
+    """Deletes all but the `keep` newest epoch files, or none if it is -1; returns the deleted ones.
+
+    spared: files that stay and do not count.
+    """
+    files = [path for path in epoch_files(checkpoint_dir) if path not in spared]
+    old = [] if keep < 0 else files[keep:]
     for path in old:
         path.unlink()
     return old
 
 
-def _newest_first(checkpoint_dir: Path) -> list[Path]:
-    files = [path for path in checkpoint_dir.glob("*.pt") if _EPOCH_FILE.fullmatch(path.name)]
-    return sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+@dataclass(frozen=True)
+class DiskPlan:
+    """What the checkpoints of a run take on the disk, in bytes. num_kept: files with the state of an optimizer."""
+
+    file_bytes: int
+    num_kept: int
+    best_bytes: int
+
+    @property
+    def most_bytes(self) -> int:
+        """With an epoch file and the latest being written beside those that they will replace."""
+        return (self.num_kept + 2) * self.file_bytes + 2 * self.best_bytes
+
+    def line(self, folder: Path, keep: int) -> str:
+        """What the run says of it when it begins.
+
+        "each checkpoint takes 2.26 GB, at most 3 are kept (--keep-checkpoints 2, and the latest), and 0.75 GB for the
+        best weights; with those that are being written 12.80 GB; 41.00 GB are free in runs/x/checkpoints"
+        """
+        best = f", and {_size(self.best_bytes)} for the best weights" if self.best_bytes else ""
+        return (
+            f"each checkpoint takes {_size(self.file_bytes)}, at most {self.num_kept} are kept (--keep-checkpoints "
+            f"{keep}, and the latest){best}; with those that are being written "
+            f"{_size(self.most_bytes)}; {_size(shutil.disk_usage(folder).free)} are free in {folder}"
+        )
+
+    def fits(self, folder: Path, *, spared: Collection[Path] = ()) -> bool:
+        """Whether the disk has room for it, counting that of the files in `folder` that will go: all but `spared`."""
+        there = {*own_checkpoints(folder), folder / BEST}.difference(spared)
+        going = sum(path.stat().st_size for path in there if is_file(path))
+        return self.most_bytes <= shutil.disk_usage(folder).free + going
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
 
 
 def own_checkpoints(checkpoint_dir: Path) -> list[Path]:
     """The checkpoints that this experiment has written, best to go on from first."""
     latest = checkpoint_dir / LATEST
-    return [path for path in (latest, *_newest_first(checkpoint_dir)) if is_file(path)]
+    return [path for path in (latest, *epoch_files(checkpoint_dir)) if is_file(path)]
 
 
 def discard(checkpoint_dir: Path, *, kept: Path | None) -> list[Path]:

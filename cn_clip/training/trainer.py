@@ -23,7 +23,7 @@ from cn_clip.training.inputs import TrainingData, ValidationData
 from cn_clip.training.log_lines import Plan, Report
 from cn_clip.training.logger import logger
 from cn_clip.training.loss import Scores
-from cn_clip.training.params import Options, is_due
+from cn_clip.training.params import KEPT_CHECKPOINTS, Options, is_due
 from cn_clip.training.scheduler import (
     assign_learning_rate,
     clamp_logit_scale,
@@ -73,6 +73,12 @@ class Trainer:
         self.closed = True  # whether the epoch that was begun last has been validated and saved
         self.unchecked: tuple[int, Later, list[tuple[RecordId, RecordId]]] | None = None
         self.stop_request = StopRequest()
+        self.kept = KEPT_CHECKPOINTS if options.keep_checkpoints is None else options.keep_checkpoints
+        # Of a run that kept more, as every run of Chinese-CLIP does: deleted only if the user says how many to keep.
+        before = state.epoch_files(checkpoint_dir)
+        # One more than is kept may be of a run like this one, which was killed before it had deleted it.
+        is_told = options.keep_checkpoints is not None or options.overwrite
+        self.spared = frozenset() if is_told or len(before) <= self.kept + 1 else frozenset(before)
         self.writer = saving.Writer(in_background=saving.is_worth_a_copy(self.device))
         plan = Plan(
             max_steps=self.max_steps,
@@ -133,6 +139,8 @@ class Trainer:
 
     def train(self) -> None:
         """Runs the remaining epochs. Raises SystemExit after SIGTERM or SIGINT, with a checkpoint written."""
+        if ranks.rank() == 0:
+            self._tell_disk()
         with self.stop_request.noted(), self.writer:
             try:
                 if self.position.step == 0 and self.options.validates:
@@ -376,8 +384,32 @@ class Trainer:
         """Writes each content under its names; old files go once the new ones are whole."""
         for names, content in files:
             state.save(content, [self.checkpoint_dir / name for name in names])
-        for path in state.prune(self.checkpoint_dir, self.options.keep_checkpoints):
-            logger.info("Deleted old checkpoint %s (--keep-checkpoints %d)", path, self.options.keep_checkpoints)
+        for path in state.prune(self.checkpoint_dir, self.kept, spared=self.spared):
+            logger.info("Deleted old checkpoint %s (--keep-checkpoints %d)", path, self.kept)
+
+    def disk_plan(self) -> state.DiskPlan:
+        """What the checkpoints of the rest of this run take on the disk."""
+        options, epochs = self.options, self.max_epochs - self.position.epoch
+        num_files = -(-epochs // options.save_epoch_frequency) if options.save_epoch_frequency > 0 else 1
+        if options.save_step_frequency > 0:
+            num_files += (self.max_steps - self.position.step) // options.save_step_frequency
+        weights = sum(value.numel() * value.element_size() for value in self.model.state_dict().values())
+        trained = (parameter for group in self.groups for parameter in group)
+        moments = 2 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+        num_kept = 1 + (num_files if self.kept < 0 else min(self.kept, num_files))
+        return state.DiskPlan(weights + moments, num_kept, weights if options.validates else 0)
+
+    def _tell_disk(self) -> None:
+        """Says what the checkpoints will take, and how many of earlier runs stay."""
+        plan = self.disk_plan()
+        logger.info("Checkpoints: %s", plan.line(self.checkpoint_dir, self.kept))
+        if not plan.fits(self.checkpoint_dir, spared=self.spared):
+            logger.warning(
+                "The disk may fill up, and the run would then stop: free some space, or lower --keep-checkpoints"
+            )
+        if self.spared:
+            words = "%d checkpoints of runs before are kept; --keep-checkpoints %d would delete the old ones"
+            logger.info(words, len(self.spared), self.kept)
 
 
 class Later:
