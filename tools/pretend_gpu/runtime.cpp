@@ -1,8 +1,9 @@
 // The runtime of a GPU that is not there: the calls of CUDA's runtime and of cuBLAS that PyTorch makes, answered by LD_PRELOAD.
 //
 // Kernels and products do nothing. Memory of the device is address space, which costs nothing until it is touched and reads
-// as zeros. Copies up to a size are made, so that tiny models keep their weights. Every launch, copy and wait is counted;
-// meter.py reads the counters. What is not answered here reaches CUDA's own runtime, which then finds no driver.
+// as zeros. Copies up to a size are made, so that tiny models keep their weights; those of batches are not. Every launch, copy
+// and wait is counted; site/pretend_meter.py reads the counters. What is not answered here reaches CUDA's own runtime, which then
+// finds no driver.
 //
 //   PRETEND_GPUS        how many GPUs there are (1)
 //   PRETEND_BYTES       memory of each (141 GB)
@@ -160,7 +161,10 @@ cudaError_t copy(void* target, const void* source, size_t bytes) {
         count(DOWN_BYTES, bytes);
         if (!is_pinned) count(DOWN_PAGEABLE);
     }
-    if (bytes <= (size_t)setting("PRETEND_COPY_BYTES", 8 << 20)) {
+    // A batch comes from pinned memory. Nothing computes with it, and its bytes, read later as numbers of another type, could
+    // be NaN. What gloo exchanged is written.
+    bool is_batch = to_device && !from_device && is_pinned && is_counted();
+    if (bytes <= (size_t)setting("PRETEND_COPY_BYTES", 8 << 20) && !is_batch) {
         memmove(target, source, bytes);
     } else if (!to_device) {
         memset(target, 0, bytes);  // else the host would read what lay in its memory before
