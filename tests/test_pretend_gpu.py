@@ -51,9 +51,10 @@ def gpu(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
     finally:
         opened.close()
         opened.write_report(folder / "report.json")
-        terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-        assert terminal is not None
-        terminal.write_line(f"\n\n{rig.table(opened.results)}\n\n{folder / 'report.json'}; logs: {work / 'logs'}")
+        capture = request.config.pluginmanager.get_plugin("capturemanager")
+        assert capture is not None
+        with capture.global_and_fixture_disabled():  # else it would be shown after failures only
+            print(f"\n\n{rig.table(opened.results)}\n\n{folder / 'report.json'}; logs: {work / 'logs'}")
 
 
 def write_data(work: Path) -> None:
