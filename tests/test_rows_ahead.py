@@ -4,7 +4,9 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,10 @@ from cn_clip.eval import extract_features
 from cn_clip.features import extraction
 from cn_clip.index import build
 from cn_clip.retrieval.store import open_index
-from cn_clip.serve.batching import Metrics
+from cn_clip.serve.batching import Batcher, Metrics
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.runner import Picture, Runner, Text
+from cn_clip.serve.schemas import RefusalError
 
 TEXTS = ["皮卡丘", "小火龙" * 9, "", "a", "妙蛙种子 和 杰尼龟", "皮卡丘", "狗", "雪地"]
 
@@ -201,6 +204,46 @@ def test_the_service_answers_the_same_with_bytes(ahead: None, monkeypatch: pytes
     np.testing.assert_array_equal(found, answered())
 
 
+def test_the_service_begins_a_batch_before_it_waits_for_the_one_before_and_no_more() -> None:
+    begun, may_end, fetched = list[int](), threading.Event(), list[int]()
+
+    def compute(items: Sequence[int]) -> Callable[[], Rows]:
+        begun.extend(items)
+
+        def wait() -> Rows:
+            assert may_end.wait(60)
+            fetched.extend(items)
+            if items[0] == 2:
+                raise NotFiniteError("row", [0])
+            return np.array(items, dtype=np.float32)[:, None]
+
+        return wait
+
+    async def main() -> list[Any]:
+        with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(1) as fetcher:
+            sizes: dict[str, Any] = {"max_batch": 1, "max_wait": 0.0}
+            batcher = Batcher("numbers", compute, thread, fetcher=fetcher, in_flight=lambda: 2, **sizes)
+            running = asyncio.ensure_future(batcher.run())
+            answers = [asyncio.ensure_future(batcher.rows([number])) for number in (1, 2, 3, 4)]
+            await asyncio.sleep(0.2)
+            in_hand, since = (list(begun), list(fetched)), batcher.computing_since
+            may_end.set()
+            rows = await asyncio.gather(*answers, return_exceptions=True)
+            done_since = batcher.computing_since
+            running.cancel()
+            await asyncio.wait((running,))
+        assert in_hand == ([1, 2], [])
+        assert since is not None
+        assert done_since is None
+        return rows
+
+    first, second, *others = asyncio.run(main())
+    assert isinstance(second, RefusalError)
+    assert second.code == "not_finite"
+    assert [float(row[0][0]) for row in (first, *others)] == [1, 3, 4]
+    assert begun == fetched == [1, 2, 3, 4]
+
+
 # --- commands
 
 
@@ -247,9 +290,9 @@ def test_extraction_ahead_writes_the_same_files(
     assert rows == extract(folder, tmp_path / "plain")
 
 
-def test_an_index_built_ahead_holds_the_same_vectors(folder: Path, tmp_path: Path, ahead: None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_an_index_built_ahead_holds_the_same_vectors(
+    folder: Path, tmp_path: Path, ahead: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def built(name: str) -> Any:
         command = [str(folder / "pictures"), "--output", str(tmp_path / name), "--model", "Emoji-Tiny", "--device=cpu"]
         build.main([*command, "--batch-size=3"])

@@ -182,31 +182,43 @@ class Encoder:
             return cast("AsyncBackend", self.backend).room(shape, self.pixel_type)
         return np.empty(shape, dtype=self.pixel_type)
 
+    def start_pixels(self, pixels_B3RR: AnyPixels) -> Callable[[], Rows]:
+        """Begins `encode_pixels`, and gives what waits for the rows, and raises; only on CUDA is there a wait left."""
+        if self.facts.is_async:
+            return cast("AsyncBackend", self.backend).start_pixels(pixels_B3RR)
+        rows_BD = self.encode_pixels(pixels_B3RR)
+        return lambda: rows_BD
+
+    def start_tokens(self, token_ids_BL: TokenIds) -> Callable[[], Rows]:
+        """The same for `encode_tokens`."""
+        if self.facts.is_async:
+            return cast("AsyncBackend", self.backend).start_tokens(token_ids_BL)
+        rows_BD = self.encode_tokens(token_ids_BL)
+        return lambda: rows_BD
+
     def pixel_rows(self, batches: Iterable[tuple[T, AnyPixels]]) -> Iterator[tuple[T, Rows]]:
         """(anything, unit rows (B, D)) of (the same, pixels of a `room`), batch by batch in order; B may be 0.
 
         On CUDA a batch is computed while the next is got and started; raises as `encode_pixels`, for the batch whose
         rows are next.
         """
-        start = cast("AsyncBackend", self.backend).start_pixels if self.facts.is_async else None
-        return self._rows(batches, self.encode_pixels, start)
+        return self._rows(batches, self.start_pixels)
 
     def token_rows(self, batches: Iterable[tuple[T, TokenIds]]) -> Iterator[tuple[T, Rows]]:
         """`pixel_rows` of token ids."""
-        start = cast("AsyncBackend", self.backend).start_tokens if self.facts.is_async else None
-        return self._rows(batches, self.encode_tokens, start)
+        return self._rows(batches, self.start_tokens)
 
     def _rows(
-        self,
-        batches: Iterable[tuple[T, InputsT]],
-        encode: Callable[[InputsT], Rows],
-        start: Callable[[InputsT], Callable[[], Rows]] | None,
+        self, batches: Iterable[tuple[T, InputsT]], start: Callable[[InputsT], Callable[[], Rows]]
     ) -> Iterator[tuple[T, Rows]]:
         none = np.empty((0, self.embed_dim), dtype=np.float32)
-        if start is None:
-            return ((own, encode(inputs) if len(inputs) else none) for own, inputs in batches)
-        begin = start
-        return rows_ahead(batches, lambda inputs: begin(inputs) if len(inputs) else lambda: none)
+
+        def begin(inputs: InputsT) -> Callable[[], Rows]:
+            return start(inputs) if len(inputs) else lambda: none
+
+        if self.facts.is_async:
+            return rows_ahead(batches, begin)
+        return ((own, begin(inputs)()) for own, inputs in batches)
 
     def encode_images(
         self,

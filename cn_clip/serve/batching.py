@@ -102,7 +102,9 @@ class _Waiting(Generic[ItemT]):
 class Batcher(Generic[ItemT]):
     """One queue of like inputs, for use on one event loop.
 
-    what: name of the inputs in messages. compute: items to rows (N, D); called in `thread`, never twice at a time.
+    what: name of the inputs in messages. compute: items to rows (N, D), or to what waits for them in `fetcher` while a
+    device computes them; called in `thread`, never twice at a time. in_flight: how many batches may be begun and not
+    done, asked after each; 2 where `compute` leaves something to wait for.
     max_wait: seconds, counted from the oldest input of a batch. length: of an item, if `compute` pads all to the
     longest: items of like length are then computed, and answered, together. observe: told, in `thread`, how many
     are computed together.
@@ -111,11 +113,13 @@ class Batcher(Generic[ItemT]):
     def __init__(
         self,
         what: str,
-        compute: Callable[[Sequence[ItemT]], Rows],
+        compute: Callable[[Sequence[ItemT]], Rows | Callable[[], Rows]],
         thread: Executor,
         *,
         max_batch: int,
         max_wait: float,
+        fetcher: Executor | None = None,
+        in_flight: Callable[[], int] = lambda: 1,
         length: Callable[[ItemT], int] | None = None,
         observe: Callable[[int], None] = lambda _: None,
     ) -> None:
@@ -123,13 +127,19 @@ class Batcher(Generic[ItemT]):
         self.max_batch = max_batch
         self.max_wait = max_wait
         self._compute = compute
-        self._thread = thread
+        self._thread, self._fetcher = thread, fetcher or thread
+        self._in_flight = in_flight
         self._length = length
         self._observe = observe
         self._waiting: deque[_Waiting[ItemT]] = deque()
         self._arrival = asyncio.Event()
-        # When the batch in hand was begun, by the time of the event loop.
-        self.computing_since: float | None = None
+        # When each was begun, by the time of the event loop; those that are done are taken out before the next.
+        self._batches: dict[asyncio.Task[None], float] = {}
+
+    @property
+    def computing_since(self) -> float | None:
+        """When the oldest batch in hand was begun, by the time of the event loop; None without one."""
+        return min((since for batch, since in self._batches.items() if not batch.done()), default=None)
 
     async def rows(self, items: Sequence[ItemT]) -> list[Rows]:
         """The row (D,) of each item. When cancelled, those not yet computed leave the queue."""
@@ -147,17 +157,26 @@ class Batcher(Generic[ItemT]):
     async def run(self) -> None:
         """Computes batch after batch until cancelled: each once it is full, or its oldest input has waited enough."""
         loop = asyncio.get_running_loop()
-        while True:
-            while len(self._waiting) < self.max_batch:
-                left = self._waiting[0].since + self.max_wait - loop.time() if self._waiting else None
-                if left is not None and left <= 0:
-                    break
-                self._arrival.clear()
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._arrival.wait(), left)
-            self.computing_since = loop.time()
-            await self._computing([self._waiting.popleft() for _ in range(min(len(self._waiting), self.max_batch))])
-            self.computing_since = None
+        try:
+            while True:
+                while len(self._waiting) < self.max_batch:
+                    left = self._waiting[0].since + self.max_wait - loop.time() if self._waiting else None
+                    if left is not None and left <= 0:
+                        break
+                    self._arrival.clear()
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(self._arrival.wait(), left)
+                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self.max_batch))]
+                self._batches[asyncio.ensure_future(self._computing(batch))] = loop.time()
+                while len(self._batches) >= self._in_flight():
+                    done, _ = await asyncio.wait(self._batches, return_when=asyncio.FIRST_COMPLETED)
+                    for one in done:
+                        del self._batches[one]
+                        one.result()
+        finally:
+            for one in self._batches:
+                one.cancel()
+            await asyncio.gather(*self._batches, return_exceptions=True)
 
     async def _computing(self, batch: Sequence[_Waiting[ItemT]]) -> None:
         parts = [list(batch)]
@@ -173,7 +192,10 @@ class Batcher(Generic[ItemT]):
 
     async def _computing_part(self, part: Sequence[_Waiting[ItemT]]) -> None:
         try:
-            rows_ND = await asyncio.get_running_loop().run_in_executor(self._thread, self._rows_of, part)
+            loop = asyncio.get_running_loop()
+            rows_ND = await loop.run_in_executor(self._thread, self._rows_of, part)
+            if callable(rows_ND):
+                rows_ND = await loop.run_in_executor(self._fetcher, rows_ND)
             if rows_ND is None:
                 return
             for one, row_D in list(zip(part, rows_ND, strict=True)):
@@ -195,7 +217,7 @@ class Batcher(Generic[ItemT]):
                 if not one.row.done():
                     one.row.set_exception(failure)
 
-    def _rows_of(self, part: Sequence[_Waiting[ItemT]]) -> Rows | None:
+    def _rows_of(self, part: Sequence[_Waiting[ItemT]]) -> Rows | Callable[[], Rows] | None:
         """None when all who waited have left."""
         if all(one.row.done() for one in part):
             return None

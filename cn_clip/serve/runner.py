@@ -1,5 +1,7 @@
 """The model as requests use it: opened in the background, one thread that computes, a few that prepare its inputs.
 
+On CUDA the thread begins a batch while another waits for the rows of the one before.
+
 Pictures have processes of their own, and the index threads: texts and answers stand behind neither a large picture nor
 a store that does not answer.
 """
@@ -69,13 +71,14 @@ class Runner:
         self.failure: BaseException | None = None
         self._open_encoder = open_encoder
         self._encoder: Encoder | None = None
-        self._thread = ThreadPoolExecutor(1, "compute")
+        self._thread, self._fetcher = ThreadPoolExecutor(1, "compute"), ThreadPoolExecutor(1, "fetch")
         num_threads = min(MOST_THREADS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(num_threads, "prepare")
         self._searchers = ThreadPoolExecutor(num_threads, "search")
         self._decoders, self._reading = Decoders(num_threads, limits), asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         bounds: dict[str, Any] = {"max_batch": limits.max_batch, "max_wait": limits.max_wait_ms / 1000}
+        bounds |= {"fetcher": self._fetcher, "in_flight": lambda: 2 if self.encoder.facts.is_async else 1}
         seen = metrics.observe_batch
         self._texts = Batcher(
             "texts", self._encode_token_ids, self._thread, length=len, observe=seen("texts"), **bounds
@@ -122,7 +125,7 @@ class Runner:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._decoders.close()
-        for executor in (self._pool, self._searchers, self._thread):
+        for executor in (self._pool, self._searchers, self._thread, self._fetcher):
             executor.shutdown(cancel_futures=True)
 
     def kill_decoders(self) -> None:
@@ -167,12 +170,14 @@ class Runner:
         parts = [await self.embed(list(map(Text, texts[start : start + step]))) for start in range(0, len(texts), step)]
         return np.concatenate([rows for rows, _ in parts])
 
-    def _encode_token_ids(self, token_ids: Sequence[list[int]]) -> Rows:
-        return self.encoder.encode_tokens(self.encoder.texts.pad(token_ids))
+    def _encode_token_ids(self, token_ids: Sequence[list[int]]) -> Rows | Callable[[], Rows]:
+        return self._now_or_ahead(self.encoder.start_tokens(self.encoder.texts.pad(token_ids)))
 
-    def _encode_pixels(self, pixels: Sequence[AnyPixels]) -> Rows:
-        room = self.encoder.room(len(pixels))
-        return self.encoder.encode_pixels(np.stack(pixels, out=room))
+    def _encode_pixels(self, pixels: Sequence[AnyPixels]) -> Rows | Callable[[], Rows]:
+        return self._now_or_ahead(self.encoder.start_pixels(np.stack(pixels, out=self.encoder.room(len(pixels)))))
+
+    def _now_or_ahead(self, rows_of: Callable[[], Rows]) -> Rows | Callable[[], Rows]:
+        return rows_of if self.encoder.facts.is_async else rows_of()
 
     async def _in_pool(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
