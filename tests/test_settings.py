@@ -78,6 +78,7 @@ SAMPLES: dict[str, Any] = {
     "freeze_text_layers": 2,
     "lora_rank": 8,
     "lora_alpha": 4.0,
+    "save_adapters": True,
     "on_error": "skip",
     "decode": "reference",
     "keep_checkpoints": 2,
@@ -103,6 +104,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     "teacher_model_name": (W, {"distillation"}),
     "kd_loss_weight": (W, {"distillation"}),
     "lora_alpha": (R, {"lora_rank"}),
+    "save_adapters": (R, {"lora_rank"}),
     "early_stop": (R, {"val_data"}),
 }
 # What two options get that are at odds.

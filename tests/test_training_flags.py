@@ -189,6 +189,8 @@ TESTED: dict[str, str] = {
     "test_adapters_are_trained_kept_apart_in_the_file_and_merged_when_it_is_loaded",
     "lora_alpha": "test_training_options.py::"
     "test_adapters_are_trained_kept_apart_in_the_file_and_merged_when_it_is_loaded",
+    "save_adapters": "test_adapt_files.py::"
+    "test_every_file_holds_only_what_is_trained_and_gives_the_weights_of_a_run_that_saves_all",
     "on_error": "test_training_options.py::"
     "test_a_corrupt_picture_stops_the_run_by_its_name_or_is_passed_over_and_counted",
     "decode": "test_training_parts.py::test_grey_of_16_bits_is_scaled_unless_the_reference_is_asked_for",

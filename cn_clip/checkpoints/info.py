@@ -52,6 +52,9 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["lora"]:
         settings = f"rank {found['lora']['rank']}, alpha {found['lora']['alpha']:g}"
         rows.append(("LoRA", f"{settings}, {found['num_lora_params']:,} parameters"))
+    if found["base"]:
+        name, fingerprint = found["base"]["name"], found["base"]["fingerprint"]
+        rows.append(("基座 / base", f"adapters of {terminal.shown(name)} ({fingerprint})"))
     return rows
 
 

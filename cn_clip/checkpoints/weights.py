@@ -23,7 +23,7 @@ from cn_clip.clip.tokenizer import CONTEXT_LENGTH, END, START, UNKNOWN, VOCAB_FI
 from cn_clip.clip.weights import hf
 from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint, fit, infer_config, read_checkpoint
 from cn_clip.clip.weights.hf import PICTURE_FILE, picture_fields
-from cn_clip.clip.weights.low_rank import is_adapter
+from cn_clip.clip.weights.low_rank import is_adapter, trained
 from cn_clip.clip.weights.writing import check_same_tensors, refuse_inputs, write_checkpoint, write_safetensors
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.files import atomic_write, staged_folder
@@ -123,6 +123,7 @@ def describe(file: str) -> dict[str, Any]:
     adapters = {name: value for name, value in checkpoint.state_dict.items() if is_adapter(name)}
     weights = {name: value for name, value in checkpoint.state_dict.items() if name not in adapters}
     types = Counter(type_name(value.dtype) for value in weights.values())
+    held = checkpoint.state_dict if checkpoint.base is None else trained(checkpoint.state_dict)
     name = checkpoint.extra.get("name")
     try:
         config = infer_config(checkpoint)
@@ -144,8 +145,9 @@ def describe(file: str) -> dict[str, Any]:
         "optimizer": checkpoint.optimizer is not None,
         "resume": "resume" in checkpoint.extra,
         "lora": checkpoint.lora.entry() if checkpoint.lora else None,
+        "base": checkpoint.base.entry() if checkpoint.base else None,
         "bytes": file_bytes(checkpoint.path),
-        "weight_bytes": num_bytes(checkpoint.state_dict),
+        "weight_bytes": num_bytes(held),
         "optimizer_bytes": num_bytes(checkpoint.optimizer),
     }
 

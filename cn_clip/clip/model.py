@@ -3,7 +3,6 @@
 # B batch of pictures, T batch of texts, L tokens, R resolution, E embedding
 
 import collections.abc
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from cn_clip.clip.visual import (
     Transformer,
     VisualTransformer,
 )
+from cn_clip.clip.weights.base import fingerprint
 from cn_clip.clip.weights.checkpoint import convert_state_dict, fit, normalise_keys, resize_position_embedding
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.processes import compute_alone_in_children
@@ -121,11 +121,7 @@ class CLIP(nn.Module):
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that tell these weights from others."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, tensor in self.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        return fingerprint(self.state_dict().items())
 
     def initialize_parameters(self) -> None:
         """Draws the projections and a ResNet's attention pool anew, zeroes what it begins its blocks with."""

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from cn_clip import extras
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.visual import ModifiedResNet
-from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint, fit, read_checkpoint
+from cn_clip.clip.weights.base import Base
+from cn_clip.clip.weights.checkpoint import POSITION_KEYS, SIGMOID_BIAS, Checkpoint, base_of, fit, read_checkpoint
 from cn_clip.clip.weights.low_rank import LowRank, is_adapter
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.training.logger import logger
 from cn_clip.training.params import Options
+from cn_clip.training.state import Start
 
 JOINED_WEIGHT = ".attn.in_proj_weight"
 
@@ -148,6 +150,35 @@ def read_for_training(model: nn.Module, path: str | Path) -> Checkpoint:
             at=path,
         )
     return checkpoint
+
+
+def base_of_run(
+    options: Options, model: nn.Module, start: Start | None, checkpoint: Checkpoint | None, checkpoint_dir: Path
+) -> Base:
+    """The weights under the adapters of a run, for files that hold only the adapters (--save-adapters).
+
+    Raises ConfigError when they are in no file, in one that the run itself replaces, or not all as they are in it.
+    """
+    if start and checkpoint and checkpoint.base is not None and not start.is_first(options):
+        return checkpoint.base
+    if start is None or checkpoint is None or start.origin is None:
+        raise ConfigError(
+            "--save-adapters: the adapters would be of random weights, which no file holds; name the base with --init, "
+            "or leave --save-adapters out"
+        )
+    if start.path.resolve().parent == checkpoint_dir.resolve() or (checkpoint.lora and not start.is_first(options)):
+        raise ConfigError(
+            f"--save-adapters: {start.path} holds all weights, and adapters need a base that stays as it is. To go on "
+            "with this run, leave --save-adapters out; to begin another one, give a copy of the file as --init, with "
+            "another --name"
+        )
+    own = file_names(model.state_dict())
+    if any(name in own and own[name].shape != checkpoint.state_dict[name].shape for name in POSITION_KEYS):
+        raise ConfigError(
+            f"--save-adapters: {start.path} is for pictures of another size, and its position embedding is changed to "
+            "that of --vision-model, so the base is not as in the file; leave --save-adapters out"
+        )
+    return base_of(start.path, start.origin)
 
 
 def _flags(settings: LowRank) -> str:

@@ -136,6 +136,8 @@ def build_trainer(options: Options, device: torch.device, checkpoint_dir: Path) 
     if checkpoint is not None:
         length = text_length(options.context_length, checkpoint.context_length, checkpoint.path)
         options = replace(options, context_length=length)
+    named = partial(adapt.base_of_run, options, model, start, checkpoint, checkpoint_dir)
+    base = distributed.together(named if options.save_adapters and ranks.rank() == 0 else lambda: None)
     torch.manual_seed(options.seed + ranks.rank())  # every process draws its own dropout
     training = inputs.training_data(options, model.resolution, device)
     validation = inputs.validation_data(options, model.resolution, device)
@@ -163,7 +165,7 @@ def build_trainer(options: Options, device: torch.device, checkpoint_dir: Path) 
         local_loss=options.local_loss,
         teacher=None if name is None else open_teacher(name, device),
     )
-    trainer = Trainer(options, learner, optimizer, training, validation, checkpoint_dir=checkpoint_dir)
+    trainer = Trainer(options, learner, optimizer, training, validation, checkpoint_dir=checkpoint_dir, base=base)
     if start is not None and checkpoint is not None:
         trainer.restore(checkpoint, start)
     agree_on_start(trainer)
@@ -239,7 +241,7 @@ def load_start(options: Options, model: CLIP, checkpoint_dir: Path) -> tuple[Sta
     start: Start | None = distributed.from_first(chosen)
     if start is None:
         return None, None
-    if not start.is_own and options.init is not None:
+    if start.is_first(options):
         read: Callable[[Path], Checkpoint] = read_checkpoint
     else:
         read = partial(adapt.read_for_training, model)

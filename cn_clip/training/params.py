@@ -140,6 +140,8 @@ class Options:
     """Train low-rank adapters of this rank instead of the weights (needs peft); 0: off"""
     lora_alpha: Annotated[float | None, Range(above=0)] = None
     """Scale of the adapters, divided by their rank; default: twice the rank"""
+    save_adapters: bool = False
+    """Checkpoints hold only the adapters and name their base, the file or model of --init or --resume"""
     on_error: Literal["stop", "skip"] = "stop"
     """A training picture that cannot be read: stop and name it, or train on with the next pair and count it"""
     decode: Decode = "exact"
@@ -236,6 +238,14 @@ RULES: tuple[Rule, ...] = (
     needs("teacher_model_name", "distillation", refused=False),
     needs("kd_loss_weight", "distillation", refused=False),
     needs("lora_alpha", "lora_rank", refused=True),
+    needs("save_adapters", "lora_rank", refused=True),
+    Rule(
+        ("save_adapters", "precision"),
+        lambda options: options.save_adapters and options.precision == "fp16",
+        "--save-adapters and --precision fp16: the run would train on rounded weights, not on those of the base; use "
+        "--precision bf16 or amp",
+        True,
+    ),
     Rule(
         ("lora_rank", "freeze_vision", "freeze_text"),
         lambda options: options.lora_rank and options.freeze_vision and options.freeze_text,

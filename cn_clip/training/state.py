@@ -64,12 +64,14 @@ def checkpoint_content(
     context_length: int,
     resume: dict[str, Any] | None,
     lora: dict[str, Any] | None = None,
+    base: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The dictionary a checkpoint file holds.
 
     `epoch`, `step`, `name`, `state_dict` (with "module." names) and `optimizer` are the format of Chinese-CLIP, which
     counts a begun epoch as its own number. It has no key for `context_length`, the longest text in tokens, for
-    `resume`, which only training reads, and for `lora`, what adapters are. What is None is left out.
+    `resume`, which only training reads, for `lora`, what adapters are, and for `base`, the weights that they belong to
+    where the file does not hold them. What is None is left out.
     """
     begun_epoch = position.epoch + (1 if position.batch else 0)
     content: dict[str, Any] = {
@@ -85,6 +87,8 @@ def checkpoint_content(
         content["resume"] = {"epoch": position.epoch, "batch": position.batch, **resume}
     if lora is not None:
         content["lora"] = lora
+    if base is not None:
+        content["base"] = base
     return content
 
 
@@ -224,6 +228,10 @@ class Start:
     origin: str | None
     with_optimizer: bool
     with_position: bool
+
+    def is_first(self, options: Options) -> bool:
+        """Whether these are first weights, those of --init: adapters in them are merged."""
+        return not self.is_own and options.init is not None
 
 
 def choose_start(options: Options, checkpoint_dir: Path) -> Start | None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from cn_clip import ranks
+from cn_clip.clip.weights import low_rank
+from cn_clip.clip.weights.base import Base
 from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint
 from cn_clip.data.datasets import Loader, PairBatch
 from cn_clip.data.records import RecordId
@@ -50,10 +52,15 @@ class Trainer:
         validation: ValidationData | None,
         *,
         checkpoint_dir: Path,
+        base: Base | None = None,
     ) -> None:
-        """Raises ConfigError when an epoch has too few batches for one update."""
+        """base: of the adapters, if they are all that the files of the run hold.
+
+        Raises ConfigError when an epoch has too few batches for one update.
+        """
         self.options, self.learner, self.optimizer = options, learner, optimizer
         self.training, self.validation, self.checkpoint_dir = training, validation, checkpoint_dir
+        self.base = base
         self.parallel, self.model, self.device = learner.parallel, learner.parallel.model, learner.parallel.device
         self.steps_per_epoch = training.sampler.num_batches // options.accum_freq
         if not self.steps_per_epoch:
@@ -355,6 +362,8 @@ class Trainer:
         self.parallel.share_statistics()
         tensors = adapt.file_names(self.parallel.state_dict())
         bias = tensors.pop(SIGMOID_BIAS, None)  # no model but the one in training has it
+        if self.base is not None:
+            tensors = low_rank.trained(tensors)
         optimizer = None if resume is None else optimizer_state(self.optimizer, self.groups)
         if ranks.rank() == 0:
             if resume is not None and bias is not None:
@@ -378,6 +387,7 @@ class Trainer:
             context_length=self.options.context_length,
             resume=resume,
             lora=None if lora is None else lora.entry(),
+            base=None if self.base is None else self.base.entry(),
         )
 
     def _save_and_prune(self, files: list[tuple[list[str], dict[str, Any]]]) -> None:
@@ -393,7 +403,10 @@ class Trainer:
         num_files = -(-epochs // options.save_epoch_frequency) if options.save_epoch_frequency > 0 else 1
         if options.save_step_frequency > 0:
             num_files += (self.max_steps - self.position.step) // options.save_step_frequency
-        weights = sum(value.numel() * value.element_size() for value in self.model.state_dict().values())
+        tensors = adapt.file_names(self.model.state_dict())
+        if self.base is not None:
+            tensors = low_rank.trained(tensors)
+        weights = sum(value.numel() * value.element_size() for value in tensors.values())
         trained = (parameter for group in self.groups for parameter in group)
         moments = 2 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
         num_kept = 1 + (num_files if self.kept < 0 else min(self.kept, num_files))

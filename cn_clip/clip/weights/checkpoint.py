@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cn_clip import zoo
 from cn_clip.clip.families.names import refuse
 from cn_clip.clip.weights import hf, low_rank
+from cn_clip.clip.weights.base import Base, in_float32, of_weights
 from cn_clip.clip.weights.file_formats import is_torchscript, only_tensors, read_content, read_torchscript
-from cn_clip.errors import CheckpointError, first_sentence
+from cn_clip.errors import CheckpointError, CnClipError, first_sentence
 from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, VisionConfig, text_config, vision_config
 
 POSITION_KEYS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
@@ -38,7 +40,8 @@ class Checkpoint:
     """What a weight file holds: tensors under this package's names, and the rest of a training checkpoint.
 
     config: what a transformers folder says of its architecture; None for files that say nothing. lora: the adapters
-    trained, as separate tensors of `state_dict` or merged into it. is_mapped: the tensors may lie in the file.
+    trained, as separate tensors of `state_dict` or merged into it. base: where the other tensors come from, if the file
+    holds only adapters. is_mapped: the tensors may lie in the file.
     """
 
     path: Path
@@ -49,6 +52,7 @@ class Checkpoint:
     extra: dict[str, Any] = field(default_factory=dict)
     config: ModelConfig | None = None
     lora: low_rank.LowRank | None = None
+    base: Base | None = None
     is_mapped: bool = False
 
     @property
@@ -64,12 +68,17 @@ def read_checkpoint(path: str | Path, *, merge_lora: bool = True, mapped: bool =
     Takes `.pt` of Chinese-CLIP (plain, DataParallel, with pooler, position ids, optimizer or fused Wqkv), bare state
     dicts, dictionaries that hold one under any name, `.safetensors`, OpenAI's CLIP archives, and transformers folders
     or their weight files; names as in `normalise_keys`. Adapters (LoRA) are added to their weights; without
-    `merge_lora` they stay separate, as training resumes from them.
+    `merge_lora` they stay separate, as training resumes from them. A file that holds only adapters gets the other
+    tensors from the base that it names, which may be a file anywhere on this machine.
     mapped: tensors are read from the file when they are used, where its format allows: for a caller that is done with
     them before anybody may write the file, and that does not want all of them, or all at a time.
-    Raises CheckpointError naming the file when it is none of these.
+    Raises CheckpointError naming the file when it is none of these, or its base is not there or another one.
     """
-    path = Path(path)
+    return _read(Path(path), merge_lora=merge_lora, mapped=mapped)
+
+
+def _read(path: Path, *, merge_lora: bool, mapped: bool, adapters: tuple[Path, ...] = ()) -> Checkpoint:
+    """As `read_checkpoint`; adapters: the files whose base this one is."""
     if os.path.isdir(path):
         tensors: dict[str, Tensor] = {}
         for file in hf.weight_files(path):
@@ -82,7 +91,10 @@ def read_checkpoint(path: str | Path, *, merge_lora: bool = True, mapped: bool =
     if not isinstance(content, Mapping):
         raise CheckpointError(f"holds a {type(content).__name__}, expected a dictionary of tensors", at=path)
     if isinstance(content.get("state_dict"), Mapping):
-        return replace(_read_training(content, path, merge_lora=merge_lora), is_mapped=mapped)
+        read = _read_training(content, path)
+        if read.base is not None:
+            read = _completed(read, read.base, mapped=mapped, adapters=(*adapters, path.resolve()))
+        return replace(_merged(read) if merge_lora else read, is_mapped=mapped)
     if _SHARD.fullmatch(path.name):
         raise CheckpointError(f"is one of several files of a model; give their folder, {path.parent}", at=path)
     model: Mapping[str, Any] = content
@@ -117,7 +129,7 @@ def _neighbouring_config(tensors: Mapping[str, Tensor], folder: Path) -> ModelCo
     return config
 
 
-def _read_training(content: Mapping[str, Any], path: Path, *, merge_lora: bool) -> Checkpoint:
+def _read_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
     rest = {key: value for key, value in content.items() if key != "state_dict"}
     tensors = _named(only_tensors(content["state_dict"], path), path)
     counts = {name: rest.pop(name, 0) for name in ("epoch", "step")}
@@ -130,18 +142,62 @@ def _read_training(content: Mapping[str, Any], path: Path, *, merge_lora: bool) 
         raise CheckpointError(f"context_length is {length!r}, expected an integer from 3 to 512", at=path)
     if not isinstance(optimizer, dict | None):
         raise CheckpointError(f"optimizer is a {type(optimizer).__name__}, expected a dictionary", at=path)
-    lora = None
+    lora = base = None
     if any(map(low_rank.is_adapter, tensors)):
         try:
             lora = low_rank.LowRank.from_entry(rest.get("lora"))
         except ValueError as error:
             raise CheckpointError(f"{error}; without it the adapters in the file cannot be used", at=path) from error
-        if merge_lora:
-            try:
-                tensors = low_rank.merge(tensors, lora)
-            except ValueError as error:
-                raise CheckpointError(error, at=path) from error
-    return Checkpoint(path, tensors, optimizer=optimizer, extra=rest, lora=lora, **counts)
+        try:
+            base = Base.from_entry(rest["base"]) if "base" in rest else None
+        except ValueError as error:
+            raise CheckpointError(f"{error}; the adapters in the file are of no known weights", at=path) from error
+    return Checkpoint(path, tensors, optimizer=optimizer, extra=rest, lora=lora, base=base, **counts)
+
+
+def _merged(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.lora is None:
+        return checkpoint
+    try:
+        return replace(checkpoint, state_dict=low_rank.merge(checkpoint.state_dict, checkpoint.lora))
+    except ValueError as error:
+        raise CheckpointError(error, at=checkpoint.path) from error
+
+
+def _completed(read: Checkpoint, base: Base, *, mapped: bool, adapters: tuple[Path, ...]) -> Checkpoint:
+    """Adapters with the weights of their base, in float32 as training had them; its name becomes where it was found.
+
+    A file from a stranger can name any path: what is wrong there is said without a word of what it holds.
+    """
+    what = f"holds only LoRA adapters of the base {base.name} (fingerprint {base.fingerprint})"
+    back = f"put the base back, or a copy of it beside this file as {base.file_name}"
+    reason: CnClipError | None = None
+    try:
+        found = base.find(read.path.parent)
+    except CnClipError as error:
+        found, reason = None, error
+    if found is None:
+        why = "which is not there" if reason is None else f"which cannot be fetched ({reason})"
+        raise CheckpointError(f"{what}, {why}; {back}", at=read.path) from reason
+    if found.resolve() in adapters:
+        raise CheckpointError(f"{what}, which is itself; {back}", at=read.path)
+    try:
+        weights = _read(found, merge_lora=False, mapped=mapped, adapters=adapters)
+        actual, tensors = of_weights(weights.state_dict), _merged(weights).state_dict
+    except (CnClipError, OSError, RuntimeError, TypeError) as error:  # also of types that NumPy does not have
+        raise CheckpointError(
+            f"{what}; {found} cannot be read as one, cn-clip checkpoint info {found} says why; {back}", at=read.path
+        ) from error
+    if actual != base.fingerprint:
+        raise CheckpointError(f"{what}; {found} has the fingerprint {actual}: other weights; {back}", at=read.path)
+    full = {name: in_float32(value) for name, value in tensors.items() if name != SIGMOID_BIAS}
+    known = Base(base.name if zoo.named(base.name) else str(found), base.fingerprint)
+    return replace(read, state_dict=full | read.state_dict, base=known)
+
+
+def base_of(path: Path, name: str) -> Base:
+    """What a file of adapters says of the base in the file or folder `path`; raises as `read_checkpoint`."""
+    return Base(name, of_weights(read_checkpoint(path, merge_lora=False, mapped=True).state_dict))
 
 
 def _named(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -40,6 +40,11 @@ def is_adapter(name: str) -> bool:
     return name.endswith((FIRST, SECOND))
 
 
+def trained(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the tensors of a run with adapters those that it trains: the adapters, and the factor of the similarities."""
+    return {name: value for name, value in tensors.items() if is_adapter(name) or name == "logit_scale"}
+
+
 def merge(tensors: Mapping[str, Tensor], settings: LowRank) -> dict[str, Tensor]:
     """The tensors without adapters, which are added to their weights: in float32, in the type of the weight.
 
