@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 # The steps that are looked at: the first ones fill caches. Numbered from 1.
 FIRST, LAST = 3, 6
-ASIDE = ("validate", "_save", "_save_epoch")
+ASIDE = ("validate", "_write", "_save", "_save_epoch")
 
 Counts = Counter[str]
 
