@@ -226,6 +226,18 @@ def test_every_command_on_checkpoints_reads_them(
     assert not torch.equal(weights[name], read_checkpoint(base).state_dict[name].float())
 
 
+def test_no_command_replaces_the_base_of_what_it_reads(
+    split: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, before = str(one_step(split, tmp_path, base)), base.read_bytes()
+    commands = [["checkpoint", "strip", path, "--output", str(base)], ["convert", path, str(base), "--overwrite"]]
+    for command in [*commands, ["checkpoint", "average", path, path, "--output", str(base)]]:
+        with pytest.raises(SystemExit):
+            cli.main(command)
+        assert f"would overwrite {base}, which it reads" in capsys.readouterr().err
+    assert base.read_bytes() == before
+
+
 def with_module(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"module.{name}": value for name, value in tensors.items()}
 

@@ -42,6 +42,7 @@ def strip(file: str, output: str, precision: Precision) -> int:
     """Writes only the weights of a checkpoint, as a .pt; returns how many tensors."""
     refuse_inputs(output, [file])
     checkpoint = read_checkpoint(file, mapped=True)
+    _refuse_bases("--output", output, [checkpoint])
     tensors = in_precision(checkpoint, precision)
     # Chinese-CLIP refuses a tensor it does not know; similarity does not need this one.
     kept = {name: value for name, value in tensors.items() if name != SIGMOID_BIAS}
@@ -53,6 +54,7 @@ def export(file: str, output: str, precision: Precision) -> tuple[int, dict[str,
     """Writes the weights of a checkpoint as safetensors; returns how many tensors, and the metadata."""
     refuse_inputs(output, [file], suffix=".safetensors")
     checkpoint = read_checkpoint(file, mapped=True)
+    _refuse_bases("--output", output, [checkpoint])
     tensors = in_precision(checkpoint, precision)
     about = metadata(checkpoint)
     write_safetensors(output, tensors, about)
@@ -65,6 +67,7 @@ def average(inputs: Sequence[str], output: str) -> int:
     # Mapped: of each file only the tensor in use is in memory. Adapters are merged: the mean of products is not the
     # product of means.
     checkpoints = [read_checkpoint(file, mapped=True) for file in inputs]
+    _refuse_bases("--output", output, checkpoints)
     tensors = mean(checkpoints)
     write_checkpoint(output, tensors, checkpoints[-1])
     return len(tensors)
@@ -81,12 +84,19 @@ def convert(source: Path, target: Path, kind: str, precision: Precision) -> int:
         raise ConfigError(f"TARGET {target}: is inside {source}, which is read; give another path")
     if target.resolve() in source.resolve().parents:
         raise ConfigError(f"TARGET {target}: holds {source}, which is read; give another path")
-    model = whole(read_checkpoint(source, mapped=True), precision)
+    checkpoint = read_checkpoint(source, mapped=True)
+    _refuse_bases("TARGET", target, [checkpoint])
+    model = whole(checkpoint, precision)
     if kind in ("pt", "safetensors"):
         write_file(target, kind, model)
     else:
         write_folder(target, kind, model)
     return len(model.state_dict)
+
+
+def _refuse_bases(flag: str, output: str | Path, read: Sequence[Checkpoint]) -> None:
+    """Raises ConfigError when writing `output` would replace the base of adapters."""
+    files.refuse_inputs(flag, output, [checkpoint.base.name for checkpoint in read if checkpoint.base])
 
 
 # --- in memory
