@@ -67,7 +67,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def of_weights(tensors: dict[str, Tensor]) -> str:
-    """The fingerprint of a base: of its values in float32, whatever type and order its file has; 1 s a GB or so."""
+    """The fingerprint of a base: of its values in float32, whatever type and order its file has; 1 to 3 s a GB."""
     return fingerprint((name, in_float32(tensors[name])) for name in sorted(tensors))
 
 
