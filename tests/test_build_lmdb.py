@@ -389,7 +389,7 @@ def test_a_split_is_built_of_smaller_pictures_and_checks_as_sound(
         assert "Made 1 of 3 pictures of train smaller, to 256 pixels on the shorter side." in capsys.readouterr().out
     result = check_split(tmp_path, "train", tmp_path / "lmdb" / "train")
     assert (result.faults, result.num_shrunk) == ([], 1)
-    assert "1 pictures of the LMDB are smaller than in the tsv file (--shrink)" in result.notes
+    assert "1 pictures of the LMDB are smaller than in the tsv file (cn-clip dataset build --shrink)" in result.notes
     write_split(tmp_path, [tsv_line(1, photo((641, 480))), *images[1:]], GOOD_TEXTS)
     (fault,) = check_split(tmp_path, "train", tmp_path / "lmdb" / "train").faults
     assert "image id 1 (line 1 of the tsv file) is not the picture of the tsv file" in fault.message

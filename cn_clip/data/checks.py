@@ -167,7 +167,8 @@ class SplitCheck:
             f"{deep} pictures are grey of more than 8 bits: they are scaled to 8, where Chinese-CLIP clips to white "
             "what is above 255 (as does --decode reference)": deep,
             f"{blank} texts are empty or blank: they are trained on and searched for as they are": blank,
-            f"{self.num_shrunk} pictures of the LMDB are smaller than in the tsv file (--shrink)": self.num_shrunk,
+            f"{self.num_shrunk} pictures of the LMDB are smaller than in the tsv file (cn-clip dataset build "
+            "--shrink)": self.num_shrunk,
         }
         return [note for note, count in notes.items() if count]
 

@@ -136,7 +136,7 @@ def _report(say: command.Speaker, result: "Accuracy", labels: list[str], path: P
 
 def parse_args() -> Namespace:
     """What Chinese-CLIP's gives: its options and ours, with its defaults."""
-    return command.namespace(Options, vision_model="ViT-B-16", text_model="RoBERTa-wwm-ext-base-chinese")
+    return command.namespace(Options, vision_model="ViT-B-16", text_model="RoBERTa-wwm-ext-base-chinese", num_workers=4)
 
 
 def main(args: Sequence[str] | None = None) -> None:

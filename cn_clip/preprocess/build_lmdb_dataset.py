@@ -32,6 +32,8 @@ class Options:
     shrink: Shrink = None
     json: Json = False
 
+    ADDED = ("shrink",)  # see `command.spelled_out`
+
     def __post_init__(self) -> None:
         split_names(self.splits)
         settings.check(self)
