@@ -195,7 +195,9 @@ def main() -> None:
         paths = os.pathsep.join([str(path.resolve()), os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, __file__, "--here", *rest]
         environment = {**os.environ, "PYTHONPATH": paths}
-        found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        found = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=True, encoding="utf-8"
+        )
         trees[str(path)] = json.loads(found.stdout)
     print(json.dumps(trees) if options.json else table(trees, options.top))
 

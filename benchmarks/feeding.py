@@ -109,7 +109,9 @@ def probe(tree: Path, folder: Path, options: Options, how: str) -> list[dict[str
     settings = json.dumps({"options": given, "epochs": options.epochs})
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-c", PROBE, settings]
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        line, cwd=folder, env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
+    )
     if done.returncode:
         print(f"{tree}, --decode {how}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return []

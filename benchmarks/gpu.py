@@ -188,7 +188,8 @@ def driver() -> str:
     """Its version, as `nvidia-smi` tells it."""
     line = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+        done = subprocess.run(line, capture_output=True, text=True, check=True, encoding="utf-8")
+        return done.stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"
 

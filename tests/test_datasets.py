@@ -5,6 +5,8 @@ import errno
 import logging
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,17 @@ def test_workers_use_one_thread_each(tmp_path: Path) -> None:
             return (torch.get_num_threads(),)
 
     assert list(make_loader(Threads(), 1, 1)) == [([1],)]
+
+
+def test_a_program_that_an_error_ends_waits_for_no_worker() -> None:
+    code = """
+from cn_clip.data.datasets import make_loader
+loader = make_loader([(number,) for number in range(99)], 2, 1)
+batches = iter(loader)  # its worker lives as long as the loader, which the error leaves in use
+assert next(batches) == ([0, 1],)
+raise SystemExit(3)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 3
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(0, 0), (1, -1)])

@@ -34,6 +34,7 @@ class Cuda:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: self.count)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
         monkeypatch.setattr(torch.cuda, "set_device", self._set_device)
+        monkeypatch.setattr(ranks, "gpu_has_bf16", lambda device: True)
         monkeypatch.setattr(nn.Module, "to", self._recording(nn.Module.to))
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 

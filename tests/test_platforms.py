@@ -3,8 +3,10 @@
 import ctypes
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,6 +44,8 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for command in cli.COMMANDS.values():
         importlib.import_module(command.module)
+    # Python has it on Windows too, by other means.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1 << 40, used=0, free=1 << 40))
     for name in POSIX_MODULES:
         monkeypatch.setitem(sys.modules, name, None)
     for name in POSIX_NAMES:

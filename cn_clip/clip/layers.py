@@ -52,12 +52,18 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x * sigmoid(1.702 x), elementwise."""
-        return quick_gelu_by_silu(x) if x.is_cuda else x * torch.sigmoid(QUICK_GELU_SLOPE * x)
+        return quick_gelu(x)
 
 
-def quick_gelu_by_silu(x: Tensor) -> Tensor:
+# The slope is an argument: programs that script the towers (TorchScript) take no global numbers along.
+def quick_gelu(x: Tensor, slope: float = QUICK_GELU_SLOPE) -> Tensor:
+    """x * sigmoid(1.702 x), elementwise, as is best on its device."""
+    return quick_gelu_by_silu(x, slope) if x.is_cuda else x * torch.sigmoid(slope * x)
+
+
+def quick_gelu_by_silu(x: Tensor, slope: float = QUICK_GELU_SLOPE) -> Tensor:
     """x * sigmoid(1.702 x) by silu(z) = z * sigmoid(z), which keeps one tensor for the backward pass, not two."""
-    return F.silu(QUICK_GELU_SLOPE * x) / QUICK_GELU_SLOPE
+    return F.silu(slope * x) / slope
 
 
 def quick_gelu_perceptron(x: Tensor, expand: nn.Linear, shrink: nn.Linear) -> Tensor:

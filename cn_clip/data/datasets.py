@@ -266,7 +266,9 @@ class Loader(Generic[ItemT]):
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         iterator = iter(self._batches)
         for worker in getattr(iterator, "_workers", ()):
-            worker.terminate = worker.kill  # they ignore SIGTERM, see `_begin_worker`; one that is stuck must end too
+            # They ignore SIGTERM, see `_begin_worker`: one that is stuck must end too, and so must those of a loader
+            # that an error has left in use when the interpreter ends, which sends it and then waits for them.
+            worker._popen.terminate = worker._popen.kill
         try:
             for batch in iterator:
                 if isinstance(batch, _Failure):

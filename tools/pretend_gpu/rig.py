@@ -116,13 +116,13 @@ class Rig:
             "TRITON_LIBCUDA_PATH": str(folder),
         }
         (work / "logs").mkdir(parents=True)
-        with (work / "logs" / "fork_server.txt").open("w") as errors:
+        with (work / "logs" / "fork_server.txt").open("w", encoding="utf-8") as errors:
             command = [self.python, HERE / "fork_server.py"]
             pipe = subprocess.PIPE
-            settings: dict[str, Any] = {"cwd": work, "env": self.environment, "text": True}
+            settings: dict[str, Any] = {"cwd": work, "env": self.environment, "encoding": "utf-8"}
             self._server = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, **settings)
         if self._answer() != "ready":
-            raise RuntimeError((work / "logs" / "fork_server.txt").read_text())
+            raise RuntimeError((work / "logs" / "fork_server.txt").read_text(encoding="utf-8"))
 
     def _answer(self) -> str:
         assert self._server.stdout is not None
@@ -165,7 +165,7 @@ class Rig:
         environment = {**self.environment, "PRETEND_GPUS": str(gpus), "PRETEND_REPORT": str(report)}
         environment |= {"PYTHON": str(self.python), **variables}
         began = time.monotonic()
-        with log.open("w") as stream:
+        with log.open("w", encoding="utf-8") as stream:
             done = subprocess.run(
                 [str(word) for word in command],
                 cwd=self.work,

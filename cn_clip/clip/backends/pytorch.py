@@ -3,6 +3,7 @@
 # B batch, R resolution, L tokens, D embedding
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -109,15 +110,17 @@ class _Lane:
     """The way to a device and back. On CUDA nothing is waited for but the rows, when they are asked for."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        # Beside the computing: a batch is copied during the one before.
-        is_cuda = device.type == "cuda"
-        self._copying = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self._device, self._is_cuda = device, device.type == "cuda"
+
+    @functools.cached_property
+    def _copying(self) -> torch.cuda.Stream:
+        """Beside the computing: a batch is copied during the one before."""
+        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def room(self, shape: tuple[int, ...], pixel_type: PixelType) -> AnyPixels:
         """See `AsyncBackend`; pinned memory is PyTorch's own, which gives it out again once its copies are done."""
         dtype = torch.uint8 if pixel_type == "uint8" else torch.float32
-        pixels: AnyPixels = torch.empty(shape, dtype=dtype, pin_memory=self._copying is not None).numpy()
+        pixels: AnyPixels = torch.empty(shape, dtype=dtype, pin_memory=self._is_cuda).numpy()
         return pixels
 
     @torch.inference_mode()
@@ -126,7 +129,7 @@ class _Lane:
     ) -> Callable[[], Rows]:
         """What waits for the float32 rows of `compute`. is_small: the inputs may be copied into pinned memory first."""
         host = torch.from_numpy(inputs)
-        if self._copying is None:
+        if not self._is_cuda:
             rows: Rows = compute(host.to(self._device, non_blocking=True)).cpu().numpy()
             return lambda: rows
         if is_small:
