@@ -4,7 +4,7 @@ python benchmarks/estimate_step.py --checkout ../before .
 
 One step (towers, loss, backward pass, optimizer) of ViT-B-16 @ RoBERTa-base is traced with tensors that have a shape
 and no content. A kernel takes the time of its products at the peak or of its bytes at the bandwidth. Assumed:
-- An H100 that reaches 742 TFLOP/s in bfloat16 and float16, 60 in float32, and 4.1 TB/s.
+- An H200 that reaches 742 TFLOP/s in bfloat16 and float16, 60 in float32, and 4.1 TB/s.
 - A kernel takes 2 us at least, reads every operand once and writes every result; kernels follow without gaps.
 - Attention is FlashAttention or the memory-efficient kernel, never cuDNN's.
 - In the backward pass a normalisation is two kernels, FlashAttention three, an embedding four.
