@@ -10,6 +10,7 @@ with tiny models; its numbers mean nothing.
 import contextlib
 import gc
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -208,9 +209,10 @@ class Reference:
         self._line = line
 
     def __enter__(self) -> "Reference":
-        self._process = subprocess.Popen(
-            self._line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-        )
+        # Without PYTHONPATH, which would have it import this package under the name of the original.
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(self._line, stdin=pipe, stdout=pipe, env=own, text=True, encoding="utf-8")
         self._answer()
         return self
 

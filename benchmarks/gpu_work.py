@@ -191,7 +191,6 @@ class Run:
     config: ModelConfig
     compiled: bool = False
     checkpointing: bool = False
-    precision: str | None = None
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -202,7 +201,7 @@ class Run:
         if self.compiled:
             compile_blocks(self.model)
         self.optimizer = build_optimizer(self.model, lr=5e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.001)
-        dtype = ranks.autocast_dtype(self.precision or self.bench.precision, device)
+        dtype = ranks.autocast_dtype(self.bench.precision, device)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         autocast = contextlib.nullcontext if dtype is None else partial(torch.autocast, device.type, dtype=dtype)
         self.learner = Learner(Parallel(self.model, device), Objective(), scaler, autocast)
@@ -392,7 +391,7 @@ def extraction(bench: Bench) -> list[Row]:
 
 
 def texts(bench: Bench) -> list[Row]:
-    """Texts of fifty lengths in eight sizes of batch, twice: what the first pass takes longer is plans being made."""
+    """Texts of fifty lengths in eight sizes of batch, three times: the first pass makes plans, if plans are made."""
     encoder = encoder_of(bench, "bf16")
     lengths = range(3, bench.pick(53, 7))
     sizes = bench.pick((1, 2, 5, 16, 40, 64, 200, 512), (1, 3))

@@ -166,7 +166,7 @@ def test_a_step_of_two_processes_waits_for_the_step_before_and_for_nothing_else(
 def test_ddp_waits_for_one_event_once_it_has_measured_itself(gpu: Any) -> None:
     result = trained(gpu, "DDP later", [], gpus=2, processes=2, steps=17)
     later = result.records[0]["steps"][11:15]  # steps 12 to 15, within the second epoch of eight
-    assert [{kind: step[kind] for kind in rig.WAITS if step.get(kind)} for step in later] == [{"wait_event": 1}] * 4
+    assert rig.waits_of(later) == [{"event": 1}] * 4
 
 
 @pytest.mark.parametrize("flags", [[], ["--fsdp"]], ids=["DDP", "FSDP2"])

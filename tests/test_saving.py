@@ -240,7 +240,7 @@ def test_a_run_that_is_told_to_stop_waits_for_the_file_that_is_being_written(
     assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
 
 
-def test_a_loss_that_is_not_finite_leaves_the_file_that_was_being_written_whole(
+def test_an_error_in_a_step_leaves_the_file_that_was_being_written_whole(
     split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_background: None
 ) -> None:
     save = state.save

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from cn_clip import terminal
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -35,7 +37,7 @@ class Result:
     @property
     def waits(self) -> list[dict[str, int]]:
         """The waits of each steady step, by kind without `wait_`."""
-        return [{kind.removeprefix("wait_"): step[kind] for kind in WAITS if step.get(kind)} for step in self.steps]
+        return waits_of(self.steps)
 
     @property
     def waits_at(self) -> dict[str, int]:
@@ -90,12 +92,14 @@ class Result:
         }
 
 
+def waits_of(steps: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
+    """The waits of each of these steps, by kind without `wait_`."""
+    return [{kind.removeprefix("wait_"): step[kind] for kind in WAITS if step.get(kind)} for step in steps]
+
+
 def table(results: Sequence[Result]) -> str:
     """The results as lines, a run each, under the names of the columns."""
-    rows = [list(COLUMNS), *(result.row() for result in results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+    return "\n".join(terminal.align([list(COLUMNS), *(result.row() for result in results)]))
 
 
 class Rig:
