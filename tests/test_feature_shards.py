@@ -381,6 +381,14 @@ def work_off(chosen: extract_features.Options) -> list[Finished | CnClipError]:
     return [worker.work(pickle.loads(pickle.dumps(task))) for task in tasks]
 
 
+def test_shards_with_and_without_tf32_are_not_of_one_run(tmp_path: Path, pictures: Path) -> None:
+    plain, strict = (
+        model_facts(options(tmp_path, pictures, strict_fp32=strict), "image", "w") for strict in (False, True)
+    )
+    assert plain["digest"] != strict["digest"]
+    assert "strict_fp32" not in plain
+
+
 @pytest.mark.parametrize(("model", "at_home"), [("exported", False), ("Emoji-Tiny", True)])
 def test_workers_in_other_folders_open_the_same_model(
     tmp_path: Path, pictures: Path, model: str, at_home: bool

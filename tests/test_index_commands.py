@@ -1,6 +1,7 @@
 """`cn-clip index …`: what is indexed, what is only computed once, what survives a kill, what is refused."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -15,11 +16,15 @@ import numpy as np
 import pytest
 import warm_python
 from dataset_files import tsv_line
+from PIL import Image
 
 from cn_clip import cli
 from cn_clip.clip import Encoder
+from cn_clip.clip.backends.pytorch import TorchBackend
+from cn_clip.clip.transforms import ImageTransform
 from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.demo import emoji
+from cn_clip.errors import NotFiniteError
 from cn_clip.features.files import write_features
 from cn_clip.index import building, sources
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
@@ -733,6 +738,25 @@ def test_a_picture_that_the_model_has_no_vector_for_is_named(tmp_path: Path, ref
         "index", "build", tmp_path / "pictures", "--output", tmp_path / "i", "--model", tmp_path / "nan.pt"
     )
     assert re.search(r"id '.+': the model gives NaN or infinity; compute in fp32", message)
+
+
+def test_a_copy_that_is_computed_after_its_owner_has_changed_is_named_itself(
+    built: Path, tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, wrong = tmp_path / "pictures", emoji.png(EMOJI[0])
+    (folder / name(0)).write_bytes(emoji.png(EMOJI[50]))  # the owner
+    (folder / "d1/zz_copy.png").write_bytes(wrong)
+    (folder / "d1/zzz.png").write_bytes(emoji.png(EMOJI[51]))
+    pixels = ImageTransform(64).array(Image.open(io.BytesIO(wrong)))
+    encode = TorchBackend.encode_pixels
+
+    def without_one(backend: TorchBackend, given: Any) -> Any:
+        if positions := [number for number, one in enumerate(given) if np.array_equal(one, pixels)]:
+            raise NotFiniteError("row", positions)
+        return encode(backend, given)
+
+    monkeypatch.setattr(TorchBackend, "encode_pixels", without_one)
+    assert "id 'd1/zz_copy.png': " in refusal("index", "build", folder, "--output", built)
 
 
 def test_another_model_is_refused_with_both_names(

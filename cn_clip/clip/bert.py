@@ -123,8 +123,8 @@ class BertSelfAttention(nn.Module):
         bias = None if attention_mask is None else attention_mask.to(query.dtype)
         if not self.output_attentions and head_mask is None and unwatched(self.dropout):
             dropout_p = self.dropout.p if self.dropout.training else 0.0
-            heads, options = self.num_attention_heads, {"attn_mask": bias, "dropout_p": dropout_p}
-            return (attend(query, key, value, heads, lengths_vary=True, **options),)
+            heads = self.num_attention_heads
+            return (attend(query, key, value, heads, lengths_vary=True, attn_mask=bias, dropout_p=dropout_p),)
         shares_BHQL = self.dropout(attention_scores(query, key, self.num_attention_heads, bias))
         if head_mask is not None:
             shares_BHQL = shares_BHQL * head_mask

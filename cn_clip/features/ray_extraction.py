@@ -382,7 +382,7 @@ def text_rows(encoder: Encoder, part: TextPart, *, batch_size: int) -> FloatArra
 
 
 def picture_rows(encoder: Encoder, part: Part, options: EngineSettings) -> tuple[list[Skipped | None], FloatArray]:
-    """(why it was skipped, or None; unit row (N, D)) of each picture of a shard; the row of a skipped one is of zeros.
+    """(why it was skipped, or None; unit row (N, D)) of each picture of a shard; the row of a skipped one says nothing.
 
     Raises StorageError when the store fails, DataError with --on-error stop for a picture that cannot be read.
     """
@@ -428,5 +428,7 @@ def model_facts(options: EngineSettings, kind: Kind, weights: str) -> Mapping[st
         "version": __version__,
     }
     facts |= {"context_length": options.context_length} if kind == "text" else {"decode": options.decode}
+    if options.strict_fp32:  # only where it is asked for: runs of versions without it go on
+        facts["strict_fp32"] = True
     digest = hashlib.blake2b(repr(sorted(facts.items())).encode(), digest_size=8).hexdigest()
     return {"digest": digest, "resume": os.path.basename(options.chosen.model), **facts}

@@ -141,23 +141,8 @@ class Ingest:
         decoded = decoded_batches(
             load, range(len(pending)), encoder.room, self.settings.batch_size, self.settings.num_workers
         )
-        ids, done = list[ItemId](), 0  # of the pictures that are computed
-
-        def to_compute() -> Iterator[tuple[list[_Prepared | Skipped], AnyPixels]]:
-            for batch, pixels in decoded:
-                count = 0
-                for number, one in enumerate(batch):
-                    if _is_fresh(one):
-                        ids.append(one.candidate.id)
-                        if count < number:
-                            pixels[count] = pixels[number]
-                        count += 1
-                yield batch, pixels[:count]
-
-        with named("id", lambda position: ids[done + position]):
-            for batch, rows in encoder.pixel_rows(to_compute()):
-                done += len(rows)
-                self._take(batch, rows)
+        for batch, vectors in _computed(encoder, decoded):
+            self._take(batch, vectors)
 
     def keep(self, items: Iterable[NewItem]) -> None:
         """Adds items as they are with the next commit, unless a picture of the same id comes before it."""
@@ -181,9 +166,8 @@ class Ingest:
         self.summary.removed = gone
         self.summary.duplicates = [pair for pair in self.summary.duplicates if pair[1] in self.writer]
 
-    def _take(self, batch: Sequence[_Prepared | Skipped], rows: Rows) -> None:
-        """rows: of the fresh ones."""
-        vectors = dict(zip([number for number, one in enumerate(batch) if _is_fresh(one)], rows, strict=True))
+    def _take(self, batch: Sequence[_Prepared | Skipped], vectors: Mapping[int, Rows]) -> None:
+        """vectors: of the fresh ones, by their number in the batch."""
         lending = {self._owners[one.digest] for one in batch if self._is_owned(one)}
         self._lenders = {one: self._buffer[one] for one in lending if one in self._buffer}
         self._lenders |= self.writer.stored(lending - self._lenders.keys())
@@ -237,8 +221,25 @@ class Ingest:
         self.report(self.summary.num_done, self._total)
 
 
-def _is_fresh(one: _Prepared | Skipped) -> TypeGuard[_Prepared]:
-    return isinstance(one, _Prepared) and not one.known
+def _computed(
+    encoder: Encoder, decoded: Iterable[tuple[list[_Prepared | Skipped], AnyPixels]]
+) -> Iterator[tuple[list[_Prepared | Skipped], dict[int, Rows]]]:
+    """Each batch with the vectors of its fresh pictures, by number; raises NotFiniteError naming one without."""
+    ids, done = list[ItemId](), 0
+
+    def of_fresh() -> Iterator[tuple[tuple[list[_Prepared | Skipped], list[int]], AnyPixels]]:
+        for batch, pixels in decoded:
+            fresh = {number: one for number, one in enumerate(batch) if isinstance(one, _Prepared) and not one.known}
+            ids.extend(one.candidate.id for one in fresh.values())
+            for place, number in enumerate(fresh):
+                if place < number:
+                    pixels[place] = pixels[number]
+            yield (batch, list(fresh)), pixels[: len(fresh)]
+
+    with named("id", lambda position: ids[done + position]):
+        for (batch, fresh), rows in encoder.pixel_rows(of_fresh()):
+            done += len(rows)
+            yield batch, dict(zip(fresh, rows, strict=True))
 
 
 def thumbnail(image: Image.Image, size: int) -> bytes:

@@ -133,7 +133,7 @@ class Batcher(Generic[ItemT]):
         self._observe = observe
         self._waiting: deque[_Waiting[ItemT]] = deque()
         self._arrival = asyncio.Event()
-        # When each was begun, by the time of the event loop; those that are done are taken out before the next.
+        # When each was begun, by the time of the event loop; one that is done may stay until the next wait.
         self._batches: dict[asyncio.Task[None], float] = {}
 
     @property

@@ -10,7 +10,6 @@ a store that does not answer.
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from cn_clip.clip.backends.base import AnyPixels, Rows
+from cn_clip.processes import usable_cores
 from cn_clip.serve.batching import Batcher, Metrics, Slots, joined
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.pictures import Decoders, EncodedPicture, looked_at, picture_bytes
@@ -72,7 +72,7 @@ class Runner:
         self._open_encoder = open_encoder
         self._encoder: Encoder | None = None
         self._thread, self._fetcher = ThreadPoolExecutor(1, "compute"), ThreadPoolExecutor(1, "fetch")
-        num_threads = min(MOST_THREADS, os.cpu_count() or 1)
+        num_threads = min(MOST_THREADS, usable_cores())
         self._pool = ThreadPoolExecutor(num_threads, "prepare")
         self._searchers = ThreadPoolExecutor(num_threads, "search")
         self._decoders, self._reading = Decoders(num_threads, limits), asyncio.Lock()

@@ -99,9 +99,9 @@ class TorchBackend:
 
     def start_tokens(self, token_ids_BL: TokenIds) -> Callable[[], Rows]:
         """See `AsyncBackend`."""
-        known = {} if self.model.has_padding(token_ids_BL) else {"padded": False}
+        padded = self.model.has_padding(token_ids_BL)
         rows_of = self._lane.started(
-            lambda token_ids: _unit(self._encode_text(token_ids, **known)), token_ids_BL, is_small=True
+            lambda token_ids: _unit(self._encode_text(token_ids, padded=padded)), token_ids_BL, is_small=True
         )
         return lambda: checked_rows(rows_of())
 
