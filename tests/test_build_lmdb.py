@@ -359,6 +359,14 @@ def test_what_would_not_be_smaller_or_is_grey_of_16_bits_keeps_its_bytes() -> No
     assert shrunk(deep.getvalue(), 256) == deep.getvalue()
 
 
+def test_colours_that_a_png_has_not_stay_and_damaged_exif_says_nothing() -> None:
+    stream = io.BytesIO()
+    Image.new("CMYK", (400, 300), (1, 2, 3, 4)).save(stream, "TIFF")
+    assert shrunk(stream.getvalue(), 64) == stream.getvalue()
+    data = photo((640, 480), kind="JPEG", exif=b"Exif\0\0no directory stands here")
+    assert min(opened(shrunk(data, 256)).size) == 256
+
+
 def test_orientation_and_colour_profile_stay_and_other_metadata_goes() -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = 6, "a camera"

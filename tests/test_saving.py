@@ -317,6 +317,13 @@ def test_files_of_a_run_that_kept_all_stay_unless_a_number_is_given(split: Path,
     assert epoch_names(tmp_path) == ["epoch7.pt", "epoch8.pt"]
 
 
+def test_few_files_of_a_run_that_kept_all_stay_too_however_often_it_goes_on(split: Path, tmp_path: Path) -> None:
+    run(split, tmp_path, max_epochs=2, keep_checkpoints=-1, **QUIET)
+    for epochs in (5, 6):
+        run(split, tmp_path, max_epochs=epochs, **QUIET)
+        assert epoch_names(tmp_path) == [f"epoch{number}.pt" for number in (1, 2, epochs - 1, epochs)]
+
+
 def test_the_disk_that_checkpoints_take_is_said_at_the_start(split: Path, tmp_path: Path) -> None:
     trainer = build(split, tmp_path, max_epochs=9, **SMALL)
     log = run(split, tmp_path, max_epochs=9, **SMALL)
@@ -354,10 +361,14 @@ def test_a_disk_that_is_too_small_is_warned_of_at_the_start(
 ) -> None:
     plan = state.DiskPlan(file_bytes=100, num_kept=3, best_bytes=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=400))
-    assert not plan.fits(tmp_path)  # 5 x 100 and 2 x 10
-    (tmp_path / "epoch_latest.pt").write_bytes(bytes(120))  # will be replaced
-    assert plan.fits(tmp_path)
-    assert not plan.fits(tmp_path, spared=[tmp_path / "epoch_latest.pt"])
+    assert not plan.fits(tmp_path, 2)  # 5 x 100 and 2 x 10
+    (tmp_path / "epoch_latest.pt").write_bytes(bytes(60))  # will be replaced
+    old = tmp_path / "epoch1.pt"
+    old.write_bytes(bytes(60))  # will go, as two new ones come
+    assert plan.fits(tmp_path, 2)
+    assert not plan.fits(tmp_path, 2, spared=[old])
+    assert not plan.fits(tmp_path, -1)
+    assert not plan.fits(tmp_path, 3)  # it stays beside the two new ones
     log = run(split, tmp_path, max_steps=1, **QUIET)
     assert "The disk may fill up, and the run would then stop: free some space, or lower --keep-checkpoints" in log
 

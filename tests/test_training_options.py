@@ -411,8 +411,9 @@ def test_fsdp_gathers_bfloat16_on_gpus_where_products_are_in_it() -> None:
         (split, gpu, None),
         (split, CPU, half),
         (whole, gpu, half),
+        (Options(train_data="x", fsdp=True, vision_model="RN50", val_data="y", valid_precision="fp32"), gpu, half),
     ]
-    assert [fsdp_type(*case) for case in cases] == [half, None, None, None, None]
+    assert [fsdp_type(*case) for case in cases] == [half, None, None, None, None, None]
     refused = Options(train_data="x", fsdp=True, val_data="y", valid_precision="fp32")
     with pytest.raises(ConfigError, match="--fsdp and --valid-precision fp32: FSDP gathers the weights in bfloat16"):
         fsdp_type(refused, gpu, half)

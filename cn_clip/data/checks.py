@@ -95,9 +95,10 @@ def checked_images(
             return item
         try:
             data = decode_base64(item.base64)
-            looked_at = replace(item, is_deep=check_picture(data, check))
             small = data if shrink is None else shrunk(data, shrink)
-            return looked_at if small is data else replace(looked_at, base64=b64encode(small), is_shrunk=True)
+            if small is not data:  # decoded whole, and grey of 8 bits at most
+                return replace(item, base64=b64encode(small), is_shrunk=True)
+            return replace(item, is_deep=check_picture(data, check))
         except DataError as error:
             return Fault(str(path), item.line, f"image id {item.image_id!r}: {error}", item.image_id)
 

@@ -2,6 +2,7 @@
 
 # B batch, R resolution
 
+import contextlib
 import io
 import logging
 import os
@@ -24,6 +25,8 @@ from cn_clip.errors import ConfigError, DataError, UnreadableError, Where
 
 logger = logging.getLogger(__name__)
 
+# Modes of Pillow that a PNG can have.
+PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 # Formats of `picture_names` that leave details out; those of WebP are of both kinds.
 LOSSY = frozenset({"JPEG", "MPO", "AVIF", "JPEG2000", "HEIF"})
 SHRUNK_QUALITY = 95
@@ -81,7 +84,7 @@ def shrunk(data: bytes, shorter_side: int) -> bytes:
 
     Scaled as `ImageTransform` scales, in the picture's own mode: the pixels of a model differ little, see docs/data.md.
     What was lossy becomes a JPEG of quality 95, the rest a PNG; colour profile and EXIF orientation stay, other
-    metadata and the frames after the first go. Grey of more than 8 bits stays as it is.
+    metadata and the frames after the first go. Grey of more than 8 bits, and colours that a PNG has not, stay.
     Raises DataError when the bytes are no readable picture.
     """
     try:
@@ -89,7 +92,9 @@ def shrunk(data: bytes, shorter_side: int) -> bytes:
             kind, scale = str(image.format), shorter_side / min(image.size)
             if scale >= 1 or is_deep(image):
                 return data
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
+            orientation = None
+            with contextlib.suppress(Exception):  # EXIF that is damaged in one way or another says nothing
+                orientation = image.getexif().get(ExifTags.Base.Orientation)
             width, height = (max(1, round(side * scale)) for side in image.size)
             small = image.resize((width, height), Image.Resampling.BICUBIC)
         kept: dict[str, Any] = {"icc_profile": small.info.get("icc_profile")}
@@ -100,6 +105,8 @@ def shrunk(data: bytes, shorter_side: int) -> bytes:
         stream = io.BytesIO()
         if is_lossy and small.mode in ("L", "RGB", "CMYK"):
             small.save(stream, "JPEG", quality=SHRUNK_QUALITY, subsampling=0, **kept)
+        elif small.mode not in PNG_MODES:
+            return data
         else:
             small.save(stream, "PNG", **kept)
     except Exception as error:

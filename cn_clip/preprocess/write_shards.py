@@ -67,6 +67,8 @@ def run(options: Options) -> None:
     say(f"Train on them with: cn-clip train --train-data '{shards.pattern}'")
     say(f"They serve up to {shards.num_shards} loading processes (processes of a run x its --num-workers).")
     counts = {"shards": shards.num_shards, "pairs": shards.num_pairs, "bytes": shards.num_bytes}
+    if options.shrink is not None:
+        counts["shrunk"] = shards.num_shrunk
     say.result({"train_data": shards.pattern, **counts})
 
 

@@ -26,7 +26,7 @@ from cn_clip.training.log_lines import arithmetic_words, compile_advice, rate_wa
 from cn_clip.training.logger import log_params, logger, logging_to
 from cn_clip.training.loss import Objective
 from cn_clip.training.monitor import Monitor
-from cn_clip.training.params import RULES, Options
+from cn_clip.training.params import RULES, Options, has_resnet
 from cn_clip.training.scheduler import build_optimizer
 from cn_clip.training.state import Start
 from cn_clip.training.step import Learner, Teacher
@@ -179,7 +179,8 @@ def fsdp_type(options: Options, device: torch.device, mixed: torch.dtype | None)
 
     None: their own. Raises ConfigError for a validation in float32, which would have only the rounded weights.
     """
-    if not options.fsdp or device.type != "cuda" or mixed is not torch.bfloat16:
+    # Batch normalisation wants weights of the type of its running statistics.
+    if not options.fsdp or device.type != "cuda" or mixed is not torch.bfloat16 or has_resnet(options):
         return None
     if options.valid_precision == "fp32":
         raise ConfigError(

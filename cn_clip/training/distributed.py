@@ -218,8 +218,7 @@ class Parallel:
         for parameter in self.loose:
             dist.broadcast(parameter.data, 0)
         policy = MixedPrecisionPolicy()
-        # Batch normalisation wants weights of the type of its running statistics.
-        if gathered_type is not None and not isinstance(model.visual, ModifiedResNet):
+        if gathered_type is not None:
             policy = MixedPrecisionPolicy(param_dtype=gathered_type, reduce_dtype=torch.float32)
         for block in blocks(model):
             fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -214,7 +214,8 @@ def _num_kept_patches(options: Options) -> int | None:
     return int((config.image_resolution // config.vision_patch_size) ** 2 * (1 - options.mask_ratio))
 
 
-def _has_resnet(options: Options) -> bool:
+def has_resnet(options: Options) -> bool:
+    """Whether the picture tower is a ResNet."""
     return _num_kept_patches(options) is None
 
 
@@ -348,19 +349,19 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("mask_ratio", "vision_model"),
-        lambda options: options.mask_ratio and _has_resnet(options),
+        lambda options: options.mask_ratio and has_resnet(options),
         "--mask-ratio changes nothing: a ResNet (--vision-model) has no patches to leave out.",
         False,
     ),
     Rule(
         ("grad_checkpointing", "vision_model"),
-        lambda options: options.grad_checkpointing and _has_resnet(options),
+        lambda options: options.grad_checkpointing and has_resnet(options),
         "--grad-checkpointing works only on the text tower: this --vision-model is a ResNet.",
         False,
     ),
     Rule(
         ("use_bn_sync", "vision_model"),
-        lambda options: options.use_bn_sync and not _has_resnet(options),
+        lambda options: options.use_bn_sync and not has_resnet(options),
         "--use-bn-sync changes nothing: this --vision-model has no batch normalisation.",
         False,
     ),

@@ -52,7 +52,8 @@ def in_host_memory(content: ContentT, *, own: bool = False) -> ContentT:
 def _on_host(value: Tensor, devices: set[torch.device], *, own: bool) -> Tensor:
     """The tensor on the CPU; a copy from CUDA is only begun, and its device added to `devices`."""
     if value.device.type == "cuda":
-        target = pinned_like(value)
+        # For a copy beside training only: pinned memory stays the process's own, rounded up.
+        target = pinned_like(value) if own else None
         if target is None:
             return value.cpu()
         devices.add(value.device)

@@ -157,11 +157,14 @@ def prune(checkpoint_dir: Path, keep: int, *, spared: Collection[Path] = ()) -> 
 
     spared: files that stay and do not count.
     """
-    files = [path for path in epoch_files(checkpoint_dir) if path not in spared]
-    old = [] if keep < 0 else files[keep:]
+    old = _beyond(checkpoint_dir, keep, spared)
     for path in old:
         path.unlink()
     return old
+
+
+def _beyond(checkpoint_dir: Path, keep: int, spared: Collection[Path]) -> list[Path]:
+    return [] if keep < 0 else [path for path in epoch_files(checkpoint_dir) if path not in spared][keep:]
 
 
 @dataclass(frozen=True)
@@ -190,9 +193,10 @@ class DiskPlan:
             f"{_size(self.most_bytes)}; {_size(shutil.disk_usage(folder).free)} are free in {folder}"
         )
 
-    def fits(self, folder: Path, *, spared: Collection[Path] = ()) -> bool:
-        """Whether the disk has room for it, counting that of the files in `folder` that will go: all but `spared`."""
-        there = {*own_checkpoints(folder), folder / BEST}.difference(spared)
+    def fits(self, folder: Path, keep: int, *, spared: Collection[Path] = ()) -> bool:
+        """Whether the disk has room for it, counting that of the files in `folder` that will go, see `prune`."""
+        num_new = self.num_kept - 1
+        there = [folder / LATEST, folder / BEST, *_beyond(folder, max(keep - num_new, min(keep, 0)), spared)]
         going = sum(path.stat().st_size for path in there if is_file(path))
         return self.most_bytes <= shutil.disk_usage(folder).free + going
 

@@ -81,11 +81,9 @@ class Trainer:
         self.unchecked: tuple[int, Later, list[tuple[RecordId, RecordId]]] | None = None
         self.stop_request = StopRequest()
         self.kept = KEPT_CHECKPOINTS if options.keep_checkpoints is None else options.keep_checkpoints
-        # Of a run that kept more, as every run of Chinese-CLIP does: deleted only if the user says how many to keep.
-        before = state.epoch_files(checkpoint_dir)
-        # One more than is kept may be of a run like this one, which was killed before it had deleted it.
-        is_told = options.keep_checkpoints is not None or options.overwrite
-        self.spared = frozenset() if is_told or len(before) <= self.kept + 1 else frozenset(before)
+        # Of a run that kept all, as those of Chinese-CLIP do: deleted only if the user says how many to keep.
+        self.is_told_to_delete = options.keep_checkpoints is not None or options.overwrite
+        self.spared = frozenset(() if self.is_told_to_delete else state.epoch_files(checkpoint_dir))
         self.writer = saving.Writer(in_background=saving.is_worth_a_copy(self.device))
         plan = Plan(
             max_steps=self.max_steps,
@@ -139,6 +137,9 @@ class Trainer:
                 state.restore_rng(saved["rng"][ranks.rank()], self.device)
                 self.early_stop.load_state_dict(saved["early_stop"])
                 self.validated_step, self.closed = saved["validated_step"], saved["closed"]
+                kept = saved.get("kept", {})
+                if start.is_own and not self.is_told_to_delete and kept.get("number") == self.kept:
+                    self.spared = frozenset(self.checkpoint_dir / name for name in kept["spared"])
         step = self.position.step
         logger.info("=> loaded checkpoint '%s' (epoch %d @ %d steps)", checkpoint.path, checkpoint.epoch, step)
 
@@ -348,6 +349,7 @@ class Trainer:
             "early_stop": self.early_stop.state_dict(),
             "validated_step": self.validated_step,
             "closed": self.closed,
+            "kept": {"number": self.kept, "spared": sorted(path.name for path in self.spared)},
             "origin": None if self.start is None else self.start.origin,
         }
         self._write(names, resume)
@@ -416,7 +418,7 @@ class Trainer:
         """Says what the checkpoints will take, and how many of earlier runs stay."""
         plan = self.disk_plan()
         logger.info("Checkpoints: %s", plan.line(self.checkpoint_dir, self.kept))
-        if not plan.fits(self.checkpoint_dir, spared=self.spared):
+        if not plan.fits(self.checkpoint_dir, self.kept, spared=self.spared):
             logger.warning(
                 "The disk may fill up, and the run would then stop: free some space, or lower --keep-checkpoints"
             )
