@@ -16,6 +16,7 @@ from test_training_resume import killed_in
 from torch import Tensor
 
 from cn_clip import cli
+from cn_clip.checkpoints import weights
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.loading import load_from_name, open_model
 from cn_clip.clip.model import CLIP
@@ -236,6 +237,14 @@ def test_no_command_replaces_the_base_of_what_it_reads(
             cli.main(command)
         assert f"would overwrite {base}, which it reads" in capsys.readouterr().err
     assert base.read_bytes() == before
+
+
+def test_nor_the_base_that_is_known_by_its_name(split: Path, base: Path, tmp_path: Path) -> None:
+    path = renamed(one_step(split, tmp_path, base), "ViT-B-16")
+    beside = path.parent / "clip_cn_vit-b-16.pt"
+    shutil.copy(base, beside)
+    with pytest.raises(ConfigError, match=r"would overwrite .*clip_cn_vit-b-16\.pt, which it reads"):
+        weights.convert(path, beside, "pt", "keep")
 
 
 def with_module(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

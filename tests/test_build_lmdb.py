@@ -363,7 +363,7 @@ def test_colours_that_a_png_has_not_stay_and_damaged_exif_says_nothing() -> None
     stream = io.BytesIO()
     Image.new("CMYK", (400, 300), (1, 2, 3, 4)).save(stream, "TIFF")
     assert shrunk(stream.getvalue(), 64) == stream.getvalue()
-    data = photo((640, 480), kind="JPEG", exif=b"Exif\0\0no directory stands here")
+    data = photo((640, 480), kind="PNG", exif=b"Exif\0\0no directory stands here")
     assert min(opened(shrunk(data, 256)).size) == 256
 
 

@@ -9,12 +9,13 @@ from deterministic import SMALL_MODEL, training_batches
 from torch import Tensor
 
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.transfers import on_device
 from cn_clip.clip.transforms import normalised
 from cn_clip.data.datasets import PairBatch
 from cn_clip.training.distributed import Parallel
 from cn_clip.training.loss import Objective, Pairs, contrastive_scores
 from cn_clip.training.state import rng_state
-from cn_clip.training.step import Batch, Learner, Teacher, make_batch, on_device
+from cn_clip.training.step import Batch, Learner, Teacher, make_batch
 
 CPU = torch.device("cpu")
 

@@ -345,7 +345,7 @@ def test_no_accuracy_of_features_that_are_no_numbers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     encode = getattr(CLIP, method)
-    monkeypatch.setattr(CLIP, method, lambda self, inputs: encode(self, inputs) * np.nan)
+    monkeypatch.setattr(CLIP, method, lambda self, inputs, **told: encode(self, inputs, **told) * np.nan)
     with pytest.raises(SystemExit):
         zeroshot_evaluation.main(flags)
     error = capsys.readouterr().err

@@ -96,7 +96,7 @@ def convert(source: Path, target: Path, kind: str, precision: Precision) -> int:
 
 def _refuse_bases(flag: str, output: str | Path, read: Sequence[Checkpoint]) -> None:
     """Raises ConfigError when writing `output` would replace the base of adapters."""
-    files.refuse_inputs(flag, output, [checkpoint.base.name for checkpoint in read if checkpoint.base])
+    files.refuse_inputs(flag, output, [checkpoint.base_path for checkpoint in read])
 
 
 # --- in memory

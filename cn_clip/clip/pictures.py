@@ -123,6 +123,11 @@ def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) 
         raise DataError(f"not a picture that can be decoded ({error})", at=name) from error
 
 
+def decoding_threads(cores: int) -> int:
+    """How many threads decode where no number is given."""
+    return min(MOST_THREADS, cores)
+
+
 def decoded_batches(
     load: Callable[[int, AnyPixels], T], numbers: range, room: Room, batch_size: int, num_threads: int | None
 ) -> Iterator[tuple[list[T], AnyPixels]]:
@@ -135,7 +140,7 @@ def decoded_batches(
     """
     batches = (numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size))
     if num_threads is None:
-        num_threads = min(MOST_THREADS, usable_cores())
+        num_threads = decoding_threads(usable_cores())
     if num_threads == 0:
         for batch in batches:
             pixels = room(len(batch))

@@ -25,7 +25,7 @@ from cn_clip.clip.backends.base import AnyPixels, named
 from cn_clip.clip.backends.names import Kind
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import full_name, open_encoder, precision_of, weights_digest
-from cn_clip.clip.pictures import MOST_THREADS, decoded_batches
+from cn_clip.clip.pictures import decoded_batches, decoding_threads
 from cn_clip.command import Speaker
 from cn_clip.data.bulk_pictures import Part, open_collection
 from cn_clip.data.pictures import load_pixels
@@ -267,7 +267,7 @@ def _run(
         model=full_name(options.chosen.model),
         download_root=options.download_root and os.path.abspath(os.path.expanduser(options.download_root)),
         num_threads=options.num_threads or (None if options.backend == "tensorrt" else plan.cpus),
-        num_workers=min(MOST_THREADS, plan.cpus) if options.num_workers is None else options.num_workers,
+        num_workers=decoding_threads(plan.cpus) if options.num_workers is None else options.num_workers,
         device="cpu" if options.device == "auto" and not plan.gpus else options.device,
     )
     kinds = [work.job.kind for work in works]

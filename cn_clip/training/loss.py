@@ -101,9 +101,14 @@ class _Block(NamedTuple):
 
 def _blocks(compute: Any, pairs: Pairs, block_rows: int) -> list[_Block]:
     starts = range(0, len(pairs.image_ND), block_rows)
-    if len(starts) == 1:
-        return [compute(pairs, 0, block_rows)]
-    return [_Block(*checkpoint(compute, pairs, start, block_rows, use_reentrant=False)) for start in starts]
+    return [_Block(*values) for values in _each(compute, [(pairs, start, block_rows) for start in starts])]
+
+
+def _each(compute: Any, blocks: list[tuple[Any, ...]]) -> list[Any]:
+    """What `compute` makes of each block; several are computed again in the backward pass, instead of kept."""
+    if len(blocks) == 1:
+        return [compute(*blocks[0])]
+    return [checkpoint(compute, *block, use_reentrant=False) for block in blocks]
 
 
 def _logits(pairs: Pairs, start: int, block_rows: int) -> tuple[Tensor, Tensor]:
@@ -159,10 +164,7 @@ def _own_scores(rows: Any, pairs: Pairs, own_rows: slice, block_rows: int) -> Sc
     losses, right = [], []
     for one_way in (pairs, texts_first):
         blocks = [(rows, one_way, start, min(block_rows, own_rows.stop - start)) for start in starts]
-        if len(blocks) == 1:
-            parts = [_own_block(*blocks[0])]
-        else:
-            parts = [checkpoint(_own_block, *block, use_reentrant=False) for block in blocks]
+        parts = _each(_own_block, blocks)
         losses.append(torch.cat([values for values, _ in parts]).mean())
         right.append(torch.cat([is_right for _, is_right in parts]).sum().float())
     return Scores((losses[0] + losses[1]) / 2, *right)

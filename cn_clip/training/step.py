@@ -2,7 +2,6 @@
 
 # B pairs of a batch, L tokens, R resolution, D embedding, T teacher's embedding
 
-import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cn_clip import ranks
+from cn_clip.clip.transfers import on_device
 from cn_clip.clip.transforms import normalised
 from cn_clip.data.datasets import PairBatch
 from cn_clip.data.records import RecordId
@@ -186,30 +186,6 @@ def make_batch(pairs: PairBatch, device: torch.device, *, with_keys: bool = True
     pixels_B3RR, tokens_BL, *keys = on_device(tensors, device)
     ids = list(zip(pairs.image_id, pairs.text_id, strict=True))
     return Batch(pixels_B3RR, tokens_BL, ids, keys[0] if keys else None)
-
-
-def on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The tensors on `device`, for what the current stream computes from now on.
-
-    On CUDA they are copied from pinned memory by a stream of their own: nobody waits for a copy, and as this process is
-    ahead of the device, the batch of a step is copied while the step before is computed.
-    """
-    if device.type != "cuda":
-        return [tensor.to(device, non_blocking=True) for tensor in tensors]
-    own, current = _copy_stream(device), torch.cuda.current_stream(device)
-    whole = [tensor.contiguous() for tensor in tensors]  # else the copy would go through memory that is not pinned
-    with torch.cuda.stream(own):
-        pinned = [tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in whole]
-        copies = [tensor.to(device, non_blocking=True) for tensor in pinned]
-    current.wait_stream(own)
-    for copy in copies:
-        copy.record_stream(current)  # its memory is free for a later copy when the step is done, not before
-    return copies
-
-
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def joined(batches: Iterable[Batch], number: int) -> Iterator[list[Batch]]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cn_clip import drop_in, ranks
+from cn_clip.clip.transfers import on_device
 from cn_clip.errors import ConfigError
 from cn_clip.training import saving, state
 from cn_clip.training.distributed import Gather, Parallel, gather_rows
@@ -244,7 +245,7 @@ def _batches(dataloader: Any, device: torch.device, clock: Clock) -> Iterator[Ba
         if batch is None:
             return
         images, texts, *_ = batch
-        pixels, tokens = (tensor.to(device, non_blocking=True) for tensor in (images, cut_to_longest(texts)))
+        pixels, tokens = on_device([images, cut_to_longest(texts)], device)
         yield Batch(pixels, tokens, [(number, number) for number in range(len(images))], None)
 
 

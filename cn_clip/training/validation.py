@@ -14,6 +14,7 @@ from torch import Tensor
 from cn_clip import ranks
 from cn_clip.clip import tokenizer
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.transfers import on_device
 from cn_clip.data.lmdb_store import Split
 from cn_clip.retrieval.recall import Recall, RecallBothWays, recall_from_features
 from cn_clip.training.distributed import from_first, gather_shares, own_share
@@ -66,7 +67,7 @@ def validate(
     model.eval()
     with autocast():
         # Through the model's call: FSDP's hooks hang there.
-        own_images = _joined(model(pixels.to(_device(model), non_blocking=True), None) for pixels in pixel_batches)
+        own_images = _joined(model(*on_device([pixels], _device(model)), None) for pixels in pixel_batches)
         # Texts in batches of like length; their features go back into the order of this process's share.
         own = [tokens[number] for number in own_share(len(tokens))]
         order = sorted(range(len(own)), key=lambda number: len(own[number]))

@@ -3,7 +3,6 @@
 # B batch, R resolution, L tokens, D embedding
 
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from cn_clip.clip.backends.base import (
 from cn_clip.clip.backends.names import check_threads, settled, torch_precisions
 from cn_clip.clip.loading import open_model
 from cn_clip.clip.model import CLIP, convert_weights
+from cn_clip.clip.transfers import on_device
 from cn_clip.clip.transforms import normalised
 from cn_clip.clip.visual import ModifiedResNet
 from cn_clip.clip.weights.file_formats import owned
@@ -100,9 +100,7 @@ class TorchBackend:
     def start_tokens(self, token_ids_BL: TokenIds) -> Callable[[], Rows]:
         """See `AsyncBackend`."""
         padded = self.model.has_padding(token_ids_BL)
-        rows_of = self._lane.started(
-            lambda token_ids: _unit(self._encode_text(token_ids, padded=padded)), token_ids_BL, is_small=True
-        )
+        rows_of = self._lane.started(lambda token_ids: _unit(self._encode_text(token_ids, padded=padded)), token_ids_BL)
         return lambda: checked_rows(rows_of())
 
 
@@ -112,11 +110,6 @@ class _Lane:
     def __init__(self, device: torch.device) -> None:
         self._device, self._is_cuda = device, device.type == "cuda"
 
-    @functools.cached_property
-    def _copying(self) -> torch.cuda.Stream:
-        """Beside the computing: a batch is copied during the one before."""
-        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-
     def room(self, shape: tuple[int, ...], pixel_type: PixelType) -> AnyPixels:
         """See `AsyncBackend`; pinned memory is PyTorch's own, which gives it out again once its copies are done."""
         dtype = torch.uint8 if pixel_type == "uint8" else torch.float32
@@ -124,26 +117,18 @@ class _Lane:
         return pixels
 
     @torch.inference_mode()
-    def started(
-        self, compute: Callable[[Tensor], Tensor], inputs: "AnyPixels | TokenIds", *, is_small: bool = False
-    ) -> Callable[[], Rows]:
-        """What waits for the float32 rows of `compute`. is_small: the inputs may be copied into pinned memory first."""
+    def started(self, compute: Callable[[Tensor], Tensor], inputs: "AnyPixels | TokenIds") -> Callable[[], Rows]:
+        """What waits for the float32 rows of `compute`."""
         host = torch.from_numpy(inputs)
+        (moved,) = on_device([host], self._device)
         if not self._is_cuda:
-            rows: Rows = compute(host.to(self._device, non_blocking=True)).cpu().numpy()
+            rows: Rows = compute(moved).cpu().numpy()
             return lambda: rows
-        if is_small:
-            host = host.pin_memory()
-        computing = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._copying):
-            moved = host.to(self._device, non_blocking=True)
-        computing.wait_stream(self._copying)
-        moved.record_stream(computing)
         # The inputs are kept too: their memory is not for others before they are copied.
         kept = (compute(moved).to("cpu", non_blocking=True), host)
         # Blocking: the threads that decode have the core meanwhile.
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        done.record(computing)
+        done.record(torch.cuda.current_stream(self._device))
 
         def wait() -> Rows:
             done.synchronize()
@@ -256,9 +241,7 @@ class ForeignTowers:
 
     def start_tokens(self, token_ids_BL: TokenIds) -> Callable[[], Rows]:
         """See `AsyncBackend`."""
-        features_of = self._lane.started(
-            lambda token_ids: self._encode_text(token_ids).float(), token_ids_BL, is_small=True
-        )
+        features_of = self._lane.started(lambda token_ids: self._encode_text(token_ids).float(), token_ids_BL)
         return lambda: unit_rows(features_of())
 
 

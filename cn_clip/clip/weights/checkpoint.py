@@ -41,7 +41,8 @@ class Checkpoint:
 
     config: what a transformers folder says of its architecture; None for files that say nothing. lora: the adapters
     trained, as separate tensors of `state_dict` or merged into it. base: where the other tensors come from, if the file
-    holds only adapters. is_mapped: the tensors may lie in the file.
+    holds only adapters, and base_path the file or folder that they were read from. is_mapped: the tensors may lie in
+    the file.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Checkpoint:
     config: ModelConfig | None = None
     lora: low_rank.LowRank | None = None
     base: Base | None = None
+    base_path: Path | None = None
     is_mapped: bool = False
 
     @property
@@ -192,7 +194,7 @@ def _completed(read: Checkpoint, base: Base, *, mapped: bool, adapters: tuple[Pa
         raise CheckpointError(f"{what}; {found} has the fingerprint {actual}: other weights; {back}", at=read.path)
     full = {name: in_float32(value) for name, value in tensors.items() if name != SIGMOID_BIAS}
     known = Base(base.name if zoo.named(base.name) else str(found), base.fingerprint)
-    return replace(read, state_dict=full | read.state_dict, base=known)
+    return replace(read, state_dict=full | read.state_dict, base=known, base_path=found)
 
 
 def base_of(path: Path, name: str) -> Base:
