@@ -19,6 +19,7 @@ from cn_clip.clip.model import CLIP
 from cn_clip.clip.transforms import MEAN, STD, normalised
 from cn_clip.data.lmdb_store import Pair, Split, SplitWriter
 from cn_clip.errors import ConfigError
+from cn_clip.stopping import StopWaiting
 from cn_clip.training import inputs
 from cn_clip.training import main as training
 from cn_clip.training.building import explained_memory
@@ -29,7 +30,6 @@ from cn_clip.training.loss import Objective, Pairs, contrastive_scores
 from cn_clip.training.params import Options
 from cn_clip.training.scheduler import build_optimizer, clamp_logit_scale, learning_rate
 from cn_clip.training.step import Batch, Learner, cut_to_longest
-from cn_clip.training.stopping import StopWaiting
 from cn_clip.training.trainer import Trainer
 from cn_clip.training.validation import validate
 

@@ -19,8 +19,8 @@ from training_runs import TINY
 from cn_clip.checkpoints import convert
 from cn_clip.clip.loading import open_model
 from cn_clip.errors import CheckpointError, ConfigError, DataError
+from cn_clip.stopping import StopRequest
 from cn_clip.training import main as training
-from cn_clip.training.stopping import StopRequest
 from cn_clip.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

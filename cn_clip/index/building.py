@@ -3,6 +3,7 @@
 # N rows, D embedding
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.features.files import read_features
 from cn_clip.features.rows import Features
-from cn_clip.index.ingest import Ingest, Report, Settings, Summary
+from cn_clip.index.ingest import Ingest, Settings, Summary
 from cn_clip.index.options import AddOptions
+from cn_clip.index.progress import Progress
 from cn_clip.index.searching import open_encoder
 from cn_clip.index.sources import (
     OWN_FIELDS,
@@ -74,11 +76,15 @@ class Model:
         if self.facts and options.model and full_name(options.model) != self.facts.model.name:
             self.encoder()
 
+    @property
+    def name(self) -> str:
+        """Of the model that is given, else of that of the index."""
+        return self.options.model or (self.facts.model.name if self.facts else "") or DEFAULT_MODEL
+
     def encoder(self) -> Encoder:
         """Raises ConfigError naming both models when it is not that of the index."""
         if self._opened is None:
-            name = self.options.model or (self.facts.model.name if self.facts else DEFAULT_MODEL) or DEFAULT_MODEL
-            self._opened = open_encoder(replace(self.options.chosen, model=name), self.say, kinds=["image"])
+            self._opened = open_encoder(replace(self.options.chosen, model=self.name), self.say, kinds=["image"])
             if self.facts:
                 same_model(self.facts.model, self._opened[1], self.index)
         return self._opened[0]
@@ -107,17 +113,39 @@ def update(options: AddOptions, job: Job, say: Speaker) -> None:
     if not source.candidates and model.facts is None:
         reason = f"; {shown(source.skipped[0].id)}: {source.skipped[0].reason}" if source.skipped else ""
         raise DataError(f"holds no picture{reason}", at=job.source)
+    is_new = model.facts is None
+    if is_new:  # its model takes a while to open
+        _say_first(options, model, job, say, found=len(source.candidates))
     info, ids = model.info(), [one.id for one in source.candidates]
     with _changing(job, info, info.embed_dim, source.name, ids) as writer:
         before = writer.manifest.source
         settings = Settings(options.batch_size, options.num_workers, options.commit_every, options.thumbnail_size)
-        ingest = Ingest(writer, model.encoder, settings, _reporter(say), skipped=source.skipped)
-        ingest.add(source.candidates, table, job.id_prefix)
-        if job.is_sync and not job.keep_missing:
+        ingest = Ingest(writer, model.encoder, settings, Progress(say), skipped=source.skipped)
+        pending = ingest.decide(source.candidates, table, job.id_prefix)
+        if not is_new:
+            _say_first(options, model, job, say, found=len(ids), unchanged=ingest.summary.unchanged)
+        ingest.add(pending)
+        if job.is_sync and not job.keep_missing and ingest.summary.signal is None:
             ingest.prune({source.name, before}, source.candidates)
     pictures = {str(one).removeprefix(source.id_prefix) for one in ids}
     unmatched = sum(str(key) not in pictures for key in table or ())
     _say_summary(ingest.summary, writer, job, unmatched, say)
+    if ingest.summary.signal is not None:
+        print(
+            f"已中断，完成的都已保存；再运行同一条命令就接着做 / interrupted, with all kept that was done; the same "
+            f"command goes on: {job.address}, {len(writer)} items",
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + ingest.summary.signal)
+
+
+def _say_first(options: AddOptions, model: Model, job: Job, say: Speaker, *, found: int, unchanged: int = 0) -> None:
+    """What there is to do, before anything that takes long."""
+    chosen = options.chosen
+    say(
+        f"找到 {found} 张图片，{unchanged} 张未变 / found {found} pictures, {unchanged} unchanged; 模型 / model "
+        f"{shown(model.name)} ({chosen.backend}, {chosen.device}, {chosen.precision}) → {job.address}"
+    )
 
 
 def _add_features(options: AddOptions, job: Job, model: Model, table: Table | None, say: Speaker) -> None:
@@ -126,7 +154,7 @@ def _add_features(options: AddOptions, job: Job, model: Model, table: Table | No
     name, embed_dim = str(job.source.absolute()), vectors_ND.shape[1]
     info = _model_of_features(options, job, model, embed_dim)
     ids = [f"{job.id_prefix}{one}" if job.id_prefix else one for one in features.ids]
-    summary, report = Summary(), _reporter(say)
+    summary, progress = Summary(), Progress(say)
     with _changing(job, info, embed_dim, name, ids) as writer:
         before, known = writer.manifest.source, dict(writer.items())
         if num_scaled:
@@ -134,22 +162,24 @@ def _add_features(options: AddOptions, job: Job, model: Model, table: Table | No
                 f"{job.source}: {num_scaled} 行的长度不是 1，已归一化 / "
                 f"rows whose length is not 1, normalised: {num_scaled}"
             )
-        for start in range(0, len(ids), options.commit_every):
-            items = []
-            end = start + options.commit_every
-            stored = writer.stored(ids[start:end])
-            for item_id, vector_D in zip(ids[start:end], vectors_ND[start:end], strict=True):
-                row = row_of(table, item_id, job.id_prefix) if table is not None else known.get(item_id)
-                # Without what only pictures have: vectors of a file are not those of the bytes that a digest names.
-                metadata = {field: value for field, value in (row or {}).items() if field not in OWN_FIELDS}
-                item = NewItem(item_id, vector_D, {**metadata, "source": name})
-                if item_id in stored and _is_same(item, stored[item_id]):
-                    summary.unchanged += 1
-                else:
-                    items.append(item)
-            writer.commit(items)
-            summary.added += len(items)
-            report(summary.num_done, len(ids))
+        with progress.over(len(ids), done=0):
+            for start in range(0, len(ids), options.commit_every):
+                items = []
+                end = start + options.commit_every
+                stored = writer.stored(ids[start:end])
+                for item_id, vector_D in zip(ids[start:end], vectors_ND[start:end], strict=True):
+                    row = row_of(table, item_id, job.id_prefix) if table is not None else known.get(item_id)
+                    # Without what only pictures have: vectors of a file are not those of the bytes of a digest.
+                    metadata = {field: value for field, value in (row or {}).items() if field not in OWN_FIELDS}
+                    item = NewItem(item_id, vector_D, {**metadata, "source": name})
+                    if item_id in stored and _is_same(item, stored[item_id]):
+                        summary.unchanged += 1
+                    else:
+                        items.append(item)
+                writer.commit(items)
+                summary.added += len(items)
+                progress.advance(len(ids[start:end]))
+                progress.saved(summary.num_done, summary.added)
         if job.is_sync and not job.keep_missing:
             wanted = set(ids)
             summary.removed = [
@@ -245,13 +275,6 @@ def _is_same(item: NewItem, stored: NewItem) -> bool:
     return is_same_vector and dict(item.metadata) == dict(stored.metadata)
 
 
-def _reporter(say: Speaker) -> Report:
-    def report(done: int, total: int) -> None:
-        say.note(f"已完成 / done {done} / {total}")
-
-    return report
-
-
 def _say_summary(summary: Summary, writer: Writer, job: Job, unmatched: int, say: Speaker) -> None:
     """unmatched: rows of the table that name no picture of the source."""
     for title, ids in (
@@ -283,6 +306,7 @@ def _say_summary(summary: Summary, writer: Writer, job: Job, unmatched: int, say
             "duplicates": [{"id": one, "same_as": other} for one, other in summary.duplicates],
             "skipped": [one.as_dict() for one in summary.skipped],
             "unmatched_rows": unmatched,
+            "interrupted": summary.signal is not None,
         }
     )
 

@@ -5,9 +5,10 @@
 import contextlib
 import hashlib
 import io
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,13 +19,15 @@ from cn_clip.clip.pictures import decoded_batches
 from cn_clip.clip.transforms import in_8_bits, write_pixels
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import DataError, reason_of
-from cn_clip.index.sources import OWN_FIELDS, Candidate, Skipped, Table, row_of
+from cn_clip.index.progress import Progress
+from cn_clip.index.sources import OWN_FIELDS, PICTURE_FIELDS, Candidate, Skipped, Table, row_of
 from cn_clip.retrieval.addresses import Writer
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.writer import NewItem
+from cn_clip.stopping import StopRequest, StopWaiting
 
-Report: TypeAlias = Callable[[int, int], None]
-
+# After so long, what was computed is committed though it is less than --commit-every.
+COMMIT_SECONDS = 20.0
 THUMBNAIL_QUALITY = 80
 _DIGEST_BYTES = 16
 
@@ -44,7 +47,7 @@ class Summary:
     """What was done.
 
     added: vectors of a feature file. reused: those that were there for the same bytes; duplicates: (id, id of the same
-    bytes).
+    bytes). signal: the number of the one that ended the run before its time; what was done until then is kept.
     """
 
     encoded: int = 0
@@ -54,6 +57,7 @@ class Summary:
     removed: list[ItemId] = field(default_factory=list)
     duplicates: list[tuple[ItemId, ItemId]] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    signal: int | None = None
 
     @property
     def num_done(self) -> int:
@@ -81,11 +85,11 @@ class Ingest:
         writer: Writer,
         encoder: Callable[[], Encoder],
         settings: Settings,
-        report: Report,
+        progress: Progress,
         *,
         skipped: Iterable[Skipped] = (),
     ) -> None:
-        self.writer, self.encoder, self.settings, self.report = writer, encoder, settings, report
+        self.writer, self.encoder, self.settings, self.progress = writer, encoder, settings, progress
         self.summary = Summary(skipped=list(skipped))
         self._known = dict(writer.items())
         # The item that lends its vector to others of the same bytes.
@@ -96,30 +100,64 @@ class Ingest:
         self._buffer: dict[ItemId, NewItem] = {}
         # The items among them that a batch needs, and those that it adds.
         self._lenders: dict[ItemId, NewItem] = {}
-        self._total = 0
+        self._committed_at = time.monotonic()
 
-    def add(self, candidates: Sequence[Candidate], table: Table | None = None, id_prefix: str = "") -> None:
-        """Adds what is new or has changed; raises DataError when the index cannot be written."""
-        self.read(candidates, table, id_prefix)
-        self.commit()
+    def decide(
+        self, candidates: Sequence[Candidate], table: Table | None = None, id_prefix: str = ""
+    ) -> list[Candidate]:
+        """Those that are new or have changed, with all metadata that is known before they are read.
 
-    def read(self, candidates: Sequence[Candidate], table: Table | None = None, id_prefix: str = "") -> None:
-        """As `add`, but for what `commit` is still to write. Without a table, an item keeps the metadata it had."""
+        Without a table, an item keeps the metadata it had. What a table says of a picture goes before what the source
+        and the picture itself say.
+        """
         pending = []
         for one in candidates:
-            known = self._known.get(one.id)
-            own = {name: value for name, value in (known or {}).items() if name in OWN_FIELDS}
-            more: Mapping[str, Any] = {name: value for name, value in (known or {}).items() if name not in OWN_FIELDS}
+            known = self._known.get(one.id, {})
+            seen = {name: value for name, value in known.items() if name in OWN_FIELDS or name in PICTURE_FIELDS}
+            more: Mapping[str, Any] = {name: value for name, value in known.items() if name not in seen}
             if table is not None:
                 more = row_of(table, one.id, id_prefix) or {}
             # A caption of the table goes before one of the source.
             caption = {"caption": more["caption"]} if "caption" in more else {}
             wanted = {**more, **one.metadata, **caption}
-            if not one.is_dated or known != {**own, **wanted}:
+            if not one.is_dated or known != {**seen, **wanted}:
                 pending.append(replace(one, metadata=wanted))
-        self._total, self.summary.unchanged = len(candidates), len(candidates) - len(pending)
+        self.summary.unchanged = len(candidates) - len(pending)
+        return pending
+
+    def add(self, pending: Sequence[Candidate]) -> None:
+        """Reads, computes and commits; raises DataError when the index cannot be written.
+
+        SIGTERM or Ctrl-C ends it early, with all kept that was computed; `summary.signal` says so.
+        """
+        stop = StopRequest()
+        unchanged = self.summary.unchanged
+        with stop.noted(), self.progress.over(unchanged + len(pending), done=unchanged):
+            self.read(pending, stop)
+            self.commit()
+        self.summary.signal = stop.number
+
+    def read(self, pending: Sequence[Candidate], stop: StopRequest | None = None) -> None:
+        """As `add`, but for what `commit` is still to write."""
         if not pending:
             return
+        stop = stop or StopRequest()
+        batches = self._batches(pending)
+        self._committed_at = time.monotonic()
+        while stop.number is None:
+            try:
+                with stop.waiting():
+                    one = next(batches, None)
+            except StopWaiting:
+                break
+            if one is None:
+                break
+            self._take(*one)
+            self.progress.advance(len(one[0]))
+            if time.monotonic() - self._committed_at >= COMMIT_SECONDS:
+                self.commit()
+
+    def _batches(self, pending: Sequence[Candidate]) -> "Iterator[tuple[list[_Prepared | Skipped], dict[int, Rows]]]":
         encoder, size = self.encoder(), self.settings.thumbnail_size
 
         def load(number: int, out: AnyPixels) -> _Prepared | Skipped:
@@ -131,7 +169,7 @@ class Ingest:
                     return _Prepared(candidate, data, digest, True, {}, b"")
                 image = open_picture(data)
                 write_pixels(encoder.transform, image, out)
-                facts = {"width": image.width, "height": image.height}
+                facts = facts_of(image)
                 return _Prepared(candidate, b"", digest, False, facts, thumbnail(image, size) if size else b"")
             except OSError as error:
                 return Skipped(candidate.id, f"cannot be read ({reason_of(error)})", is_gone=False)
@@ -141,8 +179,7 @@ class Ingest:
         decoded = decoded_batches(
             load, range(len(pending)), encoder.room, self.settings.batch_size, self.settings.num_workers
         )
-        for batch, vectors in _computed(encoder, decoded):
-            self._take(batch, vectors)
+        return _computed(encoder, decoded)
 
     def keep(self, items: Iterable[NewItem]) -> None:
         """Adds items as they are with the next commit, unless a picture of the same id comes before it."""
@@ -177,9 +214,9 @@ class Ingest:
             elif self._is_owned(one):
                 owner = self._owners[one.digest]
                 stored = self._lenders[owner]
-                facts = {name: stored.metadata[name] for name in ("width", "height") if name in stored.metadata}
+                facts = {name: stored.metadata[name] for name in PICTURE_FIELDS if name in stored.metadata}
                 before = self._known.get(one.candidate.id)
-                if before == {**one.candidate.metadata, **facts, "digest": one.digest}:
+                if before == {**facts, **one.candidate.metadata, "digest": one.digest}:
                     self.summary.unchanged += 1
                     continue
                 if owner != one.candidate.id:
@@ -190,7 +227,7 @@ class Ingest:
                 image = open_picture(one.data)
                 late = self.encoder().transform.array(image)
                 size = self.settings.thumbnail_size
-                facts = {"width": image.width, "height": image.height}
+                facts = facts_of(image)
                 with named("id", [one.candidate.id].__getitem__):
                     vector_D = self.encoder().encode_pixels(late[None])[0]
                 self.summary.encoded += 1
@@ -208,7 +245,7 @@ class Ingest:
         if replaced != one.digest and self._owners.get(replaced) == item_id:
             del self._owners[replaced]
         self._owners.setdefault(one.digest, item_id)
-        metadata = {**one.candidate.metadata, **facts, "digest": one.digest}
+        metadata = {**facts, **one.candidate.metadata, "digest": one.digest}
         self._known[item_id] = metadata
         self._buffer[item_id] = self._lenders[item_id] = NewItem(item_id, np.array(vector_D), metadata, small)
         if len(self._buffer) >= self.settings.commit_every:
@@ -218,7 +255,13 @@ class Ingest:
         """Writes what was read, and reports it."""
         self.writer.commit(list(self._buffer.values()))
         self._buffer.clear()
-        self.report(self.summary.num_done, self._total)
+        self._committed_at = time.monotonic()
+        self.progress.saved(self.summary.num_done, self.summary.encoded + self.summary.reused)
+
+
+def facts_of(image: Image.Image) -> dict[str, Any]:
+    """What the opened picture says of itself: the values of `sources.PICTURE_FIELDS`, as far as it has them."""
+    return {"width": image.width, "height": image.height}
 
 
 def _computed(

@@ -17,7 +17,8 @@ from cn_clip.features.files import read_features
 from cn_clip.index.building import Model, listed
 from cn_clip.index.ingest import Ingest, Settings
 from cn_clip.index.options import AddOptions
-from cn_clip.index.sources import Candidate, is_feature_file, read_file
+from cn_clip.index.progress import Progress
+from cn_clip.index.sources import PICTURE_FIELDS, Candidate, is_feature_file, read_file
 from cn_clip.retrieval import inspection
 from cn_clip.retrieval.addresses import address_of
 from cn_clip.retrieval.inspection import Damage
@@ -106,7 +107,7 @@ def repair(
             raise ConfigError("another process has changed this index meanwhile; repair it again", at=folder)
         # All goes into one commit, with which the damaged segments cease to count.
         settings = Settings(options.batch_size, options.num_workers, sys.maxsize, options.thumbnail_size)
-        ingest = Ingest(writer, model.encoder, settings, lambda done, total: None)
+        ingest = Ingest(writer, model.encoder, settings, Progress())
         ingest.keep(rescued.ready.values())
         ingest.read(rescued.pictures)
         if away := next((one for one in ingest.summary.skipped if not one.is_gone), None):
@@ -189,7 +190,8 @@ class _Sources:
         source, path = item.metadata.get("source"), item.metadata.get("path")
         if isinstance(path, str) and is_file(path):
             facts = os.stat(path)
-            dated = {**item.metadata, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+            kept = {name: value for name, value in item.metadata.items() if name not in PICTURE_FIELDS}
+            dated = {**kept, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
             return None, Candidate(item.id, dated, partial(read_file, path), is_dated=True)
         if not isinstance(source, str) or path is not None:
             return None, None

@@ -24,6 +24,8 @@ LARGEST_PICTURE = 256 * 2**20
 CAPTION_COLUMN = "text"
 # What the commands themselves write into the metadata of an item.
 OWN_FIELDS = ("source", "path", "size", "mtime_ns", "digest", "width", "height")
+# What the opened picture says, see `ingest.facts_of`: kept as long as the file is as it was, and read again with it.
+PICTURE_FIELDS = ("width", "height")
 
 Table: TypeAlias = Mapping[str, Mapping[str, Any]]
 

@@ -20,6 +20,7 @@ from cn_clip.data.datasets import Loader, PairBatch
 from cn_clip.data.records import RecordId
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, reading
 from cn_clip.settings import flag
+from cn_clip.stopping import StopRequest, StopWaiting
 from cn_clip.training import adapt, distributed, saving, state
 from cn_clip.training.inputs import TrainingData, ValidationData
 from cn_clip.training.log_lines import Plan, Report
@@ -36,7 +37,7 @@ from cn_clip.training.scheduler import (
 )
 from cn_clip.training.state import Extent, Position, Start
 from cn_clip.training.step import Batch, Learner, joined, make_batch
-from cn_clip.training.stopping import EarlyStop, StopRequest, StopWaiting
+from cn_clip.training.stopping import EarlyStop
 from cn_clip.training.validation import Validation, validate
 
 
