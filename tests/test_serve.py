@@ -307,7 +307,7 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
     "token ids": (embed([1, 2, 3]), 400, "check_embedding_ctx_length=False", "input[0]"),
     "a number": (embed(3), 400, "expected a string", "input"),
     "null": (embed(None), 400, "expected a string", "input"),
-    "an unknown field": (embed("猫", truncate=True), 400, "Extra inputs are not permitted", "truncate"),
+    "an unknown field": (find(truncate=True), 400, "Extra inputs are not permitted", "truncate"),
     "an unknown field of half a surrogate": (embed("猫", **{"\ud800": 1}), 400, "unicode string", None),
     "an unknown format": (embed("猫", encoding_format="hex"), 400, "'float' or 'base64'", "encoding_format"),
     "another model": (("/v1/embeddings", {"model": "x", "input": "猫"}), 404, "only 'tiny'", "model"),

@@ -5,6 +5,7 @@
 import base64
 import functools
 import logging
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from PIL.Image import Image
 from cn_clip.clip.backends.base import AnyPixels
 from cn_clip.clip.decoding import ProcessStartError, opened_elsewhere
 from cn_clip.clip.picture_files import is_bounded, look, opened_here
+from cn_clip.clip.picture_names import begins_as_picture
 from cn_clip.errors import DataError
 from cn_clip.processes import usable_cores
 
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Base64 that is decoded at once, 1 ms in which no other thread runs; a multiple of 4.
 _BASE64_CHARS = 1 << 18
+# Enough of it for `begins_as_picture`, and of a string to tell it from a word. The smallest GIF has 48 characters.
+_BASE64_HEAD_CHARS, _BASE64_HEAD = 24, re.compile(r"[A-Za-z0-9+/]{40}")
 # Of those that decode, unless their number is given: more are not kept busy by what reads the files and the bytes.
 MOST_THREADS = 16
 # Batches that are decoded, or being decoded, before the one in use is done.
@@ -40,6 +44,11 @@ _LOADING = [threading.Lock() for _ in range(61)]
 def is_data_url(text: str) -> bool:
     """Whether a string holds a picture itself, as data:image/png;base64,…, which nobody means as words or as a path."""
     return text[:11].lower() == "data:image/"
+
+
+def is_base64_picture(text: str) -> bool:
+    """Whether a string holds a picture itself as base64 alone: nobody's words begin as a picture does, unbroken."""
+    return _BASE64_HEAD.match(text) is not None and begins_as_picture(base64.b64decode(text[:_BASE64_HEAD_CHARS]))
 
 
 def data_url_bytes(url: str, between: Callable[[bytes], object] = lambda _: None) -> bytes:

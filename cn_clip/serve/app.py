@@ -1,7 +1,6 @@
 """The FastAPI application: routes, errors in OpenAI's form, and the middleware around them."""
 
 import asyncio
-import base64
 import contextlib
 import json
 import time
@@ -18,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Rows
 from cn_clip.retrieval.addresses import Searchable
+from cn_clip.serve import forms
 from cn_clip.serve.batching import Metrics
 from cn_clip.serve.gate import Gate, Hosts
 from cn_clip.serve.limits import Limits
@@ -36,6 +36,7 @@ from cn_clip.serve.schemas import (
     SearchHit,
     SearchRequest,
     SearchResponse,
+    VectorForm,
 )
 from cn_clip.serve.service import Service
 
@@ -95,13 +96,16 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings", response_model=EmbeddingResponse, responses=_ERRORS)
     async def embeddings(request: EmbeddingRequest) -> Response:
         """Unit vectors of texts and pictures."""
-        rows_ND, num_tokens = await service.embed(request)
-        parts = (service.runner.name, rows_ND, num_tokens, request.encoding_format)
+        rows_ND, num_tokens = await service.embed(
+            forms.embedding_inputs(request), model=request.model, dimensions=request.dimensions
+        )
+        form = request.embedding_type or request.encoding_format or "float"
+        parts = (service.runner.name, rows_ND, num_tokens, form)
         if rows_ND.size <= SMALL_ANSWER:
             answer = _embedding_list(*parts)
         else:
             answer = await service.runner.call(_embedding_list, *parts)
-        return Response(answer, media_type="application/json")
+        return Response(answer, media_type="application/json", headers=forms.ignored_header(request.ignored))
 
     @app.post("/v1/classify", responses=_ERRORS)
     async def classify(request: ClassifyRequest) -> ClassifyResponse:
@@ -231,12 +235,9 @@ def _describe(app: FastAPI) -> None:
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _embedding_list(model: str, rows_ND: Rows, num_tokens: int, encoding_format: str | None) -> bytes:
+def _embedding_list(model: str, rows_ND: Rows, num_tokens: int, form: VectorForm) -> bytes:
     """The answer as JSON. Written here, for thousands of numbers must neither be checked nor hold up the event loop."""
-    if encoding_format == "base64":
-        vectors: list[Any] = [base64.b64encode(row_D.astype("<f4").tobytes()).decode() for row_D in rows_ND]
-    else:
-        vectors = rows_ND.tolist()
+    vectors = forms.written(rows_ND, form)
     data = [{"object": "embedding", "index": position, "embedding": vector} for position, vector in enumerate(vectors)]
     usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
     return json.dumps({"object": "list", "model": model, "data": data, "usage": usage}, ensure_ascii=False).encode()

@@ -26,7 +26,7 @@ from cn_clip.clip.decoding import (
     ProcessStartError,
 )
 from cn_clip.clip.picture_files import Head, look, look_at_start
-from cn_clip.clip.pictures import data_url_bytes
+from cn_clip.clip.pictures import data_url_bytes, is_base64_picture
 from cn_clip.clip.transforms import PictureTransform
 from cn_clip.errors import DataError
 from cn_clip.serve.limits import Limits
@@ -194,7 +194,9 @@ _SHOWN_CHARS = 40
 
 
 def picture_bytes(data_url: str, param: str, give_way: Callable[[], object] = lambda: None) -> bytes:
-    """The bytes in a data URL; raises RefusalError (400) naming `param`. Addresses and paths are never followed.
+    """The bytes in a data URL, or in the base64 of a picture; raises RefusalError (400) naming `param`.
+
+    Addresses and paths are never followed.
 
     give_way: called after each millisecond or two of work on a long one.
     """
@@ -208,6 +210,8 @@ def picture_bytes(data_url: str, param: str, give_way: Callable[[], object] = la
                 look_at_start(piece)
         give_way()
 
+    if is_base64_picture(data_url):
+        data_url = f"data:;base64,{data_url}"
     if not data_url[:5].lower() == "data:":
         raise _invalid(f"{param}: no URL or path is read, got {data_url[:_SHOWN_CHARS]!a}; {_EXPECTED}", param)
     try:

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from cn_clip.clip.pictures import is_data_url
+from cn_clip.clip.pictures import is_base64_picture, is_data_url
 from cn_clip.serve.limits import (
     MAX_INPUTS,
     MAX_K,
@@ -166,6 +166,8 @@ DataUrl: TypeAlias = Annotated[
 ]
 # Strings would do as numbers otherwise, and true as 1.
 Number: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+# How the numbers of a vector are written; see `forms`.
+VectorForm: TypeAlias = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
 ItemId: TypeAlias = Annotated[int, Field(strict=True)] | Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 
 
@@ -173,10 +175,54 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class ImageInput(_Strict):
-    """A picture."""
+class OpenRequest(BaseModel):
+    """A request whose unknown fields are kept, so that the answer can name them."""
 
-    image: DataUrl
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def ignored(self) -> list[str]:
+        """The names of the fields that were not looked at."""
+        return list(self.model_extra or ())
+
+
+def _address(value: Any) -> Any:
+    return value["url"] if isinstance(value, dict) and set(value) >= {"url"} else value
+
+
+_PICTURE_SCHEMA = {
+    "description": "The picture itself, as data:image/png;base64,… or as base64 alone; no address",
+    "anyOf": [
+        {"type": "string"},
+        {"type": "object", "properties": {"url": {"type": "string"}}, "required": ["url"]},
+    ],
+}
+PartText: TypeAlias = Annotated[str, Field(max_length=MAX_TEXT_CHARS), BeforeValidator(_words)]
+PartPicture: TypeAlias = Annotated[str, BeforeValidator(_address), WithJsonSchema(_PICTURE_SCHEMA)]
+
+
+class Part(BaseModel):
+    """A text or a picture, as clients write one: {"image": …}, or OpenAI's {"type": "image_url", "image_url": …}.
+
+    Fields that are not named here, `type` and `detail` among them, are passed over.
+    """
+
+    text: PartText | None = None
+    image: PartPicture | None = None
+    image_url: PartPicture | None = None
+    image_base64: PartPicture | None = None
+
+
+class Item(Part):
+    """One input as an object. Several parts become one vector, that of their even mixture."""
+
+    content: PartText | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+
+
+class Message(Item):
+    """One of a chat, as vLLM takes them; only those of the user are looked at."""
+
+    role: Name = "user"
 
 
 # Tags stand in the paths of errors, where brackets tell them from names of fields.
@@ -185,46 +231,58 @@ TAG_MARK = "<"
 
 def _kind(value: Any) -> str | None:
     if isinstance(value, str):
-        return "<url>" if is_data_url(value) else "<text>"
-    if isinstance(value, (dict, ImageInput)):
+        return "<url>" if is_data_url(value) or is_base64_picture(value) else "<text>"
+    if isinstance(value, (dict, BaseModel)):
         return "<picture>"
     return "<many>" if isinstance(value, list) else None
 
 
 EXPECTED_INPUT = (
-    'expected a string, {"image": "data:image/png;base64,…"}, or a list of them; lists of token ids are not understood '
-    "(in LangChain: check_embedding_ctx_length=False)"
+    'expected a string, {"text": …}, {"image": "data:image/png;base64,…"}, or a list of them; lists of token ids are '
+    "not understood (in LangChain: check_embedding_ctx_length=False)"
 )
 _error: dict[str, Any] = {"custom_error_type": "input", "custom_error_message": EXPECTED_INPUT}
 _TextInput: TypeAlias = Annotated[Text, Tag("<text>")]
-_PictureInput: TypeAlias = Annotated[ImageInput, Tag("<picture>")]
+_ItemInput: TypeAlias = Annotated[Item, Tag("<picture>")]
 # Only said, not checked again: `_kind` has looked, and takes capitals too.
 _UrlInput: TypeAlias = Annotated[DataUrl, Field(json_schema_extra={"pattern": "^data:image/"}), Tag("<url>")]
-Input: TypeAlias = Annotated[_TextInput | _UrlInput | _PictureInput, Discriminator(_kind, **_error)]
+Input: TypeAlias = Annotated[_TextInput | _UrlInput | _ItemInput, Discriminator(_kind, **_error)]
 Inputs: TypeAlias = Annotated[list[Input], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 
 
-class EmbeddingRequest(_Strict):
-    """`/v1/embeddings`, as OpenAI's clients send it, and with pictures."""
+class EmbeddingRequest(OpenRequest):
+    """`/v1/embeddings`, as OpenAI's clients send it, and with pictures as those of vLLM, infinity and Jina do.
+
+    Fields that are not named here are passed over, and named in the header x-ignored-fields of the answer.
+    """
 
     model: Name
-    input: Annotated[
-        _TextInput | _UrlInput | _PictureInput | Annotated[Inputs, Tag("<many>")], Discriminator(_kind, **_error)
-    ]
-    encoding_format: Literal["float", "base64"] | None = Field(None, description="null: float")
-    dimensions: Annotated[int, Field(strict=True, ge=1)] | None = Field(
-        None, description="Only the number that the model has"
+    input: (
+        Annotated[
+            _TextInput | _UrlInput | _ItemInput | Annotated[Inputs, Tag("<many>")], Discriminator(_kind, **_error)
+        ]
+        | None
+    ) = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)] | None = Field(
+        None, description="In place of input: one vector of what the user says and shows, as vLLM has it"
     )
+    modality: Literal["text", "image"] | None = Field(None, description="image: strings are pictures, as infinity's")
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="null: float")
+    embedding_type: VectorForm | None = Field(None, description="In place of encoding_format, as Jina's")
+    dimensions: Annotated[int, Field(strict=True, ge=0)] | None = Field(
+        None, description="Only the number that the model has; 0 and null: that number"
+    )
+    normalized: bool | None = Field(None, description="Vectors always have length 1; false is passed over")
     user: Name | None = Field(None, description="Not looked at")
 
     @property
-    def inputs(self) -> list[str | ImageInput]:
-        """The inputs as a list, also when one came alone."""
-        return list(self.input) if isinstance(self.input, list) else [self.input]
+    def ignored(self) -> list[str]:
+        """The names of the fields that were not looked at, and of `normalized` when it was not obeyed."""
+        return [*super().ignored, *(["normalized"] if self.normalized is False else [])]
 
 
 class Embedding(BaseModel):
-    """One vector: a list of numbers, or base64 of little-endian float32."""
+    """One vector: a list of numbers, or base64 of little-endian float32; whole numbers for forms other than float."""
 
     object: Literal["embedding"] = "embedding"
     index: int

@@ -4,6 +4,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 from collections import OrderedDict
@@ -14,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from cn_clip.clip.backends.base import Rows
-from cn_clip.clip.pictures import is_data_url
 from cn_clip.data.paths import path_of, readable
 from cn_clip.errors import ConfigError, StoreError
 from cn_clip.evaluation import zeroshot
@@ -29,8 +29,6 @@ from cn_clip.serve.schemas import (
     ClassifyRequest,
     ClassifyResponse,
     ClassScore,
-    EmbeddingRequest,
-    ImageInput,
     QueryPart,
     RefusalError,
     SearchRequest,
@@ -80,20 +78,33 @@ class Service:
             ]
             self._stored[name] = zeroshot.class_vectors(np.concatenate(parts), len(labels))
 
-    async def embed(self, request: EmbeddingRequest) -> tuple[Rows, int]:
-        """(unit rows (N, D), tokens of the texts); raises RefusalError."""
-        self.check_model(request.model)
-        inputs, embed_dim = request.inputs, self.runner.encoder.embed_dim
-        if len(inputs) > self.limits.max_items:
-            message = f"input: expected at most {self.limits.max_items} items, got {len(inputs)}"
+    async def embed(
+        self, inputs: Sequence[Sequence[Text | Picture]], *, model: str | None = None, dimensions: int | None = None
+    ) -> tuple[Rows, int]:
+        """(a unit row (N, D) for each input, the even mixture of its parts; tokens of the texts); raises RefusalError.
+
+        dimensions: those asked for, which only may be the model's; None or 0: the model's.
+        """
+        self.check_model(model)
+        embed_dim = self.runner.encoder.embed_dim
+        parts = [part for one in inputs for part in one]
+        if len(parts) > self.limits.max_items:
+            message = f"input: expected at most {self.limits.max_items} items, got {len(parts)}"
             raise RefusalError(400, message, param="input", code="too_many_items")
-        if request.dimensions not in (None, embed_dim):
-            message = f"dimensions: the model has {embed_dim} and cannot give {request.dimensions}; leave it out"
+        if dimensions not in (None, 0, embed_dim):
+            message = f"dimensions: the model has {embed_dim} and cannot give {dimensions}; leave it out"
             raise RefusalError(400, message, param="dimensions", code="unsupported_value")
-        alone = not isinstance(request.input, list)
-        return await self.runner.embed(
-            [_input(one, "input" if alone else f"input[{position}]") for position, one in enumerate(inputs)]
-        )
+        rows_PD, num_tokens = await self.runner.embed(parts)
+        if len(parts) == len(inputs):
+            return rows_PD, num_tokens
+        ends = list(itertools.accumulate(map(len, inputs)))
+        try:
+            rows = [
+                mixed(rows_PD[end - len(one) : end], [1.0] * len(one)) for one, end in zip(inputs, ends, strict=True)
+            ]
+        except ConfigError as error:
+            raise RefusalError(400, f"input: {error}", param="input", code="invalid_value") from error
+        return np.stack(rows), num_tokens
 
     async def classify(self, request: ClassifyRequest) -> ClassifyResponse:
         """The labels by falling probability; raises RefusalError."""
@@ -239,9 +250,3 @@ def _vector(index: Searchable, item_id: int | str) -> Rows:
 
 def _digest(labels: Sequence[str], templates: Sequence[str]) -> bytes:
     return hashlib.blake2b(json.dumps([labels, templates]).encode()).digest()
-
-
-def _input(given: str | ImageInput, param: str) -> Text | Picture:
-    if isinstance(given, str):
-        return Picture(given, param) if is_data_url(given) else Text(given)
-    return Picture(given.image, f"{param}.image")

@@ -1,0 +1,125 @@
+"""Between what clients write and what the service computes: inputs to texts and pictures, rows to an answer's numbers.
+
+Every dialect of a client comes through here; there is one way to a vector.
+"""
+
+# N inputs, D embedding
+
+import base64
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+from urllib.parse import quote
+
+import numpy as np
+
+from cn_clip.clip.backends.base import Rows
+from cn_clip.clip.pictures import is_base64_picture, is_data_url
+from cn_clip.serve.runner import Picture, Text
+from cn_clip.serve.schemas import EXPECTED_INPUT, EmbeddingRequest, Item, Part, RefusalError, VectorForm
+
+# What becomes one vector: more than one part are mixed evenly.
+Parts: TypeAlias = list[Text | Picture]
+
+# --- inputs
+
+
+def embedding_inputs(request: EmbeddingRequest) -> list[Parts]:
+    """What each vector is made of; raises RefusalError (400) for an input that holds nothing."""
+    if (request.input is None) == (request.messages is None):
+        message = "expected one of input and messages" if request.input is not None else EXPECTED_INPUT
+        raise RefusalError(400, f"input: {message}", param="input", code="invalid_value")
+    if request.messages is not None:
+        said = [
+            part
+            for position, one in enumerate(request.messages)
+            if one.role == "user"
+            for part in _parts(one, f"messages[{position}]")
+        ]
+        return [_filled(said, "messages")]
+    are_pictures = request.modality == "image"
+    if isinstance(request.input, list):
+        return [
+            parts_of(one, f"input[{position}]", are_pictures=are_pictures) for position, one in enumerate(request.input)
+        ]
+    assert request.input is not None
+    return [parts_of(request.input, "input", are_pictures=are_pictures)]
+
+
+def parts_of(given: str | Item, param: str, *, are_pictures: bool = False) -> Parts:
+    """The texts and pictures of one input; raises RefusalError (400) naming `param` when there are none.
+
+    are_pictures: strings are no words, also those that do not begin as a picture does.
+    """
+    if not isinstance(given, str):
+        return _filled(_parts(given, param), param)
+    if are_pictures or is_data_url(given) or is_base64_picture(given):
+        return [Picture(given, param)]
+    return [Text(given)]
+
+
+def _filled(parts: Parts, param: str) -> Parts:
+    if not parts:
+        raise RefusalError(400, f"{param}: expected a text or a picture", param=param, code="invalid_value")
+    return parts
+
+
+def _parts(given: Part, param: str) -> Parts:
+    """The fields in turn, without empty texts: vLLM's clients send one beside a picture."""
+    pictures = {"image": given.image, "image_url": given.image_url, "image_base64": given.image_base64}
+    found: Parts = [Text(given.text)] if given.text else []
+    found += [Picture(picture, f"{param}.{field}") for field, picture in pictures.items() if picture is not None]
+    content = given.content if isinstance(given, Item) else None
+    if isinstance(content, str):
+        return [*found, *([Text(content)] if content else [])]
+    for position, part in enumerate(content or ()):
+        found += _parts(part, f"{param}.content[{position}]")
+    return found
+
+
+# --- what was passed over
+
+IGNORED_HEADER = "x-ignored-fields"
+# Names that are told, and characters of each.
+_MOST_NAMES, _MOST_CHARS = 32, 80
+
+
+def ignored_header(names: Iterable[str]) -> dict[str, str]:
+    """The header that names the fields of a request which were not looked at; none without any."""
+    told = [quote(name[:_MOST_CHARS], errors="replace") for name in list(names)[:_MOST_NAMES]]
+    return {IGNORED_HEADER: ", ".join(told)} if told else {}
+
+
+# --- vectors
+
+_INT8 = 127
+
+
+def _int8(rows_ND: Rows) -> Rows:
+    """Whole numbers from -127 to 127: each row over its largest entry, which keeps cosines, not lengths."""
+    largest_N1 = np.maximum(np.abs(rows_ND).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    rounded_ND: Rows = np.rint(rows_ND / largest_N1 * _INT8)
+    return rounded_ND
+
+
+def _bits(rows_ND: Rows) -> Any:
+    """Whether each entry is above 0, eight to a byte, the first in the highest bit."""
+    return np.packbits(rows_ND > 0, axis=1)
+
+
+_WRITERS: Mapping[VectorForm, Callable[[Rows], Any]] = {
+    "float": lambda rows_ND: rows_ND.tolist(),
+    "base64": lambda rows_ND: [base64.b64encode(row_D.astype("<f4").tobytes()).decode() for row_D in rows_ND],
+    "int8": lambda rows_ND: _int8(rows_ND).astype(np.int8).tolist(),
+    "uint8": lambda rows_ND: (_int8(rows_ND) + 128).astype(np.uint8).tolist(),
+    "binary": lambda rows_ND: (_bits(rows_ND).astype(np.int16) - 128).tolist(),
+    "ubinary": lambda rows_ND: _bits(rows_ND).tolist(),
+}
+
+
+def written(rows_ND: Rows, form: VectorForm) -> list[list[float] | list[int] | str]:
+    """The rows as JSON has them. base64: little-endian float32. binary: `ubinary` less 128, as Cohere and Jina have it.
+
+    The row [0.6, -0.8] is [95, -127] as int8, [223, 1] as uint8, [128] as ubinary and [0] as binary.
+    """
+    vectors: list[list[float] | list[int] | str] = _WRITERS[form](rows_ND)
+    return vectors

@@ -1,0 +1,171 @@
+"""Requests as the clients of other services write them: each is answered with the vectors of `Encoder`."""
+
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from serving import data_url, served
+
+from cn_clip.clip.encoder import Encoder
+from cn_clip.emoji_pack import load
+from cn_clip.serve import forms
+from cn_clip.serve.limits import Limits
+
+# Rows of a batch are rounded a little differently from those of another size.
+TOLERANCE = {"rtol": 0, "atol": 2e-6}
+PICTURE, OTHER = (one.picture for one in load()[:2])
+URL, BARE = data_url(PICTURE, "webp"), base64.b64encode(PICTURE).decode()
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder("Emoji-Tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def rows(encoder: Encoder) -> dict[str, np.ndarray]:
+    texts, pictures = encoder.encode_texts(["一只猫", "狗"]), encoder.encode_images([PICTURE, OTHER])
+    return {"猫": texts[0], "狗": texts[1], "picture": pictures[0], "other": pictures[1]}
+
+
+@pytest.fixture(scope="module")
+def client(encoder: Encoder) -> Iterator[httpx.Client]:
+    limits = Limits(max_wait_ms=1)
+    with served(encoder, limits) as address, httpx.Client(base_url=address, timeout=60) as client:
+        yield client
+
+
+def asked(client: httpx.Client, path: str, **fields: Any) -> dict[str, Any]:
+    answer = client.post(path, json=fields)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def embedded(client: httpx.Client, **fields: Any) -> np.ndarray:
+    answer = asked(client, "/v1/embeddings", model="tiny", **fields)
+    assert [one["index"] for one in answer["data"]] == list(range(len(answer["data"])))
+    return np.array([one["embedding"] for one in answer["data"]])
+
+
+def mixed(*rows: np.ndarray) -> np.ndarray:
+    return sum(rows) / np.linalg.norm(sum(rows))
+
+
+# --- /v1/embeddings
+
+INPUTS: dict[str, tuple[Any, str]] = {
+    "a string": ("一只猫", "猫"),
+    "a text in an object": ({"text": "一只猫"}, "猫"),
+    "a text part": ({"type": "text", "text": "一只猫"}, "猫"),
+    "a text part of /responses": ({"type": "input_text", "text": "一只猫"}, "猫"),
+    "a data URL": (URL, "picture"),
+    "base64 alone": (BARE, "picture"),
+    "an object with base64 alone": ({"image": BARE}, "picture"),
+    "an object with a data URL": ({"image": URL}, "picture"),
+    "a picture part": ({"type": "image_url", "image_url": {"url": URL, "detail": "low"}}, "picture"),
+    "a picture part of /responses": ({"type": "input_image", "image_url": URL}, "picture"),
+    "a picture part of Voyage": ({"content": [{"type": "image_base64", "image_base64": URL}]}, "picture"),
+    "a list of one part": ({"content": [{"type": "text", "text": "一只猫"}]}, "猫"),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_each_form_of_an_input_is_its_text_or_picture(
+    client: httpx.Client, rows: dict[str, np.ndarray], case: str
+) -> None:
+    given, name = INPUTS[case]
+    np.testing.assert_allclose(embedded(client, input=given), [rows[name]], **TOLERANCE)
+    np.testing.assert_allclose(embedded(client, input=["狗", given]), [rows["狗"], rows[name]], **TOLERANCE)
+
+
+def test_several_parts_of_an_input_are_mixed_evenly(client: httpx.Client, rows: dict[str, np.ndarray]) -> None:
+    inputs = [{"text": "一只猫", "image": URL}, "狗", {"content": [{"text": "狗"}, {"text": "一只猫"}]}]
+    expected = [mixed(rows["猫"], rows["picture"]), rows["狗"], mixed(rows["狗"], rows["猫"])]
+    np.testing.assert_allclose(embedded(client, input=inputs), expected, **TOLERANCE)
+
+
+def test_the_messages_of_vllm_are_one_vector_of_what_the_user_shows(
+    client: httpx.Client, rows: dict[str, np.ndarray]
+) -> None:
+    show = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}, {"type": "text", "text": ""}]}
+    system = {"role": "system", "content": "Represent the input."}
+    np.testing.assert_allclose(embedded(client, messages=[system, show]), [rows["picture"]], **TOLERANCE)
+    say = {"role": "user", "content": "狗"}
+    np.testing.assert_allclose(
+        embedded(client, messages=[show, say]), [mixed(rows["picture"], rows["狗"])], **TOLERANCE
+    )
+
+
+def test_with_the_modality_image_strings_are_pictures(client: httpx.Client, rows: dict[str, np.ndarray]) -> None:
+    np.testing.assert_allclose(
+        embedded(client, input=[BARE, URL], modality="image"), [rows["picture"]] * 2, **TOLERANCE
+    )
+    refused = client.post("/v1/embeddings", json={"model": "tiny", "input": "一只猫", "modality": "image"})
+    assert refused.status_code == 400
+    assert "no URL or path is read" in refused.json()["error"]["message"]
+
+
+def test_unknown_fields_are_passed_over_and_named(client: httpx.Client, rows: dict[str, np.ndarray]) -> None:
+    fields = {"drop_params": True, "truncate": "END", "a\nb,猫": 1, "task": "retrieval.query", "normalized": False}
+    answer = client.post("/v1/embeddings", json={"model": "tiny", "input": "狗", "user": "me", **fields})
+    np.testing.assert_allclose(answer.json()["data"][0]["embedding"], rows["狗"], **TOLERANCE)
+    assert answer.headers[forms.IGNORED_HEADER] == "drop_params, truncate, a%0Ab%2C%E7%8C%AB, task, normalized"
+    plain = client.post("/v1/embeddings", json={"model": "tiny", "input": "狗", "normalized": True, "dimensions": 0})
+    assert forms.IGNORED_HEADER not in plain.headers
+    many = client.post(
+        "/v1/embeddings", json={"model": "tiny", "input": "狗", **{f"{n}" + "x" * 200: n for n in range(99)}}
+    )
+    assert len(many.headers[forms.IGNORED_HEADER]) == 32 * 82 - 2
+
+
+@pytest.mark.parametrize(
+    ("form", "written"),
+    [
+        ("float", [0.6, -0.8, 0.0]),
+        ("base64", base64.b64encode(np.array([0.6, -0.8, 0.0], dtype="<f4").tobytes()).decode()),
+        ("int8", [95, -127, 0]),
+        ("uint8", [223, 1, 128]),
+        ("ubinary", [0b10000000]),
+        ("binary", [0]),
+    ],
+)
+def test_the_forms_of_a_vector(form: Any, written: Any) -> None:
+    (found,) = forms.written(np.array([[0.6, -0.8, 0.0]], dtype=np.float32), form)
+    assert found == pytest.approx(written) if form == "float" else found == written
+
+
+def test_the_embedding_type_of_jina_is_the_form_of_the_answer(
+    client: httpx.Client, rows: dict[str, np.ndarray]
+) -> None:
+    (bits,) = embedded(client, input="狗", embedding_type="ubinary")
+    np.testing.assert_array_equal(np.unpackbits(bits.astype(np.uint8)), rows["狗"] > 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        ({"input": {"image": "https://example.com/a.png"}}, "no URL or path is read", "input.image"),
+        (
+            {"input": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]},
+            "no URL or path is read",
+            "input[0].image_url",
+        ),
+        ({"input": {"content": [{"image": "/etc/passwd"}]}}, "no URL or path", "input.content[0].image"),
+        ({"input": {"type": "text"}}, "expected a text or a picture", "input"),
+        ({"input": ["狗", {"text": ""}]}, "expected a text or a picture", "input[1]"),
+        ({"input": "狗", "messages": [{"content": "狗"}]}, "one of input and messages", "input"),
+        ({"messages": [{"role": "system", "content": "狗"}]}, "expected a text or a picture", "messages"),
+        ({}, "expected a string", "input"),
+        ({"input": [[1, 2], [3]]}, "token ids", "input[0]"),
+        ({"input": "狗", "modality": "audio"}, "'text' or 'image'", "modality"),
+        ({"input": {"image": BARE[:-8]}}, "does not decode", "input.image"),
+    ],
+)
+def test_what_is_no_input_is_refused(client: httpx.Client, fields: Any, message: str, param: str) -> None:
+    answer = client.post("/v1/embeddings", json={"model": "tiny", **fields})
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == param
