@@ -74,7 +74,7 @@ def served(
     if with_page:
         from cn_clip.serve import page
 
-        page.mount(app, app.state.service, {"backend": "torch"})
+        page.mount(app)
     with listen("127.0.0.1", 0) as listener:
         server = Server(app, limits)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))

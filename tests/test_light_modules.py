@@ -15,7 +15,7 @@ import pytest
 from cn_clip import cli
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "numpy", "PIL", "onnx", "onnxruntime", "openvino", "transformers", "tokenizers", "fastapi", "gradio")
+HEAVY = ("torch", "numpy", "PIL", "onnx", "onnxruntime", "openvino", "transformers", "tokenizers", "fastapi")
 HEAVY += ("pyarrow", "matplotlib", "lmdb", "usearch", "safetensors", "huggingface_hub", "opencc")
 
 # A fork for each command, of a process that has imported what all of them do: each sees what its own import brings.

@@ -473,7 +473,7 @@ def test_no_more_of_a_body_is_held_than_the_bound_and_all_bodies_share_one() -> 
     async def app(scope: object, receive: object, send: object) -> None:
         arrived.set_result(gate._bytes_held)
 
-    gate = Gate(app, limits, api_key=None, hosts=Hosts(), stopping=asyncio.Event())
+    gate = Gate(app, limits, api_key=None, hosts=Hosts())
 
     async def request(num_pieces: int) -> int:
         """How many pieces of 256 bytes the gate asked for."""
@@ -511,7 +511,7 @@ def test_only_the_content_type_that_is_read_spares_a_body_the_count_of_its_marks
         raise AssertionError("let in")
 
     async def statuses() -> list[int]:
-        gate, sent = Gate(app, Limits(), api_key=None, hosts=Hosts(), stopping=asyncio.Event()), list[int]()
+        gate, sent = Gate(app, Limits(), api_key=None, hosts=Hosts()), list[int]()
 
         bodies = [b"[" * (MAX_JSON_MARKS + 1)]
 

@@ -202,30 +202,6 @@ def test_a_key_that_can_be_guessed_is_warned_of(capsys: pytest.CaptureFixture[st
         assert capsys.readouterr().err == ""
 
 
-def test_sigterm_ends_open_streams_of_the_page_and_still_answers_what_is_in_hand(tmp_path: Path) -> None:
-    pytest.importorskip("gradio")
-    with (
-        (tmp_path / "log").open("w", encoding="utf-8") as log,
-        started("--model", "Emoji-Tiny", "--max-wait-ms", "3000", "--drain-timeout", "60", stderr=log) as running,
-        ThreadPoolExecutor() as pool,
-    ):
-        process, address = running
-        stream_at = f"{address}/page/gradio_api/heartbeat/session"
-        with httpx.stream("GET", stream_at, timeout=120) as stream:
-            lines = stream.iter_lines()
-            assert next(lines) == "data: ALIVE"
-            request = {"model": "Emoji-Tiny", "input": "一只猫"}
-            waiting = pool.submit(httpx.post, f"{address}/v1/embeddings", json=request, timeout=120)
-            wait_until(lambda: queue_depth(address) == 1)
-            process.send_signal(signal.SIGTERM)
-            # The stream has an end, and is not merely cut.
-            assert set(lines) <= {"", "data: ALIVE"}
-        assert waiting.result().status_code == 200
-        # Less than the time that requests in hand would have.
-        assert process.wait(30) == 0
-    assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
-
-
 def test_a_body_that_is_still_on_its_way_when_the_server_ends_is_refused_without_a_trace_in_the_log(
     tmp_path: Path,
 ) -> None:

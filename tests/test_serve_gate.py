@@ -74,7 +74,7 @@ def test_a_long_body_is_taken_in_slowly_while_short_requests_are_answered(monkey
             if len((await receive())["body"]) < STEP:
                 await answer.wait()
 
-        one = gate.Gate(app, Limits(), api_key="key", hosts=Hosts(), stopping=asyncio.Event())
+        one = gate.Gate(app, Limits(), api_key="key", hosts=Hosts())
         headers = [(b"authorization", b"Bearer key")]
         scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": headers}
 

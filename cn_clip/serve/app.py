@@ -1,6 +1,5 @@
 """The FastAPI application: routes, errors in OpenAI's form, and the middleware around them."""
 
-import asyncio
 import contextlib
 import json
 import time
@@ -65,7 +64,7 @@ def create_app(
 
     index: what /v1/search searches. label_sets: labels by the name of their set. api_key: what every request but the
     probes must bear. hosts: where there is no key, what the server may be called; default: this machine alone.
-    `app.state.service` is the `Service` behind the routes; streams of events end when `app.state.stopping` is set.
+    `app.state.service` is the `Service` behind the routes.
     """
     service = Service(runner, limits, index, label_sets or {})
 
@@ -80,14 +79,14 @@ def create_app(
     # The pages /docs and /redoc would load their scripts from elsewhere.
     app = FastAPI(title="cn-clip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
-    app.state.service, app.state.stopping = service, asyncio.Event()
+    app.state.service = service
     _add_model_routes(app, service)
     _add_search_routes(app, service)
     _add_probes(app, runner, metrics)
     _add_error_handlers(app)
     _describe(app)
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
-    app.add_middleware(Gate, limits=limits, api_key=api_key, hosts=hosts or Hosts(), stopping=app.state.stopping)
+    app.add_middleware(Gate, limits=limits, api_key=api_key, hosts=hosts or Hosts())
     app.add_middleware(Measured, metrics=metrics, routes=paths)
     return app
 

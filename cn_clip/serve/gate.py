@@ -2,15 +2,14 @@
 
 Which names a service without a key answers to: a page of another site, open in a browser here, must not reach it. Such
 a page may have its own name resolve to this machine (DNS rebinding); then `Host` bears that name, and what it asks for
-counts as its own. Or it asks by a name of this machine, and `Origin` bears its own: Gradio lets any page read the
-answer. An address may send few wrong keys, so that guessing the right one takes years instead of hours.
+counts as its own. Or it asks by a name of this machine, and `Origin` bears its own. An address may send few wrong keys,
+so that guessing the right one takes years instead of hours.
 """
 
 import asyncio
 import hmac
 import io
 import ipaddress
-import logging
 import math
 import re
 import time
@@ -21,10 +20,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cn_clip.errors import ConfigError
-from cn_clip.serve.limits import BODIES_HELD, MAX_HEAD_BYTES, MAX_JSON_MARKS, MAX_READERS, Limits
+from cn_clip.serve.limits import BODIES_HELD, MAX_HEAD_BYTES, MAX_JSON_MARKS, Limits
 from cn_clip.serve.schemas import RefusalError, shown, stopping
-
-log = logging.getLogger(__name__)
 
 # --- names of the server
 
@@ -160,8 +157,8 @@ def _network(address: str) -> str:
 
 # Probes carry no key, and name the machine as they like.
 OPEN_PATHS = ("/healthz", "/readyz")
-# Who watches the service sees it also while readers of the page fill it.
-UNCOUNTED_PATHS = (*OPEN_PATHS, "/metrics")
+# The files of the web page, which are the same for everyone: what asks for the key needs none itself.
+PAGE_PATHS, PAGE_PREFIX = ("/", "/favicon.ico"), "/page/"
 BOUNDED_PREFIX = "/v1/"
 # Pages of other sites may neither show what is answered here, as a picture or in a frame, nor take it for a script.
 _HEADERS = (
@@ -181,19 +178,16 @@ class ClientLeftError(Exception):
 class Gate:
     """ASGI middleware. All but the probes need the key, or else one of `hosts`; body and time are bounded.
 
-    Not so what is only read outside /v1/: the web page listens to streams of events, which end when `stopping` is set;
-    of these requests, the number is bounded. A client that leaves, or waits too long, has its request cancelled,
-    wherever that is. While short requests are answered, long bodies are taken in slowly, for each piece of one keeps
-    them waiting.
+    What is only read outside /v1/, such as the files of the page, takes no time and is not bounded. A client that
+    leaves, or waits too long, has its request cancelled, wherever that is. While short requests are answered, long
+    bodies are taken in slowly, for each piece of one keeps them waiting.
     """
 
-    def __init__(
-        self, app: ASGIApp, limits: Limits, *, api_key: str | None, hosts: Hosts, stopping: asyncio.Event
-    ) -> None:
-        self.app, self.limits, self.hosts, self.stopping = app, limits, hosts, stopping
+    def __init__(self, app: ASGIApp, limits: Limits, *, api_key: str | None, hosts: Hosts) -> None:
+        self.app, self.limits, self.hosts = app, limits, hosts
         self._key = None if api_key is None else api_key.encode("utf-8")
         self._guesses = Guesses()
-        self._bytes_held = self._num_readers = self._num_short = 0
+        self._bytes_held = self._num_short = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -210,17 +204,8 @@ class Gate:
                 self._check_caller(scope)
             if scope["type"] == "http" and (path.startswith(BOUNDED_PREFIX) or scope["method"] not in ("GET", "HEAD")):
                 await self._bounded(scope, receive, sender)
-            elif path in UNCOUNTED_PATHS:
-                await self.app(scope, receive, sender)
             else:
-                if self._num_readers >= MAX_READERS:
-                    message = f"{MAX_READERS} requests for the page are open; ask again later"
-                    raise RefusalError(503, message, code="busy", retry_after=5)
-                self._num_readers += 1
-                try:
-                    await self._until_stopping(scope, receive, sender)
-                finally:
-                    self._num_readers -= 1
+                await self.app(scope, receive, sender)
         except ClientLeftError:
             pass
         except RefusalError as refusal:
@@ -232,6 +217,8 @@ class Gate:
     def _check_caller(self, scope: Scope) -> None:
         if self._key is None:
             self.hosts.check(scope)
+            return
+        if scope["path"] in PAGE_PATHS or scope["path"].startswith(PAGE_PREFIX):
             return
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         address = str((scope.get("client") or ("",))[0])
@@ -335,41 +322,6 @@ class Gate:
                 retry_after=1,
             )
 
-    async def _until_stopping(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers; a stream of events, which has no end of its own, until the server stops."""
-        # Set once the stream has begun, for only then can it be ended.
-        streaming = asyncio.Event()
-        is_whole = False
-
-        async def noting(message: Message) -> None:
-            nonlocal is_whole
-            await send(message)
-            if message["type"] == "http.response.start":
-                content_type: bytes = dict(message.get("headers", ())).get(b"content-type", b"")
-                if content_type.startswith(b"text/event-stream"):
-                    streaming.set()
-            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
-
-        async def told_to_stop() -> None:
-            await streaming.wait()
-            await self.stopping.wait()
-
-        answer, end = asyncio.ensure_future(self.app(scope, receive, noting)), asyncio.ensure_future(told_to_stop())
-        try:
-            done, _ = await asyncio.wait((answer, end), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            end.cancel()
-            if not answer.done():
-                answer.cancel()
-                await asyncio.wait((answer,))
-        if answer in done:
-            answer.result()
-            return
-        if not answer.cancelled() and answer.exception() is not None:
-            log.debug("a stream did not end as it was told", exc_info=answer.exception())
-        if not is_whole:
-            await send({"type": "http.response.body"})
-
 
 async def _refuse(refusal: RefusalError, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
@@ -379,7 +331,7 @@ async def _refuse(refusal: RefusalError, scope: Scope, receive: Receive, send: S
 
 
 class _Sender:
-    """A `send` that adds to the headers. has_begun: whether the answer has."""
+    """A `send` that adds the headers an answer does not have. has_begun: whether the answer has."""
 
     def __init__(self, send: Send) -> None:
         self._send, self.has_begun = send, False
@@ -387,7 +339,9 @@ class _Sender:
     async def __call__(self, message: Message) -> None:
         self.has_begun = True
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
+            headers = list(message.get("headers", ()))
+            own = {name.lower() for name, _ in headers}
+            message = {**message, "headers": headers + [one for one in _HEADERS if one[0] not in own]}
         await self._send(message)
 
 

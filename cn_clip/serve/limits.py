@@ -13,14 +13,8 @@ LOG_TIME = "%Y-%m-%d %H:%M:%S"
 API_KEY_VARIABLE = "CN_CLIP_API_KEY"
 # Bodies of the largest size that are held in memory at a time.
 BODIES_HELD = 16
-# And on the disk, as uploads of the web page.
-UPLOADS_HELD = 64
-# Visitors of the web page whose settings are kept.
-VISITORS_HELD = 128
 # Connections at a time; a process may usually have 1024 files open.
 MAX_CONNECTIONS = 512
-# Of them, those that read from the page: two for each browser that shows it, and those that fetch its files.
-MAX_READERS = 128
 # A request's line and headers, as h11 bounds them where they come in pieces.
 MAX_HEAD_BYTES = 16 << 10
 # An upper bound on the values of a JSON document is the number of these; each costs far more memory than its byte.

@@ -36,7 +36,7 @@ class Options(choice.ModelSettings, Limits):
     label_sets: tuple[Path, ...] = ()
     """Files of labels, one a line; /v1/classify calls each by its file name without the suffix"""
     no_page: bool = False
-    """Serve no web page; with a key there is none anyway, for browsers do not send it"""
+    """Serve no web page"""
     decode: choice.Decoding = "exact"
     access_log: bool = False
     """Print a line for each request"""

@@ -1,6 +1,6 @@
 """A server from its settings to its end: the model and the index opened, and uvicorn as the service needs it.
 
-Connections are bounded, and the end waits for requests but not for streams.
+Connections are bounded, and the end waits for requests.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,15 +21,16 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from cn_clip import command, extras, terminal, zoo
+from cn_clip import command, terminal, zoo
 from cn_clip.clip.choice import DEFAULT_MODEL, Choice
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import precision_of
-from cn_clip.errors import ConfigError, MissingExtraError
+from cn_clip.errors import ConfigError
 from cn_clip.evaluation.templates import read_labels
 from cn_clip.index.searching import model_of, open_encoder
 from cn_clip.retrieval.addresses import Searchable, address_of, open_index
 from cn_clip.retrieval.store import same_model
+from cn_clip.serve import page
 from cn_clip.serve.app import create_app
 from cn_clip.serve.batching import Metrics
 from cn_clip.serve.gate import LEAST_KEY_CHARS, LOOPBACK, Hosts, is_weak
@@ -45,8 +46,8 @@ END_SECONDS = 2
 class Server(uvicorn.Server):
     """Ends at SIGTERM or SIGINT with status 0: that is what it was told, and what was in hand is done.
 
-    `app.state.stopping` is set before the connections are waited for. end: called by a thread of its own when the end
-    takes `END_SECONDS` longer than the drain may, because another thread waits for what does not come: a disk, a store.
+    end: called by a thread of its own when the end takes `END_SECONDS` longer than the drain may, because another
+    thread waits for what does not come: a disk, a store.
     """
 
     def __init__(
@@ -73,15 +74,13 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=drain_seconds,
             )
         )
-        self._stopping: asyncio.Event = app.state.stopping
         self._watch: threading.Timer | None = None
         if end is not None:
             self._watch = threading.Timer(drain_seconds + END_SECONDS, end)
             self._watch.daemon = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends event streams, waits for the other requests, and closes the application."""
-        self._stopping.set()
+        """Waits for the requests in hand, and closes the application."""
         if self._watch is not None:
             self._watch.start()
         await super().shutdown(sockets)
@@ -181,7 +180,7 @@ def launch(
 
     chosen: how the model is computed. model: None for that of the index, or the default. name: of it in requests.
     api_key: without one, only `allowed_hosts` and names of this machine are answered. with_page: mounts the web page
-    too, if it can be used. drain_timeout: as of `Server`.
+    too. drain_timeout: as of `Server`.
     """
     chosen = replace(chosen, precision=precision_of(chosen))
     hosts = Hosts(host, allowed_hosts)
@@ -199,8 +198,8 @@ def launch(
         address = f"http://{f'[{given_host}]' if ':' in given_host else given_host}:{given_port}"
         _say(f"正在打开 / opening {opened}; {address}")
         if with_page:
-            facts = {"后端 / backend": chosen.backend, "精度 / precision": chosen.precision}
-            _say(add_page(app, facts, api_key, address))
+            page.mount(app)
+            _say(f"网页 / web page: {address}/")
         server = Server(app, limits, drain_timeout=drain_timeout, access_log=access_log, end=lambda: _end(runner))
         # The event loop waits so long for a thread that goes through a large picture's base64; by default 5 ms.
         sys.setswitchinterval(SWITCH_SECONDS)
@@ -208,20 +207,6 @@ def launch(
         server.ended()
         if runner.failure is not None:
             raise runner.failure
-
-
-def add_page(app: FastAPI, facts: Mapping[str, object], api_key: str | None, address: str) -> str:
-    """Mounts the web page if it can be used; the line that tells of it."""
-    if api_key is not None:
-        return "设了密钥，所以没有网页：浏览器不会带上密钥 / no web page: browsers do not send the key"
-    try:
-        extras.require("gradio", extra="page", purpose="the web page")
-    except MissingExtraError as error:
-        return f"没有网页 / no web page: {error}"
-    from cn_clip.serve import page
-
-    page.mount(app, app.state.service, facts)
-    return f"网页 / web page: {address}/"
 
 
 def _end(runner: Runner) -> None:

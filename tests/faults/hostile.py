@@ -64,7 +64,7 @@ def serving(folder: Path, *, timeout: int = _TIMEOUT) -> Iterator[Service]:
     for one in emoji_pack.load()[:30]:
         (pictures / f"{one.number}.webp").write_bytes(one.picture)
     start = [sys.executable, "-m", "cn_clip"]
-    index, environment = str(folder / "index"), {**os.environ, "GRADIO_ANALYTICS_ENABLED": "0"}
+    index, environment = str(folder / "index"), dict(os.environ)
     environment.pop("LD_PRELOAD", None)
     build = [*start, "index", "build", str(pictures), "--output", index, "--model", "Emoji-Tiny", "--device", "cpu"]
     subprocess.run(build, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
@@ -193,15 +193,13 @@ def _post(path: str, body: bytes, *more: str) -> bytes:
 
 def _bodies() -> list[tuple[str, bytes]]:
     pictures = [data_url(one.picture) for one in emoji_pack.load()[:3]]
-    page = {"data": [pictures[0], "红", 0.5, 3], "fn_index": 0, "session_hash": "x", "event_data": None}
     asked: list[tuple[str, Any]] = [
         ("/v1/embeddings", {"model": NAME, "input": ["一只猫", "红色"]}),
         ("/v1/embeddings", {"model": NAME, "input": [{"image": pictures[0]}], "encoding_format": "base64"}),
         ("/v1/classify", {"image": pictures[1], "labels": ["心", "猫", "车"], "templates": ["一张{}的图片"]}),
         ("/v1/search", {"query": {"image": pictures[2]}, "k": 3, "where": "path~1", "min_score": 0.1}),
         ("/v1/search", {"query": {"id": "1.webp"}, "k": 3}),
-        ("/page/gradio_api/queue/join", page),
-        ("/page/gradio_api/run/predict", page),
+        ("/page/app.js", {}),
     ]
     return [(path, json.dumps(body).encode()) for path, body in asked]
 
@@ -238,13 +236,10 @@ def _odd_request(rng: random.Random) -> list[bytes]:
 
 def _paths(rng: random.Random) -> list[bytes]:
     place = rng.choice(_PATHS)
-    body = {"data": [{"path": place, "meta": rng.choice((None, {"_type": "gradio.FileData"}))}, "", 0.5, 3]}
-    body |= {"fn_index": rng.randrange(-1, 8), "session_hash": "x"}
     return rng.choice(
         (
-            [_post("/page/gradio_api/queue/join", json.dumps(body).encode())],
             [_post("/v1/embeddings", json.dumps({"model": NAME, "input": [{"image": place}]}).encode())],
-            [f"GET /page/gradio_api/file={place} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()],
+            [f"GET /page/{place} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()],
             [f"GET /{place} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()],
         )
     )
