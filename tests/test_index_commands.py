@@ -123,6 +123,8 @@ def test_items_are_the_pictures_with_their_vectors_metadata_and_thumbnails(built
         "path": str(path),
         "size": path.stat().st_size,
         "mtime_ns": path.stat().st_mtime_ns,
+        "folder": "d1",
+        "file": "003.png",
         "width": 64,
         "height": 64,
     }

@@ -139,6 +139,9 @@ def seconds_for(num_pixels: int, seconds: float) -> int:
 def packed(image: Image.Image) -> bytes:
     """A loaded picture as `unpacked` reads it: pixels, palette, transparency and EXIF."""
     palette, transparency, exif = image.palette, image.info.get("transparency"), image.info.get("exif")
+    if image.format == "TIFF":  # it has no block of EXIF: its own directory says the same
+        with contextlib.suppress(Exception):  # Pillow raises errors of many types for what is damaged
+            exif = image.getexif().tobytes()
     facts = {
         "mode": image.mode,
         "size": image.size,

@@ -17,7 +17,7 @@ from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.features.files import read_features
 from cn_clip.features.rows import Features
-from cn_clip.index.ingest import Ingest, Settings, Summary
+from cn_clip.index.ingest import Ingest, Settings, Summary, parted
 from cn_clip.index.options import AddOptions
 from cn_clip.index.progress import Progress
 from cn_clip.index.searching import open_encoder
@@ -168,7 +168,8 @@ def _add_features(options: AddOptions, job: Job, model: Model, table: Table | No
                 end = start + options.commit_every
                 stored = writer.stored(ids[start:end])
                 for item_id, vector_D in zip(ids[start:end], vectors_ND[start:end], strict=True):
-                    row = row_of(table, item_id, job.id_prefix) if table is not None else known.get(item_id)
+                    kept = parted(known.get(item_id, {}))[1]
+                    row = row_of(table, item_id, job.id_prefix) if table is not None else kept
                     # Without what only pictures have: vectors of a file are not those of the bytes of a digest.
                     metadata = {field: value for field, value in (row or {}).items() if field not in OWN_FIELDS}
                     item = NewItem(item_id, vector_D, {**metadata, "source": name})

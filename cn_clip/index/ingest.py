@@ -19,8 +19,9 @@ from cn_clip.clip.pictures import decoded_batches
 from cn_clip.clip.transforms import in_8_bits, write_pixels
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import DataError, reason_of
+from cn_clip.index import facts
 from cn_clip.index.progress import Progress
-from cn_clip.index.sources import OWN_FIELDS, PICTURE_FIELDS, Candidate, Skipped, Table, row_of
+from cn_clip.index.sources import FACTS, OWN_FIELDS, TABLE_FIELDS, Candidate, Skipped, Table, row_of
 from cn_clip.retrieval.addresses import Writer
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.writer import NewItem
@@ -67,7 +68,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A picture that was read. known: its vector was there when it was read, so that it was not decoded."""
+    """A picture that was read. known: its vector was there when it was read, so that it was not decoded.
+
+    facts: what the picture says of itself; what is known of the candidate goes before it.
+    """
 
     candidate: Candidate
     data: bytes
@@ -113,15 +117,18 @@ class Ingest:
         pending = []
         for one in candidates:
             known = self._known.get(one.id, {})
-            seen = {name: value for name, value in known.items() if name in OWN_FIELDS or name in PICTURE_FIELDS}
-            more: Mapping[str, Any] = {name: value for name, value in known.items() if name not in seen}
+            seen, kept = parted(known)
+            more: Mapping[str, Any] = kept
             if table is not None:
-                more = row_of(table, one.id, id_prefix) or {}
+                row = row_of(table, one.id, id_prefix) or {}
+                told = sorted(row.keys() & set(FACTS))
+                more = {**row, TABLE_FIELDS: told} if told else row
             # A caption of the table goes before one of the source.
             caption = {"caption": more["caption"]} if "caption" in more else {}
             wanted = {**more, **one.metadata, **caption}
             if not one.is_dated or known != {**seen, **wanted}:
-                pending.append(replace(one, metadata=wanted))
+                name = facts.of_name(one.id, id_prefix) if one.is_dated else {}
+                pending.append(replace(one, metadata={**name, **wanted}))
         self.summary.unchanged = len(candidates) - len(pending)
         return pending
 
@@ -166,11 +173,11 @@ class Ingest:
                 data = candidate.read()
                 digest = hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
                 if digest in self._owners:
-                    return _Prepared(candidate, data, digest, True, {}, b"")
+                    return _Prepared(candidate, data, digest, True, facts.of_bytes(data), b"")
                 image = open_picture(data)
                 write_pixels(encoder.transform, image, out)
-                facts = facts_of(image)
-                return _Prepared(candidate, b"", digest, False, facts, thumbnail(image, size) if size else b"")
+                found = facts_of(image)
+                return _Prepared(candidate, b"", digest, False, found, thumbnail(image, size) if size else b"")
             except OSError as error:
                 return Skipped(candidate.id, f"cannot be read ({reason_of(error)})", is_gone=False)
             except (DataError, ValueError) as error:
@@ -214,24 +221,25 @@ class Ingest:
             elif self._is_owned(one):
                 owner = self._owners[one.digest]
                 stored = self._lenders[owner]
-                facts = {name: stored.metadata[name] for name in PICTURE_FIELDS if name in stored.metadata}
+                found = dict(one.facts)
+                found |= {name: stored.metadata[name] for name in ("width", "height") if name in stored.metadata}
                 before = self._known.get(one.candidate.id)
-                if before == {**facts, **one.candidate.metadata, "digest": one.digest}:
+                if before == {**found, **one.candidate.metadata, "digest": one.digest}:
                     self.summary.unchanged += 1
                     continue
                 if owner != one.candidate.id:
                     self.summary.duplicates.append((one.candidate.id, owner))
                 self.summary.reused += 1
-                self._put(one, stored.vector_D, facts, stored.thumbnail)
+                self._put(one, stored.vector_D, found, stored.thumbnail)
             elif one.known:  # its owner has changed since
                 image = open_picture(one.data)
                 late = self.encoder().transform.array(image)
                 size = self.settings.thumbnail_size
-                facts = facts_of(image)
+                found = facts_of(image)
                 with named("id", [one.candidate.id].__getitem__):
                     vector_D = self.encoder().encode_pixels(late[None])[0]
                 self.summary.encoded += 1
-                self._put(one, vector_D, facts, thumbnail(image, size) if size else b"")
+                self._put(one, vector_D, found, thumbnail(image, size) if size else b"")
             else:
                 self.summary.encoded += 1
                 self._put(one, vectors[number], one.facts, one.thumbnail)
@@ -239,13 +247,13 @@ class Ingest:
     def _is_owned(self, one: _Prepared | Skipped) -> TypeGuard[_Prepared]:
         return isinstance(one, _Prepared) and one.digest in self._owners
 
-    def _put(self, one: _Prepared, vector_D: Any, facts: Mapping[str, Any], small: bytes) -> None:
+    def _put(self, one: _Prepared, vector_D: Any, found: Mapping[str, Any], small: bytes) -> None:
         item_id = one.candidate.id
         replaced: str = self._known.get(item_id, {}).get("digest", "")
         if replaced != one.digest and self._owners.get(replaced) == item_id:
             del self._owners[replaced]
         self._owners.setdefault(one.digest, item_id)
-        metadata = {**facts, **one.candidate.metadata, "digest": one.digest}
+        metadata = {**found, **one.candidate.metadata, "digest": one.digest}
         self._known[item_id] = metadata
         self._buffer[item_id] = self._lenders[item_id] = NewItem(item_id, np.array(vector_D), metadata, small)
         if len(self._buffer) >= self.settings.commit_every:
@@ -261,7 +269,15 @@ class Ingest:
 
 def facts_of(image: Image.Image) -> dict[str, Any]:
     """What the opened picture says of itself: the values of `sources.PICTURE_FIELDS`, as far as it has them."""
-    return {"width": image.width, "height": image.height}
+    return {**facts.of_picture(image), "width": image.width, "height": image.height}
+
+
+def parted(known: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of an item that come from its file, and those that it keeps when the file has changed."""
+    kept = {TABLE_FIELDS, *known.get(TABLE_FIELDS, ())}
+    of_file = {*OWN_FIELDS, *FACTS} - kept
+    own = {name: value for name, value in known.items() if name in of_file}
+    return own, {name: value for name, value in known.items() if name not in of_file}
 
 
 def _computed(

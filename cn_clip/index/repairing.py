@@ -18,7 +18,7 @@ from cn_clip.index.building import Model, listed
 from cn_clip.index.ingest import Ingest, Settings
 from cn_clip.index.options import AddOptions
 from cn_clip.index.progress import Progress
-from cn_clip.index.sources import PICTURE_FIELDS, Candidate, is_feature_file, read_file
+from cn_clip.index.sources import PICTURE_FIELDS, TABLE_FIELDS, Candidate, is_feature_file, read_file
 from cn_clip.retrieval import inspection
 from cn_clip.retrieval.addresses import address_of
 from cn_clip.retrieval.inspection import Damage
@@ -190,7 +190,8 @@ class _Sources:
         source, path = item.metadata.get("source"), item.metadata.get("path")
         if isinstance(path, str) and is_file(path):
             facts = os.stat(path)
-            kept = {name: value for name, value in item.metadata.items() if name not in PICTURE_FIELDS}
+            renewed = set(PICTURE_FIELDS).difference(item.metadata.get(TABLE_FIELDS, ()))
+            kept = {name: value for name, value in item.metadata.items() if name not in renewed}
             dated = {**kept, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
             return None, Candidate(item.id, dated, partial(read_file, path), is_dated=True)
         if not isinstance(source, str) or path is not None:

@@ -22,10 +22,14 @@ from cn_clip.retrieval.segments import ItemId, item_line
 FEATURE_SUFFIXES = (".jsonl", ".npz", ".parquet")
 LARGEST_PICTURE = 256 * 2**20
 CAPTION_COLUMN = "text"
+# Names those of `FACTS` that a table gave: these stay when the picture is read again without the table.
+TABLE_FIELDS = "table_fields"
 # What the commands themselves write into the metadata of an item.
-OWN_FIELDS = ("source", "path", "size", "mtime_ns", "digest", "width", "height")
+OWN_FIELDS = ("source", "path", "size", "mtime_ns", "digest", "width", "height", TABLE_FIELDS)
 # What the opened picture says, see `ingest.facts_of`: kept as long as the file is as it was, and read again with it.
-PICTURE_FIELDS = ("width", "height")
+PICTURE_FIELDS = ("width", "height", "date", "camera", "latitude", "longitude")
+# What a picture and its name say: unlike the index's own fields, a table may give these, and is believed.
+FACTS = ("date", "camera", "latitude", "longitude", "folder", "file")
 
 Table: TypeAlias = Mapping[str, Mapping[str, Any]]
 
