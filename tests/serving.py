@@ -16,10 +16,12 @@ from cn_clip.clip.tokenizer import ChineseTexts
 from cn_clip.retrieval.addresses import Searchable
 from cn_clip.serve.app import create_app
 from cn_clip.serve.batching import Metrics
+from cn_clip.serve.collections import Collections, Opened
 from cn_clip.serve.gate import Hosts
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.runner import Runner
 from cn_clip.serve.server import Server, listen
+from cn_clip.serve.service import Service
 
 
 class WatchedBackend:
@@ -66,11 +68,14 @@ def served(
     index: Searchable | None = None,
     label_sets: Mapping[str, Sequence[str]] | None = None,
     with_page: bool = False,
+    with_originals: bool = False,
 ) -> Iterator[str]:
     """The address of a server that is ready, on a free port; gone at the end."""
     limits, metrics = limits or Limits(), Metrics()
     runner = Runner("tiny", lambda: encoder, limits, metrics)
-    app = create_app(runner, metrics, limits=limits, api_key=api_key, hosts=hosts, index=index, label_sets=label_sets)
+    collections = Collections([] if index is None else [Opened("photos", index, runner)])
+    service = Service(runner, limits, collections, label_sets or {}, with_originals=with_originals)
+    app = create_app(service, metrics, api_key=api_key, hosts=hosts)
     if with_page:
         from cn_clip.serve import page
 

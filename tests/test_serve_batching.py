@@ -242,7 +242,7 @@ def test_no_client_is_let_in_before_all_is_prepared_nor_after_a_queue_has_died(b
     async def main() -> None:
         limits = Limits(max_batch=2, max_queue=2, max_items=2)
         runner = Runner("tiny", lambda: Encoder(backend), limits, Metrics())
-        service = Service(runner, limits, None, {"animals": ["猫", "狗", "鸟"]})
+        service = Service(runner, limits, label_sets={"animals": ["猫", "狗", "鸟"]})
         backend.going.clear()
         runner.start(service.prepare)
         await asyncio.get_running_loop().run_in_executor(None, backend.begun.acquire)

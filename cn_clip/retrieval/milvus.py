@@ -14,6 +14,7 @@ import numpy as np
 
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval.engines import OVERFETCH
+from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import EngineName, ModelInfo
 from cn_clip.retrieval.milvus_collection import KEY_BYTES, LARGEST_TEXT, WINDOW, Address, Collection, Facts, Fields
 from cn_clip.retrieval.query import Condition, parse_condition
@@ -80,10 +81,17 @@ class MilvusIndex:
             yield _parsed(row, self.address)
 
     def search(
-        self, vectors_QD: FloatArray, k: int, *, where: str | None = None, min_score: float | None = None
+        self,
+        vectors_QD: FloatArray,
+        k: int,
+        *,
+        where: str | None = None,
+        min_score: float | None = None,
+        offset: int = 0,
     ) -> list[list[Hit]]:
         """As `store.Index.search`; raises StoreError besides."""
-        check_bounds(k, min_score)
+        check_bounds(k, min_score, offset)
+        k += offset
         queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.address)
         condition = parse_condition(where) if where is not None else None
         if condition is not None and not condition.fields <= self._seen_fields:
@@ -98,9 +106,28 @@ class MilvusIndex:
             part_QD = queries_QD[start : start + at_once]
             for query_D, rows in zip(part_QD, self._nearest(part_QD, limit), strict=True):
                 best = self._best(query_D, k, condition, rows, limit)
-                hits = [Hit(row.id, row.score, row.metadata) for row in best]
+                hits = [Hit(row.id, row.score, row.metadata) for row in best[offset:]]
                 results.append([hit for hit in hits if min_score is None or hit.score >= min_score])
         return results
+
+    def listed(self, order: Order, limit: int, *, offset: int = 0, where: str | None = None) -> Page:
+        """As `store.Index.listed`; raises ConfigError, for Milvus orders nothing without a query."""
+        raise ConfigError(f"order: an index in Milvus has no order {order!r}; search it")
+
+    @property
+    def orders(self) -> Sequence[Order]:
+        """What `listed` knows."""
+        return ()
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields that were seen; all, once a condition on another one was asked for."""
+        return sorted(self._seen_fields)
+
+    @property
+    def has_thumbnails(self) -> bool:
+        """Whether any item has one."""
+        return self._collection.count('thumbnail != ""') > 0
 
     def vector(self, item_id: ItemId) -> FloatArray:
         """The vector (D,) of an item, float32; raises DataError for an unknown id."""

@@ -9,7 +9,7 @@ the metadata, which are made by one reading of the items.
 import operator
 import re
 from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +155,18 @@ class ItemTable:
                     column = self._columns[field] = _Column()
                 column.append(row, value)
 
+    @property
+    def fields(self) -> list[str]:
+        """The fields that any item has."""
+        return list(self._columns)
+
+    def values(self, field: str) -> list[Any]:
+        """The value of each row, N of them; None where a row lacks the field."""
+        column, found = self._columns.get(field), list[Any]([None]) * len(self._alive_N)
+        for row, value in column.items() if column is not None else ():
+            found[row] = value
+        return found
+
     def mask(self, condition: Condition) -> Mask:
         """Which rows (N,) a condition admits; raises ConfigError for one on a field that no item has."""
         condition.check_fields(self._columns)
@@ -183,6 +195,11 @@ class _Column:
             self._values.append(value)
         self._rows.append(row)
         self._number_of_row.append(number)
+
+    def items(self) -> Iterator[tuple[int, Any]]:
+        """(row, value) of the rows that have the field."""
+        for row, number in zip(self._rows, self._number_of_row, strict=True):
+            yield row, self._values[number]
 
     def mask(self, term: Term, num_rows: int) -> Mask:
         admitted = np.array([term.admits({term.field: value}) for value in self._values], dtype=np.bool_)

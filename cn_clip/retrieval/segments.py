@@ -247,6 +247,11 @@ class Segment:
         start, stop = _span(self._thumbnail_ends, row)
         return start < stop
 
+    @property
+    def has_thumbnails(self) -> bool:
+        """Whether any row has a thumbnail."""
+        return self._thumbnails.num_bytes > 0
+
     def rows(self, numbers_N: IntArray) -> Iterator[Row]:
         """Rows to write into another segment."""
         for row in numbers_N.tolist():

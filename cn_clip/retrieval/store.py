@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.retrieval import manifest
+from cn_clip.retrieval import listing, manifest
 from cn_clip.retrieval.engines import WITHOUT_GRAPH, Engine, ExactEngine, GraphEngine, Mask, Rows, open_graph
+from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.query import ItemTable, parse_condition
 from cn_clip.retrieval.segments import FloatArray, IntArray, ItemId, Segment
@@ -125,7 +126,8 @@ class Index:
         self.engine = _open_engine(snapshot)
         self._table: ItemTable | None = None
         self._masks: dict[str, Mask] = {}
-        self._lock = threading.Lock()
+        self._lock, self._ordering = threading.Lock(), threading.Lock()
+        self._orders: dict[Order, IntArray] = {}
 
     @property
     def model(self) -> ModelInfo:
@@ -159,39 +161,85 @@ class Index:
             yield item_id, metadata
 
     def search(
-        self, vectors_QD: FloatArray, k: int, *, where: str | None = None, min_score: float | None = None
+        self,
+        vectors_QD: FloatArray,
+        k: int,
+        *,
+        where: str | None = None,
+        min_score: float | None = None,
+        offset: int = 0,
     ) -> list[list[Hit]]:
         """The up to k best items of each query, best first, equal scores in order of insertion.
 
         vectors_QD: finite float32. where: a condition on metadata, see `query.parse_condition`. min_score: least score.
+        offset: so many of the best are left out.
         Raises ConfigError for k below 1 or no integer, a min_score of NaN, a faulty condition or one on a field that
         no item has, DataError for vectors of another shape or type.
         """
-        check_bounds(k, min_score)
+        check_bounds(k, min_score, offset)
         queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.address)
-        allowed_N = self.snapshot.alive_N
-        if where is not None:
-            condition = parse_condition(where)
-            mask_N = self._masks.get(where)
-            if mask_N is None:
-                mask_N = self.table.mask(condition)
-                with self._lock:
-                    self._masks[where] = mask_N
-                    while len(self._masks) > _MASKS_KEPT:
-                        del self._masks[next(iter(self._masks))]
-            allowed_N = mask_N
+        allowed_N = self._allowed(where)
         if not allowed_N.any():
             return [[] for _ in queries_QD]
         results = []
-        for positions, scores in self.engine.search(queries_QD, k, allowed_N):
+        for positions, scores in self.engine.search(queries_QD, k + offset, allowed_N):
             results.append(list[Hit]())
-            for position, score in zip(positions.tolist(), scores.tolist(), strict=True):
+            for position, score in zip(positions[offset:].tolist(), scores[offset:].tolist(), strict=True):
                 if min_score is not None and score < min_score:
                     break
                 segment, row = self.snapshot.rows.segment_of(position)
                 item_id, metadata = segment.item(row)
                 results[-1].append(Hit(item_id, score, metadata))
         return results
+
+    def listed(self, order: Order, limit: int, *, offset: int = 0, where: str | None = None) -> Page:
+        """How many items a condition admits, and up to `limit` of them in that order, `offset` of them left out.
+
+        Raises ConfigError as `search`.
+        """
+        check_bounds(limit, None, offset)
+        allowed_N = self._allowed(where)
+        with self._ordering:
+            ordered = self._orders.get(order)
+            if ordered is None:
+                ordered = self._orders[order] = self._ordered(order)
+        chosen = ordered[allowed_N[ordered]]
+        places = (self.snapshot.rows.segment_of(position) for position in chosen[offset : offset + limit].tolist())
+        return len(chosen), [segment.item(row) for segment, row in places]
+
+    def _ordered(self, order: Order) -> IntArray:
+        if order == "typical":
+            return listing.typical(self.snapshot.rows, self.snapshot.alive_N)
+        return listing.newest(self.table.values("date"), self.table.values("mtime_ns"), self.snapshot.alive_N)
+
+    def _allowed(self, where: str | None) -> Mask:
+        """Which rows (N,) are there, and admitted by a condition."""
+        if where is None:
+            return self.snapshot.alive_N
+        condition = parse_condition(where)
+        mask_N = self._masks.get(where)
+        if mask_N is None:
+            mask_N = self.table.mask(condition)
+            with self._lock:
+                self._masks[where] = mask_N
+                while len(self._masks) > _MASKS_KEPT:
+                    del self._masks[next(iter(self._masks))]
+        return mask_N
+
+    @property
+    def orders(self) -> Sequence[Order]:
+        """What `listed` knows."""
+        return listing.ORDERS
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields that any item has."""
+        return self.table.fields
+
+    @property
+    def has_thumbnails(self) -> bool:
+        """Whether any item has one."""
+        return any(segment.has_thumbnails for segment in self.snapshot.rows.segments)
 
     def vector(self, item_id: ItemId) -> FloatArray:
         """The vector (D,) of an item, float32; raises DataError for an unknown id."""
@@ -250,12 +298,14 @@ def _open_engine(snapshot: Snapshot) -> Engine:
     return GraphEngine(snapshot.rows, graph, facts.graph.next_key)
 
 
-def check_bounds(k: int, min_score: float | None) -> None:
+def check_bounds(k: int, min_score: float | None, offset: int = 0) -> None:
     """Raises ConfigError for what bounds no search."""
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise ConfigError(f"k: expected an integer, at least 1, got {k!r}")
     if min_score is not None and math.isnan(min_score):
         raise ConfigError("min_score: expected a number, got nan")
+    if offset < 0:
+        raise ConfigError(f"offset: expected an integer, at least 0, got {offset}")
 
 
 def checked_queries(vectors_QD: FloatArray, embed_dim: int, address: str) -> FloatArray:

@@ -3,11 +3,10 @@
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Annotated, Any
-from urllib.parse import quote
+from collections.abc import AsyncIterator
+from typing import Any
 
-from fastapi import FastAPI, Path, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
@@ -15,13 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cn_clip import __version__
 from cn_clip.clip.backends.base import Rows
-from cn_clip.retrieval.addresses import Searchable
 from cn_clip.serve import forms
 from cn_clip.serve.batching import Metrics
 from cn_clip.serve.gate import Gate, Hosts
-from cn_clip.serve.limits import Limits
+from cn_clip.serve.index_routes import add_index_routes
 from cn_clip.serve.runner import Runner
 from cn_clip.serve.schemas import (
+    ERRORS,
     TAG_MARK,
     ClassifyRequest,
     ClassifyResponse,
@@ -32,9 +31,6 @@ from cn_clip.serve.schemas import (
     ModelCard,
     ModelList,
     RefusalError,
-    SearchHit,
-    SearchRequest,
-    SearchResponse,
     VectorForm,
 )
 from cn_clip.serve.service import Service
@@ -46,27 +42,17 @@ Errors have OpenAI's form. Pictures are read from the request alone, never from 
 CLIENT_LEFT = 499
 # Numbers; so few are written on the event loop, for a thread and back would take longer.
 SMALL_ANSWER = 1024
-STATUSES = (400, 401, 403, 404, 408, 413, 429, 431, 500, 503, 504)
-_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in STATUSES}
 
 
 def create_app(
-    runner: Runner,
-    metrics: Metrics,
-    *,
-    limits: Limits,
-    hosts: Hosts | None = None,
-    api_key: str | None = None,
-    index: Searchable | None = None,
-    label_sets: Mapping[str, Sequence[str]] | None = None,
+    service: Service, metrics: Metrics, *, hosts: Hosts | None = None, api_key: str | None = None
 ) -> FastAPI:
     """The application. It opens the model when it starts, and answers 503 until then; further pages may be mounted.
 
-    index: what /v1/search searches. label_sets: labels by the name of their set. api_key: what every request but the
-    probes must bear. hosts: where there is no key, what the server may be called; default: this machine alone.
-    `app.state.service` is the `Service` behind the routes.
+    service: what the routes do, also at `app.state.service`. api_key: what every request but the probes must bear.
+    hosts: where there is no key, what the server may be called; default: this machine alone.
     """
-    service = Service(runner, limits, index, label_sets or {})
+    runner, limits = service.runner, service.limits
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -81,7 +67,7 @@ def create_app(
     app.router.route_class = JsonRoute
     app.state.service = service
     _add_model_routes(app, service)
-    _add_search_routes(app, service)
+    add_index_routes(app, service)
     _add_probes(app, runner, metrics)
     _add_error_handlers(app)
     _describe(app)
@@ -92,7 +78,7 @@ def create_app(
 
 
 def _add_model_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/embeddings", response_model=EmbeddingResponse, responses=_ERRORS)
+    @app.post("/v1/embeddings", response_model=EmbeddingResponse, responses=ERRORS)
     async def embeddings(request: EmbeddingRequest) -> Response:
         """Unit vectors of texts and pictures."""
         rows_ND, num_tokens = await service.embed(
@@ -106,7 +92,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             answer = await service.runner.call(_embedding_list, *parts)
         return Response(answer, media_type="application/json", headers=forms.ignored_header(request.ignored))
 
-    @app.post("/v1/classify", responses=_ERRORS)
+    @app.post("/v1/classify", responses=ERRORS)
     async def classify(request: ClassifyRequest) -> ClassifyResponse:
         """How probable each label is for a picture."""
         return await service.classify(request)
@@ -123,45 +109,16 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             context_length=encoder.context_length,
         )
 
-    @app.get("/v1/models", responses=_ERRORS)
+    @app.get("/v1/models", responses=ERRORS)
     async def models() -> ModelList:
         """The model that is served."""
         return ModelList(data=[card()])
 
-    @app.get("/v1/models/{model:path}", responses=_ERRORS)
+    @app.get("/v1/models/{model:path}", responses=ERRORS)
     async def model(model: str) -> ModelCard:
         """The model, by its name."""
         service.check_model(model)
         return card()
-
-
-def _add_search_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/search", responses=_ERRORS)
-    async def search(request: SearchRequest) -> SearchResponse:
-        """The items of the index that are nearest to the query."""
-        hits = await service.search(request)
-        return SearchResponse(
-            model=service.runner.name,
-            data=[
-                SearchHit(
-                    id=hit.id,
-                    score=hit.score,
-                    metadata=hit.metadata,
-                    thumbnail=thumbnail_path(hit.id) if hit.has_thumbnail else None,
-                )
-                for hit in hits
-            ],
-        )
-
-    @app.get(
-        "/v1/index/thumbnails/{item_id:path}",
-        response_class=Response,
-        responses={**_ERRORS, 200: {"content": {"image/jpeg": {}}}},
-    )
-    async def thumbnail(item_id: Annotated[str, Path(max_length=4096)]) -> Response:
-        """A small picture of an item."""
-        data = await service.thumbnail(item_id)
-        return Response(data, media_type="image/jpeg")
 
 
 def _add_probes(app: FastAPI, runner: Runner, metrics: Metrics) -> None:
@@ -240,11 +197,6 @@ def _embedding_list(model: str, rows_ND: Rows, num_tokens: int, form: VectorForm
     data = [{"object": "embedding", "index": position, "embedding": vector} for position, vector in enumerate(vectors)]
     usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
     return json.dumps({"object": "list", "model": model, "data": data, "usage": usage}, ensure_ascii=False).encode()
-
-
-def thumbnail_path(item_id: int | str) -> str:
-    """Where the small picture of an item is."""
-    return f"/v1/index/thumbnails/{quote(str(item_id), safe='')}"
 
 
 class Measured:

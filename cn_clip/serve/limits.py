@@ -31,6 +31,8 @@ MAX_TEMPLATES = 100
 MAX_PARTS = 16
 MAX_WEIGHT = 100.0
 MAX_K = 1000
+# Hits that may be passed over, for those that follow.
+MAX_OFFSET = 10_000
 
 
 @dataclass(frozen=True)

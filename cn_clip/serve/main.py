@@ -37,6 +37,9 @@ class Options(choice.ModelSettings, Limits):
     """Files of labels, one a line; /v1/classify calls each by its file name without the suffix"""
     no_page: bool = False
     """Serve no web page"""
+    originals: bool = False
+    """Give the files of the items too, at /v1/index/items/ID, and their paths to those who ask; only files that the
+    index names"""
     decode: choice.Decoding = "exact"
     access_log: bool = False
     """Print a line for each request"""
@@ -79,6 +82,7 @@ def run(options: Options) -> None:
         allowed_hosts=options.allowed_host,
         api_key=key_of(options),
         with_page=not options.no_page,
+        with_originals=options.originals,
         access_log=options.access_log,
         drain_timeout=options.drain_timeout,
     )

@@ -20,6 +20,7 @@ from cn_clip.serve.limits import (
     MAX_K,
     MAX_LABELS,
     MAX_NAME_CHARS,
+    MAX_OFFSET,
     MAX_PARTS,
     MAX_TEMPLATES,
     MAX_TEXT_CHARS,
@@ -309,7 +310,9 @@ class ClassifyRequest(_Strict):
     """`/v1/classify`: one picture, and labels or the name of a set of labels that the server has."""
 
     model: Name | None = None
-    image: DataUrl
+    image: DataUrl | None = None
+    id: Annotated[ItemId | None, Field(description="In place of image: an item of the index, by its vector")] = None
+    index: Annotated[Name | None, Field(description="The index that has the item; default: the first")] = None
     labels: Annotated[list[Text], Field(min_length=1, max_length=MAX_LABELS, fail_fast=True)] | None = None
     label_set: Name | None = None
     templates: Annotated[list[Template], Field(min_length=1, max_length=MAX_TEMPLATES, fail_fast=True)] | None = Field(
@@ -359,12 +362,18 @@ class SearchRequest(_Strict):
     """`/v1/search`: the nearest items of the index to a text, a picture, an item, or a weighted mixture of them."""
 
     model: Name | None = None
+    index: Annotated[Name | None, Field(description="Which of the indexes in /v1/index; default: the first")] = None
     query: Annotated[_TextQuery | _UrlInput | _PartQuery | _ManyQuery, Discriminator(_kind, **_QUERY_ERROR)]
     k: Annotated[int, Field(strict=True, ge=1, le=MAX_K)] = 10
+    offset: Annotated[int, Field(strict=True, ge=0, le=MAX_OFFSET)] = 0
     min_score: Annotated[Number, Field(ge=-1, le=1)] | None = None
     where: Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)] | None = Field(
         None, description="A condition on metadata, such as group=动物 year>=2020"
     )
+    metadata: Annotated[
+        Literal["shown", "all"],
+        Field(description="all: with source, path, size, mtime_ns and digest too, on a server that gives originals"),
+    ] = "shown"
 
     @property
     def parts(self) -> list[QueryPart]:
@@ -374,13 +383,18 @@ class SearchRequest(_Strict):
         return self.query if isinstance(self.query, list) else [self.query]
 
 
-class SearchHit(BaseModel):
-    """score: the cosine with the query. thumbnail: where to GET a small picture; null where there is none."""
+class ItemHit(BaseModel):
+    """An item of an index.
+
+    score: the cosine with the query; null where there is none. thumbnail, original: where to GET a small picture, and
+    the file; null where there is none.
+    """
 
     id: int | str
-    score: float
+    score: float | None
     metadata: dict[str, Any]
     thumbnail: str | None
+    original: str | None
 
 
 class SearchResponse(BaseModel):
@@ -388,7 +402,38 @@ class SearchResponse(BaseModel):
 
     object: Literal["list"] = "list"
     model: str
-    data: list[SearchHit]
+    index: str
+    data: list[ItemHit]
+
+
+class ItemList(BaseModel):
+    """Items in an order; total: all that the condition admits."""
+
+    object: Literal["list"] = "list"
+    index: str
+    total: int
+    data: list[ItemHit]
+
+
+class IndexCard(BaseModel):
+    """An index. generation: rises with each change; null in Milvus. fields: what `where` may name."""
+
+    name: str
+    object: Literal["index"] = "index"
+    model: str
+    count: int
+    generation: int | None
+    fields: list[str]
+    has_originals: bool
+    has_thumbnails: bool
+    orders: list[Literal["newest", "typical"]]
+
+
+class IndexList(BaseModel):
+    """The indexes that are open, the first of which requests mean that name none."""
+
+    object: Literal["list"] = "list"
+    data: list[IndexCard]
 
 
 class ModelCard(BaseModel):
@@ -423,3 +468,7 @@ class ErrorResponse(BaseModel):
     """OpenAI's form of an error."""
 
     error: Error
+
+
+STATUSES = (400, 401, 403, 404, 408, 413, 429, 431, 500, 503, 504)
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in STATUSES}

@@ -33,10 +33,12 @@ from cn_clip.retrieval.store import same_model
 from cn_clip.serve import page
 from cn_clip.serve.app import create_app
 from cn_clip.serve.batching import Metrics
+from cn_clip.serve.collections import Collections, Opened
 from cn_clip.serve.gate import LEAST_KEY_CHARS, LOOPBACK, Hosts, is_weak
 from cn_clip.serve.limits import API_KEY_VARIABLE, LOG_TIME, MAX_CONNECTIONS, Limits
 from cn_clip.serve.runner import Runner
 from cn_clip.serve.schemas import RefusalError
+from cn_clip.serve.service import Service
 
 SWITCH_SECONDS = 0.001
 # Seconds for what follows the drain.
@@ -173,6 +175,7 @@ def launch(
     allowed_hosts: Sequence[str],
     api_key: str | None,
     with_page: bool,
+    with_originals: bool,
     access_log: bool,
     drain_timeout: float,
 ) -> None:
@@ -180,7 +183,7 @@ def launch(
 
     chosen: how the model is computed. model: None for that of the index, or the default. name: of it in requests.
     api_key: without one, only `allowed_hosts` and names of this machine are answered. with_page: mounts the web page
-    too. drain_timeout: as of `Server`.
+    too. with_originals: the files of the items are given. drain_timeout: as of `Server`.
     """
     chosen = replace(chosen, precision=precision_of(chosen))
     hosts = Hosts(host, allowed_hosts)
@@ -191,7 +194,9 @@ def launch(
     runner = Runner(
         name or served_name(opened), lambda: _open_encoder(replace(chosen, model=opened), index), limits, metrics
     )
-    app = create_app(runner, metrics, limits=limits, api_key=api_key, hosts=hosts, index=index, label_sets=labels_of)
+    collections = Collections([] if index is None else [Opened(index_name(index.address), index, runner)])
+    service = Service(runner, limits, collections, labels_of, with_originals=with_originals)
+    app = create_app(service, metrics, api_key=api_key, hosts=hosts)
     _warn(host, api_key)
     with listen(host, port) as listener:
         given_host, given_port = listener.getsockname()[:2]
@@ -256,6 +261,11 @@ def listen(host: str, port: int) -> socket.socket:
 def served_name(model: str) -> str:
     """A name for a model: that of a file or folder without where it lies."""
     return model if zoo.named(model) else Path(model.removeprefix("hf:")).stem
+
+
+def index_name(address: str) -> str:
+    """What an index is called in requests: photos for data/photos.index, and for milvus://HOST:PORT/photos."""
+    return Path(address).stem
 
 
 def read_label_sets(paths: Sequence[Path]) -> dict[str, list[str]]:

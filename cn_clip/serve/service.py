@@ -8,9 +8,10 @@ import itertools
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 
@@ -20,15 +21,19 @@ from cn_clip.errors import ConfigError, StoreError
 from cn_clip.evaluation import zeroshot
 from cn_clip.evaluation.templates import DEFAULT, load_templates
 from cn_clip.retrieval.addresses import Searchable, item_called
+from cn_clip.retrieval.listing import Order
 from cn_clip.retrieval.query import mixed
 from cn_clip.retrieval.segments import ItemId
-from cn_clip.retrieval.store import Hit
+from cn_clip.serve import items
+from cn_clip.serve.collections import Collections, Opened
 from cn_clip.serve.limits import MAX_PROMPT_CHARS, MAX_PROMPTS, Limits
 from cn_clip.serve.runner import Picture, Runner, Text
 from cn_clip.serve.schemas import (
     ClassifyRequest,
     ClassifyResponse,
     ClassScore,
+    IndexCard,
+    ItemHit,
     QueryPart,
     RefusalError,
     SearchRequest,
@@ -38,36 +43,34 @@ from cn_clip.serve.schemas import (
 logger = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
+# (id, score, metadata); null where there is no query.
+_Hit: TypeAlias = tuple[ItemId, float | None, dict[str, Any]]
 
 # Class vectors of the labels asked for last, kept in this many bytes.
 CLASSIFIER_BYTES = 64 << 20
 
 
-class Found(NamedTuple):
-    """A hit as the service tells it. has_thumbnail: whether the index keeps a small picture of it."""
-
-    id: ItemId
-    score: float
-    metadata: dict[str, Any]
-    has_thumbnail: bool
-
-
 @dataclass
 class Service:
-    """The state behind the routes. label_sets: labels by the name of their set."""
+    """The state behind the routes.
+
+    label_sets: labels by the name of their set. with_originals: the files of items are given too. root_path: what all
+    addresses in answers begin with.
+    """
 
     runner: Runner
     limits: Limits
-    index: Searchable | None = None
+    collections: Collections = field(default_factory=Collections)
     label_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    with_originals: bool = False
+    root_path: str = ""
     _stored: dict[str, Rows] = field(default_factory=dict)
     _recent: "OrderedDict[bytes, Rows]" = field(default_factory=OrderedDict)
 
     async def prepare(self) -> None:
         """Computes the class vectors of the stored sets of labels, and opens what the index opens at first use."""
-        if self.index is not None:
-            index = self.index
-            await self.runner.alone(lambda: 0 in index)
+        for opened in self.collections:
+            await self.runner.alone(opened.index.__contains__, 0)
         for name, labels in self.label_sets.items():
             # Past the queue, a batch at a time: whoever stops the server waits for one.
             texts = await self.runner.alone(zeroshot.prompts, labels, load_templates(DEFAULT))
@@ -109,6 +112,8 @@ class Service:
     async def classify(self, request: ClassifyRequest) -> ClassifyResponse:
         """The labels by falling probability; raises RefusalError."""
         self.check_model(request.model)
+        if (request.image is None) == (request.id is None):
+            raise RefusalError(400, "image: expected either image or id", param="image", code="invalid_value")
         if (request.labels is None) == (request.label_set is None):
             raise RefusalError(400, "labels: expected either labels or label_set", param="labels", code="invalid_value")
         labels = self.label_sets.get(request.label_set or "") if request.labels is None else request.labels
@@ -129,7 +134,11 @@ class Service:
                     param="templates",
                     code="too_many_items",
                 )
-        image_1D, _ = await self.runner.embed([Picture(request.image, "image")])
+        if request.image is not None:
+            image_1D, _ = await self.runner.embed([Picture(request.image, "image")])
+        else:
+            index = self.opened(request.index, request.model).index
+            image_1D = (await self.ask_index(_vector, index, request.id))[None]
         if is_stored:
             classes_CD = self._stored[str(request.label_set)]
         else:
@@ -144,30 +153,106 @@ class Service:
         ]
         return ClassifyResponse(model=self.runner.name, scale=scale, data=scores)
 
-    async def search(self, request: SearchRequest) -> list[Found]:
-        """The hits, best first, with ids and metadata that JSON holds; raises RefusalError."""
+    async def search(self, request: SearchRequest, index: str | None = None) -> tuple[Opened, list[ItemHit]]:
+        """The index and the hits, best first, with ids and metadata that JSON holds; raises RefusalError.
+
+        index: its name, where the request itself gives none.
+        """
         self.check_model(request.model)
-        index = self.opened_index()
-        query_1D = await self._query(request.parts, index)
+        opened = self.opened(request.index or index, request.model)
+        all_of_it = self.all_metadata(request.metadata)
+        query_1D = await self._query(request.parts, opened.index)
 
-        def hits_and_pictures() -> tuple[list[Hit], set[ItemId]]:
-            (hits,) = index.search(query_1D, request.k, where=request.where, min_score=request.min_score)
-            return hits, index.with_thumbnail(hit.id for hit in hits)
+        def hits() -> list[ItemHit]:
+            (found,) = opened.index.search(
+                query_1D, request.k, where=request.where, min_score=request.min_score, offset=request.offset
+            )
+            return self._shown(opened, found, all_of_it=all_of_it)
 
-        try:
-            hits, with_picture = await self.ask_index(hits_and_pictures)
-        except ConfigError as error:
-            raise RefusalError(400, str(error), param="where", code="invalid_value") from error
-        # Indexes of before hold names as they lie on the disk.
-        return [Found(readable(hit.id), hit.score, readable(hit.metadata), hit.id in with_picture) for hit in hits]
+        with _where_refused():
+            return opened, await self.ask_index(hits)
 
-    async def thumbnail(self, item_id: str) -> bytes:
-        """The small JPEG of an item; raises RefusalError (404)."""
-        index = self.opened_index()
-        found = await self.ask_index(lambda: index.thumbnail(known_id(index, item_id)))
+    async def listed(
+        self,
+        index: str | None,
+        order: Order,
+        *,
+        where: str | None = None,
+        offset: int = 0,
+        limit: int = 50,
+        metadata: str = "shown",
+    ) -> tuple[Opened, int, list[ItemHit]]:
+        """The index, how many items `where` admits, and some of them in an order; raises RefusalError."""
+        opened, all_of_it = self.opened(index), self.all_metadata(metadata)
+
+        def page() -> tuple[int, list[ItemHit]]:
+            total, found = opened.index.listed(order, limit, offset=offset, where=where)
+            return total, self._shown(opened, [(one, None, known) for one, known in found], all_of_it=all_of_it)
+
+        with _where_refused():
+            return opened, *await self.ask_index(page)
+
+    async def thumbnail(self, item_id: str, index: str | None = None) -> bytes:
+        """The small JPEG of an item as it is kept; raises RefusalError (404)."""
+        opened = self.opened(index)
+        found = await self.ask_index(lambda: opened.index.thumbnail(known_id(opened.index, item_id)))
         if found is None:
             raise RefusalError(404, f"the item {shown(item_id)} has no thumbnail", param="id", code="not_found")
         return found
+
+    async def original(self, item_id: str, index: str | None = None) -> items.Original:
+        """The open file of an item; raises RefusalError: 403 on a server that gives none, 404."""
+        if not self.with_originals:
+            message = "the server gives no originals; start it with --originals"
+            raise RefusalError(403, message, code="originals_not_shared")
+        opened = self.opened(index)
+        return await self.ask_index(lambda: items.open_original(opened.index.metadata(known_id(opened.index, item_id))))
+
+    async def cards(self) -> list[IndexCard]:
+        """What there is to say of each index."""
+        self.runner.check_ready()
+        return [await self.ask_index(self._card, opened) for opened in self.collections]
+
+    def _card(self, opened: Opened) -> IndexCard:
+        index = opened.index
+        return IndexCard(
+            name=opened.name,
+            model=opened.runner.name,
+            count=len(index),
+            generation=getattr(index, "generation", None),
+            fields=[field for field in index.fields if field not in items.BOOKKEEPING],
+            has_originals=self.with_originals and "path" in index.fields,
+            has_thumbnails=index.has_thumbnails,
+            orders=list(index.orders),
+        )
+
+    def _shown(self, opened: Opened, found: Sequence[_Hit], *, all_of_it: bool) -> list[ItemHit]:
+        with_picture = opened.index.with_thumbnail(item_id for item_id, _, _ in found)
+        hits = []
+        for item_id, score, metadata in found:
+            has_original = self.with_originals and items.has_original(metadata)
+            hits.append(
+                ItemHit(
+                    id=readable(item_id),
+                    score=score,
+                    metadata=items.told(metadata, all_of_it=all_of_it),
+                    thumbnail=self.address("thumbnails", item_id, opened) if item_id in with_picture else None,
+                    original=self.address("items", item_id, opened) if has_original else None,
+                )
+            )
+        return hits
+
+    def address(self, what: Literal["items", "thumbnails"], item_id: ItemId, opened: Opened) -> str:
+        """Where something of an item is, below the root of this machine's name."""
+        query = "" if opened.is_first else f"?index={quote(opened.name, safe='')}"
+        return f"{self.root_path}/v1/index/{what}/{quote(str(readable(item_id)), safe='')}{query}"
+
+    def all_metadata(self, asked: str) -> bool:
+        """Whether all metadata are asked for; raises RefusalError (403) on a server that does not give them."""
+        if asked == "all" and not self.with_originals:
+            message = "metadata: paths are told only by a server that gives originals; start it with --originals"
+            raise RefusalError(403, message, param="metadata", code="originals_not_shared")
+        return asked == "all"
 
     async def ask_index(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         """Calls `function`, which reads the index; raises RefusalError (503) when the server that keeps it is away."""
@@ -185,13 +270,10 @@ class Service:
             message = f"model: {shown(name)} is not served here, only {self.runner.name!r}"
             raise RefusalError(404, message, param="model", code="model_not_found")
 
-    def opened_index(self) -> Searchable:
-        """Raises RefusalError: 503 before the model is ready, 404 when the service was started without an index."""
+    def opened(self, name: str | None, model: str | None = None) -> Opened:
+        """The index asked for, as it is now; raises RefusalError: 503 before the model is ready, 404."""
         self.runner.check_ready()
-        if self.index is None:
-            message = "no index was opened; start the server as: cn-clip serve INDEX"
-            raise RefusalError(404, message, code="index_not_found")
-        return self.index
+        return self.collections.get(name, model)
 
     async def _classifier(self, labels: Sequence[str], templates: Sequence[str]) -> Rows:
         key = await self.runner.call(_digest, labels, templates)
@@ -228,6 +310,16 @@ class Service:
             return mixed(rows_ND, [part.weight for part in parts])[None]
         except ConfigError as error:
             raise RefusalError(400, f"query: {error}", param="query", code="invalid_value") from error
+
+
+@contextlib.contextmanager
+def _where_refused() -> Iterator[None]:
+    """Makes a refusal of what an index says of a condition."""
+    try:
+        yield
+    except ConfigError as error:
+        param = "order" if str(error).startswith("order:") else "where"
+        raise RefusalError(400, str(error), param=param, code="invalid_value") from error
 
 
 def known_id(index: Searchable, item_id: int | str) -> int | str:

@@ -1,0 +1,145 @@
+"""What people get of an item over HTTP: its metadata without what says where it lies, its small pictures, its file.
+
+A file is read only if the index names it; the request gives nothing but the id.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import stat
+import weakref
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+from PIL import Image
+
+from cn_clip.clip.picture_names import HEAD_BYTES, SUFFIXES_OF, begins_as_picture, suffix_of
+from cn_clip.data.paths import readable
+from cn_clip.serve.schemas import RefusalError
+
+# --- metadata
+
+# How the commands find an item again: these say where it lies on this machine.
+BOOKKEEPING = frozenset({"source", "path", "size", "mtime_ns", "digest"})
+
+
+def told(metadata: Mapping[str, Any], *, all_of_it: bool) -> dict[str, Any]:
+    """The metadata as JSON holds them, without `BOOKKEEPING` unless `all_of_it` is asked for."""
+    # Indexes of before hold names as they lie on the disk.
+    kept: dict[str, Any] = readable(
+        {name: one for name, one in metadata.items() if all_of_it or name not in BOOKKEEPING}
+    )
+    return kept
+
+
+# --- small pictures
+
+Size: TypeAlias = Literal["small", "medium", "large"]
+# The longest side; None: as it is kept.
+SIDES: Mapping[Size, int | None] = {"small": 160, "medium": 320, "large": None}
+QUALITY = 80
+
+
+def etag_of(data: bytes, size: Size) -> str:
+    """What tells a small picture from another."""
+    return f'"{hashlib.blake2b(data, digest_size=12).hexdigest()}-{size}"'
+
+
+def made_smaller(data: bytes, size: Size) -> bytes:
+    """The JPEG of at most so many pixels a side; one that is no larger, or that cannot be read, as it is."""
+    side = SIDES[size]
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            if side is None or max(image.size) <= side:
+                return data
+            image.thumbnail((side, side))
+            stream = io.BytesIO()
+            image.save(stream, "JPEG", quality=QUALITY)
+            return stream.getvalue()
+    except Exception:  # what PIL's plugins raise has no common type
+        return data
+
+
+# --- files
+
+MEDIA_TYPES = {
+    suffix: f"image/{name}"
+    for kind, name in {
+        "JPEG": "jpeg",
+        "PNG": "png",
+        "WEBP": "webp",
+        "BMP": "bmp",
+        "GIF": "gif",
+        "TIFF": "tiff",
+        "PPM": "x-portable-anymap",
+        "AVIF": "avif",
+        "JPEG2000": "jp2",
+        "HEIF": "heif",
+    }.items()
+    for suffix in SUFFIXES_OF[kind]
+}
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+
+
+class Original:
+    """An open file of an item. `close` is called at the latest when nobody has it any more."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self.close = weakref.finalize(self, os.close, descriptor)
+        self.name, self.facts, self.media_type = name, os.fstat(descriptor), _media_type(name, descriptor)
+        # Opened again by this name it is the same file, whatever its folder has under the old name by then.
+        self.path = f"/dev/fd/{descriptor}"
+
+
+def has_original(metadata: Mapping[str, Any]) -> bool:
+    """Whether the index says where the file of an item is."""
+    return isinstance(metadata.get("path"), str) and isinstance(metadata.get("source"), str)
+
+
+def open_original(metadata: Mapping[str, Any]) -> Original:
+    """The file that an item was made of; raises RefusalError (404).
+
+    It must lie in the folder that was indexed, also once links are followed, and be a regular file of a known kind.
+    """
+    if not has_original(metadata):
+        raise _no_original("the index does not name a file for this item")
+    path, source = os.path.realpath(metadata["path"]), os.path.realpath(metadata["source"])
+    name = os.path.basename(metadata["path"])
+    try:
+        if os.path.commonpath([path, source]) != source or path == source:
+            raise _no_original("its file is a link that leaves the folder that was indexed")
+        descriptor = _open_below(source, os.path.relpath(path, source).split(os.sep))
+    except (OSError, ValueError) as error:
+        raise _no_original("its file is not there any more, or cannot be read") from error
+    found = Original(descriptor, name)
+    if not stat.S_ISREG(found.facts.st_mode) or not found.media_type:
+        raise _no_original("its file is not a picture any more")
+    return found
+
+
+def _open_below(folder: str, names: list[str]) -> int:
+    """A descriptor of the file that `names` lead to, no link among them; raises OSError."""
+    if os.open not in os.supports_dir_fd:  # Windows
+        return os.open(os.path.join(folder, *names), _FLAGS)
+    at = os.open(folder, _FLAGS | os.O_DIRECTORY)
+    for position, name in enumerate(names):
+        try:
+            following = os.open(name, _FLAGS | (os.O_DIRECTORY if position < len(names) - 1 else 0), dir_fd=at)
+        finally:
+            os.close(at)
+        at = following
+    return at
+
+
+def _media_type(name: str, descriptor: int) -> str:
+    """What browsers call it; "" for what is no picture."""
+    if suffix := suffix_of(name):
+        return MEDIA_TYPES.get(suffix, "")
+    with contextlib.suppress(OSError):  # a folder
+        return "application/octet-stream" if begins_as_picture(os.read(descriptor, HEAD_BYTES)) else ""
+    return ""
+
+
+def _no_original(reason: str) -> RefusalError:
+    return RefusalError(404, f"id: there is no original: {reason}", param="id", code="original_not_found")
