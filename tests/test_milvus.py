@@ -26,7 +26,7 @@ from cn_clip.demo import emoji
 from cn_clip.errors import ConfigError, DataError, StoreError
 from cn_clip.index.options import with_store
 from cn_clip.retrieval import flat, milvus, milvus_collection
-from cn_clip.retrieval.manifest import ModelInfo
+from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.milvus import MilvusIndex, open_milvus_writer
 from cn_clip.retrieval.milvus_collection import Address, Collection, parse_address
 from cn_clip.retrieval.writer import NewItem
@@ -248,7 +248,7 @@ def test_the_service_searches_an_index_in_milvus(tmp_path: Path, address: Addres
 
 @needs_server
 def test_the_service_says_that_milvus_does_not_answer_and_goes_on(address: Address) -> None:
-    with open_milvus_writer(address, ModelInfo("Tiny", "0123", 4)) as opened:
+    with open_milvus_writer(address, Manifest(ModelInfo("Tiny", "0123", 4))) as opened:
         opened.commit([NewItem("a", rows(1, dim=4)[0])])
     with contextlib.closing(milvus_server.Relay(address.host, address.port)) as relay:
         index = MilvusIndex(Address("127.0.0.1", relay.port, address.collection, timeout=1))
@@ -274,7 +274,7 @@ def test_the_service_says_that_milvus_does_not_answer_and_goes_on(address: Addre
 @needs_server
 def test_the_graph_of_milvus_finds_what_is_exact(address: Address) -> None:
     vectors, queries = rows(6000, dim=64), rows(20, seed=1, dim=64)
-    with open_milvus_writer(address, ModelInfo("Tiny", "0123", 64)) as opened:
+    with open_milvus_writer(address, Manifest(ModelInfo("Tiny", "0123", 64))) as opened:
         opened.commit([NewItem(number, vector) for number, vector in enumerate(vectors)])
     Collection(address).call("flush")
     exact = flat.top_k(queries, vectors, 10).indices
@@ -289,7 +289,7 @@ def test_few_that_fit_are_found_among_many_in_small_answers(address: Address, mo
         monkeypatch.setattr(module, "WINDOW", 100)
     monkeypatch.setattr(milvus, "UPSERT_BYTES", 5000)
     vectors, query = rows(700), rows(1, seed=1)
-    with open_milvus_writer(address, MODEL) as opened:
+    with open_milvus_writer(address, Manifest(MODEL)) as opened:
         opened.commit([NewItem(number, vector, {"n": number}) for number, vector in enumerate(vectors)])
         opened.commit(remove=range(100, 400))
     order = np.argsort(-(vectors @ query[0]))
@@ -304,7 +304,7 @@ def test_few_that_fit_are_found_among_many_in_small_answers(address: Address, mo
 @needs_server
 def test_what_milvus_cannot_hold_is_refused_and_nothing_changes(address: Address) -> None:
     (vector,) = rows(1)
-    with open_milvus_writer(address, MODEL) as opened:
+    with open_milvus_writer(address, Manifest(MODEL)) as opened:
         opened.commit([NewItem("a", vector)])
         for item, sentence in (
             (NewItem("b", vector, thumbnail=b"x" * 49152), "id 'b': its thumbnail has 49152 bytes, Milvus holds 49149"),
@@ -323,9 +323,10 @@ WRITE = """
 import sys
 import numpy as np
 from cn_clip.retrieval import milvus, milvus_collection, writer
-from cn_clip.retrieval.manifest import ModelInfo
+from cn_clip.retrieval.manifest import Manifest, ModelInfo
 rows = np.eye(16, dtype=np.float32)
-with milvus.open_milvus_writer(milvus_collection.parse_address(sys.argv[1]), ModelInfo("Tiny", "0123", 16)) as opened:
+address = milvus_collection.parse_address(sys.argv[1])
+with milvus.open_milvus_writer(address, Manifest(ModelInfo("Tiny", "0123", 16))) as opened:
     for number in range(10**6):
         opened.commit([writer.NewItem(one % 50, rows[one % 16], {"n": number}) for one in range(number, number + 10)])
         print(number, flush=True)
@@ -383,7 +384,7 @@ def test_a_listener_that_never_answers_is_said_in_time(run: Callable[..., Any]) 
 
 @needs_server
 def test_a_server_that_stops_answering_is_said_in_time(address: Address) -> None:
-    with open_milvus_writer(address, MODEL) as opened:
+    with open_milvus_writer(address, Manifest(MODEL)) as opened:
         opened.commit([NewItem("a", rows(1)[0])])
     with contextlib.closing(milvus_server.Relay(address.host, address.port)) as relay:
         near = Address("127.0.0.1", relay.port, address.collection, timeout=2)

@@ -287,7 +287,7 @@ def test_a_picture_that_is_not_there_is_called_so(tmp_path: Path) -> None:
 
 def test_other_ways_of_decoding_are_refused() -> None:
     for make in (lambda: ImageTransform(16, "quick"), lambda: Encoder(tiny_model(), decode="quick")):  # type: ignore[arg-type]
-        with pytest.raises(ConfigError, match="decode: expected exact, fast, reference, got 'quick'"):
+        with pytest.raises(ConfigError, match="decode: expected exact, auto, fast, reference, got 'quick'"):
             make()
 
 

@@ -48,7 +48,15 @@ Decoding: TypeAlias = Annotated[
     Decode,
     tyro.conf.arg(
         help="fast: JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where enough remains; the features differ a "
-        "little. reference: grey of 16 bits is clipped to white, as by Chinese-CLIP, not scaled to 8 bits"
+        "little. auto: the same where more than enough remains (512 pixels, twice the model's side), so that they "
+        "hardly differ. reference: grey of 16 bits is clipped to white, as by Chinese-CLIP, not scaled to 8 bits"
+    ),
+]
+DecodingOfIndex: TypeAlias = Annotated[
+    Decode | None,
+    tyro.conf.arg(
+        help="How JPEGs are decoded. exact: at full size; auto: at a fraction if 512 pixels and twice the model's side "
+        "remain; fast: if the model's side remains. Default: as the index has it, else auto"
     ),
 ]
 
@@ -59,6 +67,7 @@ class Choice:
 
     model: a name, file, folder or prefix, see `FORMS`. vision, text: its towers, for weights that leave them open.
     precision: "auto" is the fastest that the device has. device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+    decode: None is as the index at hand says. upright: pictures are turned by their EXIF orientation.
     context_length: longest text in tokens, special ones included. strict_fp32: no TF32 on CUDA.
     """
 
@@ -70,7 +79,8 @@ class Choice:
     device: str = "auto"
     num_threads: int | None = None
     download_root: str | None = None
-    decode: Decode = "exact"
+    decode: Decode | None = "exact"
+    upright: bool = False
     context_length: int = DEFAULT_CONTEXT_LENGTH
     strict_fp32: bool = False
 

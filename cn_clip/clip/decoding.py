@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from PIL import Image, UnidentifiedImageError
 
+from cn_clip.clip.orientation import upright as turned_upright
 from cn_clip.clip.picture_files import look, opened_here
 from cn_clip.errors import DataError
 
@@ -72,11 +73,11 @@ def main() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     num_bytes, spare_bytes, niceness = SETTINGS.unpack(requests.read(SETTINGS.size))
     transform: PictureTransform | None
-    transform, pixel_type = pickle.loads(requests.read(num_bytes))
+    transform, pixel_type, upright = pickle.loads(requests.read(num_bytes))
     for kind in ("JPEG", "PNG"):  # has all imported that a picture needs
         stream = io.BytesIO()
         Image.new("RGB", (8, 8)).save(stream, kind)
-        answer(stream.getvalue(), math.inf, 64, transform, pixel_type)
+        answer(stream.getvalue(), math.inf, 64, transform, pixel_type, upright=upright)
     # Where the system can (Linux), further memory fails, and with it the one picture.
     with contextlib.suppress(AttributeError, OSError, ValueError):
         with open("/proc/self/statm", encoding="ascii") as sizes:
@@ -91,7 +92,8 @@ def main() -> None:
     os.dup2(silence, 2)
     while len(head := requests.read(JOB.size)) == JOB.size:
         seconds, max_pixels, num_bytes = JOB.unpack(head)
-        _write(answers, *answer(requests.read(num_bytes), seconds, max_pixels, transform, pixel_type))
+        data = requests.read(num_bytes)
+        _write(answers, *answer(data, seconds, max_pixels, transform, pixel_type, upright=upright))
 
 
 def answer(
@@ -100,6 +102,8 @@ def answer(
     max_pixels: int,
     transform: "PictureTransform | None",
     pixel_type: "PixelType" = "float32",
+    *,
+    upright: bool = False,
 ) -> tuple[int, bytes]:
     """(a kind, the pixels of the first frame, without a transform the picture, or a sentence about why there are none).
 
@@ -120,9 +124,10 @@ def answer(
             if transform.draft_size is not None:
                 image.draft(None, (transform.draft_size, transform.draft_size))
             image.load()
+            seen = turned_upright(image) if upright else image
             if pixel_type == "uint8":
-                return PIXELS, cast("ImageTransform", transform).bytes(image).tobytes()
-            return PIXELS, transform.array(image).astype("<f4", copy=False).tobytes()
+                return PIXELS, cast("ImageTransform", transform).bytes(seen).tobytes()
+            return PIXELS, transform.array(seen).astype("<f4", copy=False).tobytes()
     except MemoryError:
         return REFUSED, b"it takes too much memory"
     except UnidentifiedImageError:  # its message names an object of Python
@@ -206,8 +211,8 @@ class DecodingProcess:
     """One process, started when it is needed; used by one thread at a time, and killed from any.
 
     transform: what is done to the pictures there; None: they come back as they are. pixel_type: of their pixels.
-    num_bytes: the most that an answer holds. spare_bytes: memory that decoding may take. niceness: by how much its
-    claim to the processors is less.
+    upright: turns them by their EXIF orientation before. num_bytes: the most that an answer holds. spare_bytes: memory
+    that decoding may take. niceness: by how much its claim to the processors is less.
     """
 
     def __init__(
@@ -218,8 +223,9 @@ class DecodingProcess:
         spare_bytes: int,
         niceness: int = 0,
         pixel_type: "PixelType" = "float32",
+        upright: bool = False,
     ) -> None:
-        data = pickle.dumps((transform, pixel_type))
+        data = pickle.dumps((transform, pixel_type, upright))
         self._settings = SETTINGS.pack(len(data), spare_bytes, niceness) + data
         self._num_bytes = max(num_bytes, MAX_SENTENCE_BYTES)
         self.child: subprocess.Popen[bytes] | None = None

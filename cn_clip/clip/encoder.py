@@ -71,6 +71,7 @@ class Encoder:
     decode: "fast" decodes JPEG files and bytes at 1/2, 1/4 or 1/8 of their size where both sides stay at least as
     long as the model's; the vectors differ a little. "exact" decodes them whole. "reference" as well,
     and clips grey of 16 bits to white, as Chinese-CLIP does; the others scale it to 8 bits.
+    upright: turns pictures by their EXIF orientation, as people see them; Chinese-CLIP takes them as they are stored.
     A child of `os.fork` may use what its parent opened, except on CUDA, and with openvino, which refuses: PyTorch then
     computes with one thread there. After onnx the child must end by `os._exit`, as those of `multiprocessing` do: ONNX
     Runtime's exit waits for ever.
@@ -89,9 +90,10 @@ class Encoder:
         num_threads: int | None = None,
         compile: bool = False,
         decode: Decode = "exact",
+        upright: bool = False,
     ) -> None:
         check_decode(decode)
-        self.decode = decode
+        self.decode, self.upright = decode, upright
         settings: dict[str, Any] = {
             "backend": backend,
             "device": "auto" if device is None else device,
@@ -240,7 +242,7 @@ class Encoder:
 
         def load(number: int, out: AnyPixels) -> None:
             name = _picture_name(images[number], number)
-            image = open_picture(images[number], name=name, draft_size=self.transform.draft_size)
+            image = open_picture(images[number], name=name, draft_size=self.transform.draft_size, upright=self.upright)
             try:
                 write_pixels(self.transform, image, out)
             except DataError as error:

@@ -76,7 +76,8 @@ def open_quietly(
             context_length=chosen.context_length,
             download_root=chosen.download_root,
             num_threads=chosen.num_threads,
-            decode=chosen.decode,
+            decode=chosen.decode or "exact",
+            upright=chosen.upright,
         )
     settings: dict[str, Any] = {
         "precision": chosen.precision,
@@ -96,7 +97,12 @@ def open_quietly(
             return open_quietly(chosen, say)
     if "text" in kinds:
         check_context_length(backend, chosen.context_length, chosen.model)
-    return Encoder(backend, context_length=chosen.context_length, decode=chosen.decode)
+    return Encoder(
+        backend,
+        context_length=chosen.context_length,
+        decode=chosen.decode or "exact",
+        upright=chosen.upright,
+    )
 
 
 def precision_of(chosen: Choice) -> Precision:

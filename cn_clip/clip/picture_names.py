@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 # How a picture file becomes pixels; see `transforms.ImageTransform`.
-Decode: TypeAlias = Literal["exact", "fast", "reference"]
+Decode: TypeAlias = Literal["exact", "auto", "fast", "reference"]
 
 # By PIL's name of the format, the usual suffix first. PIL reads HEIF only with a plugin; without it the file is named.
 SUFFIXES_OF: dict[str, tuple[str, ...]] = {

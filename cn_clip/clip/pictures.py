@@ -18,6 +18,8 @@ from PIL.Image import Image
 
 from cn_clip.clip.backends.base import AnyPixels
 from cn_clip.clip.decoding import ProcessStartError, opened_elsewhere
+from cn_clip.clip.orientation import FULL_SIZE
+from cn_clip.clip.orientation import upright as turned_upright
 from cn_clip.clip.picture_files import is_bounded, look, opened_here
 from cn_clip.clip.picture_names import begins_as_picture
 from cn_clip.errors import DataError
@@ -96,20 +98,22 @@ def _say_unwatched(reason: str) -> None:
     logger.warning("pictures are decoded without a bound on their time: %s", reason)
 
 
-def decode(picture: str | Path | bytes, draft_size: int | None = None) -> Image:
+def decode(picture: str | Path | bytes, draft_size: int | None = None, *, upright: bool = False) -> Image:
     """The loaded picture of a file or of encoded bytes, mode and size as there; the first frame of an animation.
 
     draft_size: decodes a JPEG at 1/2, 1/4 or 1/8 of its size, the smallest whose sides are both at least so long.
+    upright: turns it by its EXIF orientation, as people see it.
     Raises what `opened` raises, and OSError, SyntaxError, ValueError, struct.error, IndexError and others.
     """
     with opened(picture if isinstance(picture, bytes) else Path(picture).read_bytes()) as image:
         if draft_size is not None:
+            image.info[FULL_SIZE] = image.size
             image.draft(None, (draft_size, draft_size))
         image.load()
-    return image
+    return turned_upright(image) if upright else image
 
 
-def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) -> Image:
+def open_picture(picture: Picture, *, name: str, draft_size: int | None = None, upright: bool = False) -> Image:
     """A loaded PIL picture from a path, a data URL or encoded bytes (see `decode`), or PIL itself.
 
     Raises DataError saying `name` when it cannot be decoded, TypeError for any other kind of object.
@@ -122,8 +126,8 @@ def open_picture(picture: Picture, *, name: str, draft_size: int | None = None) 
         if isinstance(picture, Image):
             with _LOADING[id(picture) % len(_LOADING)]:
                 picture.load()
-            return picture
-        return decode(picture, draft_size)
+                return turned_upright(picture) if upright else picture
+        return decode(picture, draft_size, upright=upright)
     except FileNotFoundError as error:
         raise DataError("no such file", at=name) from error
     except DataError as error:

@@ -24,6 +24,8 @@ _MEAN_311 = np.array(MEAN, dtype=np.float32)[:, None, None]
 _STD_311 = np.array(STD, dtype=np.float32)[:, None, None]
 
 _LARGEST_16_BITS = 65535
+# "auto" leaves so many times the side of the model's pictures, and enough for a thumbnail of an index.
+_AUTO_TIMES, _AUTO_SIDE = 2, 512
 
 # 255, mean and standard deviation as tensors of the devices that have normalised pixels.
 _CONSTANTS: dict["torch.device", tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]] = {}
@@ -123,7 +125,7 @@ class ImageTransform:
     @property
     def draft_size(self) -> int | None:
         """The side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole."""
-        return self.resolution if self.decode == "fast" else None
+        return draft_side(self.decode, self.resolution)
 
     def __call__(self, image: Image) -> "torch.Tensor":
         import torch
@@ -227,6 +229,13 @@ def in_8_bits(image: Image, decode: Decode = "exact") -> Image:
     if image.mode == "F" and high <= 1:
         return fromarray(np.round(values * 255).astype(np.uint8))
     return fromarray((values // 256).astype(np.uint8)) if high > 255 else image
+
+
+def draft_side(decode: Decode, resolution: int) -> int | None:
+    """The side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole."""
+    if decode == "auto":
+        return max(_AUTO_TIMES * resolution, _AUTO_SIDE)
+    return resolution if decode == "fast" else None
 
 
 def check_decode(decode: str) -> None:

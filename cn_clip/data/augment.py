@@ -13,7 +13,7 @@ from typing import TypeAlias
 from PIL import Image, ImageEnhance, ImageOps
 from PIL.Image import Resampling, Transform, Transpose
 
-from cn_clip.clip.transforms import MEAN, Decode, in_8_bits
+from cn_clip.clip.transforms import MEAN, Decode, draft_side, in_8_bits
 from cn_clip.errors import ConfigError
 
 Operation: TypeAlias = Callable[[Image.Image, int, random.Random], Image.Image]
@@ -76,7 +76,7 @@ class Augmentation:
 
         A crop is at least MIN_AREA of the shorter side, and shall have `resolution` pixels: 249 for 224.
         """
-        return math.ceil(self.resolution / MIN_AREA) if self.decode == "fast" else None
+        return draft_side(self.decode, math.ceil(self.resolution / MIN_AREA))
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
         image = in_8_bits(image, self.decode)

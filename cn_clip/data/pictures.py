@@ -39,13 +39,13 @@ PictureCheck: TypeAlias = Literal["decode", "header", "none"]
 # --- one picture
 
 
-def open_picture(data: bytes, draft_size: int | None = None) -> Image.Image:
+def open_picture(data: bytes, draft_size: int | None = None, *, upright: bool = False) -> Image.Image:
     """The decoded picture, see `clip.pictures.decode`.
 
     Raises DataError when the bytes are no picture, are cut short, or hold more pixels than PIL admits.
     """
     try:
-        return decode(data, draft_size)
+        return decode(data, draft_size, upright=upright)
     except Exception as error:
         raise _not_a_picture(data, error) from error
 

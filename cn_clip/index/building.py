@@ -20,7 +20,7 @@ from cn_clip.features.rows import Features
 from cn_clip.index.ingest import Ingest, Settings, Summary, parted
 from cn_clip.index.options import AddOptions
 from cn_clip.index.progress import Progress
-from cn_clip.index.searching import open_encoder
+from cn_clip.index.searching import NEW_PICTURES, open_encoder, seen_as
 from cn_clip.index.sources import (
     OWN_FIELDS,
     Table,
@@ -32,7 +32,7 @@ from cn_clip.index.sources import (
 )
 from cn_clip.retrieval import addresses
 from cn_clip.retrieval.addresses import Facts, IndexAddress, Writer
-from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, VectorType
+from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, PictureFacts, VectorType
 from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import same_model
 from cn_clip.retrieval.writer import NewItem
@@ -73,6 +73,12 @@ class Model:
         self.options, self.index, self.say = options, index, say
         self._opened: tuple[Encoder, ModelInfo] | None = None
         self.facts: Facts | None = addresses.facts(index)
+        if self.facts and options.decode not in (None, self.pictures.decode):
+            raise ConfigError(
+                f"--decode {options.decode}: the vectors are of pictures decoded with {self.pictures.decode}, and "
+                "those of both would differ; leave --decode out",
+                at=index,
+            )
         if self.facts and options.model and full_name(options.model) != self.facts.model.name:
             self.encoder()
 
@@ -84,10 +90,18 @@ class Model:
     def encoder(self) -> Encoder:
         """Raises ConfigError naming both models when it is not that of the index."""
         if self._opened is None:
-            self._opened = open_encoder(replace(self.options.chosen, model=self.name), self.say, kinds=["image"])
+            chosen = seen_as(replace(self.options.chosen, model=self.name), self.pictures)
+            self._opened = open_encoder(chosen, self.say, kinds=["image"])
             if self.facts:
                 same_model(self.facts.model, self._opened[1], self.index)
         return self._opened[0]
+
+    @property
+    def pictures(self) -> PictureFacts:
+        """How the pictures of the index are seen, or those of a new one are to be."""
+        if self.facts is None:
+            return replace(NEW_PICTURES, decode=self.options.decode or NEW_PICTURES.decode)
+        return self.facts.pictures or PictureFacts()
 
     def info(self) -> ModelInfo:
         """What the index says, or is to say, of it."""
@@ -117,7 +131,7 @@ def update(options: AddOptions, job: Job, say: Speaker) -> None:
     if is_new:  # its model takes a while to open
         _say_first(options, model, job, say, found=len(source.candidates))
     info, ids = model.info(), [one.id for one in source.candidates]
-    with _changing(job, info, info.embed_dim, source.name, ids) as writer:
+    with _changing(job, info, info.embed_dim, source.name, ids, model.pictures) as writer:
         before = writer.manifest.source
         settings = Settings(options.batch_size, options.num_workers, options.commit_every, options.thumbnail_size)
         ingest = Ingest(writer, model.encoder, settings, Progress(say), skipped=source.skipped)
@@ -155,7 +169,7 @@ def _add_features(options: AddOptions, job: Job, model: Model, table: Table | No
     info = _model_of_features(options, job, model, embed_dim)
     ids = [f"{job.id_prefix}{one}" if job.id_prefix else one for one in features.ids]
     summary, progress = Summary(), Progress(say)
-    with _changing(job, info, embed_dim, name, ids) as writer:
+    with _changing(job, info, embed_dim, name, ids, PictureFacts()) as writer:
         before, known = writer.manifest.source, dict(writer.items())
         if num_scaled:
             say.note(
@@ -193,13 +207,16 @@ def _add_features(options: AddOptions, job: Job, model: Model, table: Table | No
 
 
 @contextlib.contextmanager
-def _changing(job: Job, model: ModelInfo, embed_dim: int, name: str, ids: Sequence[ItemId]) -> Iterator[Writer]:
+def _changing(
+    job: Job, model: ModelInfo, embed_dim: int, name: str, ids: Sequence[ItemId], pictures: PictureFacts
+) -> Iterator[Writer]:
     """The index, new or as it is, opened for changing it; at the end it notes its source and brings up its graph.
 
-    embed_dim: of the vectors to be added; name, ids: of their source. Raises ConfigError for another model, and if
-    items of other sources are in the way, DataError for vectors of another length.
+    embed_dim: of the vectors to be added; name, ids: of their source; pictures: of a new index. Raises ConfigError for
+    another model, and if items of other sources are in the way, DataError for vectors of another length.
     """
-    create = Manifest(model, engine=job.engine or "exact", vector_type=job.vector_type or "float32", source=name)
+    engine, vector_type = job.engine or "exact", job.vector_type or "float32"
+    create = Manifest(model, engine=engine, vector_type=vector_type, source=name, pictures=pictures)
     with addresses.open_writer(job.address, create) as writer:
         found = writer.manifest
         if job.vector_type not in (None, found.vector_type):

@@ -2,7 +2,6 @@
 
 # B batch, R resolution, D embedding
 
-import contextlib
 import hashlib
 import io
 import time
@@ -11,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from cn_clip.clip.backends.base import AnyPixels, Rows, named
 from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.orientation import full_size, upright
 from cn_clip.clip.pictures import decoded_batches
 from cn_clip.clip.transforms import in_8_bits, write_pixels
 from cn_clip.data.pictures import open_picture
@@ -40,7 +40,7 @@ class Settings:
     batch_size: int = 32
     num_workers: int | None = None
     commit_every: int = 1000
-    thumbnail_size: int = 160
+    thumbnail_size: int = 512
 
 
 @dataclass
@@ -174,7 +174,7 @@ class Ingest:
                 digest = hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
                 if digest in self._owners:
                     return _Prepared(candidate, data, digest, True, facts.of_bytes(data), b"")
-                image = open_picture(data)
+                image = self._opened(data)
                 write_pixels(encoder.transform, image, out)
                 found = facts_of(image)
                 return _Prepared(candidate, b"", digest, False, found, thumbnail(image, size) if size else b"")
@@ -232,7 +232,7 @@ class Ingest:
                 self.summary.reused += 1
                 self._put(one, stored.vector_D, found, stored.thumbnail)
             elif one.known:  # its owner has changed since
-                image = open_picture(one.data)
+                image = self._opened(one.data)
                 late = self.encoder().transform.array(image)
                 size = self.settings.thumbnail_size
                 found = facts_of(image)
@@ -243,6 +243,11 @@ class Ingest:
             else:
                 self.summary.encoded += 1
                 self._put(one, vectors[number], one.facts, one.thumbnail)
+
+    def _opened(self, data: bytes) -> Image.Image:
+        """The picture as the model and people see it, perhaps at a fraction of its size; raises DataError."""
+        encoder = self.encoder()
+        return open_picture(data, encoder.transform.draft_size, upright=encoder.upright)
 
     def _is_owned(self, one: _Prepared | Skipped) -> TypeGuard[_Prepared]:
         return isinstance(one, _Prepared) and one.digest in self._owners
@@ -269,7 +274,8 @@ class Ingest:
 
 def facts_of(image: Image.Image) -> dict[str, Any]:
     """What the opened picture says of itself: the values of `sources.PICTURE_FIELDS`, as far as it has them."""
-    return {**facts.of_picture(image), "width": image.width, "height": image.height}
+    width, height = full_size(image)
+    return {**facts.of_picture(image), "width": width, "height": height}
 
 
 def parted(known: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -305,8 +311,7 @@ def thumbnail(image: Image.Image, size: int) -> bytes:
     """A JPEG of at most `size` pixels a side, upright, on white."""
     small = in_8_bits(image).copy()
     small.thumbnail((size, size))
-    with contextlib.suppress(Exception):  # EXIF that is damaged in one way or another says nothing
-        small = ImageOps.exif_transpose(small)
+    small = upright(small)
     if small.has_transparency_data:
         paper = Image.new("RGBA", small.size, "white")
         paper.alpha_composite(small.convert("RGBA"))

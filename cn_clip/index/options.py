@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, TypeAlias
 
 import tyro
@@ -53,11 +53,17 @@ class ModelOptions(choice.ModelSettings):
     """What runs the model of an index. Any backend may search what another has built."""
 
     model: choice.ModelOfIndex = None
+    decode: choice.DecodingOfIndex = None
     json: Json = False
 
     def __post_init__(self) -> None:
         choice.check(self.chosen)
         settings.check(self)
+
+    @property
+    def chosen(self) -> choice.Choice:
+        """The model asked for."""
+        return replace(super().chosen, decode=self.decode)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class AddOptions(ModelOptions):
     num_workers: NumWorkers = None
     commit_every: Annotated[int, Range(least=1)] = 1000
     """Pictures after which all so far is safe on disk, and reported"""
-    thumbnail_size: Annotated[int, Range(least=0)] = 160
+    thumbnail_size: Annotated[int, Range(least=0)] = 512
     """Longest side of the thumbnails in pixels; 0: none"""
 
     def __post_init__(self) -> None:

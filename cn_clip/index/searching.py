@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from PIL import Image
@@ -19,13 +19,14 @@ from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.choice import Choice
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import fingerprint, full_name, open_quietly
+from cn_clip.clip.picture_names import Decode
 from cn_clip.command import Speaker
 from cn_clip.data.grid import draw_grid
 from cn_clip.data.paths import readable
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval.addresses import Searchable, address_of, item_called, open_index
-from cn_clip.retrieval.manifest import ModelInfo
+from cn_clip.retrieval.manifest import ModelInfo, PictureFacts
 from cn_clip.retrieval.query import mixed, parse_condition
 from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import Hit, same_model
@@ -41,6 +42,16 @@ def model_of(index: Searchable, given: str | None) -> str:
     if not name:
         same_model(index.model, index.model, index.address)
     return name
+
+
+# Of a new index, and of pictures that belong to none.
+NEW_PICTURES = PictureFacts(upright=True, decode="auto")
+
+
+def seen_as(chosen: Choice, pictures: PictureFacts | None) -> Choice:
+    """The choice with which pictures are seen as those of an index were; a `decode` that was asked for stays."""
+    seen = pictures or PictureFacts()
+    return replace(chosen, upright=seen.upright, decode=chosen.decode or cast("Decode", seen.decode))
 
 
 def open_encoder(chosen: Choice, say: Speaker, *, kinds: Sequence[Kind] = KINDS) -> tuple[Encoder, ModelInfo]:
@@ -117,7 +128,8 @@ def _query(index: Searchable, options: "Options", own_id: ItemId | None, say: Sp
     picture_D = index.vector(own_id) if own_id is not None else None
     if kinds:
         name = model_of(index, options.model)
-        encoder, info = open_encoder(replace(options.chosen, model=name), say, kinds=kinds)
+        seen = seen_as(replace(options.chosen, model=name), index.pictures)
+        encoder, info = open_encoder(seen, say, kinds=kinds)
         same_model(index.model, info, index.address)
         if options.image is not None:
             picture_D = encoder.encode_images([options.image])[0]

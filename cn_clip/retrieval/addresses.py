@@ -46,7 +46,7 @@ def open_writer(address: IndexAddress, create: Manifest | None = None) -> Abstra
     """create: what to begin with where there is no index yet; raises as `writer.open_writer`, and StoreError."""
     if not isinstance(address, Address):
         return writer.open_writer(address, create)
-    return milvus.open_milvus_writer(address, create.model if create else None, create.source if create else "")
+    return milvus.open_milvus_writer(address, create)
 
 
 def item_called(index: Searchable, name: ItemId) -> ItemId | None:

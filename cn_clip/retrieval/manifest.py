@@ -33,6 +33,18 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class PictureFacts:
+    """How the pictures were seen whose vectors an index holds.
+
+    upright: turned by their EXIF orientation. decode: a way of `clip.picture_names.Decode`. The defaults are those of
+    the indexes from before it was recorded.
+    """
+
+    upright: bool = False
+    decode: str = "exact"
+
+
+@dataclass(frozen=True)
 class SegmentFacts:
     """A folder of consecutive rows, and its files."""
 
@@ -55,7 +67,8 @@ class Manifest:
     """A generation of an index. What it does not name is rubbish.
 
     num_items: rows that are not removed. next_key: the key of the row that is added next; keys rise and never return.
-    source: what the index was built from, by which it can be built again.
+    source: what the index was built from, by which it can be built again. pictures: None in indexes from before it was
+    recorded.
     """
 
     model: ModelInfo
@@ -68,6 +81,7 @@ class Manifest:
     removed: DerivedFacts | None = None
     graph: DerivedFacts | None = None
     source: str = ""
+    pictures: PictureFacts | None = None
 
     @property
     def num_rows(self) -> int:
@@ -163,8 +177,10 @@ def _parse(values: Any) -> Manifest:
     claimed = values.pop("digest", None)  # None in those of before there was one
     if claimed not in (None, _digest(values)):
         raise ValueError("its content is not what was written")
-    known: dict[str, Any] = {name: values[name] for name in Manifest.__dataclass_fields__}
+    known: dict[str, Any] = {name: values[name] for name in Manifest.__dataclass_fields__ if name != "pictures"}
     known["model"] = ModelInfo(**known["model"])
+    if values.get("pictures") is not None:
+        known["pictures"] = PictureFacts(**values["pictures"])
     known["segments"] = tuple(
         SegmentFacts(one["name"], one["num_rows"], {name: FileFacts(**facts) for name, facts in one["files"].items()})
         for one in known["segments"]

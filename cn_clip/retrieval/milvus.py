@@ -15,7 +15,7 @@ import numpy as np
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval.engines import OVERFETCH
 from cn_clip.retrieval.listing import Order, Page
-from cn_clip.retrieval.manifest import EngineName, ModelInfo
+from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, PictureFacts
 from cn_clip.retrieval.milvus_collection import KEY_BYTES, LARGEST_TEXT, WINDOW, Address, Collection, Facts, Fields
 from cn_clip.retrieval.query import Condition, parse_condition
 from cn_clip.retrieval.segments import FloatArray, ItemId
@@ -63,6 +63,11 @@ class MilvusIndex:
     def model(self) -> ModelInfo:
         """The model of the vectors: name, fingerprint, embed_dim."""
         return self._facts.model
+
+    @property
+    def pictures(self) -> PictureFacts | None:
+        """How the pictures of the vectors were seen; None where it is not recorded."""
+        return self._facts.pictures
 
     def __len__(self) -> int:
         return self._collection.count()
@@ -222,14 +227,14 @@ def _parsed(row: Mapping[str, Any], where: str) -> tuple[ItemId, dict[str, Any]]
 
 
 @contextlib.contextmanager
-def open_milvus_writer(address: Address, create: ModelInfo | None = None, source: str = "") -> "Iterator[MilvusWriter]":
-    """Changes an index; create: the model of one that is not there yet.
+def open_milvus_writer(address: Address, create: Manifest | None = None) -> "Iterator[MilvusWriter]":
+    """Changes an index; create: model, source and pictures of one that is not there yet.
 
     Raises DataError when there is none and `create` is None, StoreError when no server answers.
     """
     collection = Collection(address)
     if create is not None and collection.facts() is None:
-        collection.create(create, source)
+        collection.create(create.model, create.source, create.pictures)
     yield MilvusWriter(collection, collection.require())
 
 
@@ -269,13 +274,14 @@ class MilvusWriter:
             found[item_id] = NewItem(item_id, vector_D, self._items[item_id], base64.b64decode(row["thumbnail"]))
         return found
 
-    def describe(self, *, engine: EngineName | None, source: str) -> None:
-        """Notes the source; raises ConfigError for an engine, for Milvus has its own."""
+    def describe(self, *, engine: EngineName | None, source: str, pictures: PictureFacts | None = None) -> None:
+        """Notes the source, and how pictures were seen if given; raises ConfigError for an engine: it has its own."""
         if engine is not None:
             raise ConfigError("Milvus searches by itself; leave --engine out", at=self._collection.address)
-        if source != self._facts.source:
-            self._collection.set_source(source)
-            self._facts = replace(self._facts, source=source)
+        pictures = pictures or self._facts.pictures
+        if (source, pictures) != (self._facts.source, self._facts.pictures):
+            self._collection.describe(source, pictures)
+            self._facts = replace(self._facts, source=source, pictures=pictures)
 
     def commit(self, items: Sequence[NewItem] = (), remove: Iterable[ItemId] = ()) -> None:
         """Adds items, which replace those of the same id, and removes others; ids that are not there are passed over.

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from cn_clip import extras
 from cn_clip.errors import ConfigError, DataError, StoreError
-from cn_clip.retrieval.manifest import ModelInfo
+from cn_clip.retrieval.manifest import ModelInfo, PictureFacts
 
 SCHEME = "milvus://"
 GRAMMAR = "expected milvus://HOST:PORT/COLLECTION, the name of letters, digits and _"
@@ -29,7 +29,7 @@ WINDOW = 8192
 RETRY_PAUSE = 0.5
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
-_SOURCE = "cn_clip.source"
+_SOURCE, _PICTURES = "cn_clip.source", "cn_clip.pictures"
 _NO_CONNECTION = 2
 
 Fields: TypeAlias = dict[str, Any]
@@ -77,6 +77,7 @@ class Facts:
     model: ModelInfo
     num_items: int
     source: str
+    pictures: PictureFacts | None = None
     engine: str = "milvus"
     vector_type: str = "float32"
 
@@ -146,13 +147,17 @@ class Collection:
         try:
             values = json.loads(described["description"])
             model, version = ModelInfo(**values["model"]), values["cn_clip"]
-            source = json.loads(described.get("properties", {}).get(_SOURCE, '""'))
+            properties = described.get("properties", {})
+            source, seen = (
+                json.loads(properties.get(name, empty)) for name, empty in ((_SOURCE, '""'), (_PICTURES, "null"))
+            )
+            pictures = None if seen is None else PictureFacts(**seen)
         except (ValueError, TypeError, KeyError) as error:
             raise DataError("this collection is no index; give another name", at=self.address) from error
         if version != FORMAT:
             raise DataError(f"is of format {version!r}, this version reads {FORMAT}; build it again", at=self.address)
         self._open()
-        return Facts(model, self.count(), source)
+        return Facts(model, self.count(), source, pictures)
 
     def require(self) -> Facts:
         """Raises DataError when there is no such collection."""
@@ -163,7 +168,7 @@ class Collection:
             )
         return facts
 
-    def create(self, model: ModelInfo, source: str) -> None:
+    def create(self, model: ModelInfo, source: str, pictures: PictureFacts | None) -> None:
         """Makes the collection of the vectors of a model."""
         kinds = self._package.DataType
         description = json.dumps({"cn_clip": FORMAT, "model": asdict(model)})
@@ -174,12 +179,13 @@ class Collection:
         schema.add_field("thumbnail", kinds.VARCHAR, max_length=LARGEST_TEXT)
         schema.add_field("vector", kinds.FLOAT_VECTOR, dim=model.embed_dim)
         self.call("create_collection", schema=schema, consistency_level="Strong")
-        self.set_source(source)
+        self.describe(source, pictures)
         self._open()
 
-    def set_source(self, source: str) -> None:
-        """Notes what the index was built from."""
-        self.call("alter_collection_properties", properties={_SOURCE: json.dumps(source)})
+    def describe(self, source: str, pictures: PictureFacts | None) -> None:
+        """Notes what the index was built from, and how its pictures were seen."""
+        seen = None if pictures is None else asdict(pictures)
+        self.call("alter_collection_properties", properties={_SOURCE: json.dumps(source), _PICTURES: json.dumps(seen)})
 
     def _open(self) -> None:
         """Also ends what a run that was killed had begun."""

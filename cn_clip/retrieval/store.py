@@ -24,7 +24,7 @@ from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval import listing, manifest
 from cn_clip.retrieval.engines import WITHOUT_GRAPH, Engine, ExactEngine, GraphEngine, Mask, Rows, open_graph
 from cn_clip.retrieval.listing import Order, Page
-from cn_clip.retrieval.manifest import Manifest, ModelInfo
+from cn_clip.retrieval.manifest import Manifest, ModelInfo, PictureFacts
 from cn_clip.retrieval.query import ItemTable, parse_condition
 from cn_clip.retrieval.segments import FloatArray, IntArray, ItemId, Segment
 
@@ -133,6 +133,11 @@ class Index:
     def model(self) -> ModelInfo:
         """The model of the vectors: name, fingerprint, embed_dim."""
         return self.manifest.model
+
+    @property
+    def pictures(self) -> PictureFacts | None:
+        """How the pictures of the vectors were seen; None where it is not recorded."""
+        return self.manifest.pictures
 
     @property
     def address(self) -> str:

@@ -27,7 +27,7 @@ from cn_clip.retrieval.engines import (
     new_graph,
     require_usearch,
 )
-from cn_clip.retrieval.manifest import DerivedFacts, EngineName, Manifest, SegmentFacts, VectorType
+from cn_clip.retrieval.manifest import DerivedFacts, EngineName, Manifest, PictureFacts, SegmentFacts, VectorType
 from cn_clip.retrieval.segments import (
     IntArray,
     ItemId,
@@ -155,14 +155,14 @@ class IndexWriter:
                 found[item_id] = NewItem(item_id, vector_D, segment.item(row)[1], segment.thumbnail(row))
         return found
 
-    def describe(self, *, engine: EngineName | None, source: str) -> None:
-        """Sets what the manifest says besides the items. engine: None keeps it."""
-        engine = engine or self.manifest.engine
+    def describe(self, *, engine: EngineName | None, source: str, pictures: PictureFacts | None = None) -> None:
+        """Sets what the manifest says besides the items. engine, pictures: None keeps it."""
+        engine, pictures = engine or self.manifest.engine, pictures or self.manifest.pictures
         if engine == "usearch":
             require_usearch()
-        if (engine, source) != (self.manifest.engine, self.manifest.source):
+        if (engine, source, pictures) != (self.manifest.engine, self.manifest.source, self.manifest.pictures):
             graph = self.manifest.graph if engine == "usearch" else None
-            self._write(replace(self.manifest, engine=engine, source=source, graph=graph))
+            self._write(replace(self.manifest, engine=engine, source=source, graph=graph, pictures=pictures))
             self._tidy()
 
     def commit(self, items: Sequence[NewItem] = (), remove: Iterable[ItemId] = ()) -> None:

@@ -40,7 +40,7 @@ class Options(choice.ModelSettings, Limits):
     originals: bool = False
     """Give the files of the items too, at /v1/index/items/ID, and their paths to those who ask; only files that the
     index names"""
-    decode: choice.Decoding = "exact"
+    decode: choice.DecodingOfIndex = None
     access_log: bool = False
     """Print a line for each request"""
     drain_timeout: float = 30.0

@@ -61,9 +61,11 @@ class Decoders:
         self._workers, self._idle = list[_Worker](), list[_Worker]()
         self._busy_since: dict[_Worker, float] = {}
 
-    async def open(self, transform: PictureTransform, pixel_type: PixelType = "float32") -> None:
+    async def open(
+        self, transform: PictureTransform, pixel_type: PixelType = "float32", *, upright: bool = False
+    ) -> None:
         """Says what is to become of the pictures, before the first; returns when the processes run, or cannot."""
-        self._workers = [_Worker(transform, pixel_type, self._limits) for _ in range(self.count)]
+        self._workers = [_Worker(transform, pixel_type, self._limits, upright=upright) for _ in range(self.count)]
         self._idle = list(self._workers)
         await asyncio.gather(*[self._with_a_worker(_Worker.start) for _ in range(self.count)])
 
@@ -127,13 +129,18 @@ class Decoders:
 class _Worker:
     """One process, and what requests are told of it."""
 
-    def __init__(self, transform: PictureTransform, pixel_type: PixelType, limits: Limits) -> None:
+    def __init__(self, transform: PictureTransform, pixel_type: PixelType, limits: Limits, *, upright: bool) -> None:
         self.max_pixels, self.has_failed = limits.max_pixels, False
         spare = DECODE_BYTES + limits.max_body_bytes + DECODE_BYTES_PER_PIXEL * limits.max_pixels
         self._shape, self._dtype = (3, transform.resolution, transform.resolution), _DTYPES[pixel_type]
         self._num_bytes = math.prod(self._shape) * self._dtype.itemsize
         self.process = DecodingProcess(
-            transform, pixel_type=pixel_type, num_bytes=self._num_bytes, spare_bytes=spare, niceness=_NICE
+            transform,
+            pixel_type=pixel_type,
+            upright=upright,
+            num_bytes=self._num_bytes,
+            spare_bytes=spare,
+            niceness=_NICE,
         )
 
     def start(self) -> RefusalError | None:

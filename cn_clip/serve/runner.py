@@ -218,7 +218,8 @@ class Runner:
     async def _opening(self, then: Callable[[], Coroutine[None, None, None]] | None) -> None:
         try:
             self._encoder = await self.alone(self._open_encoder)
-            await self._decoders.open(self._encoder.transform, self._encoder.pixel_type)
+            encoder = self._encoder
+            await self._decoders.open(encoder.transform, encoder.pixel_type, upright=encoder.upright)
             if then is not None:
                 await then()
             self.is_ready = self.failure is None

@@ -27,7 +27,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import precision_of
 from cn_clip.errors import ConfigError
 from cn_clip.evaluation.templates import read_labels
-from cn_clip.index.searching import model_of, open_encoder
+from cn_clip.index.searching import NEW_PICTURES, model_of, open_encoder, seen_as
 from cn_clip.retrieval.addresses import Searchable, address_of, open_index
 from cn_clip.retrieval.store import same_model
 from cn_clip.serve import page
@@ -278,7 +278,8 @@ def read_label_sets(paths: Sequence[Path]) -> dict[str, list[str]]:
 
 def _open_encoder(chosen: Choice, index: Searchable | None) -> Encoder:
     """The open model; raises ConfigError for another one than that of the index."""
-    encoder, facts = open_encoder(chosen, command.Speaker(quiet=False))
+    seen = seen_as(chosen, NEW_PICTURES if index is None else index.pictures)
+    encoder, facts = open_encoder(seen, command.Speaker(quiet=False))
     if index is not None:
         same_model(index.model, facts, index.address)
     return encoder

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cn_clip.clip.backends.base import Parts, Pixels, TokenIds
 from cn_clip.clip.backends.pytorch import ForeignTowers
-from cn_clip.clip.transforms import Decode, in_8_bits
+from cn_clip.clip.transforms import Decode, draft_side, in_8_bits
 from cn_clip.clip.weights.file_kinds import what_it_is
 from cn_clip.clip.weights.hf import CONFIG_FILE, read_json
 from cn_clip.errors import CheckpointError, CnClipError, MissingExtraError, first_sentence, reading
@@ -70,10 +70,8 @@ class ProcessedPictures:
     @property
     def draft_size(self) -> int | None:
         """The side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole."""
-        if self.decode != "fast":
-            return None
         size = getattr(self._processor, "size", None) or {}
-        return int(size.get("shortest_edge") or self.resolution)
+        return draft_side(self.decode, int(size.get("shortest_edge") or self.resolution))
 
     def array(self, image: Image.Image, out: Pixels | None = None) -> Pixels:
         """Normalised pixels, float32 (3, R, R), in `out` if it is given."""

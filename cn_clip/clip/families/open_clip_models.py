@@ -15,7 +15,7 @@ from torch import Tensor
 from cn_clip.clip.backends.base import Parts, Pixels, TokenIds
 from cn_clip.clip.backends.pytorch import ForeignTowers
 from cn_clip.clip.families.names import ForeignName
-from cn_clip.clip.transforms import Decode, in_8_bits
+from cn_clip.clip.transforms import Decode, draft_side, in_8_bits
 from cn_clip.clip.weights.file_kinds import what_it_is
 from cn_clip.errors import CheckpointError, ConfigError, first_sentence
 from cn_clip.extras import require
@@ -42,7 +42,7 @@ class ComposedPictures:
     @property
     def draft_size(self) -> int | None:
         """The side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole."""
-        return self.resolution if self.decode == "fast" else None
+        return draft_side(self.decode, self.resolution)
 
     def array(self, image: "Image", out: Pixels | None = None) -> Pixels:
         """Normalised pixels, float32 (3, R, R), in `out` if it is given."""
