@@ -26,7 +26,7 @@ from cn_clip.data.lmdb_store import Pair, SplitWriter
 from cn_clip.demo import emoji
 from cn_clip.errors import NotFiniteError
 from cn_clip.features.files import write_features
-from cn_clip.index import building, sources
+from cn_clip.index import jobs, sources
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import Index, open_index
 from cn_clip.retrieval.writer import IndexWriter, NewItem, open_writer
@@ -203,7 +203,7 @@ def test_second_run_opens_no_model_and_changes_nothing(
     built: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in built.rglob("*") if path.is_file() and path.name != ".lock"}
-    monkeypatch.setattr(building, "open_encoder", None)
+    monkeypatch.setattr(jobs, "open_encoder", None)
     result = command("index", "build", tmp_path / "pictures", "--output", built, *MODEL)
     assert (result["unchanged"], result["encoded"], result["reused"], result["num_items"]) == (12, 0, 0, 12)
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -332,7 +332,7 @@ def test_only_what_is_not_there_is_gone(
         return real(path, **options)
 
     (pictures / name(4)).unlink()
-    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(os, "lstat", stat)
     assert command("index", "build", pictures, "--output", built)["removed"] == [name(4)]
 
 
@@ -513,14 +513,14 @@ def test_features_take_no_place_of_pictures_and_lend_no_vector(
 def test_an_index_that_came_meanwhile_of_another_model_is_refused(
     tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictures, real = write_pictures(tmp_path / "pictures", [1]), building.open_encoder
+    pictures, real = write_pictures(tmp_path / "pictures", [1]), jobs.open_encoder
 
     def slow(*args: Any, **options: Any) -> Any:
         opened = real(*args, **options)
         with open_writer(tmp_path / "i", Manifest(ModelInfo("Other", "ffff", 256))):
             return opened
 
-    monkeypatch.setattr(building, "open_encoder", slow)
+    monkeypatch.setattr(jobs, "open_encoder", slow)
     message = refusal("index", "build", pictures, "--output", tmp_path / "i", *MODEL)
     assert "its vectors are of the model Other (ffff), not of Emoji-Tiny" in message
     assert len(open_index(tmp_path / "i")) == 0

@@ -525,11 +525,11 @@ def gone_of(result: dict[str, Any]) -> set[int]:
 
 
 def test_digests_are_made_again_without_a_model(built: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cn_clip.index import building
+    from cn_clip.index import jobs
 
     before = vectors(open_index(built))
     flip(segment(built) / "blocks.crc32", 0)
-    monkeypatch.setattr(building, "open_encoder", None)
+    monkeypatch.setattr(jobs, "open_encoder", None)
     assert command("index", "check", built, "--repair")["num_lost"] == 0
     assert vectors(open_index(built)) == before
 

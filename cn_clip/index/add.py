@@ -8,11 +8,11 @@ from typing import Annotated
 import tyro
 
 from cn_clip import command
-from cn_clip.index.options import AddOptions, IndexArgument, with_store
+from cn_clip.index.options import IndexArgument, SourceOptions, with_store
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(AddOptions):
+class Options(SourceOptions):
     """Adds what a source holds, and removes nothing; what is there already is brought up to date."""
 
     index: IndexArgument

@@ -9,13 +9,13 @@ import tyro
 
 from cn_clip import command, terminal
 from cn_clip.errors import ConfigError
-from cn_clip.index.options import AddOptions, with_store
+from cn_clip.index.options import SourceOptions, with_store
 from cn_clip.retrieval.manifest import EngineName, VectorType
 from cn_clip.retrieval.milvus_collection import SCHEME, parse_address
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(AddOptions):
+class Options(SourceOptions):
     """Makes the index hold what the source holds: a folder of pictures, an LMDB split or a feature file.
 
     Run again, it reads what is new or changed and removes what is gone. A killed run goes on where it stopped.

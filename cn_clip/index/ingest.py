@@ -18,10 +18,11 @@ from cn_clip.clip.orientation import full_size, upright
 from cn_clip.clip.pictures import decoded_batches
 from cn_clip.clip.transforms import in_8_bits, write_pixels
 from cn_clip.data.pictures import open_picture
-from cn_clip.errors import DataError, reason_of
-from cn_clip.index import facts
+from cn_clip.errors import DataError, MissingExtraError, reason_of
+from cn_clip.index import facts, skips
 from cn_clip.index.progress import Progress
-from cn_clip.index.sources import FACTS, OWN_FIELDS, TABLE_FIELDS, Candidate, Skipped, Table, row_of
+from cn_clip.index.skips import Skipped
+from cn_clip.index.sources import FACTS, OWN_FIELDS, TABLE_FIELDS, Candidate, Table, row_of
 from cn_clip.retrieval.addresses import Writer
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.writer import NewItem
@@ -168,7 +169,7 @@ class Ingest:
         encoder, size = self.encoder(), self.settings.thumbnail_size
 
         def load(number: int, out: AnyPixels) -> _Prepared | Skipped:
-            candidate = pending[number]
+            candidate, data = pending[number], b""
             try:
                 data = candidate.read()
                 digest = hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
@@ -179,9 +180,9 @@ class Ingest:
                 found = facts_of(image)
                 return _Prepared(candidate, b"", digest, False, found, thumbnail(image, size) if size else b"")
             except OSError as error:
-                return Skipped(candidate.id, f"cannot be read ({reason_of(error)})", is_gone=False)
-            except (DataError, ValueError) as error:
-                return Skipped(candidate.id, str(error))
+                return Skipped(candidate.id, f"cannot be read ({reason_of(error)})", skips.UNREADABLE, is_gone=False)
+            except (DataError, MissingExtraError, ValueError) as error:
+                return Skipped(candidate.id, str(error), skips.kind_of(error, num_bytes=len(data)))
 
         decoded = decoded_batches(
             load, range(len(pending)), encoder.room, self.settings.batch_size, self.settings.num_workers

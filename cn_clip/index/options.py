@@ -84,3 +84,12 @@ class AddOptions(ModelOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         settings.check(self, [settings.needs("image_column", "metadata", ", the table that has it", refused=True)])
+
+
+@dataclass(frozen=True)
+class SourceOptions(AddOptions):
+    """Which pictures of a source are taken."""
+
+    exclude: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Pass over what fits this pattern, such as *.gif or 旅行/草稿: a name in any folder, or a path with "/"; may be
+    given several times. @eaDir, #recycle, System Volume Information and the like always are"""

@@ -14,11 +14,12 @@ from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.digests import is_file
 from cn_clip.errors import CnClipError, ConfigError, DataError
 from cn_clip.features.files import read_features
-from cn_clip.index.building import Model, listed
 from cn_clip.index.ingest import Ingest, Settings
+from cn_clip.index.jobs import Model
 from cn_clip.index.options import AddOptions
 from cn_clip.index.progress import Progress
 from cn_clip.index.sources import PICTURE_FIELDS, TABLE_FIELDS, Candidate, is_feature_file, read_file
+from cn_clip.index.telling import listed
 from cn_clip.retrieval import inspection
 from cn_clip.retrieval.addresses import address_of
 from cn_clip.retrieval.inspection import Damage

@@ -13,8 +13,10 @@ from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_spl
 from cn_clip.data.paths import spelled, walked
 from cn_clip.data.tables import csv_rows
 from cn_clip.digests import is_file, is_folder, is_there
-from cn_clip.errors import DataError, UnreadableError, Where, is_absent
+from cn_clip.errors import ConfigError, DataError, UnreadableError, Where, is_absent
 from cn_clip.features.store import is_shard_folder
+from cn_clip.index.excludes import Excludes
+from cn_clip.index.skips import EXCLUDED, OTHER, SPECIAL, UNREADABLE, Skipped
 from cn_clip.jsonl import read_objects
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.segments import ItemId, item_line
@@ -35,19 +37,6 @@ Table: TypeAlias = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A picture that was not indexed, and why. is_gone: it does not exist; else it or its folder cannot be read now."""
-
-    id: ItemId
-    reason: str
-    is_gone: bool = True
-
-    def as_dict(self) -> dict[str, ItemId]:
-        """For --json."""
-        return {"id": self.id, "reason": self.reason}
-
-
-@dataclass(frozen=True)
 class Candidate:
     """A picture that may be added. metadata: what is known before it is read; is_dated: changes of it show there."""
 
@@ -59,12 +48,16 @@ class Candidate:
 
 @dataclass
 class Source:
-    """The pictures of a source. name: its absolute path; skipped: what was seen to be none before it was read."""
+    """The pictures of a source. name: its absolute path; skipped: what was seen to be none before it was read.
+
+    links: (id, where it leads) of the links that leave the folder, which are followed like others.
+    """
 
     name: str
     id_prefix: str = ""
     candidates: list[Candidate] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    links: list[tuple[str, str]] = field(default_factory=list)
 
 
 def is_feature_file(path: Path) -> bool:
@@ -72,10 +65,13 @@ def is_feature_file(path: Path) -> bool:
     return (path.suffix.lower() in FEATURE_SUFFIXES and is_file(path)) or is_shard_folder(path)
 
 
-def open_source(path: Path, *, id_prefix: str = "") -> Source:
-    """Raises DataError when there is nothing at `path`, or what cannot be read."""
+def open_source(path: Path, *, id_prefix: str = "", exclude: Sequence[str] = ()) -> Source:
+    """Raises DataError when there is nothing at `path`, or what cannot be read, ConfigError for faulty patterns.
+
+    exclude: names of a folder that are passed over, see `excludes`.
+    """
     try:
-        return _open(path, id_prefix)
+        return _open(path, id_prefix, exclude)
     except UnreadableError:
         raise
     except OSError as error:
@@ -87,13 +83,15 @@ def is_single_picture(path: Path) -> bool:
     return is_file(path) and not is_feature_file(path)
 
 
-def _open(path: Path, id_prefix: str) -> Source:
+def _open(path: Path, id_prefix: str, exclude: Sequence[str]) -> Source:
+    is_lmdb = is_file(path / "data.mdb")
+    if is_folder(path) and not is_lmdb and not is_split_folder(path):
+        return _folder(path.absolute(), id_prefix, Excludes(exclude))
+    refuse_excludes(path, exclude)
     if is_split_folder(path):
         return _lmdb(path / IMAGES, id_prefix)
-    if is_file(path / "data.mdb"):
+    if is_lmdb:
         return _lmdb(path, id_prefix)
-    if is_folder(path):
-        return _folder(path.absolute(), id_prefix)
     if is_there(path):
         source = Source(str(path.absolute().parent), id_prefix)
         _look_at(source, os.fspath(path.absolute()))
@@ -101,48 +99,75 @@ def _open(path: Path, id_prefix: str) -> Source:
     raise DataError("no such file or folder; expected pictures, an LMDB split or a feature file", at=path)
 
 
-def _folder(root: Path, id_prefix: str) -> Source:
-    """All below `root` in sorted order, links followed, each folder once; hidden names and indexes are passed over."""
+def refuse_excludes(path: Path, exclude: Sequence[str]) -> None:
+    """Raises ConfigError if there are any, for a source that is no folder of pictures."""
+    if exclude:
+        raise ConfigError(f"--exclude {exclude[0]}: is for folders of pictures; leave it out", at=path)
+
+
+def _folder(root: Path, id_prefix: str, excludes: Excludes) -> Source:
+    """All below `root` in sorted order, links followed, each folder once.
+
+    Hidden names, indexes and what is excluded are passed over.
+    """
     source = Source(os.fspath(root), id_prefix)
 
     def unreadable(error: OSError) -> None:
         if error.filename == os.fspath(root):
             raise error
-        source.skipped.append(
-            Skipped(_id(source, str(error.filename)), f"cannot be read ({error.strerror})", is_gone=False)
-        )
+        name, reason = _id(source, str(error.filename)), f"cannot be read ({error.strerror})"
+        source.skipped.append(Skipped(name, reason, UNREADABLE, is_gone=False))
 
     for folder, folders, names in walked(root, unreadable):
         if manifest.NAME in names and any(map(manifest.is_own, [*names, *folders])):  # an index
             folders.clear()
             continue
+        above = os.path.relpath(folder, root).replace(os.sep, "/") + "/" if folder != os.fspath(root) else ""
+        for kept, found in ((folders, list(folders)), (names, list(names))):
+            kept[:] = [name for name in found if excludes.admits(above + name, name)]
+            for name in sorted(set(found).difference(kept)):
+                source.skipped.append(Skipped(source.id_prefix + spelled(above + name), "excluded", EXCLUDED))
+        for name in folders:
+            _note_link(source, os.path.join(folder, name))
         for name in names:
             _look_at(source, os.path.join(folder, name))
     return source
+
+
+def _note_link(source: Source, path: str) -> None:
+    """Notes a link that leaves the folder of the source."""
+    if os.path.islink(path):
+        target, root = os.path.realpath(path), os.path.realpath(source.name)
+        if os.path.commonpath([target, root]) != root:
+            source.links.append((_id(source, path), target))
 
 
 def _look_at(source: Source, path: str) -> None:
     name = _id(source, path)
     suffix = suffix_of(name)
     if suffix and suffix not in PICTURE_SUFFIXES:
-        source.skipped.append(Skipped(name, "not a picture by its name"))
+        source.skipped.append(Skipped(name, "not a picture by its name", OTHER))
         return
     try:
-        facts = os.stat(path)
+        facts = os.lstat(path)
+        if stat.S_ISLNK(facts.st_mode):
+            _note_link(source, path)
+            facts = os.stat(path)
     except OSError as error:
         # A link that leads nowhere may lead to a disk that is not there now.
         is_gone = is_absent(error) and not os.path.islink(path)
-        source.skipped.append(Skipped(name, f"cannot be read ({error.strerror})", is_gone=is_gone))
+        source.skipped.append(Skipped(name, f"cannot be read ({error.strerror})", UNREADABLE, is_gone=is_gone))
         return
     if not stat.S_ISREG(facts.st_mode):
-        source.skipped.append(Skipped(name, "not a regular file"))
+        source.skipped.append(Skipped(name, "not a regular file", SPECIAL))
         return
     known = {"source": source.name, "path": path, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
     source.candidates.append(Candidate(name, known, partial(read_file, path), is_dated=True))
 
 
 def _id(source: Source, path: str) -> str:
-    return source.id_prefix + spelled(os.path.relpath(path, source.name).replace(os.sep, "/"))
+    relative = path.removeprefix(source.name).removeprefix(os.sep)
+    return source.id_prefix + spelled(relative.replace(os.sep, "/"))
 
 
 def read_file(path: str) -> bytes:

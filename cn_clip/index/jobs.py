@@ -1,0 +1,136 @@
+"""A source to bring into an index, and the index opened for it; `building` and `vectors` do the work."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cn_clip.clip.choice import DEFAULT_MODEL
+from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.opening import full_name
+from cn_clip.command import Speaker
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.index.options import AddOptions
+from cn_clip.index.searching import NEW_PICTURES, open_encoder, seen_as
+from cn_clip.retrieval import addresses
+from cn_clip.retrieval.addresses import Facts, IndexAddress, Writer
+from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, PictureFacts, VectorType
+from cn_clip.retrieval.segments import ItemId
+from cn_clip.retrieval.store import same_model
+from cn_clip.terminal import shown
+
+
+@dataclass(frozen=True)
+class Job:
+    """A source to bring into an index. index: its address; engine, vector_type: None keeps what the index has.
+
+    is_sync: the index is to hold what the source holds, and of this source nothing else. replace_source: also when that
+    is another source than the last one.
+    """
+
+    index: str
+    source: Path
+    engine: EngineName | None = None
+    vector_type: VectorType | None = None
+    id_prefix: str = ""
+    is_sync: bool = False
+    keep_missing: bool = False
+    replace_source: bool = False
+
+    @property
+    def address(self) -> IndexAddress:
+        """Raises ConfigError for a faulty address."""
+        return addresses.address_of(self.index)
+
+
+class Model:
+    """The model of an index, opened when it is first needed, and then compared with the index."""
+
+    def __init__(self, options: AddOptions, index: IndexAddress, say: Speaker) -> None:
+        self.options, self.index, self.say = options, index, say
+        self._opened: tuple[Encoder, ModelInfo] | None = None
+        self.facts: Facts | None = addresses.facts(index)
+        if self.facts and options.decode not in (None, self.pictures.decode):
+            raise ConfigError(
+                f"--decode {options.decode}: the vectors are of pictures decoded with {self.pictures.decode}, and "
+                "those of both would differ; leave --decode out",
+                at=index,
+            )
+        if self.facts and options.model and full_name(options.model) != self.facts.model.name:
+            self.encoder()
+
+    @property
+    def name(self) -> str:
+        """Of the model that is given, else of that of the index."""
+        return self.options.model or (self.facts.model.name if self.facts else "") or DEFAULT_MODEL
+
+    def encoder(self) -> Encoder:
+        """Raises ConfigError naming both models when it is not that of the index."""
+        if self._opened is None:
+            chosen = seen_as(replace(self.options.chosen, model=self.name), self.pictures)
+            self._opened = open_encoder(chosen, self.say, kinds=["image"])
+            if self.facts:
+                same_model(self.facts.model, self._opened[1], self.index)
+        return self._opened[0]
+
+    @property
+    def pictures(self) -> PictureFacts:
+        """How the pictures of the index are seen, or those of a new one are to be."""
+        if self.facts is None:
+            return replace(NEW_PICTURES, decode=self.options.decode or NEW_PICTURES.decode)
+        return self.facts.pictures or PictureFacts()
+
+    def info(self) -> ModelInfo:
+        """What the index says, or is to say, of it."""
+        if self.facts is None:
+            self.encoder()
+            assert self._opened is not None
+            return self._opened[1]
+        return self.facts.model
+
+
+@contextlib.contextmanager
+def changing(
+    job: Job, model: ModelInfo, embed_dim: int, name: str, ids: Sequence[ItemId], pictures: PictureFacts
+) -> Iterator[Writer]:
+    """The index, new or as it is, opened for changing it; at the end it notes its source and brings up its graph.
+
+    embed_dim: of the vectors to be added; name, ids: of their source; pictures: of a new index. Raises ConfigError for
+    another model, and if items of other sources are in the way, DataError for vectors of another length.
+    """
+    engine, vector_type = job.engine or "exact", job.vector_type or "float32"
+    create = Manifest(model, engine=engine, vector_type=vector_type, source=name, pictures=pictures)
+    with addresses.open_writer(job.address, create) as writer:
+        found = writer.manifest
+        if job.vector_type not in (None, found.vector_type):
+            raise ConfigError(f"holds {found.vector_type} vectors; build another index for others", at=job.address)
+        if found.model.fingerprint != model.fingerprint:
+            same_model(found.model, model, job.address)
+        if found.model.embed_dim != embed_dim:
+            raise DataError(
+                f"vectors of {embed_dim} numbers, the index {job.address} has those of "
+                f"{found.model.name or 'a model'} of {found.model.embed_dim}",
+                at=job.source,
+            )
+        wanted, before = set(ids), found.source
+        if not job.is_sync:
+            for item_id, metadata in writer.items():
+                if item_id in wanted and metadata.get("source") != name:
+                    raise ConfigError(
+                        f"has an item {shown(item_id)} of {shown(metadata.get('source', 'elsewhere'))}; "
+                        "give --id-prefix, which goes before the ids of what is added",
+                        at=job.address,
+                    )
+        elif not (job.keep_missing or job.replace_source or before in ("", name)):
+            old = {item_id for item_id, metadata in writer.items() if metadata.get("source") == before}
+            num_gone = len(old - wanted)
+            if 2 * num_gone > len(old):  # a folder that moved holds most of what it held; another would empty the index
+                raise ConfigError(
+                    f"was built from {before}, and {num_gone} of its {len(old)} items are not in {name}; "
+                    "to have both, use cn-clip index add; to have the new ones alone, give --replace-source; for a "
+                    "second index, give another --output",
+                    at=job.address,
+                )
+        yield writer
+        writer.describe(engine=job.engine, source=name if job.is_sync else writer.manifest.source)
+        writer.finish()

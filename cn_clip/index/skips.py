@@ -1,0 +1,87 @@
+"""Why files of a source are not in the index: the reasons, in the order in which they are told, and their counts."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cn_clip.errors import CnClipError, MissingExtraError
+from cn_clip.retrieval.segments import ItemId
+
+DAMAGED, EMPTY, UNREADABLE, SPECIAL = "damaged", "empty", "unreadable", "special"
+SMALL, EXCLUDED, OTHER = "small", "excluded", "other"
+# Of what a format needs that is not installed, the words go on with the name of the extra.
+WITHOUT = "without "
+# What people are told, failures before what is passed over on purpose.
+_WORDS = {
+    DAMAGED: "不能解码 / not decoded",
+    EMPTY: "空文件 / empty",
+    WITHOUT: "缺 {0} / without {0}",
+    UNREADABLE: "现在读不了 / cannot be read now",
+    SPECIAL: "不是普通文件 / not regular files",
+    SMALL: "太小 / too small",
+    EXCLUDED: "已排除 / excluded",
+    OTHER: "其他文件 / other files",
+}
+_ORDER = list(_WORDS)
+# These are as they should be: counted, but not named one by one.
+_EXPECTED = (SMALL, EXCLUDED, OTHER)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture that was not indexed, and why.
+
+    kind: one of the constants above. is_gone: it does not exist; else it or its folder cannot be read now.
+    """
+
+    id: ItemId
+    reason: str
+    kind: str
+    is_gone: bool = True
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether somebody may want to do something about it."""
+        return self.kind not in _EXPECTED
+
+    def as_dict(self) -> dict[str, ItemId]:
+        """For --json."""
+        return {"id": self.id, "reason": self.reason, "kind": self.kind}
+
+
+def kind_of(error: Exception, *, num_bytes: int) -> str:
+    """Of a picture of so many bytes that was not decoded."""
+    cause: BaseException | None = error
+    while isinstance(cause, CnClipError) and not isinstance(cause, MissingExtraError):
+        cause = cause.__cause__
+    if isinstance(cause, MissingExtraError):
+        extra = re.search(r"cn_clip\[[\w-]+\]", str(cause))
+        return WITHOUT + (extra[0] if extra else "a package")
+    return DAMAGED if num_bytes else EMPTY
+
+
+def counts(skipped: Iterable[Skipped]) -> dict[str, int]:
+    """How many for which reason, failures first."""
+    found = Counter(one.kind for one in skipped)
+    return {kind: found[kind] for kind in sorted(found, key=_position)}
+
+
+def in_order(skipped: Iterable[Skipped]) -> list[Skipped]:
+    """The failures, kind by kind."""
+    return sorted((one for one in skipped if one.is_failure), key=lambda one: _position(one.kind))
+
+
+def told(skipped: Iterable[Skipped]) -> str:
+    """`3 不能解码 / not decoded, 40 其他文件 / other files`; "" for none."""
+    return ", ".join(f"{count} {_words(kind)}" for kind, count in counts(skipped).items())
+
+
+def _position(kind: str) -> tuple[int, str]:
+    return _ORDER.index(WITHOUT if kind.startswith(WITHOUT) else kind), kind
+
+
+def _words(kind: str) -> str:
+    if kind.startswith(WITHOUT):
+        return _WORDS[WITHOUT].format(kind.removeprefix(WITHOUT))
+    return _WORDS[kind]
