@@ -1,5 +1,6 @@
 """The files of the web page as the server gives them, and the words in them; what they do is tested in a browser."""
 
+import json
 import re
 from collections.abc import Iterator
 
@@ -76,3 +77,40 @@ def test_no_file_names_an_address_elsewhere_or_holds_what_the_policy_forbids(nam
     if name.endswith(".html"):
         assert not re.search(r"\sstyle=|<style|\son\w+=|javascript:", text)
         assert not re.search(r"<script(?![^>]*\ssrc=)", text)
+
+
+def messages() -> dict[str, dict[str, str]]:
+    """What `messages.js` holds between its first lines and its last."""
+    text = TEXTS["messages.js"]
+    found: dict[str, dict[str, str]] = json.loads(text[text.index("\n{") : text.rindex("}") + 1])
+    return found
+
+
+def test_every_message_is_there_in_both_languages_with_the_same_places_to_fill() -> None:
+    for key, words in messages().items():
+        assert list(words) == ["zh", "en"], key
+        assert all(words.values()), key
+        places = [re.findall(r"\{\w*\}", one) for one in words.values()]
+        assert sorted(places[0]) == sorted(places[1]), key
+        assert re.search(r"[一-鿿]", words["zh"]) or key == "language", key
+
+
+def test_every_message_that_is_named_exists_and_none_is_left_over() -> None:
+    scripts = "".join(text for name, text in TEXTS.items() if name.endswith(".js") and name != "messages.js")
+    named = set(re.findall(r"\btext\(\s*\"([^\"]+)\"", scripts))
+    named |= set(re.findall(r'data-(?:text|label|hint)="([^"]+)"', TEXTS["index.html"]))
+    keys = set(messages())
+    assert named <= keys
+    # Names that a script puts together, such as `view.${name}`, or hands on as a string.
+    begun = tuple(re.findall(r"\btext\(`([\w.]+)\$\{", scripts))
+    handed_on = set(re.findall(r'"([a-z]+(?:\.[a-z]+)+)"', scripts))
+    assert {key for key in keys - named - handed_on if not key.startswith((*begun, "error."))} == set()
+
+
+def test_the_errors_with_words_of_their_own_are_ones_that_the_service_gives() -> None:
+    service = "".join(path.read_text(encoding="utf-8") for path in WEB.parent.glob("*.py"))
+    codes = set(re.findall(r'code="(\w+)"|"(\w+_not_allowed)"', service))
+    fields = {"query", "where", "labels", "templates"}
+    own = {"network", "other"}
+    named = {key.removeprefix("error.") for key in messages() if key.startswith("error.")}
+    assert named - fields - own <= {one or other for one, other in codes}

@@ -16,7 +16,7 @@ export async function showAbout(root, indexes) {
     ]),
   ]);
   if (indexes.length) parts.push(make("h2", { textContent: text("about.indexes") }));
-  const has = (one) => text(one ? "yes" : "no");
+  const has = (one) => text(`has.${one}`);
   for (const one of indexes) {
     parts.push(table([
       ["about.name", one.name],
