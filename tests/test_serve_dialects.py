@@ -169,3 +169,132 @@ def test_what_is_no_input_is_refused(client: httpx.Client, fields: Any, message:
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
     assert answer.json()["error"]["param"] == param
+
+
+# --- many inputs
+
+
+def test_as_many_inputs_as_openai_takes_are_answered_and_one_more_is_not(
+    client: httpx.Client, rows: dict[str, np.ndarray]
+) -> None:
+    found = embedded(client, input=["狗"] * 2000 + [{"image": BARE}] * 48)
+    np.testing.assert_allclose(found[[0, 1999]], [rows["狗"]] * 2, **TOLERANCE)
+    np.testing.assert_allclose(found[2000:], [rows["picture"]] * 48, **TOLERANCE)
+    many = client.post("/v1/embeddings", json={"model": "tiny", "input": ["狗"] * 2049})
+    assert "at most 2048 items" in many.json()["error"]["message"]
+    parts = client.post("/v1/embeddings", json={"model": "tiny", "input": [{"content": [{"text": "狗"}] * 16}] * 129})
+    assert "at most 2048 items, got 2064" in parts.json()["error"]["message"]
+
+
+# --- infinity
+
+
+def test_the_paths_of_infinity(client: httpx.Client, rows: dict[str, np.ndarray]) -> None:
+    answer = asked(client, "/embeddings", input=[URL, "狗"], model="default/not-specified", dimensions=0)
+    np.testing.assert_allclose([one["embedding"] for one in answer["data"]], [rows["picture"], rows["狗"]], **TOLERANCE)
+    assert asked(client, "/embeddings", input="狗")["model"] == "tiny"
+    assert client.post("/embeddings", json={"input": "狗", "model": "other"}).status_code == 404
+    (model,) = client.get("/models").json()["data"]
+    assert (model["id"], model["stats"]["queue_absolute"], model["stats"]["batch_size"]) == ("tiny", 0, 32)
+    assert client.get("/health").json()["unix"] > 1.7e9
+
+
+# --- Cohere
+
+
+def test_cohere_gets_its_forms_of_texts_pictures_and_mixed_inputs(
+    client: httpx.Client, rows: dict[str, np.ndarray]
+) -> None:
+    texts = asked(
+        client,
+        "/v2/embed",
+        model="tiny",
+        texts=["狗", "一只猫"],
+        input_type="search_document",
+        embedding_types=["float", "ubinary", "int8"],
+    )
+    assert (texts["texts"], texts["response_type"]) == (["狗", "一只猫"], "embeddings_by_type")
+    assert texts["meta"]["billed_units"] == {"input_tokens": 8, "images": 0}
+    expected = np.array([rows["狗"], rows["猫"]])
+    np.testing.assert_allclose(texts["embeddings"]["float"], expected, **TOLERANCE)
+    np.testing.assert_array_equal(texts["embeddings"]["ubinary"], np.packbits(expected > 0, axis=1))
+    whole = np.array(texts["embeddings"]["int8"])
+    assert np.abs(whole).max(axis=1).tolist() == [127, 127]
+    cosines = (whole * expected).sum(axis=1) / np.linalg.norm(whole, axis=1)
+    assert cosines.min() > 0.9999
+    pictures = asked(client, "/v2/embed", model="tiny", images=[URL, BARE], input_type="image")
+    np.testing.assert_allclose(pictures["embeddings"]["float"], [rows["picture"]] * 2, **TOLERANCE)
+    content = [{"type": "text", "text": "狗"}, {"type": "image_url", "image_url": {"url": URL}}]
+    both = asked(client, "/v2/embed", model="tiny", inputs=[{"content": content}])
+    np.testing.assert_allclose(both["embeddings"]["float"], [mixed(rows["狗"], rows["picture"])], **TOLERANCE)
+    bare = asked(client, "/v1/embed", model="tiny", texts=["狗"])
+    assert bare["response_type"] == "embeddings_floats"
+    np.testing.assert_allclose(bare["embeddings"], [rows["狗"]], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        ({}, "one of texts, images and inputs", "texts"),
+        ({"texts": ["狗"], "images": [URL]}, "one of texts, images and inputs", "texts"),
+        ({"images": ["http://example.com/a.png"]}, "no URL or path is read", "images[0]"),
+        ({"texts": [URL]}, "expected words", "texts[0]"),
+        ({"texts": ["狗"], "output_dimension": 7}, "cannot give 7", "dimensions"),
+        ({"texts": ["狗"], "embedding_types": ["float16"]}, "'float'", "embedding_types[0]"),
+    ],
+)
+def test_what_cohere_may_not_ask(client: httpx.Client, fields: Any, message: str, param: str) -> None:
+    answer = client.post("/v2/embed", json={"model": "tiny", **fields})
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == param
+
+
+def test_a_truncation_that_is_not_done_is_named(client: httpx.Client) -> None:
+    headers = [
+        client.post("/v2/embed", json={"model": "tiny", "texts": ["狗"], "truncate": truncate, "max_tokens": 9}).headers
+        for truncate in ("END", "NONE")
+    ]
+    assert [one[forms.IGNORED_HEADER] for one in headers] == ["max_tokens", "max_tokens, truncate"]
+
+
+# --- rerank
+
+
+def test_documents_come_by_their_cosine_with_a_text_or_a_picture(
+    client: httpx.Client, rows: dict[str, np.ndarray]
+) -> None:
+    documents = ["狗", {"text": "一只猫"}, {"image": BARE}, data_url(OTHER, "webp")]
+    matrix = np.array([rows["狗"], rows["猫"], rows["picture"], rows["other"]])
+    for query, name in (("一只猫", "猫"), ({"image": URL}, "picture")):
+        scores = matrix @ rows[name]
+        answer = asked(client, "/v1/rerank", model="tiny", query=query, documents=documents, return_documents=True)
+        order = [one["index"] for one in answer["results"]]
+        assert order == np.argsort(-scores).tolist()
+        np.testing.assert_allclose([one["relevance_score"] for one in answer["results"]], scores[order], **TOLERANCE)
+        texts = {one["index"]: one.get("document") for one in answer["results"]}
+        assert texts == {0: {"text": "狗"}, 1: {"text": "一只猫"}, 2: None, 3: None}
+    best = asked(client, "/v2/rerank", model="tiny", query="一只猫", documents=["狗", "一只猫"], top_n=1)
+    assert [set(one) for one in best["results"]] == [{"index", "relevance_score"}]
+    assert best["results"][0]["index"] == 1
+    plain = asked(
+        client, "/rerank", query="一只猫", documents=["狗", "一只猫"], return_documents=True, raw_scores=False
+    )
+    assert [one["document"] for one in plain["results"]] == ["一只猫", "狗"]
+    assert plain["usage"] == {"prompt_tokens": 13, "total_tokens": 13}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        ({"query": "猫", "documents": []}, "at least 1 item", "documents"),
+        ({"query": "猫", "documents": ["猫"] * 2048}, "at most 2048 items, got 2049", "documents"),
+        ({"query": {"image": "/etc/passwd"}, "documents": ["猫"]}, "no URL or path", "query.image"),
+        ({"query": "猫", "documents": ["猫"], "top_n": 0}, "greater than or equal to 1", "top_n"),
+    ],
+)
+def test_what_cannot_be_ranked(client: httpx.Client, fields: Any, message: str, param: str) -> None:
+    answer = client.post("/v1/rerank", json={"model": "tiny", **fields})
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == param

@@ -1,7 +1,6 @@
 """The FastAPI application: routes, errors in OpenAI's form, and the middleware around them."""
 
 import contextlib
-import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,8 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cn_clip import __version__
-from cn_clip.clip.backends.base import Rows
-from cn_clip.serve import forms
+from cn_clip.serve import dialects
 from cn_clip.serve.batching import Metrics
 from cn_clip.serve.gate import Gate, Hosts
 from cn_clip.serve.index_routes import add_index_routes
@@ -24,14 +22,11 @@ from cn_clip.serve.schemas import (
     TAG_MARK,
     ClassifyRequest,
     ClassifyResponse,
-    EmbeddingRequest,
-    EmbeddingResponse,
     ErrorResponse,
     JsonRoute,
     ModelCard,
     ModelList,
     RefusalError,
-    VectorForm,
 )
 from cn_clip.serve.service import Service
 
@@ -40,8 +35,6 @@ SUMMARY = """Vectors of pictures and Chinese text, zero-shot classification, and
 Errors have OpenAI's form. Pictures are read from the request alone, never from an address."""
 # The client left before it was answered; no client ever sees it.
 CLIENT_LEFT = 499
-# Numbers; so few are written on the event loop, for a thread and back would take longer.
-SMALL_ANSWER = 1024
 
 
 def create_app(
@@ -66,6 +59,7 @@ def create_app(
     app = FastAPI(title="cn-clip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
     app.state.service = service
+    dialects.add_routes(app, service)
     _add_model_routes(app, service)
     add_index_routes(app, service)
     _add_probes(app, runner, metrics)
@@ -78,20 +72,6 @@ def create_app(
 
 
 def _add_model_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/embeddings", response_model=EmbeddingResponse, responses=ERRORS)
-    async def embeddings(request: EmbeddingRequest) -> Response:
-        """Unit vectors of texts and pictures."""
-        rows_ND, num_tokens = await service.embed(
-            forms.embedding_inputs(request), model=request.model, dimensions=request.dimensions
-        )
-        form = request.embedding_type or request.encoding_format or "float"
-        parts = (service.runner.name, rows_ND, num_tokens, form)
-        if rows_ND.size <= SMALL_ANSWER:
-            answer = _embedding_list(*parts)
-        else:
-            answer = await service.runner.call(_embedding_list, *parts)
-        return Response(answer, media_type="application/json", headers=forms.ignored_header(request.ignored))
-
     @app.post("/v1/classify", responses=ERRORS)
     async def classify(request: ClassifyRequest) -> ClassifyResponse:
         """How probable each label is for a picture."""
@@ -189,14 +169,6 @@ def _describe(app: FastAPI) -> None:
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
-
-
-def _embedding_list(model: str, rows_ND: Rows, num_tokens: int, form: VectorForm) -> bytes:
-    """The answer as JSON. Written here, for thousands of numbers must neither be checked nor hold up the event loop."""
-    vectors = forms.written(rows_ND, form)
-    data = [{"object": "embedding", "index": position, "embedding": vector} for position, vector in enumerate(vectors)]
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    return json.dumps({"object": "list", "model": model, "data": data, "usage": usage}, ensure_ascii=False).encode()
 
 
 class Measured:

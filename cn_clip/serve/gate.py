@@ -156,7 +156,7 @@ def _network(address: str) -> str:
 # --- the gate
 
 # Probes carry no key, and name the machine as they like.
-OPEN_PATHS = ("/healthz", "/readyz")
+OPEN_PATHS = ("/healthz", "/readyz", "/health")
 # The files of the web page, which are the same for everyone: what asks for the key needs none itself.
 PAGE_PATHS, PAGE_PREFIX = ("/", "/favicon.ico"), "/page/"
 BOUNDED_PREFIX = "/v1/"

@@ -22,6 +22,8 @@ MAX_JSON_MARKS = 50_000
 # Texts of one request to /v1/classify, labels times templates, and their characters together.
 MAX_PROMPTS = 4096
 MAX_PROMPT_CHARS = 1_000_000
+# Of one request, waiting at a time; the pixels of a batch of 32 pictures take 19 MB.
+BATCHES_AT_ONCE = 4
 # Bounds that the OpenAPI document states.
 MAX_INPUTS = 2048
 MAX_TEXT_CHARS = 4096
@@ -51,8 +53,8 @@ class Limits:
     """Width times height of a picture"""
     max_request_pixels: int = 100_000_000
     """Width times height of all pictures of a request together"""
-    max_items: int = 128
-    """Pictures and texts in one request"""
+    max_items: int = MAX_INPUTS
+    """Pictures and texts in one request; of a long one, a part at a time is admitted to the queue"""
     timeout: float = 30.0
     """Seconds for reading a request, and again for answering it"""
 
@@ -68,11 +70,8 @@ class Limits:
                 f"--max-request-pixels: expected at least --max-pixels ({self.max_pixels}), "
                 f"got {self.max_request_pixels}"
             )
-        if not self.max_items <= min(self.max_queue, MAX_INPUTS):
-            raise ConfigError(
-                f"--max-items: expected at most --max-queue ({self.max_queue}) and at most {MAX_INPUTS}, "
-                f"got {self.max_items}"
-            )
+        if self.max_items > MAX_INPUTS:
+            raise ConfigError(f"--max-items: expected at most {MAX_INPUTS}, got {self.max_items}")
         if self.max_batch > self.max_queue:
             raise ConfigError(f"--max-batch: expected at most --max-queue ({self.max_queue}), got {self.max_batch}")
 
@@ -80,3 +79,8 @@ class Limits:
     def max_body_bytes(self) -> int:
         """The largest body of a request."""
         return int(self.max_body_mb * (1 << 20))
+
+    @property
+    def max_at_once(self) -> int:
+        """Pictures, and texts, of one request that wait at a time: what a few batches hold, so that others get in."""
+        return min(self.max_queue, BATCHES_AT_ONCE * self.max_batch)

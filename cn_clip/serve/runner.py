@@ -96,6 +96,11 @@ class Runner:
             raise self._not_ready()
         return self._encoder
 
+    @property
+    def num_waiting(self) -> int:
+        """Pictures and texts that are admitted and not yet done."""
+        return self._text_slots.num_taken + self._picture_slots.num_taken
+
     def check_ready(self) -> None:
         """Raises RefusalError (503) unless `is_ready`."""
         if not self.is_ready:
@@ -154,21 +159,35 @@ class Runner:
         self.check_ready()
         texts = {position: one.text for position, one in enumerate(inputs) if isinstance(one, Text)}
         pictures = {position: one for position, one in enumerate(inputs) if isinstance(one, Picture)}
-        with self._text_slots.taken(len(texts)), self._picture_slots.taken(len(pictures)):
-            to_token_ids, strings = self.encoder.texts.rows, list(texts.values())
-            is_short = sum(map(len, strings)) <= SHORT
-            token_ids = to_token_ids(strings) if is_short else await self._in_pool(to_token_ids, strings)
-            waiting = [self._texts.rows(token_ids)] if texts else []
+        most = self.limits.max_at_once
+        num_tokens = 0
+
+        async def text_rows() -> list[Rows]:
+            nonlocal num_tokens
+            rows, strings = list[Rows](), list(texts.values())
+            for start in range(0, len(strings), most):
+                token_ids = await self._token_ids(strings[start : start + most])
+                num_tokens += sum(map(len, token_ids))
+                rows += await self._texts.rows(token_ids)
+            return rows
+
+        # Of a long request, no more wait at a time than it has slots: it is never refused in the middle.
+        with self._text_slots.taken(min(len(texts), most)), self._picture_slots.taken(min(len(pictures), most)):
+            waiting = [text_rows()] if texts else []
             waiting += [self._picture_rows(list(pictures.values()))] if pictures else []
             parts = await joined(waiting)
         rows = dict(zip([*texts, *pictures], [row for part in parts for row in part], strict=True))
-        return np.stack([rows[position] for position in range(len(inputs))]), sum(map(len, token_ids))
+        return np.stack([rows[position] for position in range(len(inputs))]), num_tokens
 
     async def embed_many_texts(self, texts: Sequence[str]) -> Rows:
         """Unit rows of any number of texts, which take no more than a batch of slots in the queue at a time."""
         step = self.limits.max_batch
         parts = [await self.embed(list(map(Text, texts[start : start + step]))) for start in range(0, len(texts), step)]
         return np.concatenate([rows for rows, _ in parts])
+
+    async def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        to_token_ids, is_short = self.encoder.texts.rows, sum(map(len, texts)) <= SHORT
+        return to_token_ids(texts) if is_short else await self._in_pool(to_token_ids, texts)
 
     def _encode_token_ids(self, token_ids: Sequence[list[int]]) -> Rows | Callable[[], Rows]:
         return self._now_or_ahead(self.encoder.start_tokens(self.encoder.texts.pad(token_ids)))
@@ -193,7 +212,10 @@ class Runner:
             async with turns:
                 return await self._decoders.pixels(picture)
 
-        return await self._pictures.rows(await joined(map(pixels, files)))
+        rows, most = list[Rows](), self.limits.max_at_once
+        for start in range(0, len(files), most):
+            rows += await self._pictures.rows(await joined(map(pixels, files[start : start + most])))
+        return rows
 
     def _looked_at(self, pictures: Sequence[Picture]) -> list[EncodedPicture]:
         """The pictures, not decoded; raises RefusalError when they would have too many pixels together."""

@@ -82,18 +82,24 @@ class Service:
             self._stored[name] = zeroshot.class_vectors(np.concatenate(parts), len(labels))
 
     async def embed(
-        self, inputs: Sequence[Sequence[Text | Picture]], *, model: str | None = None, dimensions: int | None = None
+        self,
+        inputs: Sequence[Sequence[Text | Picture]],
+        *,
+        model: str | None,
+        dimensions: int | None = None,
+        field: str = "input",
     ) -> tuple[Rows, int]:
         """(a unit row (N, D) for each input, the even mixture of its parts; tokens of the texts); raises RefusalError.
 
-        dimensions: those asked for, which only may be the model's; None or 0: the model's.
+        dimensions: those asked for, which only may be the model's; None or 0: the model's. field: where the inputs came
+        in, for errors.
         """
         self.check_model(model)
         embed_dim = self.runner.encoder.embed_dim
         parts = [part for one in inputs for part in one]
         if len(parts) > self.limits.max_items:
-            message = f"input: expected at most {self.limits.max_items} items, got {len(parts)}"
-            raise RefusalError(400, message, param="input", code="too_many_items")
+            message = f"{field}: expected at most {self.limits.max_items} items, got {len(parts)}"
+            raise RefusalError(400, message, param=field, code="too_many_items")
         if dimensions not in (None, 0, embed_dim):
             message = f"dimensions: the model has {embed_dim} and cannot give {dimensions}; leave it out"
             raise RefusalError(400, message, param="dimensions", code="unsupported_value")
@@ -106,7 +112,7 @@ class Service:
                 mixed(rows_PD[end - len(one) : end], [1.0] * len(one)) for one, end in zip(inputs, ends, strict=True)
             ]
         except ConfigError as error:
-            raise RefusalError(400, f"input: {error}", param="input", code="invalid_value") from error
+            raise RefusalError(400, f"{field}: {error}", param=field, code="invalid_value") from error
         return np.stack(rows), num_tokens
 
     async def classify(self, request: ClassifyRequest) -> ClassifyResponse:
