@@ -10,7 +10,8 @@ import torch
 import torch.onnx
 from matplotlib.figure import Figure
 
-from cn_clip import ranks
+from cn_clip import ranks, zoo
+from cn_clip.training import curves
 
 # The files that take longest come first: a process that begins one of them last would work alone for a while.
 LONGEST = ("docs", "training_state", "training_resume", "tensorrt", "coreml", "serve_command", "faulty_paths", "demo")
@@ -58,7 +59,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return ranks.choose_device(request.param)
 
 
-DRAWING = Figure.savefig
+DRAWING, FILLING, TOWERS = Figure.savefig, curves.fill, zoo.model_config
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,6 +68,7 @@ def pictures_are_blank() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(shortcuts.BLANK, "1")
         patch.setattr(Figure, "savefig", shortcuts.blank)
+        patch.setattr(curves, "fill", shortcuts.undrawn)
         yield
 
 
@@ -75,6 +77,23 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves are really drawn, in this process and in those that it starts."""
     monkeypatch.delenv(shortcuts.BLANK)
     monkeypatch.setattr(Figure, "savefig", DRAWING)
+    monkeypatch.setattr(curves, "fill", FILLING)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def towers_are_small() -> Iterator[None]:
+    """Those of the pair that tests train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(shortcuts.SMALL, "1")
+        patch.setattr(zoo, "model_config", shortcuts.smaller(TOWERS))
+        yield
+
+
+@pytest.fixture
+def full_towers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pair is as large as it is, in this process and in those that it starts."""
+    monkeypatch.delenv(shortcuts.SMALL)
+    monkeypatch.setattr(zoo, "model_config", TOWERS)
 
 
 @pytest.fixture(scope="session", autouse=True)

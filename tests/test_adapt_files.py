@@ -15,7 +15,7 @@ from in_process_runs import TOWERS, build, checkpoint, emoji_split, run
 from test_training_resume import killed_in
 from torch import Tensor
 
-from cn_clip import cli
+from cn_clip import cli, zoo
 from cn_clip.checkpoints import weights
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.loading import load_from_name, open_model
@@ -28,7 +28,6 @@ from cn_clip.errors import CheckpointError, ConfigError, DownloadError
 from cn_clip.training import adapt, state
 from cn_clip.training.params import Options
 from cn_clip.training.stopping import EarlyStop
-from cn_clip.zoo import model_config
 
 pytest.importorskip("peft")
 
@@ -46,7 +45,7 @@ def base(tmp_path: Path) -> Path:
     """Weights in float16, as the published files are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = CLIP.from_config(model_config(TOWERS["vision_model"], TOWERS["text_model"]))
+        model = CLIP.from_config(zoo.model_config(TOWERS["vision_model"], TOWERS["text_model"]))
     tensors = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     path = tmp_path / "weights" / "base.pt"
     path.parent.mkdir()
@@ -188,7 +187,7 @@ def test_a_run_that_has_saved_all_weights_does_not_become_the_base_of_its_own_fi
 def test_a_base_for_pictures_of_another_size_is_refused(base: Path, tmp_path: Path) -> None:
     checkpoint = read_checkpoint(base)
     start = state.Start(base, False, str(base), with_optimizer=False, with_position=False)
-    model = CLIP.from_config(model_config(TOWERS["vision_model"], TOWERS["text_model"]))
+    model = CLIP.from_config(zoo.model_config(TOWERS["vision_model"], TOWERS["text_model"]))
     rows = model.visual.positional_embedding
     model.visual.positional_embedding = torch.nn.Parameter(torch.zeros(len(rows) + 1, rows.shape[1]))
     options = Options(train_data="x", init=str(base), lora_rank=2, save_adapters=True)
@@ -207,7 +206,7 @@ def test_every_command_on_checkpoints_reads_them(
     capsys.readouterr()
     found = call(capsys, "info", path)
     assert found["base"] == checkpoint(tmp_path)["base"]
-    assert (found["vision_model"], found["text_model"]) == ("ViT-Tiny-64", "BERT-Tiny-chinese")
+    assert {found["vision_model"], found["text_model"]} == {None}  # the small pair, see shortcuts.py, has no names
     assert found["weight_bytes"] < found["bytes"]
     cli.main(["checkpoint", "info", str(path)])
     assert f"adapters of {base.resolve()} ({found['base']['fingerprint']})" in capsys.readouterr().out

@@ -74,7 +74,7 @@ def test_info_tells_what_a_training_checkpoint_holds(tmp_path: Path, capsys: pyt
 
 
 def test_info_names_the_towers_and_the_share_of_the_optimizer(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, full_towers: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = zoo.model_config("ViT-Tiny-64", "BERT-Tiny-chinese")
     torch.save({"state_dict": CLIP.from_config(config).state_dict()}, tmp_path / "plain.pt")
@@ -269,7 +269,7 @@ def read(path: Path) -> CLIP:
 
 
 def test_export_is_read_back_bit_for_bit_and_says_what_it_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, full_towers: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = CLIP.from_config(zoo.model_config("ViT-Tiny-64", "BERT-Tiny-chinese"))
     content = {"epoch": 2, "step": 9, "name": "表情", "state_dict": model.state_dict()}

@@ -11,10 +11,10 @@ from onnx import external_data_helper
 from onnx_towers import write_tower
 from tiny_models import TOKENS, tiny_model, tiny_pixels
 
+from cn_clip import zoo
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.model import CLIP
 from cn_clip.deploy import benchmark_utils, pytorch_to_coreml, pytorch_to_onnx, speed_benchmark
-from cn_clip.zoo import model_config
 
 
 def test_timings_are_printed_in_milliseconds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,8 +50,8 @@ def test_many_files_of_weights_become_one(tmp_path: Path) -> None:
     np.testing.assert_array_equal(OnnxTower(path, "image", device="cpu").run(pixels), expected)
 
 
-def test_the_model_of_the_speed_test_is_ready_in_its_precision(tmp_path: Path) -> None:
-    model = CLIP.from_config(model_config("ViT-Tiny-64", "BERT-Tiny-chinese"))
+def test_the_model_of_the_speed_test_is_ready_in_its_precision(tmp_path: Path, full_towers: None) -> None:
+    model = CLIP.from_config(zoo.model_config("ViT-Tiny-64", "BERT-Tiny-chinese"))
     torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pt")
     args = SimpleNamespace(model_arch="ViT-Tiny-64", pytorch_ckpt=str(tmp_path / "model.pt"), device="cpu")
     for args.pytorch_precision, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):

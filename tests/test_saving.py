@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -387,7 +386,7 @@ def started(python: str, split: Path, logs: Path) -> "subprocess.Popen[str]":
 @pytest.mark.parametrize("seed", range(2))
 def test_a_kill_while_a_file_is_written_leaves_the_old_or_the_new_one(seed: int, split: Path, tmp_path: Path) -> None:
     rng, folder = random.Random(seed), tmp_path / "x/checkpoints"
-    with started(sys.executable, split, tmp_path) as process:
+    with started(warm_python.program(), split, tmp_path) as process:
         while not (folder / "epoch_latest.pt").exists():
             assert process.poll() is None, process.stderr
             time.sleep(0.01)

@@ -4,12 +4,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_python
 from test_distributed import torchrun
 from training_runs import ROOT, TINY, load, losses, small_lmdb, train
 
@@ -18,6 +18,14 @@ FLAGS = ["--batch-size=4", "--accum-freq=2", "--max-epochs=4", "--valid-batch-si
 FLAGS += ["--use-augment", "--num-workers=1", "--save-step-frequency=1", "--name=run"]
 FLAGS += ["--save-epoch-frequency=-1", "--keep-checkpoints=2", "--valid-step-interval=5"]
 NUM_STEPS = 12
+
+
+WITH_LITTLE_ROOM = """
+import resource, sys
+from cn_clip.training.main import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+main(sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,13 @@ def whole(lmdb: Path, tmp_path_factory: pytest.TempPathFactory) -> "tuple[Path, 
 
 def stopped_after(step: int, number: signal.Signals, lmdb: Path, logs: Path, *more: str) -> tuple[int, str]:
     """Exit status and log of a run whose processes all get a signal once it has logged this step."""
-    command = [sys.executable, "cn_clip/training/main.py", f"--train-data={lmdb / 'train'}", f"--logs={logs}", *TINY]
+    command = [
+        warm_python.program(),
+        "cn_clip/training/main.py",
+        f"--train-data={lmdb / 'train'}",
+        f"--logs={logs}",
+        *TINY,
+    ]
     command += [f"--val-data={lmdb / 'valid'}", *FLAGS, *more]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     lines = []
@@ -130,8 +144,8 @@ def test_a_full_disk_leaves_the_earlier_file_and_says_what_helps(
     before = (whole[0] / "epoch_4_12.pt").read_bytes()
     (folder / "epoch_latest.pt").write_bytes(before)
     flags = [f"--train-data={lmdb / 'train'}", f"--logs={tmp_path}", *TINY, *FLAGS, "--max-epochs=5"]
-    limited = ["bash", "-c", 'ulimit -f 2000; exec "$@"', "bash", sys.executable, "cn_clip/training/main.py", *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    limited = [warm_python.program(), "-c", WITH_LITTLE_ROOM, *flags]
     result = subprocess.run(limited, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stderr
     assert "could not be written" in result.stderr

@@ -1,7 +1,8 @@
 """A stand-in for `python` whose processes start with PyTorch imported: for tests that run many commands.
 
 Each command is a process of its own, forked from one that has imported what takes seconds, with the arguments, folder,
-environment and standard streams of the caller. `program()` is the path of an executable that is used like python:
+environment and standard streams of the caller; started in a new session, it has a group of its own, which gets the
+signals. `program()` is the path of an executable that is used like python:
 `python FILE`, `python -m MODULE` or `python -c CODE`, with or without `-u`; any other use starts a real one. A test of
 start-up itself, of encodings or of what a command imports needs a real one, which is `sys.executable`.
 """
@@ -56,7 +57,8 @@ if sys.argv[1:2] == ["-u"]:
     del sys.argv[1]
 if len(sys.argv) < 2 or sys.argv[1].startswith("-") and sys.argv[1] not in ("-m", "-c"):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
-request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode("utf-8", "surrogateescape")
+leads = os.getsid(0) == os.getpid()
+request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ), leads]).encode("utf-8", "surrogateescape")
 line = socket.socket(socket.AF_UNIX)
 line.connect({address!r})
 line.sendmsg([struct.pack("!I", len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
@@ -95,8 +97,8 @@ def stop(server: "subprocess.Popen[bytes]", folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def receive(line: socket.socket) -> "tuple[list[str], str, dict[str, str]]":
-    """What the client asks for; its standard streams become those of this process."""
+def receive(line: socket.socket) -> "tuple[list[str], str, dict[str, str], bool]":
+    """What the client asks for, and whether it leads a session; its standard streams become those of this process."""
     head, descriptors, _, _ = socket.recv_fds(line, 4, 3)
     size, request = int.from_bytes(head, "big"), b""
     while len(request) < size:
@@ -104,8 +106,8 @@ def receive(line: socket.socket) -> "tuple[list[str], str, dict[str, str]]":
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    arguments, folder, environment = json.loads(request.decode("utf-8", "surrogateescape"))
-    return arguments, folder, environment
+    arguments, folder, environment, leads = json.loads(request.decode("utf-8", "surrogateescape"))
+    return arguments, folder, environment, leads
 
 
 def start(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
@@ -113,10 +115,10 @@ def start(arguments: list[str], folder: str, environment: dict[str, str]) -> Non
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    shortcuts.install()
     if environment.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.path[1:1] = [os.path.abspath(one) for one in environment.get("PYTHONPATH", "").split(os.pathsep) if one]
+    shortcuts.install()
     if arguments[0] == "-m":
         sys.argv, sys.path[0] = arguments[1:], folder
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
@@ -154,12 +156,13 @@ def ending(run: Callable[[], None]) -> NoReturn:
     os._exit(status & 0xFF)
 
 
-def watch(line: socket.socket, child: int) -> None:
+def watch(line: socket.socket, child: int, leads: bool) -> None:
     """Hands signals on to the child and says to the client how it ended; kills it if the client is gone before that."""
+    send = os.killpg if leads else os.kill
     descriptor = os.pidfd_open(child)
     while descriptor not in select.select([line, descriptor], [], [])[0]:
         numbers = line.recv(1)
-        os.kill(child, numbers[0] if numbers else signal.SIGKILL)
+        send(child, numbers[0] if numbers else signal.SIGKILL)
         if not numbers:
             break
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -180,12 +183,14 @@ def serve(address: str) -> "tuple[list[str], str, dict[str, str]]":
         if os.fork() == 0:
             listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            asked = receive(line)
+            *asked, leads = receive(line)
             child = os.fork()
+            if leads:
+                os.setpgid(child, child)  # both do, so that it has one before either goes on
             if child == 0:
                 line.close()
                 return asked
-            watch(line, child)
+            watch(line, child, leads)
             os._exit(0)
         line.close()
     os._exit(0)
