@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cn_clip.errors import ConfigError
-from cn_clip.retrieval.query import ItemTable, mixed, parse_condition
+from cn_clip.retrieval.conditions import fields_of, parse_condition
+from cn_clip.retrieval.query import ItemTable, mixed
 
 ITEM: dict[str, Any] = {
     "group": "动物",
@@ -81,18 +82,134 @@ def test_conditions(condition: str, admits: bool | None) -> None:
         with pytest.raises(ConfigError, match=r"^where: "):
             parse_condition(condition)
     else:
-        assert parse_condition(condition).admits(ITEM) is admits
+        assert parse_condition(condition).admits("旅行/2021/IMG_1.jpg", ITEM) is admits
 
 
 def test_quotes_hold_anything_and_backslashes_free_what_follows() -> None:
-    assert parse_condition(r'name="a \"b\" \\ c" x=1').terms[0].values == (r'a "b" \ c',)
+    assert parse_condition(r'name="a \"b\" \\ c" x=1').admits("", {"name": r'a "b" \ c', "x": 1})
 
 
-def test_refusal_shows_where_and_what_was_expected() -> None:
+@pytest.mark.parametrize(
+    ("condition", "sentence"),
+    [
+        ("group=动物 year>", "character 15: expected a value after >; found the end in 'group=动物 year>'"),
+        ("a=1 or", "character 7: expected a condition such as group=动物 .*; found the end in 'a=1 or'"),
+        ("  (a=1 b=2", "character 11: expected and, or, another condition or the closing bracket \\); found the end"),
+        ("a=1) b=2", "character 4: expected and, or, another condition or the end; found '\\) b=2'"),
+        ("a=1 或 b", "character 7: expected a condition such as .*; found 'b'"),
+        ("()", "character 2: expected a condition such as .*; found '\\)'"),
+        ("a<1,2", "character 5: expected one value, for < takes no more; found '2'"),
+        (
+            "a=x=1",
+            "character 4: expected a blank after the value of a; values of other signs stand in quotes; found '=1'",
+        ),
+        (33 * "(" + "a=1" + 33 * ")", "character 33: expected brackets and not in at most 32 levels"),
+        (40 * "not " + "a=1", "character 129: expected brackets and not in at most 32 levels"),
+        (" ", "is empty; expected a condition such as group=动物"),
+    ],
+)
+def test_refusal_shows_where_and_what_was_expected(condition: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^where: {sentence}"):
+        parse_condition(condition)
+
+
+def test_brackets_may_be_as_deep_as_is_said() -> None:
+    assert parse_condition(32 * "(" + "a=1" + 32 * ")").admits("", {"a": 1})
+
+
+PHOTO = {"date": "2021-05-31T23:59:59", "camera": "Apple iPhone 13", "folder": "旅行/2021", "价格(元)": 5, "or": 1}
+
+
+@pytest.mark.parametrize(
+    ("condition", "admits"),
+    [
+        # a date without its end is all of that time
+        ("date=2021", True),
+        ("date=2021-05", True),
+        ("date=2021-5", True),
+        ("date=2021/05/31", True),
+        ("date=2021-05-31T23", True),
+        ("date=2021-05-31T23:59:59", True),
+        ("date=2020", False),
+        ("date=2021-06", False),
+        ("date!=2021", False),
+        ("date>=2021-05", True),
+        ("date>2021-05", False),
+        ("date>2021", False),
+        ("date<=2021", True),
+        ("date<=2021-05-31", True),
+        ("date<=2021-05-30", False),
+        ("date<2022", True),
+        ("date<2021-05", False),
+        ("date<2021-06", True),
+        ("date=2021-05..2021-08", True),
+        ("date=2020..2021", True),
+        ("date=2021-06..2021-08", False),
+        ("date=2019,2021-01..2021-05", True),
+        ("date!=2021-05..2021-08", False),
+        ('date="2021"', False),  # in quotes it is text
+        ('date~"2021-05"', True),
+        # contains
+        ("path~旅行", True),
+        ("path~img", True),
+        ("path~ＩＭＧ", True),
+        ("path!~img", False),
+        ("path!~png", True),
+        ("id~2022,2021", True),
+        ("id=旅行/2021/IMG_1.jpg", True),
+        ("id=IMG_1.jpg", False),
+        ("path!=旅行/2021/IMG_1.jpg", False),
+        ("camera~iphone", True),
+        ("camera~'PHONE 13'", True),
+        ("价格(元)>=5", True),
+        ("价格(元)=1..4", False),
+        ("价格(元)=5..9", True),
+        # and, or, not, brackets
+        ("date=2020 or camera~apple", True),
+        ("date=2020 或 camera~apple", True),
+        ("date=2020 and camera~apple", False),
+        ("date=2020 且 camera~apple", False),
+        ("not date=2020", True),
+        ("非 date=2021", False),
+        ("NOT date=2021 OR camera~apple", True),
+        ("not (date=2021 or camera~apple)", False),
+        ("not(date=2020)", True),
+        ("date=2021 or date=2021 camera~nikon", True),
+        ("(date=2021 or date=2020) camera~nikon", False),
+        ("（date=2020 或 date=2021）camera~apple", True),
+        ("not date=2020 camera~nikon", False),
+        ("not not date=2021", True),
+        ("or=1", True),
+        ("or = 1 or or=2", True),
+        ("not or=1", False),
+        # brackets in values
+        ("folder=旅行(1)", False),
+        ("(folder=旅行/2021)", True),
+        ("folder~(1) or folder~行", True),
+    ],
+)
+def test_conditions_on_photos(condition: str, admits: bool) -> None:
+    assert parse_condition(condition).admits("旅行/2021/IMG_1.jpg", PHOTO) is admits
+
+
+def test_names_with_accents_are_found_as_a_mac_writes_them() -> None:
+    assert parse_condition("path~CAFÉ").admits("cafe\u0301.jpg", {})
+
+
+def test_an_id_of_a_table_goes_before_that_of_the_item() -> None:
+    assert parse_condition("id=7 path=a").admits("a", {"id": 7, "path": "/photos/a"})
+    table = ItemTable([(0, "a", {"id": 7, "path": "/b"}), (1, "b", {})], np.array([True, True]))
+    for condition, mask in (("id=7", [True, False]), ("id=b", [False, True]), ("path=a,b", [True, True])):
+        assert table.mask(parse_condition(condition)).tolist() == mask
+
+
+def test_a_field_that_no_item_has_is_refused_with_the_nearest() -> None:
+    table = ItemTable([(0, "a", {"camera": "x", "date": "2021"})], np.array([True]))
     with pytest.raises(
-        ConfigError, match=r"where: 'year>' is no condition; expected terms such as group=动物 year>=2020"
+        ConfigError,
+        match=r"^where: no item has the field 'kamera'; did you mean 'camera'\? there are: camera, date, id, path$",
     ):
-        parse_condition("group=动物 year>")
+        table.mask(parse_condition("date=2021 or not kamera=x"))
 
 
 def test_long_conditions_are_refused() -> None:
@@ -107,18 +224,22 @@ def test_wild_text_is_parsed_or_refused(text: str, value: str) -> None:
             parsed = parse_condition(condition)
         except ConfigError:
             continue
-        assert parsed.admits({"a": value, "b": [value]}) in (True, False)
+        assert parsed.admits(text, {"a": value, "b": [value]}) in (True, False)
 
 
 @given(st.text())
 def test_any_text_can_be_asked_for_in_quotes(value: str) -> None:
     quoted = value.replace("\\", "\\\\").replace('"', '\\"')
     if value:
-        assert parse_condition(f'a="{quoted}"').admits({"a": value})
+        assert parse_condition(f'a="{quoted}"').admits("", {"a": value})
+        assert parse_condition(f'not a!~"{quoted}"').admits("", {"a": f"x{value}y"})
 
 
 VALUES = st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([1.0, -0.5, "1", "1.0", "甲", "true", ""])
-METADATA = st.dictionaries(st.sampled_from("abc"), VALUES | st.lists(VALUES, max_size=3) | st.just({"a": 1}))
+HELD = VALUES | st.sampled_from(["2021-05-03", "2021-05", "2020-12-31 10:00"])
+METADATA = st.dictionaries(
+    st.sampled_from(["a", "b", "c", "id", "path"]), HELD | st.lists(HELD, max_size=3) | st.just({"a": 1})
+)
 TERMS = st.sampled_from(
     [
         "a=1",
@@ -130,26 +251,54 @@ TERMS = st.sampled_from(
         "b=true",
         "a=1,甲",
         "c!=1,2",
-        "c=0 a!=-0.5",
         'b="1.0"',
-        "a=1.0 b>0",
+        "a~2021",
+        "b!~1",
+        "a=2021",
+        "b<=2021-05",
+        "c=2020..2021",
+        "c=0..2",
+        "id~id1",
+        "id=1",
+        "path=id0,id2",
+        "path!~3",
     ]
+)
+CONDITIONS = st.recursive(
+    TERMS,
+    lambda one: (
+        st.tuples(one, st.sampled_from([" ", " and ", " or ", " 或 "]), one).map(lambda three: f"({''.join(three)})")
+        | one.map(lambda text: f"not {text}")
+    ),
+    max_leaves=6,
 )
 
 
-@given(st.lists(st.tuples(METADATA, st.booleans()), max_size=12), TERMS)
+@given(st.lists(st.tuples(METADATA, st.booleans()), max_size=12), CONDITIONS)
 def test_columns_answer_as_each_item_by_itself_would(rows: list[tuple[dict[str, Any], bool]], where: str) -> None:
     alive = np.array([is_alive for _, is_alive in rows], dtype=np.bool_)
     items = [(row, f"id{row}", metadata) for row, (metadata, is_alive) in enumerate(rows) if is_alive]
     table, condition = ItemTable(items, alive), parse_condition(where)
     assert table.positions == {f"id{row}": row for row, _, _ in items}
-    known = {field for _, _, metadata in items for field in metadata}
+    known = {field for _, item_id, metadata in items for field in fields_of(item_id, metadata)}
     if known and not condition.fields <= known:
         with pytest.raises(ConfigError, match="no item has the field"):
             table.mask(condition)
     else:
-        expected = [is_alive and condition.admits(metadata) for metadata, is_alive in rows]
+        expected = [is_alive and condition.admits(f"id{row}", one) for row, (one, is_alive) in enumerate(rows)]
         assert table.mask(condition).tolist() == expected
+
+
+@given(CONDITIONS, CONDITIONS, METADATA)
+def test_not_and_or_mean_what_they_say(one: str, other: str, metadata: dict[str, Any]) -> None:
+    a, b = (parse_condition(text).admits("id1", metadata) for text in (one, other))
+    for text, expected in (
+        (f"not {one} {other}", not a and b),
+        (f"{one} or not {other}", a or not b),
+        (f"{one} {other} or not {one}", (a and b) or not a),
+        (f"not ({one} or {other})", not (a or b)),
+    ):
+        assert parse_condition(text).admits("id1", metadata) is expected
 
 
 def test_a_mixed_query_is_the_unit_vector_of_the_weighted_sum() -> None:

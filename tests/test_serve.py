@@ -329,7 +329,7 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
     "k as truth": (find(k=True), 400, "valid integer", "k"),
     "NaN": (find(min_score=float("nan")), 400, "finite number", "min_score"),
     "an infinite weight": (find(query=[{"text": "猫", "weight": float("inf")}]), 400, "finite", "query[0].weight"),
-    "a faulty condition": (find(where="a=="), 400, "is no condition", "where"),
+    "a faulty condition": (find(where="a=="), 400, "where: character 3: expected a value after =", "where"),
     "an unknown id": (find(query={"id": "x"}), 404, "no item 'x'", "id"),
     "an id of 30 digits": (find(query={"id": 10**30}), 404, "no item", "id"),
     "two in one": (find(query={"id": 1, "text": "猫"}), 400, "one of text, image and id", "query"),

@@ -25,7 +25,7 @@ class Options:
     ids: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="ID")] = ()
     """Items to remove"""
     where: str | None = None
-    """Condition on metadata, such as group=动物"""
+    """Condition on items, as for search, such as "date<2015 or path~截图\""""
     all: bool = False
     """Remove every item, if --where fits every item"""
     json: Json = False
@@ -37,10 +37,10 @@ class Options:
 
 def run(options: Options) -> None:
     """Removes; raises DataError, with nothing removed, for an id that is not there."""
-    from cn_clip.retrieval import addresses, query
+    from cn_clip.retrieval import addresses, conditions
 
     say = command.Speaker(quiet=options.json)
-    condition = query.parse_condition(options.where) if options.where is not None else None
+    condition = conditions.parse_condition(options.where) if options.where is not None else None
     with addresses.open_writer(addresses.address_of(options.index)) as writer:
         by_name = {str(item_id): item_id for item_id, _ in writer.items()}
         names = [name if name in by_name else readable(name) for name in options.ids]
@@ -49,8 +49,8 @@ def run(options: Options) -> None:
             raise DataError(f"has no item {shown(absent[0])!r}; nothing was removed", at=options.index)
         chosen = [by_name[name] for name in dict.fromkeys(names)]
         if condition is not None:
-            condition.check_fields({field for _, metadata in writer.items() for field in metadata})
-            fitting = [item_id for item_id, metadata in writer.items() if condition.admits(metadata)]
+            condition.check_fields({field for item in writer.items() for field in conditions.fields_of(*item)})
+            fitting = [item_id for item_id, metadata in writer.items() if condition.admits(item_id, metadata)]
             if fitting and len(fitting) == len(writer) and not options.all:
                 raise ConfigError(
                     f"--where {options.where}: fits all {len(writer)} items, so nothing was removed; to remove them "

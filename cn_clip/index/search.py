@@ -31,7 +31,7 @@ class Options(ModelOptions):
     min_score: float | None = None
     """Least score (cosine)"""
     where: str | None = None
-    """Condition on metadata, such as "group=动物 year>=2020"; values joined by commas: one of them"""
+    """Condition on items, such as "date=2021-05 path~旅行" or "group=动物,植物 (width>=800 or not camera~Apple)\""""
     grid: str | None = None
     """Draw the results into this PNG file"""
 

@@ -26,8 +26,9 @@ from cn_clip.data.paths import readable
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval.addresses import Searchable, address_of, item_called, open_index
+from cn_clip.retrieval.conditions import parse_condition
 from cn_clip.retrieval.manifest import ModelInfo, PictureFacts
-from cn_clip.retrieval.query import mixed, parse_condition
+from cn_clip.retrieval.query import mixed
 from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import Hit, same_model
 from cn_clip.terminal import shown

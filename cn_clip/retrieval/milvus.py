@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.retrieval.conditions import Condition, fields_of, parse_condition
 from cn_clip.retrieval.engines import OVERFETCH
 from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, PictureFacts
 from cn_clip.retrieval.milvus_collection import KEY_BYTES, LARGEST_TEXT, WINDOW, Address, Collection, Facts, Fields
-from cn_clip.retrieval.query import Condition, parse_condition
 from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import Hit, check_bounds, checked_queries
 from cn_clip.retrieval.writer import NewItem, checked_lines
@@ -100,8 +100,8 @@ class MilvusIndex:
         queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.address)
         condition = parse_condition(where) if where is not None else None
         if condition is not None and not condition.fields <= self._seen_fields:
-            for _, metadata in self.items():  # until each field was seen, now or by a condition before
-                self._seen_fields.update(metadata)
+            for item in self.items():  # until each field was seen, now or by a condition before
+                self._seen_fields.update(fields_of(*item))
                 if condition.fields <= self._seen_fields:
                     break
             condition.check_fields(self._seen_fields)
@@ -193,7 +193,7 @@ class MilvusIndex:
     ) -> list[_Row]:
         """The k best that fit: of `rows`, or, where these are too few, of more and at last of all."""
         while True:
-            fitting = [row for row in rows if condition is None or condition.admits(row.metadata)]
+            fitting = [row for row in rows if condition is None or condition.admits(row.id, row.metadata)]
             best, is_all = _first(fitting, k), len(rows) < limit and len(rows) >= len(self)
             # Others may score like the last of the candidates, and come first.
             if is_all or (len(best) == k and best[-1].score > min(row.score for row in rows)):
@@ -205,7 +205,7 @@ class MilvusIndex:
         keys = [
             row["key"]
             for row in self._collection.scan(["key", "item"])
-            if condition is None or condition.admits(_parsed(row, self.address)[1])
+            if condition is None or condition.admits(*_parsed(row, self.address))
         ]
         best = []
         for start in range(0, len(keys), LARGEST_LIMIT):

@@ -22,10 +22,11 @@ import numpy as np
 
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval import listing, manifest
+from cn_clip.retrieval.conditions import parse_condition
 from cn_clip.retrieval.engines import WITHOUT_GRAPH, Engine, ExactEngine, GraphEngine, Mask, Rows, open_graph
 from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import Manifest, ModelInfo, PictureFacts
-from cn_clip.retrieval.query import ItemTable, parse_condition
+from cn_clip.retrieval.query import ItemTable
 from cn_clip.retrieval.segments import FloatArray, IntArray, ItemId, Segment
 
 __all__ = ["Hit", "Index", "ItemId", "ModelInfo", "open_index"]
@@ -176,7 +177,7 @@ class Index:
     ) -> list[list[Hit]]:
         """The up to k best items of each query, best first, equal scores in order of insertion.
 
-        vectors_QD: finite float32. where: a condition on metadata, see `query.parse_condition`. min_score: least score.
+        vectors_QD: finite float32. where: a condition, see `conditions.parse_condition`. min_score: least score.
         offset: so many of the best are left out.
         Raises ConfigError for k below 1 or no integer, a min_score of NaN, a faulty condition or one on a field that
         no item has, DataError for vectors of another shape or type.

@@ -21,7 +21,7 @@ from cn_clip.serve.schemas import RefusalError
 # --- metadata
 
 # How the commands find an item again: these say where it lies on this machine.
-BOOKKEEPING = frozenset({"source", "path", "size", "mtime_ns", "digest"})
+BOOKKEEPING = frozenset({"source", "path", "size", "mtime_ns", "digest", "table_fields"})
 
 
 def told(metadata: Mapping[str, Any], *, all_of_it: bool) -> dict[str, Any]:

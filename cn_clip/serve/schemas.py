@@ -368,7 +368,7 @@ class SearchRequest(_Strict):
     offset: Annotated[int, Field(strict=True, ge=0, le=MAX_OFFSET)] = 0
     min_score: Annotated[Number, Field(ge=-1, le=1)] | None = None
     where: Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)] | None = Field(
-        None, description="A condition on metadata, such as group=动物 year>=2020"
+        None, description="A condition on items, such as (group=动物 or path~旅行) date>=2021-05"
     )
     metadata: Annotated[
         Literal["shown", "all"],

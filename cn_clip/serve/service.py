@@ -227,7 +227,7 @@ class Service:
             count=len(index),
             generation=getattr(index, "generation", None),
             fields=[field for field in index.fields if field not in items.BOOKKEEPING],
-            has_originals=self.with_originals and "path" in index.fields,
+            has_originals=self.with_originals and "mtime_ns" in index.fields,  # any item is of a file
             has_thumbnails=index.has_thumbnails,
             orders=list(index.orders),
         )
