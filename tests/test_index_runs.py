@@ -1,5 +1,6 @@
 """How a run of `cn-clip index build` goes on: what it says first, when it commits, what ends it, what it skips."""
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -7,16 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_index_commands import EMOJI, MODEL, Command, command, name, write_pictures
 
 from cn_clip import cli
 from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.demo import emoji
 from cn_clip.errors import ConfigError, DataError, MissingExtraError
-from cn_clip.index import ingest, skips
+from cn_clip.index import ingest, jobs, skips, sources
 from cn_clip.index.excludes import Excludes
+from cn_clip.index.failures import Failures
+from cn_clip.retrieval import manifest
+from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import open_index
+from cn_clip.retrieval.writer import NewItem, open_writer
 
 __all__ = ["command"]
 
@@ -215,3 +222,136 @@ def test_links_that_leave_the_folder_are_followed_and_told(
     ) in capsys.readouterr().out
     result = command(*args, "--exclude", "x", "--exclude", "d.png")
     assert (result["num_items"], result["links_outside"]) == (3, [])
+
+
+# --- what failed once
+
+
+@pytest.fixture
+def damaged(tmp_path: Path, command: Command) -> tuple[object, ...]:
+    """The command that has built an index of a folder with two pictures and three files that are none."""
+    folder = pictures_at(tmp_path / "pictures", "a.png", "b.png")
+    for number in range(3):
+        (folder / f"bad{number}.jpg").write_bytes(b"no picture" * number)
+    args = ("index", "build", folder, "--output", tmp_path / "i", *MODEL)
+    assert command(*args)["remembered"] == 0
+    return args
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are read from now on."""
+    names, read_file = list[str](), sources.read_file
+
+    def noted(path: str) -> bytes:
+        names.append(Path(path).name)
+        return read_file(path)
+
+    monkeypatch.setattr(sources, "read_file", noted)
+    return names
+
+
+def test_what_did_not_decode_is_not_read_again_until_it_changes(
+    tmp_path: Path,
+    command: Command,
+    damaged: tuple[object, ...],
+    read: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = (tmp_path / "i" / "manifest.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "open_encoder", None)
+        result = command(*damaged)
+        assert (result["remembered"], result["skipped_by_reason"]) == (3, {"damaged": 2, "empty": 1})
+        cli.main([*map(str, damaged)])
+    assert "1 空文件 / empty（3 个与上次一样，未再读 / as before, not read again: 3）" in capsys.readouterr().out
+    assert read == []
+    assert (tmp_path / "i" / "manifest.json").read_bytes() == before
+    os.utime(tmp_path / "pictures" / "bad1.jpg", (1, 1))
+    assert command(*damaged)["remembered"] == 2
+    assert read == ["bad1.jpg"]
+    (tmp_path / "pictures" / "bad2.jpg").write_bytes(emoji.png(EMOJI[9]))
+    result = command(*damaged)
+    assert (result["remembered"], result["encoded"], result["num_items"]) == (2, 1, 3)
+    (tmp_path / "pictures" / "bad1.jpg").unlink()
+    assert command(*damaged)["remembered"] == 1
+    assert list(Failures(next((tmp_path / "i").glob("notes-*")).read_bytes())._of_path) == [
+        str(tmp_path / "pictures" / "bad0.jpg")
+    ]
+
+
+def test_retry_and_another_decoder_read_again(
+    command: Command, damaged: tuple[object, ...], read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = [f"bad{number}.jpg" for number in range(3)]
+    assert command(*damaged, "--retry")["remembered"] == 0
+    assert sorted(read) == bad
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99" if name == "Pillow" else version(name))
+    read.clear()
+    assert command(*damaged)["remembered"] == 0
+    assert sorted(read) == bad
+    assert command(*damaged)["remembered"] == 3
+
+
+def test_check_finds_damaged_notes_and_repair_goes_on_without(
+    tmp_path: Path, command: Command, damaged: tuple[object, ...], read: list[str]
+) -> None:
+    notes = next((tmp_path / "i").glob("notes-*"))
+    notes.write_bytes(notes.read_bytes().replace(b"empty", b"Empty"))
+    found = [{"path": notes.name, "reason": "its bytes have changed"}]
+    assert command("index", "check", tmp_path / "i", status=1)["damaged"] == found
+    result = command("index", "check", tmp_path / "i", "--repair")
+    assert (result["remaining"], result["num_items"]) == ([], 2)
+    assert read == []
+    assert (command(*damaged)["remembered"], sorted(read)) == (0, ["bad0.jpg", "bad1.jpg", "bad2.jpg"])
+    next((tmp_path / "i").glob("notes-*")).unlink()
+    assert command(*damaged)["remembered"] == 0
+    assert command("index", "check", tmp_path / "i")["damaged"] == []
+
+
+def test_notes_count_with_the_generation_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_writer(tmp_path / "i", Manifest(ModelInfo("m", "f", 2))) as writer:
+        writer.commit(notes=b"1\n")
+
+        def killed(*_: object) -> Manifest:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest, "write", killed)
+            with pytest.raises(KeyboardInterrupt):
+                writer.commit(notes=b"2\n")
+    with open_writer(tmp_path / "i") as writer:
+        assert (writer.notes(), len(list((tmp_path / "i").glob("notes-*")))) == (b"1\n", 1)
+        writer.commit([NewItem("a", np.ones(2, dtype=np.float32))])
+        assert writer.notes() == b"1\n"
+        writer.commit(notes=b"")
+        assert (writer.notes(), list((tmp_path / "i").glob("notes-*"))) == (b"", [])
+
+
+def test_notes_of_another_version_are_passed_over() -> None:
+    for notes in (b"{}\n[]\n", b"{}\n{}\n", b'{}\n{"path": "/a"}\n', b"\xff\n", b"3\n4\n"):
+        failures = Failures(notes)
+        assert (len(failures), failures.has_changed, failures.dumped()) == (0, True, b"")
+
+
+def test_small_pictures_are_passed_over_and_remembered(
+    tmp_path: Path, command: Command, read: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pictures_at(tmp_path / "pictures", "a.png")  # 64 × 64
+    for name_, size in (("icon.png", (200, 31)), ("large.png", (80, 200))):
+        Image.new("RGB", size, "red").save(folder / name_)
+    (folder / "copy.png").write_bytes((folder / "icon.png").read_bytes())
+    args = ("index", "build", folder, "--output", tmp_path / "i", *MODEL)
+    result = command(*args, "--min-size", 32)
+    reason = "its shorter side has 31 pixels, --min-size asks for 32"
+    assert result["skipped"] == [{"id": one, "reason": reason, "kind": "small"} for one in ("copy.png", "icon.png")]
+    assert sorted(open_index(tmp_path / "i").ids) == ["a.png", "large.png"]  # type: ignore[type-var]
+    read.clear()
+    assert command(*args, "--min-size", 32)["remembered"] == 2
+    # More is asked for than what is known of the items, then less than what was passed over.
+    result = command(*args, "--min-size", 65)
+    assert (result["removed"], result["skipped_by_reason"], read) == (["a.png"], {"small": 3}, [])
+    result = command(*args, "--min-size", 31)
+    assert (result["num_items"], result["skipped"], sorted(read)) == (4, [], ["a.png", "copy.png", "icon.png"])

@@ -41,8 +41,16 @@ def update(options: SourceOptions, job: Job, say: Speaker) -> None:
     info, ids = model.info(), [one.id for one in source.candidates]
     with changing(job, info, info.embed_dim, source.name, ids, model.pictures) as writer:
         before = writer.manifest.source
-        settings = Settings(options.batch_size, options.num_workers, options.commit_every, options.thumbnail_size)
+        settings = Settings(
+            options.batch_size,
+            options.num_workers,
+            options.commit_every,
+            options.thumbnail_size,
+            options.min_size,
+        )
         ingest = Ingest(writer, model.encoder, settings, Progress(say), skipped=source.skipped)
+        if options.retry:
+            ingest.failures.forget(source.name)
         pending = ingest.decide(source.candidates, table, job.id_prefix)
         if not is_new:
             say_first(model, job, say, found=len(ids), unchanged=ingest.summary.unchanged)

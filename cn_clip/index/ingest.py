@@ -6,7 +6,7 @@ import hashlib
 import io
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -20,9 +20,11 @@ from cn_clip.clip.transforms import in_8_bits, write_pixels
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import DataError, MissingExtraError, reason_of
 from cn_clip.index import facts, skips
+from cn_clip.index.deciding import decide
+from cn_clip.index.failures import Failures
 from cn_clip.index.progress import Progress
 from cn_clip.index.skips import Skipped
-from cn_clip.index.sources import FACTS, OWN_FIELDS, TABLE_FIELDS, Candidate, Table, row_of
+from cn_clip.index.sources import Candidate, Table
 from cn_clip.retrieval.addresses import Writer
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.writer import NewItem
@@ -42,6 +44,7 @@ class Settings:
     num_workers: int | None = None
     commit_every: int = 1000
     thumbnail_size: int = 512
+    min_size: int = 0
 
 
 @dataclass
@@ -82,6 +85,14 @@ class _Prepared:
     thumbnail: bytes
 
 
+@dataclass(frozen=True)
+class _Refused:
+    """A picture that was read and does not go into the index."""
+
+    candidate: Candidate
+    skipped: Skipped
+
+
 class Ingest:
     """One run over one source. encoder: called when the first picture has to be computed."""
 
@@ -96,6 +107,7 @@ class Ingest:
     ) -> None:
         self.writer, self.encoder, self.settings, self.progress = writer, encoder, settings, progress
         self.summary = Summary(skipped=list(skipped))
+        self.failures = Failures(writer.notes())
         self._known = dict(writer.items())
         # The item that lends its vector to others of the same bytes.
         self._owners: dict[str, ItemId] = {}
@@ -110,28 +122,13 @@ class Ingest:
     def decide(
         self, candidates: Sequence[Candidate], table: Table | None = None, id_prefix: str = ""
     ) -> list[Candidate]:
-        """Those that are new or have changed, with all metadata that is known before they are read.
-
-        Without a table, an item keeps the metadata it had. What a table says of a picture goes before what the source
-        and the picture itself say.
-        """
-        pending = []
-        for one in candidates:
-            known = self._known.get(one.id, {})
-            seen, kept = parted(known)
-            more: Mapping[str, Any] = kept
-            if table is not None:
-                row = row_of(table, one.id, id_prefix) or {}
-                told = sorted(row.keys() & set(FACTS))
-                more = {**row, TABLE_FIELDS: told} if told else row
-            # A caption of the table goes before one of the source.
-            caption = {"caption": more["caption"]} if "caption" in more else {}
-            wanted = {**more, **one.metadata, **caption}
-            if not one.is_dated or known != {**seen, **wanted}:
-                name = facts.of_name(one.id, id_prefix) if one.is_dated else {}
-                pending.append(replace(one, metadata={**name, **wanted}))
-        self.summary.unchanged = len(candidates) - len(pending)
-        return pending
+        """Those that are to be read, see `deciding`; counts the others."""
+        sizes = {"min_size": self.settings.min_size}
+        decision = decide(candidates, self._known, self.failures, table=table, id_prefix=id_prefix, **sizes)
+        self.summary.unchanged = decision.num_unchanged
+        for candidate, skipped in decision.skipped:
+            self._refuse(candidate, skipped)
+        return decision.pending
 
     def add(self, pending: Sequence[Candidate]) -> None:
         """Reads, computes and commits; raises DataError when the index cannot be written.
@@ -139,8 +136,8 @@ class Ingest:
         SIGTERM or Ctrl-C ends it early, with all kept that was computed; `summary.signal` says so.
         """
         stop = StopRequest()
-        unchanged = self.summary.unchanged
-        with stop.noted(), self.progress.over(unchanged + len(pending), done=unchanged):
+        done = self.summary.unchanged + skips.num_remembered(self.summary.skipped)
+        with stop.noted(), self.progress.over(done + len(pending), done=done):
             self.read(pending, stop)
             self.commit()
         self.summary.signal = stop.number
@@ -165,10 +162,10 @@ class Ingest:
             if time.monotonic() - self._committed_at >= COMMIT_SECONDS:
                 self.commit()
 
-    def _batches(self, pending: Sequence[Candidate]) -> "Iterator[tuple[list[_Prepared | Skipped], dict[int, Rows]]]":
+    def _batches(self, pending: Sequence[Candidate]) -> "Iterator[tuple[list[_Prepared | _Refused], dict[int, Rows]]]":
         encoder, size = self.encoder(), self.settings.thumbnail_size
 
-        def load(number: int, out: AnyPixels) -> _Prepared | Skipped:
+        def load(number: int, out: AnyPixels) -> _Prepared | _Refused:
             candidate, data = pending[number], b""
             try:
                 data = candidate.read()
@@ -176,13 +173,17 @@ class Ingest:
                 if digest in self._owners:
                     return _Prepared(candidate, data, digest, True, facts.of_bytes(data), b"")
                 image = self._opened(data)
-                write_pixels(encoder.transform, image, out)
                 found = facts_of(image)
+                if skipped := skips.too_small(candidate.id, found, self.settings.min_size):
+                    return _Refused(candidate, skipped)
+                write_pixels(encoder.transform, image, out)
                 return _Prepared(candidate, b"", digest, False, found, thumbnail(image, size) if size else b"")
             except OSError as error:
-                return Skipped(candidate.id, f"cannot be read ({reason_of(error)})", skips.UNREADABLE, is_gone=False)
+                reason = f"cannot be read ({reason_of(error)})"
+                return _Refused(candidate, Skipped(candidate.id, reason, skips.UNREADABLE, is_gone=False))
             except (DataError, MissingExtraError, ValueError) as error:
-                return Skipped(candidate.id, str(error), skips.kind_of(error, num_bytes=len(data)))
+                kind = skips.kind_of(error, num_bytes=len(data))
+                return _Refused(candidate, Skipped(candidate.id, str(error), kind))
 
         decoded = decoded_batches(
             load, range(len(pending)), encoder.room, self.settings.batch_size, self.settings.num_workers
@@ -193,7 +194,7 @@ class Ingest:
         """Adds items as they are with the next commit, unless a picture of the same id comes before it."""
         self._buffer.update({item.id: item for item in items})
 
-    def prune(self, sources: Collection[str], candidates: Iterable[Candidate]) -> None:
+    def prune(self, sources: Collection[str], candidates: Collection[Candidate]) -> None:
         """Removes the items of these sources that are not there any more; raises DataError where none would be left."""
         kept = {one.id for one in candidates} - {one.id for one in self.summary.skipped if one.is_gone}
         unread = tuple(f"{one.id}/" for one in self.summary.skipped if not one.is_gone)
@@ -207,23 +208,28 @@ class Ingest:
                 f"none of the {len(gone)} pictures is there any more, so nothing was removed: see that the disk is "
                 "there, or remove them with cn-clip index remove, or give --keep-missing"
             )
-        self.writer.commit(remove=gone)
+        for source in filter(None, sources):
+            self.failures.forget(source, but={one.metadata.get("path", "") for one in candidates})
+        self.writer.commit(remove=gone, notes=self.failures.dumped() if self.failures.has_changed else None)
         self.summary.removed = gone
         self.summary.duplicates = [pair for pair in self.summary.duplicates if pair[1] in self.writer]
 
-    def _take(self, batch: Sequence[_Prepared | Skipped], vectors: Mapping[int, Rows]) -> None:
+    def _take(self, batch: Sequence[_Prepared | _Refused], vectors: Mapping[int, Rows]) -> None:
         """vectors: of the fresh ones, by their number in the batch."""
         lending = {self._owners[one.digest] for one in batch if self._is_owned(one)}
         self._lenders = {one: self._buffer[one] for one in lending if one in self._buffer}
         self._lenders |= self.writer.stored(lending - self._lenders.keys())
         for number, one in enumerate(batch):
-            if isinstance(one, Skipped):
-                self.summary.skipped.append(one)
+            if isinstance(one, _Refused):
+                self._refuse(one.candidate, one.skipped)
             elif self._is_owned(one):
                 owner = self._owners[one.digest]
                 stored = self._lenders[owner]
                 found = dict(one.facts)
                 found |= {name: stored.metadata[name] for name in ("width", "height") if name in stored.metadata}
+                if skipped := skips.too_small(one.candidate.id, found, self.settings.min_size):
+                    self._refuse(one.candidate, skipped)
+                    continue
                 before = self._known.get(one.candidate.id)
                 if before == {**found, **one.candidate.metadata, "digest": one.digest}:
                     self.summary.unchanged += 1
@@ -250,8 +256,13 @@ class Ingest:
         encoder = self.encoder()
         return open_picture(data, encoder.transform.draft_size, upright=encoder.upright)
 
-    def _is_owned(self, one: _Prepared | Skipped) -> TypeGuard[_Prepared]:
+    def _is_owned(self, one: _Prepared | _Refused) -> TypeGuard[_Prepared]:
         return isinstance(one, _Prepared) and one.digest in self._owners
+
+    def _refuse(self, candidate: Candidate, skipped: Skipped) -> None:
+        self.summary.skipped.append(skipped)
+        if not skipped.is_remembered:
+            self.failures.note(candidate.metadata, skipped)
 
     def _put(self, one: _Prepared, vector_D: Any, found: Mapping[str, Any], small: bytes) -> None:
         item_id = one.candidate.id
@@ -261,14 +272,17 @@ class Ingest:
         self._owners.setdefault(one.digest, item_id)
         metadata = {**found, **one.candidate.metadata, "digest": one.digest}
         self._known[item_id] = metadata
+        self.failures.drop(metadata)
         self._buffer[item_id] = self._lenders[item_id] = NewItem(item_id, np.array(vector_D), metadata, small)
         if len(self._buffer) >= self.settings.commit_every:
             self.commit()
 
     def commit(self) -> None:
         """Writes what was read, and reports it."""
-        self.writer.commit(list(self._buffer.values()))
+        notes = self.failures.dumped() if self.failures.has_changed else None
+        self.writer.commit(list(self._buffer.values()), notes=notes)
         self._buffer.clear()
+        self.failures.has_changed = False
         self._committed_at = time.monotonic()
         self.progress.saved(self.summary.num_done, self.summary.encoded + self.summary.reused)
 
@@ -279,21 +293,13 @@ def facts_of(image: Image.Image) -> dict[str, Any]:
     return {**facts.of_picture(image), "width": width, "height": height}
 
 
-def parted(known: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of an item that come from its file, and those that it keeps when the file has changed."""
-    kept = {TABLE_FIELDS, *known.get(TABLE_FIELDS, ())}
-    of_file = {*OWN_FIELDS, *FACTS} - kept
-    own = {name: value for name, value in known.items() if name in of_file}
-    return own, {name: value for name, value in known.items() if name not in of_file}
-
-
 def _computed(
-    encoder: Encoder, decoded: Iterable[tuple[list[_Prepared | Skipped], AnyPixels]]
-) -> Iterator[tuple[list[_Prepared | Skipped], dict[int, Rows]]]:
+    encoder: Encoder, decoded: Iterable[tuple[list[_Prepared | _Refused], AnyPixels]]
+) -> Iterator[tuple[list[_Prepared | _Refused], dict[int, Rows]]]:
     """Each batch with the vectors of its fresh pictures, by number; raises NotFiniteError naming one without."""
     ids, done = list[ItemId](), 0
 
-    def of_fresh() -> Iterator[tuple[tuple[list[_Prepared | Skipped], list[int]], AnyPixels]]:
+    def of_fresh() -> Iterator[tuple[tuple[list[_Prepared | _Refused], list[int]], AnyPixels]]:
         for batch, pixels in decoded:
             fresh = {number: one for number, one in enumerate(batch) if isinstance(one, _Prepared) and not one.known}
             ids.extend(one.candidate.id for one in fresh.values())

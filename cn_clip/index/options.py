@@ -93,3 +93,7 @@ class SourceOptions(AddOptions):
     exclude: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Pass over what fits this pattern, such as *.gif or 旅行/草稿: a name in any folder, or a path with "/"; may be
     given several times. @eaDir, #recycle, System Volume Information and the like always are"""
+    min_size: Annotated[int, Range(least=0)] = 0
+    """Pass over pictures whose shorter side has fewer pixels, such as icons"""
+    retry: bool = False
+    """Read again the files that did not decode before, though they have not changed since"""

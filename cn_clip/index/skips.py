@@ -2,8 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cn_clip.errors import CnClipError, MissingExtraError
 from cn_clip.retrieval.segments import ItemId
@@ -19,7 +20,7 @@ _WORDS = {
     WITHOUT: "缺 {0} / without {0}",
     UNREADABLE: "现在读不了 / cannot be read now",
     SPECIAL: "不是普通文件 / not regular files",
-    SMALL: "太小 / too small",
+    SMALL: "小于 --min-size / below --min-size",
     EXCLUDED: "已排除 / excluded",
     OTHER: "其他文件 / other files",
 }
@@ -33,12 +34,16 @@ class Skipped:
     """A picture that was not indexed, and why.
 
     kind: one of the constants above. is_gone: it does not exist; else it or its folder cannot be read now.
+    is_remembered: found out by a run before; the file is as it was, and was not read again. side: the shorter one in
+    pixels, of a picture that is too small.
     """
 
     id: ItemId
     reason: str
     kind: str
     is_gone: bool = True
+    is_remembered: bool = False
+    side: int | None = None
 
     @property
     def is_failure(self) -> bool:
@@ -48,6 +53,14 @@ class Skipped:
     def as_dict(self) -> dict[str, ItemId]:
         """For --json."""
         return {"id": self.id, "reason": self.reason, "kind": self.kind}
+
+
+def too_small(item_id: ItemId, facts: Mapping[str, Any], min_size: int) -> Skipped | None:
+    """Why a picture of these `width` and `height` is not indexed; None where it is not too small."""
+    side = min(facts.get("width", min_size), facts.get("height", min_size))
+    if side >= min_size:
+        return None
+    return Skipped(item_id, f"its shorter side has {side} pixels, --min-size asks for {min_size}", SMALL, side=side)
 
 
 def kind_of(error: Exception, *, num_bytes: int) -> str:
@@ -65,6 +78,11 @@ def counts(skipped: Iterable[Skipped]) -> dict[str, int]:
     """How many for which reason, failures first."""
     found = Counter(one.kind for one in skipped)
     return {kind: found[kind] for kind in sorted(found, key=_position)}
+
+
+def num_remembered(skipped: Iterable[Skipped]) -> int:
+    """How many were not read again."""
+    return sum(one.is_remembered for one in skipped)
 
 
 def in_order(skipped: Iterable[Skipped]) -> list[Skipped]:

@@ -50,10 +50,13 @@ def say_summary(
     new = f"新编码 / encoded {summary.encoded}, 复用 / reused {summary.reused}"
     if is_feature_file(job.source):
         new = f"新收录 / added {summary.added}"
+    num_remembered = skips.num_remembered(summary.skipped)
+    again = f"（{num_remembered} 个与上次一样，未再读 / as before, not read again: {num_remembered}）"
+    again = again if num_remembered else ""
     say(
         f"{new}, 未变 / unchanged {summary.unchanged}, "
         f"移除 / removed {len(summary.removed)}, 未收录 / not indexed {len(summary.skipped)}"
-        f"{': ' if summary.skipped else ''}{skips.told(summary.skipped)}"
+        f"{': ' if summary.skipped else ''}{skips.told(summary.skipped)}{again}"
     )
     say(f"{job.address}: {len(writer)} items ({writer.manifest.engine}), {writer.manifest.model.name or '?'}")
     say.result(
@@ -68,6 +71,7 @@ def say_summary(
             "duplicates": [{"id": one, "same_as": other} for one, other in summary.duplicates],
             "skipped": [one.as_dict() for one in summary.skipped],
             "skipped_by_reason": skips.counts(summary.skipped),
+            "remembered": skips.num_remembered(summary.skipped),
             "links_outside": [{"id": one, "target": target} for one, target in links],
             "unmatched_rows": unmatched,
             "interrupted": summary.signal is not None,

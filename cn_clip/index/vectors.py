@@ -10,7 +10,8 @@ from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.features.files import read_features
 from cn_clip.features.rows import Features
-from cn_clip.index.ingest import Summary, parted
+from cn_clip.index.deciding import parted
+from cn_clip.index.ingest import Summary
 from cn_clip.index.jobs import Job, Model, changing
 from cn_clip.index.options import SourceOptions
 from cn_clip.index.progress import Progress
@@ -27,6 +28,8 @@ UNIT_LENGTH_TOLERANCE = 1e-3
 def add_features(options: SourceOptions, job: Job, model: Model, table: Table | None, say: Speaker) -> None:
     """Adds the rows of the job's feature file; raises CnClipError, with all kept that was reported done."""
     refuse_excludes(job.source, options.exclude)
+    if options.min_size:
+        raise ConfigError(f"--min-size {options.min_size}: is for pictures; leave it out", at=job.source)
     features = read_features(job.source, "image_id")
     vectors_ND, num_scaled = _of_unit_length(features, job.source)
     name, embed_dim = str(job.source.absolute()), vectors_ND.shape[1]

@@ -16,7 +16,9 @@ VectorType: TypeAlias = Literal["float32", "float16"]
 
 FORMAT = 1
 NAME = "manifest.json"
-_OWN_NAME = re.compile(r"(segment|removed|graph)-[0-9]{6,}(\.npy|\.usearch)?")
+_OWN_NAME = re.compile(r"(segment|removed|graph|notes)-[0-9]{6,}(\.npy|\.usearch|\.jsonl)?")
+# What manifests did not have from the beginning.
+_LATER = ("pictures", "notes")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class SegmentFacts:
 
 @dataclass(frozen=True)
 class DerivedFacts:
-    """A file made of the segments: the removed rows, or the graph. next_key: it knows the rows of smaller keys."""
+    """A file beside the segments: removed rows, the graph, notes. next_key: it knows the rows of smaller keys."""
 
     name: str
     file: FileFacts
@@ -68,7 +70,7 @@ class Manifest:
 
     num_items: rows that are not removed. next_key: the key of the row that is added next; keys rise and never return.
     source: what the index was built from, by which it can be built again. pictures: None in indexes from before it was
-    recorded.
+    recorded. notes: a file in which those who build an index write down what they need the next time.
     """
 
     model: ModelInfo
@@ -82,6 +84,7 @@ class Manifest:
     graph: DerivedFacts | None = None
     source: str = ""
     pictures: PictureFacts | None = None
+    notes: DerivedFacts | None = None
 
     @property
     def num_rows(self) -> int:
@@ -93,7 +96,7 @@ class Manifest:
         for segment in self.segments:
             for name, facts in segment.files.items():
                 yield f"{segment.name}/{name}", facts
-        for derived in (self.removed, self.graph):
+        for derived in (self.removed, self.graph, self.notes):
             if derived is not None:
                 yield derived.name, derived.file
 
@@ -177,7 +180,7 @@ def _parse(values: Any) -> Manifest:
     claimed = values.pop("digest", None)  # None in those of before there was one
     if claimed not in (None, _digest(values)):
         raise ValueError("its content is not what was written")
-    known: dict[str, Any] = {name: values[name] for name in Manifest.__dataclass_fields__ if name != "pictures"}
+    known: dict[str, Any] = {name: values[name] for name in Manifest.__dataclass_fields__ if name not in _LATER}
     known["model"] = ModelInfo(**known["model"])
     if values.get("pictures") is not None:
         known["pictures"] = PictureFacts(**values["pictures"])
@@ -185,9 +188,8 @@ def _parse(values: Any) -> Manifest:
         SegmentFacts(one["name"], one["num_rows"], {name: FileFacts(**facts) for name, facts in one["files"].items()})
         for one in known["segments"]
     )
-    for name in ("removed", "graph"):
-        if known[name]:
-            derived = known[name]
+    for name in ("removed", "graph", "notes"):
+        if derived := values.get(name):
             known[name] = DerivedFacts(derived["name"], FileFacts(**derived["file"]), derived["next_key"])
     manifest = Manifest(**known)
     for segment in manifest.segments:

@@ -283,12 +283,18 @@ class MilvusWriter:
             self._collection.describe(source, pictures)
             self._facts = replace(self._facts, source=source, pictures=pictures)
 
-    def commit(self, items: Sequence[NewItem] = (), remove: Iterable[ItemId] = ()) -> None:
+    def notes(self) -> bytes:
+        """Nothing: a collection keeps no notes."""
+        return b""
+
+    def commit(
+        self, items: Sequence[NewItem] = (), remove: Iterable[ItemId] = (), *, notes: bytes | None = None
+    ) -> None:
         """Adds items, which replace those of the same id, and removes others; ids that are not there are passed over.
 
         When it returns, every reader sees the change. A run that is killed meanwhile leaves every item once, the old
         or the new. Raises DataError, with nothing changed, for what `writer.IndexWriter.commit` refuses and for more
-        metadata or larger thumbnails than Milvus holds.
+        metadata or larger thumbnails than Milvus holds. notes: are not kept.
         """
         lines = checked_lines(items, self._facts.model.embed_dim, "float32")
         rows = [

@@ -44,7 +44,7 @@ BUILDING = ".building"
 # A generation as it was before a repair, by its number: an index of its own.
 ASIDE = "before-repair-"
 # The files of an index that `atomic_write` writes, as the names of its temporary folders begin.
-_WRITTEN = re.compile(r"\.(manifest\.json|removed-[0-9]{6,}\.npy)\..*")
+_WRITTEN = re.compile(r"\.(manifest\.json|removed-[0-9]{6,}\.npy|notes-[0-9]{6,}\.jsonl)\..*")
 # So many segments of like size become one: then an index of n commits has some log(n) of them.
 SEGMENTS_OF_A_SIZE = 8
 # All is written anew once this share of the rows is removed.
@@ -165,8 +165,19 @@ class IndexWriter:
             self._write(replace(self.manifest, engine=engine, source=source, graph=graph, pictures=pictures))
             self._tidy()
 
-    def commit(self, items: Sequence[NewItem] = (), remove: Iterable[ItemId] = ()) -> None:
+    def notes(self) -> bytes:
+        """What was noted with the commits before; nothing where that is damaged, or cannot be read."""
+        if self.manifest.notes is not None:
+            with contextlib.suppress(DataError):
+                return manifest.read_whole(self.folder / self.manifest.notes.name, self.manifest.notes.file)
+        return b""
+
+    def commit(
+        self, items: Sequence[NewItem] = (), remove: Iterable[ItemId] = (), *, notes: bytes | None = None
+    ) -> None:
         """Adds items, which replace those of the same id, and removes others; ids that are not there are passed over.
+
+        notes: what the next writer is to know, lines of JSON; None keeps what was noted.
 
         When it returns, the change is on disk; before that, readers see none of it. Raises DataError, with nothing
         changed, for an id that comes twice, a vector of another length or not finite, metadata that JSON cannot hold,
@@ -174,7 +185,7 @@ class IndexWriter:
         """
         dropped = list(dict.fromkeys([*remove, *(item.id for item in items)]))
         gone = [self._keys[one] for one in dropped if one in self._keys]
-        if not items and not gone and not self._is_mended:
+        if not items and not gone and not self._is_mended and notes is None:
             return
         lines = checked_lines(items, self.manifest.model.embed_dim, self.manifest.vector_type)
         first = self.manifest.next_key
@@ -189,6 +200,7 @@ class IndexWriter:
                 self.manifest,
                 next_key=first + len(rows),
                 segments=(*self.manifest.segments, *added),
+                notes=self.manifest.notes if notes is None else self._write_notes(notes),
             )
             self._change(facts, removed)
         self._is_mended = False
@@ -231,8 +243,15 @@ class IndexWriter:
         return path
 
     def finish(self) -> None:
-        """Brings the graph up to the items, where the engine has one; a damaged one is built anew."""
+        """Brings the graph up to the items, where the engine has one; a damaged one is built anew.
+
+        Damaged notes are dropped: the next run finds out again what was noted.
+        """
         facts = self.manifest
+        if facts.notes is not None and not self.notes():
+            with self._writing():
+                self._write(replace(facts, notes=None))
+            facts = self.manifest
         if facts.engine == "exact":
             return
         graph, is_newest = facts.graph, False
@@ -279,6 +298,14 @@ class IndexWriter:
             entry = DerivedFacts(path.name, facts_of(path), self.manifest.next_key)
         facts = manifest.write(self.folder, replace(facts, removed=entry, num_items=int(alive_N.sum())))
         self._snapshot, self._removed = Snapshot(self.folder, facts, rows, alive_N), removed
+
+    def _write_notes(self, notes: bytes) -> DerivedFacts | None:
+        if not notes:
+            return None
+        path = self._fresh("notes", ".jsonl")
+        with atomic_write(path, "wb") as stream:
+            stream.write(notes)
+        return DerivedFacts(path.name, facts_of(path), self.manifest.next_key)
 
     def _write(self, facts: Manifest) -> None:
         self._snapshot = replace(self._snapshot, manifest=manifest.write(self.folder, facts))
