@@ -93,8 +93,11 @@ class MilvusIndex:
         where: str | None = None,
         min_score: float | None = None,
         offset: int = 0,
+        words: str | None = None,
     ) -> list[list[Hit]]:
-        """As `store.Index.search`; raises StoreError besides."""
+        """As `store.Index.search`; raises StoreError besides, and ConfigError for words."""
+        if words is not None:
+            raise ConfigError("words: an index in Milvus is searched by vectors alone; leave them out")
         check_bounds(k, min_score, offset)
         k += offset
         queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.address)
@@ -128,6 +131,11 @@ class MilvusIndex:
     def fields(self) -> list[str]:
         """The fields that were seen; all, once a condition on another one was asked for."""
         return sorted(self._seen_fields)
+
+    @property
+    def has_words(self) -> bool:
+        """Whether it is searched by words."""
+        return False
 
     @property
     def has_thumbnails(self) -> bool:

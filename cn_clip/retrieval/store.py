@@ -28,6 +28,7 @@ from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import Manifest, ModelInfo, PictureFacts
 from cn_clip.retrieval.query import ItemTable
 from cn_clip.retrieval.segments import FloatArray, IntArray, ItemId, Segment
+from cn_clip.retrieval.words import DEPTH, READ, WORD_FIELDS, WordTable, fused
 
 __all__ = ["Hit", "Index", "ItemId", "ModelInfo", "open_index"]
 
@@ -126,6 +127,7 @@ class Index:
         # Now, for the next writer removes the graph of this generation.
         self.engine = _open_engine(snapshot)
         self._table: ItemTable | None = None
+        self._word_table: WordTable | None = None
         self._masks: dict[str, Mask] = {}
         self._lock, self._ordering = threading.Lock(), threading.Lock()
         self._orders: dict[Order, IntArray] = {}
@@ -174,21 +176,30 @@ class Index:
         where: str | None = None,
         min_score: float | None = None,
         offset: int = 0,
+        words: str | None = None,
     ) -> list[list[Hit]]:
         """The up to k best items of each query, best first, equal scores in order of insertion.
 
         vectors_QD: finite float32. where: a condition, see `conditions.parse_condition`. min_score: least score.
-        offset: so many of the best are left out.
+        offset: so many of the best are left out. words: of the one query; items that hold them come in by their rank
+        among those, too, see `words.fused`; scores stay what they are.
         Raises ConfigError for k below 1 or no integer, a min_score of NaN, a faulty condition or one on a field that
         no item has, DataError for vectors of another shape or type.
         """
         check_bounds(k, min_score, offset)
         queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.address)
+        if words is not None and len(queries_QD) != 1:
+            raise ConfigError(f"words: expected one query, got {len(queries_QD)}")
         allowed_N = self._allowed(where)
         if not allowed_N.any():
             return [[] for _ in queries_QD]
         results = []
-        for positions, scores in self.engine.search(queries_QD, k + offset, allowed_N):
+        depth = k + offset if words is None else max(k + offset, DEPTH)
+        for number, (positions, scores) in enumerate(self.engine.search(queries_QD, depth, allowed_N)):
+            if words is not None:
+                positions, scores = self._with_words(queries_QD[number], positions, scores, words, allowed_N)
+                least = -math.inf if min_score is None else min_score
+                positions, scores = positions[scores >= least][: k + offset], scores[scores >= least][: k + offset]
             results.append(list[Hit]())
             for position, score in zip(positions[offset:].tolist(), scores[offset:].tolist(), strict=True):
                 if min_score is not None and score < min_score:
@@ -197,6 +208,33 @@ class Index:
                 item_id, metadata = segment.item(row)
                 results[-1].append(Hit(item_id, score, metadata))
         return results
+
+    def _with_words(
+        self, query_D: FloatArray, positions: IntArray, scores: FloatArray, words: str, allowed_N: Mask
+    ) -> tuple[IntArray, FloatArray]:
+        """The ranking by vector, and that by words, as one; beyond `DEPTH`, the rest of that by vector."""
+        holding = self._words().search(words, allowed_N, DEPTH)
+        order = fused([positions[:DEPTH].tolist(), holding.tolist()])
+        order += [row for row in positions[DEPTH:].tolist() if row not in set(order)]
+        known = dict(zip(positions.tolist(), scores.tolist(), strict=True))
+        others = np.array([row for row in order if row not in known], dtype=np.int64)
+        if len(others):
+            cosines = (self.snapshot.rows.gather(others).astype(np.float64) * query_D).sum(axis=1)
+            known |= dict(zip(others.tolist(), cosines.tolist(), strict=True))
+        return np.array(order, dtype=np.int64), np.array([known[row] for row in order], dtype=np.float32)
+
+    def _words(self) -> WordTable:
+        columns = [self.table.values(field) for field in WORD_FIELDS]
+        with self._lock:
+            if self._word_table is None:
+                texts = (" ".join(one for one in row if isinstance(one, str)) for row in zip(*columns, strict=True))
+                self._word_table = WordTable((row, text) for row, text in enumerate(texts) if text)
+        return self._word_table
+
+    @property
+    def has_words(self) -> bool:
+        """Whether the words in any picture were read."""
+        return READ in self.table.fields
 
     def listed(self, order: Order, limit: int, *, offset: int = 0, where: str | None = None) -> Page:
         """How many items a condition admits, and up to `limit` of them in that order, `offset` of them left out.
