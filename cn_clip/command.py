@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -92,6 +93,8 @@ def namespace(options: type[Any], *, required: Sequence[str] = (), **defaults: A
 def execute(run: Callable[[OptionsT], int | None], options: type[OptionsT], args: Sequence[str] | None = None) -> None:
     """Runs a command and exits: status 0, the status `run` returns, or as `terminal.ending` says."""
     parsed = parse(options, args)
+    # What Pillow thinks of a picture is for programmers; what matters of it is raised.
+    warnings.filterwarnings("ignore", module=r"PIL\b")
     with terminal.ending():
         try:
             status = run(parsed) or 0

@@ -257,8 +257,6 @@ JPEG = io.BytesIO()
 Image.effect_noise((200, 200), 50).save(JPEG, "JPEG")
 TRUNCATED = JPEG.getvalue()[:1000]
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
-TIFF = io.BytesIO()
-Image.new("RGB", (9, 9)).save(TIFF, "TIFF")
 
 
 def embed(given: Any, **fields: Any) -> tuple[str, Any]:
@@ -293,7 +291,6 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
     ),
     "half a JPEG": (embed_picture(TRUNCATED), 400, "does not decode", "input[0].image"),
     "SVG": (embed_picture(SVG), 400, "no known format; expected JPEG", "input[0].image"),
-    "TIFF": (embed_picture(TIFF.getvalue()), 400, "no known format", "input[0].image"),
     "an empty picture": (embed_picture(b""), 400, "0 bytes of no known format", "input[0].image"),
     "half a surrogate": (embed([{"image": "\ud800"}]), 400, "input[0].image", "input[0].image"),
     "a long text": (embed("猫" * (MAX_TEXT_CHARS + 1)), 400, f"at most {MAX_TEXT_CHARS} characters", "input"),

@@ -552,13 +552,13 @@ def test_only_the_content_type_that_is_read_spares_a_body_the_count_of_its_marks
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"max_request_pixels": 9}, r"--max-request-pixels: expected at least --max-pixels \(40000000\), got 9"),
+        ({"max_request_pixels": 9}, r"--max-request-pixels: expected at least --max-pixels \(64000000\), got 9"),
         ({"max_batch": 0}, "--max-batch: expected a positive number, got 0"),
         ({"max_wait_ms": -1}, "--max-wait-ms: expected a positive number"),
         ({"timeout": float("nan")}, "--timeout: expected a positive number"),
         ({"max_items": 2049}, "--max-items: expected at most 2048, got 2049"),
         ({"max_batch": 300}, "--max-batch: expected at most --max-queue"),
-        ({"max_pixels": 10**9}, "--max-pixels: expected at most 89478485"),
+        ({"max_pixels": 10**9}, "--max-pixels: expected at most 178956970"),
     ],
 )
 def test_limits_without_room_are_refused(given: dict[str, float], message: str) -> None:

@@ -21,8 +21,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from PIL import Image, UnidentifiedImageError
 
+from cn_clip.clip.orientation import FULL_SIZE, full_size
 from cn_clip.clip.orientation import upright as turned_upright
-from cn_clip.clip.picture_files import look, opened_here
+from cn_clip.clip.photo_files import described
+from cn_clip.clip.picture_files import TooManyPixelsError, look, opened_here, prepare
+from cn_clip.clip.picture_names import MOST_PIXELS
 from cn_clip.errors import DataError
 
 try:
@@ -38,8 +41,6 @@ if TYPE_CHECKING:
 DECODE_SECONDS = 3.0
 # And so much memory beyond what an idle process has: pixels of four bytes, copied in a few modes and sizes.
 DECODE_BYTES, DECODE_BYTES_PER_PIXEL = 256 << 20, 24
-# PIL itself refuses larger pictures.
-MOST_PIXELS = 2 * 89_478_485
 # Seconds, by the clock, for one that does not compute, and for Windows, where no processor time is bounded.
 WAITING_SECONDS = 120.0
 # The path of the modules comes by the arguments: the folder that this process was started in is not on it.
@@ -49,8 +50,9 @@ _SECRETS = ("CN_CLIP_API_KEY",)
 # What a process is told first: the bytes of a pickle, those that decoding may take beyond what the process has, and by
 # how much its claim to the processors is less than that of others.
 SETTINGS = struct.Struct("<QQB")
-# A picture: processor seconds besides those for its pixels, most pixels, bytes of the file, which follow.
-JOB = struct.Struct("<dQQ")
+# A picture: processor seconds besides those for its pixels, most pixels, the side that must remain where there is no
+# transform (0: all), bytes of the file, which follow.
+JOB = struct.Struct("<dQQQ")
 # What comes back: one of the kinds, and the bytes of what follows: of PIXELS (3, R, R), of PICTURE what
 # `unpacked` reads, of REFUSED a sentence and of TOO_LARGE the size, in UTF-8.
 ANSWER = struct.Struct("<BQ")
@@ -91,9 +93,10 @@ def main() -> None:
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     while len(head := requests.read(JOB.size)) == JOB.size:
-        seconds, max_pixels, num_bytes = JOB.unpack(head)
+        seconds, max_pixels, side, num_bytes = JOB.unpack(head)
         data = requests.read(num_bytes)
-        _write(answers, *answer(data, seconds, max_pixels, transform, pixel_type, upright=upright))
+        given: Any = {"upright": upright, "draft_size": side or None}
+        _write(answers, *answer(data, seconds, max_pixels, transform, pixel_type, **given))
 
 
 def answer(
@@ -104,6 +107,7 @@ def answer(
     pixel_type: "PixelType" = "float32",
     *,
     upright: bool = False,
+    draft_size: int | None = None,
 ) -> tuple[int, bytes]:
     """(a kind, the pixels of the first frame, without a transform the picture, or a sentence about why there are none).
 
@@ -115,25 +119,23 @@ def answer(
         _bound_time(started + seconds)
         with opened_here(data, look(data)) as image:
             num_pixels = image.width * image.height
-            if num_pixels > max_pixels:
-                return TOO_LARGE, f"{image.width} x {image.height}".encode()
+            prepare(image, draft_size if transform is None else transform.draft_size, most=max_pixels)
             _bound_time(started + seconds_for(num_pixels, seconds))
-            if transform is None:
-                image.load()
-                return PICTURE, packed(image)
-            if transform.draft_size is not None:
-                image.draft(None, (transform.draft_size, transform.draft_size))
             image.load()
+            if transform is None:
+                return PICTURE, packed(image)
             seen = turned_upright(image) if upright else image
             if pixel_type == "uint8":
                 return PIXELS, cast("ImageTransform", transform).bytes(seen).tobytes()
             return PIXELS, transform.array(seen).astype("<f4", copy=False).tobytes()
+    except TooManyPixelsError as error:
+        return TOO_LARGE, error.size.encode()
     except MemoryError:
         return REFUSED, b"it takes too much memory"
     except UnidentifiedImageError:  # its message names an object of Python
         return REFUSED, b"no known picture format"
     except Exception as error:  # what PIL's plugins raise has no common type
-        return REFUSED, str(error).encode(errors="replace")[:MAX_SENTENCE_BYTES]
+        return REFUSED, " ".join(str(error).split()).encode(errors="replace")[:MAX_SENTENCE_BYTES]
 
 
 def seconds_for(num_pixels: int, seconds: float) -> int:
@@ -144,12 +146,16 @@ def seconds_for(num_pixels: int, seconds: float) -> int:
 def packed(image: Image.Image) -> bytes:
     """A loaded picture as `unpacked` reads it: pixels, palette, transparency and EXIF."""
     palette, transparency, exif = image.palette, image.info.get("transparency"), image.info.get("exif")
+    if not isinstance(exif, bytes):  # of a TIFF it is the file itself
+        with contextlib.suppress(Exception):  # Pillow raises errors of many types
+            exif = described(image.getexif()).tobytes()
     if image.format == "TIFF":  # it has no block of EXIF: its own directory says the same
         with contextlib.suppress(Exception):  # Pillow raises errors of many types for what is damaged
             exif = image.getexif().tobytes()
     facts = {
         "mode": image.mode,
         "size": image.size,
+        "full_size": full_size(image),
         "format": image.format,
         "palette": None if palette is None else [palette.mode, image.getpalette(None)],
         "transparency": list(transparency) if isinstance(transparency, (bytes, tuple)) else transparency,
@@ -165,6 +171,8 @@ def unpacked(data: bytes) -> Image.Image:
     facts = json.loads(data[_FACTS.size : _FACTS.size + num_bytes])
     image = Image.frombytes(facts["mode"], tuple(facts["size"]), memoryview(data)[_FACTS.size + num_bytes :])
     image.format = facts["format"]
+    if facts["full_size"] != facts["size"]:
+        image.info[FULL_SIZE] = tuple(facts["full_size"])
     if facts["palette"] is not None:
         mode, colours = facts["palette"]
         image.putpalette(colours, mode)
@@ -268,14 +276,14 @@ class DecodingProcess:
             self.reap()
             raise
 
-    def ask(self, data: bytes, seconds: float, max_pixels: int) -> tuple[int, bytes]:
+    def ask(self, data: bytes, seconds: float, max_pixels: int, draft_size: int | None = None) -> tuple[int, bytes]:
         """What `answer` gives for an encoded picture.
 
         Raises ProcessEndedError when the picture takes too long or ends the process, and what `start` raises.
         """
         self.start()
         try:
-            self._send(JOB.pack(seconds, max_pixels, len(data)), data)
+            self._send(JOB.pack(seconds, max_pixels, draft_size or 0, len(data)), data)
             return self._received()
         except OSError as error:
             was_killed = self._is_killed
@@ -344,7 +352,7 @@ _idle: list[DecodingProcess] = []
 _of_the_parent: list[DecodingProcess] = []
 
 
-def opened_elsewhere(data: bytes) -> Image.Image:
+def opened_elsewhere(data: bytes, draft_size: int | None = None) -> Image.Image:
     """The picture, decoded by a process that is killed when it takes too long; there are as many as threads that ask.
 
     Raises ProcessEndedError for a picture that takes more time or memory than one has, and OSError for one that cannot
@@ -359,16 +367,14 @@ def opened_elsewhere(data: bytes) -> Image.Image:
     deadline.daemon = True
     deadline.start()
     try:
-        kind, answer = process.ask(data, DECODE_SECONDS, MOST_PIXELS)
+        kind, answer = process.ask(data, DECODE_SECONDS, MOST_PIXELS, draft_size)
     finally:
         deadline.cancel()
         _idle.append(process)
     if kind == PICTURE:
         return unpacked(answer)
     sentence = answer.decode(errors="replace")
-    if kind == TOO_LARGE:
-        sentence = f"at most {MOST_PIXELS} pixels a picture are read, this one has {sentence}"
-    raise OSError(sentence)
+    raise TooManyPixelsError(sentence, MOST_PIXELS) if kind == TOO_LARGE else OSError(sentence)
 
 
 def _end() -> None:

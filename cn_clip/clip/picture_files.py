@@ -1,4 +1,4 @@
-"""From the bytes of a picture to Pillow: what a file declares, and opening it; nothing is decoded yet.
+"""From the bytes of a picture to Pillow: what a file declares, and opening it; nothing is decoded but RAW.
 
 A decoder takes time by the pixels, but for some files of a few kilobytes: a comment in a million pieces, a thousand
 empty scans, metadata whose entries all name the same bytes. `look` refuses them; it is linear in the bytes and holds no
@@ -8,11 +8,15 @@ copy of them. It follows Pillow: where Pillow would stop, it stops, and leaves t
 import io
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
-from cn_clip.clip.picture_names import SUFFIXES_OF
+from cn_clip.clip import photo_files
+from cn_clip.clip.orientation import FULL_SIZE
+from cn_clip.clip.picture_names import HEAD_BYTES, MOST_JPEG_PIXELS, MOST_PIXELS, SUFFIXES_OF, format_of
 from cn_clip.errors import DataError
 
 # An honest file: 10 scans of a progressive JPEG (mozjpeg: 14), 20 segments (255 more for a large colour profile).
@@ -39,8 +43,8 @@ FORMATS = tuple(SUFFIXES_OF)
 
 # A file of at most so many bytes, and these for each pixel, is as other files are: 16 bits a channel take 8.
 SPARE_BYTES, BYTES_PER_PIXEL = 1 << 16, 8
-# Pillow's own formats that `look` does not read. HEIF is a plugin's, which a new process lacks.
-_UNBOUNDED = {"TIFF", "PPM", "AVIF", "JPEG2000"}
+# Formats of which `look` reads the size at most.
+UNBOUNDED = {"TIFF", "PPM", "AVIF", "JPEG2000", "HEIF", "RAW"}
 # What Pillow itself has its plugins look at.
 _PREFIX_BYTES = 16
 
@@ -53,19 +57,37 @@ _EXIF = b"Exif\0\0"
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 _INNER_DIRECTORIES = (0x8769, 0x8825, 0xA005)
+_WIDTH, _HEIGHT, _PHOTOMETRIC, _INNER_PICTURES, _DNG_VERSION = 256, 257, 262, 330, 50706
+# What the values of a sensor are called.
+_SENSOR = {32803, 34892}
+# The size of a picture in boxes: of each of its tiles, and of the whole.
+_EXTENT = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)
+# Boxes that describe come before those that hold pixels.
+_DESCRIPTION_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
 class Head:
-    """format: Pillow's name of it. width, height: pixels of the first frame, or of what holds it if that is larger."""
+    """format: of `picture_names`. width, height: pixels of the first frame, or of what holds it if that is larger.
+
+    Of a format in `UNBOUNDED` they are what the file says, and 0 where it takes a decoder to know.
+    """
 
     format: str
     width: int
     height: int
 
 
+class TooManyPixelsError(DataError):
+    """A picture is larger than is decoded; `size` is its width and height in words."""
+
+    def __init__(self, size: str, most: int) -> None:
+        super().__init__(f"图片太大 / too large: {size} 像素 / pixels, 最多 / at most {most}")
+        self.size = size
+
+
 def look(data: bytes) -> Head | None:
-    """The head of a JPEG, PNG, WebP, GIF or BMP; None for other formats and for one that is cut within its head.
+    """The head of a picture; None for what is none, and for one that is cut within its head.
 
     Raises DataError for a structure that takes a decoder much longer, or much more memory, than its pixels.
     """
@@ -73,11 +95,19 @@ def look(data: bytes) -> Head | None:
         for start, reader in _READERS.items():
             if data.startswith(start):
                 return reader(data)
+        kind = format_of(data[:HEAD_BYTES])
         if data.startswith(_TIFF_STARTS):
             _check_directory(data)
+            return _tiff(data, kind or "TIFF")
     except (struct.error, IndexError):  # cut
-        pass
-    return None
+        return None
+    if kind in ("AVIF", "HEIF"):
+        extents = [
+            (int.from_bytes(width, "big"), int.from_bytes(height, "big"))
+            for width, height in _EXTENT.findall(data, 0, _DESCRIPTION_BYTES)
+        ]
+        return Head(kind, *max(extents, key=lambda one: one[0] * one[1], default=(0, 0)))
+    return Head(kind, 0, 0) if kind in UNBOUNDED else None
 
 
 def look_at_start(data: bytes) -> None:
@@ -121,6 +151,8 @@ def _jpeg(data: bytes) -> Head | None:
 
 def _check_scans(data: bytes, position: int, num_pixels: int) -> None:
     """position: behind the marker of the first scan."""
+    if num_pixels > MOST_JPEG_PIXELS:  # refused for that
+        return
     most = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(num_pixels, 1))
     # The bytes of other segments, and of pictures behind this one, may look like scans: only then is it counted.
     if 1 + data.count(b"\xff\xda", position) <= most:
@@ -222,6 +254,36 @@ def _bmp(data: bytes) -> Head | None:
     return Head("BMP", width, height)
 
 
+def _tiff(data: bytes, kind: str) -> Head:
+    """The head of a TIFF, or of the RAW file that begins as one: it holds the values of a sensor somewhere."""
+    order, is_big = ("<" if data[:1] == b"I" else ">"), data[2:4] in (b"+\0", b"\0+")
+    if is_big or kind == "RAW":
+        return Head(kind, 0, 0)
+    first = _first_values(data, order, struct.unpack_from(order + "I", data, 4)[0])
+    waiting, is_raw = [first], _DNG_VERSION in first
+    for offset in first.get(_INNER_PICTURES, [])[:MAX_DIRECTORIES]:
+        waiting.append(_first_values(data, order, offset))
+    is_raw |= any(_SENSOR & set(one.get(_PHOTOMETRIC, [])) for one in waiting)
+    width, height = ((first.get(tag) or [0])[0] for tag in (_WIDTH, _HEIGHT))
+    return Head("RAW", 0, 0) if is_raw else Head("TIFF", width, height)
+
+
+def _first_values(data: bytes, order: str, start: int) -> dict[int, list[int]]:
+    """The whole numbers of a directory of TIFF data, by tag; of long lists the first few."""
+    found = dict[int, list[int]]()
+    (count,) = struct.unpack_from(order + "H", data, start)
+    for place in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
+        tag, kind, values = struct.unpack_from(order + "HHI", data, place)
+        form = {3: "H", 4: "I", 13: "I"}.get(kind)
+        if form is not None and tag in (_WIDTH, _HEIGHT, _PHOTOMETRIC, _INNER_PICTURES):
+            num_bytes, values = struct.calcsize(form) * values, min(values, MAX_DIRECTORIES)
+            at = place + 8 if num_bytes <= 4 else struct.unpack_from(order + "I", data, place + 8)[0]
+            found[tag] = list(struct.unpack_from(f"{order}{values}{form}", data, at))
+        elif tag == _DNG_VERSION:
+            found[tag] = []
+    return found
+
+
 def _check_directory(data: bytes) -> None:
     """Raises DataError where the values of TIFF data (EXIF, or a file) are far more than its bytes: they overlap."""
     while data.startswith(_EXIF):
@@ -270,19 +332,73 @@ def is_bounded(data: bytes, head: Head | None) -> bool:
     do what we do not know. Of the other formats, a 1 MB PPM can take a minute.
     """
     if head is not None:
-        return len(data) <= SPARE_BYTES + BYTES_PER_PIXEL * head.width * head.height
-    Image.init()
-    accepts = {name: Image.OPEN[name][1] for name in FORMATS if name in Image.OPEN}
-    takers = {name for name, accept in accepts.items() if accept is None or accept(data[:_PREFIX_BYTES])}
-    return not takers or not takers <= _UNBOUNDED
+        is_read = head.format not in UNBOUNDED
+        return is_read and len(data) <= SPARE_BYTES + BYTES_PER_PIXEL * head.width * head.height
+    takers = set(_takers(data))
+    return not takers or not takers <= UNBOUNDED
 
 
 def opened_here(data: bytes, head: Head | None) -> Image.Image:
     """The picture with its head read, in this process; see `pictures.opened` for what is raised, and for others.
 
-    head: what `look` says of the bytes; without it, Pillow looks for one of `FORMATS`.
+    head: what `look` says of the bytes; without it, Pillow looks for one of `FORMATS`. Raises TooManyPixelsError where
+    Image.open would warn, or raise.
     """
-    if head is not None:
-        return Image.open(io.BytesIO(data), formats=(head.format,))
+    image = _opened(data, None if head is None else head.format)
+    most = MOST_JPEG_PIXELS if isinstance(image, JpegImageFile) else MOST_PIXELS
+    if image.width * image.height > most:
+        raise TooManyPixelsError(f"{image.width} x {image.height}", most)
+    return image
+
+
+def _opened(data: bytes, kind: str | None) -> Image.Image:
+    if kind in _OWN_OPENERS:
+        return _OWN_OPENERS[kind](data)
+    reasons = list[str]()
+    for name in _takers(data):
+        if kind not in (None, name):
+            continue
+        try:
+            return Image.OPEN[name][0](io.BytesIO(data), "")
+        except (SyntaxError, IndexError, TypeError, struct.error) as error:  # as Image.open does
+            reasons.append(f"{error}")
+    raise UnidentifiedImageError("; ".join(filter(None, reasons)) or "no known picture format")
+
+
+def _takers(data: bytes) -> list[str]:
+    """Pillow's formats of the list that may read what begins so."""
     Image.init()
-    return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+    prefix = data[:_PREFIX_BYTES]
+    found = [(name, Image.OPEN[name][1]) for name in FORMATS if name in Image.OPEN]
+    return [name for name, accept in found if accept is None or accept(prefix) is True]
+
+
+# Of a JPEG that holds several pictures (MPO) Pillow's own opener reads where the others are, and warns of it.
+_OWN_OPENERS: dict[str | None, Callable[[bytes], Image.Image]] = {
+    "JPEG": lambda data: JpegImageFile(io.BytesIO(data)),
+    "HEIF": photo_files.heif,
+    "RAW": photo_files.raw,
+}
+
+
+def prepare(image: Image.Image, draft_size: int | None = None, *, most: int = MOST_PIXELS) -> None:
+    """Has a picture that was opened here ready to be loaded; raises TooManyPixelsError for more than `most` pixels.
+
+    draft_size: a JPEG will be decoded at 1/2, 1/4 or 1/8 of its size, the smallest whose sides are both at least so
+    long; its pixels are counted then.
+    """
+    width, height = image.size
+    if draft_size is not None and isinstance(image, JpegImageFile):
+        image.info[FULL_SIZE] = image.size
+        image.draft(None, (draft_size, draft_size))
+    if image.width * image.height > most:
+        raise TooManyPixelsError(f"{width} x {height}", most)
+
+
+def num_decoded(head: Head, draft_size: int | None) -> int:
+    """How many pixels of a file are decoded, as `prepare` counts them; 0 where its head does not say."""
+    if draft_size is None or head.format != "JPEG":
+        return head.width * head.height
+    scale = min(head.width // draft_size, head.height // draft_size)
+    step = next((one for one in (8, 4, 2) if scale >= one), 1)
+    return -(-head.width // step) * -(-head.height // step)

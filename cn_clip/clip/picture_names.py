@@ -11,9 +11,10 @@ from typing import Literal, TypeAlias
 # How a picture file becomes pixels; see `transforms.ImageTransform`.
 Decode: TypeAlias = Literal["exact", "auto", "fast", "reference"]
 
-# By PIL's name of the format, the usual suffix first. PIL reads HEIF only with a plugin; without it the file is named.
+# The formats that are read, by PIL's name, the usual suffix first. Of JPEGs that hold several pictures (MPO) and of
+# animations it is the first. HEIF and RAW need the extra `photos`; of RAW it is the preview in the file.
 SUFFIXES_OF: dict[str, tuple[str, ...]] = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
     "WEBP": (".webp",),
     "BMP": (".bmp", ".dib"),
@@ -22,17 +23,35 @@ SUFFIXES_OF: dict[str, tuple[str, ...]] = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "AVIF": (".avif",),
     "JPEG2000": (".jp2",),
-    "HEIF": (".heic", ".heif"),
+    "HEIF": (".heic", ".heif", ".hif"),
+    "RAW": (".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".raf", ".rw2", ".orf", ".pef", ".srw"),
 }
 PICTURE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes)
 
-# Enough of a file for `begins_as_picture`.
-HEAD_BYTES = 16
-_BEGINNINGS = (
-    *(b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  "),
-    *(b"P%d%c" % (kind, blank) for kind in range(1, 7) for blank in b" \n\r\t"),
-)
-_BRANDS = (b"ftypavif", b"ftypavis", b"ftypheic", b"ftypheix", b"ftypmif1")
+# Width times height of what is decoded; a JPEG may be decoded at a fraction of its own, and have more.
+MOST_PIXELS = 178_956_970
+MOST_JPEG_PIXELS = 500_000_000
+
+# Enough of a file for `format_of`.
+HEAD_BYTES = 64
+_BEGINNINGS: dict[str, tuple[bytes, ...]] = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n",),
+    "GIF": (b"GIF8",),
+    "BMP": (b"BM",),
+    "RAW": (b"FUJIFILMCCD-RAW", b"II\x2a\0\x10\0\0\0CR", b"IIU\0", b"IIRO", b"IIRS", b"MMOR"),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    "JPEG2000": (b"\0\0\0\x0cjP  ",),
+    "PPM": tuple(b"P%d%c" % (kind, blank) for kind in range(1, 7) for blank in b" \n\r\t"),
+}
+# Of files in boxes, as phones write them.
+_BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "HEIF"),
+    b"crx ": "RAW",
+}
+# Of pictures in any coding, which one of the brands behind it names.
+_ANY_BRANDS = (b"mif1", b"msf1")
 
 
 def suffix_of(name: str) -> str:
@@ -40,9 +59,25 @@ def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
+def format_of(head: bytes) -> str | None:
+    """The format that the first `HEAD_BYTES` of a file are of; it may be damaged behind them. None for no picture.
+
+    DNG and most other kinds of RAW begin as a TIFF does.
+    """
+    if head[4:8] == b"ftyp":
+        if head[8:12] not in _ANY_BRANDS:
+            return _BRANDS.get(head[8:12])
+        end = min(int.from_bytes(head[:4], "big"), HEAD_BYTES)
+        others = (head[at : at + 4] for at in range(16, end, 4))
+        return next((_BRANDS[one] for one in others if one in _BRANDS), "HEIF")
+    if (head[:4], head[8:12]) == (b"RIFF", b"WEBP"):
+        return "WEBP"
+    return next((name for name, beginnings in _BEGINNINGS.items() if head.startswith(beginnings)), None)
+
+
 def begins_as_picture(head: bytes) -> bool:
     """Whether the first `HEAD_BYTES` of a file are those of a picture; it may be damaged behind them."""
-    return head.startswith(_BEGINNINGS) or (head[:4], head[8:12]) == (b"RIFF", b"WEBP") or head[4:12] in _BRANDS
+    return format_of(head) is not None
 
 
 def is_picture_file(path: str) -> bool:

@@ -18,9 +18,8 @@ from PIL.Image import Image
 
 from cn_clip.clip.backends.base import AnyPixels
 from cn_clip.clip.decoding import ProcessStartError, opened_elsewhere
-from cn_clip.clip.orientation import FULL_SIZE
 from cn_clip.clip.orientation import upright as turned_upright
-from cn_clip.clip.picture_files import is_bounded, look, opened_here
+from cn_clip.clip.picture_files import is_bounded, look, opened_here, prepare
 from cn_clip.clip.picture_names import begins_as_picture
 from cn_clip.errors import DataError
 from cn_clip.processes import usable_cores
@@ -75,19 +74,19 @@ def data_url_bytes(url: str, between: Callable[[bytes], object] = lambda _: None
     return b"".join(pieces)
 
 
-def opened(data: bytes) -> Image:
+def opened(data: bytes, draft_size: int | None = None) -> Image:
     """The picture with its head read; every picture file that the package reads comes through here.
 
     A file whose cost its head bounds is not decoded yet. Any other one is decoded by a process that is killed when it
-    takes too long (see `decoding`), and comes back loaded.
-    Raises DataError for a file that takes far longer than its pixels, and what Pillow's plugins raise:
-    UnidentifiedImageError for a format that is not one of `picture_files.FORMATS`, and others.
+    takes too long (see `decoding`), and comes back loaded; draft_size: as of `decode`, of the JPEG in a RAW file.
+    Raises DataError for a file that has too many pixels, or takes far longer than its pixels, and what Pillow's plugins
+    raise: UnidentifiedImageError for a format that is not one of `picture_files.FORMATS`, and others.
     """
     head = look(data)
     if is_bounded(data, head):
         return opened_here(data, head)
     try:
-        return opened_elsewhere(data)
+        return opened_elsewhere(data, draft_size)
     except ProcessStartError as error:
         _say_unwatched(str(error))
         return opened_here(data, head)
@@ -105,10 +104,8 @@ def decode(picture: str | Path | bytes, draft_size: int | None = None, *, uprigh
     upright: turns it by its EXIF orientation, as people see it.
     Raises what `opened` raises, and OSError, SyntaxError, ValueError, struct.error, IndexError and others.
     """
-    with opened(picture if isinstance(picture, bytes) else Path(picture).read_bytes()) as image:
-        if draft_size is not None:
-            image.info[FULL_SIZE] = image.size
-            image.draft(None, (draft_size, draft_size))
+    with opened(picture if isinstance(picture, bytes) else Path(picture).read_bytes(), draft_size) as image:
+        prepare(image, draft_size)
         image.load()
     return turned_upright(image) if upright else image
 

@@ -37,8 +37,6 @@ OnFault: TypeAlias = Literal["stop", "skip"]
 
 MAX_FAULTS_SHOWN = 20
 SIZES_FILE = "sizes.json"
-# MPO is a JPEG with more pictures behind it.
-_FORMATS = {"MPO": "JPEG"}
 
 
 # --- the LMDB of a split ----------------------------------------------------------------------------------------------
@@ -246,7 +244,7 @@ def _sample(
         picture = data if shrink is None else shrunk(data, shrink)
         with opened(picture) as image:
             kind = str(image.format)
-        suffix = SUFFIXES_OF[_FORMATS.get(kind, kind)][0].removeprefix(".")
+        suffix = SUFFIXES_OF[kind][0].removeprefix(".")
     except DataError as error:
         raise DataError(error, at=where) from error
     except KeyError as error:

@@ -14,6 +14,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cn_clip.clip.backends.base import AnyPixels
+from cn_clip.clip.picture_files import prepare
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES, is_picture_file, passed_over
 from cn_clip.clip.pictures import Room, decode, decoded_batches, float_room, opened
 from cn_clip.clip.transforms import PictureTransform, in_8_bits, is_deep, write_pixels
@@ -89,6 +90,7 @@ def shrunk(data: bytes, shorter_side: int) -> bytes:
     """
     try:
         with opened(data) as image:
+            prepare(image)
             kind, scale = str(image.format), shorter_side / min(image.size)
             if scale >= 1 or is_deep(image):
                 return data

@@ -12,9 +12,8 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-from PIL import Image
-
 from cn_clip.clip.picture_names import HEAD_BYTES, SUFFIXES_OF, begins_as_picture, suffix_of
+from cn_clip.clip.pictures import opened
 from cn_clip.data.paths import readable
 from cn_clip.serve.schemas import RefusalError
 
@@ -50,7 +49,7 @@ def made_smaller(data: bytes, size: Size) -> bytes:
     """The JPEG of at most so many pixels a side; one that is no larger, or that cannot be read, as it is."""
     side = SIDES[size]
     try:
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        with opened(data) as image:
             if side is None or max(image.size) <= side:
                 return data
             image.thumbnail((side, side))

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, fields
 
+from cn_clip.clip.picture_names import MOST_PIXELS
 from cn_clip.errors import ConfigError
 from cn_clip.settings import flag
 
-# PIL itself refuses pictures twice as large as this.
-MOST_PIXELS = 89_478_485
 # How log lines tell the time.
 LOG_TIME = "%Y-%m-%d %H:%M:%S"
 # Where the key is, if not on the command line.
@@ -47,12 +46,12 @@ class Limits:
     """Longest time a batch waits for more inputs, in milliseconds"""
     max_queue: int = 256
     """Pictures, and texts, that are admitted and not yet computed; beyond it the answer is 503"""
-    max_body_mb: float = 10.0
+    max_body_mb: float = 32.0
     """Size of a request body, in MiB"""
-    max_pixels: int = 40_000_000
-    """Width times height of a picture"""
-    max_request_pixels: int = 100_000_000
-    """Width times height of all pictures of a request together"""
+    max_pixels: int = 64_000_000
+    """Width times height of a picture as it is decoded; large JPEGs are decoded at a fraction, see --decode"""
+    max_request_pixels: int = 128_000_000
+    """Width times height of all pictures of a request together, as they are decoded"""
     max_items: int = MAX_INPUTS
     """Pictures and texts in one request; of a long one, a part at a time is admitted to the queue"""
     timeout: float = 30.0

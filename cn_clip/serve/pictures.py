@@ -25,7 +25,8 @@ from cn_clip.clip.decoding import (
     ProcessEndedError,
     ProcessStartError,
 )
-from cn_clip.clip.picture_files import Head, look, look_at_start
+from cn_clip.clip.picture_files import Head, look, look_at_start, num_decoded
+from cn_clip.clip.picture_names import SUFFIXES_OF
 from cn_clip.clip.pictures import data_url_bytes, is_base64_picture
 from cn_clip.clip.transforms import PictureTransform
 from cn_clip.errors import DataError
@@ -44,11 +45,15 @@ _NICE = 10
 
 @dataclass(frozen=True)
 class EncodedPicture:
-    """An encoded picture that was looked at; `param` names the field it came in, for errors."""
+    """An encoded picture that was looked at; `param` names the field it came in, for errors.
+
+    num_pixels: how many are decoded, at most, as far as its head says.
+    """
 
     data: bytes
     head: Head
     param: str
+    num_pixels: int = 0
 
 
 class Decoders:
@@ -194,10 +199,11 @@ def _unavailable() -> RefusalError:
 
 # --- from a data URL to bytes
 
-# Those that `look` reads.
-_NAMES = "JPEG, PNG, WebP, GIF or BMP"
+_NAMES = ", ".join(SUFFIXES_OF)
 _EXPECTED = f'expected "data:image/png;base64,…" ({_NAMES}) with the picture itself'
 _SHOWN_CHARS = 40
+# A picture whose head does not say its size, such as RAW, counts as such a part of the largest.
+_UNKNOWN = 4
 
 
 def picture_bytes(data_url: str, param: str, give_way: Callable[[], object] = lambda: None) -> bytes:
@@ -227,15 +233,19 @@ def picture_bytes(data_url: str, param: str, give_way: Callable[[], object] = la
         raise _invalid(f"{param}: {error}; {_EXPECTED}", param) from error
 
 
-def looked_at(data: bytes, param: str, *, max_pixels: int) -> EncodedPicture:
-    """The picture with its head read and nothing decoded; raises RefusalError (400) naming `param`, and the bound."""
+def looked_at(data: bytes, param: str, *, max_pixels: int, draft_size: int | None = None) -> EncodedPicture:
+    """The picture with its head read and nothing decoded; raises RefusalError (400) naming `param`, and the bound.
+
+    draft_size: the side that remains of a JPEG which is decoded at a fraction of its size.
+    """
     with _named(param):
         head = look(data)
     if head is None:
         raise _invalid(f"{param}: {len(data)} bytes of no known format; expected {_NAMES}", param)
-    if head.width * head.height > max_pixels:
+    num_pixels = num_decoded(head, draft_size)
+    if num_pixels > max_pixels:
         raise too_large(f"{head.width} x {head.height}", param, max_pixels)
-    return EncodedPicture(data, head, param)
+    return EncodedPicture(data, head, param, num_pixels or max_pixels // _UNKNOWN)
 
 
 @contextlib.contextmanager

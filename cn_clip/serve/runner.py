@@ -222,8 +222,9 @@ class Runner:
         files, num_pixels = list[EncodedPicture](), 0
         for picture in pictures:
             data = picture_bytes(picture.data_url, picture.param, self._give_way)
-            files.append(looked_at(data, picture.param, max_pixels=self.limits.max_pixels))
-            num_pixels += files[-1].head.width * files[-1].head.height
+            side = None if self._encoder is None else self._encoder.transform.draft_size
+            files.append(looked_at(data, picture.param, max_pixels=self.limits.max_pixels, draft_size=side))
+            num_pixels += files[-1].num_pixels
             if num_pixels > self.limits.max_request_pixels:
                 message = (
                     f"{picture.param}: at most {self.limits.max_request_pixels} pixels a request are read, and with "
