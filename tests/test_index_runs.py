@@ -20,6 +20,7 @@ from cn_clip.errors import ConfigError, DataError, MissingExtraError
 from cn_clip.index import ingest, jobs, skips, sources
 from cn_clip.index.excludes import Excludes
 from cn_clip.index.failures import Failures
+from cn_clip.index.pruning import vanished
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import open_index
@@ -355,3 +356,108 @@ def test_small_pictures_are_passed_over_and_remembered(
     assert (result["removed"], result["skipped_by_reason"], read) == (["a.png"], {"small": 3}, [])
     result = command(*args, "--min-size", 31)
     assert (result["num_items"], result["skipped"], sorted(read)) == (4, [], ["a.png", "copy.png", "icon.png"])
+
+
+# --- what is gone
+
+
+def test_renamed_and_moved_pictures_keep_vector_and_caption(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pictures_at(tmp_path / "pictures", "a.png", "b.png", "旅行/c.png", "旅行/d.png")
+    for copy in ("旅行/copy.png", "other.png"):
+        (folder / copy).write_bytes((folder / "旅行/c.png").read_bytes())
+    table = tmp_path / "t.csv"
+    table.write_text(
+        "image,text,group,date\na.png,一,动物,1999\nb.png,二,植物,\n旅行/c.png,三,,\n旅行/copy.png,抄,,\nother.png,别,,\n"
+    )
+    args = ("index", "build", folder, "--output", tmp_path / "i", *MODEL)
+    command(*args, "--metadata", table)
+    before = open_index(tmp_path / "i")
+    (folder / "a.png").rename(folder / "renamed.png")
+    (folder / "旅行").rename(folder / "2021")
+    (folder / "2021" / "d.png").unlink()
+    monkeypatch.setattr(TorchBackend, "encode_pixels", None)
+    result = command(*args)
+    moved = {"renamed.png": "a.png", "2021/c.png": "旅行/c.png", "2021/copy.png": "旅行/copy.png"}
+    assert {one["id"]: one["was"] for one in result["renamed"]} == moved
+    assert (result["encoded"], result["reused"], sorted(result["removed"])) == (
+        0,
+        3,
+        sorted([*moved.values(), "旅行/d.png"]),
+    )
+    index = open_index(tmp_path / "i")
+    for one, was in moved.items():
+        assert index.vector(one).tolist() == before.vector(was).tolist()
+        assert index.metadata(one)["caption"] == before.metadata(was)["caption"]
+        assert index.metadata(one)["file"] == one.rpartition("/")[2]
+    assert (index.metadata("renamed.png")["group"], index.metadata("renamed.png")["date"]) == ("动物", "1999")
+    # A row for the new name goes before what the old one had.
+    (folder / "b.png").rename(folder / "b2.png")
+    table.write_text("image,text\nb2.png,新\nrenamed.png,一\n")
+    command(*args, "--metadata", table)
+    assert open_index(tmp_path / "i").metadata("b2.png")["caption"] == "新"
+
+
+def test_a_copy_of_a_picture_that_is_there_takes_no_caption(tmp_path: Path, command: Command) -> None:
+    folder = pictures_at(tmp_path / "pictures", "a.png", "b.png")
+    (tmp_path / "t.csv").write_text("image,text\na.png,一\n")
+    args = ("index", "build", folder, "--output", tmp_path / "i", *MODEL)
+    command(*args, "--metadata", tmp_path / "t.csv")
+    (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
+    result = command(*args)
+    assert (result["renamed"], result["duplicates"]) == ([], [{"id": "copy.png", "same_as": "a.png"}])
+    assert "caption" not in open_index(tmp_path / "i").metadata("copy.png")
+
+
+@pytest.mark.parametrize(
+    ("count", "others", "present", "elsewhere", "expected"),
+    [
+        (20, 100, (), 0, {"a/b": 20}),
+        (19, 100, (), 0, {}),  # fewer than LEAST_ITEMS
+        (20, 180, (), 0, {}),  # a tenth is not more than a tenth
+        (20, 100, ("a/b/notes.txt",), 0, {}),  # the folder is there
+        (20, 100, ("a/notes.txt",), 0, {"a/b": 20}),
+        (20, 100, (), 1, {}),  # 19 are lost
+        (21, 100, (), 1, {"a/b": 21}),
+    ],
+)
+def test_a_folder_counts_as_vanished_when_it_held_much_and_nothing_is_left(
+    count: int, others: int, present: tuple[str, ...], elsewhere: int, expected: dict[str, int]
+) -> None:
+    gone = [
+        *(f"a/b/c/{number}.jpg" for number in range(count // 2)),
+        *(f"a/b/{n}.jpg" for n in range(count // 2, count)),
+    ]
+    there = [f"x/{number}.jpg" for number in range(others)] + ["a/z.jpg", *present]
+    found = vanished(gone, there, others + count, is_elsewhere=lambda one: one in gone[:elsewhere])
+    assert {folder: len(ids) for folder, ids in found.items()} == expected
+
+
+def test_a_folder_that_vanished_is_pruned_only_when_asked(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nas = [f"nas/2021/{number}.png" for number in range(20)]
+    folder = pictures_at(tmp_path / "pictures", "a.png", "b.png", *nas)
+    args = ["index", "build", str(folder), "--output", str(tmp_path / "i"), *MODEL]
+    command(*args)
+    (folder / "nas").rename(tmp_path / "unmounted")
+    (folder / "nas").mkdir()  # where it was mounted
+    (folder / "b.png").unlink()
+    result = command(*args)
+    assert (result["missing"], result["removed"]) == ([{"folder": "nas", "items": 20}], ["b.png"])
+    cli.main(args)
+    assert "nas/ 整个不见了，它的 20 项留在索引里；" in capsys.readouterr().out
+    assert len(open_index(tmp_path / "i")) == 21
+    assert len(command(*args, "--prune")["removed"]) == 20
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.main([*args, "--prune", "--keep-missing"])
+
+
+def test_a_folder_that_moved_within_the_source_is_not_missed(tmp_path: Path, command: Command) -> None:
+    folder = pictures_at(tmp_path / "pictures", "a.png", *(f"old/{number}.png" for number in range(20)))
+    args = ("index", "build", folder, "--output", tmp_path / "i", *MODEL)
+    command(*args)
+    (folder / "old").rename(folder / "new")
+    result = command(*args)
+    assert (result["missing"], len(result["removed"]), result["num_items"]) == ([], 20, 21)

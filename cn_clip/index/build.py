@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from cn_clip import command, terminal
+from cn_clip import command, settings, terminal
 from cn_clip.errors import ConfigError
 from cn_clip.index.options import SourceOptions, with_store
 from cn_clip.retrieval.manifest import EngineName, VectorType
@@ -31,11 +31,14 @@ class Options(SourceOptions):
     """float16 halves the disk; default: as it is, else float32"""
     keep_missing: bool = False
     """Keep the items whose pictures are gone"""
+    prune: bool = False
+    """Remove also the items of a folder that is gone as a whole and held more than a tenth of the index"""
     replace_source: bool = False
     """Remove what came from another source before, though most of it is not in this one"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        settings.check(self, [settings.excludes("prune", "keep_missing", "one removes what is gone", refused=True)])
         if self.output is None:
             raise ConfigError("--output: expected the folder of the index, or milvus://HOST:PORT/COLLECTION")
         if self.output.startswith(SCHEME):
@@ -55,6 +58,7 @@ def run(options: Options) -> None:
         vector_type=options.vector_type,
         is_sync=True,
         keep_missing=options.keep_missing,
+        prune=options.prune,
         replace_source=options.replace_source,
     )
     building.update(options, job, command.Speaker(quiet=options.json))

@@ -51,12 +51,13 @@ def update(options: SourceOptions, job: Job, say: Speaker) -> None:
         ingest = Ingest(writer, model.encoder, settings, Progress(say), skipped=source.skipped)
         if options.retry:
             ingest.failures.forget(source.name)
-        pending = ingest.decide(source.candidates, table, job.id_prefix)
+        moved_from = {source.name, before} if job.is_sync else set[str]()
+        pending = ingest.decide(source.candidates, table, job.id_prefix, moved_from=moved_from)
         if not is_new:
             say_first(model, job, say, found=len(ids), unchanged=ingest.summary.unchanged)
         ingest.add(pending)
         if job.is_sync and not job.keep_missing and ingest.summary.signal is None:
-            ingest.prune({source.name, before}, source.candidates)
+            ingest.prune(moved_from, source.candidates, with_folders=job.prune or job.replace_source)
     pictures = {str(one).removeprefix(source.id_prefix) for one in ids}
     unmatched = sum(str(key) not in pictures for key in table or ())
     say_summary(ingest.summary, writer, job, say, unmatched=unmatched, links=source.links)

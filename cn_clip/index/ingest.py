@@ -4,9 +4,10 @@
 
 import hashlib
 import io
+import posixpath
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -20,9 +21,10 @@ from cn_clip.clip.transforms import in_8_bits, write_pixels
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import DataError, MissingExtraError, reason_of
 from cn_clip.index import facts, skips
-from cn_clip.index.deciding import decide
+from cn_clip.index.deciding import decide, parted
 from cn_clip.index.failures import Failures
 from cn_clip.index.progress import Progress
+from cn_clip.index.pruning import vanished
 from cn_clip.index.skips import Skipped
 from cn_clip.index.sources import Candidate, Table
 from cn_clip.retrieval.addresses import Writer
@@ -52,7 +54,8 @@ class Summary:
     """What was done.
 
     added: vectors of a feature file. reused: those that were there for the same bytes; duplicates: (id, id of the same
-    bytes). signal: the number of the one that ended the run before its time; what was done until then is kept.
+    bytes). renamed: (id, id of what is gone). missing: the items that stay though their folder, the key, is gone.
+    signal: the number of the one that ended the run before its time; what was done until then is kept.
     """
 
     encoded: int = 0
@@ -61,6 +64,8 @@ class Summary:
     unchanged: int = 0
     removed: list[ItemId] = field(default_factory=list)
     duplicates: list[tuple[ItemId, ItemId]] = field(default_factory=list)
+    renamed: list[tuple[ItemId, ItemId]] = field(default_factory=list)
+    missing: dict[str, list[ItemId]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     signal: int | None = None
 
@@ -114,15 +119,30 @@ class Ingest:
         for item_id, metadata in self._known.items():
             if "digest" in metadata:
                 self._owners.setdefault(metadata["digest"], item_id)
+        # The items that are gone, by their digests.
+        self._gone: dict[str, list[ItemId]] = {}
         self._buffer: dict[ItemId, NewItem] = {}
         # The items among them that a batch needs, and those that it adds.
         self._lenders: dict[ItemId, NewItem] = {}
         self._committed_at = time.monotonic()
 
     def decide(
-        self, candidates: Sequence[Candidate], table: Table | None = None, id_prefix: str = ""
+        self,
+        candidates: Sequence[Candidate],
+        table: Table | None = None,
+        id_prefix: str = "",
+        *,
+        moved_from: Collection[str] = (),
     ) -> list[Candidate]:
-        """Those that are to be read, see `deciding`; counts the others."""
+        """Those that are to be read, see `deciding`; counts the others.
+
+        moved_from: sources whose items may have got other names: a new picture of the same bytes as one that is gone
+        takes over its metadata.
+        """
+        there = {one.id for one in candidates}
+        for item_id, metadata in self._known.items():
+            if metadata.get("source") in moved_from and item_id not in there and "digest" in metadata:
+                self._gone.setdefault(metadata["digest"], []).append(item_id)
         sizes = {"min_size": self.settings.min_size}
         decision = decide(candidates, self._known, self.failures, table=table, id_prefix=id_prefix, **sizes)
         self.summary.unchanged = decision.num_unchanged
@@ -194,8 +214,11 @@ class Ingest:
         """Adds items as they are with the next commit, unless a picture of the same id comes before it."""
         self._buffer.update({item.id: item for item in items})
 
-    def prune(self, sources: Collection[str], candidates: Collection[Candidate]) -> None:
-        """Removes the items of these sources that are not there any more; raises DataError where none would be left."""
+    def prune(self, sources: Collection[str], candidates: Collection[Candidate], *, with_folders: bool = True) -> None:
+        """Removes the items of these sources that are not there any more; raises DataError where none would be left.
+
+        with_folders: also those of large folders that are gone, see `pruning`.
+        """
         kept = {one.id for one in candidates} - {one.id for one in self.summary.skipped if one.is_gone}
         unread = tuple(f"{one.id}/" for one in self.summary.skipped if not one.is_gone)
         gone = [
@@ -208,6 +231,17 @@ class Ingest:
                 f"none of the {len(gone)} pictures is there any more, so nothing was removed: see that the disk is "
                 "there, or remove them with cn-clip index remove, or give --keep-missing"
             )
+        if not with_folders:
+            present = [*(one.id for one in candidates), *(one.id for one in self.summary.skipped)]
+            digests = {self._known[one].get("digest") for one in kept if one in self._known}
+            self.summary.missing = vanished(
+                gone,
+                present,
+                len(self.writer),
+                is_elsewhere=lambda one: self._known[one].get("digest", "") in digests,
+            )
+            away = {one for ids in self.summary.missing.values() for one in ids}
+            gone = [one for one in gone if one not in away]
         for source in filter(None, sources):
             self.failures.forget(source, but={one.metadata.get("path", "") for one in candidates})
         self.writer.commit(remove=gone, notes=self.failures.dumped() if self.failures.has_changed else None)
@@ -234,6 +268,8 @@ class Ingest:
                 if before == {**found, **one.candidate.metadata, "digest": one.digest}:
                     self.summary.unchanged += 1
                     continue
+                if before is None:
+                    one = self._renamed(one)
                 if owner != one.candidate.id:
                     self.summary.duplicates.append((one.candidate.id, owner))
                 self.summary.reused += 1
@@ -258,6 +294,16 @@ class Ingest:
 
     def _is_owned(self, one: _Prepared | _Refused) -> TypeGuard[_Prepared]:
         return isinstance(one, _Prepared) and one.digest in self._owners
+
+    def _renamed(self, one: _Prepared) -> _Prepared:
+        """A new picture with what was known of the one that is gone and had the same bytes, if there is one."""
+        gone, name = self._gone.get(one.digest, []), posixpath.basename(str(one.candidate.id))
+        if not gone:
+            return one
+        was = next((item_id for item_id in gone if posixpath.basename(str(item_id)) == name), gone[0])
+        self.summary.renamed.append((one.candidate.id, was))
+        kept = parted(self._known[was])[1]
+        return replace(one, candidate=replace(one.candidate, metadata={**kept, **one.candidate.metadata}))
 
     def _refuse(self, candidate: Candidate, skipped: Skipped) -> None:
         self.summary.skipped.append(skipped)

@@ -25,7 +25,8 @@ class Job:
     """A source to bring into an index. index: its address; engine, vector_type: None keeps what the index has.
 
     is_sync: the index is to hold what the source holds, and of this source nothing else. replace_source: also when that
-    is another source than the last one.
+    is another source than the last one. prune: what is gone goes also with large folders, which a disk that is away
+    takes with it.
     """
 
     index: str
@@ -35,6 +36,7 @@ class Job:
     id_prefix: str = ""
     is_sync: bool = False
     keep_missing: bool = False
+    prune: bool = False
     replace_source: bool = False
 
     @property

@@ -34,11 +34,17 @@ def say_summary(
     """unmatched: rows of the table that name no picture of the source; links: see `sources.Source`."""
     for title, ids in (
         ("已移除 / removed", [shown(one) for one in summary.removed]),
+        ("已改名 / renamed", [f"{shown(was)} → {shown(one)}" for one, was in summary.renamed]),
         ("内容重复 / duplicates", [f"{shown(one)} = {shown(other)}" for one, other in summary.duplicates]),
         ("未收录 / not indexed", [f"{shown(one.id)}: {shown(one.reason)}" for one in skips.in_order(summary.skipped)]),
     ):
         for line in listed(title, ids):
             say(line)
+    for folder, gone in summary.missing.items():
+        say(
+            f"{shown(folder)}/ 整个不见了，它的 {len(gone)} 项留在索引里；不是硬盘没挂上，而是真的删了，就加 --prune / "
+            f"is gone as a whole, and its {len(gone)} items stay; if the disk is there and it was deleted, give --prune"
+        )
     if links:
         first = ", ".join(f"{shown(one)} → {shown(target)}" for one, target in links[:3])
         say(
@@ -72,6 +78,8 @@ def say_summary(
             "skipped": [one.as_dict() for one in summary.skipped],
             "skipped_by_reason": skips.counts(summary.skipped),
             "remembered": skips.num_remembered(summary.skipped),
+            "renamed": [{"id": one, "was": was} for one, was in summary.renamed],
+            "missing": [{"folder": folder, "items": len(ids)} for folder, ids in summary.missing.items()],
             "links_outside": [{"id": one, "target": target} for one, target in links],
             "unmatched_rows": unmatched,
             "interrupted": summary.signal is not None,
