@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from serving import WatchedBackend, served
+from serving import WatchedBackend, served, wait_until
 
 from cn_clip.clip.encoder import Encoder
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
@@ -281,4 +281,4 @@ def test_giving_files_leaves_none_open(client: httpx.Client) -> None:
         client.get("/v1/index/items/new.jpg")
         client.get("/v1/index/items/new.jpg", headers={"Range": "bytes=999999-"})
         client.get("/v1/index/items/note.txt")
-    assert opened() == before
+    wait_until(lambda: opened() == before)
