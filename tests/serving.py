@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import httpx
 import numpy as np
+from fastapi import FastAPI
 from harmful_pictures import Harmful
 
 from cn_clip.clip.backends.base import Parts, Pixels, Rows, TokenIds
@@ -74,8 +75,22 @@ def served(
     limits, metrics = limits or Limits(), Metrics()
     runner = Runner("tiny", lambda: encoder, limits, metrics)
     collections = Collections([] if index is None else [Opened("photos", index, runner)])
-    service = Service(runner, limits, collections, label_sets or {}, with_originals=with_originals)
-    app = create_app(service, metrics, api_key=api_key, hosts=hosts)
+    service = Service([runner], limits, collections, label_sets or {}, with_originals=with_originals)
+    with answering(create_app(service, metrics, api_key=api_key, hosts=hosts), limits, with_page=with_page) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def served_all(runners: Sequence[Runner], collections: Collections) -> Iterator[str]:
+    """As `served`, of several models and indexes."""
+    service = Service(runners, runners[0].limits, collections)
+    with answering(create_app(service, Metrics()), service.limits) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def answering(app: FastAPI, limits: Limits, *, with_page: bool = False) -> Iterator[str]:
+    """As `served`, of an application."""
     if with_page:
         from cn_clip.serve import page
 

@@ -259,14 +259,14 @@ def test_no_client_is_let_in_before_all_is_prepared_nor_after_a_queue_has_died(b
     async def main() -> None:
         limits = Limits(max_batch=2, max_queue=2, max_items=2)
         runner = Runner("tiny", lambda: Encoder(backend), limits, Metrics())
-        service = Service(runner, limits, label_sets={"animals": ["猫", "狗", "鸟"]})
+        service = Service([runner], limits, label_sets={"animals": ["猫", "狗", "鸟"]})
         backend.going.clear()
-        runner.start(service.prepare)
+        runner.start(lambda: service.prepare(runner))
         await asyncio.get_running_loop().run_in_executor(None, backend.begun.acquire)
         with pytest.raises(RefusalError, match="still being opened"):
             await runner.embed([Text("猫")])
         with pytest.raises(RefusalError, match="still being opened"):
-            service.check_model(None)
+            service.runner_of(None)
         backend.going.set()
         await runner.opened.wait()
         assert runner.is_ready

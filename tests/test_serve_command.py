@@ -27,7 +27,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.loading import create_model
 from cn_clip.emoji_pack import load
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.serve import main, server
+from cn_clip.serve import main, opening, server
 
 COMMAND = ["-m", "cn_clip", "serve", "--port", "0"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -173,8 +173,8 @@ def test_sigterm_ends_a_server_that_is_sent_bombs_and_decodes_what_takes_long() 
 
 _STUCK = """
 import sys, threading
-from cn_clip.serve import main, server
-server._open_encoder = lambda *_: threading.Event().wait()
+from cn_clip.serve import main, opening
+opening.open_model = lambda *_: threading.Event().wait()
 main.main(sys.argv[1:])
 """
 
@@ -235,7 +235,7 @@ def test_lines_tell_when_it_started_was_ready_and_stopped_and_with_a_flag_who_as
 
 
 def test_fast_decoding_reaches_the_model() -> None:
-    encoder = server._open_encoder(Choice("Emoji-Tiny", device="cpu", decode="fast"), None)
+    encoder = opening.open_model(Choice("Emoji-Tiny", device="cpu", decode="fast"), [])
     assert encoder.transform.draft_size == encoder.backend.resolution
 
 
@@ -323,11 +323,11 @@ def test_answers_do_not_wait_for_acknowledgements() -> None:
 
 def test_label_sets_are_called_by_their_files_names(tmp_path: Path) -> None:
     (tmp_path / "animals.txt").write_text("猫\n狗\n", encoding="utf-8")
-    assert server.read_label_sets([tmp_path / "animals.txt"]) == {"animals": ["猫", "狗"]}
+    assert opening.read_label_sets([tmp_path / "animals.txt"]) == {"animals": ["猫", "狗"]}
     with pytest.raises(DataError, match=r"other\.txt: cannot be opened"):
-        server.read_label_sets([tmp_path / "other.txt"])
+        opening.read_label_sets([tmp_path / "other.txt"])
     with pytest.raises(ConfigError, match="files of different names"):
-        server.read_label_sets([tmp_path / "animals.txt"] * 2)
+        opening.read_label_sets([tmp_path / "animals.txt"] * 2)
 
 
 def test_the_key_comes_from_the_flag_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,6 +339,6 @@ def test_the_key_comes_from_the_flag_or_the_environment(monkeypatch: pytest.Monk
 
 
 def test_the_model_is_called_by_its_name_or_that_of_its_file() -> None:
-    assert server.served_name("Emoji-Tiny") == "Emoji-Tiny"
-    assert server.served_name("/somewhere/epoch3.pt") == "epoch3"
-    assert server.served_name("hf:siglip") == server.served_name("hf:models/siglip") == "siglip"
+    assert opening.served_name("Emoji-Tiny") == "Emoji-Tiny"
+    assert opening.served_name("/somewhere/epoch3.pt") == "epoch3"
+    assert opening.served_name("hf:siglip") == opening.served_name("hf:models/siglip") == "siglip"

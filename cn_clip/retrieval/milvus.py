@@ -5,6 +5,7 @@
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -69,6 +70,11 @@ class MilvusIndex:
         """How the pictures of the vectors were seen; None where it is not recorded."""
         return self._facts.pictures
 
+    def prepare(self) -> None:
+        """Looks at what fields the first items have."""
+        for _, metadata in itertools.islice(self.items(), WINDOW):
+            self._seen_fields.update(metadata)
+
     def __len__(self) -> int:
         return self._collection.count()
 
@@ -129,7 +135,7 @@ class MilvusIndex:
 
     @property
     def fields(self) -> list[str]:
-        """The fields that were seen; all, once a condition on another one was asked for."""
+        """The fields that were seen: of the first items, and all once a condition on another one was asked for."""
         return sorted(self._seen_fields)
 
     @property

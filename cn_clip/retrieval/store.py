@@ -152,6 +152,10 @@ class Index:
         """Rises with every change of the index on disk; that of the folder may be ahead."""
         return self.manifest.generation
 
+    def prepare(self) -> None:
+        """Makes now what the first look-up of an id would wait for."""
+        _ = self.table
+
     def __len__(self) -> int:
         return self.manifest.num_items
 

@@ -1,6 +1,7 @@
 """The FastAPI application: routes, errors in OpenAI's form, and the middleware around them."""
 
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -45,15 +46,18 @@ def create_app(
     service: what the routes do, also at `app.state.service`. api_key: what every request but the probes must bear.
     hosts: where there is no key, what the server may be called; default: this machine alone.
     """
-    runner, limits = service.runner, service.limits
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        runner.start(service.prepare)
+        for runner in service.runners:
+            runner.start(functools.partial(service.prepare, runner))
+        service.collections.watch()
         try:
             yield
         finally:
-            await runner.stop()
+            service.collections.end()
+            for runner in service.runners:
+                await runner.stop()
 
     # The pages /docs and /redoc would load their scripts from elsewhere.
     app = FastAPI(title="cn-clip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -62,11 +66,11 @@ def create_app(
     dialects.add_routes(app, service)
     _add_model_routes(app, service)
     add_index_routes(app, service)
-    _add_probes(app, runner, metrics)
+    _add_probes(app, service, metrics)
     _add_error_handlers(app)
     _describe(app)
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
-    app.add_middleware(Gate, limits=limits, api_key=api_key, hosts=hosts or Hosts())
+    app.add_middleware(Gate, limits=service.limits, api_key=api_key, hosts=hosts or Hosts())
     app.add_middleware(Measured, metrics=metrics, routes=paths)
     return app
 
@@ -77,11 +81,11 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         """How probable each label is for a picture."""
         return await service.classify(request)
 
-    def card() -> ModelCard:
-        service.runner.check_ready()
-        encoder = service.runner.encoder
+    def card(runner: Runner) -> ModelCard:
+        runner.check_ready()
+        encoder = runner.encoder
         return ModelCard(
-            id=service.runner.name,
+            id=runner.name,
             created=0,
             owned_by="cn_clip",
             embed_dim=encoder.embed_dim,
@@ -91,17 +95,16 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses=ERRORS)
     async def models() -> ModelList:
-        """The model that is served."""
-        return ModelList(data=[card()])
+        """The models that are served, the first of which is meant by requests that name none."""
+        return ModelList(data=[card(runner) for runner in service.runners])
 
     @app.get("/v1/models/{model:path}", responses=ERRORS)
     async def model(model: str) -> ModelCard:
-        """The model, by its name."""
-        service.check_model(model)
-        return card()
+        """A model, by its name."""
+        return card(service.runner_of(model))
 
 
-def _add_probes(app: FastAPI, runner: Runner, metrics: Metrics) -> None:
+def _add_probes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -111,8 +114,9 @@ def _add_probes(app: FastAPI, runner: Runner, metrics: Metrics) -> None:
     @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", responses={503: {"model": ErrorResponse}})
     async def readyz() -> dict[str, str]:
-        """Whether the model is open, batches are computed and pictures decoded."""
-        runner.check_moving()
+        """Whether the models are open, batches are computed and pictures decoded."""
+        for runner in service.runners:
+            runner.check_moving()
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

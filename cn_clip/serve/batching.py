@@ -39,6 +39,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._depths: dict[str, list[Callable[[], float]]] = {}
         self.requests = Counter(
             "cn_clip_requests", "Requests by route and HTTP status", ["route", "status"], registry=self.registry
         )
@@ -61,8 +62,10 @@ class Metrics:
         )
 
     def watch_queue(self, inputs: str, depth: Callable[[], float]) -> None:
-        """Reads the depth of a queue whenever it is asked for."""
-        self.queue_depth.labels(inputs).set_function(depth)
+        """Reads the depth of a queue whenever it is asked for; queues of one name, of several models, are added."""
+        depths = self._depths.setdefault(inputs, [])
+        depths.append(depth)
+        self.queue_depth.labels(inputs).set_function(lambda: sum(one() for one in depths))
 
     def observe_batch(self, inputs: str) -> Callable[[int], None]:
         """What to tell the size of each batch."""

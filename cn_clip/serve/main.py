@@ -19,11 +19,12 @@ from cn_clip.settings import Range
 class Options(choice.ModelSettings, Limits):
     """Answers over HTTP: /v1/embeddings as OpenAI's clients ask, /v1/classify, /v1/search; /metrics, /readyz."""
 
-    index: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="INDEX")] = None
-    """Index that /v1/search searches: a folder, or milvus://HOST:PORT/COLLECTION"""
+    index: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="INDEX ...")] = ()
+    """Indexes that /v1/search searches: folders, or milvus://HOST:PORT/COLLECTION; requests name one by the folder's
+    name without its suffix, else the first is meant. Changes are noticed by themselves"""
     model: choice.ModelOfIndex = None
     name: str | None = None
-    """What the model is called in requests; default: its name, or that of its file"""
+    """What the model is called in requests, where there is one; default: its name, or that of its file"""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 for all of this machine's"""
     allowed_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -75,7 +76,7 @@ def run(options: Options) -> None:
         options.limits,
         model=options.model,
         name=options.name,
-        index_address=options.index,
+        index_addresses=options.index,
         label_sets=options.label_sets,
         host=options.host,
         port=options.port,

@@ -437,7 +437,7 @@ class IndexList(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """The model that is served."""
+    """A model that is served."""
 
     id: str
     object: Literal["model"] = "model"
@@ -449,7 +449,7 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The one model."""
+    """All that are served."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]

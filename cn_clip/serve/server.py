@@ -8,6 +8,7 @@ import contextlib
 import copy
 import gc
 import math
+import os
 import signal
 import socket
 import sys
@@ -16,26 +17,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from cn_clip import command, terminal, zoo
-from cn_clip.clip.choice import DEFAULT_MODEL, Choice
-from cn_clip.clip.encoder import Encoder
+from cn_clip import terminal
+from cn_clip.clip.choice import Choice
 from cn_clip.clip.opening import precision_of
 from cn_clip.errors import ConfigError
-from cn_clip.evaluation.templates import read_labels
-from cn_clip.index.searching import NEW_PICTURES, model_of, open_encoder, seen_as
-from cn_clip.retrieval.addresses import Searchable, address_of, open_index
-from cn_clip.retrieval.store import same_model
 from cn_clip.serve import page
 from cn_clip.serve.app import create_app
 from cn_clip.serve.batching import Metrics
-from cn_clip.serve.collections import Collections, Opened
 from cn_clip.serve.gate import LEAST_KEY_CHARS, LOOPBACK, Hosts, is_weak
 from cn_clip.serve.limits import API_KEY_VARIABLE, LOG_TIME, MAX_CONNECTIONS, Limits
+from cn_clip.serve.opening import open_all, read_label_sets
 from cn_clip.serve.runner import Runner
 from cn_clip.serve.schemas import RefusalError
 from cn_clip.serve.service import Service
@@ -49,7 +47,8 @@ class Server(uvicorn.Server):
     """Ends at SIGTERM or SIGINT with status 0: that is what it was told, and what was in hand is done.
 
     end: called by a thread of its own when the end takes `END_SECONDS` longer than the drain may, because another
-    thread waits for what does not come: a disk, a store.
+    thread waits for what does not come: a disk, a store. hung_up: called at SIGHUP, unless that says that the terminal
+    was closed in which the server was started: it ends with it.
     """
 
     def __init__(
@@ -60,6 +59,7 @@ class Server(uvicorn.Server):
         drain_timeout: float = 30,
         access_log: bool = False,
         end: Callable[[], None] | None = None,
+        hung_up: Callable[[], None] | None = None,
     ) -> None:
         drain_seconds = math.ceil(drain_timeout)
         logs = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
@@ -76,6 +76,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=drain_seconds,
             )
         )
+        self._hung_up, self._had_terminal = hung_up, _has_terminal()
         self._watch: threading.Timer | None = None
         if end is not None:
             self._watch = threading.Timer(drain_seconds + END_SECONDS, end)
@@ -94,18 +95,36 @@ class Server(uvicorn.Server):
         if self._watch is not None:
             self._watch.cancel()
 
+    def _handle_hangup(self, number: int, frame: FrameType | None) -> None:
+        if self._had_terminal and not _has_terminal():
+            self.handle_exit(number, frame)
+        elif self._hung_up is not None:
+            self._hung_up()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Uvicorn's own raises each signal once more at the end, which kills the process."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handlers = {one: signal.signal(one, self.handle_exit) for one in (signal.SIGINT, signal.SIGTERM)}
+        handlers: dict[int, Any] = {
+            one: signal.signal(one, self.handle_exit) for one in (signal.SIGINT, signal.SIGTERM)
+        }
+        if self._hung_up is not None and hasattr(signal, "SIGHUP"):
+            handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._handle_hangup)
         try:
             yield
         finally:
             for one, handler in handlers.items():
                 signal.signal(one, handler)
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except (OSError, AttributeError):  # none, or Windows
+        return False
+    return True
 
 
 def _protocol(head_timeout: float) -> type[asyncio.Protocol]:
@@ -168,7 +187,7 @@ def launch(
     *,
     model: str | None,
     name: str | None,
-    index_address: str | None,
+    index_addresses: Sequence[str],
     label_sets: Sequence[Path],
     host: str,
     port: int,
@@ -187,51 +206,64 @@ def launch(
     """
     chosen = replace(chosen, precision=precision_of(chosen))
     hosts = Hosts(host, allowed_hosts)
-    labels_of = read_label_sets(label_sets)
-    index = None if index_address is None else open_index(address_of(index_address))
-    opened = (model or DEFAULT_MODEL) if index is None else model_of(index, model)
     metrics = Metrics()
-    runner = Runner(
-        name or served_name(opened), lambda: _open_encoder(replace(chosen, model=opened), index), limits, metrics
+    runners, collections = open_all(
+        index_addresses, chosen=chosen, limits=limits, model=model, name=name, metrics=metrics
     )
-    collections = Collections([] if index is None else [Opened(index_name(index.address), index, runner)])
-    service = Service(runner, limits, collections, labels_of, with_originals=with_originals)
+    service = Service(
+        runners, limits, collections, label_sets=read_label_sets(label_sets), with_originals=with_originals
+    )
     app = create_app(service, metrics, api_key=api_key, hosts=hosts)
     _warn(host, api_key)
     with listen(host, port) as listener:
         given_host, given_port = listener.getsockname()[:2]
         address = f"http://{f'[{given_host}]' if ':' in given_host else given_host}:{given_port}"
-        _say(f"正在打开 / opening {opened}; {address}")
+        _say(f"正在打开 / opening {_names(runners)}; {address}")
         if with_page:
             page.mount(app)
             _say(f"网页 / web page: {address}/")
-        server = Server(app, limits, drain_timeout=drain_timeout, access_log=access_log, end=lambda: _end(runner))
+        server = Server(
+            app,
+            limits,
+            drain_timeout=drain_timeout,
+            access_log=access_log,
+            end=lambda: _end(runners),
+            hung_up=collections.look,
+        )
         # The event loop waits so long for a thread that goes through a large picture's base64; by default 5 ms.
         sys.setswitchinterval(SWITCH_SECONDS)
-        asyncio.run(_serve(server, runner, listener))
+        asyncio.run(_serve(server, runners, listener))
         server.ended()
-        if runner.failure is not None:
-            raise runner.failure
+        for runner in runners:
+            if runner.failure is not None:
+                raise runner.failure
 
 
-def _end(runner: Runner) -> None:
+def _names(runners: Sequence[Runner]) -> str:
+    return ", ".join(runner.name for runner in runners)
+
+
+def _end(runners: Sequence[Runner]) -> None:
     """Ends the process, whatever its threads wait for."""
-    runner.kill_decoders()
-    _say(f"已停止，有线程没有结束 / stopped, with threads that did not end: {runner.name}")
+    for runner in runners:
+        runner.kill_decoders()
+    _say(f"已停止，有线程没有结束 / stopped, with threads that did not end: {_names(runners)}")
     terminal.leave(0)
 
 
-async def _serve(server: Server, runner: Runner, listener: socket.socket) -> None:
-    """Serves until SIGTERM or SIGINT, or until the model fails, and says when it is ready and when it has stopped."""
+async def _serve(server: Server, runners: Sequence[Runner], listener: socket.socket) -> None:
+    """Serves until SIGTERM or SIGINT, or until a model fails, and says when it is ready and when it has stopped."""
 
     async def announce() -> None:
-        await runner.opened.wait()
-        if runner.is_ready:
-            _say(f"可以使用 / ready: {runner.name}")
+        for runner in runners:
+            await runner.opened.wait()
+        if all(runner.is_ready for runner in runners):
+            _say(f"可以使用 / ready: {_names(runners)}")
             # What is there now stays. Looking through it all for garbage, again and again, holds up every answer.
             gc.collect()
             gc.freeze()
-        await runner.failed.wait()
+        failing = [asyncio.ensure_future(runner.failed.wait()) for runner in runners]
+        await asyncio.wait(failing, return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
 
     announcing = asyncio.ensure_future(announce())
@@ -239,7 +271,7 @@ async def _serve(server: Server, runner: Runner, listener: socket.socket) -> Non
         await server.serve(sockets=[listener])
     finally:
         announcing.cancel()
-    _say(f"已停止 / stopped: {runner.name}")
+    _say(f"已停止 / stopped: {_names(runners)}")
 
 
 def _say(line: str) -> None:
@@ -256,33 +288,6 @@ def listen(host: str, port: int) -> socket.socket:
     # not; without it an answer's body waits 40 ms for the client to acknowledge its head.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
-
-
-def served_name(model: str) -> str:
-    """A name for a model: that of a file or folder without where it lies."""
-    return model if zoo.named(model) else Path(model.removeprefix("hf:")).stem
-
-
-def index_name(address: str) -> str:
-    """What an index is called in requests: photos for data/photos.index, and for milvus://HOST:PORT/photos."""
-    return Path(address).stem
-
-
-def read_label_sets(paths: Sequence[Path]) -> dict[str, list[str]]:
-    """Labels by the name of their file; raises DataError for a faulty file, ConfigError for two of one name."""
-    found = {path.stem: read_labels(path) for path in paths}
-    if len(found) < len(paths):
-        raise ConfigError(f"--label-sets: expected files of different names, got {', '.join(map(str, paths))}")
-    return found
-
-
-def _open_encoder(chosen: Choice, index: Searchable | None) -> Encoder:
-    """The open model; raises ConfigError for another one than that of the index."""
-    seen = seen_as(chosen, NEW_PICTURES if index is None else index.pictures)
-    encoder, facts = open_encoder(seen, command.Speaker(quiet=False))
-    if index is not None:
-        same_model(index.model, facts, index.address)
-    return encoder
 
 
 def _warn(host: str, api_key: str | None) -> None:

@@ -54,32 +54,49 @@ CLASSIFIER_BYTES = 64 << 20
 class Service:
     """The state behind the routes.
 
-    label_sets: labels by the name of their set. with_originals: the files of items are given too. root_path: what all
-    addresses in answers begin with.
+    runners: of the models, the first for requests that name none. label_sets: labels by the name of their set.
+    with_originals: the files of items are given too. root_path: what all addresses in answers begin with.
     """
 
-    runner: Runner
+    runners: Sequence[Runner]
     limits: Limits
     collections: Collections = field(default_factory=Collections)
     label_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     with_originals: bool = False
     root_path: str = ""
-    _stored: dict[str, Rows] = field(default_factory=dict)
+    # By the names of model and set.
+    _stored: dict[tuple[str, str], Rows] = field(default_factory=dict)
     _recent: "OrderedDict[bytes, Rows]" = field(default_factory=OrderedDict)
 
-    async def prepare(self) -> None:
-        """Computes the class vectors of the stored sets of labels, and opens what the index opens at first use."""
+    @property
+    def runner(self) -> Runner:
+        """The first."""
+        return self.runners[0]
+
+    def runner_of(self, model: str | None) -> Runner:
+        """The model of a name, None being the first; raises RefusalError: 503 before it is ready, 404 for another."""
+        runner = next((one for one in self.runners if model in (None, one.name)), self.runner)
+        runner.check_ready()
+        if model not in (None, runner.name):
+            known = ", ".join(repr(one.name) for one in self.runners)
+            message = f"model: {shown(model)} is not served here, only {known}"
+            raise RefusalError(404, message, param="model", code="model_not_found")
+        return runner
+
+    async def prepare(self, runner: Runner) -> None:
+        """What requests would wait for: class vectors of the stored sets of labels, and the ids of the indexes."""
         for opened in self.collections:
-            await self.runner.alone(opened.index.__contains__, 0)
+            if opened.runner is runner:
+                await runner.alone(opened.index.prepare)
         for name, labels in self.label_sets.items():
             # Past the queue, a batch at a time: whoever stops the server waits for one.
-            texts = await self.runner.alone(zeroshot.prompts, labels, load_templates(DEFAULT))
+            texts = await runner.alone(zeroshot.prompts, labels, load_templates(DEFAULT))
             step = self.limits.max_batch
             parts = [
-                await self.runner.alone(self.runner.encoder.encode_texts, texts[start : start + step])
+                await runner.alone(runner.encoder.encode_texts, texts[start : start + step])
                 for start in range(0, len(texts), step)
             ]
-            self._stored[name] = zeroshot.class_vectors(np.concatenate(parts), len(labels))
+            self._stored[runner.name, name] = zeroshot.class_vectors(np.concatenate(parts), len(labels))
 
     async def embed(
         self,
@@ -94,8 +111,8 @@ class Service:
         dimensions: those asked for, which only may be the model's; None or 0: the model's. field: where the inputs came
         in, for errors.
         """
-        self.check_model(model)
-        embed_dim = self.runner.encoder.embed_dim
+        runner = self.runner_of(model)
+        embed_dim = runner.encoder.embed_dim
         parts = [part for one in inputs for part in one]
         if len(parts) > self.limits.max_items:
             message = f"{field}: expected at most {self.limits.max_items} items, got {len(parts)}"
@@ -103,7 +120,7 @@ class Service:
         if dimensions not in (None, 0, embed_dim):
             message = f"dimensions: the model has {embed_dim} and cannot give {dimensions}; leave it out"
             raise RefusalError(400, message, param="dimensions", code="unsupported_value")
-        rows_PD, num_tokens = await self.runner.embed(parts)
+        rows_PD, num_tokens = await runner.embed(parts)
         if len(parts) == len(inputs):
             return rows_PD, num_tokens
         ends = list(itertools.accumulate(map(len, inputs)))
@@ -117,7 +134,7 @@ class Service:
 
     async def classify(self, request: ClassifyRequest) -> ClassifyResponse:
         """The labels by falling probability; raises RefusalError."""
-        self.check_model(request.model)
+        runner = self.runner_of(request.model)
         if (request.image is None) == (request.id is None):
             raise RefusalError(400, "image: expected either image or id", param="image", code="invalid_value")
         if (request.labels is None) == (request.label_set is None):
@@ -141,15 +158,15 @@ class Service:
                     code="too_many_items",
                 )
         if request.image is not None:
-            image_1D, _ = await self.runner.embed([Picture(request.image, "image")])
+            image_1D, _ = await runner.embed([Picture(request.image, "image")])
         else:
-            index = self.opened(request.index, request.model).index
-            image_1D = (await self.ask_index(_vector, index, request.id))[None]
+            opened = self.opened(request.index, request.model)
+            image_1D, runner = (await self.ask_index(opened, _vector, opened.index, request.id))[None], opened.runner
         if is_stored:
-            classes_CD = self._stored[str(request.label_set)]
+            classes_CD = self._stored[runner.name, str(request.label_set)]
         else:
-            classes_CD = await self._classifier(labels, templates)
-        scale = self.runner.encoder.facts.logit_scale or zeroshot.LOGIT_SCALE
+            classes_CD = await self._classifier(runner, labels, templates)
+        scale = runner.encoder.facts.logit_scale or zeroshot.LOGIT_SCALE
         (shares_C,) = zeroshot.probabilities(image_1D, classes_CD, scale=scale).tolist()
         (cosines_C,) = (image_1D @ classes_CD.T).tolist()
         order = sorted(range(len(labels)), key=lambda number: -shares_C[number])
@@ -157,17 +174,16 @@ class Service:
             ClassScore(index=number, label=labels[number], probability=shares_C[number], cosine=cosines_C[number])
             for number in order
         ]
-        return ClassifyResponse(model=self.runner.name, scale=scale, data=scores)
+        return ClassifyResponse(model=runner.name, scale=scale, data=scores)
 
     async def search(self, request: SearchRequest, index: str | None = None) -> tuple[Opened, list[ItemHit]]:
         """The index and the hits, best first, with ids and metadata that JSON holds; raises RefusalError.
 
         index: its name, where the request itself gives none.
         """
-        self.check_model(request.model)
         opened = self.opened(request.index or index, request.model)
         all_of_it = self.all_metadata(request.metadata)
-        query_1D = await self._query(request.parts, opened.index)
+        query_1D = await self._query(request.parts, opened)
 
         def hits() -> list[ItemHit]:
             (found,) = opened.index.search(
@@ -176,7 +192,7 @@ class Service:
             return self._shown(opened, found, all_of_it=all_of_it)
 
         with _where_refused():
-            return opened, await self.ask_index(hits)
+            return opened, await self.ask_index(opened, hits)
 
     async def listed(
         self,
@@ -196,12 +212,12 @@ class Service:
             return total, self._shown(opened, [(one, None, known) for one, known in found], all_of_it=all_of_it)
 
         with _where_refused():
-            return opened, *await self.ask_index(page)
+            return opened, *await self.ask_index(opened, page)
 
     async def thumbnail(self, item_id: str, index: str | None = None) -> bytes:
         """The small JPEG of an item as it is kept; raises RefusalError (404)."""
         opened = self.opened(index)
-        found = await self.ask_index(lambda: opened.index.thumbnail(known_id(opened.index, item_id)))
+        found = await self.ask_index(opened, lambda: opened.index.thumbnail(known_id(opened.index, item_id)))
         if found is None:
             raise RefusalError(404, f"the item {shown(item_id)} has no thumbnail", param="id", code="not_found")
         return found
@@ -212,12 +228,15 @@ class Service:
             message = "the server gives no originals; start it with --originals"
             raise RefusalError(403, message, code="originals_not_shared")
         opened = self.opened(index)
-        return await self.ask_index(lambda: items.open_original(opened.index.metadata(known_id(opened.index, item_id))))
+        return await self.ask_index(
+            opened, lambda: items.open_original(opened.index.metadata(known_id(opened.index, item_id)))
+        )
 
     async def cards(self) -> list[IndexCard]:
         """What there is to say of each index."""
-        self.runner.check_ready()
-        return [await self.ask_index(self._card, opened) for opened in self.collections]
+        for runner in self.runners:
+            runner.check_ready()
+        return [await self.ask_index(opened, self._card, opened) for opened in self.collections]
 
     def _card(self, opened: Opened) -> IndexCard:
         index = opened.index
@@ -260,33 +279,34 @@ class Service:
             raise RefusalError(403, message, param="metadata", code="originals_not_shared")
         return asked == "all"
 
-    async def ask_index(self, function: Callable[..., ResultT], *args: object) -> ResultT:
-        """Calls `function`, which reads the index; raises RefusalError (503) when the server that keeps it is away."""
+    async def ask_index(self, opened: Opened, function: Callable[..., ResultT], *args: object) -> ResultT:
+        """Calls `function`, which reads an index; raises RefusalError (503) when the server that keeps it is away."""
         try:
-            return await self.runner.ask(function, *args)
+            return await opened.runner.ask(function, *args)
         except StoreError as error:
             logger.error("%s", error)
             message = "the index does not answer; the server's log tells why"
             raise RefusalError(503, message, code="index_unavailable", retry_after=5) from error
 
-    def check_model(self, name: str | None) -> None:
-        """Raises RefusalError: 503 before the model is ready, 404 for another than the one that is served."""
-        self.runner.check_ready()
-        if name not in (None, self.runner.name):
-            message = f"model: {shown(name)} is not served here, only {self.runner.name!r}"
-            raise RefusalError(404, message, param="model", code="model_not_found")
-
     def opened(self, name: str | None, model: str | None = None) -> Opened:
-        """The index asked for, as it is now; raises RefusalError: 503 before the model is ready, 404."""
-        self.runner.check_ready()
-        return self.collections.get(name, model)
+        """The index asked for, as it is now; raises RefusalError: 503 before its model is ready, 404.
 
-    async def _classifier(self, labels: Sequence[str], templates: Sequence[str]) -> Rows:
-        key = await self.runner.call(_digest, labels, templates)
+        model: where a request names one too, it must be that of the index; without a name, the first index of it.
+        """
+        runner = self.runner_of(model)
+        opened = self.collections.get(name, model)
+        if model is not None and opened.runner is not runner:
+            message = f"model: the index {opened.name!r} is of the model {opened.runner.name!r}, not {shown(model)}"
+            raise RefusalError(404, message, param="model", code="model_not_found")
+        opened.runner.check_ready()
+        return opened
+
+    async def _classifier(self, runner: Runner, labels: Sequence[str], templates: Sequence[str]) -> Rows:
+        key = await runner.call(_digest, runner.name, labels, templates)
         classes_CD = self._recent.get(key)
         if classes_CD is None:
-            features = await self.runner.embed_many_texts(await self.runner.call(zeroshot.prompts, labels, templates))
-            classes_CD = await self.runner.call(zeroshot.class_vectors, features, len(labels))
+            features = await runner.embed_many_texts(await runner.call(zeroshot.prompts, labels, templates))
+            classes_CD = await runner.call(zeroshot.class_vectors, features, len(labels))
             self._recent[key] = classes_CD
             while sum(rows.nbytes for rows in self._recent.values()) > CLASSIFIER_BYTES:
                 self._recent.popitem(last=False)
@@ -294,10 +314,10 @@ class Service:
             self._recent.move_to_end(key)
         return classes_CD
 
-    async def _query(self, parts: Sequence[QueryPart], index: Searchable) -> Rows:
+    async def _query(self, parts: Sequence[QueryPart], opened: Opened) -> Rows:
         """The unit vector (1, D) of the weighted sum of the parts."""
         inputs: dict[int, Text | Picture] = {}
-        rows_ND = np.empty((len(parts), index.model.embed_dim), dtype=np.float32)
+        rows_ND = np.empty((len(parts), opened.index.model.embed_dim), dtype=np.float32)
         for position, part in enumerate(parts):
             param = "query" if len(parts) == 1 else f"query[{position}]"
             if sum(value is not None for value in (part.text, part.image, part.id)) != 1:
@@ -308,10 +328,10 @@ class Service:
             elif part.image is not None:
                 inputs[position] = Picture(part.image, f"{param}.image")
         if inputs:
-            rows_ND[list(inputs)], _ = await self.runner.embed(list(inputs.values()))
+            rows_ND[list(inputs)], _ = await opened.runner.embed(list(inputs.values()))
         for position, part in enumerate(parts):
             if part.id is not None:
-                rows_ND[position] = await self.ask_index(_vector, index, part.id)
+                rows_ND[position] = await self.ask_index(opened, _vector, opened.index, part.id)
         try:
             return mixed(rows_ND, [part.weight for part in parts])[None]
         except ConfigError as error:
@@ -346,5 +366,5 @@ def _vector(index: Searchable, item_id: int | str) -> Rows:
     return index.vector(known_id(index, item_id))
 
 
-def _digest(labels: Sequence[str], templates: Sequence[str]) -> bytes:
-    return hashlib.blake2b(json.dumps([labels, templates]).encode()).digest()
+def _digest(model: str, labels: Sequence[str], templates: Sequence[str]) -> bytes:
+    return hashlib.blake2b(json.dumps([model, labels, templates]).encode()).digest()
