@@ -80,7 +80,7 @@ async def embedding_list(service: Service, request: EmbeddingRequest, model: str
             for position, vector in enumerate(written(rows_ND, form))
         ]
         usage = Usage(prompt_tokens=num_tokens, total_tokens=num_tokens).model_dump()
-        return {"object": "list", "model": service.runner.name, "data": data, "usage": usage}
+        return {"object": "list", "model": service.runner_of(model).name, "data": data, "usage": usage}
 
     return await _json(service, request.ignored, rows_ND.size, body)
 
@@ -306,7 +306,7 @@ async def _ranked(
     return RerankResponse(
         id=str(uuid.uuid4()),
         created=int(time.time()),
-        model=service.runner.name,
+        model=service.runner_of(_named(request.model)).name,
         results=[
             Ranked(index=number, relevance_score=float(scores_N[number]), document=document(number)) for number in order
         ],
