@@ -9,7 +9,7 @@ FILES := cn_clip tests benchmarks tools examples
 # Some machines forbid it for small images; the tests start thousands of processes, each of which would compile again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-families test-browser test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel clean
+.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-families test-browser test-clients test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-milvus  在 Milvus 服务上测试检索 / indexes on a Milvus server, which it installs (60 MB)"
 	@echo "make test-families  用 open_clip 和 sentence-transformers 的测试 / tests with both; open_clip brings torchvision"
 	@echo "make test-browser  在 Chromium 里测试网页 / the web page in Chromium (Debian: apt-get install chromium)"
+	@echo "make test-clients  现成的客户端（openai、langchain、cohere……）连到这里的服务，打印一张表 / published clients against the service, as a table"
 	@echo "make test-ray   需要 Ray 的测试 / tests that need ray"
 	@echo "make test-faults  损坏的文件、随时的终止、坏磁盘、恶意请求 / damaged files, kills, bad disks, hostile requests; SECONDS=1500"
 	@echo "make docs       建网站到 site/ / the documents as a site"
@@ -89,6 +90,11 @@ test-browser: $(VENV)/.dev
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || { echo "需要 Chromium / Chromium is needed: apt-get install chromium, or CHROMIUM=path"; exit 1; }
 	$(INSTALL) --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser
+
+# At the end stands a table: client, version, form, status.
+test-clients: $(VENV)/.dev
+	$(INSTALL) --editable '.[dev,clients]'
+	$(BIN)/python -m pytest -m "clients or not clients" tests/test_clients.py
 
 test-ray: $(VENV)/.dev
 	$(INSTALL) --editable '.[dev,ray]'

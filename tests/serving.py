@@ -23,6 +23,7 @@ from cn_clip.serve.limits import Limits
 from cn_clip.serve.runner import Runner
 from cn_clip.serve.server import Server, listen
 from cn_clip.serve.service import Service
+from cn_clip.serve.token_table import TokenTable
 
 
 class WatchedBackend:
@@ -70,12 +71,15 @@ def served(
     label_sets: Mapping[str, Sequence[str]] | None = None,
     with_page: bool = False,
     with_originals: bool = False,
+    token_table: TokenTable | None = None,
 ) -> Iterator[str]:
     """The address of a server that is ready, on a free port; gone at the end."""
     limits, metrics = limits or Limits(), Metrics()
     runner = Runner("tiny", lambda: encoder, limits, metrics)
     collections = Collections([] if index is None else [Opened("photos", index, runner)])
-    service = Service([runner], limits, collections, label_sets or {}, with_originals=with_originals)
+    service = Service(
+        [runner], limits, collections, label_sets or {}, with_originals=with_originals, token_table=token_table
+    )
     with answering(create_app(service, metrics, api_key=api_key, hosts=hosts), limits, with_page=with_page) as address:
         yield address
 

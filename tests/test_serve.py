@@ -301,7 +301,7 @@ REFUSED: dict[str, tuple[tuple[str, Any], int, str, str | None]] = {
     "many inputs": (embed(["猫"] * 65), 400, "at most 64 items, got 65", "input"),
     "thousands of inputs": (embed(["猫"] * 3000), 400, "at most 2048 items", "input"),
     "a body of brackets": (embed([[]] * 60_000), 413, f"more than {MAX_JSON_MARKS} commas", None),
-    "token ids": (embed([1, 2, 3]), 400, "check_embedding_ctx_length=False", "input[0]"),
+    "token ids": (embed([1, 2, 3]), 400, "check_embedding_ctx_length=False", "input"),
     "a number": (embed(3), 400, "expected a string", "input"),
     "null": (embed(None), 400, "expected a string", "input"),
     "an unknown field": (find(truncate=True), 400, "Extra inputs are not permitted", "truncate"),

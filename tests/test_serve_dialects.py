@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,8 +12,10 @@ from serving import data_url, served
 
 from cn_clip.clip.encoder import Encoder
 from cn_clip.emoji_pack import load
+from cn_clip.errors import DataError
 from cn_clip.serve import forms
 from cn_clip.serve.limits import Limits
+from cn_clip.serve.token_table import TokenTable, read_token_table
 
 # Rows of a batch are rounded a little differently from those of another size.
 TOLERANCE = {"rtol": 0, "atol": 2e-6}
@@ -169,6 +172,41 @@ def test_what_is_no_input_is_refused(client: httpx.Client, fields: Any, message:
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
     assert answer.json()["error"]["param"] == param
+
+
+# --- token ids
+
+# The ids of a table are its own: 猫 takes two of them, as some characters do in that of OpenAI.
+TABLE = TokenTable({7: "一只".encode(), 8: "猫".encode()[:2], 9: "猫".encode()[2:], 0: "狗".encode()})
+
+
+def test_with_a_table_token_ids_are_the_text_they_stand_for(encoder: Encoder, rows: dict[str, np.ndarray]) -> None:
+    with served(encoder, token_table=TABLE) as address, httpx.Client(base_url=address) as client:
+        np.testing.assert_allclose(embedded(client, input=[[7, 8, 9], [0]]), [rows["猫"], rows["狗"]], **TOLERANCE)
+        np.testing.assert_allclose(embedded(client, input=[7, 8, 9]), [rows["猫"]], **TOLERANCE)
+        np.testing.assert_allclose(embedded(client, input=["狗", [7, 8, 9]]), [rows["狗"], rows["猫"]], **TOLERANCE)
+        for given, message, param in (
+            ([[0], [100257]], "the token id 100257 is not in the table", "input[1]"),
+            ([7] * 3000, "at most 4096 characters, got 6000", "input"),
+            ([[0, True]], "valid integer", "input[0][1]"),
+            ([0, -1], "greater than or equal to 0", "input[1]"),
+        ):
+            error = client.post("/v1/embeddings", json={"model": "tiny", "input": given}).json()["error"]
+            assert message in error["message"]
+            assert error["param"] == param
+
+
+def test_a_table_is_read_as_tiktoken_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "cl100k_base.tiktoken"
+    path.write_bytes(b"IQ== 0\n5L2g 1\n")
+    assert read_token_table(path).text([1, 0]) == "你!"
+    assert read_token_table(path).text([]) == ""
+    for content, message in ((b"IQ== 0\nno\n", ":2: expected a token in base64"), (b"", "an empty table")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            read_token_table(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_token_table(tmp_path)
 
 
 # --- many inputs

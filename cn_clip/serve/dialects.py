@@ -71,7 +71,8 @@ def _add_embeddings(app: FastAPI, service: Service) -> None:
 
 async def embedding_list(service: Service, request: EmbeddingRequest, model: str | None) -> Response:
     """The vectors in OpenAI's form."""
-    rows_ND, num_tokens = await service.embed(embedding_inputs(request), model=model, dimensions=request.dimensions)
+    inputs = embedding_inputs(request, service.token_table)
+    rows_ND, num_tokens = await service.embed(inputs, model=model, dimensions=request.dimensions)
     form = request.embedding_type or request.encoding_format or "float"
 
     def body() -> dict[str, Any]:

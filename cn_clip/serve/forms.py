@@ -14,8 +14,10 @@ import numpy as np
 
 from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.pictures import is_base64_picture, is_data_url
+from cn_clip.serve.limits import MAX_TEXT_CHARS
 from cn_clip.serve.runner import Picture, Text
 from cn_clip.serve.schemas import EXPECTED_INPUT, EmbeddingRequest, Item, Part, RefusalError, VectorForm
+from cn_clip.serve.token_table import TokenTable
 
 # What becomes one vector: more than one part are mixed evenly.
 Parts: TypeAlias = list[Text | Picture]
@@ -23,8 +25,11 @@ Parts: TypeAlias = list[Text | Picture]
 # --- inputs
 
 
-def embedding_inputs(request: EmbeddingRequest) -> list[Parts]:
-    """What each vector is made of; raises RefusalError (400) for an input that holds nothing."""
+def embedding_inputs(request: EmbeddingRequest, table: TokenTable | None = None) -> list[Parts]:
+    """What each vector is made of; raises RefusalError (400) for an input that holds nothing.
+
+    table: by which lists of token ids become text; without one they are refused.
+    """
     if (request.input is None) == (request.messages is None):
         message = "expected one of input and messages" if request.input is not None else EXPECTED_INPUT
         raise RefusalError(400, f"input: {message}", param="input", code="invalid_value")
@@ -37,12 +42,24 @@ def embedding_inputs(request: EmbeddingRequest) -> list[Parts]:
         ]
         return [_filled(said, "messages")]
     are_pictures = request.modality == "image"
-    if isinstance(request.input, list):
-        return [
-            parts_of(one, f"input[{position}]", are_pictures=are_pictures) for position, one in enumerate(request.input)
-        ]
-    assert request.input is not None
-    return [parts_of(request.input, "input", are_pictures=are_pictures)]
+    return [
+        [_text_of(one, table, param)] if isinstance(one, list) else parts_of(one, param, are_pictures=are_pictures)
+        for param, one in request.inputs.items()
+    ]
+
+
+def _text_of(token_ids: list[int], table: TokenTable | None, param: str) -> Text:
+    if table is None:
+        raise RefusalError(400, f"{param}: {EXPECTED_INPUT}", param=param, code="invalid_value")
+    try:
+        text = table.text(token_ids)
+    except KeyError as error:
+        message = f"{param}: the token id {error} is not in the table of --token-table"
+        raise RefusalError(400, message, param=param, code="invalid_value") from error
+    if len(text) > MAX_TEXT_CHARS:
+        message = f"{param}: expected a text of at most {MAX_TEXT_CHARS} characters, got {len(text)}"
+        raise RefusalError(400, message, param=param, code="invalid_value")
+    return Text(text)
 
 
 def parts_of(given: str | Item, param: str, *, are_pictures: bool = False) -> Parts:

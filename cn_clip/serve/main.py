@@ -36,6 +36,8 @@ class Options(choice.ModelSettings, Limits):
     """Key that requests must bear; better set in the environment as CN_CLIP_API_KEY, where `ps` does not show it"""
     label_sets: tuple[Path, ...] = ()
     """Files of labels, one a line; /v1/classify calls each by its file name without the suffix"""
+    token_table: Path | None = None
+    """Table of tiktoken (cl100k_base.tiktoken) by which token ids become text, which LangChain sends by default"""
     no_page: bool = False
     """Serve no web page"""
     originals: bool = False
@@ -78,6 +80,7 @@ def run(options: Options) -> None:
         name=options.name,
         index_addresses=options.index,
         label_sets=options.label_sets,
+        token_table=options.token_table,
         host=options.host,
         port=options.port,
         allowed_hosts=options.allowed_host,

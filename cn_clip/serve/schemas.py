@@ -235,12 +235,14 @@ def _kind(value: Any) -> str | None:
         return "<url>" if is_data_url(value) or is_base64_picture(value) else "<text>"
     if isinstance(value, (dict, BaseModel)):
         return "<picture>"
-    return "<many>" if isinstance(value, list) else None
+    if isinstance(value, list):
+        return "<tokens>" if value and type(value[0]) is int else "<many>"
+    return None
 
 
 EXPECTED_INPUT = (
     'expected a string, {"text": …}, {"image": "data:image/png;base64,…"}, or a list of them; lists of token ids are '
-    "not understood (in LangChain: check_embedding_ctx_length=False)"
+    "not understood (in LangChain: check_embedding_ctx_length=False; or start the server with --token-table)"
 )
 _error: dict[str, Any] = {"custom_error_type": "input", "custom_error_message": EXPECTED_INPUT}
 _TextInput: TypeAlias = Annotated[Text, Tag("<text>")]
@@ -249,6 +251,14 @@ _ItemInput: TypeAlias = Annotated[Item, Tag("<picture>")]
 _UrlInput: TypeAlias = Annotated[DataUrl, Field(json_schema_extra={"pattern": "^data:image/"}), Tag("<url>")]
 Input: TypeAlias = Annotated[_TextInput | _UrlInput | _ItemInput, Discriminator(_kind, **_error)]
 Inputs: TypeAlias = Annotated[list[Input], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+# The ids of OpenAI's tokenizer, which a table of the server turns into text.
+_TokenIds: TypeAlias = Annotated[
+    list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1, fail_fast=True), Tag("<tokens>")
+]
+_WordsOrTokens: TypeAlias = Annotated[_TextInput | _UrlInput | _ItemInput | _TokenIds, Discriminator(_kind, **_error)]
+_ManyInputs: TypeAlias = Annotated[
+    list[_WordsOrTokens], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True), Tag("<many>")
+]
 
 
 class EmbeddingRequest(OpenRequest):
@@ -259,10 +269,7 @@ class EmbeddingRequest(OpenRequest):
 
     model: Name
     input: (
-        Annotated[
-            _TextInput | _UrlInput | _ItemInput | Annotated[Inputs, Tag("<many>")], Discriminator(_kind, **_error)
-        ]
-        | None
+        Annotated[_TextInput | _UrlInput | _ItemInput | _TokenIds | _ManyInputs, Discriminator(_kind, **_error)] | None
     ) = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)] | None = Field(
         None, description="In place of input: one vector of what the user says and shows, as vLLM has it"
@@ -275,6 +282,16 @@ class EmbeddingRequest(OpenRequest):
     )
     normalized: bool | None = Field(None, description="Vectors always have length 1; false is passed over")
     user: Name | None = Field(None, description="Not looked at")
+
+    @property
+    def inputs(self) -> dict[str, str | Item | list[int]]:
+        """Each input by where it is in the request."""
+        given = self.input
+        if not isinstance(given, list):
+            return {} if given is None else {"input": given}
+        if token_ids := [one for one in given if isinstance(one, int)]:
+            return {"input": token_ids}
+        return {f"input[{position}]": one for position, one in enumerate(given) if not isinstance(one, int)}
 
     @property
     def ignored(self) -> list[str]:

@@ -37,6 +37,7 @@ from cn_clip.serve.opening import open_all, read_label_sets
 from cn_clip.serve.runner import Runner
 from cn_clip.serve.schemas import RefusalError
 from cn_clip.serve.service import Service
+from cn_clip.serve.token_table import read_token_table
 
 SWITCH_SECONDS = 0.001
 # Seconds for what follows the drain.
@@ -189,6 +190,7 @@ def launch(
     name: str | None,
     index_addresses: Sequence[str],
     label_sets: Sequence[Path],
+    token_table: Path | None,
     host: str,
     port: int,
     allowed_hosts: Sequence[str],
@@ -211,7 +213,12 @@ def launch(
         index_addresses, chosen=chosen, limits=limits, model=model, name=name, metrics=metrics
     )
     service = Service(
-        runners, limits, collections, label_sets=read_label_sets(label_sets), with_originals=with_originals
+        runners,
+        limits,
+        collections,
+        label_sets=read_label_sets(label_sets),
+        with_originals=with_originals,
+        token_table=None if token_table is None else read_token_table(token_table),
     )
     app = create_app(service, metrics, api_key=api_key, hosts=hosts)
     _warn(host, api_key)

@@ -39,6 +39,7 @@ from cn_clip.serve.schemas import (
     SearchRequest,
     shown,
 )
+from cn_clip.serve.token_table import TokenTable
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Service:
 
     runners: of the models, the first for requests that name none. label_sets: labels by the name of their set.
     with_originals: the files of items are given too. root_path: what all addresses in answers begin with.
+    token_table: by which token ids are read as text.
     """
 
     runners: Sequence[Runner]
@@ -64,6 +66,7 @@ class Service:
     label_sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     with_originals: bool = False
     root_path: str = ""
+    token_table: TokenTable | None = None
     # By the names of model and set.
     _stored: dict[tuple[str, str], Rows] = field(default_factory=dict)
     _recent: "OrderedDict[bytes, Rows]" = field(default_factory=OrderedDict)
