@@ -249,7 +249,7 @@ def encoder() -> Encoder:
 
 @pytest.fixture(scope="module")
 def table() -> TokenTable | None:
-    """That of OpenAI's embedding models, which llama-index brings; LangChain is told where it is, and downloads none."""
+    """That of OpenAI's embedding models, which llama-index brings; LangChain is told of it, and downloads none."""
     with pytest.MonkeyPatch.context() as patch:
         try:
             import llama_index.core as core
