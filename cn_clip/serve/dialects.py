@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from cn_clip.clip.backends.base import Rows
 from cn_clip.serve.forms import embedding_inputs, ignored_header, parts_of, written
 from cn_clip.serve.limits import MAX_INPUTS
-from cn_clip.serve.runner import Picture, Text
+from cn_clip.serve.runner import Picture, Runner, Text
 from cn_clip.serve.schemas import (
     ERRORS,
     EmbeddingRequest,
@@ -122,22 +122,26 @@ def _add_infinity(app: FastAPI, service: Service) -> None:
 
     @app.get("/models", responses=ERRORS)
     async def infinity_models() -> InfinityModels:
-        """The model, as infinity tells it."""
-        runner = service.runner
-        runner.check_ready()
-        stats = {
-            "queue_fraction": runner.num_waiting / (2 * service.limits.max_queue),
-            "queue_absolute": runner.num_waiting,
-            "results_pending": runner.num_waiting,
-            "batch_size": service.limits.max_batch,
-        }
-        return InfinityModels(data=[InfinityModel(id=runner.name, backend="cn_clip", stats=stats)])
+        """The models, as infinity tells them."""
+        service.runner.check_ready()
+        return InfinityModels(data=[_infinity_model(service, runner) for runner in service.runners])
 
     @app.get("/health", responses=ERRORS)
     async def infinity_health() -> dict[str, float]:
         """The time, while what is asked is being answered."""
         service.runner.check_moving()
         return {"unix": time.time()}
+
+
+def _infinity_model(service: Service, runner: Runner) -> InfinityModel:
+    waiting, most = runner.num_waiting, service.limits.max_queue
+    stats = {
+        "queue_fraction": waiting / (2 * most),
+        "queue_absolute": waiting,
+        "results_pending": waiting,
+        "batch_size": service.limits.max_batch,
+    }
+    return InfinityModel(id=runner.name, backend="cn_clip", stats=stats)
 
 
 def _named(model: str | None) -> str | None:
