@@ -32,6 +32,23 @@ PICTURE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix 
 MOST_PIXELS = 178_956_970
 MOST_JPEG_PIXELS = 500_000_000
 
+# What `data.videos` may find frames in.
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".mov",
+    ".m4v",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".3gp",
+    ".3g2",
+    ".mpg",
+    ".mpeg",
+    ".mts",
+    ".m2ts",
+    ".wmv",
+)
+
 # Enough of a file for `format_of`.
 HEAD_BYTES = 64
 _BEGINNINGS: dict[str, tuple[bytes, ...]] = {

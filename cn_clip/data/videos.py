@@ -57,6 +57,14 @@ class Frame:
     fields: Mapping[str, Any]
 
 
+class NoPicturesError(DataError):
+    """A video of sound alone."""
+
+
+class TooLongError(DataError):
+    """Reading a video was given up; the frames that came before are right."""
+
+
 def require() -> Any:
     """The package `av`; raises MissingExtraError without it."""
     return extras.require("av", extra="video", purpose="reading videos")
@@ -85,8 +93,9 @@ def _frames(av: Any, file: BinaryIO, every: float, deadline: float) -> Iterator[
     with av.open(file, buffer_size=BUFFER_BYTES, container_options=options, metadata_errors="replace") as container:
         stream = next((one for one in container.streams.video if not one.disposition.value & _ATTACHED_PICTURE), None)
         if stream is None:
-            has_sound = bool(container.streams.audio)
-            raise DataError("holds sound but no pictures" if has_sound else "the video is damaged or cut short")
+            if container.streams.audio:
+                raise NoPicturesError("holds sound but no pictures")
+            raise DataError("the video is damaged or cut short")
         if stream.codec_context is None:
             raise DataError("the video is of a kind that libav cannot decode")
         if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
@@ -121,7 +130,7 @@ def _decoded(errors: Any, container: Any, stream: Any, longest: float, deadline:
     packets = container.demux(stream)
     while (packet := next(packets, None)) is not None:
         if time.monotonic() > deadline:
-            raise DataError(f"takes longer than {MAX_SECONDS:.0f} s; its frames up to {last:.0f} s are indexed")
+            raise TooLongError(f"takes longer than {MAX_SECONDS:.0f} s; its frames up to {last:.0f} s are indexed")
         stamp = packet.dts if packet.pts is None else packet.pts
         if stamp is not None and not is_sparse:
             at = (stamp - start) * unit

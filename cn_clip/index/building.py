@@ -7,6 +7,7 @@ from pathlib import Path
 from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index import skips
+from cn_clip.index.clips import Clips
 from cn_clip.index.ingest import Ingest, Settings, Summary
 from cn_clip.index.jobs import Job, Model, changing
 from cn_clip.index.options import SourceOptions
@@ -33,12 +34,16 @@ def update(options: SourceOptions, job: Job, say: Speaker) -> None:
     source = open_source(job.source, id_prefix=job.id_prefix, exclude=options.exclude)
     if job.is_sync and is_single_picture(job.source):
         raise ConfigError("expected a folder; one picture goes into an index with: cn-clip index add", at=job.source)
-    if not source.candidates and model.facts is None:
+    if options.video_every == 0:
+        source.skipped += [Skipped(one.id, "a video, and --video-every is 0", skips.VIDEO) for one in source.videos]
+        source.videos.clear()
+    files = [*source.candidates, *source.videos]
+    if not files and model.facts is None:
         raise DataError(f"holds no picture{_first(source.skipped)}", at=job.source)
     is_new = model.facts is None
     if is_new:  # its model takes a while to open
-        say_first(model, job, say, found=len(source.candidates))
-    info, ids = model.info(), [one.id for one in source.candidates]
+        say_first(model, job, say, source=source)
+    info, ids = model.info(), [one.id for one in files]
     with changing(job, info, info.embed_dim, source.name, ids, model.pictures) as writer:
         before = writer.manifest.source
         settings = Settings(
@@ -52,12 +57,16 @@ def update(options: SourceOptions, job: Job, say: Speaker) -> None:
         if options.retry:
             ingest.failures.forget(source.name)
         moved_from = {source.name, before} if job.is_sync else set[str]()
+        clips = Clips(ingest, source.videos, options.video_every, job.id_prefix)
         pending = ingest.decide(source.candidates, table, job.id_prefix, moved_from=moved_from)
+        videos = clips.decide(table)
         if not is_new:
-            say_first(model, job, say, found=len(ids), unchanged=ingest.summary.unchanged)
+            say_first(model, job, say, source=source, unchanged=ingest.summary.unchanged)
         ingest.add(pending)
+        if ingest.summary.signal is None:
+            clips.add(videos)
         if job.is_sync and not job.keep_missing and ingest.summary.signal is None:
-            ingest.prune(moved_from, source.candidates, with_folders=job.prune or job.replace_source)
+            ingest.prune(moved_from, files, with_folders=job.prune or job.replace_source)
     pictures = {str(one).removeprefix(source.id_prefix) for one in ids}
     unmatched = sum(str(key) not in pictures for key in table or ())
     say_summary(ingest.summary, writer, job, say, unmatched=unmatched, links=source.links)
@@ -73,7 +82,7 @@ def _refuse_end(summary: Summary, job: Job, source: Source, *, num_items: int) -
             file=sys.stderr,
         )
         raise SystemExit(128 + summary.signal)
-    if source.candidates and not num_items:
+    if (source.candidates or source.videos) and not num_items:
         reasons = f"{skips.told(summary.skipped)}{_first(summary.skipped)}"
         raise DataError(f"一张也没有收录 / nothing was indexed: {reasons}", at=job.source)
 

@@ -26,7 +26,7 @@ from cn_clip.index.failures import Failures
 from cn_clip.index.progress import Progress
 from cn_clip.index.pruning import vanished
 from cn_clip.index.skips import Skipped
-from cn_clip.index.sources import Candidate, Table
+from cn_clip.index.sources import Candidate, Table, file_id
 from cn_clip.retrieval.addresses import Writer
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.writer import NewItem
@@ -55,13 +55,16 @@ class Summary:
 
     added: vectors of a feature file. reused: those that were there for the same bytes; duplicates: (id, id of the same
     bytes). renamed: (id, id of what is gone). missing: the items that stay though their folder, the key, is gone.
-    signal: the number of the one that ended the run before its time; what was done until then is kept.
+    videos: those that were read, with so many frames. signal: the number of the one that ended the run before its
+    time; what was done until then is kept.
     """
 
     encoded: int = 0
     added: int = 0
     reused: int = 0
     unchanged: int = 0
+    videos: int = 0
+    frames: int = 0
     removed: list[ItemId] = field(default_factory=list)
     duplicates: list[tuple[ItemId, ItemId]] = field(default_factory=list)
     renamed: list[tuple[ItemId, ItemId]] = field(default_factory=list)
@@ -71,8 +74,8 @@ class Summary:
 
     @property
     def num_done(self) -> int:
-        """Pictures or rows of the source that are in the index."""
-        return self.encoded + self.added + self.reused + self.unchanged
+        """Pictures, videos or rows of the source that are in the index."""
+        return self.encoded + self.added + self.reused + self.unchanged + self.videos
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class Ingest:
         decision = decide(candidates, self._known, self.failures, table=table, id_prefix=id_prefix, **sizes)
         self.summary.unchanged = decision.num_unchanged
         for candidate, skipped in decision.skipped:
-            self._refuse(candidate, skipped)
+            self.refuse(candidate, skipped)
         return decision.pending
 
     def add(self, pending: Sequence[Candidate]) -> None:
@@ -214,6 +217,11 @@ class Ingest:
         """Adds items as they are with the next commit, unless a picture of the same id comes before it."""
         self._buffer.update({item.id: item for item in items})
 
+    @property
+    def num_waiting(self) -> int:
+        """Items that the next commit writes."""
+        return len(self._buffer)
+
     def prune(self, sources: Collection[str], candidates: Collection[Candidate], *, with_folders: bool = True) -> None:
         """Removes the items of these sources that are not there any more; raises DataError where none would be left.
 
@@ -224,7 +232,9 @@ class Ingest:
         gone = [
             item_id
             for item_id, metadata in self.writer.items()
-            if metadata.get("source") in sources and item_id not in kept and not f"{item_id}/".startswith(unread)
+            if metadata.get("source") in sources
+            and file_id(item_id, metadata) not in kept
+            and not f"{item_id}/".startswith(unread)
         ]
         if gone and not kept:
             raise DataError(
@@ -255,14 +265,14 @@ class Ingest:
         self._lenders |= self.writer.stored(lending - self._lenders.keys())
         for number, one in enumerate(batch):
             if isinstance(one, _Refused):
-                self._refuse(one.candidate, one.skipped)
+                self.refuse(one.candidate, one.skipped)
             elif self._is_owned(one):
                 owner = self._owners[one.digest]
                 stored = self._lenders[owner]
                 found = dict(one.facts)
                 found |= {name: stored.metadata[name] for name in ("width", "height") if name in stored.metadata}
                 if skipped := skips.too_small(one.candidate.id, found, self.settings.min_size):
-                    self._refuse(one.candidate, skipped)
+                    self.refuse(one.candidate, skipped)
                     continue
                 before = self._known.get(one.candidate.id)
                 if before == {**found, **one.candidate.metadata, "digest": one.digest}:
@@ -305,7 +315,8 @@ class Ingest:
         kept = parted(self._known[was])[1]
         return replace(one, candidate=replace(one.candidate, metadata={**kept, **one.candidate.metadata}))
 
-    def _refuse(self, candidate: Candidate, skipped: Skipped) -> None:
+    def refuse(self, candidate: Candidate, skipped: Skipped) -> None:
+        """Counts a file that does not go into the index, and remembers it for the next run."""
         self.summary.skipped.append(skipped)
         if not skipped.is_remembered:
             self.failures.note(candidate.metadata, skipped)

@@ -12,6 +12,7 @@ from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.options import AddOptions
 from cn_clip.index.searching import NEW_PICTURES, open_encoder, seen_as
+from cn_clip.index.sources import file_id
 from cn_clip.retrieval import addresses
 from cn_clip.retrieval.addresses import Facts, IndexAddress, Writer
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, PictureFacts, VectorType
@@ -117,14 +118,15 @@ def changing(
         wanted, before = set(ids), found.source
         if not job.is_sync:
             for item_id, metadata in writer.items():
-                if item_id in wanted and metadata.get("source") != name:
+                if file_id(item_id, metadata) in wanted and metadata.get("source") != name:
                     raise ConfigError(
                         f"has an item {shown(item_id)} of {shown(metadata.get('source', 'elsewhere'))}; "
                         "give --id-prefix, which goes before the ids of what is added",
                         at=job.address,
                     )
         elif not (job.keep_missing or job.replace_source or before in ("", name)):
-            old = {item_id for item_id, metadata in writer.items() if metadata.get("source") == before}
+            items = writer.items()
+            old = {file_id(item_id, metadata) for item_id, metadata in items if metadata.get("source") == before}
             num_gone = len(old - wanted)
             if 2 * num_gone > len(old):  # a folder that moved holds most of what it held; another would empty the index
                 raise ConfigError(

@@ -97,3 +97,6 @@ class SourceOptions(AddOptions):
     """Pass over pictures whose shorter side has fewer pixels, such as icons"""
     retry: bool = False
     """Read again the files that did not decode before, though they have not changed since"""
+    video_every: Annotated[float | None, Range(least=0)] = None
+    """Videos: a frame at least every so many seconds, besides those at changes of scene; 0: no videos; default: as
+    they are in the index, else 10"""

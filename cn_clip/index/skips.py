@@ -10,7 +10,8 @@ from cn_clip.errors import CnClipError, MissingExtraError
 from cn_clip.retrieval.segments import ItemId
 
 DAMAGED, EMPTY, UNREADABLE, SPECIAL = "damaged", "empty", "unreadable", "special"
-SMALL, EXCLUDED, OTHER = "small", "excluded", "other"
+NO_PICTURES, TOO_LONG = "no_pictures", "too_long"
+SMALL, EXCLUDED, LIVE, VIDEO, OTHER = "small", "excluded", "live", "video", "other"
 # Of what a format needs that is not installed, the words go on with the name of the extra.
 WITHOUT = "without "
 # What people are told, failures before what is passed over on purpose.
@@ -20,13 +21,17 @@ _WORDS = {
     WITHOUT: "缺 {0} / without {0}",
     UNREADABLE: "现在读不了 / cannot be read now",
     SPECIAL: "不是普通文件 / not regular files",
+    NO_PICTURES: "没有画面的视频 / videos without pictures",
+    TOO_LONG: "太长、只收录开头的视频 / videos of which only the beginning",
     SMALL: "小于 --min-size / below --min-size",
     EXCLUDED: "已排除 / excluded",
+    LIVE: "实况照片的视频 / other halves of Live Photos",
+    VIDEO: "视频 / videos",
     OTHER: "其他文件 / other files",
 }
 _ORDER = list(_WORDS)
 # These are as they should be: counted, but not named one by one.
-_EXPECTED = (SMALL, EXCLUDED, OTHER)
+_EXPECTED = (SMALL, EXCLUDED, LIVE, VIDEO, OTHER)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from cn_clip.clip.picture_names import PICTURE_SUFFIXES, suffix_of
+from cn_clip.clip.picture_names import PICTURE_SUFFIXES, VIDEO_SUFFIXES, suffix_of
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
 from cn_clip.data.paths import spelled, walked
 from cn_clip.data.tables import csv_rows
@@ -16,7 +16,8 @@ from cn_clip.digests import is_file, is_folder, is_there
 from cn_clip.errors import ConfigError, DataError, UnreadableError, Where, is_absent
 from cn_clip.features.store import is_shard_folder
 from cn_clip.index.excludes import Excludes
-from cn_clip.index.skips import EXCLUDED, OTHER, SPECIAL, UNREADABLE, Skipped
+from cn_clip.index.live_photos import other_halves
+from cn_clip.index.skips import EXCLUDED, LIVE, OTHER, SPECIAL, UNREADABLE, Skipped
 from cn_clip.jsonl import read_objects
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.segments import ItemId, item_line
@@ -27,7 +28,11 @@ CAPTION_COLUMN = "text"
 # Names those of `FACTS` that a table gave: these stay when the picture is read again without the table.
 TABLE_FIELDS = "table_fields"
 # What the commands themselves write into the metadata of an item.
-OWN_FIELDS = ("source", "path", "size", "mtime_ns", "digest", "width", "height", TABLE_FIELDS)
+OWN_FIELDS = (
+    *("source", "path", "size", "mtime_ns", "digest", "width", "height", TABLE_FIELDS),
+    # Of Live Photos, see `live_photos`, and of the frames of videos, see `clips`.
+    *("live", "kind", "time", "video", "video_every", "frames"),
+)
 # What the opened picture says, see `ingest.facts_of`: kept as long as the file is as it was, and read again with it.
 PICTURE_FIELDS = ("width", "height", "date", "camera", "latitude", "longitude")
 # What a picture and its name say: unlike the index's own fields, a table may give these, and is believed.
@@ -48,7 +53,7 @@ class Candidate:
 
 @dataclass
 class Source:
-    """The pictures of a source. name: its absolute path; skipped: what was seen to be none before it was read.
+    """The pictures and videos of a source. name: its absolute path; skipped: what was seen to be none of them.
 
     links: (id, where it leads) of the links that leave the folder, which are followed like others.
     """
@@ -56,6 +61,7 @@ class Source:
     name: str
     id_prefix: str = ""
     candidates: list[Candidate] = field(default_factory=list)
+    videos: list[Candidate] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     links: list[tuple[str, str]] = field(default_factory=list)
 
@@ -131,7 +137,25 @@ def _folder(root: Path, id_prefix: str, excludes: Excludes) -> Source:
             _note_link(source, os.path.join(folder, name))
         for name in names:
             _look_at(source, os.path.join(folder, name))
+    _pair(source)
     return source
+
+
+def _pair(source: Source) -> None:
+    """Notes with the still of a Live Photo its other half, which is no video of its own then."""
+    movies = {str(one.id): one.metadata["size"] for one in source.videos}
+    live = other_halves((str(one.id) for one in source.candidates), movies)
+    if not live:
+        return
+    taken = set(live.values())
+    for number, one in enumerate(source.candidates):
+        if movie := live.get(str(one.id)):
+            file = os.path.basename(movie)
+            source.candidates[number] = replace(one, metadata={**one.metadata, "live": file})
+    source.skipped += [
+        Skipped(one.id, "the other half of a Live Photo", LIVE) for one in source.videos if one.id in taken
+    ]
+    source.videos = [one for one in source.videos if one.id not in taken]
 
 
 def _note_link(source: Source, path: str) -> None:
@@ -145,7 +169,8 @@ def _note_link(source: Source, path: str) -> None:
 def _look_at(source: Source, path: str) -> None:
     name = _id(source, path)
     suffix = suffix_of(name)
-    if suffix and suffix not in PICTURE_SUFFIXES:
+    is_video = suffix in VIDEO_SUFFIXES
+    if suffix and suffix not in PICTURE_SUFFIXES and not is_video:
         source.skipped.append(Skipped(name, "not a picture by its name", OTHER))
         return
     try:
@@ -162,7 +187,14 @@ def _look_at(source: Source, path: str) -> None:
         source.skipped.append(Skipped(name, "not a regular file", SPECIAL))
         return
     known = {"source": source.name, "path": path, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
-    source.candidates.append(Candidate(name, known, partial(read_file, path), is_dated=True))
+    found = source.videos if is_video else source.candidates
+    found.append(Candidate(name, known, partial(read_file, path), is_dated=True))
+
+
+def file_id(item_id: ItemId, metadata: Mapping[str, Any]) -> ItemId:
+    """The id of the file that an item is of: for a frame that of its video, a/clip.mp4 of a/clip.mp4#t=12.5."""
+    is_frame = metadata.get("kind") == "video" and isinstance(item_id, str)
+    return item_id.rpartition("#t=")[0] if is_frame and isinstance(item_id, str) else item_id
 
 
 def _id(source: Source, path: str) -> str:

@@ -6,18 +6,19 @@ from cn_clip.command import Speaker
 from cn_clip.index import skips
 from cn_clip.index.ingest import Summary
 from cn_clip.index.jobs import Job, Model
-from cn_clip.index.sources import is_feature_file
+from cn_clip.index.sources import Source, is_feature_file
 from cn_clip.retrieval.addresses import Writer
 from cn_clip.terminal import shown
 
 LISTED = 20
 
 
-def say_first(model: Model, job: Job, say: Speaker, *, found: int, unchanged: int = 0) -> None:
+def say_first(model: Model, job: Job, say: Speaker, *, source: Source, unchanged: int = 0) -> None:
     """What there is to do, before anything that takes long."""
-    chosen = model.options.chosen
+    chosen, found, videos = model.options.chosen, len(source.candidates), len(source.videos)
     say(
-        f"找到 {found} 张图片，{unchanged} 张未变 / found {found} pictures, {unchanged} unchanged; 模型 / model "
+        f"找到 {found} 张图片{f'、{videos} 个视频' if videos else ''}，{unchanged} 个未变 / found {found} pictures"
+        f"{f' and {videos} videos' if videos else ''}, {unchanged} unchanged; 模型 / model "
         f"{shown(model.name)} ({chosen.backend}, {chosen.device}, {chosen.precision}) → {job.address}"
     )
 
@@ -59,6 +60,8 @@ def say_summary(
     num_remembered = skips.num_remembered(summary.skipped)
     again = f"（{num_remembered} 个与上次一样，未再读 / as before, not read again: {num_remembered}）"
     again = again if num_remembered else ""
+    if summary.videos:
+        new += f", 视频 / videos {summary.videos} ({summary.frames} 帧 / frames)"
     say(
         f"{new}, 未变 / unchanged {summary.unchanged}, "
         f"移除 / removed {len(summary.removed)}, 未收录 / not indexed {len(summary.skipped)}"
@@ -73,6 +76,8 @@ def say_summary(
             "added": summary.added,
             "reused": summary.reused,
             "unchanged": summary.unchanged,
+            "videos": summary.videos,
+            "frames": summary.frames,
             "removed": summary.removed,
             "duplicates": [{"id": one, "same_as": other} for one, other in summary.duplicates],
             "skipped": [one.as_dict() for one in summary.skipped],
