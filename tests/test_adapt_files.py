@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from cn_clip.training import adapt, state
 from cn_clip.training.params import Options
 from cn_clip.training.stopping import EarlyStop
 
-pytest.importorskip("peft")
+pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="peft makes adapters")
 
 SETTINGS: dict[str, Any] = {"lora_rank": 2, "save_adapters": True, "max_epochs": 2}
 QUIET: dict[str, Any] = {"valid_epoch_interval": -1, "val_data": None}
