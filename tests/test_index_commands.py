@@ -617,6 +617,7 @@ def test_info_tells_model_and_counts(built: Path, command: Command) -> None:
         "has_graph": False,
         "vector_type": "float32",
         "num_segments": 3,
+        "pictures": {"upright": True, "decode": "auto"},
         "source": str(built.parent / "pictures"),
     }
 

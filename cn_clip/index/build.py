@@ -36,6 +36,10 @@ class Options(SourceOptions):
     replace_source: bool = False
     """Remove what came from another source before, though most of it is not in this one"""
 
+    renew: bool = False
+    """Compute again the pictures that an index from before sees otherwise than a new one: those that a camera held
+    sideways wrote, and with another --decode all"""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         settings.check(self, [settings.excludes("prune", "keep_missing", "one removes what is gone", refused=True)])
@@ -60,6 +64,7 @@ def run(options: Options) -> None:
         keep_missing=options.keep_missing,
         prune=options.prune,
         replace_source=options.replace_source,
+        renew=options.renew,
     )
     building.update(options, job, command.Speaker(quiet=options.json))
 

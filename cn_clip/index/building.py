@@ -12,6 +12,7 @@ from cn_clip.index.ingest import Ingest, Settings, Summary
 from cn_clip.index.jobs import Job, Model, changing
 from cn_clip.index.options import SourceOptions
 from cn_clip.index.progress import Progress
+from cn_clip.index.renewing import Renewal
 from cn_clip.index.skips import Skipped
 from cn_clip.index.sources import Source, is_feature_file, is_single_picture, open_source, read_table
 from cn_clip.index.telling import say_first, say_summary
@@ -27,7 +28,7 @@ def update(options: SourceOptions, job: Job, say: Speaker) -> None:
     if not job.is_sync:
         addresses.require(job.address)
     table = read_table(Path(options.metadata), options.image_column) if options.metadata else None
-    model = Model(options, job.address, say)
+    model = Model(options, job.address, say, renew=job.renew)
     if is_feature_file(job.source):
         add_features(options, job, model, table, say)
         return
@@ -62,9 +63,15 @@ def update(options: SourceOptions, job: Job, say: Speaker) -> None:
         videos = clips.decide(table)
         if not is_new:
             say_first(model, job, say, source=source, unchanged=ingest.summary.unchanged)
+        renewal = Renewal(model.recorded, model.pictures) if job.renew and not is_new else None
+        if renewal is not None:
+            pending = renewal.begin(ingest, pending, job.address)
         ingest.add(pending)
         if ingest.summary.signal is None:
             clips.add(videos)
+        if renewal is not None and ingest.summary.signal is None:
+            renewal.end(writer)
+            say(renewal.told())
         if job.is_sync and not job.keep_missing and ingest.summary.signal is None:
             ingest.prune(moved_from, files, with_folders=job.prune or job.replace_source)
     pictures = {str(one).removeprefix(source.id_prefix) for one in ids}

@@ -40,6 +40,9 @@ def run(options: Options) -> None:
     say(f"向量 / vectors      {facts.vector_type}")
     if more:
         say(f"大小 / size         {more['bytes'] / 2**20:.1f} MiB, {more['num_segments']} segments")
+    seen = facts.pictures
+    way = "?" if seen is None else f"{'upright' if seen.upright else 'as stored'}, --decode {seen.decode}"
+    say(f"图片 / pictures     {way}")
     say(f"来源 / source       {shown(facts.source) or '?'}")
     if more:
         say(f"版本 / generation   {more['generation']}")
@@ -50,6 +53,7 @@ def run(options: Options) -> None:
             "num_items": facts.num_items,
             "engine": facts.engine,
             "vector_type": facts.vector_type,
+            "pictures": None if facts.pictures is None else asdict(facts.pictures),
             "source": facts.source,
             **more,
         }

@@ -124,6 +124,8 @@ class Ingest:
                 self._owners.setdefault(metadata["digest"], item_id)
         # The items that are gone, by their digests.
         self._gone: dict[str, list[ItemId]] = {}
+        # Whether a picture of these bytes would get another vector now than it had; see `renewing`.
+        self.is_outdated: Callable[[bytes], bool] = lambda data: False
         self._buffer: dict[ItemId, NewItem] = {}
         # The items among them that a batch needs, and those that it adds.
         self._lenders: dict[ItemId, NewItem] = {}
@@ -193,6 +195,8 @@ class Ingest:
             try:
                 data = candidate.read()
                 digest = hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
+                if digest in self._owners and self.is_outdated(data):
+                    self._owners.pop(digest, None)
                 if digest in self._owners:
                     return _Prepared(candidate, data, digest, True, facts.of_bytes(data), b"")
                 image = self._opened(data)

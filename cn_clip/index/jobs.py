@@ -27,7 +27,7 @@ class Job:
 
     is_sync: the index is to hold what the source holds, and of this source nothing else. replace_source: also when that
     is another source than the last one. prune: what is gone goes also with large folders, which a disk that is away
-    takes with it.
+    takes with it. renew: pictures that would be seen otherwise in a new index are computed again.
     """
 
     index: str
@@ -39,6 +39,7 @@ class Job:
     keep_missing: bool = False
     prune: bool = False
     replace_source: bool = False
+    renew: bool = False
 
     @property
     def address(self) -> IndexAddress:
@@ -49,14 +50,15 @@ class Job:
 class Model:
     """The model of an index, opened when it is first needed, and then compared with the index."""
 
-    def __init__(self, options: AddOptions, index: IndexAddress, say: Speaker) -> None:
-        self.options, self.index, self.say = options, index, say
+    def __init__(self, options: AddOptions, index: IndexAddress, say: Speaker, *, renew: bool = False) -> None:
+        """renew: pictures are seen as those of a new index are, not as the index says."""
+        self.options, self.index, self.say, self.renew = options, index, say, renew
         self._opened: tuple[Encoder, ModelInfo] | None = None
         self.facts: Facts | None = addresses.facts(index)
-        if self.facts and options.decode not in (None, self.pictures.decode):
+        if options.decode not in (None, self.pictures.decode):
             raise ConfigError(
                 f"--decode {options.decode}: the vectors are of pictures decoded with {self.pictures.decode}, and "
-                "those of both would differ; leave --decode out",
+                "those of both would differ; leave it out, or compute all again with index build --renew",
                 at=index,
             )
         if self.facts and options.model and full_name(options.model) != self.facts.model.name:
@@ -81,7 +83,14 @@ class Model:
         """How the pictures of the index are seen, or those of a new one are to be."""
         if self.facts is None:
             return replace(NEW_PICTURES, decode=self.options.decode or NEW_PICTURES.decode)
-        return self.facts.pictures or PictureFacts()
+        if self.renew:
+            return replace(NEW_PICTURES, decode=self.options.decode or self.recorded.decode)
+        return self.recorded
+
+    @property
+    def recorded(self) -> PictureFacts:
+        """How the pictures of the index are seen as it says; one from before it was recorded: as they are stored."""
+        return (self.facts.pictures if self.facts else None) or PictureFacts()
 
     def info(self) -> ModelInfo:
         """What the index says, or is to say, of it."""

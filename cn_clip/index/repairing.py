@@ -1,24 +1,19 @@
 """What `cn-clip index check` does: finds damage, and makes what is damaged again from other files and from pictures."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cn_clip.command import Speaker
-from cn_clip.data.lmdb_store import ImageStore
-from cn_clip.digests import is_file
 from cn_clip.errors import CnClipError, ConfigError, DataError
-from cn_clip.features.files import read_features
 from cn_clip.index.ingest import Ingest, Settings
 from cn_clip.index.jobs import Model
 from cn_clip.index.options import AddOptions
+from cn_clip.index.origins import Origins
 from cn_clip.index.progress import Progress
-from cn_clip.index.sources import PICTURE_FIELDS, TABLE_FIELDS, Candidate, is_feature_file, read_file
+from cn_clip.index.sources import Candidate
 from cn_clip.index.telling import listed
 from cn_clip.retrieval import inspection
 from cn_clip.retrieval.addresses import address_of
@@ -139,14 +134,14 @@ class _Rescued:
 
 
 def _rescue(folder: Path, facts: Manifest, names: set[str], found: Sequence[Damage]) -> _Rescued:
-    rescued, sources = _Rescued(), _Sources()
+    rescued, sources = _Rescued(), Origins()
     for name in sorted(names):
         damaged = {damage.path.partition("/")[2] for damage in found if damage.owner == name}
         part = inspection.remains(folder, facts, name, damaged)
         rescued.result.num_nameless += part.num_lost
         rescued.bare += part.bare
         for item in part.items:
-            vector_D, picture = (None, None) if item.id in part.whole else sources.find(item)
+            vector_D, picture = (None, None) if item.id in part.whole else sources.find(item.id, item.metadata)
             if picture is not None:
                 rescued.pictures.append(picture)
             if vector_D is not None:
@@ -174,41 +169,3 @@ def _say(result: Result, folder: Path, facts: Manifest, say: Speaker) -> None:
         say(f"修复前的索引，确认无误后可删 / the index as it was, to be deleted once this one is right: {result.aside}")
     if result.lost or result.num_nameless:
         say(f"再次运行可补回仍在的图片 / brings back pictures that are still there: cn-clip index build {facts.source}")
-
-
-class _Sources:
-    """Where the items of a segment came from, opened at first use."""
-
-    def __init__(self) -> None:
-        # Vectors by id, or pictures by id.
-        self._opened: dict[str, dict[ItemId, Any] | ImageStore | None] = {}
-
-    def find(self, item: NewItem) -> tuple[Any, Candidate | None]:
-        """(vector, None) of a feature file, (None, picture) where there still is one, else (None, None).
-
-        Raises DataError for a source that is there and cannot be read.
-        """
-        source, path = item.metadata.get("source"), item.metadata.get("path")
-        if item.metadata.get("kind") == "video":  # the next build reads a video again that lacks a frame
-            return None, None
-        if isinstance(path, str) and is_file(path):
-            facts = os.stat(path)
-            renewed = set(PICTURE_FIELDS).difference(item.metadata.get(TABLE_FIELDS, ()))
-            kept = {name: value for name, value in item.metadata.items() if name not in renewed}
-            dated = {**kept, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
-            return None, Candidate(item.id, dated, partial(read_file, path), is_dated=True)
-        if not isinstance(source, str) or path is not None:
-            return None, None
-        if source not in self._opened:
-            self._opened[source] = None  # gone
-            if is_feature_file(Path(source)):
-                features = read_features(source, "image_id")
-                self._opened[source] = dict(zip(features.ids, features.vectors, strict=True))
-            elif is_file(Path(source, "data.mdb")):
-                self._opened[source] = ImageStore(source)
-        opened = self._opened[source]
-        if isinstance(opened, dict):
-            return opened.get(item.id), None
-        if isinstance(opened, ImageStore) and opened.base64(item.id) is not None:
-            return None, Candidate(item.id, item.metadata, partial(opened.picture, item.id), is_dated=False)
-        return None, None

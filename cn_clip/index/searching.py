@@ -6,6 +6,7 @@ Building and serving an index open its model as searching does.
 # D embedding
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from cn_clip.data.grid import draw_grid
 from cn_clip.data.paths import readable
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.index.sources import FEATURE_SUFFIXES
 from cn_clip.retrieval.addresses import Searchable, address_of, item_called, open_index
 from cn_clip.retrieval.conditions import parse_condition
 from cn_clip.retrieval.manifest import ModelInfo, PictureFacts
@@ -53,6 +55,17 @@ def seen_as(chosen: Choice, pictures: PictureFacts | None) -> Choice:
     """The choice with which pictures are seen as those of an index were; a `decode` that was asked for stays."""
     seen = pictures or PictureFacts()
     return replace(chosen, upright=seen.upright, decode=chosen.decode or cast("Decode", seen.decode))
+
+
+def renewal_hint(pictures: PictureFacts | None, source: str, address: object) -> str:
+    """How to renew an index from before pictures were seen upright, in one sentence; "" for any other."""
+    if pictures is not None or not source or source.endswith(FEATURE_SUFFIXES):
+        return ""
+    command = f"cn-clip index build {shlex.quote(source)} --output {shlex.quote(str(address))} --renew"
+    return (
+        f"{address}: 旧索引，横着拍的照片是躺着的，查询也照此；更新 / an index from before pictures were turned "
+        f"upright; queries are seen as its pictures were; renew it: {command}"
+    )
 
 
 def open_encoder(chosen: Choice, say: Speaker, *, kinds: Sequence[Kind] = KINDS) -> tuple[Encoder, ModelInfo]:
@@ -129,6 +142,8 @@ def _query(index: Searchable, options: "Options", own_id: ItemId | None, say: Sp
     picture_D = index.vector(own_id) if own_id is not None else None
     if kinds:
         name = model_of(index, options.model)
+        if hint := renewal_hint(index.pictures, index.source, index.address):
+            say.note(hint)
         seen = seen_as(replace(options.chosen, model=name), index.pictures)
         encoder, info = open_encoder(seen, say, kinds=kinds)
         same_model(index.model, info, index.address)

@@ -6,6 +6,7 @@ from cn_clip.command import Speaker
 from cn_clip.index import skips
 from cn_clip.index.ingest import Summary
 from cn_clip.index.jobs import Job, Model
+from cn_clip.index.searching import renewal_hint
 from cn_clip.index.sources import Source, is_feature_file
 from cn_clip.retrieval.addresses import Writer
 from cn_clip.terminal import shown
@@ -16,6 +17,8 @@ LISTED = 20
 def say_first(model: Model, job: Job, say: Speaker, *, source: Source, unchanged: int = 0) -> None:
     """What there is to do, before anything that takes long."""
     chosen, found, videos = model.options.chosen, len(source.candidates), len(source.videos)
+    if not job.renew and model.facts and (hint := renewal_hint(model.facts.pictures, model.facts.source, job.address)):
+        say.note(hint)
     say(
         f"找到 {found} 张图片{f'、{videos} 个视频' if videos else ''}，{unchanged} 个未变 / found {found} pictures"
         f"{f' and {videos} videos' if videos else ''}, {unchanged} unchanged; 模型 / model "

@@ -70,6 +70,11 @@ class MilvusIndex:
         """How the pictures of the vectors were seen; None where it is not recorded."""
         return self._facts.pictures
 
+    @property
+    def source(self) -> str:
+        """What it was built from."""
+        return self._facts.source
+
     def prepare(self) -> None:
         """Looks at what fields the first items have."""
         for _, metadata in itertools.islice(self.items(), WINDOW):

@@ -143,6 +143,11 @@ class Index:
         return self.manifest.pictures
 
     @property
+    def source(self) -> str:
+        """What it was built from."""
+        return self.manifest.source
+
+    @property
     def address(self) -> str:
         """Where the index is."""
         return str(self.folder)

@@ -10,7 +10,7 @@ from cn_clip.clip.choice import DEFAULT_MODEL, Choice
 from cn_clip.clip.encoder import Encoder
 from cn_clip.errors import ConfigError
 from cn_clip.evaluation.templates import read_labels
-from cn_clip.index.searching import NEW_PICTURES, model_of, open_encoder, seen_as
+from cn_clip.index.searching import NEW_PICTURES, model_of, open_encoder, renewal_hint, seen_as
 from cn_clip.retrieval.addresses import Searchable, address_of, open_index
 from cn_clip.retrieval.store import same_model
 from cn_clip.serve.batching import Metrics
@@ -89,7 +89,10 @@ def read_label_sets(paths: Sequence[Path]) -> dict[str, list[str]]:
 def open_model(chosen: Choice, indexes: Sequence[Searchable]) -> Encoder:
     """The open model; raises ConfigError for another one than that of the indexes."""
     seen = seen_as(chosen, indexes[0].pictures if indexes else NEW_PICTURES)
-    encoder, facts = open_encoder(seen, command.Speaker(quiet=False))
+    say = command.Speaker(quiet=False)
+    encoder, facts = open_encoder(seen, say)
     for index in indexes:
         same_model(index.model, facts, index.address)
+        if hint := renewal_hint(index.pictures, index.source, index.address):
+            say.note(hint)
     return encoder
