@@ -70,6 +70,7 @@ function show() {
   document.title = [state.q, text("title")].filter(Boolean).join(" · ");
   find("#search").hidden = state.view !== "pictures";
   if (indexes === null) return;
+  if (state.view !== "pictures") large.close();
   if (state.view === "pictures") showPictures();
   if (state.view === "labels") labelView = showLabels(find("#labels"), labelledItem());
   if (state.view === "about") showAbout(find("#about"), indexes).catch((error) => tell(error));
@@ -187,10 +188,11 @@ async function more() {
     asked.isWhole = true;
     if (!asked.items.length) grid.replaceChildren();
     status.textContent = "";
-    tell(error, () => {
+    const again = () => {
       asked.isWhole = false;
       more();
-    });
+    };
+    tell(error, error.mayPass ? again : null);
   } finally {
     if (asked === shown) grid.removeAttribute("aria-busy");
   }
@@ -418,7 +420,7 @@ async function start() {
       indexes = (await ask("v1/index")).data;
     } catch (error) {
       if (error.code === "index_not_found") indexes = [];
-      else if (error.status === 503 || error.status === 0) {
+      else if (error.mayPass) {
         status.textContent = error.code === "not_ready" ? text("starting") : error.sentence;
         await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
       } else {

@@ -116,7 +116,9 @@ function chip(name, { state, seen, change, panel, shown, label }) {
       find(`#filters [data-key="${name}"]`)?.focus();
     };
     panel.append(form(name, state, seen, close));
-    panel.onkeydown = (event) => event.key === "Escape" && close();
+    panel.onkeydown = (event) => {
+      if (event.key === "Escape") close();
+    };
     panel.querySelector("input, select, button").focus();
   };
   return button;

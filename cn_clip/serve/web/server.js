@@ -10,6 +10,11 @@ export class Refusal extends Error {
     Object.assign(this, { status, code, param });
   }
 
+  /** Whether the same request may be answered a little later. */
+  get mayPass() {
+    return this.status === 0 || this.status >= 500;
+  }
+
   get sentence() {
     const field = (this.param ?? "").split(/[.[]/)[0];
     const named = this.code && hasText(`error.${this.code}`) ? this.code : field;
