@@ -14,7 +14,7 @@ export function showLabels(root, item) {
     field.oninput = () => (given[name] = field.value);
     return { field, label: make("label", {}, make("span", { textContent: text(`labels.${name}`) }), field) };
   };
-  const labels = area("labels", 10);
+  const labels = area("labels", 8);
   const templates = area("templates", 2);
   const file = make("input", { type: "file", hidden: true, ariaLabel: text("labels.picture") });
   const shown = make("img", { alt: text("labels.picture"), hidden: true });
