@@ -86,7 +86,9 @@ test-families: $(VENV)/.dev
 
 test-browser: $(VENV)/.dev
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || { echo "需要 Chromium / Chromium is needed: apt-get install chromium, or CHROMIUM=path"; exit 1; }
+	@command -v npm >/dev/null || { echo "需要 npm，用来取 axe-core / npm is needed, for axe-core: apt-get install npm"; exit 1; }
 	$(INSTALL) --editable '.[browser]'
+	npm install --no-audit --no-fund --no-save --prefix $(VENV) axe-core@4.14.1
 	$(BIN)/python -m pytest -m browser
 
 # At the end stands a table: client, version, form, status.
