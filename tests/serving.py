@@ -19,6 +19,7 @@ from cn_clip.serve.app import create_app
 from cn_clip.serve.batching import Metrics
 from cn_clip.serve.collections import Collections, Opened
 from cn_clip.serve.gate import Hosts
+from cn_clip.serve.immich import SecondServer
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.runner import Runner
 from cn_clip.serve.server import Server, listen
@@ -72,6 +73,7 @@ def served(
     with_page: bool = False,
     with_originals: bool = False,
     token_table: TokenTable | None = None,
+    second: str | None = None,
 ) -> Iterator[str]:
     """The address of a server that is ready, on a free port; gone at the end."""
     limits, metrics = limits or Limits(), Metrics()
@@ -80,7 +82,9 @@ def served(
     service = Service(
         [runner], limits, collections, label_sets or {}, with_originals=with_originals, token_table=token_table
     )
-    with answering(create_app(service, metrics, api_key=api_key, hosts=hosts), limits, with_page=with_page) as address:
+    forward = None if second is None else SecondServer(second, limits)
+    app = create_app(service, metrics, api_key=api_key, hosts=hosts, second=forward)
+    with answering(app, limits, with_page=with_page) as address:
         yield address
 
 

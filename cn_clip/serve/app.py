@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cn_clip import __version__
-from cn_clip.serve import dialects
+from cn_clip.serve import dialects, immich
 from cn_clip.serve.batching import Metrics
 from cn_clip.serve.gate import Gate, Hosts
 from cn_clip.serve.index_routes import add_index_routes
@@ -39,12 +39,18 @@ CLIENT_LEFT = 499
 
 
 def create_app(
-    service: Service, metrics: Metrics, *, hosts: Hosts | None = None, api_key: str | None = None
+    service: Service,
+    metrics: Metrics,
+    *,
+    hosts: Hosts | None = None,
+    api_key: str | None = None,
+    second: immich.SecondServer | None = None,
 ) -> FastAPI:
     """The application. It opens the model when it starts, and answers 503 until then; further pages may be mounted.
 
     service: what the routes do, also at `app.state.service`. api_key: what every request but the probes must bear.
     hosts: where there is no key, what the server may be called; default: this machine alone.
+    second: who does Immich's tasks other than vectors.
     """
 
     @contextlib.asynccontextmanager
@@ -58,12 +64,15 @@ def create_app(
             service.collections.end()
             for runner in service.runners:
                 await runner.stop()
+            if second is not None:
+                await second.close()
 
     # The pages /docs and /redoc would load their scripts from elsewhere.
     app = FastAPI(title="cn-clip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
     app.state.service = service
     dialects.add_routes(app, service)
+    immich.add_routes(app, service, second)
     _add_model_routes(app, service)
     add_index_routes(app, service)
     _add_probes(app, service, metrics)

@@ -1,6 +1,7 @@
 """The HTTP service: `cn-clip serve photos.index --model ViT-B-16`."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from cn_clip.clip import choice
 from cn_clip.errors import ConfigError
 from cn_clip.serve.limits import API_KEY_VARIABLE, Limits
 from cn_clip.settings import Range
+
+_ADDRESS = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Options(choice.ModelSettings, Limits):
     """Files of labels, one a line; /v1/classify calls each by its file name without the suffix"""
     token_table: Path | None = None
     """Table of tiktoken (cl100k_base.tiktoken) by which token ids become text, which LangChain sends by default"""
+    immich_forward: str | None = None
+    """Address of Immich's own machine learning, such as http://127.0.0.1:3003: faces and words in pictures are asked
+    of it, vectors are computed here"""
     no_page: bool = False
     """Serve no web page"""
     originals: bool = False
@@ -53,6 +59,8 @@ class Options(choice.ModelSettings, Limits):
         super().__post_init__()
         choice.check(self.chosen)
         settings.check(self)
+        if self.immich_forward is not None and not _ADDRESS.fullmatch(self.immich_forward):
+            raise ConfigError(f"--immich-forward: expected http://HOST:PORT, got {self.immich_forward!r}")
         if not self.drain_timeout > 0:
             raise ConfigError(f"{settings.flag('drain_timeout')}: expected a positive number, got {self.drain_timeout}")
 
@@ -69,7 +77,7 @@ class Options(choice.ModelSettings, Limits):
 
 def run(options: Options) -> None:
     """Serves until it is told to stop; raises CnClipError for what cannot be opened."""
-    for module in ("fastapi", "uvicorn", "prometheus_client"):
+    for module in ("fastapi", "uvicorn", "prometheus_client", "httpx", "python_multipart"):
         extras.require(module, extra="serve", purpose="the HTTP service")
     from cn_clip.serve import server
 
@@ -81,6 +89,7 @@ def run(options: Options) -> None:
         index_addresses=options.index,
         label_sets=options.label_sets,
         token_table=options.token_table,
+        immich_forward=options.immich_forward,
         host=options.host,
         port=options.port,
         allowed_hosts=options.allowed_host,

@@ -206,7 +206,7 @@ _SHOWN_CHARS = 40
 _UNKNOWN = 4
 
 
-def picture_bytes(data_url: str, param: str, give_way: Callable[[], object] = lambda: None) -> bytes:
+def picture_bytes(source: str | bytes, param: str, give_way: Callable[[], object] = lambda: None) -> bytes:
     """The bytes in a data URL, or in the base64 of a picture; raises RefusalError (400) naming `param`.
 
     Addresses and paths are never followed.
@@ -223,8 +223,9 @@ def picture_bytes(data_url: str, param: str, give_way: Callable[[], object] = la
                 look_at_start(piece)
         give_way()
 
-    if is_base64_picture(data_url):
-        data_url = f"data:;base64,{data_url}"
+    if isinstance(source, bytes):
+        return source
+    data_url = f"data:;base64,{source}" if is_base64_picture(source) else source
     if not data_url[:5].lower() == "data:":
         raise _invalid(f"{param}: no URL or path is read, got {data_url[:_SHOWN_CHARS]!a}; {_EXPECTED}", param)
     try:

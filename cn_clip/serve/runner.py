@@ -49,9 +49,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture as a data URL; `param` names the field it came in, for errors."""
+    """One picture: a data URL, base64, or the file itself; `param` names the field it came in, for errors."""
 
-    data_url: str
+    source: str | bytes
     param: str
 
 
@@ -203,7 +203,7 @@ class Runner:
 
     async def _picture_rows(self, pictures: Sequence[Picture]) -> list[Rows]:
         # One at a time where they are long: each holds up texts while its base64 is read.
-        async with self._reading if sum(len(one.data_url) for one in pictures) > LONG else contextlib.nullcontext():
+        async with self._reading if sum(len(one.source) for one in pictures) > LONG else contextlib.nullcontext():
             files = await self._in_pool(self._looked_at, pictures)
         # No more at a time than there are processes: a request of many lets others in between.
         turns = asyncio.Semaphore(self._decoders.count)
@@ -221,7 +221,7 @@ class Runner:
         """The pictures, not decoded; raises RefusalError when they would have too many pixels together."""
         files, num_pixels = list[EncodedPicture](), 0
         for picture in pictures:
-            data = picture_bytes(picture.data_url, picture.param, self._give_way)
+            data = picture_bytes(picture.source, picture.param, self._give_way)
             side = None if self._encoder is None else self._encoder.transform.draft_size
             files.append(looked_at(data, picture.param, max_pixels=self.limits.max_pixels, draft_size=side))
             num_pixels += files[-1].num_pixels

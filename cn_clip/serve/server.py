@@ -32,6 +32,7 @@ from cn_clip.serve import page
 from cn_clip.serve.app import create_app
 from cn_clip.serve.batching import Metrics
 from cn_clip.serve.gate import LEAST_KEY_CHARS, LOOPBACK, Hosts, is_weak
+from cn_clip.serve.immich import SecondServer
 from cn_clip.serve.limits import API_KEY_VARIABLE, LOG_TIME, MAX_CONNECTIONS, Limits
 from cn_clip.serve.opening import open_all, read_label_sets
 from cn_clip.serve.runner import Runner
@@ -191,6 +192,7 @@ def launch(
     index_addresses: Sequence[str],
     label_sets: Sequence[Path],
     token_table: Path | None,
+    immich_forward: str | None,
     host: str,
     port: int,
     allowed_hosts: Sequence[str],
@@ -220,7 +222,8 @@ def launch(
         with_originals=with_originals,
         token_table=None if token_table is None else read_token_table(token_table),
     )
-    app = create_app(service, metrics, api_key=api_key, hosts=hosts)
+    second = None if immich_forward is None else SecondServer(immich_forward, limits)
+    app = create_app(service, metrics, api_key=api_key, hosts=hosts, second=second)
     _warn(host, api_key)
     with listen(host, port) as listener:
         given_host, given_port = listener.getsockname()[:2]
