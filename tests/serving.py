@@ -15,10 +15,10 @@ from cn_clip.clip.backends.base import Parts, Pixels, Rows, TokenIds
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.tokenizer import ChineseTexts
 from cn_clip.retrieval.addresses import Searchable
+from cn_clip.serve.access import Access, Hosts
 from cn_clip.serve.app import create_app
 from cn_clip.serve.batching import Metrics
 from cn_clip.serve.collections import Collections, Opened
-from cn_clip.serve.gate import Hosts
 from cn_clip.serve.immich import SecondServer
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.runner import Runner
@@ -74,16 +74,25 @@ def served(
     with_originals: bool = False,
     token_table: TokenTable | None = None,
     second: str | None = None,
+    origins: Sequence[str] = (),
+    root_path: str = "",
 ) -> Iterator[str]:
     """The address of a server that is ready, on a free port; gone at the end."""
     limits, metrics = limits or Limits(), Metrics()
     runner = Runner("tiny", lambda: encoder, limits, metrics)
     collections = Collections([] if index is None else [Opened("photos", index, runner)])
     service = Service(
-        [runner], limits, collections, label_sets or {}, with_originals=with_originals, token_table=token_table
+        [runner],
+        limits,
+        collections,
+        label_sets or {},
+        with_originals=with_originals,
+        token_table=token_table,
+        root_path=root_path,
     )
+    access = Access(hosts or Hosts(), api_key=api_key, origins=origins, root_path=root_path)
     forward = None if second is None else SecondServer(second, limits)
-    app = create_app(service, metrics, api_key=api_key, hosts=hosts, second=forward)
+    app = create_app(service, metrics, access=access, second=forward)
     with answering(app, limits, with_page=with_page) as address:
         yield address
 

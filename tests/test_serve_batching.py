@@ -21,8 +21,9 @@ from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.encoder import Encoder
 from cn_clip.emoji_pack import load
 from cn_clip.errors import ConfigError
+from cn_clip.serve.access import Access
 from cn_clip.serve.batching import Batcher, Metrics, Slots, alike
-from cn_clip.serve.gate import Gate, Hosts
+from cn_clip.serve.gate import Gate
 from cn_clip.serve.limits import BODIES_HELD, MAX_JSON_MARKS, Limits
 from cn_clip.serve.runner import Runner, Text
 from cn_clip.serve.schemas import RefusalError
@@ -490,7 +491,7 @@ def test_no_more_of_a_body_is_held_than_the_bound_and_all_bodies_share_one() -> 
     async def app(scope: object, receive: object, send: object) -> None:
         arrived.set_result(gate._bytes_held)
 
-    gate = Gate(app, limits, api_key=None, hosts=Hosts())
+    gate = Gate(app, limits, access=Access())
 
     async def request(num_pieces: int) -> int:
         """How many pieces of 256 bytes the gate asked for."""
@@ -528,7 +529,7 @@ def test_only_the_content_type_that_is_read_spares_a_body_the_count_of_its_marks
         raise AssertionError("let in")
 
     async def statuses() -> list[int]:
-        gate, sent = Gate(app, Limits(), api_key=None, hosts=Hosts()), list[int]()
+        gate, sent = Gate(app, Limits(), access=Access()), list[int]()
 
         bodies = [b"[" * (MAX_JSON_MARKS + 1)]
 

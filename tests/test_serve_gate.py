@@ -16,8 +16,9 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
-from cn_clip.serve import gate
-from cn_clip.serve.gate import MAX_GUESSES, STEP, Guesses, Hosts
+from cn_clip.serve import access, gate
+from cn_clip.serve.access import MAX_GUESSES, Access, Guesses
+from cn_clip.serve.gate import STEP
 from cn_clip.serve.limits import MAX_HEAD_BYTES, Limits
 from cn_clip.serve.schemas import RefusalError
 
@@ -74,7 +75,7 @@ def test_a_long_body_is_taken_in_slowly_while_short_requests_are_answered(monkey
             if len((await receive())["body"]) < STEP:
                 await answer.wait()
 
-        one = gate.Gate(app, Limits(), api_key="key", hosts=Hosts())
+        one = gate.Gate(app, Limits(), access=Access(api_key="key"))
         headers = [(b"authorization", b"Bearer key")]
         scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": headers}
 
@@ -162,7 +163,7 @@ def test_a_guess_is_given_back_after_its_time_and_each_network_has_its_own() -> 
 
 
 def test_addresses_are_remembered_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "MAX_ADDRESSES", 10)
+    monkeypatch.setattr(access, "MAX_ADDRESSES", 10)
     counted = Guesses(lambda: 0.0)
     for number in range(100):
         counted.add(f"10.0.0.{number}")
@@ -177,14 +178,14 @@ def test_an_item_whose_name_is_no_text_is_found_and_has_an_address(tmp_path: Pat
     }
     row = np.eye(4, dtype=np.float32)[0]
     with open_writer(tmp_path / "index", Manifest(ModelInfo("tiny", "fingerprint", 4))) as writer:
-        writer.commit([NewItem(name, row, {"path": f"/{name}"}, name.encode(errors="replace")) for name in names])
+        writer.commit([NewItem(name, row, {"note": f"/{name}"}, name.encode(errors="replace")) for name in names])
     with (
         served(Encoder(WatchedBackend()), index=open_index(tmp_path / "index")) as address,
         httpx.Client(base_url=address, timeout=60) as client,
     ):
         hits = client.post("/v1/search", json={"query": "猫"}).json()["data"]
         assert sorted(hit["id"] for hit in hits) == sorted(names.values())
-        assert sorted(hit["metadata"]["path"] for hit in hits) == sorted(f"/{spelling}" for spelling in names.values())
+        assert sorted(hit["metadata"]["note"] for hit in hits) == sorted(f"/{spelling}" for spelling in names.values())
         for hit in hits:
             (name,) = [name for name, spelling in names.items() if spelling == hit["id"]]
             assert client.get(hit["thumbnail"]).content == name.encode(errors="replace")

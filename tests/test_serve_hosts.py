@@ -9,7 +9,7 @@ from serving import WatchedBackend, served
 from cn_clip.clip.encoder import Encoder
 from cn_clip.errors import ConfigError
 from cn_clip.serve import main
-from cn_clip.serve.gate import Hosts
+from cn_clip.serve.access import Hosts
 from cn_clip.serve.schemas import RefusalError
 
 REQUEST = {"model": "tiny", "input": "猫"}

@@ -10,12 +10,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cn_clip import __version__
 from cn_clip.serve import dialects, immich
+from cn_clip.serve.access import COOKIE, SESSION_SECONDS, Access, session_of
 from cn_clip.serve.batching import Metrics
-from cn_clip.serve.gate import Gate, Hosts
+from cn_clip.serve.gate import Gate
 from cn_clip.serve.index_routes import add_index_routes
 from cn_clip.serve.runner import Runner
 from cn_clip.serve.schemas import (
@@ -39,19 +41,14 @@ CLIENT_LEFT = 499
 
 
 def create_app(
-    service: Service,
-    metrics: Metrics,
-    *,
-    hosts: Hosts | None = None,
-    api_key: str | None = None,
-    second: immich.SecondServer | None = None,
+    service: Service, metrics: Metrics, *, access: Access | None = None, second: immich.SecondServer | None = None
 ) -> FastAPI:
     """The application. It opens the model when it starts, and answers 503 until then; further pages may be mounted.
 
-    service: what the routes do, also at `app.state.service`. api_key: what every request but the probes must bear.
-    hosts: where there is no key, what the server may be called; default: this machine alone.
+    service: what the routes do, also at `app.state.service`. access: who may ask; default: this machine alone.
     second: who does Immich's tasks other than vectors.
     """
+    access = access or Access()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -77,10 +74,19 @@ def create_app(
     add_index_routes(app, service)
     _add_probes(app, service, metrics)
     _add_error_handlers(app)
-    _describe(app)
+    _add_session_routes(app, access)
+    _describe(app, access.root_path)
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
-    app.add_middleware(Gate, limits=service.limits, api_key=api_key, hosts=hosts or Hosts())
+    app.add_middleware(Gate, limits=service.limits, access=access)
     app.add_middleware(Measured, metrics=metrics, routes=paths)
+    if access.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=access.origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Api-Key", "Range", "If-None-Match"],
+            expose_headers=["X-Ignored-Fields", "Retry-After", "ETag", "Content-Range"],
+        )
     return app
 
 
@@ -111,6 +117,35 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     async def model(model: str) -> ModelCard:
         """A model, by its name."""
         return card(service.runner_of(model))
+
+
+def _add_session_routes(app: FastAPI, access: Access) -> None:
+    @app.post("/v1/session", status_code=204, response_class=Response, responses=ERRORS)
+    async def begin(request: Request) -> Response:
+        """Gives a browser that sends the key a cookie in place of it, so that pictures load by their addresses."""
+        if access.api_key is None:
+            raise RefusalError(404, "this server has no key, so no session is needed", code="no_key")
+        access.check_key(request.scope)
+        response = Response(status_code=204)
+        is_secure = "https" in (request.url.scheme, request.headers.get("origin", "").partition(":")[0])
+        response.set_cookie(
+            COOKIE,
+            access.sessions.begin(),
+            max_age=SESSION_SECONDS,
+            path=f"{access.root_path}/",
+            secure=is_secure,
+            httponly=True,
+            samesite="strict",
+        )
+        return response
+
+    @app.delete("/v1/session", status_code=204, response_class=Response, responses=ERRORS)
+    async def end(request: Request) -> Response:
+        """Ends the session of the cookie."""
+        access.sessions.end(session_of(request.headers))
+        response = Response(status_code=204)
+        response.delete_cookie(COOKIE, path=f"{access.root_path}/", httponly=True, samesite="strict")
+        return response
 
 
 def _add_probes(app: FastAPI, service: Service, metrics: Metrics) -> None:
@@ -165,13 +200,18 @@ def _invalid(error: RequestValidationError) -> RefusalError:
     return RefusalError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
 
 
-def _describe(app: FastAPI) -> None:
+def _describe(app: FastAPI, root_path: str) -> None:
     """Makes /openapi.json tell the statuses that there are: faulty fields are answered with 400, never 422."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(
-                title=app.title, version=app.version, summary="Chinese-CLIP", description=SUMMARY, routes=app.routes
+                title=app.title,
+                version=app.version,
+                summary="Chinese-CLIP",
+                description=SUMMARY,
+                routes=app.routes,
+                servers=[{"url": root_path}] if root_path else None,
             )
             for methods in schema["paths"].values():
                 for operation in methods.values():

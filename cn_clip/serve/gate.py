@@ -1,157 +1,15 @@
-"""What a request passes before a route sees it: key or host, bounds on body and time, a client that leaves.
-
-Which names a service without a key answers to: a page of another site, open in a browser here, must not reach it. Such
-a page may have its own name resolve to this machine (DNS rebinding); then `Host` bears that name, and what it asks for
-counts as its own. Or it asks by a name of this machine, and `Origin` bears its own. An address may send few wrong keys,
-so that guessing the right one takes years instead of hours.
-"""
+"""What a request passes before a route sees it: who asks, bounds on body and time, a client that leaves."""
 
 import asyncio
-import hmac
 import io
-import ipaddress
-import math
-import re
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
 
 from starlette.datastructures import Headers
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cn_clip.errors import ConfigError
+from cn_clip.serve.access import Access
 from cn_clip.serve.limits import BODIES_HELD, MAX_HEAD_BYTES, MAX_JSON_MARKS, Limits
-from cn_clip.serve.schemas import RefusalError, shown, stopping
-
-# --- names of the server
-
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_AUTHORITY = re.compile(r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[!-~]+?))(?::\d{1,5})?", re.IGNORECASE)
-_NO_NAME = re.compile(r"[\s\[\]:/@*]")
-
-
-class Hosts:
-    """This machine's own names, the address that is listened at, and those allowed besides.
-
-    listens_at: --host. allowed: names or addresses, without scheme and port; raises ConfigError for others.
-    """
-
-    def __init__(self, listens_at: str = LOOPBACK[1], allowed: Iterable[str] = ()) -> None:
-        self._names = {*LOOPBACK, normal_name(listens_at)} - {None}
-        for given in allowed:
-            is_v6 = given.startswith("[") and given.endswith("]") and ":" in given
-            name = normal_name(given[1:-1] if is_v6 else given)
-            if name is None:
-                raise ConfigError(
-                    f"--allowed-host: expected a name or an address, without scheme, port and *, got {given!r}; "
-                    "for several names give it several times"
-                )
-            self._names.add(name)
-        is_unspecified = _is_address(listens_at) and ipaddress.ip_address(listens_at).is_unspecified
-        self._any_address = not listens_at or is_unspecified
-
-    def check(self, scope: Scope) -> None:
-        """Raises RefusalError (403) for a foreign `Host`, and for what a page of a foreign `Origin` asks.
-
-        Ports do not count: whoever serves a page at another port of an allowed host is trusted as well.
-        """
-        headers = dict(scope["headers"])
-        host = headers.get(b"host", b"").decode("latin-1")
-        name = _name(host)
-        # No page can have an address for its name that is not its own.
-        if name is None or not (name in self._names or (self._any_address and _is_address(name))):
-            raise _refused("Host", host, name, "host_not_allowed")
-        if b"origin" in headers:
-            origin = headers[b"origin"].decode("latin-1")
-            page = _name(origin.partition("://")[2])
-            if page is None or page not in (name, *self._names):
-                raise _refused("Origin", origin, page, "origin_not_allowed")
-
-
-def normal_name(given: str) -> str | None:
-    """A name or an address, an IPv6 one without brackets, as browsers write it; None for what is neither."""
-    name = given.removesuffix(".")
-    if _is_address(name):
-        return str(ipaddress.ip_address(name))
-    try:
-        return None if not name or _NO_NAME.search(name) else name.encode("idna").decode().lower()
-    except UnicodeError:  # a part is empty, or too long
-        return None
-
-
-def _name(authority: str) -> str | None:
-    """The name or address in `host[:port]`; None where there is none."""
-    found = _AUTHORITY.fullmatch(authority)
-    return None if found is None else normal_name(found["v6"] or found["name"])
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-def _refused(header: str, given: str, name: str | None, code: str) -> RefusalError:
-    if name is None:
-        message = f"{header}: {shown(given)} names no host; a server without an API key answers none such"
-    else:
-        message = (
-            f"{header}: {shown(given)} is not served here; if it should be, start the server with "
-            f"--allowed-host {name[:80]}, or with an API key"
-        )
-    return RefusalError(403, message, param=header, code=code)
-
-
-# --- wrong keys
-
-# Wrong keys that an address may send at once, and the seconds after which it may send one more.
-MAX_GUESSES = 20
-SECONDS_PER_GUESS = 1.0
-# Addresses that are remembered: those that guessed last.
-MAX_ADDRESSES = 4096
-# A shorter key, or one of fewer characters, can be guessed.
-LEAST_KEY_CHARS, LEAST_KEY_ALPHABET = 16, 6
-
-
-class Guesses:
-    """The wrong keys of each address, for one event loop. now: seconds, from any start."""
-
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
-        # When what an address has used will be given back in full.
-        self._free_at: OrderedDict[str, float] = OrderedDict()
-
-    def check(self, address: str) -> None:
-        """Raises RefusalError (429) for an address with no guess left; its key is not looked at, right or wrong."""
-        wait = self._free_at.get(_network(address), 0) - self._now() - (MAX_GUESSES - 1) * SECONDS_PER_GUESS
-        if wait > 0:
-            message = f"too many wrong API keys from this address; ask again in {math.ceil(wait)} seconds"
-            raise RefusalError(429, message, code="too_many_guesses", retry_after=math.ceil(wait))
-
-    def add(self, address: str) -> None:
-        """Counts a wrong key."""
-        network = _network(address)
-        self._free_at[network] = max(self._free_at.get(network, 0), self._now()) + SECONDS_PER_GUESS
-        self._free_at.move_to_end(network)
-        if len(self._free_at) > MAX_ADDRESSES:
-            self._free_at.popitem(last=False)
-
-
-def is_weak(key: str) -> bool:
-    """Whether a key is so short or so uniform that it can be guessed."""
-    return len(key) < LEAST_KEY_CHARS or len(set(key)) < LEAST_KEY_ALPHABET
-
-
-def _network(address: str) -> str:
-    """The address; of IPv6 its network, of which a customer has all addresses."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    return address if parsed.version == 4 else str(ipaddress.ip_network((int(parsed) >> 64 << 64, 64)))
-
+from cn_clip.serve.schemas import RefusalError, stopping
 
 # --- the gate
 
@@ -183,10 +41,8 @@ class Gate:
     bodies are taken in slowly, for each piece of one keeps them waiting.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, *, api_key: str | None, hosts: Hosts) -> None:
-        self.app, self.limits, self.hosts = app, limits, hosts
-        self._key = None if api_key is None else api_key.encode("utf-8")
-        self._guesses = Guesses()
+    def __init__(self, app: ASGIApp, limits: Limits, *, access: Access) -> None:
+        self.app, self.limits, self.access = app, limits, access
         self._bytes_held = self._num_short = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -194,14 +50,18 @@ class Gate:
             await self.app(scope, receive, send)
             return
         sender = _Sender(send)
+        _strip(self.access.root_path, scope)
         try:
             path = scope["path"]
+            if not path:  # addresses relative to the page would begin above it
+                await RedirectResponse(f"{self.access.root_path}/")(scope, receive, sender)
+                return
             num_bytes = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
             if num_bytes + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
                 message = f"the head of the request is larger than {MAX_HEAD_BYTES} bytes"
                 raise RefusalError(431, message, code="head_too_large")
-            if path not in OPEN_PATHS:
-                self._check_caller(scope)
+            if self._needs_leave(path):
+                self.access.check(scope)
             if scope["type"] == "http" and (path.startswith(BOUNDED_PREFIX) or scope["method"] not in ("GET", "HEAD")):
                 await self._bounded(scope, receive, sender)
             else:
@@ -214,20 +74,10 @@ class Gate:
             if not sender.has_begun:
                 await _refuse(stopping(), scope, receive, sender)
 
-    def _check_caller(self, scope: Scope) -> None:
-        if self._key is None:
-            self.hosts.check(scope)
-            return
-        if scope["path"] in PAGE_PATHS or scope["path"].startswith(PAGE_PREFIX):
-            return
-        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        address = str((scope.get("client") or ("",))[0])
-        self._guesses.check(address)
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
-            self._guesses.add(address)
-            raise RefusalError(
-                401, "no valid API key; send the header Authorization: Bearer KEY", code="invalid_api_key"
-            )
+    def _needs_leave(self, path: str) -> bool:
+        """Whether not everyone may ask for it: the page's files ask for the key, and need none themselves."""
+        is_of_page = path in PAGE_PATHS or path.startswith(PAGE_PREFIX)
+        return path not in OPEN_PATHS and not (is_of_page and self.access.api_key is not None)
 
     async def _bounded(self, scope: Scope, receive: Receive, send: "_Sender") -> None:
         body = io.BytesIO()
@@ -302,10 +152,12 @@ class Gate:
 
         answer = asyncio.ensure_future(self.app(scope, whole_body, send))
         leaving = asyncio.ensure_future(_disconnected(receive))
+        loop, done = asyncio.get_running_loop(), set[asyncio.Future[None]]()
+        started = loop.time()
         try:
-            done, _ = await asyncio.wait(
-                (answer, leaving), timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED
-            )
+            # A long file takes as long as it takes, while the client goes on taking it.
+            while not done and (left_s := max(started, send.sent_at) + self.limits.timeout - loop.time()) > 0:
+                done, _ = await asyncio.wait((answer, leaving), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             left.set()
             leaving.cancel()
@@ -323,6 +175,13 @@ class Gate:
             )
 
 
+def _strip(root_path: str, scope: Scope) -> None:
+    """Makes the request one to a server at the root: proxies in front may leave `root_path` in the path or not."""
+    if root_path and f"{scope['path']}/".startswith(f"{root_path}/"):
+        scope["path"] = scope["path"].removeprefix(root_path)
+        scope["raw_path"] = (scope.get("raw_path") or b"").removeprefix(root_path.encode())
+
+
 async def _refuse(refusal: RefusalError, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
@@ -331,10 +190,13 @@ async def _refuse(refusal: RefusalError, scope: Scope, receive: Receive, send: S
 
 
 class _Sender:
-    """A `send` that adds the headers an answer does not have. has_begun: whether the answer has."""
+    """A `send` that adds the headers an answer does not have.
+
+    has_begun: whether the answer has. sent_at: when the client took the last piece.
+    """
 
     def __init__(self, send: Send) -> None:
-        self._send, self.has_begun = send, False
+        self._send, self.has_begun, self.sent_at = send, False, 0.0
 
     async def __call__(self, message: Message) -> None:
         self.has_begun = True
@@ -343,6 +205,7 @@ class _Sender:
             own = {name.lower() for name, _ in headers}
             message = {**message, "headers": headers + [one for one in _HEADERS if one[0] not in own]}
         await self._send(message)
+        self.sent_at = asyncio.get_running_loop().time()
 
 
 def _num_marks(piece: bytes, most: int) -> int:

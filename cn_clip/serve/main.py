@@ -33,6 +33,10 @@ class Options(choice.ModelSettings, Limits):
     allowed_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Name by which people reach the service, such as that of a reverse proxy. Without a key, others than localhost
     and --host are refused"""
+    root_path: str = ""
+    """Path below which a proxy shows the service, such as /photos; addresses in answers begin with it"""
+    cors_origin: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Other site whose pages may ask, such as https://photos.example.com; may be given several times"""
     port: Annotated[int, Range(least=0, most=65535)] = 8000
     """Port to listen at; 0: any that is free"""
     api_key: str | None = None
@@ -94,6 +98,8 @@ def run(options: Options) -> None:
         port=options.port,
         allowed_hosts=options.allowed_host,
         api_key=key_of(options),
+        cors_origins=options.cors_origin,
+        root_path=options.root_path.rstrip("/"),
         with_page=not options.no_page,
         with_originals=options.originals,
         access_log=options.access_log,

@@ -29,9 +29,9 @@ from cn_clip.clip.choice import Choice
 from cn_clip.clip.opening import precision_of
 from cn_clip.errors import ConfigError
 from cn_clip.serve import page
+from cn_clip.serve.access import LEAST_KEY_CHARS, LOOPBACK, Access, Hosts, is_weak
 from cn_clip.serve.app import create_app
 from cn_clip.serve.batching import Metrics
-from cn_clip.serve.gate import LEAST_KEY_CHARS, LOOPBACK, Hosts, is_weak
 from cn_clip.serve.immich import SecondServer
 from cn_clip.serve.limits import API_KEY_VARIABLE, LOG_TIME, MAX_CONNECTIONS, Limits
 from cn_clip.serve.opening import open_all, read_label_sets
@@ -197,6 +197,8 @@ def launch(
     port: int,
     allowed_hosts: Sequence[str],
     api_key: str | None,
+    cors_origins: Sequence[str],
+    root_path: str,
     with_page: bool,
     with_originals: bool,
     access_log: bool,
@@ -205,11 +207,12 @@ def launch(
     """Serves until it is told to stop; raises CnClipError for what cannot be opened.
 
     chosen: how the model is computed. model: None for that of the index, or the default. name: of it in requests.
-    api_key: without one, only `allowed_hosts` and names of this machine are answered. with_page: mounts the web page
-    too. with_originals: the files of the items are given. drain_timeout: as of `Server`.
+    api_key: without one, only `allowed_hosts` and names of this machine are answered. cors_origins, root_path: as of
+    `Access`. with_page: mounts the web page too. with_originals: the files of the items are given. drain_timeout: as
+    of `Server`.
     """
     chosen = replace(chosen, precision=precision_of(chosen))
-    hosts = Hosts(host, allowed_hosts)
+    access = Access(Hosts(host, allowed_hosts), api_key=api_key, origins=cors_origins, root_path=root_path)
     metrics = Metrics()
     runners, collections = open_all(
         index_addresses, chosen=chosen, limits=limits, model=model, name=name, metrics=metrics
@@ -221,9 +224,10 @@ def launch(
         label_sets=read_label_sets(label_sets),
         with_originals=with_originals,
         token_table=None if token_table is None else read_token_table(token_table),
+        root_path=root_path,
     )
     second = None if immich_forward is None else SecondServer(immich_forward, limits)
-    app = create_app(service, metrics, api_key=api_key, hosts=hosts, second=second)
+    app = create_app(service, metrics, access=access, second=second)
     _warn(host, api_key)
     with listen(host, port) as listener:
         given_host, given_port = listener.getsockname()[:2]
@@ -231,7 +235,7 @@ def launch(
         _say(f"正在打开 / opening {_names(runners)}; {address}")
         if with_page:
             page.mount(app)
-            _say(f"网页 / web page: {address}/")
+            _say(f"网页 / web page: {address}{root_path}/")
         server = Server(
             app,
             limits,
