@@ -41,7 +41,7 @@ def test_no_request_makes_the_server_fail_or_give_an_answer_that_is_not_describe
     statuses: Counter[tuple[str, int]] = Counter()
     with served(Encoder(WatchedBackend()), Limits(max_wait_ms=0), index=index) as address:
         operations = [one.ok() for one in schemathesis.openapi.from_url(f"{address}/openapi.json").get_all_operations()]
-        assert len(operations) == 22
+        assert len(operations) == 24
         for operation in operations:
             if mode is GenerationMode.NEGATIVE and not operation.body:  # any text is a path
                 continue
