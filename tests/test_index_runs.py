@@ -4,20 +4,23 @@ import importlib.metadata
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import photo_files
 import pytest
 from PIL import Image
 from test_index_commands import EMOJI, MODEL, Command, command, name, write_pictures
 
 from cn_clip import cli
+from cn_clip.clip import picture_files, pictures
 from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.demo import emoji
 from cn_clip.errors import ConfigError, DataError, MissingExtraError
-from cn_clip.index import ingest, jobs, skips, sources
+from cn_clip.index import ingest, jobs, sources
 from cn_clip.index.excludes import Excludes
 from cn_clip.index.failures import Failures
 from cn_clip.index.pruning import vanished
@@ -177,16 +180,38 @@ def test_skips_are_counted_by_reason_failures_first(
     assert [line.split(":")[0] for line in listed] == ["  z1.jpg", "  z2.jpg", "  z0.png"]
 
 
-def test_a_format_that_needs_an_extra_is_counted_under_its_name() -> None:
-    try:
-        raise MissingExtraError("HEIC needs the package `pillow_heif`; install it with: pip install 'cn_clip[photos]'")
-    except MissingExtraError as cause:
-        error = DataError("the picture of 9 bytes is not decoded")
-        error.__cause__ = cause
-    kind = skips.kind_of(error, num_bytes=9)
-    skipped = [skips.Skipped("t.txt", "", skips.OTHER), skips.Skipped("a.heic", str(error), kind)]
-    assert skips.counts(skipped) == {"without cn_clip[photos]": 1, "other": 1}
-    assert skips.told(skipped) == "1 缺 cn_clip[photos] / without cn_clip[photos], 1 其他文件 / other files"
+def test_a_format_that_needs_an_extra_is_counted_under_its_name_and_read_once_it_is_there(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pillow_heif")
+    folder = pictures_at(tmp_path / "pictures", "a.png")
+    (folder / "b.heic").write_bytes(photo_files.heic(Image.new("RGB", (64, 64), "red")))
+    (folder / "t.txt").write_bytes(b"")
+    args = ["index", "build", str(folder), "--output", str(tmp_path / "i"), *MODEL]
+    version = importlib.metadata.version
+
+    def without(name: str) -> str:
+        if name == "pillow-heif":
+            raise importlib.metadata.PackageNotFoundError
+        return version(name)
+
+    def here(data: bytes, *_: object) -> Image.Image:  # as the process does that decodes it
+        try:
+            return picture_files.opened_here(data, picture_files.look(data))
+        except MissingExtraError as error:
+            raise DataError(str(error)) from None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "opened_elsewhere", here)
+        patch.setitem(sys.modules, "pillow_heif", None)
+        patch.setattr(importlib.metadata, "version", without)
+        cli.main(args)
+        told = "未收录 / not indexed 2: 1 缺 cn_clip[photos] / without cn_clip[photos], 1 其他文件 / other files"
+        out = capsys.readouterr().out
+        assert told in out
+        assert "pip install 'cn_clip[photos]'" in out
+        assert command(*args)["remembered"] == 1
+    assert command(*args)["num_items"] == 2
 
 
 def test_nothing_indexed_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

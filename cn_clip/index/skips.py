@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cn_clip.errors import CnClipError, MissingExtraError
 from cn_clip.retrieval.segments import ItemId
 
 DAMAGED, EMPTY, UNREADABLE, SPECIAL = "damaged", "empty", "unreadable", "special"
@@ -70,12 +69,9 @@ def too_small(item_id: ItemId, facts: Mapping[str, Any], min_size: int) -> Skipp
 
 def kind_of(error: Exception, *, num_bytes: int) -> str:
     """Of a picture of so many bytes that was not decoded."""
-    cause: BaseException | None = error
-    while isinstance(cause, CnClipError) and not isinstance(cause, MissingExtraError):
-        cause = cause.__cause__
-    if isinstance(cause, MissingExtraError):
-        extra = re.search(r"cn_clip\[[\w-]+\]", str(cause))
-        return WITHOUT + (extra[0] if extra else "a package")
+    # By the words: errors come from a process of its own, which hands on nothing else.
+    if extra := re.search(r"pip install '(cn_clip\[[\w-]+\])'", str(error)):
+        return WITHOUT + extra[1]
     return DAMAGED if num_bytes else EMPTY
 
 
