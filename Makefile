@@ -9,7 +9,7 @@ FILES := cn_clip tests benchmarks tools examples
 # Some machines forbid it for small images; the tests start thousands of processes, each of which would compile again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-families test-browser test-clients test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel clean
+.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-families test-ocr test-browser test-clients test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-pretend-gpu  在假的 GPU 上运行 --device cuda 的命令 / commands with --device cuda on a GPU that is not there (5 GB)"
 	@echo "make test-milvus  在 Milvus 服务上测试检索 / indexes on a Milvus server, which it installs (60 MB)"
 	@echo "make test-families  用 open_clip 和 sentence-transformers 的测试 / tests with both; open_clip brings torchvision"
+	@echo "make test-ocr   图中文字的测试，会装 rapidocr / tests of the words in pictures; installs rapidocr (200 MB)"
 	@echo "make test-browser  在 Chromium 里测试网页 / the web page in Chromium (Debian: apt-get install chromium)"
 	@echo "make test-clients  现成的客户端（openai、langchain、cohere……）连到这里的服务，打印一张表 / published clients against the service, as a table"
 	@echo "make test-ray   需要 Ray 的测试 / tests that need ray"
@@ -83,6 +84,10 @@ test-families: $(VENV)/.dev
 	$(BIN)/python -m pytest -m families tests/test_convert.py
 	$(INSTALL) --editable '.[dev,open-clip]'
 	$(BIN)/python -m pytest -m families tests/test_families.py
+
+test-ocr: $(VENV)/.dev
+	$(INSTALL) --editable '.[dev,ocr]'
+	$(BIN)/python -m pytest -m ocr tests/test_ocr.py
 
 test-browser: $(VENV)/.dev
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || { echo "需要 Chromium / Chromium is needed: apt-get install chromium, or CHROMIUM=path"; exit 1; }

@@ -7,7 +7,7 @@ import pytest
 
 from cn_clip.errors import ConfigError
 from cn_clip.retrieval import words
-from cn_clip.retrieval.manifest import Manifest, ModelInfo
+from cn_clip.retrieval.manifest import Manifest, ModelInfo, PictureFacts
 from cn_clip.retrieval.store import Index, open_index
 from cn_clip.retrieval.words import WordTable, fused, words_of
 from cn_clip.retrieval.writer import NewItem, open_writer
@@ -42,7 +42,7 @@ def index(tmp_path: Path) -> Index:
     """Items 0 to 9 at angles of 0 to 90 degrees; 7 holds words, 3 a caption."""
     folder = tmp_path / "i"
     angles = np.linspace(0, np.pi / 2, 10)
-    with open_writer(folder, Manifest(ModelInfo("", "", 2))) as writer:
+    with open_writer(folder, Manifest(ModelInfo("", "", 2), pictures=PictureFacts(ocr=True))) as writer:
         told = {3: {"caption": "密码本"}, 7: {"text": "wifi密码", "group": "a"}}
         writer.commit(
             [

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cn_clip.command import Speaker
+from cn_clip.data.ocr import Reader
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index import skips
 from cn_clip.index.clips import Clips
@@ -32,12 +33,7 @@ def update(options: SourceOptions, job: Job, say: Speaker) -> None:
     if is_feature_file(job.source):
         add_features(options, job, model, table, say)
         return
-    source = open_source(job.source, id_prefix=job.id_prefix, exclude=options.exclude)
-    if job.is_sync and is_single_picture(job.source):
-        raise ConfigError("expected a folder; one picture goes into an index with: cn-clip index add", at=job.source)
-    if options.video_every == 0:
-        source.skipped += [Skipped(one.id, "a video, and --video-every is 0", skips.VIDEO) for one in source.videos]
-        source.videos.clear()
+    source = _opened(options, job)
     files = [*source.candidates, *source.videos]
     if not files and model.facts is None:
         raise DataError(f"holds no picture{_first(source.skipped)}", at=job.source)
@@ -45,7 +41,9 @@ def update(options: SourceOptions, job: Job, say: Speaker) -> None:
     if is_new:  # its model takes a while to open
         say_first(model, job, say, source=source)
     info, ids = model.info(), [one.id for one in files]
-    with changing(job, info, info.embed_dim, source.name, ids, model.pictures) as writer:
+    pictures = model.reading(options)
+    reader = Reader() if pictures.ocr else None
+    with changing(job, info, info.embed_dim, source.name, ids, pictures) as writer:
         before = writer.manifest.source
         settings = Settings(
             options.batch_size,
@@ -54,7 +52,7 @@ def update(options: SourceOptions, job: Job, say: Speaker) -> None:
             options.thumbnail_size,
             options.min_size,
         )
-        ingest = Ingest(writer, model.encoder, settings, Progress(say), skipped=source.skipped)
+        ingest = Ingest(writer, model.encoder, settings, Progress(say), skipped=source.skipped, reader=reader)
         if options.retry:
             ingest.failures.forget(source.name)
         moved_from = {source.name, before} if job.is_sync else set[str]()
@@ -74,10 +72,20 @@ def update(options: SourceOptions, job: Job, say: Speaker) -> None:
             say(renewal.told())
         if job.is_sync and not job.keep_missing and ingest.summary.signal is None:
             ingest.prune(moved_from, files, with_folders=job.prune or job.replace_source)
-    pictures = {str(one).removeprefix(source.id_prefix) for one in ids}
-    unmatched = sum(str(key) not in pictures for key in table or ())
+    names = {str(one).removeprefix(source.id_prefix) for one in ids}
+    unmatched = sum(str(key) not in names for key in table or ())
     say_summary(ingest.summary, writer, job, say, unmatched=unmatched, links=source.links)
     _refuse_end(ingest.summary, job, source, num_items=len(writer))
+
+
+def _opened(options: SourceOptions, job: Job) -> Source:
+    source = open_source(job.source, id_prefix=job.id_prefix, exclude=options.exclude)
+    if job.is_sync and is_single_picture(job.source):
+        raise ConfigError("expected a folder; one picture goes into an index with: cn-clip index add", at=job.source)
+    if options.video_every == 0:
+        source.skipped += [Skipped(one.id, "a video, and --video-every is 0", skips.VIDEO) for one in source.videos]
+        source.videos.clear()
+    return source
 
 
 def _refuse_end(summary: Summary, job: Job, source: Source, *, num_items: int) -> None:

@@ -85,7 +85,15 @@ class Clips:
     def decide(self, table: Table | None) -> list[Candidate]:
         """The videos that are to be read; counts the others, and gives new metadata to frames of the same bytes."""
         run = self._run
-        decision = decide(self._videos, self._known, run.failures, table=table, id_prefix=self._id_prefix, min_size=0)
+        decision = decide(
+            self._videos,
+            self._known,
+            run.failures,
+            table=table,
+            id_prefix=self._id_prefix,
+            min_size=0,
+            needed=run.needed,
+        )
         run.summary.unchanged += decision.num_unchanged
         for video, skipped in decision.skipped:
             run.refuse(video, skipped)
@@ -93,7 +101,8 @@ class Clips:
         for video in decision.pending:
             before = self._known.get(video.id, {})
             same = ("size", "mtime_ns", "video_every")
-            if before and all(before.get(name) == video.metadata[name] for name in same):
+            is_same = before.keys() >= set(run.needed) and before != {}
+            if is_same and all(before.get(name) == video.metadata[name] for name in same):
                 self._renew(video)
             else:
                 pending.append(video)
@@ -157,7 +166,7 @@ class Clips:
                 yield steps, rows_BD
 
     def _steps(self, pending: Sequence[Candidate]) -> Iterator[tuple[Any, Frame | None]]:
-        size = self._run.settings.thumbnail_size
+        run, size = self._run, self._run.settings.thumbnail_size
         for video in pending:
             problem, count = None, 0
             try:
@@ -166,6 +175,8 @@ class Clips:
                     name = str(video.id).removeprefix(self._id_prefix)
                     own = {"kind": "video", "time": frame.seconds, "video": name}
                     metadata = {**frame.fields, **video.metadata, **own}
+                    if run.reader is not None:
+                        metadata["text"] = run.reader.read(frame.image)
                     small = ingest.thumbnail(frame.image, size) if size else b""
                     count += 1
                     yield _Shot(video, f"{video.id}#t={spelled}", metadata, small), frame

@@ -1,6 +1,6 @@
 """Which pictures of a source have to be read, by what the index knows of them: sizes, times, tables, failures."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,8 +28,9 @@ def decide(
     table: Table | None,
     id_prefix: str,
     min_size: int,
+    needed: Collection[str] = (),
 ) -> Decision:
-    """known: the metadata of the items of the index.
+    """known: the metadata of the items of the index. needed: fields without which a picture is read again.
 
     Without a table, an item keeps the metadata it had. What a table says of a picture goes before what the source and
     the picture itself say.
@@ -46,7 +47,7 @@ def decide(
         # A caption of the table goes before one of the source.
         caption = {"caption": more["caption"]} if "caption" in more else {}
         wanted = {**more, **one.metadata, **caption}
-        if one.is_dated and before == {**seen, **wanted}:
+        if one.is_dated and before == {**seen, **wanted} and before.keys() >= set(needed):
             if skipped := too_small(one.id, before, min_size):
                 decision.skipped.append((one, skipped))
             else:

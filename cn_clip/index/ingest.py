@@ -18,6 +18,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.orientation import full_size, upright
 from cn_clip.clip.pictures import decoded_batches
 from cn_clip.clip.transforms import in_8_bits, write_pixels
+from cn_clip.data.ocr import LONGEST_SIDE, Reader
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import DataError, MissingExtraError, reason_of
 from cn_clip.index import facts, skips
@@ -36,6 +37,8 @@ from cn_clip.stopping import StopRequest, StopWaiting
 COMMIT_SECONDS = 20.0
 THUMBNAIL_QUALITY = 80
 _DIGEST_BYTES = 16
+# What an item lends to others of the same bytes, besides its vector and thumbnail.
+_OF_BYTES = ("width", "height", "text")
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,10 @@ class Ingest:
         progress: Progress,
         *,
         skipped: Iterable[Skipped] = (),
+        reader: Reader | None = None,
     ) -> None:
         self.writer, self.encoder, self.settings, self.progress = writer, encoder, settings, progress
-        self.summary = Summary(skipped=list(skipped))
+        self.summary, self.reader = Summary(skipped=list(skipped)), reader
         self.failures = Failures(writer.notes())
         self._known = dict(writer.items())
         # The item that lends its vector to others of the same bytes.
@@ -149,11 +153,18 @@ class Ingest:
             if metadata.get("source") in moved_from and item_id not in there and "digest" in metadata:
                 self._gone.setdefault(metadata["digest"], []).append(item_id)
         sizes = {"min_size": self.settings.min_size}
-        decision = decide(candidates, self._known, self.failures, table=table, id_prefix=id_prefix, **sizes)
+        decision = decide(
+            candidates, self._known, self.failures, table=table, id_prefix=id_prefix, needed=self.needed, **sizes
+        )
         self.summary.unchanged = decision.num_unchanged
         for candidate, skipped in decision.skipped:
             self.refuse(candidate, skipped)
         return decision.pending
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The fields without which an item is made again."""
+        return () if self.reader is None else ("text",)
 
     def add(self, pending: Sequence[Candidate]) -> None:
         """Reads, computes and commits; raises DataError when the index cannot be written.
@@ -198,9 +209,11 @@ class Ingest:
                 if digest in self._owners and self.is_outdated(data):
                     self._owners.pop(digest, None)
                 if digest in self._owners:
-                    return _Prepared(candidate, data, digest, True, facts.of_bytes(data), b"")
+                    return _Prepared(
+                        candidate, data, digest, True, facts.of_bytes(data) | self._words(data, digest), b""
+                    )
                 image = self._opened(data)
-                found = facts_of(image)
+                found = facts_of(image) | self._words(data)
                 if skipped := skips.too_small(candidate.id, found, self.settings.min_size):
                     return _Refused(candidate, skipped)
                 write_pixels(encoder.transform, image, out)
@@ -274,7 +287,7 @@ class Ingest:
                 owner = self._owners[one.digest]
                 stored = self._lenders[owner]
                 found = dict(one.facts)
-                found |= {name: stored.metadata[name] for name in ("width", "height") if name in stored.metadata}
+                found |= {name: stored.metadata[name] for name in _OF_BYTES if name in stored.metadata}
                 if skipped := skips.too_small(one.candidate.id, found, self.settings.min_size):
                     self.refuse(one.candidate, skipped)
                     continue
@@ -292,7 +305,7 @@ class Ingest:
                 image = self._opened(one.data)
                 late = self.encoder().transform.array(image)
                 size = self.settings.thumbnail_size
-                found = facts_of(image)
+                found = {**one.facts, **facts_of(image)}
                 with named("id", [one.candidate.id].__getitem__):
                     vector_D = self.encoder().encode_pixels(late[None])[0]
                 self.summary.encoded += 1
@@ -305,6 +318,16 @@ class Ingest:
         """The picture as the model and people see it, perhaps at a fraction of its size; raises DataError."""
         encoder = self.encoder()
         return open_picture(data, encoder.transform.draft_size, upright=encoder.upright)
+
+    def _words(self, data: bytes, digest: str = "") -> dict[str, str]:
+        """The field of the words in a picture, if they are to be read; digest: those of an item of it are taken."""
+        if self.reader is None:
+            return {}
+        known = self._known.get(self._owners.get(digest, ""), {})
+        if "text" in known:
+            return {"text": known["text"]}
+        # Larger than the model may see it, which is at a fraction of its size.
+        return {"text": self.reader.read(open_picture(data, LONGEST_SIDE, upright=True))}
 
     def _is_owned(self, one: _Prepared | _Refused) -> TypeGuard[_Prepared]:
         return isinstance(one, _Prepared) and one.digest in self._owners

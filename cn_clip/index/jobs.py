@@ -10,7 +10,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import full_name
 from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.index.options import AddOptions
+from cn_clip.index.options import AddOptions, SourceOptions
 from cn_clip.index.searching import NEW_PICTURES, open_encoder, seen_as
 from cn_clip.index.sources import file_id
 from cn_clip.retrieval import addresses
@@ -92,6 +92,10 @@ class Model:
         """How the pictures of the index are seen as it says; one from before it was recorded: as they are stored."""
         return (self.facts.pictures if self.facts else None) or PictureFacts()
 
+    def reading(self, options: SourceOptions) -> PictureFacts:
+        """How the pictures are to be seen from now on."""
+        return replace(self.pictures, ocr=options.ocr or (self.pictures.ocr and not options.no_ocr))
+
     def info(self) -> ModelInfo:
         """What the index says, or is to say, of it."""
         if self.facts is None:
@@ -107,8 +111,9 @@ def changing(
 ) -> Iterator[Writer]:
     """The index, new or as it is, opened for changing it; at the end it notes its source and brings up its graph.
 
-    embed_dim: of the vectors to be added; name, ids: of their source; pictures: of a new index. Raises ConfigError for
-    another model, and if items of other sources are in the way, DataError for vectors of another length.
+    embed_dim: of the vectors to be added; name, ids: of their source; pictures: of a new index, of others their `ocr`.
+    Raises ConfigError for another model, and if items of other sources are in the way, DataError for vectors of another
+    length.
     """
     engine, vector_type = job.engine or "exact", job.vector_type or "float32"
     create = Manifest(model, engine=engine, vector_type=vector_type, source=name, pictures=pictures)
@@ -145,5 +150,6 @@ def changing(
                     at=job.address,
                 )
         yield writer
-        writer.describe(engine=job.engine, source=name if job.is_sync else writer.manifest.source)
+        given = pictures if found.pictures or pictures.ocr else None
+        writer.describe(engine=job.engine, source=name if job.is_sync else writer.manifest.source, pictures=given)
         writer.finish()

@@ -97,6 +97,14 @@ class SourceOptions(AddOptions):
     """Pass over pictures whose shorter side has fewer pixels, such as icons"""
     retry: bool = False
     """Read again the files that did not decode before, though they have not changed since"""
+    ocr: bool = False
+    """Read the words in pictures, too, for searches by text; later runs do so as well, until --no-ocr"""
+    no_ocr: bool = False
+    """Read no words, and search by vectors alone, though the index has words"""
     video_every: Annotated[float | None, Range(least=0)] = None
     """Videos: a frame at least every so many seconds, besides those at changes of scene; 0: no videos; default: as
     they are in the index, else 10"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settings.check(self, [settings.excludes("ocr", "no_ocr", "one reads words, the other does not", refused=True)])

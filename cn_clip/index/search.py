@@ -32,6 +32,8 @@ class Options(ModelOptions):
     """Least score (cosine)"""
     where: str | None = None
     """Condition on items, such as "date=2021-05 path~旅行" or "group=动物,植物 (width>=800 or not camera~Apple)\""""
+    no_words: bool = False
+    """Search by the vector of TEXT alone, though the index has the words in its pictures (index build --ocr)"""
     grid: str | None = None
     """Draw the results into this PNG file"""
 
@@ -45,6 +47,7 @@ class Options(ModelOptions):
             raise ConfigError("the text is empty")
         if self.min_score is not None and math.isnan(self.min_score):
             raise ConfigError("--min-score: expected a number, got nan")
+        settings.check(self, [settings.needs("no_words", "text", refused=True)])
         if settings.is_given(self, "text_weight") and (self.text is None or (self.image is None and self.id is None)):
             raise ConfigError("--text-weight: needs TEXT and a picture (--image or --id) to weigh it against")
 

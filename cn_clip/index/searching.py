@@ -89,7 +89,10 @@ def search(options: "Options", say: Speaker) -> None:
             raise DataError(f"has no item {options.id!r}", at=index.address)
     query_D = _query(index, options, own_id, say)
     more = 0 if own_id is None else 1
-    found = index.search(query_D[None], options.k + more, where=options.where, min_score=options.min_score)[0]
+    words = options.text if index.has_words and options.image is options.id is None and not options.no_words else None
+    found = index.search(
+        query_D[None], options.k + more, where=options.where, min_score=options.min_score, words=words
+    )[0]
     hits = [hit for hit in found if own_id is None or hit.id != own_id][: options.k]
     if options.grid is not None:
         _draw(index, options, hits)

@@ -32,6 +32,8 @@ OWN_FIELDS = (
     *("source", "path", "size", "mtime_ns", "digest", "width", "height", TABLE_FIELDS),
     # Of Live Photos, see `live_photos`, and of the frames of videos, see `clips`.
     *("live", "kind", "time", "video", "video_every", "frames"),
+    # The words in a picture, see `data.ocr`.
+    "text",
 )
 # What the opened picture says, see `ingest.facts_of`: kept as long as the file is as it was, and read again with it.
 PICTURE_FIELDS = ("width", "height", "date", "camera", "latitude", "longitude")
@@ -247,7 +249,7 @@ def read_table(path: Path, image_column: str) -> Table:
                 f"expected the name of a picture or an int, got {key!r}",
                 at=Where(path, line=number, field=image_column),
             )
-        own = sorted(row.keys() & set(OWN_FIELDS))
+        own = sorted(row.keys() & set(OWN_FIELDS) - {CAPTION_COLUMN})
         if own:
             raise DataError(
                 f"the column {own[0]!r} is the index's own; give it another name", at=Where(path, line=number)

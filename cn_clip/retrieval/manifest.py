@@ -38,12 +38,18 @@ class ModelInfo:
 class PictureFacts:
     """How the pictures were seen whose vectors an index holds.
 
-    upright: turned by their EXIF orientation. decode: a way of `clip.picture_names.Decode`. The defaults are those of
-    the indexes from before it was recorded.
+    upright: turned by their EXIF orientation. decode: a way of `clip.picture_names.Decode`. ocr: the words in them are
+    read, too. The defaults are those of the indexes from before it was recorded.
     """
 
     upright: bool = False
     decode: str = "exact"
+    ocr: bool = False
+
+
+def seen_alike(one: PictureFacts | None, other: PictureFacts | None) -> bool:
+    """Whether the vectors of both are of pictures seen in one way, whatever else was read in them."""
+    return (one and replace(one, ocr=False)) == (other and replace(other, ocr=False))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import Manifest, ModelInfo, PictureFacts
 from cn_clip.retrieval.query import ItemTable
 from cn_clip.retrieval.segments import FloatArray, IntArray, ItemId, Segment
-from cn_clip.retrieval.words import DEPTH, READ, WORD_FIELDS, WordTable, fused
+from cn_clip.retrieval.words import DEPTH, WORD_FIELDS, WordTable, fused
 
 __all__ = ["Hit", "Index", "ItemId", "ModelInfo", "open_index"]
 
@@ -242,8 +242,8 @@ class Index:
 
     @property
     def has_words(self) -> bool:
-        """Whether the words in any picture were read."""
-        return READ in self.table.fields
+        """Whether the words in the pictures were read."""
+        return self.pictures is not None and self.pictures.ocr
 
     def listed(self, order: Order, limit: int, *, offset: int = 0, where: str | None = None) -> Page:
         """How many items a condition admits, and up to `limit` of them in that order, `offset` of them left out.

@@ -15,9 +15,8 @@ import numpy as np
 
 from cn_clip.retrieval.segments import IntArray
 
-# The field of the words that were read in a picture, and what is looked at where any item has it.
-READ = "text"
-WORD_FIELDS = (READ, "caption")
+# What is looked at: the words read in a picture, and its caption.
+WORD_FIELDS = ("text", "caption")
 # Cormack, Clarke and Büttcher, Reciprocal Rank Fusion outperforms Condorcet, SIGIR 2009: the constant of their paper.
 RANK_CONSTANT = 60
 # Robertson and Zaragoza, The Probabilistic Relevance Framework: BM25 and Beyond, 2009: the usual values.

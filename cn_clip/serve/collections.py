@@ -84,7 +84,7 @@ class Collection:
                 f"{before.model.name} ({before.model.fingerprint}); start the server again",
                 at=before.address,
             )
-        if index.pictures != before.pictures:
+        if not manifest.seen_alike(index.pictures, before.pictures):
             raise DataError("its pictures are now seen in another way; start the server again", at=before.address)
         index.prepare()
         self.now = replace(self.now, index=index)

@@ -387,10 +387,23 @@ class SearchRequest(_Strict):
     where: Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)] | None = Field(
         None, description="A condition on items, such as (group=动物 or path~旅行) date>=2021-05"
     )
+    words: Annotated[
+        bool,
+        Field(
+            strict=True,
+            description="Of a text alone: look for it in the words of the pictures, too, if these are known",
+        ),
+    ] = True
     metadata: Annotated[
         Literal["shown", "all"],
         Field(description="all: with source, path, size, mtime_ns and digest too, on a server that gives originals"),
     ] = "shown"
+
+    @property
+    def words_of_query(self) -> str | None:
+        """A text that comes alone; None for any other query, and if words are not to be looked for."""
+        first, *others = self.parts
+        return first.text if self.words and not others and first.weight > 0 else None
 
     @property
     def parts(self) -> list[QueryPart]:

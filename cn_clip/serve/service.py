@@ -188,9 +188,16 @@ class Service:
         all_of_it = self.all_metadata(request.metadata)
         query_1D = await self._query(request.parts, opened)
 
+        words = request.words_of_query if opened.index.has_words else None
+
         def hits() -> list[ItemHit]:
             (found,) = opened.index.search(
-                query_1D, request.k, where=request.where, min_score=request.min_score, offset=request.offset
+                query_1D,
+                request.k,
+                where=request.where,
+                min_score=request.min_score,
+                offset=request.offset,
+                words=words,
             )
             return self._shown(opened, found, all_of_it=all_of_it)
 
