@@ -24,6 +24,11 @@ def say_first(model: Model, job: Job, say: Speaker, *, source: Source, unchanged
         f"{f' and {videos} videos' if videos else ''}, {unchanged} unchanged; 模型 / model "
         f"{shown(model.name)} ({chosen.backend}, {chosen.device}, {chosen.precision}) → {job.address}"
     )
+    if model.facts is None and model.pictures.decode in ("auto", "fast"):
+        say(
+            "比模型输入大得多的 JPEG 按缩小的尺寸解码，向量几乎不变 / JPEGs far larger than the model's input are "
+            f"decoded at a fraction, and vectors hardly differ (--decode {model.pictures.decode}; exact: whole)"
+        )
 
 
 def say_summary(
