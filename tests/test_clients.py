@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import gc
 import io
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from documents import ROOT, Block, blocks
 from PIL import Image
 from serving import data_url, served
 
@@ -287,6 +289,20 @@ def _marks(client: str) -> list[pytest.MarkDecorator]:
     return [] if client == "openai" else [pytest.mark.clients]
 
 
+SNIPPETS = [block for block in blocks(ROOT / "docs" / "clients.md") if block.language == "python"]
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=[one.headline.removeprefix("# 需要 ") for one in SNIPPETS])
+@pytest.mark.filterwarnings("ignore")
+def test_the_snippets_of_the_page_print_their_numbers(
+    address: str, snippet: Block, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(snippet.code.replace("http://127.0.0.1:8000", address).replace("ViT-B-16", "tiny"), {})
+    assert any(one.isdigit() for one in capsys.readouterr().out)
+    gc.collect()  # connections that clients leave open, while warnings of them are let pass
+
+
 @pytest.mark.parametrize(
     ("client", "form", "ask", "expected"),
     [
@@ -315,4 +331,5 @@ def test_a_published_client_gets_its_answer(
         np.testing.assert_allclose(found, [rows[text] for text in expected], rtol=0, atol=2e-6)  # type: ignore[attr-defined]
     else:
         assert found == expected
+    gc.collect()
     outcomes[-1] = (client, version(client), form, "ok")
