@@ -16,6 +16,7 @@ from video_files import write_video
 from cn_clip import cli, data
 from cn_clip.data import ocr
 from cn_clip.demo import emoji
+from cn_clip.features.files import write_features
 from cn_clip.retrieval.store import open_index
 
 MODEL = ("--model", "Emoji-Tiny", "--num-threads", "1")
@@ -147,6 +148,19 @@ def test_a_text_finds_the_words_beside_the_vectors_unless_told_not_to(
     ]
     run("build", "--no-ocr")
     assert [hit["id"] for hit in run("search", "会议")["hits"]] == bare
+
+
+def test_features_beside_pictures_leave_it_as_it_was_how_these_are_read(
+    run: Run, tmp_path: Path, pretend: PretendReader
+) -> None:
+    run("build", "--ocr")
+    before = open_index(tmp_path / "i").pictures
+    write_features(tmp_path / "f.jsonl", "image_id", [(["x"], open_index(tmp_path / "i").vector("0.png")[None])])
+    cli.main(["index", "add", str(tmp_path / "i"), str(tmp_path / "f.jsonl"), *MODEL])
+    assert open_index(tmp_path / "i").pictures == before
+    assert before is not None
+    assert before.ocr
+    assert before.upright
 
 
 def test_ocr_and_no_ocr_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,8 @@ class Model:
 
     def reading(self, options: SourceOptions) -> PictureFacts:
         """How the pictures are to be seen from now on."""
-        return replace(self.pictures, ocr=options.ocr or (self.pictures.ocr and not options.no_ocr))
+        had = self.facts is not None and self.facts.pictures is not None and self.facts.pictures.ocr
+        return replace(self.pictures, ocr=options.ocr or (had and not options.no_ocr))
 
     def info(self) -> ModelInfo:
         """What the index says, or is to say, of it."""
@@ -107,16 +108,16 @@ class Model:
 
 @contextlib.contextmanager
 def changing(
-    job: Job, model: ModelInfo, embed_dim: int, name: str, ids: Sequence[ItemId], pictures: PictureFacts
+    job: Job, model: ModelInfo, embed_dim: int, name: str, ids: Sequence[ItemId], pictures: PictureFacts | None = None
 ) -> Iterator[Writer]:
     """The index, new or as it is, opened for changing it; at the end it notes its source and brings up its graph.
 
-    embed_dim: of the vectors to be added; name, ids: of their source; pictures: of a new index, of others their `ocr`.
-    Raises ConfigError for another model, and if items of other sources are in the way, DataError for vectors of another
-    length.
+    embed_dim: of the vectors to be added; name, ids: of their source; pictures: of a new index, and of others whether
+    words are read; None: vectors come without pictures. Raises ConfigError for another model, and if items of other
+    sources are in the way, DataError for vectors of another length.
     """
     engine, vector_type = job.engine or "exact", job.vector_type or "float32"
-    create = Manifest(model, engine=engine, vector_type=vector_type, source=name, pictures=pictures)
+    create = Manifest(model, engine=engine, vector_type=vector_type, source=name, pictures=pictures or PictureFacts())
     with addresses.open_writer(job.address, create) as writer:
         found = writer.manifest
         if job.vector_type not in (None, found.vector_type):
@@ -150,6 +151,9 @@ def changing(
                     at=job.address,
                 )
         yield writer
-        given = pictures if found.pictures or pictures.ocr else None
+        seen = writer.manifest.pictures
+        given = None
+        if pictures is not None and pictures.ocr != (seen is not None and seen.ocr):
+            given = replace(seen or PictureFacts(), ocr=pictures.ocr)
         writer.describe(engine=job.engine, source=name if job.is_sync else writer.manifest.source, pictures=given)
         writer.finish()

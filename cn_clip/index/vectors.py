@@ -17,7 +17,7 @@ from cn_clip.index.options import SourceOptions
 from cn_clip.index.progress import Progress
 from cn_clip.index.sources import OWN_FIELDS, Table, refuse_excludes, row_of
 from cn_clip.index.telling import say_summary
-from cn_clip.retrieval.manifest import ModelInfo, PictureFacts
+from cn_clip.retrieval.manifest import ModelInfo
 from cn_clip.retrieval.segments import FloatArray
 from cn_clip.retrieval.writer import NewItem
 
@@ -36,7 +36,7 @@ def add_features(options: SourceOptions, job: Job, model: Model, table: Table | 
     info = _model_of_features(options, job, model, embed_dim)
     ids = [f"{job.id_prefix}{one}" if job.id_prefix else one for one in features.ids]
     summary, progress = Summary(), Progress(say)
-    with changing(job, info, embed_dim, name, ids, PictureFacts()) as writer:
+    with changing(job, info, embed_dim, name, ids) as writer:
         before, known = writer.manifest.source, dict(writer.items())
         if num_scaled:
             say.note(
