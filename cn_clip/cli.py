@@ -62,6 +62,12 @@ COMMANDS: dict[str, Command] = {
     "index remove": Command("cn_clip.index.remove", "从索引移除图片", "remove pictures from an index"),
     "index info": Command("cn_clip.index.info", "查看索引的内容", "tell what an index holds"),
     "index check": Command("cn_clip.index.check", "检查索引，可修复", "check an index, and repair it"),
+    "index watch": Command(
+        "cn_clip.index.watch", "跟着文件夹随时更新索引", "follow a folder, and keep an index up with it"
+    ),
+    "index duplicates": Command(
+        "cn_clip.index.duplicates", "列出相同和相近的图片", "list equal and nearly equal pictures"
+    ),
     "search": Command("cn_clip.index.search", "以文或以图搜图", "find pictures by text or by picture"),
     "wise-ft": Command(
         "cn_clip.eval.wise_ft", "混合零样本与微调权重", "mix zero-shot and fine-tuned weights, and measure recall"

@@ -103,6 +103,9 @@ LINES: dict[str, Line] = {
     "index remove": Line("{index} a.png", {"index": "read folder"}),
     "index info": Line("{index}", {"index": "read folder"}),
     "index check": Line("{index}", {"index": "read folder"}),
+    # It would go on until it is ended: of what is no folder it says so.
+    "index watch": Line("{table} --output {out}", {"table": "read file", "out": "write folder"}),
+    "index duplicates": Line("{index}", {"index": "read folder"}),
     "search": Line(
         f"{{index}} 红色 --model {{checkpoint}} --image {{picture}} --grid {{out}} {MODEL}",
         {"index": "read folder", "checkpoint": "read file", "picture": "read file", "out": "write file"},

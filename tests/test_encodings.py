@@ -19,7 +19,7 @@ from cn_clip.clip import load_from_name
 
 ENCODINGS = ("cp1252", "gbk", "ascii")
 # What these need is not on this machine, whatever the encoding.
-ENDS_IN_A_SENTENCE = {"download", "serve", "export tensorrt"}
+ENDS_IN_A_SENTENCE = {"download", "index watch", "serve", "export tensorrt"}
 # Processes of their own, or minutes.
 SLOW = {"bench", "train", "export coreml", "export onnx"}
 HAS_JSON = {name for name in LINES if name not in ("train", "serve", "download", "features")}

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -55,18 +54,7 @@ def run(options: Options) -> None:
     """Builds or updates; raises CnClipError, with all kept that was reported done."""
     from cn_clip.index import building
 
-    job = building.Job(
-        options.output or "",
-        Path(options.source),
-        engine=options.engine,
-        vector_type=options.vector_type,
-        is_sync=True,
-        keep_missing=options.keep_missing,
-        prune=options.prune,
-        replace_source=options.replace_source,
-        renew=options.renew,
-    )
-    building.update(options, job, command.Speaker(quiet=options.json))
+    building.update(options, building.job_of(options), command.Speaker(quiet=options.json))
 
 
 def main(args: Sequence[str] | None = None) -> None:

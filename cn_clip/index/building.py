@@ -10,7 +10,7 @@ from cn_clip.errors import ConfigError, DataError
 from cn_clip.index import skips
 from cn_clip.index.clips import Clips
 from cn_clip.index.ingest import Ingest, Settings, Summary
-from cn_clip.index.jobs import Job, Model, changing
+from cn_clip.index.jobs import Job, Model, changing, job_of
 from cn_clip.index.options import SourceOptions
 from cn_clip.index.progress import Progress
 from cn_clip.index.renewing import Renewal
@@ -21,15 +21,18 @@ from cn_clip.index.vectors import add_features
 from cn_clip.retrieval import addresses
 from cn_clip.terminal import shown
 
-__all__ = ["Job", "update"]
+__all__ = ["Job", "job_of", "update"]
 
 
-def update(options: SourceOptions, job: Job, say: Speaker) -> None:
-    """Does the job, and says what came of it; raises CnClipError, with all kept that was reported done."""
+def update(options: SourceOptions, job: Job, say: Speaker, *, model: Model | None = None) -> None:
+    """Does the job, and says what came of it; raises CnClipError, with all kept that was reported done.
+
+    model: one that is open from an update before.
+    """
     if not job.is_sync:
         addresses.require(job.address)
     table = read_table(Path(options.metadata), options.image_column) if options.metadata else None
-    model = Model(options, job.address, say, renew=job.renew)
+    model = model or Model(options, job.address, say, renew=job.renew)
     if is_feature_file(job.source):
         add_features(options, job, model, table, say)
         return

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cn_clip.clip.choice import DEFAULT_MODEL
 from cn_clip.clip.encoder import Encoder
@@ -19,6 +20,9 @@ from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, PictureF
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.store import same_model
 from cn_clip.terminal import shown
+
+if TYPE_CHECKING:
+    from cn_clip.index.build import Options
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,21 @@ class Job:
         return addresses.address_of(self.index)
 
 
+def job_of(options: "Options") -> Job:
+    """What `cn-clip index build` is to do."""
+    return Job(
+        options.output or "",
+        Path(options.source),
+        engine=options.engine,
+        vector_type=options.vector_type,
+        is_sync=True,
+        keep_missing=options.keep_missing,
+        prune=options.prune,
+        replace_source=options.replace_source,
+        renew=options.renew,
+    )
+
+
 class Model:
     """The model of an index, opened when it is first needed, and then compared with the index."""
 
@@ -63,6 +82,12 @@ class Model:
             )
         if self.facts and options.model and full_name(options.model) != self.facts.model.name:
             self.encoder()
+
+    def refresh(self) -> None:
+        """Looks at the index anew, which others may have changed; what is open stays open for vectors of its own."""
+        self.facts = addresses.facts(self.index)
+        if self.facts and self._opened and self.facts.model.fingerprint != self._opened[1].fingerprint:
+            self._opened = None
 
     @property
     def name(self) -> str:

@@ -1,0 +1,49 @@
+"""Keeps an index up with a folder: `cn-clip index watch pictures --output photos.index`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from cn_clip import command, terminal
+from cn_clip.errors import ConfigError
+from cn_clip.index import build
+from cn_clip.index.options import with_store
+from cn_clip.settings import Range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(build.Options):
+    """Brings an index up to a folder as `cn-clip index build` does, and again whenever pictures come, change or go.
+
+    Between two updates nothing is locked: `index add` and `serve` go on. Ctrl-C or SIGTERM ends it.
+    """
+
+    settle: Annotated[float, Range(least=0.1, most=600)] = 2.0
+    """Seconds without a change after which the index is brought up"""
+    poll: bool = False
+    """Look at the folder every few seconds instead of waiting for the system to tell; network drives need it"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("replace_source", "renew", "retry", "prune"):
+            if getattr(self, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag}: is for one run; give it to cn-clip index build, and watch then")
+
+
+def run(options: Options) -> None:
+    """Follows; raises CnClipError for what the first update refuses."""
+    from cn_clip.index import following
+
+    following.follow(options, command.Speaker(quiet=options.json))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    with terminal.ending(status=2):
+        given = with_store(args, "--output")
+    command.execute(run, Options, given)
+
+
+if __name__ == "__main__":
+    main()
