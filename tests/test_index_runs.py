@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def test_the_first_line_says_what_there_is_to_do(
         write_pictures(folder, range(unchanged, found))
         cli.main(["index", "build", str(folder), "--output", str(index), *MODEL])
         assert capsys.readouterr().out.splitlines()[0] == (
-            f"找到 {found} 张图片，{unchanged} 张未变 / found {found} pictures, {unchanged} unchanged; "
+            f"找到 {found} 张图片，{unchanged} 个未变 / found {found} pictures, {unchanged} unchanged; "
             f"模型 / model Emoji-Tiny (torch, auto, fp32) → {index}"
         )
 
@@ -55,6 +56,23 @@ def test_what_is_computed_is_committed_by_time_too(
     cli.main(["index", "build", str(folder), "--output", str(tmp_path / "i"), *SMALL])
     done = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("已完成")]
     assert done == [f"已完成 / done {count} / 10" for count in (4, 8, 10, 10)]
+
+
+def test_a_terminal_shows_a_bar_in_place_of_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_pictures(tmp_path / "pictures", range(6))
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    args = ["index", "build", str(folder), "--output", str(tmp_path / "i"), *SMALL]
+    cli.main(args)
+    shown = capsys.readouterr()
+    assert "已完成" not in shown.out
+    bar = shown.err.replace("\r", "\n").splitlines()[-1]
+    assert re.search(r"100%.* 6/6 .*picture/s, saved 6\]", bar)
+    write_pictures(folder, range(6, 8))
+    cli.main([*args, "--json"])
+    assert "%|" not in capsys.readouterr().err
 
 
 @pytest.fixture

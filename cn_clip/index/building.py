@@ -36,7 +36,8 @@ def update(options: SourceOptions, job: Job, say: Speaker, *, model: Model | Non
     if is_feature_file(job.source):
         add_features(options, job, model, table, say)
         return
-    source = _opened(options, job)
+    progress = Progress(say)
+    source = _opened(options, job, progress)
     files = [*source.candidates, *source.videos]
     if not files and model.facts is None:
         raise DataError(f"holds no picture{_first(source.skipped)}", at=job.source)
@@ -55,7 +56,7 @@ def update(options: SourceOptions, job: Job, say: Speaker, *, model: Model | Non
             options.thumbnail_size,
             options.min_size,
         )
-        ingest = Ingest(writer, model.encoder, settings, Progress(say), skipped=source.skipped, reader=reader)
+        ingest = Ingest(writer, model.encoder, settings, progress, skipped=source.skipped, reader=reader)
         if options.retry:
             ingest.failures.forget(source.name)
         moved_from = {source.name, before} if job.is_sync else set[str]()
@@ -81,8 +82,9 @@ def update(options: SourceOptions, job: Job, say: Speaker, *, model: Model | Non
     _refuse_end(ingest.summary, job, source, num_items=len(writer))
 
 
-def _opened(options: SourceOptions, job: Job) -> Source:
-    source = open_source(job.source, id_prefix=job.id_prefix, exclude=options.exclude)
+def _opened(options: SourceOptions, job: Job, progress: Progress) -> Source:
+    with progress.looking() as seen:
+        source = open_source(job.source, id_prefix=job.id_prefix, exclude=options.exclude, seen=seen)
     if job.is_sync and is_single_picture(job.source):
         raise ConfigError("expected a folder; one picture goes into an index with: cn-clip index add", at=job.source)
     if options.video_every == 0:

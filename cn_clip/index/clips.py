@@ -111,6 +111,8 @@ class Clips:
     def add(self, pending: Sequence[Candidate]) -> None:
         """Reads, computes and commits; raises as `Ingest.add`, and like it ends at a signal."""
         run, stop, done = self._run, StopRequest(), self._run.summary.num_done
+        if not pending and not run.num_waiting:
+            return
         with stop.noted(), run.progress.over(done + len(pending), done=done):
             steps, committed_at = self._computed(pending) if pending else iter(()), time.monotonic()
             while stop.number is None:

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
@@ -19,11 +19,21 @@ class Progress:
         self._total = self._num_looked_at = 0
         self._since = time.monotonic()
 
+    @property
+    def _has_bar(self) -> bool:
+        return self._say is not None and not self._say.quiet and sys.stdout.isatty() and sys.stderr.isatty()
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[Callable[[int], object]]:
+        """Around the walk through a source that may take long, as of a disk in the network; called with more files."""
+        with tqdm(unit=" files", desc="查看 / looking", delay=1, leave=False, disable=not self._has_bar) as bar:
+            yield bar.update
+
     @contextlib.contextmanager
     def over(self, total: int, *, done: int) -> Iterator[None]:
         """Around the work on `total` pictures, `done` of which need none."""
         self._total, self._num_looked_at, self._since = total, done, time.monotonic()
-        is_shown = self._say is not None and not self._say.quiet and sys.stdout.isatty() and sys.stderr.isatty()
+        is_shown = self._has_bar
         with tqdm(total=total, initial=done, unit="picture", dynamic_ncols=True, disable=not is_shown) as bar:
             self._bar = bar if is_shown else None
             try:

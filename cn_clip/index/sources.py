@@ -73,13 +73,15 @@ def is_feature_file(path: Path) -> bool:
     return (path.suffix.lower() in FEATURE_SUFFIXES and is_file(path)) or is_shard_folder(path)
 
 
-def open_source(path: Path, *, id_prefix: str = "", exclude: Sequence[str] = ()) -> Source:
+def open_source(
+    path: Path, *, id_prefix: str = "", exclude: Sequence[str] = (), seen: Callable[[int], object] = lambda count: None
+) -> Source:
     """Raises DataError when there is nothing at `path`, or what cannot be read, ConfigError for faulty patterns.
 
-    exclude: names of a folder that are passed over, see `excludes`.
+    exclude: names of a folder that are passed over, see `excludes`. seen: called with the number of files of a folder.
     """
     try:
-        return _open(path, id_prefix, exclude)
+        return _open(path, id_prefix, exclude, seen)
     except UnreadableError:
         raise
     except OSError as error:
@@ -91,10 +93,10 @@ def is_single_picture(path: Path) -> bool:
     return is_file(path) and not is_feature_file(path)
 
 
-def _open(path: Path, id_prefix: str, exclude: Sequence[str]) -> Source:
+def _open(path: Path, id_prefix: str, exclude: Sequence[str], seen: Callable[[int], object]) -> Source:
     is_lmdb = is_file(path / "data.mdb")
     if is_folder(path) and not is_lmdb and not is_split_folder(path):
-        return _folder(path.absolute(), id_prefix, Excludes(exclude))
+        return _folder(path.absolute(), id_prefix, Excludes(exclude), seen)
     refuse_excludes(path, exclude)
     if is_split_folder(path):
         return _lmdb(path / IMAGES, id_prefix)
@@ -113,7 +115,7 @@ def refuse_excludes(path: Path, exclude: Sequence[str]) -> None:
         raise ConfigError(f"--exclude {exclude[0]}: is for folders of pictures; leave it out", at=path)
 
 
-def _folder(root: Path, id_prefix: str, excludes: Excludes) -> Source:
+def _folder(root: Path, id_prefix: str, excludes: Excludes, seen: Callable[[int], object]) -> Source:
     """All below `root` in sorted order, links followed, each folder once.
 
     Hidden names, indexes and what is excluded are passed over.
@@ -139,6 +141,7 @@ def _folder(root: Path, id_prefix: str, excludes: Excludes) -> Source:
             _note_link(source, os.path.join(folder, name))
         for name in names:
             _look_at(source, os.path.join(folder, name))
+        seen(len(names))
     _pair(source)
     return source
 
