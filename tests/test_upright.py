@@ -25,6 +25,7 @@ from cn_clip.clip.transforms import ImageTransform
 from cn_clip.emoji_pack import load
 from cn_clip.features.files import write_features
 from cn_clip.index import jobs
+from cn_clip.index.ingest import thumbnail
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.manifest import PictureFacts
 from cn_clip.retrieval.store import open_index
@@ -269,3 +270,13 @@ def test_vectors_of_a_feature_file_are_not_renewed(
         cli.main(["index", "build", str(photos), "--output", str(tmp_path / "i"), "--keep-missing", "--renew", *MODEL])
     assert "came from features" in capsys.readouterr().err
     assert open_index(tmp_path / "i").pictures == PictureFacts()
+
+
+def test_a_thumbnail_shrinks_until_the_store_has_room_for_it() -> None:
+    noise = Image.effect_noise((800, 600), 90).convert("RGB")
+    free, small = thumbnail(noise, 512), thumbnail(noise, 512, 49_149)
+    assert Image.open(io.BytesIO(free)).size == (512, 384)
+    assert len(free) > 49_149 >= len(small)
+    width, height = Image.open(io.BytesIO(small)).size
+    assert 200 < width < 512
+    assert width / height == pytest.approx(4 / 3, abs=0.02)

@@ -168,7 +168,7 @@ class Clips:
                 yield steps, rows_BD
 
     def _steps(self, pending: Sequence[Candidate]) -> Iterator[tuple[Any, Frame | None]]:
-        run, size = self._run, self._run.settings.thumbnail_size
+        run = self._run
         for video in pending:
             problem, count = None, 0
             try:
@@ -179,9 +179,8 @@ class Clips:
                     metadata = {**frame.fields, **video.metadata, **own}
                     if run.reader is not None:
                         metadata["text"] = run.reader.read(frame.image)
-                    small = ingest.thumbnail(frame.image, size) if size else b""
                     count += 1
-                    yield _Shot(video, f"{video.id}#t={spelled}", metadata, small), frame
+                    yield _Shot(video, f"{video.id}#t={spelled}", metadata, run.thumbnail(frame.image)), frame
             except OSError as error:
                 reason = f"cannot be read ({reason_of(error)})"
                 problem = Skipped(video.id, reason, skips.UNREADABLE, is_gone=False)

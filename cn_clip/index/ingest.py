@@ -199,7 +199,7 @@ class Ingest:
                 self.commit()
 
     def _batches(self, pending: Sequence[Candidate]) -> "Iterator[tuple[list[_Prepared | _Refused], dict[int, Rows]]]":
-        encoder, size = self.encoder(), self.settings.thumbnail_size
+        encoder = self.encoder()
 
         def load(number: int, out: AnyPixels) -> _Prepared | _Refused:
             candidate, data = pending[number], b""
@@ -217,7 +217,7 @@ class Ingest:
                 if skipped := skips.too_small(candidate.id, found, self.settings.min_size):
                     return _Refused(candidate, skipped)
                 write_pixels(encoder.transform, image, out)
-                return _Prepared(candidate, b"", digest, False, found, thumbnail(image, size) if size else b"")
+                return _Prepared(candidate, b"", digest, False, found, self.thumbnail(image))
             except OSError as error:
                 reason = f"cannot be read ({reason_of(error)})"
                 return _Refused(candidate, Skipped(candidate.id, reason, skips.UNREADABLE, is_gone=False))
@@ -304,15 +304,19 @@ class Ingest:
             elif one.known:  # its owner has changed since
                 image = self._opened(one.data)
                 late = self.encoder().transform.array(image)
-                size = self.settings.thumbnail_size
                 found = {**one.facts, **facts_of(image)}
                 with named("id", [one.candidate.id].__getitem__):
                     vector_D = self.encoder().encode_pixels(late[None])[0]
                 self.summary.encoded += 1
-                self._put(one, vector_D, found, thumbnail(image, size) if size else b"")
+                self._put(one, vector_D, found, self.thumbnail(image))
             else:
                 self.summary.encoded += 1
                 self._put(one, vectors[number], one.facts, one.thumbnail)
+
+    def thumbnail(self, image: Image.Image) -> bytes:
+        """The small picture that the settings ask for, and the index has room for; b"" for none."""
+        size = self.settings.thumbnail_size
+        return thumbnail(image, size, self.writer.largest_thumbnail) if size else b""
 
     def _opened(self, data: bytes) -> Image.Image:
         """The picture as the model and people see it, perhaps at a fraction of its size; raises DataError."""
@@ -398,8 +402,8 @@ def _computed(
             yield batch, dict(zip(fresh, rows, strict=True))
 
 
-def thumbnail(image: Image.Image, size: int) -> bytes:
-    """A JPEG of at most `size` pixels a side, upright, on white."""
+def thumbnail(image: Image.Image, size: int, largest: int | None = None) -> bytes:
+    """A JPEG of at most `size` pixels a side, upright, on white; of fewer if it had more bytes than `largest`."""
     small = in_8_bits(image).copy()
     small.thumbnail((size, size))
     small = upright(small)
@@ -407,6 +411,10 @@ def thumbnail(image: Image.Image, size: int) -> bytes:
         paper = Image.new("RGBA", small.size, "white")
         paper.alpha_composite(small.convert("RGBA"))
         small = paper
-    stream = io.BytesIO()
-    small.convert("RGB").save(stream, "JPEG", quality=THUMBNAIL_QUALITY)
-    return stream.getvalue()
+    small = small.convert("RGB")
+    while True:
+        stream = io.BytesIO()
+        small.save(stream, "JPEG", quality=THUMBNAIL_QUALITY)
+        if largest is None or len(stream.getvalue()) <= largest:
+            return stream.getvalue()
+        small.thumbnail((small.width * 3 // 4 or 1, small.height * 3 // 4 or 1))

@@ -260,6 +260,9 @@ def open_milvus_writer(address: Address, create: Manifest | None = None) -> "Ite
 class MilvusWriter:
     """Adds and removes items, which count at once. Memory: all metadata."""
 
+    # Bytes.
+    largest_thumbnail: int | None = LARGEST_THUMBNAIL
+
     def __init__(self, collection: Collection, facts: Facts) -> None:
         self._collection, self._facts = collection, facts
         self._items: dict[ItemId, dict[str, Any]] = {}

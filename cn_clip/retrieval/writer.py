@@ -114,6 +114,9 @@ def _is_temporary(name: str) -> bool:
 class IndexWriter:
     """Adds and removes items. Every commit is a generation that readers see whole."""
 
+    # Bytes.
+    largest_thumbnail: int | None = None
+
     def __init__(self, snapshot: Snapshot, *, is_mended: bool = False) -> None:
         """is_mended: the snapshot differs from what is on disk, until the first commit."""
         self._snapshot, self._is_mended = snapshot, is_mended
