@@ -214,6 +214,7 @@ def test_search_by_picture_text_and_id_finds_the_nearest(
     assert by_picture[0]["id"] == 7
     assert by_picture[0]["score"] == pytest.approx(1, abs=1e-5)
     assert by_picture[0]["metadata"] == {"even": False, "number": 7}
+    assert search(client, base64.b64encode(PICTURES[7]).decode(), k=1)[0]["id"] == 7
     assert [hit["id"] for hit in search(client, {"id": 7}, k=3)] == [hit["id"] for hit in by_picture]
     scores = picture_rows @ encoder.encode_texts([TEXTS[1]])[0]
     by_text = search(client, TEXTS[1], k=5)

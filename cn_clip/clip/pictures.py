@@ -52,6 +52,11 @@ def is_base64_picture(text: str) -> bool:
     return _BASE64_HEAD.match(text) is not None and begins_as_picture(base64.b64decode(text[:_BASE64_HEAD_CHARS]))
 
 
+def holds_picture(text: str) -> bool:
+    """Whether a string is a picture, as a data URL or as base64 alone."""
+    return is_data_url(text) or is_base64_picture(text)
+
+
 def data_url_bytes(url: str, between: Callable[[bytes], object] = lambda _: None) -> bytes:
     """The bytes in a data URL; raises DataError for one that is not of base64.
 

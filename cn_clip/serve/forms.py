@@ -13,7 +13,7 @@ from urllib.parse import quote
 import numpy as np
 
 from cn_clip.clip.backends.base import Rows
-from cn_clip.clip.pictures import is_base64_picture, is_data_url
+from cn_clip.clip.pictures import holds_picture
 from cn_clip.serve.limits import MAX_TEXT_CHARS
 from cn_clip.serve.runner import Picture, Text
 from cn_clip.serve.schemas import EXPECTED_INPUT, EmbeddingRequest, Item, Part, RefusalError, VectorForm
@@ -69,7 +69,7 @@ def parts_of(given: str | Item, param: str, *, are_pictures: bool = False) -> Pa
     """
     if not isinstance(given, str):
         return _filled(_parts(given, param), param)
-    if are_pictures or is_data_url(given) or is_base64_picture(given):
+    if are_pictures or holds_picture(given):
         return [Picture(given, param)]
     return [Text(given)]
 

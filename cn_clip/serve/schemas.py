@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from cn_clip.clip.pictures import is_base64_picture, is_data_url
+from cn_clip.clip.pictures import holds_picture, is_data_url
 from cn_clip.serve.limits import (
     MAX_INPUTS,
     MAX_K,
@@ -232,7 +232,7 @@ TAG_MARK = "<"
 
 def _kind(value: Any) -> str | None:
     if isinstance(value, str):
-        return "<url>" if is_data_url(value) or is_base64_picture(value) else "<text>"
+        return "<url>" if holds_picture(value) else "<text>"
     if isinstance(value, (dict, BaseModel)):
         return "<picture>"
     if isinstance(value, list):
@@ -409,7 +409,7 @@ class SearchRequest(_Strict):
     def parts(self) -> list[QueryPart]:
         """The query as weighted parts."""
         if isinstance(self.query, str):
-            return [QueryPart(image=self.query) if is_data_url(self.query) else QueryPart(text=self.query)]
+            return [QueryPart(image=self.query) if holds_picture(self.query) else QueryPart(text=self.query)]
         return self.query if isinstance(self.query, list) else [self.query]
 
 
