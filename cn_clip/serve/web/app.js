@@ -159,6 +159,7 @@ function ask_(question) {
   shown.controller?.abort();
   shown = { question, items: [], total: null, isWhole: false, controller: null };
   status.textContent = text("loading");
+  find("#panel").hidden = true;
   grid.setAttribute("aria-busy", "true");
   more();
 }
