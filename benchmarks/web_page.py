@@ -17,7 +17,7 @@ PHRASES = ("海边的日落", "一只狗", "小孩", "红色的车", "雪山", "
 SIZES = {"desktop 1440x900": (1440, 900, 1), "phone 390x844": (390, 844, 3)}
 # The first picture of an answer is on the screen in the frame after the one in which it was loaded.
 WATCH = """
-addEventListener("load", (event) => {
+document.addEventListener("load", (event) => {
     if (!event.target.matches?.("#grid img") || window.shownAt || !window.askedAt) return;
     requestAnimationFrame(() => requestAnimationFrame(() => (window.shownAt ??= performance.now())));
 }, true);
@@ -61,18 +61,21 @@ def main() -> None:
                 address = line.rpartition("web page: ")[2].strip()
             if " ready: " in line:
                 break
-        chromium = shutil.which(os.environ.get("CHROMIUM", "chromium"))
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        for name, size in SIZES.items():
-            measured(browser, address, "warm", size)
-            answers, enters = zip(*(measured(browser, address, one, size) for one in PHRASES), strict=True)
-            print(
-                f"{name}: first picture {statistics.median(answers):.0f} ms after the answer (most {max(answers):.0f}), "
-                f"{statistics.median(enters):.0f} ms after Enter (most {max(enters):.0f}); {len(PHRASES)} phrases",
-                flush=True,
-            )
-        browser.close()
-        server.terminate()
+        try:
+            chromium = shutil.which(os.environ.get("CHROMIUM", "chromium"))
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+            for name, size in SIZES.items():
+                measured(browser, address, "warm", size)
+                answers, enters = zip(*(measured(browser, address, one, size) for one in PHRASES), strict=True)
+                print(
+                    f"{name}: first picture {statistics.median(answers):.0f} ms after the answer (at most "
+                    f"{max(answers):.0f}), {statistics.median(enters):.0f} ms after Enter (at most {max(enters):.0f}); "
+                    f"{len(PHRASES)} phrases",
+                    flush=True,
+                )
+            browser.close()
+        finally:
+            server.terminate()
 
 
 if __name__ == "__main__":
