@@ -9,7 +9,7 @@ FILES := cn_clip tests benchmarks tools examples
 # Some machines forbid it for small images; the tests start thousands of processes, each of which would compile again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-families test-ocr test-browser test-proxy test-clients test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel clean
+.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-families test-ocr test-browser test-proxy test-compose test-clients test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-browser  在 Chromium 里测试网页 / the web page in Chromium (Debian: apt-get install chromium)"
 	@echo "make test-clients  现成的客户端（openai、langchain、cohere……）连到这里的服务，打印一张表 / published clients against the service, as a table"
 	@echo "make test-proxy  在 Debian 的 nginx 和 Caddy 后面测试服务 / the service behind nginx and Caddy of Debian, which it installs"
+	@echo "make test-compose  不用 Docker，跑一遍 Dockerfile 和 compose.yaml 的步骤 / the steps of both without Docker; installs 1.5 GB in a temporary venv"
 	@echo "make test-ray   需要 Ray 的测试 / tests that need ray"
 	@echo "make test-faults  损坏的文件、随时的终止、坏磁盘、恶意请求 / damaged files, kills, bad disks, hostile requests; SECONDS=1500"
 	@echo "make docs       建网站到 site/ / the documents as a site"
@@ -105,6 +106,9 @@ test-clients: $(VENV)/.dev
 test-proxy: $(VENV)/.dev
 	@{ command -v caddy && { command -v nginx || command -v /usr/sbin/nginx; }; } >/dev/null || apt-get install --yes --no-install-recommends nginx caddy openssl
 	$(BIN)/python -m pytest -m proxy
+
+test-compose: $(VENV)/.dev
+	$(BIN)/python tools/try_image.py
 
 test-ray: $(VENV)/.dev
 	$(INSTALL) --editable '.[dev,ray]'

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -71,6 +72,16 @@ def test_make_and_docker_install_under_the_constraints() -> None:
     assert all((ROOT / name).exists() for name in copied)
 
 
+def test_the_image_and_compose_agree_on_ports_paths_and_health() -> None:
+    image = runpy.run_path(str(ROOT / "tools" / "try_image.py"))
+    found = image["instructions"]((ROOT / "Dockerfile").read_text(encoding="utf-8"))
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    assert image["check_agreement"](found, services) == 8000
+    services["serve"]["ports"] = ["127.0.0.1:8000:8080"]
+    with pytest.raises(AssertionError):
+        image["check_agreement"](found, services)
+
+
 INSTALLER = runpy.run_path(str(ROOT / "tools" / "install.py"))
 
 
@@ -126,12 +137,14 @@ def test_the_image_installs_torch_for_processors_before_anything_that_wants_it()
     assert extras <= set(re.findall(r"^([a-z-]+) = \[", PYPROJECT, re.MULTILINE))
 
 
-@pytest.mark.parametrize("more", [[], ["--model", "Emoji-Tiny", "--backend", "onnx"]], ids=["default", "other"])
-def test_the_command_of_the_image_is_one_that_every_processor_can_run(more: list[str]) -> None:
+def test_the_commands_of_the_image_are_ones_that_every_processor_can_run() -> None:
     entry, default = (json.loads(dockerfile()[word][0]) for word in ("ENTRYPOINT", "CMD"))
-    assert entry[:2] == ["cn-clip", "serve"]
-    options = command.parse(Options, [*entry[2:], *(more or default)])
-    assert options.precision == ("fp32" if more else "auto")
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    assert entry == ["cn-clip"]
+    for name, *options in (default, services["serve"]["command"]):
+        assert name == "serve"
+        assert command.parse(Options, options).precision == "auto"
+    assert "--precision=auto" in services["index"]["command"]
 
 
 def test_classifiers_name_the_pythons_that_are_supported() -> None:
