@@ -92,8 +92,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def towers_are_small() -> Iterator[None]:
     """Those of the pair that tests train."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(shortcuts.SMALL, "1")
-        patch.setattr(zoo, "model_config", shortcuts.smaller(TOWERS))
+        patch.setenv(shortcuts.SMALL, "tiny")
+        patch.setattr(zoo, "model_config", shortcuts.smaller(TOWERS, "tiny"))
         yield
 
 

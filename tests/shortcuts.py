@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 TRANSLATIONS, BLANK = "CN_CLIP_TEST_TRANSLATIONS", "CN_CLIP_TEST_BLANK_PICTURES"
+# The value names pairs: `tiny` in all tests, `base` in those of documents.
 SMALL = "CN_CLIP_TEST_SMALL_TOWERS"
+PAIRS = {"tiny": ("ViT-Tiny-64", "BERT-Tiny-chinese"), "base": ("ViT-B-16", "RoBERTa-wwm-ext-base-chinese")}
 
 
 def key(model: Any, arguments: "tuple[Any, ...]", settings: "dict[str, Any]") -> str:
@@ -74,16 +76,18 @@ def undrawn(figure: Any, series: Any) -> None:
     """In the stead of `curves.fill`: axes and lines alone take half a second."""
 
 
-def smaller(model_config: "Callable[[str, str], Any]") -> "Callable[[str, str], Any]":
-    """`zoo.model_config` with a smaller pair of towers for what tests train."""
+def smaller(model_config: "Callable[[str, str], Any]", pairs: str) -> "Callable[[str, str], Any]":
+    """`zoo.model_config` with fewer numbers in the named pairs."""
 
     @functools.wraps(model_config)
     def chosen(vision: str, text: str) -> Any:
         config = model_config(vision, text)
-        if (vision, text) != ("ViT-Tiny-64", "BERT-Tiny-chinese"):
+        if (vision, text) not in [PAIRS[name] for name in pairs.split()]:
             return config
-        pictures = {"embed_dim": 64, "vision_layers": 2, "vision_width": 64}
+        pictures = {"vision_layers": 2, "vision_width": 64}
+        pictures |= {"embed_dim": 64} if config.vision.embed_dim < 512 else {}
         texts = {"text_hidden_size": 64, "text_intermediate_size": 128, "text_num_attention_heads": 1}
+        texts |= {"text_num_hidden_layers": 2}
         return replace(config, vision=replace(config.vision, **pictures), text=replace(config.text, **texts))
 
     return chosen
@@ -108,4 +112,4 @@ def install() -> None:
         curves.fill = undrawn
     if SMALL in os.environ:
         zoo = importlib.import_module("cn_clip.zoo")
-        zoo.model_config = smaller(zoo.model_config)
+        zoo.model_config = smaller(zoo.model_config, os.environ[SMALL])
