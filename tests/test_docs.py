@@ -183,7 +183,7 @@ def test_the_site_has_every_page_in_its_navigation_and_no_other() -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stand-ins with random values: of a few layers under the published name of ViT-B-16, a small one and its towers."""
+    """Stand-ins with random values: a few layers under the published name of ViT-B-16, a small one and its towers."""
     folder = tmp_path_factory.mktemp("weights")
     (folder / "exported").mkdir()
     names = {
