@@ -12,6 +12,7 @@ import torch.onnx
 from matplotlib.figure import Figure
 
 from cn_clip import ranks, zoo
+from cn_clip.demo import emoji
 from cn_clip.training import curves
 
 # The files that take longest come first: a process that begins one of them last would work alone for a while.
@@ -102,6 +103,13 @@ def full_towers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pair is as large as it is, in this process and in those that it starts."""
     monkeypatch.delenv(shortcuts.SMALL)
     monkeypatch.setattr(zoo, "model_config", TOWERS)
+
+
+@pytest.fixture
+def few_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the emoji, for commands that go through all of them in this process."""
+    load = emoji.load
+    monkeypatch.setattr(emoji, "load", lambda vendor="noto": load(vendor)[::16])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -66,7 +66,9 @@ CASES += [(name, one) for name in ("models", "search", "dataset check") for one 
 
 
 @pytest.mark.parametrize(("command", "encoding"), CASES)
-def test_a_run_ends_as_it_would_in_utf8(command: str, encoding: str, paths: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_ends_as_it_would_in_utf8(
+    command: str, encoding: str, paths: dict[str, Path], few_drawings: None, tmp_path: Path
+) -> None:
     (tmp_path / "输出").mkdir()
     words = line_of(command, paths, tmp_path / "输出")
     status, _, error = run(words, encoding)

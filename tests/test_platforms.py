@@ -93,7 +93,12 @@ def test_bench_measures_without_posix(windows: None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [name for name in LINES if name != "bench"])
 def test_every_command_runs_without_posix(
-    command: str, paths: dict[str, Path], windows: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    paths: dict[str, Path],
+    windows: None,
+    few_drawings: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     try:
         cli.main(line_of(command, paths, tmp_path))
