@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import struct
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,16 @@ def test_every_format_tells_date_camera_and_place(kind: str) -> None:
     data = picture(PHONE, kind)
     assert facts.of_bytes(data) == OF_PHONE
     assert facts.of_picture(open_picture(data)) == OF_PHONE
+
+
+def test_exif_whose_values_overlap_is_not_read() -> None:
+    """3,000 entries that all name the same 100,000 bytes: 300 MB in Pillow."""
+    entries = b"".join(struct.pack("<HHII", 0x9000 + number, 7, 100_000, 8) for number in range(3000))
+    bomb = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 3000) + entries + bytes(100_000)
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, "AVIF", exif=bomb)
+    assert "exif" not in open_picture(stream.getvalue()).info
+    assert facts.of_bytes(stream.getvalue()) == {}
 
 
 def test_a_picture_without_exif_tells_nothing() -> None:
@@ -239,7 +250,7 @@ def test_items_have_the_facts_and_a_table_is_believed_before_the_camera(
         assert json.loads(capsys.readouterr().out)["unchanged"] == 2
 
 
-def test_an_index_from_before_the_facts_is_not_read_again_for_them(
+def test_an_index_from_before_the_facts_gets_them_only_when_it_is_renewed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, index = tmp_path / "pictures", tmp_path / "i"
@@ -253,3 +264,7 @@ def test_an_index_from_before_the_facts_is_not_read_again_for_them(
     capsys.readouterr()
     build(folder, index)
     assert json.loads(capsys.readouterr().out)["unchanged"] == 1
+    build(folder, index, "--renew")
+    assert json.loads(capsys.readouterr().out)["encoded"] == 0
+    assert OF_PHONE.items() <= open_index(index).metadata("a.jpg").items()
+    assert open_index(index).metadata("a.jpg")["file"] == "a.jpg"

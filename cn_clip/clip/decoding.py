@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from cn_clip.clip.orientation import FULL_SIZE, full_size
 from cn_clip.clip.orientation import upright as turned_upright
 from cn_clip.clip.photo_files import described
-from cn_clip.clip.picture_files import TooManyPixelsError, look, opened_here, prepare
+from cn_clip.clip.picture_files import TooManyPixelsError, check_directory, look, opened_here, prepare
 from cn_clip.clip.picture_names import MOST_PIXELS
 from cn_clip.errors import DataError
 
@@ -149,9 +149,11 @@ def packed(image: Image.Image) -> bytes:
     if not isinstance(exif, bytes):  # of a TIFF it is the file itself
         with contextlib.suppress(Exception):  # Pillow raises errors of many types
             exif = described(image.getexif()).tobytes()
-    if image.format == "TIFF":  # it has no block of EXIF: its own directory says the same
-        with contextlib.suppress(Exception):  # Pillow raises errors of many types for what is damaged
-            exif = image.getexif().tobytes()
+    if isinstance(exif, bytes):
+        try:
+            check_directory(exif)
+        except (DataError, struct.error, IndexError):  # Pillow would read the same bytes again and again
+            exif = None
     facts = {
         "mode": image.mode,
         "size": image.size,

@@ -97,7 +97,7 @@ def look(data: bytes) -> Head | None:
                 return reader(data)
         kind = format_of(data[:HEAD_BYTES])
         if data.startswith(_TIFF_STARTS):
-            _check_directory(data)
+            check_directory(data)
             return _tiff(data, kind or "TIFF")
     except (struct.error, IndexError):  # cut
         return None
@@ -136,13 +136,13 @@ def _jpeg(data: bytes) -> Head | None:
         elif marker == 0xE1 and body[:6] == _EXIF:
             exif += body[6:]
         elif marker == 0xE2 and body[:4] == b"MPF\0":
-            _check_directory(body[4:])
+            check_directory(body[4:])
         elif marker == 0xDA:
             break
         position += length
     else:
         raise DataError(f"a JPEG with more than {MAX_SEGMENTS} segments before its pixels")
-    _check_directory(bytes(exif))
+    check_directory(bytes(exif))
     if size is None:
         return None
     _check_scans(data, position, size[0] * size[1])
@@ -206,7 +206,7 @@ def _png(data: bytes) -> Head | None:
                 raise DataError("a PNG with two heads")
             size = struct.unpack_from(">II", data, position)
         elif kind == b"eXIf":
-            _check_directory(data[position : position + length])
+            check_directory(data[position : position + length])
         elif kind == b"iCCP":
             profiles += 1
             if profiles > MAX_PROFILES:
@@ -235,7 +235,7 @@ def _webp(data: bytes) -> Head | None:
             return None if size is None else Head("WEBP", *size)
         kind, length = struct.unpack_from("<4sI", data, position)
         if kind == b"EXIF":
-            _check_directory(data[position + 8 : position + 8 + length])
+            check_directory(data[position + 8 : position + 8 + length])
         position += 8 + length + length % 2
     raise DataError(f"a WebP with more than {MAX_BLOCKS} chunks")
 
@@ -284,7 +284,7 @@ def _first_values(data: bytes, order: str, start: int) -> dict[int, list[int]]:
     return found
 
 
-def _check_directory(data: bytes) -> None:
+def check_directory(data: bytes) -> None:
     """Raises DataError where the values of TIFF data (EXIF, or a file) are far more than its bytes: they overlap."""
     while data.startswith(_EXIF):
         data = data[len(_EXIF) :]

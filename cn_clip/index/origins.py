@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cn_clip.data.lmdb_store import ImageStore
+from cn_clip.data.paths import spelled
 from cn_clip.digests import is_file
 from cn_clip.features.files import read_features
+from cn_clip.index import facts
 from cn_clip.index.sources import PICTURE_FIELDS, TABLE_FIELDS, Candidate, is_feature_file, read_file
 from cn_clip.retrieval.segments import ItemId
 
@@ -29,10 +31,12 @@ class Origins:
         if metadata.get("kind") == "video":  # the next build reads a video again that lacks a frame
             return None, None
         if isinstance(path, str) and is_file(path):
-            facts = os.stat(path)
+            there = os.stat(path)
             renewed = set(PICTURE_FIELDS).difference(metadata.get(TABLE_FIELDS, ()))
             kept = {name: value for name, value in metadata.items() if name not in renewed}
-            dated = {**kept, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+            # An index of before has no such fields.
+            name = facts.of_name(spelled(os.path.relpath(path, source)).replace(os.sep, "/")) if source else {}
+            dated = {**name, **kept, "size": there.st_size, "mtime_ns": there.st_mtime_ns}
             return None, Candidate(item_id, dated, partial(read_file, path), is_dated=True)
         if not isinstance(source, str) or path is not None:
             return None, None
