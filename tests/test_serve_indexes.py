@@ -16,6 +16,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import Index, open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
+from cn_clip.serve.items import open_original
 from cn_clip.serve.limits import Limits
 
 DAY = 86_400_000_000_000
@@ -262,6 +263,16 @@ def test_no_other_file_is_given(client: httpx.Client, name: str, reason: str) ->
     found = error(client.get(f"/v1/index/items/{name.replace('/', '%2F')}"))
     assert found["status"] == 404
     assert reason in found["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.MP4", "mp4"), ("b.mov", "quicktime"), ("c.webm", "webm"), ("d.mpeg", "mpeg")]
+)
+def test_the_file_of_a_frame_is_its_video(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).write_bytes(b"film")
+    found = open_original({"path": str(tmp_path / name), "source": str(tmp_path)})
+    assert (found.media_type, found.facts.st_size) == (f"video/{kind}", 4)
+    found.close()
 
 
 def test_originals_are_given_only_by_a_server_that_was_started_so(discreet: httpx.Client) -> None:

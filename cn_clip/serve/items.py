@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-from cn_clip.clip.picture_names import HEAD_BYTES, SUFFIXES_OF, begins_as_picture, suffix_of
+from cn_clip.clip.picture_names import HEAD_BYTES, SUFFIXES_OF, VIDEO_SUFFIXES, begins_as_picture, suffix_of
 from cn_clip.clip.pictures import opened
 from cn_clip.data.paths import readable
 from cn_clip.serve.schemas import RefusalError
@@ -78,6 +78,10 @@ MEDIA_TYPES = {
     }.items()
     for suffix in SUFFIXES_OF[kind]
 }
+# Of a frame, its whole video: a browser plays it from the second of the frame on.
+_VIDEOS = {".mov": "quicktime", ".m4v": "mp4", ".mkv": "x-matroska", ".3gp": "3gpp", ".3g2": "3gpp2", ".mpg": "mpeg"}
+_VIDEOS |= {".mts": "mp2t", ".m2ts": "mp2t", ".avi": "x-msvideo", ".wmv": "x-ms-wmv"}
+MEDIA_TYPES |= {suffix: f"video/{_VIDEOS.get(suffix, suffix[1:])}" for suffix in VIDEO_SUFFIXES}
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 
 
@@ -132,7 +136,7 @@ def _open_below(folder: str, names: list[str]) -> int:
 
 
 def _media_type(name: str, descriptor: int) -> str:
-    """What browsers call it; "" for what is no picture."""
+    """What browsers call it; "" for what is neither picture nor video."""
     if suffix := suffix_of(name):
         return MEDIA_TYPES.get(suffix, "")
     with contextlib.suppress(OSError):  # a folder
