@@ -444,6 +444,28 @@ def test_without_an_index_it_says_how_to_make_one_and_labels_all_the_same(
         api.expect(page.get_by_role("button", name="Classify")).to_be_visible()
 
 
+def test_the_key_is_asked_for_once_and_pictures_load_by_the_session(
+    encoder: Encoder, index: Path, browser: "api.Browser"
+) -> None:
+    opened = open_index(index)
+    with served(encoder, api_key=KEY, index=opened, with_page=True) as address:
+        visit = Visit(browser)
+        with visit as page:
+            page.goto(address)
+            api.expect(page.locator("#key")).to_be_visible()
+            page.keyboard.type("wrong")
+            page.keyboard.press("Enter")
+            api.expect(page.locator("#key-trouble")).to_have_text("密钥不对")
+            page.keyboard.type(KEY)
+            page.keyboard.press("Enter")
+            api.expect(page.locator("#key")).to_be_hidden()
+            assert names(page)
+            visit.wrong.clear()  # the browser complains of the answers 401
+            page.reload()
+            assert names(page)
+            assert page.locator("#key").is_hidden()
+
+
 AUDIT = "async () => (await axe.run()).violations.flatMap(one => one.nodes.map(node => `${one.id}: ${node.html}`))"
 
 
