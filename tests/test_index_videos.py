@@ -221,5 +221,9 @@ def test_the_other_half_of_a_live_photo_is_counted_and_named_and_gives_no_frames
     result = build()
     assert (result["num_items"], result["skipped_by_reason"]) == (6, {"live": 1})
     assert open_index(tmp_path / "i").metadata("IMG_1.JPG")["live"] == "img_1.mov"
+    (folder / "img_1.mov").unlink()
+    assert build()["reused"] == 1
+    assert "live" not in open_index(tmp_path / "i").metadata("IMG_1.JPG")
+    write_video(folder / "img_1.mov", [RED])
     (folder / "IMG_1.JPG").unlink()
     assert (build()["num_items"], "img_1.mov#t=0" in open_index(tmp_path / "i")) == (6, True)

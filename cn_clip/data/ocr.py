@@ -38,7 +38,7 @@ class Reader:
 
     def __init__(self) -> None:
         """Raises MissingExtraError without the packages, DataError without their models."""
-        purpose = "reading the words in pictures (--no-ocr goes on without)"
+        purpose = "reading the words in pictures"
         extras.require("onnxruntime", extra="ocr", purpose=purpose)
         # It makes a logger of its own, whose handler writes to standard error.
         self._package = extras.require("rapidocr", extra="ocr", purpose=purpose)

@@ -39,6 +39,7 @@ def decide(
     for one in candidates:
         before = known.get(one.id, {})
         seen, kept = parted(before)
+        seen.pop("live", None)  # the other half of a Live Photo may be gone
         more: Mapping[str, Any] = kept
         if table is not None:
             row = row_of(table, one.id, id_prefix) or {}
