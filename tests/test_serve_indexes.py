@@ -13,9 +13,11 @@ from PIL import Image
 from serving import WatchedBackend, served, wait_until
 
 from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.picture_names import PICTURE_SUFFIXES, VIDEO_SUFFIXES
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import Index, open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
+from cn_clip.serve import items
 from cn_clip.serve.items import open_original
 from cn_clip.serve.limits import Limits
 
@@ -242,6 +244,7 @@ def test_the_file_of_an_item_is_given_whole_and_in_ranges(client: httpx.Client, 
     assert whole.headers["content-type"] == "image/jpeg"
     assert whole.headers["content-disposition"] == 'inline; filename="old.jpg"'
     assert whole.headers["x-content-type-options"] == "nosniff"
+    assert "sandbox" in whole.headers["content-security-policy"]
     part = client.get("/v1/index/items/a%2Fold.jpg", headers={"Range": "bytes=10-19"})
     assert (part.status_code, part.content) == (206, data[10:20])
     assert part.headers["content-range"] == f"bytes 10-19/{len(data)}"
@@ -273,6 +276,17 @@ def test_the_file_of_a_frame_is_its_video(tmp_path: Path, name: str, kind: str) 
     found = open_original({"path": str(tmp_path / name), "source": str(tmp_path)})
     assert (found.media_type, found.facts.st_size) == (f"video/{kind}", 4)
     found.close()
+
+
+def test_every_kind_that_an_index_takes_has_a_type() -> None:
+    assert set(items.MEDIA_TYPES) == {*PICTURE_SUFFIXES, *VIDEO_SUFFIXES}
+    assert [items.MEDIA_TYPES[one] for one in (".jpg", ".heic", ".mp4", ".mov")] == [
+        "image/jpeg",
+        "image/heif",
+        "video/mp4",
+        "video/quicktime",
+    ]
+    assert items.MEDIA_TYPES[".dng"] == items.OTHER
 
 
 def test_originals_are_given_only_by_a_server_that_was_started_so(discreet: httpx.Client) -> None:

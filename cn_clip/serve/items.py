@@ -62,22 +62,20 @@ def made_smaller(data: bytes, size: Size) -> bytes:
 
 # --- files
 
-MEDIA_TYPES = {
-    suffix: f"image/{name}"
-    for kind, name in {
-        "JPEG": "jpeg",
-        "PNG": "png",
-        "WEBP": "webp",
-        "BMP": "bmp",
-        "GIF": "gif",
-        "TIFF": "tiff",
-        "PPM": "x-portable-anymap",
-        "AVIF": "avif",
-        "JPEG2000": "jp2",
-        "HEIF": "heif",
-    }.items()
-    for suffix in SUFFIXES_OF[kind]
+# By PIL's name of the format; what browsers cannot show is saved by them.
+_TYPES = {
+    "JPEG": "image/jpeg",
+    "PNG": "image/png",
+    "WEBP": "image/webp",
+    "BMP": "image/bmp",
+    "GIF": "image/gif",
+    "TIFF": "image/tiff",
+    "AVIF": "image/avif",
+    "JPEG2000": "image/jp2",
+    "HEIF": "image/heif",
 }
+OTHER = "application/octet-stream"
+MEDIA_TYPES = {suffix: _TYPES.get(kind, OTHER) for kind, suffixes in SUFFIXES_OF.items() for suffix in suffixes}
 # Of a frame, its whole video: a browser plays it from the second of the frame on.
 _VIDEOS = {".mov": "quicktime", ".m4v": "mp4", ".mkv": "x-matroska", ".3gp": "3gpp", ".3g2": "3gpp2", ".mpg": "mpeg"}
 _VIDEOS |= {".mts": "mp2t", ".m2ts": "mp2t", ".avi": "x-msvideo", ".wmv": "x-ms-wmv"}
@@ -117,7 +115,7 @@ def open_original(metadata: Mapping[str, Any]) -> Original:
         raise _no_original("its file is not there any more, or cannot be read") from error
     found = Original(descriptor, name)
     if not stat.S_ISREG(found.facts.st_mode) or not found.media_type:
-        raise _no_original("its file is not a picture any more")
+        raise _no_original("its file is not a picture or a video any more")
     return found
 
 
@@ -140,7 +138,7 @@ def _media_type(name: str, descriptor: int) -> str:
     if suffix := suffix_of(name):
         return MEDIA_TYPES.get(suffix, "")
     with contextlib.suppress(OSError):  # a folder
-        return "application/octet-stream" if begins_as_picture(os.read(descriptor, HEAD_BYTES)) else ""
+        return OTHER if begins_as_picture(os.read(descriptor, HEAD_BYTES)) else ""
     return ""
 
 
