@@ -288,4 +288,4 @@ def test_a_finished_cache_needs_no_lock_so_it_may_be_read_only(
         raise AssertionError("asked for the lock")
 
     monkeypatch.setattr(exported, "_alone", refuse)
-    assert encoded(weights, root, []).shape == (2, 256)
+    assert encoded(weights, root, []).shape == (2, 64)
