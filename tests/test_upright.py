@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, features
+from PIL import ExifTags, Image, features
 
 from cn_clip import cli
 from cn_clip.clip import Encoder, decoding
@@ -130,6 +130,13 @@ def test_damaged_exif_never_costs_the_picture(at: list[tuple[int, int]], end: in
     seen = upright(picture)
     assert seen.size in ((32, 24), (24, 32))
     assert orientation_of(seen) == 1
+
+
+def test_a_picture_is_turned_each_time_that_it_is_opened_and_stays_what_it_is() -> None:
+    with Image.open(io.BytesIO(stored(LEVELS, 6))) as image:
+        for _ in range(2):
+            np.testing.assert_array_equal(np.asarray(open_picture(image, name="a", upright=True)), LEVELS)
+        assert image.getexif()[ExifTags.Base.Orientation] == 6
 
 
 def test_a_picture_that_was_turned_by_pil_is_not_turned_again() -> None:

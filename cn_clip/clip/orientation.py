@@ -6,7 +6,7 @@ Chinese-CLIP's own preprocessing takes pictures as they are stored, and so does 
 import contextlib
 
 from PIL import ExifTags
-from PIL.Image import Image, Transpose
+from PIL.Image import Exif, Image, Transpose
 
 # By the value of the tag: what makes a stored picture upright. 1 is upright; any other value is a lie.
 _TURNS = {
@@ -48,12 +48,12 @@ def upright(image: Image) -> Image:
     turned.format = image.format
     if FULL_SIZE in turned.info and turned.size != image.size:
         turned.info[FULL_SIZE] = turned.info[FULL_SIZE][::-1]
-    try:
-        exif = image.getexif()
+    turned.info.pop("exif", None)
+    with contextlib.suppress(Exception):  # what is damaged cannot be written again
+        exif = Exif()  # a copy: Pillow keeps that of a picture, which may be asked for again
+        exif.load(image.getexif().tobytes())
         del exif[ExifTags.Base.Orientation]
         turned.info["exif"] = exif.tobytes()
-    except Exception:  # what is damaged cannot be written again
-        turned.info.pop("exif", None)
-    for name in ("xmp", "XML:com.adobe.xmp"):  # which Pillow asks for an orientation, too
+    for name in ("Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # which Pillow asks for an orientation, too
         turned.info.pop(name, None)
     return turned
