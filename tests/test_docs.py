@@ -12,6 +12,7 @@ import pytest
 import shortcuts
 import torch
 import warm_python
+from conftest import TOWERS
 from dataset_files import jsonl_line, tsv_line, write_split
 from documents import DOCUMENTS, ROOT, Block, blocks, is_run, runners
 from tiny_families import write_family
@@ -65,8 +66,8 @@ UNDERSTAND += "from cn_clip.training.params import Options; given = parse_args(s
 UNDERSTAND += "print(given.training_script, parse(Options, given.training_script_args))"
 PROGRAMS = {"python": "", "python3": "", "cn-clip": "-m cn_clip", "torchrun": f"-c '{UNDERSTAND}'"}
 
-# Of the pairs that blocks name; other tests see to their full size.
-SMALL = "tiny base"
+# Of the pairs that blocks name, this one has a few layers; other tests see to its full size.
+SMALL = "base"
 
 NUM_PICTURES = 12
 DATASET = "MUGE"
@@ -193,7 +194,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file, towers in names.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = CLIP.from_config(shortcuts.smaller(zoo.model_config, SMALL)(*towers))
+            model = CLIP.from_config(shortcuts.smaller(TOWERS, SMALL)(*towers))
         convert_weights(model)
         state = {f"module.{key}": value for key, value in model.state_dict().items()}
         torch.save({"epoch": 0, "step": 0, "name": file, "state_dict": state}, folder / file)

@@ -346,7 +346,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of the smallest named towers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = randomised(CLIP.from_config(zoo.model_config("ViT-Tiny-64", "BERT-Tiny-chinese")))
+        # Not the small pair of shortcuts.py: of --model-arch, the size of the picture tower is that of its name.
+        towers = zoo.ModelConfig(zoo.vision_config("ViT-Tiny-64"), zoo.text_config("BERT-Tiny-chinese"))
+        model = randomised(CLIP.from_config(towers))
     path = tmp_path_factory.mktemp("weights") / "small.pt"
     torch.save(model.state_dict(), path)
     return path
