@@ -78,6 +78,13 @@ def test_a_session_stands_for_the_key_until_it_is_ended(with_key: str) -> None:
         assert client.get("/v1/models", headers={"Cookie": f"{COOKIE}={kept}"}).status_code == 401
 
 
+@pytest.mark.parametrize("other", ['state={"page":1}', "a[b]=1", "words=two words", "名=1", 'quote="', "alone"])
+def test_a_session_holds_whatever_cookies_another_program_at_this_name_has_set(with_key: str, other: str) -> None:
+    begun = httpx.post(f"{with_key}/v1/session", headers={"x-api-key": KEY})
+    for cookies in (f"{other}; {COOKIE}={begun.cookies[COOKIE]}", f"{COOKIE}={begun.cookies[COOKIE]}; {other}"):
+        assert httpx.get(f"{with_key}/v1/models", headers={"Cookie": cookies.encode()}).status_code == 200, cookies
+
+
 def test_over_tls_the_cookie_is_for_tls_alone(with_key: str) -> None:
     headers = {"x-api-key": KEY, "Origin": "https://photos.example.com"}
     assert "Secure" in httpx.post(f"{with_key}/v1/session", headers=headers).headers["set-cookie"]

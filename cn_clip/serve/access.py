@@ -16,9 +16,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from http.cookies import CookieError, SimpleCookie
 
 from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
 from starlette.types import Scope
 
 from cn_clip.errors import ConfigError
@@ -263,8 +263,5 @@ class Access:
 
 def session_of(headers: Headers) -> str:
     """The session that a request names; "" for none."""
-    try:
-        cookies = SimpleCookie(headers.get("cookie", ""))
-    except CookieError:
-        return ""
-    return cookies[COOKIE].value if COOKIE in cookies else ""
+    # Programs at other ports of this name set cookies too, in forms at which http.cookies gives up on all of them.
+    return cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
