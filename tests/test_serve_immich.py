@@ -121,6 +121,7 @@ def test_other_tasks_are_asked_of_the_second_server_and_joined(client: httpx.Cli
         (200, b"no JSON"),
         (200, b"[]"),
         (200, b"[" * 100_000),
+        (200, b'{"facial-recognition": ' + b"[" * 300 + b"]" * 300 + b"}"),
         (200, b" " * (MAX_ANSWER_BYTES + 1)),
     ],
 )
@@ -170,6 +171,22 @@ def test_what_is_no_request_of_immich_is_refused(client: httpx.Client, entries: 
 def test_what_is_no_form_is_refused(client: httpx.Client, kind: str, body: bytes) -> None:
     answer = client.post("/predict", content=body, headers={"Content-Type": kind})
     assert answer.status_code == 400, answer.text
+
+
+def test_a_form_has_few_parts_also_if_all_have_one_name(client: httpx.Client) -> None:
+    part = b'--x\r\nContent-Disposition: form-data; name="text"%s\r\n\r\n\xff\r\n'
+    for kind in (b"", b'; filename="a"'):
+        body = part % kind * 9 + b"--x--"
+        answer = client.post("/predict", content=body, headers={"Content-Type": "multipart/form-data; boundary=x"})
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, "entries: expected at most 8 fields")
+
+
+def test_options_that_are_no_text_go_on_as_they_came(client: httpx.Client, second: type[Second]) -> None:
+    second.sent.clear()
+    second.answer = b"{}"
+    entries = {"ocr": {"recognition": {"modelName": "m", "options": {"half": "\ud800"}}}}
+    assert predicted(client, entries, image=PICTURE).status_code == 200
+    assert rb"\ud800" in second.sent[0]
 
 
 def test_without_a_second_server_other_tasks_are_refused_with_the_option(encoder: Encoder) -> None:
