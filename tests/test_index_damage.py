@@ -17,6 +17,7 @@ from unreadable_files import unreadable
 from cn_clip import digests
 from cn_clip.data.lmdb_store import SplitWriter
 from cn_clip.errors import DataError, UnreadableError
+from cn_clip.index import ingest
 from cn_clip.retrieval import addresses, engines, inspection, manifest, segments, writer
 from cn_clip.retrieval.manifest import Manifest
 from cn_clip.retrieval.store import open_index
@@ -393,6 +394,21 @@ def test_pictures_that_cannot_be_read_now_stop_a_repair(
     assert after.keys() == before.keys()
     for one, vector in after.items():
         np.testing.assert_allclose(vector, before[one], atol=1e-5)
+
+
+def test_a_repair_that_takes_long_is_one_step_all_the_same(
+    built: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "COMMIT_SECONDS", 0.0)
+    flip(segment(built, 1) / "vectors.npy", 3000)
+    content = (built / "manifest.json").read_bytes()
+    repair = ("index", "check", built, "--repair", "--batch-size", 1)
+    last = json.loads((segment(built, 1) / "items.jsonl").read_text().splitlines()[-1])["id"]
+    with unreadable(errno.EIO, tmp_path / "pictures" / last):
+        assert "nothing was changed" in command(*repair, status=1)["error"]
+    assert (built / "manifest.json").read_bytes() == content
+    aside = Path(command(*repair)["kept_aside"])
+    assert len(command("index", "check", aside, status=1)["damaged"]) == 1
 
 
 @pytest.mark.parametrize("number", AWAY)

@@ -6,7 +6,6 @@ it, or with another number of frames beside it, a video is read again.
 
 # B batch, D embedding
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from cn_clip.clip.backends.base import AnyPixels, named
 from cn_clip.clip.transforms import write_pixels
 from cn_clip.data.videos import Frame, NoPicturesError, TooLongError, frames
 from cn_clip.errors import DataError, MissingExtraError, reason_of
-from cn_clip.index import ingest, skips
+from cn_clip.index import skips
 from cn_clip.index.deciding import decide
 from cn_clip.index.ingest import Ingest
 from cn_clip.index.skips import Skipped
@@ -114,7 +113,7 @@ class Clips:
         if not pending and not run.num_waiting:
             return
         with stop.noted(), run.progress.over(done + len(pending), done=done):
-            steps, committed_at = self._computed(pending) if pending else iter(()), time.monotonic()
+            steps = self._computed(pending) if pending else iter(())
             while stop.number is None:
                 try:
                     with stop.waiting():
@@ -124,12 +123,8 @@ class Clips:
                 if one is None:
                     break
                 self._take(*one)
-                if (
-                    run.num_waiting >= run.settings.commit_every
-                    or time.monotonic() - committed_at >= ingest.COMMIT_SECONDS
-                ):
+                if run.is_commit_due:
                     self._commit()
-                    committed_at = time.monotonic()
             self._commit()
         run.summary.signal = stop.number
 

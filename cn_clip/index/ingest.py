@@ -43,11 +43,11 @@ _OF_BYTES = ("width", "height", "text")
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures become items; see the options of the same names."""
+    """How pictures become items; see the options of the same names. commit_every: None commits only when told to."""
 
     batch_size: int = 32
     num_workers: int | None = None
-    commit_every: int = 1000
+    commit_every: int | None = 1000
     thumbnail_size: int = 512
     min_size: int = 0
 
@@ -195,7 +195,7 @@ class Ingest:
                 break
             self._take(*one)
             self.progress.advance(len(one[0]))
-            if time.monotonic() - self._committed_at >= COMMIT_SECONDS:
+            if self.is_commit_due:
                 self.commit()
 
     def _batches(self, pending: Sequence[Candidate]) -> "Iterator[tuple[list[_Prepared | _Refused], dict[int, Rows]]]":
@@ -238,6 +238,16 @@ class Ingest:
     def num_waiting(self) -> int:
         """Items that the next commit writes."""
         return len(self._buffer)
+
+    @property
+    def is_commit_due(self) -> bool:
+        """Whether so much waits, or has waited so long, that it is to be written."""
+        is_late = time.monotonic() - self._committed_at >= COMMIT_SECONDS
+        return self._is_full or (is_late and self.settings.commit_every is not None)
+
+    @property
+    def _is_full(self) -> bool:
+        return self.settings.commit_every is not None and self.num_waiting >= self.settings.commit_every
 
     def prune(self, sources: Collection[str], candidates: Collection[Candidate], *, with_folders: bool = True) -> None:
         """Removes the items of these sources that are not there any more; raises DataError where none would be left.
@@ -362,7 +372,7 @@ class Ingest:
         self._known[item_id] = metadata
         self.failures.drop(metadata)
         self._buffer[item_id] = self._lenders[item_id] = NewItem(item_id, np.array(vector_D), metadata, small)
-        if len(self._buffer) >= self.settings.commit_every:
+        if self._is_full:
             self.commit()
 
     def commit(self) -> None:

@@ -1,7 +1,6 @@
 """What `cn-clip index check` does: finds damage, and makes what is damaged again from other files and from pictures."""
 
 import contextlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,7 +101,7 @@ def repair(
         if writer.manifest.generation != facts.generation:
             raise ConfigError("another process has changed this index meanwhile; repair it again", at=folder)
         # All goes into one commit, with which the damaged segments cease to count.
-        settings = Settings(options.batch_size, options.num_workers, sys.maxsize, options.thumbnail_size)
+        settings = Settings(options.batch_size, options.num_workers, None, options.thumbnail_size)
         ingest = Ingest(writer, model.encoder, settings, Progress())
         ingest.keep(rescued.ready.values())
         ingest.read(rescued.pictures)
