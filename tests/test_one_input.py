@@ -21,6 +21,7 @@ from serving import data_url, served
 import cn_clip.clip as clip
 from cn_clip import cli
 from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.thumbnails import thumbnail
 from cn_clip.clip.tokenizer import ChineseTexts
 from cn_clip.clip.transforms import ImageTransform, in_8_bits
 from cn_clip.data.augment import Augmentation
@@ -33,7 +34,6 @@ from cn_clip.errors import DataError
 from cn_clip.evaluation import zeroshot
 from cn_clip.features import ray_extraction
 from cn_clip.features.files import read_features
-from cn_clip.index.ingest import thumbnail
 from cn_clip.report.page import flattened
 from cn_clip.retrieval.store import Index, open_index
 

@@ -411,6 +411,26 @@ def test_a_video_is_shown_at_its_second(encoder: Encoder, browser: "api.Browser"
         assert page.evaluate("document.querySelector('#viewer video').currentTime") == pytest.approx(2.5, abs=0.2)
 
 
+def test_a_picture_that_browsers_do_not_show_is_asked_for_once_as_a_jpeg(
+    encoder: Encoder, browser: "api.Browser", tmp_path: Path
+) -> None:
+    Image.new("RGB", (640, 480), "navy").save(tmp_path / "scan.tif")
+    known = {"source": str(tmp_path), "path": str(tmp_path / "scan.tif"), "file": "scan.tif"}
+    item = NewItem("scan.tif", encoder.encode_texts(["x"])[0], known, jpeg(Image.new("RGB", (64, 48))))
+    with open_writer(tmp_path / "index", Manifest(ModelInfo("tiny", "fingerprint", encoder.embed_dim))) as writer:
+        writer.commit([item])
+    opened = open_index(tmp_path / "index")
+    with served(encoder, index=opened, with_page=True, with_originals=True) as address, Visit(browser) as page:
+        asked: list[str] = []
+        page.on("request", lambda one: asked.append(urlsplit(one.url).path + "?" + urlsplit(one.url).query))
+        page.goto(address)
+        page.locator("#grid a").click()
+        shown = page.locator("#viewer .stage img.full")
+        api.expect(shown).to_be_visible()
+        assert shown.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [640, 480]
+    assert [one for one in asked if "/items/" in one] == ["/v1/index/items/scan.tif?as=jpeg"]
+
+
 def test_behind_a_sub_path_everything_is_found(address: str, browser: "api.Browser") -> None:
     """As behind a reverse proxy that takes the sub path away."""
     with Visit(browser) as page:

@@ -21,11 +21,11 @@ from cn_clip.clip.decoding import PIXELS as OF_PIXELS
 from cn_clip.clip.decoding import DecodingProcess
 from cn_clip.clip.orientation import full_size, orientation_of, upright
 from cn_clip.clip.pictures import decode, open_picture
+from cn_clip.clip.thumbnails import thumbnail
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.emoji_pack import load
 from cn_clip.features.files import write_features
 from cn_clip.index import jobs
-from cn_clip.index.ingest import thumbnail
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.manifest import PictureFacts
 from cn_clip.retrieval.store import open_index

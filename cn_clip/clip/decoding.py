@@ -17,7 +17,7 @@ import struct
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, cast
 
 from PIL import Image, UnidentifiedImageError
 
@@ -34,9 +34,11 @@ except ImportError:  # Windows
     resource: Any = None  # type: ignore[no-redef]
 
 if TYPE_CHECKING:
-    from cn_clip.clip.backends.base import PixelType
+    from cn_clip.clip.thumbnails import SmallJpeg
     from cn_clip.clip.transforms import ImageTransform, PictureTransform
 
+# Of the pixels that are answered, or a JPEG instead.
+AnswerType: TypeAlias = Literal["float32", "uint8", "jpeg"]
 # Decoding a picture may take so many seconds of a processor, and `SECONDS_PER_PIXEL` for its pixels.
 DECODE_SECONDS = 3.0
 # And so much memory beyond what an idle process has: pixels of four bytes, copied in a few modes and sizes.
@@ -54,9 +56,9 @@ SETTINGS = struct.Struct("<QQB")
 # transform (0: all), bytes of the file, which follow.
 JOB = struct.Struct("<dQQQ")
 # What comes back: one of the kinds, and the bytes of what follows: of PIXELS (3, R, R), of PICTURE what
-# `unpacked` reads, of REFUSED a sentence and of TOO_LARGE the size, in UTF-8.
+# `unpacked` reads, of JPEG a file, of REFUSED a sentence and of TOO_LARGE the size, in UTF-8.
 ANSWER = struct.Struct("<BQ")
-READY, PIXELS, PICTURE, REFUSED, TOO_LARGE = range(5)
+READY, PIXELS, PICTURE, JPEG, REFUSED, TOO_LARGE = range(6)
 MAX_SENTENCE_BYTES = 1000
 # Of what describes a picture: larger EXIF is left out.
 MAX_FACTS_BYTES, MAX_EXIF_BYTES = 1 << 20, 1 << 18
@@ -74,7 +76,7 @@ def main() -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     num_bytes, spare_bytes, niceness = SETTINGS.unpack(requests.read(SETTINGS.size))
-    transform: PictureTransform | None
+    transform: PictureTransform | SmallJpeg | None
     transform, pixel_type, upright = pickle.loads(requests.read(num_bytes))
     for kind in ("JPEG", "PNG"):  # has all imported that a picture needs
         stream = io.BytesIO()
@@ -103,13 +105,13 @@ def answer(
     data: bytes,
     seconds: float,
     max_pixels: int,
-    transform: "PictureTransform | None",
-    pixel_type: "PixelType" = "float32",
+    transform: "PictureTransform | SmallJpeg | None",
+    pixel_type: "AnswerType" = "float32",
     *,
     upright: bool = False,
     draft_size: int | None = None,
 ) -> tuple[int, bytes]:
-    """(a kind, the pixels of the first frame, without a transform the picture, or a sentence about why there are none).
+    """(a kind, what `transform` makes of the first frame, without one the picture, or why there is none).
 
     seconds: of a processor, besides those for the pixels that the file declares; then this process dies.
     """
@@ -124,10 +126,12 @@ def answer(
             image.load()
             if transform is None:
                 return PICTURE, packed(image)
+            if pixel_type == "jpeg":
+                return JPEG, cast("SmallJpeg", transform).jpeg(image)
             seen = turned_upright(image) if upright else image
             if pixel_type == "uint8":
                 return PIXELS, cast("ImageTransform", transform).bytes(seen).tobytes()
-            return PIXELS, transform.array(seen).astype("<f4", copy=False).tobytes()
+            return PIXELS, cast("PictureTransform", transform).array(seen).astype("<f4", copy=False).tobytes()
     except TooManyPixelsError as error:
         return TOO_LARGE, error.size.encode()
     except MemoryError:
@@ -220,19 +224,20 @@ class ProcessClosedError(Exception):
 class DecodingProcess:
     """One process, started when it is needed; used by one thread at a time, and killed from any.
 
-    transform: what is done to the pictures there; None: they come back as they are. pixel_type: of their pixels.
+    transform: what is done to the pictures there; None: they come back as they are. pixel_type: of their pixels, or
+    "jpeg", which goes with SmallJpeg.
     upright: turns them by their EXIF orientation before. num_bytes: the most that an answer holds. spare_bytes: memory
     that decoding may take. niceness: by how much its claim to the processors is less.
     """
 
     def __init__(
         self,
-        transform: "PictureTransform | None",
+        transform: "PictureTransform | SmallJpeg | None",
         *,
         num_bytes: int,
         spare_bytes: int,
         niceness: int = 0,
-        pixel_type: "PixelType" = "float32",
+        pixel_type: "AnswerType" = "float32",
         upright: bool = False,
     ) -> None:
         data = pickle.dumps((transform, pixel_type, upright))

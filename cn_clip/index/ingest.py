@@ -3,7 +3,6 @@
 # B batch, R resolution, D embedding
 
 import hashlib
-import io
 import posixpath
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,9 +14,10 @@ from PIL import Image
 
 from cn_clip.clip.backends.base import AnyPixels, Rows, named
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.orientation import full_size, upright
+from cn_clip.clip.orientation import full_size
 from cn_clip.clip.pictures import decoded_batches
-from cn_clip.clip.transforms import in_8_bits, write_pixels
+from cn_clip.clip.thumbnails import thumbnail
+from cn_clip.clip.transforms import write_pixels
 from cn_clip.data.ocr import LONGEST_SIDE, Reader
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import DataError, MissingExtraError, reason_of
@@ -35,7 +35,6 @@ from cn_clip.stopping import StopRequest, StopWaiting
 
 # After so long, what was computed is committed though it is less than --commit-every.
 COMMIT_SECONDS = 20.0
-THUMBNAIL_QUALITY = 80
 _DIGEST_BYTES = 16
 # What an item lends to others of the same bytes, besides its vector and thumbnail.
 _OF_BYTES = ("width", "height", "text")
@@ -410,21 +409,3 @@ def _computed(
         for (batch, fresh), rows in encoder.pixel_rows(of_fresh()):
             done += len(rows)
             yield batch, dict(zip(fresh, rows, strict=True))
-
-
-def thumbnail(image: Image.Image, size: int, largest: int | None = None) -> bytes:
-    """A JPEG of at most `size` pixels a side, upright, on white; of fewer if it had more bytes than `largest`."""
-    small = in_8_bits(image).copy()
-    small.thumbnail((size, size))
-    small = upright(small)
-    if small.has_transparency_data:
-        paper = Image.new("RGBA", small.size, "white")
-        paper.alpha_composite(small.convert("RGBA"))
-        small = paper
-    small = small.convert("RGB")
-    while True:
-        stream = io.BytesIO()
-        small.save(stream, "JPEG", quality=THUMBNAIL_QUALITY)
-        if largest is None or len(stream.getvalue()) <= largest:
-            return stream.getvalue()
-        small.thumbnail((small.width * 3 // 4 or 1, small.height * 3 // 4 or 1))

@@ -14,8 +14,9 @@ from cn_clip.serve.service import Service
 
 _Id = Annotated[str, Path(max_length=4096)]
 _Index = Annotated[str | None, Query(max_length=MAX_NAME_CHARS, description="Its name; default: the first")]
+_As = Annotated[Literal["jpeg"] | None, Query(alias="as", description="jpeg: made of the file, if it is a picture")]
 _PICTURE = {**ERRORS, 200: {"content": {"image/jpeg": {}}}, 304: {"description": "The one that the client has"}}
-_FILE = {**ERRORS, 200: {"content": {"image/*": {}}}, 206: {"description": "A part of it"}}
+_FILE = {**_PICTURE, 200: {"content": {"image/*": {}}}, 206: {"description": "A part of it"}}
 
 
 def add_index_routes(app: FastAPI, service: Service) -> None:
@@ -58,10 +59,20 @@ def add_index_routes(app: FastAPI, service: Service) -> None:
         return Response(small, media_type="image/jpeg", headers=headers)
 
     @app.get("/v1/index/items/{item_id:path}", response_class=Response, responses=_FILE)
-    async def original(item_id: _Id, index: _Index = None) -> Response:
-        """The file that an item was made of, or a range of its bytes."""
+    async def original(request: Request, item_id: _Id, index: _Index = None, shown_as: _As = None) -> Response:
+        """The file that an item was made of, or a range of its bytes; or a JPEG of it, for those that no browser shows.
+
+        The JPEG is upright, and of at most 2048 pixels a side.
+        """
         found = await service.original(item_id, index)
-        return _File(found)
+        if shown_as is None:
+            return _File(found)
+        found.check_picture()
+        headers = {"ETag": found.jpeg_etag, "Cache-Control": "private, no-cache"}
+        if headers["ETag"] in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        # Not closed here: a request that is given up may leave while its file is read.
+        return Response(await service.runner.jpeg(found.read, "id"), media_type="image/jpeg", headers=headers)
 
 
 class _File(FileResponse):

@@ -14,7 +14,9 @@ from typing import Any, Literal, TypeAlias
 
 from cn_clip.clip.picture_names import HEAD_BYTES, SUFFIXES_OF, VIDEO_SUFFIXES, begins_as_picture, suffix_of
 from cn_clip.clip.pictures import opened
+from cn_clip.clip.thumbnails import QUALITY
 from cn_clip.data.paths import readable
+from cn_clip.index.sources import LARGEST_PICTURE
 from cn_clip.serve.schemas import RefusalError
 
 # --- metadata
@@ -37,7 +39,6 @@ def told(metadata: Mapping[str, Any], *, all_of_it: bool) -> dict[str, Any]:
 Size: TypeAlias = Literal["small", "medium", "large"]
 # The longest side; None: as it is kept.
 SIDES: Mapping[Size, int | None] = {"small": 160, "medium": 320, "large": None}
-QUALITY = 80
 
 
 def etag_of(data: bytes, size: Size) -> str:
@@ -91,6 +92,30 @@ class Original:
         self.name, self.facts, self.media_type = name, os.fstat(descriptor), _media_type(name, descriptor)
         # Opened again by this name it is the same file, whatever its folder has under the old name by then.
         self.path = f"/dev/fd/{descriptor}"
+        # Of the JPEG that is made of it.
+        self.jpeg_etag = f'"{self.facts.st_mtime_ns:x}-{self.facts.st_size:x}-jpeg"'
+        self._descriptor = descriptor
+
+    def read(self) -> bytes:
+        """The bytes of a picture, once, then it is closed; raises RefusalError (400) for more than an index takes."""
+        try:
+            with open(self._descriptor, "rb", closefd=False) as stream:
+                stream.seek(0)  # past what was read to know its kind
+                data = stream.read(LARGEST_PICTURE + 1)
+        except OSError as error:
+            raise _no_original("its file cannot be read") from error
+        finally:
+            self.close()
+        if len(data) > LARGEST_PICTURE:
+            message = f"id: its file has more than {LARGEST_PICTURE >> 20} MiB"
+            raise RefusalError(400, message, param="id", code="image_too_large")
+        return data
+
+    def check_picture(self) -> None:
+        """Raises RefusalError (400) for a video."""
+        if self.media_type.startswith("video/"):
+            message = "as: a video is given only as it is; its thumbnail is a picture"
+            raise RefusalError(400, message, param="as", code="invalid_value")
 
 
 def has_original(metadata: Mapping[str, Any]) -> bool:

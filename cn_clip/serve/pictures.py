@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +19,10 @@ from cn_clip.clip.decoding import (
     DECODE_BYTES,
     DECODE_BYTES_PER_PIXEL,
     DECODE_SECONDS,
+    JPEG,
     PIXELS,
     TOO_LARGE,
+    AnswerType,
     DecodingProcess,
     ProcessClosedError,
     ProcessEndedError,
@@ -28,6 +31,7 @@ from cn_clip.clip.decoding import (
 from cn_clip.clip.picture_files import Head, look, look_at_start, num_decoded
 from cn_clip.clip.picture_names import SUFFIXES_OF
 from cn_clip.clip.pictures import data_url_bytes, is_base64_picture
+from cn_clip.clip.thumbnails import SmallJpeg
 from cn_clip.clip.transforms import PictureTransform
 from cn_clip.errors import DataError
 from cn_clip.serve.limits import Limits
@@ -57,10 +61,14 @@ class EncodedPicture:
 
 
 class Decoders:
-    """At most `count` processes, for one event loop, each with a thread that waits for it."""
+    """At most `count` processes, for one event loop, each with a thread that waits for it.
 
-    def __init__(self, count: int, limits: Limits) -> None:
+    max_bytes: of an encoded picture; None: of a request.
+    """
+
+    def __init__(self, count: int, limits: Limits, *, max_bytes: int | None = None) -> None:
         self.count, self._limits = count, limits
+        self._max_bytes = limits.max_body_bytes if max_bytes is None else max_bytes
         self._threads = ThreadPoolExecutor(count, "decode")
         self._free = asyncio.Semaphore(count)
         self._workers, self._idle = list[_Worker](), list[_Worker]()
@@ -69,17 +77,42 @@ class Decoders:
     async def open(
         self, transform: PictureTransform, pixel_type: PixelType = "float32", *, upright: bool = False
     ) -> None:
-        """Says what is to become of the pictures, before the first; returns when the processes run, or cannot."""
-        self._workers = [_Worker(transform, pixel_type, self._limits, upright=upright) for _ in range(self.count)]
-        self._idle = list(self._workers)
+        """Has the processes make pixels; before the first picture, returns when they run, or cannot."""
+        self._shape, self._dtype = (3, transform.resolution, transform.resolution), _DTYPES[pixel_type]
+        self._num_bytes = math.prod(self._shape) * self._dtype.itemsize
+        self._set_up(transform, pixel_type, upright=upright, num_bytes=self._num_bytes)
         await asyncio.gather(*[self._with_a_worker(_Worker.start) for _ in range(self.count)])
+
+    def open_for_jpegs(self, side: int) -> None:
+        """Has the processes make JPEGs of at most `side` pixels a side; each is started with its first picture."""
+        self._set_up(SmallJpeg(side), "jpeg", num_bytes=3 * side * side)
+
+    def _set_up(self, transform: PictureTransform | SmallJpeg, pixel_type: AnswerType, **given: Any) -> None:
+        max_pixels = self._limits.max_pixels
+        given["spare_bytes"] = DECODE_BYTES + self._max_bytes + DECODE_BYTES_PER_PIXEL * max_pixels
+        processes = [
+            DecodingProcess(transform, pixel_type=pixel_type, niceness=_NICE, **given) for _ in range(self.count)
+        ]
+        self._workers = [_Worker(process, max_pixels) for process in processes]
+        self._idle = list(self._workers)
 
     async def pixels(self, picture: EncodedPicture) -> AnyPixels:
         """The pixels (3, R, R) of the first frame; raises RefusalError naming its field.
 
         400: it does not decode, or not with the time and memory that a picture has. 503: no process can be started.
         """
-        outcome = await self._with_a_worker(lambda worker: worker.decode(picture))
+        data = await self._answer(PIXELS, picture)
+        if len(data) != self._num_bytes:
+            raise undecodable("its decoder gave what it should not", picture.param)
+        pixels: AnyPixels = np.frombuffer(data, dtype=self._dtype).reshape(self._shape)
+        return pixels
+
+    async def jpeg(self, picture: EncodedPicture) -> bytes:
+        """The small JPEG of the first frame, upright; raises RefusalError as `pixels`."""
+        return await self._answer(JPEG, picture)
+
+    async def _answer(self, kind: int, picture: EncodedPicture) -> bytes:
+        outcome = await self._with_a_worker(lambda worker: worker.decode(picture, kind))
         if isinstance(outcome, RefusalError):
             raise outcome
         assert outcome is not None
@@ -109,8 +142,8 @@ class Decoders:
             raise RefusalError(503, "no picture has been decoded for a long time", code="stalled", retry_after=5)
 
     async def _with_a_worker(
-        self, function: "Callable[[_Worker], AnyPixels | RefusalError | None]"
-    ) -> AnyPixels | RefusalError | None:
+        self, function: "Callable[[_Worker], bytes | RefusalError | None]"
+    ) -> bytes | RefusalError | None:
         """What `function` gives in a thread."""
         await self._free.acquire()
         loop, worker = asyncio.get_running_loop(), self._idle.pop()
@@ -134,19 +167,8 @@ class Decoders:
 class _Worker:
     """One process, and what requests are told of it."""
 
-    def __init__(self, transform: PictureTransform, pixel_type: PixelType, limits: Limits, *, upright: bool) -> None:
-        self.max_pixels, self.has_failed = limits.max_pixels, False
-        spare = DECODE_BYTES + limits.max_body_bytes + DECODE_BYTES_PER_PIXEL * limits.max_pixels
-        self._shape, self._dtype = (3, transform.resolution, transform.resolution), _DTYPES[pixel_type]
-        self._num_bytes = math.prod(self._shape) * self._dtype.itemsize
-        self.process = DecodingProcess(
-            transform,
-            pixel_type=pixel_type,
-            upright=upright,
-            num_bytes=self._num_bytes,
-            spare_bytes=spare,
-            niceness=_NICE,
-        )
+    def __init__(self, process: DecodingProcess, max_pixels: int) -> None:
+        self.process, self.max_pixels, self.has_failed = process, max_pixels, False
 
     def start(self) -> RefusalError | None:
         """Has the process running, and waits until it is ready; returns why it cannot be."""
@@ -161,8 +183,8 @@ class _Worker:
         self.has_failed = False
         return None
 
-    def decode(self, picture: EncodedPicture) -> AnyPixels | RefusalError:
-        """The pixels, or why there are none."""
+    def decode(self, picture: EncodedPicture, wanted: int) -> bytes | RefusalError:
+        """An answer of the kind that is wanted, or why there is none."""
         if (refusal := self.start()) is not None:
             return refusal
         try:
@@ -172,9 +194,8 @@ class _Worker:
         except ProcessEndedError as error:
             log.warning("%s: a decoding process was ended: %s", picture.head, error)
             return undecodable(error, picture.param)
-        if kind == PIXELS and len(data) == self._num_bytes:
-            pixels: AnyPixels = np.frombuffer(data, dtype=self._dtype).reshape(self._shape)
-            return pixels
+        if kind == wanted:
+            return data
         sentence = data.decode(errors="replace")
         if kind == TOO_LARGE:
             return too_large(sentence, picture.param, self.max_pixels)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from cn_clip.clip.backends.base import AnyPixels, Rows
+from cn_clip.index.sources import LARGEST_PICTURE
 from cn_clip.processes import usable_cores
 from cn_clip.serve.batching import Batcher, Metrics, Slots, joined
 from cn_clip.serve.limits import Limits
@@ -38,6 +39,8 @@ SHORT = 512
 LONG = 1 << 20
 # Seconds; texts that wait have most of the time then.
 GIVEN_WAY = 0.002
+# Pixels of the longer side of what a browser shows in place of a file; so many fill most screens.
+SHOWN_SIDE = 2048
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Runner:
         self._pool = ThreadPoolExecutor(num_threads, "prepare")
         self._searchers = ThreadPoolExecutor(num_threads, "search")
         self._decoders, self._reading = Decoders(num_threads, limits), asyncio.Lock()
+        self._showing, self._shown = Decoders(1, limits, max_bytes=LARGEST_PICTURE), asyncio.Lock()
+        self._showing.open_for_jpegs(SHOWN_SIDE)
         self._tasks: list[asyncio.Task[None]] = []
         bounds: dict[str, Any] = {"max_batch": limits.max_batch, "max_wait": limits.max_wait_ms / 1000}
         bounds |= {"fetcher": self._fetcher, "in_flight": lambda: 2 if self.encoder.facts.is_async else 1}
@@ -87,6 +92,7 @@ class Runner:
         self._text_slots = _slots("texts", limits, metrics)
         self._picture_slots = _slots("pictures", limits, metrics)
         self._call_slots = _slots("calls", limits, metrics)
+        self._shown_slots = _slots("originals", limits, metrics)
         self._search_slots = _slots("searches", limits, metrics)
 
     @property
@@ -130,12 +136,14 @@ class Runner:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._decoders.close()
+        self._showing.close()
         for executor in (self._pool, self._searchers, self._thread, self._fetcher):
             executor.shutdown(cancel_futures=True)
 
     def kill_decoders(self) -> None:
         """Ends the processes that decode; may be called by any thread."""
         self._decoders.kill()
+        self._showing.kill()
 
     async def call(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         """Calls `function` in one of the preparing threads; raises RefusalError (503) when too many wait."""
@@ -150,6 +158,19 @@ class Runner:
     async def alone(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         """Calls `function` in the computing thread, past the queue of the clients; for what comes before them."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    async def jpeg(self, read: Callable[[], bytes], param: str) -> bytes:
+        """The picture of a file as a JPEG of at most SHOWN_SIDE pixels a side, upright, one file at a time.
+
+        Raises RefusalError: what `read` raises, a picture that cannot be decoded, 503 when too many wait.
+        """
+        with self._shown_slots.taken(1):
+            async with self._shown:
+                picture = await self._in_pool(self._file_looked_at, read, param)
+                return await self._showing.jpeg(picture)
+
+    def _file_looked_at(self, read: Callable[[], bytes], param: str) -> EncodedPicture:
+        return looked_at(read(), param, max_pixels=self.limits.max_pixels, draft_size=SHOWN_SIDE)
 
     async def embed(self, inputs: Sequence[Text | Picture]) -> tuple[Rows, int]:
         """(unit rows (N, D) in the order given, tokens of the texts), [CLS] and [SEP] included.
