@@ -203,6 +203,28 @@ def test_where_a_picture_lies_is_told_only_to_who_asks_a_server_that_gives_origi
     assert error(discreet.get("/v1/index/items?metadata=all"))["status"] == 403
 
 
+@pytest.mark.parametrize("field", ["source", "digest", "size", "mtime_ns", "table_fields"])
+def test_a_condition_finds_out_no_more_than_is_told(client: httpx.Client, discreet: httpx.Client, field: str) -> None:
+    where = f"group=a or not (group=b {field}>=1)"
+    listed = error(discreet.get("/v1/index/items", params={"where": where}))
+    searched = error(discreet.post("/v1/search", json={"query": "猫", "where": where}))
+    for found in (listed, searched):
+        assert (found["status"], found["param"], found["code"]) == (403, "where", "originals_not_shared")
+        assert found["message"].startswith(f"where: {field} is told only by a server that gives originals")
+    if field != "table_fields":  # which no item has
+        assert client.get("/v1/index/items", params={"where": where}).status_code == 200
+
+
+def test_a_condition_on_the_path_is_one_on_the_id(discreet: httpx.Client, folder: Path) -> None:
+    def found(where: str) -> list[str]:
+        return [hit["id"] for hit in discreet.get("/v1/index/items", params={"where": where}).json()["data"]]
+
+    assert found("path~old") == found("id~old") == ["a/old.jpg"]
+    assert found(f'path~"{folder}"') == []
+    # As a value it is a word like any other.
+    assert found("group=source") == []
+
+
 def test_an_item_of_the_index_is_classified_by_its_vector(client: httpx.Client) -> None:
     asked = {"id": "a/old.jpg", "labels": ["猫", "鸟鸟"], "templates": ["{}"]}
     answer = client.post("/v1/classify", json=asked).json()

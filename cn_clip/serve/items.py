@@ -17,12 +17,15 @@ from cn_clip.clip.pictures import opened
 from cn_clip.clip.thumbnails import QUALITY
 from cn_clip.data.paths import readable
 from cn_clip.index.sources import LARGEST_PICTURE
+from cn_clip.retrieval.conditions import ID_FIELDS
 from cn_clip.serve.schemas import RefusalError
 
 # --- metadata
 
 # How the commands find an item again: these say where it lies on this machine.
 BOOKKEEPING = frozenset({"source", "path", "size", "mtime_ns", "digest", "table_fields"})
+# Of these, what a condition would find out; by `path` it names the id.
+UNTOLD = BOOKKEEPING.difference(ID_FIELDS)
 
 
 def told(metadata: Mapping[str, Any], *, all_of_it: bool) -> dict[str, Any]:

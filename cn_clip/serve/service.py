@@ -21,6 +21,7 @@ from cn_clip.errors import ConfigError, StoreError
 from cn_clip.evaluation import zeroshot
 from cn_clip.evaluation.templates import DEFAULT, load_templates
 from cn_clip.retrieval.addresses import Searchable, item_called
+from cn_clip.retrieval.conditions import parse_condition
 from cn_clip.retrieval.listing import Order
 from cn_clip.retrieval.query import mixed
 from cn_clip.retrieval.segments import ItemId
@@ -186,6 +187,7 @@ class Service:
         """
         opened = self.opened(request.index or index, request.model)
         all_of_it = self.all_metadata(request.metadata)
+        self.check_where(request.where)
         query_1D = await self._query(request.parts, opened)
 
         words = request.words_of_query if opened.index.has_words else None
@@ -216,6 +218,7 @@ class Service:
     ) -> tuple[Opened, int, list[ItemHit]]:
         """The index, how many items `where` admits, and some of them in an order; raises RefusalError."""
         opened, all_of_it = self.opened(index), self.all_metadata(metadata)
+        self.check_where(where)
 
         def page() -> tuple[int, list[ItemHit]]:
             total, found = opened.index.listed(order, limit, offset=offset, where=where)
@@ -288,6 +291,18 @@ class Service:
             message = "metadata: paths are told only by a server that gives originals; start it with --originals"
             raise RefusalError(403, message, param="metadata", code="originals_not_shared")
         return asked == "all"
+
+    def check_where(self, where: str | None) -> None:
+        """Raises RefusalError: 400 for a condition that cannot be read, 403 for one on metadata that are not told."""
+        if where is None:
+            return
+        with _where_refused():
+            named = parse_condition(where).fields
+        if not self.with_originals and (hidden := sorted(named & items.UNTOLD)):
+            message = (
+                f"where: {', '.join(hidden)} is told only by a server that gives originals; start it with --originals"
+            )
+            raise RefusalError(403, message, param="where", code="originals_not_shared")
 
     async def ask_index(self, opened: Opened, function: Callable[..., ResultT], *args: object) -> ResultT:
         """Calls `function`, which reads an index; raises RefusalError (503) when the server that keeps it is away."""
