@@ -1,5 +1,6 @@
 """Videos and Live Photos in an index: what becomes an item, what is not read again, what faulty ones say."""
 
+import errno
 import json
 import os
 import sys
@@ -152,6 +153,31 @@ def test_a_run_that_is_killed_within_a_video_reads_it_again(
             build("--batch-size", 1, "--commit-every", 1)
     assert sorted(open_index(tmp_path / "i").ids, key=str) == ["a.png", "b.mp4#t=1"]
     assert (build()["num_items"], reads) == (5, ["b.mp4", "c d.MOV"])
+
+
+def test_a_video_whose_disk_goes_away_while_it_is_read_is_read_again(
+    build: Build, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(path: Path, every: float) -> Any:
+        yield next(videos.frames(path, every))
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clips, "frames", away)
+        assert build()["skipped_by_reason"] == {"unreadable": 2}
+    result = build()
+    assert (reads, result["num_items"], result["skipped"]) == (["b.mp4", "c d.MOV"], 5, [])
+
+
+def test_the_frames_of_a_video_that_a_link_leads_to_stay_while_its_disk_is_away(
+    build: Build, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "b.mp4").rename(tmp_path / "disk.mp4")
+    (folder / "b.mp4").symlink_to(tmp_path / "disk.mp4")
+    build()
+    (tmp_path / "disk.mp4").rename(tmp_path / "away")
+    result = build()
+    assert (result["skipped_by_reason"], result["removed"]) == ({"unreadable": 1}, [])
 
 
 def test_a_moved_folder_and_a_table_cost_no_reading(

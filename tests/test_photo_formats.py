@@ -20,8 +20,8 @@ from serving import data_url, served
 
 from cn_clip import cli
 from cn_clip.clip import Encoder, decoding
-from cn_clip.clip.orientation import full_size
-from cn_clip.clip.picture_files import Head, TooManyPixelsError, look, num_decoded
+from cn_clip.clip.orientation import full_size, upright
+from cn_clip.clip.picture_files import Head, TooManyPixelsError, look, num_decoded, opened_here
 from cn_clip.clip.picture_names import MOST_JPEG_PIXELS, MOST_PIXELS, format_of
 from cn_clip.clip.pictures import decode, open_picture, opened
 from cn_clip.data.pictures import check_picture, shrunk
@@ -116,6 +116,11 @@ def test_a_raw_file_is_seen_by_its_preview_else_developed_and_as_the_camera_was_
     # Darkest at the left, which is below once a camera that was held so is held upright.
     rows = np.asarray(developed.convert("L")).astype(int).mean(axis=1)
     assert rows[0] > rows[-1] + 50
+    # The service decodes in a process that has the pixels of the model's input made there.
+    data = photo_files.dng(RAMP, orientation=8)
+    here = opened_here(data, look(data))
+    here.load()
+    assert upright(here).size == (32, 48)
     # A preview too small to see anything in is no picture.
     tiny = photo_files.dng(RAMP, preview=photo_files.jpeg(SCENE), preview_size=(160, 120))
     assert decode(tiny).size == (48, 32)

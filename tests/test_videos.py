@@ -1,5 +1,6 @@
 """Frames of videos: which are taken, that they are upright, and what faulty files say."""
 
+import itertools
 import sys
 import time
 from fractions import Fraction
@@ -138,12 +139,46 @@ def test_a_video_that_takes_too_long_ends_with_the_frames_so_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_video(tmp_path / "a.mp4", [RED, GREEN, BLUE])
-    clock = iter([0.0, 0.0, 0.0, *[1e9] * 99])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    clock = itertools.count(0, 140)  # the limit of 300 passes between the first frame and the second
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     found = []
     with pytest.raises(DataError, match="takes longer than 300 s"):
         found.extend(one.seconds for one in videos.frames(path, 10))
-    assert len(found) < 3
+    assert len(found) == 1
+
+
+def test_the_time_in_which_frames_are_used_is_not_that_of_the_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, now, found = write_video(tmp_path / "a.mp4", [RED, GREEN, BLUE]), [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for frame in videos.frames(path, 10):
+        now[0] += 1000  # a large model on a slow processor
+        found.append(frame.seconds)
+    assert found == [0, 1, 2]
+
+
+def test_lies_in_the_tags_of_a_video_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tags = {"creation_time": "9999-12-31T23:59:59.000000Z", "com.android.model": "x " * 5000}
+    path = write_video(tmp_path / "a.mp4", [RED], tags=tags)
+    monkeypatch.setenv("TZ", "Asia/Shanghai")
+    time.tzset()
+    try:
+        found = next(videos.frames(path, 10)).fields
+        assert "date" not in found
+        assert len(str(found.get("camera", ""))) <= 64
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_an_error_of_python_over_a_video_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(tags: object) -> None:
+        raise TypeError("no time base")
+
+    monkeypatch.setattr(videos, "_known", refuse)
+    with pytest.raises(DataError, match=r"the video cannot be read \(no time base\)"):
+        seconds(write_video(tmp_path / "a.mp4", [RED]))
 
 
 def test_damage_in_the_middle_of_a_video_costs_the_frames_that_it_hits(tmp_path: Path) -> None:

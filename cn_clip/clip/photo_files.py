@@ -38,9 +38,9 @@ def raw(data: bytes) -> Image.Image:
     except package.LibRawError as error:
         reason = error.args[0].decode(errors="replace") if error.args and isinstance(error.args[0], bytes) else error
         raise OSError(f"LibRaw: {reason}") from error
-    exif = _exif(data)
-    own = image.getexif().get(ExifTags.Base.Orientation)
-    if (orientation := own or turn) is not None:
+    exif, own = _exif(data), Image.Exif()
+    own.load(image.info.get("exif", b""))  # what `getexif` gives stays with a picture, whatever its `info` says later
+    if (orientation := own.get(ExifTags.Base.Orientation) or turn) is not None:
         exif[ExifTags.Base.Orientation] = orientation
     image.info["exif"] = exif.tobytes()
     image.format = "RAW"

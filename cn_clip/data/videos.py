@@ -6,6 +6,7 @@ only, never on what a request brings. It is given the opened file and no name, s
 
 # H, W height and width, N pixels
 
+import contextlib
 import os
 import re
 import time
@@ -30,8 +31,10 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,fl
 LONGEST_SIDE = 1024
 # Frames of one video at most, and how far apart they are at least.
 MAX_FRAMES, LEAST_SECONDS = 400, 1.0
-# By the clock, for one video. A hour of 4K with a key frame a second takes about two minutes of one core.
+# By the clock, for one video, without the time that its frames are used elsewhere.
 MAX_SECONDS = 300.0
+# As of pictures.
+MAX_CAMERA_CHARS = 64
 # A damaged packet is passed over; so many of them in a row end the video.
 MAX_FAULTS = 100
 # Pixels of a frame at most: 8K is 33 million.
@@ -65,6 +68,25 @@ class TooLongError(DataError):
     """Reading a video was given up; the frames that came before are right."""
 
 
+class _Clock:
+    """How long a video may still be read; it rests while its frames are used."""
+
+    def __init__(self) -> None:
+        self._deadline = time.monotonic() + MAX_SECONDS
+
+    @property
+    def has_run_out(self) -> bool:
+        """Whether the video has taken too long."""
+        return time.monotonic() > self._deadline
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Around what is no reading."""
+        began = time.monotonic()
+        yield
+        self._deadline += time.monotonic() - began
+
+
 def require() -> Any:
     """The package `av`; raises MissingExtraError without it."""
     return extras.require("av", extra="video", purpose="reading videos")
@@ -77,17 +99,21 @@ def frames(path: Path, every: float) -> Iterator[Frame]:
     cover all of it. Only key frames are decoded, unless they are further apart than `every`. Raises DataError for a
     file without pictures, one that cannot be read, and one that takes too long; frames that came before it are right.
     """
-    av, deadline = require(), time.monotonic() + MAX_SECONDS
+    av = require()
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise DataError("the video is empty (0 bytes)")
         try:
-            yield from _frames(av, file, every, deadline)
+            yield from _frames(av, file, every, _Clock())
         except av.error.FFmpegError as error:
             raise DataError(f"the video cannot be read ({error.strerror})") from error
+        except (DataError, OSError):
+            raise
+        except Exception as error:  # of a file with lies in it: no time base, a time outside of all bounds
+            raise DataError(f"the video cannot be read ({error})") from error
 
 
-def _frames(av: Any, file: BinaryIO, every: float, deadline: float) -> Iterator[Frame]:
+def _frames(av: Any, file: BinaryIO, every: float, clock: _Clock) -> Iterator[Frame]:
     av.logging.set_level(av.logging.PANIC)
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": ""}
     with av.open(file, buffer_size=BUFFER_BYTES, container_options=options, metadata_errors="replace") as container:
@@ -106,7 +132,7 @@ def _frames(av: Any, file: BinaryIO, every: float, deadline: float) -> Iterator[
         known, count = _known(container.metadata), 0
         chosen: Histogram | None = None
         taken = 0.0
-        for seconds, frame in _decoded(av.error, container, stream, max(every, gap) if every else gap, deadline):
+        for seconds, frame in _decoded(av.error, container, stream, max(every, gap) if every else gap, clock):
             if count and seconds - taken < gap:
                 continue
             colours = histogram(frame.reformat(COPY_SIDE, COPY_SIDE, "rgb24").to_ndarray())
@@ -115,21 +141,22 @@ def _frames(av: Any, file: BinaryIO, every: float, deadline: float) -> Iterator[
                 continue
             chosen, taken, count = colours, seconds, count + 1
             width, height, image = _upright(frame, stream.sample_aspect_ratio)
-            yield Frame(round(seconds, 2), image, {"width": width, "height": height, **known})
+            with clock.resting():
+                yield Frame(round(seconds, 2), image, {"width": width, "height": height, **known})
             if count >= MAX_FRAMES:
                 return
         if not count:
             raise DataError("the video is damaged: none of its frames can be decoded")
 
 
-def _decoded(errors: Any, container: Any, stream: Any, longest: float, deadline: float) -> Iterator[tuple[float, Any]]:
+def _decoded(errors: Any, container: Any, stream: Any, longest: float, clock: _Clock) -> Iterator[tuple[float, Any]]:
     """(seconds, frame): key frames, and from the first gap of more than `longest` seconds between them, all frames."""
     unit, start = float(stream.time_base), stream.start_time or 0
     stream.codec_context.skip_frame = "NONKEY"
     key, last, faults, is_sparse = 0.0, -1.0, 0, False
     packets = container.demux(stream)
     while (packet := next(packets, None)) is not None:
-        if time.monotonic() > deadline:
+        if clock.has_run_out:
             raise TooLongError(f"takes longer than {MAX_SECONDS:.0f} s; its frames up to {last:.0f} s are indexed")
         stamp = packet.dts if packet.pts is None else packet.pts
         if stamp is not None and not is_sparse:
@@ -196,11 +223,9 @@ def _known(tags: Mapping[str, str]) -> dict[str, Any]:
         found["date"] = date
     for make, model in ((f"{apple}make", f"{apple}model"), ("com.android.manufacturer", "com.android.model")):
         if tags.get(model):
-            found["camera"] = (
-                tags[model]
-                if tags[model].startswith(tags.get(make, "\0"))
-                else f"{tags.get(make, '')} {tags[model]}".strip()
-            )
+            is_named = tags[model].startswith(tags.get(make, "\0"))
+            words = tags[model] if is_named else f"{tags.get(make, '')} {tags[model]}"
+            found["camera"] = " ".join(words.split())[:MAX_CAMERA_CHARS]
     place = _PLACE.match(tags.get(f"{apple}location.ISO6709") or tags.get("location") or "")
     if place and abs(float(place[1])) <= 90 and abs(float(place[2])) <= 180:
         found["latitude"], found["longitude"] = float(place[1]), float(place[2])
@@ -211,8 +236,8 @@ def _date(text: str, *, is_utc: bool = False) -> str:
     """As the fields of pictures; "" for what is no date, or one of a clock that was never set."""
     try:
         found = datetime.fromisoformat(re.sub(r"([+-]\d\d)(\d\d)$", r"\1:\2", text.strip().replace("Z", "+00:00")))
-    except ValueError:
+        if found.year < 1990:  # clocks of the containers start in 1904 and 1970
+            return ""
+        return (found.astimezone() if is_utc else found).replace(tzinfo=None).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):  # no date, or one that no clock of this zone shows
         return ""
-    if found.year < 1990:  # clocks of the containers start in 1904 and 1970
-        return ""
-    return (found.astimezone() if is_utc else found).replace(tzinfo=None).isoformat(timespec="seconds")

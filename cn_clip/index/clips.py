@@ -202,7 +202,9 @@ class Clips:
             del self._open[step.video.id]
             if step.problem is not None:
                 run.refuse(step.video, step.problem)
-            if opened.first is not None:
+            # One that could not be read just now is read again: without its first frame it counts as begun.
+            is_read = step.problem is None or step.problem.kind != skips.UNREADABLE
+            if opened.first is not None and is_read:
                 count = len(opened.ids)
                 run.keep([replace(opened.first, metadata={**opened.first.metadata, _OF_FIRST: count})])
                 run.summary.videos += 1

@@ -259,8 +259,8 @@ class Ingest:
             item_id
             for item_id, metadata in self.writer.items()
             if metadata.get("source") in sources
-            and file_id(item_id, metadata) not in kept
-            and not f"{item_id}/".startswith(unread)
+            and (file := file_id(item_id, metadata)) not in kept
+            and not f"{file}/".startswith(unread)
         ]
         if gone and not kept:
             raise DataError(
