@@ -163,7 +163,8 @@ Text: TypeAlias = Annotated[
 Name: TypeAlias = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 Template: TypeAlias = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$", max_length=MAX_TEXT_CHARS)]
 DataUrl: TypeAlias = Annotated[
-    str, Field(description="The picture itself as data:image/png;base64,… (JPEG, PNG, WebP, GIF or BMP), no address")
+    str,
+    Field(description="The picture itself as data:image/png;base64,… in any format that the commands read, no address"),
 ]
 # Strings would do as numbers otherwise, and true as 1.
 Number: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]
