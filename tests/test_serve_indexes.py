@@ -248,6 +248,22 @@ def test_small_pictures_have_three_sizes_and_none_is_larger_than_it_is_kept(clie
     assert error(client.get("/v1/index/thumbnails/new.jpg?size=huge"))["param"] == "size"
 
 
+def test_a_small_picture_is_made_once_for_all_who_ask(discreet: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = list[items.Size](), items.made_smaller
+
+    def watched(data: bytes, size: items.Size) -> bytes:
+        made.append(size)
+        return make(data, size)
+
+    monkeypatch.setattr(items, "made_smaller", watched)
+    # Both items have the same picture.
+    for name in ("link.jpg", "new.jpg", "link.jpg"):
+        for size, width in (("medium", 320), ("small", 160), ("large", 400)):
+            answer = discreet.get(f"/v1/index/thumbnails/{name}", params={"size": size})
+            assert Image.open(io.BytesIO(answer.content)).width == width
+    assert made == ["medium", "small"]
+
+
 def test_a_small_picture_that_the_client_has_is_not_sent_again(client: httpx.Client) -> None:
     path = "/v1/index/thumbnails/new.jpg?size=small"
     tag = client.get(path).headers["etag"]

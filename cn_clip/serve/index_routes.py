@@ -7,7 +7,7 @@ from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
 from cn_clip.retrieval.listing import Order
-from cn_clip.serve.items import Original, Size, etag_of, made_smaller
+from cn_clip.serve.items import Original, Size, etag_of
 from cn_clip.serve.limits import MAX_K, MAX_NAME_CHARS, MAX_OFFSET, MAX_TEXT_CHARS
 from cn_clip.serve.schemas import ERRORS, IndexList, ItemList, SearchRequest, SearchResponse
 from cn_clip.serve.service import Service
@@ -55,7 +55,7 @@ def add_index_routes(app: FastAPI, service: Service) -> None:
         headers = {"ETag": etag_of(data, size), "Cache-Control": "private, no-cache"}
         if headers["ETag"] in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
-        small = await service.runner.call(made_smaller, data, size)
+        small = await service.smaller(data, size, headers["ETag"])
         return Response(small, media_type="image/jpeg", headers=headers)
 
     @app.get("/v1/index/items/{item_id:path}", response_class=Response, responses=_FILE)

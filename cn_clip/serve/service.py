@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -28,6 +27,7 @@ from cn_clip.retrieval.segments import ItemId
 from cn_clip.serve import items
 from cn_clip.serve.collections import Collections, Opened
 from cn_clip.serve.limits import MAX_PROMPT_CHARS, MAX_PROMPTS, Limits
+from cn_clip.serve.recent import Recent
 from cn_clip.serve.runner import Picture, Runner, Text
 from cn_clip.serve.schemas import (
     ClassifyRequest,
@@ -50,6 +50,8 @@ _Hit: TypeAlias = tuple[ItemId, float | None, dict[str, Any]]
 
 # Class vectors of the labels asked for last, kept in this many bytes.
 CLASSIFIER_BYTES = 64 << 20
+# And small pictures made of those in an index; 10,000 of the smallest take about as much.
+SMALL_BYTES = 64 << 20
 
 
 @dataclass
@@ -70,7 +72,10 @@ class Service:
     token_table: TokenTable | None = None
     # By the names of model and set.
     _stored: dict[tuple[str, str], Rows] = field(default_factory=dict)
-    _recent: "OrderedDict[bytes, Rows]" = field(default_factory=OrderedDict)
+    _classifiers: Recent[bytes, Rows] = field(
+        default_factory=lambda: Recent(CLASSIFIER_BYTES, lambda rows: rows.nbytes)
+    )
+    _small: Recent[str, bytes] = field(default_factory=lambda: Recent(SMALL_BYTES, len))
 
     @property
     def runner(self) -> Runner:
@@ -235,6 +240,16 @@ class Service:
             raise RefusalError(404, f"the item {shown(item_id)} has no thumbnail", param="id", code="not_found")
         return found
 
+    async def smaller(self, data: bytes, size: items.Size, tag: str) -> bytes:
+        """What `thumbnail` gave, at a size; tag: its `etag_of`. Raises RefusalError (503) when too many wait."""
+        if items.SIDES[size] is None:
+            return data
+        small = self._small.get(tag)
+        if small is None:
+            small = await self.runner.call(items.made_smaller, data, size)
+            self._small.put(tag, small)
+        return small
+
     async def original(self, item_id: str, index: str | None = None) -> items.Original:
         """The open file of an item; raises RefusalError: 403 on a server that gives none, 404."""
         if not self.with_originals:
@@ -328,15 +343,11 @@ class Service:
 
     async def _classifier(self, runner: Runner, labels: Sequence[str], templates: Sequence[str]) -> Rows:
         key = await runner.call(_digest, runner.name, labels, templates)
-        classes_CD = self._recent.get(key)
+        classes_CD = self._classifiers.get(key)
         if classes_CD is None:
             features = await runner.embed_many_texts(await runner.call(zeroshot.prompts, labels, templates))
             classes_CD = await runner.call(zeroshot.class_vectors, features, len(labels))
-            self._recent[key] = classes_CD
-            while sum(rows.nbytes for rows in self._recent.values()) > CLASSIFIER_BYTES:
-                self._recent.popitem(last=False)
-        if key in self._recent:
-            self._recent.move_to_end(key)
+            self._classifiers.put(key, classes_CD)
         return classes_CD
 
     async def _query(self, parts: Sequence[QueryPart], opened: Opened) -> Rows:
