@@ -306,6 +306,20 @@ def test_no_other_file_is_given(client: httpx.Client, name: str, reason: str) ->
     assert reason in found["message"]
 
 
+def test_a_file_whose_name_is_no_text_is_given(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode("龟.jpg".encode("gbk"))
+    path.write_bytes(b"turtle")
+    with open_writer(tmp_path / "index", Manifest(ModelInfo("tiny", "fingerprint", 4))) as writer:
+        facts = {"path": str(path), "source": str(tmp_path)}
+        writer.commit([NewItem("gbk:龟.jpg", np.eye(4, dtype=np.float32)[0], facts)])
+    encoder = Encoder(WatchedBackend())
+    with served(encoder, index=open_index(tmp_path / "index"), with_originals=True) as address:
+        (hit,) = httpx.post(f"{address}/v1/search", json={"query": "龟"}, timeout=60).json()["data"]
+        answer = httpx.get(address + hit["original"], timeout=60)
+    assert (answer.status_code, answer.content) == (200, b"turtle")
+    assert answer.headers["content-disposition"] == "inline; filename*=utf-8''gbk%3A%E9%BE%9F.jpg"
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("a.MP4", "mp4"), ("b.mov", "quicktime"), ("c.webm", "webm"), ("d.mpeg", "mpeg")]
 )

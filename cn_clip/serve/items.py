@@ -92,7 +92,8 @@ class Original:
 
     def __init__(self, descriptor: int, name: str) -> None:
         self.close = weakref.finalize(self, os.close, descriptor)
-        self.name, self.facts, self.media_type = name, os.fstat(descriptor), _media_type(name, descriptor)
+        self.name, self.facts = readable(name), os.fstat(descriptor)
+        self.media_type = _media_type(name, descriptor)
         # Opened again by this name it is the same file, whatever its folder has under the old name by then.
         self.path = f"/dev/fd/{descriptor}"
         # Of the JPEG that is made of it.
