@@ -1,5 +1,6 @@
 """What installs the package: pyproject.toml, constraints.txt, Makefile and Dockerfile agree with each other."""
 
+import ast
 import json
 import re
 import runpy
@@ -49,6 +50,13 @@ def test_constraints_lie_in_the_range_of_the_package() -> None:
         (version,) = one.specifier
         assert version.operator == "=="
         assert requirement(one.name).specifier.contains(version.version)
+
+
+def test_originals_are_not_given_by_a_starlette_that_many_ranges_hold_up() -> None:
+    (serve,) = re.findall(r"^serve = (\[.*\])$", PYPROJECT, re.MULTILINE)
+    (found,) = [one for one in map(Requirement, ast.literal_eval(serve)) if one.name == "starlette"]
+    assert not found.specifier.contains("0.49.0")  # CVE-2025-62727
+    assert found.specifier.contains("1.10.0")
 
 
 def test_the_range_of_torch_ends_after_the_newest_tested() -> None:
