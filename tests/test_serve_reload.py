@@ -2,8 +2,12 @@
 
 import logging
 import shutil
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import httpx
 import numpy as np
@@ -203,3 +207,21 @@ def test_names_that_would_mean_two_things_are_refused(folders: list[Path], tmp_p
         opened(folders[0], write(tmp_path / "other" / "a.index", add="a"))
     with pytest.raises(ConfigError, match="--name emoji: the indexes have 2 models"):
         opened(*folders, name="emoji")
+
+
+def test_a_signal_may_come_while_one_is_being_handled() -> None:
+    several = Collections()
+
+    def interrupted(frame: FrameType, event: str, _: Any) -> Any:
+        several.look()
+        return interrupted
+
+    def handle() -> None:
+        sys.settrace(interrupted)
+        several.look()
+        sys.settrace(None)
+
+    thread = threading.Thread(target=handle, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()

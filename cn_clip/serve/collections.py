@@ -4,8 +4,10 @@ A thread looks once a second whether another process has changed one, and opens 
 it began with; what cannot be opened changes nothing, and is said once.
 """
 
+import contextlib
 import logging
 import os
+import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -104,7 +106,8 @@ class Collections:
 
     def __init__(self, opened: Sequence[Opened] = ()) -> None:
         self._named = {one.name: Collection(one) for one in opened}
-        self._woken, self._is_ended, self._is_asked = threading.Event(), False, False
+        # One more signal may come while one is handled: to put into this queue waits for no lock, to set an event does.
+        self._asked, self._is_ended = queue.SimpleQueue[bool](), False
         self._thread: threading.Thread | None = None
 
     def __iter__(self) -> Iterator[Opened]:
@@ -136,19 +139,18 @@ class Collections:
 
     def look(self) -> None:
         """Has all of them looked at now; may be called by any thread, and by a handler of signals."""
-        self._is_asked = True
-        self._woken.set()
+        self._asked.put(True)
 
     def end(self) -> None:
         """Looks no more. One look that waits for a disk is not waited for."""
         self._is_ended = True
-        self._woken.set()
+        self._asked.put(False)
 
     def _looking(self) -> None:
         while not self._is_ended:
-            self._woken.wait(LOOK_SECONDS)
-            is_asked, self._is_asked = self._is_asked, False
-            self._woken.clear()
+            is_asked = False
+            with contextlib.suppress(queue.Empty):
+                is_asked = self._asked.get(timeout=LOOK_SECONDS)
             for one in self._named.values():
                 try:
                     one.refresh(is_asked=is_asked)
