@@ -17,7 +17,7 @@ from unreadable_files import unreadable
 from cn_clip import digests
 from cn_clip.data.lmdb_store import SplitWriter
 from cn_clip.errors import DataError, UnreadableError
-from cn_clip.index import ingest
+from cn_clip.index import ingest, sources
 from cn_clip.retrieval import addresses, engines, inspection, manifest, segments, writer
 from cn_clip.retrieval.manifest import Manifest
 from cn_clip.retrieval.store import open_index
@@ -409,6 +409,29 @@ def test_a_repair_that_takes_long_is_one_step_all_the_same(
     assert (built / "manifest.json").read_bytes() == content
     aside = Path(command(*repair)["kept_aside"])
     assert len(command("index", "check", aside, status=1)["damaged"]) == 1
+
+
+def test_a_picture_that_is_too_large_is_not_called_empty(
+    built: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "LARGEST_PICTURE", 99_999)
+    path = next((tmp_path / "pictures").rglob("*.png"))
+    path.write_bytes(bytes(100_000))
+    assert command("index", "build", tmp_path / "pictures", "--output", built)["skipped_by_reason"] == {"damaged": 1}
+
+
+def test_a_repair_without_the_package_that_a_picture_needs_loses_none(
+    built: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object, **options: object) -> None:
+        raise DataError("a HEIC picture needs: pip install 'cn_clip[photos]'")
+
+    flip(segment(built, 1) / "vectors.npy", 3000)
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "open_picture", refuse)
+        message = command("index", "check", built, "--repair", status=1)["error"]
+    assert "pip install 'cn_clip[photos]'; nothing was changed" in message
+    assert command("index", "check", built, "--repair")["num_lost"] == 0
 
 
 @pytest.mark.parametrize("number", AWAY)

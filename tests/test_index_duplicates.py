@@ -152,6 +152,12 @@ def test_pictures_without_thumbnails_are_found_if_equal_and_frames_are_left_out(
     }
 
 
+def test_an_index_in_milvus_is_refused_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["index", "duplicates", "milvus://h:1/c"])
+    assert "this command is for folders" in capsys.readouterr().err
+
+
 def test_pairs_of_different_blocks_are_found(tmp_path: Path, find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
     angles = np.array([0, 90, 180, 270, 1, 91, 181, 2, 45]) * np.pi / 180
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)

@@ -17,6 +17,7 @@ from cn_clip.demo import emoji
 from cn_clip.index import clips
 from cn_clip.index.live_photos import other_halves
 from cn_clip.retrieval.store import open_index
+from cn_clip.retrieval.writer import IndexWriter
 
 MODEL = ("--model", "Emoji-Tiny", "--num-threads", "1")
 EMOJI = emoji.load("twemoji")
@@ -185,10 +186,19 @@ def test_a_moved_folder_and_a_table_cost_no_reading(
 ) -> None:
     build()
     table = tmp_path / "t.csv"
-    table.write_text("image,text,group\nb.mp4,跳舞,a\n")
+    table.write_text("image,text,group\nb.mp4,跳舞,a\n旅行/c d.MOV,海,b\n")
     del reads[:]
-    result = build("--metadata", table)
-    assert (result["reused"], result["unmatched_rows"]) == (1, 0)
+    sizes, commit = list[int](), IndexWriter.commit
+
+    def counting(writer: IndexWriter, items: Any = (), *given: Any, **more: Any) -> None:
+        sizes.append(len(items))
+        commit(writer, items, *given, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IndexWriter, "commit", counting)
+        result = build("--metadata", table, "--commit-every", 1)
+    assert (result["reused"], result["unmatched_rows"]) == (2, 0)
+    assert max(sizes) == 3  # of one video, not of all
     index = open_index(tmp_path / "i")
     for frame in FRAMES[:3]:
         assert (index.metadata(frame)["caption"], index.metadata(frame)["group"]) == ("跳舞", "a")

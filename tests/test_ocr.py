@@ -52,6 +52,30 @@ def test_words_are_read_in_silence(reader: ocr.Reader, capfd: pytest.CaptureFixt
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_picture_stays_as_it_was_and_an_engine_that_cannot_be_made_keeps_no_thread_waiting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Package:
+        __file__ = str(tmp_path / "rapidocr.py")
+        failures = 9
+
+        def RapidOCR(self, params: object) -> Any:  # noqa: N802 - its name
+            self.failures -= 1
+            if self.failures >= 0:
+                raise MemoryError
+            return lambda pixels: None
+
+    (tmp_path / "models").mkdir()
+    for name in "abc":
+        (tmp_path / "models" / f"{name}.onnx").touch()
+    monkeypatch.setattr(ocr.extras, "require", lambda *given, **more: Package())
+    reader, image = ocr.Reader(), Image.new("RGB", (3000, 1000))
+    for _ in range(9):
+        with pytest.raises(MemoryError):
+            reader.read(image)
+    assert (reader.read(image), image.size) == ("", (3000, 1000))
+
+
 @pytest.mark.ocr
 def test_a_text_is_cut_to_its_bound(reader: ocr.Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ocr, "MAX_CHARS", 2)
@@ -161,6 +185,21 @@ def test_features_beside_pictures_leave_it_as_it_was_how_these_are_read(
     assert before is not None
     assert before.ocr
     assert before.upright
+
+
+def test_a_repair_does_not_keep_the_words_of_a_picture_that_was_replaced(
+    run: Run, pretend: PretendReader, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("build", "--ocr")
+    Image.new("RGB", (2000, 1000), "blue").save(folder / "red.jpg")
+    for path in (tmp_path / "i").glob("segment-*/vectors.npy"):
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(SystemExit):  # frames are lost until the next build
+        cli.main(["index", "check", str(tmp_path / "i"), "--repair"])
+    capsys.readouterr()
+    run("build")
+    assert texts(tmp_path / "i")["red.jpg"] == ""
 
 
 def test_ocr_and_no_ocr_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

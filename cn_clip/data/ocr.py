@@ -16,7 +16,7 @@ from cn_clip.processes import usable_cores
 
 logger = logging.getLogger(__name__)
 
-# A picture is read at this longest side: a page of a book stays legible, and it takes about half a second of a core.
+# A picture is read at this longest side: a page of a book stays legible.
 LONGEST_SIDE = 1280
 MAX_CHARS = 2000
 # No letter has fewer pixels; and no line of them is so much longer than high that this bound cuts it.
@@ -50,7 +50,7 @@ class Reader:
 
     def read(self, image: Image.Image) -> str:
         """The words of an upright picture on one line, as they are read from top to bottom; "" for none."""
-        small = in_8_bits(image)
+        small = in_8_bits(image).copy()
         small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         if min(small.size) < LEAST_SIDE:
             return ""
@@ -71,6 +71,7 @@ class Reader:
     def _taken(self) -> Any:
         with self._lock:
             if self._free.empty() and self._unmade:
-                self._unmade -= 1
-                return self._package.RapidOCR(params=dict(_SETTINGS))
+                made = self._package.RapidOCR(params=dict(_SETTINGS))
+                self._unmade -= 1  # only now: threads that wait for an engine would wait for ever
+                return made
         return self._free.get()

@@ -80,9 +80,11 @@ class Clips:
         ]
         self._open: dict[ItemId, _Open] = {}
         self._gone: list[ItemId] = []
+        # Those of which only what is known besides has changed.
+        self._same: list[Candidate] = []
 
     def decide(self, table: Table | None) -> list[Candidate]:
-        """The videos that are to be read; counts the others, and gives new metadata to frames of the same bytes."""
+        """The videos that are to be read; counts the others, but for those whose frames `add` gives new metadata."""
         run = self._run
         decision = decide(
             self._videos,
@@ -102,7 +104,7 @@ class Clips:
             same = ("size", "mtime_ns", "video_every")
             is_same = before.keys() >= set(run.needed) and before != {}
             if is_same and all(before.get(name) == video.metadata[name] for name in same):
-                self._renew(video)
+                self._same.append(video)
             else:
                 pending.append(video)
         return pending
@@ -110,9 +112,15 @@ class Clips:
     def add(self, pending: Sequence[Candidate]) -> None:
         """Reads, computes and commits; raises as `Ingest.add`, and like it ends at a signal."""
         run, stop, done = self._run, StopRequest(), self._run.summary.num_done
-        if not pending and not run.num_waiting:
+        if not pending and not self._same:
             return
-        with stop.noted(), run.progress.over(done + len(pending), done=done):
+        with stop.noted(), run.progress.over(done + len(self._same) + len(pending), done=done):
+            for video in self._same:
+                if stop.number is not None:
+                    break
+                self._renew(video)
+                if run.is_commit_due:
+                    self._commit()
             steps = self._computed(pending) if pending else iter(())
             while stop.number is None:
                 try:
@@ -138,6 +146,7 @@ class Clips:
             own = {name: one.metadata[name] for name in _OF_FRAME if name in one.metadata}
             run.keep([replace(one, metadata={**own, **video.metadata})])
         run.summary.reused += 1
+        run.progress.advance(1)
 
     def _computed(self, pending: Sequence[Candidate]) -> Iterator[tuple[list[_Step], Any]]:
         """Batches of steps with the vectors (B, D) of the frames among them."""

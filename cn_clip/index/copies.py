@@ -20,7 +20,8 @@ from PIL import Image
 
 from cn_clip.command import Speaker
 from cn_clip.data.pictures import open_picture
-from cn_clip.errors import DataError
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.retrieval.addresses import address_of
 from cn_clip.retrieval.segments import IntArray, ItemId
 from cn_clip.retrieval.store import Index, open_index
 from cn_clip.terminal import shown
@@ -80,8 +81,11 @@ class Group:
 
 
 def tell(options: "Options", say: Speaker) -> None:
-    """Prints the groups; raises DataError for an index that cannot be read."""
-    index = open_index(Path(options.index))
+    """Prints the groups; raises DataError for an index that cannot be read, ConfigError for an address of Milvus."""
+    folder = address_of(options.index)
+    if not isinstance(folder, Path):
+        raise ConfigError("the pictures of an index in Milvus are not compared; this command is for folders", at=folder)
+    index = open_index(folder)
     say.note(f"比较 {len(index)} 张图 / comparing {len(index)} pictures: {options.index}")
     search = Copies(index, options.min_cosine, options.max_distance)
     groups = sorted(search.groups(), key=lambda group: str(group.members[0].id))

@@ -221,7 +221,8 @@ class Ingest:
                 reason = f"cannot be read ({reason_of(error)})"
                 return _Refused(candidate, Skipped(candidate.id, reason, skips.UNREADABLE, is_gone=False))
             except (DataError, MissingExtraError, ValueError) as error:
-                kind = skips.kind_of(error, num_bytes=len(data))
+                size = candidate.metadata.get("size", len(data))  # nothing was read of one that is too large
+                kind = skips.kind_of(error, num_bytes=size)
                 return _Refused(candidate, Skipped(candidate.id, str(error), kind))
 
         decoded = decoded_batches(

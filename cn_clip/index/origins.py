@@ -36,7 +36,10 @@ class Origins:
             kept = {name: value for name, value in metadata.items() if name not in renewed}
             # An index of before has no such fields.
             name = facts.of_name(spelled(os.path.relpath(path, source)).replace(os.sep, "/")) if source else {}
-            dated = {**name, **kept, "size": there.st_size, "mtime_ns": there.st_mtime_ns}
+            now = {"size": there.st_size, "mtime_ns": there.st_mtime_ns}
+            if any(metadata.get(field) != value for field, value in now.items()):
+                kept.pop("text", None)  # the words of other bytes; the next build reads these
+            dated = {**name, **kept, **now}
             return None, Candidate(item_id, dated, partial(read_file, path), is_dated=True)
         if not isinstance(source, str) or path is not None:
             return None, None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cn_clip.command import Speaker
 from cn_clip.errors import CnClipError, ConfigError, DataError
+from cn_clip.index import skips
 from cn_clip.index.ingest import Ingest, Settings
 from cn_clip.index.jobs import Model
 from cn_clip.index.options import AddOptions
@@ -105,7 +106,8 @@ def repair(
         ingest = Ingest(writer, model.encoder, settings, Progress())
         ingest.keep(rescued.ready.values())
         ingest.read(rescued.pictures)
-        if away := next((one for one in ingest.summary.skipped if not one.is_gone), None):
+        not_now = (one for one in ingest.summary.skipped if not one.is_gone or one.kind.startswith(skips.WITHOUT))
+        if away := next(not_now, None):
             raise DataError(f"{shown(away.id)}: {away.reason}; {_UNCHANGED}")
         if names and keep_aside:
             result.aside = writer.keep_aside()
