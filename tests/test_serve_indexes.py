@@ -290,6 +290,13 @@ def test_the_file_of_an_item_is_given_whole_and_in_ranges(client: httpx.Client, 
     assert (past.status_code, past.headers["content-range"]) == (416, f"bytes */{len(data)}")
 
 
+def test_the_file_is_given_too_where_the_system_has_no_names_of_open_files(
+    client: httpx.Client, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(items, "_DESCRIPTORS", str(folder / "none"))
+    assert client.get("/v1/index/items/a%2Fold.jpg").content == (folder / "a/old.jpg").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

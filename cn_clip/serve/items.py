@@ -84,18 +84,20 @@ MEDIA_TYPES = {suffix: _TYPES.get(kind, OTHER) for kind, suffixes in SUFFIXES_OF
 _VIDEOS = {".mov": "quicktime", ".m4v": "mp4", ".mkv": "x-matroska", ".3gp": "3gpp", ".3g2": "3gpp2", ".mpg": "mpeg"}
 _VIDEOS |= {".mts": "mp2t", ".m2ts": "mp2t", ".avi": "x-msvideo", ".wmv": "x-ms-wmv"}
 MEDIA_TYPES |= {suffix: f"video/{_VIDEOS.get(suffix, suffix[1:])}" for suffix in VIDEO_SUFFIXES}
+# Where an open file can be opened again by its number; Windows has no such names.
+_DESCRIPTORS = "/dev/fd"
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 
 
 class Original:
     """An open file of an item. `close` is called at the latest when nobody has it any more."""
 
-    def __init__(self, descriptor: int, name: str) -> None:
+    def __init__(self, descriptor: int, path: str, name: str) -> None:
         self.close = weakref.finalize(self, os.close, descriptor)
         self.name, self.facts = readable(name), os.fstat(descriptor)
         self.media_type = _media_type(name, descriptor)
-        # Opened again by this name it is the same file, whatever its folder has under the old name by then.
-        self.path = f"/dev/fd/{descriptor}"
+        # Opened again by its number it is the same file, whatever its folder has under the old name by then.
+        self.path = f"{_DESCRIPTORS}/{descriptor}" if os.path.isdir(_DESCRIPTORS) else path
         # Of the JPEG that is made of it.
         self.jpeg_etag = f'"{self.facts.st_mtime_ns:x}-{self.facts.st_size:x}-jpeg"'
         self._descriptor = descriptor
@@ -104,7 +106,6 @@ class Original:
         """The bytes of a picture, once, then it is closed; raises RefusalError (400) for more than an index takes."""
         try:
             with open(self._descriptor, "rb", closefd=False) as stream:
-                stream.seek(0)  # past what was read to know its kind
                 data = stream.read(LARGEST_PICTURE + 1)
         except OSError as error:
             raise _no_original("its file cannot be read") from error
@@ -142,7 +143,7 @@ def open_original(metadata: Mapping[str, Any]) -> Original:
         descriptor = _open_below(source, os.path.relpath(path, source).split(os.sep))
     except (OSError, ValueError) as error:
         raise _no_original("its file is not there any more, or cannot be read") from error
-    found = Original(descriptor, name)
+    found = Original(descriptor, path, name)
     if not stat.S_ISREG(found.facts.st_mode) or not found.media_type:
         raise _no_original("its file is not a picture or a video any more")
     return found
@@ -167,7 +168,9 @@ def _media_type(name: str, descriptor: int) -> str:
     if suffix := suffix_of(name):
         return MEDIA_TYPES.get(suffix, "")
     with contextlib.suppress(OSError):  # a folder
-        return OTHER if begins_as_picture(os.read(descriptor, HEAD_BYTES)) else ""
+        head = os.read(descriptor, HEAD_BYTES)
+        os.lseek(descriptor, 0, os.SEEK_SET)  # on macOS, the file opened again goes on from there
+        return OTHER if begins_as_picture(head) else ""
     return ""
 
 
