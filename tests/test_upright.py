@@ -3,6 +3,7 @@
 import io
 import json
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from cn_clip.clip.transforms import ImageTransform
 from cn_clip.emoji_pack import load
 from cn_clip.features.files import write_features
 from cn_clip.index import jobs
+from cn_clip.index.searching import renewal_hint
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.manifest import PictureFacts
 from cn_clip.retrieval.store import open_index
@@ -238,6 +240,9 @@ def test_an_old_index_says_how_it_is_renewed_and_that_computes_what_was_sideways
     (hint,) = [line for line in capsys.readouterr().out.splitlines() if "--renew" in line]
     command = shlex.split(hint[hint.index("cn-clip index build") :])[1:]
     assert command == ["index", "build", str(photos), "--output", str(old), "--renew"]
+    words = PictureFacts(ocr=True)  # as --ocr notes it
+    assert renewal_hint(words, str(photos), old) == renewal_hint(None, str(photos), old) == hint
+    assert renewal_hint(replace(words, upright=True), str(photos), old) == ""
     cli.main([*command, "--json"])
     done = json.loads(capsys.readouterr().out)
     # 12 pictures, of which numbers 0 and 8 lie as they are seen.
@@ -250,6 +255,22 @@ def test_an_old_index_says_how_it_is_renewed_and_that_computes_what_was_sideways
         assert renewed.metadata(one) == fresh.metadata(one)
     cli.main([*command, "--json"])
     assert json.loads(capsys.readouterr().out)["num_items"] == 12
+
+
+def test_equal_pictures_are_renewed_alike(
+    photos: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, index = tmp_path / "p", tmp_path / "i"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        shutil.copy(photos / "05.png", folder / name)
+    command = ["index", "build", str(folder), "--output", str(index), *MODEL]
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "NEW_PICTURES", PictureFacts())
+        cli.main(command)
+    cli.main([*command, "--renew", "--batch-size", "1"])
+    for one in ("a.png", "b.png", "c.png"):
+        np.testing.assert_allclose(open_index(index).vector(one), open_index(built).vector("05.png"), atol=1e-5)
 
 
 def test_another_way_of_decoding_computes_all_again_and_without_renew_is_refused(

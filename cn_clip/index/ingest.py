@@ -84,7 +84,8 @@ class Summary:
 class _Prepared:
     """A picture that was read. known: its vector was there when it was read, so that it was not decoded.
 
-    facts: what the picture says of itself; what is known of the candidate goes before it.
+    facts: what the picture says of itself; what is known of the candidate goes before it. is_outdated: the vector that
+    was there is of the picture as it was seen before.
     """
 
     candidate: Candidate
@@ -93,6 +94,7 @@ class _Prepared:
     known: bool
     facts: Mapping[str, Any]
     thumbnail: bytes
+    is_outdated: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,9 +207,8 @@ class Ingest:
             try:
                 data = candidate.read()
                 digest = hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
-                if digest in self._owners and self.is_outdated(data):
-                    self._owners.pop(digest, None)
-                if digest in self._owners:
+                is_outdated = digest in self._owners and self.is_outdated(data)
+                if digest in self._owners and not is_outdated:
                     return _Prepared(
                         candidate, data, digest, True, facts.of_bytes(data) | self._words(data, digest), b""
                     )
@@ -216,7 +217,7 @@ class Ingest:
                 if skipped := skips.too_small(candidate.id, found, self.settings.min_size):
                     return _Refused(candidate, skipped)
                 write_pixels(encoder.transform, image, out)
-                return _Prepared(candidate, b"", digest, False, found, self.thumbnail(image))
+                return _Prepared(candidate, b"", digest, False, found, self.thumbnail(image), is_outdated)
             except OSError as error:
                 reason = f"cannot be read ({reason_of(error)})"
                 return _Refused(candidate, Skipped(candidate.id, reason, skips.UNREADABLE, is_gone=False))
@@ -344,7 +345,7 @@ class Ingest:
         return {"text": self.reader.read(open_picture(data, LONGEST_SIDE, upright=True))}
 
     def _is_owned(self, one: _Prepared | _Refused) -> TypeGuard[_Prepared]:
-        return isinstance(one, _Prepared) and one.digest in self._owners
+        return isinstance(one, _Prepared) and one.digest in self._owners and not one.is_outdated
 
     def _renamed(self, one: _Prepared) -> _Prepared:
         """A new picture with what was known of the one that is gone and had the same bytes, if there is one."""

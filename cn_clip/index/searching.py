@@ -59,7 +59,8 @@ def seen_as(chosen: Choice, pictures: PictureFacts | None) -> Choice:
 
 def renewal_hint(pictures: PictureFacts | None, source: str, address: object) -> str:
     """How to renew an index from before pictures were seen upright, in one sentence; "" for any other."""
-    if pictures is not None or not source or source.endswith(FEATURE_SUFFIXES):
+    is_old = pictures is None or (pictures.ocr and not pictures.upright)  # whose words were read since
+    if not is_old or not source or source.endswith(FEATURE_SUFFIXES):
         return ""
     command = f"cn-clip index build {shlex.quote(source)} --output {shlex.quote(str(address))} --renew"
     return (
