@@ -123,6 +123,25 @@ def test_an_interrupted_run_keeps_what_it_has_computed_and_goes_on(
     assert result["interrupted"] is False
 
 
+def test_an_interrupted_run_over_a_folder_that_moved_forgets_nothing_of_the_old_one(
+    tmp_path: Path,
+    command: Command,
+    capsys: pytest.CaptureFixture[str],
+    signal_at_batch: Callable[[int, int], None],
+) -> None:
+    folder, index = write_pictures(tmp_path / "pictures", range(12)), tmp_path / "i"
+    command("index", "build", folder, "--output", index, *SMALL)
+    moved = folder.rename(tmp_path / "moved")
+    (moved / name(0)).unlink()
+    write_pictures(moved, range(12, 24))
+    signal_at_batch(signal.SIGINT, 2)
+    args = ["index", "build", str(moved), "--output", str(index), *SMALL]
+    with pytest.raises(SystemExit, match=r"^130$"):
+        cli.main(args)
+    capsys.readouterr()
+    assert command(*args)["removed"] == [name(0)]
+
+
 # --- what is passed over
 
 

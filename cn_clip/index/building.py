@@ -10,7 +10,7 @@ from cn_clip.errors import ConfigError, DataError
 from cn_clip.index import skips
 from cn_clip.index.clips import Clips
 from cn_clip.index.ingest import Ingest, Settings, Summary
-from cn_clip.index.jobs import Job, Model, changing, job_of
+from cn_clip.index.jobs import Job, Model, changing, finish, job_of
 from cn_clip.index.options import SourceOptions
 from cn_clip.index.progress import Progress
 from cn_clip.index.renewing import Renewal
@@ -74,8 +74,10 @@ def update(options: SourceOptions, job: Job, say: Speaker, *, model: Model | Non
         if renewal is not None and ingest.summary.signal is None:
             renewal.end(writer)
             say(renewal.told())
-        if job.is_sync and not job.keep_missing and ingest.summary.signal is None:
-            ingest.prune(moved_from, files, with_folders=job.prune or job.replace_source)
+        if ingest.summary.signal is None:  # else the next run is to know the source that the items are still of
+            if job.is_sync and not job.keep_missing:
+                ingest.prune(moved_from, files, with_folders=job.prune or job.replace_source)
+            finish(writer, job, source.name, pictures)
     names = {str(one).removeprefix(source.id_prefix) for one in ids}
     unmatched = sum(str(key) not in names for key in table or ())
     say_summary(ingest.summary, writer, job, say, unmatched=unmatched, links=source.links)

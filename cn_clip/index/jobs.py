@@ -135,7 +135,7 @@ class Model:
 def changing(
     job: Job, model: ModelInfo, embed_dim: int, name: str, ids: Sequence[ItemId], pictures: PictureFacts | None = None
 ) -> Iterator[Writer]:
-    """The index, new or as it is, opened for changing it; at the end it notes its source and brings up its graph.
+    """The index, new or as it is, opened for changing it; `finish` is for the end.
 
     embed_dim: of the vectors to be added; name, ids: of their source; pictures: of a new index, and of others whether
     words are read; None: vectors come without pictures. Raises ConfigError for another model, and if items of other
@@ -176,9 +176,16 @@ def changing(
                     at=job.address,
                 )
         yield writer
-        seen = writer.manifest.pictures
-        given = None
-        if pictures is not None and pictures.ocr != (seen is not None and seen.ocr):
-            given = replace(seen or PictureFacts(), ocr=pictures.ocr)
-        writer.describe(engine=job.engine, source=name if job.is_sync else writer.manifest.source, pictures=given)
-        writer.finish()
+
+
+def finish(writer: Writer, job: Job, name: str, pictures: PictureFacts | None = None) -> None:
+    """Notes in the index what a run over all of the source `name` has made of it, and brings up its graph.
+
+    pictures: as of `changing`.
+    """
+    seen = writer.manifest.pictures
+    given = None
+    if pictures is not None and pictures.ocr != (seen is not None and seen.ocr):
+        given = replace(seen or PictureFacts(), ocr=pictures.ocr)
+    writer.describe(engine=job.engine, source=name if job.is_sync else writer.manifest.source, pictures=given)
+    writer.finish()

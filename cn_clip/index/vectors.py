@@ -12,7 +12,7 @@ from cn_clip.features.files import read_features
 from cn_clip.features.rows import Features
 from cn_clip.index.deciding import parted
 from cn_clip.index.ingest import Summary
-from cn_clip.index.jobs import Job, Model, changing
+from cn_clip.index.jobs import Job, Model, changing, finish
 from cn_clip.index.options import SourceOptions
 from cn_clip.index.progress import Progress
 from cn_clip.index.sources import OWN_FIELDS, Table, refuse_excludes, row_of
@@ -70,6 +70,7 @@ def add_features(options: SourceOptions, job: Job, model: Model, table: Table | 
                 if one not in wanted and metadata.get("source") in (name, before)
             ]
             writer.commit(remove=summary.removed)
+        finish(writer, job, name)
     say_summary(summary, writer, job, say)
 
 
