@@ -1,6 +1,5 @@
 """What all test files share, to be quick: their order, and the shortcuts that are taken unless a test forgoes them."""
 
-import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,24 +18,17 @@ from cn_clip.training import curves
 LONGEST = ("docs", "training_resume", "training_state", "tensorrt", "coreml", "serve_command", "faulty_paths", "demo")
 LONGEST += ("platforms", "bench", "export_cache", "training_options", "training_command", "distributed", "cli", "page")
 LONGEST += ("export", "search_command", "precision", "backends", "extract_features", "extract_backends")
-# These name OpenVINO and load it in other processes, if at all.
-WITHOUT_OPENVINO = ("docs", "processes", "light_modules")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that load OpenVINO last, the longest first; within a file, and among the others, as they were found.
-
-    With OpenVINO 2026.4, a process that has used it and forks later may crash: no other file comes after these.
-    """
+    """The longest files first; within a file, and among the others, as they were found."""
     items.sort(key=lambda item: order_of(item.path))
 
 
-@functools.cache
-def order_of(path: Path) -> tuple[bool, int]:
-    """Whether a file loads OpenVINO, and its number among the longest; the others are alike."""
+def order_of(path: Path) -> int:
+    """The number of a file among the longest; the others are alike."""
     name = path.stem.removeprefix("test_")
-    loads = name not in WITHOUT_OPENVINO and "openvino" in path.read_text(encoding="utf-8").lower()
-    return loads, LONGEST.index(name) if name in LONGEST else len(LONGEST)
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 @pytest.fixture(scope="session", autouse=True)
