@@ -44,7 +44,9 @@ def test_every_command_makes_the_same_choice_of_the_same_flags(options: type[Mod
     asked = ["--model", "Emoji-Tiny", "--backend", "onnx", "--precision", "fp32", "--device", "cpu"]
     asked += ["--num-threads", "2", "--download-root", "models"]
     chosen = parse(options, [*COMMANDS[options], *asked]).chosen
-    assert chosen == Choice("Emoji-Tiny", None, None, "onnx", "fp32", "cpu", 2, "models")
+    # Of an index, the pictures are decoded as it says, where nothing else is asked for.
+    decode = None if options in (build.Options, add.Options, search.Options, serve.Options) else "exact"
+    assert chosen == Choice("Emoji-Tiny", None, None, "onnx", "fp32", "cpu", 2, "models", decode=decode)
 
 
 def test_amp_is_float32_and_the_usual_model_is_taken_where_none_is_named() -> None:

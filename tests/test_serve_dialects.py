@@ -336,3 +336,8 @@ def test_what_cannot_be_ranked(client: httpx.Client, fields: Any, message: str, 
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
     assert answer.json()["error"]["param"] == param
+
+
+def test_fields_without_a_name_are_told_too(client: httpx.Client) -> None:
+    answer = client.post("/v1/embeddings", json={"model": "tiny", "input": "猫", "猫": 1, "": 2})
+    assert answer.headers["x-ignored-fields"] == '%E7%8C%AB, ""'

@@ -120,6 +120,7 @@ def test_an_orientation_that_cannot_be_is_passed_over(lie: int) -> None:
     np.testing.assert_array_equal(np.asarray(decode(data, upright=True)), LEVELS)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning", "ignore:.*[Tt]ag.*:UserWarning")
 @settings(deadline=None, max_examples=60)
 @given(at=st.lists(st.tuples(st.integers(6, 60), st.integers(0, 255)), max_size=6), end=st.integers(0, 80))
 def test_damaged_exif_never_costs_the_picture(at: list[tuple[int, int]], end: int) -> None:

@@ -102,7 +102,8 @@ _MOST_NAMES, _MOST_CHARS = 32, 80
 
 def ignored_header(names: Iterable[str]) -> dict[str, str]:
     """The header that names the fields of a request which were not looked at; none without any."""
-    told = [quote(name[:_MOST_CHARS], errors="replace") for name in list(names)[:_MOST_NAMES]]
+    # An empty name as two quotes: a header that ended in a blank would not be sent.
+    told = [quote(name[:_MOST_CHARS], errors="replace") or '""' for name in list(names)[:_MOST_NAMES]]
     return {IGNORED_HEADER: ", ".join(told)} if told else {}
 
 
