@@ -3,6 +3,9 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -44,6 +47,16 @@ class StopRequest:
             yield
         finally:
             self._is_waiting = False
+
+    def until(self, steps: Iterator[T]) -> Iterator[T]:
+        """Each of `steps` until a signal comes; one that is waited for then is not given."""
+        while self.number is None:
+            try:
+                with self.waiting():
+                    one = next(steps)
+            except (StopIteration, StopWaiting):
+                return
+            yield one
 
     def _note(self, number: int, _frame: object) -> None:
         self.number = number

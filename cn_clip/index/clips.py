@@ -24,7 +24,7 @@ from cn_clip.index.skips import Skipped
 from cn_clip.index.sources import Candidate, Table, file_id
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.writer import NewItem
-from cn_clip.stopping import StopRequest, StopWaiting
+from cn_clip.stopping import StopRequest
 
 DEFAULT_EVERY = 10.0
 # What is alike for all frames of a video but the first, and what the index keeps of it.
@@ -122,14 +122,7 @@ class Clips:
                 if run.is_commit_due:
                     self._commit()
             steps = self._computed(pending) if pending else iter(())
-            while stop.number is None:
-                try:
-                    with stop.waiting():
-                        one = next(steps, None)
-                except StopWaiting:
-                    break
-                if one is None:
-                    break
+            for one in stop.until(steps):
                 self._take(*one)
                 if run.is_commit_due:
                     self._commit()

@@ -31,7 +31,7 @@ from cn_clip.index.sources import Candidate, Table, file_id
 from cn_clip.retrieval.addresses import Writer
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.writer import NewItem
-from cn_clip.stopping import StopRequest, StopWaiting
+from cn_clip.stopping import StopRequest
 
 # After so long, what was computed is committed though it is less than --commit-every.
 COMMIT_SECONDS = 20.0
@@ -186,16 +186,9 @@ class Ingest:
         stop = stop or StopRequest()
         batches = self._batches(pending)
         self._committed_at = time.monotonic()
-        while stop.number is None:
-            try:
-                with stop.waiting():
-                    one = next(batches, None)
-            except StopWaiting:
-                break
-            if one is None:
-                break
-            self._take(*one)
-            self.progress.advance(len(one[0]))
+        for batch, vectors in stop.until(batches):
+            self._take(batch, vectors)
+            self.progress.advance(len(batch))
             if self.is_commit_due:
                 self.commit()
 
