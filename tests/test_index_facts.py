@@ -15,8 +15,8 @@ from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import IFDRational
 
 from cn_clip import cli
+from cn_clip.data import facts
 from cn_clip.data.pictures import open_picture
-from cn_clip.index import facts
 from cn_clip.index.sources import FACTS
 from cn_clip.retrieval.store import open_index
 

@@ -24,9 +24,9 @@ from cn_clip.clip.orientation import full_size, upright
 from cn_clip.clip.picture_files import Head, TooManyPixelsError, look, num_decoded, opened_here
 from cn_clip.clip.picture_names import MOST_JPEG_PIXELS, MOST_PIXELS, format_of
 from cn_clip.clip.pictures import decode, open_picture, opened
+from cn_clip.data import facts
 from cn_clip.data.pictures import check_picture, shrunk
 from cn_clip.errors import DataError
-from cn_clip.index import facts
 from cn_clip.retrieval.store import open_index
 from cn_clip.serve.limits import Limits
 

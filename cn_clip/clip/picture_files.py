@@ -272,12 +272,12 @@ def _first_values(data: bytes, order: str, start: int) -> dict[int, list[int]]:
     """The whole numbers of a directory of TIFF data, by tag; of long lists the first few."""
     found = dict[int, list[int]]()
     (count,) = struct.unpack_from(order + "H", data, start)
-    for place in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
-        tag, kind, values = struct.unpack_from(order + "HHI", data, place)
+    for entry in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
+        tag, kind, values = struct.unpack_from(order + "HHI", data, entry)
         form = {3: "H", 4: "I", 13: "I"}.get(kind)
         if form is not None and tag in (_WIDTH, _HEIGHT, _PHOTOMETRIC, _INNER_PICTURES):
             num_bytes, values = struct.calcsize(form) * values, min(values, MAX_DIRECTORIES)
-            at = place + 8 if num_bytes <= 4 else struct.unpack_from(order + "I", data, place + 8)[0]
+            at = entry + 8 if num_bytes <= 4 else struct.unpack_from(order + "I", data, entry + 8)[0]
             found[tag] = list(struct.unpack_from(f"{order}{values}{form}", data, at))
         elif tag == _DNG_VERSION:
             found[tag] = []

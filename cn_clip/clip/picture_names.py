@@ -31,6 +31,8 @@ PICTURE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix 
 # Width times height of what is decoded; a JPEG may be decoded at a fraction of its own, and have more.
 MOST_PIXELS = 178_956_970
 MOST_JPEG_PIXELS = 500_000_000
+# Bytes of a file that is read from a disk.
+LARGEST_PICTURE = 256 << 20
 
 # What `data.videos` may find frames in.
 VIDEO_SUFFIXES = (

@@ -15,18 +15,22 @@ def thumbnail(image: Image.Image, size: int, largest: int | None = None) -> byte
     """A JPEG of at most `size` pixels a side, upright, on white; of fewer if it had more bytes than `largest`."""
     small = in_8_bits(image).copy()
     small.thumbnail((size, size))
-    small = upright(small)
-    if small.has_transparency_data:
-        paper = Image.new("RGBA", small.size, "white")
-        paper.alpha_composite(small.convert("RGBA"))
-        small = paper
-    small = small.convert("RGB")
+    small = on_white(upright(small))
     while True:
         stream = io.BytesIO()
         small.save(stream, "JPEG", quality=QUALITY)
         if largest is None or len(stream.getvalue()) <= largest:
             return stream.getvalue()
         small.thumbnail((small.width * 3 // 4 or 1, small.height * 3 // 4 or 1))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """The picture in RGB, white where it is transparent."""
+    if image.has_transparency_data:
+        paper = Image.new("RGBA", image.size, "white")
+        paper.alpha_composite(image.convert("RGBA"))
+        image = paper
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cn_clip import extras
+from cn_clip.clip.thumbnails import on_white
 from cn_clip.clip.transforms import in_8_bits
 from cn_clip.errors import DataError
 from cn_clip.processes import usable_cores
@@ -54,13 +55,9 @@ class Reader:
         small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         if min(small.size) < LEAST_SIDE:
             return ""
-        if small.has_transparency_data:
-            paper = Image.new("RGBA", small.size, "white")
-            paper.alpha_composite(small.convert("RGBA"))
-            small = paper
         engine = self._taken()
         try:
-            found = engine(np.ascontiguousarray(np.asarray(small.convert("RGB"))[:, :, ::-1]))
+            found = engine(np.ascontiguousarray(np.asarray(on_white(small))[:, :, ::-1]))
         except Exception as error:  # of OpenCV, ONNX Runtime and others, on shapes that they do not expect
             logger.warning("the words of a picture of %d x %d pixels are not read (%s)", *small.size, error)
             return ""

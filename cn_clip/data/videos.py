@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cn_clip import extras
+from cn_clip.data.facts import camera
 from cn_clip.errors import DataError
 
 Histogram: TypeAlias = NDArray[np.float64]
@@ -33,8 +34,6 @@ LONGEST_SIDE = 1024
 MAX_FRAMES, LEAST_SECONDS = 400, 1.0
 # By the clock, for one video, without the time that its frames are used elsewhere.
 MAX_SECONDS = 300.0
-# As of pictures.
-MAX_CAMERA_CHARS = 64
 # A damaged packet is passed over; so many of them in a row end the video.
 MAX_FAULTS = 100
 # Pixels of a frame at most: 8K is 33 million.
@@ -223,9 +222,7 @@ def _known(tags: Mapping[str, str]) -> dict[str, Any]:
         found["date"] = date
     for make, model in ((f"{apple}make", f"{apple}model"), ("com.android.manufacturer", "com.android.model")):
         if tags.get(model):
-            is_named = tags[model].startswith(tags.get(make, "\0"))
-            words = tags[model] if is_named else f"{tags.get(make, '')} {tags[model]}"
-            found["camera"] = " ".join(words.split())[:MAX_CAMERA_CHARS]
+            found["camera"] = camera(*(" ".join(tags.get(one, "").split()) for one in (make, model)))
     place = _PLACE.match(tags.get(f"{apple}location.ISO6709") or tags.get("location") or "")
     if place and abs(float(place[1])) <= 90 and abs(float(place[2])) <= 180:
         found["latitude"], found["longitude"] = float(place[1]), float(place[2])

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from cn_clip import command
-from cn_clip.index.options import IndexArgument, SourceOptions, with_store
+from cn_clip.index.options import IndexArgument, SourceOptions, execute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ def run(options: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    command.execute(run, Options, with_store(args))
+    execute(run, Options, args)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import tyro
 
-from cn_clip import command, settings, terminal
+from cn_clip import command, settings
 from cn_clip.errors import ConfigError
-from cn_clip.index.options import SourceOptions, with_store
+from cn_clip.index.options import SourceOptions, execute
 from cn_clip.retrieval.manifest import EngineName, VectorType
 from cn_clip.retrieval.milvus_collection import SCHEME, parse_address
 
@@ -59,9 +59,7 @@ def run(options: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    with terminal.ending(status=2):
-        given = with_store(args, "--output")
-    command.execute(run, Options, given)
+    execute(run, Options, args, "--output")
 
 
 if __name__ == "__main__":

@@ -178,17 +178,17 @@ class Copies:
                 if first == start:  # each pair once, and none with itself
                     scores_BB[np.tril_indices(len(scores_BB))] = -np.inf
                 one_P, other_P = np.nonzero(scores_BB >= self._min_cosine)
-                for place in range(0, len(one_P), PAIRS):
-                    part = slice(place, place + PAIRS)
+                for begin in range(0, len(one_P), PAIRS):
+                    part = slice(begin, begin + PAIRS)
                     yield rows_N[start + one_P[part]], rows_N[first + other_P[part]]
 
     def _distances(self, one_P: IntArray, other_P: IntArray) -> IntArray:
         """Bits (P,) in which the outlines differ; more than there are where a thumbnail is missing."""
-        rows, place_2P = np.unique(np.stack([one_P, other_P]), return_inverse=True)
+        rows, number_2P = np.unique(np.stack([one_P, other_P]), return_inverse=True)
         found = [self._outline(row) for row in rows.tolist()]
         known = np.array([bits is not None for bits in found], dtype=np.bool_)
         bits_NH = np.stack([np.zeros(2 * GRID * GRID, np.bool_) if bits is None else bits for bits in found])
-        one, other = place_2P.reshape(2, -1)
+        one, other = number_2P.reshape(2, -1)
         distance_P: IntArray = (bits_NH[one] != bits_NH[other]).sum(axis=1)
         distance_P[~(known[one] & known[other])] = 2 * GRID * GRID + 1
         return distance_P

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cn_clip.index import facts
+from cn_clip.data import facts
 from cn_clip.index.failures import Failures
 from cn_clip.index.skips import Skipped, too_small
 from cn_clip.index.sources import FACTS, OWN_FIELDS, TABLE_FIELDS, Candidate, Table, row_of

@@ -18,10 +18,11 @@ from cn_clip.clip.orientation import full_size
 from cn_clip.clip.pictures import decoded_batches
 from cn_clip.clip.thumbnails import thumbnail
 from cn_clip.clip.transforms import write_pixels
+from cn_clip.data import facts
 from cn_clip.data.ocr import LONGEST_SIDE, Reader
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import DataError, MissingExtraError, reason_of
-from cn_clip.index import facts, skips
+from cn_clip.index import skips
 from cn_clip.index.deciding import decide, parted
 from cn_clip.index.failures import Failures
 from cn_clip.index.progress import Progress
@@ -153,9 +154,14 @@ class Ingest:
         for item_id, metadata in self._known.items():
             if metadata.get("source") in moved_from and item_id not in there and "digest" in metadata:
                 self._gone.setdefault(metadata["digest"], []).append(item_id)
-        sizes = {"min_size": self.settings.min_size}
         decision = decide(
-            candidates, self._known, self.failures, table=table, id_prefix=id_prefix, needed=self.needed, **sizes
+            candidates,
+            self._known,
+            self.failures,
+            table=table,
+            id_prefix=id_prefix,
+            min_size=self.settings.min_size,
+            needed=self.needed,
         )
         self.summary.unchanged = decision.num_unchanged
         for candidate, skipped in decision.skipped:

@@ -1,18 +1,20 @@
 """The settings that several commands on indexes share."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, TypeAlias
+from typing import Annotated, TypeAlias, TypeVar
 
 import tyro
 
-from cn_clip import settings
+from cn_clip import command, settings, terminal
 from cn_clip.clip import choice
 from cn_clip.errors import ConfigError
 from cn_clip.option_types import BatchSize, Json, NumWorkers
 from cn_clip.retrieval.milvus_collection import GRAMMAR, SCHEME
 from cn_clip.settings import Range
+
+OptionsT = TypeVar("OptionsT")
 
 IndexArgument: TypeAlias = Annotated[
     tyro.conf.Positional[str],
@@ -46,6 +48,15 @@ def with_store(args: Sequence[str] | None, flag: str = "") -> list[str]:
     if not stores[-1].startswith(SCHEME):
         raise ConfigError(f"--store: {GRAMMAR}; got {stores[-1]}")
     return [flag, stores[-1], *kept]
+
+
+def execute(
+    run: Callable[[OptionsT], None], options: type[OptionsT], args: Sequence[str] | None, flag: str = ""
+) -> None:
+    """As `command.execute`, for a command line that may have `--store`; see `with_store`."""
+    with terminal.ending(status=2):
+        given = with_store(args, flag)
+    command.execute(run, options, given)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cn_clip.data import facts
 from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.data.paths import spelled
 from cn_clip.digests import is_file
 from cn_clip.features.files import read_features
-from cn_clip.index import facts
 from cn_clip.index.sources import PICTURE_FIELDS, TABLE_FIELDS, Candidate, is_feature_file, read_file
 from cn_clip.retrieval.segments import ItemId
 
@@ -30,10 +30,10 @@ class Origins:
         source, path = metadata.get("source"), metadata.get("path")
         if metadata.get("kind") == "video":  # the next build reads a video again that lacks a frame
             return None, None
+        renewed = set(PICTURE_FIELDS).difference(metadata.get(TABLE_FIELDS, ()))
+        kept = {name: value for name, value in metadata.items() if name not in renewed}
         if isinstance(path, str) and is_file(path):
             there = os.stat(path)
-            renewed = set(PICTURE_FIELDS).difference(metadata.get(TABLE_FIELDS, ()))
-            kept = {name: value for name, value in metadata.items() if name not in renewed}
             # An index of before has no such fields.
             name = facts.of_name(spelled(os.path.relpath(path, source)).replace(os.sep, "/")) if source else {}
             now = {"size": there.st_size, "mtime_ns": there.st_mtime_ns}
@@ -54,5 +54,5 @@ class Origins:
         if isinstance(opened, dict):
             return opened.get(item_id), None
         if isinstance(opened, ImageStore) and opened.base64(item_id) is not None:
-            return None, Candidate(item_id, metadata, partial(opened.picture, item_id), is_dated=False)
+            return None, Candidate(item_id, kept, partial(opened.picture, item_id), is_dated=False)
         return None, None

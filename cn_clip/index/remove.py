@@ -9,7 +9,7 @@ import tyro
 from cn_clip import command
 from cn_clip.data.paths import readable
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.index.options import IndexArgument, with_store
+from cn_clip.index.options import IndexArgument, execute
 from cn_clip.option_types import Json
 from cn_clip.terminal import shown
 
@@ -65,7 +65,7 @@ def run(options: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    command.execute(run, Options, with_store(args))
+    execute(run, Options, args)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Only what would be seen otherwise is computed again: turned pictures, or all whe
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
 
 from cn_clip.clip.orientation import orientation_of
 from cn_clip.clip.picture_names import HEAD_BYTES, format_of
@@ -13,7 +12,7 @@ from cn_clip.clip.pictures import opened
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.ingest import Ingest
 from cn_clip.index.origins import Origins
-from cn_clip.index.sources import PICTURE_FIELDS, TABLE_FIELDS, Candidate
+from cn_clip.index.sources import Candidate
 from cn_clip.retrieval.addresses import Writer
 from cn_clip.retrieval.manifest import PictureFacts
 
@@ -49,9 +48,7 @@ class Renewal:
             if picture is None:
                 self.num_gone += 1
                 continue
-            fresh = set(PICTURE_FIELDS).difference(metadata.get(TABLE_FIELDS, ()))
-            kept = {name: value for name, value in picture.metadata.items() if name not in fresh}
-            more.append(replace(picture, metadata=kept))
+            more.append(picture)
         if self.num_gone and not more and not pending:
             raise DataError(
                 f"none of the {self.num_gone} pictures is there any more: see that the disk is there", at=address

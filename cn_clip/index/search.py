@@ -9,7 +9,7 @@ import tyro
 
 from cn_clip import command, settings
 from cn_clip.errors import ConfigError
-from cn_clip.index.options import IndexArgument, ModelOptions, with_store
+from cn_clip.index.options import IndexArgument, ModelOptions, execute
 from cn_clip.settings import Range
 
 
@@ -61,7 +61,7 @@ def run(options: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    command.execute(run, Options, with_store(args))
+    execute(run, Options, args)
 
 
 if __name__ == "__main__":

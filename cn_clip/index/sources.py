@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from cn_clip.clip.picture_names import PICTURE_SUFFIXES, VIDEO_SUFFIXES, suffix_of
+from cn_clip.clip.picture_names import LARGEST_PICTURE, PICTURE_SUFFIXES, VIDEO_SUFFIXES, suffix_of
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
 from cn_clip.data.paths import spelled, walked
 from cn_clip.data.tables import csv_rows
@@ -23,7 +23,6 @@ from cn_clip.retrieval import manifest
 from cn_clip.retrieval.segments import ItemId, item_line
 
 FEATURE_SUFFIXES = (".jsonl", ".npz", ".parquet")
-LARGEST_PICTURE = 256 * 2**20
 CAPTION_COLUMN = "text"
 # Names those of `FACTS` that a table gave: these stay when the picture is read again without the table.
 TABLE_FIELDS = "table_fields"

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from cn_clip import command, terminal
+from cn_clip import command
 from cn_clip.errors import ConfigError
 from cn_clip.index import build
-from cn_clip.index.options import with_store
+from cn_clip.index.options import execute
 from cn_clip.settings import Range
 
 
@@ -40,9 +40,7 @@ def run(options: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    with terminal.ending(status=2):
-        given = with_store(args, "--output")
-    command.execute(run, Options, given)
+    execute(run, Options, args, "--output")
 
 
 if __name__ == "__main__":

@@ -257,8 +257,8 @@ class Index:
             if ordered is None:
                 ordered = self._orders[order] = self._ordered(order)
         chosen = ordered[allowed_N[ordered]]
-        places = (self.snapshot.rows.segment_of(position) for position in chosen[offset : offset + limit].tolist())
-        return len(chosen), [segment.item(row) for segment, row in places]
+        found = (self.snapshot.rows.segment_of(position) for position in chosen[offset : offset + limit].tolist())
+        return len(chosen), [segment.item(row) for segment, row in found]
 
     def _ordered(self, order: Order) -> IntArray:
         if order == "typical":

@@ -82,12 +82,12 @@ class WordTable:
 
 
 def fused(rankings: Sequence[Sequence[int]]) -> list[int]:
-    """One ranking of several: an item scores 1 / (60 + its place) in each that has it, places counted from 1.
+    """One ranking of several: an item scores 1 / (60 + its rank) in each that has it, ranks counted from 1.
 
     [7, 8, 9] and [9]: 9 scores 1/63 + 1/61, more than 7 with 1/61. Equal scores: as in the first ranking.
     """
     scores: dict[int, float] = {}
     for ranking in rankings:
-        for place, row in enumerate(ranking, start=1):
-            scores[row] = scores.get(row, 0.0) + 1 / (RANK_CONSTANT + place)
+        for rank, row in enumerate(ranking, start=1):
+            scores[row] = scores.get(row, 0.0) + 1 / (RANK_CONSTANT + rank)
     return sorted(scores, key=lambda row: -scores[row])

@@ -7,7 +7,7 @@ from fastapi.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
 from cn_clip.retrieval.listing import Order
-from cn_clip.serve.items import Original, Size, etag_of
+from cn_clip.serve.items import Original, Size, etag_of, is_known
 from cn_clip.serve.limits import MAX_K, MAX_NAME_CHARS, MAX_OFFSET, MAX_TEXT_CHARS
 from cn_clip.serve.schemas import ERRORS, IndexList, ItemList, SearchRequest, SearchResponse
 from cn_clip.serve.service import Service
@@ -53,7 +53,7 @@ def add_index_routes(app: FastAPI, service: Service) -> None:
         """A small picture of an item: of at most 160 pixels a side, of 320, or as it is kept."""
         data = await service.thumbnail(item_id, index)
         headers = {"ETag": etag_of(data, size), "Cache-Control": "private, no-cache"}
-        if headers["ETag"] in request.headers.get("if-none-match", ""):
+        if is_known(request, headers["ETag"]):
             return Response(status_code=304, headers=headers)
         small = await service.smaller(data, size, headers["ETag"])
         return Response(small, media_type="image/jpeg", headers=headers)
@@ -69,7 +69,7 @@ def add_index_routes(app: FastAPI, service: Service) -> None:
             return _File(found)
         found.check_picture()
         headers = {"ETag": found.jpeg_etag, "Cache-Control": "private, no-cache"}
-        if headers["ETag"] in request.headers.get("if-none-match", ""):
+        if is_known(request, headers["ETag"]):
             return Response(status_code=304, headers=headers)
         # Not closed here: a request that is given up may leave while its file is read.
         return Response(await service.runner.jpeg(found.read, "id"), media_type="image/jpeg", headers=headers)

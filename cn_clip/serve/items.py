@@ -12,11 +12,19 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-from cn_clip.clip.picture_names import HEAD_BYTES, SUFFIXES_OF, VIDEO_SUFFIXES, begins_as_picture, suffix_of
+from starlette.requests import Request
+
+from cn_clip.clip.picture_names import (
+    HEAD_BYTES,
+    LARGEST_PICTURE,
+    SUFFIXES_OF,
+    VIDEO_SUFFIXES,
+    begins_as_picture,
+    suffix_of,
+)
 from cn_clip.clip.pictures import opened
 from cn_clip.clip.thumbnails import QUALITY
 from cn_clip.data.paths import readable
-from cn_clip.index.sources import LARGEST_PICTURE
 from cn_clip.retrieval.conditions import ID_FIELDS
 from cn_clip.serve.schemas import RefusalError
 
@@ -47,6 +55,12 @@ SIDES: Mapping[Size, int | None] = {"small": 160, "medium": 320, "large": None}
 def etag_of(data: bytes, size: Size) -> str:
     """What tells a small picture from another."""
     return f'"{hashlib.blake2b(data, digest_size=12).hexdigest()}-{size}"'
+
+
+def is_known(request: Request, etag: str) -> bool:
+    """Whether the client has what bears this tag, so that the answer is 304."""
+    known = [one.strip().removeprefix("W/") for one in request.headers.get("if-none-match", "").split(",")]
+    return etag in known or known == ["*"]
 
 
 def made_smaller(data: bytes, size: Size) -> bytes:

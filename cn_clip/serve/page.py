@@ -9,6 +9,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request, Response
 
 from cn_clip.serve.gate import PAGE_PREFIX
+from cn_clip.serve.items import is_known
 from cn_clip.serve.schemas import RefusalError
 
 WEB = Path(__file__).with_name("web")
@@ -42,9 +43,9 @@ def mount(app: FastAPI) -> None:
             "ETag": etags[name],
             "Referrer-Policy": "same-origin",
         }
-        known = [one.strip().removeprefix("W/") for one in request.headers.get("if-none-match", "").split(",")]
-        is_known = etags[name] in known or known == ["*"]
-        return Response(None if is_known else files[name], 304 if is_known else 200, headers)
+        if is_known(request, etags[name]):
+            return Response(status_code=304, headers=headers)
+        return Response(files[name], headers=headers)
 
     methods = ["GET", "HEAD"]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from cn_clip.clip.backends.base import AnyPixels, Rows
-from cn_clip.index.sources import LARGEST_PICTURE
+from cn_clip.clip.picture_names import LARGEST_PICTURE
 from cn_clip.processes import usable_cores
 from cn_clip.serve.batching import Batcher, Metrics, Slots, joined
 from cn_clip.serve.limits import Limits

@@ -1,4 +1,4 @@
-"""What a picture and its name say of it, as fields of an item: date, camera, place, folder and file; `ingest` asks.
+"""What a picture and its name say of it, as fields of an item of an index: date, camera, place, folder and file.
 
 EXIF may hold anything: what is no date, no place on Earth or no word is left out.
 """
@@ -53,8 +53,8 @@ def of_picture(image: Image.Image) -> Facts:
     facts: Facts = {}
     if date := next(filter(None, dates), ""):
         facts["date"] = date
-    if camera := _camera(_text(main.get(ExifTags.Base.Make)), _text(main.get(ExifTags.Base.Model))):
-        facts["camera"] = camera
+    if taken_with := camera(_text(main.get(ExifTags.Base.Make)), _text(main.get(ExifTags.Base.Model))):
+        facts["camera"] = taken_with
     latitude = _degrees(place, ExifTags.GPS.GPSLatitude, "NS", 90)
     longitude = _degrees(place, ExifTags.GPS.GPSLongitude, "EW", 180)
     # Phones that do not know where they are write 0, 0, which is in the sea.
@@ -93,7 +93,7 @@ def _date(value: object) -> str:
     return date.date().isoformat()
 
 
-def _camera(make: str, model: str) -> str:
+def camera(make: str, model: str) -> str:
     """Apple, iPhone 13 -> Apple iPhone 13; NIKON CORPORATION, NIKON D750 -> NIKON D750."""
     names = {word.casefold() for word in make.split()}
     is_named = bool(model) and model.split()[0].casefold() in names
