@@ -53,7 +53,7 @@ class Watch:
             model="Emoji-Tiny",
             num_threads=1,
             num_workers=0,
-            settle=0.1,
+            settle=2.0 if poll else 0.1,
             poll=poll,
         )
         self.thread = threading.Thread(target=following.follow, args=(self.options, self.say))
@@ -118,6 +118,25 @@ def test_pictures_come_change_and_go(start: Callable[..., Watch], poll: bool) ->
     (watch.folder / "1.png").unlink()
     watch.wait(lambda: watch.ids() == ["0.png", "2.png", "3.png", "new/4.png"])
     watch.wait(lambda: watch.told(" items") >= 3 and "移除 / removed 1; 4 items" in watch.say.lines[-1])
+
+
+def test_a_change_within_the_second_of_another_is_seen_by_polling(start: Callable[..., Watch]) -> None:
+    """Polling compares the times of files in whole seconds: a picture may be found before the rest of it is written."""
+    watch = start(poll=True)
+    path = watch.folder / "4.png"
+
+    def draw(number: int, nanoseconds: int) -> None:
+        path.write_bytes(emoji.png(EMOJI[number]))
+        os.utime(path, ns=(1_700_000_000_000_000_000 + nanoseconds,) * 2)
+
+    draw(4, 0)
+    time.sleep(0.5)
+    draw(30, 900_000_000)
+    watch.wait(lambda: watch.ids() == [*FIRST, "4.png"])
+    found = open_index(watch.index).vector("4.png")
+    (watch.folder / "5.png").write_bytes(emoji.png(EMOJI[30]))
+    watch.wait(lambda: watch.ids() == [*FIRST, "4.png", "5.png"])
+    assert found.tolist() == pytest.approx(open_index(watch.index).vector("5.png").tolist(), abs=1e-5)
 
 
 def test_others_change_the_index_meanwhile_and_its_own_changes_wake_no_one(
@@ -196,6 +215,8 @@ def test_what_cannot_be_watched_is_refused(tmp_path: Path, monkeypatch: pytest.M
         following.follow(options, Listener())
     with pytest.raises(ConfigError, match=r"^--prune: is for one run; give it to cn-clip index build"):
         Options(source="a", output="i", prune=True)
+    with pytest.raises(ConfigError, match=r"^--settle 1: with --poll, .* expected at least 2$"):
+        Options(source="a", output="i", poll=True, settle=1)
 
     def require(*_: object, **__: object) -> object:
         raise MissingExtraError("cn-clip index watch needs the package `watchfiles`")

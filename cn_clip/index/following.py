@@ -110,9 +110,10 @@ class _Follower:
                 first, last = first or now, now
             if _identity(folder) != identity:
                 return
-            is_settled = first is not None and (now - last >= self.options.settle or now - first >= LONGEST_WAIT)
-            if is_settled or (self.failure and now - tried >= RETRY):
-                first = None
+            is_quiet = now - last >= self.options.settle
+            is_due = first is not None and (is_quiet or now - first >= LONGEST_WAIT)
+            if is_due or (self.failure and now - tried >= RETRY):
+                first = None if is_quiet else now  # whatever is read amid changes is read again after them
                 yield
                 tried = time.monotonic()
 

@@ -10,6 +10,10 @@ from cn_clip.index import build
 from cn_clip.index.options import execute
 from cn_clip.settings import Range
 
+# The least of --settle with --poll: a file that changes twice within what a file system takes for one moment (two
+# seconds at most, on FAT) is reported once, so that it may be read only when that moment is over.
+WHOLE_SECONDS = 2.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(build.Options):
@@ -19,12 +23,17 @@ class Options(build.Options):
     """
 
     settle: Annotated[float, Range(least=0.1, most=600)] = 2.0
-    """Seconds without a change after which the index is brought up"""
+    """Seconds without a change after which the index is brought up; at least 2 with --poll"""
     poll: bool = False
     """Look at the folder every few seconds instead of waiting for the system to tell; network drives need it"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.poll and self.settle < WHOLE_SECONDS:
+            raise ConfigError(
+                f"--settle {self.settle:g}: with --poll, which compares the times of files in whole seconds, "
+                f"expected at least {WHOLE_SECONDS:g}"
+            )
         for name in ("replace_source", "renew", "retry", "prune"):
             if getattr(self, name):
                 flag = f"--{name.replace('_', '-')}"
