@@ -23,7 +23,7 @@ class Options:
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
     """One of those that `cn-clip models` lists"""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
-    """Where from; modelscope needs pip install 'cn_clip[modelscope]'"""
+    """Where from; modelscope needs pip install 'cn-clip-next[modelscope]'"""
     download_root: Path = zoo.DOWNLOAD_ROOT
     """Folder of the file"""
     offline: bool = False

@@ -178,7 +178,7 @@ def test_adapters_on_nothing_are_refused() -> None:
 
 def test_without_peft_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(MissingExtraError, match=r"--lora-rank needs the package `peft`.*'cn_clip\[lora\]'"):
+    with pytest.raises(MissingExtraError, match=r"--lora-rank needs the package `peft`.*'cn-clip-next\[lora\]'"):
         adapt.add_lora(tiny_model(), 2)
 
 

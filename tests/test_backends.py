@@ -394,7 +394,7 @@ def test_a_missing_package_is_named_with_its_command(
     with pytest.raises(MissingExtraError) as caught:
         open_backend(tmp_path / "tiny", backend=backend)
     assert str(caught.value) == (
-        f"the {backend} backend needs the package `{module}`; install it with: pip install 'cn_clip[{extra}]'"
+        f"the {backend} backend needs the package `{module}`; install it with: pip install 'cn-clip-next[{extra}]'"
     )
 
 

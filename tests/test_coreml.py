@@ -192,7 +192,7 @@ def test_texts_longer_than_the_model_takes_are_refused(tmp_path: Path) -> None:
 
 def test_without_coremltools_the_pip_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "coremltools", None)
-    with pytest.raises(MissingExtraError, match=r"exporting to Core ML needs .* pip install 'cn_clip\[coreml\]'"):
+    with pytest.raises(MissingExtraError, match=r"exporting to Core ML needs .* pip install 'cn-clip-next\[coreml\]'"):
         write(tiny_model(), "text", tmp_path / "x.mlpackage")
 
 

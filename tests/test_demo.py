@@ -71,7 +71,7 @@ def test_without_steps_the_demo_measures_the_bundled_model_alone(tmp_path: Path)
     assert not (tmp_path / "experiments").exists()
     # The line that makes the index runs as it is printed, and the line that serves it names that index.
     install, build, serve = result.stderr.splitlines()[-3:]
-    assert install == f"{shlex.quote(sys.executable)} -m pip install 'cn_clip[page]'"
+    assert install == f"{shlex.quote(sys.executable)} -m pip install 'cn-clip-next[page]'"
     built = subprocess.run(["bash", "-c", build], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     index = open_index(shlex.split(serve)[-1])

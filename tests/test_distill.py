@@ -194,5 +194,5 @@ def test_a_failure_of_modelscope_is_told_in_one_line(
 
 def test_without_modelscope_the_install_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "modelscope", None)
-    with pytest.raises(MissingExtraError, match=r"from ModelScope needs .*pip install 'cn_clip\[modelscope\]'"):
+    with pytest.raises(MissingExtraError, match=r"from ModelScope needs .*pip install 'cn-clip-next\[modelscope\]'"):
         open_teacher(HUGE, "cpu")

@@ -28,7 +28,7 @@ def test_the_package_at_fault_is_named(
     with pytest.raises(MissingExtraError) as caught:
         extras.require("broken_extra", extra="page", purpose="the page")
     assert str(caught.value).startswith(f"the page needs the package {package}")
-    assert str(caught.value).endswith("; install it with: pip install 'cn_clip[page]'")
+    assert str(caught.value).endswith("; install it with: pip install 'cn-clip-next[page]'")
 
 
 def test_a_package_that_is_absent_is_named_without_its_modules() -> None:

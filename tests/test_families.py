@@ -366,7 +366,7 @@ def test_a_missing_package_is_named_with_its_command(
 ) -> None:
     folder = folders(kind)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(CnClipError, match=r"pip install 'cn_clip\[hf\]'"):
+    with pytest.raises(CnClipError, match=r"pip install 'cn-clip-next\[hf\]'"):
         Encoder(f"hf:{folder}")
 
 

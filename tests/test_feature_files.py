@@ -429,7 +429,7 @@ def test_the_content_decides_on_the_format_and_a_false_name_is_told(tmp_path: Pa
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "f.parquet", "parquet", [1, 2, 3], ROWS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'cn_clip\[parquet\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'cn-clip-next\[parquet\]'"):
         read_features(tmp_path / "f.parquet", "image_id")
 
 

@@ -243,5 +243,5 @@ def test_a_failure_of_modelscope_names_it(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_modelscope_absent_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "modelscope", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'cn_clip\[modelscope\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'cn-clip-next\[modelscope\]'"):
         hub.download(PUBLISHED, tmp_path, use_modelscope=True)

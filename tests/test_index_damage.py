@@ -424,13 +424,13 @@ def test_a_repair_without_the_package_that_a_picture_needs_loses_none(
     built: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*given: object, **options: object) -> None:
-        raise DataError("a HEIC picture needs: pip install 'cn_clip[photos]'")
+        raise DataError("a HEIC picture needs: pip install 'cn-clip-next[photos]'")
 
     flip(segment(built, 1) / "vectors.npy", 3000)
     with monkeypatch.context() as patch:
         patch.setattr(ingest, "open_picture", refuse)
         message = command("index", "check", built, "--repair", status=1)["error"]
-    assert "pip install 'cn_clip[photos]'; nothing was changed" in message
+    assert "pip install 'cn-clip-next[photos]'; nothing was changed" in message
     assert command("index", "check", built, "--repair")["num_lost"] == 0
 
 

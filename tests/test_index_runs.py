@@ -243,10 +243,12 @@ def test_a_format_that_needs_an_extra_is_counted_under_its_name_and_read_once_it
         patch.setitem(sys.modules, "pillow_heif", None)
         patch.setattr(importlib.metadata, "version", without)
         cli.main(args)
-        told = "未收录 / not indexed 2: 1 缺 cn_clip[photos] / without cn_clip[photos], 1 其他文件 / other files"
+        told = (
+            "未收录 / not indexed 2: 1 缺 cn-clip-next[photos] / without cn-clip-next[photos], 1 其他文件 / other files"
+        )
         out = capsys.readouterr().out
         assert told in out
-        assert "pip install 'cn_clip[photos]'" in out
+        assert "pip install 'cn-clip-next[photos]'" in out
         assert command(*args)["remembered"] == 1
     assert command(*args)["num_items"] == 2
 

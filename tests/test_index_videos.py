@@ -227,8 +227,8 @@ def test_without_av_pictures_are_indexed_and_videos_wait(
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "av", None)
         result = build()
-        assert (result["num_items"], result["skipped_by_reason"]) == (1, {"without cn_clip[video]": 2})
-        assert "pip install 'cn_clip[video]'" in result["skipped"][0]["reason"]
+        assert (result["num_items"], result["skipped_by_reason"]) == (1, {"without cn-clip-next[video]": 2})
+        assert "pip install 'cn-clip-next[video]'" in result["skipped"][0]["reason"]
     assert build()["num_items"] == 5
 
 

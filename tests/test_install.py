@@ -14,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from cn_clip import command
+from cn_clip import command, extras
 from cn_clip.serve.main import Options
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +26,25 @@ CONSTRAINTS = [
 ]
 # Torch releases on which the whole test suite passed; the range of the package ends after the newest.
 TESTED_TORCH = ("2.13.0", "2.14.1")
+
+
+# Where people are told what to install.
+TOLD = [
+    path
+    for pattern in (
+        "*",
+        "cn_clip/**/*",
+        "docs/**/*",
+        "examples/**/*",
+        "notebooks/*",
+        "run_scripts/*",
+        "tools/**/*",
+        "tests/*",
+    )
+    for path in sorted(ROOT.glob(pattern))
+    if path.suffix in (".py", ".md", ".json", ".toml", ".sh", ".txt", ".yaml", ".yml", ".ipynb", ".html", ".js", "")
+    and path.is_file()
+]
 
 
 def requirement(name: str) -> Requirement:
@@ -169,3 +188,41 @@ def test_the_wheel_holds_every_file_of_the_package() -> None:
     packed = {path for pattern in json.loads(given) for path in package.glob(pattern)}
     files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert files - packed == set()
+
+
+def test_the_registry_has_this_package_under_its_own_name() -> None:
+    (name,) = re.findall(r'^\[project\]\nname = "(.*)"$', PYPROJECT, re.MULTILINE)
+    assert name == extras.DISTRIBUTION
+    assert extras.install_command("onnx") == "pip install 'cn-clip-next[onnx]'"
+    assert extras.recommended(f"needs heif; {extras.install_command('photos')}; more") == "cn-clip-next[photos]"
+    assert extras.recommended("is damaged") is None
+
+
+def test_nobody_is_told_to_install_the_other_package_of_this_import_name() -> None:
+    wrong = re.compile(
+        r"""pip3? install [^\n`|&;]*?(?<![\w.-])cn[_-]clip(?!-next|[\w]|==1\.)|cn[\\]?[_-]clip\[[a-z.{]"""
+    )
+    assert wrong.search("pip install -U 'cn_clip[onnx]'")
+    assert wrong.search("pip install cn-clip")
+    assert wrong.search("缺 cn_clip[photos]")
+    assert not wrong.search("pip install cn_clip==1.6.0; pip install 'cn-clip-next[onnx]'; pip uninstall cn_clip")
+    assert len(TOLD) > 300
+    found = [
+        f"{path.relative_to(ROOT)}: {one[0]}"
+        for path in TOLD
+        if path != Path(__file__)
+        for one in wrong.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+def test_every_extra_that_is_recommended_exists() -> None:
+    known = set(re.findall(r"^([a-z-]+) = \[", PYPROJECT, re.MULTILINE))
+    named = {
+        extra
+        for path in TOLD
+        for listed in re.findall(r"cn-clip-next\[([a-z,-]+)\]|-e '\.\[([a-z,-]+)\]'", path.read_text(encoding="utf-8"))
+        for extra in ",".join(filter(None, listed)).split(",")
+    }
+    assert {"onnx", "photos", "lora"} <= named
+    assert named - known == set()

@@ -158,7 +158,7 @@ def test_without_the_package_the_command_that_installs_it_is_said(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pymilvus", None)
-    assert "pip install 'cn_clip[milvus]'" in run("index", "info", "--store", "milvus://localhost/c", fails=True)
+    assert "pip install 'cn-clip-next[milvus]'" in run("index", "info", "--store", "milvus://localhost/c", fails=True)
 
 
 # --- commands

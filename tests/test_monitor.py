@@ -227,7 +227,7 @@ def test_without_matplotlib_one_line_says_how_to_get_it_and_the_run_goes_on(
     with caplog.at_level(logging.INFO, logger="cn_clip"), Monitor(tmp_path, start_step=0, tensorboard=False) as run:
         run.validation(0, {"loss": 4.0})
         run.validation(1, {"loss": 4.0})
-    (message,) = [record for record in caplog.records if "pip install 'cn_clip[plot]'" in record.getMessage()]
+    (message,) = [record for record in caplog.records if "pip install 'cn-clip-next[plot]'" in record.getMessage()]
     assert message.levelno == logging.INFO
     assert steps(tmp_path, "valid") == [0, 1]
 
@@ -265,7 +265,7 @@ def test_without_tensorboard_the_install_command_is_told_before_anything_is_writ
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    with pytest.raises(MissingExtraError, match=r"--report-to tensorboard needs .*'cn_clip\[tensorboard\]'"):
+    with pytest.raises(MissingExtraError, match=r"--report-to tensorboard needs .*'cn-clip-next\[tensorboard\]'"):
         Monitor(tmp_path, start_step=0, tensorboard=True)
     assert list(tmp_path.iterdir()) == []
 

@@ -147,12 +147,12 @@ def test_a_heic_or_raw_without_its_package_names_what_to_install(
     cli.main(["index", "build", str(photos), "--output", str(tmp_path / "i"), *MODEL, "--json"])
     skipped = {one["id"]: one["reason"] for one in json.loads(capsys.readouterr().out)["skipped"]}
     assert sorted(skipped) == ["c.heic", "f.dng", "g.DNG"]
-    assert all("pip install 'cn_clip[photos]'" in one for one in skipped.values())
+    assert all("pip install 'cn-clip-next[photos]'" in one for one in skipped.values())
     with served(Encoder("Emoji-Tiny", device="cpu")) as address:
         body = {"model": "tiny", "input": {"image": data_url((photos / "c.heic").read_bytes())}}
         answer = httpx.post(f"{address}/v1/embeddings", json=body)
     assert answer.status_code == 400
-    assert "pip install 'cn_clip[photos]'" in answer.json()["error"]["message"]
+    assert "pip install 'cn-clip-next[photos]'" in answer.json()["error"]["message"]
     decoding._end()
 
 

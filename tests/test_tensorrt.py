@@ -424,7 +424,7 @@ def test_every_door_names_the_package_where_the_provider_is_missing(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     sentence = (
         "the tensorrt backend needs the package `onnxruntime-gpu`: the ONNX Runtime that is installed has no TensorRT "
-        "provider; install it with: pip uninstall onnxruntime && pip install 'cn_clip[tensorrt]'"
+        "provider; install it with: pip uninstall onnxruntime && pip install 'cn-clip-next[tensorrt]'"
     )
     for door in (
         lambda: Encoder("Emoji-Tiny", backend="tensorrt", precision="fp16"),

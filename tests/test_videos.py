@@ -199,5 +199,5 @@ def test_damage_in_the_middle_of_a_video_costs_the_frames_that_it_hits(tmp_path:
 def test_without_av_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", [RED])
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'cn_clip\[video\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'cn-clip-next\[video\]'"):
         next(videos.frames(path, 10))

@@ -42,7 +42,7 @@ EOF"""
 PAGE = """
 在浏览器里搜这些图片 / search these pictures in a browser, at http://127.0.0.1:8000:
 
-{python} -m pip install 'cn_clip[page]'
+{python} -m pip install 'cn-clip-next[page]'
 {python} -m cn_clip index build {pictures} --output {index} --model Emoji-Tiny
 {python} -m cn_clip serve {index}"""
 

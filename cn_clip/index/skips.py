@@ -1,11 +1,11 @@
 """Why files of a source are not in the index: the reasons, in the order in which they are told, and their counts."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cn_clip import extras
 from cn_clip.retrieval.segments import ItemId
 
 DAMAGED, EMPTY, UNREADABLE, SPECIAL = "damaged", "empty", "unreadable", "special"
@@ -70,8 +70,8 @@ def too_small(item_id: ItemId, facts: Mapping[str, Any], min_size: int) -> Skipp
 def kind_of(error: Exception, *, num_bytes: int) -> str:
     """Of a picture of so many bytes that was not decoded."""
     # By the words: errors come from a process of its own, which hands on nothing else.
-    if extra := re.search(r"pip install '(cn_clip\[[\w-]+\])'", str(error)):
-        return WITHOUT + extra[1]
+    if missing := extras.recommended(str(error)):
+        return WITHOUT + missing
     return DAMAGED if num_bytes else EMPTY
 
 

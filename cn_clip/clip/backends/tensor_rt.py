@@ -35,7 +35,7 @@ from cn_clip.errors import (
     first_sentence,
     lacked_memory,
 )
-from cn_clip.extras import require
+from cn_clip.extras import install_command, require
 from cn_clip.files import HeldFolder
 
 TOOL = "python cn_clip/deploy/onnx_to_tensorrt.py"
@@ -111,7 +111,7 @@ def device_of(device: object) -> str:
     if PROVIDERS["tensorrt"] not in runtime.get_available_providers():
         raise MissingExtraError(
             "the tensorrt backend needs the package `onnxruntime-gpu`: the ONNX Runtime that is installed has no "
-            "TensorRT provider; install it with: pip uninstall onnxruntime && pip install 'cn_clip[tensorrt]'"
+            f"TensorRT provider; install it with: pip uninstall onnxruntime && {install_command('tensorrt')}"
         )
     # The provider is linked to libraries that pip puts where the system does not look; once loaded, they are found.
     with contextlib.redirect_stdout(io.StringIO()):

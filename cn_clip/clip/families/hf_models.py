@@ -23,7 +23,7 @@ from cn_clip.clip.transforms import Decode, draft_side, in_8_bits
 from cn_clip.clip.weights.file_kinds import what_it_is
 from cn_clip.clip.weights.hf import CONFIG_FILE, read_json
 from cn_clip.errors import CheckpointError, CnClipError, MissingExtraError, first_sentence, reading
-from cn_clip.extras import require
+from cn_clip.extras import install_command, require
 
 _VISUAL_PARTS = ("vision_model.", "visual_projection.")
 
@@ -138,7 +138,7 @@ def open_folder(
     version = transformers.__version__
     if int(version.split(".")[0]) < 5:  # 4.57 fails on the texts of a ChineseCLIPModel, and has other processors
         raise MissingExtraError(
-            f"hf:{folder}: needs transformers 5, {version} is installed; install it with: pip install 'cn_clip[hf]'"
+            f"hf:{folder}: needs transformers 5, {version} is installed; install it with: {install_command('hf')}"
         )
     if (folder / "spiece.model").is_file():
         # Without it transformers 5 takes another tokenizer of the folder, which leaves out what SigLIP does to a text.
@@ -251,7 +251,7 @@ def _explained(transformers: Any, folder: Path) -> Iterator[None]:
         except ImportError as error:
             raise MissingExtraError(
                 f"{folder}: transformers lacks a package for it ({first_sentence(error)}); "
-                "install it with: pip install 'cn_clip[hf]'"
+                f"install it with: {install_command('hf')}"
             ) from error
         except Exception as error:
             for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
