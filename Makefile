@@ -27,7 +27,7 @@ help:
 	@echo "make test-compose  不用 Docker，跑一遍 Dockerfile 和 compose.yaml 的步骤 / the steps of both without Docker; installs 1.5 GB in a temporary venv"
 	@echo "make test-ray   需要 Ray 的测试 / tests that need ray"
 	@echo "make test-faults  损坏的文件、随时的终止、坏磁盘、恶意请求 / damaged files, kills, bad disks, hostile requests; SECONDS=1500"
-	@echo "make docs       建网站到 site/ / the documents as a site"
+	@echo "make docs       建中文网站到 site/，英文网站到 site/en/ / the documents as a site, English in site/en/"
 	@echo "make docs-cli   重新生成 docs/cli.md / writes docs/cli.md again, after options changed"
 	@echo "make test-notebook  运行笔记本 / runs the notebooks"
 	@echo "make notebook   运行笔记本，存下输出 / runs the notebooks and keeps what they print"
@@ -135,6 +135,7 @@ $(VENV)/.notebook: pyproject.toml $(CONSTRAINTS) | $(VENV)/.dev
 # With --quiet, --strict would not see the warnings.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file mkdocs.en.yml
 
 docs-cli: $(VENV)/.core
 	$(BIN)/python tools/build_cli_docs.py

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "README_En.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A page has one language; its English one holds the same commands, which tests run as the Chinese one writes them.
+CHINESE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ENGLISH = [ROOT / "README_En.md", *sorted((ROOT / "docs" / "en").glob("*.md"))]
 
 # Blocks that begin so set up a machine, or take minutes, or need what is not everywhere; only their syntax is checked.
 NOT_RUN = {
@@ -16,6 +18,11 @@ NOT_RUN = {
     "git clone": "安装 / installs",
     "# 需要": "需要别的软硬件 / needs other hardware or software",
 }
+
+
+def in_english(page: Path) -> Path:
+    """The English page of a Chinese one, whether or not it is there."""
+    return ROOT / "README_En.md" if page.name == "README.md" else page.parent / "en" / page.name
 
 
 class Block(NamedTuple):
@@ -50,15 +57,13 @@ def is_run(block: Block) -> bool:
 
 def runners() -> dict[str, list[str]]:
     """Ids of the tests that run the blocks of a document, by its name: those that take blocks and name the document."""
-    found: dict[str, list[str]] = {path.name: [] for path in DOCUMENTS}
+    found: dict[str, list[str]] = {path.name: [] for path in CHINESE}
     for file in sorted((ROOT / "tests").glob("test_*.py")):
         source = file.read_text(encoding="utf-8")
         for test, code in _tests(source):
             if re.search(r"\b(run_all\(|blocks\b)", code):
                 for name in set(re.findall(r'"([\w-]+\.md)"', code)) & found.keys():
                     found[name].append(f"tests/{file.name}::{test}")
-    # Both hold the same commands, as a test of their own makes sure.
-    found["README_En.md"] = found["README.md"]
     return found
 
 

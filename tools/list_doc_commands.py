@@ -1,5 +1,6 @@
 """Which test runs which command of the documents, as a Markdown table: `python tools/list_doc_commands.py`.
 
+English pages hold the same commands, and are not listed a second time.
 With `--print FILE WORD`, the first Python block of FILE that holds WORD.
 """
 
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from documents import DOCUMENTS, NOT_RUN, Block, blocks, is_command, is_run, runners
+from documents import CHINESE, NOT_RUN, Block, blocks, is_command, is_run, runners
 
 LONGEST = 60
 
@@ -25,7 +26,7 @@ def table() -> Iterator[str]:
     yield "| 位置 / where | 第一行 / first line | 运行它的测试 / run by |"
     yield "| --- | --- | --- |"
     tests = runners()
-    for path in DOCUMENTS:
+    for path in CHINESE:
         for block in filter(is_command, blocks(path)):
             first = block.headline.rstrip("\\ ").replace("|", "\\|")
             first = first if len(first) <= LONGEST else f"{first[: LONGEST - 1]}…"

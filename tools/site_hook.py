@@ -1,20 +1,27 @@
-"""What mkdocs.yml hangs into the building of the site: the repository's own layout, and nothing from other hosts.
+"""What mkdocs.yml hangs into the building of the two sites: the repository's own layout, and nothing from other hosts.
 
 A page lies in the site where its file lies in the repository, README.md being the home page. So one relative link is
-right on GitHub, in a checkout and in the site, and a fact needs one page only.
+right on GitHub, in a checkout and in the site, and a fact needs one page only. The English site lies in en/ of the
+Chinese one and has its pages, docs/en/NAME.md, under the same addresses: docs/search.html and en/docs/search.html.
 """
 
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).resolve().parents[1]
-HOME = ("README.md", "README_En.md")
+HOME = {"zh": "README.md", "en": "README_En.md"}
+ENGLISH = "docs/en/"
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+# The line under the title that leads to the page in the other language: on GitHub. The site has a switch.
+OTHER_LANGUAGE = re.compile(r"\A(# .*\n\n)\[(?:English|中文)\]\([^)]*\)\n\n")
 # What a browser fetches by itself, from another host.
 FETCHED = re.compile(
     r"""<(?:script|img|iframe|source)[^>]*\ssrc=["']?https?:[^>]*|<link[^>]*\shref=["']?https?:[^>]*"""
@@ -23,34 +30,100 @@ NOT_FETCHED = ("canonical", "alternate")
 
 
 def linked(start: list[Path]) -> list[Path]:
-    """The files that pages lead to, and the pages among these in turn; those that are there, each once."""
+    """The files that pages of docs/ and README lead to, and the notes among these in turn; each once."""
     found = list(start)
     for page in found:
         if page.suffix == ".md":
-            targets = [(page.parent / link).resolve() for link in LINK.findall(page.read_text(encoding="utf-8"))]
+            text = OTHER_LANGUAGE.sub(r"\1", page.read_text(encoding="utf-8"))
+            targets = [(page.parent / link).resolve() for link in LINK.findall(text)]
             found += [path for path in dict.fromkeys(targets) if path.is_file() and path not in found]
     return found
+
+
+def language(config: MkDocsConfig) -> str:
+    """Of the site that is being built: "zh" or "en"."""
+    return str(config.theme["language"])
+
+
+def address(name: str, language: str) -> str:
+    """Where a file of the repository lies in the site of a language, a page still with its ending .md."""
+    if name == HOME[language]:
+        return "index.md"
+    return f"docs/{name.removeprefix(ENGLISH)}" if language == "en" and name.startswith(ENGLISH) else name
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Puts the files of docs/ under docs/, and beside it what they link to in the rest of the repository."""
     logging.getLogger("jieba").setLevel(logging.WARNING)  # it tells how it reads its dictionary
-    docs = Path(config.docs_dir)
+    site = language(config)
     theme = [file for file in files if file.src_dir != config.docs_dir]
-    pages = [ROOT / name for name in HOME] + sorted(path for path in docs.rglob("*") if path.is_file())
-    return Files(
-        theme
-        + [
-            File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path))
-            for path in linked(pages)
-            if path.is_relative_to(ROOT)
-        ]
-    )
+    pages = sorted((ROOT / "docs" / ("en" if site == "en" else "")).glob("*.md"))
+    chinese = set((ROOT / "docs").glob("*.md")) if site == "en" else set()
+    missing = {path for path in chinese if not (ROOT / ENGLISH / path.name).is_file()}
+    found = [path for path in linked([ROOT / HOME[site], *pages, *sorted(missing)]) if path not in chinese - missing]
+    return Files(theme + [_in_chinese(path, config) if path in missing else _file(path, config) for path in found])
 
 
-def on_post_page(output: str, page: object, config: MkDocsConfig) -> str:
-    """Refuses a page that would make a browser ask another host."""
+def _in_chinese(path: Path, config: MkDocsConfig) -> File:
+    """A page that there is no English one of, for the English site, which links to it."""
+    text = re.sub(r"\]\((?=\.\./|images/)", "](../", path.read_text(encoding="utf-8"))
+    file = File.generated(config, f"{ENGLISH}{path.name}", content=text)
+    file.dest_uri = f"docs/{path.stem}.html"
+    return file
+
+
+def _file(path: Path, config: MkDocsConfig) -> File:
+    name = path.relative_to(ROOT).as_posix()
+    file = File.generated(config, name, abs_src_path=str(path))
+    file.dest_uri = re.sub(r"\.md$", ".html", address(name, language(config)))
+    return file
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Leaves the way to the other language to the switch of the site."""
+    return OTHER_LANGUAGE.sub(r"\1", markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Points the language switch at this page in both sites; refuses what would make a browser ask another host."""
+    output = switched(output, page.file.dest_uri, language(config))
     fetched = [tag for tag in FETCHED.findall(output) if not any(word in tag for word in NOT_FETCHED)]
     if fetched:
         raise PluginError(f"{page}: the site is to work offline, but would fetch {fetched[0]}")
     return output
+
+
+def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:
+    """The page for addresses that lead nowhere has the switch as well; it leads home."""
+    return switched(output_content, "index.html", language(config)) if template_name == "404.html" else output_content
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Refuses an English site with a page that the Chinese one, built before it, lacks."""
+    if language(config) == "en":
+        site = Path(config.site_dir)
+        pages = [path.relative_to(site) for path in site.rglob("*.html")]
+        lacking = [str(page) for page in pages if not (site.parent / page).is_file()]
+        if lacking:
+            raise PluginError(f"The language switch leads nowhere from {', '.join(lacking)}")
+
+
+def switched(output: str, page: str, language: str) -> str:
+    """A page whose links `#zh` and `#en` of the switch lead to the same page of that site.
+
+    "docs/search.html" of the Chinese site has "../en/docs/search.html" for `#en` and "search.html" for `#zh`.
+    """
+    here = {"zh": "", "en": "en/"}
+    for other, folder in here.items():
+        target = get_relative_url(f"{folder}{page}", f"{here[language]}{page}")
+        output = re.sub(rf'href="?#{other}"?(?=[ >])', f'href="{target}"', output)
+    return output
+
+
+def on_config(config: MkDocsConfig) -> Any:
+    """The two languages of the switch; their links are set page by page."""
+    config.extra["alternate"] = [
+        {"name": "中文", "link": "#zh", "lang": "zh"},
+        {"name": "English", "link": "#en", "lang": "en"},
+    ]
+    return config
