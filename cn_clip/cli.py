@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from cn_clip import __version__, terminal
+from cn_clip.language import both
 
 PROG = "cn-clip"
 
@@ -116,8 +117,7 @@ def main(args: Sequence[str] | None = None) -> None:
         elif family(name) and rest[:1] in (["-h"], ["--help"]):
             print(help_text(f"{name} "))
         else:
-            print(f"错误 / error: {refusal(name, rest)}", file=sys.stderr)
-            sys.exit(2)
+            terminal.fail(refusal(name, rest), status=2)
 
 
 def split(args: Sequence[str]) -> tuple[str, list[str]]:
@@ -135,30 +135,41 @@ def refusal(name: str, rest: Sequence[str]) -> str:
     """One line on a command that does not exist: what was typed, and the nearest that exists."""
     relatives = family(name)
     if relatives and not rest:
-        return f"命令不完整 / incomplete command {name!r}; {_one_of(relatives)}"
+        hint = _one_of(relatives)
+        return both(f"命令 {name!r} 不完整；{hint}", f"incomplete command {name!r}; {hint}")
     # The shared first word would make all of a family look near. Of commands with the same last word the first counts.
     candidates = {known.split()[-1]: known for known in reversed(list(relatives or COMMANDS))}
     typed = rest[0] if relatives else name
     nearest = difflib.get_close_matches(typed, candidates, n=1)
-    hint = f"是否想用 / did you mean `{PROG} {candidates[nearest[0]]}`?" if nearest else _one_of(relatives or COMMANDS)
-    return f"没有命令 / no command {f'{name} {typed}' if relatives else name!r}; {hint}"
+    if nearest:
+        command = f"`{PROG} {candidates[nearest[0]]}`"
+        hint = both(f"是否想用 {command}？", f"did you mean {command}?")
+    else:
+        hint = _one_of(relatives or COMMANDS)
+    unknown = f"{name} {typed}" if relatives else name
+    return both(f"没有命令 {unknown!r}；{hint}", f"no command {unknown!r}; {hint}")
 
 
 def _one_of(names: Iterable[str]) -> str:
-    return f"可用 / expected one of: {', '.join(names)}"
+    listed = ", ".join(names)
+    return both(f"可用的命令：{listed}", f"expected one of: {listed}")
 
 
 def help_text(prefix: str = "") -> str:
     """The table of the commands whose name begins with `prefix`."""
-    rows = [(f"  {name}", *known[1:]) for name, known in COMMANDS.items() if name.startswith(prefix)]
+    rows = [
+        (f"  {name}", both(known.chinese, known.english)) for name, known in COMMANDS.items() if name.startswith(prefix)
+    ]
     return "\n".join(
         [
-            f"{PROG} {__version__}：中文图文模型 Chinese-CLIP / Chinese picture-text models",
+            f"{PROG} {__version__}" + both("：中文图文模型 Chinese-CLIP", ": Chinese-CLIP, Chinese image-text models"),
             "",
-            f"用法 / usage: {PROG} <命令 command> [选项 options]",
+            both(f"用法：{PROG} <命令> [选项]", f"usage: {PROG} <command> [options]"),
             "",
             *terminal.align(rows),
             "",
-            f"`{PROG} <命令> --help` 列出该命令的选项 / lists the options of a command",
+            both(
+                f"`{PROG} <命令> --help` 列出该命令的选项", f"`{PROG} <command> --help` lists the options of a command"
+            ),
         ]
     )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from cn_clip import terminal
+from cn_clip import help_page, terminal
 from cn_clip.errors import CnClipError, ConfigError, lacked_memory
 from cn_clip.settings import flag, flag_of
 
@@ -27,8 +27,29 @@ def parse(options: type[OptionsT], args: Sequence[str] | None) -> OptionsT:
     Options may be shortened as argparse allows, see `spelled_out`.
     """
     with terminal.ending(status=2):
-        written = spelled_out(options, sys.argv[1:] if args is None else args)
-        return tyro.cli(options, args=written, config=(tyro.conf.FlagCreatePairsOff,))
+        return _parsed(options, spelled_out(options, sys.argv[1:] if args is None else args))
+
+
+def _parsed(options: type[OptionsT], args: list[str]) -> OptionsT:
+    """What tyro reads, and what it prints in the reader's language. Raises ConfigError for what it refuses."""
+    try:
+        with help_page.overheard() as said:
+            parsed = tyro.cli(options, args=args, config=help_page.CONFIG)
+    except SystemExit as stopped:
+        if not stopped.code:
+            print(help_page.page(said[0].out))
+            raise
+        raise _cause(stopped) or ConfigError(help_page.refusal(said[0].err)) from None
+    sys.stderr.write(said[0].err)  # warnings of the check of the options
+    return parsed
+
+
+def _cause(error: BaseException) -> CnClipError | None:
+    """The error of the check of the options, which tyro tells in its own words."""
+    cause = error.__context__
+    while cause is not None and not isinstance(cause, CnClipError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
 
 
 def spelled_out(options: type[Any], args: Sequence[str]) -> list[str]:
@@ -113,7 +134,7 @@ def _out_of_memory(error: BaseException, options: Any) -> ConfigError:
     less += [f"--{name} {value}" for name, value in (("precision", "bf16"), ("device", "cpu")) if name in names]
     advice = f"; these need less: {', '.join(less)}" if less else ""
     reason = (str(error).splitlines() or ["no details"])[0].split(" If reserved")[0]
-    return ConfigError(f"显存或内存不够 / out of memory ({reason}){advice}")
+    return ConfigError(f"out of memory ({reason}){advice}")
 
 
 class Speaker:

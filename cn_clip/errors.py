@@ -43,6 +43,7 @@ class CnClipError(Exception):
     `id`, each None if the error is of no file, line or record.
     """
 
+    at: Where | None = None
     path: str | None = None
     line: int | None = None
     id: int | str | None = None
@@ -53,7 +54,13 @@ class CnClipError(Exception):
         else:
             super().__init__(f"{at}: {' '.join(map(str, what))}")
             where = at if isinstance(at, Where) else Where(at)
+            self.at = replace(where, path=str(where.path))  # the error passes between processes
             self.path, self.line, self.id = str(where.path), where.line, where.id
+
+    @property
+    def sentence(self) -> str:
+        """The message without the place before it."""
+        return str(self) if self.at is None else str(self).removeprefix(f"{self.at}: ")
 
 
 class ConfigError(CnClipError, ValueError):

@@ -10,9 +10,11 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, TextIO
 
 from cn_clip.errors import CnClipError
+from cn_clip.language import both, language, translated
 
 # By the name of the error number, what to do about a path.
 NEXT_STEPS = {
@@ -66,13 +68,17 @@ def ending(*, status: int = 1) -> Iterator[None]:
     """
     tolerate()
     try:
+        language()
+    except CnClipError as error:  # in which language it would be told is what is wrong
+        _end(f"error: {error}", status=2)
+    try:
         yield
         if sys.stdout is not None:
             sys.stdout.flush()  # at exit, a reader that is gone would be a traceback
     except CnClipError as error:
-        _fail(f"错误 / error: {error}", status=status)
+        fail(told(error), status=status)
     except KeyboardInterrupt:
-        _fail("已中断 / interrupted", status=130)
+        _end(both("已中断", "interrupted"), status=130)
     except Exception as error:
         is_closed_pipe = isinstance(error, BrokenPipeError)
         if sys.platform == "win32" and isinstance(error, OSError):  # it calls that an invalid argument, of no file
@@ -84,15 +90,27 @@ def ending(*, status: int = 1) -> Iterator[None]:
         sentence = explained(error)
         if sentence is None:
             raise
-        _fail(f"错误 / error: {sentence}", status=1)
+        fail(translated(sentence), status=1)
+
+
+def told(error: BaseException) -> str:
+    """What an error says, in the reader's language."""
+    if not isinstance(error, CnClipError) or error.at is None:
+        return translated(str(error))
+    at = error.at if error.at.part is None else replace(error.at, part=translated(error.at.part))
+    return f"{at}: {translated(error.sentence)}"
+
+
+def fail(sentence: str, *, status: int) -> NoReturn:
+    """Ends the process with one line on standard error; `sentence` is in the reader's language."""
+    _end(both("错误：", "error: ") + sentence, status=status)
 
 
 def explained(error: Exception) -> str | None:
     """One sentence on an error of the system: a path that cannot be used, no memory. None for any other error."""
     if isinstance(error, MemoryError):
-        return (
-            f"内存不足 / not enough memory{f' ({error})' if str(error) else ''}; use smaller batches or fewer workers"
-        )
+        details = f" ({error})" if str(error) else ""
+        return f"not enough memory{details}; use smaller batches or fewer workers"
     if isinstance(error, OSError):
         paths = [os.fsdecode(one) for one in (error.filename, error.filename2) if isinstance(one, (str, bytes))]
         reason = error.strerror or str(error) or type(error).__name__
@@ -114,7 +132,7 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _fail(line: str, *, status: int) -> NoReturn:
+def _end(line: str, *, status: int) -> NoReturn:
     print(line, file=sys.stderr)
     sys.exit(status)
 
@@ -149,3 +167,55 @@ def align(rows: Iterable[Sequence[str]], *, right: frozenset[int] = frozenset())
         cells = max(map(width, column))
         padded.append([pad(text, cells, right=number in right) for text in column])
     return ["  ".join(texts).rstrip() for texts in zip(*padded, strict=True)]
+
+
+# Chinese text may be broken between any two characters, but not before these and not after those.
+_NEVER_FIRST, _NEVER_LAST = "，。、；：？！）】》”’…,.;:?!)]}", "（【《“‘([{"
+
+
+def wrap(text: str, cells: int, *, indent: int = 0) -> list[str]:
+    """`text` in lines of at most `cells` terminal cells, broken at spaces and between Chinese characters.
+
+    indent: blanks before all lines but the first. A longer word is cut, after a comma if it has one.
+    """
+    lines, line = [], ""
+    for piece in _pieces(text):
+        room = cells - width(line)
+        if width(piece.rstrip()) > room and line.strip():
+            lines.append(line.rstrip())
+            line = " " * indent
+            piece = piece.lstrip()
+        while width(piece.rstrip()) > cells - width(line):
+            end = _fitting(piece, max(cells - width(line), 2))
+            lines.append(line + piece[:end])
+            line, piece = " " * indent, piece[end:]
+        line += piece
+    return [*lines, line.rstrip()] if line.strip() or not lines else lines
+
+
+def _pieces(text: str) -> list[str]:
+    """The shortest parts of a text that stay on one line, each with the blanks behind it."""
+    pieces: list[str] = []
+    for character in text:
+        before = pieces[-1][-1] if pieces else ""
+        is_break = before == " " != character or (
+            "W" in (_cells_of(character), _cells_of(before)) and before not in _NEVER_LAST
+        )
+        if pieces and (character == " " or character in _NEVER_FIRST or not (is_break and before)):
+            pieces[-1] += character
+        else:
+            pieces.append(character)
+    return pieces
+
+
+def _cells_of(character: str) -> str:
+    return "W" if character and unicodedata.east_asian_width(character) in "WF" else ""
+
+
+def _fitting(word: str, cells: int) -> int:
+    """How many characters of a word that is too long come first: up to the last comma that fits, else all that fit."""
+    end = 1
+    while end < len(word) and width(word[: end + 1]) <= cells:
+        end += 1
+    comma = word.rfind(",", 0, end)
+    return comma + 1 if comma > 0 else end

@@ -10,7 +10,7 @@ import torch
 import torch.onnx
 from matplotlib.figure import Figure
 
-from cn_clip import ranks, zoo
+from cn_clip import language, ranks, zoo
 from cn_clip.demo import emoji
 from cn_clip.training import curves
 
@@ -29,6 +29,14 @@ def order_of(path: Path) -> int:
     """The number of a file among the longest; the others are alike."""
     name = path.stem.removeprefix("test_")
     return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def told_in_english() -> Iterator[None]:
+    """By this process and those that it starts, on every machine; tests of the other language set it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(language.CHOICE, "en")
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

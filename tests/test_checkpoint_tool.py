@@ -130,7 +130,7 @@ def test_the_script_prints_the_same_as_the_command(tmp_path: Path, capsys: pytes
     assert json.loads(typed.stdout) == call(capsys, "info", path)
     refused = run_script("checkpoints/info.py", tmp_path / "nothing.pt")
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr.startswith("错误 / error: ")
+    assert refused.stderr.startswith("error: ")
     assert refused.stderr.count("\n") == 1
 
 

@@ -69,23 +69,23 @@ def test_version_is_the_package_version(flag: str, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["recal", "a.jsonl"], "没有命令 / no command 'recal'; 是否想用 / did you mean `cn-clip recall`?"),
+        (["recal", "a.jsonl"], "no command 'recal'; did you mean `cn-clip recall`?"),
         (
             ["dataset", "biuld"],
-            "没有命令 / no command 'dataset biuld'; 是否想用 / did you mean `cn-clip dataset build`?",
+            "no command 'dataset biuld'; did you mean `cn-clip dataset build`?",
         ),
-        (["bild"], "没有命令 / no command 'bild'; 是否想用 / did you mean `cn-clip dataset build`?"),
+        (["bild"], "no command 'bild'; did you mean `cn-clip dataset build`?"),
         (
             ["dataset", "x"],
-            "没有命令 / no command 'dataset x'; "
-            "可用 / expected one of: dataset build, dataset from-folder, dataset check, dataset shards",
+            "no command 'dataset x'; "
+            "expected one of: dataset build, dataset from-folder, dataset check, dataset shards",
         ),
         (
             ["dataset"],
-            "命令不完整 / incomplete command 'dataset'; "
-            "可用 / expected one of: dataset build, dataset from-folder, dataset check, dataset shards",
+            "incomplete command 'dataset'; "
+            "expected one of: dataset build, dataset from-folder, dataset check, dataset shards",
         ),
-        (["--json"], f"没有命令 / no command '--json'; 可用 / expected one of: {', '.join(cli.COMMANDS)}"),
+        (["--json"], f"no command '--json'; expected one of: {', '.join(cli.COMMANDS)}"),
     ],
 )
 def test_unknown_command_is_refused_in_one_line_with_the_nearest(
@@ -94,7 +94,7 @@ def test_unknown_command_is_refused_in_one_line_with_the_nearest(
     with pytest.raises(SystemExit) as stop:
         cli.main(args)
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"错误 / error: {line}\n"
+    assert capsys.readouterr().err == f"error: {line}\n"
 
 
 def test_command_gets_the_rest_of_the_arguments_and_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_out_of_memory_is_one_line_with_the_options_that_the_command_has(capsys:
     with pytest.raises(SystemExit, match="1"):
         command.execute(allocate, _Sized, [])
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("错误 / error: 显存或内存不够 / out of memory (")
+    assert line.startswith("error: out of memory (")
     assert line.endswith("; these need less: a smaller --img-batch-size, --device cpu")
 
 

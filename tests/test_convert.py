@@ -68,7 +68,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     with pytest.raises(SystemExit):
         convert(*args)
     error = capsys.readouterr().err
-    assert error.startswith("错误 / error: ")
+    assert error.startswith("error: ")
     assert error.count("\n") == 1
     return error
 

@@ -101,5 +101,5 @@ def test_a_file_in_the_place_of_the_output_is_named(place: str, tmp_path: Path) 
     result = run("cn_clip/demo/main.py", f"--output={tmp_path / place}", "--steps=0")
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"错误 / error: {tmp_path / 'taken'}")
+    assert line.startswith(f"error: {tmp_path / 'taken'}")
     assert line.endswith(": Not a directory; a part of the path is a file; choose another")

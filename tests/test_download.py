@@ -46,7 +46,7 @@ def refusal(capsys: pytest.CaptureFixture[str], root: Path, *args: str) -> str:
     with pytest.raises(SystemExit) as stopped:
         download(root, *args)
     assert stopped.value.code == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("错误 / error: ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     (line,) = lines
     return line
 
@@ -182,7 +182,7 @@ def test_offline_it_says_what_to_fetch_and_where_to_put_it(
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     message = refusal(capsys, tmp_path / "new", *(["--offline"] if how == "--offline" else []))
     assert message == (
-        f"错误 / error: 离线 / offline ({how}): 请在能联网的机器上下载 / fetch where there is a network "
+        f"error: 离线 / offline ({how}): 请在能联网的机器上下载 / fetch where there is a network "
         f"{server.endpoint}{PATH} ({len(CONTENT):,} 字节 / bytes, SHA-256 {digest(CONTENT)})，"
         f"放到 / and put it at {tmp_path / 'new' / FILE}"
     )
@@ -226,7 +226,7 @@ def test_a_disk_that_fills_meanwhile_is_told_in_one_sentence(server: FakeHub, tm
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        f"错误 / error: {tmp_path}: {FILE} cannot be written there (File too large); free space, or choose another "
+        f"error: {tmp_path}: {FILE} cannot be written there (File too large); free space, or choose another "
         "download_root"
     )
     assert not (tmp_path / FILE).exists()

@@ -65,9 +65,9 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         # Before the work it may have said what there is to do, and how pictures are decoded.
         assert stop.value.code == status
         assert all(line.startswith(("找到 ", "比模型输入大得多的 JPEG")) for line in out.out.splitlines())
-        assert out.err.startswith("错误 / error: ")
+        assert out.err.startswith("error: ")
         assert out.err.count("\n") == 1
-        return out.err.removeprefix("错误 / error: ").strip()
+        return out.err.removeprefix("error: ").strip()
 
     return run
 

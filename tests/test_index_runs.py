@@ -263,7 +263,7 @@ def test_nothing_indexed_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr()
     assert json.loads(out.out)["skipped_by_reason"] == {"damaged": 1, "other": 1}
     assert out.err.splitlines()[-1].startswith(
-        f"错误 / error: {folder}: 一张也没有收录 / nothing was indexed: 1 不能解码 / not decoded, "
+        f"error: {folder}: 一张也没有收录 / nothing was indexed: 1 不能解码 / not decoded, "
         "1 其他文件 / other files; a.jpg: the picture of 10 bytes does not decode"
     )
 

@@ -56,7 +56,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
         out = capsys.readouterr()
         assert out.out == ""
         assert out.err.count("\n") == 1
-        return out.err.removeprefix("错误 / error: ").strip()
+        return out.err.removeprefix("error: ").strip()
 
     return call
 

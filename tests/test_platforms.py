@@ -106,4 +106,4 @@ def test_every_command_runs_without_posix(
         if stopped.code:
             error = capsys.readouterr().err
             assert command in ENDS_IN_A_SENTENCE, error
-            assert "错误 / error: " in error
+            assert "error: " in error

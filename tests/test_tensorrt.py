@@ -79,7 +79,7 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
     with pytest.raises(SystemExit) as stopped:
         convert(*flags)
     assert stopped.value.code in (1, 2)
-    return " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split()).removeprefix("错误 / error: ")
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split()).removeprefix("error: ")
 
 
 def both(files: dict[Kind, Path], prefix: Path) -> list[object]:

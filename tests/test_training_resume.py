@@ -381,7 +381,7 @@ def test_two_processes_agree_on_where_to_begin_and_on_what_is_wrong(
     flags = [f"--resume={pretrained}", "--reset-optimizer", "--reset-data-offset", "--max-epochs=1"]
     refused = torchrun(script, *common, *flags)
     assert refused.returncode == 1
-    assert refused.stderr.count("错误 / error: --resume") == 2  # each process ends with the reason
+    assert refused.stderr.count("error: --resume") == 2  # each process ends with the reason
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(
         training.main([f"--train-data={split}", f"--logs={logs}", f"--name={name}", "--device=cpu"])
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"错误 / error: {logs / name}")
+    assert line.startswith(f"error: {logs / name}")
     assert reason in line
 
 

@@ -76,10 +76,10 @@ def run(words: list[str], folder: Path, fault: contextlib.AbstractContextManager
     after = contents(folder)
     changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
     changed = [name for name in changed if not _MAY_REMAIN.fullmatch(name)]
-    lines = [line for line in err.getvalue().splitlines() if line.startswith("错误 / error: ")]
+    lines = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
     if words[0] == "recall" and changed == ["out.out"]:  # the result says it, as that of Chinese-CLIP does
-        lines, changed = [f"错误 / error: {json.loads((folder / 'out.out').read_text('utf-8'))['errorMsg']}"], []
-    return Outcome(code, lines[-1].removeprefix("错误 / error: ") if lines else "", printed, changed)
+        lines, changed = [f"error: {json.loads((folder / 'out.out').read_text('utf-8'))['errorMsg']}"], []
+    return Outcome(code, lines[-1].removeprefix("error: ") if lines else "", printed, changed)
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
