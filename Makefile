@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python tools/install.py $(addprefix --constraint ,$(CONSTRAINTS))
-FILES := cn_clip tests benchmarks tools examples
+FILES := cn_clip cn_clip_next.py tests benchmarks tools examples
 # Some machines forbid it for small images; the tests start thousands of processes, each of which would compile again.
 export PYTHONDONTWRITEBYTECODE =
 

@@ -9,7 +9,7 @@ trap 'rm -rf "${place}"' EXIT
 
 # A copy: building leaves folders behind, and an old one would put files into the wheel that are no longer there.
 mkdir "${place}/source"
-tar -C "${checkout}" -cf - cn_clip tools/emoji_dataset pyproject.toml README.md LICENSE | tar -C "${place}/source" -xf -
+tar -C "${checkout}" -cf - cn_clip cn_clip_next.py tools/emoji_dataset pyproject.toml README.md LICENSE | tar -C "${place}/source" -xf -
 "${python}" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "${place}" "${place}/source"
 
 # The dependencies of PYTHON serve here, without its own cn_clip: an editable one hangs on a .pth file, which is read in site
