@@ -10,8 +10,9 @@ from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from cn_clip import help_page, terminal
+from cn_clip import help_page, progress, terminal
 from cn_clip.errors import CnClipError, ConfigError, lacked_memory
+from cn_clip.language import both
 from cn_clip.settings import flag, flag_of
 
 OptionsT = TypeVar("OptionsT")
@@ -116,7 +117,11 @@ def execute(run: Callable[[OptionsT], int | None], options: type[OptionsT], args
     parsed = parse(options, args)
     # What Pillow thinks of a picture is for programmers; what matters of it is raised.
     warnings.filterwarnings("ignore", module=r"PIL\b")
-    with terminal.ending():
+    with (
+        terminal.ending(),
+        progress.hidden(when=getattr(parsed, "json", False)),
+        progress.working(both("运行中", "working")),
+    ):
         try:
             status = run(parsed) or 0
         except (MemoryError, RuntimeError) as error:

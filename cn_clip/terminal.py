@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, TextIO
 
+from cn_clip import progress
 from cn_clip.errors import CnClipError
 from cn_clip.language import both, language, translated
 
@@ -125,6 +126,7 @@ def explained(error: Exception) -> str | None:
 
 def leave(status: int) -> NoReturn:
     """Ends the process at once, whatever its threads do or wait for; what was printed and logged is written."""
+    progress.put_away()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             with contextlib.suppress(OSError, ValueError):
