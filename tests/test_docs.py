@@ -17,7 +17,7 @@ from dataset_files import jsonl_line, tsv_line, write_split
 from documents import CHINESE, ENGLISH, ROOT, Block, blocks, in_english, is_run, runners
 from tiny_families import write_family
 
-from cn_clip import cli, models, zoo
+from cn_clip import models, zoo
 from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.clip.weights.checkpoint import read_checkpoint
 from cn_clip.demo import emoji
@@ -36,6 +36,7 @@ TRAINING_EXCHANGES = {
     "ViT-B-16": "ViT-Tiny-64",
     "RoBERTa-wwm-ext-base-chinese": "BERT-Tiny-chinese",
     "clip_cn_vit-b-16.pt": "small.pt",
+    "--valid-batch-size 32": "--valid-batch-size 1",
     "batch_size=32": "batch_size=8",
     "batch-size 32": "batch-size 8",
     "batch_size=64": "batch_size=8",
@@ -154,14 +155,6 @@ def test_the_table_of_models_is_that_of_the_package(path: Path) -> None:
         (row,) = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{name}` |")]
         shown = [f"{facts['num_visual_params']:,}", facts["text_model"], str(facts["resolution"]), f"`{facts['file']}`"]
         assert set(shown) <= {cell.strip() for cell in row.split("|")}
-
-
-@pytest.mark.parametrize("path", [CHINESE[0], ENGLISH[0]], ids=place)
-def test_the_table_of_commands_is_that_of_the_package(path: Path) -> None:
-    rows = re.findall(r"^\| `cn-clip ([\w -]+)` \| `([\w/]+)\.py` \|", path.read_text(encoding="utf-8"), re.MULTILINE)
-    assert {name: script.replace("/", ".") for name, script in rows} == {
-        name: command.module for name, command in cli.COMMANDS.items()
-    }
 
 
 def test_the_page_on_architecture_says_where_things_are() -> None:
@@ -362,7 +355,7 @@ def test_the_commands_of_the_readme_run_from_api_to_zero_shot(workplace: Workpla
     for name in ("valid_imgs.img_feat", "valid_texts.txt_feat", "valid_predictions", "valid_tr_predictions"):
         assert num_lines(dataset / f"{name}.jsonl") == NUM_PICTURES
     assert json.loads((workplace.checkout / "output.json").read_text())["success"] is True
-    (log,) = (workplace.data / "experiments").glob("*/out_*.log")
+    (log,) = (workplace.data / "experiments").glob("muge*/out_*.log")
     assert "Validation Recall (epoch 2 @ 4 steps)" in log.read_text(encoding="utf-8")
     result = json.loads((workplace.data / "save_predictions" / "cifar-100.json").read_text())
     (written,) = [json.loads(one.code) for one in blocks(ROOT / "README.md") if "num_params" in one.code]
