@@ -50,6 +50,7 @@ vision_model=${vision_model:-ViT-B-16}          # 视觉塔
 text_model=${text_model:-RoBERTa-wwm-ext-base-chinese}  # 文本塔
 use_augment=${use_augment---use-augment}        # 图片增强（随机裁剪、翻转、AutoAugment）；设为空就不用
 grad_checkpointing=${grad_checkpointing-}       # 省显存、多花时间；设为 --grad-checkpointing 就用
+freeze_bn=${freeze_bn---no-freeze-bn}           # 批归一化的统计量随训练的批变化，与原版相同；微调 RN50 时设为 --freeze-bn 就保持不变
 mask_ratio=${mask_ratio-}                       # FLIP：训练时丢掉图像块的比例；空为不丢
 use_flash_attention=${use_flash_attention-}     # 可写 --use-flash-attention，不起作用
 teacher_model_name=${teacher_model_name-}       # 蒸馏的老师：权重文件、ViT-L-14 这样的模型名，或 ModelScope 的模型名；空为不蒸馏
@@ -113,6 +114,7 @@ exec "${launch[@]}" "$root/cn_clip/training/main.py" \
   --vision-model="$vision_model" \
   ${mask_ratio:+--mask-ratio="$mask_ratio"} \
   $use_augment \
+  $freeze_bn \
   --text-model="$text_model" \
   $grad_checkpointing \
   $use_flash_attention \

@@ -111,6 +111,7 @@ COMMON = {
     "--max-epochs": "3",
     "--vision-model": "ViT-B-16",
     "--use-augment": "",
+    "--no-freeze-bn": "",
     "--text-model": "RoBERTa-wwm-ext-base-chinese",
 }
 OF_DATASET = {

@@ -196,6 +196,9 @@ TESTED: dict[str, str] = {
     "decode": "test_training_parts.py::test_grey_of_16_bits_is_scaled_unless_the_reference_is_asked_for",
     "keep_checkpoints": "test_training_state.py::test_only_the_newest_files_are_kept_besides_the_latest_and_the_best, "
     "test_saving.py::test_a_run_keeps_its_two_newest_files_unless_it_is_told_otherwise",
+    "freeze_bn": "test_freeze_bn.py::test_a_run_from_given_weights_keeps_the_statistics_and_trains_scale_and_shift, "
+    "test_freeze_bn.py::test_freeze_bn_is_obeyed_refused_or_warned_about",
+    "no_freeze_bn": "test_freeze_bn.py::test_the_statistics_move_only_where_chinese_clip_moves_them",
     "early_stop": "test_training_state.py::"
     "test_validation_begins_before_the_first_step_and_early_stop_ends_a_run_that_does_not_improve",
     "report_to": "test_training_options.py::test_events_for_tensorboard_are_written_when_asked",

@@ -1,8 +1,9 @@
 """Which weights a run trains: frozen towers and layers, and low-rank adapters (LoRA) instead of the weights."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from cn_clip.clip.weights.base import Base
 from cn_clip.clip.weights.checkpoint import POSITION_KEYS, SIGMOID_BIAS, Checkpoint, base_of, fit, read_checkpoint
 from cn_clip.clip.weights.low_rank import LowRank, is_adapter
 from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.settings import flag
 from cn_clip.training.logger import logger
 from cn_clip.training.params import Options
 from cn_clip.training.state import Start
@@ -57,16 +59,63 @@ def frozen_modules(model: CLIP, *, vision: bool, text: bool, text_layers: int) -
 def set_training_mode(model: CLIP, options: Options) -> None:
     """`model.train()`, but what is frozen computes as in evaluation: no dropout, running statistics as they are.
 
-    With adapters this holds for every batch normalisation: its statistics belong to the weights that stay.
+    With --freeze-bn, or adapters, this holds for every batch normalisation: its running statistics stay, and batches
+    are normalised by them. Its scale and shift are trained unless they are frozen too.
     """
     model.train()
     asked = {"vision": options.freeze_vision, "text": options.freeze_text}
     for module in frozen_modules(model, **asked, text_layers=options.freeze_text_layers):
         module.eval()
-    if lora_settings(model):
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+    if options.freeze_bn or lora_settings(model):
+        for norm in norms(model):
+            norm.eval()
+
+
+def norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The batch normalisations of a model; a Vision Transformer has none."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def have_learned(found: Iterable[nn.modules.batchnorm._BatchNorm]) -> bool:
+    """Whether running statistics differ from those that every random model begins with, mean 0 and variance 1."""
+    return any(norm.running_mean is not None and bool(norm.running_mean.ne(0).any()) for norm in found)
+
+
+def keeps_statistics(options: Options, model: nn.Module, start: Start | None, saved: Mapping[str, Any]) -> bool:
+    """Whether the running statistics of batch normalisation stay as they are; logs what is decided, and why.
+
+    saved: the entry "resume" of the checkpoint that the run begins from, empty for other files. What is given counts;
+    else --init keeps them if they have been learned, and a run that goes on does as before. Command lines of
+    Chinese-CLIP have no --init: its --resume lets them move, as it does there.
+    """
+    found = norms(model)
+    if not found:
+        return options.freeze_bn
+    was, learned = saved.get("freeze_bn"), have_learned(found)
+    if options.freeze_bn or options.no_freeze_bn:
+        keeps = options.freeze_bn
+        if was is not None and was != keeps and start is not None and start.with_position:
+            before, now = (flag("freeze_bn" if kept else "no_freeze_bn") for kept in (was, keeps))
+            logger.warning("%s: this run was trained with %s so far; from here on it is another one", now, before)
+        if keeps and not learned:
+            logger.warning(
+                "--freeze-bn: the running statistics are those of random weights (mean 0, variance 1), so batches are "
+                "hardly normalised; leave it out to train from scratch"
+            )
+    elif start is not None and start.is_first(options):
+        keeps = learned and not options.use_bn_sync
+    else:
+        keeps = bool(was)
+    if options.freeze_vision or lora_settings(model):
+        return keeps
+    if keeps:
+        logger.info("The running statistics of batch normalisation are kept as they are (--freeze-bn).")
+    elif start is not None and learned and not options.no_freeze_bn:
+        logger.warning(
+            "The running statistics of batch normalisation follow the training batches, as in Chinese-CLIP; small "
+            "batches and augmented pictures can lower recall by that alone. --freeze-bn keeps them"
+        )
+    return keeps
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

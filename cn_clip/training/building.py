@@ -136,6 +136,8 @@ def build_trainer(options: Options, device: torch.device, checkpoint_dir: Path) 
     if checkpoint is not None:
         length = text_length(options.context_length, checkpoint.context_length, checkpoint.path)
         options = replace(options, context_length=length)
+    saved = {} if checkpoint is None else state.resume_entry(checkpoint)
+    options = replace(options, freeze_bn=adapt.keeps_statistics(options, model, start, saved))
     named = partial(adapt.base_of_run, options, model, start, checkpoint, checkpoint_dir)
     base = distributed.together(named if options.save_adapters and ranks.rank() == 0 else lambda: None)
     torch.manual_seed(options.seed + ranks.rank())  # every process draws its own dropout

@@ -148,6 +148,10 @@ class Options:
     """fast: JPEGs at 1/2, 1/4 or 1/8 of their size where enough remains; reference: grey of 16 bits clipped to white"""
     keep_checkpoints: Annotated[int | None, Range(least=-1)] = None
     """Keep the N newest epoch files besides the latest and the best one; -1: all; default: 2, and all of runs before"""
+    freeze_bn: bool = False
+    """Keep the running statistics of batch normalisation; default: with --init, if its weights have learned them"""
+    no_freeze_bn: bool = False
+    """Let the running statistics of batch normalisation follow the training batches, as Chinese-CLIP does"""
     early_stop: Annotated[int | None, Range(least=1)] = None
     """Stop after N validations in a row without a better mean recall; default: never"""
     report_to: Literal["none", "tensorboard"] = "none"
@@ -163,6 +167,7 @@ class Options:
         "decode",
         "device",
         "early_stop",
+        "freeze_bn",
         "freeze_text",
         "freeze_text_layers",
         "fsdp",
@@ -363,6 +368,31 @@ RULES: tuple[Rule, ...] = (
         ("use_bn_sync", "vision_model"),
         lambda options: options.use_bn_sync and not has_resnet(options),
         "--use-bn-sync changes nothing: this --vision-model has no batch normalisation.",
+        False,
+    ),
+    excludes(
+        "freeze_bn",
+        "no_freeze_bn",
+        "they contradict each other; choose one (the scripts in run_scripts/ give --no-freeze-bn: set the environment "
+        "variable freeze_bn to --freeze-bn)",
+        refused=True,
+    ),
+    excludes(
+        "freeze_bn",
+        "use_bn_sync",
+        "statistics that do not change need not be synchronised; --use-bn-sync changes nothing",
+        refused=False,
+    ),
+    Rule(
+        ("freeze_bn", "vision_model"),
+        lambda options: options.freeze_bn and not has_resnet(options),
+        "--freeze-bn changes nothing: this --vision-model has no batch normalisation.",
+        False,
+    ),
+    Rule(
+        ("no_freeze_bn", "lora_rank", "freeze_vision", "vision_model"),
+        lambda options: options.no_freeze_bn and (options.lora_rank or options.freeze_vision) and has_resnet(options),
+        "--no-freeze-bn changes nothing: --lora-rank and --freeze-vision keep the statistics of batch normalisation.",
         False,
     ),
     Rule(

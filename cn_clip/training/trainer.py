@@ -352,6 +352,7 @@ class Trainer:
             "closed": self.closed,
             "kept": {"number": self.kept, "spared": sorted(path.name for path in self.spared)},
             "origin": None if self.start is None else self.start.origin,
+            "freeze_bn": self.options.freeze_bn,
         }
         self._write(names, resume)
 
