@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openpyxl
+import pyarrow
 import pytest
 from dataset_files import picture, run_script, tree
+from pyarrow import parquet
 from unreadable_files import unreadable
 
 from cn_clip.data.captions import caption_of, split_of
@@ -233,9 +236,14 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
 def write_table(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> str:
     path = folder / f"table{suffix}"
     if suffix == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        parquet = pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix == ".xlsx":
+        book = openpyxl.Workbook()
+        for row in (list(rows[0]), *(list(row.values()) for row in rows)):
+            book.active.append(row)
+        book.save(path)
+    elif suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     else:
         separator = "\t" if suffix == ".tsv" else ","
         lines = [separator.join(rows[0]), *(separator.join(map(str, row.values())) for row in rows)]
@@ -252,7 +260,7 @@ ROWS = [
 COLUMNS = {"image_column": "file", "text_column": "caption"}
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet", ".xlsx", ".jsonl"])
 def test_rows_of_a_table_are_captions(tmp_path: Path, suffix: str) -> None:
     folder = fill(tmp_path / "in", "a/猫.png", "狗.png")
     table = write_table(folder, suffix, ROWS)
@@ -299,15 +307,18 @@ def test_a_faulty_row_stops_with_its_line_or_is_skipped(
     ("name", "content", "message"),
     [
         ("t.csv", b"image,words\na,b\n", "has no column 'text'; it has image, words"),
-        ("t.csv", "image,text\n皮卡丘.png,皮卡丘\n".encode("gbk"), "invalid UTF-8 near byte"),
+        (
+            "t.csv",
+            "image,text\n皮卡丘.png,皮卡丘".encode() + b"\xff\n",
+            r"t\.csv: invalid UTF-8 near byte 34; save the",
+        ),
         ("t.csv", b"", "has no column 'image'; it has none"),
         ("t.parquet", b"PAR1 not", "cannot be read as Parquet"),
-        ("t.xlsx", b"", "expected a name ending in .csv, .tsv or .parquet"),
+        ("t.xlsx", b"", r"is not a whole \.xlsx file; save it as \.xlsx without a password, or as \.csv"),
+        ("t.xls", b"", r"expected a table whose name ends in \.csv, \.tsv, \.jsonl, \.parquet or \.xlsx; save it"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
     fill(tmp_path / "in", "猫.png")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):

@@ -531,7 +531,12 @@ def test_an_index_that_came_meanwhile_of_another_model_is_refused(
     [
         ("t.csv", "", "t.csv: holds no row"),
         ("t.jsonl", "", "t.jsonl: holds no row"),
-        ("t.csv", "a.png,一\nb.png,二\n", "t.csv:1: expected a picture in the column 'image'; has ['a.png', '一']"),
+        (
+            "t.csv",
+            "a.png,一,x\nb.png,二,y\n",
+            "t.csv:1: the first line, 'a.png, 一, x', is a row and names no columns; put",
+        ),
+        ("t.csv", "file,group\na.png,x\n", "t.csv:1: expected a picture in the column 'image'; has ['file', 'group']"),
         ("t.jsonl", '{"image": true}', "t.jsonl:1 image: expected the name of a picture or an int, got True"),
         ("t.jsonl", '{"image": 1.5}', "t.jsonl:1 image: expected the name of a picture or an int, got 1.5"),
         ("t.jsonl", '{"image": "a"}\n{"image": "b", "x": NaN}', "t.jsonl:2: id 'b': its metadata is nothing that JSON"),
@@ -792,7 +797,10 @@ def test_another_model_is_refused_with_both_names(
         (("build", "{tmp}/absent", "--output", "{tmp}/i", *MODEL), "{tmp}/absent: no such file or folder; expected"),
         (("build", "{tmp}/empty", "--output", "{tmp}/i", *MODEL), "{tmp}/empty: holds no picture"),
         (("build", "{tmp}/empty", "--output", "{tmp}/i", "--metadata", "{tmp}/t.txt"), "t.txt: expected a table whose"),
-        (("build", "{tmp}/empty", "--output", "{tmp}/i", "--metadata", "{tmp}/t.csv"), "t.csv: cannot be read"),
+        (
+            ("build", "{tmp}/empty", "--output", "{tmp}/i", "--metadata", "{tmp}/t.csv"),
+            "t.csv: no such file; give a table whose",
+        ),
         (("add", "{tmp}/absent", "{tmp}/empty"), "{tmp}/absent: is no index; build one with"),
         (("remove", "{tmp}/absent", "a"), "{tmp}/absent: is no index; build one with"),
         (("remove", "{tmp}/absent", "--where", "a"), "where: character 1: expected a condition such as group=动物"),

@@ -44,9 +44,10 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     ("data/building.py", "--num-shards"): {"dataset shards"},
     ("data/building.py", "--output"): {"dataset shards"},
     ("data/building.py", "--overwrite"): {"dataset shards"},
-    ("data/captions.py", "--folder"): {"dataset from-folder"},
-    ("data/captions.py", "--ids"): {"dataset from-folder"},
-    ("data/captions.py", "--output"): {"dataset from-folder"},
+    **{
+        ("data/captions.py", flag): {"dataset from-folder"}
+        for flag in ("--folder", "--ids", "--output", "--image-column", "--text-column")
+    },
     ("data/checks.py", "--on-error"): {"dataset build", "dataset from-folder"},
     ("data/datasets.py", "--num-workers"): {"train"},
     ("data/shards.py", "--on-error"): {"train", "features"},

@@ -89,7 +89,7 @@ def pictures_from_names(folder: Path) -> Iterator[Picture | Fault]:
 def pictures_from_table(
     table: Path, folder: Path, *, image_column: str, text_column: str, id_column: str | None
 ) -> Iterator[Picture | Fault]:
-    """The pictures that a CSV, TSV or Parquet table names, in the order of their first rows.
+    """The pictures that a table names, in the order of their first rows; see `tables` for its kinds.
 
     Several rows of one picture are several captions. Raises DataError when the table cannot be read or lacks a
     column.
@@ -101,15 +101,13 @@ def pictures_from_table(
     def check(present: Sequence[str]) -> None:
         for column in columns:
             if column not in present:
-                raise DataError(f"has no column {column!r}; it has {', '.join(present) or 'none'}", at=table)
+                raise DataError(
+                    f"has no column {column!r}; it has {', '.join(present) or 'none'}; name the right ones with "
+                    "--image-column and --text-column",
+                    at=table,
+                )
 
-    if not is_file(table):
-        raise DataError("no such file; give a .csv, .tsv or .parquet table", at=table)
-    suffix = table.suffix.lower()
-    if suffix not in (".csv", ".tsv", ".parquet"):
-        raise DataError("expected a name ending in .csv, .tsv or .parquet", at=table)
-    rows = tables.parquet_rows(table, columns, check) if suffix == ".parquet" else tables.csv_rows(table, check)
-    for line, row in rows:
+    for line, row in tables.read_rows(table, (image_column, text_column), check, only=columns):
         try:
             if None in row:
                 raise DataError("has more cells than the first line; put a text with commas into double quotes")
@@ -117,7 +115,7 @@ def pictures_from_table(
             path = folder / name
             if not is_file(path):
                 raise DataError(f"column {image_column!r} names {str(path)!r}, which does not exist")
-            given_id = canonical_id(row[id_column]) if id_column else None
+            given_id = canonical_id(row.get(id_column)) if id_column else None
             first = merged.setdefault(name, (path, {}, given_id))
             if first[2] != given_id:
                 raise DataError(f"picture {name!r} has the id {given_id!r} here and {first[2]!r} in an earlier row")
@@ -132,7 +130,7 @@ def pictures_from_table(
 
 
 def _cell(row: dict[str, Any], column: str) -> str:
-    value = row[column]
+    value = row.get(column)
     if isinstance(value, (bytes, dict, list)):
         raise DataError(f"column {column!r}: expected text, got {type(value).__name__}; give a column of file names")
     text = "" if value is None else unicodedata.normalize("NFC", str(value)).strip()

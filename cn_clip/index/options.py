@@ -82,7 +82,8 @@ class AddOptions(ModelOptions):
     """What turns pictures into items."""
 
     metadata: str | None = None
-    """A .csv, .tsv or .jsonl table with a row a picture; its columns become metadata, `text` the caption"""
+    """A table with a row a picture, .csv, .tsv, .jsonl, .parquet or .xlsx; its columns become metadata, `text` the
+    caption"""
     image_column: str = "image"
     """The table's column of picture files, relative to the folder, or of ids"""
     batch_size: BatchSize = 32

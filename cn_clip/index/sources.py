@@ -11,14 +11,13 @@ from typing import Any, TypeAlias
 from cn_clip.clip.picture_names import LARGEST_PICTURE, PICTURE_SUFFIXES, VIDEO_SUFFIXES, suffix_of
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
 from cn_clip.data.paths import spelled, walked
-from cn_clip.data.tables import csv_rows
+from cn_clip.data.tables import read_rows
 from cn_clip.digests import is_file, is_folder, is_there
 from cn_clip.errors import ConfigError, DataError, UnreadableError, Where, is_absent
 from cn_clip.features.store import is_shard_folder
 from cn_clip.index.excludes import Excludes
 from cn_clip.index.live_photos import other_halves
 from cn_clip.index.skips import EXCLUDED, LIVE, OTHER, SPECIAL, UNREADABLE, Skipped
-from cn_clip.jsonl import read_objects
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.segments import ItemId, item_line
 
@@ -276,13 +275,6 @@ def row_of(table: Table, item_id: ItemId, id_prefix: str = "") -> Mapping[str, A
 
 
 def _rows(path: Path, image_column: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        yield from ((number, dict(row)) for number, row in read_objects(path))
-        return
-    if suffix not in (".csv", ".tsv"):
-        raise DataError("expected a table whose name ends in .csv, .tsv or .jsonl", at=path)
-
     header = list[str]()
 
     def check(columns: Sequence[str]) -> None:
@@ -292,7 +284,7 @@ def _rows(path: Path, image_column: str) -> Iterator[tuple[int, dict[str, Any]]]
                 f"expected a picture in the column {image_column!r}; has {sorted(columns)}", at=Where(path, line=1)
             )
 
-    for number, row in csv_rows(path, check):
-        if None in row or None in row.values():
+    for number, row in read_rows(path, (image_column, CAPTION_COLUMN), check):
+        if header and (None in row or None in row.values()):
             raise DataError(f"expected {len(header)} columns as in the first line", at=Where(path, line=number))
         yield number, {name: value for name, value in row.items() if name}
