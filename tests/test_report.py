@@ -621,21 +621,38 @@ def test_the_page_fetches_nothing_and_is_the_same_every_time(tmp_path: Path, dat
     assert flags == ["RUN", "--zeroshot FOLDER --labels FILE", "--picture FILE --text TEXT"]
 
 
-def test_a_run_alone_needs_no_model(tmp_path: Path) -> None:
+TOLD = {
+    "zh": ("报告：", "验证批内准确率 %（日志里没有召回率）", "训练（平滑）", "验证", "以文搜图", "以图搜文", "步"),
+    "en": (
+        *("report: ", "accuracy % inside validation batches (the log has no recall)"),
+        *("train, smoothed", "valid", "text → image", "image → text", "step"),
+    ),
+}
+
+
+@pytest.mark.parametrize("language", TOLD)
+def test_a_run_alone_needs_no_model_and_is_told_in_the_language_of_the_reader(
+    language: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CN_CLIP_LANG", language)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "out_1.log").write_text(OLD_LOG, encoding="utf-8")
     output = tmp_path / "report.html"
     done = run_script("report/main.py", tmp_path / "run", "--output", output)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"报告 / report: {output} (0.0")
+    beginning, accuracy, smoothed, valid, by_text, by_image, step = TOLD[language]
+    assert done.stdout.startswith(f"{beginning}{output}")
     read = Reader(output.read_text(encoding="utf-8"))
     assert [found["id"] for found in read.all("h2") if "id" in found] == ["run"]
-    assert "验证批内准确率 %（日志里没有召回率）" in read.text
+    assert read.all("html")[0]["lang"] == {"zh": "zh-CN", "en": "en"}[language]
+    assert accuracy in read.text
     titles = [found["aria-label"] for found in read.all("svg")]
-    assert titles[0] == ": 2.5 → 2.5; 训练（平滑）train, smoothed: 2.5 → 2.5; 验证 valid: 1.25 → 1.25"
-    assert titles[1] == "text → image: 42.5 → 42.5; image → text: 40 → 40"
+    assert titles[0] == f": 2.5 → 2.5; {smoothed}: 2.5 → 2.5; {valid}: 1.25 → 1.25"
+    assert titles[1] == f"{by_text}: 42.5 → 42.5; {by_image}: 40 → 40"
     assert len(titles) == 4  # loss, accuracy, rate, speed
     assert "192" in read.texts  # samples a second: the median of 128 and 256
+    assert read.texts.count(step) == len(titles)
+    assert (language == "zh") == bool(re.search("[一-龥]", read.text))
 
 
 @pytest.mark.parametrize(

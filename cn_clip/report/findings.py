@@ -33,6 +33,7 @@ from cn_clip.evaluation import zeroshot
 from cn_clip.evaluation.retrieval import split_features
 from cn_clip.evaluation.templates import load_templates, read_labels
 from cn_clip.features.extraction import picture_rows
+from cn_clip.language import both
 from cn_clip.retrieval.flat import top_k
 from cn_clip.retrieval.recall import RecallBothWays, recall_from_features
 
@@ -43,7 +44,7 @@ MOST_MISTAKES = 12
 
 def open_encoder(chosen: Choice, say: command.Speaker) -> Encoder:
     """The model in PyTorch; raises ConfigError for texts longer than it takes, CheckpointError for another family."""
-    say(f"打开模型 / opening {chosen.model}")
+    say(both(f"打开模型 {chosen.model}", f"opening the model {chosen.model}"))
     refuse(chosen.model)
     return open_quietly(chosen, say)
 

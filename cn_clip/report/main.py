@@ -12,6 +12,7 @@ from cn_clip import command, settings
 from cn_clip.clip.choice import Choice
 from cn_clip.errors import ConfigError
 from cn_clip.files import atomic_write, refuse_inputs, replaceable
+from cn_clip.language import both
 from cn_clip.option_types import ContextLength, Device, NumThreads, NumWorkers, Templates
 from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
@@ -118,7 +119,7 @@ def run(options: Options) -> None:
     replaceable(options.output)
     parts: dict[str, page.Part] = {}
     facts: dict[str, Any] = {}
-    title, subtitle = str(options.checkpoint), f"训练记录 / the run in {options.run}"
+    title, subtitle = str(options.checkpoint), both(f"训练记录 {options.run}", f"the run in {options.run}")
     checkpoint = options.checkpoint or ""
     if options.run:
         found = run_folder.read_run(Path(options.run))
@@ -126,7 +127,7 @@ def run(options: Options) -> None:
         if options.needs_model:
             checkpoint = checkpoint or str(found.best_checkpoint())
     if options.needs_model:
-        subtitle, facts["checkpoint"] = f"模型 / model: {checkpoint}", checkpoint
+        subtitle, facts["checkpoint"] = both(f"模型 {checkpoint}", f"model {checkpoint}"), checkpoint
         from cn_clip.report import findings  # imports torch, which the curves of a run do not need
 
         sizes: dict[str, Any] = {"batch_size": options.batch_size, "num_workers": options.num_workers}
@@ -139,11 +140,11 @@ def run(options: Options) -> None:
         )
         encoder = findings.open_encoder(chosen, say)
         if options.data:
-            say("计算图文特征，检索 / encoding and ranking the split")
+            say(both("计算图文特征，检索", "encoding and ranking the split"))
             retrieval = findings.examine_queries(encoder, Path(options.data), k=options.k, **sizes)
             parts["retrieval"], facts["retrieval"] = page.retrieval_part(retrieval), retrieval.facts()
         if options.zeroshot:
-            say("零样本分类 / zero-shot classification")
+            say(both("零样本分类", "zero-shot classification"))
             confusion = findings.examine_classes(
                 encoder, Path(options.zeroshot), Path(options.labels or ""), options.dataset, options.templates, **sizes
             )
@@ -155,7 +156,7 @@ def run(options: Options) -> None:
     with atomic_write(options.output) as stream:
         stream.write(text)
     size = len(text.encode())
-    say(f"报告 / report: {options.output} ({size / 1e6:.2f} MB)")
+    say(both(f"报告：{options.output}（{size / 1e6:.2f} MB）", f"report: {options.output} ({size / 1e6:.2f} MB)"))
     say.result({"report": options.output, "bytes": size, **facts})
 
 

@@ -25,6 +25,7 @@ from cn_clip import __version__
 from cn_clip.clip.pictures import open_picture
 from cn_clip.clip.transforms import in_8_bits
 from cn_clip.data.pictures import load_picture
+from cn_clip.language import both
 from cn_clip.report.run_folder import DIRECTIONS, Run, is_finite, mean_recall
 from cn_clip.training.monitor import Points, smoothed
 
@@ -43,7 +44,10 @@ HIT_SIDE, HIT_BYTES = 144, 6_000
 QUALITIES = (82, 68, 50)
 RECALL_LINES = {"r1": ("R@1", "violet"), "r5": ("R@5", "lilac"), "r10": ("R@10", "blue")}
 RECALL_LINES |= {"mean_recall": ("MR", "amber dashed")}
-ACCURACY_LINES = {"text_to_image": ("text → image", "violet"), "image_to_text": ("image → text", "amber")}
+ACCURACY_LINES = {
+    "text_to_image": ("以文搜图", "text → image", "violet"),
+    "image_to_text": ("以图搜文", "image → text", "amber"),
+}
 # Dark blue over green to yellow: brightness alone tells the order, in grey print too.
 _COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float32)
 OPACITY = 0.62
@@ -56,13 +60,15 @@ def page(title: str, subtitle: str, parts: Mapping[str, Part]) -> str:
 
 
 @functools.cache
-def environment() -> Environment:
-    """What fills in the templates: every text is escaped, characters that HTML forbids become U+FFFD.
+def environment(*folders: Path) -> Environment:
+    """What fills in the templates, those of `folders` too: texts are escaped, what HTML forbids becomes U+FFFD.
+
+    `both` gives a template's words in the reader's language.
 
     Floats are rounded to two decimals, as positions in drawings are; whatever is shown of them is a text.
     """
     made = Environment(
-        loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
+        loader=FileSystemLoader([TEMPLATES, *folders], encoding="utf-8"),
         autoescape=True,
         finalize=_shown,
         keep_trailing_newline=True,
@@ -71,6 +77,7 @@ def environment() -> Environment:
         undefined=StrictUndefined,
     )
     made.filters |= {"percent": percent, "duration": duration}
+    made.globals["both"] = both
     return made
 
 
@@ -207,16 +214,16 @@ def run_part(run: Run) -> Part:
         "loss": line_chart(
             [
                 Line("", losses, "raw"),
-                Line("训练（平滑）train, smoothed", (losses[0], smoothed(losses[1])), "blue"),
-                Line("验证 valid", run.points("valid", "loss"), "red", marked=True),
-                Line("随机 chance", chance, "chance"),
+                Line(both("训练（平滑）", "train, smoothed"), (losses[0], smoothed(losses[1])), "blue"),
+                Line(both("验证", "valid"), run.points("valid", "loss"), "red", marked=True),
+                Line(both("随机猜", "chance"), chance, "chance"),
             ],
             form=_significant,
         ),
         "accuracy": line_chart(
             [
-                Line(name, run.points("valid", f"{way}_acc", factor=100), style, marked=True)
-                for way, (name, style) in ACCURACY_LINES.items()
+                Line(both(chinese, english), run.points("valid", f"{way}_acc", factor=100), style, marked=True)
+                for way, (chinese, english, style) in ACCURACY_LINES.items()
             ],
             form=_significant,
             from_zero=True,
