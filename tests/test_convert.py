@@ -17,12 +17,11 @@ from PIL import Image
 from tiny_models import TOKENS, tiny_model
 
 from cn_clip import cli, zoo
-from cn_clip.checkpoints import weights
 from cn_clip.clip import load_from_name, tokenize
 from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.clip.tokenizer import VOCAB_FILE, encode
 from cn_clip.clip.transforms import image_transform
-from cn_clip.clip.weights import hf
+from cn_clip.clip.weights import forms, hf
 from cn_clip.clip.weights.checkpoint import read_checkpoint
 
 VITS = [(vision, text) for vision, text in TEXT_TOWER.items() if vision != "RN50"]
@@ -211,7 +210,7 @@ def test_transformers_treats_pictures_and_texts_as_this_package_does(reference: 
 
 
 def test_the_vocabulary_of_the_folder_is_that_of_the_package() -> None:
-    vocab = weights.tokenizer_json(21128)["model"]["vocab"]
+    vocab = forms.tokenizer_json(21128)["model"]["vocab"]
     lines = VOCAB_FILE.read_text(encoding="utf-8").split("\n")
     assert list(vocab) == lines[:-1]
     assert list(vocab.values()) == list(range(21128))
@@ -220,7 +219,7 @@ def test_the_vocabulary_of_the_folder_is_that_of_the_package() -> None:
 def test_tokenizers_alone_reads_the_tokenizer_of_the_folder() -> None:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(json.dumps(weights.tokenizer_json(21128)))
+    tokenizer = Tokenizer.from_str(json.dumps(forms.tokenizer_json(21128)))
     assert tokenizer.encode("杰尼龟 Pikachu").ids == encode("杰尼龟 Pikachu")[0]
     pair = tokenizer.encode("猫", "狗")
     assert (pair.tokens, pair.type_ids) == (["[CLS]", "猫", "[SEP]", "狗", "[SEP]"], [0, 0, 0, 1, 1])
@@ -389,7 +388,7 @@ def test_what_cannot_be_done_is_told_in_one_line_and_changes_nothing(
     torch.save({name: value for name, value in state.items() if name != "text_projection"}, "lacking.pt")
     torch.save({name: value for name, value in state.items() if name.startswith("visual.")}, "openai.pt")
     for name in ("folder", "heads", "odd"):
-        weights.write_transformers(made(name), state, zoo.config_from_info(SMALL_MODEL))
+        forms.write_transformers(made(name), state, zoo.config_from_info(SMALL_MODEL))
     changed("heads", "text_config", num_attention_heads=2)
     changed("odd", "vision_config", image_size=36)
     Path("odd/preprocessor_config.json").unlink()
@@ -419,7 +418,7 @@ def test_a_disk_that_is_full_leaves_the_earlier_folder(
         target.write_bytes(b"some")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights.shutil, "copyfile", full)
+    monkeypatch.setattr(forms.shutil, "copyfile", full)
     error = refusal(capsys, reference, tmp_path / "folder", "--overwrite", "--precision", "fp32")
     assert "folder: cannot be written (No space left on device)" in error
     assert tree(tmp_path) == before

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cn_clip.clip.templates import read_labels
 from cn_clip.data.records import read_texts
 from cn_clip.errors import CnClipError, ConfigError, DataError, OutputError, UnreadableError, Where
-from cn_clip.evaluation.templates import read_labels
 from cn_clip.features.files import read_features
 from cn_clip.files import atomic_write
 

@@ -446,7 +446,7 @@ def test_own_labels_are_used_and_the_published_figure_shown(
         seen.append(labels)
         return np.eye(10, 256, dtype=np.float32)
 
-    monkeypatch.setattr("cn_clip.evaluation.zeroshot.classifier", shown)
+    monkeypatch.setattr("cn_clip.clip.scoring.classifier", shown)
     monkeypatch.chdir(tmp_path)
     cli.main(["evaluate", "mnist", *flags])
     text = capsys.readouterr().out
@@ -488,7 +488,7 @@ def test_pictures_in_several_folders_of_voc_have_several_labels(
     rows[[0, 2], 14], rows[[0, 2], 0] = 0.6, 0.4  # a: 14 before 0
     rows[1, 7] = 1.0
     rows[3, 0], rows[3, 14] = 0.7, 0.3  # b is taken for 0
-    monkeypatch.setattr("cn_clip.evaluation.zeroshot.probabilities", lambda images, classes: rows)
+    monkeypatch.setattr("cn_clip.clip.scoring.probabilities", lambda images, classes: rows)
     flags = ["--data", data, "--model", "Emoji-Tiny", "--output", tmp_path / "out"]
     result = evaluated("voc-2007-classification", *flags, capsys=capsys)
     # top-1 counts a in each of its folders: right of a as 14 and c. Classes: 0 of 1, 1 of 1, 1 of 2.

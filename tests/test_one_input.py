@@ -20,6 +20,7 @@ from serving import data_url, served
 
 import cn_clip.clip as clip
 from cn_clip import cli
+from cn_clip.clip import scoring
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.thumbnails import thumbnail
 from cn_clip.clip.tokenizer import ChineseTexts
@@ -31,7 +32,6 @@ from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, read_split
 from cn_clip.data.pictures import ClassFolders, LmdbPictures, batches, check_picture
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
-from cn_clip.evaluation import zeroshot
 from cn_clip.features import ray_extraction
 from cn_clip.features.files import read_features
 from cn_clip.report.page import flattened
@@ -161,7 +161,7 @@ def test_search_scores_with_them_on_the_command_line_and_over_http(
 
 def test_classifiers_are_made_of_them(client: httpx.Client, encoder: Encoder, expected: np.ndarray) -> None:
     labels = TEXTS[:4]
-    np.testing.assert_allclose(zeroshot.classifier(encoder, labels, ["{}"]), expected[:4], **TOLERANCE)
+    np.testing.assert_allclose(scoring.classifier(encoder, labels, ["{}"]), expected[:4], **TOLERANCE)
     picture = emoji.png(emoji.load()[0])
     wanted = expected[:4] @ encoder.encode_images([picture])[0]
     found = post(client, "classify", image=data_url(picture), labels=labels, templates=["{}"])

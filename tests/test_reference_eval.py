@@ -14,6 +14,7 @@ from PIL import Image
 
 from cn_clip.clip import image_transform
 from cn_clip.clip.model import CLIP
+from cn_clip.clip.templates import load_templates
 from cn_clip.data.lmdb_store import ImageStore, LmdbWriter
 from cn_clip.data.records import NUM_IMAGES_KEY
 from cn_clip.errors import DataError
@@ -27,7 +28,6 @@ from cn_clip.eval import (
     zeroshot_evaluation,
 )
 from cn_clip.evaluation import zeroshot
-from cn_clip.evaluation.templates import load_templates
 
 GOLDEN = Path(__file__).parent / "golden"
 

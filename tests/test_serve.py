@@ -20,10 +20,10 @@ from PIL import Image
 from serving import data_url, served
 from tiny_families import write_family
 
+from cn_clip.clip import scoring
 from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.templates import DEFAULT, load_templates
 from cn_clip.emoji_pack import load
-from cn_clip.evaluation import zeroshot
-from cn_clip.evaluation.templates import DEFAULT, load_templates
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import Index, open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
@@ -153,7 +153,7 @@ def test_texts_and_labels_reach_another_family_as_they_are(tmp_path: Path) -> No
     rows = np.concatenate([family.encode_texts([text]) for text in texts])
     classes = rows.reshape(3, 2, -1).mean(axis=1)
     classes /= np.linalg.norm(classes, axis=1, keepdims=True)
-    stored = zeroshot.classifier(family, labels, load_templates(DEFAULT))
+    stored = scoring.classifier(family, labels, load_templates(DEFAULT))
     image = family.encode_images(PICTURES[:1])
     with served(family, LIMITS, label_sets={"three": labels}) as address, httpx.Client(base_url=address) as client:
         found = vectors(embeddings(client, input=texts.tolist()))
@@ -172,7 +172,7 @@ def test_texts_and_labels_reach_another_family_as_they_are(tmp_path: Path) -> No
 def test_probabilities_are_the_softmax_over_the_labels(client: httpx.Client, encoder: Encoder) -> None:
     request = {"image": data_url(PICTURES[0], "webp"), "labels": LABELS, "templates": ["一张{}的图片", "{}"]}
     answer = client.post("/v1/classify", json=request).json()
-    classes = zeroshot.classifier(encoder, LABELS, ["一张{}的图片", "{}"])
+    classes = scoring.classifier(encoder, LABELS, ["一张{}的图片", "{}"])
     (cosines,) = encoder.encode_images(PICTURES[:1]) @ classes.T
     scale = encoder.facts.logit_scale
     expected = np.exp(scale * cosines.astype(np.float64))

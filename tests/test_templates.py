@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cn_clip.clip.templates import FOLDER, THEMED, fill, load_templates
 from cn_clip.errors import DataError
-from cn_clip.evaluation.templates import FOLDER, THEMED, fill, load_templates
 
 
 @pytest.mark.parametrize("name", ["default", *THEMED])

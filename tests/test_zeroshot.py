@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cn_clip import cli, zoo
+from cn_clip.clip import scoring, templates
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.tokenizer import ChineseTexts
@@ -24,7 +25,7 @@ from cn_clip.data.pictures import ClassFolders
 from cn_clip.demo import emoji
 from cn_clip.errors import DataError
 from cn_clip.eval import zeroshot_evaluation
-from cn_clip.evaluation import templates, zeroshot
+from cn_clip.evaluation import zeroshot
 
 TINY = "RN-Tiny-64", "BERT-Tiny-chinese"
 GOLDEN = json.loads((pipeline_weights.GOLDEN / "zeroshot.json").read_text())
@@ -46,14 +47,14 @@ class TextTable:
 
 def test_classifier_is_the_unit_mean_over_the_templates() -> None:
     table = TextTable({"猫 PHOTO": [1, 0], "画猫": [0, 1], "狗 PHOTO": [0.6, 0.8], "画狗": [0.6, 0.8]})
-    classes = zeroshot.classifier(table, ["猫", "狗"], ["{} PHOTO", "画{}"])  # type: ignore[arg-type]
+    classes = scoring.classifier(table, ["猫", "狗"], ["{} PHOTO", "画{}"])  # type: ignore[arg-type]
     np.testing.assert_allclose(classes, [[0.5**0.5, 0.5**0.5], [0.6, 0.8]], atol=1e-6)
 
 
 def test_probabilities_are_the_softmax_of_100_cosines() -> None:
     images = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.6, 0.8, 0]], dtype=np.float32)
     classes = np.array([[1, 0, 0], [0.99, 0.0141, 0], [0, 1, 0]], dtype=np.float32)
-    shares = zeroshot.probabilities(images, classes)
+    shares = scoring.probabilities(images, classes)
     e = np.e
     np.testing.assert_allclose(shares[0], [e / (1 + e), 1 / (1 + e), 0], atol=1e-6)  # logits 100, 99, 0
     np.testing.assert_allclose(shares[1], [0, 0, 1], atol=1e-6)
@@ -398,4 +399,4 @@ def test_wrong_settings_stop_with_status_2(
 
 def test_a_label_whose_texts_cancel_out_has_no_direction() -> None:
     features = np.array([[1, 0], [-1, 0], [0.6, 0.8], [0.6, 0.8]], dtype=np.float32)
-    assert zeroshot.class_vectors(features, 2).tolist() == [[0, 0], pytest.approx([0.6, 0.8])]
+    assert scoring.class_vectors(features, 2).tolist() == [[0, 0], pytest.approx([0.6, 0.8])]

@@ -30,9 +30,9 @@ from emoji_packs import (
 )
 
 from cn_clip import command
+from cn_clip.clip.templates import load_templates
 from cn_clip.data.records import text_line
 from cn_clip.errors import ConfigError
-from cn_clip.evaluation.templates import load_templates
 from cn_clip.files import atomic_write
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from io import BytesIO
 from pathlib import Path
 
 from cn_clip import command
+from cn_clip.clip.templates import FOLDER
 from cn_clip.demo import emoji
-from cn_clip.evaluation.templates import FOLDER
 from cn_clip.files import atomic_write
 
 OUTPUT = Path(__file__).parents[1] / "cn_clip" / "data" / "noto_sans_sc.zip"

@@ -56,8 +56,8 @@ def percent(recalls: "RecallBothWays") -> dict[str, dict[str, float]]:
 def run(options: Options) -> int:
     """Writes the file with what was measured on a trial of it; one that is too large is not written."""
     from cn_clip import __version__
-    from cn_clip.checkpoints.weights import in_precision
     from cn_clip.clip.weights.checkpoint import read_checkpoint
+    from cn_clip.clip.weights.forms import in_precision
     from cn_clip.clip.weights.writing import write_safetensors
     from cn_clip.errors import CheckpointError
 

@@ -11,10 +11,10 @@ from io import BytesIO
 from pathlib import Path
 
 from cn_clip.clip.pictures import opened
+from cn_clip.clip.templates import fill, load_templates
 from cn_clip.data.records import DATASET, text_line
 from cn_clip.emoji_pack import Emoji, Vendor, load
 from cn_clip.errors import ConfigError
-from cn_clip.evaluation.templates import fill, load_templates
 from cn_clip.files import atomic_write, written_together
 
 __all__ = [

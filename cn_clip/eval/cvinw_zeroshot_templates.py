@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice, product
 from typing import TypeAlias
 
-from cn_clip.evaluation.templates import fill, load_templates
+from cn_clip.clip.templates import fill, load_templates
 
 Template: TypeAlias = Callable[[str], str]
 

@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from cn_clip import ranks
 from cn_clip.clip import tokenizer
+from cn_clip.clip.scoring import LOGIT_SCALE
 from cn_clip.clip.tokenizer import preprocess_text as _preprocess_text
 from cn_clip.clip.tokenizer import tokenize
 from cn_clip.clip.transforms import ImageTransform, _convert_to_rgb, image_transform
 from cn_clip.data.pictures import ClassFolders, LmdbPictures, load_picture
 from cn_clip.data.records import RecordId, read_texts
-from cn_clip.evaluation.zeroshot import LOGIT_SCALE, read_index
+from cn_clip.evaluation.zeroshot import read_index
 from cn_clip.zoo import fetch_resolution as fetch_resolution
 
 __all__ = ["tokenize"]

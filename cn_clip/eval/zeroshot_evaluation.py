@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from cn_clip import command, drop_in, settings
 from cn_clip.clip import choice
+from cn_clip.clip.templates import load_templates, read_labels
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.evaluation.templates import load_templates, read_labels
 from cn_clip.files import refuse_inputs, replaceable
 from cn_clip.option_types import (
     BatchSize,

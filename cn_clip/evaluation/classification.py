@@ -14,17 +14,18 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cn_clip import __version__
+from cn_clip.clip import scoring
 from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.choice import Choice
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import Identity, identity, open_encoder
+from cn_clip.clip.templates import load_templates, read_labels
 from cn_clip.command import Speaker
 from cn_clip.data.pictures import ClassFolders
 from cn_clip.data.records import digest_of
 from cn_clip.errors import DataError
 from cn_clip.evaluation import zeroshot
 from cn_clip.evaluation.benchmark_sets import ClassName, Metric, class_names, classification_sets
-from cn_clip.evaluation.templates import load_templates, read_labels
 from cn_clip.features.extraction import compute_pictures, picture_rows
 from cn_clip.features.rows import FloatArray, first_not_finite
 from cn_clip.features.store import Job, RowStore, job_text
@@ -175,14 +176,14 @@ def classify(
     numbers = zeroshot.numbers_of_labels(folder, pictures.classes, label_file, len(labels))
     order = zeroshot.read_index(Path(index), len(pictures)) if index else None
     say("Building zero-shot classifier")
-    classes_CD = zeroshot.classifier(encoder, labels, templates)
+    classes_CD = scoring.classifier(encoder, labels, templates)
     say("Using classifier")
     rows, paths = [], [path for path, _ in pictures.samples]
     with tqdm(total=len(pictures), unit="picture") as bar:
         for rows_BD in picture_rows(pictures, encoder, names=paths, batch_size=batch_size, num_workers=num_workers):
             rows.append(rows_BD)
             bar.update(len(rows_BD))
-    probabilities_NC = zeroshot.probabilities(np.concatenate(rows), classes_CD)
+    probabilities_NC = scoring.probabilities(np.concatenate(rows), classes_CD)
     accuracy = zeroshot.accuracy(probabilities_NC, np.array([numbers[label] for _, label in pictures.samples]))
     if order is not None:
         say("Use index to rearrange the logits...")
@@ -288,8 +289,8 @@ def benchmark(
         num_workers=num_workers,
     )
     say("零样本分类 / zero-shot classification…")
-    classes_CD = zeroshot.classifier(encoder, dataset.labels, load_templates(name), batch_size=batch_size)
-    probabilities_NC = zeroshot.probabilities(found.rows_ND, classes_CD)
+    classes_CD = scoring.classifier(encoder, dataset.labels, load_templates(name), batch_size=batch_size)
+    probabilities_NC = scoring.probabilities(found.rows_ND, classes_CD)
     targets_N = np.array(dataset.numbers)[found.labels_N]
     accuracy = zeroshot.accuracy(probabilities_NC, targets_N)
     measures: dict[Metric, float] = {"top1": accuracy.top1, "mean_per_class": accuracy.mean_per_class}

@@ -1,4 +1,7 @@
-"""Zero-shot classification as pure functions of features: classifier, probabilities, accuracy; files of ELEVATER."""
+"""Zero-shot classification as pure functions: class folders and labels, accuracy, average precision; ELEVATER's files.
+
+Class vectors and probabilities are made in `clip.scoring`.
+"""
 
 # N pictures, C classes, D embedding, K cuts of a ranking
 
@@ -11,16 +14,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip.clip.backends.base import Rows, named
-from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.families.names import is_foreign
 from cn_clip.errors import DataError
-from cn_clip.evaluation.templates import fill
 from cn_clip.files import atomic_write
 from cn_clip.jsonl import dumps
 
-# The scale of a fully trained logit_scale; probabilities of the ELEVATER files are made with it.
-LOGIT_SCALE = 100.0
 _RECALL_LEVELS = 11
 
 
@@ -75,35 +74,6 @@ def numbers_of_labels(
         return class_numbers(folders, num_labels)
     except DataError as error:  # of two files, so of none that programs could read from it
         raise DataError(f"{folder} and {labels_file}: {error}") from error
-
-
-def classifier(encoder: Encoder, labels: Sequence[str], templates: Sequence[str], *, batch_size: int = 64) -> Rows:
-    """Unit class vectors (C, D): the mean over the templates of each label's unit text features."""
-    texts = prompts(labels, templates)
-    with named("label", lambda position: labels[position // len(templates)]):
-        features = encoder.encode_texts(texts, batch_size=batch_size, progress=True)
-    return class_vectors(features, len(labels))
-
-
-def prompts(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """The text of each label in each template, the templates of a label together."""
-    return [fill(template, label) for label in labels for template in templates]
-
-
-def class_vectors(features: Rows, num_labels: int) -> Rows:
-    """Unit class vectors (C, D) of the features of `prompts`: the mean of each label's; zeros where they cancel out."""
-    means_CD = features.reshape(num_labels, len(features) // num_labels, -1).mean(axis=1)
-    lengths_C1 = np.linalg.norm(means_CD, axis=1, keepdims=True)
-    weights: Rows = np.divide(means_CD, lengths_C1, out=np.zeros_like(means_CD), where=lengths_C1 != 0)
-    return weights
-
-
-def probabilities(images_ND: Rows, classes_CD: Rows, *, scale: float = LOGIT_SCALE) -> Rows:
-    """Softmax over the classes of `scale` times the cosine, (N, C)."""
-    logits_NC = scale * images_ND @ classes_CD.T
-    exponentials = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
-    shares: Rows = exponentials / exponentials.sum(axis=1, keepdims=True)
-    return shares
 
 
 def accuracy(probabilities_NC: Rows, targets_N: NDArray[np.int64]) -> Accuracy:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from cn_clip import command
-from cn_clip.clip import tokenizer
+from cn_clip.clip import scoring, tokenizer
 from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.backends.pytorch import TorchBackend
 from cn_clip.clip.choice import Choice
@@ -25,13 +25,13 @@ from cn_clip.clip.families.names import refuse
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.opening import open_quietly
 from cn_clip.clip.pictures import open_picture
+from cn_clip.clip.templates import load_templates, read_labels
 from cn_clip.clip.visual import ModifiedResNet, ResidualAttentionBlock
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, PairStore, is_split_folder, read_split
 from cn_clip.data.pictures import ClassFolders, LmdbPictures
 from cn_clip.errors import DataError
 from cn_clip.evaluation import zeroshot
 from cn_clip.evaluation.retrieval import split_features
-from cn_clip.evaluation.templates import load_templates, read_labels
 from cn_clip.features.extraction import picture_rows
 from cn_clip.language import both
 from cn_clip.retrieval.flat import top_k
@@ -235,12 +235,12 @@ def examine_classes(
     labels = read_labels(labels_file)
     pictures = ClassFolders(folder)
     numbers = zeroshot.numbers_of_labels(folder, pictures.classes, labels_file, len(labels))
-    classes_CD = zeroshot.classifier(encoder, labels, templates, batch_size=batch_size)
+    classes_CD = scoring.classifier(encoder, labels, templates, batch_size=batch_size)
     paths = [path for path, _ in pictures.samples]
     rows = picture_rows(pictures, encoder, names=paths, batch_size=batch_size, num_workers=num_workers)
     images_ND = np.concatenate(list(rows))
     targets_N = np.array([numbers[label] for _, label in pictures.samples], dtype=np.int64)
-    return tally(zeroshot.probabilities(images_ND, classes_CD), targets_N, labels, paths, folder)
+    return tally(scoring.probabilities(images_ND, classes_CD), targets_N, labels, paths, folder)
 
 
 def tally(

@@ -8,8 +8,8 @@ from pathlib import Path
 from cn_clip import command, zoo
 from cn_clip.clip.choice import DEFAULT_MODEL, Choice
 from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.templates import read_labels
 from cn_clip.errors import ConfigError
-from cn_clip.evaluation.templates import read_labels
 from cn_clip.index.searching import NEW_PICTURES, model_of, open_encoder, renewal_hint, seen_as
 from cn_clip.retrieval.addresses import Searchable, address_of, open_index
 from cn_clip.retrieval.store import same_model

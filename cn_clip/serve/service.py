@@ -14,11 +14,11 @@ from urllib.parse import quote
 
 import numpy as np
 
+from cn_clip.clip import scoring
 from cn_clip.clip.backends.base import Rows
+from cn_clip.clip.templates import DEFAULT, load_templates
 from cn_clip.data.paths import path_of, readable
 from cn_clip.errors import ConfigError, StoreError
-from cn_clip.evaluation import zeroshot
-from cn_clip.evaluation.templates import DEFAULT, load_templates
 from cn_clip.retrieval.addresses import Searchable, item_called
 from cn_clip.retrieval.conditions import parse_condition
 from cn_clip.retrieval.listing import Order
@@ -99,13 +99,13 @@ class Service:
                 await runner.alone(opened.index.prepare)
         for name, labels in self.label_sets.items():
             # Past the queue, a batch at a time: whoever stops the server waits for one.
-            texts = await runner.alone(zeroshot.prompts, labels, load_templates(DEFAULT))
+            texts = await runner.alone(scoring.prompts, labels, load_templates(DEFAULT))
             step = self.limits.max_batch
             parts = [
                 await runner.alone(runner.encoder.encode_texts, texts[start : start + step])
                 for start in range(0, len(texts), step)
             ]
-            self._stored[runner.name, name] = zeroshot.class_vectors(np.concatenate(parts), len(labels))
+            self._stored[runner.name, name] = scoring.class_vectors(np.concatenate(parts), len(labels))
 
     async def embed(
         self,
@@ -175,8 +175,8 @@ class Service:
             classes_CD = self._stored[runner.name, str(request.label_set)]
         else:
             classes_CD = await self._classifier(runner, labels, templates)
-        scale = runner.encoder.facts.logit_scale or zeroshot.LOGIT_SCALE
-        (shares_C,) = zeroshot.probabilities(image_1D, classes_CD, scale=scale).tolist()
+        scale = runner.encoder.facts.logit_scale or scoring.LOGIT_SCALE
+        (shares_C,) = scoring.probabilities(image_1D, classes_CD, scale=scale).tolist()
         (cosines_C,) = (image_1D @ classes_CD.T).tolist()
         order = sorted(range(len(labels)), key=lambda number: -shares_C[number])
         scores = [
@@ -345,8 +345,8 @@ class Service:
         key = await runner.call(_digest, runner.name, labels, templates)
         classes_CD = self._classifiers.get(key)
         if classes_CD is None:
-            features = await runner.embed_many_texts(await runner.call(zeroshot.prompts, labels, templates))
-            classes_CD = await runner.call(zeroshot.class_vectors, features, len(labels))
+            features = await runner.embed_many_texts(await runner.call(scoring.prompts, labels, templates))
+            classes_CD = await runner.call(scoring.class_vectors, features, len(labels))
             self._classifiers.put(key, classes_CD)
         return classes_CD
 

@@ -42,7 +42,6 @@ from tiny_families import KINDS, write_family
 from tiny_models import tiny_model
 
 from cn_clip import emoji_pack, zoo
-from cn_clip.checkpoints.weights import write_transformers
 from cn_clip.clip import loading
 from cn_clip.clip.backends.onnx_files import metadata
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
@@ -51,6 +50,7 @@ from cn_clip.clip.model import CLIP
 from cn_clip.clip.pictures import open_picture
 from cn_clip.clip.tokenizer import VOCAB_FILE, Tokenizer
 from cn_clip.clip.weights import checkpoint
+from cn_clip.clip.weights.forms import write_transformers
 from cn_clip.data.bulk_pictures import open_collection
 from cn_clip.data.captions import pictures_from_table
 from cn_clip.data.checks import check_split
