@@ -3,13 +3,12 @@
 cn-clip <command> [options]
 """
 
-import difflib
 import importlib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from cn_clip import __version__, terminal
+from cn_clip import __version__, spelling, terminal
 from cn_clip.language import both
 
 PROG = "cn-clip"
@@ -140,9 +139,9 @@ def refusal(name: str, rest: Sequence[str]) -> str:
     # The shared first word would make all of a family look near. Of commands with the same last word the first counts.
     candidates = {known.split()[-1]: known for known in reversed(list(relatives or COMMANDS))}
     typed = rest[0] if relatives else name
-    nearest = difflib.get_close_matches(typed, candidates, n=1)
+    nearest = spelling.nearest(typed, candidates)
     if nearest:
-        command = f"`{PROG} {candidates[nearest[0]]}`"
+        command = f"`{PROG} {candidates[nearest]}`"
         hint = both(f"是否想用 {command}？", f"did you mean {command}?")
     else:
         hint = _one_of(relatives or COMMANDS)

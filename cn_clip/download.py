@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cn_clip import command, zoo
+from cn_clip import command, spelling, zoo
 from cn_clip.errors import ConfigError, DownloadError
 from cn_clip.option_types import Json
 
@@ -32,7 +32,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if zoo.named(self.name) is None:
-            raise ConfigError(f"{self.name}: no such model; expected one of {', '.join(zoo.available_models())}")
+            known = zoo.available_models()
+            hint = spelling.meant(self.name, known)
+            raise ConfigError(f"{self.name}: no such model; expected one of {', '.join(known)}{hint}")
 
 
 def run(options: Options) -> None:

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from cn_clip import spelling
 from cn_clip.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).parent / "clip" / "model_configs"
@@ -319,7 +320,7 @@ def _text_shape(config: TextConfig) -> TextConfig:
 
 def _read(name: str, known: tuple[str, ...]) -> dict[str, Any]:
     if name.replace("/", "-") not in known:
-        raise ConfigError(f"unknown model {name!r}; expected one of {', '.join(known)}")
+        raise ConfigError(f"unknown model {name!r}; expected one of {', '.join(known)}{spelling.meant(name, known)}")
     values: dict[str, Any] = json.loads(config_path(name).read_text(encoding="utf-8"))
     if isinstance(values.get("vision_layers"), list):
         values["vision_layers"] = tuple(values["vision_layers"])

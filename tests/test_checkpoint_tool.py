@@ -201,7 +201,7 @@ def test_weights_beyond_float16_are_refused_by_name(tmp_path: Path, capsys: pyte
     state["visual.conv1.weight"] = torch.full_like(state["visual.conv1.weight"], 1e5)
     torch.save({"state_dict": state}, tmp_path / "run.pt")
     error = refusal(capsys, "strip", tmp_path / "run.pt", "--output", tmp_path / "half.pt", "--precision", "fp16")
-    assert "visual.conv1.weight holds values too large for float16; use --precision fp32" in error
+    assert "visual.conv1.weight holds values too large for float16; use fp32" in error
     assert list(tree(tmp_path)) == ["run.pt"]
 
 

@@ -186,8 +186,8 @@ def test_bytes_and_open_pictures_that_cannot_be_read_are_named_by_their_place(en
 
 
 def test_other_kinds_of_objects_are_a_type_error(encoder: Encoder) -> None:
-    with pytest.raises(TypeError, match="picture 1: expected a path, bytes or a PIL picture, got ndarray"):
-        encoder.encode_images([*pictures(1), np.zeros((4, 4, 3), np.uint8)])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"picture 1: expected a path, encoded bytes, an open file, .* got int"):
+        encoder.encode_images([*pictures(1), 3])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])

@@ -430,14 +430,14 @@ def test_a_hub_id_that_does_not_come_is_a_sentence(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.test/")
     monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path, ["config.json", "flax_model.msgpack"]))
     with pytest.raises(DownloadError, match="neither safetensors nor"):
-        opening.snapshot("someone/model", download_root=tmp_path)
+        opening.folder_of(names.parse("hf:someone/model"), download_root=tmp_path)
 
     def unreachable(*_: object, **__: object) -> str:
         raise OSError("no route\nto host.")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(DownloadError, match=r"hf:someone/model: .*no route to host; give a local folder"):
-        opening.snapshot("someone/model")
+        opening.folder_of(names.parse("hf:someone/model"))
 
 
 # --- the evaluation

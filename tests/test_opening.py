@@ -10,9 +10,9 @@ from cn_clip.clip import opening
 from cn_clip.clip.backends.base import Facts
 from cn_clip.clip.backends.names import KINDS
 from cn_clip.clip.choice import DEFAULT_MODEL, CheckpointSettings, Choice, ModelSettings, check
+from cn_clip.clip.families.opening import full_name
 from cn_clip.clip.opening import (
     fingerprint,
-    full_name,
     identity,
     open_encoder,
     open_quietly,

@@ -245,7 +245,7 @@ def test_a_revision_of_the_hub_can_be_pinned(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(
         DownloadError, match=r"hf:someone/model@v2: https://hub\.test has no revision 'v2' of it; give a"
     ):
-        opening.snapshot("someone/model", "v2")
+        opening.folder_of(names.parse("hf:someone/model@v2"))
     for wrong in ("hf:someone/model@", "hf:someone/model@a@b", "hf:./here@main"):
         with pytest.raises(CheckpointError, match=r"an id of the hub, OWNER/NAME or OWNER/NAME@REVISION"):
             opening.folder_of(names.parse(wrong))

@@ -4,13 +4,16 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 
 import numpy as np
-from PIL.Image import Image
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cn_clip import zoo
@@ -26,15 +29,38 @@ from cn_clip.clip.backends.base import (
     PixelType,
     Rows,
     T,
+    TensorBackend,
     TokenIds,
     facts_of,
     rows_ahead,
 )
-from cn_clip.clip.backends.names import DEFAULT_CONTEXT_LENGTH, BackendName, check_threads
+from cn_clip.clip.backends.names import DEFAULT_CONTEXT_LENGTH, BackendName, check_precision, check_threads
 from cn_clip.clip.backends.opening import open_backend
 from cn_clip.clip.families.names import is_foreign
-from cn_clip.clip.families.opening import open_parts
-from cn_clip.clip.pictures import Picture, decoded_batches, is_data_url, open_picture
+from cn_clip.clip.families.opening import full_name, open_parts, resolved
+from cn_clip.clip.picture_arrays import is_array
+from cn_clip.clip.pictures import (
+    Picture,
+    Pictures,
+    decoded_batches,
+    is_data_url,
+    open_picture,
+    picture_name,
+    pictures_of,
+)
+from cn_clip.clip.row_types import Output, RowType, check_output, of_type, row_type
+from cn_clip.clip.scoring import (
+    LOGIT_SCALE,
+    ArraysGiven,
+    Labelled,
+    RowsGiven,
+    check_labels,
+    chosen_templates,
+    classifier,
+    probabilities,
+    similarity,
+    unit,
+)
 from cn_clip.clip.tokenizer import ChineseTexts, TextTransform, text_length
 from cn_clip.clip.transforms import Decode, ImageTransform, PictureTransform, check_decode, write_pixels
 from cn_clip.errors import ConfigError, DataError, NotFiniteError
@@ -43,6 +69,7 @@ if TYPE_CHECKING:
     import torch
 
     from cn_clip.clip.model import CLIP
+    from cn_clip.retrieval.flat import Matches
 
 Advance: TypeAlias = Callable[[int], object]
 
@@ -55,10 +82,16 @@ _SHOWN = 40
 class Encoder:
     """Pictures and Chinese text to unit vectors.
 
-    model: a published name, a checkpoint file, a transformers folder, a loaded `CLIP`, a `Backend`, or, for backends
-    other than torch, the prefix of exported files. A `CLIP` stays as it is, and its weights are shared, so that the
-    vectors follow its training, unless another `device` or `precision` needs copies.
-    Models of other families: `hf:FOLDER` (CLIP, SigLIP, AltCLIP, MetaCLIP 2; a folder or a hub id),
+        encoder = Encoder("ViT-B-16")
+        texts_ND = encoder.encode_texts(["一只猫", "一只狗"])                   # float32 (2, 512), rows of length 1
+        encoder.similarity(texts_ND, encoder.encode_images(["a.jpg"]))         # cosines (2, 1)
+        encoder.classify(["a.jpg"], ["猫", "狗"])                              # labels and probabilities
+
+    model: a published name, a checkpoint file, a transformers folder, an id of the Hugging Face hub ("OWNER/NAME",
+    perhaps with "@REVISION"), a loaded `CLIP`, a `Backend`, or, for backends other than torch, the prefix of exported
+    files. A `CLIP` stays as it is, and its weights are shared, so that the vectors follow its training, unless another
+    `device` or `precision` needs copies.
+    Models of other families: a folder or an id of the hub (CLIP, SigLIP, AltCLIP, MetaCLIP 2; also `hf:FOLDER`),
     `open_clip:ARCHITECTURE@FILE`, or `Parts`; pictures and texts are prepared as theirs are.
     backend: "torch", "onnx" (ONNX Runtime), "openvino" or "tensorrt". All but torch run an exported model, made at
     first use and kept in `exported/` under `download_root`; once it is there, onnx and openvino do without PyTorch.
@@ -72,6 +105,11 @@ class Encoder:
     long as the model's; the vectors differ a little. "exact" decodes them whole. "reference" as well,
     and clips grey of 16 bits to white, as Chinese-CLIP does; the others scale it to 8 bits.
     upright: turns pictures by their EXIF orientation, as people see them; Chinese-CLIP takes them as they are stored.
+
+    Threads: several may use one Encoder at once, and get the rows that one would; of a `Backend` or `Parts` of your
+    own that is for it to say. More threads are not faster: each call keeps all cores or the GPU busy.
+    Pickling: an Encoder opened by a name, a file or a folder is opened again from there, with its settings, in the
+    process that unpickles it (spawn, Ray, `datasets.map`); one made of a model in memory raises ConfigError.
     A child of `os.fork` may use what its parent opened, except on CUDA, and with openvino, which refuses: PyTorch then
     computes with one thread there. After onnx the child must end by `os._exit`, as those of `multiprocessing` do: ONNX
     Runtime's exit waits for ever.
@@ -102,9 +140,17 @@ class Encoder:
             "download_root": download_root,
             "compile": compile,
         }
+        self._opened: Opened | None = None
         self._pictures: PictureTransform | None = None
         self.texts: TextTransform
         self.backend: Backend
+        if isinstance(model, (str, Path)):
+            more = {"context_length": context_length, "decode": decode, "upright": upright}
+            root = None if download_root is None else Path(download_root).expanduser().absolute()
+            kept = {**settings, **more, "download_root": root}
+            self._opened = Opened(full_name(str(model)), str(model), kept)
+            check_precision(backend, precision)
+            model = resolved(model, download_root=download_root)
         if is_foreign(model):
             if compile:
                 raise ConfigError("compile: is for Chinese-CLIP; leave it out")
@@ -134,6 +180,47 @@ class Encoder:
             self.backend = sharing(model, device=settings["device"], precision=precision, **sizes)
         name = model if isinstance(model, (str, Path)) else "the model"
         self.texts = ChineseTexts(text_length(context_length, self.facts.context_length, name))
+
+    def __repr__(self) -> str:
+        facts = f"backend={self.backend_name!r}, precision={self.facts.precision!r}, device={self.device!r}"
+        name = "a model in memory" if self.model_name is None else repr(self.model_name)
+        return f"Encoder({name}, {facts}, dimensions={self.dimensions}, context_length={self.context_length})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._opened is None:
+            raise ConfigError(
+                "this Encoder was made of a model in memory, and cannot be pickled; save it "
+                '(encoder.save("my-model")), and pickle Encoder("my-model")'
+            )
+        return _opened_again, (self._opened,)
+
+    @property
+    def model_name(self) -> str | None:
+        """The name, file or folder as it was given; None of a model in memory."""
+        return None if self._opened is None else self._opened.given
+
+    @property
+    def backend_name(self) -> str:
+        """What runs the model: "torch", "onnx", "openvino" or "tensorrt"; of a backend of your own its type."""
+        if self._opened is not None:
+            return str(self._opened.settings["backend"])
+        return "torch" if self.facts.has_tensors else type(self.backend).__name__
+
+    @property
+    def device(self) -> str:
+        """Where it computes, as PyTorch calls it: "cpu", "cuda:0", "mps"; of exported files "cpu" or "cuda"."""
+        on_cpu = "CPU" in self.facts.provider or not self.facts.provider
+        return self.facts.device or ("cpu" if on_cpu else "cuda")
+
+    @property
+    def logit_scale(self) -> float | None:
+        """The factor on cosines that the model was trained with, exp of its parameter, 100 at most; None: not known."""
+        return self.facts.logit_scale
+
+    @property
+    def dimensions(self) -> int:
+        """D, the numbers of a row; `embed_dim` is the same."""
+        return self.backend.embed_dim
 
     @property
     def context_length(self) -> int:
@@ -222,93 +309,332 @@ class Encoder:
             return rows_ahead(batches, begin)
         return ((own, begin(inputs)()) for own, inputs in batches)
 
+    @overload
     def encode_images(
         self,
-        images: Iterable[Picture],
+        images: Pictures,
+        *,
+        batch_size: int | None = ...,
+        progress: bool = ...,
+        num_threads: int | None = ...,
+        output: Literal["torch"],
+        dtype: object = ...,
+    ) -> "torch.Tensor": ...
+
+    @overload
+    def encode_images(
+        self,
+        images: Pictures,
+        *,
+        batch_size: int | None = ...,
+        progress: bool = ...,
+        num_threads: int | None = ...,
+        output: Literal["numpy"] = ...,
+        dtype: object = ...,
+    ) -> NDArray[Any]: ...
+
+    def encode_images(
+        self,
+        images: Pictures,
         *,
         batch_size: int | None = None,
         progress: bool = False,
         num_threads: int | None = None,
-    ) -> Rows:
-        """Unit rows (N, D), float32, in the order given.
+        output: Output = "numpy",
+        dtype: object = "float32",
+    ) -> "NDArray[Any] | torch.Tensor":
+        """Unit rows (N, D) in the order given.
 
-        images: paths, data URLs, encoded bytes or PIL pictures. Threads decode the next batch while one is computed.
+        images: paths, data URLs, encoded bytes, open files, PIL pictures, arrays (height, width[, channels]) and
+        tensors (channels, height, width), uint8 or floats from 0 to 1, see `picture_arrays.as_picture`; one of them, a
+        batch (N, …) of arrays, or any iterable. An iterable is never made a list: at most four batches of it are in
+        memory. Threads decode the next batches while one is computed.
         batch_size: default 32, on a GPU 256. num_threads: that decode; default one a core, at most 16.
-        Raises DataError naming the picture that cannot be read, NotFiniteError one that the model has no vector for.
+        output: "numpy", or "torch": a tensor where the model computes, on CUDA without a copy to the host, with no
+        gradient; of onnx, openvino and tensorrt on the CPU.
+        dtype: "float32", "float16" or "int8" (see `row_types.of_type`; of those only the cosine means anything).
+        Raises DataError naming the picture that cannot be read, NotFiniteError one that the model has no vector for,
+        TypeError for what is no picture, ConfigError for a setting.
         """
-        images = [images] if isinstance(images, (str, Path, bytes, Image)) else list(images)
-        batch_size = _size(batch_size, self.facts.batch_sizes[0])
-        check_threads(num_threads, least=0)
+        batches = self.encode_image_batches(
+            images, batch_size=batch_size, progress=progress, num_threads=num_threads, output=output, dtype=dtype
+        )
+        return self._joined(batches, check_output(output), row_type(dtype))
 
-        def load(number: int, out: AnyPixels) -> None:
-            name = _picture_name(images[number], number)
-            image = open_picture(images[number], name=name, draft_size=self.transform.draft_size, upright=self.upright)
+    def encode_image_batches(
+        self,
+        images: Pictures,
+        *,
+        batch_size: int | None = None,
+        progress: bool = False,
+        num_threads: int | None = None,
+        output: Output = "numpy",
+        dtype: object = "float32",
+    ) -> Iterator["NDArray[Any] | torch.Tensor"]:
+        """The rows of `encode_images` (B, D) batch by batch, for streams whose rows do not fit in memory."""
+        check_threads(num_threads, least=0)
+        start, wanted = self._starts(check_output(output))[0], row_type(dtype)
+        batch_size = _size(batch_size, self.facts.batch_sizes[0])
+        source = pictures_of(images)
+        waiting: deque[list[str]] = deque()  # the names of pictures whose rows are not there yet
+
+        def load(item: tuple[int, Picture], out: AnyPixels) -> str:
+            number, picture = item
+            name = picture_name(picture, number)
+            image = open_picture(picture, name=name, draft_size=self.transform.draft_size, upright=self.upright)
             try:
                 write_pixels(self.transform, image, out)
             except DataError as error:
                 raise DataError(error, at=name) from error
+            return name
 
-        rows, done = [np.empty((0, self.embed_dim), dtype=np.float32)], 0
-        batches = decoded_batches(load, range(len(images)), self.room, batch_size, num_threads)
-        with _bar(len(images), "picture", progress) as advance:
+        def batches() -> Iterator[tuple[None, AnyPixels]]:
+            for names, pixels in decoded_batches(load, enumerate(source), self.room, batch_size, num_threads):
+                waiting.append(names)
+                yield None, pixels
+
+        return self._pieces(batches(), start, wanted, waiting, _bar(_length(images), "picture", progress))
+
+    def _pieces(
+        self,
+        batches: Iterable[tuple[None, AnyPixels]],
+        start: Callable[[Any], Callable[[], Any]],
+        wanted: RowType,
+        waiting: deque[list[str]],
+        bar: contextlib.AbstractContextManager[Advance],
+    ) -> Iterator["NDArray[Any] | torch.Tensor"]:
+        done = 0
+        with bar as advance:
             try:
-                for _, rows_BD in self.pixel_rows(batches):
-                    rows.append(rows_BD)
+                for _, rows_BD in self._started(batches, start):
+                    waiting.popleft()
                     done += len(rows_BD)
+                    yield of_type(rows_BD, wanted)
                     advance(len(rows_BD))
             except NotFiniteError as error:
-                wrong = [done + position for position in error.positions]
-                raise NotFiniteError(_picture_name(images[wrong[0]], wrong[0]), wrong) from error
-        return np.concatenate(rows)
+                raise NotFiniteError(
+                    waiting[0][error.positions[0]], [done + position for position in error.positions]
+                ) from error
 
-    def encode_texts(self, texts: Iterable[str], *, batch_size: int | None = None, progress: bool = False) -> Rows:
-        """Unit rows (N, D), float32, in the order given. Texts of like length are computed together.
+    @overload
+    def encode_texts(
+        self,
+        texts: Iterable[str],
+        *,
+        batch_size: int | None = ...,
+        progress: bool = ...,
+        output: Literal["torch"],
+        dtype: object = ...,
+    ) -> "torch.Tensor": ...
 
-        texts: as people write them; what a model needs (Chinese-CLIP: lower case, straight quotes) is done here.
-        batch_size: default 64, on a GPU 512. Raises DataError for a picture given as a data URL, NotFiniteError naming
-        a text that the model has no vector for.
+    @overload
+    def encode_texts(
+        self,
+        texts: Iterable[str],
+        *,
+        batch_size: int | None = ...,
+        progress: bool = ...,
+        output: Literal["numpy"] = ...,
+        dtype: object = ...,
+    ) -> NDArray[Any]: ...
+
+    def encode_texts(
+        self,
+        texts: Iterable[str],
+        *,
+        batch_size: int | None = None,
+        progress: bool = False,
+        output: Output = "numpy",
+        dtype: object = "float32",
+    ) -> "NDArray[Any] | torch.Tensor":
+        """Unit rows (N, D) in the order given. Texts of like length are computed together.
+
+        texts: as people write them; what a model needs (Chinese-CLIP: lower case, straight quotes) is done here. One
+        text, or any iterable of them, which is never made a list: 8192 of them are in memory, 16384 on CUDA.
+        batch_size: default 64, on a GPU 512. output, dtype: as of `encode_images`.
+        Raises TypeError for what is no text, DataError for a picture given as a data URL, NotFiniteError naming a text
+        that the model has no vector for, ConfigError for a setting.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        with _bar(len(texts), "text", progress) as advance:
-            windows = self.encode_text_windows(texts, batch_size=batch_size, advance=advance)
-            return np.concatenate([np.empty((0, self.embed_dim), dtype=np.float32), *windows])
+        kind, wanted = check_output(output), row_type(dtype)
+        with _bar(_length(texts), "text", progress) as advance:
+            windows = self._text_windows(texts, batch_size, advance, kind)
+            return self._joined((of_type(rows, wanted) for rows in windows), kind, wanted)
 
     def encode_text_windows(
-        self, texts: Sequence[str], *, batch_size: int | None = None, advance: Advance | None = None
+        self, texts: Iterable[str], *, batch_size: int | None = None, advance: Advance | None = None
     ) -> Iterator[Rows]:
         """The rows of `encode_texts` in consecutive pieces, for writing while computing.
 
         advance: called with the number of texts of each batch done.
         """
-        batch_size = _size(batch_size, self.facts.batch_sizes[1])
-        for number, text in enumerate(texts):
-            if isinstance(text, str) and is_data_url(text):
-                raise DataError(f"texts[{number}]: is a picture as a data URL, no text; give it to encode_images")
-        numbers: list[int] = []  # of the texts, in the order in which they are computed
+        return cast("Iterator[Rows]", self._text_windows(texts, batch_size, advance, "numpy"))
 
-        def batches() -> Iterator[tuple[int, TokenIds]]:
-            for start in range(0, len(texts), SORTING_WINDOW):
-                rows = self.texts.rows(texts[start : start + SORTING_WINDOW])
-                for chosen, token_ids in sorted_batches(rows, batch_size, self.texts.pad):
-                    numbers.extend(start + position for position in chosen)
-                    yield len(numbers), token_ids
+    def _text_windows(
+        self, texts: Iterable[str], batch_size: int | None, advance: Advance | None, output: Output
+    ) -> Iterator["Rows | torch.Tensor"]:
+        size = _size(batch_size, self.facts.batch_sizes[1])
+        source, start = _texts_of(texts), self._starts(output)[1]
+        # Of the windows whose rows are not all there: their texts. Of the batches: which of their window.
+        windows: deque[list[str]] = deque()
+        waiting: deque[list[int]] = deque()
 
-        begin = 0
-        output = np.empty((min(SORTING_WINDOW, len(texts)), self.embed_dim), dtype=np.float32)
-        done = 0
+        def batches() -> Iterator[tuple[None, TokenIds]]:
+            begin = 0
+            while window := list(islice(source, SORTING_WINDOW)):
+                _check_texts(window, begin)
+                windows.append(window)
+                for chosen, token_ids in sorted_batches(self.texts.rows(window), size, self.texts.pad):
+                    waiting.append(chosen)
+                    yield None, token_ids
+                begin += len(window)
+
+        return self._sorted_back(batches(), start, windows, waiting, advance or (lambda _: None))
+
+    def _sorted_back(
+        self,
+        batches: Iterable[tuple[None, TokenIds]],
+        start: Callable[[Any], Callable[[], Any]],
+        windows: deque[list[str]],
+        waiting: deque[list[int]],
+        advance: Advance,
+    ) -> Iterator["Rows | torch.Tensor"]:
+        """The rows of each window in the order of its texts, once all are there."""
+        begin, pieces, order = 0, list[Any](), list[int]()
         try:
-            for end, rows_BD in self.token_rows(batches()):
-                output[np.array(numbers[done:end]) - begin] = rows_BD
-                done = end
-                if advance is not None:
-                    advance(len(rows_BD))
-                if done == begin + len(output):
-                    yield output
-                    begin = done
-                    output = np.empty((min(SORTING_WINDOW, len(texts) - begin), self.embed_dim), dtype=np.float32)
+            for _, rows_BD in self._started(batches, start):
+                pieces.append(rows_BD)
+                order += waiting.popleft()
+                advance(len(rows_BD))
+                if len(order) == len(windows[0]):
+                    yield _in_order(pieces, order)
+                    begin += len(windows.popleft())
+                    pieces, order = [], []
         except NotFiniteError as error:
-            wrong = sorted(numbers[done + position] for position in error.positions)
-            raise NotFiniteError(f"text {wrong[0]} ({texts[wrong[0]][:_SHOWN]!r})", wrong) from error
+            wrong = sorted(waiting[0][position] for position in error.positions)
+            text = windows[0][wrong[0]][:_SHOWN]
+            positions = [begin + position for position in wrong]
+            raise NotFiniteError(f"text {positions[0]} ({text!r})", positions) from error
+
+    def _starts(self, output: Output) -> tuple[Callable[[Any], Callable[[], Any]], Callable[[Any], Callable[[], Any]]]:
+        """What begins a batch of pixels, and of token ids, for rows of that kind."""
+        if output == "numpy":
+            return self.start_pixels, self.start_tokens
+        if self.facts.has_tensors:
+            backend = cast("TensorBackend", self.backend)
+            return backend.start_pixel_tensors, backend.start_token_tensors
+        import torch
+
+        def as_tensors(start: Callable[[Any], Callable[[], Rows]]) -> Callable[[Any], Callable[[], "torch.Tensor"]]:
+            def begin(inputs: Any) -> Callable[[], torch.Tensor]:
+                rows_of = start(inputs)
+                return lambda: torch.from_numpy(rows_of())
+
+            return begin
+
+        return as_tensors(self.start_pixels), as_tensors(self.start_tokens)
+
+    def _started(
+        self, batches: Iterable[tuple[T, InputsT]], start: Callable[[Any], Callable[[], Any]]
+    ) -> Iterator[Any]:
+        """(the same, rows) of batches that are not empty."""
+        if self.facts.is_async:
+            return rows_ahead(batches, start)
+        return ((own, start(inputs)()) for own, inputs in batches)
+
+    def _joined(
+        self, pieces: "Iterable[NDArray[Any] | torch.Tensor]", output: Output, wanted: RowType
+    ) -> "NDArray[Any] | torch.Tensor":
+        """All rows, (0, D) of none, a tensor on the device."""
+        if output == "numpy":
+            return np.concatenate([np.empty((0, self.embed_dim), dtype=wanted), *cast("Iterable[Any]", pieces)])
+        import torch
+
+        device = self.device if self.facts.has_tensors else "cpu"
+        none = torch.empty((0, self.embed_dim), dtype=getattr(torch, wanted), device=device)
+        return torch.cat([none, *cast("Iterable[Any]", pieces)])
+
+    # --- what is asked of rows
+
+    @overload
+    def similarity(self, first: ArraysGiven, second: ArraysGiven) -> Rows: ...
+
+    @overload
+    def similarity(self, first: RowsGiven, second: RowsGiven) -> "Rows | torch.Tensor": ...
+
+    def similarity(self, first: RowsGiven, second: RowsGiven) -> "Rows | torch.Tensor":
+        """Cosines (N, M), float32, of rows (N, D) with others (M, D); one row (D) is (1, D).
+
+        Rows of any type: float32, float16, int8, lists. A tensor where one of them is, on its device; else an array.
+        Raises DataError naming a row that is not finite or zero, and for rows of different dimensions.
+        """
+        return similarity(first, second)
+
+    def top_k(self, queries: RowsGiven, gallery: RowsGiven, k: int = 10) -> "Matches":
+        """The k rows of the gallery nearest to each query: indices int64 and cosines float32, (Q, min(k, N)).
+
+        Exact: cosines fall along a row, equal ones keep the order of the gallery (see `retrieval.flat.top_k`, which
+        computes on the model's device and holds a block of the gallery there). Rows as of `similarity`, on the host.
+        For millions of rows build an index (`cn-clip index build`). Raises as `similarity`, and ConfigError for k.
+        """
+        from cn_clip.retrieval.flat import top_k
+
+        if type(k) is not int:
+            raise ConfigError(f"k: expected a whole number of at least 1, got {k!r}")
+        device = self.device if self.device.startswith("cuda") else "cpu"
+        return top_k(unit(queries, "queries"), unit(gallery, "gallery"), k, device=device)
+
+    def class_rows(
+        self,
+        labels: Sequence[str],
+        templates: Sequence[str] | str | None = None,
+        *,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> Rows:
+        """Unit rows (C, D) of classes, float32: the mean of each label's texts, one for each template.
+
+        templates: each with one {} for the label; default: the general ones of `cn-clip zeroshot`; "{}" for labels that
+        are whole sentences. Raises DataError for no labels, two equal ones, or a template of another form.
+        """
+        return classifier(
+            self, check_labels(labels), chosen_templates(templates), batch_size=batch_size, progress=progress
+        )
+
+    def classify(
+        self,
+        images: Pictures,
+        labels: Sequence[str],
+        *,
+        templates: Sequence[str] | str | None = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+        num_threads: int | None = None,
+    ) -> Labelled:
+        """What pictures show: the likeliest label of each, and probabilities (N, C), as `cn-clip zeroshot` has them.
+
+        The softmax of the cosines to `class_rows`, times the model's logit scale (100 where it is not known). For many
+        calls with the same labels keep `class_rows` and use `similarity`. Raises as `encode_images`, `class_rows`.
+        """
+        classes_CD = self.class_rows(labels, templates)
+        rows_ND = self.encode_images(images, batch_size=batch_size, progress=progress, num_threads=num_threads)
+        shares_NC = probabilities(rows_ND, classes_CD, scale=self.logit_scale or LOGIT_SCALE)
+        return Labelled([labels[number] for number in shares_NC.argmax(axis=1).tolist()], shares_NC)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What an Encoder was opened from: its name or path from the root on, the same as given, and all settings."""
+
+    model: str
+    given: str
+    settings: dict[str, Any]
+
+
+def _opened_again(opened: Opened) -> Encoder:
+    """An Encoder in another process, or from another folder."""
+    encoder = Encoder(opened.model, **opened.settings)
+    encoder._opened = opened
+    return encoder
 
 
 def sorted_batches(
@@ -321,9 +647,40 @@ def sorted_batches(
         yield chosen, pad([rows[index] for index in chosen])
 
 
-def _picture_name(picture: Picture, number: int) -> str:
-    is_path = isinstance(picture, Path) or (isinstance(picture, str) and not is_data_url(picture))
-    return str(picture) if is_path else f"picture {number}"
+def _in_order(pieces: list[Any], order: list[int]) -> Any:
+    """The rows of batches in the order that their numbers say."""
+    if isinstance(pieces[0], np.ndarray):
+        output = np.empty((len(order), pieces[0].shape[1]), dtype=np.float32)
+        output[order] = np.concatenate(pieces)
+        return output
+    import torch
+
+    joined = torch.cat(pieces)
+    return torch.empty_like(joined).index_copy_(0, torch.tensor(order, device=joined.device), joined)
+
+
+def _texts_of(texts: Iterable[str]) -> Iterator[str]:
+    """The texts one by one, of one text itself; raises TypeError for what holds no texts in an order."""
+    if isinstance(texts, str):
+        return iter([texts])
+    if isinstance(texts, (bytes, bytearray, Mapping, Set)) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts: expected a str or several in an order, got {type(texts).__name__}")
+    return iter(texts)
+
+
+def _check_texts(texts: list[str], begin: int) -> None:
+    for number, text in enumerate(texts, start=begin):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{number}]: expected a str, got {type(text).__name__} {text!r:.80}")
+        if is_data_url(text):
+            raise DataError(f"texts[{number}]: is a picture as a data URL, no text; give it to encode_images")
+
+
+def _length(inputs: object) -> int | None:
+    """How many inputs there are, for a progress bar; None if nobody knows before they have come."""
+    if isinstance(inputs, (str, bytes)) or (is_array(inputs) and len(inputs.shape) <= 3):
+        return 1
+    return len(inputs) if isinstance(inputs, Sized) else None
 
 
 def _check_unset(what: str, **given: object) -> None:
@@ -340,6 +697,6 @@ def _size(batch_size: int | None, usual: int = USUAL_SIZES[0]) -> int:
 
 
 @contextlib.contextmanager
-def _bar(total: int, unit: str, visible: bool) -> Iterator[Advance]:
+def _bar(total: int | None, unit: str, visible: bool) -> Iterator[Advance]:
     with tqdm(total=total, unit=unit, disable=not visible) as bar:
         yield bar.update

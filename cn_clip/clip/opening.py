@@ -17,7 +17,6 @@ from cn_clip.clip.backends.onnx_files import extra_path
 from cn_clip.clip.backends.opening import open_backend, settle_precision
 from cn_clip.clip.choice import Choice
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.families import names
 from cn_clip.clip.families import opening as families
 from cn_clip.clip.weights import hub
 from cn_clip.command import Speaker
@@ -229,13 +228,6 @@ def weight_files(chosen: Choice) -> list[Path]:
         if exported:
             return [path for path in exported if path.is_file()]
     return hub.files_of(hub.weight_file(chosen.model, download_root=chosen.download_root))
-
-
-def full_name(model: str) -> str:
-    """A published name as it is, a path from the root on: the model may be opened from another folder."""
-    if names.is_foreign(model):
-        return names.absolute(model)
-    return model if zoo.named(model) else str(Path(model).absolute())
 
 
 def _states(paths: Sequence[Path]) -> list[list[object]]:

@@ -1,33 +1,46 @@
-"""Pictures from paths, data URLs, bytes or PIL, decoded by threads while the batch before is computed."""
+"""Pictures from paths, data URLs, bytes, open files, PIL or arrays, decoded by threads ahead of the computing."""
 
 # B batch, R resolution
 
 import base64
+import contextlib
 import functools
+import io
 import logging
+import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL.Image import Image
 
 from cn_clip.clip.backends.base import AnyPixels
 from cn_clip.clip.decoding import ProcessStartError, opened_elsewhere
 from cn_clip.clip.orientation import upright as turned_upright
+from cn_clip.clip.picture_arrays import as_picture, is_array
 from cn_clip.clip.picture_files import is_bounded, look, opened_here, prepare
 from cn_clip.clip.picture_names import begins_as_picture
 from cn_clip.errors import DataError
 from cn_clip.processes import usable_cores
 
-Picture: TypeAlias = str | Path | bytes | Image
+if TYPE_CHECKING:
+    import torch
+
+# A path or a data URL, encoded bytes, an open file of them, or a picture in memory, see `as_picture`.
+Encoded: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
+Picture: TypeAlias = "Encoded | Image | NDArray[Any] | torch.Tensor"
+Pictures: TypeAlias = "Iterable[Picture] | Picture"
 # From a number of pictures to memory for their pixels (B, 3, R, R), yet to be written.
 Room: TypeAlias = Callable[[int], AnyPixels]
 T = TypeVar("T")
+ItemT = TypeVar("ItemT")
 logger = logging.getLogger(__name__)
 
 # Base64 that is decoded at once, 1 ms in which no other thread runs; a multiple of 4.
@@ -116,13 +129,16 @@ def decode(picture: str | Path | bytes, draft_size: int | None = None, *, uprigh
 
 
 def open_picture(picture: Picture, *, name: str, draft_size: int | None = None, upright: bool = False) -> Image:
-    """A loaded PIL picture from a path, a data URL or encoded bytes (see `decode`), or PIL itself.
+    """A loaded PIL picture from a path, a data URL, encoded bytes or an open file (see `decode`), PIL or an array.
 
+    An open file is read from its beginning, as PIL does, if it can be set to it, and stays open.
     Raises DataError saying `name` when it cannot be decoded, TypeError for any other kind of object.
     """
-    if not isinstance(picture, (str, Path, bytes, Image)):
-        raise TypeError(f"{name}: expected a path, bytes or a PIL picture, got {type(picture).__name__}")
     try:
+        if is_array(picture):
+            picture = as_picture(picture)
+        elif not isinstance(picture, (str, bytes, Image)):
+            picture = _plain(picture, name)
         if isinstance(picture, str) and is_data_url(picture):
             picture = data_url_bytes(picture)
         if isinstance(picture, Image):
@@ -131,11 +147,68 @@ def open_picture(picture: Picture, *, name: str, draft_size: int | None = None, 
                 return turned_upright(picture) if upright else picture
         return decode(picture, draft_size, upright=upright)
     except FileNotFoundError as error:
+        if re.match(r"https?://", str(picture)):
+            raise DataError("is an address; nothing is downloaded here, give the file or its bytes", at=name) from error
         raise DataError("no such file", at=name) from error
     except DataError as error:
-        raise DataError(f"not decoded: {error}", at=name) from error
+        raise DataError(error if is_array(picture) else f"not decoded: {error}", at=name) from error
+    except _KindError:
+        raise
     except Exception as error:
         raise DataError(f"not a picture that can be decoded ({error})", at=name) from error
+
+
+class _KindError(TypeError):
+    """An object that is no picture of any kind."""
+
+
+def _plain(picture: object, name: str) -> bytes | Path:
+    """The bytes or the path of what is neither str, bytes, PIL nor an array; raises _KindError."""
+    if isinstance(picture, os.PathLike):
+        return Path(picture)
+    if isinstance(picture, (bytearray, memoryview)):
+        return bytes(picture)
+    if not hasattr(picture, "read"):
+        kind = type(picture).__name__
+        expected = "a path, encoded bytes, an open file, a PIL picture, an array or a tensor"
+        raise _KindError(f"{name}: expected {expected}, got {kind}")
+    file = cast("IO[bytes]", picture)
+    with _LOADING[id(picture) % len(_LOADING)]:
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+            file.seek(0)
+        data: object = file.read()
+    if isinstance(data, str):
+        raise _KindError(f"{name}: the file was opened as text; open it with mode 'rb'")
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise _KindError(f"{name}: reading the file gave {type(data).__name__}, expected bytes")
+    return bytes(data)
+
+
+def pictures_of(images: Pictures) -> Iterator[Picture]:
+    """The pictures one by one, of one picture itself; nothing is read before it is asked for.
+
+    An array or tensor of up to three axes is one picture, of more a batch of them along the first.
+    Raises TypeError for what holds no pictures in an order.
+    """
+    alone = (str, os.PathLike, bytes, bytearray, memoryview, Image)
+    if isinstance(images, alone) or hasattr(images, "read") or (is_array(images) and len(images.shape) <= 3):
+        return iter([cast("Picture", images)])
+    if isinstance(images, (Mapping, Set)):
+        raise TypeError(f"images: expected pictures in an order, got {type(images).__name__}; give a list")
+    try:
+        return iter(cast("Iterable[Picture]", images))
+    except TypeError:
+        raise TypeError(f"images: expected a picture, or several, got {type(images).__name__}") from None
+
+
+def picture_name(picture: Picture, number: int) -> str:
+    """How messages call a picture: by its path, or the file it was opened from, else by its number, from 0."""
+    if isinstance(picture, str):
+        return f"picture {number}" if is_data_url(picture) else picture
+    if isinstance(picture, os.PathLike):
+        return os.fspath(picture)
+    file = getattr(picture, "name", None) if hasattr(picture, "read") else None
+    return file if isinstance(file, str) and file else f"picture {number}"
 
 
 def decoding_threads(cores: int) -> int:
@@ -144,16 +217,22 @@ def decoding_threads(cores: int) -> int:
 
 
 def decoded_batches(
-    load: Callable[[int, AnyPixels], T], numbers: range, room: Room, batch_size: int, num_threads: int | None
+    load: Callable[[ItemT, AnyPixels], T],
+    items: Iterable[ItemT],
+    room: Room,
+    batch_size: int,
+    num_threads: int | None,
 ) -> Iterator[tuple[list[T], AnyPixels]]:
-    """(what `load` returned, pixels (B, 3, R, R)) of `numbers`, the last batch shorter, made ahead by threads.
+    """(what `load` returned, pixels (B, 3, R, R)) of `items`, the last batch shorter, made ahead by threads.
 
-    load: takes a number and the (3, R, R) to write its pixels into; called by several threads at once. PIL and NumPy
+    items: taken one batch after the other, at most BATCHES_AHEAD + 1 batches before their rows are computed.
+    load: takes an item and the (3, R, R) to write its pixels into; called by several threads at once. PIL and NumPy
     work without Python's global lock, so threads do what processes would. num_threads 0: loads in this thread; None:
     one a core, at most MOST_THREADS.
     room: memory for the pixels of so many pictures. An error of `load` is raised when its batch is due.
     """
-    batches = (numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size))
+    source = iter(items)
+    batches = iter(lambda: list(islice(source, batch_size)), [])
     if num_threads is None:
         num_threads = decoding_threads(usable_cores())
     if num_threads == 0:

@@ -1,7 +1,7 @@
 """Prompt templates for zero-shot classification, the package's own as data, and files of the user; lists of labels."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,24 @@ def _checked(file: Path) -> Iterator[str]:
     if not found:
         raise DataError(f"holds no template; expected lines such as `一张{SLOT}的照片`", at=file)
     for where, template in found:
-        if not isinstance(template, str):
-            raise DataError(f"expected a string, got {type(template).__name__}", at=where)
-        if template.count(SLOT) != 1:
-            raise DataError(f"expected exactly one {SLOT} for the label, got {template!r}", at=where)
+        _check(template, where)
     return (template for _, template in found)
+
+
+def checked(templates: Sequence[str]) -> list[str]:
+    """Templates that are no file's, as a list; raises DataError for none, and for one without exactly one `{}`."""
+    if not templates:
+        raise DataError(f"templates: expected at least one, such as '一张{SLOT}的照片'")
+    for number, template in enumerate(templates):
+        _check(template, f"templates[{number}]")
+    return list(templates)
+
+
+def _check(template: object, where: object) -> None:
+    if not isinstance(template, str):
+        raise DataError(f"expected a string, got {type(template).__name__}", at=where)
+    if template.count(SLOT) != 1:
+        raise DataError(f"expected exactly one {SLOT} for the label, got {template!r}", at=where)
 
 
 def read_labels(path: Path) -> list[str]:

@@ -3,7 +3,6 @@
 cn-clip evaluate muge --data datasets/MUGE
 """
 
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from cn_clip import command, settings, terminal, zoo
+from cn_clip import command, settings, spelling, terminal, zoo
 from cn_clip.clip import choice
 from cn_clip.clip.choice import DEFAULT_MODEL, Choice
 from cn_clip.errors import ConfigError, OutputError
@@ -58,9 +57,10 @@ class ModelChoice(choice.ModelSettings):
 
     def __post_init__(self) -> None:
         if self.model and self.checkpoint and zoo.named(self.model) is None:
+            known = zoo.available_models()
             raise ConfigError(
                 f"--model {self.model}: beside --checkpoint it says what the weights are of; "
-                f"expected one of {', '.join(zoo.available_models())}"
+                f"expected one of {', '.join(known)}{spelling.meant(self.model, known)}"
             )
         choice.check(self.chosen)
         settings.check(self)
@@ -120,8 +120,8 @@ class Options(ModelChoice):
         super().__post_init__()
         if benchmark_sets.known_name(self.benchmark) is None:
             known = benchmark_sets.names()
-            nearest = difflib.get_close_matches(benchmark_sets.folded(self.benchmark), known, n=1)
-            hint = f"是否想用 / did you mean {nearest[0]}? " if nearest else ""
+            nearest = spelling.nearest(benchmark_sets.folded(self.benchmark), known)
+            hint = f"是否想用 / did you mean {nearest}? " if nearest else ""
             raise ConfigError(
                 f"没有评测集 / no benchmark {self.benchmark!r}; {hint}可用 / expected one of: {', '.join(known)}"
             )

@@ -24,7 +24,8 @@ from cn_clip import __version__
 from cn_clip.clip.backends.base import AnyPixels, named
 from cn_clip.clip.backends.names import Kind
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.opening import full_name, open_encoder, precision_of, weights_digest
+from cn_clip.clip.families.opening import full_name
+from cn_clip.clip.opening import open_encoder, precision_of, weights_digest
 from cn_clip.clip.pictures import decoded_batches, decoding_threads
 from cn_clip.command import Speaker
 from cn_clip.data.bulk_pictures import Part, open_collection

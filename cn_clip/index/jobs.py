@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cn_clip.clip.choice import DEFAULT_MODEL
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.opening import full_name
+from cn_clip.clip.families.opening import full_name
 from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.options import AddOptions, SourceOptions

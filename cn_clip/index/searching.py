@@ -19,7 +19,8 @@ from cn_clip import files, terminal
 from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.choice import Choice
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.opening import fingerprint, full_name, open_quietly
+from cn_clip.clip.families.opening import full_name
+from cn_clip.clip.opening import fingerprint, open_quietly
 from cn_clip.clip.picture_names import Decode
 from cn_clip.command import Speaker
 from cn_clip.data.grid import draw_grid

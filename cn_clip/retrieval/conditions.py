@@ -3,7 +3,6 @@
 The command line and the service take them; `query.ItemTable` answers them by columns, `Condition.admits` for one item.
 """
 
-import difflib
 import functools
 import operator
 import re
@@ -14,6 +13,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 
+from cn_clip import spelling
 from cn_clip.errors import ConfigError
 from cn_clip.retrieval.segments import ItemId
 
@@ -176,8 +176,8 @@ class Condition:
         """Raises ConfigError for a field that is none of `known`, those that any item has; without items, for none."""
         for term in self.terms:
             if known and term.field not in known:
-                near = difflib.get_close_matches(term.field, known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
+                near = spelling.nearest(term.field, known)
+                hint = f"did you mean {near!r}? " if near else ""
                 raise ConfigError(
                     f"where: no item has the field {term.field!r}; {hint}there are: {', '.join(sorted(known))}"
                 )

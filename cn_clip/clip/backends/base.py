@@ -14,10 +14,13 @@ from cn_clip.clip.backends.names import Kind, Precision
 from cn_clip.errors import ConfigError, NotFiniteError
 
 if TYPE_CHECKING:
+    import torch
+
     from cn_clip.clip.tokenizer import TextTransform
     from cn_clip.clip.transforms import PictureTransform
 
 T = TypeVar("T")
+RowsT = TypeVar("RowsT")
 InputsT = TypeVar("InputsT", bound="AnyPixels | TokenIds")
 Rows: TypeAlias = NDArray[np.float32]
 # Normalised, as every backend takes them; and what a room holds, float32 or, for a backend that takes them, bytes.
@@ -33,7 +36,7 @@ USUAL_SIZES_ON_GPU = (256, 512)
 class Backend(Protocol):
     """What runs the towers. `Encoder`, `evaluation`, `features`, `serve` and the benchmarks know nothing else of it.
 
-    Not for several threads at once: programs that share a backend call it from one of them.
+    Several threads may call those of this package at once; the rows are those of one thread.
     """
 
     @property
@@ -74,6 +77,18 @@ class AsyncBackend(Backend, Protocol):
         ...
 
 
+class TensorBackend(Backend, Protocol):
+    """A backend of PyTorch, whose rows may stay on its device."""
+
+    def start_pixel_tensors(self, pixels_B3RR: AnyPixels) -> Callable[[], "torch.Tensor"]:
+        """Begins `encode_pixels`; gives what waits for the rows, a float32 tensor (B, D) on the device, and raises."""
+        ...
+
+    def start_token_tensors(self, token_ids_BL: TokenIds) -> Callable[[], "torch.Tensor"]:
+        """The same for `encode_tokens`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Parts:
     """All that an `Encoder` needs: towers, and how their inputs are made."""
@@ -93,7 +108,7 @@ class Facts:
     num_parameters: all, and those of the picture tower. architecture: "VISION@TEXT", of exported files.
     weights: a fingerprint, alike for every backend and precision.
     epoch, step: of the checkpoint. pixels: "uint8" for a backend that also takes them before they are normalised, and
-    gets them sooner so. is_async: it is an `AsyncBackend`.
+    gets them sooner so. is_async: it is an `AsyncBackend`. has_tensors: it is a `TensorBackend`.
     """
 
     precision: Precision | None = None
@@ -110,6 +125,7 @@ class Facts:
     step: int = 0
     pixels: PixelType = "float32"
     is_async: bool = False
+    has_tensors: bool = False
 
 
 def facts_of(backend: Backend) -> Facts:
@@ -119,16 +135,16 @@ def facts_of(backend: Backend) -> Facts:
 
 
 def rows_ahead(
-    batches: Iterable[tuple[T, InputsT]], start: Callable[[InputsT], Callable[[], Rows]]
-) -> Iterator[tuple[T, Rows]]:
+    batches: Iterable[tuple[T, InputsT]], start: Callable[[InputsT], Callable[[], RowsT]]
+) -> Iterator[tuple[T, RowsT]]:
     """(the same, rows) of (anything, inputs), in order; the rows of a batch are waited for once the next has started.
 
     An error of `batches` or of `start` is raised after the rows of the batches before it.
     """
     coming = iter(batches)
-    waiting: tuple[T, Callable[[], Rows]] | None = None
+    waiting: tuple[T, Callable[[], RowsT]] | None = None
     while True:
-        started: tuple[T, Callable[[], Rows]] | None = None
+        started: tuple[T, Callable[[], RowsT]] | None = None
         failure: Exception | None = None
         try:
             if (batch := next(coming, None)) is not None:
@@ -159,10 +175,15 @@ def checked_rows(rows_BD: Rows) -> Rows:
     Raises NotFiniteError for those that hold NaN or infinity, as do rows that come from zeros only, which have no
     direction (0 / 0), and from features too large for their length (see `unit_rows`).
     """
-    wrong = np.flatnonzero(~np.isfinite(np.einsum("bd,bd->b", rows_BD, rows_BD)))
-    if len(wrong):
-        raise NotFiniteError(f"row {wrong[0]} of a batch of {len(rows_BD)}", wrong.tolist())
+    check_finite(np.isfinite(np.einsum("bd,bd->b", rows_BD, rows_BD)))
     return rows_BD
+
+
+def check_finite(is_finite_B: NDArray[np.bool_]) -> None:
+    """Raises NotFiniteError for the rows of a batch that are not."""
+    wrong = np.flatnonzero(~is_finite_B)
+    if len(wrong):
+        raise NotFiniteError(f"row {wrong[0]} of a batch of {len(is_finite_B)}", wrong.tolist())
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import numbers
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-from cn_clip import ranks, zoo
+from cn_clip import ranks, spelling, zoo
 from cn_clip.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ DEFAULT_CONTEXT_LENGTH = zoo.CONTEXT_LENGTH
 def check_precision(backend: BackendName, precision: str) -> PrecisionChoice:
     """`precision` as a type; raises ConfigError for a backend or a precision it does not have."""
     if backend not in PRECISIONS:
-        raise ConfigError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
+        hint = spelling.meant(str(backend), BACKENDS)
+        raise ConfigError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}{hint}")
     known: tuple[PrecisionChoice, ...] = (*PRECISIONS[backend], "auto")
     for name in known:
         if precision == name:

@@ -20,6 +20,7 @@ from cn_clip.clip.backends.base import (
     PixelType,
     Rows,
     TokenIds,
+    check_finite,
     checked_rows,
     unit_rows,
 )
@@ -75,6 +76,7 @@ class TorchBackend:
             num_parameters=(total, visual),
             pixels="uint8" if self.device.type == "cuda" else "float32",
             is_async=self.device.type == "cuda",
+            has_tensors=True,
         )
         self._lane = _Lane(self.device)
         self.room = self._lane.room
@@ -103,6 +105,15 @@ class TorchBackend:
         rows_of = self._lane.started(lambda token_ids: _unit(self._encode_text(token_ids, padded=padded)), token_ids_BL)
         return lambda: checked_rows(rows_of())
 
+    def start_pixel_tensors(self, pixels_B3RR: AnyPixels) -> Callable[[], Tensor]:
+        """See `TensorBackend`."""
+        return self._lane.kept(lambda pixels: _unit(self._encode_image(normalised(pixels))), pixels_B3RR)
+
+    def start_token_tensors(self, token_ids_BL: TokenIds) -> Callable[[], Tensor]:
+        """See `TensorBackend`."""
+        padded = self.model.has_padding(token_ids_BL)
+        return self._lane.kept(lambda token_ids: _unit(self._encode_text(token_ids, padded=padded)), token_ids_BL)
+
 
 class _Lane:
     """The way to a device and back. On CUDA nothing is waited for but the rows, when they are asked for."""
@@ -126,9 +137,7 @@ class _Lane:
             return lambda: rows
         # The inputs are kept too: their memory is not for others before they are copied.
         kept = (compute(moved).to("cpu", non_blocking=True), host)
-        # Blocking: the threads that decode have the core meanwhile.
-        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        done.record(torch.cuda.current_stream(self._device))
+        done = self._recorded()
 
         def wait() -> Rows:
             done.synchronize()
@@ -136,6 +145,35 @@ class _Lane:
             return fetched
 
         return wait
+
+    @torch.inference_mode()
+    def kept(self, compute: Callable[[Tensor], Tensor], inputs: "AnyPixels | TokenIds") -> Callable[[], Tensor]:
+        """What waits for the float32 rows of `compute`, which stay on the device; raises as `checked_rows`.
+
+        Of the rows only a flag each comes to the host, whether they are finite.
+        """
+        host = torch.from_numpy(inputs)
+        (moved,) = on_device([host], self._device)
+        rows = compute(moved)
+        is_finite = rows.isfinite().all(dim=1).to("cpu", non_blocking=self._is_cuda)
+        if not self._is_cuda:
+            check_finite(is_finite.numpy())
+            return lambda: rows
+        done, whole = self._recorded(), (rows, host)
+
+        def wait() -> Tensor:
+            done.synchronize()
+            check_finite(is_finite.numpy())
+            return whole[0]
+
+        return wait
+
+    def _recorded(self) -> torch.cuda.Event:
+        """What is waited for until all that was started has been computed."""
+        # Blocking: the threads that decode have the core meanwhile.
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(self._device))
+        return done
 
 
 def open_torch(
@@ -219,6 +257,7 @@ class ForeignTowers:
             logit_scale=logit_scale,
             num_parameters=(sum(sizes.values()), visual),
             is_async=device.type == "cuda",
+            has_tensors=True,
         )
         self._lane = _Lane(device)
         self.room = self._lane.room
@@ -243,6 +282,14 @@ class ForeignTowers:
         """See `AsyncBackend`."""
         features_of = self._lane.started(lambda token_ids: self._encode_text(token_ids).float(), token_ids_BL)
         return lambda: unit_rows(features_of())
+
+    def start_pixel_tensors(self, pixels_B3RR: AnyPixels) -> Callable[[], Tensor]:
+        """See `TensorBackend`."""
+        return self._lane.kept(lambda pixels: _unit(self._encode_image(pixels.to(self._dtype))), pixels_B3RR)
+
+    def start_token_tensors(self, token_ids_BL: TokenIds) -> Callable[[], Tensor]:
+        """See `TensorBackend`."""
+        return self._lane.kept(lambda token_ids: _unit(self._encode_text(token_ids)), token_ids_BL)
 
 
 def _unit(features_BD: Tensor) -> Tensor:

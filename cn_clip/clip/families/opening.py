@@ -3,31 +3,27 @@
 The files are a folder here, or one of the Hugging Face hub in its client's own cache.
 """
 
+import json
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cn_clip import ranks
+from cn_clip import ranks, zoo
 from cn_clip.clip.backends.names import BackendName, check_precision
 from cn_clip.clip.families import names
-from cn_clip.clip.families.names import ForeignName, parse
+from cn_clip.clip.families.names import ForeignName, is_foreign, parse
 from cn_clip.clip.transforms import Decode
 from cn_clip.clip.weights import hub
-from cn_clip.errors import CheckpointError, DownloadError
+from cn_clip.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
     from cn_clip.clip.backends.base import Parts
 
-# An id of the hub, perhaps with a branch, a tag or a commit: google/siglip-base-patch16-224@main.
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([\w.-]+(?:/[\w.-]+)*))?")
 # Weights, configurations and vocabularies: every file of a transformers folder that can change a row.
 _DECIDING = re.compile(r".*\.(safetensors|bin|json|txt|model)")
-_BESIDES = ["*.json", "*.txt", "*.model"]
-# The first of which a repository has any. Folders in it hold the same weights for other frameworks.
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def open_parts(
@@ -67,6 +63,33 @@ def open_parts(
     )
 
 
+def resolved(model: str | Path, *, download_root: str | Path | None = None) -> str | Path:
+    """What opens a model that is named by an id of the hub alone, or is a folder of another family; others as they are.
+
+    A folder of transformers whose config.json names another family becomes `hf:FOLDER`. An id of the hub,
+    "OFA-Sys/chinese-clip-vit-base-patch16", becomes the folder that was downloaded.
+    Raises DownloadError.
+    """
+    if is_foreign(model):
+        return model
+    folder = Path(model)
+    if hub.is_hub_name(model):
+        folder = hub.weight_file(model, download_root=download_root)
+    elif not os.path.isdir(model):
+        return model
+    return f"hf:{folder}" if _family_of(folder) not in ("chinese_clip", "") else folder
+
+
+def _family_of(folder: Path) -> str:
+    """The `model_type` of a folder's config.json; "" where there is none, or nobody can tell."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    found = content.get("model_type") if isinstance(content, dict) else None
+    return found if isinstance(found, str) else ""
+
+
 def folder_of(name: ForeignName, *, download_root: str | Path | None = None) -> Path:
     """The transformers folder of a name, downloaded if it is a hub id; raises CheckpointError, DownloadError.
 
@@ -77,14 +100,14 @@ def folder_of(name: ForeignName, *, download_root: str | Path | None = None) -> 
         return path
     if os.path.exists(path):
         raise CheckpointError(f"{path} is a file; expected a transformers folder, with config.json in it", at=name)
-    of_hub = _HUB_ID.fullmatch(name.source)
+    of_hub = hub.HUB_ID.fullmatch(name.source)
     if of_hub is None:
         raise CheckpointError(
             "no such folder; expected a transformers folder, with config.json in it, or an id of the hub, "
             "OWNER/NAME or OWNER/NAME@REVISION",
             at=name,
         )
-    return snapshot(of_hub[1], of_hub[2], download_root=download_root)
+    return hub.snapshot(of_hub[1], of_hub[2], name=str(name), download_root=download_root)
 
 
 def files_of(name: str, *, download_root: str | Path | None = None) -> list[Path]:
@@ -97,40 +120,8 @@ def files_of(name: str, *, download_root: str | Path | None = None) -> list[Path
     return [one for one in sorted(folder.iterdir()) if one.is_file() and _DECIDING.fullmatch(one.name)]
 
 
-def snapshot(repo: str, revision: str | None = None, *, download_root: str | Path | None = None) -> Path:
-    """The transformers folder of an id such as `google/siglip-base-patch16-224`, downloaded if need be.
-
-    revision: a branch, a tag or a commit; default: the branch `main`, as it is then. download_root: default, the cache
-    of the hub's client. Reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME.
-    Raises DownloadError.
-    """
-    import huggingface_hub.errors
-
-    name = f"hf:{repo}" if revision is None else f"hf:{repo}@{revision}"
-    endpoint = hub.endpoint()
-    try:
-        for weights in _WEIGHTS:
-            patterns = [weights, *_BESIDES]
-            found = huggingface_hub.snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns="*/*",
-                endpoint=endpoint,
-                cache_dir=download_root,
-            )
-            folder = Path(found)
-            if any(folder.glob(weights)):
-                return folder
-    except Exception as error:  # the hub client raises errors of many unrelated types, which differ by version
-        if isinstance(error, huggingface_hub.errors.RevisionNotFoundError):
-            raise DownloadError(
-                f"{name}: {endpoint} has no revision {revision!r} of it; give a branch, a tag or a whole commit of "
-                f"{endpoint}/{repo}"
-            ) from error
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DownloadError(
-            f"{name}: no such folder here, and it could not be downloaded from {endpoint}: {reason.rstrip('.')}; "
-            "give a local folder, or set HF_ENDPOINT to a mirror"
-        ) from error
-    raise DownloadError(f"{name}: holds no weights that can be read, neither safetensors nor pytorch_model.bin")
+def full_name(model: str) -> str:
+    """A published name or an id of the hub as it is, a path from the root on: for those who open it elsewhere."""
+    if is_foreign(model):
+        return names.absolute(model)
+    return model if zoo.named(model) or hub.is_hub_name(model) else str(Path(model).absolute())

@@ -45,9 +45,7 @@ def in_precision(checkpoint: Checkpoint, precision: Precision) -> dict[str, Tens
     tensors = model.state_dict()
     for name, value in tensors.items():
         if not value.isfinite().all() and checkpoint.state_dict[name].isfinite().all():
-            raise CheckpointError(
-                f"{name} holds values too large for float16; use --precision fp32", at=checkpoint.path
-            )
+            raise CheckpointError(f"{name} holds values too large for float16; use fp32", at=checkpoint.path)
     return tensors
 
 
@@ -83,7 +81,7 @@ def write_file(target: Path, kind: str, model: Checkpoint) -> None:
         lost = next((name for name in _UNSEEN if told.get(name) != shown.get(name)), None)
         if lost is not None:
             raise CheckpointError(
-                f"{lost} is {told.get(lost)}, which a file of weights cannot say; keep a folder (--to transformers)",
+                f"{lost} is {told.get(lost)}, which a file of weights cannot say; keep a folder of transformers",
                 at=model.path,
             )
     if kind == "pt":

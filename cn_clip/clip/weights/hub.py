@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
-from cn_clip import zoo
+from cn_clip import spelling, zoo
 from cn_clip.clip.families.names import refuse
 from cn_clip.digests import add_file
 from cn_clip.errors import CheckpointError, CnClipError, DownloadError
@@ -28,12 +28,21 @@ DEFAULT_MODELSCOPE_DOMAIN = "www.modelscope.cn"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Weights, their index and the configuration in a transformers folder.
 _OF_A_FOLDER = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|config\.json")
+# An id of the hub, perhaps with a branch, a tag or a commit: google/siglip-base-patch16-224@main.
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([\w.-]+(?:/[\w.-]+)*))?")
+# Of files: a name that ends so is no id.
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".onnx", ".trt", ".zip")
+# What belongs to the weights in a transformers folder, and the weights, of which the first that a repository has are
+# taken. Folders in it hold the same weights for other frameworks.
+_BESIDES = ["*.json", "*.txt", "*.model"]
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def weight_file(name: str | Path, *, download_root: str | Path | None = None, use_modelscope: bool = False) -> Path:
     """The file of a name, downloaded if it is a published one that is not here yet; a path as it is.
 
+    Of an id of the hub, "OWNER/NAME" or "OWNER/NAME@REVISION", the folder of transformers that is downloaded.
     Raises CheckpointError when there is neither such a name nor such a file, or it is of another family; DownloadError.
     """
     entry = zoo.named(str(name))
@@ -43,8 +52,79 @@ def weight_file(name: str | Path, *, download_root: str | Path | None = None, us
     refuse(name)
     path = entry.path if entry else Path(name)
     if not os.path.exists(path):  # unlike Path.exists, also for a name that is too long
-        raise CheckpointError(f"Model {name} not found; available models = {zoo.available_models()}, or give a file")
+        if is_hub_name(name):
+            repo, revision = HUB_ID.fullmatch(str(name)).groups()  # type: ignore[union-attr]
+            return snapshot(repo, revision, name=str(name), download_root=download_root)
+        known = zoo.available_models()
+        hint = spelling.meant(str(name), known)
+        raise CheckpointError(f"Model {name} not found; available models = {known}, or give a file{hint}")
     return path
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether a name can only be an id of the hub with its owner: no model, file or folder here is meant by it.
+
+    A path begins with a folder that is here, or ends as names of files do; "ViT-B/16" is a name with another sign.
+    """
+    if not isinstance(name, str) or "/" not in name.partition("@")[0] or HUB_ID.fullmatch(name) is None:
+        return False
+    is_model = spelling.folded(name) in map(spelling.folded, zoo.available_models())
+    return not (is_model or name.endswith(_SUFFIXES) or os.path.exists(name) or os.path.isdir(name.partition("/")[0]))
+
+
+def snapshot(
+    repo: str, revision: str | None = None, *, name: str | None = None, download_root: str | Path | None = None
+) -> Path:
+    """The transformers folder of an id such as `google/siglip-base-patch16-224`, downloaded if need be.
+
+    revision: a branch, a tag or a commit; default: the branch `main`, as it is then. name: what the user wrote, for
+    messages. download_root: default, the cache of the hub's client. Reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME.
+    Raises DownloadError.
+    """
+    import huggingface_hub
+
+    name = name or (repo if revision is None else f"{repo}@{revision}")
+    address = endpoint()
+    try:
+        for weights in _WEIGHTS:
+            found = huggingface_hub.snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=[weights, *_BESIDES],
+                ignore_patterns="*/*",
+                endpoint=address,
+                cache_dir=download_root,
+            )
+            folder = Path(found)
+            if any(folder.glob(weights)):
+                return folder
+    except Exception as error:  # the hub client raises errors of many unrelated types, which differ by version
+        raise DownloadError(_not_there(error, name, repo, revision, address)) from error
+    raise DownloadError(f"{name}: holds no weights that can be read, neither safetensors nor pytorch_model.bin")
+
+
+def _not_there(error: Exception, name: str, repo: str, revision: str | None, address: str) -> str:
+    """One sentence on why a repository did not come, and what to do."""
+    import huggingface_hub.errors as errors
+
+    if isinstance(error, errors.RevisionNotFoundError):
+        return (
+            f"{name}: {address} has no revision {revision!r} of it; give a branch, a tag or a whole commit of "
+            f"{address}/{repo}"
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return f"{name}: {address} gives it to those who asked; ask at {address}/{repo}, then `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        hint = spelling.meant(repo, [one.huggingface for one in zoo.downloadable().values()])
+        return (
+            f"{name}: no such folder here, and no such model at {address}; check the spelling, or, if it is private, "
+            f"log in with `hf auth login`{hint}"
+        )
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return (
+        f"{name}: no such folder here, and it could not be downloaded from {address}: {reason.rstrip('.')}; "
+        "give a local folder, or set HF_ENDPOINT to a mirror"
+    )
 
 
 def download(
