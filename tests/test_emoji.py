@@ -4,6 +4,7 @@ import base64
 import csv
 import json
 import os
+import re
 import subprocess
 import zipfile
 from collections.abc import Callable
@@ -187,6 +188,13 @@ def test_twemoji_archive_names_its_makers_and_licence() -> None:
         assert "Twitter, Inc and other contributors" in notice
         assert "https://creativecommons.org/licenses/by/4.0/" in notice
         assert "LICENSE-Apache-2.0.txt" not in archive.namelist()
+        # The notice names the file of each licence; each is there in full.
+        assert set(re.findall(r"LICENSE-[\w.-]+\.txt", notice)) == {
+            name for name in archive.namelist() if name.startswith("LICENSE")
+        }
+        by = archive.read("LICENSE-CC-BY-4.0.txt").decode()
+        assert by.startswith("Attribution 4.0 International\n")
+        assert all(f"Section {number} -- " in by for number in range(1, 9))
         assert "UNICODE LICENSE V3" in archive.read("LICENSE-Unicode-3.0.txt").decode()
 
 
