@@ -67,6 +67,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def _in_chinese(path: Path, config: MkDocsConfig) -> File:
     """A page that there is no English one of, for the English site, which links to it."""
     text = re.sub(r"\]\((?=\.\./|images/)", "](../", path.read_text(encoding="utf-8"))
+    text = re.sub(r"(\]\([\w-]+\.md)#[^)]*\)", r"\1)", text)
     file = File.generated(config, f"{ENGLISH}{path.name}", content=text)
     file.dest_uri = f"docs/{path.stem}.html"
     return file
