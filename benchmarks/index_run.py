@@ -65,7 +65,10 @@ class Run:
     @property
     def done(self) -> int:
         """The pictures that it last reported to be safe."""
-        return max((int(found[1]) for found in map(re.compile(r"done (\d+) /").search, self.lines) if found), default=0)
+        return max(
+            (int(found[1]) for found in map(re.compile(r"(?:已完成 )?(\d+) / \d+").match, self.lines) if found),
+            default=0,
+        )
 
 
 def make_pictures(folder: Path, count: int, seed: int) -> None:

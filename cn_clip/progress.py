@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Iterator, Sized
 from typing import Any, Final, Protocol, TextIO, TypeVar, cast
 
 T = TypeVar("T")
@@ -65,11 +65,11 @@ class Step:
         elapsed = time.monotonic() - self.since
         told = f", {self.told}" if self.told else ""
         if not self.is_counted:
-            return _cut(f"{self.label}{'...' if in_ascii else '…'} [{_clock(elapsed)}{told}]", columns)
+            return _cut(f"{self.label}{'...' if in_ascii else '…'} [{clock(elapsed)}{told}]", columns)
         speed = self._speed(elapsed)
         if not self.total:
             number = _sized(self.num_done) if self._in_bytes else f"{self.num_done} {self.unit}"
-            return _cut(f"{self.label} {number} [{_clock(elapsed)}{speed}{told}]", columns)
+            return _cut(f"{self.label} {number} [{clock(elapsed)}{speed}{told}]", columns)
         from tqdm import tqdm
 
         text = tqdm.format_meter(
@@ -105,14 +105,16 @@ def progress(
     *,
     done: int = 0,
     in_bytes: bool = False,
+    leaves: bool = True,
     when: bool = True,
 ) -> Iterator[Step]:
     """Around work on `total` units, `done` of which need none; call `advance` of what it gives.
 
-    total: None where it is not known. when: False for a step that is not shown.
+    total: None where it is not known. leaves: whether the line stays after the work. when: False for a step that is not
+    shown.
     """
     step = Step(label, unit=unit, total=total, done=done, in_bytes=in_bytes)
-    with _line.showing(step, when=when):
+    with _line.showing(step, leaves=leaves, when=when):
         yield step
 
 
@@ -131,11 +133,16 @@ def resting() -> Iterator[None]:
         yield
 
 
-def counted(items: Iterable[T], unit: str, label: str, *, total: int | None = None) -> Iterator[T]:
-    """Each of `items`, counted; total: default their length, where they have one."""
+def counted(items: Iterable[T], unit: str, label: str, *, total: int | None = None) -> Generator[T]:
+    """Each of `items`, counted; total: default their length, where they have one.
+
+    A generator is closed with this one: what it holds, as threads, goes when its reader says so and not with the next
+    collection of garbage, which may come in any thread.
+    """
     if total is None and isinstance(items, Sized):
         total = len(items)
-    with progress(total, unit, label) as bar:
+    closed = contextlib.closing(items) if isinstance(items, Generator) else contextlib.nullcontext()
+    with closed, progress(total, unit, label) as bar:
         for item in items:
             yield item
             bar.advance()
@@ -174,7 +181,8 @@ def _cut(text: str, cells: int) -> str:
     return text
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as 02:40 or 1:02:40."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
@@ -371,7 +379,8 @@ class _Line:
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
-    def showing(self, step: Step, *, when: bool = True) -> Iterator[None]:
+    def showing(self, step: Step, *, leaves: bool = False, when: bool = True) -> Iterator[None]:
+        """The step is among those that go on; leaves: its last line stays if nothing is raised."""
         is_whole = False
         try:
             if when:
@@ -379,7 +388,7 @@ class _Line:
             yield
             is_whole = True
         finally:
-            self._end(step, stays=is_whole)
+            self._end(step, stays=leaves and is_whole)
 
     def _begin(self, step: Step) -> None:
         with self.lock:
@@ -406,7 +415,7 @@ class _Line:
             is_outermost = not any(one.is_counted for one in self._steps)
             with self._undrawable():
                 if self._surface is not None and self._drawn is step:
-                    if stays and step.is_counted and is_outermost and not self.num_hiding:
+                    if stays and is_outermost and not self.num_hiding:
                         self._surface.leave(step)
                     else:
                         self._surface.clear()

@@ -45,6 +45,6 @@ def test_differences_are_found(tmp_path: Path, item: NewItem, expected: list[str
 
 
 def test_the_last_report_counts() -> None:
-    lines = ["已完成 / done 500 / 900, 8.0/s, 还需 / left 00:50", "已完成 / done 900 / 900"]
+    lines = ["500 / 900 done, 8.0/s, 00:50 left", "已完成 900 / 900"]
     assert index_run.Run(0, lines, 1.0, 1.0, 1.0).done == 900
     assert index_run.Run(-9, [], 1.0, 1.0, 1.0).done == 0

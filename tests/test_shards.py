@@ -535,7 +535,7 @@ def test_progress_of_writing_shards_moves_with_each_pair(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    monkeypatch.setattr("tqdm.tqdm.update", lambda self, n=1: steps.append(n))
+    monkeypatch.setattr("cn_clip.progress.Step.advance", lambda self, n=1: steps.append(n))
     write_shards.run(write_shards.Options(str(tmp_path / "out"), str(dataset), num_shards=2))
     assert steps == [1] * 24
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cn_clip import files, zoo
 from cn_clip.clip.weights import hf
@@ -17,6 +16,8 @@ from cn_clip.clip.weights.forms import Precision, in_precision, metadata, whole,
 from cn_clip.clip.weights.low_rank import is_adapter, trained
 from cn_clip.clip.weights.writing import check_same_tensors, refuse_inputs, write_checkpoint, write_safetensors
 from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.language import both
+from cn_clip.progress import counted
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -135,7 +136,7 @@ def mean(checkpoints: Sequence[Checkpoint]) -> dict[str, Tensor]:
     last = others[-1].state_dict
     sums = {name: value.double() for name, value in first.state_dict.items() if value.is_floating_point()}
     types = {name: first.state_dict[name].dtype for name in sums}
-    for other in tqdm(others, unit="file", disable=None):
+    for other in counted(others, both("个文件", "files"), both("平均", "averaging")):
         check_same_tensors(first, other)
         for name, total in sums.items():
             total += other.state_dict[name]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from cn_clip import progress as bars
 from cn_clip import zoo
 from cn_clip.clip.backends.base import (
     USUAL_SIZES,
@@ -64,6 +64,7 @@ from cn_clip.clip.scoring import (
 from cn_clip.clip.tokenizer import ChineseTexts, TextTransform, text_length
 from cn_clip.clip.transforms import Decode, ImageTransform, PictureTransform, check_decode, write_pixels
 from cn_clip.errors import ConfigError, DataError, NotFiniteError
+from cn_clip.language import both
 
 if TYPE_CHECKING:
     import torch
@@ -698,5 +699,7 @@ def _size(batch_size: int | None, usual: int = USUAL_SIZES[0]) -> int:
 
 @contextlib.contextmanager
 def _bar(total: int | None, unit: str, visible: bool) -> Iterator[Advance]:
-    with tqdm(total=total, unit=unit, disable=not visible) as bar:
-        yield bar.update
+    what = both("编码图片", "encoding pictures") if unit == "picture" else both("编码文本", "encoding texts")
+    unit = both("张", "pictures") if unit == "picture" else both("条", "texts")
+    with bars.progress(total, unit, what, when=visible) as bar:
+        yield bar.advance

@@ -6,13 +6,13 @@ import json
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from tqdm import tqdm
 
 from cn_clip.clip.picture_names import SUFFIXES_OF
 from cn_clip.clip.pictures import opened
@@ -31,7 +31,9 @@ from cn_clip.data.records import Fault, ImageRecord, RecordId
 from cn_clip.digests import is_file
 from cn_clip.errors import ConfigError, DataError, Where
 from cn_clip.files import staged_folder
+from cn_clip.language import both
 from cn_clip.processes import usable_cores
+from cn_clip.progress import counted, progress
 
 OnFault: TypeAlias = Literal["stop", "skip"]
 
@@ -125,17 +127,19 @@ def _build(
     try:
         with staged_folder(target) as folder:
             with SplitWriter(folder, told=target) as writer:
-                bar = tqdm(images, desc=f"{split} images", unit=" records", disable=None)
-                for image in sound_records(bar, on_error, report.faults):
-                    writer.put_image(image.image_id, image.base64)
-                    image_ids.add(image.image_id)
-                    report.num_shrunk += image.is_shrunk
+                read = counted(images, both("条", "records"), both(f"{split} 图片", f"{split} pictures"))
+                with closing(read):
+                    for image in sound_records(read, on_error, report.faults):
+                        writer.put_image(image.image_id, image.base64)
+                        image_ids.add(image.image_id)
+                        report.num_shrunk += image.is_shrunk
                 texts = checked_texts(texts_file, image_ids, images_file=images_file)
-                bar = tqdm(texts, desc=f"{split} texts", unit=" records", disable=None)
-                for text in sound_records(bar, on_error, report.faults):
-                    num_texts += 1
-                    for image_id in text.image_ids:
-                        writer.put_pair(Pair(image_id, text.text_id, text.text))
+                told = counted(texts, both("条", "records"), both(f"{split} 文本", f"{split} texts"))
+                with closing(told):
+                    for text in sound_records(told, on_error, report.faults):
+                        num_texts += 1
+                        for image_id in text.image_ids:
+                            writer.put_pair(Pair(image_id, text.text_id, text.text))
                 if not (image_ids and num_texts):
                     raise _NothingLeftError
             report.num_pairs, report.num_images = writer.num_pairs, writer.num_images
@@ -205,7 +209,7 @@ def write_shards(
     sample = partial(_sample, images, pairs, shrink)
     samples = by_threads(sample, order.tolist(), 0 if shrink is None else usable_cores())
     with staged_folder(output) as folder:
-        with tqdm(desc="writing shards", total=len(pairs), unit=" pairs", disable=None) as bar:
+        with progress(len(pairs), both("对", "pairs"), both("写分片", "writing shards")) as bar:
             for name, numbers in zip(names, shards, strict=True):
                 with tarfile.open(folder / f"{name}.tar", mode="w", format=tarfile.USTAR_FORMAT) as tar:
                     for position, (files, is_shrunk) in enumerate(itertools.islice(samples, len(numbers))):
@@ -215,7 +219,7 @@ def write_shards(
                             info = tarfile.TarInfo(f"{name}{position:06d}.{suffix}")
                             info.size = len(content)
                             tar.addfile(info, io.BytesIO(content))
-                        bar.update()
+                        bar.advance()
         with open(folder / SIZES_FILE, "w", encoding="utf-8") as stream:
             json.dump({f"{name}.tar": len(numbers) for name, numbers in zip(names, shards, strict=True)}, stream)
         num_bytes = sum(path.stat().st_size for path in folder.iterdir())

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
 import opencc
-from tqdm import tqdm
 
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES, is_picture_file, passed_over
 from cn_clip.data import tables
@@ -26,6 +25,8 @@ from cn_clip.data.records import DATASET, Fault, RecordId, canonical_id, image_l
 from cn_clip.digests import is_file, is_folder, is_there
 from cn_clip.errors import DataError
 from cn_clip.files import written_together
+from cn_clip.language import both
+from cn_clip.progress import counted
 
 IdSource: TypeAlias = Literal["auto", "number", "sequence", "name"]
 
@@ -248,7 +249,7 @@ def _listed(
 
 
 def _read(pictures: list[tuple[RecordId, Picture]]) -> Iterator[tuple[RecordId, Picture, bytes] | Fault]:
-    for image_id, picture in tqdm(pictures, unit=" pictures", disable=None):
+    for image_id, picture in counted(pictures, both("张", "pictures"), both("读取图片", "reading pictures")):
         try:
             data = picture.path.read_bytes()
             check_picture(data, "decode")

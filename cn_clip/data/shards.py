@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from cn_clip import ranks
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES
 from cn_clip.data.paths import spelled
 from cn_clip.data.records import SourcePair, canonical_id
 from cn_clip.data.tars import Member, read_at, shard_paths, tar_members
 from cn_clip.errors import DataError, Where
 from cn_clip.jsonl import parse_object
+from cn_clip.language import both
+from cn_clip.progress import counted
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +86,11 @@ class ShardPairs:
         """Reads all headers. At a damaged file or an incomplete sample: raises DataError ("stop"), or leaves it out
         and counts it in the log ("skip")."""
         self.paths = shard_paths(value)
-        quiet = None if ranks.rank() == 0 else True
         scans: list[_Scan] = []
         with ThreadPoolExecutor(_SCAN_THREADS) as pool:  # threads: the waiting is for the disk
             found = pool.map(_scan, self.paths)
-            for scan in tqdm(found, "reading shards", len(self.paths), unit=" shards", delay=1, disable=quiet):
+            what = both("读取分片", "reading shards")
+            for scan in counted(found, both("个", "shards"), what, total=len(self.paths)):
                 if scan.faults and on_error == "stop":
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise DataError(f"{scan.faults[0]} (--on-error skip leaves such samples out)")

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
-from tqdm import tqdm
 
 from cn_clip import ranks
 from cn_clip.clip import tokenizer
@@ -27,6 +26,8 @@ from cn_clip.clip.transforms import ImageTransform, _convert_to_rgb, image_trans
 from cn_clip.data.pictures import ClassFolders, LmdbPictures, load_picture
 from cn_clip.data.records import RecordId, read_texts
 from cn_clip.evaluation.zeroshot import read_index
+from cn_clip.language import both
+from cn_clip.progress import counted
 from cn_clip.zoo import fetch_resolution as fetch_resolution
 
 __all__ = ["tokenize"]
@@ -155,7 +156,7 @@ def zero_shot_classifier(
     model: called as `model(None, token_ids)`; it computes where it lies. Of `args`: context_length.
     """
     vectors = []
-    for classname in tqdm(classnames):
+    for classname in counted(classnames, both("类", "classes"), both("编码标签", "encoding labels")):
         texts = [_preprocess_text(template(classname)) for template in templates]
         token_ids = tokenize(texts, context_length=args.context_length).to(_device(model))
         vectors.append(F.normalize(F.normalize(model(None, token_ids), dim=-1).mean(dim=0), dim=0))
@@ -179,7 +180,7 @@ def run(
     Raises DataError when that list is not of these pictures.
     """
     device, right, rows = _device(model), 0.0, []
-    for images, target in tqdm(dataloader):
+    for images, target in counted(dataloader, both("批", "batches"), both("分类图片", "classifying")):
         features = F.normalize(model(images.to(device), None), dim=-1)
         rows.append((LOGIT_SCALE * features @ classifier).softmax(dim=-1))
         right += accuracy(rows[-1], target.to(device))[0]

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from cn_clip import __version__
 from cn_clip.clip import scoring
@@ -31,6 +30,8 @@ from cn_clip.features.rows import FloatArray, first_not_finite
 from cn_clip.features.store import Job, RowStore, job_text
 from cn_clip.features.tables import read_arrays
 from cn_clip.files import atomic_write
+from cn_clip.language import both
+from cn_clip.progress import progress
 
 # Of a file that does not name them: a label of a damaged one may be any number.
 MOST_CLASSES = 1_000_000
@@ -179,10 +180,10 @@ def classify(
     classes_CD = scoring.classifier(encoder, labels, templates)
     say("Using classifier")
     rows, paths = [], [path for path, _ in pictures.samples]
-    with tqdm(total=len(pictures), unit="picture") as bar:
+    with progress(len(pictures), both("张", "pictures"), both("分类图片", "classifying")) as bar:
         for rows_BD in picture_rows(pictures, encoder, names=paths, batch_size=batch_size, num_workers=num_workers):
             rows.append(rows_BD)
-            bar.update(len(rows_BD))
+            bar.advance(len(rows_BD))
     probabilities_NC = scoring.probabilities(np.concatenate(rows), classes_CD)
     accuracy = zeroshot.accuracy(probabilities_NC, np.array([numbers[label] for _, label in pictures.samples]))
     if order is not None:

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.evaluation import zeroshot
 from cn_clip.evaluation.classification import ClassFeatures
 from cn_clip.features.rows import FloatArray
+from cn_clip.language import both
+from cn_clip.progress import progress
 
 Labels = NDArray[np.int64]
 
@@ -191,12 +192,12 @@ def _chosen_c(data: ClassFeatures, seed: int, device: torch.device | None) -> fl
     rows_ND, labels_N = data.rows_ND[~is_held_N], data.labels_N[~is_held_N]
     held_rows_MD, held_labels_M = data.rows_ND[is_held_N], data.labels_N[is_held_N]
     start: Classifier | None = None
-    with tqdm(desc="C", unit="fit") as bar:
+    with progress(None, both("次", "fits"), both("选正则强度 C", "choosing C")) as bar:
 
         def score(exponent: float) -> float:
             nonlocal start
             start = fit(rows_ND, labels_N, len(data.classes), c=10**exponent, device=device, start=start)
-            bar.update(1)
+            bar.advance()
             return float((start.logits(held_rows_MD).argmax(axis=1) == held_labels_M).mean())
 
         exponent, _ = choose(score)

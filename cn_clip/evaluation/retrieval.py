@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cn_clip import ranks
 from cn_clip.clip.backends.base import Rows
@@ -36,6 +35,8 @@ from cn_clip.features.options import OutputFormat
 from cn_clip.features.rows import Features
 from cn_clip.features.store import job_text
 from cn_clip.files import atomic_write, replaceable, settle
+from cn_clip.language import both
+from cn_clip.progress import progress
 from cn_clip.retrieval.flat import GALLERY_BLOCK, top_k
 from cn_clip.retrieval.recall import RecallBothWays, recall_from_features
 
@@ -52,13 +53,13 @@ def search(
 
     Best first; equal ones in the order of the gallery. block: vectors of the gallery that are compared at a time.
     """
-    with tqdm(total=len(queries.ids), desc="search", unit="query") as bar:
+    with progress(len(queries.ids), both("条", "queries"), both("检索", "searching")) as bar:
         for start in range(0, len(queries.ids), _QUERIES_A_STEP):
             step = slice(start, start + _QUERIES_A_STEP)
             found = top_k(queries.vectors[step], gallery.vectors, k, gallery_block=block, device=device)
             for query_id, row in zip(queries.ids[step], found.indices.tolist(), strict=True):
                 yield query_id, [gallery.ids[position] for position in row]
-            bar.update(len(found.indices))
+            bar.advance(len(found.indices))
 
 
 def write_predictions(
@@ -271,11 +272,11 @@ def recall_along(
     split = read_split(PairStore(f"{folder}/{PAIRS}"), pictures.ids)
     points = []
     sizes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
-    with tqdm(total=len(alphas) * len(pictures), unit="picture", disable=None) as bar:
+    with progress(len(alphas) * len(pictures), both("张", "pictures"), both("编码图片", "encoding pictures")) as bar:
         for alpha in alphas:
             ends.model.load_state_dict(ends.mixture(alpha), assign=True)
             encoder = Encoder(ends.model, device=device, precision=precision, context_length=context_length)
-            images_ND, texts_TD = split_features(encoder, pictures, split, **sizes, advance=bar.update)
+            images_ND, texts_TD = split_features(encoder, pictures, split, **sizes, advance=bar.advance)
             points.append(Point(alpha, recall_from_features(images_ND, texts_TD, split.pairs)))
     return points
 

@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from cn_clip import __version__, command, settings, zoo
 from cn_clip.clip.backends.base import Rows, TokenIds, named
@@ -37,6 +36,8 @@ from cn_clip.features.store import Job, RowStore
 from cn_clip.features.tables import check_npz_ids, require_parquet
 from cn_clip.files import refuse_inputs
 from cn_clip.jsonl import numbered_lines
+from cn_clip.language import both
+from cn_clip.progress import progress
 
 # Rows of one write, and of one row group of a Parquet file.
 ROWS_A_BLOCK = 8192
@@ -104,14 +105,18 @@ class Texts:
                     names.extend(self.ids[numbers[0]] for numbers in groups)
                     yield (first, num_texts), token_ids
                 else:
-                    bar.update(num_texts)
+                    bar.advance(num_texts)
                 first += len(groups)
 
-        with tqdm(total=len(self.texts), unit="text") as bar, named(self.field, lambda row: names[done + row]):
+        what = both("编码文本", "encoding texts")
+        with (
+            progress(len(self.texts), both("条", "texts"), what) as bar,
+            named(self.field, lambda row: names[done + row]),
+        ):
             for (first, num_texts), rows_BD in encoder.token_rows(lacking()):
                 store.put(first, rows_BD)
                 done += len(rows_BD)
-                bar.update(num_texts)
+                bar.advance(num_texts)
         return positions
 
     def _batches(self, encoder: Encoder) -> Iterator[tuple[list[list[int]], TokenIds]]:
@@ -165,13 +170,13 @@ def compute_pictures(
     """
     count = len(pictures)
     done = store.num_rows if store.num_rows >= count else store.num_rows // batch_size * batch_size
-    with tqdm(total=count, initial=done, unit="picture") as bar:
+    with progress(count, both("张", "pictures"), both("编码图片", "encoding pictures"), done=done) as bar:
         if done < count or not count:
             sizes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
             for rows_BD in picture_rows(pictures, encoder, names=ids, what="image_id", **sizes, first=done):
                 store.put(done, rows_BD)
                 done += len(rows_BD)
-                bar.update(len(rows_BD))
+                bar.advance(len(rows_BD))
 
 
 def picture_rows(

@@ -2,6 +2,7 @@
 
 # N rows, D embedding
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterable, Sequence
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-from tqdm import tqdm
 
+from cn_clip import progress as bars
 from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError, Where
 from cn_clip.features import tables
@@ -19,6 +20,7 @@ from cn_clip.features.rows import Blocks, Features, FloatArray, IdField, check_u
 from cn_clip.features.store import read_shards
 from cn_clip.files import atomic_write
 from cn_clip.jsonl import dumps, numbered_lines, parse_object
+from cn_clip.language import both
 
 __all__ = ["Features", "IdField", "read_features", "write_features", "write_rows"]
 
@@ -112,8 +114,9 @@ def _read_lines(path: str | os.PathLike[str], field: IdField, *, progress: bool 
     numbers: list[int] = []
     ids: list[RecordId] = []
     rows: list[FloatArray] = []
-    with tqdm(disable=not progress, desc=os.path.basename(path), unit="row") as bar:
+    with bars.progress(_size(path), "B", _reading(path), in_bytes=True, when=progress) as bar:
         for number, line in numbered_lines(path):
+            bar.advance(len(line) + 1)
             where = Where(path, line=number)
             item_id, vector = _read_line(line, field, where)
             if rows and len(vector) != len(rows[0]):
@@ -125,11 +128,20 @@ def _read_lines(path: str | os.PathLike[str], field: IdField, *, progress: bool 
             numbers.append(number)
             ids.append(item_id)
             rows.append(vector)
-            bar.update()
     if not rows:
         raise DataError(f"the file has no lines; expected one JSON object with {field} and feature a line", at=path)
     check_unique(ids, path, field, numbers=numbers, unit="line")
     return Features(ids, np.stack(rows))
+
+
+def _reading(path: str | os.PathLike[str]) -> str:
+    return both(f"读取 {os.path.basename(path)}", f"reading {os.path.basename(path)}")
+
+
+def _size(path: str | os.PathLike[str]) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.path.getsize(path) or None
+    return None
 
 
 def _read_line(line: bytes, field: IdField, where: Where) -> tuple[RecordId, FloatArray]:

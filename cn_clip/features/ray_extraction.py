@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from cn_clip import __version__
 from cn_clip.clip.backends.base import AnyPixels, named
@@ -38,6 +37,8 @@ from cn_clip.features.options import EngineSettings
 from cn_clip.features.rows import FloatArray, IdField
 from cn_clip.features.store import SHARD_PREFIX, Finished, Manifest, Shard, Skipped, begin_shards, write_shard
 from cn_clip.features.tables import require_parquet
+from cn_clip.language import both
+from cn_clip.progress import progress
 
 # How often a shard may end its process, or a process fail to start, before the run stops.
 ATTEMPTS = 3
@@ -275,10 +276,10 @@ def _run(
     total, done = (
         sum(numbers) for numbers in zip(*((work.inputs.number, work.num_done) for work in works), strict=True)
     )
-    with tqdm(total=total, initial=done, unit="row") as bar:
+    with progress(total, both("行", "rows"), both("编码", "encoding"), done=done) as bar:
         for work, shard, finished in _finish(ray, lambda: actor.remote(settings, kinds, weights), count, tasks, say):
             work.finished[shard.number] = finished
-            bar.update(shard.stop - shard.start)
+            bar.advance(shard.stop - shard.start)
 
 
 def _finish(

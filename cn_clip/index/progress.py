@@ -5,9 +5,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from tqdm import tqdm
-
+from cn_clip import progress
 from cn_clip.command import Speaker
+from cn_clip.language import both
 
 
 class Progress:
@@ -15,27 +15,22 @@ class Progress:
 
     def __init__(self, say: Speaker | None = None) -> None:
         self._say = say
-        self._bar: tqdm[None] | None = None
+        self._bar: progress.Step | None = None
         self._total = self._num_looked_at = 0
         self._since = time.monotonic()
-
-    @property
-    def _has_bar(self) -> bool:
-        return self._say is not None and not self._say.quiet and sys.stdout.isatty() and sys.stderr.isatty()
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[Callable[[int], object]]:
         """Around the walk through a source that may take long, as of a disk in the network; called with more files."""
-        with tqdm(unit=" files", desc="查看 / looking", delay=1, leave=False, disable=not self._has_bar) as bar:
-            yield bar.update
+        with progress.progress(None, both("个文件", "files"), both("查看", "looking"), leaves=False) as bar:
+            yield bar.advance
 
     @contextlib.contextmanager
     def over(self, total: int, *, done: int) -> Iterator[None]:
         """Around the work on `total` pictures, `done` of which need none."""
         self._total, self._num_looked_at, self._since = total, done, time.monotonic()
-        is_shown = self._has_bar
-        with tqdm(total=total, initial=done, unit="picture", dynamic_ncols=True, disable=not is_shown) as bar:
-            self._bar = bar if is_shown else None
+        with progress.progress(total, both("张", "pictures"), both("收录", "indexing"), done=done) as bar:
+            self._bar = bar
             try:
                 yield
             finally:
@@ -45,13 +40,16 @@ class Progress:
         """`count` more pictures were computed, or found to need nothing, or to be none."""
         self._num_looked_at += count
         if self._bar is not None:
-            self._bar.update(count)
+            self._bar.advance(count)
 
     def saved(self, done: int, num_new: int) -> None:
         """`done` pictures are safe on disk; num_new: those of them that this run has added."""
         if self._bar is not None:
-            self._bar.set_postfix_str(f"saved {done}")
-        elif self._say is not None:
+            self._bar.tell(both(f"已保存 {done}", f"{done} saved"))
+        if self._say is not None and not (progress.is_shown() and sys.stdout.isatty()):
             rate, left = num_new / max(time.monotonic() - self._since, 1e-9), self._total - self._num_looked_at
-            more = f", {rate:.1f}/s, 还需 / left {tqdm.format_interval(left / rate)}" if left > 0 and num_new else ""
-            self._say.note(f"已完成 / done {done} / {self._total}{more}")
+            more = ""
+            if left > 0 and num_new:
+                time_left = progress.clock(left / rate)
+                more = both(f"，{rate:.1f} 张/s，还需 {time_left}", f", {rate:.1f}/s, {time_left} left")
+            self._say.note(both(f"已完成 {done} / {self._total}{more}", f"{done} / {self._total} done{more}"))
