@@ -10,6 +10,7 @@ import tyro
 
 from cn_clip import command, spelling, zoo
 from cn_clip.errors import ConfigError, DownloadError
+from cn_clip.language import both
 from cn_clip.option_types import Json
 
 
@@ -46,12 +47,13 @@ def run(options: Options) -> None:
     assert entry is not None
     if isinstance(entry, zoo.Bundled):
         path, is_new, is_published = entry.path, False, None
-        say(f"随包附带，不用下载 / comes with this package: {path}")
+        say(both(f"随包附带，不用下载：{path}", f"comes with this package, nothing to download: {path}"))
     else:
         use_modelscope = options.hub == "modelscope"
         is_new = not os.path.isfile(options.download_root.expanduser() / entry.filename)
         if is_new and not options.offline:
-            say.note(f"下载 / downloading {hub.url_of(entry, use_modelscope=use_modelscope)}")
+            url = hub.url_of(entry, use_modelscope=use_modelscope)
+            say.note(both(f"下载 {url}", f"downloading {url}"))
         path = hub.download(entry, options.download_root, use_modelscope=use_modelscope, offline=options.offline)
         # Also what was not here before: while this process waited, another one may have put it there, or a person.
         is_published = hub.is_published_file(entry, path)
@@ -62,12 +64,13 @@ def run(options: Options) -> None:
                 at=path,
             )
         verdict = {
-            True: "SHA-256 相符 / matches",
-            False: "SHA-256 与 Hugging Face 上的不同 / is not that on Hugging Face",
-            None: "没有可比的 SHA-256 / no SHA-256 known to compare",
+            True: both("SHA-256 相符", "SHA-256 matches"),
+            False: both("SHA-256 与 Hugging Face 上的不同", "SHA-256 differs from that on Hugging Face"),
+            None: both("没有可比的 SHA-256", "no known SHA-256 to compare with"),
         }[is_published]
-        done = "已下载 / downloaded" if is_new else "已在本机 / here already"
-        say(f"{done}: {path} ({path.stat().st_size:,} 字节 / bytes; {verdict})")
+        done = both("已下载", "downloaded") if is_new else both("已在本机", "already here")
+        size = path.stat().st_size
+        say(both(f"{done}：{path}（{size:,} 字节；{verdict}）", f"{done}: {path} ({size:,} bytes; {verdict})"))
     result = {"name": options.name, "path": str(path), "num_bytes": path.stat().st_size}
     say.result({**result, "downloaded": is_new, "checked": is_published is True})
 

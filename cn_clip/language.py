@@ -49,6 +49,11 @@ def both(in_chinese: str, in_english: str) -> str:
     return in_chinese if language() == "zh" else in_english
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number and its noun in English: `1 picture`, `1,610 pictures`."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def _of_system() -> str:
     """The locale's name, or the name of the system's language; "" if neither is known."""
     for name in LOCALES:

@@ -11,6 +11,7 @@ from typing import Any
 
 from cn_clip import command, terminal
 from cn_clip.jsonl import dumps
+from cn_clip.language import both
 from cn_clip.zoo import (
     BUNDLED_DIR,
     DOWNLOAD_ROOT,
@@ -109,18 +110,24 @@ def describe(name: str, entry: Published | Bundled, root: Path) -> dict[str, Any
 
 
 def table_of_models(models: Iterable[dict[str, Any]]) -> list[str]:
-    """Lines of at most 100 terminal cells, the first two of them the head in Chinese and in English."""
-    head = [
-        ["模型", "像素", "参数", "视觉塔", "大小", "文件", "本机"],
-        ["model", "px", "params", "visual", "size", "file", "here"],
-    ]
+    """Lines of at most 100 terminal cells, the first of them the head."""
+    heads = {
+        "模型": "model",
+        "像素": "px",
+        "参数": "params",
+        "图片塔": "image",
+        "大小": "size",
+        "文件": "file",
+        "本机": "here",
+    }
     rows = []
     for model in models:
         counts = (f"{model[key] / 1e6:.1f}M" for key in ("num_params", "num_visual_params"))
         size = "?" if model["num_bytes"] is None else f"{model['num_bytes'] / 1e6:,.0f} MB"
-        here = "随包 / bundled" if model["bundled"] else "已下载 / here" if model["path"] else "未下载 / not here"
+        state = ("随包", "bundled") if model["bundled"] else ("已下载", "yes") if model["path"] else ("未下载", "no")
+        here = both(*state)
         rows.append([model["name"], str(model["resolution"]), *counts, size, model["file"], here])
-    return terminal.align([*head, *rows], right=frozenset({1, 2, 3, 4}))
+    return terminal.align([[both(*head) for head in heads.items()], *rows], right=frozenset({1, 2, 3, 4}))
 
 
 def tables_of_results(names: Sequence[str]) -> list[str]:
@@ -128,11 +135,15 @@ def tables_of_results(names: Sequence[str]) -> list[str]:
 
     A table has one line a model, and one block for each setup that any of them has results in.
     """
-    titles: dict[Setup, str] = {"zero-shot": "零样本 zero-shot", "fine-tuned": "微调 fine-tuned"}
+    titles: dict[Setup, str] = {
+        "zero-shot": both("零样本", "zero-shot"),
+        "fine-tuned": both("微调", "fine-tuned"),
+    }
+    directions = {"text": both("以文搜图", "text → image"), "image": both("以图搜文", "image → text")}
     everywhere = [(name, result) for name in names for result in results_of(name)]
     lines: list[str] = []
     for dataset, split in SPLITS.items():
-        for query, direction in (("text", "以文搜图 / text → image"), ("image", "以图搜文 / image → text")):
+        for query, direction in directions.items():
             here = [(name, one) for name, one in everywhere if (one.dataset, one.query) == (dataset, query)]
             models = list(dict.fromkeys(name for name, _ in here))
             blocks = []
@@ -141,9 +152,10 @@ def tables_of_results(names: Sequence[str]) -> list[str]:
                 if found:
                     blocks.append([title, *_block([found.get(name) for name in models])])
             table = terminal.align(zip(["", "", *models], *blocks, strict=True))
-            lines += [f"{dataset} ({split})：{direction}", *table, ""]
+            lines += [f"{dataset} ({split}){both('：', ': ')}{direction}", *table, ""]
     sources = dict.fromkeys(result.source for _, result in everywhere)
-    return [*lines, "单位 / in %；MR：三者的平均 / their mean；来源 / from:", *(f"  {source}" for source in sources)]
+    units = both("单位：%；MR：三者的平均；来源：", "in %; MR: the mean of the three; from:")
+    return [*lines, units, *(f"  {source}" for source in sources)]
 
 
 def _block(results: Sequence[Result | None]) -> list[str]:
@@ -168,8 +180,13 @@ def run(options: Options) -> None:
         print(f"Emoji-Tiny: {BUNDLED_DIR / 'MODEL_CARD.md'}")
     else:
         print("\n".join(table_of_models(models)))
-        print(f"文件夹 / folder: {root}")
-        print("下载 / to download: cn-clip download NAME；成绩 / results: cn-clip models --results")
+        print(both(f"文件夹：{root}", f"folder: {root}"))
+        print(
+            both(
+                "下载：cn-clip download NAME；成绩：cn-clip models --results",
+                "to download: cn-clip download NAME; results: cn-clip models --results",
+            )
+        )
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -389,7 +389,7 @@ def test_the_commands_of_the_fine_tuning_guide_run_and_one_goes_on(workplace: Wo
     assert "gather_with_grad=True" in torchrun
     written = {"weights.pt", "mean.pt", "model.safetensors", "wise-ft.pt"}
     assert written <= {path.name for path in (experiments / "mine").iterdir()}
-    assert "平均 / mean" in "".join(printed.values())
+    assert "mean" in "".join(printed.values())
     before, one, two = (
         read_checkpoint(path).state_dict["visual.proj"].float()
         for path in (
@@ -496,10 +496,10 @@ def test_the_commands_of_the_search_guide_run(workplace: Workplace) -> None:
     printed = run_all(workplace, ROOT / "docs" / "search.md")
     built, _, again = (text for first, text in printed.items() if first.startswith("cn-clip index build"))
     assert f"{NUM_PICTURES} / {NUM_PICTURES} done" in built
-    assert f"未变 / unchanged {NUM_PICTURES}" in again
+    assert f"unchanged {NUM_PICTURES}" in again
     (python,) = (text for first, text in printed.items() if first.startswith("from cn_clip.clip import Encoder"))
     assert len(python.splitlines()) == 3
-    assert "完好 / whole: photos.index" in "".join(printed.values())
+    assert "no problems found: photos.index" in "".join(printed.values())
     assert (workplace.checkout / "found.png").is_file()
 
 

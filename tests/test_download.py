@@ -56,9 +56,9 @@ def test_a_download_tells_from_where_to_where_and_that_it_was_checked(
 ) -> None:
     download(tmp_path / "new")
     first, last = capsys.readouterr().out.splitlines()
-    assert first == f"下载 / downloading {server.endpoint}{PATH}"
+    assert first == f"downloading {server.endpoint}{PATH}"
     path = tmp_path / "new" / FILE
-    assert last == f"已下载 / downloaded: {path} ({len(CONTENT):,} 字节 / bytes; SHA-256 相符 / matches)"
+    assert last == f"downloaded: {path} ({len(CONTENT):,} bytes; SHA-256 matches)"
     assert path.read_bytes() == CONTENT
     assert leftovers(tmp_path / "new") == [FILE]
 
@@ -146,7 +146,7 @@ def test_a_file_put_there_by_hand_is_checked_without_a_network(
 ) -> None:
     (tmp_path / FILE).write_bytes(CONTENT)
     download(tmp_path, "--offline")
-    assert "已在本机 / here already" in capsys.readouterr().out
+    assert "already here" in capsys.readouterr().out
     (tmp_path / FILE).write_bytes(CONTENT[:-1])
     assert f"{FILE}: is not the published file, whose SHA-256 is {digest(CONTENT)}" in refusal(capsys, tmp_path)
     assert (tmp_path / FILE).read_bytes() == CONTENT[:-1]
@@ -182,9 +182,9 @@ def test_offline_it_says_what_to_fetch_and_where_to_put_it(
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     message = refusal(capsys, tmp_path / "new", *(["--offline"] if how == "--offline" else []))
     assert message == (
-        f"error: 离线 / offline ({how}): 请在能联网的机器上下载 / fetch where there is a network "
-        f"{server.endpoint}{PATH} ({len(CONTENT):,} 字节 / bytes, SHA-256 {digest(CONTENT)})，"
-        f"放到 / and put it at {tmp_path / 'new' / FILE}"
+        f"error: offline ({how}): on a machine with a network download "
+        f"{server.endpoint}{PATH} ({len(CONTENT):,} bytes, SHA-256 {digest(CONTENT)}), "
+        f"and put the file at {tmp_path / 'new' / FILE}"
     )
     assert server.requests == []
     assert not (tmp_path / "new").exists()
@@ -255,7 +255,7 @@ def test_modelscope_may_have_another_file_which_is_said(
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     download(tmp_path, "--hub", "modelscope")
-    assert "SHA-256 与 Hugging Face 上的不同 / is not that on Hugging Face" in capsys.readouterr().out
+    assert "SHA-256 differs from that on Hugging Face" in capsys.readouterr().out
     assert server.requests == []
 
 
@@ -276,7 +276,7 @@ def test_qa_clip_comes_from_its_own_repository(tmp_path: Path, capsys: pytest.Ca
 def test_the_bundled_model_needs_no_download(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["download", "Emoji-Tiny", "--offline"])
     path = zoo.BUNDLED["Emoji-Tiny"].path
-    assert capsys.readouterr().out == f"随包附带，不用下载 / comes with this package: {path}\n"
+    assert capsys.readouterr().out == f"comes with this package, nothing to download: {path}\n"
 
 
 def test_an_unknown_name_is_refused_with_those_known(capsys: pytest.CaptureFixture[str]) -> None:

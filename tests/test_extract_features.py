@@ -354,7 +354,7 @@ def test_a_killed_extraction_goes_on_and_ends_with_the_same_bytes(
     sizes = counted(monkeypatch)
     capsys.readouterr()
     assert killed.run() == expected
-    assert f"{partial}: 已有 {rows} 条，从第 {rows + 1} 条继续 / {rows} rows are there" in capsys.readouterr().out
+    assert f"{partial}: {rows} rows done, continuing at row {rows + 1}" in capsys.readouterr().out
     assert not list(killed.folder.glob("*.partial"))
     # 62 texts, 4 pictures; those of the output that was written before are not computed again.
     assert sizes == ([1] if output == 1 else [*9 * [4], 2, *4 * [1]])

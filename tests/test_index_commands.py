@@ -451,9 +451,9 @@ def test_features_of_another_length_are_normalised_and_those_of_length_0_refused
     write_features(path, "image_id", [([1, 2, 3], np.array([[3, 4], [0.6, 0.8], [0, -1]], dtype=np.float32))])
     cli.main(["index", "build", str(path), "--output", str(tmp_path / "i")])
     out = capsys.readouterr()
-    assert "新收录 / added 3, 未变 / unchanged 0" in out.out
+    assert "added 3, unchanged 0" in out.out
     assert "encoded" not in out.out
-    assert f"{path}: 1 行的长度不是 1，已归一化 / rows whose length is not 1, normalised: 1" in out.out
+    assert f"{path}: normalised 1 row whose length was not 1" in out.out
     index = open_index(tmp_path / "i")
     assert [index.vector(one).tolist() for one in (1, 2)] == [np.array([0.6, 0.8], dtype=np.float32).tolist()] * 2
     assert [hit.id for hit in index.search(index.vector(2)[None], 3)[0]] == [1, 2, 3]

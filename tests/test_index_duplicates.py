@@ -93,7 +93,7 @@ def test_people_read_sizes_reasons_and_that_nothing_is_removed(index: Path, caps
     cli.main(["index", "duplicates", str(index)])
     out = capsys.readouterr().out
     assert "  * copies/large.png  640 x 640  " in out
-    assert "(像素最多 / most pixels)" in out
+    assert "(most pixels)" in out
     assert "2 组，最好的之外还有 5 张" in out
     assert "nothing was removed" in out
 

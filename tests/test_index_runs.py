@@ -43,8 +43,8 @@ def test_the_first_line_says_what_there_is_to_do(
         write_pictures(folder, range(unchanged, found))
         cli.main(["index", "build", str(folder), "--output", str(index), *MODEL])
         assert capsys.readouterr().out.splitlines()[0] == (
-            f"找到 {found} 张图片，{unchanged} 个未变 / found {found} pictures, {unchanged} unchanged; "
-            f"模型 / model Emoji-Tiny (torch, auto, fp32) → {index}"
+            f"found {counted(found, 'image')}, {unchanged} unchanged; "
+            f"model Emoji-Tiny (torch, auto, fp32) → {index}"
         )
 
 
@@ -115,7 +115,7 @@ def test_an_interrupted_run_keeps_what_it_has_computed_and_goes_on(
     with pytest.raises(SystemExit, match=f"^{status}$"):
         cli.main(args)
     out = capsys.readouterr()
-    assert "再运行同一条命令就接着做 / interrupted, with all kept that was done; the same command goes on" in out.err
+    assert "Run the same command again to go on" in out.err
     result = json.loads(out.out)
     # Two batches are kept, and nothing is removed by a run that has not seen all.
     assert (result["encoded"], result["num_items"], result["removed"], result["interrupted"]) == (8, 19, [], True)
@@ -213,9 +213,9 @@ def test_skips_are_counted_by_reason_failures_first(
     assert command(*args)["skipped_by_reason"] == {"damaged": 2, "empty": 1, "other": 3}
     cli.main([*map(str, args)])
     out = capsys.readouterr().out
-    told = "未收录 / not indexed 6: 2 不能解码 / not decoded, 1 空文件 / empty, 3 其他文件 / other files"
+    told = "not indexed 6: 2 not decoded, 1 empty, 3 other files"
     assert told in out
-    listed = out[out.index("未收录 / not indexed (3):") :].splitlines()[1:4]
+    listed = out[out.index("not indexed (3):") :].splitlines()[1:4]
     assert [line.split(":")[0] for line in listed] == ["  z1.jpg", "  z2.jpg", "  z0.png"]
 
 
@@ -246,7 +246,7 @@ def test_a_format_that_needs_an_extra_is_counted_under_its_name_and_read_once_it
         patch.setattr(importlib.metadata, "version", without)
         cli.main(args)
         told = (
-            "未收录 / not indexed 2: 1 缺 cn-clip-next[photos] / without cn-clip-next[photos], 1 其他文件 / other files"
+            "not indexed 2: 1 without cn-clip-next[photos], 1 other files"
         )
         out = capsys.readouterr().out
         assert told in out
@@ -265,8 +265,8 @@ def test_nothing_indexed_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr()
     assert json.loads(out.out)["skipped_by_reason"] == {"damaged": 1, "other": 1}
     assert out.err.splitlines()[-1].startswith(
-        f"error: {folder}: 一张也没有收录 / nothing was indexed: 1 不能解码 / not decoded, "
-        "1 其他文件 / other files; a.jpg: the picture of 10 bytes does not decode"
+        f"error: {folder}: nothing was indexed: 1 not decoded, "
+        "1 other files; a.jpg: the picture of 10 bytes does not decode"
     )
 
 
@@ -284,7 +284,7 @@ def test_links_that_leave_the_folder_are_followed_and_told(
     assert (result["num_items"], result["links_outside"]) == (5, links)
     cli.main(args)
     assert (
-        "有 2 个链接通向文件夹之外，照样收录 / links that lead out of the folder and are followed: 2 "
+        "followed 2 links out of the folder "
         f"(x → {outside / 'x'}, d.png → {outside / 'd.png'})"
     ) in capsys.readouterr().out
     result = command(*args, "--exclude", "x", "--exclude", "d.png")
@@ -332,7 +332,7 @@ def test_what_did_not_decode_is_not_read_again_until_it_changes(
         result = command(*damaged)
         assert (result["remembered"], result["skipped_by_reason"]) == (3, {"damaged": 2, "empty": 1})
         cli.main([*map(str, damaged)])
-    assert "1 空文件 / empty（3 个与上次一样，未再读 / as before, not read again: 3）" in capsys.readouterr().out
+    assert "1 empty (3 of them as before, not read again)" in capsys.readouterr().out
     assert read == []
     assert (tmp_path / "i" / "manifest.json").read_bytes() == before
     os.utime(tmp_path / "pictures" / "bad1.jpg", (1, 1))

@@ -185,7 +185,7 @@ def test_strict_float32_is_refused_where_nothing_is_in_float32(settings: Any, to
 def test_a_command_says_what_float32_is_on_a_gpu_and_what_auto_would_bring(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float32_on_gpu(Choice("m", device="cpu")) is None
     monkeypatch.setattr(ranks, "choose_device", lambda _: GPU)
-    assert float32_on_gpu(Choice("m", strict_fp32=True)) == "精度 / precision: fp32 (--strict-fp32)"
+    assert float32_on_gpu(Choice("m", strict_fp32=True)) == "precision: fp32 (--strict-fp32)"
     for is_new, words in (
         (True, ("fp32 (TF32)；", "would take bf16: at most 2 times as fast", "about 0.9998 to fp32")),
         (False, ("fp32；", "would take fp16: several times as fast", "about 0.999 to fp32")),

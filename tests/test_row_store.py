@@ -55,7 +55,7 @@ def change(output: Path, edit: Callable[[bytes], bytes]) -> None:
 def test_rows_are_there_again_bit_for_bit_and_the_next_one_is_named(output: Path) -> None:
     rows, log = reopened(output)
     assert rows.tobytes() == ROWS[:4].tobytes()
-    assert log == [f"{output}.partial: 已有 4 条，从第 5 条继续 / 4 rows are there, continuing at row 5"]
+    assert log == [f"{output}.partial: 4 rows done, continuing at row 5"]
 
 
 @pytest.mark.parametrize("torn", [1, 4, 11])
@@ -241,7 +241,7 @@ def test_rows_of_an_older_run_are_gone_on_with(half_done: Path) -> None:
     rows, log = reopened(half_done / "pictures.npz", OLD_JOB, embed_dim=4)
     assert rows.tobytes() == np.eye(4, dtype=np.float32)[:3].tobytes()
     assert log == [
-        f"{half_done}/pictures.npz.partial: 已有 3 条，从第 4 条继续 / 3 rows are there, continuing at row 4"
+        f"{half_done}/pictures.npz.partial: 3 rows done, continuing at row 4"
     ]
 
 

@@ -50,7 +50,7 @@ def started(
             assert process.stdout is not None
             lines = iter(process.stdout)
             address = next(lines).split("; ")[-1].strip()
-            assert any("可以使用 / ready: " in line for line in lines)
+            assert any("ready: " in line for line in lines)
             yield process, address
         finally:
             process.kill()
@@ -188,7 +188,7 @@ def test_sigterm_ends_a_server_one_of_whose_threads_never_returns() -> None:
             wait_until(lambda: httpx.get(f"{address}/readyz").status_code == 503)
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
-            assert "有线程没有结束 / stopped, with threads that did not end" in process.stdout.read()
+            assert "stopped, with threads that did not end" in process.stdout.read()
         finally:
             process.kill()
 
@@ -231,7 +231,7 @@ def test_lines_tell_when_it_started_was_ready_and_stopped_and_with_a_flag_who_as
     times = [line[:20] for line in lines]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", time) for time in times), lines
     assert '"GET /v1/models?a=1 HTTP/1.1" 200' in lines[0]
-    assert [line[20:] for line in lines[1:]] == ["已停止 / stopped: Emoji-Tiny"]
+    assert [line[20:] for line in lines[1:]] == ["stopped: Emoji-Tiny"]
 
 
 def test_fast_decoding_reaches_the_model() -> None:

@@ -163,7 +163,7 @@ def test_the_table_is_printed_for_people(models: Path, lmdb: Path, capsys: pytes
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["alpha", "文→图", "R@1"]
     assert [line.split()[0] for line in lines[1:]] == ["0", "1"]
-    assert sum("最佳 / best" in line for line in lines) == 1
+    assert sum("best" in line for line in lines) == 1
 
 
 def test_a_chosen_mixture_is_written_without_data(

@@ -12,6 +12,7 @@ import tyro
 from cn_clip import command, files
 from cn_clip.clip.weights.hub import weight_file
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.language import both
 from cn_clip.option_types import Json, WeightType
 
 Kind = Literal["transformers", "safetensors", "pt", "sentence-transformers"]
@@ -66,7 +67,8 @@ def run(options: Options) -> None:
     num_tensors = weights.convert(path, target, kind, options.precision)
     size = weights.file_bytes(target)
     say(f"{path} -> {target} ({kind}), {num_tensors} tensors, {size / 2**20:.1f} MiB")
-    say(f"打开 / open: {OPENED_BY[kind].format(options.target)}")
+    opened_by = OPENED_BY[kind].format(options.target)
+    say(both(f"打开方式：{opened_by}", f"open it with: {opened_by}"))
     say.result({"source": str(path), "target": str(target), "to": kind, "num_tensors": num_tensors, "bytes": size})
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from cn_clip import command, terminal
+from cn_clip.language import both
 from cn_clip.option_types import Json
 
 
@@ -39,27 +40,31 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         text = found["text_model"] or f"BERT {config['text_num_hidden_layers']} x {config['text_hidden_size']}"
         towers = f"{vision} @ {text}, {found['resolution']} px"
     share = found["optimizer_bytes"] / found["bytes"] if found["bytes"] else 0
+    whole, weights = _size(found["bytes"]), _size(found["weight_bytes"])
     rows = [
-        ("文件 / file", found["file"]),
-        ("架构 / architecture", towers),
-        ("参数 / parameters", f"{found['num_params']:,}"),
-        ("类型 / types", ", ".join(f"{name} ({count})" for name, count in found["dtypes"].items())),
-        ("实验 / name", f"{found['name'] or '-'}, epoch {found['epoch']}, step {found['step']}"),
-        ("优化器状态 / optimizer", f"{_yes(found['optimizer'])}, {_size(found['optimizer_bytes'])} ({share:.0%})"),
-        ("可续训 / resume state", _yes(found["resume"])),
-        ("大小 / size", f"{_size(found['bytes'])}, weights {_size(found['weight_bytes'])}"),
+        (both("文件", "file"), found["file"]),
+        (both("架构", "architecture"), towers),
+        (both("参数量", "parameters"), f"{found['num_params']:,}"),
+        (both("类型", "types"), ", ".join(f"{name} ({count})" for name, count in found["dtypes"].items())),
+        (both("实验名", "run"), f"{found['name'] or '-'}, epoch {found['epoch']}, step {found['step']}"),
+        (
+            both("优化器状态", "optimizer state"),
+            f"{_yes(found['optimizer'])}, {_size(found['optimizer_bytes'])} ({share:.0%})",
+        ),
+        (both("续训状态", "resume state"), _yes(found["resume"])),
+        (both("大小", "size"), both(f"{whole}，其中权重 {weights}", f"{whole}, weights {weights}")),
     ]
     if found["lora"]:
         settings = f"rank {found['lora']['rank']}, alpha {found['lora']['alpha']:g}"
         rows.append(("LoRA", f"{settings}, {found['num_lora_params']:,} parameters"))
     if found["base"]:
-        name, fingerprint = found["base"]["name"], found["base"]["fingerprint"]
-        rows.append(("基座 / base", f"adapters of {terminal.shown(name)} ({fingerprint})"))
+        base = f"{terminal.shown(found['base']['name'])} ({found['base']['fingerprint']})"
+        rows.append((both("基座", "base"), both(f"{base} 的适配器", f"adapters of {base}")))
     return rows
 
 
 def _yes(value: bool) -> str:
-    return "有 / yes" if value else "无 / no"
+    return both("有", "yes") if value else both("无", "no")
 
 
 def _size(num_bytes: int) -> str:

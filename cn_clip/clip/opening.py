@@ -22,6 +22,7 @@ from cn_clip.clip.weights import hub
 from cn_clip.command import Speaker
 from cn_clip.digests import add_file
 from cn_clip.errors import ConfigError
+from cn_clip.language import both
 
 # What decides on the rows a tower gives, besides its inputs: values that JSON can hold.
 Identity: TypeAlias = Callable[[Kind], Mapping[str, object]]
@@ -34,7 +35,7 @@ def open_encoder(chosen: Choice, say: Speaker, *, kinds: Sequence[Kind] = KINDS)
     """
     if chosen.precision == "auto":
         chosen = replace(chosen, precision=precision_of(chosen))
-        say(f"精度 / precision: auto -> {chosen.precision}")
+        say(_told(chosen))
     for kind, name in (("vision", chosen.vision), ("text", chosen.text)):
         if name:
             say(f"Loading {kind} model config from {zoo.config_path(name)}")
@@ -53,6 +54,10 @@ def open_encoder(chosen: Choice, say: Speaker, *, kinds: Sequence[Kind] = KINDS)
     return encoder
 
 
+def _told(chosen: Choice) -> str:
+    return both("精度：", "precision: ") + f"auto -> {chosen.precision}"
+
+
 def open_quietly(
     chosen: Choice, say: Speaker, *, kinds: Sequence[Kind] = KINDS, with_fingerprint: bool = False
 ) -> Encoder:
@@ -63,7 +68,7 @@ def open_quietly(
     """
     if chosen.precision == "auto":
         chosen = replace(chosen, precision=precision_of(chosen))
-        say.note(f"精度 / precision: auto -> {chosen.precision}")
+        say.note(_told(chosen))
     if chosen.backend == "torch":
         ranks.set_float32_products(ranks.choose_device(chosen.device), is_strict=chosen.strict_fp32)
     if chosen.is_foreign:
@@ -121,16 +126,16 @@ def float32_on_gpu(chosen: Choice) -> str | None:
     if device.type != "cuda":
         return None
     if chosen.strict_fp32:
-        return "精度 / precision: fp32 (--strict-fp32)"
+        return both("精度：fp32 (--strict-fp32)", "precision: fp32 (--strict-fp32)")
     is_tf32 = ranks.computes_in_tf32(device, is_strict=False)
     faster = settled("torch", "auto", torch_precisions(device))
     chinese, english = ("至多一倍", "at most 2 times") if is_tf32 else ("几倍", "several times")
     cosine = "0.9998" if faster == "bf16" else "0.999"
-    return (
-        f"精度 / precision: fp32{' (TF32)' if is_tf32 else ''}；--precision auto 会用 {faster}："
-        f"按 GPU 的峰值估计快{chinese}，与 fp32 的余弦约 {cosine} / "
-        f"--precision auto would take {faster}: {english} as fast, estimated by peak rates, "
-        f"and a cosine of about {cosine} to fp32"
+    now = "fp32 (TF32)" if is_tf32 else "fp32"
+    return both(
+        f"精度：{now}；--precision auto 会用 {faster}：按 GPU 的峰值估计快{chinese}，与 fp32 的余弦约 {cosine}",
+        f"precision: {now}; --precision auto would use {faster}: {english} as fast, estimated from peak rates, "
+        f"with a cosine of about {cosine} to fp32",
     )
 
 

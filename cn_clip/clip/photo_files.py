@@ -19,7 +19,7 @@ _KEPT = (ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.DateTime)
 
 def heif(data: bytes) -> Image.Image:
     """A HEIC picture, upright: its turns are part of the format. Raises MissingExtraError, SyntaxError."""
-    package = extras.require("pillow_heif", extra="photos", purpose="HEIC 图片 / a HEIC picture")
+    package = extras.require("pillow_heif", extra="photos", purpose="a HEIC picture")
     image: Image.Image = package.HeifImageFile(io.BytesIO(data))
     return image
 
@@ -29,7 +29,7 @@ def raw(data: bytes) -> Image.Image:
 
     Raises MissingExtraError, OSError.
     """
-    package = extras.require("rawpy", extra="photos", purpose="RAW 图片 / a RAW picture")
+    package = extras.require("rawpy", extra="photos", purpose="a RAW picture")
     try:
         with package.imread(io.BytesIO(data)) as opened:
             turn, image = _ORIENTATIONS.get(opened.sizes.flip), _preview(package, opened)

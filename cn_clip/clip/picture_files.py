@@ -82,7 +82,7 @@ class TooManyPixelsError(DataError):
     """A picture is larger than is decoded; `size` is its width and height in words."""
 
     def __init__(self, size: str, most: int) -> None:
-        super().__init__(f"图片太大 / too large: {size} 像素 / pixels, 最多 / at most {most}")
+        super().__init__(f"too large: {size} pixels, at most {most} are decoded")
         self.size = size
 
 

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
+from cn_clip.language import both, counted
+
 # How a picture file becomes pixels; see `transforms.ImageTransform`.
 Decode: TypeAlias = Literal["exact", "auto", "fast", "reference"]
 
@@ -118,7 +120,9 @@ def passed_over(where: object, names: Iterable[str]) -> str:
         return ""
     listed = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(8))
     more = ", …" if len(counts) > 8 else ""
-    return (
-        f"{where}: 跳过 {counts.total()} 个不是图片的文件 / passed over {counts.total()} files that are no pictures by "
-        f"their names: {listed}{more}"
+    number = counts.total()
+    return both(
+        f"{where}: 跳过 {number} 个从名字看不是图片的文件：{listed}{more}",
+        f"{where}: skipped {counted(number, 'file')} that {'is' if number == 1 else 'are'} not images by name: "
+        f"{listed}{more}",
     )

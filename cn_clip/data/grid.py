@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from cn_clip.clip.pictures import opened
 from cn_clip.errors import ConfigError
 from cn_clip.files import atomic_write
+from cn_clip.language import both
 
 Font: TypeAlias = ImageFont.FreeTypeFont
 
@@ -62,7 +63,7 @@ def draw_grid(rows: Sequence[Row], path: Path) -> None:
     sheet = _Sheet(len(table), num_hits, texts)
     for index, (query, hits) in enumerate(table):
         rank = next((rank for rank, hit in enumerate(hits, start=1) if hit.is_right), None)
-        sheet.draw_query(index, query, "" if rank is None else f"第 {rank} 位 / rank {rank}")
+        sheet.draw_query(index, query, "" if rank is None else both(f"第 {rank} 位", f"rank {rank}"))
         for column, hit in enumerate(hits):
             sheet.draw_hit(index, column, hit)
     with atomic_write(path, "wb") as stream:

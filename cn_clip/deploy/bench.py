@@ -16,6 +16,7 @@ from cn_clip import command, settings, zoo
 from cn_clip.clip.backends.names import BackendName, Kind, Precision, check_precision
 from cn_clip.deploy.model_arch import ArchName, vision_name
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.language import both, counted
 from cn_clip.option_types import Json
 from cn_clip.settings import Range
 
@@ -91,7 +92,12 @@ def run(options: Options) -> int:
             for row in measured(options, _first_job(options, folder)):
                 rows.append(row)
     except KeyboardInterrupt:
-        _say(f"已中断，保留已测的 {len(rows)} 项 / interrupted; keeping the {len(rows)} measured")
+        _say(
+            both(
+                f"已中断，保留已测的 {len(rows)} 项",
+                f"interrupted; keeping {counted(len(rows), 'measurement')}",
+            )
+        )
         status = INTERRUPTED
     names = ("repeats", "warmup", "device", "num_threads", "text_length")
     result: dict[str, Any] = {
@@ -103,7 +109,7 @@ def run(options: Options) -> int:
     if not options.json:
         print("\n".join(bench_report.table(rows)))
     if status == 0 and all("error" in row for row in rows):
-        _say("没有一项能测 / nothing could be measured")
+        _say(both("一项也没有测成", "nothing could be measured"))
         status = 1
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -114,7 +120,7 @@ def run(options: Options) -> int:
 
 def measured(options: Options, base: "Job") -> Iterator[dict[str, Any]]:
     """The row of each combination, in order; raises CnClipError when PyTorch itself cannot run the model."""
-    _say(f"以 PyTorch float32 为准 / the reference is PyTorch in float32: {base.model}")
+    _say(both(f"以 PyTorch float32 为基准：{base.model}", f"reference: PyTorch in float32, {base.model}"))
     reference = _in_process("reference", base)
     if "error" in reference:
         raise ConfigError(reference["error"])
@@ -136,7 +142,7 @@ def measured(options: Options, base: "Job") -> Iterator[dict[str, Any]]:
                 refusals[key] = str(error)
             else:
                 if job.backend != "torch":
-                    _say(f"准备 / preparing {' '.join(key)}")
+                    _say(both(f"准备 {' '.join(key)}", f"preparing {' '.join(key)}"))
                     refusals[key] = _in_process("prepare", job).get("error")
         reason = refusals[key]
         row = {**name, "batch_size": job.batch_size}

@@ -14,6 +14,7 @@ from cn_clip import ranks, terminal
 from cn_clip.errors import MissingExtraError
 from cn_clip.extras import require
 from cn_clip.files import atomic_write
+from cn_clip.language import both, translated
 from cn_clip.processes import usable_cores
 
 Row = dict[str, Any]
@@ -140,8 +141,9 @@ def write(result: dict[str, Any], folder: Path, *, say: Callable[[str], None]) -
             draw(result, folder / "bench.png")
             names.append("bench.png")
         except MissingExtraError as error:
-            say(f"没有图 / no bench.png: {error}")
-    say(f"已写入 / written to {folder}: {', '.join(names)}")
+            say(both(f"没有画图：{translated(str(error))}", f"no bench.png: {error}"))
+    listed = ", ".join(names)
+    say(both(f"已写入 {folder}：{listed}", f"written to {folder}: {listed}"))
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

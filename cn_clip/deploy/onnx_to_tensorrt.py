@@ -14,6 +14,7 @@ from cn_clip import command, drop_in, settings
 from cn_clip.clip.backends.names import Kind
 from cn_clip.deploy.model_arch import TITLES, RequiredArch, check_arch, check_targets
 from cn_clip.errors import ConfigError
+from cn_clip.language import both
 from cn_clip.option_types import ConvertText, ConvertVision, CudaDevice, Json, OnnxImage, OnnxText, OutputPrefix
 from cn_clip.settings import Range
 
@@ -117,7 +118,12 @@ def run(options: Options) -> None:
             architecture=options.model_arch,
             command=command_line(options, tensor_rt.TOOL),
         )
-        say.note(f"正在构建，需要几分钟 / building, this takes minutes: {onnx_path} -> {path}")
+        say.note(
+            both(
+                f"正在构建引擎，需要几分钟：{onnx_path} -> {path}",
+                f"building the engine, this takes minutes: {onnx_path} -> {path}",
+            )
+        )
         engine = tensor_rt.build_engine(onnx_path, kind, path, build, device=options.device)
         say(f"  {engine}")
         built.append((kind, form, engine))

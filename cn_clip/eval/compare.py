@@ -17,6 +17,7 @@ from cn_clip import command
 from cn_clip.errors import ConfigError, DataError, Where
 from cn_clip.evaluation.benchmark_sets import RESULT_FILE
 from cn_clip.files import atomic_write, refuse_inputs
+from cn_clip.language import both
 
 # Percentages by column, and by the name of a row.
 Values: TypeAlias = dict[str, float]
@@ -25,9 +26,11 @@ Table: TypeAlias = dict[str, Values]
 # What the results call their values, and what the columns are called.
 RECALL = {"r1": "R@1", "r5": "R@5", "r10": "R@10", "mean_recall": "MR"}
 ZEROSHOT = {"zeroshot-top1": "top-1", "zeroshot-top5": "top-5"}
-ACCURACY = {"top1": "top-1", "mean_per_class": "各类平均 / mean per class", "map_11_point": "11-point mAP"}
-DIRECTIONS = {"text": "文搜图", "image": "图搜文"}
-PROBE = "线性探测 / linear probe"
+ACCURACY = {"top1": "top-1", "mean_per_class": "mean per class", "map_11_point": "11-point mAP"}
+DIRECTIONS = {"text": "text→image", "image": "image→text"}
+PROBE = "linear probe"
+# What readers of Chinese see of a column, and may call its group.
+IN_CHINESE = {"text→image": "文搜图", "image→text": "图搜文", PROBE: "线性探测", "mean per class": "各类平均"}
 MISSING = "–"
 # The fields that tell whose result it is.
 FIELDS = ("scoreJson", "zeroshot-top1", "measured", "runs")
@@ -88,7 +91,8 @@ def source_of(given: str) -> Source:
     row, _, group = before.partition("/")
     if not row.strip() or not after:
         raise ConfigError(f"{given!r}: expected NAME=FILE or NAME/GROUP=FILE")
-    return Source(row.strip(), group.strip(), Path(after))
+    in_english = {chinese: english for english, chinese in IN_CHINESE.items()}
+    return Source(row.strip(), in_english.get(group.strip(), group.strip()), Path(after))
 
 
 def merged(sources: Sequence[Source]) -> Table:
@@ -159,9 +163,17 @@ def markdown(table: Table) -> list[str]:
     names = columns_of(table)
     best = {name: _best([values[name] for values in table.values() if name in values]) for name in names}
     rows = [[_escaped(row), *(_cell(values.get(name), best[name]) for name in names)] for row, values in table.items()]
-    head = ["模型 / model", *map(_escaped, names)]
+    head = [both("模型", "model"), *map(_escaped, map(_title, names))]
     rule = ["---", *["---:"] * len(names)]
     return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
+
+
+def _title(column: str) -> str:
+    """A column in the reader's language."""
+    in_chinese = column
+    for english, chinese in IN_CHINESE.items():
+        in_chinese = in_chinese.replace(english, chinese)
+    return both(in_chinese, column)
 
 
 def _best(values: Sequence[float]) -> float:

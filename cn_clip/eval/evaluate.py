@@ -20,6 +20,7 @@ from cn_clip.evaluation import benchmark_sets
 from cn_clip.evaluation.benchmark_sets import RESULT_FILE, Metric, Split
 from cn_clip.files import atomic_write
 from cn_clip.jsonl import dumps
+from cn_clip.language import both, counted
 from cn_clip.option_types import ContextLength, Json, NumWorkers
 from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
@@ -28,15 +29,19 @@ from cn_clip.zoo_results import CHINESE_CLIP, Query, Setup
 if TYPE_CHECKING:
     from cn_clip.evaluation.classification import Measured
 
-DIRECTIONS: Mapping[Query, str] = {"text": "以文搜图 / text→image", "image": "以图搜文 / image→text"}
-SETUPS: Mapping[Setup, str] = {
-    "zero-shot": "公布，零样本 / published, zero-shot",
-    "fine-tuned": "公布，微调 / published, fine-tuned",
+# In Chinese and in English.
+DIRECTIONS: Mapping[Query, tuple[str, str]] = {
+    "text": ("以文搜图", "text → image"),
+    "image": ("以图搜文", "image → text"),
 }
-METRICS: Mapping[Metric, str] = {
-    "top1": "top-1",
-    "mean_per_class": "各类平均 / mean per class",
-    "map_11_point": "11 点 mAP / 11-point mAP",
+SETUPS: Mapping[Setup, tuple[str, str]] = {
+    "zero-shot": ("公布，零样本", "published, zero-shot"),
+    "fine-tuned": ("公布，微调", "published, fine-tuned"),
+}
+METRICS: Mapping[Metric, tuple[str, str]] = {
+    "top1": ("top-1", "top-1"),
+    "mean_per_class": ("各类平均", "mean per class"),
+    "map_11_point": ("11 点 mAP", "11-point mAP"),
 }
 _NOT_PUBLISHED = "—"
 
@@ -121,10 +126,8 @@ class Options(ModelChoice):
         if benchmark_sets.known_name(self.benchmark) is None:
             known = benchmark_sets.names()
             nearest = spelling.nearest(benchmark_sets.folded(self.benchmark), known)
-            hint = f"是否想用 / did you mean {nearest}? " if nearest else ""
-            raise ConfigError(
-                f"没有评测集 / no benchmark {self.benchmark!r}; {hint}可用 / expected one of: {', '.join(known)}"
-            )
+            hint = f"did you mean {nearest}? " if nearest else ""
+            raise ConfigError(f"no benchmark {self.benchmark!r}; {hint}expected one of: {', '.join(known)}")
         if not self.data:
             raise ConfigError("--data: expected the folder of the dataset")
         if self.name in benchmark_sets.classification_sets() and self.split == "valid":
@@ -177,7 +180,7 @@ def run(options: Options) -> None:
     result = {**facts, "checkpoint": options.checkpoint, "output": str(options.folder), **found}
     with atomic_write(options.folder / RESULT_FILE) as stream:
         stream.write(dumps(result) + "\n")
-    say(f"特征与结果保存在 / features and results are in {options.folder}")
+    say(both(f"特征与结果保存在 {options.folder}", f"features and results are in {options.folder}"))
     say.result(result)
 
 
@@ -200,19 +203,26 @@ def _report_recalls(
         setups.setdefault(one.setup, {})[one.query] = figures
     rows: list[tuple[str, ...]] = []
     for query, scores in measured.items():
-        rows.append((f"{benchmark.title} {split}，{DIRECTIONS[query]}", "R@1", "R@5", "R@10", "MR"))
-        rows.append((f"  本次测得 / measured: {options.chosen.model}", *(f"{score:.1f}" for score in scores.values())))
+        way = f"{benchmark.title} {split}" + both("，", ", ") + both(*DIRECTIONS[query])
+        rows.append((way, "R@1", "R@5", "R@10", "MR"))
+        here = both("  本次测得：", "  measured: ") + options.chosen.model
+        rows.append((here, *(f"{score:.1f}" for score in scores.values())))
         for one in published:
             if one.query == query:
                 known = setups[one.setup][query].values()
                 shown = (_NOT_PUBLISHED if figure is None else f"{figure:.1f}" for figure in known)
-                rows.append((f"  {SETUPS[one.setup]}: {model}", *shown))
+                rows.append((f"  {both(*SETUPS[one.setup])}{both('：', ': ')}{model}", *shown))
     for line in terminal.align(rows, right=frozenset({1, 2, 3, 4})):
         say(line)
     if split != benchmark.split:
-        say(f"公布的指标属于 {benchmark.split}，不能相比 / the published figures are of {benchmark.split} alone")
+        say(
+            both(
+                f"公布的指标只有 {benchmark.split} 上的，不能相比",
+                f"the published figures are of {benchmark.split} only, so they are not shown",
+            )
+        )
     elif published:
-        say(f"公布的指标来自 / published figures: {published[0].source}")
+        say(both(f"公布的指标来自 {published[0].source}", f"published figures: {published[0].source}"))
     else:
         say(_no_figures(options))
     kept = {"model": model, **setups, "source": published[0].source} if published else None
@@ -225,29 +235,41 @@ def _report_accuracy(options: Options, found: "Measured", num_labels: int, say: 
     figure, num_classes = benchmark.published.get(model or ""), len(benchmark_sets.class_names(options.name))
     if num_labels != num_classes:
         figure = None
-    rows = [(f"{benchmark.title} test，{found.num_pictures} 张图片 / pictures", "%")]
+    pictures = both(f"，{found.num_pictures} 张图片", f", {counted(found.num_pictures, 'image')}")
+    rows = [(f"{benchmark.title} test{pictures}", "%")]
     for metric, value in found.measures.items():
-        rows.append((f"  本次测得 / measured, {METRICS[metric]}: {options.chosen.model}", f"{value:.1f}"))
+        here = both(f"  本次测得，{METRICS[metric][0]}：", f"  measured, {METRICS[metric][1]}: ")
+        rows.append((f"{here}{options.chosen.model}", f"{value:.1f}"))
     if figure is not None:
-        rows.append((f"  {SETUPS['zero-shot']}: {model}", f"{figure:.1f}"))
+        rows.append((f"  {both(*SETUPS['zero-shot'])}{both('：', ': ')}{model}", f"{figure:.1f}"))
     for line in terminal.align(rows, right=frozenset({1})):
         say(line)
     if found.own_labels:
-        say("没有 label_cn.txt，用了本包的中文类别名 / no label_cn.txt there: the class names are this package's own")
+        say(
+            both(
+                "没有 label_cn.txt，用了本包自带的中文类别名",
+                "no label_cn.txt there; using the Chinese class names of this package",
+            )
+        )
     if num_labels != num_classes:
         say(
-            f"注意：标签有 {num_labels} 类，{benchmark.title} 有 {num_classes} 类，不与公布的指标相比；"
-            f"自己的数据请用 cn-clip zeroshot / {num_labels} labels, {benchmark.title} has {num_classes}: not compared "
-            "with published figures; for data of your own use cn-clip zeroshot"
+            both(
+                f"注意：标签有 {num_labels} 类，{benchmark.title} 有 {num_classes} 类，不与公布的指标相比；"
+                "自己的数据请用 cn-clip zeroshot",
+                f"note: there are {num_labels} labels, but {benchmark.title} has {num_classes} classes, so this is not "
+                "compared with the published figures; for your own data use cn-clip zeroshot",
+            )
         )
     elif figure is None:
         say(_no_figures(options))
     else:
-        say(f"公布的指标来自 / published figures: {CHINESE_CLIP}")
+        say(both(f"公布的指标来自 {CHINESE_CLIP}", f"published figures: {CHINESE_CLIP}"))
     if figure is not None and benchmark.elevater_metric != "top1":
         say(
-            "出处没有写明用什么指标；ELEVATER 规定的是 / the source does not name its measure; ELEVATER's is: "
-            f"{METRICS[benchmark.elevater_metric]}"
+            both(
+                f"出处没有写明用什么指标；ELEVATER 规定的是{METRICS[benchmark.elevater_metric][0]}",
+                f"the source does not name its metric; ELEVATER prescribes {METRICS[benchmark.elevater_metric][1]}",
+            )
         )
     published = None
     if figure is not None:
@@ -263,11 +285,11 @@ def _published_model(options: Options) -> str | None:
 
 def _no_figures(options: Options) -> str:
     if options.checkpoint and not options.model:
-        return (
-            "不知道这份权重是哪个模型的，没有公布的指标可比；用 --model 说明 / "
-            "nothing says which model the checkpoint is of; name it with --model to see published figures"
+        return both(
+            "看不出这份权重是哪个模型的，没有公布的指标可比；用 --model 说明",
+            "nothing says which model this checkpoint is; name it with --model to see published figures",
         )
-    return f"{options.chosen.model} 没有公布的指标 / has no published figures"
+    return both(f"{options.chosen.model} 没有公布的指标", f"{options.chosen.model} has no published figures")
 
 
 def main(args: Sequence[str] | None = None) -> None:

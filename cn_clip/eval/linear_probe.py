@@ -12,6 +12,7 @@ from cn_clip import command, ranks
 from cn_clip.data.records import digest_of
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.eval.evaluate import ModelChoice
+from cn_clip.language import both, counted
 from cn_clip.option_types import Json
 from cn_clip.settings import Range, is_given
 from cn_clip.settings import flag as flag_of
@@ -97,14 +98,22 @@ def run(options: Options) -> None:
         one = logistic.probe(train, test, test_labels_N, seed=seed, shots=options.shots, c=options.c, device=device)
         probes.append(one)
         say(
-            f"seed {one.seed}: top-1 {one.top1:.2f} %，各类平均 / mean per class {one.mean_per_class:.2f} %，"
-            f"C = {one.c:.3g}，{one.num_train} 张训练图片 / training pictures"
+            both(
+                f"seed {one.seed}：top-1 {one.top1:.2f} %，各类平均 {one.mean_per_class:.2f} %，"
+                f"C = {one.c:.3g}，{one.num_train} 张训练图片",
+                f"seed {one.seed}: top-1 {one.top1:.2f} %, mean per class {one.mean_per_class:.2f} %, "
+                f"C = {one.c:.3g}, {counted(one.num_train, 'training image')}",
+            )
         )
     means = logistic.mean_of(probes)
     if len(probes) > 1:
         say(
-            f"{len(probes)} 次平均 / mean: top-1 {means['top1']:.2f} ± {means['top1_std']:.2f} %，"
-            f"各类平均 / mean per class {means['mean_per_class']:.2f} %"
+            both(
+                f"{len(probes)} 次平均：top-1 {means['top1']:.2f} ± {means['top1_std']:.2f} %，"
+                f"各类平均 {means['mean_per_class']:.2f} %",
+                f"mean of {len(probes)}: top-1 {means['top1']:.2f} ± {means['top1_std']:.2f} %, "
+                f"mean per class {means['mean_per_class']:.2f} %",
+            )
         )
     counts = {"num_classes": len(train.classes), "num_test": len(test.rows_ND), "embed_dim": train.rows_ND.shape[1]}
     settings = {"train": options.train, "test": options.test, "shots": options.shots}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cn_clip import command, settings, terminal
 from cn_clip.errors import ConfigError
+from cn_clip.language import both
 from cn_clip.option_types import ContextLength, Device, Json, NumWorkers
 from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
@@ -117,11 +118,12 @@ def run(options: Options) -> None:
 def table(points: "Sequence[Point]", best: "Point") -> list[str]:
     """Lines for the terminal, in percent; the best mean is marked."""
     ks = list(best.recall.text_to_image.at)
-    head = ["alpha", *(f"文→图 R@{k}" for k in ks), *(f"图→文 R@{k}" for k in ks), "平均 / mean", ""]
+    ways = (both("文→图", "text→image"), both("图→文", "image→text"))
+    head = ["alpha", *(f"{way} R@{k}" for way in ways for k in ks), both("平均", "mean"), ""]
     rows = [head]
     for point in points:
         shares = [*point.recall.text_to_image.at.values(), *point.recall.image_to_text.at.values(), point.recall.mean]
-        mark = "最佳 / best" if point is best else ""
+        mark = both("最佳", "best") if point is best else ""
         rows.append([f"{point.alpha:g}", *(f"{100 * share:.2f}" for share in shares), mark])
     return terminal.align(rows, right=frozenset(range(len(head) - 1)))
 

@@ -13,6 +13,7 @@ from cn_clip.errors import DataError, Where
 from cn_clip.features.rows import IdField
 from cn_clip.files import atomic_write, refuse_inputs
 from cn_clip.jsonl import dumps, numbered_lines, read_objects
+from cn_clip.language import both
 from cn_clip.retrieval.recall import recall_at_k
 
 NUM_PREDICTIONS = 10
@@ -79,9 +80,14 @@ def score(
     )
     if expected and expected.keys().isdisjoint(found):
         print(
-            f"提示 / note: {submit}: none of the {len(expected)} {FIELDS[query].found_ids} of {standard} is predicted "
-            f"for any query (one of them is {next(iter(expected))!r}, one predicted is {next(iter(found))!r}), so the "
-            "score is 0.00; are both files of the same split and direction?",
+            both(
+                f"提示：{standard} 里的 {len(expected)} 个 {FIELDS[query].found_ids} 一个也没有出现在 {submit} 的结果里"
+                f"（例如标注里有 {next(iter(expected))!r}，结果里有 {next(iter(found))!r}），所以得分是 0.00；"
+                "两个文件是同一个 split、同一个检索方向吗？",
+                f"note: {submit}: none of the {len(expected)} {FIELDS[query].found_ids} of {standard} is predicted "
+                f"for any query (one of them is {next(iter(expected))!r}, one predicted is {next(iter(found))!r}), so "
+                "the score is 0.00; are both files of the same split and direction?",
+            ),
             file=sys.stderr,
         )
     recall = recall_at_k([predicted[query_id] for query_id in relevant], list(relevant.values()))

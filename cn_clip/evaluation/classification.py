@@ -76,9 +76,14 @@ def of_folder(
         if "job" not in arrays:
             raise DataError("holds features that this command did not write; move it away", at=file)
         if str(arrays["job"]) == job_text(job):
-            say(f"{file}: 特征已有，不再计算 / the features are there")
+            say(both(f"{file}: 特征已有，不再计算", f"{file}: features are there already; not computed again"))
             return _checked(file, arrays)
-        say.note(f"{file}: 图片、模型或设置变了，重新计算 / of other pictures, model or settings; computing again")
+        say.note(
+            both(
+                f"{file}: 图片、模型或设置变了，重新计算",
+                f"{file}: made with other pictures, another model or other settings; computing again",
+            )
+        )
     with RowStore(file, job, encoder.embed_dim, say.note) as store:
         with store.computing():
             compute_pictures(pictures, encoder, store, ids=paths, batch_size=batch_size, num_workers=num_workers)
@@ -136,7 +141,7 @@ def kept_features(
         if encoder is None or not source.is_dir():
             found.append(read(source))
             continue
-        say(f"图片特征 / picture features: {source} → {file}")
+        say(both(f"图片特征：{source} → {file}", f"image features: {source} → {file}"))
         sizes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
         found.append(of_folder(ClassFolders(source), file, encoder, identity(chosen, encoder), say, **sizes))
     return found
@@ -279,7 +284,7 @@ def benchmark(
     the probabilities. Raises CnClipError naming a picture that cannot be read.
     """
     name, encoder = dataset.name, open_encoder(chosen, Speaker(quiet=True))
-    say("提取图片特征 / extracting picture features…")
+    say(both("提取图片特征……", "extracting image features…"))
     found = of_folder(
         dataset.pictures,
         output / "test_features.npz",
@@ -289,7 +294,7 @@ def benchmark(
         batch_size=batch_size,
         num_workers=num_workers,
     )
-    say("零样本分类 / zero-shot classification…")
+    say(both("零样本分类……", "zero-shot classification…"))
     classes_CD = scoring.classifier(encoder, dataset.labels, load_templates(name), batch_size=batch_size)
     probabilities_NC = scoring.probabilities(found.rows_ND, classes_CD)
     targets_N = np.array(dataset.numbers)[found.labels_N]

@@ -112,7 +112,7 @@ def check_split(data: Path, split: str) -> None:
         )
     if not images.is_dir() and (data / f"{split}_imgs.tsv").is_file():
         raise DataError(
-            f"lmdb/{split}/imgs is missing; 先打包 / pack the tsv and jsonl files first: "
+            f"lmdb/{split}/imgs is missing; pack the tsv and jsonl files first: "
             f"cn-clip dataset build --data_dir {data} --splits {split}",
             at=data,
         )
@@ -156,11 +156,17 @@ def benchmark(
     job_file = output / f"{split}_{JOB_FILE}"
     are_there = all(Path(file).is_file() for file in files.values())
     if are_there and job_file.is_file() and job_file.read_text(encoding="utf-8") == job:
-        say(f"特征已有，不再计算 / the features are there: {', '.join(files.values())}")
+        listed = ", ".join(files.values())
+        say(both(f"特征已有，不再计算：{listed}", f"features are there already; not computed again: {listed}"))
     else:
         if are_there:
-            say.note(f"{output}: 其中的特征属于别的设置，重新计算 / features of another job; computing again")
-        say("提取特征 / extracting features…")
+            say.note(
+                both(
+                    f"{output}: 里面的特征是别的设置算出来的，重新计算",
+                    f"{output}: holds features made with other settings; computing again",
+                )
+            )
+        say(both("提取特征……", "extracting features…"))
         job_file.unlink(missing_ok=True)
         npz: OutputFormat = "npz"
         write_files([(work, files[work.kind], npz) for work in works], encoder, of_model, Speaker(quiet=True))
@@ -176,7 +182,7 @@ def _recall(
     files: Mapping[str, str], annotation: Path, query: Direction, device: torch.device, say: Speaker
 ) -> dict[str, float]:
     """Writes the predictions, and for pictures the annotation turned round, beside the annotation."""
-    say("以文搜图 / texts find pictures…" if query == "text" else "以图搜文 / pictures find texts…")
+    say(both("以文搜图……", "text → image…") if query == "text" else both("以图搜文……", "image → text…"))
     mark = "" if query == "text" else "tr_"
     predictions = annotation.with_name(annotation.name.replace("texts.jsonl", f"{mark}predictions.jsonl"))
     asked, gallery = (read_features(files[side], FIELDS[side].query_id) for side in (query, OTHER[query]))

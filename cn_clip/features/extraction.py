@@ -36,7 +36,7 @@ from cn_clip.features.store import Job, RowStore
 from cn_clip.features.tables import check_npz_ids, require_parquet
 from cn_clip.files import refuse_inputs
 from cn_clip.jsonl import numbered_lines
-from cn_clip.language import both
+from cn_clip.language import both, translated
 from cn_clip.progress import progress
 
 # Rows of one write, and of one row group of a Parquet file.
@@ -246,7 +246,7 @@ def begin(options: Settings) -> command.Speaker:
         logging.getLogger("cn_clip").setLevel(logging.DEBUG)
     say.params(options)
     for rule in settings.broken(options, RULES):
-        print(f"提示 / note: {rule.message}", file=sys.stderr)
+        print(both(f"提示：{translated(rule.message)}", f"note: {rule.message}"), file=sys.stderr)
     if any(options.output_file(kind)[1] == "parquet" for kind in options.kinds):
         require_parquet()
     return say

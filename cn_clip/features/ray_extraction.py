@@ -37,7 +37,7 @@ from cn_clip.features.options import EngineSettings
 from cn_clip.features.rows import FloatArray, IdField
 from cn_clip.features.store import SHARD_PREFIX, Finished, Manifest, Shard, Skipped, begin_shards, write_shard
 from cn_clip.features.tables import require_parquet
-from cn_clip.language import both
+from cn_clip.language import both, counted, translated
 from cn_clip.progress import progress
 
 # How often a shard may end its process, or a process fail to start, before the run stops.
@@ -195,7 +195,13 @@ def _begin(
         finished = {number: one for number, one in finished.items() if not one.skipped}
     if finished:
         total = len(manifest.shards())
-        say.note(f"{folder.name}: {len(finished)}/{total} 个分片已完成，跳过 / shards are finished, passed over")
+        done = f"{len(finished)}/{total}"
+        say.note(
+            both(
+                f"{folder.name}: {done} 个分片已完成，跳过",
+                f"{folder.name}: {done} shards are finished already; skipping them",
+            )
+        )
     return _Progress(ShardJob(kind, folder, manifest), inputs, finished)
 
 
@@ -207,9 +213,9 @@ def _end(work: _Progress, say: Speaker) -> dict[str, object]:
     num_rows = work.num_done - len(skipped)
     assert work.num_done == work.inputs.number, "every input is in one shard"
     for one in skipped[:_SHOWN]:
-        say.note(f"跳过 / skipped: {one.reason}")
+        say.note(both(f"跳过：{translated(one.reason)}", f"skipped: {one.reason}"))
     if skipped:
-        say.note(f"共跳过 {len(skipped)} 张图片 / skipped {len(skipped)} pictures in all")
+        say.note(both(f"共跳过 {len(skipped)} 张图片", f"skipped {counted(len(skipped), 'picture')} in all"))
     say(f"{num_rows} {kind} features are stored in {folder.name}")
     result = {f"num_{kind}s": num_rows, f"{kind}_features": folder.name, f"num_{kind}_shards": len(work.finished)}
     if kind == "text":
@@ -262,7 +268,12 @@ def _run(
     count = min(plan.number, len(tasks))
     say(f"Ray: {count} actors of {plan.cpus} CPUs and {plan.gpus:g} GPUs, {len(tasks)} shards to do.")
     if count > plan.room:
-        say.note(f"Ray: 现在只有 {plan.room} 个的位置，其余等待 / there is room for {plan.room} now, the others wait")
+        say.note(
+            both(
+                f"Ray：现在的资源只够 {plan.room} 个，其余等待",
+                f"Ray: resources for {plan.room} now, the others wait",
+            )
+        )
     actor = ray.remote(ShardWorker).options(num_cpus=plan.cpus, num_gpus=plan.gpus, max_restarts=0)
     settings = replace(  # as they hold in the workers, which run in other folders
         options,
@@ -326,7 +337,7 @@ def _count(attempts: "Counter[object]", task: tuple[_Progress, Shard] | None, er
             f"{what}{inputs}: its process died {ATTEMPTS} times; is there memory enough, and cn_clip on every machine? "
             f"The finished shards stay. {reason}"
         ) from error
-    say.note(f"{what}: 计算它的进程没了，重做 / its process died, done again")
+    say.note(both(f"{what}: 计算它的进程死了，重做", f"{what}: its process died; doing it again"))
 
 
 # --- one worker

@@ -59,6 +59,7 @@ from cn_clip.errors import CnClipError, ConfigError, DataError, UnreadableError,
 from cn_clip.features.rows import Features, FloatArray, IdField
 from cn_clip.features.tables import parquet_bytes, parquet_facts, read_parquet_parts
 from cn_clip.files import lock_file, replaceable, take
+from cn_clip.language import both, counted
 
 # The facts of a job: values that JSON can hold.
 Job: TypeAlias = Mapping[str, object]
@@ -132,22 +133,29 @@ class RowStore:
             raise DataError("is no file of computed rows; move it away, or choose another output path", at=self.path)
         found = content.partition(b"\n")[0]
         if found and found + b"\n" != self._header:
-            again = "从头开始 / starting again"
             try:
                 old, new = json.loads(found), json.loads(self._header)
                 names = {*old["job"], *new["job"]}
                 other = sorted(name for name in names if old["job"].get(name) != new["job"].get(name))
                 listed = ", ".join(other + ["embed_dim"] * (old["embed_dim"] != new["embed_dim"]))
-                reason = f"属于另一次提取（{listed} 不同），{again}: it is of another extraction, with other {listed}"
+                reason = both(
+                    f"是另一次提取留下的（{listed} 不同），从头开始",
+                    f"belongs to another extraction (other {listed}); starting from the beginning",
+                )
             except (ValueError, KeyError, TypeError, AttributeError):
-                reason = f"读不出是什么，{again}: it does not say what it is of"
+                reason = both(
+                    "看不出属于哪次提取，从头开始",
+                    "does not say which extraction it belongs to; starting from the beginning",
+                )
             tell(f"{self.path}: {reason}")
         elif found:
             self.num_rows = self._count()
             if self.num_rows:
                 tell(
-                    f"{self.path}: 已有 {self.num_rows} 条，从第 {self.num_rows + 1} 条继续 / "
-                    f"{self.num_rows} rows are there, continuing at row {self.num_rows + 1}"
+                    both(
+                        f"{self.path}: 已有 {self.num_rows} 条，从第 {self.num_rows + 1} 条继续",
+                        f"{self.path}: {counted(self.num_rows, 'row')} done, continuing at row {self.num_rows + 1}",
+                    )
                 )
                 return
         self._stream.truncate(0)
@@ -338,7 +346,7 @@ def begin_shards(folder: Storage, manifest: Manifest, *, overwrite: bool) -> dic
         found = read_manifest(file.read(), file.name)
         if found.key != manifest.key:
             raise ConfigError(
-                f"{folder.name}: 已有另一次提取的结果 / holds [{found.fingerprint()}], this run makes "
+                f"{folder.name}: holds the results of another extraction [{found.fingerprint()}], this run makes "
                 f"[{manifest.fingerprint()}]; choose another --output, or start again with --overwrite"
             )
         return _finished(folder, manifest, there)

@@ -18,6 +18,7 @@ from cn_clip.index.skips import Skipped
 from cn_clip.index.sources import Source, is_feature_file, is_single_picture, open_source, read_table
 from cn_clip.index.telling import say_first, say_summary
 from cn_clip.index.vectors import add_features
+from cn_clip.language import both, counted
 from cn_clip.retrieval import addresses
 from cn_clip.terminal import shown
 
@@ -99,14 +100,17 @@ def _refuse_end(summary: Summary, job: Job, source: Source, *, num_items: int) -
     """Ends with 128 and the number of the signal that came; raises DataError when no picture could be indexed."""
     if summary.signal is not None:
         print(
-            "已中断，完成的都已保存；再运行同一条命令就接着做 / interrupted, with all kept that was done; the same "
-            f"command goes on: {job.address}, {num_items} items",
+            both(
+                f"已中断，完成的都已保存（{job.address}，{num_items} 项）；再运行同一条命令就接着做",
+                f"interrupted; what was done is kept ({job.address}, {counted(num_items, 'item')}). Run the same "
+                "command again to go on",
+            ),
             file=sys.stderr,
         )
         raise SystemExit(128 + summary.signal)
     if (source.candidates or source.videos) and not num_items:
         reasons = f"{skips.told(summary.skipped)}{_first(summary.skipped)}"
-        raise DataError(f"一张也没有收录 / nothing was indexed: {reasons}", at=job.source)
+        raise DataError(f"nothing was indexed: {reasons}", at=job.source)
 
 
 def _first(skipped: Iterable[Skipped]) -> str:

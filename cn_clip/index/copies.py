@@ -21,6 +21,7 @@ from PIL import Image
 from cn_clip.command import Speaker
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.language import both, counted
 from cn_clip.retrieval.addresses import address_of
 from cn_clip.retrieval.segments import IntArray, ItemId
 from cn_clip.retrieval.store import Index, open_index
@@ -39,12 +40,12 @@ PAIRS = 1 << 16
 GRID = 8
 # A JPEG is decoded at an eighth of its size, but no smaller than this.
 _DRAFT_SIZE = 32
-# What decides between two pictures of a group, in this order.
+# What decides between two pictures of a group, in this order; in Chinese and in English.
 REASONS = {
-    "pixels": "像素最多 / most pixels",
-    "size": "文件最大 / largest file",
-    "date": "日期最早 / earliest date",
-    "name": "名字最短 / shortest name",
+    "pixels": ("像素最多", "most pixels"),
+    "size": ("文件最大", "largest file"),
+    "date": ("日期最早", "earliest date"),
+    "name": ("名字最短", "shortest name"),
 }
 _NO_DATE = "9999"
 
@@ -86,27 +87,38 @@ def tell(options: "Options", say: Speaker) -> None:
     if not isinstance(folder, Path):
         raise ConfigError("the pictures of an index in Milvus are not compared; this command is for folders", at=folder)
     index = open_index(folder)
-    say.note(f"比较 {len(index)} 张图 / comparing {len(index)} pictures: {options.index}")
+    say.note(
+        both(f"比较 {len(index)} 张图片：{options.index}", f"comparing {counted(len(index), 'image')}: {options.index}")
+    )
     search = Copies(index, options.min_cosine, options.max_distance)
     groups = sorted(search.groups(), key=lambda group: str(group.members[0].id))
     more = [member for group in groups for member in group.members[1:]]
     num_bytes = sum(size for member in more if isinstance(size := member.metadata.get("size"), int))
     for number, group in enumerate(groups, start=1):
-        say(f"{number}. {len(group.members)} 张 / pictures")
-        say(f"  * {group.members[0]}  ({REASONS[group.reason]})")
+        num_members = len(group.members)
+        say(f"{number}. " + both(f"{num_members} 张图片", f"{num_members} images"))
+        say(f"  * {group.members[0]}  ({both(*REASONS[group.reason])})")
         for member in group.members[1:]:
-            bits = f", {member.distance} bits" if member.distance is not None else ""
-            how = "相同 / equal" if member.is_equal else f"相近 / near: {member.cosine:.3f}{bits}"
+            bits = (
+                ""
+                if member.distance is None
+                else both(f"，{member.distance} 位不同", f", {member.distance} bits differ")
+            )
+            near = both(f"相近：{member.cosine:.3f}{bits}", f"similar: {member.cosine:.3f}{bits}")
+            how = both("相同", "identical") if member.is_equal else near
             say(f"    {member}  ({how})")
     for count, why in (
-        (search.num_bare, "没有缩略图，只看是否相同 / without a thumbnail, found only if they are equal"),
-        (search.num_frames, "视频的画面，不比较 / frames of videos, not compared"),
+        (search.num_bare, both("没有缩略图，只看是否相同", "without a thumbnail, so compared only for identity")),
+        (search.num_frames, both("视频的画面，不比较", "frames of videos, not compared")),
     ):
         if count:
-            say(f"{count}: {why}")
+            say(both(f"{count} 张：{why}", f"{counted(count, 'image')}: {why}"))
     say(
-        f"{len(groups)} 组，最好的之外还有 {len(more)} 张，{num_bytes / 2**20:.1f} MB / {len(groups)} groups, "
-        f"{len(more)} pictures besides the best, {num_bytes / 2**20:.1f} MB; 什么也没有删 / nothing was removed"
+        both(
+            f"{len(groups)} 组，每组最好的一张之外还有 {len(more)} 张，共 {num_bytes / 2**20:.1f} MB；什么也没有删除",
+            f"{counted(len(groups), 'group')}, {counted(len(more), 'image')} besides the best of each, "
+            f"{num_bytes / 2**20:.1f} MB; nothing was removed",
+        )
     )
     say.result(
         {

@@ -12,8 +12,9 @@ from cn_clip.digests import is_folder
 from cn_clip.errors import CnClipError, ConfigError
 from cn_clip.index import building
 from cn_clip.index.jobs import Model, job_of
+from cn_clip.language import both, counted
 from cn_clip.stopping import StopRequest
-from cn_clip.terminal import shown
+from cn_clip.terminal import shown, told
 
 if TYPE_CHECKING:
     from cn_clip.index.watch import Options
@@ -50,10 +51,11 @@ def follow(options: "Options", say: Speaker) -> None:
     follower = _Follower(options, say)
     with follower.stop.noted():
         building.update(options, follower.job, say, model=follower.model)
-        say.note(f"等待变化，Ctrl-C 结束 / waiting for changes, Ctrl-C ends it: {shown(options.source)}")
+        source = shown(options.source)
+        say.note(both(f"等待变化，按 Ctrl-C 结束：{source}", f"waiting for changes, press Ctrl-C to end: {source}"))
         for _ in follower.changes():
             follower.update()
-    say.note(f"已停止 / stopped: {shown(options.output)}")
+    say.note(both(f"已停止：{shown(options.output)}", f"stopped: {shown(options.output)}"))
 
 
 class _Follower:
@@ -72,17 +74,20 @@ class _Follower:
             building.update(self.options, self.job, quiet, model=self.model)
         except CnClipError as error:
             if str(error) != self.failure:
-                self._note(f"没有更新，稍后再试 / not updated, tried again later: {error}")
+                why = told(error)
+                self._note(both(f"没有更新，稍后再试：{why}", f"not updated, trying again later: {why}"))
             self.failure = str(error)
             return
         counts = {
-            "新编码 / encoded": quiet.values["encoded"],
-            "复用 / reused": quiet.values["reused"],
-            "移除 / removed": len(quiet.values["removed"]),
+            both("新编码", "encoded"): quiet.values["encoded"],
+            both("复用", "reused"): quiet.values["reused"],
+            both("移除", "removed"): len(quiet.values["removed"]),
         }
         if any(counts.values()) or self.failure:
-            told = ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "没有变化 / no change"
-            self._note(f"{told}; {quiet.values['num_items']} items")
+            number = quiet.values["num_items"]
+            changed = both("，", ", ").join(f"{name} {count}" for name, count in counts.items() if count)
+            changed = changed or both("没有变化", "no change")
+            self._note(both(f"{changed}；共 {number} 项", f"{changed}; {counted(number, 'item')}"))
             self.say.result(quiet.values)
         self.failure = ""
 
@@ -93,7 +98,8 @@ class _Follower:
             before = _identity(folder)
             if was_there != (before is not None):
                 was_there = not was_there
-                state = "又在了 / is there again" if was_there else "不在了，等它回来 / is gone; waiting for it"
+                gone = both("不在了，等它回来", "is gone; waiting for it")
+                state = both("又在了", "is there again") if was_there else gone
                 self._note(f"{shown(folder)}: {state}")
             if before is None:
                 time.sleep(LOOK)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cn_clip import command
+from cn_clip import command, terminal
 from cn_clip.index.options import IndexArgument, execute
+from cn_clip.language import both, counted
 from cn_clip.option_types import Json
 from cn_clip.retrieval.manifest import Manifest
 from cn_clip.terminal import shown
@@ -34,18 +35,28 @@ def run(options: Options) -> None:
             "bytes": sum(file.bytes for _, file in facts.files()),
             "generation": facts.generation,
         }
-    say(f"模型 / model        {shown(model.name) or '?'} ({model.embed_dim} dimensions, {model.fingerprint or '?'})")
-    say(f"条目 / items        {facts.num_items}")
-    say(f"引擎 / engine       {facts.engine}{' (graph)' if more.get('has_graph') else ''}")
-    say(f"向量 / vectors      {facts.vector_type}")
-    if more:
-        say(f"大小 / size         {more['bytes'] / 2**20:.1f} MiB, {more['num_segments']} segments")
+    dimensions = both(f"{model.embed_dim} 维", f"{model.embed_dim} dimensions")
     seen = facts.pictures
-    way = "?" if seen is None else f"{'upright' if seen.upright else 'as stored'}, --decode {seen.decode}"
-    say(f"图片 / pictures     {way}")
-    say(f"来源 / source       {shown(facts.source) or '?'}")
+    if seen is None:
+        way = "?"
+    else:
+        upright = both("转正", "upright") if seen.upright else both("按原样", "as stored")
+        way = f"{upright}, --decode {seen.decode}"
+    graph = both("（图）", " (graph)") if more.get("has_graph") else ""
+    rows = [
+        (both("模型", "model"), f"{shown(model.name) or '?'} ({dimensions}, {model.fingerprint or '?'})"),
+        (both("条目", "items"), str(facts.num_items)),
+        (both("引擎", "engine"), f"{facts.engine}{graph}"),
+        (both("向量", "vectors"), facts.vector_type),
+        (both("图片", "images"), way),
+        (both("来源", "source"), shown(facts.source) or "?"),
+    ]
     if more:
-        say(f"版本 / generation   {more['generation']}")
+        segments = both(f"{more['num_segments']} 段", counted(more["num_segments"], "segment"))
+        rows.insert(4, (both("大小", "size"), f"{more['bytes'] / 2**20:.1f} MiB, {segments}"))
+        rows.append((both("版本", "generation"), str(more["generation"])))
+    for line in terminal.align(rows):
+        say(line)
     say.result(
         {
             "index": options.index,

@@ -10,6 +10,7 @@ from cn_clip import command
 from cn_clip.data.paths import readable
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.options import IndexArgument, execute
+from cn_clip.language import both, counted
 from cn_clip.option_types import Json
 from cn_clip.terminal import shown
 
@@ -59,7 +60,13 @@ def run(options: Options) -> None:
             chosen = list(dict.fromkeys([*chosen, *fitting]))
         writer.commit(remove=chosen)
         writer.finish()
-        say(f"已移除 / removed {len(chosen)}; {options.index}: {len(writer)} items")
+        left = counted(len(writer), "item")
+        say(
+            both(
+                f"已移除 {len(chosen)} 项；{options.index}: 剩 {len(writer)} 项",
+                f"removed {len(chosen)}; {options.index}: {left} left",
+            )
+        )
         say.result({"index": options.index, "removed": chosen, "num_items": len(writer)})
 
 

@@ -13,6 +13,7 @@ from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.ingest import Ingest
 from cn_clip.index.origins import Origins
 from cn_clip.index.sources import Candidate
+from cn_clip.language import both, counted
 from cn_clip.retrieval.addresses import Writer
 from cn_clip.retrieval.manifest import PictureFacts
 
@@ -63,11 +64,12 @@ class Renewal:
 
     def told(self) -> str:
         """What came of it, in one sentence."""
-        gone = f"；{self.num_gone} 张图片已不在，向量照旧 / {self.num_gone} whose pictures are gone stay as they were"
-        return (
-            f"已更新：图片按人看到的方向 / renewed: pictures are upright (--decode {self.wanted.decode})"
-            f"{gone if self.num_gone else ''}"
+        gone = both(
+            f"；{self.num_gone} 张图片已不在，向量照旧",
+            f"; {counted(self.num_gone, 'item')} whose images are gone stay as they were",
         )
+        done = both("已更新：图片按人看到的方向", "renewed: images are upright")
+        return f"{done} (--decode {self.wanted.decode}){gone if self.num_gone else ''}"
 
 
 def is_turned(data: bytes) -> bool:

@@ -15,6 +15,7 @@ from cn_clip.index.origins import Origins
 from cn_clip.index.progress import Progress
 from cn_clip.index.sources import Candidate
 from cn_clip.index.telling import listed
+from cn_clip.language import both, counted, translated
 from cn_clip.retrieval import inspection
 from cn_clip.retrieval.addresses import address_of
 from cn_clip.retrieval.inspection import Damage
@@ -55,17 +56,22 @@ def check(index: str, options: AddOptions, say: Speaker, *, also_repair: bool, k
         raise ConfigError("Milvus looks after its own files; this command is for folders", at=folder)
     facts, found = inspection.inspect(folder)
     for damage in found:
-        say(f"损坏 / damaged: {folder / damage.path}: {damage.reason}")
+        say(both("损坏：", "damaged: ") + f"{folder / damage.path}: {translated(damage.reason)}")
     result = Result(facts.num_items, remaining=found)
     if found and also_repair:
         result = repair(options, folder, facts, found, say, keep_aside=keep_aside)
     elif found:
-        say("用 --repair 修复 / --repair repairs what can be")
+        say(both("用 --repair 修复", "--repair mends what can be mended"))
     else:
         if also_repair:
             with contextlib.suppress(CnClipError), open_writer(folder):  # removes what a killed writer left
                 pass
-        say(f"完好 / whole: {folder}, {facts.num_items} items")
+        say(
+            both(
+                f"完好：{folder}，{facts.num_items} 项",
+                f"no problems found: {folder}, {counted(facts.num_items, 'item')}",
+            )
+        )
     num_lost = len(result.lost) + result.num_nameless
     say.result(
         {
@@ -155,18 +161,34 @@ def _rescue(folder: Path, facts: Manifest, names: set[str], found: Sequence[Dama
 
 
 def _say(result: Result, folder: Path, facts: Manifest, say: Speaker) -> None:
-    for line in listed("丢失 / lost", [shown(item_id) for item_id in result.lost]):
+    for line in listed(both("丢失", "lost"), [shown(item_id) for item_id in result.lost]):
         say(line)
     for damage in result.remaining:
-        say(f"修不好 / beyond repair: {folder / damage.path}: {damage.reason}; build the index again in another folder")
-    nameless = f"，{result.num_nameless} 项连编号也没有了 / {result.num_nameless} of unknown id lost"
-    bare = f"，{result.num_bare} 项的缩略图没有了 / {result.num_bare} without their thumbnails"
-    done = "部分修复 / repaired in part" if result.remaining else "已修复 / repaired"
+        path, reason = folder / damage.path, translated(damage.reason)
+        say(
+            both(
+                f"修不好：{path}: {reason}；请在另一个文件夹重建索引",
+                f"beyond repair: {path}: {reason}; build the index again in another folder",
+            )
+        )
+    nameless = both(
+        f"，{result.num_nameless} 项连编号也丢了", f", {counted(result.num_nameless, 'item')} of unknown id lost"
+    )
+    bare = both(f"，{result.num_bare} 项的缩略图丢了", f", {counted(result.num_bare, 'item')} without a thumbnail now")
+    done = both("部分修复", "partly repaired") if result.remaining else both("已修复", "repaired")
     say(
-        f"{done}: {folder}, {result.num_items} items"
-        f"{nameless if result.num_nameless else ''}{bare if result.num_bare else ''}"
+        both(f"{done}：{folder}，{result.num_items} 项", f"{done}: {folder}, {counted(result.num_items, 'item')}")
+        + f"{nameless if result.num_nameless else ''}{bare if result.num_bare else ''}"
     )
     if result.aside is not None:
-        say(f"修复前的索引，确认无误后可删 / the index as it was, to be deleted once this one is right: {result.aside}")
+        say(
+            both(
+                f"修复前的索引，确认无误后可以删除：{result.aside}",
+                f"the index as it was, which can be deleted once this one proves right: {result.aside}",
+            )
+        )
     if result.lost or result.num_nameless:
-        say(f"再次运行可补回仍在的图片 / brings back pictures that are still there: cn-clip index build {facts.source}")
+        say(
+            both("再次运行可补回仍在的图片：", "to bring back the images that still exist: ")
+            + f"cn-clip index build {facts.source}"
+        )

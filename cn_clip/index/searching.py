@@ -28,6 +28,7 @@ from cn_clip.data.paths import readable
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.sources import FEATURE_SUFFIXES
+from cn_clip.language import both
 from cn_clip.retrieval.addresses import Searchable, address_of, item_called, open_index
 from cn_clip.retrieval.conditions import parse_condition
 from cn_clip.retrieval.manifest import ModelInfo, PictureFacts
@@ -64,9 +65,10 @@ def renewal_hint(pictures: PictureFacts | None, source: str, address: object) ->
     if not is_old or not source or source.endswith(FEATURE_SUFFIXES):
         return ""
     command = f"cn-clip index build {shlex.quote(source)} --output {shlex.quote(str(address))} --renew"
-    return (
-        f"{address}: 旧索引，横着拍的照片是躺着的，查询也照此；更新 / an index from before pictures were turned "
-        f"upright; queries are seen as its pictures were; renew it: {command}"
+    return both(
+        f"{address}: 旧版本建的索引，横着拍的照片没有转正，查询的图片也照此处理；更新索引：{command}",
+        f"{address}: was built before photos were turned upright, so query images are not turned either; renew it "
+        f"with: {command}",
     )
 
 
@@ -99,8 +101,10 @@ def search(options: "Options", say: Speaker) -> None:
     if options.grid is not None:
         _draw(index, options, hits)
     rows = [(f"{hit.score:.4f}", shown(hit.id), shown(hit.metadata.get("caption", ""))) for hit in hits]
-    table = terminal.align([("分数 score", "编号 id", "说明 caption"), *rows], right=frozenset([0]))
-    for line in table if hits else ["没有找到 / nothing found"]:
+    table = terminal.align(
+        [(both("分数", "score"), both("编号", "id"), both("说明", "caption")), *rows], right=frozenset([0])
+    )
+    for line in table if hits else [both("没有找到", "nothing found")]:
         say(line)
     say.result(
         {

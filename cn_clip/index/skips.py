@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cn_clip import extras
+from cn_clip.language import both
 from cn_clip.retrieval.segments import ItemId
 
 DAMAGED, EMPTY, UNREADABLE, SPECIAL = "damaged", "empty", "unreadable", "special"
@@ -13,20 +14,20 @@ NO_PICTURES, TOO_LONG = "no_pictures", "too_long"
 SMALL, EXCLUDED, LIVE, VIDEO, OTHER = "small", "excluded", "live", "video", "other"
 # Of what a format needs that is not installed, the words go on with the name of the extra.
 WITHOUT = "without "
-# What people are told, failures before what is passed over on purpose.
+# What people are told, in Chinese and in English; failures before what is passed over on purpose.
 _WORDS = {
-    DAMAGED: "不能解码 / not decoded",
-    EMPTY: "空文件 / empty",
-    WITHOUT: "缺 {0} / without {0}",
-    UNREADABLE: "现在读不了 / cannot be read now",
-    SPECIAL: "不是普通文件 / not regular files",
-    NO_PICTURES: "没有画面的视频 / videos without pictures",
-    TOO_LONG: "太长、只收录开头的视频 / videos of which only the beginning",
-    SMALL: "小于 --min-size / below --min-size",
-    EXCLUDED: "已排除 / excluded",
-    LIVE: "实况照片的视频 / other halves of Live Photos",
-    VIDEO: "视频 / videos",
-    OTHER: "其他文件 / other files",
+    DAMAGED: ("不能解码", "not decoded"),
+    EMPTY: ("空文件", "empty"),
+    WITHOUT: ("缺 {0}", "without {0}"),
+    UNREADABLE: ("现在读不了", "cannot be read now"),
+    SPECIAL: ("不是普通文件", "not regular files"),
+    NO_PICTURES: ("没有画面的视频", "videos without images"),
+    TOO_LONG: ("太长、只收录开头的视频", "videos indexed only in part, being too long"),
+    SMALL: ("小于 --min-size", "below --min-size"),
+    EXCLUDED: ("已排除", "excluded"),
+    LIVE: ("实况照片的视频", "videos of Live Photos"),
+    VIDEO: ("视频", "videos"),
+    OTHER: ("其他文件", "other files"),
 }
 _ORDER = list(_WORDS)
 # These are as they should be: counted, but not named one by one.
@@ -92,8 +93,8 @@ def in_order(skipped: Iterable[Skipped]) -> list[Skipped]:
 
 
 def told(skipped: Iterable[Skipped]) -> str:
-    """`3 不能解码 / not decoded, 40 其他文件 / other files`; "" for none."""
-    return ", ".join(f"{count} {_words(kind)}" for kind, count in counts(skipped).items())
+    """`3 not decoded, 40 other files`; "" for none."""
+    return both("，", ", ").join(f"{count} {_words(kind)}" for kind, count in counts(skipped).items())
 
 
 def _position(kind: str) -> tuple[int, str]:
@@ -102,5 +103,5 @@ def _position(kind: str) -> tuple[int, str]:
 
 def _words(kind: str) -> str:
     if kind.startswith(WITHOUT):
-        return _WORDS[WITHOUT].format(kind.removeprefix(WITHOUT))
-    return _WORDS[kind]
+        return both(*_WORDS[WITHOUT]).format(kind.removeprefix(WITHOUT))
+    return both(*_WORDS[kind])

@@ -8,6 +8,7 @@ from cn_clip.index.ingest import Summary
 from cn_clip.index.jobs import Job, Model
 from cn_clip.index.searching import renewal_hint
 from cn_clip.index.sources import Source, is_feature_file
+from cn_clip.language import both, counted, translated
 from cn_clip.retrieval.addresses import Writer
 from cn_clip.terminal import shown
 
@@ -19,15 +20,22 @@ def say_first(model: Model, job: Job, say: Speaker, *, source: Source, unchanged
     chosen, found, videos = model.options.chosen, len(source.candidates), len(source.videos)
     if not job.renew and model.facts and (hint := renewal_hint(model.facts.pictures, model.facts.source, job.address)):
         say.note(hint)
+    and_videos = both(f"、{videos} 个视频", f" and {counted(videos, 'video')}") if videos else ""
+    used = f"{shown(model.name)} ({chosen.backend}, {chosen.device}, {chosen.precision})"
     say(
-        f"找到 {found} 张图片{f'、{videos} 个视频' if videos else ''}，{unchanged} 个未变 / found {found} pictures"
-        f"{f' and {videos} videos' if videos else ''}, {unchanged} unchanged; 模型 / model "
-        f"{shown(model.name)} ({chosen.backend}, {chosen.device}, {chosen.precision}) → {job.address}"
+        both(
+            f"找到 {found} 张图片{and_videos}，{unchanged} 个未变；模型 {used} → {job.address}",
+            f"found {counted(found, 'image')}{and_videos}, {unchanged} unchanged; model {used} → {job.address}",
+        )
     )
     if model.facts is None and model.pictures.decode in ("auto", "fast"):
         say(
-            "比模型输入大得多的 JPEG 按缩小的尺寸解码，向量几乎不变 / JPEGs far larger than the model's input are "
-            f"decoded at a fraction, and vectors hardly differ (--decode {model.pictures.decode}; exact: whole)"
+            both(
+                "比模型输入大得多的 JPEG 按缩小的尺寸解码，向量几乎不变"
+                f"（--decode {model.pictures.decode}；exact：按原尺寸）",
+                "JPEGs much larger than the model's input are decoded at a fraction of their size, which hardly "
+                f"changes the vectors (--decode {model.pictures.decode}; exact: at full size)",
+            )
         )
 
 
@@ -42,40 +50,64 @@ def say_summary(
 ) -> None:
     """unmatched: rows of the table that name no picture of the source; links: see `sources.Source`."""
     for title, ids in (
-        ("已移除 / removed", [shown(one) for one in summary.removed]),
-        ("已改名 / renamed", [f"{shown(was)} → {shown(one)}" for one, was in summary.renamed]),
-        ("内容重复 / duplicates", [f"{shown(one)} = {shown(other)}" for one, other in summary.duplicates]),
-        ("未收录 / not indexed", [f"{shown(one.id)}: {shown(one.reason)}" for one in skips.in_order(summary.skipped)]),
+        (both("已移除", "removed"), [shown(one) for one in summary.removed]),
+        (both("已改名", "renamed"), [f"{shown(was)} → {shown(one)}" for one, was in summary.renamed]),
+        (both("内容重复", "duplicates"), [f"{shown(one)} = {shown(other)}" for one, other in summary.duplicates]),
+        (both("未收录", "not indexed"), [_reason(one) for one in skips.in_order(summary.skipped)]),
     ):
         for line in listed(title, ids):
             say(line)
     for folder, gone in summary.missing.items():
         say(
-            f"{shown(folder)}/ 整个不见了，它的 {len(gone)} 项留在索引里；不是硬盘没挂上，而是真的删了，就加 --prune / "
-            f"is gone as a whole, and its {len(gone)} items stay; if the disk is there and it was deleted, give --prune"
+            both(
+                f"{shown(folder)}/ 整个不见了，它的 {len(gone)} 项留在索引里；"
+                "如果不是硬盘没挂上，而是真的删了，加 --prune",
+                f"{shown(folder)}/ is gone as a whole; its {counted(len(gone), 'item')} stay in the index. If the disk "
+                "is mounted and the folder was deleted, give --prune",
+            )
         )
     if links:
-        first = ", ".join(f"{shown(one)} → {shown(target)}" for one, target in links[:3])
+        first, more = ", ".join(f"{shown(one)} → {shown(target)}" for one, target in links[:3]), ""
+        if len(links) > 3:
+            more = ", …"
         say(
-            f"有 {len(links)} 个链接通向文件夹之外，照样收录 / links that lead out of the folder and are followed: "
-            f"{len(links)} ({first}{', …' if len(links) > 3 else ''})"
+            both(
+                f"有 {len(links)} 个链接通向文件夹之外，照样收录（{first}{more}）",
+                f"followed {counted(len(links), 'link')} out of the folder ({first}{more})",
+            )
         )
     if unmatched:
-        say(f"表中有 {unmatched} 行没有对应图片 / rows of the table that name no picture: {unmatched}")
-    new = f"新编码 / encoded {summary.encoded}, 复用 / reused {summary.reused}"
+        say(
+            both(
+                f"表中有 {unmatched} 行没有对应的图片",
+                f"{counted(unmatched, 'row')} of the table without an image of that name",
+            )
+        )
+    new = both(
+        f"新编码 {summary.encoded}，复用 {summary.reused}", f"encoded {summary.encoded}, reused {summary.reused}"
+    )
     if is_feature_file(job.source):
-        new = f"新收录 / added {summary.added}"
+        new = both(f"新收录 {summary.added}", f"added {summary.added}")
     num_remembered = skips.num_remembered(summary.skipped)
-    again = f"（{num_remembered} 个与上次一样，未再读 / as before, not read again: {num_remembered}）"
+    again = both(
+        f"（{num_remembered} 个与上次一样，没有再读）", f" ({num_remembered} of them as before, not read again)"
+    )
     again = again if num_remembered else ""
     if summary.videos:
-        new += f", 视频 / videos {summary.videos} ({summary.frames} 帧 / frames)"
+        new += both(
+            f"，视频 {summary.videos}（{summary.frames} 帧）",
+            f", videos {summary.videos} ({counted(summary.frames, 'frame')})",
+        )
     say(
-        f"{new}, 未变 / unchanged {summary.unchanged}, "
-        f"移除 / removed {len(summary.removed)}, 未收录 / not indexed {len(summary.skipped)}"
-        f"{': ' if summary.skipped else ''}{skips.told(summary.skipped)}{again}"
+        both(
+            f"{new}，未变 {summary.unchanged}，移除 {len(summary.removed)}，未收录 {len(summary.skipped)}"
+            f"{'：' if summary.skipped else ''}",
+            f"{new}, unchanged {summary.unchanged}, removed {len(summary.removed)}, not indexed {len(summary.skipped)}"
+            f"{': ' if summary.skipped else ''}",
+        )
+        + f"{skips.told(summary.skipped)}{again}"
     )
-    say(f"{job.address}: {len(writer)} items ({writer.manifest.engine}), {writer.manifest.model.name or '?'}")
+    say(f"{job.address}: {_items(len(writer))} ({writer.manifest.engine}), {writer.manifest.model.name or '?'}")
     say.result(
         {
             "index": str(job.address),
@@ -100,10 +132,19 @@ def say_summary(
     )
 
 
+def _items(number: int) -> str:
+    return both(f"{number} 项", counted(number, "item"))
+
+
+def _reason(one: skips.Skipped) -> str:
+    return f"{shown(one.id)}: {shown(translated(one.reason))}"
+
+
 def listed(title: str, lines: Sequence[str]) -> Iterator[str]:
     """The lines under their title, at most LISTED of them."""
     if lines:
         yield f"{title} ({len(lines)}):"
         yield from (f"  {line}" for line in lines[:LISTED])
     if len(lines) > LISTED:
-        yield f"  … 其余 {len(lines) - LISTED} 项用 --json 查看 / {len(lines) - LISTED} more, see --json"
+        more = len(lines) - LISTED
+        yield both(f"  … 其余 {more} 项用 --json 查看", f"  … {more} more, see --json")

@@ -17,6 +17,7 @@ from cn_clip.index.options import SourceOptions
 from cn_clip.index.progress import Progress
 from cn_clip.index.sources import OWN_FIELDS, Table, refuse_excludes, row_of
 from cn_clip.index.telling import say_summary
+from cn_clip.language import both, counted
 from cn_clip.retrieval.manifest import ModelInfo
 from cn_clip.retrieval.segments import FloatArray
 from cn_clip.retrieval.writer import NewItem
@@ -40,8 +41,10 @@ def add_features(options: SourceOptions, job: Job, model: Model, table: Table | 
         before, known = writer.manifest.source, dict(writer.items())
         if num_scaled:
             say.note(
-                f"{job.source}: {num_scaled} 行的长度不是 1，已归一化 / "
-                f"rows whose length is not 1, normalised: {num_scaled}"
+                both(
+                    f"{job.source}: {num_scaled} 行的长度不是 1，已归一化",
+                    f"{job.source}: normalised {counted(num_scaled, 'row')} whose length was not 1",
+                )
             )
         with progress.over(len(ids), done=0):
             for start in range(0, len(ids), options.commit_every):

@@ -206,9 +206,8 @@ class Collection:
             reason = str(getattr(error, "message", "") or name or error).splitlines()[0][:200]
             if name in ("DEADLINE_EXCEEDED", "UNAVAILABLE") or code == _NO_CONNECTION or "timeout" in reason.lower():
                 raise StoreError(
-                    f"Milvus 在 {self.address.timeout:g} 秒内没有回答 / did not answer within "
-                    f"{self.address.timeout:g} s ({reason}); see that it runs there, or give it longer with "
-                    "?timeout=SECONDS after the address",
+                    f"Milvus did not answer within {self.address.timeout:g} s ({reason}); check that it runs there, or "
+                    "give it more time with ?timeout=SECONDS after the address",
                     at=self.address,
                 ) from error
-            raise StoreError(f"Milvus 拒绝了请求 / refused the request ({reason})", at=self.address) from error
+            raise StoreError(f"Milvus refused the request ({reason})", at=self.address) from error

@@ -28,6 +28,7 @@ from cn_clip import terminal
 from cn_clip.clip.choice import Choice
 from cn_clip.clip.opening import precision_of
 from cn_clip.errors import ConfigError
+from cn_clip.language import both
 from cn_clip.serve import page
 from cn_clip.serve.access import LEAST_KEY_CHARS, LOOPBACK, Access, Hosts, is_weak
 from cn_clip.serve.app import create_app
@@ -232,10 +233,10 @@ def launch(
     with listen(host, port) as listener:
         given_host, given_port = listener.getsockname()[:2]
         address = f"http://{f'[{given_host}]' if ':' in given_host else given_host}:{given_port}"
-        _say(f"正在打开 / opening {_names(runners)}; {address}")
+        _say(both(f"正在打开 {_names(runners)}；{address}", f"opening {_names(runners)}; {address}"))
         if with_page:
             page.mount(app)
-            _say(f"网页 / web page: {address}{root_path}/")
+            _say(both(f"网页：{address}{root_path}/", f"web page: {address}{root_path}/"))
         server = Server(
             app,
             limits,
@@ -261,7 +262,12 @@ def _end(runners: Sequence[Runner]) -> None:
     """Ends the process, whatever its threads wait for."""
     for runner in runners:
         runner.kill_decoders()
-    _say(f"已停止，有线程没有结束 / stopped, with threads that did not end: {_names(runners)}")
+    _say(
+        both(
+            f"已停止，有线程没有结束：{_names(runners)}",
+            f"stopped, with threads that did not end: {_names(runners)}",
+        )
+    )
     terminal.leave(0)
 
 
@@ -272,7 +278,7 @@ async def _serve(server: Server, runners: Sequence[Runner], listener: socket.soc
         for runner in runners:
             await runner.opened.wait()
         if all(runner.is_ready for runner in runners):
-            _say(f"可以使用 / ready: {_names(runners)}")
+            _say(both(f"可以使用：{_names(runners)}", f"ready: {_names(runners)}"))
             # What is there now stays. Looking through it all for garbage, again and again, holds up every answer.
             gc.collect()
             gc.freeze()
@@ -285,7 +291,7 @@ async def _serve(server: Server, runners: Sequence[Runner], listener: socket.soc
         await server.serve(sockets=[listener])
     finally:
         announcing.cancel()
-    _say(f"已停止 / stopped: {_names(runners)}")
+    _say(both(f"已停止：{_names(runners)}", f"stopped: {_names(runners)}"))
 
 
 def _say(line: str) -> None:
@@ -308,14 +314,18 @@ def _warn(host: str, api_key: str | None) -> None:
     """Warns of strangers who need no key, and of a key that can be guessed."""
     if api_key is None and host not in LOOPBACK:
         print(
-            f"注意：其他机器可以访问 {host}，而没有设置 {API_KEY_VARIABLE} / "
-            f"other machines can reach {host}, and no {API_KEY_VARIABLE} is set",
+            both(
+                f"注意：其他机器可以访问 {host}，而没有设置 {API_KEY_VARIABLE}",
+                f"warning: other machines can reach {host}, and {API_KEY_VARIABLE} is not set",
+            ),
             file=sys.stderr,
         )
     if api_key is not None and is_weak(api_key):
         print(
-            f"注意：密钥太容易猜，至少用 {LEAST_KEY_CHARS} 个随机字符 / the API key can be guessed; use at least "
-            f"{LEAST_KEY_CHARS} random characters, such as those of: "
-            'python -c "import secrets; print(secrets.token_urlsafe())"',
+            both(
+                f"注意：密钥太容易猜，至少用 {LEAST_KEY_CHARS} 个随机字符，例如：",
+                f"warning: the API key can be guessed; use at least {LEAST_KEY_CHARS} random characters, for example: ",
+            )
+            + 'python -c "import secrets; print(secrets.token_urlsafe())"',
             file=sys.stderr,
         )

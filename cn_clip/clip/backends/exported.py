@@ -18,6 +18,7 @@ from cn_clip.clip.weights import hub
 from cn_clip.digests import FileFacts
 from cn_clip.errors import ConfigError
 from cn_clip.files import atomic_write, take
+from cn_clip.language import both
 
 FOLDER = "exported"
 STEM = "model"
@@ -28,9 +29,10 @@ FORMAT = 1
 
 # How long the wait for the lock goes without a word.
 PATIENCE_S = 1.0
-WAITING = "另一个进程正在导出，等它完成 / waiting for another process that exports"
-FIRST_USE = "首次使用，正在导出 / first use, exporting"
-DAMAGED = "缓存的文件已损坏，重新导出 / the cached file is damaged, exporting again"
+# In Chinese and in English.
+WAITING = ("另一个进程正在导出，等它完成", "waiting for another process that is exporting")
+FIRST_USE = ("首次使用，正在导出", "first use, exporting")
+DAMAGED = ("缓存的文件已损坏，重新导出", "the cached file is damaged, exporting again")
 
 Announce = Callable[[str], None]
 # The length and digest of each file of an export, by its name; none where the files turned out unusable.
@@ -111,7 +113,7 @@ def _make(source: Source, kinds: Sequence[Kind], form: str, folder: Path, say: A
         return
     derived.check_packages([form])
     is_first = all(onnx_path(folder / STEM, kind, form).name not in _read_manifest(folder) for kind in kinds)
-    what = FIRST_USE if is_first else DAMAGED
+    what = both(*(FIRST_USE if is_first else DAMAGED))
     say(f"{what} {source.model} ({', '.join(kinds)}, {form}) -> {folder}")
     bases = {kind: onnx_path(folder / STEM, kind, "fp32") for kind in kinds}
     if form != "fp32":
@@ -196,7 +198,7 @@ def _alone(folder: Path, say: Announce = announce) -> Iterator[None]:
     """Holds the lock of a folder; says so when another process makes this one wait."""
     with _keeping(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = take(folder / ".lock", f"{folder}: {WAITING}", waiting=say, patience_s=PATIENCE_S)
+        lock = take(folder / ".lock", f"{folder}: {both(*WAITING)}", waiting=say, patience_s=PATIENCE_S)
     try:
         yield
     finally:

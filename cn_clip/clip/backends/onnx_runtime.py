@@ -27,6 +27,7 @@ from cn_clip.clip.backends.onnx_files import (
 )
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
+from cn_clip.language import both
 from cn_clip.processes import hold_in_children
 
 PROVIDERS = {
@@ -144,7 +145,10 @@ def _given_weights(settings: Any, path: Path) -> list[NDArray[np.uint8]]:
 @functools.cache
 def say_fallen_back(provider: str) -> None:
     """Says on stderr, once a process, that a GPU cannot be used although ONNX Runtime is built for it."""
-    print(f"{provider} 用不了，改在 cpu 上计算 / {provider} cannot be used here; computing on cpu", file=sys.stderr)
+    print(
+        both(f"{provider} 用不了，改在 CPU 上计算", f"{provider} cannot be used here; computing on the CPU"),
+        file=sys.stderr,
+    )
 
 
 def check_device(device: str | None) -> None:

@@ -24,6 +24,7 @@ from cn_clip.clip.backends.names import (
 )
 from cn_clip.clip.backends.onnx_files import onnx_path
 from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.language import both, translated
 
 if TYPE_CHECKING:
     import torch
@@ -143,17 +144,22 @@ def _open_engine(source: Source, kind: Kind, precision: Precision, device: str |
     path = tensor_rt.cached_path(base, kind, precision, device)
 
     def make() -> None:
-        chinese, english = "首次使用，正在构建", "first use, building an engine"
+        chinese, english = "首次使用，正在构建", "first use, building"
         if path.exists():
-            chinese, english = "正在重新构建", "building an engine again"
-        say(f"{chinese} TensorRT 引擎，需要几分钟 / {english}, some minutes -> {path}")
+            chinese, english = "正在重新构建", "building again"
+        say(
+            both(
+                f"{chinese} TensorRT 引擎，需要几分钟 -> {path}",
+                f"{english} the TensorRT engine, this takes minutes -> {path}",
+            )
+        )
         tensor_rt.build_engine(base, kind, path, tensor_rt.cached_build(precision), device=device)
 
     engine = kept_file(path, make)
     try:
         return tensor_rt.TensorRtTower(engine, kind, device=device)
     except CheckpointError as error:
-        say(f"{error}; 重新构建 / building it again")
+        say(both(f"{translated(str(error))}；重新构建", f"{error}; building it again"))
         forget(path)
     return tensor_rt.TensorRtTower(kept_file(path, make), kind, device=device)
 

@@ -20,6 +20,7 @@ from cn_clip.clip.pictures import open_picture
 from cn_clip.clip.tokenizer import ChineseTexts
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.errors import CheckpointError, NotFiniteError
+from cn_clip.language import both, counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,10 +65,17 @@ class Share:
     work: float
 
     def __str__(self) -> str:
-        counts = f"{self.num_int8} of {self.num_products} products in int8"
+        counts = both(
+            f"{self.num_products} 个乘法中 {self.num_int8} 个用 int8",
+            f"{self.num_int8} of {self.num_products} products in int8",
+        )
         if self.work >= 0.5:
             return counts
-        return f"{counts}, {100 * self.work:.0f} % of the work: 大部分仍是 float32，快不了多少 / little is gained"
+        work = f"{100 * self.work:.0f} %"
+        return both(
+            f"{counts}，占计算量的 {work}：大部分仍是 float32，快不了多少",
+            f"{counts}, {work} of the work: most of it stays float32, so little is gained",
+        )
 
 
 @dataclass(frozen=True)
@@ -88,11 +96,14 @@ class Report:
     share: Share | None = None
 
     def __str__(self) -> str:
-        agreement = "" if self.agreement is None else f", 首选一致 / same top-1 {100 * self.agreement:.1f} %"
-        share = "" if self.share is None else f", {self.share}"
-        return (
-            f"{self.path.name}: 与 float32 的余弦 / cosine to float32: min {self.smallest:.6f}, mean {self.mean:.6f}"
-            f"{agreement} ({self.num_samples} samples{share})"
+        agreement = "" if self.agreement is None else f"{100 * self.agreement:.1f} %"
+        same = both(f"，首选一致 {agreement}", f", same top-1 {agreement}") if agreement else ""
+        share = "" if self.share is None else both(f"，{self.share}", f", {self.share}")
+        return both(
+            f"{self.path.name}: 与 float32 的余弦：最小 {self.smallest:.6f}，平均 {self.mean:.6f}{same}"
+            f"（{self.num_samples} 个样本{share}）",
+            f"{self.path.name}: cosine to float32: min {self.smallest:.6f}, mean {self.mean:.6f}{same} "
+            f"({counted(self.num_samples, 'sample')}{share})",
         )
 
 

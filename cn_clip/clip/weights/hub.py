@@ -148,11 +148,11 @@ def download(
     told_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and not use_modelscope
     if offline or told_offline:
         reason = "HF_HUB_OFFLINE is set" if told_offline else "--offline"
-        size = f"{published.num_bytes:,} 字节 / bytes" if published.num_bytes else "大小未知 / of unknown size"
+        size = f"{published.num_bytes:,} bytes" if published.num_bytes else "of unknown size"
         check = f", SHA-256 {published.sha256}" if published.sha256 else ""
         raise DownloadError(
-            f"离线 / offline ({reason}): 请在能联网的机器上下载 / fetch where there is a network {url} "
-            f"({size}{check})，放到 / and put it at {target}"
+            f"offline ({reason}): on a machine with a network download {url} ({size}{check}), and put the file at "
+            f"{target}"
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
