@@ -52,8 +52,8 @@ def test_groups_tell_directions_apart(tmp_path: Path, capsys: pytest.CaptureFixt
     found, back = write_recall(tmp_path / "t2i.json", 25.0), write_recall(tmp_path / "i2t.json", 37.5)
     cli.main(["compare", f"theirs/文搜图={found}", f"ours/文搜图={found}", f"ours/图搜文={back}", "--json"])
     result = json.loads(capsys.readouterr().out)
-    assert result["columns"] == ["文搜图 R@1", "文搜图 R@5", "文搜图 R@10", "文搜图 MR"] + [
-        f"图搜文 {one}" for one in ("R@1", "R@5", "R@10", "MR")
+    assert result["columns"] == [f"text→image {one}" for one in ("R@1", "R@5", "R@10", "MR")] + [
+        f"image→text {one}" for one in ("R@1", "R@5", "R@10", "MR")
     ]
 
 
@@ -65,7 +65,7 @@ def test_both_directions_of_a_benchmark_stand_beside_those_of_recall(
     found = write_recall(tmp_path / "t2i.json", 25.0)
     cli.main(["compare", str(both), f"CLIP/文搜图={found}"])
     head, _, *rows = capsys.readouterr().out.splitlines()
-    columns = [f"{way} {one}" for way in ("文搜图", "图搜文") for one in ("R@1", "R@5", "R@10", "MR")]
+    columns = [f"{way} {one}" for way in ("text→image", "image→text") for one in ("R@1", "R@5", "R@10", "MR")]
     assert head == f"| model | {' | '.join(columns)} |"
     assert rows == [
         "| ours | 12.50 | 25.00 | **75.00** | 37.50 | 87.50 | 25.00 | 75.00 | 37.50 |",
@@ -80,8 +80,8 @@ def test_a_benchmark_of_one_direction_and_one_of_classes_share_a_row(tmp_path: P
     sources = [compare.source_of(f"ours/MUGE={muge}"), compare.source_of(f"ours={voc}")]
     assert compare.merged(sources) == {
         "ours": {
-            "MUGE 文搜图 R@1": 50.0,
-            "MUGE 文搜图 MR": 62.5,
+            "MUGE text→image R@1": 50.0,
+            "MUGE text→image MR": 62.5,
             "top-1": 75.0,
             "mean per class": 62.5,
             "11-point mAP": 50.0,

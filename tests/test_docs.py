@@ -450,9 +450,9 @@ def test_the_commands_of_the_comparison_guide_put_two_families_into_one_table(wo
     (table,) = (text for first, text in printed.items() if first.startswith("cn-clip compare"))
     assert (workplace.checkout / "compared" / "table.md").read_text(encoding="utf-8") == table
     names, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
-    assert names[1:] == [f"{way} {one}" for way in ("文搜图", "图搜文") for one in ("R@1", "R@5", "R@10", "MR")] + [
-        "top-1"
-    ]
+    assert names[1:] == [
+        f"{way} {one}" for way in ("text→image", "image→text") for one in ("R@1", "R@5", "R@10", "MR")
+    ] + ["top-1"]
     assert [row[0] for row in rows[1:]] == ["Chinese-CLIP", "SigLIP"]
     assert not any("–" in row for row in rows[1:])
 

@@ -265,7 +265,7 @@ def test_recall_is_that_of_the_separate_commands(
     assert json.loads((folder / "result.json").read_text()) == result
     compared = compare.read_result(folder / "result.json")
     assert len(compared) == 8
-    assert compared["图搜文 R@1"] == expected["image"]["r1"]
+    assert compared["image→text R@1"] == expected["image"]["r1"]
 
 
 def test_models_of_other_families_are_measured_too(
@@ -294,7 +294,7 @@ def test_the_table_has_the_published_rows_beside_the_measured(
     flags = ["--data", str(datasets / "flickr"), "--checkpoint", str(named), "--num-workers", "0", "--device", "cpu"]
     cli.main(["evaluate", "Flickr30K_CN", *flags, "--output", str(tmp_path / "out")])
     lines = capsys.readouterr().out.splitlines()
-    rows = [line.split()[-4:] for line in lines if line.startswith("  公布")]
+    rows = [line.split()[-4:] for line in lines if line.startswith("  published")]
     assert rows == [
         ["62.7", "86.9", "92.8", "—"],
         ["79.1", "94.8", "97.4", "—"],
@@ -313,9 +313,9 @@ def test_the_table_has_the_published_rows_beside_the_measured(
     assert f"published figures: {CHINESE_CLIP}" in "\n".join(lines)
     cli.main(["evaluate", "muge", *flags, "--output", str(tmp_path / "out"), "--split", "test"])
     text = capsys.readouterr().out
-    assert "the published figures are of valid alone" in text
-    assert "公布，零样本" not in text
-    assert "image→text" not in text
+    assert "the published figures are of valid only" in text
+    assert "published, zero-shot" not in text
+    assert "image → text" not in text
 
 
 def test_features_that_are_there_are_kept_and_others_computed_again(
@@ -451,7 +451,7 @@ def test_own_labels_are_used_and_the_published_figure_shown(
     cli.main(["evaluate", "mnist", *flags])
     text = capsys.readouterr().out
     assert seen == [[f"手写数字{digit}" for digit in range(10)]]
-    assert "no label_cn.txt there: the class names are this package's own" in text
+    assert "no label_cn.txt there; using the Chinese class names of this package" in text
     assert "name it with --model to see published figures" in text
     assert json.loads(Path("evaluations/mnist-test-mine/result.json").read_text())["published"] is None
     assert (
@@ -469,8 +469,8 @@ def test_labels_of_another_number_are_not_compared_with_published_figures(
     flags = ["--data", str(mnist), "--model", "Emoji-Tiny", "--output", str(tmp_path / "out")]
     cli.main(["evaluate", "mnist", *flags, "--num-workers", "0", "--device", "cpu"])
     text = capsys.readouterr().out
-    assert "3 labels, MNIST has 10: not compared with published figures" in text
-    assert "公布的指标来自" not in text
+    assert "there are 3 labels, but MNIST has 10 classes, so this is not compared with the published figures" in text
+    assert "published figures: " not in text
     assert json.loads((tmp_path / "out" / "result.json").read_text())["published"] is None
 
 
@@ -550,7 +550,7 @@ def test_what_a_classification_set_lacks_is_told_in_one_sentence(
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["evaluate", "mnist", *flags])
     assert exit_info.value.code == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("错误")]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(errors) == 1
     assert reason in errors[0]
     assert not output.exists() or not list(output.iterdir())

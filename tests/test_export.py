@@ -297,10 +297,7 @@ def test_a_report_counts_cosines_and_pictures_with_the_same_best_caption(
     turned[1] = [0.8, 0.6, 0]  # 0.6 and 0.96: no longer 0
     report = parity.compare(expected, tmp_path / "m.onnx", "image", "int8", tolerance=0.5)
     assert report.agreement == pytest.approx(2 / 3)
-    assert str(report) == (
-        "m.onnx: cosine to float32: min 0.600000, mean 0.733333, "
-        "same top-1 66.7 % (3 samples)"
-    )
+    assert str(report) == ("m.onnx: cosine to float32: min 0.600000, mean 0.733333, same top-1 66.7 % (3 samples)")
     alone = Reference({}, {"image": np.eye(3, dtype=np.float32)})
     assert parity.compare(alone, tmp_path / "m.onnx", "image", "int8", tolerance=0).agreement is None
 

@@ -402,7 +402,7 @@ def test_rows_of_other_settings_are_not_gone_on_with(
     capsys.readouterr()
     assert killed.run(*flags) == expected
     torch.set_num_threads(threads)
-    assert f"starting again: it is of another extraction, with other {named}" in capsys.readouterr().out
+    assert f"belongs to another extraction (other {named}); starting from the beginning" in capsys.readouterr().out
 
 
 def test_rows_of_other_weights_or_other_texts_are_not_gone_on_with(
@@ -412,14 +412,14 @@ def test_rows_of_other_weights_or_other_texts_are_not_gone_on_with(
     (killed.folder / "tiny.pt").unlink()
     save_tiny(killed.folder / "tiny.pt", seed=4)
     expected = killed.run()
-    assert "with other model" in capsys.readouterr().out
+    assert "(other model)" in capsys.readouterr().out
     assert killed.run() == expected
     killed.interrupt("encode_tokens", 3)
     path = killed.folder / "many_texts.jsonl"
     path.write_bytes(path.read_bytes().replace("鱼".encode(), "鸟".encode(), 1))
     capsys.readouterr()
     assert killed.run() != expected
-    assert "with other data" in capsys.readouterr().out
+    assert "(other data)" in capsys.readouterr().out
 
 
 def test_rows_of_other_pictures_are_not_gone_on_with(killed: Killed, capsys: pytest.CaptureFixture[str]) -> None:
@@ -435,7 +435,7 @@ def test_rows_of_other_pictures_are_not_gone_on_with(killed: Killed, capsys: pyt
     build((200, 100, 0))
     capsys.readouterr()
     first = killed.run(own)
-    assert "many_imgs.img_feat.jsonl.partial: 属于另一次提取（data 不同）" in capsys.readouterr().out
+    assert "many_imgs.img_feat.jsonl.partial: belongs to another extraction (other data)" in capsys.readouterr().out
     assert killed.run(own) == first
 
 
@@ -445,7 +445,7 @@ def test_a_wrong_path_does_not_lose_the_rows_computed_before(
     killed.interrupt("encode_tokens", 3)
     assert refuses(capsys, *killed.arguments("--image-feat-output-path=/nowhere/i.jsonl"))[0] == 1
     killed.run()
-    assert "已有 8 条" in capsys.readouterr().out
+    assert "8 rows done, continuing at row 9" in capsys.readouterr().out
 
 
 def test_json_tells_that_it_goes_on_beside_the_object(killed: Killed, capsys: pytest.CaptureFixture[str]) -> None:

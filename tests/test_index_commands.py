@@ -64,7 +64,7 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         out = capsys.readouterr()
         # Before the work it may have said what there is to do, and how pictures are decoded.
         assert stop.value.code == status
-        assert all(line.startswith(("找到 ", "比模型输入大得多的 JPEG")) for line in out.out.splitlines())
+        assert all(line.startswith(("found ", "JPEGs much larger than ")) for line in out.out.splitlines())
         assert out.err.startswith("error: ")
         assert out.err.count("\n") == 1
         return out.err.removeprefix("error: ").strip()

@@ -94,7 +94,7 @@ def test_people_read_sizes_reasons_and_that_nothing_is_removed(index: Path, caps
     out = capsys.readouterr().out
     assert "  * copies/large.png  640 x 640  " in out
     assert "(most pixels)" in out
-    assert "2 组，最好的之外还有 5 张" in out
+    assert "2 groups, 5 images besides the best of each" in out
     assert "nothing was removed" in out
 
 

@@ -99,7 +99,7 @@ def test_files_are_one_each_and_hold_at_least_the_weights_at_half_precision() ->
 
 def test_results_are_those_of_their_sources(capsys: pytest.CaptureFixture[str]) -> None:
     out = printed(capsys, "--results")
-    tables = dict(zip(*[iter(re.split(r"^(.*?\(\w+\)：.*)$", out, flags=re.MULTILINE)[1:])] * 2, strict=True))
+    tables = dict(zip(*[iter(re.split(r"^(.*?\(\w+\): .*)$", out, flags=re.MULTILINE)[1:])] * 2, strict=True))
     table = tables["MUGE (valid): text → image"].strip().splitlines()
     muge = dict(" ".join(line.split()).split(" ", 1) for line in table)
     assert muge["ViT-H-14"] == "63.0 84.1 89.2 78.8 68.9 88.7 93.1 83.6"

@@ -245,7 +245,7 @@ def test_pixels_are_bounded_by_what_is_decoded_and_for_a_jpeg_by_what_it_declare
     monkeypatch.setattr(picture_files, "MOST_JPEG_PIXELS", 320 * 240)
     assert open_picture(data, name="a", draft_size=30).size == (40, 30)
     monkeypatch.setattr(picture_files, "MOST_JPEG_PIXELS", 320 * 240 - 1)
-    with pytest.raises(DataError, match=r"a: not decoded: .*too large: 320 x 240 .* at most 76799$"):
+    with pytest.raises(DataError, match=r"a: not decoded: .*too large: 320 x 240 .* at most 76799 are decoded$"):
         open_picture(data, name="a", draft_size=30)
 
 

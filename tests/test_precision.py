@@ -187,8 +187,8 @@ def test_a_command_says_what_float32_is_on_a_gpu_and_what_auto_would_bring(monke
     monkeypatch.setattr(ranks, "choose_device", lambda _: GPU)
     assert float32_on_gpu(Choice("m", strict_fp32=True)) == "precision: fp32 (--strict-fp32)"
     for is_new, words in (
-        (True, ("fp32 (TF32)；", "would take bf16: at most 2 times as fast", "about 0.9998 to fp32")),
-        (False, ("fp32；", "would take fp16: several times as fast", "about 0.999 to fp32")),
+        (True, ("fp32 (TF32); ", "would use bf16: at most 2 times as fast", "about 0.9998 to fp32")),
+        (False, ("fp32; ", "would use fp16: several times as fast", "about 0.999 to fp32")),
     ):
         monkeypatch.setattr(ranks, "gpu_has_bf16", lambda _, is_new=is_new: is_new)
         monkeypatch.setattr(ranks, "computes_in_tf32", lambda _, is_strict, is_new=is_new: is_new and not is_strict)

@@ -95,7 +95,7 @@ def test_rows_of_another_job_are_dropped_and_what_differs_is_named(
 ) -> None:
     rows, (line,) = reopened(output, job, embed_dim)
     assert len(rows) == 0
-    assert f"starting again: it is of another extraction, with other {named}" in line
+    assert f"belongs to another extraction (other {named}); starting from the beginning" in line
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_rows_of_another_job_are_dropped_and_what_differs_is_named(
 def test_a_file_that_does_not_say_what_it_is_of_is_begun_again(output: Path, edit: Callable[[bytes], bytes]) -> None:
     change(output, edit)
     rows, (line,) = reopened(output)
-    assert (len(rows), "it does not say what it is of" in line) == (0, True)
+    assert (len(rows), "does not say which extraction it belongs to" in line) == (0, True)
 
 
 @pytest.mark.parametrize("content", [b"[]\n", b"\n# notes", b"my notes", b'{"text_id": 1}\n', b"\x80" * 300])
@@ -240,15 +240,13 @@ def half_done(tmp_path: Path) -> Path:
 def test_rows_of_an_older_run_are_gone_on_with(half_done: Path) -> None:
     rows, log = reopened(half_done / "pictures.npz", OLD_JOB, embed_dim=4)
     assert rows.tobytes() == np.eye(4, dtype=np.float32)[:3].tobytes()
-    assert log == [
-        f"{half_done}/pictures.npz.partial: 3 rows done, continuing at row 4"
-    ]
+    assert log == [f"{half_done}/pictures.npz.partial: 3 rows done, continuing at row 4"]
 
 
 def test_rows_of_an_older_run_with_other_settings_are_computed_again_and_the_setting_is_named(half_done: Path) -> None:
     rows, (line,) = reopened(half_done / "pictures.npz", {**OLD_JOB, "precision": "bf16"}, embed_dim=4)
     assert len(rows) == 0
-    assert line.endswith("starting again: it is of another extraction, with other precision")
+    assert line.endswith("belongs to another extraction (other precision); starting from the beginning")
 
 
 def test_shards_of_an_older_run_are_gone_on_with(half_done: Path) -> None:
