@@ -25,6 +25,7 @@ from cn_clip.index import ingest, jobs, sources
 from cn_clip.index.excludes import Excludes
 from cn_clip.index.failures import Failures
 from cn_clip.index.pruning import vanished
+from cn_clip.language import counted
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.store import open_index
@@ -43,8 +44,7 @@ def test_the_first_line_says_what_there_is_to_do(
         write_pictures(folder, range(unchanged, found))
         cli.main(["index", "build", str(folder), "--output", str(index), *MODEL])
         assert capsys.readouterr().out.splitlines()[0] == (
-            f"found {counted(found, 'image')}, {unchanged} unchanged; "
-            f"model Emoji-Tiny (torch, auto, fp32) → {index}"
+            f"found {counted(found, 'image')}, {unchanged} unchanged; model Emoji-Tiny (torch, auto, fp32) → {index}"
         )
 
 
@@ -245,9 +245,7 @@ def test_a_format_that_needs_an_extra_is_counted_under_its_name_and_read_once_it
         patch.setitem(sys.modules, "pillow_heif", None)
         patch.setattr(importlib.metadata, "version", without)
         cli.main(args)
-        told = (
-            "not indexed 2: 1 without cn-clip-next[photos], 1 other files"
-        )
+        told = "not indexed 2: 1 without cn-clip-next[photos], 1 other files"
         out = capsys.readouterr().out
         assert told in out
         assert "pip install 'cn-clip-next[photos]'" in out
@@ -284,8 +282,7 @@ def test_links_that_leave_the_folder_are_followed_and_told(
     assert (result["num_items"], result["links_outside"]) == (5, links)
     cli.main(args)
     assert (
-        "followed 2 links out of the folder "
-        f"(x → {outside / 'x'}, d.png → {outside / 'd.png'})"
+        f"followed 2 links out of the folder (x → {outside / 'x'}, d.png → {outside / 'd.png'})"
     ) in capsys.readouterr().out
     result = command(*args, "--exclude", "x", "--exclude", "d.png")
     assert (result["num_items"], result["links_outside"]) == (3, [])
@@ -513,7 +510,7 @@ def test_a_folder_that_vanished_is_pruned_only_when_asked(
     result = command(*args)
     assert (result["missing"], result["removed"]) == ([{"folder": "nas", "items": 20}], ["b.png"])
     cli.main(args)
-    assert "nas/ 整个不见了，它的 20 项留在索引里；" in capsys.readouterr().out
+    assert "nas/ is gone as a whole; its 20 items stay in the index. " in capsys.readouterr().out
     assert len(open_index(tmp_path / "i")) == 21
     assert len(command(*args, "--prune")["removed"]) == 20
     with pytest.raises(SystemExit, match=r"^2$"):
