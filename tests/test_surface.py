@@ -30,7 +30,7 @@ def room(module: str, name: str) -> str:
 def listed() -> set[str]:
     """The names of the section of differences.md on names, `module.name` in the first column of its table."""
     text = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
-    section = re.search(r"^## 名字 / Names\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    section = re.search(r"^## 名字\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     assert section is not None
     rows = [line.split("|")[1] for line in section[1].splitlines() if line.startswith("| `")]
     return {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
