@@ -33,6 +33,7 @@ not edit it by hand, and run that again after a change of options.
 `-` and `_` may be swapped in options; each command can also be run as the script in brackets.
 """,
 )
+COMMANDS_HEAD = ("| 命令 | 脚本 | 做什么 |", "| command | script | what it does |")
 TABLE_HEAD = ("| 选项 | 作用 | 默认 |", "| option | what it does | default |")
 TABLE_RULE = "| --- | --- | --- |"
 
@@ -70,9 +71,19 @@ def section(name: str) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def overview() -> str:
+    """All commands in one table, each a link to its section."""
+    rows = [
+        f"| [`cn-clip {name}`](#cn-clip-{name.replace(' ', '-')}) | `{one.module.replace('.', '/')}.py` | "
+        f"{both(one.chinese, one.english)} |"
+        for name, one in cli.COMMANDS.items()
+    ]
+    return "\n".join([both(*COMMANDS_HEAD), TABLE_RULE, *rows]) + "\n"
+
+
 def page() -> str:
     """The whole page in the language of CN_CLIP_LANG."""
-    return "\n".join([both(*HEAD), *map(section, cli.COMMANDS)])
+    return "\n".join([both(*HEAD), overview(), *map(section, cli.COMMANDS)])
 
 
 def main() -> int:
