@@ -18,6 +18,8 @@ from cn_clip.clip.weights.checkpoint import Checkpoint, fit, infer_config, norma
 from cn_clip.clip.weights.file_formats import owned
 from cn_clip.clip.weights.hub import weight_file
 from cn_clip.errors import ConfigError
+from cn_clip.language import both
+from cn_clip.progress import working
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +46,13 @@ def open_model(
     if entry is not None:
         vision, text = vision or entry.vision, text or entry.text
     path = weight_file(name, download_root=download_root, use_modelscope=use_modelscope)
-    # Mapped: the weights go to the model one by one, in its type, and the state of an optimizer is not read at all.
-    checkpoint = read_checkpoint(path, mapped=True)
-    config = choose_config(checkpoint, vision=vision, text=text, resolution=resolution)
-    model = build(config, checkpoint)
-    tensors = model.state_dict()
-    others = owned({key: value for key, value in checkpoint.state_dict.items() if key not in tensors})
+    with working(both("读取权重", "loading weights")):
+        # Mapped: the weights go to the model one by one, in its type; the state of an optimizer is not read at all.
+        checkpoint = read_checkpoint(path, mapped=True)
+        config = choose_config(checkpoint, vision=vision, text=text, resolution=resolution)
+        model = build(config, checkpoint)
+        tensors = model.state_dict()
+        others = owned({key: value for key, value in checkpoint.state_dict.items() if key not in tensors})
     extra = {key: value for key, value in checkpoint.extra.items() if isinstance(value, str | int | float)}
     return model, replace(checkpoint, state_dict=tensors | others, optimizer=None, extra=extra, is_mapped=False)
 

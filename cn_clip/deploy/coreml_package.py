@@ -26,6 +26,8 @@ from cn_clip.deploy.towers import open_arch as open_arch
 from cn_clip.errors import CheckpointError, ConfigError, DataError
 from cn_clip.extras import require
 from cn_clip.files import staged_folder
+from cn_clip.language import both
+from cn_clip.progress import working
 
 Precision = Literal["fp16", "fp32"]
 OUTPUTS: dict[Kind, str] = {"image": "image_features", "text": "text_features"}
@@ -56,7 +58,7 @@ def write_package(
         batch=batch_size,
         length=context_length if kind == "text" else None,
     )
-    with _quietly():
+    with working(both(f"转换成 Core ML（{kind}）", f"converting to Core ML ({kind})")), _quietly():
         tools: Any = require("coremltools", extra="coreml", purpose="exporting to Core ML")
         try:
             package = _converted(tools, model, facts)

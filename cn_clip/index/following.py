@@ -13,6 +13,7 @@ from cn_clip.errors import CnClipError, ConfigError
 from cn_clip.index import building
 from cn_clip.index.jobs import Model, job_of
 from cn_clip.language import both, counted
+from cn_clip.progress import resting
 from cn_clip.stopping import StopRequest
 from cn_clip.terminal import shown, told
 
@@ -53,8 +54,9 @@ def follow(options: "Options", say: Speaker) -> None:
         building.update(options, follower.job, say, model=follower.model)
         source = shown(options.source)
         say.note(both(f"等待变化，按 Ctrl-C 结束：{source}", f"waiting for changes, press Ctrl-C to end: {source}"))
-        for _ in follower.changes():
-            follower.update()
+        with resting():
+            for _ in follower.changes():
+                follower.update()
     say.note(both(f"已停止：{shown(options.output)}", f"stopped: {shown(options.output)}"))
 
 

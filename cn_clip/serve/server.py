@@ -24,7 +24,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from cn_clip import terminal
+from cn_clip import progress, terminal
 from cn_clip.clip.choice import Choice
 from cn_clip.clip.opening import precision_of
 from cn_clip.errors import ConfigError
@@ -247,7 +247,8 @@ def launch(
         )
         # The event loop waits so long for a thread that goes through a large picture's base64; by default 5 ms.
         sys.setswitchinterval(SWITCH_SECONDS)
-        asyncio.run(_serve(server, runners, listener))
+        with progress.resting():
+            asyncio.run(_serve(server, runners, listener))
         server.ended()
         for runner in runners:
             if runner.failure is not None:

@@ -19,6 +19,8 @@ from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint
 from cn_clip.data.datasets import Loader, PairBatch
 from cn_clip.data.records import RecordId
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, reading
+from cn_clip.language import both
+from cn_clip.progress import Step, counted, progress
 from cn_clip.settings import flag
 from cn_clip.stopping import StopRequest, StopWaiting
 from cn_clip.training import adapt, distributed, saving, state
@@ -81,6 +83,7 @@ class Trainer:
         self.closed = True  # whether the epoch that was begun last has been validated and saved
         self.unchecked: tuple[int, Later, list[tuple[RecordId, RecordId]]] | None = None
         self.stop_request = StopRequest()
+        self.bar = Step("")
         self.kept = KEPT_CHECKPOINTS if options.keep_checkpoints is None else options.keep_checkpoints
         # Of a run that kept all, as those of Chinese-CLIP do: deleted only if the user says how many to keep.
         self.is_told_to_delete = options.keep_checkpoints is not None or options.overwrite
@@ -150,7 +153,12 @@ class Trainer:
         """Runs the remaining epochs. Raises SystemExit after SIGTERM or SIGINT, with a checkpoint written."""
         if ranks.rank() == 0:
             self._tell_disk()
-        with self.stop_request.noted(), self.writer:
+        what, unit = both("训练", "training"), both("步", "steps")
+        with (
+            self.stop_request.noted(),
+            self.writer,
+            progress(self.max_steps, unit, what, done=self.position.step) as self.bar,
+        ):
             try:
                 if self.position.step == 0 and self.options.validates:
                     self.validate(-1)
@@ -191,6 +199,7 @@ class Trainer:
             scores = self._step(step, batches)
             self.position, self.closed = Position(epoch, batch + 1, step + 1), False
             self.report.clock.step_done(self.global_batch)
+            self.bar.advance()
             if is_due(step + 1, self.options.log_interval):
                 self._check_loss()
                 rate, scale = self.optimizer.param_groups[0]["lr"], self.model.logit_scale.item()
@@ -268,6 +277,7 @@ class Trainer:
         step, later, ids = self.unchecked
         loss = later.item()
         if math.isfinite(loss):
+            self.bar.tell(f"loss {loss:.3f}")
             return
         more = f", ... {len(ids)} in all" if len(ids) > 8 else ""
         raise CnClipError(
@@ -311,7 +321,8 @@ class Trainer:
         if self.options.compile:
             self.report.compiling("validation")
         self.parallel.share_statistics()
-        pixels = (batch for _, batch in self._awaited(data.pixels))
+        unit, what = both("批", "batches"), both("验证", "validating")
+        pixels = (batch for _, batch in counted(self._awaited(data.pixels), unit, what, total=len(data.pixels)))
         result = validate(self.model, data.split, data.tokens, pixels, data.sampler, self.validation_autocast)
         self.validated_step = step
         self.report.validation(

@@ -21,6 +21,8 @@ from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, load, metadat
 from cn_clip.clip.backends.parity import Reference, Report, Share
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.extras import require
+from cn_clip.language import both
+from cn_clip.progress import working
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -55,11 +57,13 @@ def derive(
     """
     choice = part = None
     if form == "fp16":
-        proto = halved(base)
+        with working(both(f"转成 float16（{kind}）", f"converting to float16 ({kind})")):
+            proto = halved(base)
     elif form in ("int8", "int8.openvino"):
-        choice = choose(base, kind, form, path, expected)
-        part = share(base, choice.left_out)
-        proto = quantised(base, form, choice)
+        with working(both(f"量化到 int8（{kind}）", f"quantising to int8 ({kind})")):
+            choice = choose(base, kind, form, path, expected)
+            part = share(base, choice.left_out)
+            proto = quantised(base, form, choice)
     else:
         raise ConfigError(f"form: expected fp16, int8 or int8.openvino, got {form!r}")
     text = {one.key: one.value for one in proto.metadata_props}.get(METADATA_KEY)

@@ -24,6 +24,8 @@ from cn_clip.clip.loading import open_model
 from cn_clip.clip.model import CLIP
 from cn_clip.errors import ConfigError
 from cn_clip.extras import require
+from cn_clip.language import both
+from cn_clip.progress import working
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -70,9 +72,10 @@ def export_tower(
                 f"context length {max_length}: this model takes texts of at most {facts.max_length} tokens"
             )
         facts = replace(facts, max_length=max_length)
-    proto = _translated(model, kind)
-    set_metadata(proto, {METADATA_KEY: metadata(facts)})
-    save(proto, path)
+    with working(both(f"导出 ONNX（{kind}）", f"exporting to ONNX ({kind})")):
+        proto = _translated(model, kind)
+        set_metadata(proto, {METADATA_KEY: metadata(facts)})
+        save(proto, path)
     return parity.compare(expected, path, kind, "fp32", tolerance=tolerance)
 
 

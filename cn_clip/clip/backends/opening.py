@@ -25,6 +25,7 @@ from cn_clip.clip.backends.names import (
 from cn_clip.clip.backends.onnx_files import onnx_path
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.language import both, translated
+from cn_clip.progress import working
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,36 @@ def open_backend(
     device: of torch, onnx and tensorrt; default, or "auto": CUDA where there is one. compile: torch only.
     Raises CnClipError: no such model, backend, precision or device, or a package that is not installed.
     """
+    with working(both("打开模型", "opening the model")):
+        return _open(
+            model,
+            backend=backend,
+            precision=precision,
+            device=device,
+            vision=vision,
+            text=text,
+            download_root=download_root,
+            num_threads=num_threads,
+            compile=compile,
+            kinds=kinds,
+            say=say,
+        )
+
+
+def _open(
+    model: str | Path,
+    *,
+    backend: BackendName,
+    precision: str,
+    device: "str | torch.device | None",
+    vision: str | None,
+    text: str | None,
+    download_root: str | Path | None,
+    num_threads: int | None,
+    compile: bool,
+    kinds: Sequence[Kind],
+    say: Announce,
+) -> Backend:
     check_precision(backend, precision)
     check_threads(num_threads)
     _check_model(model, backend)

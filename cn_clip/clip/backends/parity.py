@@ -21,6 +21,7 @@ from cn_clip.clip.tokenizer import ChineseTexts
 from cn_clip.clip.transforms import ImageTransform
 from cn_clip.errors import CheckpointError, NotFiniteError
 from cn_clip.language import both, counted
+from cn_clip.progress import working
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -120,8 +121,9 @@ def embedded_samples(context_length: int = tokenizer.CONTEXT_LENGTH) -> Samples:
 
 def reference(backend: Backend, samples: Samples, kinds: Iterable[Kind] = KINDS) -> Reference:
     """The rows of float32 towers."""
-    inputs = {kind: samples.inputs(kind, backend.resolution if kind == "image" else 0) for kind in kinds}
-    return Reference(inputs, {kind: _rows(backend, kind, inputs[kind]) for kind in inputs})
+    with working(both("计算 float32 的参照", "computing the reference in float32")):
+        inputs = {kind: samples.inputs(kind, backend.resolution if kind == "image" else 0) for kind in kinds}
+        return Reference(inputs, {kind: _rows(backend, kind, inputs[kind]) for kind in inputs})
 
 
 def file_reference(bases: Mapping[Kind, Path], samples: Samples) -> Reference:
@@ -141,7 +143,8 @@ def compare(
     share: Share | None = None,
 ) -> Report:
     """How close a file is; raises CheckpointError when its smallest cosine is below the tolerance of its form."""
-    rows = rows_of(open_form(path, kind, form), kind, expected)
+    with working(both(f"与 float32 对照（{kind}, {form}）", f"comparing with float32 ({kind}, {form})")):
+        rows = rows_of(open_form(path, kind, form), kind, expected)
     cosines_N = (rows * expected.rows[kind]).sum(axis=1)
     agreement = None
     if len(expected.rows) == len(KINDS):

@@ -31,7 +31,9 @@ from cn_clip.clip.transfers import on_device
 from cn_clip.clip.transforms import normalised
 from cn_clip.clip.visual import ModifiedResNet
 from cn_clip.clip.weights.file_formats import owned
+from cn_clip.language import both
 from cn_clip.processes import compute_alone_in_children
+from cn_clip.progress import working
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -195,8 +197,9 @@ def open_torch(
     chosen = ranks.choose_device(device)
     loaded, checkpoint = open_model(model, vision=vision, text=text, download_root=download_root)
     # Of the weights as they are exported too, before they are rounded for a precision.
-    weights = loaded.fingerprint() if with_fingerprint else None
-    backend = TorchBackend(loaded, device=chosen, precision=precision, compile=compile, num_threads=num_threads)
+    with working(both("打开模型", "opening the model")):
+        weights = loaded.fingerprint() if with_fingerprint else None
+        backend = TorchBackend(loaded, device=chosen, precision=precision, compile=compile, num_threads=num_threads)
     backend.facts = replace(backend.facts, weights=weights, epoch=checkpoint.epoch, step=checkpoint.step)
     return backend
 

@@ -37,6 +37,8 @@ from cn_clip.errors import (
 )
 from cn_clip.extras import install_command, require
 from cn_clip.files import HeldFolder
+from cn_clip.language import both
+from cn_clip.progress import working
 
 TOOL = "python cn_clip/deploy/onnx_to_tensorrt.py"
 # The metadata of an engine file that only engines have: versions, shapes, and the command that built it.
@@ -224,10 +226,11 @@ def build_engine(onnx_path: str | Path, kind: Kind, path: Path, build: Build, *,
     with HeldFolder(path.parent, f".{path.name}.") as scratch:
         dumped, made = scratch.path / "engine.onnx", scratch.path / path.name
         options = _options(build, dumped, tower.facts, span)
-        session = open_session(base, where, options=options, otherwise="use another machine")
-        # If shapes are free, the first batch builds the engine, and the end of the session may write it.
-        run_engine(str(base), session, {INPUTS[kind]: np.ones(span[1])})
-        del session
+        with working(both(f"构建 TensorRT 引擎（{kind}）", f"building the TensorRT engine ({kind})")):
+            session = open_session(base, where, options=options, otherwise="use another machine")
+            # If shapes are free, the first batch builds the engine, and the end of the session may write it.
+            run_engine(str(base), session, {INPUTS[kind]: np.ones(span[1])})
+            del session
         if not dumped.is_file():
             raise CheckpointError(
                 "ONNX Runtime wrote no engine of it; its log says which operations TensorRT does not take", at=base

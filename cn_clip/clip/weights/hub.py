@@ -9,8 +9,10 @@ import logging
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 
 from cn_clip import spelling, zoo
@@ -19,6 +21,8 @@ from cn_clip.digests import add_file
 from cn_clip.errors import CheckpointError, CnClipError, DownloadError
 from cn_clip.extras import require
 from cn_clip.files import alone, lock_file
+from cn_clip.language import both
+from cn_clip.progress import Step, is_shown, progress, working
 from cn_clip.zoo import Published
 
 logger = logging.getLogger(__name__)
@@ -87,14 +91,16 @@ def snapshot(
     address = endpoint()
     try:
         for weights in _WEIGHTS:
-            found = huggingface_hub.snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=[weights, *_BESIDES],
-                ignore_patterns="*/*",
-                endpoint=address,
-                cache_dir=download_root,
-            )
+            # Its own bars tell how much is still to come; where none are drawn, they are off.
+            with nullcontext() if is_shown() else _without_bars(), working(both(f"下载 {repo}", f"downloading {repo}")):
+                found = huggingface_hub.snapshot_download(
+                    repo,
+                    revision=revision,
+                    allow_patterns=[weights, *_BESIDES],
+                    ignore_patterns="*/*",
+                    endpoint=address,
+                    cache_dir=download_root,
+                )
             folder = Path(found)
             if any(folder.glob(weights)):
                 return folder
@@ -258,14 +264,16 @@ def _from_huggingface(published: Published, folder: Path) -> Path:
                 at=folder.parent,
             )
         logger.info("downloading %s (%s bytes, %d of them here already)", url, metadata.size, stream.tell())
-        http_get(
-            url,
-            stream,
-            resume_size=stream.tell(),
-            headers=build_hf_headers(),
-            expected_size=metadata.size,
-            displayed_filename=published.filename,
-        )
+        what = both(f"下载 {published.filename}", f"downloading {published.filename}")
+        with _without_bars(), progress(metadata.size, "B", what, done=stream.tell(), in_bytes=True) as bar:
+            http_get(
+                url,
+                cast("BinaryIO", _Counted(stream, bar)),
+                resume_size=stream.tell(),
+                headers=build_hf_headers(),
+                expected_size=metadata.size,
+                displayed_filename=published.filename,
+            )
     actual_size, wrong = part.stat().st_size, None
     if metadata.size is not None and actual_size != metadata.size:
         wrong = f"expected {metadata.size} bytes, got {actual_size}"
@@ -275,6 +283,41 @@ def _from_huggingface(published: Published, folder: Path) -> Path:
         part.unlink()
         raise OSError(f"{wrong}; the file was removed")
     return part
+
+
+class _Counted:
+    """A file whose position is what a bar shows."""
+
+    def __init__(self, stream: BinaryIO, bar: Step) -> None:
+        self._stream, self._bar = stream, bar
+
+    def write(self, data: bytes) -> int:
+        """Writes to the file."""
+        count = self._stream.write(data)
+        self._bar.num_done = self._stream.tell()
+        return count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without those of the hub's client."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, exported lazily
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    were_off = are_progress_bars_disabled()
+    if not were_off:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            enable_progress_bars()
 
 
 def _expected_sha256(published: Published, etag: str | None) -> str | None:
@@ -294,7 +337,8 @@ def _expected_sha256(published: Published, etag: str | None) -> str | None:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    add_file(digest, path)
+    with working(both(f"校验 {path.name}", f"checking {path.name}")):
+        add_file(digest, path)
     return digest.hexdigest()
 
 
