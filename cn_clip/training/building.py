@@ -22,6 +22,7 @@ from cn_clip.errors import CheckpointError, CnClipError, ConfigError, DownloadEr
 from cn_clip.extras import require
 from cn_clip.files import alone
 from cn_clip.training import adapt, distributed, inputs, state
+from cn_clip.training.advice import Situation, better_settings, is_small
 from cn_clip.training.log_lines import arithmetic_words, compile_advice, rate_warning
 from cn_clip.training.logger import log_params, logger, logging_to
 from cn_clip.training.loss import Objective
@@ -172,7 +173,7 @@ def build_trainer(options: Options, device: torch.device, checkpoint_dir: Path) 
         trainer.restore(checkpoint, start)
     agree_on_start(trainer)
     if ranks.rank() == 0:
-        warn_of_rate(options, trainer.global_batch, trainer.max_steps)
+        warn_of_settings(options, trainer.situation)
     return trainer
 
 
@@ -275,18 +276,19 @@ def agree_on_start(trainer: Trainer) -> None:
         )
 
 
-def warn_of_rate(options: Options, global_batch: int, max_steps: int) -> None:
-    """Says when the learning rate is far above what the batch size bears, and when the warm-up never ends."""
-    # A run that goes on with its optimizer may have begun from scratch; adapters bear more than weights.
-    pretrained = bool(options.init or (options.resume and options.reset_optimizer) or options.clip_weight_path)
-    # The rule is that of the published models, which see 224 pixels and more; the small towers bear more too.
-    is_small = zoo.vision_config(options.vision_model).image_resolution < 224
-    pretrained = pretrained and not options.lora_rank and not is_small
-    warning = rate_warning(options.optimizer_setting("lr"), global_batch, pretrained=pretrained)
-    if warning:
-        logger.warning("%s", warning)
-    if options.warmup > max_steps:
-        logger.warning("--warmup %d: the run has %d steps, so the rate never reaches --lr", options.warmup, max_steps)
+def warn_of_settings(options: Options, situation: Situation) -> None:
+    """Says when the learning rate is far above what the batch size bears, and which settings suit tower and data."""
+    # The rule is that of the published models; `better_settings` knows what adapters and small towers bear.
+    if not situation.is_pretrained or not (options.lora_rank or is_small(options)):
+        rate = options.optimizer_setting("lr")
+        if warning := rate_warning(rate, situation.global_batch, pretrained=situation.is_pretrained):
+            logger.warning("%s", warning)
+    if options.warmup > situation.max_steps:
+        logger.warning(
+            "--warmup %d: the run has %d steps, so the rate never reaches --lr", options.warmup, situation.max_steps
+        )
+    if line := better_settings(options, situation):
+        logger.warning("%s", line)
 
 
 def open_teacher(name: str, device: torch.device | str) -> Teacher:

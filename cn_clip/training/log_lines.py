@@ -10,15 +10,14 @@ from typing import Literal
 import torch
 
 from cn_clip.processes import peak_bytes
+from cn_clip.training.advice import FINE_TUNING_BATCH, FINE_TUNING_RATE, RATE_MARGIN
 from cn_clip.training.logger import logger
 from cn_clip.training.loss import Scores
 from cn_clip.training.monitor import Monitor
 from cn_clip.training.state import Position
+from cn_clip.training.stopping import Outcome
 from cn_clip.training.validation import Validation
 
-# The published fine-tuning settings: this rate at this global batch.
-FINE_TUNING_RATE, FINE_TUNING_BATCH = 5e-5, 1024
-RATE_MARGIN = 4
 HIGHEST_RATE = 5e-3
 # Compiling takes minutes, and a step on a GPU some tenths of a second.
 STEPS_WORTH_COMPILING = 500
@@ -242,6 +241,15 @@ class Report:
         )
         if self.monitor is not None:
             self.monitor.validation(step, result.values())
+
+    def outcome(self, outcome: Outcome, line: str) -> None:
+        """What the validations of the run came to, as the last line of its log; see `advice.verdict`."""
+        logger.info("%s", line)
+        if self.monitor is not None:
+            values = {"best_mean_recall": outcome.best, "best_step": outcome.best_step, "mean_recall": outcome.last}
+            if outcome.start is not None:
+                values |= {"start_mean_recall": outcome.start, "is_better": float(outcome.is_better)}
+            self.monitor.end(outcome.last_step, values)
 
     def compiling(self, what: Literal["training", "validation"]) -> None:
         """Says once for each that the towers are compiled, so that nobody takes the silence for a run that hangs."""

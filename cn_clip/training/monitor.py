@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,8 @@ from cn_clip.files import atomic_write
 from cn_clip.jsonl import json_object, numbered_lines
 from cn_clip.training.logger import logger
 
-Kind = Literal["train", "valid"]
+Kind = Literal["train", "valid", "end"]
+KINDS = get_args(Kind)
 Record = dict[str, Any]
 Points = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -32,10 +33,10 @@ METRICS, CURVES, EVENTS = "metrics.jsonl", "curves.png", "tensorboard"
 class Monitor:
     """Keeps the numbers of a run in its folder; for one process of a run, rank 0. A context manager.
 
-    `metrics.jsonl`: one line a call, {"step", "kind": "train" | "valid", ...values}; numbers that are not finite are
-    null. `curves.png` is drawn anew at every validation and at the end, from these names where they are given:
-    train "loss", "lr", "chance_loss" (ln of the pairs contrasted; leave it out where guessing costs something else);
-    valid "loss" and "{text_to_image,image_to_text}_{r1,r5,r10,mean_recall}", shares in [0, 1].
+    `metrics.jsonl`: one line a call, {"step", "kind": "train" | "valid" | "end", ...values}; numbers that are not
+    finite are null. `curves.png` is drawn anew at every validation and at the end, from these names where they are
+    given: train "loss", "lr", "chance_loss" (ln of the pairs contrasted; leave it out where guessing costs something
+    else); valid "loss" and "{text_to_image,image_to_text}_{r1,r5,r10,mean_recall}", shares in [0, 1].
 
     start_step: the steps done so far; what an earlier process wrote of later steps is dropped. A run that begins at 0,
     or with the checkpoint of another run (not goes_on), gives the file of an earlier one of its name the name
@@ -55,7 +56,7 @@ class Monitor:
             changed = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime(self.path.stat().st_mtime))
             with self._writing():
                 os.replace(self.path, self.path.with_name(f"{self.path.stem}_{changed}{self.path.suffix}"))
-        self._keep(lambda record: record["step"] <= start_step)
+        self._keep(lambda record: record["step"] <= start_step and record["kind"] != "end")
         # TensorBoard hides what earlier processes wrote of the steps from purge_step on.
         purge_step = start_step + 1 if start_step else 0
         self._events = events and events.SummaryWriter(str(folder / EVENTS), purge_step=purge_step)
@@ -76,6 +77,10 @@ class Monitor:
         """Records the numbers of a validation after `step` steps, and draws the curves."""
         self._record("valid", step, values)
         self._draw()
+
+    def end(self, step: int, values: Mapping[str, float]) -> None:
+        """Records what the validations up to `step` came to; a run that goes on later has a new one in its place."""
+        self._record("end", step, values)
 
     def close(self) -> None:
         """Draws the curves for the last time; twice does no harm."""
@@ -106,14 +111,15 @@ class Monitor:
         self._close_file()
         records, num_torn = read_records(self.path)
         self._records = [record for record in records if wanted(record)]
-        self._last_step = {"train": -1, "valid": -1}
+        self._last_step = dict.fromkeys(KINDS, -1)
         for record in self._records:
             self._last_step[record["kind"]] = max(record["step"], self._last_step[record["kind"]])
         num_dropped = len(records) - len(self._records)
+        num_again = sum(record["kind"] != "end" and not wanted(record) for record in records)
         if num_torn:
             logger.warning("%s: left out %d lines that are no record (a torn write?)", self.path, num_torn)
-        if num_dropped:
-            logger.info("%s: left out %d records of steps that are done again", self.path, num_dropped)
+        if num_again:
+            logger.info("%s: left out %d records of steps that are done again", self.path, num_again)
         with self._writing():
             if num_torn or num_dropped:
                 with atomic_write(self.path) as stream:
@@ -164,7 +170,7 @@ def read_records(path: Path) -> tuple[list[Record], int]:
             record = {}
         values = [value for name, value in record.items() if name != "kind"]
         are_numbers = all(value is None or type(value) in (int, float) for value in values)
-        if type(record.get("step")) is int and record.get("kind") in ("train", "valid") and are_numbers:
+        if type(record.get("step")) is int and record.get("kind") in KINDS and are_numbers:
             records.append(record)
         else:
             num_torn += 1

@@ -24,6 +24,7 @@ from cn_clip.progress import Step, counted, progress
 from cn_clip.settings import flag
 from cn_clip.stopping import StopRequest, StopWaiting
 from cn_clip.training import adapt, distributed, saving, state
+from cn_clip.training.advice import Situation, verdict, what_to_try
 from cn_clip.training.inputs import TrainingData, ValidationData
 from cn_clip.training.log_lines import Plan, Report
 from cn_clip.training.logger import logger
@@ -114,6 +115,22 @@ class Trainer:
             seed=self.options.seed,
         )
 
+    @property
+    def situation(self) -> Situation:
+        """What advice on the settings depends on."""
+        options = self.options
+        moves = not options.freeze_bn and not options.freeze_vision and not adapt.lora_settings(self.model)
+        return Situation(
+            num_pairs=self.training.sampler.num_samples,
+            global_batch=self.global_batch,
+            max_steps=self.max_steps,
+            # A run that goes on with its optimizer may have begun from scratch.
+            is_pretrained=bool(
+                options.init or (options.resume and options.reset_optimizer) or options.clip_weight_path
+            ),
+            moves_statistics=moves and adapt.have_learned(adapt.norms(self.model)),
+        )
+
     def restore(self, checkpoint: Checkpoint, start: Start) -> None:
         """Takes from a checkpoint what `start` says; the weights are loaded already.
 
@@ -187,6 +204,8 @@ class Trainer:
                 self._leave_if_asked()
             distributed.fail_together(self.writer.wait())
         self.report.end()
+        if (outcome := self.early_stop.outcome) is not None:
+            self.report.outcome(outcome, verdict(outcome, what_to_try(self.options, self.situation)))
 
     def _train_epoch(self, epoch: int) -> None:
         self._set_training_mode()
@@ -333,7 +352,7 @@ class Trainer:
             batch_size=data.sampler.batch_size,
             sizes=(len(data.split.image_ids), len(data.tokens)),
         )
-        if self.early_stop.observe(result.mean_recall) and step:
+        if self.early_stop.observe(result.mean_recall, step) and step:
             self.has_new_best = True
         self.report.clock.restart()
         return result
