@@ -42,7 +42,7 @@ from tiny_families import KINDS, write_family
 from tiny_models import tiny_model
 
 from cn_clip import emoji_pack, zoo
-from cn_clip.clip import loading
+from cn_clip.clip import loading, templates
 from cn_clip.clip.backends.onnx_files import metadata
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.families.hf_models import open_folder
@@ -59,7 +59,7 @@ from cn_clip.data.records import read_texts
 from cn_clip.data.shards import ShardPairs
 from cn_clip.errors import DataError
 from cn_clip.eval import compare, evaluation
-from cn_clip.evaluation import classification, templates
+from cn_clip.evaluation import classification
 from cn_clip.evaluation.zeroshot import read_index
 from cn_clip.features import files as feature_files
 from cn_clip.features import store as feature_store
