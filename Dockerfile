@@ -5,8 +5,9 @@ FROM python:3.12-slim
 
 RUN useradd --create-home --uid 10001 cnclip && install -d -o cnclip /models /index
 WORKDIR /app
-COPY pyproject.toml constraints.txt README.md LICENSE cn_clip_next.py ./
+COPY pyproject.toml constraints.txt README.md LICENSE NOTICE.md cn_clip_next.py ./
 COPY tools/emoji_dataset tools/emoji_dataset
+COPY tools/grid_font tools/grid_font
 COPY cn_clip cn_clip
 # torch from the index of CPU builds first: those of PyPI bring CUDA along. The constraint keeps the second line from
 # replacing it.

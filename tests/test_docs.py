@@ -341,12 +341,34 @@ def run_all(workplace: Workplace, path: Path, *, python_in_one_process: bool = F
     return {one.code.split("\n")[0]: workplace.run(one) for one in found}
 
 
+def unignored(checkout: Path) -> list[str]:
+    """What blocks left in a checkout that git would offer to add."""
+    shutil.copy(ROOT / ".gitignore", checkout)
+    subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
+    listed = ["git", "ls-files", "--others", "--exclude-standard"]
+    found = subprocess.run(listed, cwd=checkout, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [name for name in found if name != ".gitignore" and not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=place)
+def test_git_ignores_what_the_commands_of_a_guide_write_in_the_checkout(path: Path, tmp_path: Path) -> None:
+    for block in blocks(path):
+        for name in re.findall(r"(?:--output|--logs|--save-dir|-o)[= ](?!\w+:)([\w.][\w./-]*)", block.code):
+            if not (ROOT / name).exists() and not name.startswith("."):
+                (tmp_path / name.partition("/")[0]).mkdir(exist_ok=True)
+                file = tmp_path / name if "/" in name else tmp_path / name / "file"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
+    assert unignored(tmp_path) == []
+
+
 def num_lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
 def test_the_commands_of_the_readme_run_from_api_to_zero_shot(workplace: Workplace) -> None:
     printed = run_all(workplace, ROOT / "README.md")
+    assert unignored(workplace.checkout) == []
     api = printed["import torch "].splitlines()
     assert api[0] in (ROOT / "README.md").read_text(encoding="utf-8")
     assert api[-1].startswith("Label probs: [[")

@@ -94,7 +94,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("wheels")
     source = place / "source"
     source.mkdir()
-    names = ["cn_clip", "cn_clip_next.py", "tools/emoji_dataset", "pyproject.toml", "README.md", "LICENSE"]
+    names = ["cn_clip", "cn_clip_next.py", "tools/emoji_dataset", "tools/grid_font"]
+    names += ["pyproject.toml", "README.md", "LICENSE", "NOTICE.md"]
     packed = subprocess.run(["tar", "-C", str(ROOT), "-cf", "-", *names], capture_output=True, check=True)
     subprocess.run(["tar", "-C", str(source), "-xf", "-"], input=packed.stdout, check=True)
     pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(place), str(source))

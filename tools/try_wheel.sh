@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Builds the wheel, installs it where nothing of the checkout is, and runs the README's example with the bundled model there.
-# tools/try_wheel.sh PYTHON: a Python that has the dependencies and pip. No network is used.
+# Builds the wheel, installs it where nothing of the checkout is, and runs the README's example and the demo there.
+# tools/try_wheel.sh PYTHON [WHEEL]: a Python that has the dependencies and pip; a wheel that is built already. No network is used.
 set -euo pipefail
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 place=$(mktemp -d)
 trap 'rm -rf "${place}"' EXIT
 
-# A copy: building leaves folders behind, and an old one would put files into the wheel that are no longer there.
-mkdir "${place}/source"
-tar -C "${checkout}" -cf - cn_clip cn_clip_next.py tools/emoji_dataset pyproject.toml README.md LICENSE | tar -C "${place}/source" -xf -
-"${python}" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "${place}" "${place}/source"
+if [ -n "${2:-}" ]; then
+    cp "$2" "${place}"
+else
+    # A copy: building leaves folders behind, and an old one would put files into the wheel that are no longer there.
+    mkdir "${place}/source"
+    tar -C "${checkout}" -cf - cn_clip cn_clip_next.py tools/emoji_dataset tools/grid_font pyproject.toml README.md LICENSE NOTICE.md | tar -C "${place}/source" -xf -
+    "${python}" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "${place}" "${place}/source"
+fi
 
 # The dependencies of PYTHON serve here, without its own cn_clip: an editable one hangs on a .pth file, which is read in site
 # folders only, and PYTHONPATH is none.
@@ -25,3 +29,5 @@ env -i HOME="${place}/empty" PATH="${place}/venv/bin:/usr/bin:/bin" PYTHONPATH="
     python -c "import cn_clip; assert cn_clip.__file__.startswith('${place}/venv'), cn_clip.__file__
 ${example}"
 env -i HOME="${place}/empty" PATH="${place}/venv/bin:/usr/bin:/bin" PYTHONPATH="${dependencies}" cn-clip --version
+env -i HOME="${place}/empty" PATH="${place}/venv/bin:/usr/bin:/bin" PYTHONPATH="${dependencies}" HF_HUB_OFFLINE=1 \
+    cn-clip demo --steps 0 --output "${place}/demo"
