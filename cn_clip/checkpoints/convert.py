@@ -3,21 +3,18 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from cn_clip import command, files
+from cn_clip import command
+from cn_clip.clip.weights.form_names import SUFFIXES, Kind, require_room
 from cn_clip.clip.weights.hub import weight_file
-from cn_clip.errors import ConfigError, DataError
+from cn_clip.errors import ConfigError
 from cn_clip.language import both
 from cn_clip.option_types import Json, WeightType
 
-Kind = Literal["transformers", "safetensors", "pt", "sentence-transformers"]
-FOLDERS = ("transformers", "sentence-transformers")
-SUFFIXES: dict[str, Kind] = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
 # How a form is opened, for the last line of what is printed.
 OPENED_BY = {
     "transformers": "transformers.ChineseCLIPModel.from_pretrained({!r})",
@@ -25,15 +22,6 @@ OPENED_BY = {
     "safetensors": "cn_clip.clip.load_from_name({!r})",
     "pt": "cn_clip.clip.load_from_name({!r})",
 }
-# What a folder of either form holds, folders too; one that holds more is never replaced.
-FOLDER_FILES = frozenset(
-    {
-        *("model.safetensors", "config.json", "preprocessor_config.json"),
-        *("vocab.txt", "tokenizer.json", "tokenizer_config.json"),
-        *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
-        *("1_Normalize", "1_Normalize/config.json"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -58,7 +46,7 @@ class Options:
 def run(options: Options) -> None:
     """Writes the file or folder; raises a CnClipError, and leaves what is at TARGET as it was, when it cannot."""
     target, kind = Path(options.target), kind_of(options.target, options.to)
-    require_room(target, kind, overwrite=options.overwrite)
+    require_room(target, kind, overwrite=options.overwrite, otherwise="give --overwrite or choose another TARGET")
 
     from cn_clip.checkpoints import weights
 
@@ -85,21 +73,6 @@ def kind_of(target: str, to: Kind | None) -> Kind:
     if told is None and suffix and not os.path.isdir(target):
         raise ConfigError(f"TARGET {target}: {suffix} tells no form; give --to, or a name in .pt or .safetensors")
     return told or "transformers"
-
-
-def require_room(target: Path, kind: Kind, *, overwrite: bool) -> None:
-    """Raises DataError for what --overwrite would have to replace, and for what may never be replaced."""
-    if kind not in FOLDERS:
-        files.replaceable(target)
-    elif os.path.isdir(target):
-        inside = (path.relative_to(target).as_posix() for path in target.rglob("*"))
-        others = sorted(islice((name for name in inside if name not in FOLDER_FILES), 3))
-        if others:
-            raise DataError(f"holds other things ({', '.join(others)}); choose a new folder", at=target)
-    elif os.path.exists(target):
-        raise DataError(f"is a file; expected the name of a folder for --to {kind}", at=target)
-    if not overwrite and (any(target.iterdir()) if os.path.isdir(target) else os.path.exists(target)):
-        raise DataError("exists; give --overwrite or choose another TARGET", at=target)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -141,7 +141,7 @@ class Encoder:
             "download_root": download_root,
             "compile": compile,
         }
-        self._opened: Opened | None = None
+        self.opened: Opened | None = None
         self._pictures: PictureTransform | None = None
         self.texts: TextTransform
         self.backend: Backend
@@ -149,7 +149,7 @@ class Encoder:
             more = {"context_length": context_length, "decode": decode, "upright": upright}
             root = None if download_root is None else Path(download_root).expanduser().absolute()
             kept = {**settings, **more, "download_root": root}
-            self._opened = Opened(full_name(str(model)), str(model), kept)
+            self.opened = Opened(full_name(str(model)), str(model), kept)
             check_precision(backend, precision)
             model = resolved(model, download_root=download_root)
         if is_foreign(model):
@@ -188,23 +188,23 @@ class Encoder:
         return f"Encoder({name}, {facts}, dimensions={self.dimensions}, context_length={self.context_length})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._opened is None:
+        if self.opened is None:
             raise ConfigError(
                 "this Encoder was made of a model in memory, and cannot be pickled; save it "
                 '(encoder.save("my-model")), and pickle Encoder("my-model")'
             )
-        return _opened_again, (self._opened,)
+        return _opened_again, (self.opened,)
 
     @property
     def model_name(self) -> str | None:
         """The name, file or folder as it was given; None of a model in memory."""
-        return None if self._opened is None else self._opened.given
+        return None if self.opened is None else self.opened.given
 
     @property
     def backend_name(self) -> str:
         """What runs the model: "torch", "onnx", "openvino" or "tensorrt"; of a backend of your own its type."""
-        if self._opened is not None:
-            return str(self._opened.settings["backend"])
+        if self.opened is not None:
+            return str(self.opened.settings["backend"])
         return "torch" if self.facts.has_tensors else type(self.backend).__name__
 
     @property
@@ -554,6 +554,40 @@ class Encoder:
         none = torch.empty((0, self.embed_dim), dtype=getattr(torch, wanted), device=device)
         return torch.cat([none, *cast("Iterable[Any]", pieces)])
 
+    # --- the model as files
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes the model, whole or not at all, and returns its path.
+
+        path: a folder, which Encoder, transformers and sentence-transformers open; or a file in `.safetensors` or
+        `.pt`, the only forms that hold a ResNet. Of a model opened by name the weights are those of its file, whatever
+        the backend and precision; of one in memory they are as they are now. Of another family the folder is copied.
+        Raises DataError if something is there and `overwrite` is False, or holds other files; ConfigError for what
+        cannot be saved so; CheckpointError when it cannot be written.
+        """
+        from cn_clip.clip.saving import save
+
+        return save(self, path, overwrite=overwrite)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = False,
+        message: str | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Saves the model as a folder in a repository of the Hugging Face hub, and returns the address of the commit.
+
+        repo: "OWNER/NAME", or "NAME" for your own; made if need be. `Encoder(repo)` opens it. token: default, that of
+        `hf auth login` or HF_TOKEN. revision: a branch, made if need be. Reads HF_ENDPOINT.
+        Raises as `save`, and DownloadError when the hub does not take it.
+        """
+        from cn_clip.clip.saving import push
+
+        return push(self, repo, private=private, message=message, token=token, revision=revision)
+
     # --- what is asked of rows
 
     @overload
@@ -634,7 +668,7 @@ class Opened:
 def _opened_again(opened: Opened) -> Encoder:
     """An Encoder in another process, or from another folder."""
     encoder = Encoder(opened.model, **opened.settings)
-    encoder._opened = opened
+    encoder.opened = opened
     return encoder
 
 

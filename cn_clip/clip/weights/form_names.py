@@ -1,0 +1,40 @@
+"""The forms of a model by name, and whether there is room for one; imports nothing heavy."""
+
+import os
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from cn_clip import files
+from cn_clip.errors import DataError
+
+Kind = Literal["transformers", "safetensors", "pt", "sentence-transformers"]
+FOLDERS = ("transformers", "sentence-transformers")
+SUFFIXES: dict[str, Kind] = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
+# What a folder of either form holds, folders too; one that holds more is never replaced.
+FOLDER_FILES = frozenset(
+    {
+        *("model.safetensors", "config.json", "preprocessor_config.json"),
+        *("vocab.txt", "tokenizer.json", "tokenizer_config.json"),
+        *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+        *("1_Normalize", "1_Normalize/config.json"),
+    }
+)
+
+
+def require_room(target: Path, kind: Kind, *, overwrite: bool, otherwise: str) -> None:
+    """Raises DataError for what only `overwrite` replaces, and for what may never be replaced.
+
+    otherwise: what to do about the former.
+    """
+    if kind not in FOLDERS:
+        files.replaceable(target)
+    elif os.path.isdir(target):
+        inside = (path.relative_to(target).as_posix() for path in target.rglob("*"))
+        others = sorted(islice((name for name in inside if name not in FOLDER_FILES), 3))
+        if others:
+            raise DataError(f"holds other things ({', '.join(others)}); choose a new folder", at=target)
+    elif os.path.exists(target):
+        raise DataError("is a file; expected the name of a folder", at=target)
+    if not overwrite and (any(target.iterdir()) if os.path.isdir(target) else os.path.exists(target)):
+        raise DataError(f"exists; {otherwise}", at=target)
