@@ -9,7 +9,7 @@ FILES := cn_clip cn_clip_next.py tests benchmarks tools examples
 # Some machines forbid it for small images; the tests start thousands of processes, each of which would compile again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-families test-ocr test-browser test-proxy test-compose test-clients test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel release-check hooks clean
+.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-families test-ocr test-browser test-proxy test-compose test-clients test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel time-snippets release-check hooks clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
@@ -32,6 +32,7 @@ help:
 	@echo "make test-notebook  运行笔记本 / runs the notebooks"
 	@echo "make notebook   运行笔记本，存下输出 / runs the notebooks and keeps what they print"
 	@echo "make test-wheel  打包，装进空环境试用 / the wheel, installed and tried elsewhere"
+	@echo "make time-snippets  README 的每个代码块要多少秒；PAGES=docs/faq.md / seconds of each block of README"
 	@echo "make release-check  发布前的检查：打包、许可、元数据，装好再运行 / builds and checks what is to be published, in dist/"
 	@echo "make hooks      提交前自动检查（pre-commit）/ checks before every commit"
 	@echo "make install    一次装好测试、网站和笔记本所需的一切 / all that tests, site and notebooks need, at once"
@@ -152,6 +153,10 @@ notebook: $(VENV)/.notebook
 
 test-wheel: $(VENV)/.dev
 	tools/try_wheel.sh $(BIN)/python
+
+PAGES ?= README.md
+time-snippets: $(VENV)/.dev
+	$(BIN)/python tools/time_snippets.py $(PAGES)
 
 # Leaves the sdist and the wheel in dist/.
 release-check: $(VENV)/.dev

@@ -25,6 +25,10 @@ def in_english(page: Path) -> Path:
     return ROOT / "README_En.md" if page.name == "README.md" else page.parent / "en" / page.name
 
 
+# Where the tests write how long each block took, if this variable names a file; see tools/time_snippets.py.
+TIMES = "CN_CLIP_SNIPPET_TIMES"
+
+
 class Block(NamedTuple):
     """A fenced block of a document: where it begins, its language, its lines."""
 

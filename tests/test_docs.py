@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 import warm_python
 from conftest import TOWERS
 from dataset_files import jsonl_line, tsv_line, write_split
-from documents import CHINESE, ENGLISH, ROOT, Block, blocks, in_english, is_run, runners
+from documents import CHINESE, ENGLISH, ROOT, TIMES, Block, blocks, in_english, is_run, runners
 from tiny_families import write_family
 
 from cn_clip import models, zoo
@@ -303,7 +304,7 @@ class Workplace:
         }
         # One thread: several at once on a busy machine wait for each other.
         quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        path = f"{self.programs}{os.pathsep}{os.environ['PATH']}"
+        path, begun = f"{self.programs}{os.pathsep}{os.environ['PATH']}", time.monotonic()
         start = ["bash", "-euo", "pipefail"] if block.language == "bash" else [warm_python.program()]
         done = subprocess.run(
             [*start, "-c", code],
@@ -313,6 +314,10 @@ class Workplace:
             text=True,
             timeout=240,
         )
+        if TIMES in os.environ:
+            row = {"where": block.where, "first_line": block.headline, "seconds": time.monotonic() - begun}
+            with Path(os.environ[TIMES]).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
         assert done.returncode == 0, f"{block.where}\n{block.code}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
