@@ -158,8 +158,11 @@ def test_the_table_of_models_is_that_of_the_package(path: Path) -> None:
         assert set(shown) <= {cell.strip() for cell in row.split("|")}
 
 
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+
+
 def test_the_page_on_architecture_says_where_things_are() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = in_english(ARCHITECTURE).read_text(encoding="utf-8")
     questions = text[text.index("## Where is it?") : text.index("## Rooms")]
     part = questions + text[text.index("## Three walks") : text.index("## A step of training")]
     files = re.findall(r"`([a-z_/0-9]+\.py)`", part)
@@ -171,8 +174,17 @@ def test_the_page_on_architecture_says_where_things_are() -> None:
             assert re.search(rf"\b{name}\b", (ROOT / "cn_clip" / file).read_text(encoding="utf-8")), (name, file)
 
 
-def test_the_page_on_architecture_names_every_module() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+def test_both_pages_on_architecture_name_the_same_files() -> None:
+    named = [
+        re.findall(r"`([a-z_/0-9]+\.py)`", page.read_text(encoding="utf-8"))
+        for page in (ARCHITECTURE, in_english(ARCHITECTURE))
+    ]
+    assert sorted(named[0]) == sorted(named[1])
+
+
+@pytest.mark.parametrize("page", [ARCHITECTURE, in_english(ARCHITECTURE)], ids=place)
+def test_the_page_on_architecture_names_every_module(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     modules = {path.stem for path in (ROOT / "cn_clip").rglob("*.py")} - {"__init__"}
     assert sorted(name for name in modules if f"`{name}`" not in text) == []
 

@@ -644,7 +644,7 @@ def test_a_text_passes_the_files_that_the_architecture_names(folder: Path, monke
     monkeypatch.setattr(extraction, "write_rows", watched(extraction.write_rows))
     monkeypatch.setattr(extraction.Texts, "compute", watched(extraction.Texts.compute))
     extract_features.main(arguments(folder, "--extract-text-feats"))
-    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "en" / "architecture.md").read_text(encoding="utf-8")
     walk = page[page.index("- **A text, from") : page.index("- **A picture into an index**")]
     named = set(re.findall(r"`([\w/]+\.py)`", walk))
     shown = {"language.py", "progress.py"}  # tell people how far it is

@@ -80,8 +80,10 @@ def _file(path: Path, config: MkDocsConfig) -> File:
     return file
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
-    """Leaves the way to the other language to the switch of the site."""
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
+    """Leaves the way to the other language to the switch of the site; notes in both languages lead to its pages."""
+    if language(config) == "en" and not page.file.src_uri.startswith((ENGLISH, HOME["en"])):
+        markdown = re.sub(r"\]\(((?:\.\./)*)docs/(?=[\w-]+\.md)", rf"](\1{ENGLISH}", markdown)
     return OTHER_LANGUAGE.sub(r"\1", markdown)
 
 
