@@ -15,8 +15,9 @@ from dataset_files import picture, run_script, tree
 from pyarrow import parquet
 from unreadable_files import unreadable
 
-from cn_clip.data.captions import caption_of, split_of
+from cn_clip.data.captions import split_of
 from cn_clip.data.checks import check_split
+from cn_clip.data.names import caption_of
 from cn_clip.data.records import DATASET
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.files import alone, lock_file

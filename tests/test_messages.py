@@ -46,8 +46,9 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     ("data/building.py", "--overwrite"): {"dataset shards"},
     **{
         ("data/captions.py", flag): {"dataset from-folder"}
-        for flag in ("--folder", "--ids", "--output", "--image-column", "--text-column")
+        for flag in ("--folder", "--ids", "--output", "--image-column", "--text-column", "--text-from", "--table")
     },
+    **{("data/review.py", flag): {"dataset from-folder"} for flag in ("--clean-names", "--text-from", "--table")},
     ("data/checks.py", "--on-error"): {"dataset build", "dataset from-folder"},
     ("data/datasets.py", "--num-workers"): {"train"},
     ("data/shards.py", "--on-error"): {"train", "features"},

@@ -8,8 +8,8 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
@@ -19,10 +19,11 @@ from cn_clip.clip.picture_names import PICTURE_SUFFIXES, is_picture_file, passed
 from cn_clip.data import tables
 from cn_clip.data.building import OnFault, print_skipped
 from cn_clip.data.checks import images_path, sound_records, texts_path
+from cn_clip.data.names import Naming, caption, says_something, stems_of
 from cn_clip.data.paths import characters, spelled, walked
 from cn_clip.data.pictures import check_picture
 from cn_clip.data.records import DATASET, Fault, RecordId, canonical_id, image_line, text_line
-from cn_clip.digests import is_file, is_folder, is_there
+from cn_clip.digests import facts_of_bytes, is_file, is_folder, is_there
 from cn_clip.errors import DataError
 from cn_clip.files import written_together
 from cn_clip.language import both
@@ -30,30 +31,27 @@ from cn_clip.progress import counted
 
 IdSource: TypeAlias = Literal["auto", "number", "sequence", "name"]
 
+MAX_COPIES_SHOWN = 3
+FILE_NAMES = Naming()
+
 logger = logging.getLogger(__name__)
 
 _LEADING_NUMBER = re.compile(r"[0-9]+")
-_LEADING_COUNTER = re.compile(r"\A[0-9_\-\s]+")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file and its captions. `name` is its path below the folder, as `paths.spelled` spells it; `given_id`
-    from a table's id column."""
+    """A picture file and its captions. `name` is its path below the folder, as `paths.spelled` spells it; `stems` the
+    names that its caption is made of; `given_id` from a table's id column."""
 
     path: Path
     name: str
     captions: tuple[str, ...]
+    stems: tuple[str, ...] = ()
     given_id: RecordId | None = None
 
 
-def caption_of(file_name: str) -> str:
-    """`0001妙蛙种子.png` -> 妙蛙种子: no ending, no leading digits, blanks, `_`, `-`; "" if nothing is left."""
-    stem = unicodedata.normalize("NFC", Path(file_name).stem)
-    return _LEADING_COUNTER.sub("", stem).strip()
-
-
-def pictures_from_names(folder: Path) -> Iterator[Picture | Fault]:
+def pictures_from_names(folder: Path, naming: Naming = FILE_NAMES) -> Iterator[Picture | Fault]:
     """The picture files below a folder in sorted order, hidden ones left out, captions from their names (UTF-8 or GBK).
 
     Folders that cannot be listed come first; other files are counted in the log.
@@ -76,15 +74,28 @@ def pictures_from_names(folder: Path) -> Iterator[Picture | Fault]:
         logger.warning("%s", passed_over(folder, others))
     yield from unread
     for picture in sorted(found):
-        name, text = spelled(picture.relative_to(folder).as_posix()), characters(picture.name)
-        if text is None:
+        inside = picture.relative_to(folder)
+        name, own, around = spelled(inside.as_posix()), characters(inside.name), characters(inside.parent.name)
+        if own is None or (around is None and naming.text_from != "name"):
             yield Fault(name, None, "the file name is neither UTF-8 nor GBK, or holds controls; rename the file")
-        elif caption := caption_of(text):
-            yield Picture(picture, unicodedata.normalize("NFC", name), (caption,))
+            continue
+        stems = stems_of(around or "", own, naming.text_from)
+        text = caption(stems, clean=naming.clean)
+        if says_something(text):
+            yield Picture(picture, unicodedata.normalize("NFC", name), (text,), stems)
         else:
-            yield Fault(
-                spelled(str(picture)), None, "the file name carries no text; expected a name such as 0001妙蛙种子.png"
-            )
+            yield Fault(spelled(str(picture)), None, _without_text(text, naming))
+
+
+def _without_text(text: str, naming: Naming) -> str:
+    if text:
+        return f"its name holds no word, only {text!r}, of which the model knows nothing; rename it or give --table"
+    if naming.text_from == "folder":
+        return (
+            "no folder below --folder, whose name would be the text, has it, or its name is a number; "
+            "choose --text-from name or both"
+        )
+    return "the file name carries no text; expected a name such as 0001妙蛙种子.png"
 
 
 def pictures_from_table(
@@ -112,7 +123,7 @@ def pictures_from_table(
         try:
             if None in row:
                 raise DataError("has more cells than the first line; put a text with commas into double quotes")
-            name, text = Path(_cell(row, image_column)).as_posix(), _cell(row, text_column)
+            name, text = Path(_cell(row, image_column)).as_posix(), _text_cell(row, text_column)
             path = folder / name
             if not is_file(path):
                 raise DataError(f"column {image_column!r} names {str(path)!r}, which does not exist")
@@ -127,7 +138,7 @@ def pictures_from_table(
         except DataError as error:
             yield Fault(str(table), line, str(error))
     for name, (path, captions, given_id) in merged.items():
-        yield Picture(path, name, tuple(captions), given_id)
+        yield Picture(path, name, tuple(captions), given_id=given_id)
 
 
 def _cell(row: dict[str, Any], column: str) -> str:
@@ -137,6 +148,13 @@ def _cell(row: dict[str, Any], column: str) -> str:
     text = "" if value is None else unicodedata.normalize("NFC", str(value)).strip()
     if not text:
         raise DataError(f"column {column!r} is empty")
+    return text
+
+
+def _text_cell(row: dict[str, Any], column: str) -> str:
+    text = _cell(row, column)
+    if not says_something(text):
+        raise DataError(f"column {column!r} holds no word, only {text[:20]!r}, of which the model knows nothing")
     return text
 
 
@@ -182,38 +200,84 @@ class SplitContent:
     texts: dict[str, list[RecordId]] = field(default_factory=dict)
 
 
-def make_dataset(
-    output: Path,
+@dataclass(frozen=True)
+class Division:
+    """How pictures become splits: the share of each, together 1, and the seed of the hash that divides them."""
+
+    shares: Mapping[str, float]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The pictures of a folder or table with their ids. source: which, for errors; faults: what was skipped so far."""
+
+    source: str
+    pictures: list[tuple[RecordId, Picture]]
+    faults: list[Fault]
+
+
+@dataclass
+class Copies:
+    """Pictures of the same bytes as an earlier one. examples: (the copy, the first), some of them."""
+
+    count: int = 0
+    num_other_captions: int = 0
+    examples: list[tuple[str, str]] = field(default_factory=list)
+
+
+def list_pictures(
     folder: str | None,
     table: str | None,
     *,
-    columns: Mapping[str, str | None],
+    columns: Mapping[str, Any],
+    naming: Naming,
     ids: IdSource,
-    shares: Mapping[str, float],
-    seed: int,
     simplify: bool,
     on_error: OnFault,
-) -> tuple[dict[str, SplitContent], list[Fault]]:
-    """Writes {split}_imgs.tsv and {split}_texts.jsonl of all splits at once; what is skipped is listed on stderr.
+) -> Listing:
+    """The pictures that a dataset is to be made of; what is skipped is listed on stderr if nothing is left.
 
-    columns: of the table, the arguments of `pictures_from_table`. shares: the share of each split, together 1.
-    Returns the splits that are not empty, and the faults that were skipped.
+    columns: of the table, the arguments of `pictures_from_table`.
     Raises DataError at the first fault unless faults are skipped, and when nothing is left.
     """
-    faults: list[Fault] = []
+    at, faults = Path(folder) if folder is not None else Path(str(table)).parent, list[Fault]()
+    if not is_folder(at):
+        raise DataError("no such folder; --folder is the folder of the pictures", at=at)
+    found = pictures_from_names(at, naming) if table is None else pictures_from_table(Path(table), at, **columns)
+    convert = opencc.OpenCC("t2s").convert if simplify else str
+    pictures = [
+        replace(one, captions=tuple(dict.fromkeys(map(convert, one.captions))))
+        for one in sound_records(found, on_error, faults)
+    ]
+    source = str(table or folder)
+    if not pictures:
+        print_skipped(faults, source)
+        endings = ", ".join(PICTURE_SUFFIXES)
+        raise DataError(f"no usable picture; expected files ending in {endings} and their text", at=source)
+    return Listing(source, list(zip(assign_ids(pictures, ids), pictures, strict=True)), faults)
+
+
+def write_dataset(
+    output: Path, listing: Listing, division: Division, *, on_error: OnFault
+) -> tuple[dict[str, SplitContent], Copies]:
+    """Writes {split}_imgs.tsv and {split}_texts.jsonl of all splits at once; what is skipped is listed on stderr.
+
+    Returns the splits that are not empty; adds the faults that were skipped to those of the listing.
+    Raises DataError at the first fault unless faults are skipped, and when nothing is left.
+    """
+    copies = Copies()
     try:
-        pictures = _listed(folder, table, columns, ids, on_error, faults)
         with written_together(output / DATASET, told=output) as scratch:
-            sound = sound_records(_read(pictures), on_error, faults)
-            convert = opencc.OpenCC("t2s").convert if simplify else str
-            splits = _write_images(scratch, sound, shares, seed, convert)
+            sound = sound_records(_read(listing.pictures), on_error, listing.faults)
+            splits = _write_images(scratch, sound, division, copies)
             text_ids = itertools.count()  # one count for all splits: no id is used twice
             for name, split in splits.items():
                 with open(texts_path(scratch, name), "w", encoding="utf-8", newline="\n") as stream:
                     stream.writelines(text_line(next(text_ids), text, found) for text, found in split.texts.items())
             if not splits:
-                raise DataError("no picture of it can be read; see the list of faults", at=table or folder)
-            for name in (one for one in shares if one not in splits):
+                raise DataError("no picture of it can be read; see the list of faults", at=listing.source)
+            for name in (one for one in division.shares if one not in splits):
                 for path in (images_path(output, name), texts_path(output, name)):
                     if is_there(path):
                         raise DataError(
@@ -225,27 +289,8 @@ def make_dataset(
                 if (output / path.name).exists():
                     print(f"We will overwrite an existing file {output / path.name}", file=sys.stderr)
     finally:
-        print_skipped(faults, str(table or folder))
-    return splits, faults
-
-
-def _listed(
-    given: str | None,
-    table: str | None,
-    columns: Mapping[str, Any],
-    ids: IdSource,
-    on_error: OnFault,
-    faults: list[Fault],
-) -> list[tuple[RecordId, Picture]]:
-    folder = Path(given) if given is not None else Path(str(table)).parent
-    if not is_folder(folder):
-        raise DataError("no such folder; --folder is the folder of the pictures", at=folder)
-    found = pictures_from_names(folder) if table is None else pictures_from_table(Path(table), folder, **columns)
-    pictures = list(sound_records(found, on_error, faults))
-    if not pictures:
-        endings = ", ".join(PICTURE_SUFFIXES)
-        raise DataError(f"no usable picture; expected files ending in {endings} and their text", at=table or folder)
-    return list(zip(assign_ids(pictures, ids), pictures, strict=True))
+        print_skipped(listing.faults, listing.source)
+    return splits, copies
 
 
 def _read(pictures: list[tuple[RecordId, Picture]]) -> Iterator[tuple[RecordId, Picture, bytes] | Fault]:
@@ -262,26 +307,33 @@ def _read(pictures: list[tuple[RecordId, Picture]]) -> Iterator[tuple[RecordId, 
 
 
 def _write_images(
-    scratch: Path,
-    pictures: Iterable[tuple[RecordId, Picture, bytes]],
-    shares: Mapping[str, float],
-    seed: int,
-    convert: Callable[[str], str],
+    scratch: Path, pictures: Iterable[tuple[RecordId, Picture, bytes]], division: Division, copies: Copies
 ) -> dict[str, SplitContent]:
-    """Writes the tsv files; returns the splits that got a picture, in the order of `shares`."""
+    """Writes the tsv files; returns the splits that got a picture, in the order of the shares.
+
+    A copy goes where the first picture of these bytes went: else a model would be tested on what it was trained on.
+    """
     splits: dict[str, SplitContent] = {}
+    firsts: dict[str, tuple[Picture, str]] = {}
     with contextlib.ExitStack() as stack:
         files: dict[str, IO[bytes]] = {}
         for image_id, picture, data in pictures:
-            name = split_of(picture.name if picture.given_id is None else str(picture.given_id), shares, seed)
+            key = picture.name if picture.given_id is None else str(picture.given_id)
+            own = split_of(key, division.shares, division.seed)
+            first, name = firsts.setdefault(facts_of_bytes(data).digest, (picture, own))
+            if first is not picture:
+                copies.count += 1
+                copies.num_other_captions += first.captions != picture.captions
+                if len(copies.examples) < MAX_COPIES_SHOWN:
+                    copies.examples.append((picture.name, first.name))
             if name not in files:
                 files[name] = stack.enter_context(open(images_path(scratch, name), "wb"))
             files[name].write(image_line(image_id, data))
             split = splits.setdefault(name, SplitContent())
             split.num_images += 1
-            for caption in dict.fromkeys(map(convert, picture.captions)):
-                split.texts.setdefault(caption, []).append(image_id)
-    return {name: splits[name] for name in shares if name in splits}
+            for text in picture.captions:
+                split.texts.setdefault(text, []).append(image_id)
+    return {name: splits[name] for name in division.shares if name in splits}
 
 
 def split_of(key: str, shares: Mapping[str, float], seed: int) -> str:
