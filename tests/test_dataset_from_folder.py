@@ -315,7 +315,7 @@ def test_a_faulty_row_stops_with_its_line_or_is_skipped(
         ),
         ("t.csv", b"", "has no column 'image'; it has none"),
         ("t.parquet", b"PAR1 not", "cannot be read as Parquet"),
-        ("t.xlsx", b"", r"is not a whole \.xlsx file; save it as \.xlsx without a password, or as \.csv"),
+        ("t.xlsx", b"", r"is not a complete \.xlsx file; save it again, as \.xlsx or as \.csv"),
         ("t.xls", b"", r"expected a table whose name ends in \.csv, \.tsv, \.jsonl, \.parquet or \.xlsx; save it"),
     ],
 )

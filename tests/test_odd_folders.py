@@ -402,7 +402,7 @@ def test_captions_without_chinese_are_told(tmp_path: Path, capsys: pytest.Captur
 
 def test_names_of_folders_need_folders(tmp_path: Path) -> None:
     fill(tmp_path / "in", "猫.png", "狗/1.png")
-    with pytest.raises(DataError, match=r"猫\.png: no folder below --folder, whose name would be the text, has it"):
+    with pytest.raises(DataError, match=r"猫\.png: is in no folder below --folder whose name carries a text"):
         convert(tmp_path, text_from="folder")
     assert convert(tmp_path, text_from="both")[1] == [(0, "狗", [0]), (1, "猫", [1])]
 

@@ -289,11 +289,11 @@ def test_a_very_wide_sheet_is_refused(tmp_path: Path) -> None:
         (
             "t.xlsx",
             b"\xd0\xcf\x11\xe0" + b"0" * 99,
-            r"is an \.xls of old, or has a password; save it as \.xlsx without",
+            r"is an old \.xls file or has a password; save it as \.xlsx without",
         ),
-        ("t.xlsx", b"image,text\n", r"is not a whole \.xlsx file; save it as \.xlsx without a password, or as \.csv"),
+        ("t.xlsx", b"image,text\n", r"is not a complete \.xlsx file; save it again, as \.xlsx or as \.csv"),
         ("t.csv", b"PK\x03\x04" + b"0" * 99, r"is an Excel file by its content; rename it to \.xlsx"),
-        ("t.csv", b"\xd0\xcf\x11\xe0" + b"0" * 99, r"is an Excel file by its content; save it as \.xlsx or \.csv"),
+        ("t.csv", b"\xd0\xcf\x11\xe0" + b"0" * 99, r"is an old Excel file by its content; save it as \.xlsx or \.csv"),
         (
             "t.ods",
             b"",
@@ -311,7 +311,7 @@ def test_other_files_are_refused_with_what_to_do(tmp_path: Path, name: str, cont
 def test_an_xlsx_cut_anywhere_is_one_sentence(tmp_path: Path) -> None:
     whole = workbook(tmp_path / "w.xlsx", WANTED, *(("a.png", f"猫{number}") for number in range(50))).read_bytes()
     for size in range(0, len(whole), 211):
-        with pytest.raises(DataError, match=r"t\.xlsx: is not a whole"):
+        with pytest.raises(DataError, match=r"t\.xlsx: is not a complete"):
             rows_of(write(tmp_path / "t.xlsx", whole[:size]))
 
 

@@ -32,6 +32,7 @@ HANDED_ON = {
     "unreadable": ((None, "step"),),
     "UnreadableError.of": ((2, "advice"),),
     "Rule": ((2, "message"),),
+    "Fault": ((2, "message"),),
     "needs": ((2, "why"),),
     "excludes": ((2, "why"),),
 }

@@ -83,19 +83,17 @@ def pictures_from_names(folder: Path, naming: Naming = FILE_NAMES) -> Iterator[P
         text = caption(stems, clean=naming.clean)
         if says_something(text):
             yield Picture(picture, unicodedata.normalize("NFC", name), (text,), stems)
+        elif text:
+            message = (
+                f"its name holds no word, only {text!r}, of which the model knows nothing; rename it or give --table"
+            )
+            yield Fault(spelled(str(picture)), None, message)
+        elif naming.text_from == "folder":
+            message = "is in no folder below --folder whose name carries a text; choose --text-from name or both"
+            yield Fault(spelled(str(picture)), None, message)
         else:
-            yield Fault(spelled(str(picture)), None, _without_text(text, naming))
-
-
-def _without_text(text: str, naming: Naming) -> str:
-    if text:
-        return f"its name holds no word, only {text!r}, of which the model knows nothing; rename it or give --table"
-    if naming.text_from == "folder":
-        return (
-            "no folder below --folder, whose name would be the text, has it, or its name is a number; "
-            "choose --text-from name or both"
-        )
-    return "the file name carries no text; expected a name such as 0001妙蛙种子.png"
+            message = "the file name carries no text; expected a name such as 0001妙蛙种子.png"
+            yield Fault(spelled(str(picture)), None, message)
 
 
 def pictures_from_table(

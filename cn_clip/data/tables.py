@@ -173,9 +173,10 @@ def _cells(table: Path, reader: Any, num_before: int) -> Iterator[tuple[int, lis
 
 
 def _undecoded(table: Path, error: UnicodeError) -> DataError:
-    where = f" near byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
-    name = "UTF-8" if getattr(error, "encoding", "utf-8").startswith("utf-8") else str(getattr(error, "encoding", ""))
-    return DataError(f"invalid {name}{where}; save the table as UTF-8", at=table)
+    if isinstance(error, UnicodeDecodeError):
+        name = error.encoding.upper().replace("UTF8", "UTF-8")
+        return DataError(f"invalid {name} near byte {error.start}; save the table as UTF-8", at=table)
+    return DataError("its text is cut short; save the table as UTF-8", at=table)
 
 
 def _separator(head: str, suffix: str, wanted: Sequence[str]) -> str:
@@ -196,9 +197,10 @@ def _encoding_of(table: Path) -> str:
     """The encoding of a text file, for `open`; says in one line when it is none of Unicode. Raises DataError."""
     with open(table, "rb") as stream:
         head = stream.read(4096)
-    for kind, step in ((_XLSX, "rename it to .xlsx"), (_XLS, "save it as .xlsx or .csv in Excel")):
-        if head.startswith(kind):
-            raise DataError(f"is an Excel file by its content; {step}", at=table)
+    if head.startswith(_XLSX):
+        raise DataError("is an Excel file by its content; rename it to .xlsx", at=table)
+    if head.startswith(_XLS):
+        raise DataError("is an old Excel file by its content; save it as .xlsx or .csv in Excel", at=table)
     for mark, name in _MARKS:
         if head.startswith(mark):
             return name
@@ -320,8 +322,10 @@ def _check_archive(table: Path) -> None:
     except Exception as error:  # zipfile raises errors of several types on damaged directories
         with open(table, "rb") as stream:
             is_old = stream.read(4) == _XLS
-        what = "is an .xls of old, or has a password" if is_old else "is not a whole .xlsx file"
-        raise DataError(f"{what}; save it as .xlsx without a password, or as .csv", at=table) from error
+        if is_old:
+            what = "is an old .xls file or has a password; save it as .xlsx without a password, or as .csv"
+            raise DataError(what, at=table) from error
+        raise DataError("is not a complete .xlsx file; save it again, as .xlsx or as .csv", at=table) from error
     if size > MOST_UNPACKED_BYTES:
         raise DataError(
             f"unpacks to {size >> 20} MB, more than the {MOST_UNPACKED_BYTES >> 20} MB that are read; save it as .csv",
