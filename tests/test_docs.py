@@ -559,7 +559,7 @@ def test_the_commands_of_the_conversion_guide_run(workplace: Workplace) -> None:
 
 def test_the_commands_of_the_guide_on_reports_look_at_what_the_demo_leaves(workplace: Workplace) -> None:
     output = workplace.checkout / "demo-output"
-    run = output / "experiments" / "emoji-tiny_seed123_steps100"
+    run = output / "experiments" / "emoji_seed123_steps60"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "epoch_latest.pt").symlink_to(workplace.checkout / "small.pt")
     shutil.copy(next(Path(__file__).parent.glob("golden/training_log/out_*.log")), run)

@@ -115,6 +115,23 @@ def test_written_dataset_has_many_sentences_to_learn_and_the_names_to_judge(tmp_
     assert {image_id for row in train for image_id in row["image_ids"]} == {one.number for one in found}
 
 
+def test_what_is_held_out_is_in_no_training_text(tmp_path: Path) -> None:
+    emoji.write_dataset(tmp_path, seed=7, vendor="twemoji", held_out_share=0.2)
+    kept = emoji.held_out(seed=7, share=0.2, vendor="twemoji")
+    assert len(kept) == 322
+    assert kept != emoji.held_out(seed=8, share=0.2, vendor="twemoji")
+    found = {one.number: one for one in emoji.load("twemoji")}
+    for split, numbers in (("valid", kept), ("train", found.keys() - kept)):
+        lines = (tmp_path / f"{split}_imgs.tsv").read_text().splitlines()
+        assert {int(line.split("\t")[0]) for line in lines} == numbers
+        rows = read_jsonl(tmp_path / f"{split}_texts.jsonl")
+        assert {image_id for row in rows for image_id in row["image_ids"]} == numbers
+        names = {found[number].name for number in numbers}
+        assert names <= {row["text"] for row in rows}
+        if split == "valid":
+            assert {(row["text_id"], row["text"]) for row in rows} == {(one, found[one].name) for one in kept}
+
+
 def test_written_dataset_passes_the_builder(tmp_path: Path) -> None:
     emoji.write_dataset(tmp_path)
     done = run_script("cn_clip/preprocess/build_lmdb_dataset.py", "--data_dir", tmp_path, "--splits", "train,valid")

@@ -137,3 +137,27 @@ def test_character_that_no_font_has_is_drawn_as_a_box(monkeypatch: pytest.Monkey
     monkeypatch.setattr(grid, "SYSTEM_FONTS", ("no-such-font.ttf",))
     assert font().getmask("龘").getbbox() is not None
     drawn([("龘", [(BLUE, "龘", False)])], tmp_path)
+
+
+def test_the_title_and_the_legend_stand_above_and_a_query_once_for_its_rows(tmp_path: Path) -> None:
+    rows = [grid.Row("猫", [(BLUE, "", False)], "微调前"), grid.Row("猫", [(BLUE, "", True)], "微调后")]
+    grid.draw_grid(rows, tmp_path / "grid.png", title="题目", legend="绿框：猫")
+    with Image.open(tmp_path / "grid.png") as opened:
+        image = opened.convert("RGB")
+    bare = drawn([("猫", [(BLUE, "", False)]), ("狗", [(BLUE, "", True)])], tmp_path)
+    head = image.height - bare.height
+    assert head > grid.TITLE_SIZE + grid.CAPTION_SIZE
+    # A rule parts different queries, and no rule the rows of one.
+    row_height = (bare.height - 2 * grid.MARGIN) // 2
+    rule = ImageColor.getrgb(grid.RULE)
+    assert bare.getpixel((grid.MARGIN + 5, grid.MARGIN + row_height)) == rule
+    assert image.getpixel((grid.MARGIN + 5, grid.MARGIN + head + row_height)) != rule
+    above = image.crop((0, 0, image.width, grid.MARGIN + head)).getcolors(maxcolors=100_000) or []
+    assert GREEN in {colour for _, colour in above}  # the frame of the legend
+
+    def ink(top: int) -> int:
+        part = image.crop((0, top, grid.MARGIN + grid.QUERY_WIDTH - grid.GAP, top + row_height))
+        return sum(part.convert("L").histogram()[:100])
+
+    first, second = (ink(grid.MARGIN + head + row * row_height) for row in (0, 1))
+    assert first > 3 * second

@@ -20,7 +20,7 @@ Font: TypeAlias = ImageFont.FreeTypeFont
 # All lengths are in pixels.
 MARGIN, GAP, NOTE_GAP, FRAME = 32, 12, 4, 6
 QUERY_WIDTH, PICTURE, CELL_WIDTH = 340, 128, 172
-QUERY_SIZE, CAPTION_SIZE = 30, 18
+TITLE_SIZE, QUERY_SIZE, CAPTION_SIZE = 34, 30, 18
 LINE_SPACING = 1.3  # of the size of the letters
 QUERY_LINES, CAPTION_LINES = 3, 2
 
@@ -46,24 +46,44 @@ class Hit(NamedTuple):
     is_right: bool
 
 
-Row: TypeAlias = tuple[str, Sequence[Hit | tuple[bytes | Image.Image, str, bool]]]
+class Row(NamedTuple):
+    """A query and its hits in rank order. note: what is written below the query, such as the model that found them."""
+
+    query: str
+    hits: Sequence[Hit | tuple[bytes | Image.Image, str, bool]]
+    note: str | None = None
 
 
-def draw_grid(rows: Sequence[Row], path: Path) -> None:
-    """Writes a PNG: a row for each (query, hits in rank order), a green frame round the right hits.
+def draw_grid(
+    rows: Sequence[Row | tuple[str, Sequence[Hit | tuple[bytes | Image.Image, str, bool]]]],
+    path: Path,
+    *,
+    title: str = "",
+    legend: str = "",
+) -> None:
+    """Writes a PNG: a row for each query and its hits in rank order, a green frame round the right hits.
 
-    Below a query is the rank of its first right hit, if there is one. Long texts end in "…".
+    Below a query is its note, else the rank of its first right hit, if there is one. A query is written once for the
+    rows that follow each other with it. Long texts end in "…". title, legend: written above; the legend says what
+    is right.
     Raises ConfigError without rows or without hits, DataError when the folder of `path` does not exist.
     """
-    table = [(query, [Hit(*hit) for hit in hits]) for query, hits in rows]
-    num_hits = max((len(hits) for _, hits in table), default=0)
+    table = [(row.query, [Hit(*hit) for hit in row.hits], row.note) for row in (Row(*row) for row in rows)]
+    num_hits = max((len(hits) for _, hits, _ in table), default=0)
     if not num_hits:
         raise ConfigError("picture grid: expected at least one query with one found picture")
-    texts = [text for query, hits in table for text in (query, *(hit.caption for hit in hits))]
-    sheet = _Sheet(len(table), num_hits, texts)
-    for index, (query, hits) in enumerate(table):
-        rank = next((rank for rank, hit in enumerate(hits, start=1) if hit.is_right), None)
-        sheet.draw_query(index, query, "" if rank is None else both(f"第 {rank} 位", f"rank {rank}"))
+    texts = [text for query, hits, note in table for text in (query, note or "", *(hit.caption for hit in hits))]
+    sheet = _Sheet(len(table), num_hits, [*texts, title, legend], has_head=bool(title or legend))
+    sheet.draw_head(title, legend)
+    before = None
+    for index, (query, hits, note) in enumerate(table):
+        if note is None:
+            rank = next((rank for rank, hit in enumerate(hits, start=1) if hit.is_right), None)
+            note = "" if rank is None else both(f"第 {rank} 位", f"rank {rank}")
+        is_new = query != before
+        colour = RIGHT if any(hit.is_right for hit in hits) else FAINT
+        sheet.draw_query(index, query if is_new else "", note, colour, is_ruled_off=bool(index) and is_new)
+        before = query
         for column, hit in enumerate(hits):
             sheet.draw_hit(index, column, hit)
     with atomic_write(path, "wb") as stream:
@@ -73,30 +93,44 @@ def draw_grid(rows: Sequence[Row], path: Path) -> None:
 class _Sheet:
     """The picture being drawn, and where its rows and cells lie."""
 
-    def __init__(self, num_rows: int, num_hits: int, texts: Iterable[str]) -> None:
+    def __init__(self, num_rows: int, num_hits: int, texts: Iterable[str], *, has_head: bool) -> None:
         data = _font_for("".join(texts))
         self.query_font, self.caption_font = _sized(data, QUERY_SIZE), _sized(data, CAPTION_SIZE)
+        self.title_font = _sized(data, TITLE_SIZE)
+        self.head = round((TITLE_SIZE + CAPTION_SIZE) * LINE_SPACING) + 2 * GAP if has_head else 0
         self.row_height = PICTURE + 2 * FRAME + 2 * GAP + round(CAPTION_LINES * CAPTION_SIZE * LINE_SPACING) + GAP
         width = 2 * MARGIN + QUERY_WIDTH + num_hits * CELL_WIDTH
-        self.image = Image.new("RGB", (width, 2 * MARGIN + num_rows * self.row_height), PAPER)
+        self.image = Image.new("RGB", (width, 2 * MARGIN + self.head + num_rows * self.row_height), PAPER)
         self.pen = ImageDraw.Draw(self.image)
 
     def top(self, row: int) -> int:
         """Where a row begins, below its rule."""
-        return MARGIN + row * self.row_height
+        return MARGIN + self.head + row * self.row_height
 
-    def draw_query(self, row: int, query: str, note: str) -> None:
-        """Writes the query beside the middle of the row's pictures, the note under it; rules rows off."""
-        if row:
+    def draw_head(self, title: str, legend: str) -> None:
+        """Writes the title and, below it, the legend behind a small green frame."""
+        self.pen.text((MARGIN, MARGIN), self._line(title, self.title_font), font=self.title_font, fill=INK)
+        if legend:
+            y, side = MARGIN + round(TITLE_SIZE * LINE_SPACING) + GAP // 2, CAPTION_SIZE + 2
+            self.pen.rounded_rectangle((MARGIN, y + 3, MARGIN + side, y + 3 + side), 4, outline=RIGHT, width=3)
+            line = self._line(legend, self.caption_font, less=side + GAP)
+            self.pen.text((MARGIN + side + GAP, y), line, font=self.caption_font, fill=FAINT)
+
+    def _line(self, text: str, font: Font, *, less: int = 0) -> str:
+        return wrap(text, font, self.image.width - 2 * MARGIN - less, max_lines=1)[0]
+
+    def draw_query(self, row: int, query: str, note: str, colour: str, *, is_ruled_off: bool) -> None:
+        """Writes the query beside the middle of the row's pictures, the note under it; a rule above, or none."""
+        if is_ruled_off:
             self.pen.line([(MARGIN, self.top(row)), (self.image.width - MARGIN, self.top(row))], fill=RULE, width=2)
-        lines = wrap(query, self.query_font, QUERY_WIDTH - 2 * GAP, max_lines=QUERY_LINES)
+        lines = wrap(query, self.query_font, QUERY_WIDTH - 2 * GAP, max_lines=QUERY_LINES) if query else []
         leading = QUERY_SIZE * LINE_SPACING
         height = len(lines) * leading + (CAPTION_SIZE * LINE_SPACING if note else 0)
         y = self.top(row) + GAP + FRAME + (PICTURE - height) / 2
         for line in lines:
             self.pen.text((MARGIN, y), line, font=self.query_font, fill=INK)
             y += leading
-        self.pen.text((MARGIN, y + NOTE_GAP), note, font=self.caption_font, fill=RIGHT)
+        self.pen.text((MARGIN, y + NOTE_GAP), note, font=self.caption_font, fill=colour)
 
     def draw_hit(self, row: int, column: int, hit: Hit) -> None:
         """Draws one picture whole, on a white square in its cell, with its caption, and a frame if it is right."""

@@ -26,6 +26,7 @@ __all__ = [
     "classify",
     "drawn_classes",
     "export",
+    "held_out",
     "load",
     "png",
     "write_classification",
@@ -123,22 +124,33 @@ def export(folder: Path, *, vendor: Vendor = "noto") -> Path:
     return table
 
 
-def write_dataset(folder: Path, *, seed: int = 0, vendor: Vendor = "noto") -> None:
+def held_out(*, seed: int, share: float, vendor: Vendor) -> frozenset[int]:
+    """The numbers of the pictures that are kept from training: this share of all, the same ones for the same seed."""
+    numbers = [emoji.number for emoji in load(vendor)]
+    return frozenset(random.Random(f"{seed} held out").sample(numbers, round(share * len(numbers))))
+
+
+def write_dataset(folder: Path, *, seed: int = 0, vendor: Vendor = "noto", held_out_share: float = 0) -> None:
     """Writes `{train,valid}_imgs.tsv` and `{train,valid}_texts.jsonl` into `folder`, which is made when absent.
 
-    Both splits hold all pictures. The texts of train are all `captions`; those of valid are the names, text id =
-    picture id.
+    The texts of train are all `captions` of its pictures; those of valid are the names, text id = picture id. valid
+    holds the pictures of `held_out`, train all others; with a share of 0 both hold all pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = load(vendor)
-    sentences = [(text, emoji.number) for emoji in found for text in captions(emoji, seed=seed, vendor=vendor)]
+    kept = held_out(seed=seed, share=held_out_share, vendor=vendor)
+    learned = [emoji for emoji in load(vendor) if emoji.number not in kept]
+    judged = [emoji for emoji in load(vendor) if emoji.number in kept or not kept]
+    sentences = [(text, emoji.number) for emoji in learned for text in captions(emoji, seed=seed, vendor=vendor)]
+    splits = {
+        "train": (learned, list(enumerate(sentences, start=1))),
+        "valid": (judged, [(emoji.number, (emoji.name, emoji.number)) for emoji in judged]),
+    }
     with written_together(folder / DATASET, told=folder) as scratch:
-        for split, texts in {"train": sentences, "valid": [(emoji.name, emoji.number) for emoji in found]}.items():
+        for split, (pictures, texts) in splits.items():
             with (scratch / f"{split}_imgs.tsv").open("w", encoding="utf-8", newline="\n") as stream:
-                stream.writelines(f"{emoji.number}\t{base64.b64encode(emoji.picture).decode()}\n" for emoji in found)
+                stream.writelines(f"{one.number}\t{base64.b64encode(one.picture).decode()}\n" for one in pictures)
             with (scratch / f"{split}_texts.jsonl").open("w", encoding="utf-8", newline="\n") as stream:
-                for text_id, (text, image_id) in enumerate(texts, start=1):
-                    stream.write(text_line(text_id, text, [image_id]))
+                stream.writelines(text_line(text_id, text, [image_id]) for text_id, (text, image_id) in texts)
 
 
 def drawn_classes(vendor: Vendor) -> dict[str, Rule]:
