@@ -33,9 +33,9 @@ from cn_clip.training import main as training
 
 MODEL = "Emoji-Tiny"
 UNSEEN: emoji.Vendor = "twemoji"
-# Of the pictures, that are never trained on. R@1 on them, text to image / image to text, with seeds 123, 1 and 2: before
-# 74.2 / 70.8, 73.6 / 71.1, 70.8 / 71.1; after 60 steps 75.8 / 75.2, 73.3 / 75.5, 75.8 / 73.0. At a rate of 3e-4 seed 123
-# falls to 72.0 / 71.7, and at 1e-4 the mean gain is 2.4 instead of 2.9.
+# Of the pictures; never trained on. R@1 on them, text to image / image to text, with seeds 123, 1 and 2: before
+# 74.2 / 70.8, 73.6 / 71.1, 70.8 / 71.1; after 60 steps 75.8 / 75.2, 73.3 / 75.5, 75.8 / 73.0. At a rate of 3e-4
+# seed 123 falls to 72.0 / 71.7, and at 1e-4 the mean gain is 2.4 instead of 2.9.
 HELD_OUT = 0.2
 BATCH, RATE = 128, 2e-4
 # Queries of the grid, whose rank improved and fell most, and pictures beside each. Of ranks 1 / rank counts: from 2 to
