@@ -21,7 +21,7 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -80,7 +80,7 @@ class Options:
     trained: tuple[str, ...] = ("Emoji-Tiny",)
     """Trained models whose recall is compared between precisions: Emoji-Tiny on its emoji, files on --data."""
     output: Path | None = None
-    """Where the page goes; default: stdout."""
+    """Where the page goes, its English one into en/ beside it; default: the Chinese one to stdout."""
     num_pictures: int = 48
     """Pictures of a round."""
     num_texts: int = 256
@@ -136,8 +136,11 @@ def run(options: Options) -> int:
     missed = misses(found)
     page = write_page(found, missed)
     if options.output:
-        with atomic_write(options.output) as stream:
-            stream.write(page)
+        english = options.output.parent / "en" / options.output.name
+        english.parent.mkdir(exist_ok=True)
+        for path, text in ((options.output, page), (english, write_page(found, missed, language="en"))):
+            with atomic_write(path) as stream:
+                stream.write(text)
     else:
         say(page)
     say.result({**found, "missed": missed})
@@ -358,10 +361,10 @@ def cpu_name() -> str:
     return f"{name} ({', '.join(shown)})"
 
 
-def write_page(found: dict[str, Any], missed: list[str]) -> str:
+def write_page(found: dict[str, Any], missed: list[str], *, language: Literal["zh", "en"] = "zh") -> str:
     from page import render
 
-    return render(found, missed, goals=GOALS, start_goal=START_GOAL)
+    return render(found, missed, goals=GOALS, start_goal=START_GOAL, language=language)
 
 
 if __name__ == "__main__":
