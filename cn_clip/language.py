@@ -27,7 +27,9 @@ CHOICE = "CN_CLIP_LANG"
 LOCALES = ("LC_ALL", "LC_MESSAGES", "LANG")
 CATALOGUE = Path(__file__).parent / "locales" / "zh"
 # Sentences stand in sentences: a reason in an error, a list of options in an advice.
-_DEEPEST = 4
+_DEEPEST = 6
+# Characters of what is still looked up: messages of other packages may hold whole files.
+_LONGEST = 4000
 _NUMBER = re.compile(r"\{(\d+)\}")
 
 
@@ -111,14 +113,25 @@ def values_of(literals: tuple[str, ...], text: str) -> list[str] | None:
         return [] if text == first else None
     if not text.startswith(first) or not text.endswith(last) or len(text) < len(first) + len(last):
         return None
-    found, start, end = [], len(first), len(text) - len(last)
+    found: list[str] = []
+    start, end, num_together = len(first), len(text) - len(last), 1
     for literal in literals[1:-1]:
+        if not literal:
+            num_together += 1
+            continue
         place = text.find(literal, start, end)
         if place < 0:
             return None
-        found.append(text[start:place])
-        start = place + len(literal)
-    return [*found, text[start:end]]
+        found += _apart(text[start:place], num_together)
+        start, num_together = place + len(literal), 1
+    return [*found, *_apart(text[start:end], num_together)]
+
+
+def _apart(text: str, number: int) -> list[str]:
+    """Values with nothing between them: the second is what is proposed, if anything is, else nothing."""
+    place = text.find("; did you mean ") if number > 1 else -1
+    parts = [text] if place < 0 else [text[:place], text[place:]]
+    return parts + [""] * (number - len(parts))
 
 
 @functools.cache
@@ -128,11 +141,12 @@ def templates() -> tuple[Template, ...]:
     return tuple(sorted(found, key=lambda one: -sum(map(len, one.literals))))
 
 
-def catalogue() -> dict[str, str]:
-    """English sentence -> Chinese, of all rooms."""
+def catalogue(*, but: str = "") -> dict[str, str]:
+    """English sentence -> Chinese, of all rooms, or of all but one."""
     found: dict[str, str] = {}
     for path in sorted(CATALOGUE.glob("*.json")):
-        found |= json.loads(path.read_text(encoding="utf-8"))
+        if path.stem != but:
+            found |= json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -140,8 +154,8 @@ def translated(text: str) -> str:
     """An English sentence in the reader's language; as it is if the catalogue lacks it.
 
     Of several sentences of the catalogue that fit, the one with the longest text of its own counts. Values are
-    translated if each is a sentence of the catalogue as a whole. What no sentence fits is translated behind "WHERE: ",
-    or in its parts between "; " if the catalogue has them all.
+    translated if each is a sentence of the catalogue as a whole. What no sentence fits is translated before
+    " (REASON)", behind "WHERE: ", or in its parts between "; " if the catalogue has them all.
     """
     return text if language() == "en" else chinese(text) or text
 
@@ -152,7 +166,7 @@ def chinese(text: str) -> str | None:
 
 
 def _chinese(text: str, depth: int) -> str | None:
-    return next(_candidates(text, depth), None) if depth and text else None
+    return next(_candidates(text, depth), None) if depth and 0 < len(text) <= _LONGEST else None
 
 
 def _candidates(text: str, depth: int) -> Iterator[str]:
@@ -160,6 +174,9 @@ def _candidates(text: str, depth: int) -> Iterator[str]:
         values = values_of(template.literals, text)
         if values is not None:
             yield filled(template.chinese, [_chinese(value, depth - 1) or value for value in values])
+    if text.endswith(")") and (bracket := text.find(" (")) > 0 and (before := _chinese(text[:bracket], depth - 1)):
+        reason = text[bracket + 2 : -1]
+        yield f"{before}（{_chinese(reason, depth - 1) or reason}）"
     parts = text.split("; ")
     if len(parts) > 1:
         told = [_chinese(part, depth - 1) for part in parts]

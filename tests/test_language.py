@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 count_languages: Any = importlib.import_module("count_languages")
 
 # The least share of each kind that must have Chinese; only ever raised.
-LEAST = {"help": 0.98, "errors": 0.0}
+LEAST = {"help": 0.98, "errors": 0.95}
 # Sentences that changed in the source since; only ever lowered.
 MOST_STALE = 12
 
@@ -135,9 +135,19 @@ def test_a_long_hostile_text_is_matched_in_time(words: dict[str, str]) -> None:
 
 def test_every_sentence_of_the_catalogue_is_found() -> None:
     for english, chinese in language.catalogue().items():
-        values = [f"<{number}>" for number in range(english.count("{}"))]
         filled = count_languages.filled(english)
+        values = language.values_of(language.cut(english), filled)
+        assert values is not None, english
+        assert "".join(values) == "".join(f"<{number}>" for number in range(len(values)))
         assert language.chinese(filled) == language.filled(chinese, values), english
+
+
+def test_what_is_proposed_is_a_value_of_its_own(words: dict[str, str]) -> None:
+    words |= {"unknown {}; expected one of {}{}": "没有 {0}；可用的有 {1}{2}", "; did you mean {}?": "；是否想用 {0}？"}
+    assert language.translated("unknown x; expected one of y, z; did you mean 'y'?") == (
+        "没有 x；可用的有 y, z；是否想用 'y'？"
+    )
+    assert language.translated("unknown x; expected one of y, z") == "没有 x；可用的有 y, z"
 
 
 @pytest.mark.parametrize("path", sorted(language.CATALOGUE.glob("*.json")), ids=lambda path: path.stem)

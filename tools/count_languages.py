@@ -24,6 +24,8 @@ from cn_clip import cli, help_page, language  # noqa: E402
 
 PACKAGE = ROOT / "cn_clip"
 HELP = "help"
+# The room of sentences that only a run composes, or that the system and other packages say.
+COMPOSED = "_composed"
 # Of programs, never shown by a command: answers over HTTP, which programs read, and faults of the code.
 NOT_COUNTED = {"RefusalError", "AssertionError", "NotImplementedError", "PydanticCustomError", "AttributeError"}
 # Sentences that a call hands on to an error, by the name of what is called: (position, keyword).
@@ -35,6 +37,13 @@ HANDED_ON = {
     "Fault": ((2, "message"),),
     "needs": ((2, "why"),),
     "excludes": ((2, "why"),),
+    "require": ((None, "purpose"),),
+    "Skipped": ((1, "reason"),),
+    "Damage": ((1, "reason"),),
+    "take": ((1, "busy"),),
+    "alone": ((1, "busy"),),
+    "_refuse": ((0, None),),
+    "error_type": ((0, None),),
 }
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
@@ -106,8 +115,8 @@ def assigned(tree: ast.AST) -> dict[str, list[ast.expr]]:
 
 
 def is_sentence(text: str) -> bool:
-    """Whether a text has words of its own, which a catalogue can translate."""
-    return re.search(r"[a-z]{2}", text.replace("{}", "")) is not None
+    """Whether a text has words of its own, which a catalogue can translate; flags, settings and names are none."""
+    return re.search(r"[a-z]{2}", re.sub(r"\{\}|--[\w-]+|\w+=\w+|\bhf:|cn-clip [a-z ]+$", "", text)) is not None
 
 
 def errors() -> list[Sentence]:
@@ -190,7 +199,7 @@ def missing(room: str | None) -> list[Sentence]:
 def stale() -> list[str]:
     """The sentences of the catalogue that no text of the package is."""
     known = texts()
-    return [english for english in language.catalogue() if english not in known]
+    return [english for english in language.catalogue(but=COMPOSED) if english not in known]
 
 
 def add(room: str, file: Path) -> None:
