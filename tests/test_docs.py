@@ -501,11 +501,11 @@ def test_the_snippets_of_the_faq_run_and_show_what_it_says(workplace: Workplace)
     workplace.build()
     printed = run_all(workplace, ROOT / "docs" / "faq.md", python_in_one_process=True)
     python = printed["python"]
-    assert "每批 12 对：损失最低约 0.00，批内准确率最高约 100%" in python
+    assert "{'batch': 12, 'lowest loss': 0.0, 'highest in-batch accuracy': 1.0}" in python
     assert "{'苹果': 1.0}\n" in python
-    right = [int(share) for share in re.findall(r"找到的里面 (\d+)% 是对的", python)]
+    right = [int(share) for share in re.findall(r"precision (\d+)%", python)]
     assert right == pytest.approx([10, 25, 60], abs=3)
-    assert "88 字， 90 个 token，默认留下 52 个\n(1, 256)\n" in python
+    assert "{'characters': 88, 'tokens': 90, 'kept by default': 52}\n(1, 256)\n" in python
     assert "'一', '只', 'cat', '在', 'so', '##fa', '上'" in python
     assert "'猫', '咪', '与', '圣', '诞', '树'" in python
     assert python.endswith("torch.float32\nfloat32\n")
