@@ -139,6 +139,11 @@ def _end(line: str, *, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its English noun: `1 caption`, `1,610 captions`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def shown(value: object) -> str:
     """One line of printable text: what is no UTF-8 or moves the cursor comes out as an escape."""
     return "".join(

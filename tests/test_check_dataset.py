@@ -34,7 +34,7 @@ def overwrite(folder: Path, items: dict[bytes, bytes | None]) -> None:
 def test_a_sound_dataset_passes_and_its_counts_are_told() -> None:
     result = run_script(SCRIPT, "--data_dir", GOLDEN_LMDB)
     assert result.returncode == 0, result.stdout
-    assert result.stdout == "train: 4 sound images, 4 sound texts, LMDB with 4 pairs, 0 faults\n"
+    assert result.stdout == "train: 4 valid images, 4 valid texts, 4 pairs in the LMDB, no problems found\n"
 
 
 def test_every_fault_is_listed_with_file_line_and_id(tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ def test_all_splits_are_found_and_faults_are_lines_of_text(tmp_path: Path) -> No
     assert result.returncode == 1
     fault, train, valid = result.stdout.splitlines()
     assert fault.startswith(f"{tmp_path}/train_texts.jsonl: the file is empty; expected lines of")
-    assert train == "train: 1 sound images, 0 sound texts, no LMDB, 1 faults"
-    assert valid == "valid: 1 sound images, 1 sound texts, no LMDB, 0 faults"
+    assert train == "train: 1 valid image, 0 valid texts, no LMDB, 1 problem found"
+    assert valid == "valid: 1 valid image, 1 valid text, no LMDB, no problems found"
 
 
 def test_a_missing_file_is_a_fault(tmp_path: Path) -> None:

@@ -218,8 +218,8 @@ EXPECTED: dict[str, tuple[dict[str, int], list[str]]] = {
         {"熊猫": 1, "狼": 1, "狼 - Copy (2)": 1, "狼 - 副本": 1},
         [
             "2 captions contain a copy mark, such as '狼 - Copy (2)'; --clean-names turns that into '狼'",
-            "2 identical copies of earlier pictures, kept in the same split: 狼 - 副本.jpg = 狼 - Copy (2).jpg, "
-            "狼.jpg = 狼 - Copy (2).jpg; 2 with another caption: check whether a name is wrong",
+            "identical copies of earlier pictures, kept in the same split: 2, 狼 - 副本.jpg = 狼 - Copy (2).jpg, "
+            "狼.jpg = 狼 - Copy (2).jpg; with another caption: 2, so check whether a name is wrong",
         ],
     ),
     "counters --clean-names": (

@@ -31,7 +31,7 @@ from cn_clip.data.records import Fault, ImageRecord, RecordId
 from cn_clip.digests import is_file
 from cn_clip.errors import ConfigError, DataError, Where
 from cn_clip.files import staged_folder
-from cn_clip.language import both
+from cn_clip.language import both, translated
 from cn_clip.processes import usable_cores
 from cn_clip.progress import counted, progress
 
@@ -105,13 +105,18 @@ def build_splits(
         reports.append(report)
         print_skipped(report.faults, f"split {split}")
         if report.lmdb_dir is None:
-            print(f"skipped split {split}: no picture or no sentence is left of it", file=sys.stderr)
+            in_english = f"skipped split {split}: no picture or no sentence is left of it"
+            print(both(f"跳过划分 {split}：没有剩下图片，或没有剩下文本", in_english), file=sys.stderr)
             continue
         for count, what, folder in ((report.num_pairs, "pairs", PAIRS), (report.num_images, "images", IMAGES)):
             tell(f"Finished serializing {count} {split} split {what} into {target / folder}.")
         if shrink is not None:
-            smaller = f"{report.num_shrunk} of {report.num_images} pictures"
-            tell(f"Made {smaller} of {split} smaller, to {shrink} pixels on the shorter side.")
+            smaller, total = report.num_shrunk, report.num_images
+            in_chinese = f"{split} 的 {total} 张图片中，{smaller} 张缩小到短边 {shrink} 像素。"
+            in_english = (
+                f"Made {smaller} of {total} pictures of {split} smaller, to {shrink} pixels on the shorter side."
+            )
+            tell(both(in_chinese, in_english))
     if not any(report.lmdb_dir for report in reports):
         raise DataError("no split has a usable record left; see the list of faults", at=data_dir)
     tell("done!")
@@ -152,10 +157,14 @@ def _build(
 def print_skipped(faults: Sequence[Fault], where: str) -> None:
     """Says on stderr how many records were skipped, and which: the first 20."""
     for fault in faults[:MAX_FAULTS_SHOWN]:
-        print(f"skipped: {fault}", file=sys.stderr)
+        print(both("跳过：", "skipped: ") + translated(str(fault)), file=sys.stderr)
     if faults:
-        more = f", the first {MAX_FAULTS_SHOWN} listed; all with --json" if len(faults) > MAX_FAULTS_SHOWN else ""
-        print(f"skipped {len(faults)} faults in {where}{more}", file=sys.stderr)
+        count, most = len(faults), MAX_FAULTS_SHOWN
+        in_chinese, in_english = f"{where}：共跳过 {count} 处问题", f"skipped {count} faults in {where}"
+        if count > most:
+            in_chinese += f"，以上是前 {most} 处；加 --json 列出全部"
+            in_english += f", the first {most} listed; all with --json"
+        print(both(in_chinese, in_english), file=sys.stderr)
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------

@@ -285,7 +285,8 @@ def write_dataset(
                         )
             for path in sorted(scratch.iterdir()):
                 if (output / path.name).exists():
-                    print(f"We will overwrite an existing file {output / path.name}", file=sys.stderr)
+                    old = output / path.name
+                    print(both(f"将覆盖已有的文件 {old}", f"We will overwrite an existing file {old}"), file=sys.stderr)
     finally:
         print_skipped(listing.faults, listing.source)
     return splits, copies

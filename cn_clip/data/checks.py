@@ -24,6 +24,7 @@ from cn_clip.data.records import (
 from cn_clip.digests import is_file, is_folder, is_there
 from cn_clip.errors import DataError, UnreadableError
 from cn_clip.files import settle
+from cn_clip.language import both
 
 _WINDOW_RECORDS = 64
 
@@ -163,15 +164,23 @@ class SplitCheck:
     @property
     def notes(self) -> list[str]:
         """What is not a fault but worth knowing."""
-        deep, blank = self.num_deep, self.num_blank
-        notes = {
+        deep, blank, small = self.num_deep, self.num_blank, self.num_shrunk
+        deep_note = both(
+            f"{deep} 张图片是超过 8 位的灰度图：这里缩放到 8 位，Chinese-CLIP 则把大于 255 的都变成白色"
+            "（--decode reference 与它相同）",
             f"{deep} pictures are grey of more than 8 bits: they are scaled to 8, where Chinese-CLIP clips to white "
-            "what is above 255 (as does --decode reference)": deep,
-            f"{blank} texts are empty or blank: they are trained on and searched for as they are": blank,
-            f"{self.num_shrunk} pictures of the LMDB are smaller than in the tsv file (cn-clip dataset build "
-            "--shrink)": self.num_shrunk,
-        }
-        return [note for note, count in notes.items() if count]
+            "what is above 255 (as does --decode reference)",
+        )
+        blank_note = both(
+            f"{blank} 条文本是空的或只有空白：照原样参与训练和检索",
+            f"{blank} texts are empty or blank: they are trained on and searched for as they are",
+        )
+        small_note = both(
+            f"LMDB 里有 {small} 张图片比 tsv 里的小（cn-clip dataset build --shrink）",
+            f"{small} pictures of the LMDB are smaller than in the tsv file (cn-clip dataset build --shrink)",
+        )
+        notes = ((deep_note, deep), (blank_note, blank), (small_note, small))
+        return [note for note, count in notes if count]
 
     def as_dict(self) -> dict[str, Any]:
         """The check as JSON holds it."""

@@ -33,6 +33,7 @@ from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore
 from cn_clip.data.pictures import load_picture
 from cn_clip.data.records import RecordId, SourcePair
 from cn_clip.errors import CnClipError, ConfigError, DataError
+from cn_clip.language import both, translated
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class PairDataset(Dataset[Pair]):
             except DataError as error:
                 if self.on_error == "stop":
                     raise
-                logger.warning("skipped: %s", error)
+                logger.warning("%s%s", both("跳过：", "skipped: "), translated(str(error)))
                 chosen = self.source.substitute(chosen)
                 if chosen == number:
                     raise DataError(f"{error}; nor can any other that could take its place be read") from error
@@ -291,11 +292,16 @@ def _with_tensors(batch: Any) -> Any:
 
 @functools.cache
 def _say_small_shared_memory() -> None:
-    logger.warning(
-        "/dev/shm has only %.0f MB free, too little for the batches of all workers: they go through pipes, which is "
-        "slower. Start the container with docker run --shm-size=8g or --ipc=host, or use fewer --num-workers.",
-        free_shared_memory() / 1e6,
+    free = f"{free_shared_memory() / 1e6:.0f} MB"
+    in_chinese = (
+        f"/dev/shm 只剩 {free}，放不下各加载进程的批，改走较慢的管道。"
+        "请用 docker run --shm-size=8g 或 --ipc=host 启动容器，或减小 --num-workers。"
     )
+    in_english = (
+        f"/dev/shm has only {free} free, too little for the batches of all workers: they go through pipes, which is "
+        "slower. Start the container with docker run --shm-size=8g or --ipc=host, or use fewer --num-workers."
+    )
+    logger.warning("%s", both(in_chinese, in_english))
 
 
 def make_loader(

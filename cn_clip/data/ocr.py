@@ -13,6 +13,7 @@ from cn_clip import extras
 from cn_clip.clip.thumbnails import on_white
 from cn_clip.clip.transforms import in_8_bits
 from cn_clip.errors import DataError
+from cn_clip.language import both
 from cn_clip.processes import usable_cores
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,9 @@ class Reader:
         try:
             found = engine(np.ascontiguousarray(np.asarray(on_white(small))[:, :, ::-1]))
         except Exception as error:  # of OpenCV, ONNX Runtime and others, on shapes that they do not expect
-            logger.warning("the words of a picture of %d x %d pixels are not read (%s)", *small.size, error)
+            sides = " x ".join(map(str, small.size))
+            in_english = f"the words of a picture of {sides} pixels are not read ({error})"
+            logger.warning("%s", both(f"{sides} 像素的图片里的文字没有读出（{error}）", in_english))
             return ""
         finally:
             self._free.put(engine)

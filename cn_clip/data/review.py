@@ -10,6 +10,7 @@ from cn_clip import terminal
 from cn_clip.clip.tokenizer import CONTEXT_LENGTH, encode
 from cn_clip.data.names import Kind, Naming, caption, cleaned_caption
 from cn_clip.language import both
+from cn_clip.terminal import counted
 
 WarningKind: TypeAlias = Literal[Kind, "bare", "repeated", "long", "no Chinese", "few"]
 
@@ -140,13 +141,13 @@ def _of_names(pictures: Sequence[Captioned], naming: Naming) -> list[Doubt]:
         if cases := found[kind]:
             before, after = map(short, cases[0])
             in_chinese = f"{len(cases)} 张图片的文本里有{words}，例如“{before}”；加 --clean-names 就得到“{after}”"
-            contain = f"{_count(len(cases), 'caption')} {'contains' if len(cases) == 1 else 'contain'}"
+            contain = f"{counted(len(cases), 'caption')} {'contains' if len(cases) == 1 else 'contain'}"
             in_english = f"{contain} {words}, such as {before!r}; --clean-names turns that into {after!r}"
             doubts.append(Doubt(kind, len(cases), cases[0][0], both(in_chinese, in_english)))
     if bare := found["bare"]:
         count, example = len(bare), short(bare[0][0])
         in_chinese = f"{count} 张图片的名字没有说明内容，例如“{example}”；"
-        in_english = f"{_count(count, 'name')} of pictures say nothing about the content, such as {example!r}; "
+        in_english = f"{counted(count, 'name')} of pictures say nothing about the content, such as {example!r}; "
         if naming.clean:
             in_chinese += "清理后什么都不剩，因此保持原样；"
             in_english += "cleaning would leave nothing, so they stay as they are; "
@@ -158,11 +159,6 @@ def _of_names(pictures: Sequence[Captioned], naming: Naming) -> list[Doubt]:
             in_english += "rename them, or give a table (--table)"
         doubts.append(Doubt("bare", count, bare[0][0], both(in_chinese, in_english)))
     return doubts
-
-
-def _count(number: int, noun: str) -> str:
-    """`1 caption`, `2 captions`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def _repeated(pictures: Sequence[Captioned], counts: "Counter[str]", naming: Naming | None) -> list[Doubt]:
@@ -203,8 +199,9 @@ def _lengths(pictures: Sequence[Captioned]) -> list[Doubt]:
     message = both(
         f"{count} 条文本太长：模型只读前 {most} 个词元（约 {most} 个汉字），后面的会被截掉；最长的有 {length:,} 个字符"
         f"（{short(name)}）；请把要紧的写在前面",
-        f"{_count(count, 'caption')} of more than the {most} tokens (about {most} Chinese characters) that the model "
-        f"reads; the rest is cut off (the longest has {length:,} characters, {short(name)}); put what matters first",
+        f"{counted(count, 'caption')} of more than the {most} tokens (about {most} Chinese characters) that the "
+        f"model reads; the rest is cut off (the longest has {length:,} characters, {short(name)}); put what matters "
+        "first",
     )
     return [Doubt("long", count, name, message)]
 

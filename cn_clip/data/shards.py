@@ -17,7 +17,7 @@ from cn_clip.data.records import SourcePair, canonical_id
 from cn_clip.data.tars import Member, read_at, shard_paths, tar_members
 from cn_clip.errors import DataError, Where
 from cn_clip.jsonl import parse_object
-from cn_clip.language import both
+from cn_clip.language import both, translated
 from cn_clip.progress import counted
 
 logger = logging.getLogger(__name__)
@@ -97,9 +97,10 @@ class ShardPairs:
                 scans.append(scan)
         faults = [fault for scan in scans for fault in scan.faults]
         for fault in faults[:_MAX_FAULTS_SHOWN]:
-            logger.warning("skipped: %s", fault)
+            logger.warning("%s%s", both("跳过：", "skipped: "), translated(str(fault)))
         if faults:
-            logger.warning("skipped %d faults of the shards in all", len(faults))
+            count = len(faults)
+            logger.warning("%s", both(f"分片里共跳过 {count} 处问题", f"skipped {count} faults of the shards in all"))
         self.shard_sizes = [len(scan.keys) for scan in scans]
         self._starts = np.cumsum([0, *self.shard_sizes])
         self._spans = np.concatenate([scan.spans for scan in scans])

@@ -8,10 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cn_clip import command, settings, terminal
+from cn_clip.language import both, translated
 from cn_clip.option_types import CheckPictures, CheckWorkers, DataDir, Json
 from cn_clip.preprocess.build_lmdb_dataset import split_names
+from cn_clip.terminal import counted
+
+if TYPE_CHECKING:
+    from cn_clip.data.checks import SplitCheck
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ def run(options: Options) -> int:
     look = partial(checks.check_split, check=options.check_pictures, num_workers=options.num_workers)
     results = []
     for split in splits:
-        print(f"checking split {split} ...", file=sys.stderr)
+        print(both(f"正在检查 {split} ……", f"checking split {split} ..."), file=sys.stderr)
         results.append(look(data_dir, split, lmdb_dir / split))
     num_faults = sum(len(result.faults) for result in results)
     if options.json:
@@ -53,13 +59,29 @@ def run(options: Options) -> int:
         return int(num_faults > 0)
     for result in results:
         for fault in result.faults:
-            print(fault)
+            print(translated(str(fault)))
         for note in result.notes:
             print(f"{result.split}: {note}")
-        lmdb = "no LMDB" if result.num_pairs is None else f"LMDB with {result.num_pairs} pairs"
-        counts = f"{result.num_images} sound images, {result.num_texts} sound texts, {lmdb}"
-        print(f"{result.split}: {counts}, {len(result.faults)} faults")
+        print(_summary(result))
     return int(num_faults > 0)
+
+
+def _summary(result: "SplitCheck") -> str:
+    """`train: 1,471 valid images, 4,145 valid texts, 4,145 pairs in the LMDB, no problems found`."""
+    images, texts, pairs, found = result.num_images, result.num_texts, result.num_pairs, len(result.faults)
+    in_chinese = [
+        f"{result.split}：{images:,} 张有效图片",
+        f"{texts:,} 条有效文本",
+        "没有 LMDB" if pairs is None else f"LMDB 有 {pairs:,} 个图文对",
+        f"发现 {found:,} 处问题" if found else "没有发现问题",
+    ]
+    in_english = [
+        f"{result.split}: {counted(images, 'valid image')}",
+        counted(texts, "valid text"),
+        "no LMDB" if pairs is None else f"{counted(pairs, 'pair')} in the LMDB",
+        f"{counted(found, 'problem')} found" if found else "no problems found",
+    ]
+    return both("，".join(in_chinese), ", ".join(in_english))
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -150,10 +150,10 @@ def _tell_splits(
         pairs = ", ".join(f"{copy} = {first}" for copy, first in copies.examples)
         more = "…" if count > len(copies.examples) else ""
         in_chinese = f"注意：{count} 张图片与前面的图片内容完全相同，放进同一个划分：{pairs}{more}"
-        in_english = f"warning: {count} identical copies of earlier pictures, kept in the same split: {pairs}{more}"
+        in_english = f"warning: identical copies of earlier pictures, kept in the same split: {count}, {pairs}{more}"
         if differ:
             in_chinese += f"；其中 {differ} 张的文本不同，请检查是否起错了名字"
-            in_english += f"; {differ} with another caption: check whether a name is wrong"
+            in_english += f"; with another caption: {differ}, so check whether a name is wrong"
         tell(both(in_chinese, in_english))
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from cn_clip import command, settings
 from cn_clip.errors import ConfigError
+from cn_clip.language import both
 from cn_clip.option_types import Json, Shrink
 from cn_clip.settings import Range
 
@@ -61,11 +62,20 @@ def run(options: Options) -> None:
         overwrite=options.overwrite,
         shrink=options.shrink,
     )
-    say(f"Wrote {shards.num_pairs} pairs into {shards.num_shards} shards, {shards.num_bytes / 1e6:.1f} MB")
+    pairs, parts, size = shards.num_pairs, shards.num_shards, f"{shards.num_bytes / 1e6:.1f} MB"
+    say(
+        both(
+            f"已写出 {pairs:,} 个图文对，{parts} 个分片，共 {size}", f"Wrote {pairs:,} pairs to {parts} shards, {size}"
+        )
+    )
     if options.shrink is not None:
-        say(f"{shards.num_shrunk} of the pictures were made smaller, to {options.shrink} pixels on the shorter side.")
-    say(f"Train on them with: cn-clip train --train-data '{shards.pattern}'")
-    say(f"They serve up to {shards.num_shards} loading processes (processes of a run x its --num-workers).")
+        smaller, side = shards.num_shrunk, options.shrink
+        in_english = f"{smaller:,} of the pictures were made smaller, to {side} pixels on the shorter side."
+        say(both(f"其中 {smaller:,} 张图片缩小到短边 {side} 像素。", in_english))
+    train = f"cn-clip train --train-data '{shards.pattern}'"
+    say(both(f"用它们训练：{train}", f"Train on them with: {train}"))
+    in_english = f"They serve up to {parts} loading processes (processes of a run x its --num-workers)."
+    say(both(f"最多供 {parts} 个加载进程读取（训练进程数 × --num-workers）。", in_english))
     counts = {"shards": shards.num_shards, "pairs": shards.num_pairs, "bytes": shards.num_bytes}
     if options.shrink is not None:
         counts["shrunk"] = shards.num_shrunk
