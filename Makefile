@@ -22,7 +22,7 @@ help:
 	@echo "make test-families  用 open_clip 和 sentence-transformers 的测试 / tests with both; open_clip brings torchvision"
 	@echo "make test-ocr   图中文字的测试，会装 rapidocr / tests of the words in pictures; installs rapidocr (200 MB)"
 	@echo "make test-browser  在 Chromium 里测试网页 / the web page in Chromium (Debian: apt-get install chromium)"
-	@echo "make test-clients  现成的客户端（openai、langchain、cohere……）连到这里的服务，打印一张表 / published clients against the service, as a table"
+	@echo "make test-clients  现成的客户端（openai、cohere……）连到这里的服务，打印一张表；LangChain、LlamaIndex、Haystack、pandas…… 里的 Encoder / published clients against the service, as a table; Encoder in other libraries"
 	@echo "make test-proxy  在 Debian 的 nginx 和 Caddy 后面测试服务 / the service behind nginx and Caddy of Debian, which it installs"
 	@echo "make test-compose  不用 Docker，跑一遍 Dockerfile 和 compose.yaml 的步骤 / the steps of both without Docker; installs 1.5 GB in a temporary venv"
 	@echo "make test-ray   需要 Ray 的测试 / tests that need ray"
@@ -91,7 +91,7 @@ test-families: $(VENV)/.dev
 	$(INSTALL) 'sentence-transformers>=5.4,<7'
 	$(BIN)/python -m pytest -m families tests/test_convert.py
 	$(INSTALL) --editable '.[dev,open-clip]'
-	$(BIN)/python -m pytest -m families tests/test_families.py
+	$(BIN)/python -m pytest -m "families or not families" -s tests/test_families.py tests/test_daily_tasks.py
 
 test-ocr: $(VENV)/.dev
 	$(INSTALL) --editable '.[dev,ocr]'
@@ -106,8 +106,8 @@ test-browser: $(VENV)/.dev
 
 # At the end stands a table: client, version, form, status.
 test-clients: $(VENV)/.dev
-	$(INSTALL) --editable '.[dev,clients]'
-	$(BIN)/python -m pytest -m "clients or not clients" tests/test_clients.py
+	$(INSTALL) --editable '.[dev,clients,langchain,llama-index,haystack]' pandas polars datasets
+	$(BIN)/python -m pytest -m "clients or not clients" tests/test_clients.py tests/test_integrations.py
 
 test-proxy: $(VENV)/.dev
 	@{ command -v caddy && { command -v nginx || command -v /usr/sbin/nginx; }; } >/dev/null || apt-get install --yes --no-install-recommends nginx caddy openssl

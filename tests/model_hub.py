@@ -15,6 +15,8 @@ import pytest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_may_write"
+# The client says so of its own call.
+UPLOADS = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 class ModelHub(ThreadingHTTPServer):
@@ -58,8 +60,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.startswith("/api/models/"):
             return self._file(send_body=True)
         repo, _, revision = path.removeprefix("/api/models/").replace("/tree/", "/revision/").partition("/revision/")
-        if self._is_refused(repo, revision):
+        if self._is_refused(repo, revision.partition("/")[0]):
             return None
+        if "/" in revision:  # a folder in it: these have none
+            return self._refuse(404, "EntryNotFound")
         if "/tree/" in path:
             files = self.server.repos[repo].items()
             return self._json([{"type": "file", "path": name, "size": len(one), "oid": COMMIT} for name, one in files])

@@ -1,9 +1,10 @@
 """`Encoder`: unit rows in the order given, whatever the batches, the kind of input and the backend."""
 
+import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import CONFIGS, TEXT, tiny_model
 
-from cn_clip import ranks, zoo
+from cn_clip import progress, ranks, zoo
 from cn_clip.clip import Encoder, tokenize
 from cn_clip.clip.backends.base import Facts, Parts, Pixels, Rows, TokenIds
 from cn_clip.clip.backends.pytorch import TorchBackend
@@ -222,16 +223,27 @@ def test_a_device_that_does_not_exist_is_refused_for_a_model_too() -> None:
     assert Encoder(tiny_model(), device="auto").embed_dim == 24
 
 
-def test_the_progress_bar_shows_on_stderr_only_when_asked(encoder: Encoder, capsys: pytest.CaptureFixture[str]) -> None:
-    encoder.encode_texts(TEXTS)
-    encoder.encode_images(pictures(2))
-    assert capsys.readouterr() == ("", "")
-    encoder.encode_texts(TEXTS, progress=True)
-    encoder.encode_images(pictures(2), progress=True)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "6/6" in err
-    assert "2/2" in err
+def test_progress_is_shown_only_when_asked_and_counts_all(
+    encoder: Encoder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[int | None, bool, progress.Step]] = []
+    shown = progress.progress
+
+    @contextlib.contextmanager
+    def record(total: int | None, unit: str, label: str, *, when: bool) -> Iterator[progress.Step]:
+        with shown(total, unit, label, when=when) as step:
+            steps.append((total, when, step))
+            yield step
+
+    monkeypatch.setattr(progress, "progress", record)
+    for is_asked in (False, True):
+        encoder.encode_texts(TEXTS, progress=is_asked)
+        encoder.encode_images(iter(pictures(2)), progress=is_asked)
+    assert [(total, when, step.num_done) for total, when, step in steps] == [
+        *((6, False, 6), (None, False, 2)),
+        *((6, True, 6), (None, True, 2)),
+    ]
+    assert capsys.readouterr() == ("", "")  # no terminal
 
 
 class FixedBackend:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_hub import COMMIT, TOKEN, ModelHub, serving
+from model_hub import COMMIT, TOKEN, UPLOADS, ModelHub, serving
 from PIL import Image
 from tiny_families import write_family
 from tiny_models import CONFIGS, TEXT, tiny_model
@@ -273,6 +273,7 @@ def test_what_has_no_weights_to_save_is_refused(tmp_path: Path) -> None:
 # --- to the hub
 
 
+@UPLOADS
 def test_what_is_pushed_is_opened_by_its_id(server: ModelHub, folder: Path) -> None:
     encoder = Encoder(folder, device="cpu")
     address = encoder.push_to_hub("someone/mine", token=TOKEN, message="第一版")
@@ -286,6 +287,7 @@ def test_what_is_pushed_is_opened_by_its_id(server: ModelHub, folder: Path) -> N
     )
 
 
+@UPLOADS
 def test_a_readme_that_is_there_is_kept_and_a_branch_is_made(server: ModelHub, folder: Path) -> None:
     server.repos["someone/mine"] = {"README.md": b"mine"}
     Encoder(folder, device="cpu").push_to_hub("someone/mine", token=TOKEN)
@@ -295,6 +297,7 @@ def test_a_readme_that_is_there_is_kept_and_a_branch_is_made(server: ModelHub, f
         Encoder(folder, device="cpu").push_to_hub("someone/other", token=TOKEN, revision="v2")
 
 
+@UPLOADS
 def test_a_hub_that_does_not_take_it_says_what_to_do(server: ModelHub, folder: Path) -> None:
     encoder = Encoder(folder, device="cpu")
     with pytest.raises(DownloadError, match=r"does not let you write there; `hf auth login` with a token that may"):

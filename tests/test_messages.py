@@ -58,7 +58,7 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     ("retrieval/milvus.py", "--engine"): {"index build"},
     ("retrieval/store.py", "--model"): {"index build", "index add", "index check", "search", "serve"},
 }
-SHARED = ("clip", "data", "retrieval")
+SHARED = ("integrations", "clip", "data", "retrieval")
 # An alias of the address of an index, which help leaves out.
 STORE = ("--store",)
 # Not options of ours: of docker, of pip, of torchrun, of style sheets.

@@ -44,7 +44,7 @@ def of_type(rows_BD: "Rows | torch.Tensor", wanted: RowType) -> "NDArray[Any] | 
 
     int8: each row times 127 / its largest absolute value, rounded. The factor is not kept: such a row has a direction
     and no length, so compare by cosine (`Encoder.similarity`, `Encoder.top_k`, an index with that metric), never by
-    inner product. Of ViT-B-16 the cosine of a row to its int8 is above 0.9995.
+    inner product. Measured cosines to float32: 0.9999 of Emoji-Tiny, 0.9994 where one of 512 values is 0.65.
     Example: (0.6, -0.8) -> (95, -127); (95, -127) / 158.6 = (0.599, -0.801).
     """
     if wanted == "float32":
