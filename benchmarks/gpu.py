@@ -94,12 +94,13 @@ def run(options: Options) -> None:
         measures = memory_measures(bench) if options.peaks else all_measures(bench, reference)
         found = carried_out(measures, budget)
     found["machine"] = machine(device)
-    block = gpu_page.block(found)
     if options.output is None:
-        print(block)
+        print(gpu_page.block(found, gpu_page.ENGLISH))
         return
-    gpu_page.put(options.output, block, kind="peaks" if options.peaks else "speed")
     kind = "peaks" if options.peaks else "speed"
+    english = options.output.parent / "en" / options.output.name
+    for page, words in ((options.output, gpu_page.CHINESE), (english, gpu_page.ENGLISH)):
+        gpu_page.put(page, gpu_page.block(found, words), kind=kind)
     with atomic_write(options.output.with_name(f"{options.output.stem}-{kind}.json")) as stream:
         json.dump(found, stream, ensure_ascii=False, indent=1)
         stream.write("\n")

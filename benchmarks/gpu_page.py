@@ -1,42 +1,55 @@
-"""The results of `gpu.py` as a block of a page, in Chinese and English, and as a picture."""
+"""The results of `gpu.py` as a block of a page, in Chinese or English, and as a picture."""
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cn_clip.errors import DataError
 from cn_clip.files import atomic_write
 
 TITLES = {
-    "device": ("设备能做到的", "what the device can do"),
-    "step": ("一步训练：ViT-B-16 与 RoBERTa-base，bf16", "one step of training: ViT-B-16 with RoBERTa-base, bf16"),
-    "extraction": ("提取图片特征，每秒张数", "extraction, pictures a second"),
-    "texts": ("长短不一的文本：同样的批过三遍", "texts of many lengths: the same batches three times"),
-    "transfer": ("从主机到设备", "from the host to the device"),
-    "parts": ("塔里的零件，前向加反向", "parts of the towers, forward and backward"),
-    "loader": ("由数据加载进程供给的训练", "training fed by the loader"),
-    "peaks": ("训练时显存的峰值，GiB", "peak of memory in training, GiB"),
+    "device": ("设备能做到的", "What the device can do"),
+    "step": ("一步训练：ViT-B-16 与 RoBERTa-base，bf16", "One training step: ViT-B-16 with RoBERTa-base, bf16"),
+    "extraction": ("提取图片特征，每秒张数", "Image features, images/s"),
+    "texts": ("长短不一的文本：同样的批过三遍", "Texts of many lengths: the same batches three times"),
+    "transfer": ("从主机到设备", "From host to device"),
+    "parts": ("塔里的零件，前向加反向", "Parts of the towers, forward and backward"),
+    "loader": ("由数据加载进程供给的训练", "Training fed by the data loader"),
+    "peaks": ("训练时显存的峰值，GiB", "Peak memory in training, GiB"),
 }
-WHAT = {"what": "什么 / what"}
 
 
-def block(found: dict[str, Any]) -> str:
+class Words(NamedTuple):
+    """What a page says around its numbers. title: which one of `TITLES`."""
+
+    title: int
+    what: str
+    machine: str
+    left_out: str
+    between: tuple[str, str]
+
+
+CHINESE = Words(0, "项目", "机器：{}。", "没有测的：{}。", ("，", "；"))
+ENGLISH = Words(1, "what", "Machine: {}.", "Left out: {}.", (", ", "; "))
+
+
+def block(found: dict[str, Any], words: Words) -> str:
     """The machine, a table for each part, and what was left out."""
-    machine = "，".join(f"{name} {value}" for name, value in found["machine"].items())
-    sections = [f"机器 / machine：{machine}。"]
+    comma, semicolon = words.between
+    machine = comma.join(f"{name} {value}" for name, value in found["machine"].items())
+    sections = [words.machine.format(machine)]
     for part, rows in found["parts"].items():
         if rows:
-            chinese, english = TITLES[part]
-            sections.append(f"**{chinese}** / *{english}*\n\n{table(rows)}")
+            sections.append(f"**{TITLES[part][words.title]}**\n\n{table(rows, words)}")
     if found["left_out"]:
-        sections.append("没有测的 / left out：" + "；".join(found["left_out"]) + "。")
+        sections.append(words.left_out.format(semicolon.join(found["left_out"])))
     return "\n\n".join(sections)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], words: Words = ENGLISH) -> str:
     """Rows of equal keys as a table; the first column is text."""
     names = list(rows[0])
-    head = " | ".join(WHAT.get(name, name) for name in names)
+    head = " | ".join(words.what if name == "what" else name for name in names)
     rule = " | ".join("---" if number == 0 else "---:" for number in range(len(names)))
     lines = [" | ".join(shown(row[name]) for name in names) for row in rows]
     return "\n".join(f"| {line} |" for line in (head, rule, *lines))

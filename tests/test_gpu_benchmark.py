@@ -90,9 +90,10 @@ def test_a_page_without_marks_is_refused_and_stays(text: str, tmp_path: Path) ->
     assert page.read_text() == text
 
 
-def test_the_page_has_the_marks_that_the_benchmark_writes_between(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gpu.md", "en/gpu.md"])
+def test_the_page_has_the_marks_that_the_benchmark_writes_between(name: str, tmp_path: Path) -> None:
     page = tmp_path / "gpu.md"
-    page.write_text((Path(__file__).parents[1] / "docs" / "gpu.md").read_text(encoding="utf-8"), encoding="utf-8")
+    page.write_text((Path(__file__).parents[1] / "docs" / name).read_text(encoding="utf-8"), encoding="utf-8")
     for kind in ("speed", "peaks"):
         gpu_page.put(page, f"block of {kind}", kind=kind)
         assert f"begin -->\nblock of {kind}\n<!--" in page.read_text(encoding="utf-8")
@@ -102,8 +103,10 @@ def test_the_page_has_the_marks_that_the_benchmark_writes_between(tmp_path: Path
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_everything_runs_once_on_the_cpu_and_fills_the_page(tmp_path: Path) -> None:
-    page = tmp_path / "gpu.md"
+    page, english = tmp_path / "gpu.md", tmp_path / "en" / "gpu.md"
+    english.parent.mkdir()
     page.write_text(PAGE)
+    english.write_text(PAGE)
     gpu.run(gpu.Options(device="cpu", smoke=True, output=page))
     found = json.loads((tmp_path / "gpu-speed.json").read_text(encoding="utf-8"))
     assert found["left_out"] == []
@@ -125,4 +128,7 @@ def test_everything_runs_once_on_the_cpu_and_fills_the_page(tmp_path: Path) -> N
     gpu.run(gpu.Options(device="cpu", smoke=True, output=page, peaks=True))
     rows = json.loads((tmp_path / "gpu-peaks.json").read_text(encoding="utf-8"))["parts"]["peaks"]
     assert [row["--grad-checkpointing"] for row in rows] == ["no", "yes"]
-    assert page.read_text(encoding="utf-8").count("| ViT-Tiny-64 |") == 2
+    for one, title in ((page, "**训练时显存的峰值，GiB**"), (english, "**Peak memory in training, GiB**")):
+        text = one.read_text(encoding="utf-8")
+        assert text.count("| ViT-Tiny-64 |") == 2
+        assert title in text
