@@ -30,6 +30,8 @@ CATALOGUE = Path(__file__).parent / "locales" / "zh"
 _DEEPEST = 6
 # Characters of what is still looked up: messages of other packages may hold whole files.
 _LONGEST = 4000
+# A sentence with less text of its own, in characters, fits too much.
+_TELLING = 12
 _NUMBER = re.compile(r"\{(\d+)\}")
 
 
@@ -173,18 +175,26 @@ def _candidates(text: str, depth: int) -> Iterator[str]:
     for template in templates():
         values = values_of(template.literals, text)
         if values is not None:
-            yield filled(template.chinese, [_chinese(value, depth - 1) or value for value in values])
+            told = [_chinese(value, depth - 1) for value in values]
+            # Of "{}, got {}" the values may be anything: then a sentence among them must be known, too.
+            if sum(map(len, template.literals)) >= _TELLING or all(map(_is_told, values, told)):
+                yield filled(template.chinese, [one or value for one, value in zip(told, values, strict=True)])
     if text.endswith(")") and (bracket := text.find(" (")) > 0 and (before := _chinese(text[:bracket], depth - 1)):
         reason = text[bracket + 2 : -1]
         yield f"{before}（{_chinese(reason, depth - 1) or reason}）"
     parts = text.split("; ")
     if len(parts) > 1:
-        told = [_chinese(part, depth - 1) for part in parts]
-        if all(told):
-            yield "；".join(map(str, told))
+        all_told = [_chinese(part, depth - 1) for part in parts]
+        if all(all_told):
+            yield "；".join(map(str, all_told))
     where, colon, what = text.partition(": ")
     if colon and (told_what := _chinese(what, depth - 1)):
         yield f"{where}: {told_what}"
+
+
+def _is_told(value: str, in_chinese: str | None) -> bool:
+    """Whether a value is no sentence, or one that the catalogue has."""
+    return in_chinese is not None or len(re.findall(r"(?<![\w/-])[a-z]+(?![\w/])", value)) < 3
 
 
 def filled(in_chinese: str, values: list[str]) -> str:

@@ -26,10 +26,10 @@ LEAST = {"help": 0.98, "errors": 0.95}
 MOST_STALE = 12
 
 
-def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*words: str, python: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """A command in a process of its own."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", **environment}
-    line = [warm_python.program(), "-m", "cn_clip", *words]
+    line = [python or warm_python.program(), "-m", "cn_clip", *words]
     return subprocess.run(line, env=env, capture_output=True, encoding="utf-8")
 
 
@@ -142,6 +142,12 @@ def test_every_sentence_of_the_catalogue_is_found() -> None:
         assert language.chinese(filled) == language.filled(chinese, values), english
 
 
+def test_a_sentence_that_fits_anything_is_taken_only_if_what_it_holds_is_known(words: dict[str, str]) -> None:
+    words |= {"{}, got {}": "{0}，实际为 {1}", "expected a list": "应为列表"}
+    assert language.translated("expected a list, got 3") == "应为列表，实际为 3"
+    assert language.translated("the disk was lost, got nothing") == "the disk was lost, got nothing"
+
+
 def test_what_is_proposed_is_a_value_of_its_own(words: dict[str, str]) -> None:
     words |= {"unknown {}; expected one of {}{}": "没有 {0}；可用的有 {1}{2}", "; did you mean {}?": "；是否想用 {0}？"}
     assert language.translated("unknown x; expected one of y, z; did you mean 'y'?") == (
@@ -228,3 +234,65 @@ def test_what_the_parser_refuses_is_one_sentence_with_the_next_step() -> None:
     for words, expected in lines.items():
         done = run(*words)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {expected}\n")
+
+
+CHINESE = {
+    ("topk",): "缺少必填的 --image-feats, --text-feats, --output；用法见 `cn-clip topk --help`",
+    ("demo", "--steps", "x"): "--steps：应为整数，实际为 'x'；用法见 `cn-clip demo --help`",
+    ("demo", "--steps", "-1"): "--steps：应不小于 0，实际为 -1",
+    (
+        "topk",
+        "--query",
+        "txt",
+    ): "--query：应为 text, image 之一，实际为 'txt'；是否想用 text？用法见 `cn-clip topk --help`",
+    ("models", "--jason"): "--jason：没有这个选项或参数；是否想用 --json？用法见 `cn-clip models --help`",
+    ("checkpoint", "info", "nothing.pt"): "nothing.pt: 没有这个文件；请给出检查点的路径或模型名",
+    (
+        "search",
+        "nothing.index",
+        "猫",
+    ): "nothing.index: 不是索引；建立一个：cn-clip index build PICTURES --output nothing.index",
+    ("download", "ViT-B16", "--json"): "；是否想用 'ViT-B-16'？",
+}
+
+
+@pytest.mark.parametrize("words", CHINESE, ids=" ".join)
+def test_what_a_beginner_meets_is_one_chinese_sentence(words: tuple[str, ...], tmp_path: Path) -> None:
+    done = run(*words, CN_CLIP_LANG="zh")
+    assert (done.returncode, done.stdout) in ((1, ""), (2, ""))
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("错误：")
+    assert line.endswith(CHINESE[words])
+
+
+@pytest.mark.parametrize("chosen", ["zh", "en"])
+def test_a_hub_name_that_does_not_exist_is_one_sentence_with_the_next_step(chosen: str) -> None:
+    """Nothing listens at the address of the hub, so it cannot be reached."""
+    words = ("features", "--model", "OFA-Sys/chinese-clip-vit-base-patch99", "--extract-text-feats", "--text-data", "t")
+    done = run(*words, CN_CLIP_LANG=chosen, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    if chosen == "zh":
+        assert line.startswith("错误：OFA-Sys/chinese-clip-vit-base-patch99：这里没有这个文件夹")
+        assert line.endswith("；请给出本机的文件夹，或用 HF_ENDPOINT 指定镜像")
+    else:
+        assert line.startswith("error: OFA-Sys/chinese-clip-vit-base-patch99: no such folder here")
+        assert line.endswith("; give a local folder, or set HF_ENDPOINT to a mirror")
+
+
+def test_the_locale_c_gets_readable_english() -> None:
+    """In ASCII, whatever the language is set to."""
+    for environment in ({"LC_ALL": "C", "CN_CLIP_LANG": ""}, {"CN_CLIP_LANG": "zh", "PYTHONIOENCODING": "ascii"}):
+        for words in ((), ("topk", "--help"), ("modles",)):
+            done = run(*words, python=sys.executable, **environment)
+            printed = done.stdout + done.stderr
+            assert printed.isascii(), printed
+            assert "\\u" not in printed
+            assert printed
+
+
+@pytest.mark.parametrize("chosen", ["zh", "en"])
+def test_nothing_is_coloured_in_a_pipe(chosen: str) -> None:
+    for words in ((), ("index", "build", "--help"), ("topk",)):
+        done = run(*words, CN_CLIP_LANG=chosen, COLUMNS="40")
+        assert "\x1b" not in done.stdout + done.stderr

@@ -8,6 +8,7 @@ import tyro
 
 from cn_clip import command
 from cn_clip.errors import ConfigError
+from cn_clip.language import both
 from cn_clip.option_types import Json
 
 
@@ -35,7 +36,13 @@ def run(options: Options) -> None:
     assert options.output is not None
     say = command.Speaker(quiet=options.json)
     num_tensors = weights.average(options.files, options.output)
-    say(f"Mean of {len(options.files)} checkpoints -> {options.output}, {num_tensors} tensors")
+    number = len(options.files)
+    say(
+        both(
+            f"{number} 个检查点的平均 -> {options.output}，{num_tensors} 个张量",
+            f"mean of {number} checkpoints -> {options.output}, {num_tensors} tensors",
+        )
+    )
     say.result({"files": list(options.files), "output": options.output, "num_tensors": num_tensors})
 
 

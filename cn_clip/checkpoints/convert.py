@@ -12,7 +12,7 @@ from cn_clip import command
 from cn_clip.clip.weights.form_names import SUFFIXES, Kind, require_room
 from cn_clip.clip.weights.hub import weight_file
 from cn_clip.errors import ConfigError
-from cn_clip.language import both
+from cn_clip.language import both, counted
 from cn_clip.option_types import Json, WeightType
 
 # How a form is opened, for the last line of what is printed.
@@ -54,7 +54,8 @@ def run(options: Options) -> None:
     path = weight_file(options.source)
     num_tensors = weights.convert(path, target, kind, options.precision)
     size = weights.file_bytes(target)
-    say(f"{path} -> {target} ({kind}), {num_tensors} tensors, {size / 2**20:.1f} MiB")
+    tensors = both(f"{num_tensors} 个张量", counted(num_tensors, "tensor"))
+    say(f"{path} -> {target} ({kind}), {tensors}, {size / 2**20:.1f} MiB")
     opened_by = OPENED_BY[kind].format(options.target)
     say(both(f"打开方式：{opened_by}", f"open it with: {opened_by}"))
     say.result({"source": str(path), "target": str(target), "to": kind, "num_tensors": num_tensors, "bytes": size})

@@ -11,6 +11,7 @@ from cn_clip.clip import choice
 from cn_clip.clip.templates import load_templates, read_labels
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.files import refuse_inputs, replaceable
+from cn_clip.language import both
 from cn_clip.option_types import (
     BatchSize,
     ContextLength,
@@ -123,8 +124,12 @@ def _report(say: command.Speaker, result: "Accuracy", labels: list[str], path: P
         say(f"zeroshot-top5: {result.top5}")
     per_class = list(zip(labels, result.per_class, strict=True))  # a label may come twice: no dictionary
     tested = sorted((share, label) for label, share in per_class if share is not None)
-    more = f" ({MOST_CLASSES_SHOWN} of {len(tested)}; --json has all)" if len(tested) > MOST_CLASSES_SHOWN else ""
-    say(f"Per class, worst first{more}:")
+    more = both(
+        f"（{len(tested)} 类中的 {MOST_CLASSES_SHOWN} 类；--json 列出全部）",
+        f" ({MOST_CLASSES_SHOWN} of {len(tested)}; --json has all)",
+    )
+    more = more if len(tested) > MOST_CLASSES_SHOWN else ""
+    say(both(f"各类准确率，从最差的开始{more}：", f"Per class, worst first{more}:"))
     for share, label in tested[:MOST_CLASSES_SHOWN]:
         say(f"  {share:.4f} {label}")
     say(f"Probabilities are saved in {path}")

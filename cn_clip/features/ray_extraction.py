@@ -266,7 +266,12 @@ def _run(
         device=options.device,
     )
     count = min(plan.number, len(tasks))
-    say(f"Ray: {count} actors of {plan.cpus} CPUs and {plan.gpus:g} GPUs, {len(tasks)} shards to do.")
+    say(
+        both(
+            f"Ray：{count} 个进程，各 {plan.cpus} 个 CPU、{plan.gpus:g} 块 GPU，共 {len(tasks)} 个分片要做。",
+            f"Ray: {count} actors of {plan.cpus} CPUs and {plan.gpus:g} GPUs, {len(tasks)} shards to do.",
+        )
+    )
     if count > plan.room:
         say.note(
             both(

@@ -17,6 +17,7 @@ from typing import Any
 
 from cn_clip import terminal
 from cn_clip.files import atomic_write
+from cn_clip.language import both, translated
 
 logger = logging.getLogger("cn_clip")
 
@@ -66,7 +67,11 @@ class _LogFile(logging.FileHandler):
             return
         self.is_lost = True
         reason = f"{self.baseFilename}: cannot be written ({error.strerror})"
-        terminal.say(f"警告 / warning: {reason}; the run goes on without this log", to=sys.stderr)
+        line = both(
+            f"警告：{translated(reason)}；训练继续，但没有这份日志",
+            f"warning: {reason}; the run goes on without this log",
+        )
+        terminal.say(line, to=sys.stderr)
 
 
 def log_params(values: dict[str, Any], path: Path) -> None:
