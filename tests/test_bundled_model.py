@@ -92,6 +92,19 @@ def test_recall_on_the_drawings_it_has_not_seen_is_that_of_the_file_and_of_the_c
         assert [float(cell) for cell in row[1].split("|")] == noted
 
 
+@pytest.mark.parametrize("page", ["docs/serving.md", "docs/en/serving.md"])
+def test_the_cosines_of_the_page_on_serving_are_those_of_the_model(
+    page: str, encoder: Encoder, pictures: list[emoji.Emoji], gallery: Any
+) -> None:
+    scores = gallery @ encoder.encode_texts([one.name for one in pictures]).T
+    others = scores[~np.eye(len(pictures), dtype=bool)]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.search(rf"{len(pictures):,} (?:张 )?Twemoji.*?(0\.\d+).*?(0\.\d+).*?(0\.\d+)", text)
+    assert found, page
+    measured = [float(np.median(np.diag(scores))), float(np.median(others)), float(np.quantile(others, 0.95))]
+    assert [float(one) for one in found.groups()] == pytest.approx(measured, abs=0.006)
+
+
 # Each phrase is no emoji's name; one of the pictures named must be among the first five.
 PHRASES: dict[str, set[str]] = {
     "下雨天": {"雨伞", "雷阵雨", "下雨", "晴转雨"},
