@@ -117,7 +117,8 @@ def pictures_from_table(
                     at=table,
                 )
 
-    for line, row in tables.read_rows(table, (image_column, text_column), check, only=columns):
+    rows = tables.read_rows(table, (image_column, text_column), check, only=columns)
+    for line, row in counted(rows, both("行", "rows"), both("读取表格", "reading the table")):
         try:
             if None in row:
                 raise DataError("has more cells than the first line; put a text with commas into double quotes")
@@ -246,7 +247,9 @@ def list_pictures(
     convert = opencc.OpenCC("t2s").convert if simplify else str
     pictures = [
         replace(one, captions=tuple(dict.fromkeys(map(convert, one.captions))))
-        for one in sound_records(found, on_error, faults)
+        for one in sound_records(
+            counted(found, both("张图片", "pictures"), both("查找图片", "listing the pictures")), on_error, faults
+        )
     ]
     source = str(table or folder)
     if not pictures:

@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date, datetime, time
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -289,13 +290,14 @@ def _xlsx_lines(table: Path) -> Iterator[tuple[int, Sequence[Any]]]:
             in_chinese = f"有 {count} 张工作表，只读取 {title}"
             logger.warning("%s: %s", table, both(in_chinese, f"has {count} sheets; only {title} is read"))
         sheet.reset_dimensions()  # some programs write wrong ones
-        rows = sheet.iter_rows(min_row=1, max_row=MOST_ROWS, max_col=MOST_COLUMNS + 1, values_only=True)
-        for number, cells in enumerate(_quietly(rows), start=1):
-            if cells[MOST_COLUMNS] is not None:
-                raise DataError(
-                    f"has more than {MOST_COLUMNS} columns; leave only those of pictures and texts",
-                    at=Where(table, line=number),
-                )
+        part = partial(sheet.iter_rows, min_row=1, max_row=MOST_ROWS, values_only=True)
+        # The columns of the first row that is not empty are all that have names.
+        heads = _quietly(part(max_col=MOST_COLUMNS + 1))
+        columns = ([at for at, one in enumerate(row, 1) if one is not None] for row in heads)
+        width = next(filter(None, columns), [1])[-1]
+        if width > MOST_COLUMNS:
+            raise DataError(f"has more than {MOST_COLUMNS} columns; leave only those of pictures and texts", at=table)
+        for number, cells in enumerate(_quietly(part(max_col=width)), start=1):
             yield number, [_plain(cell) for cell in cells]
 
 

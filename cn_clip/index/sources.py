@@ -18,6 +18,8 @@ from cn_clip.features.store import is_shard_folder
 from cn_clip.index.excludes import Excludes
 from cn_clip.index.live_photos import other_halves
 from cn_clip.index.skips import EXCLUDED, LIVE, OTHER, SPECIAL, UNREADABLE, Skipped
+from cn_clip.language import both
+from cn_clip.progress import counted
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.segments import ItemId, item_line
 
@@ -284,7 +286,8 @@ def _rows(path: Path, image_column: str) -> Iterator[tuple[int, dict[str, Any]]]
                 f"expected a picture in the column {image_column!r}; has {sorted(columns)}", at=Where(path, line=1)
             )
 
-    for number, row in read_rows(path, (image_column, CAPTION_COLUMN), check):
+    rows = read_rows(path, (image_column, CAPTION_COLUMN), check)
+    for number, row in counted(rows, both("行", "rows"), both("读取表格", "reading the table")):
         if header and (None in row or None in row.values()):
             raise DataError(f"expected {len(header)} columns as in the first line", at=Where(path, line=number))
         yield number, {name: value for name, value in row.items() if name}
