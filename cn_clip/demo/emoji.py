@@ -107,14 +107,14 @@ def captions(emoji: Emoji, *, seed: int = 0, vendor: Vendor = "noto") -> list[st
     return list(dict.fromkeys(text for text in sentences if text == emoji.name or text not in _names(vendor)))
 
 
-def export(folder: Path, *, vendor: Vendor = "noto") -> Path:
+def export(folder: Path, *, vendor: Vendor = "noto", count: int | None = None) -> Path:
     """Writes `0001嘿嘿.png` ... and `captions.csv` (columns image, text; one caption a row) into `folder`.
 
-    The folder is made when absent; returns the path of the CSV table.
+    The folder is made when absent; returns the path of the CSV table. count: of the pictures, by subject; default: all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[str, str]] = []
-    for emoji in load(vendor):
+    for emoji in load(vendor)[:count]:
         name = f"{emoji.number:04d}{_UNFIT_FOR_FILE_NAMES.sub('', emoji.name)}.png"
         (folder / name).write_bytes(png(emoji))
         rows.extend((name, caption) for caption in captions(emoji, vendor=vendor))
