@@ -14,6 +14,7 @@ from cn_clip.clip.weights.base import Base
 from cn_clip.clip.weights.checkpoint import POSITION_KEYS, SIGMOID_BIAS, Checkpoint, base_of, fit, read_checkpoint
 from cn_clip.clip.weights.low_rank import LowRank, is_adapter
 from cn_clip.errors import CheckpointError, ConfigError
+from cn_clip.language import both
 from cn_clip.settings import flag
 from cn_clip.training.logger import logger
 from cn_clip.training.params import Options
@@ -96,12 +97,16 @@ def keeps_statistics(options: Options, model: nn.Module, start: Start | None, sa
         keeps = options.freeze_bn
         if was is not None and was != keeps and start is not None and start.with_position:
             before, now = (flag("freeze_bn" if kept else "no_freeze_bn") for kept in (was, keeps))
-            logger.warning("%s: this run was trained with %s so far; from here on it is another one", now, before)
+            in_chinese = f"{now}：这次训练此前用的是 {before}，从这里起不再是同一种训练"
+            in_english = f"{now}: this run was trained with {before} so far; from here on it is another one"
+            logger.warning("%s", both(in_chinese, in_english))
         if keeps and not learned:
-            logger.warning(
+            in_chinese = "--freeze-bn：统计量还是随机权重的（均值 0，方差 1），几乎起不到归一化的作用；从零训练请去掉它"
+            in_english = (
                 "--freeze-bn: the running statistics are those of random weights (mean 0, variance 1), so batches are "
                 "hardly normalised; leave it out to train from scratch"
             )
+            logger.warning("%s", both(in_chinese, in_english))
     elif start is not None and start.is_first(options):
         keeps = learned and not options.use_bn_sync
     else:
@@ -109,12 +114,19 @@ def keeps_statistics(options: Options, model: nn.Module, start: Start | None, sa
     if options.freeze_vision or lora_settings(model):
         return keeps
     if keeps:
-        logger.info("The running statistics of batch normalisation are kept as they are (--freeze-bn).")
+        in_chinese = "批归一化的统计量保持不变（--freeze-bn）。"
+        in_english = "The running statistics of batch normalisation are kept as they are (--freeze-bn)."
+        logger.info("%s", both(in_chinese, in_english))
     elif start is not None and learned and not options.no_freeze_bn:
-        logger.warning(
+        in_chinese = (
+            "批归一化的统计量随训练的批变化，与 Chinese-CLIP 相同；批小或图片经过增强时，仅此就会降低召回率。"
+            "--freeze-bn 让它保持不变"
+        )
+        in_english = (
             "The running statistics of batch normalisation follow the training batches, as in Chinese-CLIP; small "
             "batches and augmented pictures can lower recall by that alone. --freeze-bn keeps them"
         )
+        logger.warning("%s", both(in_chinese, in_english))
     return keeps
 
 

@@ -21,6 +21,7 @@ from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint, infer_conf
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, DownloadError, lacked_memory
 from cn_clip.extras import require
 from cn_clip.files import alone
+from cn_clip.language import translated
 from cn_clip.training import adapt, distributed, inputs, state
 from cn_clip.training.advice import Situation, better_settings, is_small
 from cn_clip.training.log_lines import arithmetic_words, compile_advice, rate_warning
@@ -199,7 +200,7 @@ def build_model(options: Options, device: torch.device) -> CLIP:
         print("Loading vision model config from", zoo.config_path(options.vision_model))
         print("Loading text model config from", zoo.config_path(options.text_model))
         for rule in settings.broken(options, RULES):
-            logger.warning("%s", rule.message)
+            logger.warning("%s", translated(rule.message))
     model = CLIP.from_config(zoo.model_config(options.vision_model, options.text_model))
     if options.loss == "siglip":
         model.add_logit_bias()
