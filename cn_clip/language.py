@@ -175,7 +175,7 @@ def _candidates(text: str, depth: int) -> Iterator[str]:
     for template in templates():
         values = values_of(template.literals, text)
         if values is not None:
-            told = [_chinese(value, depth - 1) for value in values]
+            told = [_chinese(value, depth - 1) or _advised(value, depth - 1) for value in values]
             # Of "{}, got {}" the values may be anything: then a sentence among them must be known, too.
             if sum(map(len, template.literals)) >= _TELLING or all(map(_is_told, values, told)):
                 yield filled(template.chinese, [one or value for one, value in zip(told, values, strict=True)])
@@ -195,6 +195,13 @@ def _candidates(text: str, depth: int) -> Iterator[str]:
 def _is_told(value: str, in_chinese: str | None) -> bool:
     """Whether a value is no sentence, or one that the catalogue has."""
     return in_chinese is not None or len(re.findall(r"(?<![\w/-])[a-z]+(?![\w/])", value)) < 3
+
+
+def _advised(value: str, depth: int) -> str | None:
+    """A value with the Chinese of the advice at its end, as in "RN50, ViT-B-16; did you mean 'RN50'?"; or None."""
+    end = value.rfind("; ")
+    advice = _chinese(value[end:], depth) if end > 0 else None
+    return advice and value[:end] + advice
 
 
 def filled(in_chinese: str, values: list[str]) -> str:

@@ -103,6 +103,14 @@ def test_values_are_translated_if_they_are_sentences(words: dict[str, str]) -> N
     assert language.translated("--k: expected at least, got 0") == "--k：应为at least，实际为 0"
 
 
+def test_advice_at_the_end_of_a_value_is_translated(words: dict[str, str]) -> None:
+    words["{}: unknown; expected one of {}{}"] = "{0}：不认识；可选：{1}{2}"
+    words["; did you mean {}?"] = "；是否想写 {0}？"
+    assert language.translated("x: unknown; expected one of a, b; did you mean 'a'?") == (
+        "x：不认识；可选：a, b；是否想写 'a'？"
+    )
+
+
 def test_a_reason_and_a_next_step_may_come_from_two_sentences(words: dict[str, str]) -> None:
     words |= {"no such folder": "没有这个文件夹", "check the path": "请检查路径"}
     assert language.translated("a/b: no such folder; check the path") == "a/b: 没有这个文件夹；请检查路径"
