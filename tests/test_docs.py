@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import safetensors
 import shortcuts
 import torch
 import warm_python
@@ -25,7 +26,7 @@ from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.clip.tokenizer import tokenize
 from cn_clip.clip.transforms import image_transform
 from cn_clip.clip.weights.checkpoint import read_checkpoint
-from cn_clip.demo import emoji
+from cn_clip.demo import emoji, tour
 from cn_clip.evaluation import benchmark_sets
 from cn_clip.preprocess import build_lmdb_dataset
 from cn_clip.training.loss import Pairs, contrastive_scores
@@ -638,3 +639,30 @@ def test_the_commands_of_the_guide_on_reports_look_at_what_the_demo_leaves(workp
 def test_the_commands_of_the_page_on_models_run(workplace: Workplace) -> None:
     printed = "".join(run_all(workplace, ROOT / "docs" / "models.md").values())
     assert "QA-CLIP-ViT-B-16" in printed
+
+
+def test_numbers_of_the_demo_and_of_the_bundled_model_are_those_of_their_source() -> None:
+    whole, held_out = len(emoji.load("twemoji")), len(emoji.held_out(seed=0, share=tour.HELD_OUT, vendor="twemoji"))
+    with safetensors.safe_open(str(zoo.BUNDLED["Emoji-Tiny"].path), framework="np") as file:
+        about = file.metadata()
+    measured = json.loads(about["twemoji"])["text_to_image"]["r1"]
+    vendors = about["data"].split()
+    for page in (ROOT / "README.md", ROOT / "README_En.md"):
+        (told,) = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("`make demo`")]
+        assert re.findall(r"\b\d,?\d\d\d?\b", told)[:3] == [f"{whole:,}", str(held_out), f"{whole - held_out:,}"]
+    for page in (ROOT / "docs" / "search.md", ROOT / "docs" / "en" / "search.md"):
+        (told,) = [one for one in page.read_text(encoding="utf-8").splitlines() if "benchmarks/upright.py" in one]
+        assert f"{whole:,}" in told
+        assert f"{measured:.0f} %" in told
+    for page in (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "en" / "benchmarks.md"):
+        rows = page.read_text(encoding="utf-8").splitlines()
+        (row,) = [one for one in rows if one.startswith("| Emoji-Tiny") and "torch fp32" in one]
+        assert f"({whole:,} " in row
+        assert f"| {measured:.1f} /" in row
+    card = (ROOT / "cn_clip" / "clip" / "bundled" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert len(vendors) == 9
+    assert "九套图画" in card
+    assert "Nine sets of drawings" in card
+    notebook = (ROOT / "notebooks" / "retrieval.ipynb").read_text(encoding="utf-8")
+    assert "九套表情图片" in notebook
+    assert "nine other sets" in notebook
