@@ -316,7 +316,7 @@ def test_a_faulty_row_stops_with_its_line_or_is_skipped(
         ("t.csv", b"", "has no column 'image'; it has none"),
         ("t.parquet", b"PAR1 not", "cannot be read as Parquet"),
         ("t.xlsx", b"", r"is not a complete \.xlsx file; save it again, as \.xlsx or as \.csv"),
-        ("t.xls", b"", r"expected a table whose name ends in \.csv, \.tsv, \.jsonl, \.parquet or \.xlsx; save it"),
+        ("t.xls", b"", r"expected a table whose name ends in one of \.csv, \.tsv, \.jsonl, \.parquet, \.xlsx; save it"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -297,7 +297,7 @@ def test_a_very_wide_sheet_is_refused(tmp_path: Path) -> None:
         (
             "t.ods",
             b"",
-            r"expected a table whose name ends in \.csv, \.tsv, \.jsonl, \.parquet or \.xlsx; save it as one",
+            r"expected a table whose name ends in one of \.csv, \.tsv, \.jsonl, \.parquet, \.xlsx; save it as one",
         ),
     ],
 )

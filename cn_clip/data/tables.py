@@ -73,9 +73,11 @@ def read_rows(
     """
     suffix = table.suffix.lower()
     if suffix not in TABLE_SUFFIXES:
-        raise DataError(f"expected a table whose name ends in {_listed(TABLE_SUFFIXES)}; save it as one", at=table)
+        raise DataError(
+            f"expected a table whose name ends in one of {', '.join(TABLE_SUFFIXES)}; save it as one", at=table
+        )
     if not is_file(table):
-        raise DataError(f"no such file; give a table whose name ends in {_listed(TABLE_SUFFIXES)}", at=table)
+        raise DataError(f"no such file; give a table whose name ends in one of {', '.join(TABLE_SUFFIXES)}", at=table)
     if suffix == ".jsonl":
         yield from ((number, dict(row)) for number, row in read_objects(table))
     elif suffix == ".parquet":
@@ -83,10 +85,6 @@ def read_rows(
     else:
         lines = _xlsx_lines(table) if suffix == ".xlsx" else _text_lines(table, suffix, wanted)
         yield from _by_column(table, lines, wanted, check, is_ragged=suffix != ".xlsx")
-
-
-def _listed(words: Sequence[str]) -> str:
-    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 # --- rows of cells to rows by column

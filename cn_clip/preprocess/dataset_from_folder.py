@@ -16,6 +16,7 @@ from cn_clip.errors import ConfigError
 from cn_clip.language import both
 from cn_clip.option_types import Json
 from cn_clip.preprocess.build_lmdb_dataset import split_names
+from cn_clip.terminal import counted
 
 if TYPE_CHECKING:
     from cn_clip.data.captions import Copies, SplitContent
@@ -135,7 +136,8 @@ def _tell_splits(
     """How many pictures and texts each split has, which splits are empty, and what copies there are."""
     for name, split in splits.items():
         images, texts = split.num_images, len(split.texts)
-        tell(both(f"{name}：{images} 张图片，{texts} 条文本", f"{name}: {images} images, {texts} texts"))
+        in_english = f"{name}: {counted(images, 'image')}, {counted(texts, 'text')}"
+        tell(both(f"{name}：{images:,} 张图片，{texts:,} 条文本", in_english))
     if empty := ", ".join(name for name in parts if name not in splits):
         in_chinese, in_english = (
             f"没有图片分到 {empty}，没有写它的文件",
