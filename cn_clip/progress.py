@@ -413,12 +413,15 @@ class _Line:
                 return
             self._steps.remove(step)
             is_outermost = not any(one.is_counted for one in self._steps)
+            is_long = time.monotonic() - step.since >= DELAY  # else it came and went unseen, as most of its kind do
             with self._undrawable():
-                if self._surface is not None and self._drawn is step:
-                    if stays and is_outermost and not self.num_hiding:
-                        self._surface.leave(step)
-                    else:
-                        self._surface.clear()
+                if self._surface is None or self.num_hiding or not self._is_at_start:
+                    pass
+                elif stays and is_outermost and is_long:
+                    self._surface.leave(step)
+                    self._drawn, self._written_at = None, time.monotonic()
+                elif self._drawn is step:
+                    self._surface.clear()
                     self._drawn, self._written_at = None, time.monotonic()
             if not self._steps:
                 self._surface = None

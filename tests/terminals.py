@@ -2,6 +2,7 @@
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ class Seen:
     status: int = -1
     chunks: list[tuple[float, str]] = field(default_factory=list)  # seconds since the start, and what came then
     stdout: str = ""  # where it is a pipe
+    seconds: float = 0.0  # of the whole command, or until it was ready
 
     @property
     def text(self) -> str:
@@ -48,9 +50,14 @@ def on_terminal(
     columns: int = 100,
     stdout: str = "terminal",
     env: Mapping[str, str] | None = None,
-    timeout: float = 120,
+    cwd: Path | None = None,
+    timeout: float = 600,
+    until: str | None = None,
 ) -> Seen:
-    """Runs a command whose standard error is a terminal; stdout: "terminal", the same, or "pipe"."""
+    """Runs a command whose standard error is a terminal; stdout: "terminal", the same, or "pipe".
+
+    until: Ctrl-C comes when the terminal shows this; `seconds` are those until then.
+    """
     import fcntl
     import pty
     import struct
@@ -58,11 +65,11 @@ def on_terminal(
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", **(env or {})}
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "OMP_NUM_THREADS": "1", **(env or {})}
     settings.pop("COLUMNS", None)
     begin, seen = time.monotonic(), Seen()
     out = subprocess.PIPE if stdout == "pipe" else theirs
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=theirs, env=settings)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=theirs, env=settings, cwd=cwd)
     os.close(theirs)
     while time.monotonic() - begin < timeout:
         if not select.select([ours], [], [], 0.1)[0]:
@@ -75,14 +82,19 @@ def on_terminal(
             break
         if not data:
             break
-        seen.chunks.append((time.monotonic() - begin, data.decode(errors="replace")))
+        if not seen.seconds:
+            seen.chunks.append((time.monotonic() - begin, data.decode(errors="replace")))
+        if until is not None and until in seen.text and not seen.seconds:
+            seen.seconds = time.monotonic() - begin
+            process.send_signal(signal.SIGINT)
     os.close(ours)
     if process.stdout is not None:
         seen.stdout = process.stdout.read().decode()
         process.stdout.close()
     if process.poll() is None and time.monotonic() - begin >= timeout:
         process.kill()
-    seen.status = process.wait(10)
+    seen.status = process.wait(60)
+    seen.seconds = seen.seconds or time.monotonic() - begin
     return seen
 
 

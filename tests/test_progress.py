@@ -1,10 +1,13 @@
 """What people see while they wait: a line on a terminal, and nothing of it anywhere else."""
 
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,8 @@ from cn_clip import progress
 if sys.platform == "win32":
     pytest.skip("terminals are made by the module pty, which Windows lacks", allow_module_level=True)
 
-from terminals import on_terminal, python
+from dataset_files import jsonl_line, tsv_line, write_split
+from terminals import ROOT, on_terminal, python
 
 HEAD = "import sys, time, os\nfrom cn_clip.progress import *\n"
 COUNTING = HEAD + (
@@ -154,7 +158,6 @@ def test_a_wait_for_others_is_no_work_but_steps_in_it_are() -> None:
 
 
 def test_a_terminal_that_goes_away_does_not_end_the_work(tmp_path: Any) -> None:
-    import os
     import pty
 
     ours, theirs = pty.openpty()
@@ -190,3 +193,118 @@ def test_signals_find_their_handlers_while_a_line_is_drawn() -> None:
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=20)[0] == "stopped by 15\n"
+
+
+# --- the commands
+
+# In one process, as importing PyTorch takes longer than all of them; every step is long enough to be shown.
+RUNS = """
+import sys
+from pathlib import Path
+from cn_clip import cli, progress
+from cn_clip.demo import emoji
+progress.DELAY, progress.QUIET, progress.TICK, more = 0.0, 0.0, 0.005, sys.argv[1:]
+TINY = ["--vision-model=ViT-Tiny-64", "--text-model=BERT-Tiny-chinese", "--device=cpu", "--precision=fp32"]
+SIDES = ["--image-data=data/lmdb/valid/imgs", "--text-data=data/valid_texts.jsonl"]
+TRAIN = ["--train-data=data/lmdb/valid", "--val-data=data/lmdb/valid", "--logs=logs", "--max-steps=2", *TINY]
+for title, words in {
+    "dataset from-folder": ["--folder=pictures", "--output=made"],
+    "dataset build": ["--data_dir=data", "--splits=valid"],
+    "dataset shards": ["--data_dir=data", "--split=valid", "--output=shards"],
+    "features": ["--extract-image-feats", "--extract-text-feats", "--resume=Emoji-Tiny", *SIDES,
+                 "--image-feat-output-path=i.jsonl", "--text-feat-output-path=t.jsonl"],
+    "topk": ["--image-feats=i.jsonl", "--text-feats=t.jsonl", "--output=p.jsonl"],
+    "zeroshot": ["--datapath=classes", "--label-file=labels.txt", "--resume=Emoji-Tiny"],
+    "linear-probe": ["--train=classes", "--test=classes", "--model=Emoji-Tiny"],
+    "index build": ["pictures", "--output=photos.index", "--model=Emoji-Tiny"],
+    "search": ["photos.index", "红色的花"],
+    "checkpoint average": ["a.pt", "b.pt", "--output=mean.pt"],
+    "wise-ft": ["--zeroshot=a.pt", "--finetuned=b.pt", "--val-data=data/lmdb/valid", "--output=mixed.pt"],
+    "train": [*TRAIN, "--batch-size=8", "--valid-batch-size=8", "--num-workers=0", "--valid-num-workers=0"],
+}.items():
+    if more and title == "train":  # which has no --json
+        continue
+    print("==", title, flush=True)
+    try:
+        cli.main([*title.split(), *words, *more])
+    except SystemExit as end:
+        print("ended with", end.code, flush=True)
+"""
+LEFT = {
+    "dataset from-folder": ["reading pictures"],
+    "dataset build": ["valid pictures 12 records", "valid texts 12 records"],
+    "dataset shards": ["writing shards 100%"],
+    "features": ["encoding texts 100%", "encoding pictures 100%"],
+    "topk": ["reading i.jsonl 100%", "reading t.jsonl 100%", "searching 100%"],
+    "zeroshot": ["classifying 100%"],
+    "linear-probe": ["choosing C"],
+    "index build": ["indexing 100%"],
+    "search": [],
+    "checkpoint average": ["averaging 100%"],
+    "wise-ft": ["encoding pictures 100%"],
+    "train": ["training 100%"],
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with twelve pictures as what the commands take."""
+    from cn_clip import emoji_pack
+    from cn_clip.clip.loading import open_model
+    from cn_clip.clip.weights.checkpoint import Checkpoint
+    from cn_clip.clip.weights.writing import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("work")
+    packed = emoji_pack.load()[:12]
+    for number, one in enumerate(packed):
+        for path in (folder / "pictures" / f"{one.name}.webp", folder / "classes" / str(number % 2) / f"{number}.webp"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(one.picture)
+    (folder / "labels.txt").write_text("".join(f"{one.name}\n" for one in packed[:2]), encoding="utf-8")
+    images = (tsv_line(number, one.picture) for number, one in enumerate(packed))
+    texts = (jsonl_line(number, one.name, [number]) for number, one in enumerate(packed))
+    write_split(folder / "data", images, texts, split="valid")
+    model, _ = open_model("Emoji-Tiny")
+    for name in ("a.pt", "b.pt"):
+        write_checkpoint(folder / name, model.state_dict(), Checkpoint(folder / name, {}))
+    return folder
+
+
+def in_folder(work: Path, tmp_path: Path, *more: str) -> tuple[Path, list[str]]:
+    folder = tmp_path / "work"
+    shutil.copytree(work, folder)
+    return folder, [sys.executable, "-c", RUNS, *more]
+
+
+def test_every_command_shows_how_far_it_is(work: Path, tmp_path: Path) -> None:
+    folder, command = in_folder(work, tmp_path)
+    seen = on_terminal(command, cwd=folder, columns=120)
+    assert seen.status == 0, seen.screen
+    parts = dict(part.split("\n", 1) for part in seen.screen.split("== ")[1:])
+    assert parts.keys() == LEFT.keys()
+    for title, lines in LEFT.items():
+        for line in lines:
+            assert line in parts[title], (title, parts[title])
+    assert "ended with" not in seen.screen
+    assert "validating" in seen.text
+    assert "loading weights" in seen.text
+    assert "\x1b" not in seen.text
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_pipe_gets_nothing_of_it(work: Path, tmp_path: Path, more: list[str]) -> None:
+    folder, command = in_folder(work, tmp_path, *more)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ended with" not in done.stdout
+    for text in (done.stdout, done.stderr):
+        assert not {"\r", "\x1b", "…"} & set(text)
+        assert "100%" not in text.replace("(100%)", "")
+
+
+def test_json_on_a_terminal_is_all_that_comes(work: Path, tmp_path: Path) -> None:
+    folder, command = in_folder(work, tmp_path, "--json")
+    seen = on_terminal(command, cwd=folder, stdout="pipe")
+    assert seen.status == 0, seen.text
+    assert "\r" not in seen.text.replace("\r\n", "\n")
