@@ -9,6 +9,7 @@ import pytest
 import torch
 from dataset_files import run_script, tree
 from safetensors import safe_open
+from safetensors.torch import save
 from test_checkpoint import ADAPTED, adapted_file
 from tiny_models import TEXT, TOKENS, tiny_model, tiny_pixels
 from torch import Tensor
@@ -18,6 +19,7 @@ from cn_clip.checkpoints.weights import mean, num_bytes
 from cn_clip.clip.loading import load_from_name
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.weights.checkpoint import Checkpoint, read_checkpoint
+from cn_clip.clip.weights.writing import write_safetensors
 from cn_clip.errors import CheckpointError
 
 
@@ -362,3 +364,23 @@ def test_a_disk_that_is_full_leaves_the_earlier_file(
     assert "small.pt: cannot be written (No space left on device)" in error
     assert tree(tmp_path).keys() == {"run.pt", "small.pt"}
     assert (tmp_path / "small.pt").read_bytes() == b"earlier"
+
+
+def test_safetensors_are_written_tensor_by_tensor_as_the_library_would(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.arange(12.0).reshape(3, 4),
+        "a": torch.arange(6.0).half(),
+        "无": torch.tensor(3),
+        "z": torch.arange(10.0).reshape(5, 2).t(),
+        "d": torch.arange(7.0).bfloat16(),
+        "e": torch.empty(0, 4),
+        "f": torch.tensor([True, False, True]),
+    }
+    path, metadata = tmp_path / "a.safetensors", {"b": "2", "a": "1"}
+    write_safetensors(path, tensors, metadata)
+    ours = path.read_bytes()
+    theirs = save({name: value.contiguous() for name, value in tensors.items()}, metadata)
+    heads = [(8 + int.from_bytes(one[:8], "little"), one) for one in (ours, theirs)]
+    assert [json.loads(one[8:end]) for end, one in heads] == [json.loads(theirs[8 : heads[1][0]])] * 2
+    assert ours[heads[0][0] :] == theirs[heads[1][0] :]
+    assert heads[0][0] % 8 == 0

@@ -38,14 +38,22 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
     """A `.safetensors` under the names of this package, the same bytes every time; raises as `write_checkpoint`."""
 
     def write(stream: IO[bytes]) -> None:
-        data = memoryview(save(owned(tensors), dict(metadata)))
-        head_bytes = int.from_bytes(data[:8], "little")
-        head = json.loads(bytes(data[8 : 8 + head_bytes]))
+        # Tensor by tensor, as `save` would do it: that copies them all, and no thread runs meanwhile. One value each
+        # says what it calls their types, and in which order they lie.
+        values = owned(tensors)
+        sample = save({name: value.new_zeros(1) for name, value in values.items()}, dict(metadata))
+        head, begin = json.loads(sample[8 : 8 + int.from_bytes(sample[:8], "little")]), 0
         head["__metadata__"] = dict(sorted(metadata.items()))  # safetensors writes them in an order of chance
+        names = sorted(values, key=lambda name: head[name]["data_offsets"])
+        for name in names:
+            end = begin + values[name].numel() * values[name].element_size()
+            head[name] |= {"shape": list(values[name].shape), "data_offsets": [begin, end]}
+            begin = end
         text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-        for piece in (len(text).to_bytes(8, "little"), text, data[8 + head_bytes :]):
-            stream.write(piece)
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            stream.write(values[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     _write(Path(path), write)
 
