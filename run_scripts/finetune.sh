@@ -1,17 +1,24 @@
 # 由各个 *_finetune_*.sh 引入：检查设置，开始训练 / Sourced by the *_finetune_*.sh scripts: checks the settings, starts training.
 set -euo pipefail
 
+# stop 中文 英文：用读者的语言说一句，结束；语言的选法与 cn-clip 相同 / says one of two sentences, chosen as cn-clip does
 stop() {
-  echo "错误 / error: $1" >&2
+  local locale=${LC_ALL:-${LC_MESSAGES:-${LANG:-}}}
+  if [ "${CN_CLIP_LANG:-${locale:0:2}}" = zh ]; then
+    echo "错误：$1" >&2
+  else
+    echo "error: $2" >&2
+  fi
   exit 2
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
-  stop "finetune.sh 只供别的脚本引入 / is sourced by others: bash run_scripts/muge_finetune_vit-b-16_rbt-base.sh DATAPATH"
+  example="bash run_scripts/muge_finetune_vit-b-16_rbt-base.sh DATAPATH"
+  stop "finetune.sh 只供别的脚本引入，请运行：$example" "finetune.sh is sourced by other scripts; run: $example"
 fi
 DATAPATH=${1:-} # 存放数据、权重和实验结果的文件夹
 if [ -z "$DATAPATH" ]; then
-  stop "用法 / usage: bash $0 DATAPATH [训练命令的其他选项 / more options of the training command]"
+  stop "用法：bash $0 DATAPATH [训练命令的其他选项]" "usage: bash $0 DATAPATH [more options of the training command]"
 fi
 # 分布式：进程总数 = WORKER_CNT × GPUS_PER_NODE，大于 1 时由 torchrun 启动；多机时在每台机器上都运行脚本
 WORKER_CNT=${WORKER_CNT:-1}              # 机器个数
@@ -58,14 +65,15 @@ kd_loss_weight=${kd_loss_weight:-0.5}           # 蒸馏损失的权重
 
 for setting in WORKER_CNT GPUS_PER_NODE; do
   if ! [[ ${!setting} =~ ^[1-9][0-9]*$ ]]; then
-    stop "$setting=${!setting}: 应为正整数 / expected a number of 1 or more"
+    stop "$setting=${!setting}: 应为正整数" "$setting=${!setting}: expected a number of 1 or more"
   fi
 done
 if ! [[ $RANK =~ ^[0-9]+$ ]] || [ "$RANK" -ge "$WORKER_CNT" ]; then
-  stop "RANK=$RANK: 应在 0 到 WORKER_CNT-1=$((WORKER_CNT - 1)) 之间 / expected 0 to WORKER_CNT-1"
+  last=$((WORKER_CNT - 1))
+  stop "RANK=$RANK: 应在 0 到 WORKER_CNT-1=$last 之间" "RANK=$RANK: expected 0 to WORKER_CNT-1=$last"
 fi
 if [ "$WORKER_CNT" -gt 1 ] && [ "$MASTER_ADDR" = localhost ]; then
-  stop "MASTER_ADDR: 多机训练要写第 0 台机器的地址 / several machines need the address of machine 0"
+  stop "MASTER_ADDR: 多机训练要写第 0 台机器的地址" "MASTER_ADDR: several machines need the address of machine 0"
 fi
 num_processes=$((WORKER_CNT * GPUS_PER_NODE))
 

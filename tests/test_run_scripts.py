@@ -262,16 +262,17 @@ def test_the_muge_script_killed_and_started_again_goes_on(datapath: Path) -> Non
     [
         ({"WORKER_CNT": "0"}, "WORKER_CNT=0: "),
         ({"GPUS_PER_NODE": "all"}, "GPUS_PER_NODE=all: "),
-        ({"RANK": "1"}, "RANK=1: 应在 0 到 WORKER_CNT-1=0 之间"),
+        ({"RANK": "1"}, "RANK=1: expected 0 to WORKER_CNT-1=0"),
         ({"RANK": "-1"}, "RANK=-1: "),
         ({"WORKER_CNT": "2"}, "MASTER_ADDR: "),
     ],
 )
 def test_machines_that_do_not_add_up_are_refused_in_one_sentence(settings: dict[str, str], words: str) -> None:
-    done = bash(MUGE, "/data", **settings)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {words}")
-    assert done.stderr.count("\n") == 1
+    for language, begins in (("en", "error: "), ("zh", "错误：")):
+        done = bash(MUGE, "/data", **settings, CN_CLIP_LANG=language)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(begins + (words if language == "en" else words.partition(" ")[0]))
+        assert done.stderr.count("\n") == 1
 
 
 def test_without_a_folder_the_usage_is_told() -> None:

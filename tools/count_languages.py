@@ -45,6 +45,7 @@ HANDED_ON = {
     "_refuse": ((0, None),),
     "error_type": ((0, None),),
 }
+NAMES = re.compile(r"\{\}|--[\w-]+|\w+=\w+|\bhf:|cn-clip [a-z ]+$|\bcn_clip[\w.]+|^\w+_\w+$")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
@@ -116,7 +117,7 @@ def assigned(tree: ast.AST) -> dict[str, list[ast.expr]]:
 
 def is_sentence(text: str) -> bool:
     """Whether a text has words of its own, which a catalogue can translate; flags, settings and names are none."""
-    return re.search(r"[a-z]{2}", re.sub(r"\{\}|--[\w-]+|\w+=\w+|\bhf:|cn-clip [a-z ]+$", "", text)) is not None
+    return re.search(r"[a-z]{2}", NAMES.sub("", text)) is not None
 
 
 def errors() -> list[Sentence]:
