@@ -53,24 +53,14 @@ def address(name: str, language: str) -> str:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Puts the files of docs/ under docs/, and beside it what they link to in the rest of the repository."""
+    """Puts the pages of docs/ under docs/, and beside it what they link to in the rest of the repository."""
     logging.getLogger("jieba").setLevel(logging.WARNING)  # it tells how it reads its dictionary
     site = language(config)
     theme = [file for file in files if file.src_dir != config.docs_dir]
-    pages = sorted((ROOT / "docs" / ("en" if site == "en" else "")).glob("*.md"))
-    chinese = set((ROOT / "docs").glob("*.md")) if site == "en" else set()
-    missing = {path for path in chinese if not (ROOT / ENGLISH / path.name).is_file()}
-    found = [path for path in linked([ROOT / HOME[site], *pages, *sorted(missing)]) if path not in chinese - missing]
-    return Files(theme + [_in_chinese(path, config) if path in missing else _file(path, config) for path in found])
-
-
-def _in_chinese(path: Path, config: MkDocsConfig) -> File:
-    """A page that there is no English one of, for the English site, which links to it."""
-    text = re.sub(r"\]\((?=\.\./|images/)", "](../", path.read_text(encoding="utf-8"))
-    text = re.sub(r"(\]\([\w-]+\.md)#[^)]*\)", r"\1)", text)
-    file = File.generated(config, f"{ENGLISH}{path.name}", content=text)
-    file.dest_uri = f"docs/{path.stem}.html"
-    return file
+    pages = {name: sorted((ROOT / "docs" / ("" if name == "zh" else name)).glob("*.md")) for name in HOME}
+    found = linked([ROOT / HOME[site], *pages.pop(site)])
+    others = [path for paths in pages.values() for path in paths]
+    return Files(theme + [_file(path, config) for path in found if path not in others])
 
 
 def _file(path: Path, config: MkDocsConfig) -> File:
