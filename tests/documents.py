@@ -65,7 +65,7 @@ def runners() -> dict[str, list[str]]:
     for file in sorted((ROOT / "tests").glob("test_*.py")):
         source = file.read_text(encoding="utf-8")
         for test, code in _tests(source):
-            if re.search(r"\b(run_all\(|blocks\b)", code):
+            if re.search(r"\b(run_all\(|run_page\(|blocks\b)", code):
                 for name in set(re.findall(r'"([\w-]+\.md)"', code)) & found.keys():
                     found[name].append(f"tests/{file.name}::{test}")
     return found
