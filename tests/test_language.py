@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 count_languages: Any = importlib.import_module("count_languages")
 
 # The least share of each kind that must have Chinese; only ever raised.
-LEAST = {"help": 0.98, "errors": 0.95}
+LEAST = {"help": 1.0, "errors": 0.95}
 # Sentences that changed in the source since; only ever lowered.
-MOST_STALE = 12
+MOST_STALE = 4
 
 
 def run(*words: str, python: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
