@@ -66,7 +66,7 @@ def test_shards_in_a_store_that_is_no_disk_are_finished_and_gone_on_with() -> No
         write(folder, manifest(), manifest().shards()[1])
     folder.delete_leftovers("part-")
     assert begin_shards(folder, manifest(), overwrite=False) == {1: Finished(4)}
-    with pytest.raises(ConfigError, match=r"memory://bucket/features/images: 已有另一次提取的结果"):
+    with pytest.raises(ConfigError, match=r"memory://bucket/features/images: holds the results of another extraction"):
         begin_shards(folder, manifest(5), overwrite=False)
     assert begin_shards(folder, manifest(5), overwrite=True) == {}
     assert [folder.below(file.path) for file in folder.list_files()] == ["manifest.json"]

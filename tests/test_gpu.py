@@ -305,6 +305,6 @@ def test_out_of_memory_is_one_sentence(
     with little_memory(device), pytest.raises(SystemExit) as left:
         extract_features.main(command)
     assert left.value.code == 1
-    said = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(said) == 1
     assert "out of memory" in said[0]

@@ -354,7 +354,7 @@ def test_features_of_changed_pictures_are_computed_again_and_a_killed_run_goes_o
     found = features()
     num_batches = -(-len(found.rows_ND) // 4)
     assert len(calls) == 1 + num_batches  # the third batch alone was computed twice
-    assert "已有 8 条" in capsys.readouterr().err
+    assert "8 rows done" in capsys.readouterr().err
     assert [path.name for path in tmp_path.glob("few.npz*")] == ["few.npz"]
     np.testing.assert_array_equal(features().rows_ND, found.rows_ND)
     assert len(calls) == 1 + num_batches

@@ -78,7 +78,7 @@ def test_every_command_takes_the_same_files_and_counts_the_others(
     assert len(caplog.messages) == 3
     for message in caplog.messages:
         assert message.startswith(f"{folder}: ")
-        assert message.endswith("passed over 3 files that are no pictures by their names: 2 .txt, 1 without suffix")
+        assert message.endswith("skipped 3 files that are not images by name: 2 .txt, 1 without suffix")
     source = open_source(folder)
     # The index reads every file without a suffix, and lists LICENSE among those that do not decode.
     assert {str(one.id) for one in source.candidates} - {"0/LICENSE"} == expected

@@ -84,7 +84,7 @@ def _family_of(folder: Path) -> str:
     """The `model_type` of a folder's config.json; "" where there is none, or nobody can tell."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # nested thousands deep
         return ""
     found = content.get("model_type") if isinstance(content, dict) else None
     return found if isinstance(found, str) else ""
