@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from documents import ROOT, blocks, is_run
+from documents import ROOT, Block, blocks, is_run
 from PIL import Image
 
 from cn_clip import zoo
@@ -45,11 +45,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_page(page: Path, workplace: Path, *, libraries: tuple[str, ...]) -> list[str]:
+def run_page(page: list[Block], workplace: Path, *, libraries: tuple[str, ...]) -> list[str]:
     """Runs the blocks in order, in one namespace, those of other libraries only if they are asked for; what ran."""
     namespace: dict[str, Any] = {}
     ran = []
-    for block in blocks(page):
+    for block in page:
         needed = {name for name in LIBRARIES if re.search(rf"^(import|from) {name}\b", block.code, re.MULTILINE)}
         if block.language == "python" and is_run(block) and needed <= set(libraries):
             code = block.code.replace('"ViT-B-16"', repr(str(workplace / "model")))
@@ -59,7 +59,7 @@ def run_page(page: Path, workplace: Path, *, libraries: tuple[str, ...]) -> list
 
 
 def test_the_blocks_of_the_page_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ran = run_page(ROOT / "docs" / "encoder.md", workplace, libraries=())
+    ran = run_page(blocks(ROOT / "docs" / "encoder.md"), workplace, libraries=())
     assert len(ran) >= 7
     assert (workplace / "my-model.safetensors").is_file()
     assert "backend='torch', precision='fp32'" in capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_the_blocks_of_the_page_run(workplace: Path, capsys: pytest.CaptureFixtu
 def test_the_blocks_of_the_page_run_with_other_libraries(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(workplace / "hf"))
     monkeypatch.setenv("HAYSTACK_TELEMETRY_ENABLED", "False")
-    ran = run_page(ROOT / "docs" / "encoder.md", workplace, libraries=LIBRARIES)
+    ran = run_page(blocks(ROOT / "docs" / "encoder.md"), workplace, libraries=LIBRARIES)
     assert set(LIBRARIES) <= set(ran)
 
 

@@ -7,8 +7,9 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.errors import DataError
 from cn_clip.extras import require
 
-_core: Any = require("haystack", extra="haystack", purpose="cn_clip.integrations.haystack")
-_serialization: Any = require("haystack.core.serialization", extra="haystack", purpose="cn_clip.integrations.haystack")
+_PURPOSE = "cn_clip.integrations.haystack"
+_core: Any = require("haystack", extra="haystack", purpose=_PURPOSE)
+_serialization: Any = require("haystack.core.serialization", extra="haystack", purpose=_PURPOSE)
 component: Any = _core.component
 default_from_dict, default_to_dict = _serialization.default_from_dict, _serialization.default_to_dict
 

@@ -6,9 +6,8 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.pictures import Pictures
 from cn_clip.extras import require
 
-_Embeddings: Any = require(
-    "langchain_core.embeddings", extra="langchain", purpose="cn_clip.integrations.langchain"
-).Embeddings
+_PURPOSE = "cn_clip.integrations.langchain"
+_Embeddings: Any = require("langchain_core.embeddings", extra="langchain", purpose=_PURPOSE).Embeddings
 
 
 class CnClipEmbeddings(_Embeddings):  # type: ignore[misc]
