@@ -390,7 +390,7 @@ RULES: tuple[Rule, ...] = (
         False,
     ),
     Rule(
-        ("no_freeze_bn", "lora_rank", "freeze_vision", "vision_model"),
+        ("no_freeze_bn", "lora_rank", "freeze_vision"),
         lambda options: options.no_freeze_bn and (options.lora_rank or options.freeze_vision) and has_resnet(options),
         "--no-freeze-bn changes nothing: --lora-rank and --freeze-vision keep the statistics of batch normalisation.",
         False,
