@@ -246,9 +246,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
         Image.fromarray(array).save(folder / "pictures" / f"{number}.png")
     with pytest.MonkeyPatch.context() as patch, serving(patch, folder / "cache") as hub:
         patch.chdir(folder)
+        # The client reads both when it is imported, which may have been for a hub that is gone.
+        template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         patch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
-        for name in ("huggingface_hub.hf_api", "huggingface_hub.file_download"):
-            patch.setattr(f"{name}.constants.ENDPOINT", hub.endpoint, raising=False)
+        patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         paths = sorted((folder / "pictures").glob("*.png"))
         given = {"TEXTS": ["a cat", "dog", "rainy day"], "PATHS": paths, "LABELS": LABELS, "ARRAY": arrays[0]}
         modules = {"np": np, "torch": torch, "Image": Image, "Path": Path, "pickle": pickle, "itertools": itertools}
