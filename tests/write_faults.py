@@ -33,7 +33,7 @@ NOT_TRIED = {
     ("bench", "damaged disk (EIO)"): "the checkpoint is read, and numbers are written, in other processes",
 }
 # What may be there afterwards: a log says why the run ended, and computed rows are gone on with.
-_MAY_REMAIN = re.compile(r".*/out_[-0-9]+\.log|.*\.partial")
+_MAY_REMAIN = re.compile(r".*/out_[-0-9]+\.log|.*/demo\.log|.*\.partial")
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1 << 1, 1 << 2
 _CAPABILITIES_3 = 0x20080522
 
