@@ -45,7 +45,9 @@ def features(model: CLIP) -> tuple[Tensor, Tensor]:
 
 def train(model: CLIP, steps: int = 3) -> None:
     """A few steps that bring pairs together, as a trainer would take them."""
-    adapt.set_training_mode(model, SimpleNamespace(freeze_vision=False, freeze_text=False, freeze_text_layers=0))
+    adapt.set_training_mode(
+        model, SimpleNamespace(freeze_vision=False, freeze_text=False, freeze_text_layers=0, freeze_bn=False)
+    )
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for _ in range(steps):
         image_BD, text_BD, scale = model(tiny_pixels(model), TOKENS)
@@ -107,7 +109,7 @@ def test_freezing_is_logged_in_the_words_users_look_for(caplog: pytest.LogCaptur
 
 def test_frozen_parts_compute_as_in_evaluation_and_the_others_train() -> None:
     model = tiny_model("resnet")
-    options = SimpleNamespace(freeze_vision=True, freeze_text=False, freeze_text_layers=1)
+    options = SimpleNamespace(freeze_vision=True, freeze_text=False, freeze_text_layers=1, freeze_bn=False)
     adapt.set_training_mode(model, options)
     evaluating = {name for name, module in model.named_modules() if not module.training}
     expected = ("visual", "bert.embeddings", f"{LAYER}.0")
@@ -220,7 +222,9 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
     for recompute in (False, True):
         model = with_lora()
         model.set_grad_checkpointing(recompute)
-        adapt.set_training_mode(model, SimpleNamespace(freeze_vision=False, freeze_text=False, freeze_text_layers=0))
+        adapt.set_training_mode(
+            model, SimpleNamespace(freeze_vision=False, freeze_text=False, freeze_text_layers=0, freeze_bn=False)
+        )
         torch.manual_seed(5)
         image_BD, text_BD, scale = model(tiny_pixels(model), TOKENS)
         torch.autograd.backward((scale * image_BD * text_BD).sum())

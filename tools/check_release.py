@@ -65,7 +65,7 @@ def published_facts(root: Path, version: str) -> list[str]:
     if cited != version:
         sys.exit(f"CITATION.cff: version {cited}, expected {version} as in cn_clip/__init__.py")
     tagged = subprocess.run(
-        ["git", "tag", "--points-at", "HEAD"], cwd=root, capture_output=True, text=True
+        ["git", "tag", "--points-at", "HEAD"], cwd=root, capture_output=True, text=True, encoding="utf-8"
     ).stdout.split()
     if tagged and f"v{version}" not in tagged:
         sys.exit(f"tag {', '.join(tagged)}: expected v{version}, the version in cn_clip/__init__.py")
@@ -98,7 +98,9 @@ def copy_tracked(folder: Path) -> None:
 def step(module: str, *arguments: str) -> None:
     """Runs a module; exits with its status if it fails."""
     print(f"$ python -m {module} {' '.join(arguments)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
     if done.returncode:
         print(done.stdout)
         sys.exit(done.returncode)
@@ -120,7 +122,7 @@ def members_of_wheel(path: Path) -> dict[str, bytes]:
 def check_contents(members: dict[str, bytes], *wanted: str) -> None:
     """Exits where a file of the package, one of `wanted` or the text of a licence is not there."""
     package = subprocess.run(
-        ["git", "ls-files", "cn_clip"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "cn_clip"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=True
     ).stdout
     missing = {*package.split("\n"), *wanted, ""} - members.keys() - {""}
     if missing:

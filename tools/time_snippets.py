@@ -32,7 +32,12 @@ def run(pages: list[str]) -> list[dict[str, str | float]]:
         # Quick tests and those marked long.
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "long or not long", *ids]
         done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, TIMES: str(times)}, stdout=subprocess.PIPE, text=True
+            command,
+            cwd=ROOT,
+            env={**os.environ, TIMES: str(times)},
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
         )
         if done.returncode:
             print(done.stdout)
