@@ -259,7 +259,7 @@ def test_without_a_device_named_falling_back_is_said_once(
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 1
-    assert "CUDAExecutionProvider cannot be used here; computing on cpu" in err
+    assert "CUDAExecutionProvider cannot be used here; computing on the CPU" in err
 
 
 def test_int8_in_onnx_runtime_is_for_the_processor(tmp_path: Path, no_gpu: list[Any]) -> None:

@@ -334,6 +334,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder, json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.long
 def test_command_measures_what_it_can_and_says_what_it_does(measured: tuple[Path, dict[str, Any], str]) -> None:
     _, result, said = measured
     assert [(row["tower"], row["backend"], row["precision"]) for row in result["rows"]] == [
@@ -356,6 +357,7 @@ def test_command_measures_what_it_can_and_says_what_it_does(measured: tuple[Path
     assert re.search(r"\[1/4\] text torch fp32 ×2: \d+\.\d\d ms, ", said)
 
 
+@pytest.mark.long
 def test_command_writes_json_page_and_picture(measured: tuple[Path, dict[str, Any], str]) -> None:
     folder, result, _ = measured
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["bench.json", "bench.md", "bench.png"]
@@ -363,6 +365,7 @@ def test_command_writes_json_page_and_picture(measured: tuple[Path, dict[str, An
     assert (folder / "out" / "bench.md").read_text(encoding="utf-8") == bench_report.markdown(result)
 
 
+@pytest.mark.long
 def test_onnx_process_needs_less_memory_than_the_one_with_pytorch(measured: tuple[Path, dict[str, Any], str]) -> None:
     peaks = {
         row["backend"]: row["peak_bytes"]
@@ -376,6 +379,7 @@ def speed_test(*args: str) -> subprocess.CompletedProcess[str]:
     return run_python(str(ROOT / "cn_clip" / "deploy" / "speed_benchmark.py"), *args)
 
 
+@pytest.mark.long
 def test_speed_test_prints_the_lines_of_chinese_clip(measured: tuple[Path, dict[str, Any], str]) -> None:
     (text,) = (measured[0] / "root" / "exported").glob("*/model.txt.fp32.onnx")
     done = speed_test(
@@ -434,6 +438,7 @@ def test_speed_test_on_cuda_without_one_names_the_flag_to_change() -> None:
         speed_benchmark.run(options)
 
 
+@pytest.mark.long
 def test_speed_test_of_another_architecture_than_the_file_is_refused(
     measured: tuple[Path, dict[str, Any], str],
 ) -> None:

@@ -72,7 +72,10 @@ def expected_of(model: CLIP, kind: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-@pytest.mark.parametrize(("tower", "kind"), [("vit", "image"), ("resnet", "image"), ("vit", "text")])
+@pytest.mark.parametrize(
+    ("tower", "kind"),
+    [("vit", "image"), pytest.param("resnet", "image", marks=pytest.mark.long), ("vit", "text")],
+)
 def test_package_computes_what_the_model_does(tower: str, kind: str, precision: str, package: Package) -> None:
     model = tiny_model(tower)
     path, _ = package(tower, kind, precision)

@@ -495,6 +495,7 @@ def test_the_commands_of_the_fine_tuning_guide_run_and_one_goes_on(workplace: Wo
     assert not any("lora" in name for name in read_checkpoint(experiments / "lora" / "merged.pt").state_dict)
 
 
+@pytest.mark.long
 def test_the_commands_of_the_tutorial_lead_from_a_folder_of_pictures_to_their_names(workplace: Workplace) -> None:
     pictures = workplace.data / "pictures"
     names = ["0001妙蛙种子.png", "0004小火龙.png", "0007杰尼龟.png", "0025皮卡丘.png"]

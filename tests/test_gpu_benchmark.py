@@ -100,6 +100,7 @@ def test_the_page_has_the_marks_that_the_benchmark_writes_between(name: str, tmp
 
 
 # Loading the compiler warns of what PyTorch itself still uses.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_everything_runs_once_on_the_cpu_and_fills_the_page(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_every_command_shows_how_far_it_is(work: Path, tmp_path: Path) -> None:
     assert "\x1b" not in seen.text
 
 
-@pytest.mark.parametrize("more", [[], ["--json"]])
+@pytest.mark.parametrize("more", [[], pytest.param(["--json"], marks=pytest.mark.long)])
 def test_a_pipe_gets_nothing_of_it(work: Path, tmp_path: Path, more: list[str]) -> None:
     folder, command = in_folder(work, tmp_path, *more)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -465,6 +465,7 @@ def options(exported: Path, tmp_path: Path) -> dict[str, Any]:
     return {"backend": "tensorrt", "precision": "fp16", "download_root": tmp_path, "kinds": ["text"]}
 
 
+@pytest.mark.long
 def test_engines_are_built_once_and_again_for_another_version(
     runtime: Runtime, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
