@@ -55,12 +55,17 @@ def datapath(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for one in emoji.load()[:NUM_PAIRS]:
                 writer.put_image(one.number, tsv_line(one.number, emoji.png(one)).split(b"\t")[1].strip())
                 writer.put_pair(Pair(one.number, one.number, one.name))
+    (folder / "pretrained_weights").mkdir()
+    write_weights(folder / "pretrained_weights" / "clip_cn_vit-b-16.pt")
+    return folder
+
+
+def write_weights(path: Path) -> None:
+    """Random ones of the small pair."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = CLIP.from_config(zoo.model_config(SMALL["vision_model"], SMALL["text_model"]))
-    (folder / "pretrained_weights").mkdir()
-    torch.save({"state_dict": model.state_dict()}, folder / "pretrained_weights" / "clip_cn_vit-b-16.pt")
-    return folder
+    torch.save({"state_dict": model.state_dict()}, path)
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "run_scripts").glob("*.sh")), ids=lambda path: path.name)
@@ -225,8 +230,11 @@ def free_port() -> int:
 
 
 @pytest.mark.long
-def test_the_muge_script_killed_and_started_again_goes_on(datapath: Path) -> None:
-    quick = {**SMALL, "num_workers": "0", "valid_num_workers": "0", "valid_step_interval": "2"}
+@pytest.mark.usefixtures("full_towers")
+def test_the_muge_script_killed_and_started_again_goes_on(datapath: Path, tmp_path: Path) -> None:
+    loaded = tmp_path / "full.pt"  # the processes of this test know no shortcuts
+    write_weights(loaded)
+    quick = {**SMALL, "num_workers": "0", "valid_num_workers": "0", "valid_step_interval": "2", "init": str(loaded)}
     quick |= {"max_epochs": "2", "save_step_frequency": "1", "PYTHON": sys.executable}
     inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     lines = []
@@ -241,7 +249,6 @@ def test_the_muge_script_killed_and_started_again_goes_on(datapath: Path) -> Non
     first = "".join(lines)
     assert process.returncode == -signal.SIGKILL, first
     folder = datapath / "experiments" / "muge_finetune_vit-b-16_roberta-base_bs4_1gpu"
-    loaded = datapath / "pretrained_weights" / "clip_cn_vit-b-16.pt"
     assert f"=> loaded checkpoint '{loaded}' (epoch 0 @ 0 steps)" in first
     for text in ("Global Steps: 3/6", "Image2Text Acc", "(epoch 1 @ 2 steps)", "(epoch 1 @ 3 steps)", "Rank 0"):
         assert text in first, text
@@ -250,8 +257,8 @@ def test_the_muge_script_killed_and_started_again_goes_on(datapath: Path) -> Non
     assert f"it goes on from {folder / 'checkpoints' / 'epoch_latest.pt'}" in second.stderr
     assert "Global Steps: 4/6" not in second.stderr
     assert "Global Steps: 6/6" in second.stderr
-    assert {"epoch1.pt", "epoch2.pt", "epoch_latest.pt"} <= {path.name for path in (folder / "checkpoints").iterdir()}
-    again = bash(MUGE, datapath, *ALONE, **quick, resume=str(loaded))
+    assert {"epoch2.pt", "epoch_latest.pt"} <= {path.name for path in (folder / "checkpoints").iterdir()}
+    again = bash(MUGE, datapath, *ALONE, **{**quick, "init": "", "resume": str(loaded)})
     assert again.returncode == 1
     assert f"would begin at step 0, but {folder / 'checkpoints' / 'epoch_latest.pt'} holds step 6" in again.stderr
     assert f"give --init {loaded}" in again.stderr
