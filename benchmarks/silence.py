@@ -36,7 +36,7 @@ B16 = "--vision-model=ViT-B-16 --text-model=RoBERTa-wwm-ext-base-chinese"
 SIDES = "--image-data=small/lmdb/valid/imgs --text-data=small/valid_texts.jsonl"
 RUN = "--num-workers=0 --valid-num-workers=0 --device=cpu --precision=fp32 --warmup=2 --max-epochs=1 --log-interval=50"
 ARCH = "--model-arch=ViT-B-16 --pytorch-ckpt-path=base.pt"
-# Each runs in one folder after those before it; the words are those of `cn-clip`. READY: see `ENDLESS`.
+# Each runs in one folder after those before it; the words are those of `cn-clip`.
 COMMANDS = {
     "models": "models",
     "download": "download RN50 --download-root=downloads",
@@ -60,7 +60,7 @@ COMMANDS = {
     "--init=Emoji-Tiny --vision-model=RN-Small-64 --text-model=BERT-Tiny-chinese --batch-size=64 --valid-batch-size=64 "
     f"--max-steps=60 {RUN}",
     "report": "report logs/tiny --data=large/lmdb/valid",
-    "wise-ft": "wise-ft --zeroshot=base.pt --finetuned=other.pt --val-data=small/lmdb/valid --alphas 0 0.5 1 "
+    "wise-ft": "wise-ft --zeroshot=base.pt --finetuned=other.pt --val-data=small/lmdb/valid --alphas 0,0.5,1 "
     "--output=mixed.pt",
     "compare": "compare one=r.json two=r.json --output=table.md",
     "checkpoint info": "checkpoint info logs/base/checkpoints/epoch_latest.pt",
@@ -68,15 +68,15 @@ COMMANDS = {
     "checkpoint average": "checkpoint average base.pt other.pt stripped.pt --output=mean.pt",
     "checkpoint export": "checkpoint export base.pt --output=base.safetensors",
     "convert": "convert base.pt base-folder",
-    "index build": "index build some --output=some.index --checkpoint=base.pt",
+    "index build": "index build some --output=some.index --model=base.pt",
     "index build, many": "index build many --output=many.index --model=Emoji-Tiny",
-    "index add": "index add other --index=some.index --checkpoint=base.pt",
+    "index add": "index add some.index other --model=base.pt",
     "index check": "index check many.index",
     "index duplicates": "index duplicates many.index",
     "index info": "index info many.index",
-    "index watch": "index watch some --output=some.index --checkpoint=base.pt",
-    "search": "search some.index 红色的花 --checkpoint=base.pt",
-    "serve": "serve --checkpoint=base.pt --index=some.index --port=0",
+    "index watch": "index watch some --output=some.index --model=base.pt",
+    "search": "search some.index 红色的花 --model=base.pt",
+    "serve": "serve some.index --model=base.pt --port=0",
     "export onnx": f"export onnx {ARCH} --save-onnx-path=onnx/base --convert-text --convert-vision --precisions fp32 "
     "fp16 int8",
     "export coreml": f"export coreml {ARCH} --save-coreml-path=coreml/base --convert-text --convert-vision",

@@ -276,8 +276,9 @@ async def _serve(server: Server, runners: Sequence[Runner], listener: socket.soc
     """Serves until SIGTERM or SIGINT, or until a model fails, and says when it is ready and when it has stopped."""
 
     async def announce() -> None:
-        for runner in runners:
-            await runner.opened.wait()
+        with progress.working(both("打开模型", "opening the model")):
+            for runner in runners:
+                await runner.opened.wait()
         if all(runner.is_ready for runner in runners):
             _say(both(f"可以使用：{_names(runners)}", f"ready: {_names(runners)}"))
             # What is there now stays. Looking through it all for garbage, again and again, holds up every answer.
