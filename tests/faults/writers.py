@@ -83,8 +83,12 @@ _PASSED_OVER = (
 
 
 def _lines() -> dict[str, str]:
-    """The arguments of each command, as `command_lines` has them, but for those that take minutes or a network."""
+    """The arguments of each command, as `command_lines` has them.
+
+    But for those that take minutes or a network, or never end.
+    """
     left_out = {"demo", "models", "download", "serve", "bench", "export tensorrt", "export coreml", "export onnx"}
+    left_out |= {"index watch"}  # what it writes, index build does
     chosen = {name: LINES[name].arguments for name in writing_commands() if name not in left_out}
     small = f"{SMALL_RUN} --vision-model {VISION} --text-model {TEXT} --save-step-frequency 1"
     chosen["train"] = f"--train-data {{lmdb}} --logs {{out}} --name x {small}"
