@@ -79,12 +79,16 @@ def test_what_is_printed_word_by_word_is_not_drawn_over() -> None:
     assert on_terminal(python(code)).screen == "ab"
 
 
+# A run in the background of a shell is born deaf to Ctrl-C, and so are its children.
+OBEYS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
 @pytest.mark.parametrize(
     ("end", "status", "left"),
     [
         ("sys.exit('error: x')", 1, "error: x"),
         ("sys.stdout.flush(); put_away(); print('bye', flush=True); os._exit(3)", 3, "bye"),
-        ("os.kill(os.getpid(), 2); time.sleep(60)", -2, "KeyboardInterrupt"),  # another thread may be told of it first
+        (f"{OBEYS}; os.kill(os.getpid(), 2); time.sleep(60)", -2, "KeyboardInterrupt"),
     ],
 )
 def test_an_end_in_the_middle_leaves_no_half_drawn_line(end: str, status: int, left: str) -> None:
