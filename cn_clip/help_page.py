@@ -6,7 +6,6 @@ columns on.
 """
 
 import contextlib
-import difflib
 import io
 import os
 import re
@@ -16,8 +15,9 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from cn_clip import terminal
+from cn_clip import spelling, terminal
 from cn_clip.language import both, translated
+from cn_clip.progress import cells_of
 
 HELP = "Show this help and exit"
 CONFIG = (tyro.conf.FlagCreatePairsOff,)
@@ -152,7 +152,7 @@ def laid_out(one: Entry, columns: int) -> list[str]:
     text = hinted(one)
     left = 6 if columns < _NARROW else _LEFT
     helped = [" " * left + line for line in terminal.wrap(text, columns - left)] if text else []
-    if helped and columns >= _NARROW and terminal.width(one.written) <= left - 4:
+    if helped and columns >= _NARROW and cells_of(one.written) <= left - 4:
         return [terminal.pad(f"  {one.written}", left) + helped[0][left:], *helped[1:]]
     return ["  " + line for line in terminal.wrap(one.written, columns - 2, indent=4)] + helped
 
@@ -174,8 +174,8 @@ def refusal(text: str) -> str:
 def _sentence(said: str, lines: list[str], rest: list[str]) -> str:
     if found := re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.", said):
         choices = re.findall(r"'([^']*)'", found[3])
-        nearest = difflib.get_close_matches(found[1], choices, n=1)
-        meant = f"; did you mean {nearest[0]}?" if nearest else ""
+        nearest = spelling.nearest(found[1], choices)
+        meant = f"; did you mean {nearest}?" if nearest else ""
         return f"{_first(found[2])}: expected one of {', '.join(choices)}, got {found[1]!r}{meant}"
     if found := re.fullmatch(r"Missing value for argument '(.*)'\. Expected \d+ values\.", said):
         return f"{_first(found[1])}: expected a value"

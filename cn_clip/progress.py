@@ -171,7 +171,7 @@ def put_away() -> None:
 
 
 def cells_of(text: str) -> int:
-    """Cells of a terminal that a text takes."""
+    """Cells of a terminal that a text takes: 2 for wide and full-width characters, 0 for combining ones, else 1."""
     return sum(2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in text if not unicodedata.combining(one))
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TextIO
 from cn_clip import progress
 from cn_clip.errors import CnClipError
 from cn_clip.language import both, language, translated
+from cn_clip.progress import cells_of
 
 # By the name of the error number, what to do about a path.
 NEXT_STEPS = {
@@ -152,15 +153,9 @@ def shown(value: object) -> str:
     )
 
 
-def width(text: str) -> int:
-    """Terminal cells that `text` takes: 2 for wide and full-width characters, 0 for combining ones, else 1."""
-    shown = (character for character in text if not unicodedata.combining(character))
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in shown)
-
-
 def pad(text: str, cells: int, *, right: bool = False) -> str:
     """`text` filled with spaces to `cells` terminal cells, aligned left, or right if `right`."""
-    blanks = " " * (cells - width(text))
+    blanks = " " * (cells - cells_of(text))
     return blanks + text if right else text + blanks
 
 
@@ -171,7 +166,7 @@ def align(rows: Iterable[Sequence[str]], *, right: frozenset[int] = frozenset())
     """
     padded = []
     for number, column in enumerate(zip(*rows, strict=True)):
-        cells = max(map(width, column))
+        cells = max(map(cells_of, column))
         padded.append([pad(text, cells, right=number in right) for text in column])
     return ["  ".join(texts).rstrip() for texts in zip(*padded, strict=True)]
 
@@ -187,13 +182,13 @@ def wrap(text: str, cells: int, *, indent: int = 0) -> list[str]:
     """
     lines, line = [], ""
     for piece in _pieces(text):
-        room = cells - width(line)
-        if width(piece.rstrip()) > room and line.strip():
+        room = cells - cells_of(line)
+        if cells_of(piece.rstrip()) > room and line.strip():
             lines.append(line.rstrip())
             line = " " * indent
             piece = piece.lstrip()
-        while width(piece.rstrip()) > cells - width(line):
-            end = _fitting(piece, max(cells - width(line), 2))
+        while cells_of(piece.rstrip()) > cells - cells_of(line):
+            end = _fitting(piece, max(cells - cells_of(line), 2))
             lines.append(line + piece[:end])
             line, piece = " " * indent, piece[end:]
         line += piece
@@ -206,7 +201,7 @@ def _pieces(text: str) -> list[str]:
     for character in text:
         before = pieces[-1][-1] if pieces else ""
         is_break = before == " " != character or (
-            "W" in (_cells_of(character), _cells_of(before)) and before not in _NEVER_LAST
+            (_is_wide(character) or _is_wide(before)) and before not in _NEVER_LAST
         )
         if pieces and (character == " " or character in _NEVER_FIRST or not (is_break and before)):
             pieces[-1] += character
@@ -215,14 +210,14 @@ def _pieces(text: str) -> list[str]:
     return pieces
 
 
-def _cells_of(character: str) -> str:
-    return "W" if character and unicodedata.east_asian_width(character) in "WF" else ""
+def _is_wide(character: str) -> bool:
+    return bool(character) and unicodedata.east_asian_width(character) in "WF"
 
 
 def _fitting(word: str, cells: int) -> int:
     """How many characters of a word that is too long come first: up to the last comma that fits, else all that fit."""
     end = 1
-    while end < len(word) and width(word[: end + 1]) <= cells:
+    while end < len(word) and cells_of(word[: end + 1]) <= cells:
         end += 1
     comma = word.rfind(",", 0, end)
     return comma + 1 if comma > 0 else end

@@ -106,6 +106,16 @@ def full_towers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def same_random_state() -> Iterator[None]:
+    """Of torch, with one thread: runs in this process seed it, and other tests shall not notice."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def few_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the emoji, for commands that go through all of them in this process."""
     load = emoji.load

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,12 @@ LARGE = Options(train_data="x", vision_model="ViT-B-16", lr=2e-6, warmup=3, init
 FEW = Situation(num_pairs=302, global_batch=32, max_steps=28, is_pretrained=True, moves_statistics=False)
 TRIES = ["--lr 1e-4", "more pictures"]
 
+pytestmark = pytest.mark.usefixtures("same_random_state")
+
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return emoji_split(tmp_path_factory.mktemp("split"))
-
-
-@pytest.fixture(autouse=True)
-def same_random_state() -> Iterator[None]:
-    """Runs seed torch; other tests shall not notice."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        yield
-    torch.set_num_threads(threads)
 
 
 def verdicts(log: str) -> list[str]:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cn_clip import __version__, cli, command, models, terminal
+from cn_clip.progress import cells_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +42,7 @@ def test_help_columns_stand_under_each_other_on_a_terminal(capsys: pytest.Captur
     cli.main([])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     pairs = zip(rows, cli.COMMANDS.values(), strict=True)
-    starts = {terminal.width(row[: row.index(known.english)]) for row, known in pairs}
+    starts = {cells_of(row[: row.index(known.english)]) for row, known in pairs}
     assert len(starts) == 1
 
 
@@ -134,7 +135,7 @@ def test_unknown_flag_exits_with_status_2() -> None:
 
 @pytest.mark.parametrize(("text", "cells"), [("", 0), ("abc", 3), ("中文", 4), ("，", 2), ("ｗ", 2), ("e\u0301", 1)])
 def test_width_counts_terminal_cells(text: str, cells: int) -> None:
-    assert terminal.width(text) == cells
+    assert cells_of(text) == cells
 
 
 def test_align_fills_by_cells_left_and_right() -> None:
@@ -146,7 +147,7 @@ def test_align_fills_by_cells_left_and_right() -> None:
 
 @given(st.lists(st.text(alphabet="a中é，", max_size=9), min_size=1))
 def test_padded_texts_are_equally_wide(texts: list[str]) -> None:
-    assert {terminal.width(terminal.pad(text, 20)) for text in texts} == {20}
+    assert {cells_of(terminal.pad(text, 20)) for text in texts} == {20}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The running statistics of batch normalisation in fine-tuning: kept with --init, else moved as in Chinese-CLIP."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,12 @@ AS_THERE: dict[str, Any] = {**TOWERS, "resume": "Emoji-Tiny", "reset_optimizer":
 KEPT = "The running statistics of batch normalisation are kept as they are (--freeze-bn)."
 MOVE = "The running statistics of batch normalisation follow the training batches, as in Chinese-CLIP"
 
+pytestmark = pytest.mark.usefixtures("same_random_state")
+
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return emoji_split(tmp_path_factory.mktemp("split"))
-
-
-@pytest.fixture(autouse=True)
-def same_random_state() -> Iterator[None]:
-    """Runs seed torch; other tests shall not notice."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        yield
-    torch.set_num_threads(threads)
 
 
 def statistics(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

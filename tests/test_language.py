@@ -15,6 +15,7 @@ import warm_python
 
 from cn_clip import help_page, language, terminal
 from cn_clip.errors import ConfigError, DataError, Where
+from cn_clip.progress import cells_of
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -202,7 +203,7 @@ def test_help_and_errors_have_chinese() -> None:
 )
 def test_text_is_wrapped_by_cells(text: str, cells: int, expected: list[str]) -> None:
     assert terminal.wrap(text, cells) == expected
-    assert all(terminal.width(line) <= cells for line in expected)
+    assert all(cells_of(line) <= cells for line in expected)
 
 
 @pytest.mark.parametrize("chosen", ["zh", "en"])
@@ -214,7 +215,7 @@ def test_help_fits_the_terminal(
     monkeypatch.setenv("COLUMNS", str(columns))
     for name, command in count_languages.cli.COMMANDS.items():
         text = help_page.page(help_page.of(importlib.import_module(command.module).Options))
-        assert max(terminal.width(line) for line in text.splitlines()) <= columns, name
+        assert max(cells_of(line) for line in text.splitlines()) <= columns, name
         assert "\x1b" not in text
 
 

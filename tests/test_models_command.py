@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cn_clip import cli, models, terminal, zoo
+from cn_clip import cli, models, zoo
+from cn_clip.progress import cells_of
 from cn_clip.zoo_results import SPLITS, results_of
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ def test_what_is_printed_fits_a_terminal_of_100_columns(args: list[str], capsys:
     starts_of_paths = ("文件夹", "Emoji-Tiny:")
     lines = [line for line in printed(capsys, *args).splitlines() if not line.startswith(starts_of_paths)]
     assert len(lines) > 10
-    assert max(map(terminal.width, lines)) <= 100
+    assert max(map(cells_of, lines)) <= 100
 
 
 def test_json_is_one_object_of_everything_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

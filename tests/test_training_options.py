@@ -6,7 +6,6 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,20 +43,12 @@ from cn_clip.training.trainer import Trainer
 CPU = torch.device("cpu")
 NO_VALIDATION: dict[str, Any] = {"val_data": None}
 
+pytestmark = pytest.mark.usefixtures("same_random_state")
+
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return emoji_split(tmp_path_factory.mktemp("split"))
-
-
-@pytest.fixture(autouse=True)
-def same_random_state() -> Iterator[None]:
-    """Runs seed torch; other tests shall not notice."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        yield
-    torch.set_num_threads(threads)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

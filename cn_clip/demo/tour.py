@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from cn_clip import command, ranks, zoo
+from cn_clip import command, processes, ranks, zoo
 from cn_clip.data.grid import Row, draw_grid
 from cn_clip.demo import emoji, next_steps, page
 from cn_clip.demo.page import Facts, Found
@@ -53,8 +53,8 @@ def idle_cores() -> int | None:
     On two cores with a load of 7, two threads that wait for each other took 10 to 25 s a step, one takes 2 s.
     """
     try:
-        load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    except (AttributeError, OSError):  # Windows and macOS lack one of them
+        load, cores = os.getloadavg()[0], processes.usable_cores()
+    except (AttributeError, OSError):  # Windows has no load
         return None
     return max(1, min(cores, round(cores - load)))
 

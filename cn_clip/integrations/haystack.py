@@ -20,8 +20,9 @@ class _Component:
     A pipeline of it can be written to YAML; Haystack reads it with `allowed_modules=["cn_clip.integrations.haystack"]`.
     """
 
-    def __init__(self, model: str, settings: dict[str, Any]) -> None:
-        self.model, self.settings = model, settings
+    def __init__(self, model: str = "ViT-B-16", settings: dict[str, Any] | None = None) -> None:
+        """model: what `Encoder` opens; settings: the rest of what it takes, as YAML can hold it."""
+        self.model, self.settings = model, settings or {}
         self._encoder: Encoder | None = None
 
     @property
@@ -49,12 +50,6 @@ class _Component:
 class CnClipTextEmbedder(_Component):
     """The row of a query: `run(text)` gives `embedding`, D floats."""
 
-    def __init__(self, model: str = "ViT-B-16", settings: dict[str, Any] | None = None) -> None:
-        """model: what `Encoder` opens; settings: the rest of what it takes, as YAML can hold it."""
-        _Component.__init__(
-            self, model, settings or {}
-        )  # the decorator makes another class, of which super() knows nothing
-
     @component.output_types(embedding=list[float])  # type: ignore[untyped-decorator]
     def run(self, text: str) -> dict[str, Any]:
         """Raises as `Encoder.encode_texts`."""
@@ -64,12 +59,6 @@ class CnClipTextEmbedder(_Component):
 @component
 class CnClipDocumentEmbedder(_Component):
     """Documents with the rows of their `content`: `run(documents)` gives new documents with `embedding`."""
-
-    def __init__(self, model: str = "ViT-B-16", settings: dict[str, Any] | None = None) -> None:
-        """model: what `Encoder` opens; settings: the rest of what it takes, as YAML can hold it."""
-        _Component.__init__(
-            self, model, settings or {}
-        )  # the decorator makes another class, of which super() knows nothing
 
     @component.output_types(documents=list[_core.Document])  # type: ignore[untyped-decorator]
     def run(self, documents: list[Any]) -> dict[str, Any]:
@@ -83,12 +72,6 @@ class CnClipDocumentEmbedder(_Component):
 @component
 class CnClipImageEmbedder(_Component):
     """Documents with the rows of the pictures that `meta["file_path"]` names, or whose bytes are in `blob`."""
-
-    def __init__(self, model: str = "ViT-B-16", settings: dict[str, Any] | None = None) -> None:
-        """model: what `Encoder` opens; settings: the rest of what it takes, as YAML can hold it."""
-        _Component.__init__(
-            self, model, settings or {}
-        )  # the decorator makes another class, of which super() knows nothing
 
     @component.output_types(documents=list[_core.Document])  # type: ignore[untyped-decorator]
     def run(self, documents: list[Any]) -> dict[str, Any]:
