@@ -27,7 +27,7 @@ from numpy.typing import NDArray  # noqa: E402
 from cn_clip import command  # noqa: E402
 from cn_clip.errors import ConfigError, MissingExtraError  # noqa: E402
 from cn_clip.retrieval import flat  # noqa: E402
-from cn_clip.retrieval.engines import GRAPH_OPTIONS, GraphEngine  # noqa: E402
+from cn_clip.retrieval.graph import GRAPH_OPTIONS, GraphEngine  # noqa: E402
 from cn_clip.retrieval.manifest import Manifest, ModelInfo  # noqa: E402
 from cn_clip.retrieval.segments import VECTORS  # noqa: E402
 from cn_clip.retrieval.store import Index, open_index  # noqa: E402

@@ -18,7 +18,7 @@ from cn_clip import digests
 from cn_clip.data.lmdb_store import SplitWriter
 from cn_clip.errors import DataError, UnreadableError
 from cn_clip.index import ingest, sources
-from cn_clip.retrieval import addresses, engines, inspection, manifest, segments, writer
+from cn_clip.retrieval import addresses, engines, graph, inspection, manifest, segments, writer
 from cn_clip.retrieval.manifest import Manifest
 from cn_clip.retrieval.store import open_index
 from cn_clip.retrieval.writer import open_writer
@@ -38,7 +38,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph from a few rows on."""
-    monkeypatch.setattr(engines, "SMALLEST_GRAPH", 8)
+    monkeypatch.setattr(graph, "SMALLEST_GRAPH", 8)
     monkeypatch.setattr(writer, "SMALLEST_GRAPH", 8)
 
 
@@ -257,7 +257,7 @@ def test_usearch_never_sees_a_changed_graph(
     with_graph: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (path,) = with_graph.glob("graph-*")
-    monkeypatch.setattr(engines.Graph, "open", None)
+    monkeypatch.setattr(graph.Graph, "open", None)
     for place in np.random.default_rng(1).integers(path.stat().st_size, size=40).tolist():
         flip(path, place, place % 8)
         caplog.clear()
@@ -287,10 +287,10 @@ def test_a_graph_is_read_once_and_then_remembered(with_graph: Path, monkeypatch:
 
     monkeypatch.setattr(digests, "facts_of", facts_of)
     for _ in range(3):
-        assert isinstance(open_index(with_graph).engine, engines.GraphEngine)
+        assert isinstance(open_index(with_graph).engine, graph.GraphEngine)
     assert len(seen) == 1
     shutil.copytree(with_graph, with_graph.with_name("copy"))
-    assert isinstance(open_index(with_graph.with_name("copy")).engine, engines.GraphEngine)
+    assert isinstance(open_index(with_graph.with_name("copy")).engine, graph.GraphEngine)
     assert len(seen) == 2
 
 
@@ -309,7 +309,7 @@ def test_what_usearch_raises_while_it_searches_ends_the_use_of_the_graph(
     with_graph: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     index = open_index(with_graph)
-    assert isinstance(index.engine, engines.GraphEngine)
+    assert isinstance(index.engine, graph.GraphEngine)
     assert index.engine.graph is not None
 
     def fail(*_: object) -> Any:
@@ -335,7 +335,7 @@ def test_a_graph_replaced_while_it_is_opened_is_no_damage(
     stale: Iterator[Manifest] = iter([old])
     monkeypatch.setattr(manifest, "read", lambda folder: next(stale, None) or real(folder))
     index = open_index(with_graph)
-    assert (type(index.engine), len(index), caplog.records) == (engines.GraphEngine, 320, [])
+    assert (type(index.engine), len(index), caplog.records) == (graph.GraphEngine, 320, [])
 
 
 def test_check_beside_a_writer_finds_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

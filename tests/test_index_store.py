@@ -24,7 +24,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.retrieval import addresses, engines, flat, manifest, store, writer
+from cn_clip.retrieval import addresses, engines, flat, graph, manifest, store, writer
 from cn_clip.retrieval.addresses import IndexAddress, Searchable, Writer
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo
 from cn_clip.retrieval.segments import Row, write_segment
@@ -41,7 +41,7 @@ Vectors = NDArray[np.float32]
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> EngineName:
     """Both engines; the graph is used from a few rows on, so that tests stay small."""
-    monkeypatch.setattr(engines, "SMALLEST_GRAPH", 8)
+    monkeypatch.setattr(graph, "SMALLEST_GRAPH", 8)
     monkeypatch.setattr(writer, "SMALLEST_GRAPH", 8)
     chosen: EngineName = request.param
     return chosen
@@ -74,7 +74,7 @@ class Home:
 @pytest.fixture(params=[*ENGINES, pytest.param("milvus", marks=pytest.mark.milvus)])
 def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     """Three times every test: for both engines in a folder, and in Milvus."""
-    monkeypatch.setattr(engines, "SMALLEST_GRAPH", 8)
+    monkeypatch.setattr(graph, "SMALLEST_GRAPH", 8)
     monkeypatch.setattr(writer, "SMALLEST_GRAPH", 8)
     if request.param == "milvus":
         with milvus_server.collection() as address:
@@ -155,7 +155,7 @@ def test_recall_at_10_is_at_least_95_percent(home: Home, kind: str) -> None:
         vectors, queries = (some / np.linalg.norm(some, axis=1, keepdims=True) for some in rows)
     index = home.build(vectors, size=len(vectors), model=ModelInfo("Tiny", "0123", 64))
     if isinstance(index, Index) and home.engine == "usearch":
-        assert isinstance(index.engine, engines.GraphEngine)
+        assert isinstance(index.engine, graph.GraphEngine)
     exact = flat.top_k(queries, vectors, 10).indices
     hits = [{hit.metadata["number"] for hit in some} for some in index.search(queries, 10)]
     recall = np.mean([len(some & set(best)) / 10 for some, best in zip(hits, exact.tolist(), strict=True)])
@@ -246,7 +246,7 @@ def test_items_after_the_graph_are_found_before_it_is_brought_up(tmp_path: Path)
     with open_writer(tmp_path / "i") as opened:
         opened.commit(items(vectors[1500:], first=1500), remove=["图0"])  # and killed before finish
     index = open_index(tmp_path / "i")
-    assert isinstance(index.engine, engines.GraphEngine)
+    assert isinstance(index.engine, graph.GraphEngine)
     assert found(index, vectors[[1555, 1]], 1) == [[1555], [1]]
     assert "图0" not in found(index, vectors[:1], 10)[0]
 
@@ -308,10 +308,10 @@ def test_a_reader_that_has_not_searched_yet_keeps_its_graph(tmp_path: Path) -> N
     with open_writer(tmp_path / "i") as opened:
         opened.commit(items(unit(300, seed=5), first=1500))
         opened.finish()
-    graph = before.manifest.graph
-    assert graph is not None
-    assert not (tmp_path / "i" / graph.name).exists()
-    assert isinstance(before.engine, engines.GraphEngine)
+    entry = before.manifest.graph
+    assert entry is not None
+    assert not (tmp_path / "i" / entry.name).exists()
+    assert isinstance(before.engine, graph.GraphEngine)
     assert found(before, vectors[:1], 1) == [["图0"]]
 
 
@@ -534,9 +534,9 @@ def test_without_its_graph_an_index_searches_exactly_and_the_next_writer_mends_i
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     vectors = unit(1500)
-    graph = build(tmp_path / "i", vectors, engine="usearch", size=1500).manifest.graph
-    assert graph is not None
-    path = tmp_path / "i" / graph.name
+    entry = build(tmp_path / "i", vectors, engine="usearch", size=1500).manifest.graph
+    assert entry is not None
+    path = tmp_path / "i" / entry.name
     size = path.stat().st_size
     path.unlink()
     if how != "gone":
@@ -546,7 +546,7 @@ def test_without_its_graph_an_index_searches_exactly_and_the_next_writer_mends_i
     assert str(path) in caplog.text
     with open_writer(tmp_path / "i") as opened:
         opened.finish()
-    assert isinstance(open_index(tmp_path / "i").engine, engines.GraphEngine)
+    assert isinstance(open_index(tmp_path / "i").engine, graph.GraphEngine)
 
 
 def test_a_generation_merged_away_while_it_is_opened_is_read_again(

@@ -22,7 +22,7 @@ from cn_clip.clip.loading import create_model
 from cn_clip.data.paths import spelled
 from cn_clip.demo import emoji
 from cn_clip.features.files import write_features
-from cn_clip.retrieval import addresses, engines, milvus, store, writer
+from cn_clip.retrieval import addresses, graph, milvus, store, writer
 from cn_clip.retrieval.addresses import IndexAddress
 from cn_clip.retrieval.store import open_index
 
@@ -35,7 +35,7 @@ STORES = ("exact", "usearch", pytest.param("milvus", marks=pytest.mark.milvus))
 def small_graphs() -> Iterator[None]:
     """Graphs of few rows, so that the tests stay small."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "SMALLEST_GRAPH", 8)
+        patch.setattr(graph, "SMALLEST_GRAPH", 8)
         patch.setattr(writer, "SMALLEST_GRAPH", 8)
         yield
 

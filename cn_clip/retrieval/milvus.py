@@ -15,7 +15,7 @@ import numpy as np
 
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval.conditions import Condition, fields_of, parse_condition
-from cn_clip.retrieval.engines import OVERFETCH
+from cn_clip.retrieval.graph import OVERFETCH
 from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, PictureFacts
 from cn_clip.retrieval.milvus_collection import KEY_BYTES, LARGEST_TEXT, WINDOW, Address, Collection, Facts, Fields

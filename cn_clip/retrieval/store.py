@@ -23,7 +23,8 @@ import numpy as np
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval import listing, manifest
 from cn_clip.retrieval.conditions import parse_condition
-from cn_clip.retrieval.engines import WITHOUT_GRAPH, Engine, ExactEngine, GraphEngine, Mask, Rows, open_graph
+from cn_clip.retrieval.engines import Engine, ExactEngine, Mask, Rows
+from cn_clip.retrieval.graph import WITHOUT_GRAPH, GraphEngine, open_graph
 from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import Manifest, ModelInfo, PictureFacts
 from cn_clip.retrieval.query import ItemTable

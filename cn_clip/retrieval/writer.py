@@ -20,13 +20,8 @@ from cn_clip.digests import facts_of, is_folder, is_there, is_whole
 from cn_clip.errors import ConfigError, DataError, UnreadableError
 from cn_clip.files import alone, atomic_write, is_temporary, sync_folder
 from cn_clip.retrieval import manifest
-from cn_clip.retrieval.engines import (
-    SMALLEST_GRAPH,
-    Rows,
-    extended_graph,
-    new_graph,
-    require_usearch,
-)
+from cn_clip.retrieval.engines import Rows
+from cn_clip.retrieval.graph import SMALLEST_GRAPH, extended_graph, new_graph, require_usearch
 from cn_clip.retrieval.manifest import DerivedFacts, EngineName, Manifest, PictureFacts, SegmentFacts, VectorType
 from cn_clip.retrieval.segments import (
     IntArray,
