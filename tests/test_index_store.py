@@ -443,6 +443,60 @@ def test_hidden_files_of_others_are_left_alone(tmp_path: Path) -> None:
     assert hidden == {".notes.tmp"}
 
 
+# --- what is known of the vectors
+
+
+def without_norms(folder: Path) -> Path:
+    """Makes the manifest as versions before wrote it, without its digest, which was optional."""
+    values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    del values["digest"]
+    for segment in values["segments"]:
+        del segment["largest_norm"]
+    (folder / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("vector_type", ["float32", "float16"])
+def test_the_length_of_the_longest_vector_is_kept_with_each_segment(tmp_path: Path, vector_type: str) -> None:
+    vectors = unit(30) * np.arange(30, dtype=np.float32)[:, None]
+    written = build(tmp_path / "i", vectors, size=12, vector_type=vector_type).manifest.segments
+    lengths = np.linalg.norm(vectors.astype(vector_type).astype(np.float64), axis=1)
+    expected = [lengths[start : start + 12].max() for start in (0, 12, 24)]
+    np.testing.assert_allclose([one.largest_norm for one in written], expected, rtol=1e-12)
+
+
+def test_an_index_from_before_norms_were_kept_answers_alike_and_is_upgraded_by_the_next_run(tmp_path: Path) -> None:
+    index = build(tmp_path / "i", unit(300), size=70)
+    old = open_index(without_norms(tmp_path / "i"))
+    assert [one.largest_norm for one in old.manifest.segments] == [None] * 5
+    assert old.search(unit(3, seed=1), 9) == index.search(unit(3, seed=1), 9)
+    with open_writer(tmp_path / "i") as opened:
+        opened.finish()
+    upgraded = open_index(tmp_path / "i").manifest
+    expected = [one.largest_norm for one in index.manifest.segments]
+    assert [one.largest_norm for one in upgraded.segments] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_segment_from_before_norms_were_kept_that_is_damaged_is_not_upgraded(tmp_path: Path) -> None:
+    build(tmp_path / "i", unit(1500), size=1500)  # more than a block
+    vectors = next(without_norms(tmp_path / "i").glob("segment-*/vectors.npy"))
+    vectors.write_bytes(vectors.read_bytes()[:-1] + b"\xff")
+    with open_writer(tmp_path / "i") as opened:
+        opened.finish()
+    assert open_index(tmp_path / "i").manifest.segments[0].largest_norm is None
+
+
+def test_a_largest_norm_that_is_no_length_is_refused(tmp_path: Path) -> None:
+    build(tmp_path / "i", unit(5))
+    text = without_norms(tmp_path / "i").joinpath("manifest.json").read_text(encoding="utf-8")
+    for value in ("NaN", "Infinity", "-1.0", '"1"', "true"):
+        (tmp_path / "i" / "manifest.json").write_text(
+            text.replace('"num_rows":', f'"largest_norm": {value}, "num_rows":')
+        )
+        with pytest.raises(DataError, match="largest norm"):
+            open_index(tmp_path / "i")
+
+
 def test_vectors_take_their_room_on_the_disk_as_they_are_written(tmp_path: Path) -> None:
     sizes = []
 

@@ -64,8 +64,8 @@ def check(index: str, options: AddOptions, say: Speaker, *, also_repair: bool, k
         say(both("用 --repair 修复", "--repair mends what can be mended"))
     else:
         if also_repair:
-            with contextlib.suppress(CnClipError), open_writer(folder):  # removes what a killed writer left
-                pass
+            with contextlib.suppress(CnClipError), open_writer(folder) as writer:  # removes what a killed writer left
+                writer.upgrade()
         say(
             both(
                 f"完好：{folder}，{facts.num_items} 项",

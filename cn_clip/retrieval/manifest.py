@@ -1,6 +1,7 @@
 """The manifest of an index folder: which files count, and how long they are; `store` reads it, `writer` replaces it."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -54,11 +55,16 @@ def seen_alike(one: PictureFacts | None, other: PictureFacts | None) -> bool:
 
 @dataclass(frozen=True)
 class SegmentFacts:
-    """A folder of consecutive rows, and its files."""
+    """A folder of consecutive rows, and its files.
+
+    largest_norm: the length of the longest vector; being a number, it says that all vectors are finite. None in
+    segments from before it was recorded.
+    """
 
     name: str
     num_rows: int
     files: Mapping[str, FileFacts]
+    largest_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,12 @@ def _parse(values: Any) -> Manifest:
     if values.get("pictures") is not None:
         known["pictures"] = PictureFacts(**values["pictures"])
     known["segments"] = tuple(
-        SegmentFacts(one["name"], one["num_rows"], {name: FileFacts(**facts) for name, facts in one["files"].items()})
+        SegmentFacts(
+            one["name"],
+            one["num_rows"],
+            {name: FileFacts(**facts) for name, facts in one["files"].items()},
+            one.get("largest_norm"),
+        )
         for one in known["segments"]
     )
     for name in ("removed", "graph", "notes"):
@@ -201,6 +212,9 @@ def _parse(values: Any) -> Manifest:
     for segment in manifest.segments:
         if any("/" in name or name.startswith(".") for name in segment.files):
             raise ValueError(f"file names {sorted(segment.files)}")
+        norm = segment.largest_norm
+        if norm is not None and (type(norm) is not float or not 0 <= norm < math.inf):
+            raise ValueError(f"largest norm {norm!r}")
     strange = sorted(name for name in manifest.names() if not is_own(name))
     numbers = [manifest.generation, manifest.num_items, manifest.next_key, manifest.model.embed_dim]
     if strange or any(type(number) is not int or number < 0 for number in numbers):

@@ -9,6 +9,7 @@ finds every change of up to 32 bits in a row. 64 KiB are few enough to be read f
 
 import io
 import json
+import math
 import mmap
 import os
 import weakref
@@ -41,6 +42,9 @@ KEY, ITEM_END, THUMBNAIL_END = range(3)
 _HEADER_BYTES = 128
 BLOCK_BYTES = 1 << 16
 DIGEST = np.dtype("<u4")
+_ROWS_IN_CACHE = 1024
+# So many rows are read at a time to find out what was not recorded.
+_BLOCK = 32768
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,13 @@ def item_line(item_id: ItemId, metadata: Metadata) -> bytes:
         raise DataError(f"id {item_id!r}: its metadata is nothing that JSON holds ({error})") from error
 
 
-def write_segment(folder: Path, rows: Iterable[Row], num_rows: int, embed_dim: int, vector_type: VectorType) -> None:
-    """Writes `num_rows` rows into `folder`, which must not exist; raises OSError. Memory: a row."""
+def write_segment(folder: Path, rows: Iterable[Row], num_rows: int, embed_dim: int, vector_type: VectorType) -> float:
+    """Writes `num_rows` rows into `folder`, which must not exist; returns `largest_norm` of the vectors as written.
+
+    Raises OSError. Memory: a row.
+    """
     folder.mkdir()
-    table_N3 = np.empty((num_rows, 3), dtype=np.int64)
+    table_N3, square_N = np.empty((num_rows, 3), dtype=np.int64), np.empty(num_rows, dtype=np.float64)
     with (
         open(folder / VECTORS, "wb") as vectors,
         open(folder / ITEMS, "wb") as items,
@@ -75,7 +82,10 @@ def write_segment(folder: Path, rows: Iterable[Row], num_rows: int, embed_dim: i
         # No memory map: of a full disk that says nothing but SIGBUS.
         _write_header(vectors, np.dtype(vector_type), (num_rows, embed_dim))
         for number, row in enumerate(rows):
-            vectors.write(row.vector_D.astype(vector_type).tobytes())
+            vector_D = row.vector_D.astype(vector_type)
+            vectors.write(vector_D.tobytes())
+            exact_D = vector_D.astype(np.float64)
+            square_N[number] = exact_D @ exact_D
             items.write(row.item + b"\n")
             thumbnails.write(row.thumbnail)
             table_N3[number] = row.key, items.tell(), thumbnails.tell()
@@ -88,6 +98,20 @@ def write_segment(folder: Path, rows: Iterable[Row], num_rows: int, embed_dim: i
         with open(path, "rb+") as stream:
             os.fsync(stream.fileno())
     sync_folder(folder)
+    return float(np.sqrt(square_N.max(initial=0.0)))
+
+
+def largest_norm(rows_ND: NDArray[np.floating]) -> float:
+    """The length of the longest row, of sums in float64; NaN or infinity if a row holds either, 0 without rows."""
+    largest = 0.0
+    for start in range(0, len(rows_ND), _ROWS_IN_CACHE):
+        exact_ND = rows_ND[start : start + _ROWS_IN_CACHE].astype(np.float64)
+        square = float(np.einsum("nd,nd->n", exact_ND, exact_ND).max())
+        if not square <= largest:
+            largest = square
+        if not math.isfinite(square):
+            break
+    return math.sqrt(largest)
 
 
 def _write_header(stream: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
@@ -95,10 +119,10 @@ def _write_header(stream: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]
     np.lib.format.write_array_header_1_0(stream, facts)
 
 
-def facts_of_segment(folder: Path, num_rows: int) -> SegmentFacts:
-    """What the manifest says of a segment that has just been written."""
+def facts_of_segment(folder: Path, num_rows: int, largest: float) -> SegmentFacts:
+    """What the manifest says of a segment that has just been written. largest: what `write_segment` returned."""
     files = {name: facts_of(folder / name) for name in (*FILES, BLOCKS)}
-    return SegmentFacts(folder.name, num_rows, files)
+    return SegmentFacts(folder.name, num_rows, files, largest if math.isfinite(largest) else None)
 
 
 def digests_of(path: Path) -> Digests:
@@ -188,6 +212,7 @@ class Segment:
     def __init__(self, folder: Path, facts: SegmentFacts, embed_dim: int, vector_type: VectorType) -> None:
         """Raises DataError naming the file that is missing or not what the manifest says."""
         self.folder, self.embed_dim = folder, embed_dim
+        self._largest_norm = facts.largest_norm
         for name in FILES:
             if name not in facts.files:
                 raise DataError(f"is not in the manifest; {ADVICE}", at=folder / name)
@@ -205,6 +230,23 @@ class Segment:
 
     def __len__(self) -> int:
         return len(self.keys_N)
+
+    @property
+    def largest_norm(self) -> float:
+        """The length of the longest vector; in a segment from before it was recorded, the first call reads them all.
+
+        Raises DataError naming the first row that is not finite.
+        """
+        if self._largest_norm is None:
+            largest = 0.0
+            for start in range(0, len(self), _BLOCK):
+                block = self.vectors(start, min(start + _BLOCK, len(self)))
+                largest = max(norm := largest_norm(block), largest)
+                if not math.isfinite(norm):
+                    row = start + int(np.argmin(np.isfinite(block).all(axis=1)))
+                    raise DataError(f"row {row} holds NaN or infinity; {ADVICE}", at=self.folder / VECTORS)
+            self._largest_norm = largest
+        return self._largest_norm
 
     def vectors(self, start: int, stop: int) -> NDArray[np.floating]:
         """Vectors (stop - start, D) as they are kept; not to be written to."""

@@ -243,13 +243,14 @@ class IndexWriter:
     def finish(self) -> None:
         """Brings the graph up to the items, where the engine has one; a damaged one is built anew.
 
-        Damaged notes are dropped: the next run finds out again what was noted.
+        Damaged notes are dropped: the next run finds out again what was noted. Upgrades, too.
         """
         facts = self.manifest
         if facts.notes is not None and not self.notes():
             with self._writing():
                 self._write(replace(facts, notes=None))
-            facts = self.manifest
+        self.upgrade()
+        facts = self.manifest
         if facts.engine == "exact":
             return
         graph, is_newest = facts.graph, False
@@ -280,6 +281,22 @@ class IndexWriter:
                 self._write(replace(facts, graph=DerivedFacts(path.name, facts_of(path), facts.next_key)))
         self._graph_is_old = False
         self._tidy()
+
+    def upgrade(self) -> None:
+        """Records what versions before did not: the largest norms, which every first search would find out again.
+
+        Leaves it at that where a segment is damaged, or cannot be read just now.
+        """
+        norms = {}
+        for segment in self._snapshot.rows.segments:
+            try:
+                norms[segment.folder.name] = segment.largest_norm
+            except DataError:
+                return
+        segments = tuple(replace(one, largest_norm=norms[one.name]) for one in self.manifest.segments)
+        if segments != self.manifest.segments:
+            with self._writing():
+                self._write(replace(self.manifest, segments=segments))
 
     def _change(self, facts: Manifest, removed: IntArray) -> None:
         """Writes a generation of other segments or other removed rows."""
@@ -319,10 +336,10 @@ class IndexWriter:
         building, path = self.folder / BUILDING, self._fresh("segment")
         for rubbish in (building, path):
             _remove(rubbish)
-        write_segment(building, rows, num_rows, self.manifest.model.embed_dim, self.manifest.vector_type)
+        largest = write_segment(building, rows, num_rows, self.manifest.model.embed_dim, self.manifest.vector_type)
         os.replace(building, path)
         sync_folder(self.folder)
-        return facts_of_segment(path, num_rows)
+        return facts_of_segment(path, num_rows, largest)
 
     def _merge(self) -> None:
         segments = self._snapshot.rows.segments
