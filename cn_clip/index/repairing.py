@@ -63,8 +63,8 @@ def check(index: str, options: AddOptions, say: Speaker, *, also_repair: bool, k
     elif found:
         say(both("用 --repair 修复", "--repair mends what can be mended"))
     else:
-        if also_repair:
-            with contextlib.suppress(CnClipError), open_writer(folder) as writer:  # removes what a killed writer left
+        if also_repair:  # removes what a killed writer left
+            with contextlib.suppress(CnClipError), open_writer(folder) as writer:
                 writer.upgrade()
         say(
             both(
@@ -101,7 +101,8 @@ def repair(
     if unread is not None:
         raise DataError(f"{unread.reason}; {_UNCHANGED}", at=folder / unread.path)
     inspection.require_removed(folder, facts, found)
-    names = {segment.name for segment in facts.segments} & {damage.owner for damage in found}
+    names = {segment.name for segment in facts.segments} & {one.owner for one in found if not one.is_derived}
+    derived = [one.path for one in found if one.is_derived and one.owner not in names]
     rescued = _rescue(folder, facts, names, found)
     result, model = rescued.result, Model(options, folder, say)
     with open_writer(folder, without=names) as writer:
@@ -119,6 +120,7 @@ def repair(
             result.aside = writer.keep_aside()
         ingest.commit()
         result.lost += [one.id for one in ingest.summary.skipped if one.id not in rescued.ready]
+        writer.upgrade(derived)
         writer.finish()
         result.num_items = len(writer)
         result.num_bare = sum(not item.thumbnail for one in rescued.bare for item in writer.stored([one]).values())

@@ -3,17 +3,17 @@
 # Q queries, N rows of all segments, B rows of a block, D dimensions, K results
 
 import bisect
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Protocol, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cn_clip.retrieval.segments import FloatArray, IntArray, Segment
+from cn_clip.retrieval.segments import Mask as Mask
 
 Found: TypeAlias = tuple[IntArray, FloatArray]
-Mask: TypeAlias = NDArray[np.bool_]
 
 BLOCK = 32768
 
@@ -24,11 +24,30 @@ class Rows:
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.segments = segments
         self.starts = [0, *itertools.accumulate(map(len, segments))]
-        keys = [segment.keys_N for segment in segments]
-        self.keys_N: IntArray = np.concatenate([np.empty(0, dtype=np.int64), *keys])
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    @functools.cached_property
+    def keys_N(self) -> IntArray:  # noqa: N802
+        """All keys; 8 bytes a row."""
+        return np.concatenate([np.empty(0, dtype=np.int64), *(segment.keys_N for segment in self.segments)])
+
+    def positions_of(self, keys: IntArray) -> IntArray:
+        """Where the keys are, in any order; those of no row are passed over."""
+        found = [np.empty(0, dtype=np.int64)]
+        for segment, start in zip(self.segments if len(keys) else (), self.starts, strict=False):
+            rows_K, is_there_K = segment.find_keys(keys)
+            found.append(start + rows_K[is_there_K])
+        return np.concatenate(found)
+
+    def keys_at(self, positions: IntArray) -> IntArray:
+        """The keys of rows, in any order."""
+        keys = [np.empty(0, dtype=np.int64)]
+        numbers = np.searchsorted(self.starts, positions, side="right") - 1
+        for number in np.unique(numbers):
+            keys.append(self.segments[number].keys_of(positions[numbers == number] - self.starts[number]))
+        return np.concatenate(keys)
 
     def segment_of(self, position: int) -> tuple[Segment, int]:
         """(segment, row in it) of a position."""

@@ -17,6 +17,7 @@ from cn_clip.retrieval.engines import Mask
 from cn_clip.retrieval.manifest import Manifest, SegmentFacts
 from cn_clip.retrieval.segments import (
     BLOCKS,
+    FILES,
     ITEM_END,
     ITEMS,
     KEY,
@@ -46,6 +47,12 @@ class Damage:
     def owner(self) -> str:
         """The segment or derived file that suffers."""
         return self.path.split("/")[0]
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether it can be made again from the other files of its segment."""
+        _, _, name = self.path.partition("/")
+        return bool(name) and name not in (*FILES, BLOCKS)
 
 
 def inspect(folder: Path) -> tuple[Manifest, list[Damage]]:

@@ -7,8 +7,10 @@ finds every change of up to 32 bits in a row. 64 KiB are few enough to be read f
 
 # N rows, B blocks, D dimensions
 
+import functools
 import io
 import json
+import logging
 import math
 import mmap
 import os
@@ -27,19 +29,27 @@ from cn_clip.errors import DataError, UnreadableError, Where
 from cn_clip.files import sync_folder
 from cn_clip.retrieval.manifest import ADVICE, SegmentFacts, VectorType, check_size, read_whole, unreadable
 
+logger = logging.getLogger(__name__)
+
 ItemId: TypeAlias = int | str
 Metadata: TypeAlias = Mapping[str, Any]
 FloatArray: TypeAlias = NDArray[np.float32]
 IntArray: TypeAlias = NDArray[np.int64]
+Mask: TypeAlias = NDArray[np.bool_]
 Digests: TypeAlias = NDArray[np.uint32]
 
 VECTORS, ITEMS, THUMBNAILS, ROWS = FILES = ("vectors.npy", "items.jsonl", "thumbnails.bin", "rows.npy")
 # The digests of all blocks of these files, in this order. Segments written before there were digests have none.
 BLOCKS = "blocks.crc32"
+# After the name of a derived file: the digests of its blocks.
+DIGESTS = ".crc32"
 # Columns of rows.npy.
 KEY, ITEM_END, THUMBNAIL_END = range(3)
+_ROW_BYTES = 3 * np.dtype(np.int64).itemsize
 # Length of the headers that numpy writes for tables like these.
 _HEADER_BYTES = 128
+# Lines that are parsed at once.
+_LINES = 8192
 BLOCK_BYTES = 1 << 16
 DIGEST = np.dtype("<u4")
 _ROWS_IN_CACHE = 1024
@@ -207,29 +217,104 @@ class Segment:
     """A segment, memory-mapped: it can be read on when the folder is removed.
 
     What is read of it is compared with its digest first: raises DataError naming file and block, UnreadableError.
+    tables: what `derived` kinds keep in memory of it, by the names of their files.
     """
 
     def __init__(self, folder: Path, facts: SegmentFacts, embed_dim: int, vector_type: VectorType) -> None:
         """Raises DataError naming the file that is missing or not what the manifest says."""
-        self.folder, self.embed_dim = folder, embed_dim
+        self.folder, self.embed_dim, self.vector_type, self.facts = folder, embed_dim, vector_type, facts
         self._largest_norm = facts.largest_norm
         for name in FILES:
             if name not in facts.files:
                 raise DataError(f"is not in the manifest; {ADVICE}", at=folder / name)
             check_size(folder / name, facts.files[name])
         digests = block_digests(folder, facts)
-        self._vectors, self._items, self._thumbnails, rows = (
+        self._vectors, self._items, self._thumbnails, self._rows = (
             MappedFile(folder / name, digests.get(name)) for name in FILES
         )
         self._vectors_ND = _array(self._vectors, np.dtype(vector_type), (facts.num_rows, embed_dim))
-        table_N3 = _array(rows, np.dtype(np.int64), (facts.num_rows, 3))
-        rows.check(0, rows.num_bytes)
-        table_3N = np.array(table_N3.T, order="C")
-        self.keys_N: IntArray = table_3N[KEY]
-        self._item_ends, self._thumbnail_ends = table_3N[ITEM_END], table_3N[THUMBNAIL_END]
+        self._table_N3: IntArray = _array(self._rows, np.dtype(np.int64), (facts.num_rows, 3))
+        # Now, for a writer may remove them.
+        self._derived = {name: file for name in derived_names(facts) if (file := _derived(folder, facts, name))}
+        self.tables: dict[str, Any] = {}
 
     def __len__(self) -> int:
-        return len(self.keys_N)
+        return self.facts.num_rows
+
+    def derived(self, name: str) -> MappedFile | None:
+        """A file derived from this segment; None where it was not made, is missing or not as long as it was written.
+
+        Damage in it raises DataError when it is read: do without it then, as without the file.
+        """
+        return self._derived.get(name)
+
+    @property
+    def lacking(self) -> set[str]:
+        """The derived files that the manifest names and that cannot be used."""
+        return derived_names(self.facts) - self._derived.keys()
+
+    @functools.cached_property
+    def keys_N(self) -> IntArray:  # noqa: N802
+        """The keys of the rows, which rise; 8 bytes a row."""
+        if not len(self):
+            return np.empty(0, dtype=np.int64)
+        first = self.key(0)
+        if self._is_dense:
+            return np.arange(first, first + len(self), dtype=np.int64)
+        self._rows.check(0, self._rows.num_bytes)
+        return np.ascontiguousarray(self._table_N3[:, KEY])
+
+    @property
+    def _is_dense(self) -> bool:
+        """Whether each key is one more than that before it: they rise, so the first and the last say so."""
+        return self.key(len(self) - 1) - self.key(0) == len(self) - 1
+
+    def key(self, row: int) -> int:
+        """The key of a row."""
+        return int(self.keys_of(np.array([row]))[0])
+
+    def keys_of(self, rows_K: IntArray) -> IntArray:
+        """The keys (K,) of rows."""
+        return self._column(rows_K, KEY)
+
+    def find_keys(self, keys_K: IntArray) -> tuple[IntArray, Mask]:
+        """(rows, whether they have these keys), K of each; reads only what it compares."""
+        if not len(self):
+            return np.zeros(len(keys_K), dtype=np.int64), np.zeros(len(keys_K), dtype=np.bool_)
+        last = len(self) - 1
+        if self._is_dense:
+            rows_K = keys_K - self.key(0)
+            return np.clip(rows_K, 0, last), (rows_K >= 0) & (rows_K <= last)
+        low_K, high_K = np.zeros(len(keys_K), dtype=np.int64), np.full(len(keys_K), last, dtype=np.int64)
+        while (low_K < high_K).any():
+            middle_K = (low_K + high_K) // 2
+            is_less_K = self._column(middle_K, KEY) < keys_K
+            low_K, high_K = (
+                np.where(is_less_K, np.minimum(middle_K + 1, high_K), low_K),
+                np.where(is_less_K, high_K, middle_K),
+            )
+        return low_K, self._column(low_K, KEY) == keys_K
+
+    def _column(self, rows_K: IntArray, column: int) -> IntArray:
+        self._rows.check_rows(self._rows_at + _ROW_BYTES * rows_K, _ROW_BYTES)
+        values_K: IntArray = self._table_N3[rows_K, column]
+        return values_K
+
+    @property
+    def _rows_at(self) -> int:
+        return self._rows.num_bytes - self._table_N3.nbytes
+
+    def _span(self, column: int, start: int, stop: int) -> tuple[int, int]:
+        """Where what belongs to the rows from `start` to before `stop` begins and ends."""
+        if start >= stop:
+            return 0, 0
+        self._rows.check(self._rows_at + _ROW_BYTES * max(start - 1, 0), self._rows_at + _ROW_BYTES * stop)
+        return int(self._table_N3[start - 1, column]) if start else 0, int(self._table_N3[stop - 1, column])
+
+    def ends(self, start: int, stop: int) -> IntArray:
+        """Keys, and where items and thumbnails end (stop - start, 3); not to be written to."""
+        self._rows.check(self._rows_at + _ROW_BYTES * start, self._rows_at + _ROW_BYTES * stop)
+        return self._table_N3[start:stop]
 
     @property
     def largest_norm(self) -> float:
@@ -264,6 +349,13 @@ class Segment:
         """(id, metadata); raises DataError for a damaged line."""
         return self.parse(self.item_bytes(row), lambda: Where(self.folder / ITEMS, line=row + 1))
 
+    def items(self, start: int, stop: int) -> Iterator[tuple[ItemId, dict[str, Any]]]:
+        """(id, metadata) of consecutive rows, several times as fast as one by one."""
+        for first in range(start, stop, _LINES):
+            last = min(first + _LINES, stop)
+            found = _parsed(self._items.piece(*self._span(ITEM_END, first, last)), last - first)
+            yield from found if found is not None else map(self.item, range(first, last))
+
     @staticmethod
     def parse(line: bytes, where: Callable[[], object]) -> tuple[ItemId, dict[str, Any]]:
         """(id, metadata) of a line of an items.jsonl; raises DataError that starts with what `where` returns."""
@@ -278,15 +370,23 @@ class Segment:
 
     def item_bytes(self, row: int) -> bytes:
         """The line of an item, without its end."""
-        return _piece(self._items, self._item_ends, row)[:-1]
+        return self._items.piece(*self._span(ITEM_END, row, row + 1))[:-1]
+
+    def lines(self, start: int, stop: int) -> bytes:
+        """The lines of consecutive items."""
+        return self._items.piece(*self._span(ITEM_END, start, stop))
 
     def thumbnail(self, row: int) -> bytes:
         """A JPEG file, or nothing."""
-        return _piece(self._thumbnails, self._thumbnail_ends, row)
+        return self._thumbnails.piece(*self._span(THUMBNAIL_END, row, row + 1))
+
+    def thumbnails(self, start: int, stop: int) -> bytes:
+        """Those of consecutive rows, one after the other."""
+        return self._thumbnails.piece(*self._span(THUMBNAIL_END, start, stop))
 
     def has_thumbnail(self, row: int) -> bool:
         """Whether there is one, without reading it."""
-        start, stop = _span(self._thumbnail_ends, row)
+        start, stop = self._span(THUMBNAIL_END, row, row + 1)
         return start < stop
 
     @property
@@ -297,16 +397,47 @@ class Segment:
     def rows(self, numbers_N: IntArray) -> Iterator[Row]:
         """Rows to write into another segment."""
         for row in numbers_N.tolist():
-            vector_D = self.vectors(row, row + 1)[0]
-            yield Row(int(self.keys_N[row]), vector_D, self.item_bytes(row), self.thumbnail(row))
+            yield Row(self.key(row), self.vectors(row, row + 1)[0], self.item_bytes(row), self.thumbnail(row))
 
 
-def _piece(file: MappedFile, ends_N: IntArray, row: int) -> bytes:
-    return file.piece(*_span(ends_N, row))
+def _parsed(lines: bytes, count: int) -> list[tuple[ItemId, dict[str, Any]]] | None:
+    """(id, metadata) of lines that are as they were written; None of others."""
+    try:
+        values = json.loads(b"[" + lines[:-1].replace(b"\n", b",") + b"]")
+        found = [(one["id"], one["metadata"]) for one in values]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    is_right = len(found) == count and {type(one) for one, _ in found} <= {int, str}
+    return found if is_right and {type(one) for _, one in found} <= {dict} else None
 
 
-def _span(ends_N: IntArray, row: int) -> tuple[int, int]:
-    return int(ends_N[row - 1]) if row else 0, int(ends_N[row])
+def derived_names(facts: SegmentFacts) -> set[str]:
+    """The derived files of a segment, without those that hold their digests."""
+    return {name for name in facts.files if name not in (*FILES, BLOCKS) and not name.endswith(DIGESTS)}
+
+
+def _derived(folder: Path, facts: SegmentFacts, name: str) -> MappedFile | None:
+    try:
+        check_size(folder / name, facts.files[name])
+        if name + DIGESTS not in facts.files:
+            raise DataError(f"is not in the manifest; {ADVICE}", at=folder / (name + DIGESTS))
+        digests_B = np.frombuffer(read_whole(folder / (name + DIGESTS), facts.files[name + DIGESTS]), dtype=DIGEST)
+        if len(digests_B) != num_blocks(facts.files[name].bytes):
+            where, expected = folder / (name + DIGESTS), num_blocks(facts.files[name].bytes)
+            raise DataError(f"expected the digests of {expected} blocks, got {len(digests_B)}; {ADVICE}", at=where)
+        return MappedFile(folder / name, digests_B)
+    except DataError as error:
+        warn_without(error)
+        return None
+
+
+def warn_without(error: DataError) -> None:
+    """Says that a derived file is done without."""
+    logger.warning(
+        "%s; doing without it, which is slower, until `cn-clip index build` or `cn-clip index check --repair` makes it "
+        "again",
+        str(error).removesuffix(f"; {ADVICE}"),
+    )
 
 
 def block_digests(folder: Path, facts: SegmentFacts) -> dict[str, Digests]:

@@ -25,6 +25,7 @@ from cn_clip.retrieval import listing, manifest
 from cn_clip.retrieval.conditions import parse_condition
 from cn_clip.retrieval.engines import Engine, ExactEngine, Mask, Rows
 from cn_clip.retrieval.graph import WITHOUT_GRAPH, GraphEngine, open_graph
+from cn_clip.retrieval.ids import positions_of
 from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import Manifest, ModelInfo, PictureFacts
 from cn_clip.retrieval.query import ItemTable
@@ -89,8 +90,13 @@ class Snapshot:
     def items(self) -> Iterator[tuple[int, ItemId, dict[str, Any]]]:
         """(position, id, metadata) of the items, in order of insertion."""
         for segment, start in zip(self.rows.segments, self.rows.starts, strict=False):
-            for row in np.flatnonzero(self.alive_N[start : start + len(segment)]).tolist():
-                yield (start + row, *segment.item(row))
+            alive_N = self.alive_N[start : start + len(segment)]
+            if alive_N.all():
+                for row, (item_id, metadata) in enumerate(segment.items(0, len(segment)), start=start):
+                    yield row, item_id, metadata
+            else:
+                for row in np.flatnonzero(alive_N).tolist():
+                    yield (start + row, *segment.item(row))
 
 
 def open_rows(folder: Path, facts: Manifest) -> Rows:
@@ -100,7 +106,8 @@ def open_rows(folder: Path, facts: Manifest) -> Rows:
 
 def alive(rows: Rows, removed: IntArray) -> Mask:
     """Which rows (N,) are no removed ones; removed: keys, as `removed_keys` gives them."""
-    alive_N: Mask = ~np.isin(rows.keys_N, removed)
+    alive_N: Mask = np.ones(len(rows), dtype=np.bool_)
+    alive_N[rows.positions_of(removed)] = False
     return alive_N
 
 
@@ -166,7 +173,7 @@ class Index:
         return self.manifest.num_items
 
     def __contains__(self, item_id: object) -> bool:
-        return item_id in self.table.positions
+        return type(item_id) in (int, str) and self._found(item_id) is not None  # type: ignore[arg-type]
 
     @property
     def ids(self) -> list[ItemId]:
@@ -327,12 +334,12 @@ class Index:
         return self._table
 
     def _found(self, item_id: ItemId) -> tuple[Segment, int] | None:
-        position = self.table.positions.get(item_id)
+        position = positions_of(self.snapshot.rows, self.snapshot.alive_N, [item_id]).get(item_id)
         return None if position is None else self.snapshot.rows.segment_of(position)
 
     def _position(self, item_id: ItemId) -> int:
         with contextlib.suppress(KeyError):
-            return self.table.positions[item_id]
+            return positions_of(self.snapshot.rows, self.snapshot.alive_N, [item_id])[item_id]
         raise DataError(f"has no item {item_id!r}", at=self.folder)
 
 

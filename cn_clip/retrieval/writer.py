@@ -20,12 +20,17 @@ from cn_clip.digests import facts_of, is_folder, is_there, is_whole
 from cn_clip.errors import ConfigError, DataError, UnreadableError
 from cn_clip.files import alone, atomic_write, is_temporary, sync_folder
 from cn_clip.retrieval import manifest
+from cn_clip.retrieval.derived import wanted, write_derived
 from cn_clip.retrieval.engines import Rows
 from cn_clip.retrieval.graph import SMALLEST_GRAPH, extended_graph, new_graph, require_usearch
+from cn_clip.retrieval.ids import positions_of
 from cn_clip.retrieval.manifest import DerivedFacts, EngineName, Manifest, PictureFacts, SegmentFacts, VectorType
+from cn_clip.retrieval.parts import Part
 from cn_clip.retrieval.segments import (
+    DIGESTS,
     IntArray,
     ItemId,
+    Mask,
     Row,
     Segment,
     facts_of_segment,
@@ -115,7 +120,6 @@ class IndexWriter:
     def __init__(self, snapshot: Snapshot, *, is_mended: bool = False) -> None:
         """is_mended: the snapshot differs from what is on disk, until the first commit."""
         self._snapshot, self._is_mended = snapshot, is_mended
-        self._keys = {item_id: int(snapshot.rows.keys_N[position]) for position, item_id, _ in snapshot.items()}
         self._removed = removed_keys(self.folder, self.manifest)
         self._graph_is_old = False
         if not is_mended:
@@ -132,10 +136,13 @@ class IndexWriter:
         return self._snapshot.manifest
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return self.manifest.num_items
 
     def __contains__(self, item_id: object) -> bool:
-        return item_id in self._keys
+        return type(item_id) in (int, str) and bool(self._positions([item_id]))  # type: ignore[list-item]
+
+    def _positions(self, ids: Sequence[ItemId]) -> dict[ItemId, int]:
+        return positions_of(self._snapshot.rows, self._snapshot.alive_N, ids)
 
     def items(self) -> Iterator[tuple[ItemId, dict[str, Any]]]:
         """(id, metadata) in order of insertion."""
@@ -144,11 +151,11 @@ class IndexWriter:
 
     def stored(self, ids: Iterable[ItemId]) -> dict[ItemId, NewItem]:
         """Those of the items that the index has, as they would be added again."""
-        found = {}
-        for item_id in ids:
-            if item_id in self._keys:
-                position = int(np.searchsorted(self._snapshot.rows.keys_N, self._keys[item_id]))
-                segment, row = self._snapshot.rows.segment_of(position)
+        found, wanted = {}, list(dict.fromkeys(ids))
+        positions = self._positions(wanted)
+        for item_id in wanted:
+            if item_id in positions:
+                segment, row = self._snapshot.rows.segment_of(positions[item_id])
                 vector_D = segment.vectors(row, row + 1)[0]
                 found[item_id] = NewItem(item_id, vector_D, segment.item(row)[1], segment.thumbnail(row))
         return found
@@ -182,7 +189,8 @@ class IndexWriter:
         and when the disk is full. If only merging small segments fails, the change counts, and the error says so.
         """
         dropped = list(dict.fromkeys([*remove, *(item.id for item in items)]))
-        gone = [self._keys[one] for one in dropped if one in self._keys]
+        positions = self._positions(dropped)
+        gone = [segment.key(row) for segment, row in map(self._snapshot.rows.segment_of, positions.values())]
         if not items and not gone and not self._is_mended and notes is None:
             return
         lines = checked_lines(items, self.manifest.model.embed_dim, self.manifest.vector_type)
@@ -202,9 +210,6 @@ class IndexWriter:
             )
             self._change(facts, removed)
         self._is_mended = False
-        for item_id in dropped:
-            self._keys.pop(item_id, None)
-        self._keys.update({item.id: row.key for item, row in zip(items, rows, strict=True)})
         self._graph_is_old |= bool(gone)
         counted = f"the {len(items)} added and {len(gone)} removed items count; merging its segments failed"
         with self._writing(counted):
@@ -282,28 +287,37 @@ class IndexWriter:
         self._graph_is_old = False
         self._tidy()
 
-    def upgrade(self) -> None:
-        """Records what versions before did not: the largest norms, which every first search would find out again.
+    def upgrade(self, damaged: Collection[str] = ()) -> None:
+        """Makes what follows from the segments and versions before did not: their largest norms, and derived files.
 
-        Leaves it at that where a segment is damaged, or cannot be read just now.
+        damaged: paths of derived files to make again. Does without those of a segment that is damaged itself, or cannot
+        be read just now.
         """
-        norms = {}
-        for segment in self._snapshot.rows.segments:
-            try:
-                norms[segment.folder.name] = segment.largest_norm
-            except DataError:
-                return
-        segments = tuple(replace(one, largest_norm=norms[one.name]) for one in self.manifest.segments)
-        if segments != self.manifest.segments:
+        segments = []
+        for segment, facts in zip(self._snapshot.rows.segments, self.manifest.segments, strict=True):
+            broken = {Path(path).name.removesuffix(DIGESTS) for path in damaged if Path(path).parent.name == facts.name}
+            kept = {name: one for name, one in facts.files.items() if name.removesuffix(DIGESTS) not in broken}
+            lacking = wanted(self.manifest, len(segment)) - (kept.keys() - segment.lacking)
+            with contextlib.suppress(DataError):
+                facts = replace(facts, largest_norm=segment.largest_norm)
+            if lacking:
+                with contextlib.suppress(DataError), self._writing():
+                    parts = [Part.whole(self._open(replace(facts, files=kept)))]
+                    facts = replace(facts, files={**kept, **write_derived(segment.folder, parts, lacking)})
+            segments.append(facts)
+        generation = replace(self.manifest, segments=tuple(segments))
+        if generation != self.manifest or damaged:
             with self._writing():
-                self._write(replace(self.manifest, segments=segments))
+                self._change(generation, self._removed, renew=True)
 
-    def _change(self, facts: Manifest, removed: IntArray) -> None:
-        """Writes a generation of other segments or other removed rows."""
-        segments = {segment.folder.name: segment for segment in self._snapshot.rows.segments}
+    def _change(self, facts: Manifest, removed: IntArray, *, renew: bool = False) -> None:
+        """Writes a generation of other segments or other removed rows. renew: opens all segments again."""
+        segments = {segment.folder.name: segment for segment in self._snapshot.rows.segments if not renew}
         rows = Rows([segments.get(one.name) or self._open(one) for one in facts.segments])
-        removed = removed[np.isin(removed, rows.keys_N)]
-        alive_N = alive(rows, removed)
+        positions = rows.positions_of(removed)
+        removed = np.sort(rows.keys_at(positions))
+        alive_N: Mask = np.ones(len(rows), dtype=np.bool_)
+        alive_N[positions] = False
         entry = None
         if len(removed):
             path, content = self._fresh("removed", ".npy"), BytesIO()
@@ -332,14 +346,19 @@ class IndexWriter:
         """A path that no generation has used."""
         return self.folder / f"{kind}-{self.manifest.generation + 1:06d}{suffix}"
 
-    def _write_segment(self, rows: Iterable[Row], num_rows: int) -> SegmentFacts:
+    def _write_segment(self, rows: Iterable[Row], num_rows: int, parts: Sequence[Part] = ()) -> SegmentFacts:
+        """parts: those that it consists of, where the rows come from other segments."""
         building, path = self.folder / BUILDING, self._fresh("segment")
         for rubbish in (building, path):
             _remove(rubbish)
         largest = write_segment(building, rows, num_rows, self.manifest.model.embed_dim, self.manifest.vector_type)
         os.replace(building, path)
         sync_folder(self.folder)
-        return facts_of_segment(path, num_rows, largest)
+        facts = facts_of_segment(path, num_rows, largest)
+        if names := wanted(self.manifest, num_rows):
+            parts = parts or [Part.whole(self._open(facts))]
+            facts = replace(facts, files={**facts.files, **write_derived(path, parts, names)})
+        return facts
 
     def _merge(self) -> None:
         segments = self._snapshot.rows.segments
@@ -350,13 +369,13 @@ class IndexWriter:
             return
         first = len(segments) - count
         alive_N, starts = self._snapshot.alive_N, self._snapshot.rows.starts
-        num_rows = int(alive_N[starts[first] :].sum())
-        rows = (
-            row
+        parts = [
+            Part(segment, alive_N[start : start + len(segment)])
             for segment, start in zip(segments[first:], starts[first:], strict=False)
-            for row in segment.rows(np.flatnonzero(alive_N[start : start + len(segment)]))
-        )
-        merged = [self._write_segment(rows, num_rows)] if num_rows else []
+        ]
+        num_rows = sum(part.num_rows for part in parts)
+        rows = (row for part in parts for row in part.segment.rows(np.flatnonzero(part.kept_N)))
+        merged = [self._write_segment(rows, num_rows, parts)] if num_rows else []
         self._change(replace(self.manifest, segments=(*self.manifest.segments[:first], *merged)), self._removed)
 
     def _tidy(self) -> None:

@@ -1,0 +1,58 @@
+"""The files derived from a segment, which make answers quicker and never other ones: which there are, and how they are
+written.
+
+They lie in the folder of the segment, listed by the manifest. One that is missing or damaged is done without; the
+writer and `index check --repair` make it again. A new kind is a row of `KINDS`.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from cn_clip.digests import FileFacts, facts_of
+from cn_clip.files import atomic_write
+from cn_clip.retrieval import ids
+from cn_clip.retrieval.manifest import Manifest
+from cn_clip.retrieval.parts import Part
+from cn_clip.retrieval.segments import DIGEST, DIGESTS, digests_of
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A derived file by its name.
+
+    write: writes that of a segment which consists of parts of others, or of one whole segment; where these have such a
+    file, it may copy from it. is_wanted: whether an index wants it of a segment of so many rows.
+    """
+
+    name: str
+    write: Callable[[Sequence[Part], IO[Any]], None]
+    is_wanted: Callable[[Manifest, int], bool]
+
+
+KINDS: tuple[Kind, ...] = (Kind(ids.NAME, ids.write, lambda _, num_rows: num_rows >= ids.SMALLEST),)
+
+
+def wanted(facts: Manifest, num_rows: int) -> set[str]:
+    """The names of the derived files that an index wants of a segment of so many rows."""
+    return {kind.name for kind in KINDS if kind.is_wanted(facts, num_rows)}
+
+
+def write_derived(folder: Path, parts: Sequence[Part], names: Collection[str]) -> dict[str, FileFacts]:
+    """Writes derived files of the segment in `folder`, each whole or not at all; returns what the manifest says of
+    them.
+
+    Raises DataError for a damaged part, OSError.
+    """
+    facts: dict[str, FileFacts] = {}
+    for kind in KINDS:
+        if kind.name in names:
+            path = folder / kind.name
+            with atomic_write(path, "wb") as stream:
+                kind.write(parts, stream)
+            digests = folder / (kind.name + DIGESTS)
+            with atomic_write(digests, "wb") as stream:
+                stream.write(digests_of(path).astype(DIGEST).tobytes())
+            facts |= {one.name: facts_of(one) for one in (path, digests)}
+    return facts
