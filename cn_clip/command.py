@@ -147,6 +147,17 @@ class Speaker:
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet = quiet
+        self._more: dict[str, Any] = {}
+
+    def muted(self) -> "Speaker":
+        """One that says notes alone; what is added to its result is added to this one's."""
+        speaker = Speaker(quiet=True)
+        speaker._more = self._more
+        return speaker
+
+    def add(self, **values: Any) -> None:
+        """What the result holds besides, whichever command gives it."""
+        self._more.update(values)
 
     def __call__(self, line: str) -> None:
         if not self.quiet:
@@ -164,7 +175,7 @@ class Speaker:
     def result(self, values: dict[str, Any]) -> None:
         """The result for programs."""
         if self.quiet:
-            terminal.print_json(values)
+            terminal.print_json({**values, **self._more})
 
 
 @contextlib.contextmanager

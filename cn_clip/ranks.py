@@ -8,13 +8,27 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from cn_clip.errors import ConfigError
 from cn_clip.processes import computes_alone
 
 if TYPE_CHECKING:
     import torch
+
+# Kinds of processors that differ in which arithmetic is fast: each has what the next lacks. `arm64` multiplies int8.
+ProcessorKind: TypeAlias = Literal["amx", "avx512-bf16", "avx512-vnni", "avx2-vnni", "avx512", "avx2", "arm64", "other"]
+PROCESSOR_KINDS: tuple[ProcessorKind, ...] = get_args(ProcessorKind)
+# What /proc/cpuinfo lists of a kind, in that order; of "other" nothing.
+_FLAGS_OF_KINDS = ("amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "asimddp")
+# How PyTorch tells of the same where there is no /proc/cpuinfo: private functions, absent on some builds.
+_FLAGS_IN_TORCH = {
+    "_is_amx_tile_supported": {"amx_int8", "amx_bf16"},
+    "_is_avx512_bf16_supported": {"avx512_bf16"},
+    "_is_vnni_supported": {"avx512_vnni"},
+    "_is_avx512_supported": {"avx512f"},
+    "_is_avx2_supported": {"avx2"},
+}
 
 
 def rank() -> int:
@@ -189,15 +203,29 @@ full_float32 = _FullFloat32()
 
 def cpu_has_bf16() -> bool:
     """Whether bfloat16 products run in hardware (AVX-512 BF16 or AMX)."""
+    return bool(instructions() & {"avx512_bf16", "amx_bf16"})
+
+
+def processor_kind() -> ProcessorKind:
+    """The first of the kinds whose arithmetic this processor has; "other" where nobody tells."""
+    known = instructions()
+    found = (kind for kind, flag in zip(PROCESSOR_KINDS[:-1], _FLAGS_OF_KINDS, strict=True) if flag in known)
+    return next(found, "other")
+
+
+def instructions() -> set[str]:
+    """What this processor can do, in the words of /proc/cpuinfo; elsewhere of that what PyTorch tells."""
     flags = processor()[1]
     if flags:
-        return bool(flags & {"avx512_bf16", "amx_bf16"})
+        return flags
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return {"asimddp"} if platform.system() == "Darwin" else set()  # all of Apple's own multiply int8
     import torch
 
-    # Private functions, absent on some builds.
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    checks: list[Callable[[], bool]] = [getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)]
-    return any(check() for check in checks)
+    checks: dict[str, Callable[[], bool]] = {
+        name: getattr(torch.cpu, name) for name in _FLAGS_IN_TORCH if hasattr(torch.cpu, name)
+    }
+    return {flag for name, check in checks.items() if check() for flag in _FLAGS_IN_TORCH[name]}
 
 
 @cache

@@ -44,6 +44,7 @@ HANDED_ON = {
     "alone": ((1, "busy"),),
     "_refuse": ((0, None),),
     "error_type": ((0, None),),
+    "only_torch": ((2, "why"),),
 }
 NAMES = re.compile(r"\{\}|--[\w-]+|\w+=\w+|\bhf:|cn-clip [a-z ]+$|\bcn_clip[\w.]+|^\w+_\w+$")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)

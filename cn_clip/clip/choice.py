@@ -5,7 +5,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import tyro
 
-from cn_clip.clip.backends.names import DEFAULT_CONTEXT_LENGTH, BackendName, check_precision
+from cn_clip.clip.backends.names import DEFAULT_CONTEXT_LENGTH, BackendChoice, check_cosine, check_precision
 from cn_clip.clip.families import names
 from cn_clip.clip.picture_names import Decode
 from cn_clip.errors import ConfigError
@@ -32,9 +32,11 @@ Checkpoint: TypeAlias = Annotated[
     ),
 ]
 Runner: TypeAlias = Annotated[
-    BackendName,
+    BackendChoice,
     tyro.conf.arg(
-        help="What runs the model; all but torch export it at first use, and keep the export in DOWNLOAD_ROOT/exported"
+        help="What runs the model; all but torch export it at first use, and keep that in DOWNLOAD_ROOT/exported. "
+        "auto: the fastest here of those installed; with --precision auto also the fastest precision, int8 among them, "
+        "that is close enough to float32 (--min-cosine)"
     ),
 ]
 Arithmetic: TypeAlias = Annotated[
@@ -42,6 +44,13 @@ Arithmetic: TypeAlias = Annotated[
     tyro.conf.arg(
         help="Arithmetic; amp is float32 here, as in Chinese-CLIP. auto: the fastest close to it (cosine 0.999) that "
         "the device has. int8: onnx and openvino"
+    ),
+]
+Closeness: TypeAlias = Annotated[
+    float | None,
+    tyro.conf.arg(
+        help="With --backend auto: the smallest cosine to float32 that a precision may have, as measured on this model "
+        "and processor; default: 0.999 with --precision auto, else any"
     ),
 ]
 Decoding: TypeAlias = Annotated[
@@ -69,12 +78,13 @@ class Choice:
     precision: "auto" is the fastest that the device has. device: "auto", "cpu", "cuda", "cuda:N" or "mps".
     decode: None is as the index at hand says. upright: pictures are turned by their EXIF orientation.
     context_length: longest text in tokens, special ones included. strict_fp32: no TF32 on CUDA.
+    backend: "auto" is what `backends.choosing` takes; min_cosine: the bound that it keeps.
     """
 
     model: str
     vision: str | None = None
     text: str | None = None
-    backend: BackendName = "torch"
+    backend: BackendChoice = "torch"
     precision: str = "fp32"
     device: str = "auto"
     num_threads: int | None = None
@@ -83,6 +93,7 @@ class Choice:
     upright: bool = False
     context_length: int = DEFAULT_CONTEXT_LENGTH
     strict_fp32: bool = False
+    min_cosine: float | None = None
 
     @property
     def is_foreign(self) -> bool:
@@ -97,6 +108,7 @@ class ModelSettings:
     model: Model = None
     backend: Runner = "torch"
     precision: Arithmetic = "fp32"
+    min_cosine: Closeness = None
     strict_fp32: StrictFp32 = False
     device: BackendDevice = "auto"
     num_threads: NumThreads = None
@@ -113,6 +125,7 @@ class ModelSettings:
             num_threads=self.num_threads,
             download_root=self.download_root,
             strict_fp32=self.strict_fp32,
+            min_cosine=self.min_cosine,
         )
 
 
@@ -141,10 +154,16 @@ def check(chosen: Choice) -> None:
         raise ConfigError(f"{chosen.model}: is of another family and says itself what its towers are; name no others")
     try:
         if chosen.is_foreign:
-            names.check(chosen.model, chosen.backend)
+            names.check(chosen.model, "torch" if chosen.backend == "auto" else chosen.backend)
         check_precision(chosen.backend, chosen.precision)
     except ConfigError as error:
         raise ConfigError(f"--{error}") from error
+    try:
+        check_cosine(chosen.min_cosine)
+    except ConfigError as error:
+        raise ConfigError(f"--min-cosine: {str(error).partition(': ')[2]}") from error
+    if chosen.min_cosine is not None and chosen.backend != "auto":
+        raise ConfigError(f"--min-cosine and --backend {chosen.backend}: it is for --backend auto; leave one out")
     if chosen.strict_fp32 and (chosen.backend, chosen.precision) != ("torch", "fp32"):
         other = f"--backend {chosen.backend}" if chosen.backend != "torch" else f"--precision {chosen.precision}"
         raise ConfigError(f"--strict-fp32 and {other}: it is for float32 in PyTorch; leave one out")

@@ -34,7 +34,14 @@ from cn_clip.clip.backends.base import (
     facts_of,
     rows_ahead,
 )
-from cn_clip.clip.backends.names import DEFAULT_CONTEXT_LENGTH, BackendName, check_precision, check_threads
+from cn_clip.clip.backends.choosing import Decision, decide, only_torch
+from cn_clip.clip.backends.names import (
+    DEFAULT_CONTEXT_LENGTH,
+    BackendChoice,
+    check_cosine,
+    check_precision,
+    check_threads,
+)
 from cn_clip.clip.backends.opening import open_backend
 from cn_clip.clip.families.names import is_foreign
 from cn_clip.clip.families.opening import full_name, open_parts, resolved
@@ -98,6 +105,9 @@ class Encoder:
     first use and kept in `exported/` under `download_root`; once it is there, onnx and openvino do without PyTorch.
     precision: "fp32" (default), "bf16", "fp16" or "int8", as the backend has them; "auto": the fastest that keeps a
     cosine of 0.999 to float32 and that the device has in hardware. `encoder.facts.precision` says which it is.
+    backend "auto": the fastest on this processor of those installed; with precision "auto" also the fastest precision,
+    int8 among them, whose smallest cosine to float32, measured on this model and processor, is at least `min_cosine`
+    (default 0.999). `encoder.decision` says what it took and why; see `backends.choosing`.
     device: "auto", or None: CUDA, else MPS, else the CPU. num_threads: default one a core. compile: `torch.compile`
     both towers.
     context_length: longest text in tokens; default: what the checkpoint was trained with, 52 where it does not say.
@@ -121,9 +131,10 @@ class Encoder:
         self,
         model: "str | Path | CLIP | Backend | Parts" = "ViT-B-16",
         *,
-        backend: BackendName = "torch",
+        backend: BackendChoice = "torch",
         device: "str | torch.device | None" = "auto",
         precision: str = "fp32",
+        min_cosine: float | None = None,
         context_length: int = DEFAULT_CONTEXT_LENGTH,
         download_root: str | Path | None = None,
         num_threads: int | None = None,
@@ -132,7 +143,11 @@ class Encoder:
         upright: bool = False,
     ) -> None:
         check_decode(decode)
+        check_cosine(min_cosine)
+        if min_cosine is not None and backend != "auto":
+            raise ConfigError(f'min_cosine: is for backend="auto", got {backend!r}; leave it out')
         self.decode, self.upright = decode, upright
+        self.decision: Decision | None = None
         settings: dict[str, Any] = {
             "backend": backend,
             "device": "auto" if device is None else device,
@@ -152,6 +167,12 @@ class Encoder:
             self.opened = Opened(full_name(str(model)), str(model), kept)
             check_precision(backend, precision)
             model = resolved(model, download_root=download_root)
+        if backend == "auto" and not (isinstance(model, Parts) or hasattr(model, "encode_pixels")):
+            self.decision = _decided(model, settings, min_cosine)
+            backend, precision = self.decision.mode
+            settings |= {"backend": backend, "precision": precision}
+            if self.opened is not None:
+                self.opened.settings.update(backend=backend, precision=precision)
         if is_foreign(model):
             if compile:
                 raise ConfigError("compile: is for Chinese-CLIP; leave it out")
@@ -203,9 +224,7 @@ class Encoder:
     @property
     def backend_name(self) -> str:
         """What runs the model: "torch", "onnx", "openvino" or "tensorrt"; of a backend of your own its type."""
-        if self.opened is not None:
-            return str(self.opened.settings["backend"])
-        return "torch" if self.facts.has_tensors else type(self.backend).__name__
+        return self.facts.backend or ("torch" if self.facts.has_tensors else type(self.backend).__name__)
 
     @property
     def device(self) -> str:
@@ -663,6 +682,17 @@ class Opened:
     model: str
     given: str
     settings: dict[str, Any]
+
+
+def _decided(model: "str | Path | CLIP", settings: Mapping[str, Any], min_cosine: float | None) -> Decision:
+    """What "auto" takes for a name, a file, a model of another family or one in memory."""
+    if isinstance(model, (str, Path)) and not is_foreign(model):
+        return decide(model, min_cosine=min_cosine, **{name: settings[name] for name in settings if name != "backend"})
+    if is_foreign(model):
+        why = "PyTorch alone runs models of other families"
+        return only_torch(settings["precision"], settings["device"], why, min_cosine=min_cosine)
+    why = "PyTorch alone runs models in memory"
+    return only_torch(settings["precision"], settings["device"], why, min_cosine=min_cosine)
 
 
 def _opened_again(opened: Opened) -> Encoder:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cn_clip import ranks, zoo
+from cn_clip.clip.backends import choosing
 from cn_clip.clip.backends.base import Backend, ExportedBackend, facts_of
+from cn_clip.clip.backends.choosing import Decision
 from cn_clip.clip.backends.names import KINDS, Kind, Precision, settled, torch_precisions
 from cn_clip.clip.backends.onnx_files import extra_path
 from cn_clip.clip.backends.opening import open_backend, settle_precision
@@ -33,6 +35,7 @@ def open_encoder(chosen: Choice, say: Speaker, *, kinds: Sequence[Kind] = KINDS)
 
     Raises CnClipError: no such model, device or precision, texts longer than it takes, a package that is missing.
     """
+    chosen, decision = _settled(chosen, say, kinds)
     if chosen.precision == "auto":
         chosen = replace(chosen, precision=precision_of(chosen))
         say(_told(chosen))
@@ -42,6 +45,7 @@ def open_encoder(chosen: Choice, say: Speaker, *, kinds: Sequence[Kind] = KINDS)
     if chosen.backend == "torch":
         say(f"Begin to load model checkpoint from {chosen.model}.")
     encoder = open_quietly(chosen, say, kinds=kinds)
+    encoder.decision = decision
     if chosen.is_foreign:
         say(f"=> opened '{chosen.model}' (texts of at most {encoder.context_length} tokens)")
     elif chosen.backend == "torch":
@@ -58,6 +62,35 @@ def _told(chosen: Choice) -> str:
     return both("精度：", "precision: ") + f"auto -> {chosen.precision}"
 
 
+def _settled(chosen: Choice, say: Speaker, kinds: Sequence[Kind]) -> tuple[Choice, Decision | None]:
+    """The choice with what backend "auto" takes, which `say` tells; raises as `choosing.decide`."""
+    if chosen.backend != "auto":
+        return chosen, None
+    if chosen.is_foreign:
+        decision = choosing.only_torch(
+            chosen.precision,
+            chosen.device,
+            "PyTorch alone runs models of other families",
+            min_cosine=chosen.min_cosine,
+        )
+    else:
+        decision = choosing.decide(
+            chosen.model,
+            precision=chosen.precision,
+            device=chosen.device,
+            vision=chosen.vision,
+            text=chosen.text,
+            download_root=chosen.download_root,
+            num_threads=chosen.num_threads,
+            kinds=kinds,
+            min_cosine=chosen.min_cosine,
+            say=say.note,
+        )
+    say.note(str(decision))
+    say.add(auto=decision.values())
+    return replace(chosen, backend=decision.backend, precision=decision.precision, min_cosine=None), decision
+
+
 def open_quietly(
     chosen: Choice, say: Speaker, *, kinds: Sequence[Kind] = KINDS, with_fingerprint: bool = False
 ) -> Encoder:
@@ -66,6 +99,12 @@ def open_quietly(
     with_fingerprint: it is opened so that `fingerprint` can tell its weights from others. PyTorch then reads them once
     more, and of files that do not say it both towers are opened.
     """
+    if chosen.backend == "auto":
+        chosen, decision = _settled(chosen, say, kinds)
+        encoder = open_quietly(chosen, say, kinds=kinds, with_fingerprint=with_fingerprint)
+        encoder.decision = decision
+        return encoder
+    named = chosen.backend
     if chosen.precision == "auto":
         chosen = replace(chosen, precision=precision_of(chosen))
         say.note(_told(chosen))
@@ -96,7 +135,7 @@ def open_quietly(
 
         backend: Backend = open_torch(chosen.model, **settings, with_fingerprint=with_fingerprint)
     else:
-        backend = open_backend(chosen.model, backend=chosen.backend, **settings, kinds=kinds, say=say.note)
+        backend = open_backend(chosen.model, backend=named, **settings, kinds=kinds, say=say.note)
         if with_fingerprint and facts_of(backend).weights is None and set(kinds) != set(KINDS):
             return open_quietly(chosen, say)
     if "text" in kinds:
@@ -110,7 +149,11 @@ def open_quietly(
 
 
 def precision_of(chosen: Choice) -> Precision:
-    """What is computed in, "auto" being the fastest here; raises ConfigError for one that this machine lacks."""
+    """What is computed in, "auto" being the fastest here; raises ConfigError for one that this machine lacks.
+
+    Of a named backend: what backend "auto" takes is known when the model is open.
+    """
+    assert chosen.backend != "auto", "is settled before"
     try:
         return settle_precision(chosen.backend, chosen.precision, chosen.device)
     except ConfigError as error:
@@ -159,8 +202,8 @@ def check_context_length(backend: Backend, context_length: int, model: str = "")
 def identity(chosen: Choice, encoder: Encoder) -> Identity:
     """On this machine, at once: the files by path, size and time, and the settings."""
     settings: dict[str, object] = {
-        "backend": chosen.backend,
-        "precision": precision_of(chosen),
+        "backend": encoder.backend_name if chosen.backend == "auto" else chosen.backend,
+        "precision": encoder.facts.precision if chosen.backend == "auto" else precision_of(chosen),
         "num_threads": chosen.num_threads,
         "vision_model": chosen.vision,
         "text_model": chosen.text,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cn_clip import command, settings, zoo
-from cn_clip.clip.backends.names import BackendName, Kind, Precision, check_precision
+from cn_clip.clip.backends.names import BackendChoice, Kind, PrecisionChoice, check_precision
 from cn_clip.deploy.model_arch import ArchName, vision_name
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.language import both, counted
@@ -42,10 +42,10 @@ class Options:
     """Instead of --model: random weights of an architecture, which need no download and take as long"""
     towers: tuple[Kind, ...] = ("image", "text")
     """Towers"""
-    backends: tuple[BackendName, ...] = ("torch", "onnx", "openvino")
-    """What runs them"""
-    precisions: tuple[Precision, ...] = ("fp32", "bf16", "int8")
-    """Arithmetic; what a backend does not have is shown as —"""
+    backends: tuple[BackendChoice, ...] = ("torch", "onnx", "openvino")
+    """What runs them; auto: what --backend auto takes, and why"""
+    precisions: tuple[PrecisionChoice, ...] = ("fp32", "bf16", "int8")
+    """Arithmetic; what a backend does not have is shown as —. auto: what --precision auto takes"""
     batch_sizes: tuple[int, ...] = (1, 16)
     """Pictures or texts of a batch"""
     repeats: Annotated[int, Range(least=1)] = 10
@@ -130,23 +130,29 @@ def measured(options: Options, base: "Job") -> Iterator[dict[str, Any]]:
         for kind, batch_size in towers_and_sizes
         for backend, precision in itertools.product(dict.fromkeys(options.backends), dict.fromkeys(options.precisions))
     ]
-    refusals: dict[tuple[str, str, str], str | None] = {}
+    prepared: dict[tuple[str, str, str], dict[str, Any]] = {}
     for number, job in enumerate(jobs, start=1):
         name = {"tower": job.kind, "backend": job.backend, "precision": job.precision}
         key = (job.kind, job.backend, job.precision)
-        if key not in refusals:  # why this tower cannot run so, if it cannot; exported if need be
-            refusals[key] = None
+        if key not in prepared:  # why this tower cannot run so, if it cannot; exported if need be
+            prepared[key] = {}
             try:
                 check_precision(job.backend, job.precision)
             except ConfigError as error:
-                refusals[key] = str(error)
+                prepared[key] = {"error": str(error)}
             else:
                 if job.backend != "torch":
                     _say(both(f"准备 {' '.join(key)}", f"preparing {' '.join(key)}"))
-                    refusals[key] = _in_process("prepare", job).get("error")
-        reason = refusals[key]
+                    prepared[key] = _in_process("prepare", job)
+        found = prepared[key]
         row = {**name, "batch_size": job.batch_size}
-        row |= {"error": reason} if reason else _in_process("measure", job)
+        if "error" in found:
+            row["error"] = found["error"]
+        else:
+            if taken := found.get("auto"):
+                job = replace(job, backend=taken["backend"], precision=taken["precision"])
+                row["auto"] = taken
+            row |= _in_process("measure", job)
         shown = "—" if "error" in row else f"{row['median_ms']:.2f} ms, {row['per_second']:.1f}/s"
         _say(f"[{number}/{len(jobs)}] {' '.join(name.values())} ×{job.batch_size}: {shown}")
         yield row

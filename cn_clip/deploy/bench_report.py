@@ -85,13 +85,17 @@ def cells(row: Row) -> list[str]:
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:
-    """`— backend precision: why` of what was not measured; one line a reason, with the towers and batches."""
+    """`— backend precision: why` of what was not measured; one line a reason, with the towers and batches.
+
+    Before them what "auto" took, and why.
+    """
     found: dict[tuple[str, str, str], list[str]] = {}
+    taken = {row["tower"]: f"{row['tower']} {row['auto']['why']}" for row in rows if "auto" in row}
     for row in rows:
         if "error" in row:
             combinations = found.setdefault((row["backend"], row["precision"], row["error"]), [])
             combinations.append(f"{row['tower']} ×{row['batch_size']}")
-    return [
+    return list(taken.values()) + [
         f"{MISSING} {backend} {precision} ({', '.join(combinations)}): {error}"
         for (backend, precision, error), combinations in found.items()
     ]

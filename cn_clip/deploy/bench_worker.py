@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cn_clip.clip.backends.base import Backend, Pixels, Rows, TokenIds, facts_of
-from cn_clip.clip.backends.names import KINDS, BackendName, Kind
+from cn_clip.clip.backends.names import KINDS, BackendChoice, BackendName, Kind
 from cn_clip.deploy.benchmark_utils import call_seconds, summary
 from cn_clip.errors import CnClipError
 from cn_clip.processes import peak_bytes
@@ -33,7 +33,7 @@ class Job:
     model: str
     folder: str
     kind: Kind = "image"
-    backend: BackendName = "torch"
+    backend: BackendChoice = "torch"
     precision: str = "fp32"
     batch_size: int = 1
     repeats: int = 1
@@ -65,7 +65,16 @@ def reference(job: Job) -> dict[str, Any]:
 
 
 def prepare(job: Job) -> dict[str, Any]:
-    """Exports what is not exported yet, so that no measurement has it in its time or memory."""
+    """Exports what is not exported yet, so that no measurement has it in its time or memory.
+
+    auto: of a job whose backend is that, what is taken instead, see `choosing.Decision.values`.
+    """
+    if job.backend == "auto":
+        from cn_clip.clip.backends.choosing import decide
+
+        settings = {name: getattr(job, name) for name in ("vision", "text", "download_root", "num_threads")}
+        decision = decide(job.model, precision=job.precision, device=job.device, kinds=(job.kind,), **settings)
+        return {"auto": decision.values()}
     _open(job, job.backend, job.precision, device=job.device, kinds=(job.kind,))
     return {}
 
@@ -77,6 +86,7 @@ def measure(job: Job) -> dict[str, Any]:
     result, with the import of the backend. peak_bytes: the largest memory of this process, Python with it.
     cosine_min, cosine_mean: to float32, over all samples, in batches of this size.
     """
+    assert job.backend != "auto", "is settled before"
     samples = np.load(_inputs_path(job, job.kind), mmap_mode="r")
     batch: Pixels | TokenIds = samples[np.arange(job.batch_size) % len(samples)]
     if job.kind == "text":

@@ -135,7 +135,7 @@ def kept_features(
     """
     encoder: Encoder | None = None
     if any(source.is_dir() for source, _ in sources):
-        encoder = open_encoder(chosen, Speaker(quiet=True), kinds=["image"])
+        encoder = open_encoder(chosen, say.muted(), kinds=["image"])
     found = []
     for source, file in sources:
         if encoder is None or not source.is_dir():
@@ -283,7 +283,7 @@ def benchmark(
     `output` exists and receives the features, which another run with the same pictures and model takes as they are, and
     the probabilities. Raises CnClipError naming a picture that cannot be read.
     """
-    name, encoder = dataset.name, open_encoder(chosen, Speaker(quiet=True))
+    name, encoder = dataset.name, open_encoder(chosen, say.muted())
     say(both("提取图片特征……", "extracting image features…"))
     found = of_folder(
         dataset.pictures,

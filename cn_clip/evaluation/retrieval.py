@@ -146,7 +146,7 @@ def benchmark(
     `output` exists and receives features, predictions and annotations; features of the same job that are there are
     taken as they are, and a killed extraction goes on. Raises CnClipError naming a text or picture that is faulty.
     """
-    encoder = open_encoder(chosen, Speaker(quiet=True))
+    encoder = open_encoder(chosen, say.muted())
     of_model, device = identity(chosen, encoder), ranks.choose_device(chosen.device)
     texts, images = data / f"{split}_texts.jsonl", data / "lmdb" / split / IMAGES
     files = {"image": str(output / f"{split}_imgs.img_feat.npz"), "text": str(output / f"{split}_texts.txt_feat.npz")}

@@ -173,6 +173,11 @@ class EngineSettings(RaySettings, Settings, choice.CheckpointSettings):
                 if settings.is_given(self, field.name):
                     raise ConfigError(f"{flag(field.name)}: is for --engine ray")
             return
+        if self.backend == "auto":
+            raise ConfigError(
+                "--backend auto and --engine ray: processors of the cluster may take different ones, whose rows "
+                "differ; name one, such as that which auto takes without ray"
+            )
         if not self.output:
             raise ConfigError("--output: expected the folder that the shards of --engine ray go to")
         for name, address in (("output", self.output), ("image_data", self.image_data)):

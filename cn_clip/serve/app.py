@@ -106,6 +106,9 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             embed_dim=encoder.embed_dim,
             resolution=encoder.resolution,
             context_length=encoder.context_length,
+            backend=encoder.backend_name,
+            precision=encoder.facts.precision,
+            auto=None if encoder.decision is None else str(encoder.decision),
         )
 
     @app.get("/v1/models", responses=ERRORS)

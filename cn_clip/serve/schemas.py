@@ -468,7 +468,7 @@ class IndexList(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model that is served."""
+    """A model that is served. auto: why its backend and precision were taken, where nobody named them."""
 
     id: str
     object: Literal["model"] = "model"
@@ -477,6 +477,9 @@ class ModelCard(BaseModel):
     embed_dim: int
     resolution: int
     context_length: int
+    backend: str
+    precision: str | None
+    auto: str | None = None
 
 
 class ModelList(BaseModel):

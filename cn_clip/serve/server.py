@@ -212,7 +212,8 @@ def launch(
     `Access`. with_page: mounts the web page too. with_originals: the files of the items are given. drain_timeout: as
     of `Server`.
     """
-    chosen = replace(chosen, precision=precision_of(chosen))
+    if chosen.backend != "auto":
+        chosen = replace(chosen, precision=precision_of(chosen))
     access = Access(Hosts(host, allowed_hosts), api_key=api_key, origins=cors_origins, root_path=root_path)
     metrics = Metrics()
     runners, collections = open_all(

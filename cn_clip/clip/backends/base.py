@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip.clip.backends.names import Kind, Precision
+from cn_clip.clip.backends.names import BackendName, Kind, Precision
 from cn_clip.errors import ConfigError, NotFiniteError
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class Facts:
     gets them sooner so. is_async: it is an `AsyncBackend`. has_tensors: it is a `TensorBackend`.
     """
 
+    backend: BackendName | None = None
     precision: Precision | None = None
     device: str = ""
     provider: str = ""
@@ -258,9 +259,19 @@ class ExportedBackend:
     take: batches are cut, the last one filled up, and texts padded.
     """
 
-    def __init__(self, image: Tower | None, text: Tower | None, *, precision: Precision | None = None) -> None:
-        """precision: what they compute in, if known. Raises ConfigError when the towers are of different models."""
-        self.image, self.text, self.precision = image, text, precision
+    def __init__(
+        self,
+        image: Tower | None,
+        text: Tower | None,
+        *,
+        backend: BackendName | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        """backend, precision: what computes, and in what, if known.
+
+        Raises ConfigError when the towers are of different models.
+        """
+        self.image, self.text, self.backend, self.precision = image, text, backend, precision
         if image is None or text is None:
             return
         if image.facts.embed_dim != text.facts.embed_dim:
@@ -293,6 +304,7 @@ class ExportedBackend:
         first = self._tower("image" if text is None else "text")
         of_image = self.image.facts.num_parameters or 0 if self.image is not None else 0
         return Facts(
+            backend=self.backend,
             precision=self.precision,
             provider=first.provider,
             batch_sizes=USUAL_SIZES_ON_GPU if any(tower.on_gpu for tower in towers) else USUAL_SIZES,

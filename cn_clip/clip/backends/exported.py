@@ -5,13 +5,13 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cn_clip import digests, zoo
 from cn_clip.clip.backends import derived, parity
-from cn_clip.clip.backends.names import Kind
+from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.backends.onnx_files import extra_path, move, onnx_path
 from cn_clip.clip.backends.parity import Report
 from cn_clip.clip.weights import hub
@@ -24,6 +24,7 @@ FOLDER = "exported"
 STEM = "model"
 BUILDING = ".building"
 MANIFEST = "manifest.json"
+LOSSES = "losses.json"
 # Raised when files of older versions of this package must not be used any more.
 FORMAT = 1
 
@@ -105,6 +106,28 @@ def forget(path: Path) -> None:
     """Marks a file of the cache that turned out unusable: it is made again when it is next asked for."""
     with _alone(path.parent):
         _record(path.parent, path.name, {})
+
+
+def kept_losses(source: Source) -> dict[str, dict[Kind, float]]:
+    """What was measured of a model: the smallest cosine to float32 of each tower, by a name that the measurer gives."""
+    try:
+        found = json.loads((source.folder() / LOSSES).read_text(encoding="utf-8"))
+        return {
+            str(name): {kind: float(cosines[kind]) for kind in KINDS if kind in cosines}
+            for name, cosines in found.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def keep_losses(source: Source, name: str, cosines: Mapping[Kind, float]) -> None:
+    """Adds what was measured; raises ConfigError where nothing can be kept."""
+    folder = source.folder()
+    with _alone(folder):
+        found = kept_losses(source)
+        found[name] = {**found.get(name, {}), **cosines}
+        with _keeping(folder), atomic_write(folder / LOSSES) as stream:
+            json.dump(found, stream, indent=1)
 
 
 def _make(source: Source, kinds: Sequence[Kind], form: str, folder: Path, say: Announce) -> None:

@@ -87,7 +87,7 @@ def _open(
 ) -> Backend:
     check_precision(backend, precision)
     check_threads(num_threads)
-    _check_model(model, backend)
+    check_model(model, backend)
     if compile and backend != "torch":
         raise ConfigError(f"compile: is for the torch backend; {backend} compiles by itself")
     if backend == "torch":
@@ -116,7 +116,7 @@ def _open(
         towers = _open_onnx(
             source, kinds, backend=backend, precision=chosen, device=where, num_threads=num_threads, say=say
         )
-    return ExportedBackend(towers.get("image"), towers.get("text"), precision=chosen)
+    return ExportedBackend(towers.get("image"), towers.get("text"), backend=backend, precision=chosen)
 
 
 def _open_onnx(
@@ -129,26 +129,44 @@ def _open_onnx(
     num_threads: int | None,
     say: Announce,
 ) -> Mapping[Kind, Tower]:
-    """The towers in ONNX Runtime or OpenVINO; a device that it does not run on is refused before any export."""
+    """The towers in ONNX Runtime or OpenVINO."""
+    files = ready_files(source, kinds, backend=backend, precision=precision, device=device, say=say)
+    if backend == "openvino":
+        vino = functools.partial(open_vino.OpenVinoTower, precision=precision, num_threads=num_threads)
+        return {kind: vino(path, kind) for kind, path in files.items()}
+    where = "cpu" if precision == "int8" else device
+    tower = functools.partial(onnx_runtime.OnnxTower, device=where, num_threads=num_threads)
+    return {kind: tower(path, kind) for kind, path in files.items()}
+
+
+def ready_files(
+    source: Source,
+    kinds: Sequence[Kind],
+    *,
+    backend: BackendName,
+    precision: Precision,
+    device: str | None,
+    say: Announce,
+) -> dict[Kind, Path]:
+    """The files that the onnx or the openvino backend opens, exported if they are not there.
+
+    A device that the backend does not run on is refused before any export.
+    """
     if backend == "openvino":
         if device not in (None, "auto", "cpu"):
             raise ConfigError(f"device: the openvino backend runs on cpu, got {device!r}")
         # OpenVINO rounds to bfloat16 while it computes.
-        files = _onnx_files(source, kinds, {"int8": "int8.openvino", "bf16": "fp32"}.get(precision, precision), say)
-        vino = functools.partial(open_vino.OpenVinoTower, precision=precision, num_threads=num_threads)
-        return {kind: vino(path, kind) for kind, path in files.items()}
-    if precision == "int8":
-        if device not in (None, "auto", "cpu"):
-            raise ConfigError(f"device: the onnx backend computes int8 on cpu, got {device!r}; use fp16 or cpu")
-        device = "cpu"
-    onnx_runtime.check_device(device)
-    tower = functools.partial(onnx_runtime.OnnxTower, device=device, num_threads=num_threads)
-    return {kind: tower(path, kind) for kind, path in _onnx_files(source, kinds, precision, say).items()}
+        form = {"int8": "int8.openvino", "bf16": "fp32"}.get(precision, precision)
+        return _onnx_files(source, kinds, form, say)
+    if precision == "int8" and device not in (None, "auto", "cpu"):
+        raise ConfigError(f"device: the onnx backend computes int8 on cpu, got {device!r}; use fp16 or cpu")
+    onnx_runtime.check_device("cpu" if precision == "int8" else device)
+    return _onnx_files(source, kinds, precision, say)
 
 
 def _onnx_files(source: Source, kinds: Sequence[Kind], form: str, say: Announce) -> dict[Kind, Path]:
     """The files of a prefix, of one tower or of both as they were exported; else those of the cache."""
-    names = _files_of_prefix(source.model, "onnx")
+    names = files_of_prefix(source.model, "onnx")
     if not names:
         return tower_files(source, kinds, form, say=say)
     paths = {kind: onnx_path(source.model, kind, form) for kind in kinds}
@@ -166,7 +184,7 @@ def _onnx_files(source: Source, kinds: Sequence[Kind], form: str, say: Announce)
 def _open_engine(source: Source, kind: Kind, precision: Precision, device: str | None, say: Announce) -> Tower:
     """The engine of a prefix, or of a name or weight file through the cache, built at first use."""
     assert precision in ("fp16", "fp32"), "check_precision admits no other"
-    if _files_of_prefix(source.model, "trt", "onnx"):
+    if files_of_prefix(source.model, "trt", "onnx"):
         given = tensor_rt.engine_path(source.model, kind, precision)
         if not given.is_file():
             raise CheckpointError(f"no such file; build it with {tensor_rt.TOOL}", at=given)
@@ -213,7 +231,9 @@ def open_files(
     else:
         tower = functools.partial(onnx_runtime.OnnxTower, device=device, num_threads=num_threads)
     return ExportedBackend(
-        None if image is None else tower(image, "image"), None if text is None else tower(text, "text")
+        None if image is None else tower(image, "image"),
+        None if text is None else tower(text, "text"),
+        backend=backend,
     )
 
 
@@ -236,7 +256,7 @@ def settle_precision(backend: BackendName, precision: str, device: "str | torch.
     return settled(backend, chosen, ("fp16", "fp32"))
 
 
-def _check_model(model: str | Path, backend: BackendName) -> None:
+def check_model(model: str | Path, backend: BackendName) -> None:
     """Raises ConfigError for a name that cannot be a model of this backend."""
     if not str(model):
         raise ConfigError("model: expected a name or a path, got ''")
@@ -247,11 +267,11 @@ def _check_model(model: str | Path, backend: BackendName) -> None:
         prefix = path.with_name(named[1]) if named else "of files named PREFIX.img.fp32.onnx and PREFIX.txt.fp32.onnx"
         more = f", and {others}" if backend == "torch" else ""
         raise ConfigError(f"{model}: is one exported tower; give the prefix {prefix}{more}")
-    if backend == "torch" and _files_of_prefix(model, "onnx"):
+    if backend == "torch" and files_of_prefix(model, "onnx"):
         raise ConfigError(f"{model}: is the prefix of exported files; {others}")
 
 
-def _files_of_prefix(model: str | Path, *suffixes: str) -> list[str]:
+def files_of_prefix(model: str | Path, *suffixes: str) -> list[str]:
     """The exported files whose names begin so; none for the name or the path of a model."""
     if zoo.named(str(model)) is not None or os.path.exists(model):
         return []

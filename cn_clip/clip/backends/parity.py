@@ -190,6 +190,15 @@ def rows_of(tower: Tower, kind: Kind, expected: Reference) -> Rows:
         return np.full_like(expected.rows[kind], np.nan)
 
 
+def smallest_cosine(backend: Backend, kind: Kind, expected: Reference) -> float:
+    """Of the rows of a backend to those of a reference; -1 where a row is not finite."""
+    try:
+        rows = _rows(backend, kind, expected.inputs[kind])
+    except NotFiniteError:
+        return -1.0
+    return float((rows * expected.rows[kind]).sum(axis=1).min())
+
+
 def _rows(backend: Backend, kind: Kind, inputs: Any) -> Rows:
     encode = backend.encode_pixels if kind == "image" else backend.encode_tokens
     return np.concatenate([encode(inputs[start : start + BATCH_SIZE]) for start in range(0, len(inputs), BATCH_SIZE)])

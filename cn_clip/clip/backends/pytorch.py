@@ -69,6 +69,7 @@ class TorchBackend:
         self.embed_dim = model.config.vision.embed_dim
         total, visual = (sum(one.numel() for one in part.parameters()) for part in (model, model.visual))
         self.facts = Facts(
+            backend="torch",
             precision=self.precision,
             device=str(self.device),
             batch_sizes=USUAL_SIZES_ON_GPU if self.device.type == "cuda" else USUAL_SIZES,
@@ -254,6 +255,7 @@ class ForeignTowers:
         sizes = {name: one.numel() for name, one in model.named_parameters()}
         visual = sum(size for name, size in sizes.items() if name.startswith(visual_parts))
         self.facts = Facts(
+            backend="torch",
             precision=self.precision,
             device=str(device),
             batch_sizes=USUAL_SIZES_ON_GPU if device.type == "cuda" else USUAL_SIZES,
