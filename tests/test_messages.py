@@ -30,7 +30,7 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     **{
         ("clip/choice.py", flag): {"features", "zeroshot", "evaluate", "linear-probe", "index build"}
         | {"index add", "index check", "search", "serve"}
-        for flag in ("--num-threads", "--strict-fp32", "--backend", "--precision")
+        for flag in ("--num-threads", "--strict-fp32", "--backend", "--precision", "--min-cosine")
     },
     **{
         ("clip/opening.py", flag): {"features", "zeroshot", "evaluate", "linear-probe"}
