@@ -27,7 +27,7 @@ from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval import addresses, engines, flat, graph, manifest, store, writer
 from cn_clip.retrieval.addresses import IndexAddress, Searchable, Writer
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo
-from cn_clip.retrieval.segments import Row, write_segment
+from cn_clip.retrieval.segments import RowBlock, write_segment
 from cn_clip.retrieval.store import Index, ItemId, open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
 
@@ -500,12 +500,12 @@ def test_a_largest_norm_that_is_no_length_is_refused(tmp_path: Path) -> None:
 def test_vectors_take_their_room_on_the_disk_as_they_are_written(tmp_path: Path) -> None:
     sizes = []
 
-    def rows() -> Iterator[Row]:
+    def blocks() -> Iterator[RowBlock]:
         for number in range(1000):
             sizes.append((tmp_path / "s" / "vectors.npy").stat().st_size)
-            yield Row(number, unit(1)[0], b"{}")
+            yield RowBlock(np.array([number]), unit(1), b"{}\n", np.array([3]), b"", np.array([0]))
 
-    write_segment(tmp_path / "s", rows(), 1000, DIM, "float32")
+    write_segment(tmp_path / "s", blocks(), 1000, DIM, "float32")
     assert max(sizes) < np.load(tmp_path / "s" / "vectors.npy").nbytes
 
 

@@ -3,8 +3,8 @@
 # N rows of a segment, T tops, Q queries, F found rows
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
+from json.encoder import encode_basestring_ascii
 from typing import IO, Any
 
 import numpy as np
@@ -30,8 +30,9 @@ HashArray = NDArray[np.uint64]
 
 
 def hash_of(item_id: ItemId) -> bytes:
-    """8 bytes; 1 and "1" are different ids."""
-    return hashlib.blake2b(json.dumps(item_id).encode(), digest_size=_HASH.itemsize).digest()
+    """8 bytes, of the JSON of an id: 1 and "1" are different ids."""
+    text = encode_basestring_ascii(item_id) if isinstance(item_id, str) else str(item_id)
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def hashes_of(ids: Iterable[ItemId]) -> HashArray:
@@ -148,7 +149,7 @@ def _again(segment: Segment, error: DataError) -> IdTable:
 def positions_of(rows: Rows, alive_N: Mask, ids: Sequence[ItemId]) -> dict[ItemId, int]:
     """The position of each of the ids that an item has; raises DataError for a damaged item."""
     found: dict[ItemId, int] = {}
-    if not ids:
+    if not ids or not rows.segments:
         return found
     hashes_Q = hashes_of(ids)
     for segment, start in zip(rows.segments, rows.starts, strict=False):

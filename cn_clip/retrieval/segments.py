@@ -5,7 +5,7 @@ at 2 GB/s, blake2b at 0.6 and SHA-256 at 1.4 (zlib 1.2.13, OpenSSL 3, one core o
 finds every change of up to 32 bits in a row. 64 KiB are few enough to be read for one row.
 """
 
-# N rows, B blocks, D dimensions
+# N rows, W rows that are written at once, K keys, B blocks, D dimensions
 
 import functools
 import io
@@ -48,8 +48,8 @@ KEY, ITEM_END, THUMBNAIL_END = range(3)
 _ROW_BYTES = 3 * np.dtype(np.int64).itemsize
 # Length of the headers that numpy writes for tables like these.
 _HEADER_BYTES = 128
-# Lines that are parsed at once.
-_LINES = 8192
+# Rows that are copied at once, and lines that are parsed at once.
+BLOCK_ROWS = 4096
 BLOCK_BYTES = 1 << 16
 DIGEST = np.dtype("<u4")
 _ROWS_IN_CACHE = 1024
@@ -58,13 +58,18 @@ _BLOCK = 32768
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row to write: a vector of D numbers, and the bytes that go with it. item: a line of JSON, without its end."""
+class RowBlock:
+    """Consecutive rows to write, W of them. lines: of JSON, each with its end; lengths in bytes."""
 
-    key: int
-    vector_D: NDArray[np.floating]
-    item: bytes
-    thumbnail: bytes = b""
+    keys_W: IntArray
+    vectors_WD: NDArray[np.floating]
+    lines: bytes
+    line_lengths_W: IntArray
+    thumbnails: bytes
+    thumbnail_lengths_W: IntArray
+
+
+_encoded = json.JSONEncoder(allow_nan=False).encode
 
 
 def item_line(item_id: ItemId, metadata: Metadata) -> bytes:
@@ -72,43 +77,49 @@ def item_line(item_id: ItemId, metadata: Metadata) -> bytes:
     if type(item_id) not in (int, str):
         raise DataError(f"an id is an int or a str, got {item_id!r}")
     try:
-        return json.dumps({"id": item_id, "metadata": dict(metadata)}, allow_nan=False).encode()
+        return _encoded({"id": item_id, "metadata": dict(metadata)}).encode()
     except (TypeError, ValueError) as error:
         raise DataError(f"id {item_id!r}: its metadata is nothing that JSON holds ({error})") from error
 
 
-def write_segment(folder: Path, rows: Iterable[Row], num_rows: int, embed_dim: int, vector_type: VectorType) -> float:
+def write_segment(
+    folder: Path, blocks: Iterable[RowBlock], num_rows: int, embed_dim: int, vector_type: VectorType
+) -> float:
     """Writes `num_rows` rows into `folder`, which must not exist; returns `largest_norm` of the vectors as written.
 
-    Raises OSError. Memory: a row.
+    Raises OSError. Memory: a block.
     """
     folder.mkdir()
-    table_N3, square_N = np.empty((num_rows, 3), dtype=np.int64), np.empty(num_rows, dtype=np.float64)
+    largest, item_end, thumbnail_end = 0.0, 0, 0
     with (
         open(folder / VECTORS, "wb") as vectors,
         open(folder / ITEMS, "wb") as items,
         open(folder / THUMBNAILS, "wb") as thumbnails,
+        open(folder / ROWS, "wb") as rows,
     ):
         # No memory map: of a full disk that says nothing but SIGBUS.
         _write_header(vectors, np.dtype(vector_type), (num_rows, embed_dim))
-        for number, row in enumerate(rows):
-            vector_D = row.vector_D.astype(vector_type)
-            vectors.write(vector_D.tobytes())
-            exact_D = vector_D.astype(np.float64)
-            square_N[number] = exact_D @ exact_D
-            items.write(row.item + b"\n")
-            thumbnails.write(row.thumbnail)
-            table_N3[number] = row.key, items.tell(), thumbnails.tell()
-    with open(folder / ROWS, "wb") as stream:
-        _write_header(stream, table_N3.dtype, table_N3.shape)
-        stream.write(table_N3.tobytes())
+        _write_header(rows, np.dtype(np.int64), (num_rows, 3))
+        for block in blocks:
+            vectors_WD = np.ascontiguousarray(block.vectors_WD, dtype=vector_type)
+            if not (norm := largest_norm(vectors_WD)) <= largest:
+                largest = norm
+            vectors.write(vectors_WD.data)
+            items.write(block.lines)
+            thumbnails.write(block.thumbnails)
+            table_W3 = np.empty((len(block.keys_W), 3), dtype=np.int64)
+            table_W3[:, KEY] = block.keys_W
+            table_W3[:, ITEM_END] = item_end + np.cumsum(block.line_lengths_W)
+            table_W3[:, THUMBNAIL_END] = thumbnail_end + np.cumsum(block.thumbnail_lengths_W)
+            rows.write(table_W3.data)
+            item_end, thumbnail_end = item_end + len(block.lines), thumbnail_end + len(block.thumbnails)
     digests_B = np.concatenate([digests_of(folder / name) for name in FILES])
     (folder / BLOCKS).write_bytes(digests_B.astype(DIGEST).tobytes())
     for path in folder.iterdir():
         with open(path, "rb+") as stream:
             os.fsync(stream.fileno())
     sync_folder(folder)
-    return float(np.sqrt(square_N.max(initial=0.0)))
+    return largest
 
 
 def largest_norm(rows_ND: NDArray[np.floating]) -> float:
@@ -168,6 +179,11 @@ class MappedFile:
         """A copy of the bytes from `start` to before `stop`; raises as `check`."""
         self.check(start, stop)
         return bytes(self.data[start:stop])
+
+    def let_go(self) -> None:
+        """Has the system count the pages read so far no more as memory of this process; they can be read again."""
+        if isinstance(self.data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            self.data.madvise(mmap.MADV_DONTNEED)
 
     def check(self, start: int, stop: int) -> None:
         """Raises DataError naming the first damaged block of a range of bytes, UnreadableError."""
@@ -351,8 +367,8 @@ class Segment:
 
     def items(self, start: int, stop: int) -> Iterator[tuple[ItemId, dict[str, Any]]]:
         """(id, metadata) of consecutive rows, several times as fast as one by one."""
-        for first in range(start, stop, _LINES):
-            last = min(first + _LINES, stop)
+        for first in range(start, stop, BLOCK_ROWS):
+            last = min(first + BLOCK_ROWS, stop)
             found = _parsed(self._items.piece(*self._span(ITEM_END, first, last)), last - first)
             yield from found if found is not None else map(self.item, range(first, last))
 
@@ -394,10 +410,38 @@ class Segment:
         """Whether any row has a thumbnail."""
         return self._thumbnails.num_bytes > 0
 
-    def rows(self, numbers_N: IntArray) -> Iterator[Row]:
-        """Rows to write into another segment."""
-        for row in numbers_N.tolist():
-            yield Row(self.key(row), self.vectors(row, row + 1)[0], self.item_bytes(row), self.thumbnail(row))
+    def blocks(self, kept_N: Mask) -> Iterator[RowBlock]:
+        """The rows that are kept, to write into another segment; what was read of the file is not kept in memory."""
+        for start in range(0, len(self), BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, len(self))
+            chosen = np.flatnonzero(kept_N[start:stop])
+            if not len(chosen):
+                continue
+            ends_W3 = self.ends(start, stop)
+            before = np.array(self._ends_before(start))
+            lengths_W3 = np.diff(ends_W3, axis=0, prepend=before[None])
+            vectors_WD = self.vectors(start, stop)
+            lines, thumbnails = self.lines(start, stop), self.thumbnails(start, stop)
+            if len(chosen) < stop - start:
+                stops_W3 = ends_W3[chosen] - before
+                starts_W3 = stops_W3 - lengths_W3[chosen]
+                lines, thumbnails = (
+                    b"".join(
+                        data[low:high]
+                        for low, high in zip(starts_W3[:, one].tolist(), stops_W3[:, one].tolist(), strict=True)
+                    )
+                    for data, one in ((lines, ITEM_END), (thumbnails, THUMBNAIL_END))
+                )
+                vectors_WD, ends_W3, lengths_W3 = vectors_WD[chosen], ends_W3[chosen], lengths_W3[chosen]
+            yield RowBlock(
+                ends_W3[:, KEY], vectors_WD, lines, lengths_W3[:, ITEM_END], thumbnails, lengths_W3[:, THUMBNAIL_END]
+            )
+            for file in (self._vectors, self._items, self._thumbnails, self._rows):
+                file.let_go()
+
+    def _ends_before(self, row: int) -> tuple[int, int, int]:
+        """The key of the row before, and where what belongs to it ends."""
+        return tuple(self.ends(row - 1, row)[0].tolist()) if row else (0, 0, 0)
 
 
 def _parsed(lines: bytes, count: int) -> list[tuple[ItemId, dict[str, Any]]] | None:

@@ -27,11 +27,12 @@ from cn_clip.retrieval.ids import positions_of
 from cn_clip.retrieval.manifest import DerivedFacts, EngineName, Manifest, PictureFacts, SegmentFacts, VectorType
 from cn_clip.retrieval.parts import Part
 from cn_clip.retrieval.segments import (
+    BLOCK_ROWS,
     DIGESTS,
     IntArray,
     ItemId,
     Mask,
-    Row,
+    RowBlock,
     Segment,
     facts_of_segment,
     item_line,
@@ -195,16 +196,12 @@ class IndexWriter:
             return
         lines = checked_lines(items, self.manifest.model.embed_dim, self.manifest.vector_type)
         first = self.manifest.next_key
-        rows = [
-            Row(first + position, item.vector_D, line, item.thumbnail)
-            for position, (item, line) in enumerate(zip(items, lines, strict=True))
-        ]
         with self._writing():
-            added = [self._write_segment(rows, len(rows))] if rows else []
+            added = [self._write_segment(_blocks(items, lines, first), len(items))] if items else []
             removed = np.union1d(self._removed, np.array(gone, dtype=np.int64))
             facts = replace(
                 self.manifest,
-                next_key=first + len(rows),
+                next_key=first + len(items),
                 segments=(*self.manifest.segments, *added),
                 notes=self.manifest.notes if notes is None else self._write_notes(notes),
             )
@@ -346,12 +343,12 @@ class IndexWriter:
         """A path that no generation has used."""
         return self.folder / f"{kind}-{self.manifest.generation + 1:06d}{suffix}"
 
-    def _write_segment(self, rows: Iterable[Row], num_rows: int, parts: Sequence[Part] = ()) -> SegmentFacts:
+    def _write_segment(self, blocks: Iterable[RowBlock], num_rows: int, parts: Sequence[Part] = ()) -> SegmentFacts:
         """parts: those that it consists of, where the rows come from other segments."""
         building, path = self.folder / BUILDING, self._fresh("segment")
         for rubbish in (building, path):
             _remove(rubbish)
-        largest = write_segment(building, rows, num_rows, self.manifest.model.embed_dim, self.manifest.vector_type)
+        largest = write_segment(building, blocks, num_rows, self.manifest.model.embed_dim, self.manifest.vector_type)
         os.replace(building, path)
         sync_folder(self.folder)
         facts = facts_of_segment(path, num_rows, largest)
@@ -374,8 +371,8 @@ class IndexWriter:
             for segment, start in zip(segments[first:], starts[first:], strict=False)
         ]
         num_rows = sum(part.num_rows for part in parts)
-        rows = (row for part in parts for row in part.segment.rows(np.flatnonzero(part.kept_N)))
-        merged = [self._write_segment(rows, num_rows, parts)] if num_rows else []
+        blocks = (block for part in parts for block in part.segment.blocks(part.kept_N))
+        merged = [self._write_segment(blocks, num_rows, parts)] if num_rows else []
         self._change(replace(self.manifest, segments=(*self.manifest.segments[:first], *merged)), self._removed)
 
     def _tidy(self) -> None:
@@ -412,10 +409,33 @@ def checked_lines(items: Sequence[NewItem], embed_dim: int, vector_type: VectorT
             raise DataError(
                 f"id {item.id!r}: expected a vector of {embed_dim} numbers, got the shape {item.vector_D.shape}"
             )
+    for start in range(0, len(items), BLOCK_ROWS):
+        block = items[start : start + BLOCK_ROWS]
         with np.errstate(over="ignore"):
-            if not np.isfinite(item.vector_D.astype(vector_type)).all():
-                raise DataError(f"id {item.id!r}: its vector holds NaN, infinity or what becomes infinity")
+            is_finite_W = np.isfinite(_stacked(block).astype(vector_type)).all(axis=1)
+        if not is_finite_W.all():
+            faulty = block[int(np.argmin(is_finite_W))].id
+            raise DataError(f"id {faulty!r}: its vector holds NaN, infinity or what becomes infinity")
     return [item_line(item.id, item.metadata) for item in items]
+
+
+def _stacked(items: Sequence[NewItem]) -> NDArray[np.floating]:
+    return np.stack([item.vector_D for item in items])
+
+
+def _blocks(items: Sequence[NewItem], lines: Sequence[bytes], first_key: int) -> Iterator[RowBlock]:
+    """The items as they are written."""
+    for start in range(0, len(items), BLOCK_ROWS):
+        part = items[start : start + BLOCK_ROWS]
+        ended = [line + b"\n" for line in lines[start : start + BLOCK_ROWS]]
+        yield RowBlock(
+            np.arange(first_key + start, first_key + start + len(part)),
+            _stacked(part),
+            b"".join(ended),
+            np.array([len(line) for line in ended]),
+            b"".join(item.thumbnail for item in part),
+            np.array([len(item.thumbnail) for item in part]),
+        )
 
 
 def _num_to_merge(sizes: Sequence[int]) -> int:
