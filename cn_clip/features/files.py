@@ -5,7 +5,7 @@
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,13 @@ from cn_clip.errors import DataError, Where
 from cn_clip.features import tables
 from cn_clip.features.options import OutputFormat
 from cn_clip.features.rows import Blocks, Features, FloatArray, IdField, check_unique
-from cn_clip.features.store import read_shards
+from cn_clip.features.store import read_shards, whole_shards
+from cn_clip.features.tables import parquet_blocks
 from cn_clip.files import atomic_write
 from cn_clip.jsonl import dumps, numbered_lines, parse_object
 from cn_clip.language import both
 
-__all__ = ["Features", "IdField", "read_features", "write_features", "write_rows"]
+__all__ = ["Features", "IdField", "feature_blocks", "read_features", "write_features", "write_rows"]
 
 _BEGINNINGS: dict[OutputFormat, bytes] = {"npz": b"PK", "parquet": b"PAR1"}
 # What is mistaken for a feature file: its first bytes, what it is and what to do.
@@ -80,6 +81,28 @@ def read_features(path: str | os.PathLike[str], field: IdField, *, progress: boo
         if beginning.startswith(magic):
             raise DataError(what, at=path)
     return _read_lines(path, field, progress=progress)
+
+
+def feature_blocks(path: str | os.PathLike[str], field: IdField) -> Iterator[Features]:
+    """As `read_features`, but Parquet block by block, so that a collection of any size fits into memory.
+
+    The caller looks for ids that come twice, and for vectors of two lengths; a file of another format is one block.
+    """
+    if Path(path).is_dir():
+        for shard in whole_shards(Path(path), field):
+            yield from parquet_blocks(shard, field)
+    elif _begins(path, _BEGINNINGS["parquet"]):
+        yield from parquet_blocks(path, field)
+    else:
+        yield read_features(path, field)
+
+
+def _begins(path: str | os.PathLike[str], magic: bytes) -> bool:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(len(magic)) == magic
+    except OSError:
+        return False
 
 
 # --- JSONL

@@ -419,9 +419,14 @@ def is_shard_folder(path: Path) -> bool:
 
 
 def read_shards(folder: Path, field: IdField) -> Features:
-    """All rows of a local folder, in the order of the inputs.
+    """All rows of a local folder in the order of the inputs; raises as `whole_shards`, `tables.read_parquet_parts`."""
+    return read_parquet_parts(folder, whole_shards(folder, field), field)
 
-    Raises DataError for shards that are missing or of another extraction, and as `tables.read_parquet_parts`.
+
+def whole_shards(folder: Path, field: IdField) -> list[Path]:
+    """The files of a local folder, in the order of the inputs.
+
+    Raises DataError for shards that are missing or of another extraction.
     """
     file = folder / MANIFEST
     try:
@@ -454,4 +459,4 @@ def read_shards(folder: Path, field: IdField) -> Features:
             raise DataError(
                 f"{error}; run the extraction again, which makes the shards that are not of {MANIFEST}", at=path
             ) from error
-    return read_parquet_parts(folder, list(shards), field)
+    return list(shards)

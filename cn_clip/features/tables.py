@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, Literal, TypeAlias
 
 import numpy as np
@@ -29,6 +29,8 @@ IdKind: TypeAlias = Literal["int", "str", "json"]
 IDS, FEATURES, FIELD, ID_KIND = "ids", "features", "field", "id_kind"
 FEATURE_COLUMN, PATH_COLUMN = "feature", "path"
 METADATA_KEY = b"cn_clip"
+# Rows that are read at once where not all are held.
+_BLOCK_ROWS = 16384
 _LARGEST_INT64 = 2**63 - 1
 # What the ids of an npz may take, and how many times their own size if it is more.
 _BYTES_A_CHARACTER, _LARGEST_IDS, _LARGEST_WASTE = 4, 1 << 26, 16
@@ -222,8 +224,37 @@ def read_parquet(path: Path, field: IdField) -> Features:
     return _checked(path, field, *_read_table(path, field))
 
 
+def parquet_blocks(path: Path, field: IdField) -> Iterator[Features]:
+    """The rows in order, block by block; raises as `read_parquet`, but not for an id that an earlier block has."""
+    start = 0
+    for ids, vectors_BD, kind in _table_blocks(path, field, _BLOCK_ROWS):
+        block = _checked(path, field, ids, vectors_BD, kind, start=start)
+        start += len(block.ids)
+        yield block
+
+
 def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]:
     """The ids as kept, the vectors, and how the ids are kept."""
+    ids: list[Any] = []
+    parts: list[FloatArray] = []
+    kind = ""
+    for kept, vectors, how in _table_blocks(path, field):
+        ids.extend(kept)
+        kind = how
+        parts.append(vectors)
+    widths = {vectors.shape[1] for vectors in parts}
+    if len(widths) > 1:
+        raise DataError(
+            f"the row groups have vectors of {sorted(widths)} numbers", at=Where(path, field=FEATURE_COLUMN)
+        )
+    vectors = np.concatenate(parts) if parts else np.empty((0, 0), dtype=np.float32)
+    return ids, vectors, kind
+
+
+def _table_blocks(
+    path: Path, field: IdField, num_rows: int | None = None
+) -> Iterator[tuple[list[Any], FloatArray, str]]:
+    """What `_read_table` returns, block by block: row group by row group, or so many rows at a time."""
     arrow, parquet = require_parquet()
     with (  # texts that are no UTF-8 fail as late as a column becomes Python's
         reading(path, DataError, what="cannot be read as Parquet", step="write it again"),
@@ -241,10 +272,15 @@ def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]
                 raise DataError(f"has {names.count(name)} columns {name}; expected one", at=path)
         id_type, list_type = (file.schema_arrow.field(name).type for name in (field, FEATURE_COLUMN))
         _check_types(arrow, path, field, _plain_type(arrow, id_type), _plain_type(arrow, list_type))
-        ids: list[Any] = []
-        parts: list[FloatArray] = []
-        for number in range(file.num_row_groups):
-            table, start = file.read_row_group(number, columns=[field, FEATURE_COLUMN]), len(ids) + 1
+        kind, columns, start = "", [field, FEATURE_COLUMN], 1
+        with contextlib.suppress(ValueError, AttributeError):  # the metadata of another program
+            kind = str(json.loads(metadata.get(METADATA_KEY, b"{}")).get(ID_KIND, ""))
+        tables = (
+            (file.read_row_group(number, columns=columns) for number in range(file.num_row_groups))
+            if num_rows is None
+            else (arrow.Table.from_batches([one]) for one in file.iter_batches(batch_size=num_rows, columns=columns))
+        )
+        for table in tables:
             if not len(table):
                 continue
             kept, lists = (_plain(arrow, table.column(name)) for name in (field, FEATURE_COLUMN))
@@ -252,18 +288,8 @@ def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]
                 if column.null_count:
                     empty = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
                     raise DataError(f"row {start + empty} {name}: is null", at=path)
-            ids += kept.to_pylist()
-            parts.append(_rows(path, lists, start))
-    kind = ""
-    with contextlib.suppress(ValueError, AttributeError):  # the metadata of another program
-        kind = str(json.loads(metadata.get(METADATA_KEY, b"{}")).get(ID_KIND, ""))
-    widths = {vectors.shape[1] for vectors in parts}
-    if len(widths) > 1:
-        raise DataError(
-            f"the row groups have vectors of {sorted(widths)} numbers", at=Where(path, field=FEATURE_COLUMN)
-        )
-    vectors = np.concatenate(parts) if parts else np.empty((0, 0), dtype=np.float32)
-    return ids, vectors, kind
+            yield kept.to_pylist(), _rows(path, lists, start), kind
+            start += len(table)
 
 
 def require_parquet() -> tuple[Any, Any]:
@@ -332,7 +358,10 @@ def _kept_ids(ids: Sequence[RecordId]) -> tuple[IdKind, list[RecordId]]:
     return "json", [json.dumps(one) for one in ids]
 
 
-def _checked(path: Path, field: IdField, ids: list[Any], vectors_ND: FloatArray, kind: str) -> Features:
+def _checked(
+    path: Path, field: IdField, ids: list[Any], vectors_ND: FloatArray, kind: str, *, start: int = 0
+) -> Features:
+    """start: how many rows of the file come before these."""
     if not len(ids):
         raise DataError(f"the file has no rows; expected one vector and one {field} a row", at=path)
     if not vectors_ND.shape[1]:
@@ -340,11 +369,12 @@ def _checked(path: Path, field: IdField, ids: list[Any], vectors_ND: FloatArray,
     faulty = first_not_finite(vectors_ND)
     if faulty is not None:
         raise DataError(
-            f"row {faulty + 1} {FEATURE_COLUMN}: holds NaN or infinity; expected finite float32 numbers", at=path
+            f"row {start + faulty + 1} {FEATURE_COLUMN}: holds NaN or infinity; expected finite float32 numbers",
+            at=path,
         )
     if kind == "json":
         texts, ids = ids, []
-        for row, text in enumerate(texts, start=1):
+        for row, text in enumerate(texts, start=start + 1):
             value = None
             with contextlib.suppress(ValueError):
                 value = json.loads(str(text))

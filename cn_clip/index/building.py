@@ -9,7 +9,7 @@ from cn_clip.data.ocr import Reader
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index import skips
 from cn_clip.index.clips import Clips
-from cn_clip.index.ingest import Ingest, Settings, Summary
+from cn_clip.index.ingest import PICTURES_A_COMMIT, Ingest, Settings, Summary
 from cn_clip.index.jobs import Job, Model, changing, finish, job_of
 from cn_clip.index.options import SourceOptions
 from cn_clip.index.progress import Progress
@@ -48,12 +48,12 @@ def update(options: SourceOptions, job: Job, say: Speaker, *, model: Model | Non
     info, ids = model.info(), [one.id for one in files]
     pictures = model.reading(options)
     reader = Reader() if pictures.ocr else None
-    with changing(job, info, info.embed_dim, source.name, ids, pictures) as writer:
+    with changing(job, info, info.embed_dim, source.name, set(ids), pictures) as writer:
         before = writer.manifest.source
         settings = Settings(
             options.batch_size,
             options.num_workers,
-            options.commit_every,
+            options.commit_every or PICTURES_A_COMMIT,
             options.thumbnail_size,
             options.min_size,
         )

@@ -34,6 +34,7 @@ from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.writer import NewItem
 from cn_clip.stopping import StopRequest
 
+PICTURES_A_COMMIT = 1000
 # After so long, what was computed is committed though it is less than --commit-every.
 COMMIT_SECONDS = 20.0
 _DIGEST_BYTES = 16
@@ -47,7 +48,7 @@ class Settings:
 
     batch_size: int = 32
     num_workers: int | None = None
-    commit_every: int | None = 1000
+    commit_every: int | None = PICTURES_A_COMMIT
     thumbnail_size: int = 512
     min_size: int = 0
 

@@ -1,7 +1,7 @@
 """A source to bring into an index, and the index opened for it; `building` and `vectors` do the work."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,7 +133,7 @@ class Model:
 
 @contextlib.contextmanager
 def changing(
-    job: Job, model: ModelInfo, embed_dim: int, name: str, ids: Sequence[ItemId], pictures: PictureFacts | None = None
+    job: Job, model: ModelInfo, embed_dim: int, name: str, ids: Container[ItemId], pictures: PictureFacts | None = None
 ) -> Iterator[Writer]:
     """The index, new or as it is, opened for changing it; `finish` is for the end.
 
@@ -155,10 +155,10 @@ def changing(
                 f"{found.model.name or 'a model'} of {found.model.embed_dim}",
                 at=job.source,
             )
-        wanted, before = set(ids), found.source
+        before = found.source
         if not job.is_sync:
             for item_id, metadata in writer.items():
-                if file_id(item_id, metadata) in wanted and metadata.get("source") != name:
+                if file_id(item_id, metadata) in ids and metadata.get("source") != name:
                     raise ConfigError(
                         f"has an item {shown(item_id)} of {shown(metadata.get('source', 'elsewhere'))}; "
                         "give --id-prefix, which goes before the ids of what is added",
@@ -167,7 +167,7 @@ def changing(
         elif not (job.keep_missing or job.replace_source or before in ("", name)):
             items = writer.items()
             old = {file_id(item_id, metadata) for item_id, metadata in items if metadata.get("source") == before}
-            num_gone = len(old - wanted)
+            num_gone = sum(one not in ids for one in old)
             if 2 * num_gone > len(old):  # a folder that moved holds most of what it held; another would empty the index
                 raise ConfigError(
                     f"was built from {before}, and {num_gone} of its {len(old)} items are not in {name}; "

@@ -88,8 +88,8 @@ class AddOptions(ModelOptions):
     """The table's column of picture files, relative to the folder, or of ids"""
     batch_size: BatchSize = 32
     num_workers: NumWorkers = None
-    commit_every: Annotated[int, Range(least=1)] = 1000
-    """Pictures after which all so far is safe on disk, and reported"""
+    commit_every: Annotated[int | None, Range(least=1)] = None
+    """Pictures after which all so far is safe on disk, and reported; default: 1000, of a feature file 65536 vectors"""
     thumbnail_size: Annotated[int, Range(least=0)] = 512
     """Longest side of the thumbnails in pixels; 0: none"""
 
