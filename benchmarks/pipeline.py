@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from two_sides import Side, two_sides  # noqa: E402
+from two_sides import Finished, Side, two_sides  # noqa: E402
 
 from cn_clip import command, zoo  # noqa: E402
 from cn_clip.clip.backends.opening import settle_precision  # noqa: E402
@@ -29,13 +29,18 @@ from cn_clip.errors import ConfigError  # noqa: E402
 from cn_clip.features.files import read_features  # noqa: E402
 from cn_clip.zoo import VisionName  # noqa: E402
 
-# Times as fast as the reference, by precision.
+# Times as fast as the reference, by precision; of those that side_by_side.py measures see page.GOALS.
 GOALS = {"fp32": 1.7, "bf16": 4.5, "int8": 6.0}
 EXPORT = """
 import sys
+from cn_clip.clip.backends.choosing import decide
 from cn_clip.clip.backends.opening import open_backend
 model, backend, precision, vision, text = sys.argv[1:]
-open_backend(model, backend=backend, precision=precision, vision=vision, text=text)
+towers = {"vision": vision, "text": text}
+if backend == "auto":
+    backend, precision = decide(model, precision=precision, device="cpu", **towers).mode
+open_backend(model, backend=backend, precision=precision, **towers)
+print(f"{backend}:{precision}")
 """
 FEATURES = ["--image-feats=valid_imgs.img_feat.jsonl", "--text-feats=valid_texts.txt_feat.jsonl", "--top-k=10"]
 # Stage -> the commands of it, in the order of the guides; each is a process.
@@ -66,11 +71,14 @@ class Options:
     model: VisionName = "ViT-B-16"
     """Picture tower; the text tower is the one it is published with."""
     modes: tuple[str, ...] = ("torch:fp32", "openvino:auto", "openvino:int8")
-    """What is measured beside the reference: backend:precision; auto: the fastest this processor has, close to fp32."""
+    """What is measured beside the reference: backend:precision; auto: the fastest this processor has, close to fp32;
+    auto:auto: what --backend auto takes."""
     rounds: int = 1
     """How often to run everything; the median counts."""
     batch_size: int = 32
     """Pictures, and texts, in a batch."""
+    has_goals: bool = True
+    """Name the modes that are not as fast as wanted."""
     json: bool = False
     """Print the numbers as one JSON object instead of a table."""
 
@@ -101,13 +109,15 @@ def measure(options: Options, say: command.Speaker) -> dict[str, Any]:
             counts = write_part(folder, Path(options.data), options.pictures)
         facts = {**facts_of(options, reference), **counts}
         say(head(facts))
-        export_s = {side.name: export_seconds(side, home, options.model) for side in sides[1:]}
+        exports = {side.name: exported(side, home, options.model) for side in sides[1:]}
         seconds = timed_stages(sides, folders, options, say)
         totals = {side.name: sum(stage[side.name] for stage in seconds.values()) for side in sides}
         say(row("total", totals))
         errors = {side.name: largest_difference(folders[reference.name], folders[side.name]) for side in sides[1:]}
     ratios = {name: totals["reference"] / total for name, total in totals.items()}
-    goals = {name: GOALS[name.split(":")[1]] for name in options.modes}
+    taken = {name: one.stdout.splitlines()[-1] for name, one in exports.items()}
+    export_s = {name: one.seconds for name, one in exports.items()}
+    goals = {name: GOALS[taken[name].split(":")[1]] for name in options.modes} if options.has_goals else {}
     missed = [
         f"pipeline {name}: {ratios[name]:.2f} times the reference, goal {goal}"
         for name, goal in goals.items()
@@ -116,16 +126,20 @@ def measure(options: Options, say: command.Speaker) -> dict[str, Any]:
     missed += [
         f"pipeline {name}: features differ by {errors[name]:.1e}"
         for name in options.modes
-        if "fp32" in name and errors[name] > 1e-4
+        if "fp32" in taken[name] and errors[name] > 1e-4
     ]
     for name, error in errors.items():
-        say(f"{name}: exported in {export_s[name]:.1f} s, once, not counted; features differ by at most {error:.1e}")
+        say(
+            f"{name} ({taken[name]}): exported in {export_s[name]:.1f} s, once, not counted; "
+            f"features differ by at most {error:.1e}"
+        )
     return {
         **facts,
         "seconds": seconds,
         "total": totals,
         "ratio": ratios,
         "export_s": export_s,
+        "taken": taken,
         "largest_feature_difference": errors,
         "missed": missed,
     }
@@ -134,15 +148,17 @@ def measure(options: Options, say: command.Speaker) -> dict[str, Any]:
 def settled_mode(mode: str) -> str:
     """`mode` with the precision that is computed in; raises ConfigError for one that this processor lacks."""
     backend, precision = mode.split(":")
+    if backend == "auto":
+        return mode
     return f"{backend}:{settle_precision(backend, precision)}"  # type: ignore[arg-type]  # checked there
 
 
-def export_seconds(side: Side, folder: Path, model: str) -> float:
-    """Opens the model once, which exports it where the backend wants that."""
+def exported(side: Side, folder: Path, model: str) -> Finished:
+    """Opens the model once, which exports it where the backend wants that; prints what "auto" takes."""
     backend, precision = side.name.split(":")
     if backend == "torch":
-        return 0.0
-    return side.run_code(EXPORT, ["model.pt", backend, precision, model, text_tower(model)], folder).seconds
+        return Finished(side.name, 0.0)
+    return side.run_code(EXPORT, ["model.pt", backend, precision, model, text_tower(model)], folder)
 
 
 def text_tower(model: str) -> str:

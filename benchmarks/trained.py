@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from cn_clip import command, emoji_pack, zoo  # noqa: E402
+from cn_clip import command, emoji_pack, ranks, zoo  # noqa: E402
 from cn_clip.clip import Encoder  # noqa: E402
 from cn_clip.clip.backends.base import Rows  # noqa: E402
 from cn_clip.clip.backends.names import BackendName  # noqa: E402
@@ -32,7 +32,9 @@ ALL_MODES: tuple[tuple[BackendName, str], ...] = (
 
 
 def is_computed_here(backend: BackendName, precision: str) -> bool:
-    """Whether this processor has the precision."""
+    """Whether this processor has the precision: bf16 that PyTorch would emulate is not one."""
+    if (backend, precision) == ("torch", "bf16") and not ranks.cpu_has_bf16():
+        return False
     try:
         settle_precision(backend, precision)
     except ConfigError:

@@ -158,10 +158,7 @@ def check(chosen: Choice) -> None:
         check_precision(chosen.backend, chosen.precision)
     except ConfigError as error:
         raise ConfigError(f"--{error}") from error
-    try:
-        check_cosine(chosen.min_cosine)
-    except ConfigError as error:
-        raise ConfigError(f"--min-cosine: {str(error).partition(': ')[2]}") from error
+    check_cosine(chosen.min_cosine, "--min-cosine")
     if chosen.min_cosine is not None and chosen.backend != "auto":
         raise ConfigError(f"--min-cosine and --backend {chosen.backend}: it is for --backend auto; leave one out")
     if chosen.strict_fp32 and (chosen.backend, chosen.precision) != ("torch", "fp32"):

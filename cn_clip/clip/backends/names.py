@@ -77,11 +77,11 @@ def torch_precisions(device: "torch.device") -> tuple[Precision, ...]:
     return ("bf16", "fp32") if device.type == "cpu" and ranks.cpu_has_bf16() else ("fp32",)
 
 
-def check_cosine(least: object) -> None:
-    """Raises ConfigError for a bound on the cosine to float32 that cannot be; None is one."""
+def check_cosine(least: object, name: str = "min_cosine") -> None:
+    """Raises ConfigError, calling it `name`, for a bound on the cosine to float32 that cannot be; None is one."""
     is_number = isinstance(least, numbers.Real) and not isinstance(least, bool)
     if least is not None and not (is_number and 0 < least <= 1):  # type: ignore[operator]
-        raise ConfigError(f"min_cosine: expected a cosine above 0 and at most 1, got {least!r}")
+        raise ConfigError(f"{name}: expected a cosine above 0 and at most 1, got {least!r}")
 
 
 def check_threads(count: object, *, least: int = 1) -> None:
