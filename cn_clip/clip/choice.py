@@ -5,11 +5,20 @@ from typing import Annotated, Literal, TypeAlias
 
 import tyro
 
+from cn_clip.clip import merge_rules
 from cn_clip.clip.backends.names import DEFAULT_CONTEXT_LENGTH, BackendChoice, check_cosine, check_precision
 from cn_clip.clip.families import names
 from cn_clip.clip.picture_names import Decode
 from cn_clip.errors import ConfigError
-from cn_clip.option_types import BackendDevice, DownloadRoot, NumThreads, PictureTower, StrictFp32, TextTower
+from cn_clip.option_types import (
+    BackendDevice,
+    DownloadRoot,
+    MergeTokens,
+    NumThreads,
+    PictureTower,
+    StrictFp32,
+    TextTower,
+)
 
 DEFAULT_MODEL = "ViT-B-16"
 FORMS = (
@@ -79,6 +88,7 @@ class Choice:
     decode: None is as the index at hand says. upright: pictures are turned by their EXIF orientation.
     context_length: longest text in tokens, special ones included. strict_fp32: no TF32 on CUDA.
     backend: "auto" is what `backends.choosing` takes; min_cosine: the bound that it keeps.
+    merge_tokens: patches merged in each layer of a ViT; None is none, or as the index at hand says.
     """
 
     model: str
@@ -94,6 +104,7 @@ class Choice:
     context_length: int = DEFAULT_CONTEXT_LENGTH
     strict_fp32: bool = False
     min_cosine: float | None = None
+    merge_tokens: int | None = None
 
     @property
     def is_foreign(self) -> bool:
@@ -112,6 +123,7 @@ class ModelSettings:
     strict_fp32: StrictFp32 = False
     device: BackendDevice = "auto"
     num_threads: NumThreads = None
+    merge_tokens: MergeTokens = None
     download_root: DownloadRoot = None
 
     @property
@@ -126,6 +138,7 @@ class ModelSettings:
             download_root=self.download_root,
             strict_fp32=self.strict_fp32,
             min_cosine=self.min_cosine,
+            merge_tokens=self.merge_tokens,
         )
 
 
@@ -150,6 +163,8 @@ class CheckpointSettings(ModelSettings):
 
 def check(chosen: Choice) -> None:
     """Raises ConfigError, in terms of the options, for settings with which no model could be opened."""
+    if chosen.is_foreign and chosen.merge_tokens:
+        raise ConfigError(f"--merge-tokens: is for Chinese-CLIP, and {chosen.model} is of another family; leave it out")
     if chosen.is_foreign and (chosen.vision or chosen.text):
         raise ConfigError(f"{chosen.model}: is of another family and says itself what its towers are; name no others")
     try:
@@ -161,6 +176,10 @@ def check(chosen: Choice) -> None:
     check_cosine(chosen.min_cosine, "--min-cosine")
     if chosen.min_cosine is not None and chosen.backend != "auto":
         raise ConfigError(f"--min-cosine and --backend {chosen.backend}: it is for --backend auto; leave one out")
+    try:
+        merge_rules.check_named(chosen.merge_tokens or 0, chosen.model, chosen.vision)
+    except ConfigError as error:
+        raise ConfigError(f"--merge-tokens{str(error).removeprefix('merge_tokens')}") from error
     if chosen.strict_fp32 and (chosen.backend, chosen.precision) != ("torch", "fp32"):
         other = f"--backend {chosen.backend}" if chosen.backend != "torch" else f"--precision {chosen.precision}"
         raise ConfigError(f"--strict-fp32 and {other}: it is for float32 in PyTorch; leave one out")

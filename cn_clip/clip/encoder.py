@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from cn_clip import progress as bars
 from cn_clip import zoo
+from cn_clip.clip import merge_rules
 from cn_clip.clip.backends.base import (
     USUAL_SIZES,
     AnyPixels,
@@ -115,6 +116,8 @@ class Encoder:
     decode: "fast" decodes JPEG files and bytes at 1/2, 1/4 or 1/8 of their size where both sides stay at least as
     long as the model's; the vectors differ a little. "exact" decodes them whole. "reference" as well,
     and clips grey of 16 bits to white, as Chinese-CLIP does; the others scale it to 8 bits.
+    merge_tokens: so many patches are merged in each layer of a ViT, the most alike (token merging); 0: none. Faster,
+    and pictures get other vectors, see docs/encoder.md. `facts.merge_tokens` says it of any backend.
     upright: turns pictures by their EXIF orientation, as people see them; Chinese-CLIP takes them as they are stored.
 
     Threads: several may use one Encoder at once, and get the rows that one would; of a `Backend` or `Parts` of your
@@ -141,11 +144,13 @@ class Encoder:
         compile: bool = False,
         decode: Decode = "exact",
         upright: bool = False,
+        merge_tokens: int = 0,
     ) -> None:
         check_decode(decode)
         check_cosine(min_cosine)
         if min_cosine is not None and backend != "auto":
             raise ConfigError(f'min_cosine: is for backend="auto", got {backend!r}; leave it out')
+        merge_rules.check(merge_tokens)
         self.decode, self.upright = decode, upright
         self.decision: Decision | None = None
         settings: dict[str, Any] = {
@@ -155,6 +160,7 @@ class Encoder:
             "num_threads": num_threads,
             "download_root": download_root,
             "compile": compile,
+            "merge_tokens": merge_tokens,
         }
         self.opened: Opened | None = None
         self._pictures: PictureTransform | None = None
@@ -174,9 +180,9 @@ class Encoder:
             if self.opened is not None:
                 self.opened.settings.update(backend=backend, precision=precision)
         if is_foreign(model):
-            if compile:
-                raise ConfigError("compile: is for Chinese-CLIP; leave it out")
-            del settings["compile"]
+            for setting in ("compile", "merge_tokens"):
+                if settings.pop(setting):
+                    raise ConfigError(f"{setting}: is for Chinese-CLIP; leave it out")
             model = open_parts(str(model), decode=decode, **settings)
             settings, decode = {}, "exact"
         if isinstance(model, Parts):
@@ -198,7 +204,7 @@ class Encoder:
             from cn_clip.clip.backends.pytorch import sharing
 
             _check_unset("a CLIP", download_root=download_root)
-            sizes: dict[str, Any] = {"num_threads": num_threads, "compile": compile}
+            sizes: dict[str, Any] = {"num_threads": num_threads, "compile": compile, "merge_tokens": merge_tokens}
             self.backend = sharing(model, device=settings["device"], precision=precision, **sizes)
         name = model if isinstance(model, (str, Path)) else "the model"
         self.texts = ChineseTexts(text_length(context_length, self.facts.context_length, name))
@@ -687,7 +693,9 @@ class Opened:
 def _decided(model: "str | Path | CLIP", settings: Mapping[str, Any], min_cosine: float | None) -> Decision:
     """What "auto" takes for a name, a file, a model of another family or one in memory."""
     if isinstance(model, (str, Path)) and not is_foreign(model):
-        return decide(model, min_cosine=min_cosine, **{name: settings[name] for name in settings if name != "backend"})
+        # The bound is on what an arithmetic loses, whatever is merged.
+        others = {name: settings[name] for name in settings if name not in ("backend", "merge_tokens")}
+        return decide(model, min_cosine=min_cosine, **others)
     if is_foreign(model):
         why = "PyTorch alone runs models of other families"
         return only_torch(settings["precision"], settings["device"], why, min_cosine=min_cosine)

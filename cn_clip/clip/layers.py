@@ -202,6 +202,16 @@ class SelfAttention(nn.MultiheadAttention):
         weights = shares_BHQL.mean(dim=1) if average_attn_weights else shares_BHQL
         return self.out_proj(context_BQD).transpose(0, 1), weights
 
+    def with_keys(self, x_BLD: Tensor, score_bias_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(output, keys of all heads), (B, L, D) each, of attention among rows (B, L, D), picture by picture.
+
+        score_bias_BL: what the scores of each row are raised by.
+        """
+        rows_BLD, keys_BLD, values_BLD = F.linear(x_BLD, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        bias = None if score_bias_BL is None else score_bias_BL[:, None, None].to(rows_BLD.dtype)
+        context_BLD = attend(rows_BLD, keys_BLD, values_BLD, self.num_heads, attn_mask=bias)
+        return self.out_proj(context_BLD), keys_BLD
+
 
 def _score_bias(attn_mask: Tensor | None, padding_BL: Tensor | None, rows_BLD: Tensor, heads: int) -> Tensor | None:
     """One bias of the scores (B or 1, H or 1, Q or 1, L) for both masks; True in a mask forbids."""

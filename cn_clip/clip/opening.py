@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cn_clip import ranks, zoo
+from cn_clip.clip import merge_rules
 from cn_clip.clip.backends import choosing
 from cn_clip.clip.backends.base import Backend, ExportedBackend, facts_of
 from cn_clip.clip.backends.choosing import Decision
@@ -129,6 +130,7 @@ def open_quietly(
         "text": chosen.text,
         "download_root": chosen.download_root,
         "num_threads": chosen.num_threads,
+        "merge_tokens": chosen.merge_tokens or 0,
     }
     if chosen.backend == "torch":
         from cn_clip.clip.backends.pytorch import open_torch
@@ -208,6 +210,8 @@ def identity(chosen: Choice, encoder: Encoder) -> Identity:
         "vision_model": chosen.vision,
         "text_model": chosen.text,
     }
+    if encoder.facts.merge_tokens:  # only where there is any: runs of versions without it go on
+        settings["merge_tokens"] = encoder.facts.merge_tokens
     if isinstance(encoder.backend, ExportedBackend):
         of_towers = tower_identity(encoder.backend)
         return lambda kind: {**settings, **of_towers(kind)}
@@ -234,11 +238,12 @@ def tower_identity(backend: ExportedBackend) -> Identity:
 def fingerprint(chosen: Choice, encoder: Encoder) -> str:
     """Of the weights, alike for every backend and precision; else of the bytes of the files that were opened.
 
-    Of a model without files here, such as a tag of open_clip, it is of the name.
+    Of a model without files here, such as a tag of open_clip, it is of the name. A model that merges tokens gives
+    other vectors: its fingerprint ends so that `merge_rules.merged_in` finds how many.
     encoder: from `open_quietly` with_fingerprint.
     """
     if encoder.facts.weights is not None:
-        return encoder.facts.weights
+        return merge_rules.marked(encoder.facts.weights, encoder.facts.merge_tokens)
     if isinstance(encoder.backend, ExportedBackend):
         paths = [Path(tower.path) for tower in (encoder.backend.image, encoder.backend.text) if tower is not None]
         files = [one for path in paths for one in (path, extra_path(path)) if one.is_file()]
@@ -247,7 +252,7 @@ def fingerprint(chosen: Choice, encoder: Encoder) -> str:
     digest = hashlib.blake2b(b"" if files else chosen.model.encode(), digest_size=8)
     for path in files:
         add_file(digest, path)
-    return f"file:{digest.hexdigest()}"
+    return merge_rules.marked(f"file:{digest.hexdigest()}", encoder.facts.merge_tokens)
 
 
 def weights_digest(chosen: Choice) -> str:

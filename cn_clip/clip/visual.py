@@ -10,7 +10,7 @@ The ResNet has three stem convolutions, anti-aliased strides, and attention pool
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from cn_clip.clip.layers import (
     unhooked,
     unwatched,
 )
+from cn_clip.clip.merge_rules import plan
+from cn_clip.clip.merging import merged
 from cn_clip.errors import ConfigError
 
 
@@ -91,6 +93,32 @@ class ResidualAttentionBlock(nn.Module):
         output = x_BLD + self.mlp(self.ln_2(x_BLD))
         return output.transpose(0, 1)
 
+    def merging(self, x: Tensor, sizes_BL: Tensor | None, count: int) -> tuple[Tensor, Tensor | None]:
+        """(tokens (L - count, B, D), sizes): `count` tokens merged between attention and perceptron, see `merging`.
+
+        sizes_BL: patches in each token, None: one each. A token has as much of the attention as its patches would.
+        """
+        x_BLD = x.transpose(0, 1)
+        attended_BLD, keys_BLD = self.attn.with_keys(self.ln_1(x_BLD), _score_bias(sizes_BL))
+        x_BLD = x_BLD + attended_BLD
+        if count:
+            x_BLD, sizes_BL = merged(x_BLD, sizes_BL, keys_BLD, self.attn.num_heads, count)
+        return (x_BLD + self.mlp(self.ln_2(x_BLD))).transpose(0, 1), sizes_BL
+
+    def class_token_of(self, x: Tensor, sizes_BL: Tensor | None) -> Tensor:
+        """The class token (1, B, D) after this block, of tokens with sizes."""
+        normed = self.ln_1(x.transpose(0, 1)).transpose(0, 1)
+        bias_BL = _score_bias(sizes_BL)
+        attended = self.attn(normed[:1], normed, normed, key_padding_mask=bias_BL, need_weights=False)[0]
+        first = x[:1] + attended
+        output: Tensor = first + self.mlp(self.ln_2(first))
+        return output
+
+
+def _score_bias(sizes_BL: Tensor | None) -> Tensor | None:
+    """What the scores of tokens are raised by, so that softmax counts each as the patches in it."""
+    return None if sizes_BL is None else sizes_BL.log()
+
 
 class Transformer(nn.Module):
     """A stack of blocks, (L, B, D) to (L, B, D); `grad_checkpointing` trades time for memory in training."""
@@ -125,6 +153,14 @@ class Transformer(nn.Module):
                 x = block(x, **options)
         return x
 
+    def merging(self, x: Tensor, merge_tokens: int) -> Tensor:
+        """The class token (1, B, D) of tokens (L, B, D), `merge_tokens` of which are merged in each block."""
+        blocks, sizes_BL = cast("list[ResidualAttentionBlock]", list(self.resblocks)), None
+        *counts, _ = plan(x.shape[0] - 1, len(blocks), merge_tokens)
+        for block, count in zip(blocks[:-1], counts, strict=True):
+            x, sizes_BL = block.merging(x, sizes_BL, count)
+        return blocks[-1].class_token_of(x, sizes_BL)
+
     def class_token_suffices(self) -> bool:
         """Whether no program looks at the other tokens of the last block, or has put its own code there."""
         if not len(self.resblocks) or not (unhooked(self) and unhooked(self.resblocks)):
@@ -148,9 +184,11 @@ class VisualTransformer(nn.Module):
     """Pixels to embeddings: patches, class token, transformer, projection of the class token.
 
     `use_flash_attention` changes nothing: PyTorch picks the kernel of attention, as `layers.attend` says.
+    merge_tokens: patches merged in each layer to save time, see `merging`; `set_merging` sets it. The vectors differ.
     """
 
     proj: nn.Parameter | None
+    merge_tokens: int = 0
 
     def __init__(
         self,
@@ -180,6 +218,19 @@ class VisualTransformer(nn.Module):
         """Whether blocks are computed again in the backward pass, which takes less memory and more time."""
         self.transformer.grad_checkpointing = enable
 
+    def set_merging(self, merge_tokens: int) -> None:
+        """Has each layer merge so many patches, see `merging`; 0: none.
+
+        Raises ConfigError for a program's own transformer or blocks, which cannot.
+        """
+        is_ours = type(self.transformer) is Transformer and all(
+            type(one) is ResidualAttentionBlock and type(one.attn) is SelfAttention
+            for one in self.transformer.resblocks
+        )
+        if merge_tokens and not is_ours:
+            raise ConfigError("merge_tokens: a layer of this picture tower is a program's own; leave it out")
+        self.merge_tokens = merge_tokens
+
     def forward(self, x: Tensor, mask_ratio: float = 0.0) -> Tensor:
         """Embeddings (B, E) of pixels (B, 3, R, R), not normalised; with `proj` None, (B, D).
 
@@ -197,10 +248,13 @@ class VisualTransformer(nn.Module):
         if mask_ratio:
             x = self.random_masking(x, mask_ratio)
         x_LBD = self.ln_pre(x).transpose(0, 1)
+        if self.merge_tokens:
+            embedding: Tensor = self.ln_post(self.transformer.merging(x_LBD, self.merge_tokens)[0])
+            return embedding if self.proj is None else embedding @ self.proj
         # A program may have replaced the transformer by a module of its own.
         shortcut = isinstance(self.transformer, Transformer) and self.transformer.class_token_suffices()
         x_LBD = self.transformer(x_LBD, first_only=True) if shortcut else self.transformer(x_LBD)
-        embedding: Tensor = self.ln_post(x_LBD.transpose(0, 1)[:, 0])
+        embedding = self.ln_post(x_LBD.transpose(0, 1)[:, 0])
         return embedding if self.proj is None else embedding @ self.proj
 
     def random_masking(self, x: Tensor, mask_ratio: float) -> Tensor:

@@ -17,7 +17,7 @@ from cn_clip.clip.backends.names import BackendChoice, Kind, PrecisionChoice, ch
 from cn_clip.deploy.model_arch import ArchName, vision_name
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.language import both, counted
-from cn_clip.option_types import Json
+from cn_clip.option_types import Json, MergeTokens
 from cn_clip.settings import Range
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Options:
     """auto (CUDA where a backend has it), cpu, cuda or cuda:N"""
     num_threads: Annotated[int | None, Range(least=1)] = None
     """Threads of a backend; default: its own choice, one a core as a rule"""
+    merge_tokens: MergeTokens = None
     text_length: Annotated[int | None, Range(least=3)] = None
     """Pad every text to so many tokens; default: the longest of its batch"""
     download_root: str | None = None
@@ -99,7 +100,7 @@ def run(options: Options) -> int:
             )
         )
         status = INTERRUPTED
-    names = ("repeats", "warmup", "device", "num_threads", "text_length")
+    names = ("repeats", "warmup", "device", "num_threads", "text_length", "merge_tokens")
     result: dict[str, Any] = {
         "model": options.model or f"random {options.random}",
         "machine": bench_report.machine_facts(),
@@ -171,6 +172,7 @@ def _first_job(options: Options, folder: str) -> "Job":
         device=device,
         num_threads=options.num_threads,
         text_length=options.text_length,
+        merge_tokens=options.merge_tokens or 0,
     )
     if options.random is None:
         return base

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ class Job:
     """One combination to measure. folder: where inputs and expected rows lie.
 
     vision, text: the towers of random weights, which are made in the file `model` if there is none; None for a model
-    that exists. text_length: tokens that texts are padded to; None for the longest of a batch.
+    that exists. text_length: tokens that texts are padded to; None for the longest of a batch. merge_tokens: patches
+    merged in each layer; none where the expected rows are made.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Job:
     device: str | None = None
     num_threads: int | None = None
     text_length: int | None = None
+    merge_tokens: int = 0
 
     def save(self, path: Path) -> None:
         """Writes it for a worker."""
@@ -56,7 +58,7 @@ def reference(job: Job) -> dict[str, Any]:
 
     if job.vision is not None and job.text is not None:
         towers.write_random(Path(job.model), job.vision, job.text)
-    backend = _open(job, "torch", "fp32", device="cpu", kinds=KINDS)
+    backend = _open(replace(job, merge_tokens=0), "torch", "fp32", device="cpu", kinds=KINDS)
     expected = towers.reference_rows(backend)
     for kind in KINDS:
         np.save(_inputs_path(job, kind), expected.inputs[kind])
@@ -150,6 +152,7 @@ def _open(job: Job, backend: BackendName, precision: str, *, device: str | None,
         text=job.text,
         download_root=job.download_root,
         num_threads=job.num_threads,
+        merge_tokens=job.merge_tokens,
         kinds=kinds,
     )
 

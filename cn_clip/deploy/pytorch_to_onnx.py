@@ -2,14 +2,14 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from cn_clip import command, drop_in, settings
 from cn_clip.deploy.model_arch import TITLES, ConversionOptions, check_arch, check_targets
 from cn_clip.errors import ConfigError
-from cn_clip.option_types import OutputPrefix
+from cn_clip.option_types import MergeTokens, OutputPrefix
 from cn_clip.settings import Range
 from cn_clip.zoo import TextName, VisionName
 
@@ -38,8 +38,9 @@ class Options(ConversionOptions):
     """Picture tower, for an architecture of your own; default: that of the model"""
     text_model: TextName | None = None
     """Text tower; default: what the weights hold"""
+    merge_tokens: MergeTokens = None
 
-    ADDED = ("precisions",)  # see `command.spelled_out`
+    ADDED = ("precisions", "merge_tokens")  # see `command.spelled_out`
 
     def __post_init__(self) -> None:
         check_arch(self.model_arch)
@@ -81,6 +82,7 @@ def run(options: Options) -> None:
             text=options.text_model,
         )
     limits: dict[str, Any] = {"max_length": options.context_length, "tolerance": options.tolerance}
+    limits["merge_tokens"] = options.merge_tokens or 0
     written = towers.write_onnx(model, prefix, kinds, forms, samples, **limits, say=say)
     say("Finished PyTorch to ONNX conversion...")
     result: dict[str, dict[str, Any]] = {TITLES[kind]: {} for kind in kinds}
@@ -99,6 +101,7 @@ def run(options: Options) -> None:
             "left_out": list(report.left_out),
             "num_int8": share.num_int8 if share else None,
             "num_products": share.num_products if share else None,
+            "merging": asdict(report.merging) if report.merging else None,
         }
     say.result(result)
 

@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -112,18 +112,22 @@ def write_onnx(
     *,
     max_length: int,
     tolerance: float | None,
+    merge_tokens: int = 0,
     say: Callable[[str], object],
 ) -> list[Written]:
     """Writes towers in several forms, all of them or nothing; `say` prints how close each is to PyTorch.
 
+    merge_tokens: patches that the picture tower merges in each layer; PyTorch then does so too.
     Raises what `export.export_tower` and `derived.derive` raise.
     """
-    expected = parity.reference(TorchBackend(model), compared_on)
+    whole = parity.reference(TorchBackend(model), compared_on)
+    expected = export.merged_reference(model, whole, merge_tokens)
+    limits: dict[str, Any] = {"max_length": max_length, "tolerance": tolerance, "whole": whole}
     with written_together(prefix) as folder, HeldFolder(prefix.parent, f".{prefix.name}.") as scratch:
         reports: list[tuple[Kind, Report]] = []
         for kind in kinds:
             base, *others = (onnx_path(scratch.path / prefix.name, kind, form) for form in ("fp32", *forms))
-            exported = export.export_tower(model, kind, base, expected, max_length=max_length, tolerance=tolerance)
+            exported = export.export_tower(model, kind, base, expected, **limits)
             for form, path in zip(forms, others, strict=True):
                 is_base = form == "fp32"
                 report = exported if is_base else derived.derive(base, kind, form, path, expected, tolerance=tolerance)

@@ -91,15 +91,17 @@ class ModelChoice(choice.ModelSettings):
     def file_name(self) -> str:
         """The model in the names of files: only letters, digits, `_`, `-` and `.`.
 
-        A checkpoint of a run has the name of the run before its own; backend and precision follow if they are not
-        the usual ones.
+        A checkpoint of a run has the name of the run before its own; backend, precision and merged tokens follow if
+        they are not the usual ones.
         """
         names = [self.model or DEFAULT_MODEL]
         if self.checkpoint:
             path = Path(os.path.abspath(self.checkpoint))
             # The folder of a run in which the training keeps its checkpoints; all runs name them alike.
             names = [path.parent.parent.name, path.stem] if path.parent.name == "checkpoints" else [path.stem]
-        arithmetic = [one for one in (self.backend, self.precision) if one not in ("torch", "fp32", "amp")]
+        given: tuple[str, str] = self.backend, self.precision
+        arithmetic = [one for one in given if one not in ("torch", "fp32", "amp")]
+        arithmetic += [f"merge{self.merge_tokens}"] if self.merge_tokens else []
         return re.sub(r"[^\w.-]+", "_", "-".join([*names, *arithmetic]))
 
 

@@ -446,6 +446,8 @@ def model_facts(options: EngineSettings, kind: Kind, weights: str) -> Mapping[st
         "version": __version__,
     }
     facts |= {"context_length": options.context_length} if kind == "text" else {"decode": options.decode}
+    if kind == "image" and options.merge_tokens:
+        facts["merge_tokens"] = options.merge_tokens
     if options.strict_fp32:  # only where it is asked for: runs of versions without it go on
         facts["strict_fp32"] = True
     digest = hashlib.blake2b(repr(sorted(facts.items())).encode(), digest_size=8).hexdigest()

@@ -10,7 +10,7 @@ import tyro
 from cn_clip import command, settings, terminal
 from cn_clip.clip import choice
 from cn_clip.errors import ConfigError
-from cn_clip.option_types import BatchSize, Json, NumWorkers
+from cn_clip.option_types import BatchSize, Json, MergeTokensOfIndex, NumWorkers
 from cn_clip.retrieval.milvus_collection import GRAMMAR, SCHEME
 from cn_clip.settings import Range
 
@@ -65,6 +65,7 @@ class ModelOptions(choice.ModelSettings):
 
     model: choice.ModelOfIndex = None
     decode: choice.DecodingOfIndex = None
+    merge_tokens: MergeTokensOfIndex = None
     json: Json = False
 
     def __post_init__(self) -> None:

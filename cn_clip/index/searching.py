@@ -20,6 +20,7 @@ from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.choice import Choice
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.families.opening import full_name
+from cn_clip.clip.merge_rules import merged_in
 from cn_clip.clip.opening import fingerprint, open_quietly
 from cn_clip.clip.picture_names import Decode
 from cn_clip.command import Speaker
@@ -57,6 +58,23 @@ def seen_as(chosen: Choice, pictures: PictureFacts | None) -> Choice:
     """The choice with which pictures are seen as those of an index were; a `decode` that was asked for stays."""
     seen = pictures or PictureFacts()
     return replace(chosen, upright=seen.upright, decode=chosen.decode or cast("Decode", seen.decode))
+
+
+def merged_as(chosen: Choice, model: ModelInfo | None, address: object) -> Choice:
+    """The choice with which tokens are merged as for the vectors of an index, if it records its model.
+
+    Raises ConfigError if another number was asked for: vectors of both would not be comparable.
+    """
+    if model is None or not model.fingerprint:
+        return chosen
+    found = merged_in(model.fingerprint)
+    if chosen.merge_tokens not in (None, found):
+        raise ConfigError(
+            f"--merge-tokens {chosen.merge_tokens}: the vectors were computed with --merge-tokens {found}, and those "
+            "of both would differ; leave it out, or build another index",
+            at=address,
+        )
+    return replace(chosen, merge_tokens=found)
 
 
 def renewal_hint(pictures: PictureFacts | None, source: str, address: object) -> str:
@@ -154,6 +172,7 @@ def _query(index: Searchable, options: "Options", own_id: ItemId | None, say: Sp
         if hint := renewal_hint(index.pictures, index.source, index.address):
             say.note(hint)
         seen = seen_as(replace(options.chosen, model=name), index.pictures)
+        seen = merged_as(seen, index.model, index.address)
         encoder, info = open_encoder(seen, say, kinds=kinds)
         same_model(index.model, info, index.address)
         if options.image is not None:

@@ -108,7 +108,8 @@ class Facts:
     num_parameters: all, and those of the picture tower. architecture: "VISION@TEXT", of exported files.
     weights: a fingerprint, alike for every backend and precision.
     epoch, step: of the checkpoint. pixels: "uint8" for a backend that also takes them before they are normalised, and
-    gets them sooner so. is_async: it is an `AsyncBackend`. has_tensors: it is a `TensorBackend`.
+    gets them sooner so. merge_tokens: patches merged a layer. is_async: it is an `AsyncBackend`. has_tensors: it is a
+    `TensorBackend`.
     """
 
     backend: BackendName | None = None
@@ -125,6 +126,7 @@ class Facts:
     epoch: int = 0
     step: int = 0
     pixels: PixelType = "float32"
+    merge_tokens: int = 0
     is_async: bool = False
     has_tensors: bool = False
 
@@ -208,6 +210,7 @@ class TowerFacts:
     architecture: "VISION@TEXT". weights: a fingerprint that the two towers of one model share. logit_scale: the factor
     on cosines, exp of the stored parameter. left_out: products that lose too much in int8 and stay float32. levels: the
     largest weight in int8. num_int8, num_products: products with weights in int8, and all of them.
+    merge_tokens: patches merged a layer, of a picture tower; None: none.
     """
 
     kind: Kind
@@ -226,6 +229,7 @@ class TowerFacts:
     levels: int | None = None
     num_int8: int | None = None
     num_products: int | None = None
+    merge_tokens: int | None = None
 
 
 class Tower(Protocol):
@@ -314,6 +318,7 @@ class ExportedBackend:
             num_parameters=(sum(tower.facts.num_parameters or 0 for tower in towers), of_image),
             architecture=first.facts.architecture,
             weights=next((tower.facts.weights for tower in towers if tower.facts.weights), None),
+            merge_tokens=(self.image.facts.merge_tokens or 0) if self.image is not None else 0,
         )
 
     def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:

@@ -16,7 +16,7 @@ from cn_clip import zoo
 from cn_clip.clip.backends import parity
 from cn_clip.clip.backends.base import TowerFacts
 from cn_clip.clip.backends.derived import check_packages
-from cn_clip.clip.backends.names import Kind
+from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, metadata, onnx_path, save, set_metadata
 from cn_clip.clip.backends.parity import Reference, Report
 from cn_clip.clip.backends.pytorch import TorchBackend
@@ -41,12 +41,26 @@ def export_model(
     vision: str | None = None,
     text: str | None = None,
     download_root: str | Path | None = None,
+    merge_tokens: int = 0,
 ) -> Iterator[Report]:
-    """Writes towers of a name, a checkpoint or a folder; raises as `open_model` and `export_tower`."""
+    """Writes towers of a name, a checkpoint or a folder; raises as `open_model` and `export_tower`.
+
+    merge_tokens: patches that the picture tower merges in each layer.
+    """
     opened, _ = open_model(model, vision=vision, text=text, download_root=download_root)
-    expected = parity.reference(TorchBackend(opened), parity.embedded_samples(), kinds)
+    samples = parity.embedded_samples()
+    whole = parity.reference(TorchBackend(opened), samples, KINDS if merge_tokens else kinds)
+    expected = merged_reference(opened, whole, merge_tokens)
     for kind in kinds:
-        yield export_tower(opened, kind, onnx_path(prefix, kind, "fp32"), expected)
+        yield export_tower(opened, kind, onnx_path(prefix, kind, "fp32"), expected, whole=whole)
+
+
+def merged_reference(model: CLIP, whole: Reference, merge_tokens: int) -> Reference:
+    """The same inputs, and the rows of a model that merges tokens from now on."""
+    if not merge_tokens:
+        return whole
+    merging = TorchBackend(model, merge_tokens=merge_tokens)
+    return Reference(whole.inputs, {**whole.rows, "image": parity.rows_by(merging, "image", whole.inputs["image"])})
 
 
 def export_tower(
@@ -57,12 +71,14 @@ def export_tower(
     *,
     tolerance: float | None = None,
     max_length: int | None = None,
+    whole: Reference | None = None,
 ) -> Report:
     """Writes one tower of a float32 model in eval mode, batch size and text length free; returns how close it is.
 
-    expected: rows of this model. max_length: the longest text that the file says it takes, in tokens; default: all
-    that the model takes. Raises MissingExtraError without the packages, ConfigError for more tokens than the model
-    takes, CheckpointError when the file does not compute what the model does.
+    expected: rows of this model. whole: those of both towers while it merged no tokens, for the report.
+    max_length: the longest text that the file says it takes, in tokens; default: all that the model takes.
+    Raises MissingExtraError without the packages, ConfigError for more tokens than the model takes, CheckpointError
+    when the file does not compute what the model does.
     """
     check_packages(["fp32"])
     facts = facts_of_model(model, kind)
@@ -76,7 +92,10 @@ def export_tower(
         proto = _translated(model, kind)
         set_metadata(proto, {METADATA_KEY: metadata(facts)})
         save(proto, path)
-    return parity.compare(expected, path, kind, "fp32", tolerance=tolerance)
+    report = parity.compare(expected, path, kind, "fp32", tolerance=tolerance)
+    if whole is not None and facts.merge_tokens:
+        report = replace(report, merging=parity.merging(whole, expected, facts.merge_tokens))
+    return report
 
 
 def facts_of_model(model: CLIP, kind: Kind) -> TowerFacts:
@@ -94,6 +113,7 @@ def facts_of_model(model: CLIP, kind: Kind) -> TowerFacts:
         architecture="@".join(name or "?" for name in names) if any(names) else None,
         weights=model.fingerprint(),
         logit_scale=float(model.logit_scale.detach().exp()),
+        merge_tokens=(getattr(model.visual, "merge_tokens", 0) or None) if kind == "image" else None,
         num_parameters=count + (model.text_projection.numel() if kind == "text" else 0),
     )
 

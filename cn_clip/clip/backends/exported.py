@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from cn_clip import digests, zoo
 from cn_clip.clip.backends import derived, parity
@@ -47,12 +48,16 @@ def announce(line: str) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """Weights to export: a published or bundled name or a file, and its towers where the user named them."""
+    """Weights to export: a published or bundled name or a file, and its towers where the user named them.
+
+    merge_tokens: patches that the picture tower merges in each layer.
+    """
 
     model: str | Path
     vision: str | None = None
     text: str | None = None
     download_root: str | Path | None = None
+    merge_tokens: int = 0
 
     @property
     def root(self) -> Path:
@@ -67,7 +72,8 @@ class Source:
         path = hub.weight_file(self.model, download_root=self.download_root)
         files = [(file.resolve(), file.stat()) for file in hub.files_of(path)]
         seen = [(str(file), status.st_size, status.st_mtime_ns) for file, status in files]
-        key = hashlib.sha256(repr((FORMAT, self.vision, self.text, seen)).encode()).hexdigest()[:12]
+        facts = (FORMAT, self.vision, self.text, seen, *([self.merge_tokens] if self.merge_tokens else []))
+        key = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
         return self.root / f"{path.resolve().stem}-{key}"
 
 
@@ -150,9 +156,10 @@ def _make(source: Source, kinds: Sequence[Kind], form: str, folder: Path, say: A
         if form == "fp32":
             from cn_clip.clip.backends import export  # brings PyTorch, which files that are there do without
 
-            towers = {"vision": source.vision, "text": source.text}
+            towers: dict[str, Any] = {"vision": source.vision, "text": source.text}
             root = source.download_root
-            reports = export.export_model(source.model, list(bases), scratch / STEM, **towers, download_root=root)
+            settings: dict[str, Any] = {"download_root": root, "merge_tokens": source.merge_tokens}
+            reports = export.export_model(source.model, list(bases), scratch / STEM, **towers, **settings)
         else:
             expected = parity.file_reference(bases, parity.embedded_samples())
             reports = (

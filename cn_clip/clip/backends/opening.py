@@ -5,10 +5,12 @@ import glob
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cn_clip import ranks, zoo
+from cn_clip.clip import merge_rules
 from cn_clip.clip.backends import onnx_runtime, open_vino, tensor_rt
 from cn_clip.clip.backends.base import Backend, ExportedBackend, Tower
 from cn_clip.clip.backends.exported import Announce, Source, announce, forget, kept_file, tower_file, tower_files
@@ -42,6 +44,7 @@ def open_backend(
     download_root: str | Path | None = None,
     num_threads: int | None = None,
     compile: bool = False,
+    merge_tokens: int = 0,
     kinds: Sequence[Kind] = KINDS,
     say: Announce = announce,
 ) -> Backend:
@@ -53,6 +56,7 @@ def open_backend(
     precision: "auto" takes the fastest that keeps a cosine of 0.999 to float32 and that the device has in hardware.
     vision, text: architecture names, for a checkpoint that leaves them open. kinds: the towers wanted.
     device: of torch, onnx and tensorrt; default, or "auto": CUDA where there is one. compile: torch only.
+    merge_tokens: patches merged in each layer of a ViT; exported files by their prefix say themselves what they merge.
     Raises CnClipError: no such model, backend, precision or device, or a package that is not installed.
     """
     with working(both("打开模型", "opening the model")):
@@ -66,6 +70,7 @@ def open_backend(
             download_root=download_root,
             num_threads=num_threads,
             compile=compile,
+            merge_tokens=merge_tokens,
             kinds=kinds,
             say=say,
         )
@@ -82,12 +87,14 @@ def _open(
     download_root: str | Path | None,
     num_threads: int | None,
     compile: bool,
+    merge_tokens: int,
     kinds: Sequence[Kind],
     say: Announce,
 ) -> Backend:
     check_precision(backend, precision)
     check_threads(num_threads)
     check_model(model, backend)
+    merge_rules.check_named(merge_tokens, model, vision)
     if compile and backend != "torch":
         raise ConfigError(f"compile: is for the torch backend; {backend} compiles by itself")
     if backend == "torch":
@@ -102,9 +109,10 @@ def _open(
             download_root=download_root,
             num_threads=num_threads,
             compile=compile,
+            merge_tokens=merge_tokens,
         )
     chosen = settle_precision(backend, precision, device)
-    source = Source(model, vision, text, download_root)
+    source = Source(model, vision, text, download_root, merge_tokens)
     where = None if device is None else str(device)
     towers: Mapping[Kind, Tower]
     if backend == "tensorrt":
@@ -116,7 +124,20 @@ def _open(
         towers = _open_onnx(
             source, kinds, backend=backend, precision=chosen, device=where, num_threads=num_threads, say=say
         )
+    if (image := towers.get("image")) is not None:
+        _check_merging(image, merge_tokens)
     return ExportedBackend(towers.get("image"), towers.get("text"), backend=backend, precision=chosen)
+
+
+def _check_merging(image: Tower, merge_tokens: int) -> None:
+    """Raises ConfigError for a file that merges another number of tokens than was asked for."""
+    found = image.facts.merge_tokens or 0
+    if merge_tokens not in (0, found):
+        raise ConfigError(
+            f"was exported with --merge-tokens {found}, and {merge_tokens} was asked for; leave it out, or export the "
+            "model again",
+            at=image.path,
+        )
 
 
 def _open_onnx(
@@ -167,8 +188,11 @@ def ready_files(
 def _onnx_files(source: Source, kinds: Sequence[Kind], form: str, say: Announce) -> dict[Kind, Path]:
     """The files of a prefix, of one tower or of both as they were exported; else those of the cache."""
     names = files_of_prefix(source.model, "onnx")
-    if not names:
+    if not names and not source.merge_tokens:
         return tower_files(source, kinds, form, say=say)
+    if not names:  # the text tower is the same whatever the picture tower merges
+        sources = {kind: source if kind == "image" else replace(source, merge_tokens=0) for kind in kinds}
+        return {kind: tower_file(one, kind, form, say=say) for kind, one in sources.items()}
     paths = {kind: onnx_path(source.model, kind, form) for kind in kinds}
     found = {kind: path for kind, path in paths.items() if path.is_file()}
     if not found:
@@ -189,7 +213,7 @@ def _open_engine(source: Source, kind: Kind, precision: Precision, device: str |
         if not given.is_file():
             raise CheckpointError(f"no such file; build it with {tensor_rt.TOOL}", at=given)
         return tensor_rt.TensorRtTower(given, kind, device=device)
-    base = tower_file(source, kind, precision, say=say)
+    base = _onnx_files(source, [kind], precision, say)[kind]
     path = tensor_rt.cached_path(base, kind, precision, device)
 
     def make() -> None:

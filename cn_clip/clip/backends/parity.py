@@ -80,11 +80,31 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Merging:
+    """What merging tokens costs: cosines to the rows without it, and the share of equal best captions."""
+
+    merge_tokens: int
+    smallest: float
+    mean: float
+    agreement: float
+
+    def __str__(self) -> str:
+        ends = f"{self.smallest:.6f}", f"{self.mean:.6f}"
+        return both(
+            f"每层合并 {self.merge_tokens} 个 token，与不合并的余弦：最小 {ends[0]}，平均 {ends[1]}，"
+            f"首选一致 {100 * self.agreement:.1f} %",
+            f"merging {self.merge_tokens} tokens a layer: cosine to not merging: min {ends[0]}, mean {ends[1]}, "
+            f"same top-1 {100 * self.agreement:.1f} %",
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """Cosines of the rows of a file to those of float32.
 
     agreement: the share of pictures whose best caption among the samples is the same, where rows of the other tower
-    were at hand. left_out, share: of an int8 form, products that lose too much in it, and what it holds.
+    were at hand. left_out, share: of an int8 form, products that lose too much in it, and what it holds. merging: of a
+    float32 form that merges tokens; its cosines are to PyTorch, which merges them too.
     """
 
     path: Path
@@ -95,16 +115,18 @@ class Report:
     agreement: float | None = None
     left_out: tuple[str, ...] = ()
     share: Share | None = None
+    merging: Merging | None = None
 
     def __str__(self) -> str:
         agreement = "" if self.agreement is None else f"{100 * self.agreement:.1f} %"
         same = both(f"，首选一致 {agreement}", f", same top-1 {agreement}") if agreement else ""
         share = "" if self.share is None else both(f"，{self.share}", f", {self.share}")
+        merging = "" if self.merging is None else both(f"；{self.merging}", f"; {self.merging}")
         return both(
             f"{self.path.name}: 与 float32 的余弦：最小 {self.smallest:.6f}，平均 {self.mean:.6f}{same}"
-            f"（{self.num_samples} 个样本{share}）",
+            f"（{self.num_samples} 个样本{share}）{merging}",
             f"{self.path.name}: cosine to float32: min {self.smallest:.6f}, mean {self.mean:.6f}{same} "
-            f"({counted(self.num_samples, 'sample')}{share})",
+            f"({counted(self.num_samples, 'sample')}{share}){merging}",
         )
 
 
@@ -123,7 +145,7 @@ def reference(backend: Backend, samples: Samples, kinds: Iterable[Kind] = KINDS)
     """The rows of float32 towers."""
     with working(both("计算 float32 的参照", "computing the reference in float32")):
         inputs = {kind: samples.inputs(kind, backend.resolution if kind == "image" else 0) for kind in kinds}
-        return Reference(inputs, {kind: _rows(backend, kind, inputs[kind]) for kind in inputs})
+        return Reference(inputs, {kind: rows_by(backend, kind, inputs[kind]) for kind in inputs})
 
 
 def file_reference(bases: Mapping[Kind, Path], samples: Samples) -> Reference:
@@ -163,6 +185,13 @@ def compare(
     return report
 
 
+def merging(whole: Reference, merged: Reference, merge_tokens: int) -> Merging:
+    """What merging costs, by the rows of both towers without and with it."""
+    cosines_N = (whole.rows["image"] * merged.rows["image"]).sum(axis=1)
+    best, found = ((one.rows["image"] @ one.rows["text"].T).argmax(axis=1) for one in (whole, merged))
+    return Merging(merge_tokens, float(cosines_N.min()), float(cosines_N.mean()), float((best == found).mean()))
+
+
 def cosines(expected: Reference, path: Path, kind: Kind, form: str) -> NDArray[np.float32]:
     """Of each sample's row to its row in float32, (N,)."""
     rows = rows_of(open_form(path, kind, form), kind, expected)
@@ -185,7 +214,7 @@ def backend_of(tower: Tower, kind: Kind) -> ExportedBackend:
 def rows_of(tower: Tower, kind: Kind, expected: Reference) -> Rows:
     """What a tower gives for the inputs of a reference; NaN where it gives a row that is not finite."""
     try:
-        return _rows(backend_of(tower, kind), kind, expected.inputs[kind])
+        return rows_by(backend_of(tower, kind), kind, expected.inputs[kind])
     except NotFiniteError:  # no closer to float32 than any row can be
         return np.full_like(expected.rows[kind], np.nan)
 
@@ -193,12 +222,13 @@ def rows_of(tower: Tower, kind: Kind, expected: Reference) -> Rows:
 def smallest_cosine(backend: Backend, kind: Kind, expected: Reference) -> float:
     """Of the rows of a backend to those of a reference; -1 where a row is not finite."""
     try:
-        rows = _rows(backend, kind, expected.inputs[kind])
+        rows = rows_by(backend, kind, expected.inputs[kind])
     except NotFiniteError:
         return -1.0
     return float((rows * expected.rows[kind]).sum(axis=1).min())
 
 
-def _rows(backend: Backend, kind: Kind, inputs: Any) -> Rows:
+def rows_by(backend: Backend, kind: Kind, inputs: Any) -> Rows:
+    """The rows of a backend for inputs of any number."""
     encode = backend.encode_pixels if kind == "image" else backend.encode_tokens
     return np.concatenate([encode(inputs[start : start + BATCH_SIZE]) for start in range(0, len(inputs), BATCH_SIZE)])

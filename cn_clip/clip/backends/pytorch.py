@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cn_clip import ranks
+from cn_clip.clip import merge_rules
 from cn_clip.clip.backends.base import (
     USUAL_SIZES,
     USUAL_SIZES_ON_GPU,
@@ -29,7 +30,7 @@ from cn_clip.clip.loading import open_model
 from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.clip.transfers import on_device
 from cn_clip.clip.transforms import normalised
-from cn_clip.clip.visual import ModifiedResNet
+from cn_clip.clip.visual import ModifiedResNet, VisualTransformer
 from cn_clip.clip.weights.file_formats import owned
 from cn_clip.language import both
 from cn_clip.processes import compute_alone_in_children
@@ -43,7 +44,7 @@ class TorchBackend:
 
     precision: "fp32", "bf16", "fp16", or "auto" for the fastest that the device multiplies in hardware.
     compile: `torch.compile` both towers; the first batches take minutes, and every later one is faster.
-    num_threads: sets PyTorch's threads, for the whole process.
+    num_threads: sets PyTorch's threads, for the whole process. merge_tokens: patches merged in each layer of a ViT.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class TorchBackend:
         precision: str = "fp32",
         compile: bool = False,
         num_threads: int | None = None,
+        merge_tokens: int = 0,
     ) -> None:
+        merge_rules.check(merge_tokens, model.config.vision)
         self.device = ranks.choose_device(device)
         self.precision = settled("torch", precision, torch_precisions(self.device))
         check_threads(num_threads)
@@ -63,6 +66,8 @@ class TorchBackend:
         if self.precision != "fp32":
             convert_weights(model, DTYPES[self.precision])
         self.model = model.to(self.device).eval()
+        if isinstance(model.visual, VisualTransformer):
+            model.visual.set_merging(merge_tokens)
         if self.device.type == "cuda" and isinstance(model.visual, ModifiedResNet):
             model.visual.use_channels_last()
         self.resolution = model.resolution
@@ -77,6 +82,7 @@ class TorchBackend:
             context_length=model.context_length,
             logit_scale=float(model.logit_scale.detach().exp()),
             num_parameters=(total, visual),
+            merge_tokens=merge_tokens,
             pixels="uint8" if self.device.type == "cuda" else "float32",
             is_async=self.device.type == "cuda",
             has_tensors=True,
@@ -189,6 +195,7 @@ def open_torch(
     download_root: str | Path | None = None,
     num_threads: int | None = None,
     compile: bool = False,
+    merge_tokens: int = 0,
     with_fingerprint: bool = False,
 ) -> TorchBackend:
     """The towers of a name, a checkpoint or a transformers folder; raises as `open_model`.
@@ -200,13 +207,26 @@ def open_torch(
     # Of the weights as they are exported too, before they are rounded for a precision.
     with working(both("打开模型", "opening the model")):
         weights = loaded.fingerprint() if with_fingerprint else None
-        backend = TorchBackend(loaded, device=chosen, precision=precision, compile=compile, num_threads=num_threads)
+        backend = TorchBackend(
+            loaded,
+            device=chosen,
+            precision=precision,
+            compile=compile,
+            num_threads=num_threads,
+            merge_tokens=merge_tokens,
+        )
     backend.facts = replace(backend.facts, weights=weights, epoch=checkpoint.epoch, step=checkpoint.step)
     return backend
 
 
 def sharing(
-    model: object, *, device: str | torch.device, precision: str, num_threads: int | None, compile: bool
+    model: object,
+    *,
+    device: str | torch.device,
+    precision: str,
+    num_threads: int | None,
+    compile: bool,
+    merge_tokens: int,
 ) -> TorchBackend:
     """A backend over the weights of a loaded model, whose mode, types and device stay as they are.
 
@@ -217,7 +237,8 @@ def sharing(
     memo: dict[int, Any] = {id(one): torch.nn.Parameter(one.detach(), one.requires_grad) for one in model.parameters()}
     memo |= {id(one): one.detach() for one in model.buffers()}
     copied, chosen = copy.deepcopy(model, memo), ranks.choose_device(device)
-    return TorchBackend(copied, device=chosen, precision=precision, num_threads=num_threads, compile=compile)
+    sizes: dict[str, Any] = {"num_threads": num_threads, "compile": compile, "merge_tokens": merge_tokens}
+    return TorchBackend(copied, device=chosen, precision=precision, **sizes)
 
 
 class ForeignTowers:
