@@ -308,7 +308,7 @@ def test_files_of_a_prefix_say_what_they_merge(weights: Path, tmp_path: Path) ->
     encoder = Encoder(prefix, backend="onnx")
     assert encoder.facts.merge_tokens == 9
     Encoder(prefix, backend="onnx", merge_tokens=9)
-    with pytest.raises(ConfigError, match="was exported with --merge-tokens 9, and 4 was asked for"):
+    with pytest.raises(ConfigError, match="was exported with merge_tokens 9, and 4 was asked for"):
         Encoder(prefix, backend="onnx", merge_tokens=4)
 
 

@@ -30,7 +30,7 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     **{
         ("clip/choice.py", flag): {"features", "zeroshot", "evaluate", "linear-probe", "index build"}
         | {"index add", "index check", "search", "serve"}
-        for flag in ("--num-threads", "--strict-fp32", "--backend", "--precision", "--min-cosine")
+        for flag in ("--num-threads", "--strict-fp32", "--backend", "--precision", "--min-cosine", "--merge-tokens")
     },
     **{
         ("clip/opening.py", flag): {"features", "zeroshot", "evaluate", "linear-probe"}

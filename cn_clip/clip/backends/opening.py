@@ -134,7 +134,7 @@ def _check_merging(image: Tower, merge_tokens: int) -> None:
     found = image.facts.merge_tokens or 0
     if merge_tokens not in (0, found):
         raise ConfigError(
-            f"was exported with --merge-tokens {found}, and {merge_tokens} was asked for; leave it out, or export the "
+            f"was exported with merge_tokens {found}, and {merge_tokens} was asked for; leave it out, or export the "
             "model again",
             at=image.path,
         )
