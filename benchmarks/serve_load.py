@@ -3,12 +3,15 @@
 python benchmarks/serve_load.py --model ViT-B-16 --backend openvino --precision bf16 --clients 1,8,32,128
 
 Each client sends one input, waits for its vector, and sends the next. Clients and server share the machine, so the
-clients speak HTTP by hand, which costs little; a client refused with 503 waits a tenth of a second.
+clients speak HTTP by hand, which costs little; a client refused with 503 waits a tenth of a second, or as it is told.
 """
 
 import asyncio
 import base64
+import functools
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
@@ -18,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -58,6 +61,10 @@ class Options:
     """File of texts to send: one a line, or the captions of a dataset (.jsonl); default: the short names of emoji"""
     num_threads: int | None = None
     """Threads that compute, in both"""
+    inputs: Kind | None = None
+    """What is sent; default: pictures, and then texts"""
+    obey: bool = False
+    """Have a client that is refused wait as long as it is told to, a second, and not a tenth of that"""
     download_root: str | None = None
     """Folder of downloaded and exported models"""
     json: bool = False
@@ -73,8 +80,21 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Offline:
+    """Encoding in one call: inputs a second, and processor time of one in milliseconds."""
+
+    per_second: float
+    cpu_ms: float
+
+
+@dataclass(frozen=True)
 class Load:
-    """What came of one number of clients. Times in milliseconds; offline: the share of what offline encoding does."""
+    """What came of one number of clients. Times in milliseconds; offline: the share of what offline encoding does.
+
+    server_ms, loop_ms, client_ms: processor time an answer of the service, of its thread that reads and answers
+    requests alone, and of the clients. bound: the share that a server could reach
+    that takes no time itself, for the clients take theirs on the same cores.
+    """
 
     inputs: Kind
     clients: int
@@ -85,25 +105,32 @@ class Load:
     p99: float
     mean_batch: float
     refused: int
+    server_ms: float
+    loop_ms: float
+    client_ms: float
+    bound: float
 
 
 def run(options: Options) -> None:
     say = command.Speaker(quiet=options.json)
     texts = [one.name for one in load()] if options.texts is None else read_texts(options.texts)
-    offline = {kind: offline_rate(kind, texts, options) for kind in KINDS}
-    for kind, rate in offline.items():
-        say(f"offline, {kind}: {rate:.1f}/s in batches of {options.max_batch}")
+    kinds = KINDS if options.inputs is None else (options.inputs,)
+    offline = {kind: offline_rate(kind, texts, options) for kind in kinds}
+    for kind, found in offline.items():
+        each = f"{found.per_second:.1f}/s, {found.cpu_ms:.2f} ms of processor time each"
+        say(f"offline, {kind}: {each}, in batches of {options.max_batch}")
     loads = []
-    with service(flags_of(options)) as (_, port):
-        for kind in KINDS:
+    with service(flags_of(options)) as (process, port):
+        for kind in kinds:
+            bodies = request_bodies(kind, texts)
             for number in options.numbers:
-                loads.append(measured(request_bodies(kind, texts), kind, number, port, offline[kind], options))
+                loads.append(measured(bodies, kind, number, process, port, offline[kind], options))
     say(table(loads))
     say.result(
         {
             "machine": bench_report.machine_facts(),
             "options": asdict(options),
-            "offline_per_second": offline,
+            "offline": {kind: asdict(found) for kind, found in offline.items()},
             "loads": [asdict(one) for one in loads],
         }
     )
@@ -115,8 +142,8 @@ def read_texts(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in lines] if path.suffix == ".jsonl" else lines
 
 
-def offline_rate(kind: Kind, texts: Sequence[str], options: Options) -> float:
-    """Inputs a second of `Encoder` in one call, the second time."""
+def offline_rate(kind: Kind, texts: Sequence[str], options: Options) -> Offline:
+    """What `Encoder` does in one call, the best of three."""
     encoder = Encoder(
         options.model,
         backend=options.backend,
@@ -126,14 +153,16 @@ def offline_rate(kind: Kind, texts: Sequence[str], options: Options) -> float:
     )
     given: Sequence[Any] = texts if kind == "text" else [one.picture for one in load()]
     inputs = [value for value, _ in zip(cycle(given), range(OFFLINE_INPUTS), strict=False)]
-    for _ in range(2):
-        begin = time.perf_counter()
+    found = []
+    for _ in range(4):
+        begin, cpu = time.perf_counter(), time.process_time()
         if kind == "text":
             encoder.encode_texts(inputs, batch_size=options.max_batch)
         else:
             encoder.encode_images(inputs, batch_size=options.max_batch)
-        seconds = time.perf_counter() - begin
-    return OFFLINE_INPUTS / seconds
+        seconds, cpu_each = time.perf_counter() - begin, (time.process_time() - cpu) / OFFLINE_INPUTS
+        found.append(Offline(OFFLINE_INPUTS / seconds, cpu_each * 1e3))
+    return max(found[1:], key=lambda one: one.per_second)
 
 
 def flags_of(options: Options) -> list[str]:
@@ -162,57 +191,152 @@ def service(flags: Sequence[str]) -> Iterator[tuple["subprocess.Popen[str]", int
 
 
 def measured(
-    bodies: Sequence[bytes], kind: Kind, num_clients: int, port: int, offline: float, options: Options
+    bodies: Sequence[bytes],
+    kind: Kind,
+    num_clients: int,
+    served: "subprocess.Popen[str]",
+    port: int,
+    offline: "Offline",
+    options: Options,
 ) -> Load:
     """One number of clients, after the warm-up."""
-    asyncio.run(crowd(bodies, num_clients, port, options.warmup))
-    before = asyncio.run(batches(kind, port))
-    seconds, refused = asyncio.run(crowd(bodies, num_clients, port, options.seconds))
-    after = asyncio.run(batches(kind, port))
+    watched: list[tuple[float, ...]] = []
+
+    async def watch() -> None:
+        for wait in (options.warmup, options.seconds):
+            await asyncio.sleep(wait)
+            cpu = cpu_seconds(served.pid), cpu_seconds(served.pid, served.pid), time.process_time()
+            watched.append((*await batches(kind, port), *cpu))
+
+    async def load() -> tuple[list[float], int]:
+        asked = crowd(bodies, num_clients, port, options.seconds, warmup=options.warmup, obey=options.obey)
+        results, _ = await asyncio.gather(asked, watch())
+        return results
+
+    seconds, refused = asyncio.run(load())
+    num_inputs, num_batches, *cpu = (late - early for early, late in zip(*watched, strict=True))
     cuts = statistics.quantiles(seconds, n=100)
     rate = len(seconds) / options.seconds
-    size = (after[0] - before[0]) / max(1, after[1] - before[1])
-    return Load(kind, num_clients, rate, rate / offline, cuts[49] * 1e3, cuts[94] * 1e3, cuts[98] * 1e3, size, refused)
+    server_ms, loop_ms, client_ms = (1e3 * one / max(1, len(seconds)) for one in cpu)
+    return Load(
+        kind,
+        num_clients,
+        rate,
+        rate / offline.per_second,
+        *(cuts[cut] * 1e3 for cut in (49, 94, 98)),
+        num_inputs / max(1, num_batches),
+        refused,
+        server_ms,
+        loop_ms,
+        client_ms,
+        offline.cpu_ms / (offline.cpu_ms + client_ms),
+    )
 
 
-async def crowd(bodies: Sequence[bytes], num_clients: int, port: int, duration: float) -> tuple[list[float], int]:
-    """(seconds that each answer took, number of refusals). Raises where a request is left without an answer."""
-    until = time.perf_counter() + duration
-    results = await asyncio.gather(*[client(rotated(bodies, number), port, until) for number in range(num_clients)])
-    return [one for seconds, _ in results for one in seconds], sum(refused for _, refused in results)
+def cpu_seconds(pid: int, thread: int | None = None) -> float:
+    """Processor time of a process, without its children, or of one of its threads; NaN where there is no /proc."""
+    path = Path(f"/proc/{pid}/stat" if thread is None else f"/proc/{pid}/task/{thread}/stat")
+    try:
+        fields = path.read_text().rpartition(")")[2].split()
+    except OSError:
+        return math.nan
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def client(bodies: Sequence[bytes], port: int, until: float) -> tuple[list[float], int]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    seconds, refused = [], 0
-    for body in cycle(bodies):
-        begin = time.perf_counter()
-        if begin >= until:
-            break
-        status, _ = await exchange(reader, writer, "POST /v1/embeddings", body)
-        if status == 200:
-            seconds.append(time.perf_counter() - begin)
-        elif status == 503:
-            refused += 1
-            await asyncio.sleep(PAUSE_AFTER_REFUSAL)
+async def crowd(
+    bodies: Sequence[bytes], num_clients: int, port: int, duration: float, *, warmup: float = 0.0, obey: bool = False
+) -> tuple[list[float], int]:
+    """(seconds that each answer took that came in the duration, refusals in it); raises where an answer is missing.
+
+    warmup: seconds before the duration. obey: a client that is refused waits as long as the refusal says, instead of
+    `PAUSE_AFTER_REFUSAL`.
+    """
+    loop = asyncio.get_running_loop()
+    since = time.perf_counter() + warmup
+    clients = [Client(rotated(bodies, number), since, since + duration, obey=obey) for number in range(num_clients)]
+    for one in clients:
+        await loop.create_connection(functools.partial(Client.itself, one), "127.0.0.1", port)
+    await asyncio.gather(*[one.done for one in clients])
+    return [one for client in clients for one in client.seconds], sum(client.refused for client in clients)
+
+
+class Client(asyncio.Protocol):
+    """One client. Streams would do, and take three times the processor's time of what they measure.
+
+    bodies: sent in turn, again and again. since, until: by time.perf_counter(); what is answered between counts.
+    """
+
+    def __init__(self, bodies: Sequence[bytes], since: float, until: float, *, obey: bool) -> None:
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.seconds: list[float] = []
+        self.refused = 0
+        self._requests = cycle([request_head("POST /v1/embeddings", one) + one for one in bodies])
+        self._since, self._until, self._obey, self._begin = since, until, obey, 0.0
+        self._got, self._size = b"", 0
+
+    def itself(self) -> "Client":
+        return self
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._ask()
+
+    def data_received(self, data: bytes) -> None:
+        self._got += data
+        if not self._size and (end := self._got.find(b"\r\n\r\n")) >= 0:
+            self._size = end + 4 + int(header_of(self._got[:end], b"content-length") or 0)
+        if self._size and len(self._got) >= self._size:
+            answer, self._got, self._size = self._got, b"", 0
+            self._answered(answer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_exception(exc or RuntimeError("the service closed a connection without an answer"))
+
+    def _ask(self) -> None:
+        self._begin = time.perf_counter()
+        if self._begin >= self._until:
+            self.done.set_result(None)
+            self._transport.close()
         else:
-            raise RuntimeError(f"the service answered {status}")
-    writer.close()
-    await writer.wait_closed()
-    return seconds, refused
+            self._transport.write(next(self._requests))
+
+    def _answered(self, answer: bytes) -> None:
+        status, now = int(answer[9:12]), time.perf_counter()
+        counts = self._since <= now < self._until
+        if status == 200:
+            if counts:
+                self.seconds.append(now - self._begin)
+            self._ask()
+        elif status == 503:
+            self.refused += counts
+            told = header_of(answer[: answer.index(b"\r\n\r\n")], b"retry-after")
+            pause = float(told) if self._obey and told else PAUSE_AFTER_REFUSAL
+            asyncio.get_running_loop().call_later(pause, self._ask)
+        elif not self.done.done():
+            self.done.set_exception(RuntimeError(f"the service answered {status}"))
+
+
+def header_of(head: bytes, name: bytes) -> bytes | None:
+    """The value of a header; None without it."""
+    lower = head.lower()
+    start = lower.find(b"\r\n" + name + b":")
+    return None if start < 0 else head[start + len(name) + 3 :].split(b"\r\n", 1)[0].strip()
 
 
 async def exchange(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, what: str, body: bytes = b""
 ) -> tuple[int, bytes]:
     """(status, body) of the answer."""
-    head = (
-        f"{what} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    writer.write(head.encode() + body)
+    writer.write(request_head(what, body) + body)
     lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().splitlines()
     length = next(int(line.split(":")[1]) for line in lines if line.startswith("content-length:"))
     return int(lines[0].split()[1]), await reader.readexactly(length)
+
+
+def request_head(what: str, body: bytes) -> bytes:
+    head = f"{what} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    return f"{head}{len(body)}\r\n\r\n".encode()
 
 
 async def batches(kind: Kind, port: int) -> tuple[float, float]:
@@ -247,7 +371,21 @@ def data_url(picture: bytes) -> str:
 
 
 def table(loads: Sequence[Load]) -> str:
-    head = ["inputs", "clients", "per second", "of offline", "p50 ms", "p95 ms", "p99 ms", "batch", "503"]
+    head = [
+        "inputs",
+        "clients",
+        "per second",
+        "of offline",
+        "p50 ms",
+        "p95 ms",
+        "p99 ms",
+        "batch",
+        "503",
+        "server ms",
+        "loop ms",
+        "client ms",
+        "bound",
+    ]
     rows = [
         [
             one.inputs,
@@ -257,6 +395,10 @@ def table(loads: Sequence[Load]) -> str:
             *(f"{value:.0f}" for value in (one.p50, one.p95, one.p99)),
             f"{one.mean_batch:.1f}",
             str(one.refused),
+            f"{one.server_ms:.2f}",
+            f"{one.loop_ms:.2f}",
+            f"{one.client_ms:.2f}",
+            f"{one.bound:.0%}",
         ]
         for one in loads
     ]

@@ -115,12 +115,12 @@ class Runner:
     def check_moving(self) -> None:
         """Raises RefusalError (503) unless it is ready and what is asked of it is being answered."""
         self.check_ready()
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         for one in (self._texts, self._pictures):
             if one.computing_since is not None and now - one.computing_since > self.limits.timeout:
                 message = f"a batch of {one.what} has been computed for {now - one.computing_since:.0f} seconds"
                 raise RefusalError(503, message, code="stalled", retry_after=5)
-        self._decoders.check_moving(now)
+        self._decoders.check_moving(asyncio.get_running_loop().time())
 
     def start(self, then: Callable[[], Coroutine[None, None, None]] | None = None) -> None:
         """Begins to serve: opens the model, runs `then`, and is ready."""
@@ -196,7 +196,7 @@ class Runner:
         with self._text_slots.taken(min(len(texts), most)), self._picture_slots.taken(min(len(pictures), most)):
             waiting = [text_rows()] if texts else []
             waiting += [self._picture_rows(list(pictures.values()))] if pictures else []
-            parts = await joined(waiting)
+            parts = [await waiting[0]] if len(waiting) == 1 else await joined(waiting)
         rows = dict(zip([*texts, *pictures], [row for part in parts for row in part], strict=True))
         return np.stack([rows[position] for position in range(len(inputs))]), num_tokens
 
