@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import WatchedBackend, data_url, queue_depth, served, wait_until
 
@@ -22,7 +22,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.emoji_pack import load
 from cn_clip.errors import ConfigError
 from cn_clip.serve.access import Access
-from cn_clip.serve.batching import Batcher, Metrics, Slots, alike
+from cn_clip.serve.batching import Batcher, Metrics, Slots, _Queue, _Waiting, alike
 from cn_clip.serve.gate import Gate
 from cn_clip.serve.limits import BODIES_HELD, MAX_JSON_MARKS, Limits
 from cn_clip.serve.runner import Runner, Text
@@ -464,6 +464,131 @@ def test_the_end_of_a_queue_is_the_end_of_all_parts_of_its_batch(is_computing: b
     assert held.computed == ([["x", "xx"]] if is_computing else [])
 
 
+def test_a_part_is_filled_with_texts_of_its_lengths_that_came_after_its_batch() -> None:
+    held = Held()
+
+    async def asked() -> list[Rows]:
+        with ThreadPoolExecutor(1) as thread:
+            batcher = held.batcher(thread)
+            running = asyncio.ensure_future(batcher.run())
+            first = [asyncio.ensure_future(batcher.rows([text])) for text in ("x", "xx", "x" * 52)]
+            await asyncio.to_thread(held.begun.wait, 60)
+            # Those of the length of the second part join it, the oldest first, up to three; one is left for later.
+            later = [asyncio.ensure_future(batcher.rows([text * 52])) for text in "abc"]
+            later += [asyncio.ensure_future(batcher.rows(["y"])), asyncio.ensure_future(batcher.rows(["z"]))]
+            await asyncio.sleep(0)
+            held.going.set()
+            rows = [row for one in (*first, *later) for row in await one]
+            running.cancel()
+        return rows
+
+    assert np.array(asyncio.run(asked())).ravel().tolist() == [1, 2, 52, 52, 52, 52, 1, 1]
+    assert held.computed == [["x", "xx"], ["x" * 52, "a" * 52, "b" * 52], ["y", "z"], ["c" * 52]]
+
+
+def test_after_a_wait_in_vain_a_lone_request_does_not_wait_until_another_comes() -> None:
+    held = Held()
+    held.going.set()
+
+    async def asked() -> None:
+        with ThreadPoolExecutor(1) as thread:
+            batcher = held.batcher(thread)
+            batcher.max_wait = 0.01
+            running = asyncio.ensure_future(batcher.run())
+            await batcher.rows(["x"])
+            batcher.max_wait = 60
+            for text in ("xx", "xxx"):
+                await asyncio.wait_for(batcher.rows([text]), 30)
+            held.going.clear()
+            held.begun.clear()
+            alone = asyncio.ensure_future(batcher.rows(["y"]))
+            await asyncio.to_thread(held.begun.wait, 60)
+            two = [asyncio.ensure_future(batcher.rows([text])) for text in ("a", "b")]
+            await asyncio.sleep(0)
+            held.going.set()
+            await alone
+            await asyncio.wait_for(asyncio.gather(*two), 30)
+            # They came together: now one waits for others again, two for a third.
+            waiting = [asyncio.ensure_future(batcher.rows([text])) for text in ("c", "d")]
+            await asyncio.sleep(0.1)
+            assert not any(one.done() for one in waiting)
+            await asyncio.wait_for(asyncio.gather(batcher.rows(["e"]), *waiting), 30)
+            running.cancel()
+
+    asyncio.run(asked())
+    assert held.computed == [["x"], ["xx"], ["xxx"], ["y"], ["a", "b"], ["c", "d", "e"]]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5), st.booleans()), min_size=1, max_size=12),
+    st.integers(1, 4),
+)
+@settings(deadline=None, max_examples=50)
+def test_everyone_gets_the_rows_of_their_own_texts_in_batches_of_bounded_size(
+    requests: list[tuple[int, int, bool]], max_batch: int
+) -> None:
+    computed: list[list[str]] = []
+
+    def compute(items: Sequence[str]) -> Rows:
+        computed.append(list(items))
+        return np.array([[len(item), int(item.split("-")[0])] for item in items], dtype=np.float32)
+
+    async def asked() -> None:
+        with ThreadPoolExecutor(1) as thread:
+            batcher = Batcher("texts", compute, thread, max_batch=max_batch, max_wait=0.0, length=len)
+            running = asyncio.ensure_future(batcher.run())
+            texts = [
+                [f"{number}-{'x' * (length + place % 2)}" for place in range(count)]
+                for number, (length, count, _) in enumerate(requests)
+            ]
+            asking = [asyncio.ensure_future(batcher.rows(one)) for one in texts]
+            for number, (_, _, leaves) in enumerate(requests):
+                if leaves:
+                    await asyncio.sleep(0)
+                    asking[number].cancel()
+            answers = await asyncio.gather(*asking, return_exceptions=True)
+            running.cancel()
+            await asyncio.wait((running,))
+        for number, (own, rows) in enumerate(zip(texts, answers, strict=True)):
+            if isinstance(rows, BaseException):
+                assert isinstance(rows, asyncio.CancelledError)
+                assert requests[number][2]
+            else:
+                assert [row.tolist() for row in rows] == [[len(text), number] for text in own]
+        assert len(batcher._waiting) == 0
+        assert batcher.computing_since is None
+
+    asyncio.run(asked())
+    assert all(1 <= len(part) <= max_batch for part in computed)
+    given_texts = [text for part in computed for text in part]
+    assert all(Counter(given_texts)[text] <= 5 for text in given_texts)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "drop", "take", "like"]), st.integers(0, 6), st.integers(0, 6))))
+def test_the_queue_gives_the_oldest_and_the_oldest_of_each_length(steps: list[tuple[str, int, int]]) -> None:
+    queue, expected = _Queue[int](), list[_Waiting[int]]()
+    for step, (what, first, second) in enumerate(steps):
+        if what == "add":
+            one = _Waiting(step, first, Future(), 0.0)  # type: ignore[arg-type]
+            queue.add(one)
+            expected.append(one)
+        elif what == "drop" and expected:
+            queue.drop(expected[first % len(expected)])
+            del expected[first % len(expected)]
+        elif what == "take":
+            assert queue.take(first) == expected[:first]
+            del expected[:first]
+        elif what == "like":
+            of_lengths = sorted((one for one in expected if first <= one.length <= second), key=lambda one: -one.length)
+            found = queue.take_like(first, second, 3)
+            assert found == of_lengths[:3]
+            expected = [one for one in expected if one not in found]
+        assert len(queue) == len(expected)
+        if expected:
+            assert (queue.oldest, queue.newest) == (expected[0], expected[-1])
+    assert sum(map(len, queue._by_length.values())) == len(expected)
+
+
 def test_rows_come_back_in_the_order_of_the_items() -> None:
     sizes = []
 
@@ -566,3 +691,8 @@ def test_limits_without_room_are_refused(given: dict[str, float], message: str) 
     with pytest.raises(ConfigError, match=message):
         Limits(**given)  # type: ignore[arg-type]
     assert Limits(max_wait_ms=0).max_wait_ms == 0
+
+
+def test_by_default_as_many_texts_may_wait_as_there_are_connections() -> None:
+    assert (Limits().slots, Limits().text_slots) == (256, 512)
+    assert (Limits(max_queue=9, max_batch=2).slots, Limits(max_queue=9, max_batch=2).text_slots) == (9, 9)

@@ -1,6 +1,7 @@
 """Requests as the clients of other services write them: each is answered with the vectors of `Encoder`."""
 
 import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def test_unknown_fields_are_passed_over_and_named(client: httpx.Client, rows: di
     ],
 )
 def test_the_forms_of_a_vector(form: Any, written: Any) -> None:
-    (found,) = forms.written(np.array([[0.6, -0.8, 0.0]], dtype=np.float32), form)
+    (found,) = json.loads(forms.as_json(forms.written(np.array([[0.6, -0.8, 0.0]], dtype=np.float32), form)))
     assert found == pytest.approx(written) if form == "float" else found == written
 
 

@@ -6,6 +6,7 @@ of this machine, and `Origin` bears its own. An address may send few wrong keys,
 years instead of hours.
 """
 
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -85,6 +86,7 @@ def normal_name(given: str) -> str | None:
         return None
 
 
+@functools.lru_cache(maxsize=256)
 def _name(authority: str) -> str | None:
     """The name or address in `host[:port]`; None where there is none."""
     found = _AUTHORITY.fullmatch(authority)

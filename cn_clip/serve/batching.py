@@ -274,8 +274,8 @@ class Batcher(Generic[ItemT]):
                 self._waited_in_vain = self._waiting.oldest.since == self._waiting.newest.since
         self._look()
 
-    def _answer(self, members: Sequence[_Waiting[ItemT]], rows_ND: Rows) -> None:
-        for one, row_D in zip(members, rows_ND, strict=True):
+    def _answer(self, answers: Sequence[tuple[_Waiting[ItemT], Rows]]) -> None:
+        for one, row_D in answers:
             if not one.row.done():
                 one.row.set_result(row_D)
 
@@ -366,10 +366,12 @@ class Batcher(Generic[ItemT]):
             self._computed(batch, members, rows_ND)
 
     def _computed(self, batch: _Batch[ItemT], members: Sequence[_Waiting[ItemT]], rows_ND: Rows) -> None:
-        if len(rows_ND) != len(members):
-            self._failed(batch, members, ValueError(f"{len(rows_ND)} rows of {len(members)} {self.what}"))
+        try:
+            answers = list(zip(members, rows_ND, strict=True))
+        except ValueError as error:
+            self._failed(batch, members, error)
             return
-        self._tell(self._answer, members, rows_ND)
+        self._tell(self._answer, answers)
         self._end_part(batch)
 
     def _failed(self, batch: _Batch[ItemT], members: Sequence[_Waiting[ItemT]], error: Exception) -> None:

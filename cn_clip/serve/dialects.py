@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Response
 from pydantic import BaseModel, Field
+from starlette.types import Scope
 
 from cn_clip.clip.backends.base import Rows
-from cn_clip.serve.forms import embedding_inputs, ignored_header, parts_of, written
+from cn_clip.serve.forms import as_json, embedding_inputs, ignored_header, parts_of, written
+from cn_clip.serve.gate import Shortcut
 from cn_clip.serve.limits import MAX_INPUTS
 from cn_clip.serve.runner import Picture, Runner, Text
 from cn_clip.serve.schemas import (
@@ -35,8 +37,10 @@ from cn_clip.serve.schemas import (
 from cn_clip.serve.schemas import Text as TextField
 from cn_clip.serve.service import Service
 
-# Numbers; so few are written on the event loop, for a thread and back would take longer.
-SMALL_ANSWER = 1024
+# Numbers; so few are written on the event loop, in half a millisecond: a thread and back would take longer.
+SMALL_ANSWER = 16 << 10
+# Bytes of a body; so many are read without the route.
+SHORT_BODY = 64 << 10
 # What infinity's clients call the model unless told of one.
 ANY_MODEL = "default/not-specified"
 
@@ -53,7 +57,7 @@ async def _json(service: Service, ignored: list[str], num_numbers: int, body: Ca
     """The answer. Not by FastAPI: thousands of numbers must neither be checked nor hold up the event loop."""
 
     def encoded() -> bytes:
-        return json.dumps(body(), ensure_ascii=False).encode()
+        return as_json(body())
 
     content = encoded() if num_numbers <= SMALL_ANSWER else await service.runner.call(encoded)
     return Response(content, media_type="application/json", headers=ignored_header(ignored))
@@ -80,10 +84,32 @@ async def embedding_list(service: Service, request: EmbeddingRequest, model: str
             {"object": "embedding", "index": position, "embedding": vector}
             for position, vector in enumerate(written(rows_ND, form))
         ]
-        usage = Usage(prompt_tokens=num_tokens, total_tokens=num_tokens).model_dump()
+        usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
         return {"object": "list", "model": service.runner_of(model).name, "data": data, "usage": usage}
 
     return await _json(service, request.ignored, rows_ND.size, body)
+
+
+def shortcuts(service: Service) -> dict[str, Shortcut]:
+    """What answers the paths to vectors in OpenAI's form, for the gate; anything unusual is left to the routes."""
+
+    def shortcut(kind: type[EmbeddingRequest], model_of: Callable[[str | None], str | None]) -> Shortcut:
+        async def answer(scope: Scope, body: bytes) -> Response | None:
+            is_json = [value for name, value in scope["headers"] if name == b"content-type"] == [b"application/json"]
+            if not is_json or len(body) > SHORT_BODY:
+                return None
+            try:
+                request = kind.model_validate(json.loads(body))
+            except (ValueError, RecursionError):
+                return None  # the route says what is wrong
+            return await embedding_list(service, request, model_of(request.model))
+
+        return answer
+
+    return {
+        "/v1/embeddings": shortcut(EmbeddingRequest, lambda name: name),
+        "/embeddings": shortcut(InfinityRequest, _named),
+    }
 
 
 # --- infinity
@@ -134,9 +160,9 @@ def _add_infinity(app: FastAPI, service: Service) -> None:
 
 
 def _infinity_model(service: Service, runner: Runner) -> InfinityModel:
-    waiting, most = runner.num_waiting, service.limits.max_queue
+    waiting, most = runner.num_waiting, service.limits.slots + service.limits.text_slots
     stats = {
-        "queue_fraction": waiting / (2 * most),
+        "queue_fraction": waiting / most,
         "queue_absolute": waiting,
         "results_pending": waiting,
         "batch_size": service.limits.max_batch,

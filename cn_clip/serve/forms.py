@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 from urllib.parse import quote
 
 import numpy as np
+import orjson
+from numpy.typing import NDArray
 
 from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.pictures import holds_picture
@@ -19,6 +21,8 @@ from cn_clip.serve.runner import Picture, Text
 from cn_clip.serve.schemas import EXPECTED_INPUT, EmbeddingRequest, Item, Part, RefusalError, VectorForm
 from cn_clip.serve.token_table import TokenTable
 
+# A vector in an answer.
+Written: TypeAlias = str | NDArray[Any]
 # What becomes one vector: more than one part are mixed evenly.
 Parts: TypeAlias = list[Text | Picture]
 
@@ -125,19 +129,29 @@ def _bits(rows_ND: Rows) -> Any:
 
 
 _WRITERS: Mapping[VectorForm, Callable[[Rows], Any]] = {
-    "float": lambda rows_ND: rows_ND.tolist(),
-    "base64": lambda rows_ND: [base64.b64encode(row_D.astype("<f4").tobytes()).decode() for row_D in rows_ND],
-    "int8": lambda rows_ND: _int8(rows_ND).astype(np.int8).tolist(),
-    "uint8": lambda rows_ND: (_int8(rows_ND) + 128).astype(np.uint8).tolist(),
-    "binary": lambda rows_ND: (_bits(rows_ND).astype(np.int16) - 128).tolist(),
-    "ubinary": lambda rows_ND: _bits(rows_ND).tolist(),
+    # As the number that it is in float64, as other programs read it: 0.1 as 0.10000000149011612.
+    "float": lambda rows_ND: rows_ND.astype(np.float64),
+    "base64": lambda rows_ND: [base64.b64encode(row_D.tobytes()).decode() for row_D in rows_ND.astype("<f4")],
+    "int8": lambda rows_ND: _int8(rows_ND).astype(np.int8),
+    "uint8": lambda rows_ND: (_int8(rows_ND) + 128).astype(np.uint8),
+    "binary": lambda rows_ND: _bits(rows_ND).astype(np.int16) - 128,
+    "ubinary": lambda rows_ND: _bits(rows_ND),
 }
 
 
-def written(rows_ND: Rows, form: VectorForm) -> list[list[float] | list[int] | str]:
-    """The rows as JSON has them. base64: little-endian float32. binary: `ubinary` less 128, as Cohere and Jina have it.
+def written(rows_ND: Rows, form: VectorForm) -> list[Written]:
+    """The rows for `as_json`. base64: little-endian float32. binary: `ubinary` less 128, as Cohere and Jina have it.
 
     The row [0.6, -0.8] is [95, -127] as int8, [223, 1] as uint8, [128] as ubinary and [0] as binary.
     """
-    vectors: list[list[float] | list[int] | str] = _WRITERS[form](rows_ND)
-    return vectors
+    return list(_WRITERS[form](rows_ND))
+
+
+def as_json(answer: dict[str, Any] | list[Written]) -> bytes:
+    """An answer that may hold what `written` gives."""
+    return orjson.dumps(answer, default=_row_as_json)
+
+
+def _row_as_json(row_D: Any) -> orjson.Fragment:
+    # Row by row: other threads get a turn between two.
+    return orjson.Fragment(orjson.dumps(row_D, option=orjson.OPT_SERIALIZE_NUMPY))

@@ -2,9 +2,11 @@
 
 import asyncio
 import io
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeAlias
 
 from starlette.datastructures import Headers
-from starlette.responses import RedirectResponse
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cn_clip.serve.access import Access
@@ -29,6 +31,10 @@ _HEADERS = (
 STEP, PAUSE = 256 << 10, 0.02
 
 
+# Of a request that is complete: its answer, or None if the routes are to give it; raises RefusalError.
+Shortcut: TypeAlias = Callable[[Scope, bytes], Awaitable[Response | None]]
+
+
 class ClientLeftError(Exception):
     """The connection was closed before the request was whole."""
 
@@ -39,10 +45,16 @@ class Gate:
     What is only read outside /v1/, such as the files of the page, takes no time and is not bounded. A client that
     leaves, or waits too long, has its request cancelled, wherever that is. While short requests are answered, long
     bodies are taken in slowly, for each piece of one keeps them waiting.
+
+    shortcuts: by path, what answers most POST requests to it without the way through the routes, which takes longer
+    than the rest of a request for one text.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, *, access: Access) -> None:
+    def __init__(
+        self, app: ASGIApp, limits: Limits, *, access: Access, shortcuts: Mapping[str, Shortcut] | None = None
+    ) -> None:
         self.app, self.limits, self.access = app, limits, access
+        self._shortcuts = shortcuts or {}
         self._bytes_held = self._num_short = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,11 +94,17 @@ class Gate:
     async def _bounded(self, scope: Scope, receive: Receive, send: "_Sender") -> None:
         body = io.BytesIO()
         try:
+            given_up = _GivenUp()
+            given_up.after(self.limits.timeout)
             try:
-                await asyncio.wait_for(self._read(scope, receive, body), self.limits.timeout)
-            except asyncio.TimeoutError as error:
+                await self._read(scope, receive, body)
+            except asyncio.CancelledError:
+                if not given_up.caught():
+                    raise
                 message = f"the request did not arrive within {self.limits.timeout:g} seconds"
-                raise RefusalError(408, message, code="timeout") from error
+                raise RefusalError(408, message, code="timeout") from None
+            finally:
+                given_up.end()
             is_short = body.tell() <= STEP
             self._num_short += is_short
             try:
@@ -150,29 +168,70 @@ class Gate:
             await left.wait()
             return {"type": "http.disconnect"}
 
-        answer = asyncio.ensure_future(self.app(scope, whole_body, send))
+        given_up = _GivenUp()
+        # A long file takes as long as it takes, while the client goes on taking it.
+        given_up.after(self.limits.timeout, since=lambda: send.sent_at)
         leaving = asyncio.ensure_future(_disconnected(receive))
-        loop, done = asyncio.get_running_loop(), set[asyncio.Future[None]]()
-        started = loop.time()
+        leaving.add_done_callback(given_up.now)
         try:
-            # A long file takes as long as it takes, while the client goes on taking it.
-            while not done and (left_s := max(started, send.sent_at) + self.limits.timeout - loop.time()) > 0:
-                done, _ = await asyncio.wait((answer, leaving), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            await self._answer(scope, body, whole_body, send)
+        except asyncio.CancelledError:
+            if not given_up.caught():
+                raise
+            if not leaving.done() and not send.has_begun:
+                raise RefusalError(
+                    504,
+                    f"not answered within {self.limits.timeout:g} seconds; ask for less at a time",
+                    code="timeout",
+                    retry_after=1,
+                ) from None
         finally:
+            given_up.end()
             left.set()
             leaving.cancel()
-            if not answer.done():
-                answer.cancel()
-                await asyncio.wait((answer,))
-        if not answer.cancelled():
-            answer.result()
-        elif not done and not send.has_begun:
-            raise RefusalError(
-                504,
-                f"not answered within {self.limits.timeout:g} seconds; ask for less at a time",
-                code="timeout",
-                retry_after=1,
-            )
+
+    async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: "_Sender") -> None:
+        shortcut = self._shortcuts.get(scope["path"]) if scope["method"] == "POST" else None
+        response = None if shortcut is None else await shortcut(scope, body)
+        await (self.app if response is None else response)(scope, receive, send)
+
+
+class _GivenUp:
+    """Cancels the task that made it when there is no more reason to go on; `end` is to be called before that ends."""
+
+    def __init__(self) -> None:
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_ended = self._has_cancelled = False
+
+    def after(self, seconds: float, since: Callable[[], float] = lambda: 0.0) -> None:
+        """Later: once this much time has passed since the call, and since a time of the event loop that may change."""
+        called = self._loop.time()
+
+        def look() -> None:
+            left = max(called, since()) + seconds - self._loop.time()
+            if left > 0:
+                self._timer = self._loop.call_later(left, look)
+            else:
+                self.now()
+
+        self._timer = self._loop.call_later(seconds, look)
+
+    def now(self, _: object = None) -> None:
+        if not self._is_ended and not self._has_cancelled and self._task is not None:
+            self._has_cancelled = True
+            self._task.cancel()
+
+    def caught(self) -> bool:
+        """Whether a cancellation that was caught came from here, and is over with that; others are to be raised."""
+        if self._has_cancelled and self._task is not None and hasattr(self._task, "uncancel"):
+            return int(self._task.uncancel()) == 0
+        return self._has_cancelled
+
+    def end(self) -> None:
+        self._is_ended = True
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 def _strip(root_path: str, scope: Scope) -> None:

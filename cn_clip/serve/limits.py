@@ -14,6 +14,8 @@ API_KEY_VARIABLE = "CN_CLIP_API_KEY"
 BODIES_HELD = 16
 # Connections at a time; a process may usually have 1024 files open.
 MAX_CONNECTIONS = 512
+# Pictures admitted and not yet computed, by default; 256 of ViT-B-16's take 154 MB as pixels.
+MAX_QUEUE = 256
 # A request's line and headers, as h11 bounds them where they come in pieces.
 MAX_HEAD_BYTES = 16 << 10
 # An upper bound on the values of a JSON document is the number of these; each costs far more memory than its byte.
@@ -44,8 +46,9 @@ class Limits:
     """Pictures, or texts, computed at a time"""
     max_wait_ms: float = 5.0
     """Longest time a batch waits for more inputs, in milliseconds"""
-    max_queue: int = 256
-    """Pictures, and texts, that are admitted and not yet computed; beyond it the answer is 503"""
+    max_queue: int | None = None
+    """Pictures, and texts, that are admitted and not yet computed; beyond it the answer is 503; default: 256 pictures,
+    and 512 texts, one for each connection"""
     max_body_mb: float = 32.0
     """Size of a request body, in MiB"""
     max_pixels: int = 64_000_000
@@ -60,6 +63,8 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(Limits):
             value = getattr(self, field.name)
+            if value is None and field.name == "max_queue":
+                continue
             if not value > 0 and (field.name, value) != ("max_wait_ms", 0):
                 raise ConfigError(f"{flag(field.name)}: expected a positive number, got {value}")
         if self.max_pixels > MOST_PIXELS:
@@ -71,8 +76,18 @@ class Limits:
             )
         if self.max_items > MAX_INPUTS:
             raise ConfigError(f"--max-items: expected at most {MAX_INPUTS}, got {self.max_items}")
-        if self.max_batch > self.max_queue:
-            raise ConfigError(f"--max-batch: expected at most --max-queue ({self.max_queue}), got {self.max_batch}")
+        if self.max_batch > self.slots:
+            raise ConfigError(f"--max-batch: expected at most --max-queue ({self.slots}), got {self.max_batch}")
+
+    @property
+    def slots(self) -> int:
+        """Of pictures, whose pixels wait, and of all else but texts: `max_queue`, or its default."""
+        return MAX_QUEUE if self.max_queue is None else self.max_queue
+
+    @property
+    def text_slots(self) -> int:
+        """The same of texts. They take little memory, and a client that is refused costs more than one that waits."""
+        return MAX_CONNECTIONS if self.max_queue is None else self.max_queue
 
     @property
     def max_body_bytes(self) -> int:
@@ -82,4 +97,4 @@ class Limits:
     @property
     def max_at_once(self) -> int:
         """Pictures, and texts, of one request that wait at a time: what a few batches hold, so that others get in."""
-        return min(self.max_queue, BATCHES_AT_ONCE * self.max_batch)
+        return min(self.slots, BATCHES_AT_ONCE * self.max_batch)

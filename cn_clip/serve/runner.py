@@ -288,6 +288,6 @@ class Runner:
 
 
 def _slots(what: str, limits: Limits, metrics: Metrics) -> Slots:
-    slots = Slots(what, limits.max_queue)
+    slots = Slots(what, limits.text_slots if what == "texts" else limits.slots)
     metrics.watch_queue(what, lambda: slots.num_taken)
     return slots
