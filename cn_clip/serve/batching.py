@@ -371,15 +371,15 @@ class Batcher(Generic[ItemT]):
         except ValueError as error:
             self._failed(batch, members, error)
             return
-        self._tell(self._answer, answers)
         self._end_part(batch)
+        self._tell(self._answer, answers)
 
     def _failed(self, batch: _Batch[ItemT], members: Sequence[_Waiting[ItemT]], error: Exception) -> None:
         if not isinstance(error, NotFiniteError):
             log.error("a batch of %d %s failed", len(members), self.what, exc_info=error)
             message = f"the model could not compute the {self.what}: {type(error).__name__}"
-            self._tell(self._refuse, members, RefusalError(500, message))
             self._end_part(batch)
+            self._tell(self._refuse, members, RefusalError(500, message))
             return
         # These have no vector; the others only shared their batch.
         log.error("%d of %d %s: %s", len(error.positions), len(members), self.what, error)
