@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_index_damage import answers, flip, refusal_of
 from test_index_store import MODEL, build, items, unit
+from test_search_filters import CONDITIONS, METADATA
 
-from cn_clip.errors import DataError
+from cn_clip.errors import ConfigError, DataError
 from cn_clip.index import repairing
-from cn_clip.retrieval import derived, ids, inspection, manifest
+from cn_clip.retrieval import columns, derived, ids, inspection, manifest
+from cn_clip.retrieval.conditions import fields_of, parse_condition
 from cn_clip.retrieval.derived import KINDS
 from cn_clip.retrieval.manifest import Manifest
 from cn_clip.retrieval.segments import DIGESTS
@@ -31,7 +34,9 @@ NAMES = [kind.name for kind in KINDS if kind.is_wanted(Manifest(MODEL), 10**6)]
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every segment has all files."""
-    monkeypatch.setattr(ids, "SMALLEST", 1)
+    for kind in (columns, ids):
+        monkeypatch.setattr(kind, "SMALLEST", 1)
+    monkeypatch.setattr(columns, "STRIPE_ROWS", 4)
 
 
 def of_before(folder: Path) -> None:
@@ -136,9 +141,11 @@ def test_a_derived_file_that_cannot_be_made_leaves_the_index_as_it_was(
 UPGRADE = """
 import sys, time
 from pathlib import Path
-from cn_clip.retrieval import derived, ids
+from typing import Any
+from cn_clip.retrieval import columns, derived, ids
 from cn_clip.retrieval.writer import open_writer
-ids.SMALLEST = 1
+ids.SMALLEST = columns.SMALLEST = 1
+columns.STRIPE_ROWS = 4
 real, count = derived.digests_of, [0]
 def digests_of(path):
     count[0] += 1
@@ -152,7 +159,7 @@ with open_writer(Path(sys.argv[1])) as opened:
 """
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [1, 4])
 def test_a_kill_while_an_index_of_before_gets_them_loses_nothing(tmp_path: Path, step: int) -> None:
     build(tmp_path / "i", unit(40))
     expected, names = answers(tmp_path / "i"), derived_of(tmp_path / "i")
@@ -176,9 +183,9 @@ WILD_IDS = st.one_of(st.integers(), st.text(max_size=5), st.integers(0, 20), st.
 DISTINCT = st.lists(WILD_IDS, max_size=9, unique_by=lambda one: (type(one), one))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    steps=st.lists(st.tuples(DISTINCT, st.sets(st.integers(0, 20))), max_size=7),
+    steps=st.lists(st.tuples(DISTINCT, st.sets(st.integers(0, 20))), max_size=4),
     asked=st.lists(WILD_IDS, max_size=5),
 )
 def test_ids_are_found_as_in_a_dict(
@@ -231,3 +238,52 @@ def test_many_ids_are_found_as_few_are(tmp_path: Path) -> None:
         numbers, rows = table.find(hashes_N[start : start + 3])
         assert (numbers.tolist(), rows.tolist()) == ([0, 1, 2][: len(rows)], list(range(start, start + 3))[: len(rows)])
     assert table.find(ids.hashes_of(["absent"]))[0].tolist() == []
+
+
+# --- columns
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.lists(st.tuples(st.lists(METADATA, max_size=9), st.sets(st.integers(0, 30))), max_size=4),
+    wheres=st.lists(CONDITIONS, min_size=1, max_size=4),
+)
+def test_columns_of_merged_segments_answer_as_each_item_by_itself_would(
+    tmp_path_factory: pytest.TempPathFactory, steps: Any, wheres: list[str]
+) -> None:
+    folder, known, number = tmp_path_factory.mktemp("columns") / "i", dict[ItemId, dict[str, Any]](), 0
+    with open_writer(folder, Manifest(MODEL)) as opened:
+        for added, removed in steps:
+            news = [NewItem(number + place, unit(1)[0], one) for place, one in enumerate(added)]
+            opened.commit(news, remove=removed)
+            known = {one: held for one, held in known.items() if one not in removed}
+            known |= {item.id: dict(item.metadata) for item in news}
+            number += len(added)
+        opened.finish()
+    index = open_index(folder)
+    assert index.ids == list(known)
+    assert index.fields == list(dict.fromkeys(name for one in known.values() for name in one if name != "path"))
+    fields = {name for one, held in known.items() for name in fields_of(one, held)}
+    for where in wheres:
+        condition = parse_condition(where)
+        if known and not condition.fields <= fields:
+            with pytest.raises(ConfigError, match="no item has the field"):
+                index.search(unit(1), 1, where=where)
+        else:
+            found = index.search(unit(1), 1000, where=where)[0]
+            assert {hit.id for hit in found} == {one for one, held in known.items() if condition.admits(one, held)}
+    assert inspection.inspect(folder)[1] == []
+
+
+@pytest.mark.parametrize("how", ["gone", "changed"])
+def test_conditions_hold_without_the_columns(tmp_path: Path, how: str) -> None:
+    index = build(tmp_path / "i", unit(40), size=40)
+    expected = [hit.id for hit in index.search(unit(1), 40, where="number>=30 or number=3")[0]]
+    (path,) = (tmp_path / "i").glob("segment-*/columns.bin")
+    if how == "gone":
+        path.unlink()
+    else:
+        flip(path, 20)
+    again = open_index(tmp_path / "i")
+    assert [hit.id for hit in again.search(unit(1), 40, where="number>=30 or number=3")[0]] == expected
+    assert len(expected) == 11

@@ -1,5 +1,6 @@
 """Conditions on metadata: what they admit, how values compare, and what is refused."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cn_clip.errors import ConfigError
-from cn_clip.retrieval.conditions import fields_of, parse_condition
+from cn_clip.retrieval import columns
+from cn_clip.retrieval.conditions import Between, Term, Value, fields_of, parse_condition
 from cn_clip.retrieval.query import ItemTable, mixed
 
 ITEM: dict[str, Any] = {
@@ -196,15 +198,42 @@ def test_names_with_accents_are_found_as_a_mac_writes_them() -> None:
     assert parse_condition("path~CAFÉ").admits("cafe\u0301.jpg", {})
 
 
+class Held:
+    """What a table asks of a segment, in memory."""
+
+    def __init__(self, rows: Sequence[tuple[int | str, dict[str, Any]]]) -> None:
+        self._rows, self.tables = rows, dict[str, Any]()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def derived(self, _: str) -> None:
+        """None was written."""
+
+    def items(self, start: int, stop: int) -> Iterator[tuple[int | str, dict[str, Any]]]:
+        """(id, metadata)."""
+        return iter(self._rows[start:stop])
+
+    def item(self, row: int) -> tuple[int | str, dict[str, Any]]:
+        """(id, metadata)."""
+        return self._rows[row]
+
+
+def table_of(rows: Sequence[tuple[int | str, dict[str, Any]]], alive: Any = None, *, size: int = 100) -> ItemTable:
+    """A table of segments of `size` rows."""
+    segments: Any = [Held(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return ItemTable(segments, np.ones(len(rows), dtype=np.bool_) if alive is None else alive)
+
+
 def test_an_id_of_a_table_goes_before_that_of_the_item() -> None:
     assert parse_condition("id=7 path=a").admits("a", {"id": 7, "path": "/photos/a"})
-    table = ItemTable([(0, "a", {"id": 7, "path": "/b"}), (1, "b", {})], np.array([True, True]))
+    table = table_of([("a", {"id": 7, "path": "/b"}), ("b", {})])
     for condition, mask in (("id=7", [True, False]), ("id=b", [False, True]), ("path=a,b", [True, True])):
         assert table.mask(parse_condition(condition)).tolist() == mask
 
 
 def test_a_field_that_no_item_has_is_refused_with_the_nearest() -> None:
-    table = ItemTable([(0, "a", {"camera": "x", "date": "2021"})], np.array([True]))
+    table = table_of([("a", {"camera": "x", "date": "2021"})])
     with pytest.raises(
         ConfigError,
         match=r"^where: no item has the field 'kamera'; did you mean 'camera'\? there are: camera, date, id, path$",
@@ -274,12 +303,21 @@ CONDITIONS = st.recursive(
 )
 
 
-@given(st.lists(st.tuples(METADATA, st.booleans()), max_size=12), CONDITIONS)
-def test_columns_answer_as_each_item_by_itself_would(rows: list[tuple[dict[str, Any], bool]], where: str) -> None:
+@given(st.lists(st.tuples(METADATA, st.booleans()), max_size=12), CONDITIONS, st.integers(1, 5), st.integers(1, 5))
+def test_columns_answer_as_each_item_by_itself_would(
+    rows: list[tuple[dict[str, Any], bool]], where: str, size: int, stripe_rows: int
+) -> None:
     alive = np.array([is_alive for _, is_alive in rows], dtype=np.bool_)
     items = [(row, f"id{row}", metadata) for row, (metadata, is_alive) in enumerate(rows) if is_alive]
-    table, condition = ItemTable(items, alive), parse_condition(where)
-    assert table.positions == {f"id{row}": row for row, _, _ in items}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "STRIPE_ROWS", stripe_rows)
+        table = table_of([(f"id{row}", metadata) for row, (metadata, _) in enumerate(rows)], alive, size=size)
+        assert table.ids == [item_id for _, item_id, _ in items]
+    condition = parse_condition(where)
+    assert table.fields == list(dict.fromkeys(name for *_, one in items for name in one if name != "path"))
+    for name in table.fields:
+        held = [one.get(name) if is_alive else None for one, is_alive in rows]
+        assert list(map(repr, table.values(name))) == list(map(repr, held))
     known = {field for _, item_id, metadata in items for field in fields_of(item_id, metadata)}
     if known and not condition.fields <= known:
         with pytest.raises(ConfigError, match="no item has the field"):
@@ -287,6 +325,26 @@ def test_columns_answer_as_each_item_by_itself_would(rows: list[tuple[dict[str, 
     else:
         expected = [is_alive and condition.admits(f"id{row}", one) for row, (one, is_alive) in enumerate(rows)]
         assert table.mask(condition).tolist() == expected
+
+
+WILD = st.lists(
+    st.text(max_size=6) | st.sampled_from(["ＡＢＣ", "ß", "e\u0301", "\u0301", "a\nb", "2021-05-03 10:00", "2021-05"]),
+    max_size=9,
+) | st.lists(st.integers() | st.floats() | st.integers(2**53 - 2, 2**53 + 2) | st.booleans(), max_size=9)
+
+
+@given(
+    WILD, st.text(min_size=1, max_size=3) | st.integers().map(str) | st.sampled_from(["2021", "2021-05", "1e3", "é"])
+)
+def test_many_values_are_judged_as_each_by_itself(found: list[Any], asked: str) -> None:
+    between = Between(Value.read("2021"), Value.read("2021-06")), Between(Value.read("-1"), Value.read("1e16"))
+    for sign in ("=", "!=", ">=", "<=", ">", "<", "~", "!~"):
+        for values in ((Value.read(asked),), (Value(asked),), (Value.read(asked), Value("a"))):
+            term = Term("a", sign, values)
+            assert term.admits_each(found) == [term.admits({"a": one}) for one in found]
+        for values in between if sign in ("=", "!=") else ():
+            term = Term("a", sign, (values,))
+            assert term.admits_each(found) == [term.admits({"a": one}) for one in found]
 
 
 @given(CONDITIONS, CONDITIONS, METADATA)

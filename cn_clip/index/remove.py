@@ -43,15 +43,14 @@ def run(options: Options) -> None:
     say = command.Speaker(quiet=options.json)
     condition = conditions.parse_condition(options.where) if options.where is not None else None
     with addresses.open_writer(addresses.address_of(options.index)) as writer:
-        by_name = {str(item_id): item_id for item_id, _ in writer.items()}
+        by_name = writer.called([*options.ids, *map(readable, options.ids)])
         names = [name if name in by_name else readable(name) for name in options.ids]
         absent = [name for name in names if name not in by_name]
         if absent:
             raise DataError(f"has no item {shown(absent[0])!r}; nothing was removed", at=options.index)
         chosen = [by_name[name] for name in dict.fromkeys(names)]
         if condition is not None:
-            condition.check_fields({field for item in writer.items() for field in conditions.fields_of(*item)})
-            fitting = [item_id for item_id, metadata in writer.items() if condition.admits(item_id, metadata)]
+            fitting = writer.fitting(condition)
             if fitting and len(fitting) == len(writer) and not options.all:
                 raise ConfigError(
                     f"--where {options.where}: fits all {len(writer)} items, so nothing was removed; to remove them "

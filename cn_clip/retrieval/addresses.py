@@ -1,13 +1,13 @@
 """Where an index is, a folder or a collection of Milvus: opens it for searching and changing; the commands use it."""
 
 import os
-import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeAlias
 
 from cn_clip.digests import is_there
 from cn_clip.retrieval import manifest, milvus, milvus_collection, store, writer
+from cn_clip.retrieval.ids import integers
 from cn_clip.retrieval.manifest import Manifest
 from cn_clip.retrieval.milvus_collection import SCHEME, Address, Collection, parse_address
 from cn_clip.retrieval.segments import ItemId
@@ -52,6 +52,6 @@ def open_writer(address: IndexAddress, create: Manifest | None = None) -> Abstra
 def item_called(index: Searchable, name: ItemId) -> ItemId | None:
     """The id as the index has it, 7 and "7" being one; None for an item that it has not."""
     other: ItemId | None = str(name) if isinstance(name, int) else None
-    if isinstance(name, str) and re.fullmatch(r"0|-?[1-9][0-9]{0,511}", name):
-        other = int(name)
+    if isinstance(name, str):
+        other = next(iter(integers(name)), None)
     return next((one for one in (name, other) if one is not None and one in index), None)

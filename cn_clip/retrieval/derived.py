@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from cn_clip.digests import FileFacts, facts_of
 from cn_clip.files import atomic_write
-from cn_clip.retrieval import ids
+from cn_clip.retrieval import columns, ids
 from cn_clip.retrieval.manifest import Manifest
 from cn_clip.retrieval.parts import Part
 from cn_clip.retrieval.segments import DIGEST, DIGESTS, digests_of
@@ -31,7 +31,10 @@ class Kind:
     is_wanted: Callable[[Manifest, int], bool]
 
 
-KINDS: tuple[Kind, ...] = (Kind(ids.NAME, ids.write, lambda _, num_rows: num_rows >= ids.SMALLEST),)
+KINDS: tuple[Kind, ...] = (
+    Kind(ids.NAME, ids.write, lambda _, num_rows: num_rows >= ids.SMALLEST),
+    Kind(columns.NAME, columns.write, lambda _, num_rows: num_rows >= columns.SMALLEST),
+)
 
 
 def wanted(facts: Manifest, num_rows: int) -> set[str]:

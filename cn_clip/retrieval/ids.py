@@ -3,6 +3,7 @@
 # N rows of a segment, T tops, Q queries, F found rows
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from json.encoder import encode_basestring_ascii
 from typing import IO, Any
@@ -26,6 +27,8 @@ _STEP = BLOCK_BYTES // _HASH.itemsize
 # More ids than these are looked up in the whole file, which is faster then than a block for each.
 _FEW = 256
 
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,511}")
+
 HashArray = NDArray[np.uint64]
 
 
@@ -38,6 +41,11 @@ def hash_of(item_id: ItemId) -> bytes:
 def hashes_of(ids: Iterable[ItemId]) -> HashArray:
     """The hashes of ids, in their order."""
     return np.frombuffer(b"".join(map(hash_of, ids)), dtype=_HASH).astype(np.uint64)
+
+
+def integers(name: str) -> list[int]:
+    """The integer that is written so, if there is one."""
+    return [int(name)] if _INTEGER.fullmatch(name) else []
 
 
 class IdTable:

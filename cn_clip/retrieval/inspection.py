@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from cn_clip.digests import facts_of, is_file
 from cn_clip.errors import DataError, is_absent, reason_of
 from cn_clip.retrieval import manifest
-from cn_clip.retrieval.engines import Mask
+from cn_clip.retrieval.engines import BLOCK
+from cn_clip.retrieval.ids import hashes_of
 from cn_clip.retrieval.manifest import Manifest, SegmentFacts
 from cn_clip.retrieval.segments import (
     BLOCKS,
@@ -28,6 +29,7 @@ from cn_clip.retrieval.segments import (
     IntArray,
     ItemId,
     MappedFile,
+    Mask,
     Segment,
     block_digests,
 )
@@ -84,16 +86,26 @@ def inspect(folder: Path) -> tuple[Manifest, list[Damage]]:
             return facts, found
         try:  # what no crash can cause, only a fault of a program
             snapshot = Snapshot.open(folder, facts)
-            ids = [item_id for _, item_id, _ in snapshot.items()]
-            if num_twice := len(ids) - len(set(ids)):
+            if num_twice := _num_twice(snapshot):
                 found.append(Damage(manifest.NAME, f"{num_twice} ids come twice"))
             for segment in snapshot.rows.segments:
-                if not np.isfinite(segment.vectors(0, len(segment))).all():
+                blocks = (segment.vectors(start, start + BLOCK) for start in range(0, len(segment), BLOCK))
+                if not all(np.isfinite(block).all() for block in blocks):
                     found.append(Damage(f"{segment.folder.name}/{VECTORS}", "holds NaN or infinity"))
             return facts, found
         except DataError:
             if not was_replaced(folder, facts):
                 raise
+
+
+def _num_twice(snapshot: Snapshot) -> int:
+    """How many items have the id of another one. Memory: 16 bytes an item."""
+    hashes_N = np.sort(hashes_of(item_id for _, item_id, _ in snapshot.items()))
+    twice = set(hashes_N[1:][hashes_N[1:] == hashes_N[:-1]].tolist())
+    if not twice:
+        return 0
+    ids = [one for _, one, _ in snapshot.items() if hashes_of([one])[0] in twice]
+    return len(ids) - len(set(ids))
 
 
 @dataclass(frozen=True)

@@ -287,6 +287,16 @@ class MilvusWriter:
         """(id, metadata) in order of insertion."""
         yield from list(self._items.items())
 
+    def called(self, names: Sequence[str]) -> dict[str, ItemId]:
+        """As `IndexWriter.called`."""
+        by_name = {str(item_id): item_id for item_id in self._items}
+        return {name: by_name[name] for name in names if name in by_name}
+
+    def fitting(self, condition: Condition) -> list[ItemId]:
+        """As `IndexWriter.fitting`."""
+        condition.check_fields({field for item in self._items.items() for field in fields_of(*item)})
+        return [item_id for item_id, metadata in self._items.items() if condition.admits(item_id, metadata)]
+
     def stored(self, ids: Iterable[ItemId]) -> dict[ItemId, NewItem]:
         """Those of the items that the index has, as they would be added again."""
         of_key = {key_of(one): one for one in ids if one in self._items}

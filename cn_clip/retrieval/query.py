@@ -1,21 +1,23 @@
 """What an index is asked: the vector of several parts, and which items fit a condition (see `conditions`).
 
-The command line and the service search with both. A condition is answered by columns of the metadata, which are made by
-one reading of the items.
+The command line and the service search with both. A condition is answered by the columns of each segment.
 """
 
-# N rows, removed ones included, I items, R rows that have a field, P parts, D dimensions
+# N rows, removed ones included, S rows of a stripe, V different values of it, P parts, D dimensions
 
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import bisect
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-from cn_clip.errors import ConfigError
+from cn_clip.errors import ConfigError, DataError
+from cn_clip.retrieval.columns import Columns, Stripe, columns_again, columns_of
 from cn_clip.retrieval.conditions import ID_FIELDS, Condition, Term
-from cn_clip.retrieval.engines import Mask
-from cn_clip.retrieval.segments import FloatArray, IntArray, ItemId
+from cn_clip.retrieval.segments import FloatArray, ItemId, Mask, Segment
+
+PartT = TypeVar("PartT")
 
 # Below this length the parts have cancelled each other out: what is left is rounding.
 SHORTEST = 1e-4
@@ -37,78 +39,116 @@ def mixed(rows_PD: FloatArray, weights: Sequence[float]) -> FloatArray:
 
 
 class ItemTable:
-    """Ids and metadata of an index by column. positions: the row of each id, in order of insertion."""
+    """Ids and metadata of an index by column."""
 
-    def __init__(self, items: Iterable[tuple[int, ItemId, dict[str, Any]]], alive_N: Mask) -> None:
-        """items: (row, id, metadata) of the rows that are not removed, `alive_N`; raises what reading them raises."""
-        self.positions: dict[ItemId, int] = {}
+    def __init__(self, segments: Sequence[Segment], alive_N: Mask) -> None:
+        """segments: of all rows, of which `alive_N` are not removed."""
+        self._segments = segments
         self._alive_N = alive_N
-        self._columns: dict[str, _Column] = {}
-        for row, item_id, metadata in items:
-            self.positions[item_id] = row
-            for field, value in metadata.items():
-                if field != "path":  # the id goes by that name
-                    self._columns.setdefault(field, _Column()).append(row, value)
+        self._starts = [0, *itertools.accumulate(map(len, segments))]
+        self._fields: list[str] | None = None
+
+    def _parts(self, work: Callable[[Columns, Mask], PartT]) -> list[PartT]:
+        """What `work` makes of the columns of each segment, and of which of its rows are alive.
+
+        A damaged file is done without. Raises DataError for a damaged item.
+        """
+        found = []
+        for segment, start in zip(self._segments, self._starts, strict=False):
+            alive_N = self._alive_N[start : start + len(segment)]
+            columns = columns_of(segment)
+            try:
+                found.append(work(columns, alive_N))
+            except DataError as error:
+                found.append(work(columns_again(segment, error), alive_N))
+        return found
+
+    @property
+    def ids(self) -> list[ItemId]:
+        """All ids, in order of insertion."""
+
+        def of(columns: Columns, alive_N: Mask) -> list[ItemId]:
+            return [
+                one
+                for stripe in columns.stripes
+                for one, is_alive in zip(columns.ids(stripe), _rows(alive_N, stripe).tolist(), strict=True)
+                if is_alive
+            ]
+
+        return list(itertools.chain.from_iterable(self._parts(of)))
 
     @property
     def fields(self) -> list[str]:
-        """The fields that any item has; besides these, conditions may name its id."""
-        return list(self._columns)
+        """The fields that any item has, in the order in which they come; besides these, conditions may name its id."""
+        if self._fields is None:
+            first: dict[str, int] = {}  # the first row that has a field
+            for start, found in zip(self._starts, self._parts(_first_rows), strict=False):
+                for name, row in found.items():
+                    first.setdefault(name, start + row)
+            order: dict[tuple[int, str], int] = {}
+            for position in set(first.values()):
+                number = bisect.bisect_right(self._starts, position) - 1
+                metadata = self._segments[number].item(position - self._starts[number])[1]
+                order |= {(position, name): place for place, name in enumerate(metadata)}
+            self._fields = sorted(first, key=lambda name: (first[name], order[first[name], name]))
+        return self._fields
 
     def values(self, field: str) -> list[Any]:
-        """The value of each row, N of them; None where a row lacks the field."""
-        column, found = self._columns.get(field), list[Any]([None]) * len(self._alive_N)
-        for row, value in column.items() if column is not None else ():
-            found[row] = value
-        return found
+        """The value of each row, N of them; None where a row lacks the field, or is removed."""
+
+        def of(columns: Columns, alive_N: Mask) -> list[Any]:
+            found: list[Any] = []
+            for stripe in columns.stripes:
+                if field in stripe.columns:
+                    values = [None, *columns.values(stripe, field)]
+                    codes_S = np.where(_rows(alive_N, stripe), columns.codes(stripe, field), 0)
+                    found += map(values.__getitem__, codes_S.tolist())
+                else:
+                    found += [None] * stripe.num_rows
+            return found
+
+        return list(itertools.chain.from_iterable(self._parts(of)))
 
     def mask(self, condition: Condition) -> Mask:
         """Which rows (N,) a condition admits; raises ConfigError for one on a field that no item has."""
-        condition.check_fields({*self._columns, *ID_FIELDS} if self.positions else ())
+        condition.check_fields({*self.fields, *ID_FIELDS} if self._alive_N.any() else ())
         mask_N: Mask = condition.answer(self._of_term) & self._alive_N
         return mask_N
 
     def _of_term(self, term: Term) -> Mask:
-        column, num_rows = self._columns.get(term.field), len(self._alive_N)
-        if term.field not in ID_FIELDS:  # only an index without items has no such column
-            return (column or _Column()).mask(term, num_rows)
-        mask_N: Mask = np.zeros(num_rows, dtype=np.bool_)
-        rows_I = np.fromiter(self.positions.values(), np.int64)
-        mask_N[rows_I] = [term.admits({term.field: item_id}) for item_id in self.positions]
-        if column is not None:  # a table gave some items an `id` of their own
-            mask_N[column.rows] = column.mask(term, num_rows)[column.rows]
-        return mask_N
+        def of(columns: Columns, alive_N: Mask) -> Mask:
+            mask_N: Mask = np.zeros(len(alive_N), dtype=np.bool_)
+            for stripe in columns.stripes:
+                mask_N[stripe.start : stripe.start + stripe.num_rows] = _admitted(columns, stripe, term)
+            return mask_N
+
+        return np.concatenate([np.zeros(0, dtype=np.bool_), *self._parts(of)])
 
 
-class _Column:
-    """The values of a field: each different one once, and which of them a row has; other rows lack the field."""
+def _rows(alive_N: Mask, stripe: Stripe) -> Mask:
+    return alive_N[stripe.start : stripe.start + stripe.num_rows]
 
-    def __init__(self) -> None:
-        self._values: list[Any] = []
-        self._numbers: dict[object, int] = {}
-        self._rows, self._number_of_row = array("q"), array("q")
 
-    def append(self, row: int, value: Any) -> None:
-        # 1, 1.0 and true are different values to a condition; lists and objects have no hash.
-        key = value if isinstance(value, str) else (type(value), repr(value))
-        number = self._numbers.setdefault(key, len(self._values))
-        if number == len(self._values):
-            self._values.append(value)
-        self._rows.append(row)
-        self._number_of_row.append(number)
+def _first_rows(columns: Columns, alive_N: Mask) -> dict[str, int]:
+    """The first row that has each field and is alive."""
+    found: dict[str, int] = {}
+    for stripe in columns.stripes:
+        alive_S = _rows(alive_N, stripe)
+        for name in stripe.columns.keys() - found.keys() if alive_S.any() else ():
+            has_S = (columns.codes(stripe, name) > 0) & alive_S
+            if has_S.any():
+                found[name] = stripe.start + int(np.argmax(has_S))
+    return found
 
-    def items(self) -> Iterator[tuple[int, Any]]:
-        """(row, value) of the rows that have the field."""
-        for row, number in zip(self._rows, self._number_of_row, strict=True):
-            yield row, self._values[number]
 
-    @property
-    def rows(self) -> IntArray:
-        """The rows (R,) that have the field."""
-        return np.frombuffer(self._rows, np.int64)
-
-    def mask(self, term: Term, num_rows: int) -> Mask:
-        admitted = np.array([term.admits({term.field: value}) for value in self._values], dtype=np.bool_)
-        mask_N: Mask = np.full(num_rows, term.admits({}), dtype=np.bool_)
-        mask_N[self.rows] = admitted[np.frombuffer(self._number_of_row, np.int64)]
-        return mask_N
+def _admitted(columns: Columns, stripe: Stripe, term: Term) -> Mask:
+    """Which rows (S,) of a stripe a term admits: each different value is judged once."""
+    if term.field in ID_FIELDS:
+        found_S: Mask = np.array(term.admits_each(columns.ids(stripe)), dtype=np.bool_)
+    else:
+        found_S = np.full(stripe.num_rows, term.admits({}), dtype=np.bool_)
+    if term.field in stripe.columns:  # of an `id`, in the rows to which a table gave one of their own
+        is_admitted_V = np.array([False, *term.admits_each(columns.values(stripe, term.field))], dtype=np.bool_)
+        codes_S = columns.codes(stripe, term.field)
+        found_S = np.where(codes_S > 0, is_admitted_V[codes_S], found_S)
+    return found_S

@@ -178,7 +178,7 @@ class Index:
     @property
     def ids(self) -> list[ItemId]:
         """All ids, in order of insertion."""
-        return list(self.table.positions)
+        return self.table.ids
 
     def items(self) -> Iterator[tuple[ItemId, dict[str, Any]]]:
         """(id, metadata) in order of insertion."""
@@ -327,10 +327,10 @@ class Index:
 
     @property
     def table(self) -> ItemTable:
-        """Ids and metadata by column, made at the first look-up of an id or condition: a second for 100,000 items."""
+        """Ids and metadata by column."""
         if self._table is None:
             with self._lock:
-                self._table = self._table or ItemTable(self.snapshot.items(), self.snapshot.alive_N)
+                self._table = self._table or ItemTable(self.snapshot.rows.segments, self.snapshot.alive_N)
         return self._table
 
     def _found(self, item_id: ItemId) -> tuple[Segment, int] | None:

@@ -20,12 +20,14 @@ from cn_clip.digests import facts_of, is_folder, is_there, is_whole
 from cn_clip.errors import ConfigError, DataError, UnreadableError
 from cn_clip.files import alone, atomic_write, is_temporary, sync_folder
 from cn_clip.retrieval import manifest
+from cn_clip.retrieval.conditions import Condition
 from cn_clip.retrieval.derived import wanted, write_derived
 from cn_clip.retrieval.engines import Rows
 from cn_clip.retrieval.graph import SMALLEST_GRAPH, extended_graph, new_graph, require_usearch
-from cn_clip.retrieval.ids import positions_of
+from cn_clip.retrieval.ids import integers, positions_of
 from cn_clip.retrieval.manifest import DerivedFacts, EngineName, Manifest, PictureFacts, SegmentFacts, VectorType
 from cn_clip.retrieval.parts import Part
+from cn_clip.retrieval.query import ItemTable
 from cn_clip.retrieval.segments import (
     BLOCK_ROWS,
     DIGESTS,
@@ -149,6 +151,20 @@ class IndexWriter:
         """(id, metadata) in order of insertion."""
         for _, item_id, metadata in self._snapshot.items():
             yield item_id, metadata
+
+    def called(self, names: Sequence[str]) -> dict[str, ItemId]:
+        """The ids that are written as these names, for those that are; of 7 and "7" the later item."""
+        of_name: dict[str, list[ItemId]] = {name: [name, *integers(name)] for name in names}
+        positions = self._positions([one for ids in of_name.values() for one in ids])
+        found = {name: [one for one in ids if one in positions] for name, ids in of_name.items()}
+        return {name: max(ids, key=positions.__getitem__) for name, ids in found.items() if ids}
+
+    def fitting(self, condition: Condition) -> list[ItemId]:
+        """The ids of the items that fit; raises ConfigError for a field that no item has."""
+        rows = self._snapshot.rows
+        table = ItemTable(rows.segments, self._snapshot.alive_N)
+        positions = np.flatnonzero(table.mask(condition)).tolist()
+        return [segment.item(row)[0] for segment, row in map(rows.segment_of, positions)]
 
     def stored(self, ids: Iterable[ItemId]) -> dict[ItemId, NewItem]:
         """Those of the items that the index has, as they would be added again."""
