@@ -98,6 +98,10 @@ class Options:
     json: bool = False
     """Print one JSON object instead of progress."""
 
+    def __post_init__(self) -> None:
+        if self.only and self.results == page.RESULTS:
+            raise ConfigError("--only: would replace the rows of all contenders; give another folder as --results")
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -131,21 +135,28 @@ def run(options: Options) -> int:
         contenders = prepare(folder, options, say)
         towers = time_towers(contenders, folder, options, say)
         start = time_start(folder, options, say)
-    found: dict[str, Any] = {"facts": facts(options), "towers": towers, "start": start}
+    found: dict[str, Any] = {"facts": facts(options), "towers": towers, "start": start, "trained": []}
+    keep(found, options)  # what follows may fail, and this took long
     found["trained"] = [row for name in options.trained for row in trained.measure(name, options.data, say)]
+    keep(found, options)
     if options.pipeline_pictures:
         found["pipeline"] = whole_pipeline(options, say)
+        keep(found, options)
+    missed = page.misses(found)
+    for one in missed:
+        say(f"missed: {one}")
+    say.result({**found, "missed": missed})
+    return 1 if missed else 0
+
+
+def keep(found: dict[str, Any], options: Options) -> None:
+    """The numbers so far, and the page with them."""
     options.results.mkdir(parents=True, exist_ok=True)
     with atomic_write(options.results / f"{found['facts']['kind']}.json") as stream:
         json.dump(found, stream, ensure_ascii=False, indent=1)
         stream.write("\n")
     if options.output:
         page.write(options.output, options.results)
-    missed = page.misses(found)
-    for one in missed:
-        say(f"missed: {one}")
-    say.result({**found, "missed": missed})
-    return 1 if missed else 0
 
 
 def prepare(folder: Path, options: Options, say: command.Speaker) -> list[Contender]:

@@ -141,6 +141,29 @@ def test_combinations_come_by_tower_and_batch_once_each(monkeypatch: pytest.Monk
     ]
 
 
+def test_auto_is_measured_as_what_it_takes_and_the_table_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def worker(task: str, job: Job) -> dict[str, Any]:
+        seen.append((task, job.backend, job.precision))
+        if task == "prepare":
+            taken = "int8" if job.precision == "auto" else job.precision
+            return {"auto": {"backend": "onnx", "precision": taken, "why": f"backend: auto -> onnx {taken}; …"}}
+        return {"error": "not measured"} if task == "measure" else {}
+
+    monkeypatch.setattr(bench, "_in_process", worker)
+    options = bench.Options(
+        model="x", towers=("text",), backends=("auto",), precisions=("auto", "fp32"), batch_sizes=(4, 1)
+    )
+    rows = list(bench.measured(options, Job(model="x", folder="x")))
+    assert [one for one in seen if one[0] == "measure"] == [("measure", "onnx", one) for one in ("int8", "fp32")] * 2
+    assert [(row["backend"], row["precision"]) for row in rows] == [("auto", one) for one in ("auto", "fp32")] * 2
+    assert bench_report.reasons(rows)[:2] == [
+        "text auto, backend: auto -> onnx int8; …",
+        "text fp32, backend: auto -> onnx fp32; …",
+    ]
+
+
 # --- processes
 
 

@@ -90,12 +90,12 @@ def reasons(rows: Sequence[Row]) -> list[str]:
     Before them what "auto" took, and why.
     """
     found: dict[tuple[str, str, str], list[str]] = {}
-    taken = {row["tower"]: f"{row['tower']} {row['auto']['why']}" for row in rows if "auto" in row}
+    taken = dict.fromkeys(f"{row['tower']} {row['precision']}, {row['auto']['why']}" for row in rows if "auto" in row)
     for row in rows:
         if "error" in row:
             combinations = found.setdefault((row["backend"], row["precision"], row["error"]), [])
             combinations.append(f"{row['tower']} ×{row['batch_size']}")
-    return list(taken.values()) + [
+    return list(taken) + [
         f"{MISSING} {backend} {precision} ({', '.join(combinations)}): {error}"
         for (backend, precision, error), combinations in found.items()
     ]
