@@ -28,7 +28,7 @@ from cn_clip.index.options import with_store
 from cn_clip.retrieval import flat, milvus, milvus_collection
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.milvus import MilvusIndex, open_milvus_writer
-from cn_clip.retrieval.milvus_collection import Address, Collection, parse_address
+from cn_clip.retrieval.milvus_collection import Address, Collection, TooLargeError, parse_address
 from cn_clip.retrieval.writer import NewItem
 
 MODEL = ModelInfo("Tiny", "0123", 16)
@@ -76,6 +76,8 @@ def rows(count: int, *, seed: int = 0, dim: int = 16) -> Any:
         ("milvus://localhost:19530/photos", Address("localhost", 19530, "photos")),
         ("milvus://localhost/photos", Address("localhost", 19530, "photos")),
         ("milvus://a:b%40c@[::1]:1/p_1?timeout=2.5", Address("::1", 1, "p_1", 2.5, "a", "b@c")),
+        ("milvus://h/c?consistency=bounded", Address("h", 19530, "c", consistency="Bounded")),
+        ("milvus://h/c?consistency=quick", None),
         ("milvus://localhost:19530", None),
         ("milvus://localhost:19530/", None),
         ("milvus://localhost:19530/a/b", None),
@@ -411,32 +413,201 @@ def test_a_server_that_comes_up_late_is_waited_for(address: Address) -> None:
 
 
 class KeptRows(Collection):
-    """In place of a collection on a server: rows by their keys, and for how many a call asked."""
+    """In place of a collection on a server: rows by their keys, and for how many a call asked.
 
-    def __init__(self, items: list[NewItem]) -> None:
+    largest: more rows are refused, as a server does with an answer of too many bytes. guard: "" for format 1.
+    """
+
+    def __init__(self, items: list[NewItem], *, largest: int = 10**9, guard: str = "built_1") -> None:
         self.asked: list[int] = []
-        self._rows = {milvus.key_of(item.id): milvus._fields_of(item, b"{}", 0) for item in items}
+        self._guard, self._largest, self.address = guard, largest, Address("h", 1, "c")
+        self._rows = {
+            milvus.key_of(item.id): milvus._fields_of(item, b"{}", 0, with_columns=bool(guard)) for item in items
+        }
 
-    def query(self, condition: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+    def query(self, condition: str, fields: Sequence[str], *, limit: int | None = None) -> list[dict[str, Any]]:
         keys, end = json.JSONDecoder().raw_decode(condition.removeprefix("key in "))
         self.asked.append(len(keys))
+        if len(keys) > self._largest:
+            raise TooLargeError("an answer would be larger")
         is_bare_too = condition.removeprefix("key in ")[end:] == ""
         found = [self._rows[key] for key in keys if key in self._rows]
         return [{field: row[field] for field in fields} for row in found if row["thumbnail"] or is_bare_too]
 
 
-def test_many_items_and_thumbnails_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    items = [NewItem(number, np.full(16, number), {}, b"jpg" if number % 2 else b"") for number in range(10)]
-    rows = KeptRows(items)
+def pictured(count: int) -> list[NewItem]:
+    """Items, every second one with a thumbnail."""
+    return [NewItem(number, np.full(16, number), {}, b"jpg" if number % 2 else b"") for number in range(count)]
+
+
+def writer_of(rows: KeptRows, items: Sequence[NewItem]) -> milvus.MilvusWriter:
+    """A writer that knows the items, without a server."""
+    writer = object.__new__(milvus.MilvusWriter)
+    writer._collection, writer._items = rows, {item.id: {"n": item.id} for item in items}
+    writer._kept, writer._kept_bytes = {}, 0
+    return writer
+
+
+@pytest.mark.parametrize("guard", ["built_1", ""])
+def test_many_items_and_thumbnails_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch, guard: str) -> None:
+    items = pictured(10)
+    rows = KeptRows(items, guard=guard)
     index = object.__new__(MilvusIndex)
     index._collection = rows
     assert index.with_thumbnail([*range(10), "none"]) == {1, 3, 5, 7, 9}
     assert index.thumbnails([*range(10), "none"]) == dict.fromkeys([1, 3, 5, 7, 9], b"jpg")
-    writer = object.__new__(milvus.MilvusWriter)
-    writer._collection, writer._items = rows, {item.id: {"n": item.id} for item in items}
+    writer = writer_of(rows, items)
     monkeypatch.setattr(milvus_collection, "WINDOW", 6)
     stored = writer.stored([*range(10), "none"])
     assert {one.id: (one.vector_D[0], one.metadata["n"], one.thumbnail) for one in stored.values()} == {
         item.id: (item.id, item.id, item.thumbnail) for item in items
     }
     assert rows.asked == [11, 11, 6, 4]
+
+
+def test_what_was_read_a_moment_ago_or_may_be_asked_for_next_costs_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = pictured(10)
+    rows = KeptRows(items)
+    writer = writer_of(rows, items)
+    assert set(writer.stored([1, 2], soon=[2, 3, 4, "none"])) == {1, 2}
+    assert set(writer.stored([3, 4, 1], soon=[5])) == {1, 3, 4}
+    assert rows.asked == [4]
+    monkeypatch.setattr(milvus, "KEPT_BYTES", 3 * 350)
+    assert [one.id for one in writer.stored(range(5, 10)).values()] == [5, 6, 7, 8, 9]
+    assert writer._kept_bytes <= 3 * 350
+    assert set(writer.stored([9, 5])) == {9, 5}
+    assert rows.asked == [4, 5, 1]
+
+
+def test_answers_that_are_too_large_are_asked_for_in_parts() -> None:
+    items = pictured(10)
+    rows = KeptRows(items, largest=3)
+    found = writer_of(rows, items).stored(range(10))
+    assert list(found) == list(range(10))
+    assert rows.asked == [10, 2, 2, 2, 2, 2]
+    with pytest.raises(TooLargeError, match="an answer would be larger"):
+        writer_of(KeptRows(items, largest=0), items).stored(range(10))
+
+
+# --- larger, replaced and older collections
+
+
+@needs_server
+def test_an_index_of_large_metadata_is_read_changed_and_searched(address: Address) -> None:
+    vectors, query = rows(1300), rows(1, seed=1)
+    text = "x" * 60000
+    with open_milvus_writer(address, Manifest(MODEL)) as opened:
+        for start in range(0, 1300, 100):
+            some = range(start, start + 100)
+            opened.commit([NewItem(one, vectors[one], {"n": one, "text": text}) for one in some])
+    order = np.argsort(-(vectors @ query[0])).tolist()
+    with open_milvus_writer(address) as opened:
+        assert len(opened) == 1300
+        opened.commit([NewItem("more", vectors[0], {"n": -1})], remove=[0])
+    index = MilvusIndex(address)
+    assert index.ids == [*range(1, 1300), "more"]
+    order[order.index(0)] = "more"
+    assert [hit.id for hit in index.search(query, 1299)[0]] == order[:1299]
+    assert [hit.id for hit in index.search(query, 1300, where="n>=650 n<1299")[0]] == [
+        one for one in order if one != "more" and 650 <= one < 1299
+    ]
+    assert index.search(query, 3, where="text~yx")[0] == []
+
+
+def made_again(address: Address, model: ModelInfo, vectors: Any) -> None:
+    """The collection dropped, and built from other vectors."""
+    Collection(address).call("drop_collection")
+    with open_milvus_writer(address, Manifest(model)) as opened:
+        opened.commit([NewItem("new", vector, {"n": 0}, b"jpg") for vector in vectors[:1]])
+
+
+@needs_server
+def test_a_collection_that_was_made_again_of_another_model_gives_no_answer(address: Address) -> None:
+    with open_milvus_writer(address, Manifest(MODEL)) as opened:
+        opened.commit([NewItem("old", rows(1)[0], {"n": 0}, b"jpg")])
+        index, served_index = MilvusIndex(address), MilvusIndex(address, consistency="Bounded")
+        assert [hit.id for hit in index.search(rows(1), 1)[0]] == ["old"]
+        made_again(address, ModelInfo("Other", "4567", 16), rows(1))
+        sentence = r"was made again .*: its vectors are now of the model Other \(4567\), not of Tiny \(0123\); open"
+        for act in (
+            lambda: index.search(rows(1), 1),
+            lambda: index.search(rows(1), 1, where="n=0"),
+            lambda: index.search(rows(1), 5, where="n!=7"),
+            lambda: index.vector("new"),
+            lambda: index.metadata("new"),
+            lambda: index.thumbnail("new"),
+            lambda: "new" in index,
+            lambda: index.ids,
+            lambda: len(index),
+            lambda: served_index.search(rows(1), 1),
+            lambda: opened.commit([NewItem("more", rows(1)[0])]),
+            lambda: opened.commit(remove=["old"]),
+            lambda: opened.describe(engine=None, source="elsewhere"),
+        ):
+            with pytest.raises(StoreError, match=sentence):
+                act()
+    assert MilvusIndex(address).ids == ["new"]
+    Collection(address).call("drop_collection")
+    with pytest.raises(StoreError, match="the collection is gone since it was opened"):
+        index.search(rows(1), 1)
+
+
+@needs_server
+def test_a_reader_goes_on_with_a_collection_that_was_made_again_of_the_same_model(address: Address) -> None:
+    with open_milvus_writer(address, Manifest(MODEL)) as opened:
+        opened.commit([NewItem("old", rows(1)[0])])
+        index = MilvusIndex(address)
+        made_again(address, MODEL, rows(1))
+        assert [hit.id for hit in index.search(rows(1), 1)[0]] == ["new"]
+        assert index.thumbnail("new") == b"jpg"
+        with pytest.raises(StoreError, match=r"was made again .* of the model Tiny"):  # it knows other items
+            opened.commit([NewItem("more", rows(1)[0])])
+
+
+@needs_server
+def test_the_service_does_not_answer_from_a_collection_of_another_model(address: Address) -> None:
+    with open_milvus_writer(address, Manifest(ModelInfo("Tiny", "0123", 4))) as opened:
+        opened.commit([NewItem("a", rows(1, dim=4)[0])])
+    with served(Encoder(WatchedBackend()), index=MilvusIndex(address, consistency="Bounded")) as url:
+        assert [hit["id"] for hit in answer(url, query="笑")["data"]] == ["a"]
+        made_again(address, ModelInfo("Other", "4567", 4), rows(1, dim=4))
+        found = httpx.post(f"{url}/v1/search", json={"query": "笑"}, timeout=60)
+        assert (found.status_code, found.json()["error"]["code"]) == (503, "index_unavailable")
+
+
+def make_old(address: Address) -> None:
+    """A collection as it was made before conditions went to the server."""
+    collection = Collection(address)
+    kinds, client = collection._package.DataType, collection._client
+    description = json.dumps({"cn_clip": 1, "model": {"name": "Tiny", "fingerprint": "0123", "embed_dim": 16}})
+    schema = client.create_schema(auto_id=False, enable_dynamic_field=False, description=description)
+    schema.add_field("key", kinds.VARCHAR, is_primary=True, max_length=32)
+    schema.add_field("place", kinds.INT64)
+    for name in ("item", "thumbnail"):
+        schema.add_field(name, kinds.VARCHAR, max_length=65535)
+    schema.add_field("vector", kinds.FLOAT_VECTOR, dim=16)
+    collection.call("create_collection", schema=schema, consistency_level="Strong")
+
+
+@needs_server
+def test_a_collection_from_before_is_read_and_changed_as_it_was(address: Address) -> None:
+    make_old(address)
+    vectors = rows(60)
+    with open_milvus_writer(address) as opened:
+        small = {one: b"jpg" if one % 2 else b"" for one in range(60)}
+        opened.commit([NewItem(one, vectors[one], {"n": one}, small[one]) for one in range(60)])
+        opened.commit([NewItem("more", vectors[0])], remove=[0])
+    index = MilvusIndex(address)
+    order = [one for one in np.argsort(-(vectors @ vectors[7])).tolist() if one]
+    assert [hit.id for hit in index.search(vectors[7:8], 5, where="n>=1")[0]] == order[:5]
+    assert [hit.id for hit in index.search(vectors[7:8], 5, where="n=7,9")[0]] == [
+        one for one in order if one in (7, 9)
+    ]
+    assert index.search(vectors[7:8], 5, where="n=99")[0] == []
+    with pytest.raises(ConfigError, match="no item has the field 'm'"):
+        index.search(vectors[7:8], 5, where="m=99")
+    assert index.with_thumbnail([1, 2, 3]) == {1, 3}
+    assert index.has_thumbnails
+    made_again(address, ModelInfo("Other", "4567", 16), rows(1))
+    with pytest.raises(StoreError, match=r"was made again .* of the model Other"):
+        index.search(vectors[7:8], 5)

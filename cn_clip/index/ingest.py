@@ -3,8 +3,10 @@
 # B batch, R resolution, D embedding
 
 import hashlib
+import itertools
 import posixpath
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
@@ -37,6 +39,8 @@ from cn_clip.stopping import StopRequest
 PICTURES_A_COMMIT = 1000
 # After so long, what was computed is committed though it is less than --commit-every.
 COMMIT_SECONDS = 20.0
+# Items that may lend their vectors next, as many as a store on another machine is asked for at once.
+MOST_READ_AHEAD = 1000
 _DIGEST_BYTES = 16
 # What an item lends to others of the same bytes, besides its vector and thumbnail.
 _OF_BYTES = ("width", "height", "text")
@@ -133,6 +137,8 @@ class Ingest:
         self._gone: dict[str, list[ItemId]] = {}
         # Whether a picture of these bytes would get another vector now than it had; see `renewing`.
         self.is_outdated: Callable[[bytes], bool] = lambda data: False
+        # The items that are read again, in the order in which they come.
+        self._expected = deque[ItemId]()
         self._buffer: dict[ItemId, NewItem] = {}
         # The items among them that a batch needs, and those that it adds.
         self._lenders: dict[ItemId, NewItem] = {}
@@ -191,6 +197,7 @@ class Ingest:
         if not pending:
             return
         stop = stop or StopRequest()
+        self._expected = deque(one.id for one in pending if one.id in self._known)
         batches = self._batches(pending)
         self._committed_at = time.monotonic()
         for batch, vectors in stop.until(batches):
@@ -290,7 +297,11 @@ class Ingest:
         """vectors: of the fresh ones, by their number in the batch."""
         lending = {self._owners[one.digest] for one in batch if self._is_owned(one)}
         self._lenders = {one: self._buffer[one] for one in lending if one in self._buffer}
-        self._lenders |= self.writer.stored(lending - self._lenders.keys())
+        expected = {one.candidate.id for one in batch}
+        while self._expected and self._expected[0] in expected:
+            self._expected.popleft()
+        soon = itertools.islice(self._expected, MOST_READ_AHEAD)
+        self._lenders |= self.writer.stored(lending - self._lenders.keys(), soon=soon)
         for number, one in enumerate(batch):
             if isinstance(one, _Refused):
                 self.refuse(one.candidate, one.skipped)

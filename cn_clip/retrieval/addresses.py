@@ -37,9 +37,19 @@ def require(address: IndexAddress) -> Facts:
     return Collection(address).require() if isinstance(address, Address) else manifest.read(address)
 
 
-def open_index(address: IndexAddress) -> Searchable:
-    """Raises DataError when there is no index, or a damaged one, StoreError."""
-    return milvus.MilvusIndex(address) if isinstance(address, Address) else store.open_index(address)
+def open_index(address: IndexAddress, *, is_served: bool = False) -> Searchable:
+    """is_served: changes of others may take some seconds to be seen, so that no search waits for them.
+
+    Raises DataError when there is no index, or a damaged one, StoreError.
+    """
+    if not isinstance(address, Address):
+        return store.open_index(address)
+    return milvus.MilvusIndex(address, consistency="Bounded" if is_served else "Strong")
+
+
+def address_in(index: Searchable) -> IndexAddress:
+    """Where an open index is, with all that opens it again."""
+    return index.folder if isinstance(index, store.Index) else index.collection_address
 
 
 def open_writer(address: IndexAddress, create: Manifest | None = None) -> AbstractContextManager[Writer]:

@@ -57,19 +57,19 @@ class Value:
         if match:
             day = "-".join(one.zfill(2) for one in match.groups()[:3] if one)
             date = f"{day}T{match[4]}" if match[4] else day
-        return cls(text, _number(text), date)
+        return cls(text, number_of(text), date)
 
     def compares(self, found: Any, sign: str) -> bool:
         """Whether `found sign value`: as numbers or dates if both read as these, else as text."""
         if sign == "~":
             is_text = isinstance(found, (str, int, float)) and not isinstance(found, bool)
-            return is_text and _folded(self.text) in _folded(str(found))
+            return is_text and folded(self.text) in folded(str(found))
         if isinstance(found, bool):
             return sign == "=" and self.text == str(found).lower()
-        if self.number is not None and (number := _number(found)) is not None:
+        if self.number is not None and (number := number_of(found)) is not None:
             return bool(_COMPARISONS[sign](number, self.number))
-        if self.date is not None and isinstance(found, str) and _HELD_DATE.fullmatch(found):
-            return bool(_COMPARISONS[sign](found.replace(" ", "T", 1)[: len(self.date)], self.date))
+        if self.date is not None and isinstance(found, str) and (held := held_date(found)) is not None:
+            return bool(_COMPARISONS[sign](held[: len(self.date)], self.date))
         if sign == "=":
             return str(found) == self.text
         return isinstance(found, str) and bool(_COMPARISONS[sign](found, self.text))
@@ -79,7 +79,7 @@ class Value:
         kinds = set(map(type, found))
         if sign == "~" and kinds == {str}:
             # A line end composes with no letter, so that all are folded at once.
-            part, lines = _folded(self.text), _folded("\n".join(found)).split("\n")
+            part, lines = folded(self.text), folded("\n".join(found)).split("\n")
             if len(lines) == len(found):
                 return [part in line for line in lines]
         elif self.number is not None and kinds and kinds <= {int, float} and sign in _COMPARISONS:
@@ -329,12 +329,18 @@ class _Parser:
         raise ConfigError(f"where: character {character}: {expected}; found {found} in {self.text.strip()[:80]!r}")
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
     """Letters of any case and width as one; a Mac writes é in a file name as two characters."""
     return text.casefold() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
 
 
-def _number(value: Any) -> int | float | None:
+def held_date(text: str) -> str | None:
+    """The date that the text of an item reads as, in the form 2021-05-03T14:22:10 or its beginning."""
+    return text.replace(" ", "T", 1) if _HELD_DATE.fullmatch(text) else None
+
+
+def number_of(value: Any) -> int | float | None:
+    """What a value of an item, or a word of a condition, reads as."""
     if isinstance(value, (int, float)):
         return value
     if not isinstance(value, str) or len(value) > 300 or not _NUMBER.fullmatch(value):

@@ -13,23 +13,38 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cn_clip.errors import ConfigError, DataError
-from cn_clip.retrieval.conditions import Condition, fields_of, parse_condition
+from cn_clip.errors import ConfigError, DataError, StoreError
+from cn_clip.retrieval.conditions import ID_FIELDS, Condition, fields_of, parse_condition
 from cn_clip.retrieval.graph import OVERFETCH
 from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, PictureFacts
-from cn_clip.retrieval.milvus_collection import KEY_BYTES, LARGEST_TEXT, WINDOW, Address, Collection, Facts, Fields
+from cn_clip.retrieval.milvus_collection import (
+    COLUMNS,
+    KEY_BYTES,
+    LARGEST_TEXT,
+    WINDOW,
+    Address,
+    Collection,
+    Facts,
+    Fields,
+    TooLargeError,
+)
+from cn_clip.retrieval.milvus_columns import WITHOUT_FIELDS, columns_of, filter_of, filter_of_field
 from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import Hit, check_bounds, checked_queries
 from cn_clip.retrieval.writer import NewItem, checked_lines
 
-LEAST_EF = 128
+LEAST_EF = 256
+# Rows of a run that are worth a segment of their own.
+LEAST_FLUSHED = 1000
 # A picture travels as base64.
 LARGEST_THUMBNAIL = LARGEST_TEXT // 4 * 3
 # Rows with their vectors in one answer: some 10 MB.
 LARGEST_LIMIT = 4096
 # Half of what a Milvus of default settings takes in one request.
 UPSERT_BYTES = 32 << 20
+# Of items that a writer keeps, since a copy of a picture soon asks for what was written or read a moment ago.
+KEPT_BYTES = 64 << 20
 
 
 def key_of(item_id: ItemId) -> str:
@@ -49,10 +64,14 @@ class _Row(NamedTuple):
 class MilvusIndex:
     """Items with their vectors, as they are on the server at every call. Several threads may search at once."""
 
-    def __init__(self, address: Address) -> None:
-        """Raises DataError when there is no such index, StoreError when no server answers."""
-        self._collection = Collection(address)
-        self._facts = self._collection.require()
+    def __init__(self, address: Address, *, consistency: str = "Strong") -> None:
+        """consistency: of reading, see `Collection`; one in the address goes before it.
+
+        Raises DataError when there is no such index, StoreError when no server answers.
+        """
+        self.collection_address = address
+        self._collection = Collection(address, consistency=address.consistency or consistency, is_reader=True)
+        self._facts = self._collection.require(with_count=False)
         self._seen_fields = set[str]()
 
     @property
@@ -113,21 +132,60 @@ class MilvusIndex:
         k += offset
         queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.address)
         condition = parse_condition(where) if where is not None else None
-        if condition is not None and not condition.fields <= self._seen_fields:
-            for item in self.items():  # until each field was seen, now or by a condition before
-                self._seen_fields.update(fields_of(*item))
-                if condition.fields <= self._seen_fields:
-                    break
-            condition.check_fields(self._seen_fields)
         limit = min(OVERFETCH * int(k) + 16, LARGEST_LIMIT)
-        at_once, results = max(1, LARGEST_LIMIT // limit), list[list[Hit]]()
+        found = self._found(queries_QD, k, condition, limit)
+        if condition is not None:
+            self._check_fields(condition)
+        results = list[list[Hit]]()
+        for best in found:
+            hits = [Hit(row.id, row.score, row.metadata) for row in best[offset:]]
+            results.append([hit for hit in hits if min_score is None or hit.score >= min_score])
+        return results
+
+    def _found(self, queries_QD: FloatArray, k: int, condition: Condition | None, limit: int) -> list[list[_Row]]:
+        """The k best of each query that fit."""
+        asked = filter_of(condition) if condition is not None and self._collection.has_columns else None
+        few = self._few(asked, limit) if asked is not None else None
+        if few is not None:
+            for row in few:
+                self._seen_fields.update(_parsed(row, self.address)[1])
+            return [
+                _first((row for row in self._scored(query_D, few) if _fits(row, condition)), k)
+                for query_D in queries_QD
+            ]
+        at_once, results = max(1, LARGEST_LIMIT // limit), list[list[_Row]]()
         for start in range(0, len(queries_QD), at_once):
             part_QD = queries_QD[start : start + at_once]
-            for query_D, rows in zip(part_QD, self._nearest(part_QD, limit), strict=True):
-                best = self._best(query_D, k, condition, rows, limit)
-                hits = [Hit(row.id, row.score, row.metadata) for row in best[offset:]]
-                results.append([hit for hit in hits if min_score is None or hit.score >= min_score])
+            for query_D, rows in zip(part_QD, self._nearest(part_QD, limit, asked or ""), strict=True):
+                results.append(self._best(query_D, k, condition, rows, limit, asked or ""))
         return results
+
+    def _few(self, asked: str, limit: int) -> list[Fields] | None:
+        """All rows that a filter admits, with their vectors; None where these are `limit` or more."""
+        try:
+            rows = self._collection.query(asked, ["place", "item", "vector"], limit=limit)
+        except TooLargeError:
+            return None
+        return rows if len(rows) < limit else None
+
+    def _check_fields(self, condition: Condition) -> None:
+        """Raises ConfigError for a field that no item has."""
+        unknown = condition.fields - self._seen_fields - set(ID_FIELDS)
+        if unknown and self._collection.has_columns:
+            for field in unknown:
+                for row in self._collection.query(filter_of_field(field), ["item"], limit=1):
+                    self._seen_fields.update(_parsed(row, self.address)[1])
+            unknown -= self._seen_fields
+        if not unknown:
+            return
+        if not self._collection.has_columns or self._collection.has_any(WITHOUT_FIELDS):
+            for _, metadata in self.items():  # until each field was seen, now or by a condition before
+                self._seen_fields.update(metadata)
+                if unknown <= self._seen_fields:
+                    return
+        elif not self._seen_fields:
+            self.prepare()
+        condition.check_fields(self._seen_fields | set(ID_FIELDS) if len(self) else ())
 
     def listed(self, order: Order, limit: int, *, offset: int = 0, where: str | None = None) -> Page:
         """As `store.Index.listed`; raises ConfigError, for Milvus orders nothing without a query."""
@@ -151,7 +209,11 @@ class MilvusIndex:
     @property
     def has_thumbnails(self) -> bool:
         """Whether any item has one."""
-        return self._collection.count('thumbnail != ""') > 0
+        return self._collection.has_any(self._with_thumbnail)
+
+    @property
+    def _with_thumbnail(self) -> str:
+        return "has_thumbnail == true" if self._collection.has_columns else 'thumbnail != ""'
 
     def vector(self, item_id: ItemId) -> FloatArray:
         """The vector (D,) of an item, float32; raises DataError for an unknown id."""
@@ -168,12 +230,15 @@ class MilvusIndex:
     def thumbnails(self, ids: Iterable[ItemId]) -> dict[ItemId, bytes]:
         """The small JPEGs of those of the items that have one."""
         of_key = {key_of(one): one for one in ids}
-        rows = self._collection.of_keys(list(of_key), ["key", "thumbnail"], 'thumbnail != ""')
-        return {of_key[row["key"]]: base64.b64decode(row["thumbnail"]) for row in rows}
+        rows = self._collection.of_keys(list(of_key), ["key", "thumbnail"])
+        return {of_key[row["key"]]: base64.b64decode(row["thumbnail"]) for row in rows if row["thumbnail"]}
 
     def with_thumbnail(self, ids: Iterable[ItemId]) -> set[ItemId]:
         """Those of the ids whose items have a thumbnail."""
         of_key = {key_of(one): one for one in ids}
+        if self._collection.has_columns:
+            rows = self._collection.of_keys(list(of_key), ["key", "has_thumbnail"])
+            return {of_key[row["key"]] for row in rows if row["has_thumbnail"]}
         return {of_key[row["key"]] for row in self._collection.of_keys(list(of_key), ["key"], 'thumbnail != ""')}
 
     def _fields(self, item_id: ItemId, *fields: str) -> list[Fields]:
@@ -185,20 +250,17 @@ class MilvusIndex:
             raise DataError(f"has no item {item_id!r}", at=self.address)
         return found[0]
 
-    def _nearest(self, queries_QD: FloatArray, limit: int) -> list[list[_Row]]:
-        """What Milvus finds for each query, with exact scores."""
-        found = self._collection.call(
-            "search",
-            data=queries_QD,
-            limit=limit,
-            output_fields=["place", "item", "vector"],
-            search_params={"metric_type": "IP", "params": {"ef": max(limit, LEAST_EF)}},
-            consistency_level="Strong",
-        )
-        return [
-            self._scored(query_D, [hit["entity"] for hit in hits])
-            for query_D, hits in zip(queries_QD, found, strict=True)
-        ]
+    def _nearest(self, queries_QD: FloatArray, limit: int, asked: str) -> list[list[_Row]]:
+        """What Milvus finds for each query, of what its own condition admits, with exact scores."""
+        ef, names = max(limit, LEAST_EF), ["place", "item", "vector"]
+        try:
+            found = self._collection.nearest(queries_QD, limit, names, asked, ef)
+        except TooLargeError:  # which items first, then as many at once as an answer holds
+            near = self._collection.nearest(queries_QD, limit, ["key"], asked, ef)
+            keys = list(dict.fromkeys(row["key"] for rows in near for row in rows))
+            known = {row["key"]: row for row in self._collection.of_keys(keys, ["key", *names])}
+            found = [[known[row["key"]] for row in rows if row["key"] in known] for rows in near]
+        return [self._scored(query_D, rows) for query_D, rows in zip(queries_QD, found, strict=True)]
 
     def _scored(self, query_D: FloatArray, rows: Sequence[Mapping[str, Any]]) -> list[_Row]:
         vectors = np.array([row["vector"] for row in rows], dtype=np.float64).reshape(len(rows), len(query_D))
@@ -208,22 +270,25 @@ class MilvusIndex:
         ]
 
     def _best(
-        self, query_D: FloatArray, k: int, condition: Condition | None, rows: list[_Row], limit: int
+        self, query_D: FloatArray, k: int, condition: Condition | None, rows: list[_Row], limit: int, asked: str
     ) -> list[_Row]:
-        """The k best that fit: of `rows`, or, where these are too few, of more and at last of all."""
+        """The k best that fit: of `rows`, or, where these are too few, of more and at last of all.
+
+        asked: Milvus's own condition, which `rows` and all others that fit meet.
+        """
         while True:
-            fitting = [row for row in rows if condition is None or condition.admits(row.id, row.metadata)]
-            best, is_all = _first(fitting, k), len(rows) < limit and len(rows) >= len(self)
+            fitting = [row for row in rows if _fits(row, condition)]
+            best, is_all = _first(fitting, k), len(rows) < limit and len(rows) >= self._collection.count(asked)
             # Others may score like the last of the candidates, and come first.
             if is_all or (len(best) == k and best[-1].score > min(row.score for row in rows)):
                 return best
             if len(rows) < limit or limit == LARGEST_LIMIT:
                 break
             limit = min(8 * limit, LARGEST_LIMIT)
-            rows = self._nearest(query_D[None], limit)[0]
+            rows = self._nearest(query_D[None], limit, asked)[0]
         keys = [
             row["key"]
-            for row in self._collection.scan(["key", "item"])
+            for row in self._collection.scan(["key", "item"], asked)
             if condition is None or condition.admits(*_parsed(row, self.address))
         ]
         best = []
@@ -231,6 +296,10 @@ class MilvusIndex:
             found = self._collection.of_keys(keys[start : start + LARGEST_LIMIT], ["place", "item", "vector"])
             best = _first([*best, *self._scored(query_D, list(found))], k)
         return best
+
+
+def _fits(row: _Row, condition: Condition | None) -> bool:
+    return condition is None or condition.admits(row.id, row.metadata)
 
 
 def _first(rows: Iterable[_Row], k: int) -> list[_Row]:
@@ -252,9 +321,9 @@ def open_milvus_writer(address: Address, create: Manifest | None = None) -> "Ite
     Raises DataError when there is none and `create` is None, StoreError when no server answers.
     """
     collection = Collection(address)
-    if create is not None and collection.facts() is None:
+    if create is not None and collection.facts(with_count=False) is None:
         collection.create(create.model, create.source, create.pictures)
-    yield MilvusWriter(collection, collection.require())
+    yield MilvusWriter(collection, collection.require(with_count=False))
 
 
 class MilvusWriter:
@@ -267,6 +336,8 @@ class MilvusWriter:
         self._collection, self._facts = collection, facts
         self._items: dict[ItemId, dict[str, Any]] = {}
         self._next_position = 0
+        self._kept: dict[ItemId, NewItem] = {}
+        self._kept_bytes = self._num_written = 0
         for row in collection.scan(["item"]):
             item_id, metadata = _parsed(row, str(collection.address))
             self._items[item_id] = metadata
@@ -297,14 +368,34 @@ class MilvusWriter:
         condition.check_fields({field for item in self._items.items() for field in fields_of(*item)})
         return [item_id for item_id, metadata in self._items.items() if condition.admits(item_id, metadata)]
 
-    def stored(self, ids: Iterable[ItemId]) -> dict[ItemId, NewItem]:
-        """Those of the items that the index has, as they would be added again."""
-        of_key = {key_of(one): one for one in ids if one in self._items}
-        found = {}
-        for row in self._collection.of_keys(list(of_key), ["key", "vector", "thumbnail"]):
-            item_id, vector_D = of_key[row["key"]], np.asarray(row["vector"], dtype=np.float32)
-            found[item_id] = NewItem(item_id, vector_D, self._items[item_id], base64.b64decode(row["thumbnail"]))
-        return found
+    def stored(self, ids: Iterable[ItemId], *, soon: Iterable[ItemId] = ()) -> dict[ItemId, NewItem]:
+        """Those of the items that the index has, as they would be added again.
+
+        soon: others that may be asked for next; one request reads them too.
+        """
+        wanted = [one for one in dict.fromkeys(ids) if one in self._items]
+        found = {one: self._kept[one] for one in wanted if one in self._kept}
+        if len(found) < len(wanted):
+            more = [one for one in soon if one in self._items and one not in self._kept]
+            of_key = {key_of(one): one for one in (*more, *wanted) if one not in found}
+            for row in self._collection.of_keys(list(of_key), ["key", "vector", "thumbnail"]):
+                item_id, vector_D = of_key[row["key"]], np.asarray(row["vector"], dtype=np.float32)
+                item = NewItem(item_id, vector_D, self._items[item_id], base64.b64decode(row["thumbnail"]))
+                found[item_id] = item
+                self._keep(item)
+        return {one: found[one] for one in wanted if one in found}
+
+    def _keep(self, item: NewItem) -> None:
+        self._forget(item.id)
+        self._kept[item.id] = item
+        self._kept_bytes += _bytes_of(item)
+        while self._kept_bytes > KEPT_BYTES:
+            self._forget(next(iter(self._kept)))
+
+    def _forget(self, item_id: ItemId) -> None:
+        item = self._kept.pop(item_id, None)
+        if item is not None:
+            self._kept_bytes -= _bytes_of(item)
 
     def describe(self, *, engine: EngineName | None, source: str, pictures: PictureFacts | None = None) -> None:
         """Notes the source, and how pictures were seen if given; raises ConfigError for an engine: it has its own."""
@@ -330,33 +421,50 @@ class MilvusWriter:
         """
         lines = checked_lines(items, self._facts.model.embed_dim, "float32")
         rows = [
-            _fields_of(item, line, self._next_position + number)
+            _fields_of(item, line, self._next_position + number, with_columns=self._collection.has_columns)
             for number, (item, line) in enumerate(zip(items, lines, strict=True))
         ]
         kept = {item.id for item in items}
         gone = [one for one in dict.fromkeys(remove) if one in self._items and one not in kept]
+        for item_id in (*gone, *kept):
+            self._forget(item_id)
         part, num_bytes = list[Fields](), 0  # as many rows as go into a request
-        for row in rows:
-            size = len(row["item"]) + len(row["thumbnail"]) + 4 * self._facts.model.embed_dim + 64
+        for row, line in zip(rows, lines, strict=True):
+            size = len(line) + len(row["thumbnail"]) + 4 * self._facts.model.embed_dim + 64
+            size += len(json.dumps(row.get(COLUMNS, "")))
             if part and num_bytes + size > UPSERT_BYTES:
-                self._collection.call("upsert", data=part)
+                self._collection.upsert(part)
                 part, num_bytes = [], 0
             part.append(row)
             num_bytes += size
         if part:
-            self._collection.call("upsert", data=part)
-        for start in range(0, len(gone), WINDOW):
-            self._collection.call("delete", ids=[key_of(one) for one in gone[start : start + WINDOW]])
+            self._collection.upsert(part)
+        if gone:
+            self._collection.delete([key_of(one) for one in gone])
         self._next_position += len(rows)
+        self._num_written += len(rows)
         for item_id in (*gone, *kept):
             self._items.pop(item_id, None)
         self._items.update({item.id: dict(item.metadata) for item in items})
+        for item in items:
+            vector_D = item.vector_D.astype(np.float32)
+            self._keep(NewItem(item.id, vector_D, self._items[item.id], item.thumbnail))
 
     def finish(self) -> None:
-        """Nothing is left to do: Milvus brings its graph up by itself."""
+        """Has Milvus make its graph of what was written now, if that is much, and not when it has long been idle."""
+        if self._num_written >= LEAST_FLUSHED:
+            with contextlib.suppress(
+                StoreError
+            ):  # it allows few such requests in a minute, and does it later by itself
+                self._collection.call("flush")
+            self._num_written = 0
 
 
-def _fields_of(item: NewItem, line: bytes, position: int) -> Fields:
+def _bytes_of(item: NewItem) -> int:
+    return item.vector_D.nbytes + len(item.thumbnail) + 200
+
+
+def _fields_of(item: NewItem, line: bytes, position: int, *, with_columns: bool = False) -> Fields:
     if len(line) > LARGEST_TEXT:
         raise DataError(f"id {item.id!r}: its metadata take {len(line)} bytes, Milvus holds {LARGEST_TEXT}")
     if len(item.thumbnail) > LARGEST_THUMBNAIL:
@@ -364,7 +472,9 @@ def _fields_of(item: NewItem, line: bytes, position: int) -> Fields:
             f"id {item.id!r}: its thumbnail has {len(item.thumbnail)} bytes, Milvus holds {LARGEST_THUMBNAIL}; give "
             "a smaller --thumbnail-size"
         )
+    columns = {"has_thumbnail": bool(item.thumbnail), COLUMNS: columns_of(item.id, item.metadata)}
     return {
+        **(columns if with_columns else {}),
         "key": key_of(item.id),
         "place": position,
         "item": line.decode(),

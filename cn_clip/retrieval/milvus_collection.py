@@ -4,28 +4,36 @@ import contextlib
 import json
 import logging
 import re
+import secrets
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from cn_clip import extras
 from cn_clip.errors import ConfigError, DataError, StoreError
-from cn_clip.retrieval.manifest import ModelInfo, PictureFacts
+from cn_clip.retrieval.manifest import ModelInfo, PictureFacts, seen_alike
 
 SCHEME = "milvus://"
 GRAMMAR = "expected milvus://HOST:PORT/COLLECTION, the name of letters, digits and _"
 DEFAULT_PORT = 19530
 DEFAULT_TIMEOUT = 20.0
+LEVELS = ("strong", "bounded", "session", "eventually")
 
-FORMAT = 1
+# Of format 1 are those without columns and without a guard.
+FORMAT = 2
 GRAPH_OPTIONS = {"M": 16, "efConstruction": 200}
 # Milvus measures it in bytes of UTF-8.
 LARGEST_TEXT = 65535
 KEY_BYTES = 16
-# Rows without their vectors in one answer: some 10 MB.
+# The field of what conditions ask, see `milvus_columns`.
+COLUMNS = "columns"
+# Rows without their vectors in one answer: some 10 MB. Of larger items fewer fit, which an answer that is refused says.
 WINDOW = 8192
+# What "too large" is to a server: of default settings 64 MB an answer to the client, 100 MB within the server.
+_TOO_LARGE = re.compile(r"larger than max|exceeds? the (limit size|maxOutputSize)", re.I)
+_SHRINKS_BY = 4
 RETRY_PAUSE = 0.5
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
@@ -37,7 +45,8 @@ Fields: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Address:
-    """Where a collection is. timeout: seconds within which Milvus answers, or is given up."""
+    """Where a collection is. timeout: seconds within which Milvus answers, or is given up. consistency: of reading,
+    as Milvus spells it; "" leaves it to who opens it."""
 
     host: str
     port: int
@@ -45,6 +54,7 @@ class Address:
     timeout: float = DEFAULT_TIMEOUT
     user: str = ""
     password: str = ""
+    consistency: str = ""
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -55,39 +65,66 @@ def parse_address(text: str) -> Address:
     """milvus://[USER:PASSWORD@]HOST[:PORT]/COLLECTION[?timeout=SECONDS]; raises ConfigError for anything else."""
     # A password may hold anything, `@` and `/` too.
     without_password = re.sub(r"^([a-z]*:)?.*@", r"\1//", text, flags=re.DOTALL)
-    refused = ConfigError(f"{without_password}: {GRAMMAR}; after it at most ?timeout=SECONDS")
+    refused = ConfigError(
+        f"{without_password}: {GRAMMAR}; after it at most ?timeout=SECONDS&consistency=LEVEL, {', '.join(LEVELS)}"
+    )
     try:
         parts = urlsplit(text)
         port, settings = parts.port or DEFAULT_PORT, parse_qs(parts.query, strict_parsing=bool(parts.query))
         timeout = float(settings.pop("timeout", [str(DEFAULT_TIMEOUT)])[-1])
+        consistency = settings.pop("consistency", [""])[-1].lower()
     except ValueError:  # which may repeat the password
         raise refused from None
     name = parts.path.removeprefix("/")
     is_name = _NAME.fullmatch(name) is not None
     if parts.scheme != "milvus" or not parts.hostname or not is_name or settings or not 0 < timeout < 86400:
         raise refused
+    if consistency and consistency not in LEVELS:
+        raise refused
     user, password = unquote(parts.username or ""), unquote(parts.password or "")
-    return Address(parts.hostname, port, name, timeout, user, password)
+    return Address(parts.hostname, port, name, timeout, user, password, consistency.capitalize())
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a collection says of itself, and how many items it has."""
+    """What a collection says of itself, and how many items it has. guard: of a collection of format 1, none."""
 
     model: ModelInfo
     num_items: int
     source: str
     pictures: PictureFacts | None = None
+    guard: str = ""
     engine: str = "milvus"
     vector_type: str = "float32"
 
 
-class Collection:
-    """A collection on a server that answered."""
+def _named(facts: Facts) -> str:
+    return f"{facts.model.name or '?'} ({facts.model.fingerprint or '?'})"
 
-    def __init__(self, address: Address) -> None:
-        """Raises StoreError when no server answers within the address's timeout, MissingExtraError."""
-        self.address = address
+
+class TooLargeError(StoreError):
+    """An answer of more bytes than the server sends."""
+
+
+class ReplacedError(StoreError):
+    """The collection was dropped and made again since it was opened."""
+
+
+class Collection:
+    """A collection on a server that answered.
+
+    Each request about rows names a field, the guard, that only this collection has: one that was dropped and made again
+    under the same name, perhaps of another model, refuses it. consistency: of reading; "Strong" sees all that was
+    written before, and waits for it, "Bounded" may be some seconds behind.
+    """
+
+    def __init__(self, address: Address, *, consistency: str = "Strong", is_reader: bool = False) -> None:
+        """is_reader: goes on with a collection of the same model that was made in place of the one it opened.
+
+        Raises StoreError when no server answers within the address's timeout, MissingExtraError.
+        """
+        self.address, self.consistency, self.is_reader = address, consistency, is_reader
+        self._guard, self._opened = "", Facts(ModelInfo("", "", 0), 0, "")
         self._package, self._grpc = (
             extras.require(name, extra="milvus", purpose="an index in Milvus") for name in ("pymilvus", "grpc")
         )
@@ -114,35 +151,157 @@ class Collection:
             function = getattr(self._client, method)
             return function(collection_name=self.address.collection, timeout=self.address.timeout, **options)
 
-    def query(self, condition: str, fields: Sequence[str]) -> list[Fields]:
-        """The rows that Milvus's own condition admits, in any order; all that was written before is seen."""
-        found = self.call("query", filter=condition, output_fields=list(fields), consistency_level="Strong")
-        return [dict(one) for one in found]
+    @property
+    def has_columns(self) -> bool:
+        """Whether conditions can be asked of it; one of format 1 has none."""
+        return bool(self._guard)
 
-    def of_keys(self, keys: Sequence[str], fields: Sequence[str], condition: str = "") -> Iterator[Fields]:
-        """As `query`, of the rows with these keys; one call for `WINDOW` of them."""
-        for start in range(0, len(keys), WINDOW):
-            chosen = f"key in {json.dumps(keys[start : start + WINDOW])}"
-            yield from self.query(f"{chosen} and {condition}" if condition else chosen, fields)
+    def query(self, condition: str, fields: Sequence[str], *, limit: int | None = None) -> list[Fields]:
+        """The rows that Milvus's own condition admits, in any order, at most `limit`; raises TooLargeError."""
+        more = {} if limit is None else {"limit": limit}
+
+        def rows(guard: str) -> Any:
+            named = [*fields, guard] if guard else list(fields)
+            return self.call("query", filter=condition, output_fields=named, consistency_level=self.consistency, **more)
+
+        return [dict(one) for one in self._guarded(rows)]
 
     def count(self, condition: str = "") -> int:
         """How many rows there are."""
-        return int(self.query(condition, ["count(*)"])[0]["count(*)"])
 
-    def scan(self, fields: Sequence[str]) -> Iterator[Fields]:
-        """All rows in order of insertion; memory: `WINDOW` of them."""
-        left, start = self.count(), 0
+        def rows(guard: str) -> Any:
+            admitted = " and ".join(one for one in (condition, f"{guard} == 0" if guard else "") if one)
+            return self.call("query", filter=admitted, output_fields=["count(*)"], consistency_level=self.consistency)
+
+        return int(self._guarded(rows)[0]["count(*)"])
+
+    def has_any(self, condition: str) -> bool:
+        """Whether there are rows that Milvus's own condition admits."""
+        return bool(self.query(condition, ["key"], limit=1))
+
+    def nearest(
+        self, vectors_QD: Any, limit: int, fields: Sequence[str], condition: str, ef: int
+    ) -> list[list[Fields]]:
+        """For each vector up to `limit` rows that Milvus's graph finds, best first; raises TooLargeError."""
+
+        def rows(guard: str) -> Any:
+            return self.call(
+                "search",
+                data=vectors_QD,
+                limit=limit,
+                filter=condition,
+                output_fields=[*fields, guard] if guard else list(fields),
+                search_params={"metric_type": "IP", "params": {"ef": ef}},
+                consistency_level=self.consistency,
+            )
+
+        return [[dict(hit["entity"]) for hit in hits] for hits in self._guarded(rows)]
+
+    def upsert(self, rows: Sequence[Fields]) -> None:
+        """Writes rows in place of those of the same keys."""
+        self._guarded(lambda guard: self.call("upsert", data=[{**row, guard: 0} if guard else row for row in rows]))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Removes the rows with these keys, as many as there are."""
+        for start in range(0, len(keys), WINDOW):
+            some = list(keys[start : start + WINDOW])
+
+            def removed(guard: str, some: list[str] = some) -> Any:
+                if not guard:
+                    return self.call("delete", ids=some)
+                return self.call("delete", filter=f"key in {json.dumps(some)} and {guard} == 0")
+
+            self._guarded(removed)
+
+    def _guarded(self, act: Callable[[str], Any]) -> Any:
+        """What `act` returns for the collection that was opened, or for the one that a reader may follow."""
+        guard = self._guard
+        if not guard:  # a collection of format 1 has nothing that would refuse
+            self._check_replaced(guard)
+            return act(guard)
+        try:
+            return act(guard)
+        except TooLargeError:
+            raise
+        except StoreError as error:
+            if error.__cause__ is not None and self._is_away(error.__cause__):
+                raise
+            self._check_replaced(guard)
+            if self._guard == guard:
+                raise
+            return act(self._guard)
+
+    def _check_replaced(self, guard: str) -> None:
+        """Raises ReplacedError where the collection is another one now; a reader goes on with one of the same model."""
+        try:
+            now, before = self._described() if self.call("has_collection") else None, self._opened
+        except DataError as error:
+            raise ReplacedError(
+                f"the collection was made again by another program ({error})", at=self.address
+            ) from error
+        if now is not None and now.guard == guard and now.model == before.model:
+            return
+        is_alike = now is not None and now.model == before.model and seen_alike(now.pictures, before.pictures)
+        if now is None:
+            raise ReplacedError("the collection is gone since it was opened; build it again", at=self.address)
+        if not (is_alike and self.is_reader):
+            raise ReplacedError(
+                f"the collection was made again since it was opened: its vectors are now of the model {_named(now)}, "
+                f"not of {_named(before)}; open it again",
+                at=self.address,
+            )
+        self._open()
+        self._opened, self._guard = now, now.guard
+
+    def of_keys(self, keys: Sequence[str], fields: Sequence[str], condition: str = "") -> Iterator[Fields]:
+        """As `query`, of the rows with these keys; one call for `WINDOW` of them, or for as many as an answer holds."""
+        start, size = 0, WINDOW
+        while start < len(keys):
+            chosen = f"key in {json.dumps(keys[start : start + size])}"
+            try:
+                rows = self.query(f"{chosen} and {condition}" if condition else chosen, fields)
+            except TooLargeError:
+                size = min(size, len(keys) - start) // _SHRINKS_BY
+                if not size:
+                    raise
+                continue
+            yield from rows
+            start += size
+
+    def scan(self, fields: Sequence[str], condition: str = "") -> Iterator[Fields]:
+        """The rows that Milvus's own condition admits, in order of insertion; memory: about `WINDOW` of them."""
+        with contextlib.suppress(TooLargeError):
+            rows = self.query(condition or "place >= 0", [*fields, "place"], limit=WINDOW)
+            if len(rows) < WINDOW:
+                yield from sorted(rows, key=lambda row: int(row["place"]))
+                return
+        left, start, size = self.count(condition), 0, WINDOW
+        more = f" and {condition}" if condition else ""
         while left > 0:
-            rows = self.query(f"place >= {start} and place < {start + WINDOW}", [*fields, "place"])
-            if not rows and not self.count(f"place >= {start}"):  # others have removed them meanwhile
+            try:
+                rows = self.query(f"place >= {start} and place < {start + size}{more}", [*fields, "place"])
+            except TooLargeError:
+                size //= _SHRINKS_BY
+                if not size:
+                    raise
+                continue
+            if not rows and not self.has_any(f"place >= {start}{more}"):  # others have removed them meanwhile
                 return
             yield from sorted(rows, key=lambda row: int(row["place"]))
-            left, start = left - len(rows), start + WINDOW
+            left, start = left - len(rows), start + size
+            size = size * 2 if len(rows) < size // 4 else size  # of items that were replaced nothing is left there
 
-    def facts(self) -> Facts | None:
+    def facts(self, *, with_count: bool = True) -> Facts | None:
         """None when there is no such collection; raises DataError for one that is no index."""
         if not self.call("has_collection"):
             return None
+        facts = self._described()
+        self._opened, self._guard = facts, facts.guard
+        self._open()
+        return replace(facts, num_items=self.count()) if with_count else facts
+
+    def _described(self) -> Facts:
+        """What the collection says of itself, but how many items it has; raises DataError as `facts`."""
         described = self.call("describe_collection")
         try:
             values = json.loads(described["description"])
@@ -154,14 +313,13 @@ class Collection:
             pictures = None if seen is None else PictureFacts(**seen)
         except (ValueError, TypeError, KeyError) as error:
             raise DataError("this collection is no index; give another name", at=self.address) from error
-        if version != FORMAT:
+        if version not in (1, FORMAT):
             raise DataError(f"is of format {version!r}, this version reads {FORMAT}; build it again", at=self.address)
-        self._open()
-        return Facts(model, self.count(), source, pictures)
+        return Facts(model, 0, source, pictures, guard="" if version == 1 else str(values["guard"]))
 
-    def require(self) -> Facts:
+    def require(self, *, with_count: bool = True) -> Facts:
         """Raises DataError when there is no such collection."""
-        facts = self.facts()
+        facts = self.facts(with_count=with_count)
         if facts is None:
             raise DataError(
                 f"is no index; build one with: cn-clip index build PICTURES --output {self.address}", at=self.address
@@ -170,13 +328,16 @@ class Collection:
 
     def create(self, model: ModelInfo, source: str, pictures: PictureFacts | None) -> None:
         """Makes the collection of the vectors of a model."""
-        kinds = self._package.DataType
-        description = json.dumps({"cn_clip": FORMAT, "model": asdict(model)})
+        kinds, guard = self._package.DataType, f"built_{secrets.token_hex(8)}"
+        description = json.dumps({"cn_clip": FORMAT, "model": asdict(model), "guard": guard})
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False, description=description)
         schema.add_field("key", kinds.VARCHAR, is_primary=True, max_length=2 * KEY_BYTES)
         schema.add_field("place", kinds.INT64)
         schema.add_field("item", kinds.VARCHAR, max_length=LARGEST_TEXT)
         schema.add_field("thumbnail", kinds.VARCHAR, max_length=LARGEST_TEXT)
+        schema.add_field("has_thumbnail", kinds.BOOL)
+        schema.add_field(COLUMNS, kinds.JSON)
+        schema.add_field(guard, kinds.INT8)
         schema.add_field("vector", kinds.FLOAT_VECTOR, dim=model.embed_dim)
         self.call("create_collection", schema=schema, consistency_level="Strong")
         self.describe(source, pictures)
@@ -184,6 +345,8 @@ class Collection:
 
     def describe(self, source: str, pictures: PictureFacts | None) -> None:
         """Notes what the index was built from, and how its pictures were seen."""
+        if self._opened.model.embed_dim:
+            self._check_replaced(self._guard)
         seen = None if pictures is None else asdict(pictures)
         self.call("alter_collection_properties", properties={_SOURCE: json.dumps(source), _PICTURES: json.dumps(seen)})
 
@@ -195,6 +358,12 @@ class Collection:
             self.call("create_index", index_params=params)
         self.call("load_collection")
 
+    def _is_away(self, error: BaseException) -> bool:
+        """Whether no server answered, or not in time."""
+        code = error.code() if isinstance(error, self._grpc.RpcError) else getattr(error, "code", None)
+        is_late = "timeout" in str(getattr(error, "message", "") or error).lower()
+        return getattr(code, "name", "") in ("DEADLINE_EXCEEDED", "UNAVAILABLE") or code == _NO_CONNECTION or is_late
+
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
         """Makes one sentence of whatever goes wrong inside."""
@@ -204,7 +373,11 @@ class Collection:
             code = error.code() if isinstance(error, self._grpc.RpcError) else error.code
             name = getattr(code, "name", "")
             reason = str(getattr(error, "message", "") or name or error).splitlines()[0][:200]
-            if name in ("DEADLINE_EXCEEDED", "UNAVAILABLE") or code == _NO_CONNECTION or "timeout" in reason.lower():
+            if _TOO_LARGE.search(str(error)):
+                raise TooLargeError(
+                    f"an answer would be larger than Milvus sends ({reason})", at=self.address
+                ) from error
+            if self._is_away(error):
                 raise StoreError(
                     f"Milvus did not answer within {self.address.timeout:g} s ({reason}); check that it runs there, or "
                     "give it more time with ?timeout=SECONDS after the address",

@@ -166,8 +166,12 @@ class IndexWriter:
         positions = np.flatnonzero(table.mask(condition)).tolist()
         return [segment.item(row)[0] for segment, row in map(rows.segment_of, positions)]
 
-    def stored(self, ids: Iterable[ItemId]) -> dict[ItemId, NewItem]:
-        """Those of the items that the index has, as they would be added again."""
+    def stored(self, ids: Iterable[ItemId], *, soon: Iterable[ItemId] = ()) -> dict[ItemId, NewItem]:
+        """Those of the items that the index has, as they would be added again.
+
+        soon: others that may be asked for next, which a store on another machine reads with them.
+        """
+        del soon
         found, wanted = {}, list(dict.fromkeys(ids))
         positions = self._positions(wanted)
         for item_id in wanted:

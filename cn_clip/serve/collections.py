@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from cn_clip.errors import CnClipError, DataError, UnreadableError
 from cn_clip.retrieval import manifest
-from cn_clip.retrieval.addresses import IndexAddress, Searchable, address_of, open_index
+from cn_clip.retrieval.addresses import IndexAddress, Searchable, address_in, open_index
 from cn_clip.serve.runner import Runner
 from cn_clip.serve.schemas import RefusalError, shown
 
@@ -54,7 +54,7 @@ class Collection:
 
         One that is damaged, gone, or of another model is not taken: the one before stays, and the log says so once.
         """
-        address, self._looks = address_of(self.now.index.address), self._looks + 1
+        address, self._looks = address_in(self.now.index), self._looks + 1
         if isinstance(address, Path):
             stamp = _stamp_of(address)
             is_due = stamp != self._stamp
@@ -79,7 +79,7 @@ class Collection:
         before = self.now.index
         if isinstance(address, Path) and manifest.read(address) == getattr(before, "manifest", None):
             return
-        index = open_index(address)
+        index = open_index(address, is_served=True)
         if (index.model.fingerprint, index.model.embed_dim) != (before.model.fingerprint, before.model.embed_dim):
             raise DataError(
                 f"its vectors are now of the model {index.model.name} ({index.model.fingerprint}), not of "

@@ -33,7 +33,7 @@ def open_all(
 
     model: of all indexes; None for the own of each, and the default without any. name: of the one model in requests.
     """
-    indexes = [open_index(address_of(address)) for address in addresses]
+    indexes = [open_index(address_of(address), is_served=True) for address in addresses]
     names = [index_name(index.address) for index in indexes]
     for index, called in zip(indexes, names, strict=True):
         if names.count(called) > 1:
