@@ -89,11 +89,12 @@ def twemoji() -> tuple[list[bytes], list[str], Any]:
     return [one.picture for one in found], [one.name for one in found], pairs
 
 
-def split(data: Path) -> tuple[list[bytes], list[str], Any]:
-    lines = (data / "valid_imgs.tsv").read_text(encoding="utf-8").splitlines()
+def split(data: Path, name: str = "valid") -> tuple[list[bytes], list[str], Any]:
+    """Pictures, texts, and (picture, text) pairs by number, of the files `name`_imgs.tsv and `name`_texts.jsonl."""
+    lines = (data / f"{name}_imgs.tsv").read_text(encoding="utf-8").splitlines()
     ids = [int(line.split("\t")[0]) for line in lines]
     pictures = [decode_base64(line.split("\t")[1].encode()) for line in lines]
-    records = [json.loads(line) for line in (data / "valid_texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in (data / f"{name}_texts.jsonl").read_text(encoding="utf-8").splitlines()]
     number_of = {image_id: number for number, image_id in enumerate(ids)}
     pairs = [(number_of[one], number) for number, record in enumerate(records) for one in record["image_ids"]]
     return pictures, [record["text"] for record in records], np.array(pairs)
