@@ -312,7 +312,7 @@ def test_what_usearch_raises_while_it_searches_ends_the_use_of_the_graph(
     assert isinstance(index.engine, graph.GraphEngine)
     assert index.engine.graph is not None
 
-    def fail(*_: object) -> Any:
+    def fail(*_: object, **__: object) -> Any:
         raise RuntimeError("No available threads to lock")
 
     index.engine.graph._index = type("Broken", (), {"search": fail, "__len__": lambda _: 300})()

@@ -6,9 +6,10 @@ import bisect
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from cn_clip.retrieval.segments import FloatArray, IntArray, Segment
 from cn_clip.retrieval.segments import Mask as Mask
@@ -54,13 +55,15 @@ class Rows:
         number = bisect.bisect_right(self.starts, position) - 1
         return self.segments[number], position - self.starts[number]
 
-    def gather(self, positions: IntArray) -> FloatArray:
-        """Vectors (len(positions), D), float32."""
+    def gather(self, positions: IntArray, dtype: DTypeLike = np.float32) -> NDArray[Any]:
+        """Vectors (len(positions), D), float32 or of a wider type."""
+        if len(self.segments) == 1:
+            return self.segments[0].gather(positions).astype(dtype, copy=False)
         numbers = np.searchsorted(self.starts, positions, side="right") - 1
         width = self.segments[0].embed_dim if self.segments else 0
-        vectors = np.empty((len(positions), width), dtype=np.float32)
-        for number in np.unique(numbers):
-            chosen = numbers == number
+        vectors = np.empty((len(positions), width), dtype=dtype)
+        for number in sorted(set(numbers.tolist())):
+            chosen = np.flatnonzero(numbers == number)
             vectors[chosen] = self.segments[number].gather(positions[chosen] - self.starts[number])
         return vectors
 

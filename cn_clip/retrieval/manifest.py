@@ -69,11 +69,16 @@ class SegmentFacts:
 
 @dataclass(frozen=True)
 class DerivedFacts:
-    """A file beside the segments: removed rows, the graph, notes. next_key: it knows the rows of smaller keys."""
+    """A file beside the segments: removed rows, the graph, notes. next_key: it knows the rows of smaller keys.
+
+    scale, width: of a graph, see `graph.Kind`; None in those of before there were any.
+    """
 
     name: str
     file: FileFacts
     next_key: int
+    scale: float | None = None
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,10 @@ def _parse(values: Any) -> Manifest:
     )
     for name in ("removed", "graph", "notes"):
         if derived := values.get(name):
-            known[name] = DerivedFacts(derived["name"], FileFacts(**derived["file"]), derived["next_key"])
+            file = FileFacts(**derived["file"])
+            known[name] = DerivedFacts(
+                derived["name"], file, derived["next_key"], derived.get("scale"), derived.get("width")
+            )
     manifest = Manifest(**known)
     for segment in manifest.segments:
         if any("/" in name or name.startswith(".") for name in segment.files):

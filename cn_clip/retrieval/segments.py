@@ -196,9 +196,13 @@ class MappedFile:
     def check_rows(self, starts_N: NDArray[np.int64], size: int) -> None:
         """As `check`, for rows of `size` bytes each."""
         seen_B = np.frombuffer(self._is_seen, dtype=np.bool_)
+        first_N, last_N = starts_N // BLOCK_BYTES, (starts_N + (size - 1)) // BLOCK_BYTES
+        if size <= BLOCK_BYTES and seen_B[first_N].all() and seen_B[last_N].all():
+            return
         for offset in (*range(0, size, BLOCK_BYTES), size - 1):
             blocks_N = (starts_N + offset) // BLOCK_BYTES
-            for block in np.unique(blocks_N[~seen_B[blocks_N]]).tolist():
+            unseen_N = blocks_N[~seen_B[blocks_N]]
+            for block in np.unique(unseen_N).tolist() if len(unseen_N) else ():
                 self._check_block(block)
 
     def damaged_blocks(self) -> Iterator[tuple[int, int]]:

@@ -24,7 +24,7 @@ from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval import listing, manifest
 from cn_clip.retrieval.conditions import parse_condition
 from cn_clip.retrieval.engines import Engine, ExactEngine, Mask, Rows
-from cn_clip.retrieval.graph import WITHOUT_GRAPH, GraphEngine, open_graph
+from cn_clip.retrieval.graph import WITHOUT_GRAPH, GraphEngine, Kind, open_graph
 from cn_clip.retrieval.ids import positions_of
 from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import Manifest, ModelInfo, PictureFacts
@@ -350,7 +350,9 @@ def _open_engine(snapshot: Snapshot) -> Engine:
         return ExactEngine(snapshot.rows)
     path = snapshot.folder / facts.graph.name
     try:
-        graph = open_graph(path, facts.graph.file, facts.model.embed_dim, facts.next_key)
+        graph = open_graph(
+            path, facts.graph.file, facts.model.embed_dim, facts.next_key, Kind(facts.graph.scale, facts.graph.width)
+        )
     except DataError as error:
         if was_replaced(snapshot.folder, facts):
             raise

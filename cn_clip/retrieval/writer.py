@@ -23,7 +23,7 @@ from cn_clip.retrieval import manifest
 from cn_clip.retrieval.conditions import Condition
 from cn_clip.retrieval.derived import wanted, write_derived
 from cn_clip.retrieval.engines import Rows
-from cn_clip.retrieval.graph import SMALLEST_GRAPH, extended_graph, new_graph, require_usearch
+from cn_clip.retrieval.graph import SMALLEST_GRAPH, Kind, extended_graph, new_graph, require_usearch
 from cn_clip.retrieval.ids import integers, positions_of
 from cn_clip.retrieval.manifest import DerivedFacts, EngineName, Manifest, PictureFacts, SegmentFacts, VectorType
 from cn_clip.retrieval.parts import Part
@@ -287,7 +287,10 @@ class IndexWriter:
                 rows, alive_N, made = self._snapshot.rows, self._snapshot.alive_N, None
                 if graph is not None:  # goes on with it, or starts anew where it is missing or damaged
                     with contextlib.suppress(DataError):
-                        made = extended_graph(self.folder / graph.name, graph.file, rows, alive_N, graph.next_key)
+                        path = self.folder / graph.name
+                        made = extended_graph(
+                            path, graph.file, rows, alive_N, graph.next_key, Kind(graph.scale, graph.width)
+                        )
                 if made is None:
                     made = new_graph(rows, alive_N)
                 building, path = self.folder / BUILDING, self._fresh("graph", ".usearch")
@@ -300,7 +303,7 @@ class IndexWriter:
                 with open(building, "rb+") as stream:
                     os.fsync(stream.fileno())
                 os.replace(building, path)
-                self._write(replace(facts, graph=DerivedFacts(path.name, facts_of(path), facts.next_key)))
+                self._write(replace(facts, graph=DerivedFacts(path.name, facts_of(path), facts.next_key, *made.kind)))
         self._graph_is_old = False
         self._tidy()
 
