@@ -241,11 +241,12 @@ class Index:
         return np.array(order, dtype=np.int64), np.array([known[row] for row in order], dtype=np.float32)
 
     def _words(self) -> WordTable:
-        columns = [self.table.values(field) for field in WORD_FIELDS]
-        with self._lock:
-            if self._word_table is None:
-                texts = (" ".join(one for one in row if isinstance(one, str)) for row in zip(*columns, strict=True))
-                self._word_table = WordTable((row, text) for row, text in enumerate(texts) if text)
+        if self._word_table is None:
+            columns = [self.table.values(field) for field in WORD_FIELDS]
+            with self._lock:
+                if self._word_table is None:
+                    texts = (" ".join(one for one in row if isinstance(one, str)) for row in zip(*columns, strict=True))
+                    self._word_table = WordTable((row, text) for row, text in enumerate(texts) if text)
         return self._word_table
 
     @property
