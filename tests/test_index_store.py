@@ -24,7 +24,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.retrieval import addresses, engines, flat, graph, manifest, query, store, writer
+from cn_clip.retrieval import addresses, engines, flat, graph, manifest, query, scanning, store, writer
 from cn_clip.retrieval.addresses import IndexAddress, Searchable, Writer
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo
 from cn_clip.retrieval.segments import RowBlock, Segment, write_segment
@@ -142,7 +142,7 @@ def test_exact_engine_finds_what_flat_top_k_finds(tmp_path: Path, vector_type: s
 def test_exact_engine_in_small_blocks_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = build(tmp_path / "i", unit(90), size=40)
     expected = index.search(unit(3, seed=1), 9, where="number>=7")
-    monkeypatch.setattr(engines, "BLOCK", 7)
+    monkeypatch.setattr(scanning, "_SPAN", 7)
     assert index.search(unit(3, seed=1), 9, where="number>=7") == expected
 
 

@@ -37,7 +37,7 @@ from cn_clip.features.store import job_text
 from cn_clip.files import atomic_write, replaceable, settle
 from cn_clip.language import both
 from cn_clip.progress import progress
-from cn_clip.retrieval.flat import GALLERY_BLOCK, top_k
+from cn_clip.retrieval.flat import GALLERY_BLOCK, Gallery, top_k
 from cn_clip.retrieval.recall import RecallBothWays, recall_from_features
 
 OTHER: dict[Direction, Direction] = {"text": "image", "image": "text"}
@@ -53,10 +53,11 @@ def search(
 
     Best first; equal ones in the order of the gallery. block: vectors of the gallery that are compared at a time.
     """
+    checked = Gallery.of(gallery.vectors)
     with progress(len(queries.ids), both("条", "queries"), both("检索", "searching")) as bar:
         for start in range(0, len(queries.ids), _QUERIES_A_STEP):
             step = slice(start, start + _QUERIES_A_STEP)
-            found = top_k(queries.vectors[step], gallery.vectors, k, gallery_block=block, device=device)
+            found = top_k(queries.vectors[step], checked, k, gallery_block=block, device=device)
             for query_id, row in zip(queries.ids[step], found.indices.tolist(), strict=True):
                 yield query_id, [gallery.ids[position] for position in row]
             bar.advance(len(found.indices))

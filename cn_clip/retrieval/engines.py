@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from cn_clip.retrieval import scanning
 from cn_clip.retrieval.segments import FloatArray, IntArray, Segment
 from cn_clip.retrieval.segments import Mask as Mask
 
@@ -77,37 +78,12 @@ class Engine(Protocol):
 
 
 class ExactEngine:
-    """Reads every allowed row; memory: a block."""
+    """Reads every allowed row; memory: some MB for each core."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
 
     def search(self, queries_QD: FloatArray, k: int, allowed_N: Mask) -> Sequence[Found]:
         """The k best of each query among the allowed rows, by inner product."""
-        from cn_clip.retrieval import flat  # it imports torch, which a search with a graph does without
-
-        positions = np.empty((len(queries_QD), 0), dtype=np.int64)
-        scores = np.empty((len(queries_QD), 0), dtype=np.float32)
-        for segment, start in zip(self.rows.segments, self.rows.starts, strict=False):
-            for offset in range(0, len(segment), BLOCK):
-                first = start + offset
-                chosen_B = np.flatnonzero(allowed_N[first : min(first + BLOCK, start + len(segment))])
-                if not len(chosen_B):
-                    continue
-                found = flat.top_k(queries_QD, _block(segment, offset, chosen_B), k)
-                positions = np.concatenate([positions, first + chosen_B[found.indices]], axis=1)
-                scores = np.concatenate([scores, found.scores], axis=1)
-                # Stable: of equal scores the earlier block, and in it the earlier row, stays in front.
-                order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-                positions, scores = (
-                    np.take_along_axis(positions, order, axis=1),
-                    np.take_along_axis(scores, order, axis=1),
-                )
-        return list(zip(positions, scores, strict=True))
-
-
-def _block(segment: Segment, offset: int, chosen_B: IntArray) -> FloatArray:
-    count = min(BLOCK, len(segment) - offset)
-    is_all = len(chosen_B) == count
-    block = segment.vectors(offset, offset + count) if is_all else segment.gather(offset + chosen_B)
-    return np.ascontiguousarray(block, dtype=np.float32)
+        found = scanning.best_rows(self.rows.segments, queries_QD, k, allowed_N=allowed_N)
+        return list(zip(found.indices, found.scores, strict=True))

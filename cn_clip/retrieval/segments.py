@@ -28,6 +28,7 @@ from cn_clip.digests import facts_of
 from cn_clip.errors import DataError, UnreadableError, Where
 from cn_clip.files import sync_folder
 from cn_clip.retrieval.manifest import ADVICE, SegmentFacts, VectorType, check_size, read_whole, unreadable
+from cn_clip.retrieval.scanning import largest_norm
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,6 @@ _HEADER_BYTES = 128
 BLOCK_ROWS = 4096
 BLOCK_BYTES = 1 << 16
 DIGEST = np.dtype("<u4")
-_ROWS_IN_CACHE = 1024
 # So many rows are read at a time to find out what was not recorded.
 _BLOCK = 32768
 
@@ -120,19 +120,6 @@ def write_segment(
             os.fsync(stream.fileno())
     sync_folder(folder)
     return largest
-
-
-def largest_norm(rows_ND: NDArray[np.floating]) -> float:
-    """The length of the longest row, of sums in float64; NaN or infinity if a row holds either, 0 without rows."""
-    largest = 0.0
-    for start in range(0, len(rows_ND), _ROWS_IN_CACHE):
-        exact_ND = rows_ND[start : start + _ROWS_IN_CACHE].astype(np.float64)
-        square = float(np.einsum("nd,nd->n", exact_ND, exact_ND).max())
-        if not square <= largest:
-            largest = square
-        if not math.isfinite(square):
-            break
-    return math.sqrt(largest)
 
 
 def _write_header(stream: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
