@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cn_clip.errors import DataError
+from cn_clip.retrieval.flat import top_k
 
 if TYPE_CHECKING:
     import torch
@@ -119,8 +120,6 @@ def _one_way(
     ks: Sequence[int],
     device: str | torch.device,
 ) -> Recall:
-    from cn_clip.retrieval.flat import top_k  # it imports torch, which rankings do without
-
     found_QK = top_k(queries_QD, gallery_ND, max(ks), device=device).indices
     # One number names one (query, found row) pair.
     found_codes = np.arange(len(found_QK))[:, None] * len(gallery_ND) + found_QK
