@@ -1,4 +1,4 @@
-"""Indexes: what is found, what survives kills, damage and other processes; alike for both engines and Milvus."""
+"""Indexes: what is found, what survives kills, damage and other processes; alike for all engines and Milvus."""
 
 # N items, D dimensions
 
@@ -24,14 +24,14 @@ import pytest
 from numpy.typing import NDArray
 
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.retrieval import addresses, engines, flat, graph, manifest, query, scanning, store, writer
+from cn_clip.retrieval import addresses, codes, engines, flat, graph, manifest, query, scanning, store, writer
 from cn_clip.retrieval.addresses import IndexAddress, Searchable, Writer
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo
 from cn_clip.retrieval.segments import RowBlock, Segment, write_segment
 from cn_clip.retrieval.store import Index, ItemId, open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
 
-ENGINES: tuple[EngineName, ...] = ("exact", "usearch")
+ENGINES: tuple[EngineName, ...] = ("exact", "quantized", "usearch")
 DIM = 16
 MODEL = ModelInfo("Tiny", "0123", DIM)
 
@@ -40,7 +40,8 @@ Vectors = NDArray[np.float32]
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> EngineName:
-    """Both engines; the graph is used from a few rows on, so that tests stay small."""
+    """All engines; graph and codes are used from a few rows on, so that tests stay small."""
+    monkeypatch.setattr(codes, "SMALLEST", 8)
     monkeypatch.setattr(graph, "SMALLEST_GRAPH", 8)
     monkeypatch.setattr(writer, "SMALLEST_GRAPH", 8)
     chosen: EngineName = request.param
@@ -73,7 +74,8 @@ class Home:
 
 @pytest.fixture(params=[*ENGINES, pytest.param("milvus", marks=pytest.mark.milvus)])
 def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
-    """Three times every test: for both engines in a folder, and in Milvus."""
+    """Every test for each engine in a folder, and in Milvus."""
+    monkeypatch.setattr(codes, "SMALLEST", 8)
     monkeypatch.setattr(graph, "SMALLEST_GRAPH", 8)
     monkeypatch.setattr(writer, "SMALLEST_GRAPH", 8)
     if request.param == "milvus":

@@ -25,7 +25,8 @@ class Options(SourceOptions):
     output: command.Required = None
     """The folder of the index, or milvus://HOST:PORT/COLLECTION"""
     engine: EngineName | None = None
-    """How it is searched: exact, or usearch, a graph for millions of vectors; default: as it is, else exact"""
+    """How it is searched: exact; quantized, as exact and several times as fast; or usearch, a graph for millions of
+    vectors; default: as it is, else exact"""
     vector_type: VectorType | None = None
     """float16 halves the disk; default: as it is, else float32"""
     keep_missing: bool = False

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.errors import DataError
-from cn_clip.retrieval.manifest import ADVICE
+from cn_clip.retrieval.manifest import ADVICE, SegmentFacts
 from cn_clip.retrieval.parts import Part
 from cn_clip.retrieval.segments import ItemId, MappedFile, Mask, Segment, warn_without
 
@@ -211,7 +211,7 @@ def columns_again(segment: Segment, error: DataError) -> Columns:
     return columns
 
 
-def write(parts: Sequence[Part], stream: IO[Any]) -> None:
+def write(parts: Sequence[Part], stream: IO[Any], _segment: SegmentFacts) -> None:
     """The columns of a segment that consists of parts of others. Memory: a stripe.
 
     Large stripes are copied, so that a merge of large segments judges no row; the rows of small ones become large ones.

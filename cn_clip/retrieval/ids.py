@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cn_clip.errors import DataError
 from cn_clip.retrieval.engines import Rows
-from cn_clip.retrieval.manifest import ADVICE
+from cn_clip.retrieval.manifest import ADVICE, SegmentFacts
 from cn_clip.retrieval.parts import Part
 from cn_clip.retrieval.segments import BLOCK_BYTES, IntArray, ItemId, MappedFile, Mask, Segment, warn_without
 
@@ -173,7 +173,7 @@ def positions_of(rows: Rows, alive_N: Mask, ids: Sequence[ItemId]) -> dict[ItemI
     return found
 
 
-def write(parts: Sequence[Part], stream: IO[Any]) -> None:
+def write(parts: Sequence[Part], stream: IO[Any], _segment: SegmentFacts) -> None:
     """The table of a segment that consists of parts of others. Memory: 40 bytes a row."""
     hashes, rows, start = [np.empty(0, dtype=_HASH)], [np.empty(0, dtype=_ROW)], 0
     for part in parts:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cn_clip.digests import facts_of, is_file
 from cn_clip.errors import DataError, is_absent, reason_of
 from cn_clip.retrieval import manifest
+from cn_clip.retrieval.derived import unfit
 from cn_clip.retrieval.engines import BLOCK
 from cn_clip.retrieval.ids import hashes_of
 from cn_clip.retrieval.manifest import Manifest, SegmentFacts
@@ -92,6 +93,8 @@ def inspect(folder: Path) -> tuple[Manifest, list[Damage]]:
                 blocks = (segment.vectors(start, start + BLOCK) for start in range(0, len(segment), BLOCK))
                 if not all(np.isfinite(block).all() for block in blocks):
                     found.append(Damage(f"{segment.folder.name}/{VECTORS}", "holds NaN or infinity"))
+                for name in sorted(unfit(segment)):
+                    found.append(Damage(f"{segment.folder.name}/{name}", "is not of the vectors of its segment"))
             return facts, found
         except DataError:
             if not was_replaced(folder, facts):

@@ -12,7 +12,7 @@ from cn_clip.digests import FileFacts, facts_of_bytes
 from cn_clip.errors import DataError, UnreadableError, is_absent
 from cn_clip.files import atomic_write
 
-EngineName: TypeAlias = Literal["exact", "usearch"]
+EngineName: TypeAlias = Literal["exact", "quantized", "usearch"]
 VectorType: TypeAlias = Literal["float32", "float16"]
 
 FORMAT = 1

@@ -23,8 +23,9 @@ import numpy as np
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval import listing, manifest
 from cn_clip.retrieval.conditions import parse_condition
+from cn_clip.retrieval.engine_table import ENGINES
 from cn_clip.retrieval.engines import Engine, ExactEngine, Mask, Rows
-from cn_clip.retrieval.graph import WITHOUT_GRAPH, GraphEngine, Kind, open_graph
+from cn_clip.retrieval.graph import WITHOUT_GRAPH
 from cn_clip.retrieval.ids import positions_of
 from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import Manifest, ModelInfo, PictureFacts
@@ -345,21 +346,15 @@ class Index:
 
 
 def _open_engine(snapshot: Snapshot) -> Engine:
-    """The graph if there is one that is whole, else the exact engine."""
+    """The engine of the index, or the exact one where a file of its own is not whole."""
     facts = snapshot.manifest
-    if facts.engine == "exact" or facts.graph is None:
-        return ExactEngine(snapshot.rows)
-    path = snapshot.folder / facts.graph.name
     try:
-        graph = open_graph(
-            path, facts.graph.file, facts.model.embed_dim, facts.next_key, Kind(facts.graph.scale, facts.graph.width)
-        )
+        return ENGINES[facts.engine].open(snapshot.folder, facts, snapshot.rows)
     except DataError as error:
         if was_replaced(snapshot.folder, facts):
             raise
         logger.warning("%s; %s", str(error).removesuffix(f"; {manifest.ADVICE}"), WITHOUT_GRAPH)
         return ExactEngine(snapshot.rows)
-    return GraphEngine(snapshot.rows, graph, facts.graph.next_key)
 
 
 def check_bounds(k: int, min_score: float | None, offset: int = 0) -> None:

@@ -21,9 +21,10 @@ from cn_clip.errors import ConfigError, DataError, UnreadableError
 from cn_clip.files import alone, atomic_write, is_temporary, sync_folder
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.conditions import Condition
-from cn_clip.retrieval.derived import wanted, write_derived
+from cn_clip.retrieval.derived import unfit, wanted, write_derived
+from cn_clip.retrieval.engine_table import ENGINES
 from cn_clip.retrieval.engines import Rows
-from cn_clip.retrieval.graph import SMALLEST_GRAPH, Kind, extended_graph, new_graph, require_usearch
+from cn_clip.retrieval.graph import SMALLEST_GRAPH, Kind, extended_graph, new_graph
 from cn_clip.retrieval.ids import integers, positions_of
 from cn_clip.retrieval.manifest import DerivedFacts, EngineName, Manifest, PictureFacts, SegmentFacts, VectorType
 from cn_clip.retrieval.parts import Part
@@ -88,8 +89,7 @@ def open_writer(
             raise DataError(f"cannot be written ({error.strerror}); choose another folder", at=folder) from error
         if create is not None and not is_there(folder / manifest.NAME):
             _refuse_strange(folder)
-            if create.engine == "usearch":
-                require_usearch()
+            ENGINES[create.engine].require()
             manifest.write(folder, create)
         facts = manifest.read(folder)
         if without:
@@ -184,10 +184,9 @@ class IndexWriter:
     def describe(self, *, engine: EngineName | None, source: str, pictures: PictureFacts | None = None) -> None:
         """Sets what the manifest says besides the items. engine, pictures: None keeps it."""
         engine, pictures = engine or self.manifest.engine, pictures or self.manifest.pictures
-        if engine == "usearch":
-            require_usearch()
+        ENGINES[engine].require()
         if (engine, source, pictures) != (self.manifest.engine, self.manifest.source, self.manifest.pictures):
-            graph = self.manifest.graph if engine == "usearch" else None
+            graph = self.manifest.graph if ENGINES[engine].has_graph else None
             self._write(replace(self.manifest, engine=engine, source=source, graph=graph, pictures=pictures))
             self._tidy()
 
@@ -273,7 +272,7 @@ class IndexWriter:
                 self._write(replace(facts, notes=None))
         self.upgrade()
         facts = self.manifest
-        if facts.engine == "exact":
+        if not ENGINES[facts.engine].has_graph:
             return
         graph, is_newest = facts.graph, False
         if graph is not None and graph.next_key == facts.next_key and not self._graph_is_old:
@@ -317,13 +316,13 @@ class IndexWriter:
         for segment, facts in zip(self._snapshot.rows.segments, self.manifest.segments, strict=True):
             broken = {Path(path).name.removesuffix(DIGESTS) for path in damaged if Path(path).parent.name == facts.name}
             kept = {name: one for name, one in facts.files.items() if name.removesuffix(DIGESTS) not in broken}
-            lacking = wanted(self.manifest, len(segment)) - (kept.keys() - segment.lacking)
+            lacking = wanted(self.manifest, len(segment)) - (kept.keys() - unfit(segment))
             with contextlib.suppress(DataError):
                 facts = replace(facts, largest_norm=segment.largest_norm)
             if lacking:
                 with contextlib.suppress(DataError), self._writing():
                     parts = [Part.whole(self._open(replace(facts, files=kept)))]
-                    facts = replace(facts, files={**kept, **write_derived(segment.folder, parts, lacking)})
+                    facts = replace(facts, files={**kept, **write_derived(segment.folder, parts, lacking, facts)})
             segments.append(facts)
         generation = replace(self.manifest, segments=tuple(segments))
         if generation != self.manifest or damaged:
@@ -377,7 +376,7 @@ class IndexWriter:
         facts = facts_of_segment(path, num_rows, largest)
         if names := wanted(self.manifest, num_rows):
             parts = parts or [Part.whole(self._open(facts))]
-            facts = replace(facts, files={**facts.files, **write_derived(path, parts, names)})
+            facts = replace(facts, files={**facts.files, **write_derived(path, parts, names, facts)})
         return facts
 
     def _merge(self) -> None:
