@@ -233,8 +233,8 @@ def test_copies_in_a_batch_ask_the_index_once_for_the_vector_they_share(
         (tmp_path / "pictures" / f"{number:02d}.png").write_bytes(picture)
     asked, stored = [], IndexWriter.stored
 
-    def counted(writer: IndexWriter, ids: Iterable[Any]) -> dict[Any, NewItem]:
-        asked.append(len(found := stored(writer, ids)))
+    def counted(writer: IndexWriter, ids: Iterable[Any], **reading: Any) -> dict[Any, NewItem]:
+        asked.append(len(found := stored(writer, ids, **reading)))
         return found
 
     monkeypatch.setattr(IndexWriter, "stored", counted)
