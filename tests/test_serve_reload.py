@@ -111,7 +111,7 @@ def test_a_file_that_cannot_be_read_for_a_moment_is_tried_again(
     served = collection(write(tmp_path / "a.index", add="abc"))
     write(tmp_path / "a.index", add="d")
     with monkeypatch.context() as patched:
-        patched.setattr(collections, "open_index", lambda _: (_ for _ in ()).throw(OSError("stale handle")))
+        patched.setattr(collections, "open_index", lambda *_, **__: (_ for _ in ()).throw(OSError("stale handle")))
         served.refresh()
     assert ids(served.now) == "abc"
     served.refresh()
