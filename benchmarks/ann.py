@@ -108,7 +108,7 @@ class Library(NamedTuple):
     name: str
     module: str
     build: Callable[[Path, Rows], None]
-    open: Callable[[Path, Rows], Opened]
+    load: Callable[[Path, Rows], Opened]
     shared: str = ""
 
     @property
@@ -139,7 +139,7 @@ def run(options: Options) -> int:
         opened, seconds = {}, {}
         for library in libraries(options, say):
             seconds[library.name] = built(root, library, vectors_ND)
-            opened[library.name] = library.open(root / library.folder, vectors_ND)
+            opened[library.name] = library.load(root / library.folder, vectors_ND)
         found = measured(opened, queries_QD, truth, options.rounds)
     rows = [Result(name, *found[name], seconds[name], one.num_bytes / len(vectors_ND)) for name, one in opened.items()]
     ours = next((one for one in rows if one.engine == OURS), None)
@@ -175,14 +175,14 @@ def built(root: Path, library: Library, vectors_ND: Rows) -> float:
     """Seconds that building took, now or when the folder was made."""
     folder, note = root / library.folder, root / f"{library.folder}.json"
     facts = {"rows": len(vectors_ND), "graph": [CONNECTIVITY, EXPANSION_ADD], "first": float(vectors_ND[0, 0])}
-    if note.is_file() and (known := json.loads(note.read_text())).items() >= facts.items():
+    if note.is_file() and (known := json.loads(note.read_text(encoding="utf-8"))).items() >= facts.items():
         return float(known["seconds"])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     started = time.process_time()
     library.build(folder, vectors_ND)
     seconds = time.process_time() - started
-    note.write_text(json.dumps({**facts, "seconds": seconds}))
+    note.write_text(json.dumps({**facts, "seconds": seconds}), encoding="utf-8")
     return seconds
 
 

@@ -116,7 +116,7 @@ class Memory:
 
     def look(self, process: int) -> None:
         """Takes what the system says now."""
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
         found = {
             key: float(rest.split()[0]) / 1024
             for key, _, rest in (line.partition(":") for line in lines)
@@ -260,6 +260,7 @@ def worker(package: Path, *words: str) -> dict[str, Any]:
         env=env,
         capture_output=True,
         text=True,
+        encoding="utf-8",
         check=False,
     )
     if done.returncode:

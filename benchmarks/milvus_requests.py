@@ -91,14 +91,14 @@ def draw(folder: Path, count: int) -> None:
         else:
             Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
     rows = [f"{number:05d}.png,{'few' if number % (count // 7) == 1 else 'many'},{number}" for number in range(count)]
-    (folder.parent / "table.csv").write_text("\n".join(["image,group,number", *rows]))
+    (folder.parent / "table.csv").write_text("\n".join(["image,group,number", *rows]), encoding="utf-8")
 
 
 def features(path: Path, count: int) -> None:
     """A file of unit vectors."""
     vectors = np.random.default_rng(1).normal(size=(count, 256)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for number, vector in enumerate(vectors.tolist()):
             file.write(json.dumps({"image_id": number, "feature": vector}) + "\n")
 

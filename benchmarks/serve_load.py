@@ -240,7 +240,7 @@ def cpu_seconds(pid: int, thread: int | None = None) -> float:
     """Processor time of a process, without its children, or of one of its threads; NaN where there is no /proc."""
     path = Path(f"/proc/{pid}/stat" if thread is None else f"/proc/{pid}/task/{thread}/stat")
     try:
-        fields = path.read_text().rpartition(")")[2].split()
+        fields = path.read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return math.nan
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -19,13 +19,13 @@ from cn_clip.retrieval.quantized import QuantizedEngine, require_kernel
 class Kind:
     """An engine.
 
-    require: raises MissingExtraError where a package that it needs is not installed. open: for the rows of an index in
-    a folder; raises DataError where its own file is damaged or missing, and MissingExtraError. has_graph: whether the
-    writer keeps a graph for it.
+    require: raises MissingExtraError where a package that it needs is not installed. load: opens it for the rows of an
+    index in a folder; raises DataError where its own file is damaged or missing, and MissingExtraError. has_graph:
+    whether the writer keeps a graph for it.
     """
 
     require: Callable[[], Any]
-    open: Callable[[Path, Manifest, Rows], Engine]
+    load: Callable[[Path, Manifest, Rows], Engine]
     has_graph: bool = False
 
 

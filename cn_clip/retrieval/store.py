@@ -349,7 +349,7 @@ def _open_engine(snapshot: Snapshot) -> Engine:
     """The engine of the index, or the exact one where a file of its own is not whole."""
     facts = snapshot.manifest
     try:
-        return ENGINES[facts.engine].open(snapshot.folder, facts, snapshot.rows)
+        return ENGINES[facts.engine].load(snapshot.folder, facts, snapshot.rows)
     except DataError as error:
         if was_replaced(snapshot.folder, facts):
             raise
