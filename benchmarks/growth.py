@@ -3,8 +3,8 @@
 python benchmarks/growth.py --output docs
 
 Every point is measured in a process of its own. The exponent of a curve is the slope of a straight line through the
-upper half of its points, both axes logarithmic: 1 is linear. Written are two pictures and the numbers, from which
-`growth_page.py` makes a section of the page of benchmarks. Exits with 1 when something grows faster than its limit.
+upper half of its points, both axes logarithmic: 1 is linear. Written are the numbers, two pictures, and a section
+of the page of benchmarks. Exits with 1 when something grows faster than its limit.
 """
 
 # N rows, Q queries, D dimensions, B pictures
@@ -32,7 +32,7 @@ from cn_clip import command, terminal  # noqa: E402
 from cn_clip.deploy import bench_report  # noqa: E402
 from cn_clip.errors import ConfigError  # noqa: E402
 
-RESULTS = "growth.json"
+RESULTS = Path(__file__).with_suffix(".json")
 DIMENSIONS = 64
 COMMIT = 100_000
 # Exponents above this are faster than linear, measuring errors aside.
@@ -63,7 +63,7 @@ class Options:
     """Measures each curve; about 15 minutes on two cores."""
 
     output: Path | None = None
-    """Folder of documents: the pictures go to images/ there, the numbers to benchmarks/results"""
+    """Folder of documents, whose pages of benchmarks get the section; the numbers go to growth.json beside this file"""
     only: tuple[str, ...] = ()
     """Groups to measure; default: all"""
     largest: int | None = None
@@ -139,10 +139,9 @@ def _memory(cost: Cost) -> str:
 def _write(found: dict[str, Any], docs: Path) -> None:
     import growth_page
 
-    path = Path(__file__).parent / "results" / RESULTS
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     growth_page.draw(found, docs / "images")
+    growth_page.write(found, docs)
 
 
 # --- one process a point

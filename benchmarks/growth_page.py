@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+import page
+
 # Chinese name, and why a curve is steeper than linear, where it is.
 NAMES = {
     "a picture, by the tower's operations": "一张图片，按视觉塔的运算量",
@@ -100,6 +102,14 @@ def _picture(curves: dict[str, Any], column: int, exponent: str, unit: str, path
     figure.supylabel(unit, fontsize=11)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=80)
+
+
+def write(found: dict[str, Any], docs: Path) -> None:
+    """Puts the section below what `side_by_side.py` writes of the pages of both languages."""
+    paths: dict[Literal["zh", "en"], Path] = {"zh": docs / "benchmarks.md", "en": docs / "en" / "benchmarks.md"}
+    for language, path in paths.items():
+        text = path.read_text(encoding="utf-8").partition(page.KEPT)[0].rstrip("\n")
+        path.write_text(f"{text}\n\n{page.KEPT}\n{section(found, language)}", encoding="utf-8")
 
 
 def section(found: dict[str, Any], language: Literal["zh", "en"]) -> str:

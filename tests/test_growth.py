@@ -29,6 +29,15 @@ def test_a_command_is_measured_point_by_point(tmp_path: Path, capsys: pytest.Cap
     assert all(point[1] > 0 for point in curve["points"])
     growth_page.draw(found, tmp_path / "images")
     assert (tmp_path / "images/growth-cpu.png").read_bytes()[:4] == b"\x89PNG"
+    for folder in (tmp_path, tmp_path / "en"):
+        folder.mkdir(exist_ok=True)
+        (folder / "benchmarks.md").write_text("# Speed\n\nwritten before\n", encoding="utf-8")
+    for _ in range(2):  # written again, it is there once
+        growth_page.write(found, tmp_path)
+    written = (tmp_path / "en/benchmarks.md").read_text(encoding="utf-8")
+    assert written.startswith("# Speed\n\nwritten before\n\n<!-- kept")
+    assert written.count("## Growth") == 1
+    assert "## 增长" in (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert "| N 个查询在 N 行里各取前 10 | 1,000–4,000 行和查询 |" in growth_page.section(found, "zh")
     assert "| top 10 of N among N | 1,000–4,000 rows and queries |" in growth_page.section(found, "en")
 
