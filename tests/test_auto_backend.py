@@ -232,6 +232,13 @@ def test_what_was_measured_on_another_processor_is_measured_here(monkeypatch: py
     assert {"avx2-vnni", "arm64"} <= {name.split()[-1] for name in kept_losses(source)}
     (source.folder() / exported.LOSSES).write_text('{"a": [1], "b": 2', encoding="utf-8")
     assert kept_losses(source) == {}
+    huge = "1" + "0" * 400
+    (source.folder() / exported.LOSSES).write_text(f'{{"a": {{"image": {huge}}}}}', encoding="utf-8")
+    assert kept_losses(source) == {}
+    # What is no cosine was not measured.
+    kept = '{"a": {"image": 0.9999, "text": NaN}, "b": {"image": Infinity, "text": 5}}'
+    (source.folder() / exported.LOSSES).write_text(kept, encoding="utf-8")
+    assert kept_losses(source) == {"a": {"image": 0.9999}, "b": {}}
 
 
 def test_rows_that_are_not_finite_are_no_precision_to_take(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:

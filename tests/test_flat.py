@@ -123,3 +123,9 @@ def test_wrong_shapes_types_and_settings_are_refused() -> None:
     for settings_ in ({"k": 0}, {"k": 1, "query_block": 0}, {"k": 1, "gallery_block": -1}):
         with pytest.raises(ConfigError, match="at least 1"):
             top_k(good, good, **settings_)
+
+
+def test_vectors_of_no_numbers_tie() -> None:
+    found = top_k(np.zeros((2, 0), np.float32), np.zeros((3, 0), np.float32), 2)
+    assert found.indices.tolist() == [[0, 1], [0, 1]]
+    assert found.scores.tolist() == [[0, 0], [0, 0]]

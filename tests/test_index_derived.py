@@ -287,3 +287,22 @@ def test_conditions_hold_without_the_columns(tmp_path: Path, how: str) -> None:
     again = open_index(tmp_path / "i")
     assert [hit.id for hit in again.search(unit(1), 40, where="number>=30 or number=3")[0]] == expected
     assert len(expected) == 11
+
+
+def test_items_that_share_no_fields_make_short_stripes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "STRIPE_ROWS", 65536)
+    monkeypatch.setattr(columns, "STRIPE_CODES", 100)
+    with open_writer(tmp_path / "i", Manifest(MODEL)) as opened:
+        opened.commit([NewItem(number, unit(1)[0], {f"k{number}": 1}) for number in range(200)])
+    # 11 rows of 11 fields are the first above 100, where one stripe of 200 would be 40,000.
+    (path,) = (tmp_path / "i").glob("segment-*/columns.bin")
+    assert path.stat().st_size < 40_000
+    index = open_index(tmp_path / "i")
+    assert [hit.id for hit in index.search(unit(1), 5, where="k150=1")[0]] == [150]
+
+
+def test_an_id_too_long_for_a_number_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    build(tmp_path / "i", unit(4), size=4)
+    with open_writer(tmp_path / "i") as opened, pytest.raises(DataError):
+        opened.commit([NewItem(10**5000, unit(1)[0], {})])
+    assert len(open_index(tmp_path / "i")) == 4

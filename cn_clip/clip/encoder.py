@@ -693,8 +693,7 @@ class Opened:
 def _decided(model: "str | Path | CLIP", settings: Mapping[str, Any], min_cosine: float | None) -> Decision:
     """What "auto" takes for a name, a file, a model of another family or one in memory."""
     if isinstance(model, (str, Path)) and not is_foreign(model):
-        # The bound is on what an arithmetic loses, whatever is merged.
-        others = {name: settings[name] for name in settings if name not in ("backend", "merge_tokens")}
+        others = {name: settings[name] for name in settings if name != "backend"}
         return decide(model, min_cosine=min_cosine, **others)
     if is_foreign(model):
         why = "PyTorch alone runs models of other families"

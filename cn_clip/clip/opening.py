@@ -83,6 +83,7 @@ def _settled(chosen: Choice, say: Speaker, kinds: Sequence[Kind]) -> tuple[Choic
             text=chosen.text,
             download_root=chosen.download_root,
             num_threads=chosen.num_threads,
+            merge_tokens=chosen.merge_tokens or 0,
             kinds=kinds,
             min_cosine=chosen.min_cosine,
             say=say.note,
@@ -242,8 +243,10 @@ def fingerprint(chosen: Choice, encoder: Encoder) -> str:
     other vectors: its fingerprint ends so that `merge_rules.merged_in` finds how many.
     encoder: from `open_quietly` with_fingerprint.
     """
+    # A text tower that is open alone does not know what the picture tower beside it merges.
+    merged = encoder.facts.merge_tokens or chosen.merge_tokens or 0
     if encoder.facts.weights is not None:
-        return merge_rules.marked(encoder.facts.weights, encoder.facts.merge_tokens)
+        return merge_rules.marked(encoder.facts.weights, merged)
     if isinstance(encoder.backend, ExportedBackend):
         paths = [Path(tower.path) for tower in (encoder.backend.image, encoder.backend.text) if tower is not None]
         files = [one for path in paths for one in (path, extra_path(path)) if one.is_file()]
@@ -252,7 +255,7 @@ def fingerprint(chosen: Choice, encoder: Encoder) -> str:
     digest = hashlib.blake2b(b"" if files else chosen.model.encode(), digest_size=8)
     for path in files:
         add_file(digest, path)
-    return merge_rules.marked(f"file:{digest.hexdigest()}", encoder.facts.merge_tokens)
+    return merge_rules.marked(f"file:{digest.hexdigest()}", merged)
 
 
 def weights_digest(chosen: Choice) -> str:

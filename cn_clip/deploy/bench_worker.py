@@ -74,7 +74,8 @@ def prepare(job: Job) -> dict[str, Any]:
     if job.backend == "auto":
         from cn_clip.clip.backends.choosing import decide
 
-        settings = {name: getattr(job, name) for name in ("vision", "text", "download_root", "num_threads")}
+        names = ("vision", "text", "download_root", "num_threads", "merge_tokens")
+        settings = {name: getattr(job, name) for name in names}
         decision = decide(job.model, precision=job.precision, device=job.device, kinds=(job.kind,), **settings)
         return {"auto": decision.values()}
     _open(job, job.backend, job.precision, device=job.device, kinds=(job.kind,))

@@ -27,6 +27,8 @@ NAME = "columns.bin"
 # Segments of fewer rows have no such file: their lines are read.
 SMALLEST = 1024
 STRIPE_ROWS = 65536
+# Of a stripe, rows times fields: items that share no fields make shorter stripes.
+STRIPE_CODES = 1 << 26
 # The field that goes by the id instead, see `conditions.fields_of`.
 _PATH = "path"
 _LENGTH = np.dtype("<u8")
@@ -151,7 +153,7 @@ class _Writer:
                 code = column.codes[key] = len(column.values)
             column.rows.append(row)
             column.code_of_row.append(code)
-        if len(self._ids) >= STRIPE_ROWS:
+        if len(self._ids) >= STRIPE_ROWS or len(self._ids) * len(self._columns) > STRIPE_CODES:
             self.flush()
 
     def flush(self) -> None:

@@ -186,7 +186,9 @@ class _Search:
         self.num_cached = min(cached, _SPAN)
         self.num_rows = min(max(cached, _SPAN // num_queries) if self.is_sliced else _SPAN, _SPAN, row_block or _SPAN)
         # Scaled rows are multiplied by scaled queries: those must not overflow, nor other threads flush such rows.
-        self.may_scale = self.is_sliced and float(np.abs(queries_QD).max()) < float(np.finfo(np.float32).max / SCALE)
+        self.may_scale = self.is_sliced and float(np.abs(queries_QD).max(initial=0.0)) < float(
+            np.finfo(np.float32).max / SCALE
+        )
         step = min(query_block or max(1, SCORES_IN_FLIGHT // self.num_rows), num_queries)
         self.groups = [slice(start, start + step) for start in range(0, num_queries, step)]
 

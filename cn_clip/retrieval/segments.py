@@ -79,7 +79,9 @@ def item_line(item_id: ItemId, metadata: Metadata) -> bytes:
     try:
         return _encoded({"id": item_id, "metadata": dict(metadata)}).encode()
     except (TypeError, ValueError) as error:
-        raise DataError(f"id {item_id!r}: its metadata is nothing that JSON holds ({error})") from error
+        # Python writes no number of more than 4300 digits, in a message neither.
+        name = repr(item_id) if isinstance(item_id, str) else hex(item_id)[:20]
+        raise DataError(f"id {name}: its metadata is nothing that JSON holds ({error})") from error
 
 
 def write_segment(

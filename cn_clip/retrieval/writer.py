@@ -208,12 +208,12 @@ class IndexWriter:
         changed, for an id that comes twice, a vector of another length or not finite, metadata that JSON cannot hold,
         and when the disk is full. If only merging small segments fails, the change counts, and the error says so.
         """
+        lines = checked_lines(items, self.manifest.model.embed_dim, self.manifest.vector_type)
         dropped = list(dict.fromkeys([*remove, *(item.id for item in items)]))
         positions = self._positions(dropped)
         gone = [segment.key(row) for segment, row in map(self._snapshot.rows.segment_of, positions.values())]
         if not items and not gone and not self._is_mended and notes is None:
             return
-        lines = checked_lines(items, self.manifest.model.embed_dim, self.manifest.vector_type)
         first = self.manifest.next_key
         with self._writing():
             added = [self._write_segment(_blocks(items, lines, first), len(items))] if items else []
@@ -319,9 +319,10 @@ class IndexWriter:
             lacking = wanted(self.manifest, len(segment)) - (kept.keys() - unfit(segment))
             with contextlib.suppress(DataError):
                 facts = replace(facts, largest_norm=segment.largest_norm)
+            facts = replace(facts, files=kept)
             if lacking:
                 with contextlib.suppress(DataError), self._writing():
-                    parts = [Part.whole(self._open(replace(facts, files=kept)))]
+                    parts = [Part.whole(self._open(facts))]
                     facts = replace(facts, files={**kept, **write_derived(segment.folder, parts, lacking, facts)})
             segments.append(facts)
         generation = replace(self.manifest, segments=tuple(segments))

@@ -11,7 +11,7 @@ or measured on another counts there alone.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,6 +124,7 @@ def decide(
     download_root: str | Path | None = None,
     num_threads: int | None = None,
     compile: bool = False,
+    merge_tokens: int = 0,
     kinds: Sequence[Kind] = KINDS,
     min_cosine: float | None = None,
     say: Announce = announce,
@@ -132,7 +133,8 @@ def decide(
 
     precision: "auto", or one that is wanted, of whose loss nothing is asked unless `min_cosine` is given.
     min_cosine: the smallest cosine to float32 that the parity samples may have; default LEAST_COSINE.
-    compile: for `torch.compile`, which the torch backend alone has. Others as of `open_backend`.
+    compile: for `torch.compile`, which the torch backend alone has. merge_tokens: of the files that are exported; the
+    loss is that of the arithmetic, measured without merging. Others as of `open_backend`.
     Raises ConfigError when nothing can be taken, CheckpointError or DownloadError when there are no such weights.
     """
     wanted = check_precision("auto", precision)
@@ -167,7 +169,8 @@ def decide(
             check_model(model, mode.backend)
             if mode.backend != "torch":
                 _check_has(mode)
-                ready_files(source, kinds, backend=mode.backend, precision=mode.precision, device=where, say=say)
+                merging = replace(source, merge_tokens=merge_tokens)
+                ready_files(merging, kinds, backend=mode.backend, precision=mode.precision, device=where, say=say)
             cosines = {} if bound is None else losses(source, mode, kind, settings)
             if bound is not None and not min(cosines.values(), default=1.0) >= bound:
                 raise ConfigError(f"smallest cosine to float32 {min(cosines.values()):.5f}, wanted {bound:g}")

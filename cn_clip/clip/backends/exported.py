@@ -26,6 +26,8 @@ STEM = "model"
 BUILDING = ".building"
 MANIFEST = "manifest.json"
 LOSSES = "losses.json"
+# A cosine with the roundings of float32.
+LARGEST_COSINE = 1.001
 # Raised when files of older versions of this package must not be used any more.
 FORMAT = 1
 
@@ -118,12 +120,17 @@ def kept_losses(source: Source) -> dict[str, dict[Kind, float]]:
     """What was measured of a model: the smallest cosine to float32 of each tower, by a name that the measurer gives."""
     try:
         found = json.loads((source.folder() / LOSSES).read_text(encoding="utf-8"))
-        return {
+        kept: dict[str, dict[Kind, float]] = {
             str(name): {kind: float(cosines[kind]) for kind in KINDS if kind in cosines}
             for name, cosines in found.items()
         }
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         return {}
+    # NaN, which compares with nothing, would pass every bound.
+    return {
+        name: {kind: cosine for kind, cosine in cosines.items() if abs(cosine) <= LARGEST_COSINE}
+        for name, cosines in kept.items()
+    }
 
 
 def keep_losses(source: Source, name: str, cosines: Mapping[Kind, float]) -> None:
