@@ -36,6 +36,8 @@ _SPAN = 8192
 SCORES_IN_FLIGHT = 1 << 23
 _PAIRS_IN_FLIGHT = 1024
 _FEW_PENDING, _MOST_PENDING = 1 << 14, 1 << 20
+# Runs of rows for each row that is kept.
+_RUNS = 16
 # A thread is worth starting for so many numbers; memory is busy with eight of them.
 _NUMBERS_PER_THREAD = 1 << 22
 _MOST_THREADS = 8
@@ -332,8 +334,7 @@ class _Leaders:
         """Takes in the float32 scores of a block; -inf for rows that are not allowed."""
         is_above = scores_BQ >= self.floor_Q
         if np.count_nonzero(is_above) > self.crowd and len(scores_BQ) >= self.kept:
-            below = len(scores_BQ) - self.kept
-            self._raise(np.partition(scores_BQ, below, axis=0)[below] - 2 * self.margin_Q)
+            self._raise(self._reached(scores_BQ) - 2 * self.margin_Q)
             is_above = scores_BQ >= self.floor_Q
         found = np.flatnonzero(is_above)
         if not len(found):
@@ -347,6 +348,18 @@ class _Leaders:
             if self.num_pending > _MOST_PENDING:
                 self._settle()
             self.limit = max(self.limit, 2 * self.num_pending)
+
+    def _reached(self, scores_BQ: FloatArray) -> FloatArray:
+        """A score (Q,) that at least K rows of each query reach: the K-th among the best of each of many runs of rows.
+
+        Few rows lie between it and the K-th of all, and only the best of the runs are sorted.
+        """
+        num_runs = min(len(scores_BQ), _RUNS * self.kept)
+        length = len(scores_BQ) // num_runs
+        best_RQ = scores_BQ[: num_runs * length].reshape(num_runs, length, -1).max(axis=1)
+        below = num_runs - self.kept
+        reached_Q: FloatArray = np.partition(best_RQ, below, axis=0)[below]
+        return reached_Q
 
     def _raise(self, floor_Q: NDArray[np.float64]) -> None:
         """Raises the floor, rounded down; a K-th best of -inf says nothing."""
