@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import growth_page  # noqa: E402
 import numpy as np  # noqa: E402
 
 from cn_clip import command, terminal  # noqa: E402
@@ -96,7 +97,9 @@ def run(options: Options) -> int:
                     say(f"{name} {x:,}: {cost.curve} {1e3 * cost.seconds:.3g} ms of CPU{_memory(cost)}")
     for curve in curves.values():
         curve["exponent"] = exponent([(x, seconds) for x, seconds, _ in curve["points"]])
-        memory = [(x, megabytes) for x, _, megabytes in curve["points"] if megabytes is not None]
+        memory = [
+            (x, megabytes) for x, _, megabytes in curve["points"] if (megabytes or 0) >= growth_page.LEAST_MEGABYTES
+        ]
         curve["memory_exponent"] = exponent(memory)
     found = {"machine": bench_report.machine_facts(), "curves": curves}
     steep = [name for name, curve in curves.items() if (curve["exponent"] or 0) > LIMITS.get(name, LINEAR)]
@@ -137,8 +140,6 @@ def _memory(cost: Cost) -> str:
 
 
 def _write(found: dict[str, Any], docs: Path) -> None:
-    import growth_page
-
     RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     growth_page.draw(found, docs / "images")
     growth_page.write(found, docs)

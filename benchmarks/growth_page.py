@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 import page
 
+# Less memory than this is what the allocator happens to hold.
+LEAST_MEGABYTES = 1.0
+
 # Chinese name, and why a curve is steeper than linear, where it is.
 NAMES = {
     "a picture, by the tower's operations": "一张图片，按视觉塔的运算量",
@@ -54,16 +57,16 @@ COLOURS = {"seconds": "#1f6fb4", "megabytes": "#e08e1b"}
 
 def draw(found: dict[str, Any], folder: Path) -> None:
     """Writes growth-cpu.png and growth-memory.png: a small panel a curve, both axes logarithmic."""
-    for name, column, exponent, unit in (
-        ("cpu", 1, "exponent", "CPU seconds"),
-        ("memory", 2, "memory_exponent", "MB beyond the start"),
+    for name, column, exponent, unit, least in (
+        ("cpu", 1, "exponent", "CPU seconds", 0.0),
+        ("memory", 2, "memory_exponent", "MB beyond the start", LEAST_MEGABYTES),
     ):
         curves = {
-            title: curve
+            title: {**curve, "points": [point for point in curve["points"] if (point[column] or 0) > least]}
             for title, curve in found["curves"].items()
-            if sum((point[column] or 0) > 0 for point in curve["points"]) > 1
         }
-        _picture(curves, column, exponent, unit, folder / f"growth-{name}.png")
+        shown = {title: curve for title, curve in curves.items() if len(curve["points"]) > 1}
+        _picture(shown, column, exponent, unit, folder / f"growth-{name}.png")
 
 
 def _picture(curves: dict[str, Any], column: int, exponent: str, unit: str, path: Path) -> None:
@@ -74,7 +77,7 @@ def _picture(curves: dict[str, Any], column: int, exponent: str, unit: str, path
     figure = Figure(figsize=(4 * across, 2.9 * down), facecolor="white", layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for panel, (title, curve) in zip(panels, curves.items(), strict=False):
-        points = [(point[0], point[column]) for point in curve["points"] if (point[column] or 0) > 0]
+        points = [(point[0], point[column]) for point in curve["points"]]
         xs, ys = zip(*points, strict=True)
         colour = COLOURS["seconds" if column == 1 else "megabytes"]
         slope = curve[exponent]
@@ -128,7 +131,7 @@ def section(found: dict[str, Any], language: Literal["zh", "en"]) -> str:
             f"{_number(first)}–{_number(last)} {AXES[curve['axis']] if is_chinese else curve['axis']}",
             " → ".join(times),
             "—" if curve["exponent"] is None else f"{curve['exponent']:.2f}",
-            "—" if memory is None else f"{memory:,.0f} MB",
+            "—" if (memory or 0) < LEAST_MEGABYTES else f"{memory:,.0f} MB",
             "—" if curve["memory_exponent"] is None else f"{curve['memory_exponent']:.2f}",
             reason,
         )
