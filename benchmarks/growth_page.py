@@ -145,7 +145,7 @@ CPU 时间和内存怎样随模型、批、文本、图片、图库、客户端�
 每个点在单独的进程里测量；内存是超出工作开始前的最大值，命令和服务则是整个进程的。测于 {where}。
 
 ```bash
-# 约 15 分钟
+# 需要空闲的机器，约 15 分钟
 python benchmarks/growth.py --output docs
 ```
 
@@ -165,7 +165,7 @@ slope of the upper half of the points, both axes logarithmic: 1 is linear, 0 is 
 memory is the most beyond what the process held when the work began, for commands that of the whole process. Measured on {where}.
 
 ```bash
-# about 15 minutes
+# needs an idle machine; about 15 minutes
 python benchmarks/growth.py --output docs
 ```
 

@@ -660,7 +660,10 @@ def test_numbers_of_the_demo_and_of_the_bundled_model_are_those_of_their_source(
         rows = page.read_text(encoding="utf-8").splitlines()
         (row,) = [one for one in rows if one.startswith("| Emoji-Tiny") and "torch fp32" in one]
         assert f"({whole:,} " in row
-        assert f"| {measured:.1f} /" in row
+        # Versions of Pillow resize a little differently: three of the pictures may rank otherwise.
+        shown = re.search(r"\| (\d+\.\d) /", row)
+        assert shown is not None
+        assert float(shown[1]) == pytest.approx(measured, abs=100 * 3 / whole + 0.05)
     card = (ROOT / "cn_clip" / "clip" / "bundled" / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert len(vendors) == 9
     assert "九套图画" in card
