@@ -144,6 +144,18 @@ def test_the_width_is_that_which_the_vectors_want_and_is_kept(tmp_path: Path) ->
     assert (own_graph(open_index(tmp_path / "easy")).kind.width or 0) > 80
 
 
+def test_a_small_graph_is_the_same_on_any_number_of_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    centres = units(np.random.default_rng(0).normal(size=(30, DIM)))
+    vectors = units(centres[np.arange(1500) % 30] + 0.1 * np.random.default_rng(1).normal(size=(1500, DIM)))
+    graphs = set[bytes]()
+    for cores in (1, 2, 4, 4):
+        monkeypatch.setattr(graph, "usable_cores", lambda cores=cores: cores)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        build(folder, vectors)
+        graphs.add(next(folder.glob("graph-*")).read_bytes())
+    assert len(graphs) == 1
+
+
 def test_a_mask_is_looked_through_once(opened: Index) -> None:
     engine, alive_N = engine_of(opened), opened.snapshot.alive_N
     known = engine._admitted(alive_N)

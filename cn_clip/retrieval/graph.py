@@ -41,6 +41,9 @@ NUM_TRIED = 200
 FORMER_WIDTH = 192
 # Fewer rows than these are searched exactly, which is faster then: of all there are, and of those a filter admits.
 SMALLEST_GRAPH = 1024
+# Rows that are added at the same time do not see each other. In a graph of few rows some then lie where no search comes
+# by, or a search must be ten times as wide: the first rows are added one after the other.
+ADDED_ALONE = 4096
 # Candidates of the graph for each result, before they are ordered by exact scores; where some are not admitted, more.
 CANDIDATES = 1.5
 OVERFETCH = 2
@@ -229,13 +232,17 @@ class Graph:
             if len(gone):
                 self._index.remove(gone.astype(np.uint64))
         positions, scale = np.flatnonzero(alive_N & ~known_N), self.kind.scale
-        for start in range(0, len(positions), BLOCK):
-            part = positions[start : start + BLOCK]
+        start = 0
+        while start < len(positions):
+            is_small = len(self) < ADDED_ALONE
+            part = positions[start : start + (min(BLOCK, ADDED_ALONE - len(self)) if is_small else BLOCK)]
             vectors_BD = rows.gather(part)
             if scale is not None and _cut_off(vectors_BD, scale) > LARGEST_LOSS:
                 raise DataError(f"holds no vectors of numbers above {_CODED / scale:g}", at=self._where)
             with self._translated():
-                self._index.add(rows.keys_N[part].astype(np.uint64), self._kept(vectors_BD), threads=usable_cores())
+                threads = 1 if is_small else usable_cores()
+                self._index.add(rows.keys_N[part].astype(np.uint64), self._kept(vectors_BD), threads=threads)
+            start += len(part)
         # Reading all rows for it is worth while where there are about twice as many.
         if num_before.bit_length() < len(self).bit_length():
             with contextlib.suppress(DataError):  # a row that cannot be read, and need not be
