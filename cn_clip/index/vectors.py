@@ -22,6 +22,7 @@ from cn_clip.index.telling import say_summary
 from cn_clip.language import both, counted
 from cn_clip.retrieval.ids import HashArray, hashes_of
 from cn_clip.retrieval.manifest import ModelInfo
+from cn_clip.retrieval.scanning import norms
 from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.writer import NewItem
 
@@ -159,7 +160,7 @@ def _of_unit_length(features: Features, path: Path) -> tuple[FloatArray, int]:
     Raises DataError for one that is 0.
     """
     vectors_BD = features.vectors
-    length_B = np.sqrt(np.einsum("nd,nd->n", vectors_BD, vectors_BD, dtype=np.float64))
+    length_B = norms(vectors_BD)
     if not length_B.all():
         number = int(np.flatnonzero(length_B == 0)[0])
         raise DataError(f"image_id {features.ids[number]!r}: its features are all 0, which have no direction", at=path)

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from cn_clip.errors import DataError
 from cn_clip.retrieval.manifest import ADVICE, SegmentFacts
 from cn_clip.retrieval.parts import Part
+from cn_clip.retrieval.scanning import norms
 from cn_clip.retrieval.segments import VECTORS, FloatArray, IntArray, MappedFile, Segment
 
 NAME = "codes.bin"
@@ -221,7 +222,7 @@ def _sample(parts: Sequence[Part], num_rows: int) -> FloatArray:
 def _planned(sample_SD: FloatArray, num_rows: int) -> tuple[FloatArray, int, int]:
     """The basis (D, D), directions of the most energy first, how many are the head, and residuals of how many."""
     dimensions = sample_SD.shape[1]
-    norm_S = np.sqrt(np.einsum("nd,nd->n", sample_SD, sample_SD, dtype=np.float64))
+    norm_S = norms(sample_SD)
     usual_SD = sample_SD[(norm_S > _SHORTEST) & (norm_S < _LONGEST)].astype(np.float64)
     if dimensions <= _HEADS[0] or len(usual_SD) < dimensions:
         return np.eye(dimensions, dtype=np.float32), dimensions, 0
@@ -271,7 +272,7 @@ class _Encoder:
         self.layout, self._turning_DD = layout, basis_DD.T.astype(np.float64)
         with np.errstate(all="ignore"):
             head_SC, tail_SC = self._columns(sample_SD)
-            norm_S = np.sqrt(np.einsum("nd,nd->n", sample_SD, sample_SD, dtype=np.float64))
+            norm_S = norms(sample_SD)
             is_usual_S = (norm_S > _SHORTEST) & (norm_S < _LONGEST)
             usual = [columns_SC[is_usual_S] for columns_SC in (head_SC, tail_SC)]
             self.weights_C: FloatArray = np.concatenate([_weights(columns_SC) for columns_SC in usual])
@@ -288,8 +289,7 @@ class _Encoder:
         tail_NC[:, : layout.tail] = turned_ND[:, layout.head :]
         groups = _groups_of(tail_NC[:, : layout.tail], layout.groups)
         for number, group_ND in enumerate(groups, layout.lengths.start):
-            squares_N = np.einsum("nd,nd->n", group_ND, group_ND, dtype=np.float64)
-            head_NC[:, number] = np.sqrt(squares_N) * (1 + 4 * _ROUNDOFF)
+            head_NC[:, number] = norms(group_ND) * (1 + 4 * _ROUNDOFF)
         return head_NC, tail_NC
 
     def encode(self, rows_ND: FloatArray) -> tuple[CodeArray, CodeArray, DoubleArray]:
@@ -300,7 +300,7 @@ class _Encoder:
             width = layout.columns[0]
             head = _coded(head_NC / self.weights_C[:width], starts, layout.head, layout.residuals)
             tail = _coded(tail_NC / self.weights_C[width:], starts, layout.columns[1], 0)
-            norm_N = np.sqrt(np.einsum("nd,nd->n", rows_ND, rows_ND, dtype=np.float64)) * (1 + 1e-9)
+            norm_N = norms(rows_ND) * (1 + 1e-9)
             norm_B = np.maximum.reduceat(norm_N, starts)
             table_BT = np.concatenate([head[1], tail[1], norm_B[:, None]], axis=1)
         # Of such rows the codes prove nothing.
@@ -340,24 +340,19 @@ def _coded(values_NC: FloatArray, starts: IntArray, head: int, residuals: int) -
     steps_NC[:, head:limit] = np.rint(left_NC[:, :residuals] / scale_N1 * _FINE)
     left_NC[:, :residuals] -= steps_NC[:, head:limit] * (scale_N1 / _FINE)
     steps_NC = np.clip(np.nan_to_num(steps_NC, nan=0.0), -_LARGEST_CODE, _LARGEST_CODE)
-    length_N = _lengths(steps_NC[:, :limit])
+    length_N = norms(steps_NC[:, :limit])
     # What float32 rounded on the way, in each of two subtractions.
-    rounded_N = 8 * _ROUNDOFF * scale_N1[:, 0] * _lengths(steps_NC[:, :residuals])
-    rest_N = 8 * _ROUNDOFF * scale_N1[:, 0] * _lengths(steps_NC[:, residuals:head])
+    rounded_N = 8 * _ROUNDOFF * scale_N1[:, 0] * norms(steps_NC[:, :residuals])
+    rest_N = 8 * _ROUNDOFF * scale_N1[:, 0] * norms(steps_NC[:, residuals:head])
     facts = [
-        _lengths(left_NC[:, :residuals]) * (1 + 1e-6) + rounded_N,
-        _lengths(left_NC[:, residuals:]) * (1 + 1e-6) + rest_N,
+        norms(left_NC[:, :residuals]) * (1 + 1e-6) + rounded_N,
+        norms(left_NC[:, residuals:]) * (1 + 1e-6) + rest_N,
         length_N * (1 + 1e-9),
     ]
     table_B4 = np.stack([scale_B, *(np.maximum.reduceat(fact_N, starts) for fact_N in facts)], axis=1)
     if values_NC[:, limit:].any():  # lengths that are nothing beside the scale would be rounded up to all of it
         table_B4[~is_coded_B & (largest_B > 0), 1] = np.inf
     return steps_NC.astype(np.int8), table_B4.astype(np.float64)
-
-
-def _lengths(rows_NC: NDArray[Any]) -> DoubleArray:
-    lengths_N: DoubleArray = np.sqrt(np.einsum("nc,nc->n", rows_NC, rows_NC, dtype=np.float64))
-    return lengths_N
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from cn_clip.errors import DataError, lacked_memory
 from cn_clip.processes import usable_cores
 from cn_clip.retrieval.engines import BLOCK, ExactEngine, Found, Mask, Rows
 from cn_clip.retrieval.manifest import unreadable
+from cn_clip.retrieval.scanning import exact_scores, norms
 from cn_clip.retrieval.segments import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ class GraphEngine:
         if later is not None:
             positions = np.concatenate([positions, later])
         # Straight from float16 to float64: numpy takes twice as long for float16 to float32.
-        scores = (self.rows.gather(positions, np.float64) * query_D).sum(axis=1).astype(np.float32)
+        scores = exact_scores(query_D, self.rows.gather(positions, np.float64))
         order = np.argsort(-scores, kind="stable")[:k]
         if num_candidates > k and scores[order[-1]] == scores[:num_candidates].min():
             return None
@@ -292,7 +293,7 @@ class Graph:
 
 def _units(queries_QD: NDArray[np.floating]) -> FloatArray:
     """Of length 1, as codes want them; a query of zeros stays one."""
-    lengths_Q = np.sqrt(np.einsum("qd,qd->q", queries_QD, queries_QD, dtype=np.float64))
+    lengths_Q = norms(queries_QD)
     unit_QD: FloatArray = (queries_QD / np.where(lengths_Q > 0, lengths_Q, 1)[:, None]).astype(np.float32)
     return unit_QD
 

@@ -30,6 +30,7 @@ from cn_clip.retrieval.milvus_collection import (
     TooLargeError,
 )
 from cn_clip.retrieval.milvus_columns import WITHOUT_FIELDS, columns_of, filter_of, filter_of_field
+from cn_clip.retrieval.scanning import exact_scores
 from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import Hit, check_bounds, checked_queries
 from cn_clip.retrieval.writer import NewItem, checked_lines
@@ -264,7 +265,7 @@ class MilvusIndex:
 
     def _scored(self, query_D: FloatArray, rows: Sequence[Mapping[str, Any]]) -> list[_Row]:
         vectors = np.array([row["vector"] for row in rows], dtype=np.float64).reshape(len(rows), len(query_D))
-        scores = (vectors * query_D).sum(axis=1).astype(np.float32).tolist()
+        scores = exact_scores(query_D, vectors).tolist()
         return [
             _Row(score, int(row["place"]), *_parsed(row, self.address)) for score, row in zip(scores, rows, strict=True)
         ]

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from cn_clip.ranks import full_float32
-from cn_clip.retrieval.scanning import SCORES_IN_FLIGHT, FloatArray, IntArray, Matches
+from cn_clip.retrieval.scanning import SCORES_IN_FLIGHT, FloatArray, IntArray, Matches, exact_scores
 
 _PAIRS_IN_FLIGHT = 8192
 _NO_ROW = np.iinfo(np.int64).max
@@ -41,7 +41,7 @@ def best_rows(
                 rows = slice(start, start + step)
                 part = Matches(best.indices[rows], best.scores[rows])
                 query_P, row_P = _candidates(queries_QD[rows], on_device, part.scores, margin_Q[rows])
-                score_P = _exact_scores(queries_QD[rows], block_ND, query_P, row_P)
+                score_P = _scores_of(queries_QD[rows], block_ND, query_P, row_P)
                 best.indices[rows], best.scores[rows] = _merged(part, query_P, row_P + offset, score_P)
     return best
 
@@ -62,12 +62,11 @@ def _candidates(
     return pairs_P2[:, 0], pairs_P2[:, 1]
 
 
-def _exact_scores(queries_QD: FloatArray, gallery_ND: FloatArray, query_P: IntArray, row_P: IntArray) -> FloatArray:
+def _scores_of(queries_QD: FloatArray, gallery_ND: FloatArray, query_P: IntArray, row_P: IntArray) -> FloatArray:
     scores_P = np.empty(len(query_P), dtype=np.float32)
     for start in range(0, len(query_P), _PAIRS_IN_FLIGHT):
         pairs = slice(start, start + _PAIRS_IN_FLIGHT)
-        products_PD = queries_QD[query_P[pairs]].astype(np.float64) * gallery_ND[row_P[pairs]]
-        scores_P[pairs] = products_PD.sum(axis=1)
+        scores_P[pairs] = exact_scores(queries_QD[query_P[pairs]], gallery_ND[row_P[pairs]])
     return scores_P
 
 

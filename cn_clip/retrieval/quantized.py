@@ -21,6 +21,7 @@ from cn_clip import extras
 from cn_clip.errors import DataError
 from cn_clip.retrieval.codes import BLOCK, NAME, Asked, CodeArray, Codes, DoubleArray, PlaneQuery
 from cn_clip.retrieval.engines import ExactEngine, Found, Mask, Rows
+from cn_clip.retrieval.scanning import exact_scores, norms
 from cn_clip.retrieval.segments import FloatArray, IntArray, warn_without
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class QuantizedEngine:
         """The k best of each query among the allowed rows, by inner product."""
         opened, is_coded_N = self._codes()
         num_allowed = int(np.count_nonzero(allowed_N))
-        longest = float(np.sqrt(np.einsum("qd,qd->q", queries_QD, queries_QD, dtype=np.float64)).max(initial=0.0))
+        longest = float(norms(queries_QD).max(initial=0.0))
         longest *= max((segment.largest_norm for segment in self.rows.segments), default=0.0)
         # Few rows are read as they are, and products that overflow are for the exact engine to refuse.
         if not opened or 64 * num_allowed < len(self.rows) or 4 * k > num_allowed or longest > _LARGEST_PRODUCT:
@@ -293,9 +294,7 @@ class _Search:
 
     def _scores(self, number: int, positions: IntArray) -> FloatArray:
         """As the exact engine computes them."""
-        vectors_PD = self._engine.rows.gather(positions)
-        scores_P: FloatArray = (vectors_PD.astype(np.float64) * self._queries_QD[number]).sum(axis=1)
-        return scores_P.astype(np.float32)
+        return exact_scores(self._queries_QD[number], self._engine.rows.gather(positions))
 
     def _with_tails(self, span: "_Span", rows_P: IntArray, number: int, bound_P: DoubleArray) -> DoubleArray:
         """The bounds of rows by head and tail, from those by the head."""

@@ -71,6 +71,21 @@ class Part(Protocol):
         ...
 
 
+def exact_scores(queries: NDArray[np.floating], rows_PD: NDArray[np.floating]) -> FloatArray:
+    """The scores (P,) of rows with one query (D,) or with one each (P, D): sums in float64, rounded to float32.
+
+    All engines give these, so that their answers are equal bit for bit.
+    """
+    scores_P: FloatArray = (rows_PD.astype(np.float64, copy=False) * queries).sum(axis=1).astype(np.float32)
+    return scores_P
+
+
+def norms(rows_ND: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The lengths (N,) of rows, of sums in float64."""
+    norms_N: NDArray[np.float64] = np.sqrt(np.einsum("nd,nd->n", rows_ND, rows_ND, dtype=np.float64))
+    return norms_N
+
+
 def largest_norm(rows_ND: NDArray[np.floating]) -> float:
     """The length of the longest row, of sums in float64; NaN or infinity if a row holds either, 0 without rows."""
     largest = 0.0
@@ -90,8 +105,7 @@ def margins(queries_QD: FloatArray, largest: float) -> NDArray[np.float64]:
     D roundings of at most |q||g|; and where the processor flushes subnormal numbers, D flushed factors and sums.
     Raises DataError for queries so long that a product overflows float32.
     """
-    square_Q: NDArray[np.float64] = np.einsum("nd,nd->n", queries_QD, queries_QD, dtype=np.float64)
-    length_Q = np.sqrt(square_Q)
+    length_Q = norms(queries_QD)
     bound_Q = length_Q * largest
     if bound_Q.max(initial=0.0) >= np.finfo(np.float32).max / 2:
         row = int(np.argmax(bound_Q))
@@ -291,13 +305,13 @@ class _Search:
         all_of.shrink()
         return all_of.best()
 
-    def exact_scores(self, queries_QD: FloatArray, query_P: IntArray, position_P: IntArray) -> FloatArray:
-        """Scores (P,) in float64, rounded to float32."""
+    def scores_of(self, queries_QD: FloatArray, query_P: IntArray, position_P: IntArray) -> FloatArray:
+        """The exact scores (P,) of pairs."""
         scores_P = np.empty(len(query_P), dtype=np.float32)
         for start in range(0, len(query_P), _PAIRS_IN_FLIGHT):
             pairs = slice(start, start + _PAIRS_IN_FLIGHT)
             rows_PD = self._gather(position_P[pairs])
-            scores_P[pairs] = (queries_QD[query_P[pairs]].astype(np.float64) * rows_PD).sum(axis=1)
+            scores_P[pairs] = exact_scores(queries_QD[query_P[pairs]], rows_PD)
         return scores_P
 
     def _gather(self, position_P: IntArray) -> NDArray[np.floating]:
@@ -400,7 +414,7 @@ class _Leaders:
     def _ranked(self) -> tuple[IntArray, IntArray, FloatArray]:
         """All pairs with exact scores: by query, score falling and position rising."""
         query_P, position_P, _ = _joined(self.pending)
-        score_P = self.search.exact_scores(self.queries_QD, query_P, position_P)
+        score_P = self.search.scores_of(self.queries_QD, query_P, position_P)
         query_P, position_P, score_P = _joined([*self.settled, (query_P, position_P, score_P)])
         order = np.lexsort((position_P, -score_P, query_P))
         return query_P[order], position_P[order], score_P[order]

@@ -28,15 +28,15 @@ from cn_clip.digests import facts_of
 from cn_clip.errors import DataError, UnreadableError, Where
 from cn_clip.files import sync_folder
 from cn_clip.retrieval.manifest import ADVICE, SegmentFacts, VectorType, check_size, read_whole, unreadable
+from cn_clip.retrieval.scanning import FloatArray as FloatArray
+from cn_clip.retrieval.scanning import IntArray as IntArray
+from cn_clip.retrieval.scanning import Mask as Mask
 from cn_clip.retrieval.scanning import largest_norm
 
 logger = logging.getLogger(__name__)
 
 ItemId: TypeAlias = int | str
 Metadata: TypeAlias = Mapping[str, Any]
-FloatArray: TypeAlias = NDArray[np.float32]
-IntArray: TypeAlias = NDArray[np.int64]
-Mask: TypeAlias = NDArray[np.bool_]
 Digests: TypeAlias = NDArray[np.uint32]
 
 VECTORS, ITEMS, THUMBNAILS, ROWS = FILES = ("vectors.npy", "items.jsonl", "thumbnails.bin", "rows.npy")

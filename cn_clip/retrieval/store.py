@@ -30,6 +30,7 @@ from cn_clip.retrieval.ids import positions_of
 from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import Manifest, ModelInfo, PictureFacts
 from cn_clip.retrieval.query import ItemTable
+from cn_clip.retrieval.scanning import exact_scores
 from cn_clip.retrieval.segments import FloatArray, IntArray, ItemId, Segment
 from cn_clip.retrieval.words import DEPTH, WORD_FIELDS, WordTable, fused
 
@@ -237,7 +238,7 @@ class Index:
         known = dict(zip(positions.tolist(), scores.tolist(), strict=True))
         others = np.array([row for row in order if row not in known], dtype=np.int64)
         if len(others):
-            cosines = (self.snapshot.rows.gather(others).astype(np.float64) * query_D).sum(axis=1)
+            cosines = exact_scores(query_D, self.snapshot.rows.gather(others))
             known |= dict(zip(others.tolist(), cosines.tolist(), strict=True))
         return np.array(order, dtype=np.int64), np.array([known[row] for row in order], dtype=np.float32)
 
