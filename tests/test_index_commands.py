@@ -28,7 +28,7 @@ from cn_clip.errors import NotFiniteError
 from cn_clip.features.files import write_features
 from cn_clip.index import jobs, sources
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
-from cn_clip.retrieval.store import Index, open_index
+from cn_clip.retrieval.store import Index, Snapshot, open_index
 from cn_clip.retrieval.writer import IndexWriter, NewItem, open_writer
 
 MODEL = ("--model", "Emoji-Tiny", "--num-threads", "1")
@@ -677,9 +677,9 @@ def test_repair_keeps_thumbnails_of_pictures_that_are_gone(built: Path, tmp_path
     assert {one: index.thumbnail(one) for one in index.ids} == before
 
 
-def test_repair_says_what_it_cannot_repair(built: Path, command: Command) -> None:
-    with open_writer(built) as opened:
-        opened._positions = lambda ids: {}  # type: ignore[method-assign]  # a fault of the program
+def test_repair_says_what_it_cannot_repair(built: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_writer(built) as opened, monkeypatch.context() as patched:
+        patched.setattr(Snapshot, "positions_of", lambda *_: {})  # a fault of the program
         opened.commit([NewItem(name(1), np.ones(256, dtype=np.float32))])
     damage = [{"path": "manifest.json", "reason": "1 ids come twice"}]
     for flags in ((), ("--repair",)):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from cn_clip.errors import DataError
 from cn_clip.retrieval.manifest import ADVICE, SegmentFacts
 from cn_clip.retrieval.parts import Part
-from cn_clip.retrieval.segments import ItemId, MappedFile, Mask, Segment, warn_without
+from cn_clip.retrieval.segments import ItemId, MappedFile, Mask, Segment, Table, warn_without
 
 NAME = "columns.bin"
 # Segments of fewer rows have no such file: their lines are read.
@@ -190,27 +190,17 @@ def _dumped(values: Sequence[Any]) -> bytes:
 
 def columns_of(segment: Segment) -> Columns:
     """By the derived file, else by reading the items, once; raises DataError for a damaged item."""
-    if NAME not in segment.tables:
-        found, columns = segment.derived(NAME), None
-        if found is not None:
-            try:
-                columns = Columns(found)
-                if sum(one.num_rows for one in columns.stripes) != len(segment):
-                    raise DataError(f"is no table of {len(segment)} rows; {ADVICE}", at=found.path)
-            except DataError as error:
-                warn_without(error)
-                columns = None
-        segment.tables[NAME] = columns or Columns.of_items(segment.items(0, len(segment)))
-    kept = segment.tables[NAME]
-    assert isinstance(kept, Columns)
-    return kept
+    return TABLE.of(segment)
 
 
-def columns_again(segment: Segment, error: DataError) -> Columns:
-    """In memory, in place of a damaged file."""
-    warn_without(error)
-    columns = segment.tables[NAME] = Columns.of_items(segment.items(0, len(segment)))
+def _of_file(segment: Segment, file: MappedFile) -> Columns:
+    columns = Columns(file)
+    if sum(one.num_rows for one in columns.stripes) != len(segment):
+        raise DataError(f"is no table of {len(segment)} rows; {ADVICE}", at=file.path)
     return columns
+
+
+TABLE = Table(NAME, _of_file, lambda segment: Columns.of_items(segment.items(0, len(segment))))
 
 
 def write(parts: Sequence[Part], stream: IO[Any], _segment: SegmentFacts) -> None:

@@ -15,7 +15,7 @@ from cn_clip.errors import DataError
 from cn_clip.retrieval.engines import Rows
 from cn_clip.retrieval.manifest import ADVICE, SegmentFacts
 from cn_clip.retrieval.parts import Part
-from cn_clip.retrieval.segments import BLOCK_BYTES, IntArray, ItemId, MappedFile, Mask, Segment, warn_without
+from cn_clip.retrieval.segments import BLOCK_BYTES, IntArray, ItemId, MappedFile, Mask, Segment, Table
 
 NAME = "ids.bin"
 # Segments of fewer rows have no such file: their lines are read.
@@ -123,18 +123,8 @@ class IdTable:
 
 
 def table_of(segment: Segment) -> IdTable:
-    """By the derived file, else by reading the items, once."""
-    if NAME not in segment.tables:
-        file, table = segment.derived(NAME), None
-        if file is not None:
-            try:
-                table = IdTable.of_file(file, len(segment))
-            except DataError as error:
-                warn_without(error)
-        segment.tables[NAME] = table or IdTable.of_items(segment)
-    table = segment.tables[NAME]
-    assert isinstance(table, IdTable)
-    return table
+    """By the derived file, else by reading the items, once; raises DataError for a damaged item."""
+    return TABLE.of(segment)
 
 
 def whole_table(segment: Segment) -> IdTable:
@@ -143,15 +133,11 @@ def whole_table(segment: Segment) -> IdTable:
     try:
         table.check_all()
     except DataError as error:
-        return _again(segment, error)
+        return TABLE.again(segment, error)
     return table
 
 
-def _again(segment: Segment, error: DataError) -> IdTable:
-    """The table in memory, in place of a damaged file."""
-    warn_without(error)
-    table = segment.tables[NAME] = IdTable.of_items(segment)
-    return table
+TABLE = Table(NAME, lambda segment, file: IdTable.of_file(file, len(segment)), IdTable.of_items)
 
 
 def positions_of(rows: Rows, alive_N: Mask, ids: Sequence[ItemId]) -> dict[ItemId, int]:
@@ -164,7 +150,7 @@ def positions_of(rows: Rows, alive_N: Mask, ids: Sequence[ItemId]) -> dict[ItemI
         try:
             numbers, places = table_of(segment).find(hashes_Q)
         except DataError as error:
-            numbers, places = _again(segment, error).find(hashes_Q)
+            numbers, places = TABLE.again(segment, error).find(hashes_Q)
         is_alive = alive_N[start + places]
         for number, row in zip(numbers[is_alive].tolist(), places[is_alive].tolist(), strict=True):
             item_id = segment.item(row)[0]

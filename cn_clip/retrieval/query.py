@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.retrieval.columns import Columns, Stripe, columns_again, columns_of
+from cn_clip.retrieval.columns import TABLE, Columns, Stripe, columns_of
 from cn_clip.retrieval.conditions import ID_FIELDS, Condition, Term
 from cn_clip.retrieval.segments import FloatArray, ItemId, Mask, Segment
 
@@ -60,7 +60,7 @@ class ItemTable:
             try:
                 found.append(work(columns, alive_N))
             except DataError as error:
-                found.append(work(columns_again(segment, error), alive_N))
+                found.append(work(TABLE.again(segment, error), alive_N))
         return found
 
     @property

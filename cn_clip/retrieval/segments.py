@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Generic, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 ItemId: TypeAlias = int | str
 Metadata: TypeAlias = Mapping[str, Any]
 Digests: TypeAlias = NDArray[np.uint32]
+TableT = TypeVar("TableT")
 
 VECTORS, ITEMS, THUMBNAILS, ROWS = FILES = ("vectors.npy", "items.jsonl", "thumbnails.bin", "rows.npy")
 # The digests of all blocks of these files, in this order. Segments written before there were digests have none.
@@ -226,7 +227,7 @@ class Segment:
     """A segment, memory-mapped: it can be read on when the folder is removed.
 
     What is read of it is compared with its digest first: raises DataError naming file and block, UnreadableError.
-    tables: what `derived` kinds keep in memory of it, by the names of their files.
+    tables: those of it that `Table` keeps, by the names of their files.
     """
 
     def __init__(self, folder: Path, facts: SegmentFacts, embed_dim: int, vector_type: VectorType) -> None:
@@ -448,6 +449,37 @@ def _parsed(lines: bytes, count: int) -> list[tuple[ItemId, dict[str, Any]]] | N
     return found if is_right and {type(one) for _, one in found} <= {dict} else None
 
 
+@dataclass(frozen=True)
+class Table(Generic[TableT]):
+    """A table of each segment, by its derived file or, where that cannot be read, made of its items once.
+
+    name: of the file. read: raises DataError for one that is damaged or of another segment. make: reads all items.
+    """
+
+    name: str
+    read: Callable[[Segment, MappedFile], TableT]
+    make: Callable[[Segment], TableT]
+
+    def of(self, segment: Segment) -> TableT:
+        """That of a segment; raises DataError for a damaged item. Damage of the file may show when it is used."""
+        if self.name not in segment.tables:
+            file, found = segment.derived(self.name), None
+            if file is not None:
+                try:
+                    found = self.read(segment, file)
+                except DataError as error:
+                    warn_without(error)
+            segment.tables[self.name] = self.make(segment) if found is None else found
+        table: TableT = segment.tables[self.name]
+        return table
+
+    def again(self, segment: Segment, error: DataError) -> TableT:
+        """That of the items, from now on, in place of a file that showed this damage."""
+        warn_without(error)
+        table = segment.tables[self.name] = self.make(segment)
+        return table
+
+
 def derived_names(facts: SegmentFacts) -> set[str]:
     """The derived files of a segment, without those that hold their digests."""
     return {name for name in facts.files if name not in (*FILES, BLOCKS) and not name.endswith(DIGESTS)}
@@ -458,10 +490,7 @@ def _derived(folder: Path, facts: SegmentFacts, name: str) -> MappedFile | None:
         check_size(folder / name, facts.files[name])
         if name + DIGESTS not in facts.files:
             raise DataError(f"is not in the manifest; {ADVICE}", at=folder / (name + DIGESTS))
-        digests_B = np.frombuffer(read_whole(folder / (name + DIGESTS), facts.files[name + DIGESTS]), dtype=DIGEST)
-        if len(digests_B) != num_blocks(facts.files[name].bytes):
-            where, expected = folder / (name + DIGESTS), num_blocks(facts.files[name].bytes)
-            raise DataError(f"expected the digests of {expected} blocks, got {len(digests_B)}; {ADVICE}", at=where)
+        digests_B = _digests(folder, facts, name + DIGESTS, num_blocks(facts.files[name].bytes))
         return MappedFile(folder / name, digests_B)
     except DataError as error:
         warn_without(error)
@@ -481,13 +510,16 @@ def block_digests(folder: Path, facts: SegmentFacts) -> dict[str, Digests]:
     """The digests of the blocks of each file; none of a segment from before there were any. Raises DataError."""
     if BLOCKS not in facts.files:
         return {}
-    digests_B = np.frombuffer(read_whole(folder / BLOCKS, facts.files[BLOCKS]), dtype=DIGEST)
     ends = np.cumsum([num_blocks(facts.files[name].bytes) for name in FILES])
-    if ends[-1] != len(digests_B):
-        raise DataError(
-            f"expected the digests of {ends[-1]} blocks, got {len(digests_B)}; {ADVICE}", at=folder / BLOCKS
-        )
+    digests_B = _digests(folder, facts, BLOCKS, int(ends[-1]))
     return dict(zip(FILES, np.split(digests_B, ends[:-1]), strict=True))
+
+
+def _digests(folder: Path, facts: SegmentFacts, name: str, expected: int) -> Digests:
+    digests_B = np.frombuffer(read_whole(folder / name, facts.files[name]), dtype=DIGEST)
+    if len(digests_B) != expected:
+        raise DataError(f"expected the digests of {expected} blocks, got {len(digests_B)}; {ADVICE}", at=folder / name)
+    return digests_B
 
 
 def _array(file: MappedFile, dtype: np.dtype[Any], shape: tuple[int, int]) -> NDArray[Any]:

@@ -7,7 +7,6 @@ hits = index.search(vectors_QD, 10, where="group=动物")[0]
 
 # Q queries, N rows of all segments, removed ones included, D dimensions
 
-import contextlib
 import io
 import logging
 import math
@@ -100,6 +99,10 @@ class Snapshot:
                 for row in np.flatnonzero(alive_N).tolist():
                     yield (start + row, *segment.item(row))
 
+    def positions_of(self, ids: Sequence[ItemId]) -> dict[ItemId, int]:
+        """The position of each of the ids that an item has; raises DataError for a damaged item."""
+        return positions_of(self.rows, self.alive_N, ids)
+
 
 def open_rows(folder: Path, facts: Manifest) -> Rows:
     """The rows of all segments; raises DataError as `Segment`."""
@@ -175,7 +178,7 @@ class Index:
         return self.manifest.num_items
 
     def __contains__(self, item_id: object) -> bool:
-        return type(item_id) in (int, str) and self._found(item_id) is not None  # type: ignore[arg-type]
+        return type(item_id) in (int, str) and bool(self.snapshot.positions_of([item_id]))  # type: ignore[list-item]
 
     @property
     def ids(self) -> list[ItemId]:
@@ -321,12 +324,11 @@ class Index:
 
     def thumbnails(self, ids: Iterable[ItemId]) -> dict[ItemId, bytes]:
         """The small JPEGs of those of the items that have one."""
-        found = {one: self._found(one) for one in ids}
-        return {one: small for one, at in found.items() if at is not None and (small := at[0].thumbnail(at[1]))}
+        return {one: small for one, (segment, row) in self._rows_of(ids) if (small := segment.thumbnail(row))}
 
     def with_thumbnail(self, ids: Iterable[ItemId]) -> set[ItemId]:
         """Those of the ids whose items have a thumbnail."""
-        return {one for one in ids if (found := self._found(one)) and found[0].has_thumbnail(found[1])}
+        return {one for one, (segment, row) in self._rows_of(ids) if segment.has_thumbnail(row)}
 
     @property
     def table(self) -> ItemTable:
@@ -336,14 +338,19 @@ class Index:
                 self._table = self._table or ItemTable(self.snapshot.rows.segments, self.snapshot.alive_N)
         return self._table
 
-    def _found(self, item_id: ItemId) -> tuple[Segment, int] | None:
-        position = positions_of(self.snapshot.rows, self.snapshot.alive_N, [item_id]).get(item_id)
-        return None if position is None else self.snapshot.rows.segment_of(position)
+    def _rows_of(self, ids: Iterable[ItemId]) -> Iterator[tuple[ItemId, tuple[Segment, int]]]:
+        """(id, (segment, row in it)) of those that there are, in their order."""
+        wanted = list(dict.fromkeys(ids))
+        positions = self.snapshot.positions_of(wanted)
+        for one in wanted:
+            if one in positions:
+                yield one, self.snapshot.rows.segment_of(positions[one])
 
     def _position(self, item_id: ItemId) -> int:
-        with contextlib.suppress(KeyError):
-            return positions_of(self.snapshot.rows, self.snapshot.alive_N, [item_id])[item_id]
-        raise DataError(f"has no item {item_id!r}", at=self.folder)
+        position = self.snapshot.positions_of([item_id]).get(item_id)
+        if position is None:
+            raise DataError(f"has no item {item_id!r}", at=self.folder)
+        return position
 
 
 def _open_engine(snapshot: Snapshot) -> Engine:

@@ -25,7 +25,7 @@ from cn_clip.retrieval.derived import unfit, wanted, write_derived
 from cn_clip.retrieval.engine_table import ENGINES
 from cn_clip.retrieval.engines import Rows
 from cn_clip.retrieval.graph import SMALLEST_GRAPH, Kind, extended_graph, new_graph
-from cn_clip.retrieval.ids import integers, positions_of
+from cn_clip.retrieval.ids import integers
 from cn_clip.retrieval.manifest import DerivedFacts, EngineName, Manifest, PictureFacts, SegmentFacts, VectorType
 from cn_clip.retrieval.parts import Part
 from cn_clip.retrieval.query import ItemTable
@@ -142,10 +142,7 @@ class IndexWriter:
         return self.manifest.num_items
 
     def __contains__(self, item_id: object) -> bool:
-        return type(item_id) in (int, str) and bool(self._positions([item_id]))  # type: ignore[list-item]
-
-    def _positions(self, ids: Sequence[ItemId]) -> dict[ItemId, int]:
-        return positions_of(self._snapshot.rows, self._snapshot.alive_N, ids)
+        return type(item_id) in (int, str) and bool(self._snapshot.positions_of([item_id]))  # type: ignore[list-item]
 
     def items(self) -> Iterator[tuple[ItemId, dict[str, Any]]]:
         """(id, metadata) in order of insertion."""
@@ -155,7 +152,7 @@ class IndexWriter:
     def called(self, names: Sequence[str]) -> dict[str, ItemId]:
         """The ids that are written as these names, for those that are; of 7 and "7" the later item."""
         of_name: dict[str, list[ItemId]] = {name: [name, *integers(name)] for name in names}
-        positions = self._positions([one for ids in of_name.values() for one in ids])
+        positions = self._snapshot.positions_of([one for ids in of_name.values() for one in ids])
         found = {name: [one for one in ids if one in positions] for name, ids in of_name.items()}
         return {name: max(ids, key=positions.__getitem__) for name, ids in found.items() if ids}
 
@@ -173,7 +170,7 @@ class IndexWriter:
         """
         del soon
         found, wanted = {}, list(dict.fromkeys(ids))
-        positions = self._positions(wanted)
+        positions = self._snapshot.positions_of(wanted)
         for item_id in wanted:
             if item_id in positions:
                 segment, row = self._snapshot.rows.segment_of(positions[item_id])
@@ -210,7 +207,7 @@ class IndexWriter:
         """
         lines = checked_lines(items, self.manifest.model.embed_dim, self.manifest.vector_type)
         dropped = list(dict.fromkeys([*remove, *(item.id for item in items)]))
-        positions = self._positions(dropped)
+        positions = self._snapshot.positions_of(dropped)
         gone = [segment.key(row) for segment, row in map(self._snapshot.rows.segment_of, positions.values())]
         if not items and not gone and not self._is_mended and notes is None:
             return
