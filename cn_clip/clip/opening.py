@@ -75,22 +75,24 @@ def _settled(chosen: Choice, say: Speaker, kinds: Sequence[Kind]) -> tuple[Choic
             min_cosine=chosen.min_cosine,
         )
     else:
-        decision = choosing.decide(
-            chosen.model,
-            precision=chosen.precision,
-            device=chosen.device,
-            vision=chosen.vision,
-            text=chosen.text,
-            download_root=chosen.download_root,
-            num_threads=chosen.num_threads,
-            merge_tokens=chosen.merge_tokens or 0,
-            kinds=kinds,
-            min_cosine=chosen.min_cosine,
-            say=say.note,
-        )
+        settings = _settings(chosen)
+        decision = choosing.decide(chosen.model, **settings, kinds=kinds, min_cosine=chosen.min_cosine, say=say.note)
     say.note(str(decision))
     say.add(auto=decision.values())
     return replace(chosen, backend=decision.backend, precision=decision.precision, min_cosine=None), decision
+
+
+def _settings(chosen: Choice) -> dict[str, Any]:
+    """What every backend is opened with."""
+    return {
+        "precision": chosen.precision,
+        "device": chosen.device,
+        "vision": chosen.vision,
+        "text": chosen.text,
+        "download_root": chosen.download_root,
+        "num_threads": chosen.num_threads,
+        "merge_tokens": chosen.merge_tokens or 0,
+    }
 
 
 def open_quietly(
@@ -124,15 +126,7 @@ def open_quietly(
             decode=chosen.decode or "exact",
             upright=chosen.upright,
         )
-    settings: dict[str, Any] = {
-        "precision": chosen.precision,
-        "device": chosen.device,
-        "vision": chosen.vision,
-        "text": chosen.text,
-        "download_root": chosen.download_root,
-        "num_threads": chosen.num_threads,
-        "merge_tokens": chosen.merge_tokens or 0,
-    }
+    settings = _settings(chosen)
     if chosen.backend == "torch":
         from cn_clip.clip.backends.pytorch import open_torch
 

@@ -67,11 +67,7 @@ def read_features(path: str | os.PathLike[str], field: IdField, *, progress: boo
     """
     if Path(path).is_dir():
         return read_shards(Path(path), field)
-    try:
-        with open(path, "rb") as stream:
-            beginning = stream.read(8)
-    except OSError as error:
-        raise DataError(f"cannot be opened ({error.strerror})", at=path) from error
+    beginning = _beginning(path)
     for known, magic in _BEGINNINGS.items():
         if beginning.startswith(magic):
             return _READERS[known](path, field)
@@ -91,18 +87,18 @@ def feature_blocks(path: str | os.PathLike[str], field: IdField) -> Iterator[Fea
     if Path(path).is_dir():
         for shard in whole_shards(Path(path), field):
             yield from parquet_blocks(shard, field)
-    elif _begins(path, _BEGINNINGS["parquet"]):
+    elif _beginning(path).startswith(_BEGINNINGS["parquet"]):
         yield from parquet_blocks(path, field)
     else:
         yield read_features(path, field)
 
 
-def _begins(path: str | os.PathLike[str], magic: bytes) -> bool:
+def _beginning(path: str | os.PathLike[str]) -> bytes:
     try:
         with open(path, "rb") as stream:
-            return stream.read(len(magic)) == magic
-    except OSError:
-        return False
+            return stream.read(8)
+    except OSError as error:
+        raise DataError(f"cannot be opened ({error.strerror})", at=path) from error
 
 
 # --- JSONL

@@ -20,7 +20,7 @@ from cn_clip.index.progress import Progress
 from cn_clip.index.sources import OWN_FIELDS, Table, refuse_excludes, row_of
 from cn_clip.index.telling import say_summary
 from cn_clip.language import both, counted
-from cn_clip.retrieval.ids import HashArray, hashes_of
+from cn_clip.retrieval.ids import HashArray, coming_twice, hashes_of
 from cn_clip.retrieval.manifest import ModelInfo
 from cn_clip.retrieval.scanning import norms
 from cn_clip.retrieval.segments import FloatArray, ItemId
@@ -114,7 +114,7 @@ class _File:
             raise DataError("has no rows; extract it again", at=path)
         hashes_N = np.sort(np.concatenate(hashes))
         file = cls(path, id_prefix, widths.pop(), num_scaled, hashes_N, kept)
-        twice = set(hashes_N[1:][hashes_N[1:] == hashes_N[:-1]].tolist())
+        twice = coming_twice(hashes_N)
         if twice:
             ids = [one for block in file._blocks() for one in block.ids]
             numbers = [number for number, one in enumerate(hashes_of(ids).tolist()) if one in twice]

@@ -43,6 +43,11 @@ def hashes_of(ids: Iterable[ItemId]) -> HashArray:
     return np.frombuffer(b"".join(map(hash_of, ids)), dtype=_HASH).astype(np.uint64)
 
 
+def coming_twice(hashes_N: HashArray) -> set[int]:
+    """The hashes that come more than once; hashes_N: rising."""
+    return set(hashes_N[1:][hashes_N[1:] == hashes_N[:-1]].tolist())
+
+
 def integers(name: str) -> list[int]:
     """The integer that is written so, if there is one."""
     return [int(name)] if _INTEGER.fullmatch(name) else []

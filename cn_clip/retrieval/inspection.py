@@ -15,7 +15,7 @@ from cn_clip.errors import DataError, is_absent, reason_of
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.derived import unfit
 from cn_clip.retrieval.engines import BLOCK
-from cn_clip.retrieval.ids import hashes_of
+from cn_clip.retrieval.ids import coming_twice, hashes_of
 from cn_clip.retrieval.manifest import Manifest, SegmentFacts
 from cn_clip.retrieval.segments import (
     BLOCKS,
@@ -104,7 +104,7 @@ def inspect(folder: Path) -> tuple[Manifest, list[Damage]]:
 def _num_twice(snapshot: Snapshot) -> int:
     """How many items have the id of another one. Memory: 16 bytes an item."""
     hashes_N = np.sort(hashes_of(item_id for _, item_id, _ in snapshot.items()))
-    twice = set(hashes_N[1:][hashes_N[1:] == hashes_N[:-1]].tolist())
+    twice = coming_twice(hashes_N)
     if not twice:
         return 0
     ids = [one for _, one, _ in snapshot.items() if hashes_of([one])[0] in twice]

@@ -151,7 +151,7 @@ def _float(number: float) -> float:
 
 def filter_of(condition: Condition) -> str | None:
     """What to ask Milvus for; None where all rows, or what would be too long, would be asked for."""
-    asked = _over(condition.root)
+    asked = _of_node(condition.root, is_sure=False)
     return asked if isinstance(asked, str) and len(asked) <= LARGEST_FILTER else None
 
 
@@ -164,26 +164,18 @@ def filter_of_field(field: str) -> str:
     return f"({_has(key_of_field(field))} or {WITHOUT_FIELDS})"
 
 
-def _over(node: Node) -> _Filter:
-    """Admits what the node admits, and perhaps more."""
-    if isinstance(node, Term):
-        if node.operator.startswith("!"):
-            return _negated(_term(node, is_sure=True))
-        return _term(node, is_sure=False)
-    if isinstance(node, Not):
-        return _negated(_sure(node.part))
-    return _joined("and" if isinstance(node, And) else "or", [_over(part) for part in node.parts])
+def _of_node(node: Node, *, is_sure: bool) -> _Filter:
+    """is_sure: admits only what the node admits, and perhaps not all of it; else all of that, and perhaps more.
 
-
-def _sure(node: Node) -> _Filter:
-    """Admits only what the node admits, and perhaps not all of it."""
+    What is turned round by a `not` must be sure where the rest need not be, and the other way round.
+    """
     if isinstance(node, Term):
-        if node.operator.startswith("!"):
-            return _negated(_term(node, is_sure=False))
-        return _term(node, is_sure=True)
+        is_not = node.operator.startswith("!")
+        told = _term(node, is_sure=is_sure != is_not)
+        return _negated(told) if is_not else told
     if isinstance(node, Not):
-        return _negated(_over(node.part))
-    return _joined("and" if isinstance(node, And) else "or", [_sure(part) for part in node.parts])
+        return _negated(_of_node(node.part, is_sure=not is_sure))
+    return _joined("and" if isinstance(node, And) else "or", [_of_node(part, is_sure=is_sure) for part in node.parts])
 
 
 def _joined(word: str, parts: Iterable[_Filter]) -> _Filter:
