@@ -67,3 +67,29 @@ def test_a_fault_behind_many_good_rows_changes_nothing(tmp_path: Path, refusal: 
     nan = written(tmp_path / "nan.parquet", list(range(50)), rows)
     assert "row 45 feature: holds NaN" in refusal("index", "build", str(nan), "--output", str(tmp_path / "i"))
     assert not (tmp_path / "i").exists()
+
+
+def test_a_file_that_is_written_again_between_its_readings_is_noticed(
+    tmp_path: Path, command: Command, refusal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, path, index = unit(50), tmp_path / "a.parquet", str(tmp_path / "i")
+    command("index", "build", str(written(path, list(range(50)), rows)), "--output", index)
+    examined = module._File.examined
+
+    def then_changed(source: Path, prefix: str) -> Any:
+        file = examined(source, prefix)
+        written(path, [*range(49), 77], rows)
+        return file
+
+    monkeypatch.setattr(module, "_LARGEST_KEPT", 0)
+    monkeypatch.setattr(module._File, "examined", then_changed)
+    assert "changed while it was read" in refusal("index", "build", str(path), "--output", index)
+    assert open_index(Path(index)).ids == list(range(50))
+    # During the second reading: what is there of the first is not taken for what is gone.
+    path.unlink()
+    file = examined(written(path, list(range(50)), rows), "")
+    commits = file.commits(20)
+    assert next(commits)[0] == list(range(20))
+    written(path, [*range(49), 77], rows)
+    with pytest.raises(module.DataError, match="changed while it was read"):
+        list(commits)

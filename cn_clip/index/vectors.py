@@ -2,8 +2,9 @@
 
 # N rows, B rows of a block, D embedding
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def add_features(options: SourceOptions, job: Job, model: Model, table: Table | 
 class _File:
     """A feature file that was read once: whether it has an id, and its rows in order; the ids with their prefix.
 
-    kept: the rows, if they are few enough; the hashes of the ids rise.
+    kept: the rows, if they are few enough; the hashes of the ids rise. state: of the files when they were first read.
     """
 
     path: Path
@@ -96,12 +97,14 @@ class _File:
     num_scaled: int
     hashes_N: HashArray
     kept: list[Features] | None
+    state: list[tuple[object, ...]]
 
     @classmethod
     def examined(cls, path: Path, id_prefix: str) -> "_File":
         """Raises DataError for what `commits` could not give."""
         hashes, widths, num_scaled, num_bytes = [], set[int](), 0, 0
         kept: list[Features] | None = []
+        state = _state(path)
         for block in feature_blocks(path, "image_id"):
             widths.add(block.vectors.shape[1])
             if len(widths) > 1:
@@ -113,7 +116,7 @@ class _File:
         if not hashes:
             raise DataError("has no rows; extract it again", at=path)
         hashes_N = np.sort(np.concatenate(hashes))
-        file = cls(path, id_prefix, widths.pop(), num_scaled, hashes_N, kept)
+        file = cls(path, id_prefix, widths.pop(), num_scaled, hashes_N, kept, state)
         twice = coming_twice(hashes_N)
         if twice:
             ids = [one for block in file._blocks() for one in block.ids]
@@ -121,7 +124,7 @@ class _File:
             check_unique([ids[one] for one in numbers], path, "image_id", numbers=[one + 1 for one in numbers])
         if id_prefix:
             prefixed = (f"{id_prefix}{one}" for block in file._blocks() for one in block.ids)
-            file = cls(path, id_prefix, file.embed_dim, num_scaled, np.sort(hashes_of(prefixed)), kept)
+            file = replace(file, hashes_N=np.sort(hashes_of(prefixed)))
         return file
 
     def __len__(self) -> int:
@@ -135,10 +138,23 @@ class _File:
         return place < len(self) and bool(self.hashes_N[place] == one)
 
     def _blocks(self) -> Iterator[Features]:
-        return iter(self.kept) if self.kept is not None else feature_blocks(self.path, "image_id")
+        if self.kept is not None:
+            yield from self.kept
+            return
+        self._check_unchanged()
+        yield from feature_blocks(self.path, "image_id")
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        if _state(self.path) != self.state:
+            raise DataError(
+                "changed while it was read, and what was added may be of both; let it be written to its end, and run "
+                "the same command again",
+                at=self.path,
+            )
 
     def commits(self, size: int) -> Iterator[tuple[list[ItemId], FloatArray]]:
-        """(ids, vectors of length 1) of so many rows each."""
+        """(ids, vectors of length 1) of so many rows each; raises DataError for a file that changed meanwhile."""
         ids: list[ItemId] = []
         parts: list[FloatArray] = []
         for block in self._blocks():
@@ -152,6 +168,16 @@ class _File:
                     ids, parts = ids[size:], [whole_BD[size:]]
         if ids:
             yield ids, np.concatenate(parts)
+
+
+def _state(path: Path) -> list[tuple[object, ...]]:
+    """Of a file, or of those of a folder: what differs once it was written again."""
+    found: list[tuple[object, ...]] = []
+    for one in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with contextlib.suppress(OSError):  # who reads it says so
+            facts = one.stat()
+            found.append((one.name, facts.st_ino, facts.st_size, facts.st_mtime_ns))
+    return found
 
 
 def _of_unit_length(features: Features, path: Path) -> tuple[FloatArray, int]:
