@@ -10,20 +10,23 @@ import contextlib
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from cn_clip.data.paths import spelled, walked
 from cn_clip.errors import ConfigError, DataError, is_absent
 from cn_clip.extras import require
 from cn_clip.files import alone, atomic_write, clear_leftovers
+from cn_clip.leases import Lease, held
 
 EXTRA = "ray"
 # What is put into these appears whole when the upload ends; a disk needs a rename.
 _OBJECT_STORES = ("s3", "gcs", "abfs")
 MEMORY = "memory://"
+# Holds the claim of the process that writes below a folder; hidden names are in no listing.
+LEASE = ".lease.json"
 _READ_AHEAD = 2**20
 
 
@@ -134,17 +137,26 @@ class Storage:
                 clear_leftovers(Path(self.path), f".{prefix}")
 
     @contextlib.contextmanager
-    def alone(self, busy: str) -> Iterator[None]:
-        """Holds the lock of a folder on a disk while the block runs; other stores have none.
+    def alone(
+        self, busy: str, *, waiting: Callable[[str], object] = lambda sentence: None
+    ) -> Iterator[Callable[[], None]]:
+        """Keeps other processes out of a folder while the block runs: by a lock on a disk, by a lease elsewhere.
 
-        busy: what to say when another process has it. Raises ConfigError then, DataError when it cannot be taken.
+        busy: what to say when another process has it; waiting: called with the sentence while it is not known whether
+        the process whose lease is there still lives. Yields a function that raises LeaseLostError once another process
+        has taken the lease, as it may when this one was stopped for long. Raises ConfigError when another process has
+        the folder, DataError when it cannot be written.
         """
-        with contextlib.ExitStack() as stack:
-            if self._is_local:
+        name = f"{self.name}: {busy}"
+        if self._is_local:
+            with contextlib.ExitStack() as stack:
                 with self._trying("cannot be written"):
                     Path(self.path).mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(alone(Path(self.path, ".lock"), f"{self.name}: {busy}"))
-            yield
+                    stack.enter_context(alone(Path(self.path, ".lock"), name))
+                yield lambda: None
+        else:
+            with held(Lease(_Board(self.child(LEASE)), name), waiting=waiting) as lease:
+                yield lease.confirm
 
     @contextlib.contextmanager
     def _trying(self, what: str) -> Iterator[None]:
@@ -154,6 +166,26 @@ class Storage:
             kind = DataError if isinstance(error, FileNotFoundError) else StorageError
             reason = error.strerror or str(error).splitlines()[0][:200]
             raise kind(f"{what} ({reason})", at=self.name) from error
+
+
+class _Board(NamedTuple):
+    """A claim as an object of a store; it is there whole or not at all."""
+
+    file: Storage
+
+    def read(self) -> str | None:
+        try:
+            return self.file.read().decode(errors="replace")
+        except StorageError:
+            raise
+        except DataError:  # nobody claims it
+            return None
+
+    def write(self, text: str) -> None:
+        self.file.write(text.encode())
+
+    def erase(self) -> None:
+        self.file.delete()
 
 
 def _found(path: str) -> FoundFile | None:
