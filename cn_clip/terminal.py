@@ -17,6 +17,7 @@ from cn_clip import progress
 from cn_clip.errors import CnClipError
 from cn_clip.language import both, language, translated
 from cn_clip.progress import cells_of
+from cn_clip.secret import hidden_in
 
 # By the name of the error number, what to do about a path.
 NEXT_STEPS = {
@@ -96,11 +97,11 @@ def ending(*, status: int = 1) -> Iterator[None]:
 
 
 def told(error: BaseException) -> str:
-    """What an error says, in the reader's language."""
+    """What an error says, in the reader's language; the parser of a command line repeats what was typed."""
     if not isinstance(error, CnClipError) or error.at is None:
-        return translated(str(error))
+        return hidden_in(translated(str(error)))
     at = error.at if error.at.part is None else replace(error.at, part=translated(error.at.part))
-    return f"{at}: {translated(error.sentence)}"
+    return hidden_in(f"{at}: {translated(error.sentence)}")
 
 
 def fail(sentence: str, *, status: int) -> NoReturn:
