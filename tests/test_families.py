@@ -35,7 +35,7 @@ from cn_clip.eval import extract_features, zeroshot_evaluation
 transformers = pytest.importorskip("transformers", minversion="5")
 
 # The longest text of each tiny model: of its tokenizer, or of its position embeddings (of RoBERTa's 40, 2 are spare).
-LENGTHS = {"clip": 77, "siglip": 64, "altclip": 38, "metaclip_2": 77, "chinese_clip": 52}
+LENGTHS = {"clip": 77, "siglip": 64, "siglip_2": 64, "altclip": 38, "metaclip_2": 77, "chinese_clip": 52}
 TEXTS = ["小猫", "", "红色的苹果 a photo of the dog", "A Photo of “小狗”", "星星" * 60, "月亮"]
 
 
@@ -65,7 +65,8 @@ def theirs(folder: Path, kind: str, images: list[Image.Image], texts: list[str])
     name = json.loads((folder / "preprocessor_config.json").read_text())["image_processor_type"]
     processor = getattr(transformers, f"{name}Pil")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    padding = "max_length" if kind == "siglip" else True
+    padding = "max_length" if kind in ("siglip", "siglip_2") else True
+    texts = [text.lower() for text in texts] if kind == "siglip_2" else texts  # which its tokenizer leaves undone
     tokens = tokenizer(texts, padding=padding, truncation=True, max_length=LENGTHS[kind], return_tensors="pt")
     pixels = processor.from_pretrained(folder)(images=[image.convert("RGB") for image in images], return_tensors="pt")
     with torch.inference_mode():
@@ -85,7 +86,7 @@ def test_vectors_are_those_of_transformers_with_the_processor_of_the_folder(kind
     image_rows, text_rows = theirs(folders(kind), kind, pictures(), TEXTS)
     np.testing.assert_allclose(encoder.encode_images(pictures(), batch_size=3), image_rows, atol=1e-5)
     np.testing.assert_allclose(encoder.encode_texts(TEXTS, batch_size=2), text_rows, atol=1e-5)
-    assert encoder.embed_dim == image_rows.shape[1] == (32 if kind == "siglip" else EMBED_DIM)
+    assert encoder.embed_dim == image_rows.shape[1] == (32 if kind in ("siglip", "siglip_2") else EMBED_DIM)
     assert encoder.context_length == LENGTHS[kind]
     assert encoder.transform.resolution == RESOLUTION
     assert np.ptp(text_rows @ text_rows.T) > 0.01, "the texts are told apart, or the test would see no difference"
@@ -98,6 +99,16 @@ def test_pictures_of_clip_are_scaled_by_their_short_side_and_cut_from_the_middle
     expected = (np.asarray(scaled, dtype=np.float64) / 255 - MEAN) / STD
     pixels = Encoder(f"hf:{folders('clip')}", device="cpu").transform.array(image)
     np.testing.assert_allclose(pixels, expected.transpose(2, 0, 1), atol=1e-6)
+
+
+def test_upper_case_is_nothing_to_siglip_2_though_its_tokenizer_keeps_it(folders: Any) -> None:
+    folder = folders("siglip_2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("Cat")["input_ids"] != tokenizer("cat")["input_ids"], "or nothing would be left to do"
+    encoder = Encoder(f"hf:{folder}", device="cpu")
+    upper, lower, other = encoder.encode_texts(["A CAT, “Ä”", "a cat, “ä”", "a dog"])
+    np.testing.assert_array_equal(upper, lower)
+    assert not np.allclose(lower, other, atol=1e-3)
 
 
 def test_texts_of_siglip_are_padded_to_its_length_and_others_to_the_longest(folders: Any) -> None:

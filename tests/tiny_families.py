@@ -10,7 +10,7 @@ import torch
 from cn_clip.clip.tokenizer import VOCAB_FILE
 from cn_clip.clip.transforms import MEAN, STD
 
-KINDS = ("clip", "siglip", "altclip", "metaclip_2", "chinese_clip")
+KINDS = ("clip", "siglip", "siglip_2", "altclip", "metaclip_2", "chinese_clip")
 RESOLUTION = 32
 EMBED_DIM = 24
 
@@ -48,6 +48,8 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     },
     "chinese_clip": {**_SQUEEZED, "image_processor_type": "ChineseCLIPImageProcessor", "do_center_crop": False},
 }
+# Of a fixed resolution, SigLIP 2 is the model of SigLIP with another tokenizer.
+PROCESSORS["siglip_2"] = PROCESSORS["siglip"]
 
 
 def write_family(folder: Path, kind: str, *, seed: int = 0, safe: bool = True) -> Path:
@@ -75,7 +77,7 @@ def _model(kind: str, vocabulary: int) -> Any:
     if kind == "clip":
         text |= {"max_position_embeddings": 77, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1}
         return hf.CLIPModel(hf.CLIPConfig(text_config=text, **both))
-    if kind == "siglip":
+    if kind in ("siglip", "siglip_2"):
         text |= {"max_position_embeddings": 64, "pad_token_id": 1, "eos_token_id": 1}
         return hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=_VISION))
     if kind == "altclip":
@@ -122,6 +124,27 @@ def _siglip_tokenizer(folder: Path) -> int:
     return int(sentencepiece.SentencePieceProcessor(model_proto=stream.getvalue()).vocab_size())
 
 
+def _gemma_tokenizer(folder: Path) -> int:
+    """As the published folders of SigLIP 2 have it: BPE that keeps upper case, and no merge here."""
+    from tokenizers import Tokenizer, normalizers
+    from tokenizers.models import BPE
+    from tokenizers.processors import TemplateProcessing
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    characters = sorted(set("▁ABCDPabcdefghijklmnopqrstuvwxyz“”" + "".join(_WORDS)))
+    pieces = [*special, *characters, *(f"<0x{byte:02X}>" for byte in range(256))]
+    numbers = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(BPE(numbers, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "GemmaTokenizer", "padding_side": "right", "model_input_names": ["input_ids"]}
+    _write_json(folder / "tokenizer_config.json", settings | names)
+    return len(pieces)
+
+
 def _roberta_tokenizer(folder: Path) -> int:
     """Characters as tokens, among the special tokens of XLM-R: <s> 0, <pad> 1, </s> 2, <unk> 3."""
     from tokenizers import Tokenizer
@@ -149,6 +172,7 @@ def _bert_tokenizer(folder: Path) -> int:
 _TOKENIZERS = {
     "clip": _clip_tokenizer,
     "siglip": _siglip_tokenizer,
+    "siglip_2": _gemma_tokenizer,
     "altclip": _roberta_tokenizer,
     "metaclip_2": _roberta_tokenizer,
     "chinese_clip": _bert_tokenizer,

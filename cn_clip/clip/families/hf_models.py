@@ -33,13 +33,15 @@ class Family:
     """How the texts of a family were padded when it was trained.
 
     is_masked: padding is hidden from attention; if it is not, attention is causal, or the tower was trained with it.
-    is_full: every text is padded to the longest that the tower takes. has_spare_positions: as in RoBERTa, the first
+    is_full: every text is padded to the longest that the tower takes. is_lower_cased: upper case was never seen, whether
+    or not the tokenizer of the folder sees to that: SigLIP 2's folders name one that does not (arXiv 2502.14786). has_spare_positions: as in RoBERTa, the first
     position embeddings, one more than the id of padding, belong to no text. processor: of pictures, if the folder does
     not name one.
     """
 
     is_masked: bool = False
     is_full: bool = False
+    is_lower_cased: bool = False
     has_spare_positions: bool = False
     processor: str = "CLIPImageProcessor"
 
@@ -47,7 +49,7 @@ class Family:
 # By the `model_type` of config.json.
 FAMILIES = {
     "clip": Family(),
-    "siglip": Family(is_full=True, processor="SiglipImageProcessor"),
+    "siglip": Family(is_full=True, is_lower_cased=True, processor="SiglipImageProcessor"),
     "altclip": Family(is_masked=True, has_spare_positions=True),
     "metaclip_2": Family(),
     "chinese_clip": Family(is_masked=True, processor="ChineseCLIPImageProcessor"),
@@ -94,15 +96,17 @@ class ProcessedPictures:
 class TokenizedTexts:
     """A folder's tokenizer as a `TextTransform`."""
 
-    def __init__(self, tokenizer: Any, *, context_length: int, is_full: bool) -> None:
+    def __init__(self, tokenizer: Any, *, context_length: int, is_full: bool, is_lower_cased: bool = False) -> None:
         self._tokenizer, self.context_length, self.is_full = tokenizer, context_length, is_full
+        self.is_lower_cased = is_lower_cased
         self.pad_id = int(tokenizer.pad_token_id or 0)
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special ones included, cut at the model's length."""
         if not texts:
             return []
-        encoded = self._tokenizer(list(texts), truncation=True, max_length=self.context_length, padding=False)
+        given = [text.lower() for text in texts] if self.is_lower_cased else list(texts)
+        encoded = self._tokenizer(given, truncation=True, max_length=self.context_length, padding=False)
         rows: list[list[int]] = encoded["input_ids"]
         return rows
 
@@ -148,7 +152,9 @@ def open_folder(
         pictures = _open_pictures(transformers, folder, family.processor, model.config.vision_config, decode)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         longest = _longest(model, tokenizer, family)
-        texts = TokenizedTexts(tokenizer, context_length=longest, is_full=family.is_full)
+        texts = TokenizedTexts(
+            tokenizer, context_length=longest, is_full=family.is_full, is_lower_cased=family.is_lower_cased
+        )
         towers = ForeignTowers(
             model,
             encode_image=lambda pixels_B3RR: _pooled(model.get_image_features(pixel_values=pixels_B3RR)),
