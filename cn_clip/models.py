@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cn_clip import command, terminal
+from cn_clip.evaluation.benchmark_sets import classification_sets
 from cn_clip.jsonl import dumps
 from cn_clip.language import both
 from cn_clip.zoo import (
@@ -22,7 +23,10 @@ from cn_clip.zoo import (
     everything,
     model_config,
 )
-from cn_clip.zoo_results import SPLITS, Result, Setup, results_of
+from cn_clip.zoo_results import OTHERS, README, SPLITS, Result, Setup, results_of
+
+# Columns of one table, so that it fits a terminal.
+DATASETS_ABREAST = 5
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ def table_of_models(models: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def tables_of_results(names: Sequence[str]) -> list[str]:
-    """Lines of one table for each dataset and direction, of the models that have results there, and their sources.
+    """Lines of one table for each dataset and direction, of the models that have results there, one for the accuracy of
+    zero-shot classification, and their sources.
 
     A table has one line a model, and one block for each setup that any of them has results in.
     """
@@ -153,9 +158,32 @@ def tables_of_results(names: Sequence[str]) -> list[str]:
                     blocks.append([title, *_block([found.get(name) for name in models])])
             table = terminal.align(zip(["", "", *models], *blocks, strict=True))
             lines += [f"{dataset} ({split}){both('：', ': ')}{direction}", *table, ""]
-    sources = dict.fromkeys(result.source for _, result in everywhere)
+    lines += _tables_of_accuracies(names)
+    sources = dict.fromkeys([*(result.source for _, result in everywhere), README])
     units = both("单位：%；MR：三者的平均；来源：", "in %; MR: the mean of the three; from:")
     return [*lines, units, *(f"  {source}" for source in sources)]
+
+
+def accuracies_of(name: str) -> dict[str, float]:
+    """The published accuracy of zero-shot classification of a model in percent, by dataset."""
+    known = {one.title: dict(one.others) | dict(one.published) for one in classification_sets().values()}
+    return {title: of_model[name] for title, of_model in known.items() if name in of_model}
+
+
+def _tables_of_accuracies(names: Sequence[str]) -> list[str]:
+    titles = [one.title for one in classification_sets().values()]
+    found = {name: accuracies_of(name) for name in names}
+    lines = []
+    for start in range(0, len(titles), DATASETS_ABREAST):
+        some = titles[start : start + DATASETS_ABREAST]
+        rows = [
+            [name, *("–" if title not in of_model else f"{of_model[title]:.1f}" for title in some)]
+            for name, of_model in found.items()
+            if any(title in of_model for title in some)
+        ]
+        head = f"ELEVATER (test){both('：零样本分类', ': zero-shot classification')}"
+        lines += [head, *terminal.align([["", *some], *rows], right=frozenset(range(1, len(some) + 1))), ""]
+    return lines
 
 
 def _block(results: Sequence[Result | None]) -> list[str]:
@@ -167,16 +195,27 @@ def _block(results: Sequence[Result | None]) -> list[str]:
     return terminal.align([shown, *rows], right=frozenset(range(len(shown))))
 
 
+def _results(name: str) -> dict[str, Any]:
+    return {"results": [result._asdict() for result in results_of(name)], "accuracies": accuracies_of(name)}
+
+
+def _all_others() -> list[str]:
+    """The models that are not to be had here, of which results are published."""
+    classified = (name for one in classification_sets().values() for name in one.others)
+    return list(dict.fromkeys([*OTHERS, *classified]))
+
+
 def run(options: Options) -> None:
     """Prints the tables, or the JSON object."""
     root = options.download_root.expanduser()
     models = [describe(name, entry, root) for name, entry in everything().items()]
     if options.json:
         for model in models if options.results else ():
-            model["results"] = [result._asdict() for result in results_of(model["name"])]
-        print(dumps({"download_root": str(root), "models": models}))
+            model |= _results(model["name"])
+        others = {"others": [{"name": name, **_results(name)} for name in _all_others()]} if options.results else {}
+        print(dumps({"download_root": str(root), "models": models, **others}))
     elif options.results:
-        print("\n".join(tables_of_results([model["name"] for model in models])))
+        print("\n".join(tables_of_results([*(model["name"] for model in models), *_all_others()])))
         print(f"Emoji-Tiny: {BUNDLED_DIR / 'MODEL_CARD.md'}")
     else:
         print("\n".join(table_of_models(models)))

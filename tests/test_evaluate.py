@@ -24,7 +24,7 @@ from cn_clip.eval import evaluate as evaluate_command
 from cn_clip.evaluation import benchmark_sets as sets
 from cn_clip.evaluation import classification, zeroshot
 from cn_clip.evaluation.benchmark_sets import ClassName
-from cn_clip.zoo_results import CHINESE_CLIP
+from cn_clip.zoo_results import CHINESE_CLIP, README
 
 NUM_PICTURES = 24
 
@@ -294,7 +294,7 @@ def test_the_table_has_the_published_rows_beside_the_measured(
     flags = ["--data", str(datasets / "flickr"), "--checkpoint", str(named), "--num-workers", "0", "--device", "cpu"]
     cli.main(["evaluate", "Flickr30K_CN", *flags, "--output", str(tmp_path / "out")])
     lines = capsys.readouterr().out.splitlines()
-    rows = [line.split()[-4:] for line in lines if line.startswith("  published")]
+    rows = [line.split()[-4:] for line in lines if line.startswith("  published") and " ViT-B-16  " in line]
     assert rows == [
         ["62.7", "86.9", "92.8", "—"],
         ["79.1", "94.8", "97.4", "—"],
@@ -310,7 +310,12 @@ def test_the_table_has_the_published_rows_beside_the_measured(
         "r10": 99.5,
         "mean_recall": None,
     }
-    assert f"published figures: {CHINESE_CLIP}" in "\n".join(lines)
+    assert measured["others"]["Taiyi"] == {
+        "zero-shot": {"text": {"r1": 60.8, "r5": 85.0, "r10": 91.0, "mean_recall": None}}
+    }
+    (taiyi,) = (line for line in lines if "Taiyi" in line)
+    assert taiyi.split() == ["published,", "zero-shot:", "Taiyi", "60.8", "85.0", "91.0", "—"]
+    assert [line.split()[-1] for line in lines if line.startswith("published figures")][:2] == [CHINESE_CLIP, README]
     cli.main(["evaluate", "muge", *flags, "--output", str(tmp_path / "out"), "--split", "test"])
     text = capsys.readouterr().out
     assert "the published figures are of valid only" in text

@@ -8,7 +8,7 @@ import pytest
 
 from cn_clip import cli, models, zoo
 from cn_clip.progress import cells_of
-from cn_clip.zoo_results import SPLITS, results_of
+from cn_clip.zoo_results import OTHERS, SPLITS, results_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,11 +107,23 @@ def test_results_are_those_of_their_sources(capsys: pytest.CaptureFixture[str]) 
     assert muge["QA-CLIP-ViT-L-14"] == "57.4 81.0 87.7 – – – – –"
     coco = tables["COCO-CN (test): image → text"]
     assert "ViT-B-16              57.0  84.1  93.6  77.4  96.2  98.9\n" in coco
-    assert "https://github.com/OFA-Sys/Chinese-CLIP/blob/master/Results.md" in coco
+    assert "Wukong                55.2  81.0  90.6  73.3  94.0  98.0\n" in coco
+    assert muge["R2D2-ViT-B"] == "– – – – 47.4 75.1 83.5 68.7"
+    assert "ViT-B-16 (2022-06)    52.1  76.7  84.4  71.1  56.8  82.4  89.3  76.2" in table
+    assert "Taiyi" not in coco, "whose results are of the other direction alone"
+    first, classes = re.findall(r"ELEVATER \(test\): zero-shot classification\n(.*?)\n\n", out, flags=re.DOTALL)
+    assert re.search(r"^ALIGN +94\.9 +76\.8 +66\.1 +52\.1 +50\.8$", first, flags=re.MULTILINE)
+    assert re.search(r"^Wukong +95\.4 +77\.1 +40\.9 +50\.3 +–$", first, flags=re.MULTILINE)
+    assert re.search(r"^ViT-H-14 +26\.2 +39\.1 +79\.4 +52\.4 +84\.9$", classes, flags=re.MULTILINE)
+    assert re.search(r"^CLIP +33\.3 +11\.5 +79\.0 +62\.3 +84\.0$", classes, flags=re.MULTILINE)
+    assert "Wukong" not in classes
+    assert "https://github.com/OFA-Sys/Chinese-CLIP/blob/master/Results.md" in out
+    assert "https://github.com/OFA-Sys/Chinese-CLIP/blob/master/README.md" in out
 
 
 def test_json_holds_the_results_if_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    listed = json.loads(printed(capsys, "--json", "--results"))["models"]
+    printed_object = json.loads(printed(capsys, "--json", "--results"))
+    listed = printed_object["models"]
     counts = {model["name"]: len(model["results"]) for model in listed}
     assert counts == dict.fromkeys(zoo.PUBLISHED, 10) | dict.fromkeys(zoo.QA_CLIP, 6) | {"Emoji-Tiny": 0}
     (one,) = [
@@ -120,10 +132,17 @@ def test_json_holds_the_results_if_asked_for(capsys: pytest.CaptureFixture[str])
         if (one["dataset"], one["query"], one["setup"]) == ("Flickr30K-CN", "image", "fine-tuned")
     ]
     assert (one["recall_1"], one["recall_5"], one["recall_10"], one["mean"]) == (93.5, 99.0, 99.5, None)
+    assert listed[0]["accuracies"]["CIFAR-10"] == 92.0
+    others = {one["name"]: (len(one["results"]), len(one["accuracies"])) for one in printed_object["others"]}
+    assert others == {
+        **{"Wukong": (10, 4), "Taiyi": (2, 0), "R2D2": (10, 0), "Wukong-ViT-B": (10, 0), "R2D2-ViT-B": (5, 0)},
+        **{"ViT-B-16 (2022-06)": (10, 0), "GIT": (0, 10), "ALIGN": (0, 10), "CLIP": (0, 10)},
+    }
+    assert "others" not in json.loads(printed(capsys, "--json"))
 
 
 def test_recall_grows_with_k_and_published_means_are_means() -> None:
-    for name in zoo.available_models():
+    for name in (*zoo.available_models(), *OTHERS):
         for one in results_of(name):
             assert one.dataset in SPLITS
             assert 0 < one.recall_1 < one.recall_5 < one.recall_10 <= 100

@@ -24,7 +24,7 @@ from cn_clip.language import both, counted
 from cn_clip.option_types import ContextLength, Json, NumWorkers
 from cn_clip.settings import Range
 from cn_clip.zoo import CONTEXT_LENGTH
-from cn_clip.zoo_results import CHINESE_CLIP, Query, Setup
+from cn_clip.zoo_results import CHINESE_CLIP, README, Query, Result, Setup
 
 if TYPE_CHECKING:
     from cn_clip.evaluation.classification import Measured
@@ -198,22 +198,20 @@ def _report_recalls(
 ) -> dict[str, Any]:
     """Prints recalls beside the published ones of the split; returns both for the result."""
     benchmark, split, model = benchmark_sets.RETRIEVAL_SETS[options.name], options.used_split, _published_model(options)
-    published = benchmark.published(model) if split == benchmark.split else []
-    setups: dict[str, dict[str, dict[str, float | None]]] = {}
-    for one in published:
-        figures = {"r1": one.recall_1, "r5": one.recall_5, "r10": one.recall_10, "mean_recall": one.mean}
-        setups.setdefault(one.setup, {})[one.query] = figures
+    is_comparable = split == benchmark.split
+    published = benchmark.published(model) if is_comparable else []
+    others = benchmark.others() if is_comparable else []
+    setups = _by_setup(published)
     rows: list[tuple[str, ...]] = []
     for query, scores in measured.items():
         way = f"{benchmark.title} {split}" + both("，", ", ") + both(*DIRECTIONS[query])
         rows.append((way, "R@1", "R@5", "R@10", "MR"))
         here = both("  本次测得：", "  measured: ") + options.chosen.model
         rows.append((here, *(f"{score:.1f}" for score in scores.values())))
-        for one in published:
+        for name, one in [*((model, one) for one in published), *others]:
             if one.query == query:
-                known = setups[one.setup][query].values()
-                shown = (_NOT_PUBLISHED if figure is None else f"{figure:.1f}" for figure in known)
-                rows.append((f"  {both(*SETUPS[one.setup])}{both('：', ': ')}{model}", *shown))
+                shown = (_NOT_PUBLISHED if figure is None else f"{figure:.1f}" for figure in _figures(one).values())
+                rows.append((f"  {both(*SETUPS[one.setup])}{both('：', ': ')}{name}", *shown))
     for line in terminal.align(rows, right=frozenset({1, 2, 3, 4})):
         say(line)
     if split != benchmark.split:
@@ -223,27 +221,43 @@ def _report_recalls(
                 f"the published figures are of {benchmark.split} only, so they are not shown",
             )
         )
-    elif published:
-        say(both(f"公布的指标来自 {published[0].source}", f"published figures: {published[0].source}"))
     else:
-        say(_no_figures(options))
+        if not published:
+            say(_no_figures(options))
+        for source in dict.fromkeys(one.source for one in [*published, *(one for _, one in others)]):
+            say(both(f"公布的指标来自 {source}", f"published figures: {source}"))
     kept = {"model": model, **setups, "source": published[0].source} if published else None
-    return {"measured": measured, "published": kept}
+    names = dict.fromkeys(name for name, _ in others)
+    known = {name: _by_setup([one for owner, one in others if owner == name]) for name in names}
+    return {"measured": measured, "published": kept, "others": known}
+
+
+def _by_setup(results: Sequence[Result]) -> dict[str, dict[str, dict[str, float | None]]]:
+    setups: dict[str, dict[str, dict[str, float | None]]] = {}
+    for one in results:
+        setups.setdefault(one.setup, {})[one.query] = _figures(one)
+    return setups
+
+
+def _figures(one: Result) -> dict[str, float | None]:
+    return {"r1": one.recall_1, "r5": one.recall_5, "r10": one.recall_10, "mean_recall": one.mean}
 
 
 def _report_accuracy(options: Options, found: "Measured", num_labels: int, say: command.Speaker) -> dict[str, Any]:
     """Prints the measures beside the published one, if it is of as many classes; returns both for the result."""
     benchmark, model = benchmark_sets.classification_sets()[options.name], _published_model(options)
     figure, num_classes = benchmark.published.get(model or ""), len(benchmark_sets.class_names(options.name))
+    others = benchmark.others
     if num_labels != num_classes:
-        figure = None
+        figure, others = None, {}
     pictures = both(f"，{found.num_pictures} 张图片", f", {counted(found.num_pictures, 'image')}")
     rows = [(f"{benchmark.title} test{pictures}", "%")]
     for metric, value in found.measures.items():
         here = both(f"  本次测得，{METRICS[metric][0]}：", f"  measured, {METRICS[metric][1]}: ")
         rows.append((f"{here}{options.chosen.model}", f"{value:.1f}"))
-    if figure is not None:
-        rows.append((f"  {both(*SETUPS['zero-shot'])}{both('：', ': ')}{model}", f"{figure:.1f}"))
+    known = ({} if figure is None else {str(model): figure}) | dict(others)
+    for name, value in known.items():
+        rows.append((f"  {both(*SETUPS['zero-shot'])}{both('：', ': ')}{name}", f"{value:.1f}"))
     for line in terminal.align(rows, right=frozenset({1})):
         say(line)
     if found.own_labels:
@@ -262,10 +276,11 @@ def _report_accuracy(options: Options, found: "Measured", num_labels: int, say: 
                 "compared with the published figures; for your own data use cn-clip zeroshot",
             )
         )
-    elif figure is None:
-        say(_no_figures(options))
     else:
-        say(both(f"公布的指标来自 {CHINESE_CLIP}", f"published figures: {CHINESE_CLIP}"))
+        if figure is None:
+            say(_no_figures(options))
+        for source in [CHINESE_CLIP, README] if figure is not None else [README]:
+            say(both(f"公布的指标来自 {source}", f"published figures: {source}"))
     if figure is not None and benchmark.elevater_metric != "top1":
         say(
             both(
@@ -278,7 +293,7 @@ def _report_accuracy(options: Options, found: "Measured", num_labels: int, say: 
         published = {"model": model, "zero-shot": figure, "elevater_metric": benchmark.elevater_metric}
         published |= {"source": CHINESE_CLIP}
     facts = {"num_pictures": found.num_pictures, "own_labels": found.own_labels, "predictions": str(found.predictions)}
-    return {**facts, "measured": found.measures, "published": published}
+    return {**facts, "measured": found.measures, "published": published, "others": dict(others)}
 
 
 def _published_model(options: Options) -> str | None:

@@ -33,7 +33,13 @@ class RetrievalSet:
 
     def published(self, model: str | None) -> list[zoo_results.Result]:
         """The published figures of a model in these directions; empty where there are none."""
-        found = zoo_results.results_of(model) if model else []
+        return self._of_this(zoo_results.results_of(model) if model else [])
+
+    def others(self) -> list[tuple[str, zoo_results.Result]]:
+        """(model, result) of the published figures of models that are not to be had by name."""
+        return [(name, one) for name in zoo_results.OTHERS for one in self._of_this(zoo_results.results_of(name))]
+
+    def _of_this(self, found: list[zoo_results.Result]) -> list[zoo_results.Result]:
         return [one for one in found if one.dataset == self.title and one.query in self.queries]
 
 
@@ -48,12 +54,14 @@ RETRIEVAL_SETS: Mapping[str, RetrievalSet] = {
 class ClassificationSet:
     """A classification benchmark: how ELEVATER scores it, and the published zero-shot figures in percent by model.
 
-    is_numbered: whether the folders' numbers in the published archive are known to be those of `class_names`.
+    others: the figures of models that are not to be had by name. is_numbered: whether the folders' numbers in the
+    published archive are known to be those of `class_names`.
     """
 
     title: str
     elevater_metric: Metric
     published: Mapping[str, float]
+    others: Mapping[str, float]
     is_numbered: bool = True
 
 

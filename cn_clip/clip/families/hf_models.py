@@ -33,10 +33,10 @@ class Family:
     """How the texts of a family were padded when it was trained.
 
     is_masked: padding is hidden from attention; if it is not, attention is causal, or the tower was trained with it.
-    is_full: every text is padded to the longest that the tower takes. is_lower_cased: upper case was never seen, whether
-    or not the tokenizer of the folder sees to that: SigLIP 2's folders name one that does not (arXiv 2502.14786). has_spare_positions: as in RoBERTa, the first
-    position embeddings, one more than the id of padding, belong to no text. processor: of pictures, if the folder does
-    not name one.
+    is_full: every text is padded to the longest that the tower takes. is_lower_cased: the tower never saw upper case,
+    whether or not the folder's tokenizer sees to that: those of SigLIP 2 do not (arXiv 2502.14786).
+    has_spare_positions: as in RoBERTa, the first position embeddings, one more than the id of padding, belong to no
+    text. processor: of pictures, if the folder does not name one.
     """
 
     is_masked: bool = False
