@@ -24,15 +24,8 @@ from cn_clip.errors import CnClipError, ConfigError, DataError, UnreadableError
 from cn_clip.eval import extract_features, make_topk_predictions
 from cn_clip.features import ray_extraction
 from cn_clip.features.files import read_features
-from cn_clip.features.ray_extraction import (
-    Node,
-    ShardJob,
-    ShardWorker,
-    Task,
-    TextPart,
-    model_facts,
-    plan_actors,
-)
+from cn_clip.features.ray_extraction import ShardJob, ShardWorker, Task, TextPart, model_facts
+from cn_clip.features.ray_pool import Node, Pool, plan_actors
 from cn_clip.features.store import Finished, Manifest, Shard, Skipped, begin_shards, write_shard
 from cn_clip.index.sources import is_feature_file
 
@@ -329,8 +322,8 @@ def planned(bad: int | None = None) -> Planned:
 
 def finish(ray: FakeRay, *, bad: int | None = None) -> list[int]:
     _, tasks = planned(bad)
-    found = ray_extraction._finish(ray, ray.hire, 2, tasks, Speaker(quiet=True))
-    return [shard.number for _, shard, _ in found]
+    pool = Pool(ray, ray.hire, ray_extraction._sent, ray_extraction._named, 2)
+    return [shard.number for (_, shard), _ in pool.results(tasks, Speaker(quiet=True))]
 
 
 def test_a_shard_whose_process_died_is_done_again_and_each_once() -> None:

@@ -122,7 +122,7 @@ def test_the_shard_of_a_killed_worker_is_done_again(data: Path, tmp_path: Path) 
     os.kill(victim, signal.SIGKILL)
     done = ended(process)
     assert done.returncode == 0, done.stderr
-    assert "its process died, done again" in done.stderr
+    assert "its process died; doing it again" in done.stderr
     assert_complete(data, tmp_path / "out")
 
 

@@ -2,18 +2,16 @@
 
 The driver lists the inputs, cuts them into shards and hands these to workers, one at a time each; a worker writes its
 shard itself. Ray Data is not used: its writers choose file names and rows by themselves, so that nobody could tell,
-shard by shard, what was finished when the driver was killed. Actors and `ray.wait` are enough: a process that dies is
-noticed, another one does its shard again, and no shard has two names.
+shard by shard, what was finished when the driver was killed. `ray_pool` keeps the processes.
 """
 
 # N inputs of a shard, D embedding
 
-import contextlib
 import hashlib
 import os
 import platform
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -34,73 +32,16 @@ from cn_clip.data.storage import Storage, StorageError, open_storage, shown
 from cn_clip.errors import CnClipError, ConfigError, DataError
 from cn_clip.extras import require
 from cn_clip.features.options import EngineSettings
+from cn_clip.features.ray_pool import Node, Pool, cluster, plan_actors
 from cn_clip.features.rows import FloatArray, IdField
 from cn_clip.features.store import SHARD_PREFIX, Finished, Manifest, Shard, Skipped, begin_shards, write_shard
 from cn_clip.features.tables import require_parquet
 from cn_clip.language import both, counted, translated
 from cn_clip.progress import progress
 
-# How often a shard may end its process, or a process fail to start, before the run stops.
-ATTEMPTS = 3
-CORES_A_GROUP = 8
 _SHOWN = 20
 _FIELDS: dict[Kind, IdField] = {"image": "image_id", "text": "text_id"}
 _FOLDERS: dict[Kind, str] = {"image": "images", "text": "texts"}
-
-
-# --- who computes
-
-
-class Node(NamedTuple):
-    """A machine of the cluster."""
-
-    cpus: int
-    gpus: int
-
-
-class Actors(NamedTuple):
-    """How many processes, what each has, and how many there is room for now."""
-
-    number: int
-    cpus: int
-    gpus: float
-    room: int
-
-
-def plan_actors(
-    nodes: Sequence[Node],
-    *,
-    num_actors: int | None = None,
-    cpus_per_actor: int | None = None,
-    gpus_per_actor: float | None = None,
-    device: str = "auto",
-) -> Actors:
-    """One process a GPU, its cores shared between them; without GPUs one for each group of cores.
-
-    Raises ConfigError for a device that the cluster has not, or when no machine has room for one process.
-    """
-    has_gpus = any(node.gpus for node in nodes)
-    if device.startswith("cuda:"):
-        raise ConfigError(f"--device {device}: Ray chooses the GPU of each process; use --device cuda")
-    if device == "cuda" and not has_gpus:
-        raise ConfigError("--device cuda: the Ray cluster has no GPU; use --device cpu")
-    gpus = gpus_per_actor if gpus_per_actor is not None else float(has_gpus and device in ("auto", "cuda"))
-    largest = max((node.cpus for node in nodes), default=0)
-    cpus = cpus_per_actor or max(1, min(_share(nodes, num_actors, gpus), largest))
-    room = sum(min(node.cpus // cpus, int(node.gpus / gpus) if gpus else node.cpus) for node in nodes)
-    if not room:
-        sizes = ", ".join(f"{node.cpus} CPUs and {node.gpus} GPUs" for node in nodes)
-        raise ConfigError(f"no machine of the Ray cluster has room for {cpus} CPUs and {gpus:g} GPUs; it has: {sizes}")
-    return Actors(num_actors or room, cpus, gpus, room)
-
-
-def _share(nodes: Sequence[Node], num_actors: int | None, gpus: float) -> int:
-    """The cores of one process."""
-    if num_actors:
-        return sum(node.cpus for node in nodes) // num_actors
-    if gpus:
-        return min((int(node.cpus // (node.gpus / gpus)) for node in nodes if node.gpus >= gpus), default=1)
-    return CORES_A_GROUP
 
 
 # --- what is computed
@@ -175,7 +116,7 @@ def extract(options: EngineSettings, say: Speaker) -> None:
         works = [_begin(options, output, kind, one, weights, say) for kind, one in inputs.items()]
         tasks = deque((work, shard) for work in works for shard in work.todo())
         if tasks:
-            with _cluster(ray, options.ray_address) as nodes:
+            with cluster(ray, options.ray_address) as nodes:
                 _run(ray, options, weights, nodes, tasks, works, say)
         result: dict[str, object] = {}
         for work in works:
@@ -224,29 +165,7 @@ def _end(work: _Progress, say: Speaker) -> dict[str, object]:
     return {**result, "num_skipped": len(skipped), "skipped": reasons}
 
 
-# --- the cluster
-
-
-@contextlib.contextmanager
-def _cluster(ray: Any, address: str | None) -> Iterator[list[Node]]:
-    """The machines of a running cluster, or this one; raises ConfigError when the cluster does not answer."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        if address is None:
-            ray.init(address="local", include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"--ray-address {address}: no Ray cluster answers ({reason}); start one with ray start"
-        ) from error
-    try:
-        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        yield [Node(int(one.get("CPU", 0)), int(one.get("GPU", 0))) for one in resources]
-    finally:
-        ray.shutdown()
+# --- on the cluster
 
 
 def _run(
@@ -293,56 +212,22 @@ def _run(
         sum(numbers) for numbers in zip(*((work.inputs.number, work.num_done) for work in works), strict=True)
     )
     with progress(total, both("行", "rows"), both("编码", "encoding"), done=done) as bar:
-        for work, shard, finished in _finish(ray, lambda: actor.remote(settings, kinds, weights), count, tasks, say):
+        pool = Pool(ray, lambda: actor.remote(settings, kinds, weights), _sent, _named, count)
+        for (work, shard), finished in pool.results(tasks, say):
             work.finished[shard.number] = finished
             bar.advance(shard.stop - shard.start)
 
 
-def _finish(
-    ray: Any, hire: Callable[[], Any], count: int, tasks: "deque[tuple[_Progress, Shard]]", say: Speaker
-) -> Iterator[tuple[_Progress, Shard, Finished]]:
-    """The shards as they are finished. A process gets one when it answers, so none waits for one that has no room."""
-    waiting: dict[Any, tuple[Any, tuple[_Progress, Shard] | None]] = {}
-    attempts: Counter[object] = Counter()
-
-    def start() -> None:
-        worker = hire()
-        waiting[worker.ready.remote()] = worker, None
-
-    for _ in range(count):
-        start()
-    while tasks or any(task is not None for _, task in waiting.values()):
-        (answered,), _ = ray.wait(list(waiting), num_returns=1)
-        worker, task = waiting.pop(answered)
-        try:
-            result = ray.get(answered)
-        except ray.exceptions.RayActorError as error:
-            _count(attempts, task, error, say)
-            if task is not None:
-                tasks.appendleft(task)
-            start()
-            continue
-        if isinstance(result, CnClipError):
-            raise result
-        if task is not None:
-            yield *task, result
-        if tasks:
-            work, shard = task = tasks.popleft()
-            waiting[worker.work.remote(Task(work.job, shard, work.inputs.part(shard)))] = worker, task
+def _sent(worker: Any, task: "tuple[_Progress, Shard]") -> Any:
+    """Ray's promise of the result of a shard."""
+    work, shard = task
+    return worker.work.remote(Task(work.job, shard, work.inputs.part(shard)))
 
 
-def _count(attempts: "Counter[object]", task: tuple[_Progress, Shard] | None, error: Exception, say: Speaker) -> None:
-    """Counts a process that died; raises CnClipError when it was the last attempt."""
-    what = "a process, before it had a shard" if task is None else f"{task[0].job.folder.child(task[1].name).name}"
-    attempts[what] += 1
-    reason = " ".join(str(error).split())[:300]
-    if attempts[what] >= ATTEMPTS:
-        inputs = "" if task is None else f" (inputs {task[1].start} to {task[1].stop - 1})"
-        raise CnClipError(
-            f"{what}{inputs}: its process died {ATTEMPTS} times; is there memory enough, and cn_clip on every machine? "
-            f"The finished shards stay. {reason}"
-        ) from error
-    say.note(both(f"{what}: 计算它的进程死了，重做", f"{what}: its process died; doing it again"))
+def _named(task: "tuple[_Progress, Shard]") -> str:
+    """A shard in a message."""
+    work, shard = task
+    return f"{work.job.folder.child(shard.name).name} (inputs {shard.start} to {shard.stop - 1})"
 
 
 # --- one worker
