@@ -9,7 +9,7 @@ FILES := cn_clip cn_clip_next.py tests benchmarks tools examples
 # Some machines forbid it for small images; the tests start thousands of processes, each of which would compile again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-families test-ocr test-browser test-proxy test-compose test-clients test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel time-snippets release-check hooks clean
+.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-families test-harnesses test-ocr test-browser test-proxy test-compose test-clients test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel time-snippets release-check hooks clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-pretend-gpu  在假的 GPU 上运行 --device cuda 的命令 / commands with --device cuda on a GPU that is not there (5 GB)"
 	@echo "make test-milvus  在 Milvus 服务上测试检索 / indexes on a Milvus server, which it installs (60 MB)"
 	@echo "make test-families  用 open_clip 和 sentence-transformers 的测试 / tests with both; open_clip brings torchvision"
+	@echo "make test-harnesses  用 mteb 和 CLIP_benchmark 的测试 / tests with mteb and CLIP_benchmark, which bring open_clip"
 	@echo "make test-ocr   图中文字的测试，会装 rapidocr / tests of the words in pictures; installs rapidocr (200 MB)"
 	@echo "make test-browser  在 Chromium 里测试网页 / the web page in Chromium (Debian: apt-get install chromium)"
 	@echo "make test-clients  现成的客户端（openai、cohere……）连到这里的服务，打印一张表；LangChain、LlamaIndex、Haystack、pandas…… 里的 Encoder / published clients against the service, as a table; Encoder in other libraries"
@@ -92,6 +93,10 @@ test-families: $(VENV)/.dev
 	$(BIN)/python -m pytest -m families tests/test_convert.py
 	$(INSTALL) --editable '.[dev,open-clip]'
 	$(BIN)/python -m pytest -m "families or not families" -s tests/test_families.py tests/test_daily_tasks.py
+
+test-harnesses: $(VENV)/.dev
+	$(INSTALL) --editable '.[dev,mteb,clip-benchmark]'
+	$(BIN)/python -m pytest -m harnesses tests/test_harnesses.py
 
 test-ocr: $(VENV)/.dev
 	$(INSTALL) --editable '.[dev,ocr]'

@@ -171,7 +171,7 @@ def accuracies_of(name: str) -> dict[str, float]:
 
 
 def _tables_of_accuracies(names: Sequence[str]) -> list[str]:
-    titles = [one.title for one in classification_sets().values()]
+    titles = [one.title for one in classification_sets().values() if one.published]
     found = {name: accuracies_of(name) for name in names}
     lines = []
     for start in range(0, len(titles), DATASETS_ABREAST):

@@ -44,15 +44,20 @@ def test_the_figures_are_those_of_the_published_tables() -> None:
     assert [one.recall_1 for one in flickr.published("ViT-H-14")] == [71.2, 83.8, 81.6, 95.3]
     assert [one.recall_1 for one in muge.published("QA-CLIP-RN50")] == [44.0]
     assert muge.published("Emoji-Tiny") == muge.published(None) == []
-    best = {name: max(known.published.values()) for name, known in sets.classification_sets().items()}
+    best = {
+        name: max(known.published.values()) for name, known in sets.classification_sets().items() if known.published
+    }
     assert list(best.values()) == [96.0, 79.7, 51.2, 56.9, 55.1, 26.2, 49.9, 79.4, 63.5, 84.9]
     assert sets.classification_sets()["cifar-100"].published["ViT-B-16"] == 64.4
     for known in sets.classification_sets().values():
-        assert list(known.published) == ["RN50", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14"]
+        sizes = ["RN50", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14"]
+        assert list(known.published) == ([] if known.title == "ImageNet-CN" else sizes)
+    assert sets.classification_sets()["kitti-distance"].others == {"GIT": 22.1, "ALIGN": 41.2, "CLIP": 11.5}
+    assert [one.split for one in (sets.RETRIEVAL_SETS["xtd-zh"], sets.RETRIEVAL_SETS["xm3600-zh"])] == ["test", "test"]
 
 
 def test_class_names_are_as_many_as_the_classes_and_told_apart() -> None:
-    counts = [10, 100, 47, 10, 7, 100, 4, 10, 2, 20]
+    counts = [10, 100, 47, 10, 7, 100, 4, 10, 2, 20, 1000]
     assert [len(sets.class_names(name)) for name in sets.classification_sets()] == counts
     for name in sets.classification_sets():
         for words in zip(*((one.original, one.chinese) for one in sets.class_names(name)), strict=True):
@@ -208,6 +213,15 @@ def test_numbers_of_eurosat_need_its_labels(tmp_path: Path) -> None:
         classification.read_dataset(tmp_path, "eurosat_clip")
     (tmp_path / "label_cn.txt").write_text("\n".join("甲乙丙丁戊己庚辛壬癸"), encoding="utf-8")
     assert classification.read_dataset(tmp_path, "eurosat_clip").numbers == [1, 8]
+
+
+def test_imagenet_lies_in_folders_of_synsets(tmp_path: Path) -> None:
+    for folder in ("n01440764", "n15075141"):
+        (tmp_path / "val" / folder).mkdir(parents=True)
+        (tmp_path / "val" / folder / "1.png").write_bytes(picture((1, 2, 3)))
+    dataset = classification.read_dataset(tmp_path, "imagenet-cn")
+    assert dataset.numbers == [0, 999]
+    assert [dataset.labels[number] for number in dataset.numbers] == ["丁鱥", "卫生纸"]
 
 
 # --- retrieval, end to end

@@ -112,7 +112,8 @@ class Options(ModelChoice):
     benchmark: Annotated[
         tyro.conf.Positional[str], tyro.conf.arg(metavar="BENCHMARK", help_behavior_hint="(required)")
     ] = ""
-    """muge, flickr30k-cn, coco-cn, or a classification set of ELEVATER such as cifar-100"""
+    """muge, flickr30k-cn, coco-cn, xtd-zh, xm3600-zh, imagenet-cn, or a classification set of ELEVATER such as
+    cifar-100"""
     data: command.Required = None
     """Folder of the dataset: lmdb/ and *_texts.jsonl, or test/ with a folder a class"""
     split: Split | None = None

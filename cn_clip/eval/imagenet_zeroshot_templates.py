@@ -3,12 +3,8 @@
 The names and the texts are this package's own.
 """
 
-import json
-from pathlib import Path
-
 from cn_clip.eval.cvinw_zeroshot_templates import GENERAL, templates
+from cn_clip.evaluation.benchmark_sets import class_names
 
-imagenet_classnames: list[str] = json.loads(
-    Path(__file__).with_name("imagenet_classes.json").read_text(encoding="utf-8")
-)
+imagenet_classnames: list[str] = [one.chinese for one in class_names("imagenet-cn")]
 openai_imagenet_template = templates("imagenet", GENERAL, 80)

@@ -28,8 +28,8 @@ class RetrievalSet:
 
     @property
     def split(self) -> Split:
-        """The split of the published figures."""
-        return "valid" if zoo_results.SPLITS[self.title] == "valid" else "test"
+        """The split of the published figures, test where there are none."""
+        return "valid" if zoo_results.SPLITS.get(self.title) == "valid" else "test"
 
     def published(self, model: str | None) -> list[zoo_results.Result]:
         """The published figures of a model in these directions; empty where there are none."""
@@ -47,6 +47,9 @@ RETRIEVAL_SETS: Mapping[str, RetrievalSet] = {
     "muge": RetrievalSet("MUGE", ("text",)),
     "flickr30k-cn": RetrievalSet("Flickr30K-CN", ("text", "image")),
     "coco-cn": RetrievalSet("COCO-CN", ("text", "image")),
+    # The Chinese part of benchmarks of many languages.
+    "xtd-zh": RetrievalSet("XTD-zh", ("text", "image")),
+    "xm3600-zh": RetrievalSet("XM3600-zh", ("text", "image")),
 }
 
 
@@ -55,7 +58,7 @@ class ClassificationSet:
     """A classification benchmark: how ELEVATER scores it, and the published zero-shot figures in percent by model.
 
     others: the figures of models that are not to be had by name. is_numbered: whether the folders' numbers in the
-    published archive are known to be those of `class_names`.
+    published archive are known to be those of `class_names`. folder: where the class folders lie.
     """
 
     title: str
@@ -63,6 +66,7 @@ class ClassificationSet:
     published: Mapping[str, float]
     others: Mapping[str, float]
     is_numbered: bool = True
+    folder: str = "test"
 
 
 @dataclass(frozen=True)

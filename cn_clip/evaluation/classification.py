@@ -228,19 +228,21 @@ def read_dataset(folder: Path, name: str) -> Dataset:
     """The labels are those of `label_cn.txt`, else this package's own; raises DataError naming what is missing."""
     if not folder.is_dir():
         raise DataError("no such folder; expected the folder of the dataset, with test/ in it", at=folder)
-    if not (folder / "test").is_dir():
+    part = classification_sets()[name].folder
+    test = folder / part
+    if not test.is_dir():
         raise DataError(
-            "test/ is missing; expected one folder of pictures a class in it, test/000 and so on", at=folder
+            f"{part}/ is missing; expected one folder of pictures a class in it, {part}/000 and so on", at=folder
         )
-    pictures = ClassFolders(folder / "test")
+    pictures = ClassFolders(test)
     if (folder / LABEL_FILE).is_file():
         labels = read_labels(folder / LABEL_FILE)
-        numbers = zeroshot.class_numbers(pictures.classes, len(labels), at=folder / "test")
+        numbers = zeroshot.class_numbers(pictures.classes, len(labels), at=test)
     else:
         names = class_names(name)
         labels = [one.chinese for one in names]
         by_number = classification_sets()[name].is_numbered
-        numbers = own_numbers(pictures.classes, names, by_number=by_number, at=folder / "test")
+        numbers = own_numbers(pictures.classes, names, by_number=by_number, at=test)
     index = folder / INDEX_FILE
     order = zeroshot.read_index(index, len(pictures)) if index.is_file() else None
     return Dataset(folder, name, pictures, labels, numbers, order)
