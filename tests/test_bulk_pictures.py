@@ -15,7 +15,7 @@ from pyarrow import parquet
 from cn_clip.data.bulk_pictures import open_collection
 from cn_clip.data.lmdb_store import SplitWriter
 from cn_clip.data.storage import StorageError, open_storage, shown
-from cn_clip.errors import CnClipError, ConfigError, DataError
+from cn_clip.errors import CnClipError, ConfigError, DataError, MissingExtraError
 from cn_clip.files import atomic_write
 
 # Seven pictures, told apart by their bytes.
@@ -277,3 +277,25 @@ def test_unknown_stores_are_refused() -> None:
     for location in ("nope://x/y", "mock:///x"):
         with pytest.raises(ConfigError, match=r"expected a path, s3://, gs:// or file://"):
             open_storage(location)
+
+
+def test_stores_that_fsspec_opens_are_read_and_not_written() -> None:
+    from fsspec import register_implementation
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Other(MemoryFileSystem):  # type: ignore[misc]
+        protocol = "webdav"
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return str(MemoryFileSystem._strip_protocol(path.removeprefix("webdav://")))
+
+    register_implementation("webdav", Other, clobber=True)
+    open_storage("memory://dav/features").child("a.txt").write(b"a")
+    there = open_storage("webdav://dav/features")
+    assert [there.below(one.path) for one in there.list_files()] == ["a.txt"]
+    assert there.child("a.txt").read() == b"a"
+    with pytest.raises(ConfigError, match=r"webdav://dav/features/b.txt: this store is only read"):
+        there.child("b.txt").write(b"b")
+    with pytest.raises(MissingExtraError, match=r"^oss://k/x: Install ossfs"):
+        open_storage("oss://k/x")

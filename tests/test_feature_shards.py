@@ -26,7 +26,16 @@ from cn_clip.features import ray_extraction
 from cn_clip.features.files import read_features
 from cn_clip.features.ray_extraction import ShardJob, ShardWorker, Task, TextPart, model_facts
 from cn_clip.features.ray_pool import Node, Pool, plan_actors
-from cn_clip.features.store import Finished, Manifest, Shard, Skipped, begin_shards, write_shard
+from cn_clip.features.store import (
+    Finished,
+    Manifest,
+    Shard,
+    ShardFolder,
+    Skipped,
+    begin_shards,
+    confirm_shards,
+    write_shard,
+)
 from cn_clip.index.sources import is_feature_file
 
 MODEL, DATA = {"digest": "aaaa"}, {"digest": "dddd"}
@@ -45,6 +54,15 @@ def rows(shard: Shard) -> np.ndarray:
 
 def write(folder: Storage, one: Manifest, shard: Shard) -> Finished:
     return write_shard(folder, one, shard, [f"p{number}" for number in range(shard.start, shard.stop)], rows(shard))
+
+
+def write_late(folder: Storage, one: Manifest, shard: Shard) -> None:
+    """As a run that looked at the manifest before another run replaced it, and wrote after that."""
+    file = folder.child("manifest.json")
+    now = file.read()
+    file.write(one.to_json())
+    write(folder, one, shard)
+    file.write(now)
 
 
 @pytest.fixture
@@ -99,7 +117,7 @@ def test_shards_that_are_there_are_finished_and_damaged_or_foreign_ones_are_not(
     assert begin(filled, manifest(), overwrite=False) == {0: Finished(4), 1: Finished(4), 2: Finished(2)}
     parts = [Path(filled.path, shard.name) for shard in manifest().shards()]
     parts[0].write_bytes(parts[0].read_bytes()[:-9])
-    write(filled, manifest(data={"digest": "other"}), Shard(1, 4, 8))
+    write_late(filled, manifest(data={"digest": "other"}), Shard(1, 4, 8))
     assert begin(filled, manifest(), overwrite=False) == {2: Finished(2)}
     parts[2].write_bytes(parts[1].read_bytes())
     assert begin(filled, manifest(), overwrite=False) == {}
@@ -190,7 +208,7 @@ def test_what_cannot_be_read_is_told(filled: Storage, tmp_path: Path) -> None:
 
 def test_shards_of_two_models_are_not_read_as_one(filled: Storage) -> None:
     other = manifest(model={"digest": "bbbb"})
-    write(filled, other, Shard(1, 4, 8))
+    write_late(filled, other, Shard(1, 4, 8))
     with pytest.raises(DataError) as raised:
         read_features(filled.path, "image_id")
     assert str(raised.value) == (
@@ -198,6 +216,52 @@ def test_shards_of_two_models_are_not_read_as_one(filled: Storage) -> None:
         f"is {manifest().key!r}; run the extraction again, which makes the shards that are not of manifest.json"
     )
     assert begin_shards(filled, manifest(), overwrite=False).keys() == {0, 2}  # as it says
+
+
+@pytest.mark.parametrize("place", ["disk", "memory"])
+def test_a_run_that_goes_on_after_another_took_its_folder_changes_nothing(tmp_path: Path, place: str) -> None:
+    where = str(tmp_path / "out") if place == "disk" else f"memory://{tmp_path}/out"
+    folder, first, second = open_storage(where), manifest(), manifest(model={"digest": "bbbb"})
+    begin_shards(folder, first, overwrite=False)
+    write(folder, first, first.shards()[0])  # and is paused
+    begin_shards(folder, second, overwrite=True)
+    for shard in second.shards():
+        write(folder, second, shard)
+    before = {file.path: folder.at(file.path).read() for file in folder.list_files()}
+    told = (
+        r"out: another run has taken the folder meanwhile \[image_id model bbbb .*what this run \[image_id model aaaa"
+    )
+    with pytest.raises(ConfigError, match=told):
+        write(folder, first, first.shards()[1])
+    with pytest.raises(ConfigError, match=told):
+        confirm_shards(folder, first)
+    assert {file.path: folder.at(file.path).read() for file in folder.list_files()} == before
+    assert confirm_shards(folder, second).keys() == {0, 1, 2}
+    write_late(folder, first, Shard(1, 4, 8))
+    assert confirm_shards(folder, second).keys() == {0, 2}
+    opened = ShardFolder.opened(folder, "image_id")
+    for read in (opened.blocks, opened.ids):
+        with pytest.raises(DataError, match=r"part-00001\.parquet: is of another extraction, by its key"):
+            list(read(Shard(1, 4, 8)))
+
+
+def test_a_run_looks_again_before_it_says_that_it_is_done(filled: Storage) -> None:
+    job = ShardJob("image", filled, manifest())
+    finished = begin_shards(filled, manifest(), overwrite=False)
+    work = ray_extraction._Progress(job, ray_extraction._Inputs({}, 10, lambda shard: ""), finished)
+    ray_extraction._look_again(work)
+    write_late(filled, manifest(model={"digest": "bbbb"}), Shard(1, 4, 8))
+    with pytest.raises(DataError, match=r"out: 1 shard of this run were written over or removed .* \(part-00001\.par"):
+        ray_extraction._look_again(work)
+
+
+def test_a_folder_that_is_written_again_while_it_is_read_is_refused(filled: Storage) -> None:
+    opened = ShardFolder.opened(filled, "image_id")
+    assert [finished.num_rows for finished, width in opened.widths() if width == 2] == [4, 4, 2]
+    opened.confirm()
+    write(filled, manifest(), Shard(1, 4, 8))
+    with pytest.raises(DataError, match="changed while it was read"):
+        opened.confirm()
 
 
 def test_a_folder_of_shards_that_cannot_be_read_now_is_not_taken_for_another(filled: Storage) -> None:

@@ -16,8 +16,8 @@ from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError, Where
 from cn_clip.features import tables
 from cn_clip.features.options import OutputFormat
-from cn_clip.features.rows import Blocks, Features, FloatArray, IdField, check_unique
-from cn_clip.features.store import read_shards, whole_shards
+from cn_clip.features.rows import Block, Blocks, Features, FloatArray, IdField, check_unique
+from cn_clip.features.store import read_shards
 from cn_clip.features.tables import parquet_blocks
 from cn_clip.files import atomic_write
 from cn_clip.jsonl import dumps, numbered_lines, parse_object
@@ -79,18 +79,16 @@ def read_features(path: str | os.PathLike[str], field: IdField, *, progress: boo
     return _read_lines(path, field, progress=progress)
 
 
-def feature_blocks(path: str | os.PathLike[str], field: IdField) -> Iterator[Features]:
+def feature_blocks(path: str | os.PathLike[str], field: IdField) -> Iterator[Block]:
     """As `read_features`, but Parquet block by block, so that a collection of any size fits into memory.
 
-    The caller looks for ids that come twice, and for vectors of two lengths; a file of another format is one block.
+    A file; for folders of shards see `store.ShardFolder`. The caller looks for ids that come twice, and for vectors of
+    two lengths; a file of another format is one block.
     """
-    if Path(path).is_dir():
-        for shard in whole_shards(Path(path), field):
-            yield from parquet_blocks(shard, field)
-    elif _beginning(path).startswith(_BEGINNINGS["parquet"]):
+    if _beginning(path).startswith(_BEGINNINGS["parquet"]):
         yield from parquet_blocks(path, field)
     else:
-        yield read_features(path, field)
+        yield Block(*read_features(path, field), {})
 
 
 def _beginning(path: str | os.PathLike[str]) -> bytes:

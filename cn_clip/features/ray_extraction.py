@@ -34,8 +34,17 @@ from cn_clip.extras import require
 from cn_clip.features.options import EngineSettings
 from cn_clip.features.ray_pool import Node, Pool, cluster, plan_actors
 from cn_clip.features.rows import FloatArray, IdField
-from cn_clip.features.store import SHARD_PREFIX, Finished, Manifest, Shard, Skipped, begin_shards, write_shard
-from cn_clip.features.tables import require_parquet
+from cn_clip.features.store import (
+    SHARD_PREFIX,
+    Finished,
+    Manifest,
+    Shard,
+    Skipped,
+    begin_shards,
+    confirm_shards,
+    write_shard,
+)
+from cn_clip.features.tables import PATH_COLUMN, require_parquet
 from cn_clip.language import both, counted, translated
 from cn_clip.progress import progress
 
@@ -112,14 +121,16 @@ def extract(options: EngineSettings, say: Speaker) -> None:
         inputs["image"] = _Inputs(facts, len(pictures.ids), lambda shard: pictures.part(shard.start, shard.stop))
     weights = weights_digest(options.chosen)
     output = open_storage(options.output or "")
-    with output.alone("another process is extracting into this folder"):
+    with output.alone("another process is extracting into this folder", waiting=say.note) as confirm:
         works = [_begin(options, output, kind, one, weights, say) for kind, one in inputs.items()]
         tasks = deque((work, shard) for work in works for shard in work.todo())
         if tasks:
             with cluster(ray, options.ray_address) as nodes:
                 _run(ray, options, weights, nodes, tasks, works, say)
+        confirm()
         result: dict[str, object] = {}
         for work in works:
+            _look_again(work)
             result |= _end(work, say)
         say("Done!")
         say.result(result)
@@ -144,6 +155,22 @@ def _begin(
             )
         )
     return _Progress(ShardJob(kind, folder, manifest), inputs, finished)
+
+
+def _look_again(work: _Progress) -> None:
+    """Raises CnClipError unless what is in the folder now is what this run, and those before it, have finished.
+
+    A worker of a run that was stopped for long, or lost its driver, may have written over it meanwhile.
+    """
+    job = work.job
+    there = confirm_shards(job.folder, job.manifest)
+    lost = [shard.name for shard in job.manifest.shards() if there.get(shard.number) != work.finished[shard.number]]
+    if lost:
+        raise DataError(
+            f"{counted(len(lost), 'shard')} of this run were written over or removed by another process ({lost[0]}); "
+            "run the same command again, it makes them anew",
+            at=job.folder.name,
+        )
 
 
 def _end(work: _Progress, say: Speaker) -> dict[str, object]:
@@ -267,7 +294,7 @@ class ShardWorker:
                 task.shard,
                 [part.ids[index] for index in kept],
                 rows_ND[kept],
-                paths=None if part.paths is None else [part.paths[index] for index in kept],
+                columns={} if part.paths is None else {PATH_COLUMN: [part.paths[index] for index in kept]},
                 skipped=[skipped for skipped in outcomes if skipped is not None],
             )
         except CnClipError as error:

@@ -3,8 +3,8 @@
 # N rows, D embedding
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,17 @@ class Features(NamedTuple):
 
     ids: list[RecordId]
     vectors: FloatArray
+
+
+class Block(NamedTuple):
+    """Consecutive rows of a file, as `Features`. columns: what lies beside the vectors, by name, None without a value.
+
+    The column `thumbnail` holds bytes, the others what JSON holds.
+    """
+
+    ids: list[RecordId]
+    vectors: FloatArray
+    columns: Mapping[str, Sequence[Any]]
 
 
 def check_unique(

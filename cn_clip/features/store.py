@@ -47,17 +47,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cn_clip.data.records import RecordId
-from cn_clip.data.storage import Storage
+from cn_clip.data.records import RecordId, digest_of
+from cn_clip.data.storage import FoundFile, Storage, StorageError, open_storage
 from cn_clip.digests import is_file
 from cn_clip.errors import CnClipError, ConfigError, DataError, UnreadableError, is_absent
-from cn_clip.features.rows import Features, FloatArray, IdField
-from cn_clip.features.tables import parquet_bytes, parquet_facts, read_parquet_parts
+from cn_clip.features.rows import Block, Features, FloatArray, IdField, check_unique
+from cn_clip.features.tables import parquet_blocks, parquet_bytes, parquet_facts, parquet_ids, require_parquet
 from cn_clip.files import lock_file, replaceable, take
 from cn_clip.language import both, counted
 
@@ -368,7 +368,9 @@ def _finished(folder: Storage, manifest: Manifest, there: Iterable[str]) -> dict
     def look(shard: Shard) -> Finished | None:
         try:
             with folder.child(shard.name).open() as stream:
-                return _report_of(stream, manifest, shard)
+                return _report_of(stream, manifest, shard)[0]
+        except StorageError:
+            raise
         except DataError:  # damaged, or not this shard of this job
             return None
 
@@ -377,9 +379,13 @@ def _finished(folder: Storage, manifest: Manifest, there: Iterable[str]) -> dict
         return {shard.number: finished for shard, finished in found if finished is not None}
 
 
-def _report_of(stream: BinaryIO, manifest: Manifest, shard: Shard) -> Finished:
-    """Raises DataError when a file is damaged, or not this shard of this job."""
-    num_rows, facts = parquet_facts(stream)
+def _report_of(stream: Any, manifest: Manifest, shard: Shard) -> tuple[Finished, int | None]:
+    """What a shard holds, and the width of its vectors, None where its format does not say it.
+
+    Raises DataError when a file is damaged, or not this shard of this job.
+    """
+    end = parquet_facts(stream)
+    num_rows, facts = end.num_rows, end.facts
     try:
         skipped = tuple(Skipped(*one) for one in facts["skipped"])
         key, extent = facts["key"], facts["shard"]
@@ -389,7 +395,28 @@ def _report_of(stream: BinaryIO, manifest: Manifest, shard: Shard) -> Finished:
         raise DataError(f"is of another extraction, by its key {key!r}; that of the manifest is {manifest.key!r}")
     if extent != list(shard) or num_rows + len(skipped) != shard.stop - shard.start:
         raise DataError(f"holds {num_rows} rows of the inputs {extent}; expected those of {list(shard)}")
-    return Finished(num_rows, skipped)
+    return Finished(num_rows, skipped), end.width
+
+
+def confirm_shards(folder: Storage, manifest: Manifest) -> dict[int, Finished]:
+    """The shards of `manifest` that are in its folder now, by number, for a run that is about to say it is done.
+
+    Raises ConfigError when the manifest there is not its own any more: another run has begun in the same folder.
+    """
+    refuse_replaced(folder, manifest)
+    names = (folder.below(one.path) for one in folder.list_files(recursive=False))
+    return _finished(folder, manifest, names)
+
+
+def refuse_replaced(folder: Storage, manifest: Manifest) -> None:
+    """Raises ConfigError unless the manifest in a folder is this one, DataError when it cannot be read."""
+    file = folder.child(MANIFEST)
+    found = read_manifest(file.read(), file.name)
+    if found.key != manifest.key:
+        raise ConfigError(
+            f"{folder.name}: another run has taken the folder meanwhile [{found.fingerprint()}], and what this run "
+            f"[{manifest.fingerprint()}] wrote does not count; give each run an --output of its own"
+        )
 
 
 def write_shard(
@@ -399,18 +426,23 @@ def write_shard(
     ids: Sequence[RecordId],
     rows_ND: FloatArray,
     *,
-    paths: Sequence[str] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
     skipped: Sequence[Skipped] = (),
 ) -> Finished:
     """Writes a shard; it appears whole or not at all, instead of one that is there.
 
-    Raises DataError when it cannot be written.
+    columns: what lies beside the vectors, see `rows.Block`. Raises DataError when it cannot be written, ConfigError
+    when the folder has become that of another run, whose shards are left alone.
     """
     assert len(ids) + len(skipped) == shard.stop - shard.start, "every input has a row or a reason"
     facts = {"key": manifest.key, "shard": list(shard), "skipped": [[one.id, one.reason] for one in skipped]}
-    data = parquet_bytes(manifest.field, ids, rows_ND, paths=paths, facts=facts)
+    data = parquet_bytes(manifest.field, ids, rows_ND, columns=columns, facts=facts)
+    refuse_replaced(folder, manifest)
     folder.child(shard.name).write(data)
     return Finished(len(ids), tuple(skipped))
+
+
+# --- reading a folder of shards
 
 
 def is_shard_folder(path: Path) -> bool:
@@ -418,45 +450,133 @@ def is_shard_folder(path: Path) -> bool:
     return is_file(path / MANIFEST)
 
 
-def read_shards(folder: Path, field: IdField) -> Features:
-    """All rows of a local folder in the order of the inputs; raises as `whole_shards`, `tables.read_parquet_parts`."""
-    return read_parquet_parts(folder, whole_shards(folder, field), field)
+@dataclass(frozen=True)
+class ShardFolder:
+    """The finished shards of an extraction, for whoever reads them; each is compared with the manifest as it is read.
 
-
-def whole_shards(folder: Path, field: IdField) -> list[Path]:
-    """The files of a local folder, in the order of the inputs.
-
-    Raises DataError for shards that are missing or of another extraction.
+    files: in the order of the inputs, as they were listed.
     """
-    file = folder / MANIFEST
-    try:
-        manifest = read_manifest(file.read_bytes(), str(file))
-    except OSError as error:
-        if not is_absent(error):
-            raise UnreadableError.of(file, error) from error
-        raise DataError(
-            f"is a folder without {MANIFEST}; expected a feature file, or what "
-            "`cn-clip features --engine ray` wrote into its --output",
-            at=folder,
-        ) from error
-    if manifest.field != field:
-        raise DataError(f"no {field}, only {manifest.field}; is this the folder of the other modality?", at=folder)
-    shards = {folder / shard.name: shard for shard in manifest.shards()}
-    missing = [path.name for path in shards if not is_file(path)]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(shards)} shards are missing ({missing[0]}); run the extraction again, "
-            "it goes on where it stopped",
-            at=folder,
-        )
-    for path, shard in shards.items():
+
+    storage: Storage
+    manifest: Manifest
+    files: tuple[FoundFile, ...]
+
+    @classmethod
+    def opened(cls, storage: Storage, field: IdField) -> "ShardFolder":
+        """Nothing but the manifest and the listing is read.
+
+        Raises DataError for what is no such folder, one of the other modality, and for shards that are missing.
+        """
+        file = storage.child(MANIFEST)
         try:
-            with open(path, "rb") as stream:
-                _report_of(stream, manifest, shard)
+            with file.stream() as stream:
+                data = stream.read()
         except OSError as error:
-            raise UnreadableError.of(path, error) from error
-        except DataError as error:
+            if not (isinstance(error, FileNotFoundError) or is_absent(error)):
+                raise _unreadable(file, error) from error
             raise DataError(
-                f"{error}; run the extraction again, which makes the shards that are not of {MANIFEST}", at=path
+                f"is a folder without {MANIFEST}; expected a feature file, or what "
+                "`cn-clip features --engine ray` wrote into its --output",
+                at=storage.name,
             ) from error
-    return list(shards)
+        manifest = read_manifest(data, file.name)
+        if manifest.field != field:
+            raise DataError(
+                f"no {field}, only {manifest.field}; is this the folder of the other modality?", at=storage.name
+            )
+        there = {storage.below(one.path): one for one in storage.list_files(recursive=False)}
+        shards = manifest.shards()
+        missing = [shard.name for shard in shards if shard.name not in there]
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {len(shards)} shards are missing ({missing[0]}); run the extraction again, "
+                "it goes on where it stopped",
+                at=storage.name,
+            )
+        return cls(storage, manifest, tuple(there[shard.name] for shard in shards))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def shards(self) -> list[Shard]:
+        """In the order of `files`."""
+        return self.manifest.shards()
+
+    def stamps(self, stop: int | None = None) -> str:
+        """A digest of the first shards, or all, by which they differ from what is there once one is written again."""
+        return digest_of([self.manifest.key, *((one.size, one.mtime_ns) for one in self.files[:stop])])
+
+    def widths(self, start: int = 0) -> Iterator[tuple[Finished, int | None]]:
+        """What the ends of the shards from number `start` on say: what each holds, and the width of its vectors.
+
+        Raises DataError for a shard that is not of the manifest.
+        """
+
+        def look(shard: Shard) -> tuple[Finished, int | None]:
+            with self._open(shard) as stream:
+                return _report_of(stream, self.manifest, shard)
+
+        with ThreadPoolExecutor(_READING_THREADS) as pool:
+            yield from pool.map(look, self.shards[start:])
+
+    def blocks(self, shard: Shard, *, beside: bool = True) -> Iterator[Block]:
+        """The rows of a shard; raises DataError when it is damaged, or is not, by now, of the manifest."""
+        with self._open(shard) as stream:
+            _report_of(stream, self.manifest, shard)
+            stream.seek(0)
+            name = self.storage.child(shard.name).name
+            yield from parquet_blocks(name, self.manifest.field, stream=stream, beside=beside)
+
+    def ids(self, shard: Shard) -> list[RecordId]:
+        """The ids of a shard, without its vectors; raises as `blocks`."""
+        with self._open(shard) as stream:
+            _report_of(stream, self.manifest, shard)
+            stream.seek(0)
+            return parquet_ids(self.storage.child(shard.name).name, self.manifest.field, stream=stream)
+
+    def confirm(self) -> None:
+        """Raises DataError when a shard, or the manifest, was written again since the folder was opened."""
+        again = ShardFolder.opened(self.storage, self.manifest.field)
+        if again.stamps() != self.stamps():
+            raise DataError(
+                "changed while it was read, and what was added may be of both; let it be written to its end, and run "
+                "the same command again",
+                at=self.storage.name,
+            )
+
+    @contextlib.contextmanager
+    def _open(self, shard: Shard) -> Iterator[Any]:
+        file = self.storage.child(shard.name)
+        try:
+            with file.stream() as stream:
+                yield stream
+        except OSError as error:
+            if isinstance(error, DataError):
+                raise
+            raise _unreadable(file, error) from error
+        except DataError as error:
+            if error.path is not None:
+                raise
+            raise DataError(
+                f"{error}; run the extraction again, which makes the shards that are not of {MANIFEST}", at=file.name
+            ) from error
+
+
+def _unreadable(file: Storage, error: OSError) -> UnreadableError:
+    return UnreadableError.of(file.name, error, "is the disk there?" if file.is_local else "is the store there?")
+
+
+def read_shards(folder: Path, field: IdField) -> Features:
+    """All rows of a local folder in the order of the inputs; raises as `ShardFolder`, and for an id of two shards."""
+    require_parquet()
+    opened = ShardFolder.opened(open_storage(str(folder)), field)
+    blocks = [block for shard in opened.shards for block in opened.blocks(shard, beside=False)]
+    opened.confirm()
+    widths = sorted({block.vectors.shape[1] for block in blocks})
+    if len(widths) != 1:
+        what = f"the files have vectors of {widths} numbers" if widths else "its files have no rows"
+        raise DataError(f"{what}; extract it again", at=folder)
+    ids = [item_id for block in blocks for item_id in block.ids]
+    check_unique(ids, folder, field)
+    return Features(ids, np.concatenate([block.vectors for block in blocks]))

@@ -5,12 +5,14 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, Any, Literal, TypeAlias
+from datetime import date
+from typing import IO, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,7 @@ from cn_clip.clip.weights.file_kinds import check_unpacked
 from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError, Where, reading
 from cn_clip.extras import require
-from cn_clip.features.rows import Blocks, Features, FloatArray, IdField, check_unique, first_not_finite
+from cn_clip.features.rows import Block, Blocks, Features, FloatArray, IdField, check_unique, first_not_finite
 from cn_clip.files import atomic_write
 
 Path: TypeAlias = "str | os.PathLike[str]"
@@ -27,7 +29,9 @@ Path: TypeAlias = "str | os.PathLike[str]"
 IdKind: TypeAlias = Literal["int", "str", "json"]
 
 IDS, FEATURES, FIELD, ID_KIND = "ids", "features", "field", "id_kind"
-FEATURE_COLUMN, PATH_COLUMN = "feature", "path"
+FEATURE_COLUMN, PATH_COLUMN, THUMBNAIL_COLUMN = "feature", "path", "thumbnail"
+# Names the columns whose values are JSON, for Parquet has no type for values of several kinds.
+_JSON_COLUMNS = "json_columns"
 METADATA_KEY = b"cn_clip"
 # Rows that are read at once where not all are held.
 _BLOCK_ROWS = 16384
@@ -35,6 +39,8 @@ _LARGEST_INT64 = 2**63 - 1
 # What the ids of an npz may take, and how many times their own size if it is more.
 _BYTES_A_CHARACTER, _LARGEST_IDS, _LARGEST_WASTE = 4, 1 << 26, 16
 _NOT_KEPT = re.compile("[\0\ud800-\udfff]")
+
+logger = logging.getLogger(__name__)
 
 
 # --- npz
@@ -142,15 +148,16 @@ def parquet_bytes(
     ids: Sequence[RecordId],
     rows_ND: FloatArray,
     *,
-    paths: Sequence[str] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
     facts: Mapping[str, object],
 ) -> bytes:
-    """A file as `write_parquet` writes it, in memory; with a column `path` where there are paths.
+    """A file as `write_parquet` writes it, in memory.
 
-    facts: what JSON can hold, kept in the metadata for `parquet_facts`. Raises MissingExtraError without pyarrow.
+    columns: as of `rows.Block`. facts: what JSON can hold, kept in the metadata for `parquet_facts`. Raises
+    MissingExtraError without pyarrow.
     """
     sink = io.BytesIO()
-    _write_parquet(sink, field, ids, [rows_ND], rows_ND.shape[1], paths=paths, facts=facts)
+    _write_parquet(sink, field, ids, [rows_ND], rows_ND.shape[1], columns=columns, facts=facts)
     return sink.getvalue()
 
 
@@ -161,32 +168,54 @@ def _write_parquet(
     blocks: Blocks,
     embed_dim: int,
     *,
-    paths: Sequence[str] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
     facts: Mapping[str, object] | None = None,
 ) -> None:
     arrow, parquet = require_parquet()
     kind, kept = _kept_ids(ids)
-    columns = [
+    beside = {name: _kept_column(arrow, name, values) for name, values in (columns or {}).items()}
+    as_json = [name for name, (_, is_json) in beside.items() if is_json]
+    schema = [
         arrow.field(field, arrow.int64() if kind == "int" else arrow.string()),
         arrow.field(FEATURE_COLUMN, arrow.list_(arrow.field("element", arrow.float32()), embed_dim)),
+        *(arrow.field(name, array.type) for name, (array, _) in beside.items()),
     ]
-    texts = {} if paths is None else {PATH_COLUMN: paths}
-    columns += [arrow.field(name, arrow.string()) for name in texts]
-    schema = arrow.schema(columns, {METADATA_KEY: json.dumps({FIELD: field, ID_KIND: kind, **(facts or {})})})
+    told = {FIELD: field, ID_KIND: kind, **({_JSON_COLUMNS: as_json} if as_json else {}), **(facts or {})}
+    schema = arrow.schema(schema, {METADATA_KEY: json.dumps(told)})
     with parquet.ParquetWriter(stream, schema, write_page_checksum=True) as writer:
         start = 0
         for block in blocks:
-            part = slice(start, start + len(block))
             numbers = arrow.array(np.ascontiguousarray(block, dtype=np.float32).reshape(-1))
             lists = arrow.FixedSizeListArray.from_arrays(numbers, embed_dim)
-            arrays = [arrow.array(kept[part], type=schema.field(0).type), lists]
-            arrays += [arrow.array(values[part], type=arrow.string()) for values in texts.values()]
+            arrays = [arrow.array(kept[start : start + len(block)], type=schema.field(0).type), lists]
+            arrays += [array.slice(start, len(block)) for array, _ in beside.values()]
             writer.write_table(arrow.table(arrays, schema=schema))
             start += len(block)
 
 
-def parquet_facts(stream: Any) -> tuple[int, dict[str, Any]]:
-    """(number of rows, facts) of a file that `parquet_bytes` made, from its end alone.
+def _kept_column(arrow: Any, name: str, values: Sequence[Any]) -> tuple[Any, bool]:
+    """(the values as a column that gives them back as they were, whether each is kept as JSON)."""
+    if name == THUMBNAIL_COLUMN:
+        return arrow.array(values, type=arrow.binary()), False
+    types = {type(value) for value in values if value is not None}
+    plain = {str: arrow.string(), int: arrow.int64(), float: arrow.float64(), bool: arrow.bool_()}
+    only = next(iter(types), str) if len(types) <= 1 else None
+    if only in plain:
+        with contextlib.suppress(arrow.ArrowInvalid, OverflowError, UnicodeEncodeError):  # what JSON alone holds
+            return arrow.array(values, type=plain[only]), False
+    return arrow.array([None if value is None else json.dumps(value) for value in values], type=arrow.string()), True
+
+
+class TableEnd(NamedTuple):
+    """What the end of a Parquet file says of it. width: of its vectors, None where lists of any length are kept."""
+
+    num_rows: int
+    width: int | None
+    facts: dict[str, Any]
+
+
+def parquet_facts(stream: Any) -> TableEnd:
+    """The end of a file that `parquet_bytes` made.
 
     Raises DataError when it is none, or damaged there.
     """
@@ -195,25 +224,10 @@ def parquet_facts(stream: Any) -> tuple[int, dict[str, Any]]:
     with reading(None, DataError, what=what, step="extract it again"):  # the caller knows the file
         metadata = parquet.read_metadata(stream)
         facts = json.loads((metadata.metadata or {})[METADATA_KEY])
+        width = getattr(metadata.schema.to_arrow_schema().field(FEATURE_COLUMN).type, "list_size", None)
     if not isinstance(facts, dict):
         raise DataError(f"the end of the file: expected an object of facts, got {type(facts).__name__}")
-    return metadata.num_rows, facts
-
-
-def read_parquet_parts(folder: Path, parts: Sequence[Path], field: IdField) -> Features:
-    """The rows of the Parquet files of a folder, one after the other; a file may be without rows.
-
-    Raises as `read_parquet`, also for vectors of two lengths, and for an id that two files have.
-    """
-    read = [_read_table(part, field) for part in parts]
-    checked = [_checked(part, field, *table) for part, table in zip(parts, read, strict=True) if table[0]]
-    widths = sorted({features.vectors.shape[1] for features in checked})
-    if len(widths) != 1:
-        what = f"the files have vectors of {widths} numbers" if widths else "its files have no rows"
-        raise DataError(f"{what}; extract it again", at=folder)
-    ids = [item_id for features in checked for item_id in features.ids]
-    check_unique(ids, folder, field)
-    return Features(ids, np.concatenate([features.vectors for features in checked]))
+    return TableEnd(metadata.num_rows, width, facts)
 
 
 def read_parquet(path: Path, field: IdField) -> Features:
@@ -224,13 +238,36 @@ def read_parquet(path: Path, field: IdField) -> Features:
     return _checked(path, field, *_read_table(path, field))
 
 
-def parquet_blocks(path: Path, field: IdField) -> Iterator[Features]:
-    """The rows in order, block by block; raises as `read_parquet`, but not for an id that an earlier block has."""
+def parquet_blocks(path: Path, field: IdField, *, stream: Any = None, beside: bool = True) -> Iterator[Block]:
+    """The rows in order, block by block; raises as `read_parquet`, but not for an id that an earlier block has.
+
+    stream: the open file, where `path` is only its name. beside: also what lies beside the vectors.
+    """
     start = 0
-    for ids, vectors_BD, kind in _table_blocks(path, field, _BLOCK_ROWS):
-        block = _checked(path, field, ids, vectors_BD, kind, start=start)
-        start += len(block.ids)
-        yield block
+    for table in _table_blocks(path, field, _BLOCK_ROWS, stream=stream, beside=beside):
+        features = _checked(path, field, table.ids, table.vectors, table.kind, start=start)
+        start += len(features.ids)
+        yield Block(*features, table.columns)
+
+
+def parquet_ids(path: Path, field: IdField, *, stream: Any) -> list[RecordId]:
+    """The ids alone, without the vectors; raises as `parquet_blocks`."""
+    arrow, parquet = require_parquet()
+    with (
+        reading(path, DataError, what="cannot be read as Parquet", step="write it again"),
+        parquet.ParquetFile(stream, page_checksum_verification=True) as file,
+    ):
+        kept = _plain(arrow, file.read(columns=[field]).column(field)).to_pylist()
+        return _plain_ids(path, field, kept, str(_own_facts(file).get(ID_KIND, "")))
+
+
+class _Rows(NamedTuple):
+    """Rows as a file keeps them. kind: how the ids are kept."""
+
+    ids: list[Any]
+    vectors: FloatArray
+    kind: str
+    columns: Mapping[str, Sequence[Any]]
 
 
 def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]:
@@ -238,10 +275,10 @@ def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]
     ids: list[Any] = []
     parts: list[FloatArray] = []
     kind = ""
-    for kept, vectors, how in _table_blocks(path, field):
-        ids.extend(kept)
-        kind = how
-        parts.append(vectors)
+    for block in _table_blocks(path, field):
+        ids.extend(block.ids)
+        kind = block.kind
+        parts.append(block.vectors)
     widths = {vectors.shape[1] for vectors in parts}
     if len(widths) > 1:
         raise DataError(
@@ -251,16 +288,24 @@ def _read_table(path: Path, field: IdField) -> tuple[list[Any], FloatArray, str]
     return ids, vectors, kind
 
 
+def _own_facts(file: Any) -> dict[str, Any]:
+    """What this package wrote into the metadata of an open file; {} for those of another program."""
+    with contextlib.suppress(ValueError, AttributeError):
+        facts = json.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
+        return facts if isinstance(facts, dict) else {}
+    return {}
+
+
 def _table_blocks(
-    path: Path, field: IdField, num_rows: int | None = None
-) -> Iterator[tuple[list[Any], FloatArray, str]]:
-    """What `_read_table` returns, block by block: row group by row group, or so many rows at a time."""
+    path: Path, field: IdField, num_rows: int | None = None, *, stream: Any = None, beside: bool = False
+) -> Iterator[_Rows]:
+    """The rows block by block: row group by row group, or so many rows at a time."""
     arrow, parquet = require_parquet()
     with (  # texts that are no UTF-8 fail as late as a column becomes Python's
         reading(path, DataError, what="cannot be read as Parquet", step="write it again"),
-        parquet.ParquetFile(path, page_checksum_verification=True) as file,
+        parquet.ParquetFile(path if stream is None else stream, page_checksum_verification=True) as file,
     ):
-        names, metadata = file.schema_arrow.names, file.schema_arrow.metadata or {}
+        names = file.schema_arrow.names
         if field not in names or FEATURE_COLUMN not in names:
             raise DataError(
                 f"expected the columns {field} and {FEATURE_COLUMN}, it has {names}; "
@@ -272,9 +317,9 @@ def _table_blocks(
                 raise DataError(f"has {names.count(name)} columns {name}; expected one", at=path)
         id_type, list_type = (file.schema_arrow.field(name).type for name in (field, FEATURE_COLUMN))
         _check_types(arrow, path, field, _plain_type(arrow, id_type), _plain_type(arrow, list_type))
-        kind, columns, start = "", [field, FEATURE_COLUMN], 1
-        with contextlib.suppress(ValueError, AttributeError):  # the metadata of another program
-            kind = str(json.loads(metadata.get(METADATA_KEY, b"{}")).get(ID_KIND, ""))
+        own, start = _own_facts(file), 1
+        more = _columns_beside(arrow, path, file.schema_arrow, field) if beside else []
+        columns, as_json = [field, FEATURE_COLUMN, *more], own.get(_JSON_COLUMNS, [])
         tables = (
             (file.read_row_group(number, columns=columns) for number in range(file.num_row_groups))
             if num_rows is None
@@ -288,8 +333,43 @@ def _table_blocks(
                 if column.null_count:
                     empty = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
                     raise DataError(f"row {start + empty} {name}: is null", at=path)
-            yield kept.to_pylist(), _rows(path, lists, start), kind
+            values = {name: _values_beside(table.column(name).to_pylist(), name in as_json) for name in more}
+            yield _Rows(kept.to_pylist(), _vectors(path, lists, start), str(own.get(ID_KIND, "")), values)
             start += len(table)
+
+
+def _columns_beside(arrow: Any, path: Path, schema: Any, field: IdField) -> list[str]:
+    """The names of the columns beside ids and vectors whose values JSON holds, and of the thumbnails."""
+    types = arrow.types
+    fits = (types.is_integer, types.is_floating, types.is_boolean, types.is_string, types.is_large_string)
+    found, others = list[str](), list[str]()
+    for name in schema.names:
+        if name in (field, FEATURE_COLUMN):
+            continue
+        kind = (
+            _plain_type(arrow, schema.field(schema.get_field_index(name)).type)
+            if schema.names.count(name) == 1
+            else None
+        )
+        is_date = kind is not None and (types.is_date(kind) or types.is_timestamp(kind))
+        is_small_picture = name == THUMBNAIL_COLUMN and kind is not None and types.is_binary(kind)
+        is_kept = is_small_picture or (name != THUMBNAIL_COLUMN and kind is not None and any(fit(kind) for fit in fits))
+        (found if is_kept or is_date else others).append(name)
+    if others:
+        logger.warning("%s: columns that an index cannot hold are left out: %s", path, ", ".join(others))
+    return found
+
+
+def _values_beside(values: list[Any], is_json: bool) -> list[Any]:
+    """The values of a column as JSON holds them, None for a number that is none."""
+    if is_json:
+        return [None if value is None else json.loads(value) for value in values]
+    first = next((value for value in values if value is not None), None)
+    if isinstance(first, float):
+        return [value if value is not None and np.isfinite(value) else None for value in values]
+    if isinstance(first, date):
+        return [None if value is None else value.isoformat() for value in values]
+    return values
 
 
 def require_parquet() -> tuple[Any, Any]:
@@ -329,7 +409,7 @@ def _plain(arrow: Any, column: Any) -> Any:
     return whole.cast(_plain_type(arrow, column.type))
 
 
-def _rows(path: Path, lists: Any, start: int) -> FloatArray:
+def _vectors(path: Path, lists: Any, start: int) -> FloatArray:
     """The vectors of a column; `start` is the number of its first row."""
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
     width = int(lengths[0])
@@ -372,6 +452,11 @@ def _checked(
             f"row {start + faulty + 1} {FEATURE_COLUMN}: holds NaN or infinity; expected finite float32 numbers",
             at=path,
         )
+    return Features(_plain_ids(path, field, ids, kind, start=start), vectors_ND)
+
+
+def _plain_ids(path: Path, field: IdField, ids: list[Any], kind: str, *, start: int = 0) -> list[RecordId]:
+    """The ids as they were before they were kept; raises DataError for what is none, and for one that comes twice."""
     if kind == "json":
         texts, ids = ids, []
         for row, text in enumerate(texts, start=start + 1):
@@ -382,9 +467,9 @@ def _checked(
                 what = f"row {row} {field}: expected the JSON of an integer or a string, got {text!r}"
                 raise DataError(what, at=path)
             ids.append(value)
-    ids = list(map(plain_id, ids))
-    check_unique(ids, path, field)
-    return Features(ids, vectors_ND)
+    plain = list(map(plain_id, ids))
+    check_unique(plain, path, field)
+    return plain
 
 
 def _as_float32(path: Path, vectors: NDArray[Any]) -> FloatArray:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -24,9 +23,9 @@ class Options(SourceOptions):
 
 def run(options: Options) -> None:
     """Adds; raises CnClipError, with all kept that was reported done."""
-    from cn_clip.index import building
+    from cn_clip.index import building, sources
 
-    job = building.Job(options.index, Path(options.source), id_prefix=options.id_prefix)
+    job = building.Job(options.index, sources.location_of(options.source), id_prefix=options.id_prefix)
     building.update(options, job, command.Speaker(quiet=options.json))
 
 

@@ -1,6 +1,5 @@
 """What `index build` and `index add` share: from a source to a summary of what was done."""
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from cn_clip.index.progress import Progress
 from cn_clip.index.renewing import Renewal
 from cn_clip.index.skips import Skipped
 from cn_clip.index.sources import Source, is_feature_file, is_single_picture, open_source, read_table
-from cn_clip.index.telling import say_first, say_summary
+from cn_clip.index.telling import refuse_interrupted, say_first, say_summary
 from cn_clip.index.vectors import add_features
-from cn_clip.language import both, counted
 from cn_clip.retrieval import addresses
 from cn_clip.terminal import shown
 
@@ -37,8 +35,9 @@ def update(options: SourceOptions, job: Job, say: Speaker, *, model: Model | Non
     if is_feature_file(job.source):
         add_features(options, job, model, table, say)
         return
+    assert isinstance(job.source, Path), "an address is one of features"
     progress = Progress(say)
-    source = _opened(options, job, progress)
+    source = _opened(options, job, job.source, progress)
     files = [*source.candidates, *source.videos]
     if not files and model.facts is None:
         raise DataError(f"holds no picture{_first(source.skipped)}", at=job.source)
@@ -85,10 +84,10 @@ def update(options: SourceOptions, job: Job, say: Speaker, *, model: Model | Non
     _refuse_end(ingest.summary, job, source, num_items=len(writer))
 
 
-def _opened(options: SourceOptions, job: Job, progress: Progress) -> Source:
+def _opened(options: SourceOptions, job: Job, path: Path, progress: Progress) -> Source:
     with progress.looking() as seen:
-        source = open_source(job.source, id_prefix=job.id_prefix, exclude=options.exclude, seen=seen)
-    if job.is_sync and is_single_picture(job.source):
+        source = open_source(path, id_prefix=job.id_prefix, exclude=options.exclude, seen=seen)
+    if job.is_sync and is_single_picture(path):
         raise ConfigError("expected a folder; one picture goes into an index with: cn-clip index add", at=job.source)
     if options.video_every == 0:
         source.skipped += [Skipped(one.id, "a video, and --video-every is 0", skips.VIDEO) for one in source.videos]
@@ -97,17 +96,8 @@ def _opened(options: SourceOptions, job: Job, progress: Progress) -> Source:
 
 
 def _refuse_end(summary: Summary, job: Job, source: Source, *, num_items: int) -> None:
-    """Ends with 128 and the number of the signal that came; raises DataError when no picture could be indexed."""
-    if summary.signal is not None:
-        print(
-            both(
-                f"已中断，完成的都已保存（{job.address}，{num_items} 项）；再运行同一条命令就接着做",
-                f"interrupted; what was done is kept ({job.address}, {counted(num_items, 'item')}). Run the same "
-                "command again to go on",
-            ),
-            file=sys.stderr,
-        )
-        raise SystemExit(128 + summary.signal)
+    """As `refuse_interrupted`; raises DataError when no picture could be indexed."""
+    refuse_interrupted(summary, job, num_items=num_items)
     if (source.candidates or source.videos) and not num_items:
         reasons = f"{skips.told(summary.skipped)}{_first(summary.skipped)}"
         raise DataError(f"nothing was indexed: {reasons}", at=job.source)

@@ -32,10 +32,13 @@ class Failures:
 
     def __init__(self, notes: bytes = b"") -> None:
         self._of_path: dict[str, Failure] = {}
+        self._others: list[Any] = []  # what another part of the package noted, see `vectors`
         # Whether there is more or less to keep than `notes`.
         self.has_changed = False
         try:
             head, *lines = map(json.loads, notes.splitlines()) if notes else [{}]
+            self._others = [line for line in lines if "shards" in line]
+            lines = [line for line in lines if "shards" not in line]
             self._of_path = {line.pop("path"): Failure(**line) for line in lines}
         except (ValueError, TypeError, KeyError, AttributeError):  # of another version
             self.has_changed = True
@@ -71,9 +74,9 @@ class Failures:
 
     def dumped(self) -> bytes:
         """The notes to keep."""
-        if not self._of_path:
+        if not self._of_path and not self._others:
             return b""
-        rows = [{"path": path, **asdict(self._of_path[path])} for path in sorted(self._of_path)]
+        rows = [{"path": path, **asdict(self._of_path[path])} for path in sorted(self._of_path)] + self._others
         return b"".join(json.dumps(one).encode() + b"\n" for one in [{"decoders": _decoders()}, *rows])
 
     def _keep(self, paths: set[str]) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cn_clip.clip.choice import DEFAULT_MODEL
@@ -13,7 +12,7 @@ from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.options import AddOptions, SourceOptions
 from cn_clip.index.searching import NEW_PICTURES, merged_as, open_encoder, seen_as
-from cn_clip.index.sources import file_id
+from cn_clip.index.sources import Location, file_id, location_of
 from cn_clip.retrieval import addresses
 from cn_clip.retrieval.addresses import Facts, IndexAddress, Writer
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, PictureFacts, VectorType
@@ -35,7 +34,7 @@ class Job:
     """
 
     index: str
-    source: Path
+    source: Location
     engine: EngineName | None = None
     vector_type: VectorType | None = None
     id_prefix: str = ""
@@ -55,7 +54,7 @@ def job_of(options: "Options") -> Job:
     """What `cn-clip index build` is to do."""
     return Job(
         options.output or "",
-        Path(options.source),
+        location_of(options.source),
         engine=options.engine,
         vector_type=options.vector_type,
         is_sync=True,

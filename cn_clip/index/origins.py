@@ -41,7 +41,7 @@ class Origins:
                 kept.pop("text", None)  # the words of other bytes; the next build reads these
             dated = {**name, **kept, **now}
             return None, Candidate(item_id, dated, partial(read_file, path), is_dated=True)
-        if not isinstance(source, str) or path is not None:
+        if not isinstance(source, str) or (path is not None and not is_feature_file(Path(source))):
             return None, None
         if source not in self._opened:
             self._opened[source] = None  # gone

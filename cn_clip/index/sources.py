@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from cn_clip.clip.picture_names import LARGEST_PICTURE, PICTURE_SUFFIXES, VIDEO_SUFFIXES, suffix_of
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
 from cn_clip.data.paths import spelled, walked
+from cn_clip.data.storage import is_uri
 from cn_clip.data.tables import read_rows
 from cn_clip.digests import is_file, is_folder, is_there
 from cn_clip.errors import ConfigError, DataError, UnreadableError, Where, is_absent
@@ -22,6 +23,7 @@ from cn_clip.language import both
 from cn_clip.progress import counted
 from cn_clip.retrieval import manifest
 from cn_clip.retrieval.segments import ItemId, item_line
+from cn_clip.secret import AddressText, as_typed
 
 FEATURE_SUFFIXES = (".jsonl", ".npz", ".parquet")
 CAPTION_COLUMN = "text"
@@ -68,9 +70,25 @@ class Source:
     links: list[tuple[str, str]] = field(default_factory=list)
 
 
-def is_feature_file(path: Path) -> bool:
+# A path of this machine, or the URI of a folder of feature shards.
+Location: TypeAlias = Path | AddressText
+
+
+def location_of(text: str) -> Location:
+    """A source as it was typed."""
+    return AddressText(text) if is_uri(as_typed(text)) else Path(text)
+
+
+def is_feature_file(source: Location) -> bool:
     """Whether a source holds vectors instead of pictures; raises UnreadableError."""
-    return (path.suffix.lower() in FEATURE_SUFFIXES and is_file(path)) or is_shard_folder(path)
+    if not isinstance(source, Path):
+        return True
+    return (source.suffix.lower() in FEATURE_SUFFIXES and is_file(source)) or is_shard_folder(source)
+
+
+def is_shards(source: Location) -> bool:
+    """Whether a source that holds vectors is a folder of shards, not a file."""
+    return not isinstance(source, Path) or is_shard_folder(source)
 
 
 def open_source(
@@ -109,7 +127,7 @@ def _open(path: Path, id_prefix: str, exclude: Sequence[str], seen: Callable[[in
     raise DataError("no such file or folder; expected pictures, an LMDB split or a feature file", at=path)
 
 
-def refuse_excludes(path: Path, exclude: Sequence[str]) -> None:
+def refuse_excludes(path: Location, exclude: Sequence[str]) -> None:
     """Raises ConfigError if there are any, for a source that is no folder of pictures."""
     if exclude:
         raise ConfigError(f"--exclude {exclude[0]}: is for folders of pictures; leave it out", at=path)

@@ -1,5 +1,6 @@
 """What an index run says: what there is to do, and what came of it."""
 
+import sys
 from collections.abc import Iterator, Sequence
 
 from cn_clip.command import Speaker
@@ -130,6 +131,21 @@ def say_summary(
             "interrupted": summary.signal is not None,
         }
     )
+
+
+def refuse_interrupted(summary: Summary, job: Job, *, num_items: int) -> None:
+    """Ends with 128 and the number of the signal that came, if one came."""
+    if summary.signal is None:
+        return
+    print(
+        both(
+            f"已中断，完成的都已保存（{job.address}，{num_items} 项）；再运行同一条命令就接着做",
+            f"interrupted; what was done is kept ({job.address}, {counted(num_items, 'item')}). Run the same "
+            "command again to go on",
+        ),
+        file=sys.stderr,
+    )
+    raise SystemExit(128 + summary.signal)
 
 
 def _items(number: int) -> str:

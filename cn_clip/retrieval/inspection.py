@@ -150,7 +150,8 @@ def remains(folder: Path, facts: Manifest, name: str, damaged: set[str]) -> Rema
         path, source = metadata.get("path"), metadata.get("source")
         if ITEMS in damaged and isinstance(path, str) and isinstance(source, str):
             relative = os.path.relpath(path, source).replace(os.sep, "/")
-            if not str(item_id).endswith(relative):
+            # Items of feature shards are of pictures that lie elsewhere.
+            if not (relative.startswith("../") or str(item_id).endswith(relative)):
                 continue
         found[item_id] = row, NewItem(item_id, vectors_ND[row], metadata, thumbnails[row])
     is_certain = ITEMS not in damaged and ROWS not in damaged

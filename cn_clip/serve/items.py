@@ -138,8 +138,12 @@ class Original:
 
 
 def has_original(metadata: Mapping[str, Any]) -> bool:
-    """Whether the index says where the file of an item is."""
-    return isinstance(metadata.get("path"), str) and isinstance(metadata.get("source"), str)
+    """Whether the index says where the file of an item is, in the folder that was indexed.
+
+    That of an item of feature shards lies elsewhere.
+    """
+    path, source = metadata.get("path"), metadata.get("source")
+    return isinstance(path, str) and isinstance(source, str) and path.startswith(os.path.join(source, ""))
 
 
 def open_original(metadata: Mapping[str, Any]) -> Original:
