@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cn_clip import cli, command, terminal  # noqa: E402
-from cn_clip.retrieval.milvus_collection import Address, Collection, parse_address  # noqa: E402
+from cn_clip.retrieval.milvus_address import Address, parse_address  # noqa: E402
+from cn_clip.retrieval.milvus_collection import Collection  # noqa: E402
 
 MODEL = "Emoji-Tiny"
 # One picture in so many is a copy of another one.

@@ -122,6 +122,10 @@ class StoreError(CnClipError, RuntimeError):
     """A server that keeps vectors does not answer in time, or refuses; the message starts with its address."""
 
 
+class AwayError(StoreError):
+    """A server that keeps vectors does not answer, or not in time; later it may."""
+
+
 class MissingExtraError(CnClipError, ImportError):
     """An optional package is not installed; the message carries the pip command."""
 

@@ -55,6 +55,9 @@ class Secret:
         raise ConfigError("a password or token is not written into a pickle; the other process reads its own settings")
 
 
+NO_SECRET = Secret()
+
+
 class AddressText(str):
     """An address as it was typed, without its secrets wherever it is shown; `given` holds all of it.
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from cn_clip.errors import StoreError
-from cn_clip.retrieval.milvus_collection import Address, Collection
+from cn_clip.retrieval.milvus_address import Address
+from cn_clip.retrieval.milvus_collection import Collection
 
 SECONDS_TO_START = 60
 _numbers = itertools.count()

@@ -28,8 +28,10 @@ from cn_clip.index.options import with_store
 from cn_clip.retrieval import flat, milvus, milvus_collection
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.milvus import MilvusIndex, open_milvus_writer
-from cn_clip.retrieval.milvus_collection import Address, Collection, TooLargeError, parse_address
+from cn_clip.retrieval.milvus_address import Address, parse_address
+from cn_clip.retrieval.milvus_collection import Collection, TooLargeError
 from cn_clip.retrieval.writer import NewItem
+from cn_clip.secret import Secret
 
 MODEL = ModelInfo("Tiny", "0123", 16)
 BUILD = ("--model", "Emoji-Tiny", "--num-threads", "1")
@@ -75,20 +77,21 @@ def rows(count: int, *, seed: int = 0, dim: int = 16) -> Any:
     [
         ("milvus://localhost:19530/photos", Address("localhost", 19530, "photos")),
         ("milvus://localhost/photos", Address("localhost", 19530, "photos")),
-        ("milvus://a:b%40c@[::1]:1/p_1?timeout=2.5", Address("::1", 1, "p_1", 2.5, "a", "b@c")),
+        ("milvus://a:b%40c@[::1]:1/p_1?timeout=2.5", Address("::1", 1, "p_1", 2.5, "a", Secret("b@c"))),
         ("milvus://h/c?consistency=bounded", Address("h", 19530, "c", consistency="Bounded")),
         ("milvus://h/c?consistency=quick", None),
         ("milvus://localhost:19530", None),
         ("milvus://localhost:19530/", None),
-        ("milvus://localhost:19530/a/b", None),
+        ("milvus://localhost:19530/a/b", Address("localhost", 19530, "b", database="a")),
+        ("milvus://localhost:19530/a/b/c", None),
         ("milvus://localhost:19530/照片", None),
         ("milvus://localhost:x/photos", None),
         ("milvus://localhost:99999/photos", None),
-        ("milvus:///photos", None),
         ("milvus://localhost/photos?timeout=0", None),
         ("milvus://localhost/photos?timeout=nan", None),
         ("milvus://localhost/photos?timeout=x", None),
-        ("milvus://localhost/photos?tls=1", None),
+        ("milvus://localhost/photos?tls=2", None),
+        ("milvus://localhost/photos?color=1", None),
     ],
 )
 def test_addresses(text: str, expected: Address | None) -> None:
@@ -141,7 +144,7 @@ def test_store_is_no_option_of_its_own_any_more(command: str, capsys: pytest.Cap
         (("--output", "i", "--store", "milvus://h/c"), "expected the folder of the index, or in its place --store"),
         (("--store", "milvus://h/c", "--engine", "exact"), "are for folders, Milvus has its own"),
         (("--output", "milvus://h/c", "--engine", "exact"), "are for folders, Milvus has its own"),
-        (("--output", "milvus://h/c/d"), "milvus://h/c/d: expected milvus://HOST:PORT/COLLECTION"),
+        (("--output", "milvus://h/c/d/e"), "milvus://h/c/d/e: expected milvus://HOST:PORT/COLLECTION"),
         (("--store", "milvus://h/c", "--vector-type", "float16"), "are for folders, Milvus has its own"),
         (("--store", "h/c"), "--store: expected milvus://HOST:PORT/COLLECTION"),
     ],
@@ -324,10 +327,10 @@ def test_what_milvus_cannot_hold_is_refused_and_nothing_changes(address: Address
 WRITE = """
 import sys
 import numpy as np
-from cn_clip.retrieval import milvus, milvus_collection, writer
+from cn_clip.retrieval import milvus, milvus_address, writer
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 rows = np.eye(16, dtype=np.float32)
-address = milvus_collection.parse_address(sys.argv[1])
+address = milvus_address.parse_address(sys.argv[1])
 with milvus.open_milvus_writer(address, Manifest(ModelInfo("Tiny", "0123", 16))) as opened:
     for number in range(10**6):
         opened.commit([writer.NewItem(one % 50, rows[one % 16], {"n": number}) for one in range(number, number + 10)])
@@ -359,7 +362,7 @@ def address_text(address: Address, timeout: float = 20) -> str:
     return f"{address}?timeout={timeout:g}"
 
 
-def assert_ends_in_time(run: Callable[..., Any], address: Address) -> None:
+def assert_ends_in_time(run: Callable[..., Any], address: Address, reason: str) -> None:
     """Within the time of the address, in one sentence with it."""
     for args in (
         ("search", "--store", address_text(address, 2), "--id", "a"),
@@ -367,13 +370,15 @@ def assert_ends_in_time(run: Callable[..., Any], address: Address) -> None:
     ):
         started = time.monotonic()
         message = run(*args, fails=True)
-        assert message.startswith(f"{address}: Milvus did not answer within 2 s (")
+        assert message.startswith(f"{address}: Milvus did not answer within 2 s ({reason}")
         assert time.monotonic() - started < 10
 
 
 def test_nobody_listening_is_said_in_time(run: Callable[..., Any]) -> None:
     pytest.importorskip("pymilvus")
-    assert_ends_in_time(run, Address("127.0.0.1", milvus_server.free_port(), "photos"))
+    assert_ends_in_time(
+        run, Address("127.0.0.1", milvus_server.free_port(), "photos"), "connection refused: nothing listens"
+    )
 
 
 def test_a_listener_that_never_answers_is_said_in_time(run: Callable[..., Any]) -> None:
@@ -381,7 +386,7 @@ def test_a_listener_that_never_answers_is_said_in_time(run: Callable[..., Any]) 
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        assert_ends_in_time(run, Address("127.0.0.1", silent.getsockname()[1], "photos"))
+        assert_ends_in_time(run, Address("127.0.0.1", silent.getsockname()[1], "photos"), "no answer")
 
 
 @needs_server

@@ -25,7 +25,12 @@ def run(options: Options) -> None:
     """Adds; raises CnClipError, with all kept that was reported done."""
     from cn_clip.index import building, sources
 
-    job = building.Job(options.index, sources.location_of(options.source), id_prefix=options.id_prefix)
+    job = building.Job(
+        options.index,
+        sources.location_of(options.source),
+        id_prefix=options.id_prefix,
+        milvus_config=options.milvus_config,
+    )
     building.update(options, job, command.Speaker(quiet=options.json))
 
 

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from cn_clip import command, settings
 from cn_clip.errors import ConfigError
-from cn_clip.index.options import SourceOptions, execute
+from cn_clip.index.options import IndexOutput, SourceOptions, execute
 from cn_clip.retrieval.manifest import EngineName, VectorType
-from cn_clip.retrieval.milvus_collection import SCHEME, parse_address
+from cn_clip.retrieval.schemes import address_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,7 @@ class Options(SourceOptions):
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A folder of pictures, a split's LMDB or its imgs folder, or picture features as jsonl, npz or parquet"""
-    output: command.Required = None
-    """The folder of the index, or milvus://HOST:PORT/COLLECTION"""
+    output: IndexOutput = None
     engine: EngineName | None = None
     """How it is searched: exact; quantized, as exact and several times as fast; or usearch, a graph for millions of
     vectors; default: as it is, else exact"""
@@ -45,10 +45,8 @@ class Options(SourceOptions):
         settings.check(self, [settings.excludes("prune", "keep_missing", "one removes what is gone", refused=True)])
         if self.output is None:
             raise ConfigError("--output: expected the folder of the index, or milvus://HOST:PORT/COLLECTION")
-        if self.output.startswith(SCHEME):
-            parse_address(self.output)
-            if self.engine or self.vector_type:
-                raise ConfigError("--engine, --vector-type: are for folders, Milvus has its own; leave them out")
+        if not isinstance(address_of(self.output, self.milvus_config), Path) and (self.engine or self.vector_type):
+            raise ConfigError("--engine, --vector-type: are for folders, Milvus has its own; leave them out")
 
 
 def run(options: Options) -> None:

@@ -22,7 +22,7 @@ from cn_clip.command import Speaker
 from cn_clip.data.pictures import open_picture
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.language import both, counted
-from cn_clip.retrieval.addresses import address_of
+from cn_clip.retrieval.schemes import address_of
 from cn_clip.retrieval.segments import IntArray, ItemId
 from cn_clip.retrieval.store import Index, open_index
 from cn_clip.terminal import shown

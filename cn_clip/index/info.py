@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cn_clip import command, terminal
-from cn_clip.index.options import IndexArgument, execute
+from cn_clip.index.options import IndexArgument, MilvusConfig, execute
 from cn_clip.language import both, counted
 from cn_clip.option_types import Json
 from cn_clip.retrieval.manifest import Manifest
+from cn_clip.retrieval.schemes import address_of
 from cn_clip.terminal import shown
 
 
@@ -17,6 +18,7 @@ class Options:
     """Tells the model, the engine, and how much there is of what."""
 
     index: IndexArgument
+    milvus_config: MilvusConfig = None
     json: Json = False
 
 
@@ -25,7 +27,7 @@ def run(options: Options) -> None:
     from cn_clip.retrieval import addresses
 
     say = command.Speaker(quiet=options.json)
-    facts = addresses.require(addresses.address_of(options.index))
+    facts = addresses.require(address_of(options.index, options.milvus_config))
     model, more = facts.model, dict[str, Any]()
     if isinstance(facts, Manifest):
         more = {

@@ -14,8 +14,9 @@ from cn_clip.index.options import AddOptions, SourceOptions
 from cn_clip.index.searching import NEW_PICTURES, merged_as, open_encoder, seen_as
 from cn_clip.index.sources import Location, file_id, location_of
 from cn_clip.retrieval import addresses
-from cn_clip.retrieval.addresses import Facts, IndexAddress, Writer
+from cn_clip.retrieval.addresses import Facts, Writer
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, PictureFacts, VectorType
+from cn_clip.retrieval.schemes import IndexAddress, address_of
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.store import same_model
 from cn_clip.terminal import shown
@@ -43,11 +44,12 @@ class Job:
     prune: bool = False
     replace_source: bool = False
     renew: bool = False
+    milvus_config: str | None = None
 
     @property
     def address(self) -> IndexAddress:
         """Raises ConfigError for a faulty address."""
-        return addresses.address_of(self.index)
+        return address_of(self.index, self.milvus_config)
 
 
 def job_of(options: "Options") -> Job:
@@ -62,6 +64,7 @@ def job_of(options: "Options") -> Job:
         prune=options.prune,
         replace_source=options.replace_source,
         renew=options.renew,
+        milvus_config=options.milvus_config,
     )
 
 

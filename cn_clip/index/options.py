@@ -11,16 +11,24 @@ from cn_clip import command, settings, terminal
 from cn_clip.clip import choice
 from cn_clip.errors import ConfigError
 from cn_clip.option_types import BatchSize, Json, MergeTokensOfIndex, NumWorkers
-from cn_clip.retrieval.milvus_collection import GRAMMAR, SCHEME
+from cn_clip.retrieval.milvus_address import GRAMMAR, SCHEME
+from cn_clip.retrieval.schemes import TypedAddress, TypedAddressOrNone
+from cn_clip.secret import without_secrets
 from cn_clip.settings import Range
 
 OptionsT = TypeVar("OptionsT")
 
-IndexArgument: TypeAlias = Annotated[
-    tyro.conf.Positional[str],
-    tyro.conf.arg(metavar="INDEX", help="The folder of the index, or milvus://HOST:PORT/COLLECTION"),
+_ADDRESS = "The folder of the index, or milvus://HOST:PORT/COLLECTION, or photos.db of Milvus Lite"
+IndexArgument: TypeAlias = Annotated[tyro.conf.Positional[TypedAddress], tyro.conf.arg(metavar="INDEX", help=_ADDRESS)]
+IndexOutput: TypeAlias = Annotated[TypedAddressOrNone, tyro.conf.arg(help=_ADDRESS, help_behavior_hint="(required)")]
+IndexFolder: TypeAlias = Annotated[tyro.conf.Positional[TypedAddress], tyro.conf.arg(metavar="INDEX")]
+MilvusConfig: TypeAlias = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="TOML file with what an address of Milvus leaves out: uri, user, password, token, database, ca and more; "
+        "default: the file that CN_CLIP_MILVUS_CONFIG names, if any"
+    ),
 ]
-IndexFolder: TypeAlias = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INDEX")]
 
 
 def with_store(args: Sequence[str] | None, flag: str = "") -> list[str]:
@@ -46,7 +54,7 @@ def with_store(args: Sequence[str] | None, flag: str = "") -> list[str]:
     if any(one.partition("=")[0] == flag for one in kept):
         raise ConfigError(f"{flag}: expected the folder of the index, or in its place --store milvus://…")
     if not stores[-1].startswith(SCHEME):
-        raise ConfigError(f"--store: {GRAMMAR}; got {stores[-1]}")
+        raise ConfigError(f"--store: {GRAMMAR}; got {without_secrets(stores[-1])}")
     return [flag, stores[-1], *kept]
 
 
@@ -103,6 +111,7 @@ class AddOptions(ModelOptions):
 class SourceOptions(AddOptions):
     """Which pictures of a source are taken."""
 
+    milvus_config: MilvusConfig = None
     exclude: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Pass over what fits this pattern, such as *.gif or 旅行/草稿: a name in any folder, or a path with "/"; may be
     given several times. @eaDir, #recycle, System Volume Information and the like always are"""

@@ -9,9 +9,10 @@ import tyro
 from cn_clip import command
 from cn_clip.data.paths import readable
 from cn_clip.errors import ConfigError, DataError
-from cn_clip.index.options import IndexArgument, execute
+from cn_clip.index.options import IndexArgument, MilvusConfig, execute
 from cn_clip.language import both, counted
 from cn_clip.option_types import Json
+from cn_clip.retrieval.schemes import address_of
 from cn_clip.terminal import shown
 
 
@@ -23,6 +24,7 @@ class Options:
     """
 
     index: IndexArgument
+    milvus_config: MilvusConfig = None
     ids: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="ID")] = ()
     """Items to remove"""
     where: str | None = None
@@ -42,7 +44,7 @@ def run(options: Options) -> None:
 
     say = command.Speaker(quiet=options.json)
     condition = conditions.parse_condition(options.where) if options.where is not None else None
-    with addresses.open_writer(addresses.address_of(options.index)) as writer:
+    with addresses.open_writer(address_of(options.index, options.milvus_config)) as writer:
         by_name = writer.called([*options.ids, *map(readable, options.ids)])
         names = [name if name in by_name else readable(name) for name in options.ids]
         absent = [name for name in names if name not in by_name]

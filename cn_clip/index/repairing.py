@@ -17,9 +17,9 @@ from cn_clip.index.sources import Candidate
 from cn_clip.index.telling import listed
 from cn_clip.language import both, counted, translated
 from cn_clip.retrieval import inspection
-from cn_clip.retrieval.addresses import address_of
 from cn_clip.retrieval.inspection import Damage
 from cn_clip.retrieval.manifest import Manifest
+from cn_clip.retrieval.schemes import address_of
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.writer import NewItem, open_writer
 from cn_clip.terminal import shown

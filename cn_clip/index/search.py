@@ -9,7 +9,7 @@ import tyro
 
 from cn_clip import command, settings
 from cn_clip.errors import ConfigError
-from cn_clip.index.options import IndexArgument, ModelOptions, execute
+from cn_clip.index.options import IndexArgument, MilvusConfig, ModelOptions, execute
 from cn_clip.settings import Range
 
 
@@ -36,6 +36,7 @@ class Options(ModelOptions):
     """Search by the vector of TEXT alone, though the index has the words in its pictures (index build --ocr)"""
     grid: str | None = None
     """Draw the results into this PNG file"""
+    milvus_config: MilvusConfig = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,10 +30,11 @@ from cn_clip.data.pictures import open_picture
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.sources import FEATURE_SUFFIXES
 from cn_clip.language import both
-from cn_clip.retrieval.addresses import Searchable, address_of, item_called, open_index
+from cn_clip.retrieval.addresses import Searchable, item_called, open_index
 from cn_clip.retrieval.conditions import parse_condition
 from cn_clip.retrieval.manifest import ModelInfo, PictureFacts
 from cn_clip.retrieval.query import mixed
+from cn_clip.retrieval.schemes import address_of
 from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import Hit, same_model
 from cn_clip.terminal import shown
@@ -98,7 +99,7 @@ def open_encoder(chosen: Choice, say: Speaker, *, kinds: Sequence[Kind] = KINDS)
 
 def search(options: "Options", say: Speaker) -> None:
     """Prints what is found; raises CnClipError naming the file, model or id that does not fit."""
-    index = open_index(address_of(options.index))
+    index = open_index(address_of(options.index, options.milvus_config))
     if options.where is not None:
         parse_condition(options.where)
     if options.grid is not None:

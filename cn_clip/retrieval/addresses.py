@@ -1,28 +1,21 @@
-"""Where an index is, a folder or a collection of Milvus: opens it for searching and changing; the commands use it."""
+"""Opens an index for searching and changing, wherever its address says it is; the commands use it."""
 
-import os
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TypeAlias
 
 from cn_clip.digests import is_there
 from cn_clip.retrieval import manifest, milvus, milvus_collection, store, writer
 from cn_clip.retrieval.ids import integers
 from cn_clip.retrieval.manifest import Manifest
-from cn_clip.retrieval.milvus_collection import SCHEME, Address, Collection, parse_address
+from cn_clip.retrieval.milvus_address import Address
+from cn_clip.retrieval.milvus_collection import Collection
+from cn_clip.retrieval.schemes import IndexAddress
 from cn_clip.retrieval.segments import ItemId
 
-IndexAddress: TypeAlias = Path | Address
 # What both kinds of index have is alike; the classes of folders say what it means.
 Facts: TypeAlias = Manifest | milvus_collection.Facts
 Searchable: TypeAlias = store.Index | milvus.MilvusIndex
 Writer: TypeAlias = writer.IndexWriter | milvus.MilvusWriter
-
-
-def address_of(text: str | os.PathLike[str]) -> IndexAddress:
-    """milvus://… is an address, all else a folder; raises ConfigError for a faulty address."""
-    given = os.fspath(text)
-    return parse_address(given) if given.startswith(SCHEME) else Path(given)
 
 
 def facts(address: IndexAddress) -> Facts | None:

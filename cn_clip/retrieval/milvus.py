@@ -18,12 +18,12 @@ from cn_clip.retrieval.conditions import ID_FIELDS, Condition, fields_of, parse_
 from cn_clip.retrieval.graph import OVERFETCH
 from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, PictureFacts
+from cn_clip.retrieval.milvus_address import Address
 from cn_clip.retrieval.milvus_collection import (
     COLUMNS,
     KEY_BYTES,
     LARGEST_TEXT,
     WINDOW,
-    Address,
     Collection,
     Facts,
     Fields,

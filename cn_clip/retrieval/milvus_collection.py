@@ -1,25 +1,27 @@
-"""A collection on a Milvus server: where it is, what it says of itself, and calls that end in time; for `milvus`."""
+"""A collection on a Milvus server: what it says of itself, and calls that end in time; for `milvus`."""
 
 import contextlib
 import json
-import logging
 import re
 import secrets
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
-from urllib.parse import parse_qs, unquote, urlsplit
 
 from cn_clip import extras
-from cn_clip.errors import ConfigError, DataError, StoreError
+from cn_clip.errors import AwayError, DataError, StoreError
 from cn_clip.retrieval.manifest import ModelInfo, PictureFacts, seen_alike
-
-SCHEME = "milvus://"
-GRAMMAR = "expected milvus://HOST:PORT/COLLECTION, the name of letters, digits and _"
-DEFAULT_PORT = 19530
-DEFAULT_TIMEOUT = 20.0
-LEVELS = ("strong", "bounded", "session", "eventually")
+from cn_clip.retrieval.milvus_address import Address
+from cn_clip.retrieval.milvus_connection import (
+    OLDEST,
+    away,
+    closing_with,
+    connect,
+    is_away,
+    reason_of,
+    refusal,
+    too_old,
+)
 
 # Of format 1 are those without columns and without a guard.
 FORMAT = 2
@@ -34,55 +36,10 @@ WINDOW = 8192
 # What "too large" is to a server: of default settings 64 MB an answer to the client, 100 MB within the server.
 _TOO_LARGE = re.compile(r"larger than max|exceeds? the (limit size|maxOutputSize)", re.I)
 _SHRINKS_BY = 4
-RETRY_PAUSE = 0.5
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 _SOURCE, _PICTURES = "cn_clip.source", "cn_clip.pictures"
-_NO_CONNECTION = 2
 
 Fields: TypeAlias = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a collection is. timeout: seconds within which Milvus answers, or is given up. consistency: of reading,
-    as Milvus spells it; "" leaves it to who opens it."""
-
-    host: str
-    port: int
-    collection: str
-    timeout: float = DEFAULT_TIMEOUT
-    user: str = ""
-    password: str = ""
-    consistency: str = ""
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{SCHEME}{host}:{self.port}/{self.collection}"
-
-
-def parse_address(text: str) -> Address:
-    """milvus://[USER:PASSWORD@]HOST[:PORT]/COLLECTION[?timeout=SECONDS]; raises ConfigError for anything else."""
-    # A password may hold anything, `@` and `/` too.
-    without_password = re.sub(r"^([a-z]*:)?.*@", r"\1//", text, flags=re.DOTALL)
-    refused = ConfigError(
-        f"{without_password}: {GRAMMAR}; after it at most ?timeout=SECONDS&consistency=LEVEL, {', '.join(LEVELS)}"
-    )
-    try:
-        parts = urlsplit(text)
-        port, settings = parts.port or DEFAULT_PORT, parse_qs(parts.query, strict_parsing=bool(parts.query))
-        timeout = float(settings.pop("timeout", [str(DEFAULT_TIMEOUT)])[-1])
-        consistency = settings.pop("consistency", [""])[-1].lower()
-    except ValueError:  # which may repeat the password
-        raise refused from None
-    name = parts.path.removeprefix("/")
-    is_name = _NAME.fullmatch(name) is not None
-    if parts.scheme != "milvus" or not parts.hostname or not is_name or settings or not 0 < timeout < 86400:
-        raise refused
-    if consistency and consistency not in LEVELS:
-        raise refused
-    user, password = unquote(parts.username or ""), unquote(parts.password or "")
-    return Address(parts.hostname, port, name, timeout, user, password, consistency.capitalize())
 
 
 @dataclass(frozen=True)
@@ -128,22 +85,8 @@ class Collection:
         self._package, self._grpc = (
             extras.require(name, extra="milvus", purpose="an index in Milvus") for name in ("pymilvus", "grpc")
         )
-        # It logs tracebacks of what it raises as well.
-        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        uri, deadline = f"http://{host}:{address.port}", time.monotonic() + address.timeout
-        while True:
-            left = max(deadline - time.monotonic(), RETRY_PAUSE)
-            with self._answering():
-                try:
-                    self._client = self._package.MilvusClient(
-                        uri=uri, user=address.user, password=address.password, timeout=left
-                    )
-                    return
-                except self._package.MilvusException as error:
-                    if error.code != _NO_CONNECTION or time.monotonic() + RETRY_PAUSE > deadline:
-                        raise
-            time.sleep(RETRY_PAUSE)
+        self._client = connect(address, self._package, self._grpc)
+        closing_with(self, self._client, address)
 
     def call(self, method: str, **options: Any) -> Any:
         """What the client's method returns for this collection; raises StoreError."""
@@ -221,11 +164,9 @@ class Collection:
             return act(guard)
         try:
             return act(guard)
-        except TooLargeError:
+        except (TooLargeError, AwayError):
             raise
-        except StoreError as error:
-            if error.__cause__ is not None and self._is_away(error.__cause__):
-                raise
+        except StoreError:
             self._check_replaced(guard)
             if self._guard == guard:
                 raise
@@ -358,29 +299,23 @@ class Collection:
             self.call("create_index", index_params=params)
         self.call("load_collection")
 
-    def _is_away(self, error: BaseException) -> bool:
-        """Whether no server answered, or not in time."""
-        code = error.code() if isinstance(error, self._grpc.RpcError) else getattr(error, "code", None)
-        is_late = "timeout" in str(getattr(error, "message", "") or error).lower()
-        return getattr(code, "name", "") in ("DEADLINE_EXCEEDED", "UNAVAILABLE") or code == _NO_CONNECTION or is_late
-
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
         """Makes one sentence of whatever goes wrong inside."""
         try:
             yield
         except (self._grpc.RpcError, self._package.MilvusException) as error:
-            code = error.code() if isinstance(error, self._grpc.RpcError) else error.code
-            name = getattr(code, "name", "")
-            reason = str(getattr(error, "message", "") or name or error).splitlines()[0][:200]
             if _TOO_LARGE.search(str(error)):
+                reason = str(error).splitlines()[0][:200]
                 raise TooLargeError(
                     f"an answer would be larger than Milvus sends ({reason})", at=self.address
                 ) from error
-            if self._is_away(error):
+            if is_away(error, self._grpc):
+                raise away(self.address, reason_of(error)) from error
+            told = refusal(error, self.address, self._grpc)
+            if version := too_old(self._client, self.address.timeout):
                 raise StoreError(
-                    f"Milvus did not answer within {self.address.timeout:g} s ({reason}); check that it runs there, or "
-                    "give it more time with ?timeout=SECONDS after the address",
+                    f"{told.sentence}; it is Milvus {version}, expected {OLDEST[0]}.{OLDEST[1]} or later",
                     at=self.address,
                 ) from error
-            raise StoreError(f"Milvus refused the request ({reason})", at=self.address) from error
+            raise told from error

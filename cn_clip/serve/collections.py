@@ -16,7 +16,8 @@ from typing import TypeAlias
 
 from cn_clip.errors import CnClipError, DataError, UnreadableError
 from cn_clip.retrieval import manifest
-from cn_clip.retrieval.addresses import IndexAddress, Searchable, address_in, open_index
+from cn_clip.retrieval.addresses import Searchable, address_in, open_index
+from cn_clip.retrieval.schemes import IndexAddress
 from cn_clip.serve.runner import Runner
 from cn_clip.serve.schemas import RefusalError, shown
 

@@ -12,6 +12,8 @@ import tyro
 from cn_clip import command, extras, settings
 from cn_clip.clip import choice
 from cn_clip.errors import ConfigError
+from cn_clip.index.options import MilvusConfig
+from cn_clip.retrieval.schemes import TypedAddress
 from cn_clip.serve.limits import API_KEY_VARIABLE, Limits
 from cn_clip.settings import Range
 
@@ -22,9 +24,9 @@ _ADDRESS = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 class Options(choice.ModelSettings, Limits):
     """Answers over HTTP: /v1/embeddings as OpenAI's clients ask, /v1/classify, /v1/search; /metrics, /readyz."""
 
-    index: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="INDEX ...")] = ()
-    """Indexes that /v1/search searches: folders, or milvus://HOST:PORT/COLLECTION; requests name one by the folder's
-    name without its suffix, else the first is meant. Changes are noticed by themselves"""
+    index: Annotated[tyro.conf.Positional[tuple[TypedAddress, ...]], tyro.conf.arg(metavar="INDEX ...")] = ()
+    """Indexes that /v1/search searches: folders, milvus://HOST:PORT/COLLECTION or photos.db of Milvus Lite; requests
+    name one by the folder's name without its suffix, else the first is meant. Changes are noticed by themselves"""
     model: choice.ModelOfIndex = None
     name: str | None = None
     """What the model is called in requests, where there is one; default: its name, or that of its file"""
@@ -54,6 +56,7 @@ class Options(choice.ModelSettings, Limits):
     """Give the files of the items too, at /v1/index/items/ID, and their paths to those who ask; only files that the
     index names"""
     decode: choice.DecodingOfIndex = None
+    milvus_config: MilvusConfig = None
     access_log: bool = False
     """Print a line for each request"""
     drain_timeout: float = 30.0
@@ -91,6 +94,7 @@ def run(options: Options) -> None:
         model=options.model,
         name=options.name,
         index_addresses=options.index,
+        milvus_config=options.milvus_config,
         label_sets=options.label_sets,
         token_table=options.token_table,
         immich_forward=options.immich_forward,

@@ -12,7 +12,8 @@ from cn_clip.clip.merge_rules import merged_in
 from cn_clip.clip.templates import read_labels
 from cn_clip.errors import ConfigError
 from cn_clip.index.searching import NEW_PICTURES, merged_as, model_of, open_encoder, renewal_hint, seen_as
-from cn_clip.retrieval.addresses import Searchable, address_of, open_index
+from cn_clip.retrieval.addresses import Searchable, open_index
+from cn_clip.retrieval.schemes import addresses_of
 from cn_clip.retrieval.store import same_model
 from cn_clip.serve.batching import Metrics
 from cn_clip.serve.collections import Collections, Opened
@@ -28,12 +29,13 @@ def open_all(
     model: str | None,
     name: str | None,
     metrics: Metrics,
+    milvus_config: str | None = None,
 ) -> tuple[list[Runner], Collections]:
     """(the models, which are opened when they are started; the indexes); raises CnClipError.
 
     model: of all indexes; None for the own of each, and the default without any. name: of the one model in requests.
     """
-    indexes = [open_index(address_of(address), is_served=True) for address in addresses]
+    indexes = [open_index(one, is_served=True) for one in addresses_of(addresses, milvus_config)]
     names = [index_name(index.address) for index in indexes]
     for index, called in zip(indexes, names, strict=True):
         if names.count(called) > 1:
@@ -76,7 +78,7 @@ def served_name(model: str) -> str:
 
 
 def index_name(address: str) -> str:
-    """What an index is called in requests: photos for data/photos.index, and for milvus://HOST:PORT/photos."""
+    """What an index is called in requests: photos for data/photos.index, photos.db, and milvus://HOST:PORT/photos."""
     return Path(address).stem
 
 

@@ -191,6 +191,7 @@ def launch(
     model: str | None,
     name: str | None,
     index_addresses: Sequence[str],
+    milvus_config: str | None,
     label_sets: Sequence[Path],
     token_table: Path | None,
     immich_forward: str | None,
@@ -217,7 +218,13 @@ def launch(
     access = Access(Hosts(host, allowed_hosts), api_key=api_key, origins=cors_origins, root_path=root_path)
     metrics = Metrics()
     runners, collections = open_all(
-        index_addresses, chosen=chosen, limits=limits, model=model, name=name, metrics=metrics
+        index_addresses,
+        chosen=chosen,
+        limits=limits,
+        model=model,
+        name=name,
+        metrics=metrics,
+        milvus_config=milvus_config,
     )
     service = Service(
         runners,
