@@ -111,8 +111,10 @@ test-browser: $(VENV)/.dev
 
 # At the end stands a table: client, version, form, status.
 test-clients: $(VENV)/.dev
+	@command -v npm >/dev/null || { echo "需要 npm，用来取 transformers.js / npm is needed, for transformers.js: apt-get install npm"; exit 1; }
 	$(INSTALL) --editable '.[dev,clients,langchain,llama-index,haystack]' pandas polars datasets
-	$(BIN)/python -m pytest -m "clients or not clients" tests/test_clients.py tests/test_integrations.py
+	npm install --no-audit --no-fund --no-save --ignore-scripts --prefix $(VENV)/transformers-js @huggingface/transformers@4.3.2
+	$(BIN)/python -m pytest -m "clients or not clients" -s tests/test_clients.py tests/test_integrations.py tests/test_onnx_folders.py
 
 test-proxy: $(VENV)/.dev
 	@{ command -v caddy && { command -v nginx || command -v /usr/sbin/nginx; }; } >/dev/null || apt-get install --yes --no-install-recommends nginx caddy openssl

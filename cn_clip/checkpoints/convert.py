@@ -1,4 +1,7 @@
-"""Weights of one form as another: `cn-clip convert epoch3.pt my-model --to transformers`, and back."""
+"""Weights of one form as another: `cn-clip convert epoch3.pt my-model --to transformers`, and back.
+
+Also the folders that Immich and transformers.js open.
+"""
 
 import os
 from collections.abc import Sequence
@@ -21,6 +24,7 @@ OPENED_BY = {
     "sentence-transformers": "sentence_transformers.SentenceTransformer({!r})",
     "safetensors": "cn_clip.clip.load_from_name({!r})",
     "pt": "cn_clip.clip.load_from_name({!r})",
+    "transformers-js": "await ChineseCLIPModel.from_pretrained({!r})  // @huggingface/transformers",
 }
 
 
@@ -29,6 +33,9 @@ class Options:
     """Writes a model as Chinese-CLIP's .pt, as .safetensors, or as a folder for (sentence-)transformers.
 
     Weights stay the same bits unless --precision says otherwise; adapters (LoRA) are merged, the optimizer is left out.
+
+    immich, transformers-js: a folder of ONNX files, which compute in float32 unless --precision is fp16; for
+    transformers.js they also come in int8, as its dtype q8, unless --precision names another.
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
@@ -56,8 +63,11 @@ def run(options: Options) -> None:
     size = weights.file_bytes(target)
     tensors = both(f"{num_tensors} 个张量", counted(num_tensors, "tensor"))
     say(f"{path} -> {target} ({kind}), {tensors}, {size / 2**20:.1f} MiB")
-    opened_by = OPENED_BY[kind].format(options.target)
-    say(both(f"打开方式：{opened_by}", f"open it with: {opened_by}"))
+    if kind == "immich":
+        say(both("放进 Immich 的模型缓存：docs/conversion.md", "put it into Immich's cache: docs/en/conversion.md"))
+    else:
+        opened_by = OPENED_BY[kind].format(options.target)
+        say(both(f"打开方式：{opened_by}", f"open it with: {opened_by}"))
     say.result({"source": str(path), "target": str(target), "to": kind, "num_tensors": num_tensors, "bytes": size})
 
 

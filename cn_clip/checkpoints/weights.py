@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from cn_clip import files, zoo
+from cn_clip.clip.backends import onnx_folders
+from cn_clip.clip.backends.exported import Source, announce
 from cn_clip.clip.weights import hf
 from cn_clip.clip.weights.checkpoint import SIGMOID_BIAS, Checkpoint, infer_config, read_checkpoint
+from cn_clip.clip.weights.form_names import ONNX_FOLDERS
 from cn_clip.clip.weights.forms import Precision, in_precision, metadata, whole, write_file, write_folder
 from cn_clip.clip.weights.low_rank import is_adapter, trained
 from cn_clip.clip.weights.writing import check_same_tensors, refuse_inputs, write_checkpoint, write_safetensors
 from cn_clip.errors import CheckpointError, ConfigError
 from cn_clip.language import both
 from cn_clip.progress import counted
+from cn_clip.zoo import ModelConfig
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -63,8 +67,8 @@ def average(inputs: Sequence[str], output: str) -> int:
 def convert(source: Path, target: Path, kind: str, precision: Precision) -> int:
     """Writes the model of `source` in another form; returns how many tensors.
 
-    kind: "pt", "safetensors", "transformers" or "sentence-transformers". Raises ConfigError when writing `target` would
-    replace `source`, a folder that holds it, or a file of it.
+    kind: one of `form_names.Kind`. Raises ConfigError when writing `target` would replace `source`, a folder that holds
+    it, or a file of it.
     """
     files.refuse_inputs("TARGET", target, [source, source.with_name(hf.CONFIG_FILE)])
     if os.path.isdir(source) and source.resolve() in target.resolve().parents:
@@ -73,12 +77,23 @@ def convert(source: Path, target: Path, kind: str, precision: Precision) -> int:
         raise ConfigError(f"TARGET {target}: holds {source}, which is read; give another path")
     checkpoint = read_checkpoint(source, mapped=True)
     _refuse_bases("TARGET", target, [checkpoint])
+    if kind in ONNX_FOLDERS:
+        return _write_onnx(source, target, kind, precision, infer_config(checkpoint))
     model = whole(checkpoint, precision)
     if kind in ("pt", "safetensors"):
         write_file(target, kind, model)
     else:
         write_folder(target, kind, model)
     return len(model.state_dict)
+
+
+def _write_onnx(source: Path, target: Path, kind: str, precision: Precision, config: ModelConfig) -> int:
+    with files.staged_folder(target) as folder:
+        if kind == "immich":
+            form = "fp16" if precision == "fp16" else "fp32"
+            return onnx_folders.write_immich(folder, Source(source), config, form, say=announce)
+        forms = ("fp32", "int8") if precision == "keep" else (precision,)
+        return onnx_folders.write_transformers_js(folder, Source(source), config, forms, say=announce)
 
 
 def _refuse_bases(flag: str, output: str | Path, read: Sequence[Checkpoint]) -> None:
@@ -168,7 +183,7 @@ def num_bytes(content: object) -> int:
 def file_bytes(path: str | Path) -> int:
     """Size of a weight file, or of all files in a folder."""
     path = Path(path)
-    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files)
 
 

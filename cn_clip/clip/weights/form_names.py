@@ -8,16 +8,26 @@ from typing import Literal
 from cn_clip import files
 from cn_clip.errors import DataError
 
-Kind = Literal["transformers", "safetensors", "pt", "sentence-transformers"]
-FOLDERS = ("transformers", "sentence-transformers")
+Kind = Literal["transformers", "safetensors", "pt", "sentence-transformers", "immich", "transformers-js"]
+# Of the folders, those that hold ONNX files in place of weights.
+ONNX_FOLDERS = ("immich", "transformers-js")
+FOLDERS = ("transformers", "sentence-transformers", *ONNX_FOLDERS)
 SUFFIXES: dict[str, Kind] = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
-# What a folder of either form holds, folders too; one that holds more is never replaced.
+# What a folder of any form holds, folders too; one that holds more is never replaced.
 FOLDER_FILES = frozenset(
     {
         *("model.safetensors", "config.json", "preprocessor_config.json"),
         *("vocab.txt", "tokenizer.json", "tokenizer_config.json"),
         *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
         *("1_Normalize", "1_Normalize/config.json"),
+        *("textual", "textual/tokenizer.json", "textual/tokenizer_config.json", "visual", "visual/preprocess_cfg.json"),
+        *(f"{tower}/model.onnx{extra}" for tower in ("textual", "visual") for extra in ("", ".extra_file")),
+        "onnx",
+        *(
+            f"onnx/{name}{form}.onnx"
+            for name in ("model", "text_model", "vision_model")
+            for form in ("", "_fp16", "_quantized")
+        ),
     }
 )
 

@@ -118,7 +118,7 @@ _FEATURES = {
     },
     "module_output_name": "sentence_embedding",
 }
-_PROCESSOR_FIELDS = {
+PROCESSOR_FIELDS = {
     "image_processor_type": "ChineseCLIPImageProcessor",
     "processor_class": PROCESSOR,
     "do_convert_rgb": True,
@@ -135,10 +135,10 @@ def write_transformers(folder: Path, tensors: Mapping[str, Tensor], config: Mode
     """
     fields = hf.fields_of_config(config)
     tokenizer = tokenizer_json(config.text.vocab_size)
-    _write_json(folder / hf.CONFIG_FILE, fields)
-    _write_json(folder / PICTURE_FILE, _PROCESSOR_FIELDS | picture_fields(config.vision.image_resolution))
-    _write_json(folder / "tokenizer.json", tokenizer)
-    _write_json(folder / "tokenizer_config.json", TOKENIZER_FIELDS)
+    write_json(folder / hf.CONFIG_FILE, fields)
+    write_json(folder / PICTURE_FILE, PROCESSOR_FIELDS | picture_fields(config.vision.image_resolution))
+    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer_config.json", TOKENIZER_FIELDS)
     shutil.copyfile(VOCAB_FILE, folder / "vocab.txt")
     write_safetensors(folder / hf.WEIGHT_FILES[0], hf.from_reference(tensors), _METADATA)
 
@@ -149,14 +149,14 @@ def write_sentence_transformers(folder: Path, tensors: Mapping[str, Tensor], con
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": kind} for number, (path, kind) in enumerate(_MODULES)
     ]
-    _write_json(folder / "modules.json", modules)
-    _write_json(folder / "sentence_bert_config.json", _FEATURES)
-    _write_json(
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "sentence_bert_config.json", _FEATURES)
+    write_json(
         folder / "config_sentence_transformers.json",
         {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}},
     )
     (folder / "1_Normalize").mkdir()
-    _write_json(folder / "1_Normalize" / "config.json", {"module_input_name": "sentence_embedding"})
+    write_json(folder / "1_Normalize" / "config.json", {"module_input_name": "sentence_embedding"})
 
 
 TOKENIZER_FIELDS: dict[str, Any] = {
@@ -204,7 +204,7 @@ def tokenizer_json(vocab_size: int) -> dict[str, Any]:
     return content
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
     with atomic_write(path) as stream:
         json.dump(content, stream, ensure_ascii=False, indent=2)
         stream.write("\n")
