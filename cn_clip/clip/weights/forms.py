@@ -205,6 +205,7 @@ def tokenizer_json(vocab_size: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: object) -> None:
+    """Writes a JSON file for people too: indented, in UTF-8, whole or not at all."""
     with atomic_write(path) as stream:
         json.dump(content, stream, ensure_ascii=False, indent=2)
         stream.write("\n")
