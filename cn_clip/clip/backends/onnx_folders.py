@@ -112,7 +112,7 @@ def write_transformers_js(
         length = _context_length(files["text"])
         if sum(map(_num_bytes, files.values())) > LARGEST_FILE:
             raise ConfigError(
-                f"the towers in {form} are too large for one ONNX file, which ends at 2 GiB; give --precision fp16"
+                f"the towers in {form} are too large for one ONNX file, which ends at 2 GiB; convert them in fp16"
             )
         with working(both(f"合并两个塔（{form}）", f"joining the towers ({form})")):
             towers = {kind: load(path) for kind, path in files.items()}
