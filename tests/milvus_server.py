@@ -1,4 +1,7 @@
-"""A Milvus server for tests: started once, stopped at exit; or the one that MILVUS_ADDRESS=HOST:PORT names."""
+"""A Milvus server for tests: started once, stopped at exit; or the one that MILVUS_ADDRESS=HOST:PORT names.
+
+Besides, servers with users, TLS or both, each in a network of its own, for all of them want the same ports.
+"""
 
 import atexit
 import contextlib
@@ -9,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -71,14 +75,56 @@ def free_port() -> int:
         return port
 
 
-class Relay:
-    """Passes bytes on between a port of its own and a server, until it is told to keep them."""
+@contextlib.contextmanager
+def own(*options: str) -> Iterator[int]:
+    """The port of a server that is started with these options of milvus-server, and stopped at the end.
 
-    def __init__(self, host: str, port: int, own_port: int = 0) -> None:
+    It runs in a network of its own; a socket in the file system leads there.
+    """
+    program = shutil.which(os.environ.get("MILVUS_SERVER", "milvus-server"))
+    if program is None:
+        pytest.skip("needs a Milvus server: pip install milvus==2.3.5 brings the command milvus-server")
+    folder = Path(tempfile.mkdtemp(prefix="milvus-"))
+    inner = [sys.executable, __file__, str(folder / "socket"), program, "--data", str(folder / "data"), *options]
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(
+            ["unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh", *inner],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + SECONDS_TO_START
+        while not (folder / "socket").exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.exit(f"no network of its own: {(folder / 'log').read_text(encoding='utf-8')}", returncode=1)
+            time.sleep(0.05)
+        with contextlib.closing(Relay(str(folder / "socket"), 0)) as relay:
+            yield relay.port
+    finally:
+        _stop(process, folder)
+
+
+def _run_inside(path: str, *command: str) -> None:
+    """In the network of the server: runs it, and leads the socket to it."""
+    listener = socket.socket(socket.AF_UNIX)
+    with subprocess.Popen(command):
+        listener.bind(path)
+        listener.listen()
+        Relay("127.0.0.1", 19530, listener=listener)
+
+
+class Relay:
+    """Passes bytes on between a port of its own and a server, until it is told to keep them.
+
+    host: may be the path of a socket. listener: in place of a port of its own.
+    """
+
+    def __init__(self, host: str, port: int, own_port: int = 0, *, listener: socket.socket | None = None) -> None:
         self._target, self._is_stalled = (host, port), threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", own_port))
+        self._listener = listener or socket.create_server(("127.0.0.1", own_port))
         self._sockets: list[socket.socket] = [self._listener]
-        self.port: int = self._listener.getsockname()[1]
+        self.port: int = 0 if listener else self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
     def stall(self) -> None:
@@ -95,10 +141,22 @@ class Relay:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                ends = self._listener.accept()[0], socket.create_connection(self._target)
+                near = self._listener.accept()[0]
+                try:
+                    ends = near, self._connected()
+                except OSError:  # of one that comes up
+                    near.close()
+                    continue
                 self._sockets += ends
                 for source, sink in (ends, ends[::-1]):
                     threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
+
+    def _connected(self) -> socket.socket:
+        if not self._target[0].startswith("/"):
+            return socket.create_connection(self._target)
+        far = socket.socket(socket.AF_UNIX)
+        far.connect(self._target[0])
+        return far
 
     def _pass(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -106,6 +164,8 @@ class Relay:
                 if self._is_stalled.is_set():
                     return
                 sink.sendall(data)
+        with contextlib.suppress(OSError):  # one end has closed
+            sink.shutdown(socket.SHUT_WR)
 
 
 def _stop(process: "subprocess.Popen[bytes]", folder: Path) -> None:
@@ -114,3 +174,7 @@ def _stop(process: "subprocess.Popen[bytes]", folder: Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    _run_inside(*sys.argv[1:])

@@ -175,7 +175,7 @@ class Collection:
     def _check_replaced(self, guard: str) -> None:
         """Raises ReplacedError where the collection is another one now; a reader goes on with one of the same model."""
         try:
-            now, before = self._described() if self.call("has_collection") else None, self._opened
+            now, before = self._described() if self._is_there() else None, self._opened
         except DataError as error:
             raise ReplacedError(
                 f"the collection was made again by another program ({error})", at=self.address
@@ -234,12 +234,21 @@ class Collection:
 
     def facts(self, *, with_count: bool = True) -> Facts | None:
         """None when there is no such collection; raises DataError for one that is no index."""
-        if not self.call("has_collection"):
+        if not self._is_there():
             return None
         facts = self._described()
         self._opened, self._guard = facts, facts.guard
         self._open()
         return replace(facts, num_items=self.count()) if with_count else facts
+
+    def _is_there(self) -> bool:
+        """Whether there is such a collection; raises StoreError if there is no such database either."""
+        if self.call("has_collection"):
+            return True
+        if self.address.database:  # of one that is not there, Milvus says only that it has no such collection
+            with self._answering():
+                self._client.list_collections(timeout=self.address.timeout)
+        return False
 
     def _described(self) -> Facts:
         """What the collection says of itself, but how many items it has; raises DataError as `facts`."""

@@ -116,7 +116,7 @@ def _greet(address: Address, context: ssl.SSLContext | None, timeout: float) -> 
     begun = _exchanged(address, context, timeout)
     if len(begun) >= _FRAME_BYTES and begun[3] == _SETTINGS:
         return
-    if begun.startswith(b"HTTP/"):
+    if begun.startswith((b"HTTP/", b"<!DOCTYP", b"<html")):  # Python's own gives some refusals without a head
         raise StoreError(
             "an HTTP server answers there, not Milvus, whose port is 19530 unless it was changed; give its port",
             at=address,
