@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from cn_clip.errors import StoreError
-from cn_clip.retrieval.milvus_address import Address
+from cn_clip.retrieval.milvus_address import Address, lite_address
 from cn_clip.retrieval.milvus_collection import Collection
 
 SECONDS_TO_START = 60
@@ -38,6 +38,26 @@ def collection(name: str | None = None) -> Iterator[Address]:
     opened = Collection(address)
     if opened.call("has_collection"):
         opened.call("drop_collection")
+
+
+@contextlib.contextmanager
+def lite() -> Iterator[Address]:
+    """The address of a collection of Milvus Lite that is not there yet; skips the test without the package."""
+    manager = pytest.importorskip("milvus_lite.server_manager").server_manager_instance
+    with tempfile.TemporaryDirectory(prefix="milvus-", ignore_cleanup_errors=True) as folder:
+        address = lite_address(Path(folder) / "photos.db")
+        yield address
+        manager.release_server(str(address.lite))
+
+
+@contextlib.contextmanager
+def kept_by(store: str) -> Iterator[Address]:
+    """The address of a collection on a server ("milvus") or in Milvus Lite ("milvus-lite")."""
+    with lite() if store == "milvus-lite" else collection() as address:
+        yield address
+
+
+BOTH = tuple(pytest.param(one, marks=pytest.mark.milvus) for one in ("milvus", "milvus-lite"))
 
 
 @functools.cache

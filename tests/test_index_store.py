@@ -72,14 +72,14 @@ class Home:
         return self.open()
 
 
-@pytest.fixture(params=[*ENGINES, pytest.param("milvus", marks=pytest.mark.milvus)])
+@pytest.fixture(params=[*ENGINES, *milvus_server.BOTH])
 def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     """Every test for each engine in a folder, and in Milvus."""
     monkeypatch.setattr(codes, "SMALLEST", 8)
     monkeypatch.setattr(graph, "SMALLEST_GRAPH", 8)
     monkeypatch.setattr(writer, "SMALLEST_GRAPH", 8)
-    if request.param == "milvus":
-        with milvus_server.collection() as address:
+    if request.param.startswith("milvus"):
+        with milvus_server.kept_by(request.param) as address:
             yield Home(address)
     else:
         yield Home(tmp_path / "i", request.param)

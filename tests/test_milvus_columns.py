@@ -224,13 +224,15 @@ def some_items(count: int) -> list[NewItem]:
     return found
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[store.Index, MilvusIndex]]:
-    """The same items in a folder and in Milvus."""
+@pytest.fixture(scope="module", params=milvus_server.BOTH)
+def both(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[store.Index, MilvusIndex]]:
+    """The same items in a folder and in Milvus, or Milvus Lite."""
     facts = Manifest(ModelInfo("Tiny", "0123", 4))
     folder: Path = tmp_path_factory.mktemp("index") / "i"
     wild = some_items(300)
-    with milvus_server.collection() as address, open_writer(folder, facts) as here:
+    with milvus_server.kept_by(request.param) as address, open_writer(folder, facts) as here:
         with open_milvus_writer(address, facts) as there:
             for writer in (here, there):
                 writer.commit(wild)
@@ -239,7 +241,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[store.Index
         yield store.open_index(folder), MilvusIndex(address, consistency="Bounded")
 
 
-@pytest.mark.milvus
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(conditions.filter(lambda text: not re.search("[\ud800-\udfff]", text)), st.sampled_from([1, 7, 300]))
 def test_milvus_finds_what_a_folder_finds(both: tuple[store.Index, MilvusIndex], where: str, k: int) -> None:
@@ -253,7 +254,6 @@ def test_milvus_finds_what_a_folder_finds(both: tuple[store.Index, MilvusIndex],
     assert both[1].search(query, k, where=where) == expected
 
 
-@pytest.mark.milvus
 def test_a_condition_that_fits_few_or_none_costs_one_request(
     both: tuple[store.Index, MilvusIndex], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ from cn_clip.retrieval.store import open_index
 
 NUM_PICTURES = 200
 EMOJI = emoji.load("twemoji")[:NUM_PICTURES]
-STORES = ("exact", "usearch", pytest.param("milvus", marks=pytest.mark.milvus))
+STORES = ("exact", "usearch", *milvus_server.BOTH)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,9 +62,9 @@ def build(pictures: Path, *more: object) -> None:
 @contextlib.contextmanager
 def settled(kind: str, folder: Path) -> Iterator[tuple[IndexAddress, list[str]]]:
     """Where an index of a store may be, and the settings that build it there."""
-    if kind == "milvus":
-        with milvus_server.collection() as address:
-            yield address, ["--store", str(address)]
+    if kind.startswith("milvus"):
+        with milvus_server.kept_by(kind) as address:
+            yield address, ["--output", str(address)]
     else:
         yield folder, ["--output", str(folder), "--engine", kind]
 

@@ -37,6 +37,7 @@ WINDOW = 8192
 _TOO_LARGE = re.compile(r"larger than max|exceeds? the (limit size|maxOutputSize)", re.I)
 _SHRINKS_BY = 4
 
+_FACTS = "cn_clip.facts"
 _SOURCE, _PICTURES = "cn_clip.source", "cn_clip.pictures"
 
 Fields: TypeAlias = dict[str, Any]
@@ -107,7 +108,7 @@ class Collection:
             named = [*fields, guard] if guard else list(fields)
             return self.call("query", filter=condition, output_fields=named, consistency_level=self.consistency, **more)
 
-        return [dict(one) for one in self._guarded(rows)]
+        return [dict(one) for one in self._guarded(lambda guard: self._checked(rows(guard), guard))]
 
     def count(self, condition: str = "") -> int:
         """How many rows there are."""
@@ -138,7 +139,16 @@ class Collection:
                 consistency_level=self.consistency,
             )
 
-        return [[dict(hit["entity"]) for hit in hits] for hits in self._guarded(rows)]
+        def hits(guard: str) -> list[Sequence[Fields]]:
+            return [self._checked([hit["entity"] for hit in one], guard) for one in rows(guard)]
+
+        return [[dict(row) for row in one] for one in self._guarded(hits)]
+
+    def _checked(self, rows: Sequence[Fields], guard: str) -> Sequence[Fields]:
+        """The rows; raises StoreError without the guard that was asked for: Milvus Lite then leaves out the field."""
+        if guard and rows and guard not in rows[0]:
+            raise StoreError("Milvus refused the request (no such field)", at=self.address)
+        return rows
 
     def upsert(self, rows: Sequence[Fields]) -> None:
         """Writes rows in place of those of the same keys."""
@@ -254,9 +264,9 @@ class Collection:
         """What the collection says of itself, but how many items it has; raises DataError as `facts`."""
         described = self.call("describe_collection")
         try:
-            values = json.loads(described["description"])
-            model, version = ModelInfo(**values["model"]), values["cn_clip"]
             properties = described.get("properties", {})
+            values = json.loads(properties[_FACTS] if self.address.lite else described["description"])
+            model, version = ModelInfo(**values["model"]), values["cn_clip"]
             source, seen = (
                 json.loads(properties.get(name, empty)) for name, empty in ((_SOURCE, '""'), (_PICTURES, "null"))
             )
@@ -289,7 +299,9 @@ class Collection:
         schema.add_field(COLUMNS, kinds.JSON)
         schema.add_field(guard, kinds.INT8)
         schema.add_field("vector", kinds.FLOAT_VECTOR, dim=model.embed_dim)
-        self.call("create_collection", schema=schema, consistency_level="Strong")
+        # Milvus Lite keeps no descriptions.
+        more = {"properties": {_FACTS: description}} if self.address.lite else {}
+        self.call("create_collection", schema=schema, consistency_level="Strong", **more)
         self.describe(source, pictures)
         self._open()
 
