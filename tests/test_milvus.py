@@ -267,7 +267,7 @@ def test_the_service_says_that_milvus_does_not_answer_and_goes_on(address: Addre
             ):
                 found = httpx.request(method, f"{url}{path}", json=body, timeout=60)
                 assert (found.status_code, found.headers["Retry-After"]) == (503, "5")
-                assert found.json()["error"]["message"] == "the index does not answer; the server's log tells why"
+                assert found.json()["error"]["message"].endswith("; the server's log tells why")
                 assert found.json()["error"]["code"] == "index_unavailable"
             found = httpx.post(f"{url}/v1/embeddings", json={"model": "tiny", "input": "笑"})
             assert found.status_code == 200

@@ -45,6 +45,15 @@ def address_in(index: Searchable) -> IndexAddress:
     return index.folder if isinstance(index, store.Index) else index.collection_address
 
 
+def ping(index: Searchable) -> None:
+    """Asks the server that keeps an index for as little as it may; raises AwayError if it does not answer, StoreError.
+
+    A folder is there or not, which `open_index` says.
+    """
+    if isinstance(index, milvus.MilvusIndex):
+        index.ping()
+
+
 def open_writer(address: IndexAddress, create: Manifest | None = None) -> AbstractContextManager[Writer]:
     """create: what to begin with where there is no index yet; raises as `writer.open_writer`, and StoreError."""
     if not isinstance(address, Address):

@@ -95,6 +95,10 @@ class MilvusIndex:
         """What it was built from."""
         return self._facts.source
 
+    def ping(self) -> None:
+        """Asks for as little as shows that the server answers; raises AwayError, StoreError."""
+        self._collection.call("has_collection")
+
     def prepare(self) -> None:
         """Looks at what fields the first items have."""
         for _, metadata in itertools.islice(self.items(), WINDOW):

@@ -162,9 +162,11 @@ def _add_probes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", responses={503: {"model": ErrorResponse}})
     async def readyz() -> dict[str, str]:
-        """Whether the models are open, batches are computed and pictures decoded."""
+        """Whether the models are open, batches are computed, pictures decoded, and the indexes answer."""
         for runner in service.runners:
             runner.check_moving()
+        for opened in service.collections:
+            opened.circuit.check()
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

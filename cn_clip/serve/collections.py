@@ -10,14 +10,16 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from cn_clip.errors import CnClipError, DataError, UnreadableError
+from cn_clip.errors import AwayError, CnClipError, DataError, UnreadableError
 from cn_clip.retrieval import manifest
-from cn_clip.retrieval.addresses import Searchable, address_in, open_index
+from cn_clip.retrieval.addresses import Searchable, address_in, open_index, ping
 from cn_clip.retrieval.schemes import IndexAddress
+from cn_clip.serve.circuits import Circuit
 from cn_clip.serve.runner import Runner
 from cn_clip.serve.schemas import RefusalError, shown
 
@@ -32,12 +34,20 @@ _Stamp: TypeAlias = tuple[int, int, int] | None
 
 @dataclass(frozen=True)
 class Opened:
-    """An index as one request sees it, from its first look to its last. is_first: requests need not name it."""
+    """An index as one request sees it, from its first look to its last. is_first: requests need not name it.
+
+    circuit: whether its store answers, one for all looks.
+    """
 
     name: str
     index: Searchable
     runner: Runner
     is_first: bool = True
+    circuit: Circuit = field(default_factory=Circuit, compare=False)
+
+    def went_away(self, error: AwayError) -> None:
+        """Refuses requests until its store answers again."""
+        self.circuit.open(self.name, error, partial(ping, self.index))
 
 
 class Collection:
@@ -61,10 +71,13 @@ class Collection:
             is_due = stamp != self._stamp
         else:
             stamp, is_due = None, self._looks % STORE_LOOKS == 0
-        if not (is_due or is_asked):
+        if not (is_due or is_asked) or self.now.circuit.is_open:
             return
         try:
             self._take(address)
+        except AwayError as error:
+            self.now.went_away(error)
+            return
         except (CnClipError, OSError, MemoryError) as error:
             sentence = f"{error}; the index {self.now.name!r} is served as it was"
             if sentence != self._complaint:
@@ -145,6 +158,8 @@ class Collections:
     def end(self) -> None:
         """Looks no more. One look that waits for a disk is not waited for."""
         self._is_ended = True
+        for one in self:
+            one.circuit.end()
         self._asked.put(False)
 
     def _looking(self) -> None:

@@ -18,13 +18,14 @@ from cn_clip.clip import scoring
 from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.templates import DEFAULT, load_templates
 from cn_clip.data.paths import path_of, readable
-from cn_clip.errors import ConfigError, StoreError
+from cn_clip.errors import AwayError, ConfigError, StoreError
 from cn_clip.retrieval.addresses import Searchable, item_called
 from cn_clip.retrieval.conditions import parse_condition
 from cn_clip.retrieval.listing import Order
 from cn_clip.retrieval.query import mixed
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.serve import items
+from cn_clip.serve.circuits import RETRY_AFTER
 from cn_clip.serve.collections import Collections, Opened
 from cn_clip.serve.limits import MAX_PROMPT_CHARS, MAX_PROMPTS, Limits
 from cn_clip.serve.recent import Recent
@@ -321,12 +322,20 @@ class Service:
 
     async def ask_index(self, opened: Opened, function: Callable[..., ResultT], *args: object) -> ResultT:
         """Calls `function`, which reads an index; raises RefusalError (503) when the server that keeps it is away."""
+
+        def asked() -> ResultT:
+            opened.circuit.check()  # it may have opened while this waited for its turn
+            return function(*args)
+
+        opened.circuit.check()
         try:
-            return await opened.runner.ask(function, *args)
+            return await opened.runner.ask(asked)
+        except AwayError as error:
+            opened.went_away(error)
+            raise _unavailable() from error
         except StoreError as error:
             logger.error("%s", error)
-            message = "the index does not answer; the server's log tells why"
-            raise RefusalError(503, message, code="index_unavailable", retry_after=5) from error
+            raise _unavailable() from error
 
     def opened(self, name: str | None, model: str | None = None) -> Opened:
         """The index asked for, as it is now; raises RefusalError: 503 before its model is ready, 404.
@@ -372,6 +381,11 @@ class Service:
             return mixed(rows_ND, [part.weight for part in parts])[None]
         except ConfigError as error:
             raise RefusalError(400, f"query: {error}", param="query", code="invalid_value") from error
+
+
+def _unavailable() -> RefusalError:
+    message = "the index does not answer; the server's log tells why"
+    return RefusalError(503, message, code="index_unavailable", retry_after=RETRY_AFTER)
 
 
 @contextlib.contextmanager
