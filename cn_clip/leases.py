@@ -3,7 +3,7 @@
 A lease is a short text, the claim, kept beside what is written: a random owner, a number that its owner raises every
 few seconds, and for how many seconds it holds without a renewal. No clock is compared with that of another machine: a
 reader measures with its own for how long it has seen the number stay the same. `data.storage` keeps claims in objects,
-`retrieval.milvus` in the properties of a collection.
+`retrieval.milvus_collection` in the properties of a collection.
 
 Example, of a reader that looks three times at a claim of 30 seconds, and sees it renewed once:
 

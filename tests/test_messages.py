@@ -54,8 +54,8 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
     ("data/shards.py", "--on-error"): {"train", "features"},
     ("ranks.py", "--device"): {"train", "features", "topk", "report", "zeroshot", "evaluate", "linear-probe", "wise-ft"}
     | {"index build", "index add", "index check", "search", "serve", "bench"},
-    ("retrieval/milvus.py", "--thumbnail-size"): {"index build", "index add"},
-    ("retrieval/milvus.py", "--engine"): {"index build"},
+    ("retrieval/remote.py", "--thumbnail-size"): {"index build", "index add"},
+    ("retrieval/remote.py", "--engine"): {"index build"},
     ("retrieval/store.py", "--model"): {"index build", "index add", "index check", "search", "serve"},
 }
 SHARED = ("integrations", "clip", "data", "retrieval")

@@ -25,11 +25,12 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.demo import emoji
 from cn_clip.errors import ConfigError, DataError, StoreError
 from cn_clip.index.options import with_store
-from cn_clip.retrieval import flat, milvus, milvus_collection
+from cn_clip.retrieval import flat, milvus_collection, remote
+from cn_clip.retrieval.addresses import open_index, open_writer
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
-from cn_clip.retrieval.milvus import MilvusIndex, open_milvus_writer
 from cn_clip.retrieval.milvus_address import Address, parse_address
-from cn_clip.retrieval.milvus_collection import Collection, TooLargeError
+from cn_clip.retrieval.milvus_collection import Collection
+from cn_clip.retrieval.remote_rows import NewRow, TooLargeError, key_of
 from cn_clip.retrieval.writer import NewItem
 from cn_clip.secret import Secret
 
@@ -253,10 +254,10 @@ def test_the_service_searches_an_index_in_milvus(tmp_path: Path, address: Addres
 
 @needs_server
 def test_the_service_says_that_milvus_does_not_answer_and_goes_on(address: Address) -> None:
-    with open_milvus_writer(address, Manifest(ModelInfo("Tiny", "0123", 4))) as opened:
+    with open_writer(address, Manifest(ModelInfo("Tiny", "0123", 4))) as opened:
         opened.commit([NewItem("a", rows(1, dim=4)[0])])
     with contextlib.closing(milvus_server.Relay(address.host, address.port)) as relay:
-        index = MilvusIndex(Address("127.0.0.1", relay.port, address.collection, timeout=1))
+        index = open_index(Address("127.0.0.1", relay.port, address.collection, timeout=1))
         with served(Encoder(WatchedBackend()), index=index) as url:
             assert [hit["id"] for hit in answer(url, query="笑")["data"]] == ["a"]
             relay.stall()
@@ -279,26 +280,26 @@ def test_the_service_says_that_milvus_does_not_answer_and_goes_on(address: Addre
 @needs_server
 def test_the_graph_of_milvus_finds_what_is_exact(address: Address) -> None:
     vectors, queries = rows(6000, dim=64), rows(20, seed=1, dim=64)
-    with open_milvus_writer(address, Manifest(ModelInfo("Tiny", "0123", 64))) as opened:
+    with open_writer(address, Manifest(ModelInfo("Tiny", "0123", 64))) as opened:
         opened.commit([NewItem(number, vector) for number, vector in enumerate(vectors)])
     Collection(address).call("flush")
     exact = flat.top_k(queries, vectors, 10).indices
-    found = [{hit.id for hit in hits} for hits in MilvusIndex(address).search(queries, 10)]
+    found = [{hit.id for hit in hits} for hits in open_index(address).search(queries, 10)]
     assert np.mean([len(one & set(best)) / 10 for one, best in zip(found, exact.tolist(), strict=True)]) >= 0.95
 
 
 @needs_server
 def test_few_that_fit_are_found_among_many_in_small_answers(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(milvus, "LARGEST_LIMIT", 64)
-    for module in (milvus, milvus_collection):
+    monkeypatch.setattr(remote, "LARGEST_LIMIT", 64)
+    for module in (remote, milvus_collection):
         monkeypatch.setattr(module, "WINDOW", 100)
-    monkeypatch.setattr(milvus, "UPSERT_BYTES", 5000)
+    monkeypatch.setattr(milvus_collection, "UPSERT_BYTES", 5000)
     vectors, query = rows(700), rows(1, seed=1)
-    with open_milvus_writer(address, Manifest(MODEL)) as opened:
+    with open_writer(address, Manifest(MODEL)) as opened:
         opened.commit([NewItem(number, vector, {"n": number}) for number, vector in enumerate(vectors)])
         opened.commit(remove=range(100, 400))
     order = np.argsort(-(vectors @ query[0]))
-    index = MilvusIndex(address)
+    index = open_index(address)
     assert index.ids == [*range(100), *range(400, 700)]
     for where, fits in (("n>=650", lambda n: n >= 650), ("n!=1", lambda n: n != 1)):
         expected = [n for n in order.tolist() if fits(n) and not 100 <= n < 400]
@@ -309,7 +310,7 @@ def test_few_that_fit_are_found_among_many_in_small_answers(address: Address, mo
 @needs_server
 def test_what_milvus_cannot_hold_is_refused_and_nothing_changes(address: Address) -> None:
     (vector,) = rows(1)
-    with open_milvus_writer(address, Manifest(MODEL)) as opened:
+    with open_writer(address, Manifest(MODEL)) as opened:
         opened.commit([NewItem("a", vector)])
         for item, sentence in (
             (NewItem("b", vector, thumbnail=b"x" * 49152), "id 'b': its thumbnail has 49152 bytes, Milvus holds 49149"),
@@ -319,7 +320,7 @@ def test_what_milvus_cannot_hold_is_refused_and_nothing_changes(address: Address
             with pytest.raises(DataError, match=re.escape(sentence)):
                 opened.commit([NewItem("c", vector), item], remove=["a"])
         opened.commit([NewItem("b", vector, {"text": "x" * 65400}, b"x" * 49149)])
-    index = MilvusIndex(address)
+    index = open_index(address)
     assert index.ids == ["a", "b"]
     assert index.thumbnail("b") == b"x" * 49149
 
@@ -327,11 +328,11 @@ def test_what_milvus_cannot_hold_is_refused_and_nothing_changes(address: Address
 WRITE = """
 import sys
 import numpy as np
-from cn_clip.retrieval import milvus, milvus_address, writer
+from cn_clip.retrieval import addresses, milvus_address, writer
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 rows = np.eye(16, dtype=np.float32)
 address = milvus_address.parse_address(sys.argv[1])
-with milvus.open_milvus_writer(address, Manifest(ModelInfo("Tiny", "0123", 16))) as opened:
+with addresses.open_writer(address, Manifest(ModelInfo("Tiny", "0123", 16))) as opened:
     for number in range(10**6):
         opened.commit([writer.NewItem(one % 50, rows[one % 16], {"n": number}) for one in range(number, number + 10)])
         print(number, flush=True)
@@ -346,7 +347,7 @@ def test_after_a_kill_every_item_is_there_once(address: Address, reports: int) -
         for _ in range(reports):
             seen = int(process.stdout.readline())
         process.send_signal(signal.SIGKILL)
-    index = MilvusIndex(address)
+    index = open_index(address)
     assert len(set(index.ids)) == len(index.ids) == len(index)
     assert set(index.ids) >= {one % 50 for one in range(max(0, seen - 40), seen + 10)}
     (hits,) = index.search(np.ones((1, 16), dtype=np.float32), 100)
@@ -391,13 +392,13 @@ def test_a_listener_that_never_answers_is_said_in_time(run: Callable[..., Any]) 
 
 @needs_server
 def test_a_server_that_stops_answering_is_said_in_time(address: Address) -> None:
-    with open_milvus_writer(address, Manifest(MODEL)) as opened:
+    with open_writer(address, Manifest(MODEL)) as opened:
         opened.commit([NewItem("a", rows(1)[0])])
     with contextlib.closing(milvus_server.Relay(address.host, address.port)) as relay:
         near = Address("127.0.0.1", relay.port, address.collection, timeout=2)
-        index = MilvusIndex(near)
+        index = open_index(near)
         assert [hit.id for hit in index.search(rows(1), 1)[0]] == ["a"]
-        with open_milvus_writer(near) as opened:
+        with open_writer(near) as opened:
             relay.stall()
             for act in (lambda: index.search(rows(1), 1), lambda: opened.commit([NewItem("b", rows(1)[0])])):
                 started = time.monotonic()
@@ -426,9 +427,9 @@ class KeptRows(Collection):
     def __init__(self, items: list[NewItem], *, largest: int = 10**9, guard: str = "built_1") -> None:
         self.asked: list[int] = []
         self._guard, self._largest, self.address = guard, largest, Address("h", 1, "c")
-        self._rows = {
-            milvus.key_of(item.id): milvus._fields_of(item, b"{}", 0, with_columns=bool(guard)) for item in items
-        }
+        keys = [key_of(item.id) for item in items]
+        new = [NewRow(key, 0, b"{}", item) for key, item in zip(keys, items, strict=True)]
+        self._rows = {row.key: self.fields_of(row) for row in new}
 
     def query(self, condition: str, fields: Sequence[str], *, limit: int | None = None) -> list[dict[str, Any]]:
         keys, end = json.JSONDecoder().raw_decode(condition.removeprefix("key in "))
@@ -437,7 +438,11 @@ class KeptRows(Collection):
             raise TooLargeError("an answer would be larger")
         is_bare_too = condition.removeprefix("key in ")[end:] == ""
         found = [self._rows[key] for key in keys if key in self._rows]
-        return [{field: row[field] for field in fields} for row in found if row["thumbnail"] or is_bare_too]
+        return [
+            milvus_collection._read({field: row[field] for field in fields})
+            for row in found
+            if row["thumbnail"] or is_bare_too
+        ]
 
 
 def pictured(count: int) -> list[NewItem]:
@@ -445,10 +450,10 @@ def pictured(count: int) -> list[NewItem]:
     return [NewItem(number, np.full(16, number), {}, b"jpg" if number % 2 else b"") for number in range(count)]
 
 
-def writer_of(rows: KeptRows, items: Sequence[NewItem]) -> milvus.MilvusWriter:
+def writer_of(rows: KeptRows, items: Sequence[NewItem]) -> remote.RemoteWriter:
     """A writer that knows the items, without a server."""
-    writer = object.__new__(milvus.MilvusWriter)
-    writer._collection, writer._items = rows, {item.id: {"n": item.id} for item in items}
+    writer = object.__new__(remote.RemoteWriter)
+    writer._rows, writer._items = rows, {item.id: {"n": item.id} for item in items}
     writer._kept, writer._kept_bytes = {}, 0
     return writer
 
@@ -457,8 +462,8 @@ def writer_of(rows: KeptRows, items: Sequence[NewItem]) -> milvus.MilvusWriter:
 def test_many_items_and_thumbnails_are_asked_for_at_once(monkeypatch: pytest.MonkeyPatch, guard: str) -> None:
     items = pictured(10)
     rows = KeptRows(items, guard=guard)
-    index = object.__new__(MilvusIndex)
-    index._collection = rows
+    index = object.__new__(remote.RemoteIndex)
+    index._rows = rows
     assert index.with_thumbnail([*range(10), "none"]) == {1, 3, 5, 7, 9}
     assert index.thumbnails([*range(10), "none"]) == dict.fromkeys([1, 3, 5, 7, 9], b"jpg")
     writer = writer_of(rows, items)
@@ -477,7 +482,7 @@ def test_what_was_read_a_moment_ago_or_may_be_asked_for_next_costs_no_request(mo
     assert set(writer.stored([1, 2], soon=[2, 3, 4, "none"])) == {1, 2}
     assert set(writer.stored([3, 4, 1], soon=[5])) == {1, 3, 4}
     assert rows.asked == [4]
-    monkeypatch.setattr(milvus, "KEPT_BYTES", 3 * 350)
+    monkeypatch.setattr(remote, "KEPT_BYTES", 3 * 350)
     assert [one.id for one in writer.stored(range(5, 10)).values()] == [5, 6, 7, 8, 9]
     assert writer._kept_bytes <= 3 * 350
     assert set(writer.stored([9, 5])) == {9, 5}
@@ -501,15 +506,15 @@ def test_answers_that_are_too_large_are_asked_for_in_parts() -> None:
 def test_an_index_of_large_metadata_is_read_changed_and_searched(address: Address) -> None:
     vectors, query = rows(1300), rows(1, seed=1)
     text = "x" * 60000
-    with open_milvus_writer(address, Manifest(MODEL)) as opened:
+    with open_writer(address, Manifest(MODEL)) as opened:
         for start in range(0, 1300, 100):
             some = range(start, start + 100)
             opened.commit([NewItem(one, vectors[one], {"n": one, "text": text}) for one in some])
     order = np.argsort(-(vectors @ query[0])).tolist()
-    with open_milvus_writer(address) as opened:
+    with open_writer(address) as opened:
         assert len(opened) == 1300
         opened.commit([NewItem("more", vectors[0], {"n": -1})], remove=[0])
-    index = MilvusIndex(address)
+    index = open_index(address)
     assert index.ids == [*range(1, 1300), "more"]
     order[order.index(0)] = "more"
     assert [hit.id for hit in index.search(query, 1299)[0]] == order[:1299]
@@ -522,15 +527,15 @@ def test_an_index_of_large_metadata_is_read_changed_and_searched(address: Addres
 def made_again(address: Address, model: ModelInfo, vectors: Any) -> None:
     """The collection dropped, and built from other vectors."""
     Collection(address).call("drop_collection")
-    with open_milvus_writer(address, Manifest(model)) as opened:
+    with open_writer(address, Manifest(model)) as opened:
         opened.commit([NewItem("new", vector, {"n": 0}, b"jpg") for vector in vectors[:1]])
 
 
 @needs_server
 def test_a_collection_that_was_made_again_of_another_model_gives_no_answer(address: Address) -> None:
-    with open_milvus_writer(address, Manifest(MODEL)) as opened:
+    with open_writer(address, Manifest(MODEL)) as opened:
         opened.commit([NewItem("old", rows(1)[0], {"n": 0}, b"jpg")])
-        index, served_index = MilvusIndex(address), MilvusIndex(address, consistency="Bounded")
+        index, served_index = open_index(address), open_index(address, is_served=True)
         assert [hit.id for hit in index.search(rows(1), 1)[0]] == ["old"]
         made_again(address, ModelInfo("Other", "4567", 16), rows(1))
         sentence = r"was made again .*: its vectors are now of the model Other \(4567\), not of Tiny \(0123\); open"
@@ -551,7 +556,7 @@ def test_a_collection_that_was_made_again_of_another_model_gives_no_answer(addre
         ):
             with pytest.raises(StoreError, match=sentence):
                 act()
-    assert MilvusIndex(address).ids == ["new"]
+    assert open_index(address).ids == ["new"]
     Collection(address).call("drop_collection")
     with pytest.raises(StoreError, match="the collection is gone since it was opened"):
         index.search(rows(1), 1)
@@ -559,9 +564,9 @@ def test_a_collection_that_was_made_again_of_another_model_gives_no_answer(addre
 
 @needs_server
 def test_a_reader_goes_on_with_a_collection_that_was_made_again_of_the_same_model(address: Address) -> None:
-    with open_milvus_writer(address, Manifest(MODEL)) as opened:
+    with open_writer(address, Manifest(MODEL)) as opened:
         opened.commit([NewItem("old", rows(1)[0])])
-        index = MilvusIndex(address)
+        index = open_index(address)
         made_again(address, MODEL, rows(1))
         assert [hit.id for hit in index.search(rows(1), 1)[0]] == ["new"]
         assert index.thumbnail("new") == b"jpg"
@@ -571,9 +576,9 @@ def test_a_reader_goes_on_with_a_collection_that_was_made_again_of_the_same_mode
 
 @needs_server
 def test_the_service_does_not_answer_from_a_collection_of_another_model(address: Address) -> None:
-    with open_milvus_writer(address, Manifest(ModelInfo("Tiny", "0123", 4))) as opened:
+    with open_writer(address, Manifest(ModelInfo("Tiny", "0123", 4))) as opened:
         opened.commit([NewItem("a", rows(1, dim=4)[0])])
-    with served(Encoder(WatchedBackend()), index=MilvusIndex(address, consistency="Bounded")) as url:
+    with served(Encoder(WatchedBackend()), index=open_index(address, is_served=True)) as url:
         assert [hit["id"] for hit in answer(url, query="笑")["data"]] == ["a"]
         made_again(address, ModelInfo("Other", "4567", 4), rows(1, dim=4))
         found = httpx.post(f"{url}/v1/search", json={"query": "笑"}, timeout=60)
@@ -598,11 +603,11 @@ def make_old(address: Address) -> None:
 def test_a_collection_from_before_is_read_and_changed_as_it_was(address: Address) -> None:
     make_old(address)
     vectors = rows(60)
-    with open_milvus_writer(address) as opened:
+    with open_writer(address) as opened:
         small = {one: b"jpg" if one % 2 else b"" for one in range(60)}
         opened.commit([NewItem(one, vectors[one], {"n": one}, small[one]) for one in range(60)])
         opened.commit([NewItem("more", vectors[0])], remove=[0])
-    index = MilvusIndex(address)
+    index = open_index(address)
     order = [one for one in np.argsort(-(vectors @ vectors[7])).tolist() if one]
     assert [hit.id for hit in index.search(vectors[7:8], 5, where="n>=1")[0]] == order[:5]
     assert [hit.id for hit in index.search(vectors[7:8], 5, where="n=7,9")[0]] == [

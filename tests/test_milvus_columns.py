@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cn_clip.errors import ConfigError
-from cn_clip.retrieval import milvus_columns, store
+from cn_clip.retrieval import addresses, milvus_columns, store
 from cn_clip.retrieval.conditions import parse_condition
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
-from cn_clip.retrieval.milvus import MilvusIndex, open_milvus_writer
 from cn_clip.retrieval.milvus_collection import Collection
 from cn_clip.retrieval.milvus_columns import columns_of, filter_of, filter_of_field
+from cn_clip.retrieval.remote import RemoteIndex
 from cn_clip.retrieval.writer import NewItem, open_writer
 
 TEXTS = [
@@ -227,23 +227,23 @@ def some_items(count: int) -> list[NewItem]:
 @pytest.fixture(scope="module", params=milvus_server.BOTH)
 def both(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[store.Index, MilvusIndex]]:
+) -> Iterator[tuple[store.Index, RemoteIndex]]:
     """The same items in a folder and in Milvus, or Milvus Lite."""
     facts = Manifest(ModelInfo("Tiny", "0123", 4))
     folder: Path = tmp_path_factory.mktemp("index") / "i"
     wild = some_items(300)
     with milvus_server.kept_by(request.param) as address, open_writer(folder, facts) as here:
-        with open_milvus_writer(address, facts) as there:
+        with addresses.open_writer(address, facts) as there:
             for writer in (here, there):
                 writer.commit(wild)
         here.finish()
-        assert len(MilvusIndex(address)) == 300  # seen, so that reading need not wait
-        yield store.open_index(folder), MilvusIndex(address, consistency="Bounded")
+        assert len(addresses.open_index(address)) == 300  # seen, so that reading need not wait
+        yield store.open_index(folder), addresses.open_index(address, is_served=True)
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(conditions.filter(lambda text: not re.search("[\ud800-\udfff]", text)), st.sampled_from([1, 7, 300]))
-def test_milvus_finds_what_a_folder_finds(both: tuple[store.Index, MilvusIndex], where: str, k: int) -> None:
+def test_milvus_finds_what_a_folder_finds(both: tuple[store.Index, RemoteIndex], where: str, k: int) -> None:
     query = np.random.default_rng(k).normal(size=(2, 4)).astype(np.float32)
     try:
         expected = both[0].search(query, k, where=where)
@@ -255,7 +255,7 @@ def test_milvus_finds_what_a_folder_finds(both: tuple[store.Index, MilvusIndex],
 
 
 def test_a_condition_that_fits_few_or_none_costs_one_request(
-    both: tuple[store.Index, MilvusIndex], monkeypatch: pytest.MonkeyPatch
+    both: tuple[store.Index, RemoteIndex], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, call = list[str](), Collection.call
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from cn_clip.errors import AwayError, ConfigError, StoreError
+from cn_clip.retrieval.addresses import open_index, open_writer
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
-from cn_clip.retrieval.milvus import MilvusIndex, open_milvus_writer
 from cn_clip.retrieval.milvus_address import Address, Tls
 from cn_clip.retrieval.milvus_collection import Collection
 from cn_clip.retrieval.writer import NewItem
@@ -66,13 +66,13 @@ def refused(address: Address) -> str:
 
 def fill(address: Address) -> None:
     """An index of one item."""
-    with open_milvus_writer(address, Manifest(MODEL)) as opened:
+    with open_writer(address, Manifest(MODEL)) as opened:
         opened.commit([NewItem("a", np.eye(4, dtype=np.float32)[0])])
 
 
 def found(address: Address) -> list[Any]:
     """What a search finds."""
-    return [hit.id for hit in MilvusIndex(address).search(np.eye(1, 4, dtype=np.float32), 3)[0]]
+    return [hit.id for hit in open_index(address).search(np.eye(1, 4, dtype=np.float32), 3)[0]]
 
 
 @needs_server

@@ -22,7 +22,7 @@ from cn_clip.clip.loading import create_model
 from cn_clip.data.paths import spelled
 from cn_clip.demo import emoji
 from cn_clip.features.files import write_features
-from cn_clip.retrieval import addresses, graph, milvus, store, writer
+from cn_clip.retrieval import addresses, graph, remote, store, writer
 from cn_clip.retrieval.addresses import IndexAddress
 from cn_clip.retrieval.store import open_index
 
@@ -184,7 +184,7 @@ def test_grid_shows_what_was_found(
     index: IndexAddress, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (store.Index, milvus.MilvusIndex):
+        for kind in (store.Index, remote.RemoteIndex):
             patch.setattr(kind, "thumbnail", None)  # one call for all hits
         best = search(index, capsys, "哭", "--k", 3, "--grid", tmp_path / "g.png")[0]
     with Image.open(tmp_path / "g.png") as drawn:

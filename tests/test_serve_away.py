@@ -15,9 +15,10 @@ from serving import WatchedBackend, served, wait_until
 
 from cn_clip.clip.encoder import Encoder
 from cn_clip.errors import AwayError
+from cn_clip.retrieval.addresses import open_index, open_writer
 from cn_clip.retrieval.manifest import Manifest, ModelInfo, PictureFacts
-from cn_clip.retrieval.milvus import MilvusIndex, open_milvus_writer
 from cn_clip.retrieval.milvus_address import Address
+from cn_clip.retrieval.remote import RemoteIndex
 from cn_clip.retrieval.store import Hit
 from cn_clip.retrieval.writer import NewItem
 from cn_clip.serve import circuits
@@ -28,7 +29,7 @@ SINCE = (
 )
 
 
-class FarIndex(MilvusIndex):
+class FarIndex(RemoteIndex):
     """In a store that is away or not; counts what is asked of it. A search of a store that is away waits."""
 
     def __init__(self) -> None:
@@ -134,10 +135,10 @@ def test_a_service_that_ends_probes_no_more(far: tuple[FarIndex, str]) -> None:
 @pytest.mark.milvus
 def test_a_server_that_goes_away_and_comes_back_is_searched_again() -> None:
     with milvus_server.collection() as address:
-        with open_milvus_writer(address, Manifest(MODEL)) as opened:
+        with open_writer(address, Manifest(MODEL)) as opened:
             opened.commit([NewItem("a", np.eye(4, dtype=np.float32)[0])])
         relay = milvus_server.Relay(address.host, address.port)
-        index = MilvusIndex(Address("127.0.0.1", relay.port, address.collection, timeout=1))
+        index = open_index(Address("127.0.0.1", relay.port, address.collection, timeout=1))
         with served(Encoder(WatchedBackend()), index=index) as url:
             assert [hit["id"] for hit in search(url).json()["data"]] == ["a"]
             for goes_away in (milvus_server.Relay.stall, milvus_server.Relay.close):

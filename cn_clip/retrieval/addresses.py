@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 from typing import TypeAlias
 
 from cn_clip.digests import is_there
-from cn_clip.retrieval import manifest, milvus, milvus_collection, store, writer
+from cn_clip.retrieval import manifest, remote, remote_rows, store, writer
 from cn_clip.retrieval.ids import integers
 from cn_clip.retrieval.manifest import Manifest
 from cn_clip.retrieval.milvus_address import Address
@@ -13,21 +13,30 @@ from cn_clip.retrieval.schemes import IndexAddress
 from cn_clip.retrieval.segments import ItemId
 
 # What both kinds of index have is alike; the classes of folders say what it means.
-Facts: TypeAlias = Manifest | milvus_collection.Facts
-Searchable: TypeAlias = store.Index | milvus.MilvusIndex
-Writer: TypeAlias = writer.IndexWriter | milvus.MilvusWriter
+Facts: TypeAlias = Manifest | remote_rows.Facts
+Searchable: TypeAlias = store.Index | remote.RemoteIndex
+Writer: TypeAlias = writer.IndexWriter | remote.RemoteWriter
+
+
+def rows_at(address: Address, *, is_reader: bool = False, is_served: bool = False) -> remote_rows.Rows:
+    """What a store on a server keeps; raises StoreError where no server answers, MissingExtraError.
+
+    is_reader, is_served: see `remote_rows.Rows` and `open_index`.
+    """
+    consistency = address.consistency or ("Bounded" if is_served else "Strong")
+    return Collection(address, consistency=consistency, is_reader=is_reader)
 
 
 def facts(address: IndexAddress) -> Facts | None:
     """None when there is no index yet; raises DataError for one that cannot be read, StoreError."""
     if isinstance(address, Address):
-        return Collection(address).facts()
+        return rows_at(address).facts()
     return manifest.read(address) if is_there(address / manifest.NAME) else None
 
 
 def require(address: IndexAddress) -> Facts:
     """Raises DataError when there is no index."""
-    return Collection(address).require() if isinstance(address, Address) else manifest.read(address)
+    return remote_rows.require(rows_at(address)) if isinstance(address, Address) else manifest.read(address)
 
 
 def open_index(address: IndexAddress, *, is_served: bool = False) -> Searchable:
@@ -37,12 +46,12 @@ def open_index(address: IndexAddress, *, is_served: bool = False) -> Searchable:
     """
     if not isinstance(address, Address):
         return store.open_index(address)
-    return milvus.MilvusIndex(address, consistency="Bounded" if is_served else "Strong")
+    return remote.RemoteIndex(rows_at(address, is_reader=True, is_served=is_served))
 
 
 def address_in(index: Searchable) -> IndexAddress:
     """Where an open index is, with all that opens it again."""
-    return index.folder if isinstance(index, store.Index) else index.collection_address
+    return index.folder if isinstance(index, store.Index) else index.opened_at
 
 
 def ping(index: Searchable) -> None:
@@ -50,7 +59,7 @@ def ping(index: Searchable) -> None:
 
     A folder is there or not, which `open_index` says.
     """
-    if isinstance(index, milvus.MilvusIndex):
+    if isinstance(index, remote.RemoteIndex):
         index.ping()
 
 
@@ -58,7 +67,7 @@ def open_writer(address: IndexAddress, create: Manifest | None = None) -> Abstra
     """create: what to begin with where there is no index yet; raises as `writer.open_writer`, and StoreError."""
     if not isinstance(address, Address):
         return writer.open_writer(address, create)
-    return milvus.open_milvus_writer(address, create)
+    return remote.open_remote_writer(rows_at(address), create)
 
 
 def item_called(index: Searchable, name: ItemId) -> ItemId | None:

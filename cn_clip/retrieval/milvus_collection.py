@@ -1,17 +1,20 @@
-"""A collection on a Milvus server: what it says of itself, and calls that end in time; for `milvus`."""
+"""A collection on a Milvus server: what it says of itself, and calls that end in time; rows for `remote`."""
 
+import base64
 import contextlib
 import json
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import asdict, replace
+from typing import Any
 
 from cn_clip import extras
 from cn_clip.errors import AwayError, DataError, StoreError
-from cn_clip.retrieval.manifest import ModelInfo, PictureFacts, seen_alike
+from cn_clip.retrieval.conditions import Condition
+from cn_clip.retrieval.manifest import ModelInfo, PictureFacts
 from cn_clip.retrieval.milvus_address import Address
+from cn_clip.retrieval.milvus_columns import COLUMNS, WITHOUT_FIELDS, columns_of, filter_of, filter_of_field
 from cn_clip.retrieval.milvus_connection import (
     OLDEST,
     away,
@@ -22,17 +25,27 @@ from cn_clip.retrieval.milvus_connection import (
     refusal,
     too_old,
 )
+from cn_clip.retrieval.remote_rows import (
+    KEY_BYTES,
+    WINDOW,
+    Facts,
+    Fields,
+    NewRow,
+    ReplacedError,
+    TooLargeError,
+    check_followed,
+)
 
 # Of format 1 are those without columns and without a guard.
 FORMAT = 2
 GRAPH_OPTIONS = {"M": 16, "efConstruction": 200}
 # Milvus measures it in bytes of UTF-8.
 LARGEST_TEXT = 65535
-KEY_BYTES = 16
-# The field of what conditions ask, see `milvus_columns`.
-COLUMNS = "columns"
-# Rows without their vectors in one answer: some 10 MB. Of larger items fewer fit, which an answer that is refused says.
-WINDOW = 8192
+# Rows of a run that are worth a segment of their own.
+LEAST_FLUSHED = 1000
+LEAST_EF = 256
+# Half of what a Milvus of default settings takes in one request.
+UPSERT_BYTES = 32 << 20
 # What "too large" is to a server: of default settings 64 MB an answer to the client, 100 MB within the server.
 _TOO_LARGE = re.compile(r"larger than max|exceeds? the (limit size|maxOutputSize)", re.I)
 _SHRINKS_BY = 4
@@ -40,41 +53,20 @@ _SHRINKS_BY = 4
 _FACTS = "cn_clip.facts"
 _SOURCE, _PICTURES = "cn_clip.source", "cn_clip.pictures"
 
-Fields: TypeAlias = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a collection says of itself, and how many items it has. guard: of a collection of format 1, none."""
-
-    model: ModelInfo
-    num_items: int
-    source: str
-    pictures: PictureFacts | None = None
-    guard: str = ""
-    engine: str = "milvus"
-    vector_type: str = "float32"
-
-
-def _named(facts: Facts) -> str:
-    return f"{facts.model.name or '?'} ({facts.model.fingerprint or '?'})"
-
-
-class TooLargeError(StoreError):
-    """An answer of more bytes than the server sends."""
-
-
-class ReplacedError(StoreError):
-    """The collection was dropped and made again since it was opened."""
-
 
 class Collection:
     """A collection on a server that answered.
 
     Each request about rows names a field, the guard, that only this collection has: one that was dropped and made again
     under the same name, perhaps of another model, refuses it. consistency: of reading; "Strong" sees all that was
-    written before, and waits for it, "Bounded" may be some seconds behind.
+    written before, and waits for it, "Bounded" may be some seconds behind. A call asks for `WINDOW` rows; of larger
+    items fewer fit, which an answer that is refused says.
     """
+
+    name = "Milvus"
+    largest_text = LARGEST_TEXT
+    # It travels as base64.
+    largest_thumbnail = LARGEST_TEXT // 4 * 3
 
     def __init__(self, address: Address, *, consistency: str = "Strong", is_reader: bool = False) -> None:
         """is_reader: goes on with a collection of the same model that was made in place of the one it opened.
@@ -100,17 +92,19 @@ class Collection:
         """Whether conditions can be asked of it; one of format 1 has none."""
         return bool(self._guard)
 
-    def query(self, condition: str, fields: Sequence[str], *, limit: int | None = None) -> list[Fields]:
+    def query(self, condition: str | None, fields: Sequence[str], *, limit: int | None = None) -> list[Fields]:
         """The rows that Milvus's own condition admits, in any order, at most `limit`; raises TooLargeError."""
         more = {} if limit is None else {"limit": limit}
 
         def rows(guard: str) -> Any:
             named = [*fields, guard] if guard else list(fields)
-            return self.call("query", filter=condition, output_fields=named, consistency_level=self.consistency, **more)
+            return self.call(
+                "query", filter=condition or "", output_fields=named, consistency_level=self.consistency, **more
+            )
 
-        return [dict(one) for one in self._guarded(lambda guard: self._checked(rows(guard), guard))]
+        return [_read(one) for one in self._guarded(lambda guard: self._checked(rows(guard), guard))]
 
-    def count(self, condition: str = "") -> int:
+    def count(self, condition: str | None = None) -> int:
         """How many rows there are."""
 
         def rows(guard: str) -> Any:
@@ -123,9 +117,7 @@ class Collection:
         """Whether there are rows that Milvus's own condition admits."""
         return bool(self.query(condition, ["key"], limit=1))
 
-    def nearest(
-        self, vectors_QD: Any, limit: int, fields: Sequence[str], condition: str, ef: int
-    ) -> list[list[Fields]]:
+    def nearest(self, vectors_QD: Any, limit: int, fields: Sequence[str], condition: str | None) -> list[list[Fields]]:
         """For each vector up to `limit` rows that Milvus's graph finds, best first; raises TooLargeError."""
 
         def rows(guard: str) -> Any:
@@ -133,9 +125,9 @@ class Collection:
                 "search",
                 data=vectors_QD,
                 limit=limit,
-                filter=condition,
+                filter=condition or "",
                 output_fields=[*fields, guard] if guard else list(fields),
-                search_params={"metric_type": "IP", "params": {"ef": ef}},
+                search_params={"metric_type": "IP", "params": {"ef": max(limit, LEAST_EF)}},
                 consistency_level=self.consistency,
             )
 
@@ -149,6 +141,73 @@ class Collection:
         if guard and rows and guard not in rows[0]:
             raise StoreError("Milvus refused the request (no such field)", at=self.address)
         return rows
+
+    def ping(self) -> None:
+        """Asks for as little as shows that the server answers."""
+        self.call("has_collection")
+
+    def filter_of(self, condition: Condition) -> str | None:
+        """See `milvus_columns`."""
+        return filter_of(condition) if self.has_columns else None
+
+    def with_field(self, field: str) -> list[Fields]:
+        """Nothing, where rows cannot be asked for it."""
+        return self.query(filter_of_field(field), ["item"], limit=1) if self.has_columns else []
+
+    def is_sure_of_fields(self) -> bool:
+        """Not where rows do not note their fields."""
+        return self.has_columns and not self.has_any(WITHOUT_FIELDS)
+
+    def has_thumbnails(self) -> bool:
+        """Whether any row has one."""
+        return self.has_any("has_thumbnail == true" if self.has_columns else 'thumbnail != ""')
+
+    def with_thumbnail(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys whose rows have one."""
+        if self.has_columns:
+            return {row["key"] for row in self.of_keys(keys, ["key", "has_thumbnail"]) if row["has_thumbnail"]}
+        return {row["key"] for row in self.of_keys(keys, ["key"], 'thumbnail != ""')}
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Writers are not kept apart."""
+        return contextlib.nullcontext()
+
+    def write(self, rows: Sequence[NewRow], remove: Sequence[str]) -> None:
+        """In requests of at most `UPSERT_BYTES`."""
+        part, num_bytes = list[Fields](), 0
+        for row in rows:
+            fields = self.fields_of(row)
+            size = len(row.line) + len(fields["thumbnail"]) + fields["vector"].nbytes + 64
+            size += len(json.dumps(fields.get(COLUMNS, "")))
+            if part and num_bytes + size > UPSERT_BYTES:
+                self.upsert(part)
+                part, num_bytes = [], 0
+            part.append(fields)
+            num_bytes += size
+        if part:
+            self.upsert(part)
+        if remove:
+            self.delete(remove)
+
+    def fields_of(self, row: NewRow) -> Fields:
+        """A row as Milvus takes it."""
+        item = row.item
+        columns = {"has_thumbnail": bool(item.thumbnail), COLUMNS: columns_of(item.id, item.metadata)}
+        return {
+            **(columns if self.has_columns else {}),
+            "key": row.key,
+            "place": row.place,
+            "item": row.line.decode(),
+            "thumbnail": base64.b64encode(item.thumbnail).decode(),
+            "vector": item.vector_D.astype("float32"),
+        }
+
+    def finish(self, num_written: int) -> None:
+        """Has Milvus make its graph of what was written, if that is much, and not when it has long been idle."""
+        if num_written >= LEAST_FLUSHED:
+            # It allows few such requests in a minute, and does it later by itself.
+            with contextlib.suppress(StoreError):
+                self.call("flush")
 
     def upsert(self, rows: Sequence[Fields]) -> None:
         """Writes rows in place of those of the same keys."""
@@ -192,15 +251,9 @@ class Collection:
             ) from error
         if now is not None and now.guard == guard and now.model == before.model:
             return
-        is_alike = now is not None and now.model == before.model and seen_alike(now.pictures, before.pictures)
         if now is None:
             raise ReplacedError("the collection is gone since it was opened; build it again", at=self.address)
-        if not (is_alike and self.is_reader):
-            raise ReplacedError(
-                f"the collection was made again since it was opened: its vectors are now of the model {_named(now)}, "
-                f"not of {_named(before)}; open it again",
-                at=self.address,
-            )
+        check_followed(now, before, is_reader=self.is_reader, at=self.address)
         self._open()
         self._opened, self._guard = now, now.guard
 
@@ -219,7 +272,7 @@ class Collection:
             yield from rows
             start += size
 
-    def scan(self, fields: Sequence[str], condition: str = "") -> Iterator[Fields]:
+    def scan(self, fields: Sequence[str], condition: str | None = None) -> Iterator[Fields]:
         """The rows that Milvus's own condition admits, in order of insertion; memory: about `WINDOW` of them."""
         with contextlib.suppress(TooLargeError):
             rows = self.query(condition or "place >= 0", [*fields, "place"], limit=WINDOW)
@@ -277,15 +330,6 @@ class Collection:
             raise DataError(f"is of format {version!r}, this version reads {FORMAT}; build it again", at=self.address)
         return Facts(model, 0, source, pictures, guard="" if version == 1 else str(values["guard"]))
 
-    def require(self, *, with_count: bool = True) -> Facts:
-        """Raises DataError when there is no such collection."""
-        facts = self.facts(with_count=with_count)
-        if facts is None:
-            raise DataError(
-                f"is no index; build one with: cn-clip index build PICTURES --output {self.address}", at=self.address
-            )
-        return facts
-
     def create(self, model: ModelInfo, source: str, pictures: PictureFacts | None) -> None:
         """Makes the collection of the vectors of a model."""
         kinds, guard = self._package.DataType, f"built_{secrets.token_hex(8)}"
@@ -340,3 +384,11 @@ class Collection:
                     at=self.address,
                 ) from error
             raise told from error
+
+
+def _read(row: Any) -> Fields:
+    """A row as `remote` reads it."""
+    fields = dict(row)
+    if "thumbnail" in fields:
+        fields["thumbnail"] = base64.b64decode(fields["thumbnail"])
+    return fields

@@ -1,6 +1,6 @@
 """What a condition asks, in the language of Milvus: each row carries its values in a form that servers can compare.
 
-A filter admits every row that the condition admits, and perhaps others: `milvus` judges what comes back by
+A filter admits every row that the condition admits, and perhaps others: `remote` judges what comes back by
 `Condition.admits`. It says what numbers in texts, dates, lists, missing fields, case and width mean here by what the
 rows carry, and uses little of the server's language, so that all versions answer alike.
 """
@@ -33,9 +33,10 @@ from cn_clip.retrieval.conditions import (
     held_date,
     number_of,
 )
-from cn_clip.retrieval.milvus_collection import COLUMNS
 from cn_clip.retrieval.segments import ItemId
 
+# The field of a row that holds them.
+COLUMNS = "columns"
 ANY = "*"
 # Bytes of JSON of a row; Milvus takes 65536.
 LARGEST_COLUMNS = 40_000

@@ -1,10 +1,11 @@
-"""An index kept by a Milvus server, which finds the same items in the same order as a folder; see `addresses`."""
+"""An index whose rows a server keeps: it finds the same items in the same order as a folder; see `addresses`.
+
+What the server finds is scored and judged again here, so that all stores answer alike; see `remote_rows`.
+"""
 
 # Q queries, D dimensions
 
-import base64
 import contextlib
-import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,44 +14,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cn_clip.errors import ConfigError, DataError, StoreError
+from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval.conditions import ID_FIELDS, Condition, fields_of, parse_condition
 from cn_clip.retrieval.graph import OVERFETCH
 from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, PictureFacts
-from cn_clip.retrieval.milvus_address import Address
-from cn_clip.retrieval.milvus_collection import (
-    COLUMNS,
-    KEY_BYTES,
-    LARGEST_TEXT,
+from cn_clip.retrieval.remote_rows import (
     WINDOW,
-    Collection,
     Facts,
     Fields,
+    Filter,
+    NewRow,
+    Rows,
     TooLargeError,
+    key_of,
+    require,
 )
-from cn_clip.retrieval.milvus_columns import WITHOUT_FIELDS, columns_of, filter_of, filter_of_field
 from cn_clip.retrieval.scanning import exact_scores
+from cn_clip.retrieval.schemes import IndexAddress
 from cn_clip.retrieval.segments import FloatArray, ItemId
 from cn_clip.retrieval.store import Hit, check_bounds, checked_queries
 from cn_clip.retrieval.writer import NewItem, checked_lines
 
-LEAST_EF = 256
-# Rows of a run that are worth a segment of their own.
-LEAST_FLUSHED = 1000
-# A picture travels as base64.
-LARGEST_THUMBNAIL = LARGEST_TEXT // 4 * 3
 # Rows with their vectors in one answer: some 10 MB.
 LARGEST_LIMIT = 4096
-# Half of what a Milvus of default settings takes in one request.
-UPSERT_BYTES = 32 << 20
 # Of items that a writer keeps, since a copy of a picture soon asks for what was written or read a moment ago.
 KEPT_BYTES = 64 << 20
-
-
-def key_of(item_id: ItemId) -> str:
-    """The primary key of an item: the same only for equal ids, and ASCII for any id."""
-    return hashlib.blake2b(json.dumps(item_id).encode(), digest_size=KEY_BYTES).hexdigest()
 
 
 class _Row(NamedTuple):
@@ -62,23 +51,24 @@ class _Row(NamedTuple):
     metadata: dict[str, Any]
 
 
-class MilvusIndex:
+class RemoteIndex:
     """Items with their vectors, as they are on the server at every call. Several threads may search at once."""
 
-    def __init__(self, address: Address, *, consistency: str = "Strong") -> None:
-        """consistency: of reading, see `Collection`; one in the address goes before it.
-
-        Raises DataError when there is no such index, StoreError when no server answers.
-        """
-        self.collection_address = address
-        self._collection = Collection(address, consistency=address.consistency or consistency, is_reader=True)
-        self._facts = self._collection.require(with_count=False)
+    def __init__(self, rows: Rows) -> None:
+        """Raises DataError when there is no such index, StoreError when no server answers."""
+        self._rows = rows
+        self._facts = require(rows, with_count=False)
         self._seen_fields = set[str]()
 
     @property
     def address(self) -> str:
         """Where the index is."""
-        return str(self._collection.address)
+        return str(self._rows.address)
+
+    @property
+    def opened_at(self) -> IndexAddress:
+        """Where the index is, with all that opens it again."""
+        return self._rows.address
 
     @property
     def model(self) -> ModelInfo:
@@ -97,7 +87,7 @@ class MilvusIndex:
 
     def ping(self) -> None:
         """Asks for as little as shows that the server answers; raises AwayError, StoreError."""
-        self._collection.call("has_collection")
+        self._rows.ping()
 
     def prepare(self) -> None:
         """Looks at what fields the first items have."""
@@ -105,7 +95,7 @@ class MilvusIndex:
             self._seen_fields.update(metadata)
 
     def __len__(self) -> int:
-        return self._collection.count()
+        return self._rows.count()
 
     def __contains__(self, item_id: object) -> bool:
         return type(item_id) in (int, str) and bool(self._fields(item_id, "key"))  # type: ignore[arg-type]
@@ -117,7 +107,7 @@ class MilvusIndex:
 
     def items(self) -> Iterator[tuple[ItemId, dict[str, Any]]]:
         """(id, metadata) in order of insertion."""
-        for row in self._collection.scan(["item"]):
+        for row in self._rows.scan(["item"]):
             yield _parsed(row, self.address)
 
     def search(
@@ -132,7 +122,7 @@ class MilvusIndex:
     ) -> list[list[Hit]]:
         """As `store.Index.search`; raises StoreError besides, and ConfigError for words."""
         if words is not None:
-            raise ConfigError("words: an index in Milvus is searched by vectors alone; leave them out")
+            raise ConfigError(f"words: an index in {self._rows.name} is searched by vectors alone; leave them out")
         check_bounds(k, min_score, offset)
         k += offset
         queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.address)
@@ -149,7 +139,7 @@ class MilvusIndex:
 
     def _found(self, queries_QD: FloatArray, k: int, condition: Condition | None, limit: int) -> list[list[_Row]]:
         """The k best of each query that fit."""
-        asked = filter_of(condition) if condition is not None and self._collection.has_columns else None
+        asked = self._rows.filter_of(condition) if condition is not None else None
         few = self._few(asked, limit) if asked is not None else None
         if few is not None:
             for row in few:
@@ -161,14 +151,14 @@ class MilvusIndex:
         at_once, results = max(1, LARGEST_LIMIT // limit), list[list[_Row]]()
         for start in range(0, len(queries_QD), at_once):
             part_QD = queries_QD[start : start + at_once]
-            for query_D, rows in zip(part_QD, self._nearest(part_QD, limit, asked or ""), strict=True):
-                results.append(self._best(query_D, k, condition, rows, limit, asked or ""))
+            for query_D, rows in zip(part_QD, self._nearest(part_QD, limit, asked), strict=True):
+                results.append(self._best(query_D, k, condition, rows, limit, asked))
         return results
 
-    def _few(self, asked: str, limit: int) -> list[Fields] | None:
+    def _few(self, asked: Filter, limit: int) -> list[Fields] | None:
         """All rows that a filter admits, with their vectors; None where these are `limit` or more."""
         try:
-            rows = self._collection.query(asked, ["place", "item", "vector"], limit=limit)
+            rows = self._rows.query(asked, ["place", "item", "vector"], limit=limit)
         except TooLargeError:
             return None
         return rows if len(rows) < limit else None
@@ -176,14 +166,13 @@ class MilvusIndex:
     def _check_fields(self, condition: Condition) -> None:
         """Raises ConfigError for a field that no item has."""
         unknown = condition.fields - self._seen_fields - set(ID_FIELDS)
-        if unknown and self._collection.has_columns:
-            for field in unknown:
-                for row in self._collection.query(filter_of_field(field), ["item"], limit=1):
-                    self._seen_fields.update(_parsed(row, self.address)[1])
-            unknown -= self._seen_fields
+        for field in unknown:
+            for row in self._rows.with_field(field):
+                self._seen_fields.update(_parsed(row, self.address)[1])
+        unknown -= self._seen_fields
         if not unknown:
             return
-        if not self._collection.has_columns or self._collection.has_any(WITHOUT_FIELDS):
+        if not self._rows.is_sure_of_fields():
             for _, metadata in self.items():  # until each field was seen, now or by a condition before
                 self._seen_fields.update(metadata)
                 if unknown <= self._seen_fields:
@@ -193,8 +182,8 @@ class MilvusIndex:
         condition.check_fields(self._seen_fields | set(ID_FIELDS) if len(self) else ())
 
     def listed(self, order: Order, limit: int, *, offset: int = 0, where: str | None = None) -> Page:
-        """As `store.Index.listed`; raises ConfigError, for Milvus orders nothing without a query."""
-        raise ConfigError(f"order: an index in Milvus has no order {order!r}; search it")
+        """As `store.Index.listed`; raises ConfigError, for a server orders nothing without a query."""
+        raise ConfigError(f"order: an index in {self._rows.name} has no order {order!r}; search it")
 
     @property
     def orders(self) -> Sequence[Order]:
@@ -214,11 +203,7 @@ class MilvusIndex:
     @property
     def has_thumbnails(self) -> bool:
         """Whether any item has one."""
-        return self._collection.has_any(self._with_thumbnail)
-
-    @property
-    def _with_thumbnail(self) -> str:
-        return "has_thumbnail == true" if self._collection.has_columns else 'thumbnail != ""'
+        return self._rows.has_thumbnails()
 
     def vector(self, item_id: ItemId) -> FloatArray:
         """The vector (D,) of an item, float32; raises DataError for an unknown id."""
@@ -235,19 +220,16 @@ class MilvusIndex:
     def thumbnails(self, ids: Iterable[ItemId]) -> dict[ItemId, bytes]:
         """The small JPEGs of those of the items that have one."""
         of_key = {key_of(one): one for one in ids}
-        rows = self._collection.of_keys(list(of_key), ["key", "thumbnail"])
-        return {of_key[row["key"]]: base64.b64decode(row["thumbnail"]) for row in rows if row["thumbnail"]}
+        rows = self._rows.of_keys(list(of_key), ["key", "thumbnail"])
+        return {of_key[row["key"]]: row["thumbnail"] for row in rows if row["thumbnail"]}
 
     def with_thumbnail(self, ids: Iterable[ItemId]) -> set[ItemId]:
         """Those of the ids whose items have a thumbnail."""
         of_key = {key_of(one): one for one in ids}
-        if self._collection.has_columns:
-            rows = self._collection.of_keys(list(of_key), ["key", "has_thumbnail"])
-            return {of_key[row["key"]] for row in rows if row["has_thumbnail"]}
-        return {of_key[row["key"]] for row in self._collection.of_keys(list(of_key), ["key"], 'thumbnail != ""')}
+        return {of_key[key] for key in self._rows.with_thumbnail(list(of_key))}
 
     def _fields(self, item_id: ItemId, *fields: str) -> list[Fields]:
-        return list(self._collection.of_keys([key_of(item_id)], fields))
+        return list(self._rows.of_keys([key_of(item_id)], fields))
 
     def _known(self, item_id: ItemId, *fields: str) -> Fields:
         found = self._fields(item_id, *fields)
@@ -255,15 +237,15 @@ class MilvusIndex:
             raise DataError(f"has no item {item_id!r}", at=self.address)
         return found[0]
 
-    def _nearest(self, queries_QD: FloatArray, limit: int, asked: str) -> list[list[_Row]]:
-        """What Milvus finds for each query, of what its own condition admits, with exact scores."""
-        ef, names = max(limit, LEAST_EF), ["place", "item", "vector"]
+    def _nearest(self, queries_QD: FloatArray, limit: int, asked: Filter) -> list[list[_Row]]:
+        """What the server finds for each query, of what its own condition admits, with exact scores."""
+        names = ["place", "item", "vector"]
         try:
-            found = self._collection.nearest(queries_QD, limit, names, asked, ef)
+            found = self._rows.nearest(queries_QD, limit, names, asked)
         except TooLargeError:  # which items first, then as many at once as an answer holds
-            near = self._collection.nearest(queries_QD, limit, ["key"], asked, ef)
+            near = self._rows.nearest(queries_QD, limit, ["key"], asked)
             keys = list(dict.fromkeys(row["key"] for rows in near for row in rows))
-            known = {row["key"]: row for row in self._collection.of_keys(keys, ["key", *names])}
+            known = {row["key"]: row for row in self._rows.of_keys(keys, ["key", *names])}
             found = [[known[row["key"]] for row in rows if row["key"] in known] for rows in near]
         return [self._scored(query_D, rows) for query_D, rows in zip(queries_QD, found, strict=True)]
 
@@ -275,15 +257,15 @@ class MilvusIndex:
         ]
 
     def _best(
-        self, query_D: FloatArray, k: int, condition: Condition | None, rows: list[_Row], limit: int, asked: str
+        self, query_D: FloatArray, k: int, condition: Condition | None, rows: list[_Row], limit: int, asked: Filter
     ) -> list[_Row]:
         """The k best that fit: of `rows`, or, where these are too few, of more and at last of all.
 
-        asked: Milvus's own condition, which `rows` and all others that fit meet.
+        asked: the server's own condition, which `rows` and all others that fit meet.
         """
         while True:
             fitting = [row for row in rows if _fits(row, condition)]
-            best, is_all = _first(fitting, k), len(rows) < limit and len(rows) >= self._collection.count(asked)
+            best, is_all = _first(fitting, k), len(rows) < limit and len(rows) >= self._rows.count(asked)
             # Others may score like the last of the candidates, and come first.
             if is_all or (len(best) == k and best[-1].score > min(row.score for row in rows)):
                 return best
@@ -293,12 +275,12 @@ class MilvusIndex:
             rows = self._nearest(query_D[None], limit, asked)[0]
         keys = [
             row["key"]
-            for row in self._collection.scan(["key", "item"], asked)
+            for row in self._rows.scan(["key", "item"], asked)
             if condition is None or condition.admits(*_parsed(row, self.address))
         ]
         best = []
         for start in range(0, len(keys), LARGEST_LIMIT):
-            found = self._collection.of_keys(keys[start : start + LARGEST_LIMIT], ["place", "item", "vector"])
+            found = self._rows.of_keys(keys[start : start + LARGEST_LIMIT], ["place", "item", "vector"])
             best = _first([*best, *self._scored(query_D, list(found))], k)
         return best
 
@@ -320,33 +302,35 @@ def _parsed(row: Mapping[str, Any], where: str) -> tuple[ItemId, dict[str, Any]]
 
 
 @contextlib.contextmanager
-def open_milvus_writer(address: Address, create: Manifest | None = None) -> "Iterator[MilvusWriter]":
+def open_remote_writer(rows: Rows, create: Manifest | None = None) -> "Iterator[RemoteWriter]":
     """Changes an index; create: model, source and pictures of one that is not there yet.
 
     Raises DataError when there is none and `create` is None, StoreError when no server answers.
     """
-    collection = Collection(address)
-    if create is not None and collection.facts(with_count=False) is None:
-        collection.create(create.model, create.source, create.pictures)
-    yield MilvusWriter(collection, collection.require(with_count=False))
+    with rows.alone():
+        if create is not None and rows.facts(with_count=False) is None:
+            rows.create(create.model, create.source, create.pictures)
+        yield RemoteWriter(rows, require(rows, with_count=False))
 
 
-class MilvusWriter:
+class RemoteWriter:
     """Adds and removes items, which count at once. Memory: all metadata."""
 
-    # Bytes.
-    largest_thumbnail: int | None = LARGEST_THUMBNAIL
-
-    def __init__(self, collection: Collection, facts: Facts) -> None:
-        self._collection, self._facts = collection, facts
+    def __init__(self, rows: Rows, facts: Facts) -> None:
+        self._rows, self._facts = rows, facts
         self._items: dict[ItemId, dict[str, Any]] = {}
         self._next_position = 0
         self._kept: dict[ItemId, NewItem] = {}
         self._kept_bytes = self._num_written = 0
-        for row in collection.scan(["item"]):
-            item_id, metadata = _parsed(row, str(collection.address))
+        for row in rows.scan(["item"]):
+            item_id, metadata = _parsed(row, str(rows.address))
             self._items[item_id] = metadata
             self._next_position = int(row["place"]) + 1
+
+    @property
+    def largest_thumbnail(self) -> int | None:
+        """Bytes."""
+        return self._rows.largest_thumbnail
 
     @property
     def manifest(self) -> Facts:
@@ -383,9 +367,9 @@ class MilvusWriter:
         if len(found) < len(wanted):
             more = [one for one in soon if one in self._items and one not in self._kept]
             of_key = {key_of(one): one for one in (*more, *wanted) if one not in found}
-            for row in self._collection.of_keys(list(of_key), ["key", "vector", "thumbnail"]):
+            for row in self._rows.of_keys(list(of_key), ["key", "vector", "thumbnail"]):
                 item_id, vector_D = of_key[row["key"]], np.asarray(row["vector"], dtype=np.float32)
-                item = NewItem(item_id, vector_D, self._items[item_id], base64.b64decode(row["thumbnail"]))
+                item = NewItem(item_id, vector_D, self._items[item_id], row["thumbnail"])
                 found[item_id] = item
                 self._keep(item)
         return {one: found[one] for one in wanted if one in found}
@@ -405,14 +389,14 @@ class MilvusWriter:
     def describe(self, *, engine: EngineName | None, source: str, pictures: PictureFacts | None = None) -> None:
         """Notes the source, and how pictures were seen if given; raises ConfigError for an engine: it has its own."""
         if engine is not None:
-            raise ConfigError("Milvus searches by itself; leave --engine out", at=self._collection.address)
+            raise ConfigError(f"{self._rows.name} searches by itself; leave --engine out", at=self._rows.address)
         pictures = pictures or self._facts.pictures
         if (source, pictures) != (self._facts.source, self._facts.pictures):
-            self._collection.describe(source, pictures)
+            self._rows.describe(source, pictures)
             self._facts = replace(self._facts, source=source, pictures=pictures)
 
     def notes(self) -> bytes:
-        """Nothing: a collection keeps no notes."""
+        """Nothing: a server keeps no notes."""
         return b""
 
     def commit(
@@ -422,30 +406,21 @@ class MilvusWriter:
 
         When it returns, every reader sees the change. A run that is killed meanwhile leaves every item once, the old
         or the new. Raises DataError, with nothing changed, for what `writer.IndexWriter.commit` refuses and for more
-        metadata or larger thumbnails than Milvus holds. notes: are not kept.
+        metadata or larger thumbnails than the server holds. notes: are not kept.
         """
         lines = checked_lines(items, self._facts.model.embed_dim, "float32")
         rows = [
-            _fields_of(item, line, self._next_position + number, with_columns=self._collection.has_columns)
+            NewRow(key_of(item.id), self._next_position + number, line, item)
             for number, (item, line) in enumerate(zip(items, lines, strict=True))
         ]
+        for row in rows:
+            self._check_size(row)
         kept = {item.id for item in items}
         gone = [one for one in dict.fromkeys(remove) if one in self._items and one not in kept]
         for item_id in (*gone, *kept):
             self._forget(item_id)
-        part, num_bytes = list[Fields](), 0  # as many rows as go into a request
-        for row, line in zip(rows, lines, strict=True):
-            size = len(line) + len(row["thumbnail"]) + 4 * self._facts.model.embed_dim + 64
-            size += len(json.dumps(row.get(COLUMNS, "")))
-            if part and num_bytes + size > UPSERT_BYTES:
-                self._collection.upsert(part)
-                part, num_bytes = [], 0
-            part.append(row)
-            num_bytes += size
-        if part:
-            self._collection.upsert(part)
-        if gone:
-            self._collection.delete([key_of(one) for one in gone])
+        if rows or gone:
+            self._rows.write(rows, [key_of(one) for one in gone])
         self._next_position += len(rows)
         self._num_written += len(rows)
         for item_id in (*gone, *kept):
@@ -455,34 +430,24 @@ class MilvusWriter:
             vector_D = item.vector_D.astype(np.float32)
             self._keep(NewItem(item.id, vector_D, self._items[item.id], item.thumbnail))
 
+    def _check_size(self, row: NewRow) -> None:
+        """Raises DataError for more than a row of the store holds."""
+        store, thumbnail = self._rows, row.item.thumbnail
+        if len(row.line) > store.largest_text:
+            raise DataError(
+                f"id {row.item.id!r}: its metadata take {len(row.line)} bytes, {store.name} holds {store.largest_text}"
+            )
+        if len(thumbnail) > store.largest_thumbnail:
+            raise DataError(
+                f"id {row.item.id!r}: its thumbnail has {len(thumbnail)} bytes, {store.name} holds "
+                f"{store.largest_thumbnail}; give a smaller --thumbnail-size"
+            )
+
     def finish(self) -> None:
-        """Has Milvus make its graph of what was written now, if that is much, and not when it has long been idle."""
-        if self._num_written >= LEAST_FLUSHED:
-            with contextlib.suppress(
-                StoreError
-            ):  # it allows few such requests in a minute, and does it later by itself
-                self._collection.call("flush")
-            self._num_written = 0
+        """Has the server prepare for searches what was written now."""
+        self._rows.finish(self._num_written)
+        self._num_written = 0
 
 
 def _bytes_of(item: NewItem) -> int:
     return item.vector_D.nbytes + len(item.thumbnail) + 200
-
-
-def _fields_of(item: NewItem, line: bytes, position: int, *, with_columns: bool = False) -> Fields:
-    if len(line) > LARGEST_TEXT:
-        raise DataError(f"id {item.id!r}: its metadata take {len(line)} bytes, Milvus holds {LARGEST_TEXT}")
-    if len(item.thumbnail) > LARGEST_THUMBNAIL:
-        raise DataError(
-            f"id {item.id!r}: its thumbnail has {len(item.thumbnail)} bytes, Milvus holds {LARGEST_THUMBNAIL}; give "
-            "a smaller --thumbnail-size"
-        )
-    columns = {"has_thumbnail": bool(item.thumbnail), COLUMNS: columns_of(item.id, item.metadata)}
-    return {
-        **(columns if with_columns else {}),
-        "key": key_of(item.id),
-        "place": position,
-        "item": line.decode(),
-        "thumbnail": base64.b64encode(item.thumbnail).decode(),
-        "vector": item.vector_D.astype(np.float32),
-    }
