@@ -2,7 +2,8 @@
 
 A lease is a short text, the claim, kept beside what is written: a random owner, a number that its owner raises every
 few seconds, and for how many seconds it holds without a renewal. No clock is compared with that of another machine: a
-reader measures with its own for how long it has seen the number stay the same. `data.storage` keeps claims in objects,
+reader measures with its own for how long it has seen the number stay the same. Only of a process of its own machine, as
+the system counts them, it need not wait to know that it has ended. `data.storage` keeps claims in objects,
 `retrieval.milvus_collection` in the properties of a collection.
 
 Example, of a reader that looks three times at a claim of 30 seconds, and sees it renewed once:
@@ -24,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from cn_clip.errors import CnClipError, ConfigError
@@ -45,17 +47,19 @@ class LeaseLostError(ConfigError):
 class Claim:
     """What the owner of a lease writes. number: rises with each renewal; ttl_s: how long it holds without one.
 
-    holder: for people, such as `pid 123 on host, since 2026-01-31 12:00:00`.
+    holder: for people, such as `pid 123 on host, since 2026-01-31 12:00:00`. process: see `_process`.
     """
 
     owner: str
     number: int
     ttl_s: float
     holder: str = ""
+    process: str = ""
 
     def to_text(self) -> str:
         """One line of JSON."""
         facts = {"owner": self.owner, "number": self.number, "ttl_s": self.ttl_s, "holder": self.holder}
+        facts |= {"process": self.process} if self.process else {}
         return json.dumps({"format": _FORMAT, **facts}, ensure_ascii=False)
 
     @classmethod
@@ -65,7 +69,8 @@ class Claim:
             return None
         with contextlib.suppress(ValueError, KeyError, TypeError):
             facts = json.loads(text)
-            claim = cls(str(facts["owner"]), int(facts["number"]), float(facts["ttl_s"]), str(facts["holder"]))
+            told = str(facts["holder"]), str(facts.get("process", ""))
+            claim = cls(str(facts["owner"]), int(facts["number"]), float(facts["ttl_s"]), *told)
             if 0 < claim.ttl_s < float("inf"):
                 return claim
         return cls(text[:100], 0, TTL_S, "which does not say who it is")
@@ -80,11 +85,12 @@ class Sight:
         self.has_risen = False
 
     def is_free(self, claim: Claim | None) -> bool:
-        """Whether the lease may be taken: nobody claims it, or it was seen unchanged for as long as it holds.
+        """Whether the lease may be taken: nobody claims it, its process has ended on this machine, or it was seen
+        unchanged for as long as it holds.
 
         `has_risen` says afterwards whether the claim was seen to be renewed, or to pass to another owner.
         """
-        if claim is None:
+        if claim is None or _has_ended(claim.process):
             return True
         now = self._clock()
         if self._seen is None or self._seen[0] != claim:
@@ -124,7 +130,7 @@ class Lease:
         """busy: what to say when another process has it."""
         self._board, self._busy, self._clock, self._sleep = board, busy, clock, sleep
         holder = f"pid {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        self.claim = Claim(secrets.token_hex(8), 1, ttl_s, holder)
+        self.claim = Claim(secrets.token_hex(8), 1, ttl_s, holder, _process(os.getpid()))
 
     def take(self, *, waiting: Callable[[str], object] = lambda sentence: None) -> None:
         """Claims the lease once it is free.
@@ -173,6 +179,38 @@ class Lease:
 
     def _is_own(self, found: Claim | None) -> bool:
         return found is not None and found.owner == self.claim.owner
+
+
+def _process(pid: int) -> str:
+    """What no other process ever is: which start of its machine, what numbers it there, its number, when it began.
+
+    "" where the system does not say it, or there is no such process; "ended" for one that waits to be reaped.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        numbered_by = os.readlink("/proc/self/ns/pid")
+        # After the name in brackets, which may hold anything: the state is the third field, the start the 22nd.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return "ended" if fields[0] == b"Z" else f"{boot} {numbered_by} {pid} {int(fields[19])}"
+    except (OSError, ValueError, IndexError):
+        return ""
+
+
+def _has_ended(process: str) -> bool:
+    """Whether a process was one of this machine, and is not any more."""
+    own, parts = _process(os.getpid()).split(), process.split()
+    if len(own) != 4 or len(parts) != 4 or parts[:2] != own[:2] or not parts[2].isdigit():
+        return False
+    now = _process(int(parts[2]))
+    if now:
+        return now != process
+    try:
+        os.kill(int(parts[2]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # of another user, which the system may hide
+        pass
+    return False
 
 
 def _holder(claim: Claim | None) -> str:

@@ -3,8 +3,13 @@
 import doctest
 import functools
 import itertools
+import os
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -111,6 +116,27 @@ def test_the_second_is_refused_once_it_has_seen_the_first_alive() -> None:
     assert len(told) == 1
     assert clock.now < 13
     first.confirm()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux says which process is which")
+def test_a_process_of_this_machine_that_was_killed_is_not_waited_for() -> None:
+    code = (
+        "from cn_clip import leases; import os, time; print(leases._process(os.getpid()), flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        claim = Claim("a", 7, TTL, "", process.stdout.readline().strip())
+        assert Claim.of_text(claim.to_text()) == claim
+        assert not Sight().is_free(claim)
+        process.kill()
+    assert Sight().is_free(claim)
+    boot, numbered_by, pid, start = claim.process.split()
+    # Of another machine, or of another numbering on this one, nothing is known.
+    assert not Sight().is_free(replace(claim, process=f"0{boot} {numbered_by} {pid} {start}"))
+    assert not Sight().is_free(replace(claim, process=f"{boot} pid:[1] {pid} {start}"))
+    # A number that was given again.
+    assert Sight().is_free(replace(claim, process=f"{boot} {numbered_by} {os.getpid()} {start}"))
+    assert not Sight().is_free(replace(claim, process=leases._process(os.getpid())))
 
 
 def test_the_lease_of_one_that_was_killed_is_taken_and_the_one_that_wakes_up_learns_it() -> None:
