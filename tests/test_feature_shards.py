@@ -3,7 +3,8 @@
 import errno
 import json
 import pickle
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +23,10 @@ from cn_clip.data.storage import Storage, StorageError, open_storage
 from cn_clip.demo import emoji
 from cn_clip.errors import CnClipError, ConfigError, DataError, UnreadableError
 from cn_clip.eval import extract_features, make_topk_predictions
-from cn_clip.features import ray_extraction
+from cn_clip.features import ray_extraction, ray_pool
 from cn_clip.features.files import read_features
 from cn_clip.features.ray_extraction import ShardJob, ShardWorker, Task, TextPart, model_facts
-from cn_clip.features.ray_pool import Node, Pool, plan_actors
+from cn_clip.features.ray_pool import Actors, Node, Pool, plan_actors
 from cn_clip.features.store import (
     Finished,
     Manifest,
@@ -336,76 +337,189 @@ def test_what_the_cluster_has_not_is_refused(settings: dict[str, Any], told: str
 class Answer:
     """What ray gives at once for a call; as a key, like no other."""
 
-    def __init__(self, task: Any) -> None:
-        self.task = task
+    def __init__(self, worker: "FakeWorker", task: Any) -> None:
+        self.worker, self.task = worker, task
+
+
+class FakeWorker:
+    def __init__(self, node: str) -> None:
+        self.node, self.is_dead = node, False
+        self.ready = SimpleNamespace(remote=lambda: Answer(self, None))
 
 
 class FakeRay:
-    """Answers at once, one call after another; a call of a worker that is to die raises."""
+    """Answers at once, the last call first, so that some workers never come; `errors`: of a task, one an attempt.
+
+    Workers go to the machines in turn, as many as these hold; others wait.
+    """
 
     class exceptions:  # noqa: N801 - as ray names it
         class RayActorError(Exception):
             pass
 
-    def __init__(self, *, dying: dict[int, int]) -> None:
-        self.dying, self.done, self.hired = dying, [], 0  # type: ignore[var-annotated]
+    def __init__(self, errors: dict[int, list[Exception]] | None = None, nodes: dict[str, int] | None = None) -> None:
+        self.errors = errors or {}
+        self.capacity = {"a": 2} if nodes is None else nodes
+        self.done: list[int] = []
+        self.tried: list[tuple[int, str]] = []
+        self.workers: list[FakeWorker] = []
+        self.hired = 0
+        self.at_wait: list[Callable[[], object]] = []
 
-    def hire(self) -> Any:
-        self.hired += 1
-        call = SimpleNamespace
-        return call(ready=call(remote=lambda: Answer(None)), work=call(remote=Answer))
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "NodeID": name, "Resources": {"CPU": n}} for name, n in self.capacity.items()]
 
-    def wait(self, waiting: list[Any], *, num_returns: int) -> tuple[list[Any], list[Any]]:
-        return waiting[-1:], waiting[:-1]  # the last first: some workers never come
+    def kill(self, worker: FakeWorker) -> None:
+        worker.is_dead = True
+
+    def wait(self, waiting: list[Any], *, num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        if self.at_wait:
+            self.at_wait.pop(0)()
+        here = [one for one in waiting if one.worker.node]
+        return here[-1:], []
 
     def get(self, answered: Answer) -> Any:
-        task = answered.task
+        task, worker = answered.task, answered.worker
+        assert not worker.is_dead
+        if worker.node not in self.capacity:
+            raise self.exceptions.RayActorError("its node has died")
         if task is None:
-            return None
-        if self.dying.get(task.shard.number, 0):
-            self.dying[task.shard.number] -= 1
-            raise self.exceptions.RayActorError("gone")
-        if task.inputs == "bad":
-            return DataError("bad picture")
-        self.done.append(task.shard.number)
-        return Finished(task.shard.stop - task.shard.start)
+            return worker.node
+        self.tried.append((task, worker.node))
+        if self.errors.get(task):
+            error = self.errors[task].pop(0)
+            if isinstance(error, CnClipError):
+                return error
+            raise error
+        self.done.append(task)
+        return f"result of {task}"
 
 
-Planned = tuple[ray_extraction._Progress, "deque[tuple[ray_extraction._Progress, Shard]]"]
+class FakeCrew:
+    """One CPU a worker; tasks are numbers."""
+
+    def __init__(self, ray: FakeRay) -> None:
+        self.ray = ray
+
+    def hire(self, size: Actors, node: str | None) -> FakeWorker:
+        living = Counter(worker.node for worker in self.ray.workers if not worker.is_dead)
+        free = [name for name, number in self.ray.capacity.items() if living[name] < number]
+        worker = FakeWorker(next((one for one in free if node in (None, one)), ""))
+        self.ray.workers.append(worker)
+        self.ray.hired += 1
+        return worker
+
+    def send(self, worker: FakeWorker, task: int) -> Answer:
+        return Answer(worker, task)
+
+    def named(self, task: int) -> str:
+        return f"shard {task}"
 
 
-def planned(bad: int | None = None) -> Planned:
-    def part(start: int, stop: int) -> str:
-        return "bad" if start == bad else ""
-
-    job = ShardJob("image", open_storage("out"), manifest())
-    inputs = ray_extraction._Inputs({}, 10, lambda shard: part(*shard[1:]))
-    work = ray_extraction._Progress(job, inputs, {})
-    return work, deque((work, shard) for shard in work.todo())
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_pool, "LOOK_SECONDS", 0.0)
 
 
-def finish(ray: FakeRay, *, bad: int | None = None) -> list[int]:
-    _, tasks = planned(bad)
-    pool = Pool(ray, ray.hire, ray_extraction._sent, ray_extraction._named, 2)
-    return [shard.number for (_, shard), _ in pool.results(tasks, Speaker(quiet=True))]
+def pool_of(ray: FakeRay, **settings: Any) -> "Pool[int]":
+    return Pool(ray, FakeCrew(ray), lambda nodes: plan_actors(nodes, cpus_per_actor=1), Speaker(quiet=True), **settings)
+
+
+def died() -> Exception:
+    return FakeRay.exceptions.RayActorError("gone")
+
+
+def worked_off(pool: "Pool[int]", number: int = 3) -> list[int]:
+    return [task for task, _ in pool.results(deque(range(number)))]
 
 
 def test_a_shard_whose_process_died_is_done_again_and_each_once() -> None:
-    ray = FakeRay(dying={1: 2})
-    assert sorted(finish(ray)) == sorted(ray.done) == [0, 1, 2]
+    ray = FakeRay({1: [died(), died()]})
+    assert sorted(worked_off(pool_of(ray))) == sorted(ray.done) == [0, 1, 2]
     assert ray.hired == 4
 
 
 def test_a_shard_that_kills_its_process_time_and_again_stops_the_run() -> None:
-    with pytest.raises(CnClipError, match=r"out/part-00001\.parquet \(inputs 4 to 7\): its process died 3 times"):
-        finish(FakeRay(dying={1: 3}))
+    with pytest.raises(CnClipError, match=r"shard 1: its process died 3 times"):
+        worked_off(pool_of(FakeRay({1: [died()] * 3})))
 
 
 def test_an_error_in_the_data_is_not_tried_again() -> None:
-    ray = FakeRay(dying={})
+    ray = FakeRay({1: [DataError("bad picture")]})
     with pytest.raises(DataError, match="bad picture"):
-        finish(ray, bad=4)
-    assert ray.hired == 2
+        worked_off(pool_of(ray))
+    assert [task for task, _ in ray.tried].count(1) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError("no"), TypeError("cannot pickle x")])
+def test_any_error_of_a_process_is_tried_again_by_a_new_one(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ray = FakeRay({1: [error]})
+    assert sorted(worked_off(pool_of(ray))) == [0, 1, 2]
+    assert "shard 1: failed (" in capsys.readouterr().err
+
+
+def test_a_shard_that_failed_is_done_on_another_machine() -> None:
+    ray = FakeRay({0: [died()]}, {"a": 1, "b": 1})
+    assert worked_off(pool_of(ray, num_actors=1), 1) == [0]
+    assert [node for _, node in ray.tried] == ["a", "b"]
+
+
+def test_so_many_shards_may_fail_and_are_named() -> None:
+    ray = FakeRay({0: [OSError(5, "Input/output error")] * 3, 2: [DataError("bad picture")]})
+    pool = pool_of(ray, max_failed=2)
+    assert sorted(worked_off(pool, 5)) == [1, 3, 4]
+    assert sorted((one.task, one.reason) for one in pool.failed) == [
+        (0, "[Errno 5] Input/output error"),
+        (2, "bad picture"),
+    ]
+    ray = FakeRay({0: [OSError(5, "Input/output error")] * 3, 2: [DataError("bad picture")]})
+    with pytest.raises(CnClipError, match=r"bad picture|shard 0: failed 3 times"):
+        worked_off(pool_of(ray, max_failed=1), 5)
+
+
+def test_a_wrong_setting_stops_the_run_whatever_may_fail() -> None:
+    with pytest.raises(ConfigError, match="other weights"):
+        worked_off(pool_of(FakeRay({1: [ConfigError("other weights")]}), max_failed=5))
+
+
+def test_machines_that_join_get_processes_and_those_that_leave_keep_none() -> None:
+    ray = FakeRay(nodes={"a": 1})
+    ray.at_wait = [lambda: None, lambda: None, lambda: ray.capacity.update(b=1), lambda: None, lambda: None]
+    ray.at_wait += [lambda: ray.capacity.pop("a")]
+    assert sorted(worked_off(pool_of(ray), 12)) == list(range(12))
+    nodes = [node for _, node in ray.tried]
+    assert nodes[0] == "a"
+    assert nodes[-3:] == ["b"] * 3
+    assert all(worker.is_dead for worker in ray.workers)
+
+
+def test_a_cluster_without_room_is_waited_for_and_not_for_ever(capsys: pytest.CaptureFixture[str]) -> None:
+    ray = FakeRay(nodes={"head": 0})
+    looks = iter(range(100))
+
+    def nodes() -> list[dict[str, Any]]:
+        if next(looks) == 2:
+            ray.capacity["b"] = 1
+        return FakeRay.nodes(ray)
+
+    ray.nodes = nodes  # type: ignore[method-assign]
+    assert sorted(worked_off(pool_of(ray, wait_s=60))) == [0, 1, 2]
+    assert capsys.readouterr().err.count("no machine of the cluster has room for a process yet") == 1
+    with pytest.raises(ConfigError, match=r"no machine with room for a process joined the Ray cluster within 1e-09 s"):
+        worked_off(pool_of(FakeRay(nodes={"head": 0}), wait_s=1e-9))
+    with pytest.raises(ConfigError, match=r"no machine of the Ray cluster has room for 1 CPUs and 0 GPUs"):
+        worked_off(pool_of(FakeRay(nodes={"head": 0})))
+
+
+def test_a_cluster_on_which_no_process_starts_stops_the_run() -> None:
+    class Broken(FakeRay):
+        def get(self, answered: Answer) -> Any:
+            raise died()
+
+    with pytest.raises(CnClipError, match="a process, before it had a shard: its process died 3 times"):
+        worked_off(pool_of(Broken()))
 
 
 # --- the work of one process
@@ -450,18 +564,12 @@ def test_shards_with_and_without_tf32_are_not_of_one_run(tmp_path: Path, picture
 def test_workers_in_other_folders_open_the_same_model(
     tmp_path: Path, pictures: Path, model: str, at_home: bool
 ) -> None:
-    ray, given = FakeRay(dying={}), []
+    def hire(settings: extract_features.Options, *_: object) -> str:
+        return str(settings.model)
 
-    def hire(settings: extract_features.Options, *_: object) -> Any:
-        given.append(settings.model)
-        return ray.hire()
-
-    fake: Any = ray
-    fake.remote = lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=hire))
-    work, tasks = planned()
-    nodes = [Node(8, 0)]
-    ray_extraction._run(fake, options(tmp_path, pictures, model=model), "w", nodes, tasks, [work], Speaker(quiet=True))
-    assert given == [model if at_home else str(Path.cwd() / model)]
+    fake = SimpleNamespace(remote=lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=hire)))
+    crew = ray_extraction._Crew(fake, options(tmp_path, pictures, model=model), ["image"], "w")
+    assert crew.hire(Actors(1, 8, 0, 1), None) == (model if at_home else str(Path.cwd() / model))
 
 
 def test_a_worker_writes_the_encoders_rows_with_ids_and_paths(tmp_path: Path, pictures: Path) -> None:
@@ -522,7 +630,8 @@ def test_a_store_that_fails_is_no_reason_to_leave_a_picture_out(
         raise StorageError(f"{place.name}: cannot be read (connection lost)")
 
     monkeypatch.setattr(Storage, "read", fail)
-    assert [type(one) for one in work_off(options(tmp_path, pictures, on_error="skip"))] == [StorageError] * 3
+    with pytest.raises(StorageError, match="connection lost"):  # so that another machine tries
+        work_off(options(tmp_path, pictures, on_error="skip"))
 
 
 def test_a_worker_with_other_weights_refuses(tmp_path: Path, pictures: Path) -> None:

@@ -25,6 +25,7 @@ class Options(EngineSettings):
         "device",
         "download_root",
         "ray_address",
+        "ray_wait",
     )
 
 

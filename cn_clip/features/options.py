@@ -143,7 +143,9 @@ class RaySettings:
     output: str | None = None
     """ray: folder of Parquet shards, images/ and texts/ in it; a path, s3://… or gs://…"""
     ray_address: str | None = None
-    """ray: auto or HOST:PORT of a running cluster; default: a cluster of this machine alone, for this run"""
+    """ray: auto or HOST:PORT of a running cluster; default: RAY_ADDRESS, else a cluster of this machine for this run"""
+    ray_wait: Annotated[float, Range(least=0)] = 300
+    """ray: seconds that a running cluster without room for a process is waited for, as while machines start"""
     num_actors: Annotated[int | None, Range(least=1)] = None
     """ray: processes that compute; default: one a GPU, else one for 8 cores"""
     cpus_per_actor: Annotated[int | None, Range(least=1)] = None
@@ -154,6 +156,8 @@ class RaySettings:
     """ray: pictures or texts of one file"""
     on_error: OnError = "stop"
     """ray: skip leaves out pictures that cannot be decoded, counts and lists them"""
+    max_failed_shards: Annotated[int, Range(least=0)] = 0
+    """ray: shards that may fail, after three attempts each, before the run stops; the next run makes them"""
     overwrite: bool = False
     """ray: start again, removing the shards in --output"""
 

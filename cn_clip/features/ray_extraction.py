@@ -7,13 +7,15 @@ shard by shard, what was finished when the driver was killed. `ray_pool` keeps t
 
 # N inputs of a shard, D embedding
 
+import functools
 import hashlib
 import os
 import platform
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -30,9 +32,8 @@ from cn_clip.data.pictures import load_pixels
 from cn_clip.data.records import RecordId, digest_of, read_texts
 from cn_clip.data.storage import Storage, StorageError, open_storage, shown
 from cn_clip.errors import CnClipError, ConfigError, DataError
-from cn_clip.extras import require
 from cn_clip.features.options import EngineSettings
-from cn_clip.features.ray_pool import Node, Pool, cluster, plan_actors
+from cn_clip.features.ray_pool import Actors, Pool, Worker, cluster, plan_actors, require_ray, started
 from cn_clip.features.rows import FloatArray, IdField
 from cn_clip.features.store import (
     SHARD_PREFIX,
@@ -47,6 +48,7 @@ from cn_clip.features.store import (
 from cn_clip.features.tables import PATH_COLUMN, require_parquet
 from cn_clip.language import both, counted, translated
 from cn_clip.progress import progress
+from cn_clip.stopping import StopRequest
 
 _SHOWN = 20
 _FIELDS: dict[Kind, IdField] = {"image": "image_id", "text": "text_id"}
@@ -93,6 +95,7 @@ class _Progress:
 
     def __init__(self, job: ShardJob, inputs: _Inputs, finished: Mapping[int, Finished]) -> None:
         self.job, self.inputs, self.finished = job, inputs, dict(finished)
+        self.failed: list[tuple[Shard, str]] = []
 
     def todo(self) -> list[Shard]:
         return [shard for shard in self.job.manifest.shards() if shard.number not in self.finished]
@@ -102,13 +105,16 @@ class _Progress:
         return sum(one.num_rows + len(one.skipped) for one in self.finished.values())
 
 
+_Todo: TypeAlias = tuple[_Progress, Shard]
+
+
 def extract(options: EngineSettings, say: Speaker) -> None:
     """Extracts what is asked for into shards, passing over those that are finished.
 
     Raises CnClipError naming what cannot be read, a folder of another job, a cluster that is not there, or a shard that
     ended its process time and again; MissingExtraError without ray or pyarrow.
     """
-    ray = require("ray", extra="ray", purpose="--engine ray")
+    ray = require_ray()
     require_parquet()
     inputs: dict[Kind, _Inputs] = {}
     if options.extract_text_feats:
@@ -125,15 +131,24 @@ def extract(options: EngineSettings, say: Speaker) -> None:
         works = [_begin(options, output, kind, one, weights, say) for kind, one in inputs.items()]
         tasks = deque((work, shard) for work in works for shard in work.todo())
         if tasks:
-            with cluster(ray, options.ray_address) as nodes:
-                _run(ray, options, weights, nodes, tasks, works, say)
+            with cluster(ray, options.ray_address):
+                _run(ray, options, weights, tasks, works, say)
         confirm()
         result: dict[str, object] = {}
         for work in works:
             _look_again(work)
             result |= _end(work, say)
-        say("Done!")
+        failed = [(_named((work, shard)), reason) for work in works for shard, reason in work.failed]
+        if options.max_failed_shards:
+            result["failed_shards"] = [{"shard": name, "reason": reason} for name, reason in failed]
+        if not failed:
+            say("Done!")
         say.result(result)
+        if failed:
+            raise CnClipError(
+                f"{counted(len(failed), 'shard')} failed ({', '.join(name for name, _ in failed[:_SHOWN])}); run the "
+                "same command again to make them"
+            )
 
 
 def _begin(
@@ -164,7 +179,8 @@ def _look_again(work: _Progress) -> None:
     """
     job = work.job
     there = confirm_shards(job.folder, job.manifest)
-    lost = [shard.name for shard in job.manifest.shards() if there.get(shard.number) != work.finished[shard.number]]
+    done = [shard for shard in job.manifest.shards() if shard.number in work.finished]
+    lost = [shard.name for shard in done if there.get(shard.number) != work.finished[shard.number]]
     if lost:
         raise DataError(
             f"{counted(len(lost), 'shard')} of this run were written over or removed by another process ({lost[0]}); "
@@ -179,7 +195,8 @@ def _end(work: _Progress, say: Speaker) -> dict[str, object]:
     folder.delete_leftovers(SHARD_PREFIX)
     skipped = [one for number in sorted(work.finished) for one in work.finished[number].skipped]
     num_rows = work.num_done - len(skipped)
-    assert work.num_done == work.inputs.number, "every input is in one shard"
+    num_failed = sum(shard.stop - shard.start for shard, _ in work.failed)
+    assert work.num_done + num_failed == work.inputs.number, "every input is in one shard"
     for one in skipped[:_SHOWN]:
         say.note(both(f"跳过：{translated(one.reason)}", f"skipped: {one.reason}"))
     if skipped:
@@ -199,59 +216,80 @@ def _run(
     ray: Any,
     options: EngineSettings,
     weights: str,
-    nodes: Sequence[Node],
-    tasks: "deque[tuple[_Progress, Shard]]",
+    tasks: "deque[_Todo]",
     works: Sequence[_Progress],
     say: Speaker,
 ) -> None:
-    plan = plan_actors(
-        nodes,
+    """Works off the tasks; those that failed are left to their `_Progress`.
+
+    Raises CnClipError, and SystemExit after SIGTERM or Ctrl-C.
+    """
+    pool = Pool(
+        ray,
+        _Crew(ray, options, [work.job.kind for work in works], weights),
+        functools.partial(
+            plan_actors,
+            num_actors=options.num_actors,
+            cpus_per_actor=options.cpus_per_actor,
+            gpus_per_actor=options.gpus_per_actor,
+            device=options.device,
+        ),
+        say,
         num_actors=options.num_actors,
-        cpus_per_actor=options.cpus_per_actor,
-        gpus_per_actor=options.gpus_per_actor,
-        device=options.device,
+        max_failed=options.max_failed_shards,
+        wait_s=options.ray_wait if options.ray_address else 0,
     )
-    count = min(plan.number, len(tasks))
-    say(
-        both(
-            f"Ray：{count} 个进程，各 {plan.cpus} 个 CPU、{plan.gpus:g} 块 GPU，共 {len(tasks)} 个分片要做。",
-            f"Ray: {count} actors of {plan.cpus} CPUs and {plan.gpus:g} GPUs, {len(tasks)} shards to do.",
-        )
-    )
-    if count > plan.room:
-        say.note(
-            both(
-                f"Ray：现在的资源只够 {plan.room} 个，其余等待",
-                f"Ray: resources for {plan.room} now, the others wait",
-            )
-        )
-    actor = ray.remote(ShardWorker).options(num_cpus=plan.cpus, num_gpus=plan.gpus, max_restarts=0)
-    settings = replace(  # as they hold in the workers, which run in other folders
-        options,
-        model=full_name(options.chosen.model),
-        download_root=options.download_root and os.path.abspath(os.path.expanduser(options.download_root)),
-        num_threads=options.num_threads or (None if options.backend == "tensorrt" else plan.cpus),
-        num_workers=decoding_threads(plan.cpus) if options.num_workers is None else options.num_workers,
-        device="cpu" if options.device == "auto" and not plan.gpus else options.device,
-    )
-    kinds = [work.job.kind for work in works]
+    say(both(f"Ray：{len(tasks)} 个分片要做", f"Ray: {counted(len(tasks), 'shard')} to do"))
     total, done = (
         sum(numbers) for numbers in zip(*((work.inputs.number, work.num_done) for work in works), strict=True)
     )
-    with progress(total, both("行", "rows"), both("编码", "encoding"), done=done) as bar:
-        pool = Pool(ray, lambda: actor.remote(settings, kinds, weights), _sent, _named, count)
-        for (work, shard), finished in pool.results(tasks, say):
+    stop = StopRequest()
+    with stop.noted(), progress(total, both("行", "rows"), both("编码", "encoding"), done=done) as bar:
+        for (work, shard), finished in stop.until(pool.results(tasks)):
             work.finished[shard.number] = finished
             bar.advance(shard.stop - shard.start)
+    for failed in pool.failed:
+        work, shard = failed.task
+        work.failed.append((shard, failed.reason))
+    if stop.number is not None:
+        num_finished = sum(len(work.finished) for work in works)
+        print(
+            both(
+                f"已中断，完成的 {num_finished} 个分片都已保存；再运行同一条命令就接着做",
+                f"interrupted; {counted(num_finished, 'finished shard')} stay. Run the same command again to go on",
+            ),
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + stop.number)
 
 
-def _sent(worker: Any, task: "tuple[_Progress, Shard]") -> Any:
-    """Ray's promise of the result of a shard."""
-    work, shard = task
-    return worker.work.remote(Task(work.job, shard, work.inputs.part(shard)))
+class _Crew:
+    """Workers of an extraction, and shards as their tasks."""
+
+    def __init__(self, ray: Any, options: EngineSettings, kinds: Sequence[Kind], weights: str) -> None:
+        self._ray, self._options, self._kinds, self._weights = ray, options, kinds, weights
+
+    def hire(self, size: Actors, node: str | None) -> Any:
+        options = self._options
+        settings = replace(  # as they hold in the workers, which run in other folders
+            options,
+            model=full_name(options.chosen.model),
+            download_root=options.download_root and os.path.abspath(os.path.expanduser(options.download_root)),
+            num_threads=options.num_threads or (None if options.backend == "tensorrt" else size.cpus),
+            num_workers=decoding_threads(size.cpus) if options.num_workers is None else options.num_workers,
+            device="cpu" if options.device == "auto" and not size.gpus else options.device,
+        )
+        return started(self._ray, ShardWorker, size, node).remote(settings, self._kinds, self._weights)
+
+    def send(self, worker: Any, task: "_Todo") -> Any:
+        work, shard = task
+        return worker.work.remote(Task(work.job, shard, work.inputs.part(shard)))
+
+    def named(self, task: "_Todo") -> str:
+        return _named(task)
 
 
-def _named(task: "tuple[_Progress, Shard]") -> str:
+def _named(task: "_Todo") -> str:
     """A shard in a message."""
     work, shard = task
     return f"{work.job.folder.child(shard.name).name} (inputs {shard.start} to {shard.stop - 1})"
@@ -260,7 +298,7 @@ def _named(task: "tuple[_Progress, Shard]") -> str:
 # --- one worker
 
 
-class ShardWorker:
+class ShardWorker(Worker):
     """Computes and writes one shard after another; holds one encoder, opened with the first task."""
 
     def __init__(self, options: EngineSettings, kinds: Sequence[Kind], weights: str) -> None:
@@ -268,11 +306,11 @@ class ShardWorker:
         self._options, self._kinds, self._weights = options, kinds, weights
         self._encoder: Encoder | None = None
 
-    def ready(self) -> None:
-        """Answers once the worker has started."""
-
     def work(self, task: Task) -> Finished | CnClipError:
-        """Computes a shard and writes it; an error that another attempt would meet again is returned, not raised."""
+        """Computes a shard and writes it; an error that another attempt would meet again is returned, not raised.
+
+        What a disk or a store says is raised: another machine may reach it.
+        """
         try:
             if self._encoder is None:
                 if weights_digest(self._options.chosen) != self._weights:
@@ -298,6 +336,8 @@ class ShardWorker:
                 skipped=[skipped for skipped in outcomes if skipped is not None],
             )
         except CnClipError as error:
+            if isinstance(error, (StorageError, OSError)):
+                raise
             return error
 
 
