@@ -419,8 +419,8 @@ class Pool(Generic[TaskT]):
             ask_autoscaler(self.size or Actors(1, 1, 0, 0))
         if now - self._without_room_since >= self._wait_s:
             raise NoRoomError(
-                f"no machine with room for a process joined the Ray cluster within {self._wait_s:g} s; start one with "
-                "ray start --address, or wait longer with --ray-wait. The finished shards stay"
+                f"no machine with room for a process joined the Ray cluster within {self._wait_s:g} s; start one "
+                "with `ray start`, or wait longer with --ray-wait. The finished shards stay"
             )
 
     def _fits(self, node: Node) -> bool:
