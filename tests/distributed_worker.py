@@ -29,6 +29,8 @@ MODES: dict[str, dict[str, Any]] = {
     "siglip": {"gather": "gradients", "kind": "siglip"},
     "siglip_accumulated": {"gather": "gradients", "kind": "siglip", "accum": 2},
     "multi_positive": {"gather": "gradients", "multi_positive": True},
+    "matryoshka_accumulated": {"gather": "gradients", "dimensions": (3, 8), "accum": 2},
+    "local_matryoshka": {"gather": "gradients", "local_loss": True, "dimensions": (3, 8)},
     "distillation": {"gather": "gradients", "teacher": TEACHER},
     "distillation_default": {"gather": "values", "teacher": TEACHER},
     "local": {"gather": "gradients", "local_loss": True},
@@ -76,7 +78,7 @@ def update(mode: str, *, steps: int = 2, device: torch.device = CPU) -> dict[str
     teacher = settings.get("teacher")
     learner = Learner(
         parallel,
-        Objective(settings["kind"], 0.5 if teacher else 0.0),
+        Objective(settings["kind"], 0.5 if teacher else 0.0, settings.get("dimensions", ())),
         torch.amp.GradScaler(device.type, enabled=False),
         contextlib.nullcontext if mixed is None else partial(torch.autocast, device.type, dtype=mixed),
         gather=gather,

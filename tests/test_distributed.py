@@ -19,6 +19,7 @@ from cn_clip.training.distributed import process_group
 
 ROOT = Path(__file__).resolve().parent.parent
 EXACT = ["with_grad", "accumulated", "siglip", "siglip_accumulated", "multi_positive", "distillation"]
+EXACT += ["matryoshka_accumulated"]
 LOCAL = [mode for mode in MODES if mode.startswith("local")]
 SPLIT = ["fsdp", "fsdp_accumulated"]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cn_clip.training.loss import Objective, Pairs, contrastive_scores, sigmoid_scores
+from cn_clip.training.loss import Objective, Pairs, contrastive_scores, feature_distillation_loss, sigmoid_scores
 
 
 def random_pairs(num_pairs: int, *, seed: int = 0, width: int = 6) -> Pairs:
@@ -186,6 +186,25 @@ def test_the_local_loss_of_two_processes_is_the_value_worked_by_hand() -> None:
     parts = [contrastive_scores(pairs._replace(own_rows=slice(n, n + 1))).loss.item() for n in range(2)]
     # as worked out in its docstring
     assert parts == [pytest.approx((0.127 + 0.313) / 2, abs=5e-4), pytest.approx((0.127 + 0.049) / 2, abs=5e-4)]
+
+
+def test_matryoshka_is_the_mean_of_the_losses_of_beginnings() -> None:
+    rows = torch.tensor([[0.6, 0.8], [0.8, -0.6]])
+    pairs = Pairs(rows, rows.clone(), torch.tensor(1.0))
+    # Whole: logits [[1, 0], [0, 1]], ln(e + 1) - 1 = 0.3133. The first number alone is 1 everywhere: ln 2 = 0.6931.
+    whole, cut = Objective("clip")(pairs), Objective("clip", dimensions=(1,))(pairs)
+    assert whole.loss.item() == pytest.approx(0.3133, abs=1e-4)
+    assert cut.loss.item() == pytest.approx((0.3133 + 0.6931) / 2, abs=1e-4)
+    assert cut[1:] == whole[1:], "what is right is that of whole vectors"
+
+
+def test_what_a_teacher_weighs_does_not_depend_on_matryoshka() -> None:
+    pairs = random_pairs(6)
+    teacher = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+    for objective in (Objective("clip", 0.5), Objective("clip", 0.5, (3,))):
+        with_it = objective(pairs._replace(teacher_NT=teacher)).loss - objective(pairs).loss
+        expected = 0.5 * feature_distillation_loss(teacher, pairs.image_ND)
+        torch.testing.assert_close(with_it, expected, atol=1e-6, rtol=1e-5)
 
 
 class _Operators(TorchDispatchMode):

@@ -73,6 +73,7 @@ SAMPLES: dict[str, Any] = {
     "compile": True,
     "loss": "siglip",
     "multi_positive": True,
+    "matryoshka": "64,128",
     "local_loss": True,
     "freeze_text": True,
     "freeze_text_layers": 2,

@@ -42,8 +42,8 @@ def learner(model: CLIP, kind: Literal["clip", "siglip"] = "clip", **settings: A
     device = model.logit_scale.device
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     autocast = settings.pop("autocast", contextlib.nullcontext)
-    weight = 0.5 if "teacher" in settings else 0.0
-    return Learner(Parallel(model, device), Objective(kind, weight), scaler, autocast, **settings)
+    objective = Objective(kind, 0.5 if "teacher" in settings else 0.0, settings.pop("dimensions", ()))
+    return Learner(Parallel(model, device), objective, scaler, autocast, **settings)
 
 
 def gradients(model: CLIP) -> dict[str, Tensor]:
@@ -61,7 +61,9 @@ TEACHER = Teacher(lambda pixels: pixels[:, :, :4, :4].flatten(1), resolution=Non
 
 @pytest.mark.parametrize("number", [2, 4, 8])
 @pytest.mark.parametrize(
-    "settings", [{}, {"multi_positive": True}, {"teacher": TEACHER}, {"kind": "siglip"}], ids=lambda s: str(list(s))
+    "settings",
+    [{}, {"multi_positive": True}, {"teacher": TEACHER}, {"kind": "siglip"}, {"dimensions": (3, 8)}],
+    ids=lambda s: str(list(s)),
 )
 def test_accumulated_batches_give_loss_and_gradients_of_the_large_batch(
     number: int, settings: dict[str, Any], device: torch.device

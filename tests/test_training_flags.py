@@ -181,6 +181,8 @@ TESTED: dict[str, str] = {
     "test_loss.py::test_sigmoid_loss_of_two_pairs_is_the_value_worked_by_hand",
     "multi_positive": "test_training_options.py::test_pairs_of_one_text_are_no_negatives_when_asked, "
     "test_loss.py::test_pairs_that_share_a_picture_or_a_text_are_not_each_others_negatives",
+    "matryoshka": "test_training_options.py::test_vectors_may_be_cut_where_a_run_was_told_so, "
+    "test_loss.py::test_matryoshka_is_the_mean_of_the_losses_of_beginnings",
     "local_loss": "test_training_options.py::test_the_local_loss_is_of_all_features_and_of_several_processes, "
     "test_distributed.py::test_gather_with_grad_gives_losses_gradients_and_weights_of_one_process",
     "freeze_text": "test_training_options.py::test_a_frozen_text_tower_stays_and_the_rest_moves",

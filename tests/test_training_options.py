@@ -23,6 +23,7 @@ from cn_clip.clip import Encoder, load_from_name
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.transforms import ImageTransform, normalised
 from cn_clip.clip.visual import ModifiedResNet
+from cn_clip.clip.weights.checkpoint import read_checkpoint
 from cn_clip.clip.weights.low_rank import is_adapter
 from cn_clip.data.augment import Augmentation
 from cn_clip.data.building import write_shards
@@ -531,6 +532,22 @@ def test_the_sigmoid_loss_keeps_its_bias_over_a_resume_and_out_of_the_model(spli
     assert trainer.model.logit_bias is not None
     assert torch.equal(trainer.model.logit_bias, bias)
     assert "Global Steps: 4/6" in run(split, tmp_path, loss="siglip", max_epochs=2, **NO_VALIDATION)
+
+
+def test_vectors_may_be_cut_where_a_run_was_told_so(split: Path, tmp_path: Path) -> None:
+    whole, cut = (build(split, tmp_path / str(one), matryoshka=one) for one in (None, "64,32,256"))
+    assert cut.learner.objective.dimensions == (32, 64), "256 is the whole vector"
+    assert first_loss(cut) != pytest.approx(first_loss(whole), abs=1e-4)
+    run(split, tmp_path, matryoshka="64,32", max_epochs=1, **NO_VALIDATION)
+    file = tmp_path / "x" / "checkpoints" / "epoch_latest.pt"
+    assert torch.load(file, weights_only=True)["matryoshka"] == [32, 64]
+    assert read_checkpoint(file).matryoshka == (32, 64)
+
+
+@pytest.mark.parametrize("given", ["", "64,", "64,64", "0,64", "64,513", "64;128", "-1", "a"])
+def test_what_names_no_beginnings_of_vectors_is_refused(given: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--matryoshka .*: expected different numbers from 1 to 512"):
+        Options(train_data=str(tmp_path), matryoshka=given)
 
 
 def test_pairs_of_one_text_are_no_negatives_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

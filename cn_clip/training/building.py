@@ -160,7 +160,7 @@ def build_trainer(options: Options, device: torch.device, checkpoint_dir: Path) 
     name = options.teacher_model_name if options.distillation else None
     learner = Learner(
         parallel,
-        Objective(options.loss, options.kd_loss_weight if options.distillation else 0.0),
+        Objective(options.loss, options.kd_loss_weight if options.distillation else 0.0, options.dimensions),
         torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
         nullcontext if dtype is None else partial(torch.autocast, device.type, dtype=dtype),
         gather="none" if options.skip_aggregate else "gradients" if options.gather_with_grad else "values",

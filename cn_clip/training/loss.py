@@ -41,22 +41,37 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What training minimises: the loss of the pairs, and `distillation_weight` times the distance from the teacher."""
+    """What training minimises: the loss of the pairs, and `distillation_weight` times the distance from the teacher.
+
+    dimensions: the loss of the pairs is the mean of those of whole vectors and of their first so many numbers, as unit
+    rows (Matryoshka). Source: arXiv:2205.13147.
+    """
 
     kind: Literal["clip", "siglip"] = "clip"
     distillation_weight: float = 0.0
+    dimensions: tuple[int, ...] = ()
 
     def __call__(self, pairs: Pairs, block_rows: int = BLOCK_ROWS) -> Scores:
         """Scores of a batch; more than `block_rows` pairs are computed in blocks, again in the backward pass.
 
         With `own_rows` they are the part of these pairs: the mean of it over the processes is the loss of the batch.
         """
-        scores = {"clip": contrastive_scores, "siglip": sigmoid_scores}[self.kind](pairs, block_rows)
+        of = {"clip": contrastive_scores, "siglip": sigmoid_scores}[self.kind]
+        scores = of(pairs, block_rows)
+        if self.dimensions:
+            parts = [of(_beginning(pairs, count), block_rows).loss for count in self.dimensions]
+            scores = scores._replace(loss=torch.stack([scores.loss, *parts]).mean())
         if pairs.teacher_NT is None:
             return scores
         student_ND = pairs.image_ND if pairs.own_rows is None else pairs.image_ND[pairs.own_rows]
         distillation = feature_distillation_loss(pairs.teacher_NT, student_ND)
         return scores._replace(loss=scores.loss + self.distillation_weight * distillation)
+
+
+def _beginning(pairs: Pairs, count: int) -> Pairs:
+    """The pairs with the first numbers of their vectors alone, unit rows again."""
+    image_ND, text_ND = (F.normalize(rows_ND[:, :count].float(), dim=-1) for rows_ND in (pairs.image_ND, pairs.text_ND))
+    return pairs._replace(image_ND=image_ND, text_ND=text_ND)
 
 
 def contrastive_scores(pairs: Pairs, block_rows: int = BLOCK_ROWS) -> Scores:

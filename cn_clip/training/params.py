@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from cn_clip import command, ranks
 from cn_clip.clip.picture_names import Decode
+from cn_clip.errors import ConfigError
 from cn_clip.option_types import Device, StrictFp32
 from cn_clip.settings import Range, Rule, check, excludes, flag, is_given, needs
 from cn_clip.zoo import CONTEXT_LENGTH, VISION_MODELS, TextName, VisionName, vision_config
@@ -130,6 +131,8 @@ class Options:
     """clip: softmax over the batch (InfoNCE); siglip: a sigmoid for each pair"""
     multi_positive: bool = False
     """Pairs of one batch that share a picture or a text are not each other's negatives"""
+    matryoshka: str | None = None
+    """Train the first so many numbers of each vector to do alone, too, e.g. 64,128: vectors can then be cut there"""
     local_loss: bool = False
     """Each process computes the loss of its own pairs among those of all: the same gradients, less work and memory"""
     freeze_text: bool = False
@@ -173,6 +176,7 @@ class Options:
         "fsdp",
         "keep_checkpoints",
         "local_loss",
+        "matryoshka",
         "num_threads",
         "report_to",
         "strict_fp32",
@@ -181,6 +185,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check(self, RULES)
+        _ = self.dimensions
 
     @property
     def validates(self) -> bool:
@@ -193,6 +198,20 @@ class Options:
         if self.valid_precision != "auto":
             return self.valid_precision == "training"
         return device_type == "cuda" or self.precision == "bf16"
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """What --matryoshka names, rising, without that of whole vectors; raises ConfigError for no such list."""
+        if self.matryoshka is None:
+            return ()
+        whole, words = vision_config(self.vision_model).embed_dim, self.matryoshka.split(",")
+        numbers = sorted({int(word) for word in words if word.strip().isdecimal()})
+        if len(numbers) != len(words) or not 1 <= numbers[0] <= numbers[-1] <= whole:
+            raise ConfigError(
+                f"--matryoshka {self.matryoshka}: expected different numbers from 1 to {whole}, the length of the "
+                "vectors, with commas between them, such as 64,128"
+            )
+        return tuple(number for number in numbers if number < whole)
 
     @property
     def num_contrasted(self) -> int:

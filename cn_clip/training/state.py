@@ -63,6 +63,7 @@ def checkpoint_content(
     position: Position,
     context_length: int,
     resume: dict[str, Any] | None,
+    matryoshka: tuple[int, ...] = (),
     lora: dict[str, Any] | None = None,
     base: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -70,8 +71,9 @@ def checkpoint_content(
 
     `epoch`, `step`, `name`, `state_dict` (with "module." names) and `optimizer` are the format of Chinese-CLIP, which
     counts a begun epoch as its own number. It has no key for `context_length`, the longest text in tokens, for
-    `resume`, which only training reads, for `lora`, what adapters are, and for `base`, the weights that they belong to
-    where the file does not hold them. What is None is left out.
+    `matryoshka`, the dimensions at which vectors may be cut, for `resume`, which only training reads, for `lora`, what
+    adapters are, and for `base`, the weights that they belong to where the file does not hold them. What is None or
+    empty is left out.
     """
     begun_epoch = position.epoch + (1 if position.batch else 0)
     content: dict[str, Any] = {
@@ -83,6 +85,8 @@ def checkpoint_content(
     }
     if optimizer is not None:
         content["optimizer"] = optimizer
+    if matryoshka:
+        content["matryoshka"] = list(matryoshka)
     if resume is not None:
         content["resume"] = {"epoch": position.epoch, "batch": position.batch, **resume}
     if lora is not None:

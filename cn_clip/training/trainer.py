@@ -419,6 +419,7 @@ class Trainer:
             name=self.options.name,
             position=self.position,
             context_length=self.options.context_length,
+            matryoshka=self.options.dimensions,
             resume=resume,
             lora=None if lora is None else lora.entry(),
             base=None if self.base is None else self.base.entry(),

@@ -63,6 +63,11 @@ class Checkpoint:
         length: int | None = self.extra.get("context_length")
         return length
 
+    @property
+    def matryoshka(self) -> tuple[int, ...]:
+        """The dimensions at which its vectors may be cut, besides whole ones; rising."""
+        return tuple(self.extra.get("matryoshka", ()))
+
 
 def read_checkpoint(path: str | Path, *, merge_lora: bool = True, mapped: bool = False) -> Checkpoint:
     """Reads any supported file; no code in it is ever run.
@@ -142,6 +147,9 @@ def _read_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
     length = rest.get("context_length")
     if length is not None and not (type(length) is int and 3 <= length <= 512):
         raise CheckpointError(f"context_length is {length!r}, expected an integer from 3 to 512", at=path)
+    cut_at = rest.get("matryoshka", [])
+    if not (isinstance(cut_at, list) and all(type(one) is int and one > 0 for one in cut_at)):
+        raise CheckpointError(f"matryoshka is {cut_at!r}, expected a list of whole numbers", at=path)
     if not isinstance(optimizer, dict | None):
         raise CheckpointError(f"optimizer is a {type(optimizer).__name__}, expected a dictionary", at=path)
     lora = base = None

@@ -17,13 +17,19 @@ from cn_clip.files import atomic_write
 
 
 def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], source: Checkpoint, **more: Any) -> None:
-    """A `.pt` as Chinese-CLIP reads it, with epoch, step, name and context length of `source`; `more` goes beside them.
+    """A `.pt` as Chinese-CLIP reads it, with what `source` says of itself besides; `more` goes beside them.
 
     Raises CheckpointError when it cannot be written, DataError when the folder is missing.
     """
-    counts = {"epoch": source.epoch, "step": source.step, "name": str(source.extra.get("name", source.path.stem))}
+    counts: dict[str, Any] = {
+        "epoch": source.epoch,
+        "step": source.step,
+        "name": str(source.extra.get("name", source.path.stem)),
+    }
     if source.context_length is not None:
         counts["context_length"] = source.context_length
+    if source.matryoshka:
+        counts["matryoshka"] = list(source.matryoshka)
     state = {f"module.{name}": value for name, value in tensors.items()}
     _write(Path(path), lambda stream: torch.save({**counts, "state_dict": state, **more}, stream))
 
