@@ -1,6 +1,9 @@
 """Large collections of pictures: folders, tar files, Parquet tables and LMDBs, by path and by URI, in parts."""
 
+import datetime
+import hashlib
 import io
+import json
 import os
 import pickle
 import tarfile
@@ -10,10 +13,13 @@ from typing import Any
 import pyarrow
 import pytest
 from dataset_files import picture
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from cn_clip.data.bulk_pictures import open_collection
 from cn_clip.data.lmdb_store import SplitWriter
+from cn_clip.data.spilled import Spilled, first_twice
 from cn_clip.data.storage import StorageError, open_storage, shown
 from cn_clip.errors import CnClipError, ConfigError, DataError, MissingExtraError
 from cn_clip.files import atomic_write
@@ -87,7 +93,7 @@ def test_the_parts_hold_every_picture_once_in_order(tmp_path: Path, kind: str, s
 def test_a_uri_holds_what_its_path_holds(tmp_path: Path, kind: str) -> None:
     location = KINDS[kind][0](tmp_path / "data")
     by_path, by_uri = open_collection(location), open_collection(f"file://{location}")
-    assert (by_uri.ids, by_uri.digest) == (by_path.ids, by_path.digest)
+    assert (list(by_uri.ids), by_uri.digest) == (list(by_path.ids), by_path.digest)
     part = pickle.loads(pickle.dumps(by_uri.part(2, 7)))
     assert [part[number].data for number in range(5)] == PICTURES[2:]
 
@@ -299,3 +305,119 @@ def test_stores_that_fsspec_opens_are_read_and_not_written() -> None:
         there.child("b.txt").write(b"b")
     with pytest.raises(MissingExtraError, match=r"^oss://k/x: Install ossfs"):
         open_storage("oss://k/x")
+
+
+# --- what lies beside pictures
+
+
+def write_samples(path: Path) -> str:
+    """Five samples of WebDataset; that of number 3 lies in parts far from each other, 4 has a picture alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+
+        def add(name: str, data: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+        add("3.txt", "远".encode())
+        for number in range(5):
+            if number < 3:
+                add(f"{number}.txt", f"图 {number}\n".encode())
+                fields = {"author": "李" if number else None, "year": 2000 + number, "path": "x", "tags": ["a"]}
+                add(f"{number}.json", json.dumps(fields).encode())
+            if number == 3:
+                add("filler.bin", bytes(1 << 17))
+            add(f"{number}.png", PICTURES[number])
+    return str(path)
+
+
+def test_samples_of_a_tar_say_what_was_asked_for(tmp_path: Path) -> None:
+    location = write_samples(tmp_path / "s.tar")
+    beside = {}
+    for columns in ((), ("caption",), ("year", "none"), ("*",)):
+        part = pickle.loads(pickle.dumps(open_collection(location, columns).part(0, 5)))
+        assert [part[number].data for number in range(5)] == PICTURES[:5]
+        beside[columns] = [dict(part[number].beside) for number in range(5)]
+    assert beside[()] == [{}] * 5
+    assert beside["caption",] == [{"caption": "图 0"}, {"caption": "图 1"}, {"caption": "图 2"}, {"caption": "远"}, {}]
+    assert beside["year", "none"] == [{"year": 2000}, {"year": 2001}, {"year": 2002}, {}, {}]
+    assert beside["*",][:2] == [
+        {"year": 2000, "tags": ["a"], "caption": "图 0"},
+        {"author": "李", "year": 2001, "tags": ["a"], "caption": "图 1"},
+    ]
+
+
+def test_a_text_of_a_sample_that_is_none_is_told(tmp_path: Path) -> None:
+    for number, (name, data) in enumerate([("0.json", b"{"), ("0.json", b"[]"), ("0.txt", b"\xff\xff")]):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for member, content in ((name, data), ("0.png", PICTURES[0])):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        part = open_collection(f"{tmp_path}/{number}.tar", ["*"]).part(0, 1)
+        with pytest.raises(DataError, match=rf"{number}\.tar/0\.png.*write the tar again"):
+            part[0]
+        assert open_collection(f"{tmp_path}/{number}.tar").part(0, 1)[0].data == PICTURES[0]  # it was not asked for
+
+
+def test_rows_of_a_table_say_what_was_asked_for(tmp_path: Path) -> None:
+    values = {
+        "id": [f"{number}" for number in range(4)],
+        "image": PICTURES[:4],
+        "text": ["猫", None, "", "狗"],
+        "score": [0.5, float("nan"), None, 2.0],
+        "day": [datetime.date(2026, 1, 31)] * 4,
+        "path": ["s3://b/1.jpg"] * 4,
+        "raw": [b"bytes"] * 4,
+    }
+    (tmp_path / "t").mkdir()
+    parquet.write_table(pyarrow.table(values), tmp_path / "t" / "x.parquet", row_group_size=3)
+    wanted = ("text", "score", "day", "path")
+    part = pickle.loads(pickle.dumps(open_collection(str(tmp_path / "t"), wanted).part(1, 4)))
+    day = {"day": "2026-01-31", "path": "s3://b/1.jpg"}
+    assert [dict(part[number].beside) for number in range(3)] == [day, day, {"text": "狗", "score": 2.0} | day]
+    with pytest.raises(DataError, match=r"row 1.* raw: expected what JSON holds, got bytes"):
+        open_collection(str(tmp_path / "t"), ["*"]).part(0, 1)[0]
+    with pytest.raises(ConfigError, match=r"--columns nope: .*/t has day, path, raw, score, text"):
+        open_collection(str(tmp_path / "t"), ["nope"])
+    with pytest.raises(ConfigError, match=r"--columns text: .*folder has no columns, only pictures"):
+        open_collection(write_folder(tmp_path / "folder"), ["text"])
+
+
+# --- long listings
+
+
+def test_records_come_back_by_their_numbers() -> None:
+    for count in (0, 1, 63, 64, 65, 1000):
+        spilled = Spilled([number, f"名\udcff{number}"] for number in range(count))
+        assert list(spilled) == [[number, f"名\udcff{number}"] for number in range(count)]
+        for start, stop in ((0, 1), (62, 66), (64, 128), (999, 2000), (5, 5)):
+            assert [one[0] for one in spilled.read(start, stop)] == list(range(count))[start:stop]
+        spilled.append(["more"])
+        assert spilled.read(count, count + 1) == [["more"]]
+
+
+@given(st.lists(st.one_of(st.integers(0, 50), st.text(max_size=1)), max_size=40))
+def test_an_id_that_comes_twice_is_found_and_no_other(ids: list[Any]) -> None:
+    found = first_twice(ids, len(ids))
+    assert (found is None) == (len(set(ids)) == len(ids))
+    assert found is None or ids.count(found) > 1
+
+
+names = st.text("ab-.0", min_size=1, max_size=3).filter(lambda name: name.strip(".") and not name.startswith("."))
+
+
+@given(st.sets(st.lists(names, min_size=1, max_size=4).map(tuple), max_size=12))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_files_are_walked_in_the_order_of_their_paths(tmp_path: Path, paths: set[tuple[str, ...]]) -> None:
+    files = {path for path in paths if not any(other[: len(path)] == path for other in paths - {path})}
+    base = tmp_path / hashlib.blake2b(repr(sorted(files)).encode()).hexdigest()[:16]
+    there = open_storage(f"memory://{base}")
+    for parts in files:
+        base.joinpath(*parts).parent.mkdir(parents=True, exist_ok=True)
+        base.joinpath(*parts).write_bytes(b"")
+        there.child("/".join(parts)).write(b"x")
+    for storage in (open_storage(str(base)), there):
+        found = [storage.below(one.path) for one in storage.walk()]
+        assert found == sorted("/".join(parts) for parts in files)

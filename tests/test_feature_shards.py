@@ -1,10 +1,13 @@
 """Features in shards: every input in one, finished ones told by what is there, read back as one; who computes them."""
 
 import errno
+import io
 import json
 import pickle
+import tarfile
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from unreadable_files import unreadable
 
 from cn_clip.clip.encoder import Encoder
@@ -586,6 +590,50 @@ def test_a_worker_writes_the_encoders_rows_with_ids_and_paths(tmp_path: Path, pi
     assert table["path"].to_pylist() == [str(path) for path in files[8:]]
 
 
+def test_captions_columns_and_thumbnails_travel_beside_the_rows_into_an_index(tmp_path: Path, pictures: Path) -> None:
+    from cn_clip.index import build
+    from cn_clip.retrieval.store import open_index
+
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for path in sorted(pictures.iterdir()):
+            tar.add(path, path.name)
+            info = tarfile.TarInfo(f"{path.stem}.json")
+            data = json.dumps({"author": f"作者 {path.stem}", "year": int(path.stem)}).encode()
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    first, second, third = (path.stem for path in sorted(pictures.iterdir())[:3])
+    table = f"image,text,place\ns.tar/{first},第一张,北京\ns.tar/{third},,上海\n"
+    (tmp_path / "t.csv").write_text(table, encoding="utf-8")
+    plain = options(tmp_path, pictures, image_data=str(tmp_path / "s.tar"))
+    chosen = replace(plain, columns=("author",), metadata=str(tmp_path / "t.csv"), thumbnail_size=16)
+    inputs = [ray_extraction._pictures(one) for one in (plain, chosen)]
+    assert inputs[0].facts["digest"] == open_collection(plain.image_data).digest  # a run of before goes on
+    assert inputs[0].facts["digest"] != inputs[1].facts["digest"]
+    weights = weights_digest(chosen.chosen)
+    one = Manifest("image_id", model_facts(chosen, "image", weights), inputs[1].facts, inputs[1].number, 4)
+    job = ShardJob("image", open_storage(str(chosen.output)).child("images"), one)
+    begin_shards(job.folder, one, overwrite=False)
+    work = ray_extraction._Progress(job, inputs[1], {})
+    worker = ShardWorker(chosen, ["image"], weights)
+    sent = [ray_extraction._task_of(work, shard) for shard in one.shards()]
+    assert [worker.work(pickle.loads(pickle.dumps(task))) for task in sent] == [Finished(4), Finished(4), Finished(2)]
+    build.main([job.folder.path, "--output", str(tmp_path / "i"), "--json"])
+    index = open_index(tmp_path / "i")
+    items = dict(index.items())
+    assert list(items) == [f"s.tar/{path.stem}" for path in sorted(pictures.iterdir())]
+    assert items[f"s.tar/{first}"] == {
+        "path": f"{tmp_path}/s.tar/{first}.png",
+        "author": f"作者 {first}",
+        "caption": "第一张",
+        "place": "北京",
+        "source": job.folder.path,
+    }
+    assert items[f"s.tar/{third}"].keys() == {"path", "author", "place", "source"}
+    assert items[f"s.tar/{second}"].keys() == {"path", "author", "source"}
+    with Image.open(io.BytesIO(index.thumbnail(f"s.tar/{second}"))) as image:
+        assert (image.format, max(image.size)) == ("JPEG", 16)
+
+
 def test_a_worker_gives_equal_texts_equal_rows(tmp_path: Path, pictures: Path) -> None:
     chosen = options(tmp_path, pictures, extract_text_feats=True)
     one = Manifest("text_id", MODEL, DATA, 3, 4)
@@ -660,6 +708,8 @@ def test_a_worker_with_other_weights_refuses(tmp_path: Path, pictures: Path) -> 
         (["--engine=ray", "--output=x", "--gpus-per-actor=nan"], "--gpus-per-actor: expected at least 0, got nan"),
         (["--engine=ray", "--output=x", "--image-feat-output-path=y"], "writes into --output; leave it out"),
         (["--engine=ray", "--output=x", "--output-format=npz"], "--engine ray writes parquet"),
+        (["--columns=caption"], "--columns: is for --engine ray"),
+        (["--engine=ray", "--output=x", "--image-column=id"], "--image-column: needs --metadata"),
     ],
 )
 def test_flags_that_the_engine_does_not_take_are_refused(

@@ -6,8 +6,8 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
@@ -17,6 +17,7 @@ from cn_clip.clip.backends.base import AnyPixels
 from cn_clip.clip.picture_files import prepare
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES, is_picture_file, passed_over
 from cn_clip.clip.pictures import Room, decode, decoded_batches, float_room, opened
+from cn_clip.clip.thumbnails import thumbnail
 from cn_clip.clip.transforms import PictureTransform, in_8_bits, is_deep, write_pixels
 from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.data.paths import walked
@@ -130,18 +131,30 @@ def _not_a_picture(data: bytes, error: Exception) -> DataError:
 
 @dataclass(frozen=True)
 class StoredPicture(Generic[KeyT]):
-    """A picture as it is stored: what it is known by, the bytes of its file; `where` begins an error about it."""
+    """A picture as it is stored: what it is known by, the bytes of its file; `where` begins an error about it.
+
+    beside: what lies beside it in a table or a tar file, as far as it was asked for.
+    """
 
     key: KeyT
     data: bytes
     where: Where
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_pixels(stored: StoredPicture[object], transform: PictureTransform, out: AnyPixels) -> None:
-    """Puts the pixels (3, R, R) of a stored picture into `out`; raises DataError that starts with its `where`."""
-    load_picture(
-        stored.data, stored.where, lambda image: write_pixels(transform, image, out), draft_size=transform.draft_size
-    )
+def load_pixels(
+    stored: StoredPicture[object], transform: PictureTransform, out: AnyPixels, *, thumbnail_size: int = 0
+) -> bytes:
+    """Puts the pixels (3, R, R) of a stored picture into `out`; raises DataError that starts with its `where`.
+
+    Returns a thumbnail, see `clip.thumbnails`, b"" for a size of 0.
+    """
+
+    def write(image: Image.Image) -> bytes:
+        write_pixels(transform, image, out)
+        return thumbnail(image, thumbnail_size) if thumbnail_size else b""
+
+    return load_picture(stored.data, stored.where, write, draft_size=transform.draft_size)
 
 
 class PictureSource(Protocol[KeyT]):

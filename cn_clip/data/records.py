@@ -264,7 +264,23 @@ def text_line(text_id: RecordId, text: str, image_ids: list[RecordId]) -> str:
 
 def digest_of(values: Iterable[object]) -> str:
     """A digest of the `repr` of values in order."""
-    digest = hashlib.blake2b(digest_size=8)
+    digest = Digest()
     for value in values:
-        digest.update(repr(value).encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()
+        digest.add(value)
+    return digest.text
+
+
+class Digest:
+    """What `digest_of` gives of values that come one after the other."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=8)
+
+    def add(self, value: object) -> None:
+        """Takes the next value."""
+        self._hash.update(repr(value).encode("utf-8", "surrogatepass") + b"\n")
+
+    @property
+    def text(self) -> str:
+        """Of all values so far."""
+        return self._hash.hexdigest()

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias, get_args
 
+import tyro
+
 from cn_clip import settings
 from cn_clip.clip import choice
 from cn_clip.errors import ConfigError
@@ -160,6 +162,16 @@ class RaySettings:
     """ray: shards that may fail, after three attempts each, before the run stops; the next run makes them"""
     overwrite: bool = False
     """ray: start again, removing the shards in --output"""
+    columns: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """ray: a column to keep beside the features: of Parquet tables, of the JSON of WebDataset samples, or caption, the
+    text of these; '*' for all; may be given several times"""
+    metadata: str | None = None
+    """ray: a table with a row a picture, .csv, .tsv, .jsonl, .parquet or .xlsx, whose columns are kept beside the
+    features, `text` as the caption"""
+    image_column: str = "image"
+    """ray: the column of --metadata with the picture files, relative to the folder, or the ids"""
+    thumbnail_size: Annotated[int, Range(least=0)] = 0
+    """ray: keep thumbnails beside the features, of at most so many pixels a side; 0: none"""
 
 
 @dataclass(frozen=True)
@@ -195,6 +207,10 @@ class EngineSettings(RaySettings, Settings, choice.CheckpointSettings):
         for name in ("image_feat_output_path", "text_feat_output_path"):
             if settings.is_given(self, name):
                 raise ConfigError(f"{flag(name)}: --engine ray writes into --output; leave it out")
+        for name in ("columns", "metadata", "thumbnail_size"):
+            if settings.is_given(self, name) and not self.extract_image_feats:
+                raise ConfigError(f"{flag(name)}: is for pictures; give --extract-image-feats")
+        settings.check(self, [settings.needs("image_column", "metadata", ", the table that has it", refused=True)])
         if self.output_format not in (None, "parquet"):
             raise ConfigError(f"--output-format {self.output_format}: --engine ray writes parquet")
 

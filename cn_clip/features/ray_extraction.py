@@ -14,7 +14,8 @@ import platform
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -27,7 +28,8 @@ from cn_clip.clip.families.opening import full_name
 from cn_clip.clip.opening import open_encoder, precision_of, weights_digest
 from cn_clip.clip.pictures import decoded_batches, decoding_threads
 from cn_clip.command import Speaker
-from cn_clip.data.bulk_pictures import Part, open_collection
+from cn_clip.data.bulk_pictures import RESERVED, Part, open_collection
+from cn_clip.data.metadata import Table, read_table, row_of
 from cn_clip.data.pictures import load_pixels
 from cn_clip.data.records import RecordId, digest_of, read_texts
 from cn_clip.data.storage import Storage, StorageError, open_storage, shown
@@ -45,7 +47,7 @@ from cn_clip.features.store import (
     confirm_shards,
     write_shard,
 )
-from cn_clip.features.tables import PATH_COLUMN, require_parquet
+from cn_clip.features.tables import PATH_COLUMN, THUMBNAIL_COLUMN, require_parquet
 from cn_clip.language import both, counted, translated
 from cn_clip.progress import progress
 from cn_clip.stopping import StopRequest
@@ -80,6 +82,8 @@ class Task:
     job: ShardJob
     shard: Shard
     inputs: Part | TextPart
+    # What a table says of the pictures, by their ids as texts.
+    said: Table = field(default_factory=dict)
 
 
 class _Inputs(NamedTuple):
@@ -88,6 +92,7 @@ class _Inputs(NamedTuple):
     facts: Mapping[str, object]
     number: int
     part: Callable[[Shard], Any]
+    said: Table | None = None
 
 
 class _Progress:
@@ -122,9 +127,7 @@ def extract(options: EngineSettings, say: Speaker) -> None:
         facts = {"digest": digest_of(texts), "location": options.text_data}
         inputs["text"] = _Inputs(facts, len(texts), lambda shard: TextPart(texts[shard.start : shard.stop]))
     if options.extract_image_feats:
-        pictures = open_collection(options.image_data)
-        facts = {"digest": pictures.digest, "location": shown(options.image_data)}
-        inputs["image"] = _Inputs(facts, len(pictures.ids), lambda shard: pictures.part(shard.start, shard.stop))
+        inputs["image"] = _pictures(options)
     weights = weights_digest(options.chosen)
     output = open_storage(options.output or "")
     with output.alone("another process is extracting into this folder", waiting=say.note) as confirm:
@@ -149,6 +152,24 @@ def extract(options: EngineSettings, say: Speaker) -> None:
                 f"{counted(len(failed), 'shard')} failed ({', '.join(name for name, _ in failed[:_SHOWN])}); run the "
                 "same command again to make them"
             )
+
+
+def _pictures(options: EngineSettings) -> _Inputs:
+    pictures = open_collection(options.image_data, options.columns)
+    table = None
+    if options.metadata:
+        table = read_table(Path(options.metadata), options.image_column, own=RESERVED)
+    beside = [options.columns, options.thumbnail_size, None if table is None else digest_of(table.items())]
+    # As it was before there was anything beside the features: runs of before go on.
+    digest = digest_of([pictures.digest, *beside]) if any(beside) else pictures.digest
+    facts: dict[str, object] = {"digest": digest, "location": shown(options.image_data)}
+    if options.columns:
+        facts["columns"] = list(options.columns)
+    if options.metadata:
+        facts["metadata"] = options.metadata
+    if options.thumbnail_size:
+        facts["thumbnail_size"] = options.thumbnail_size
+    return _Inputs(facts, len(pictures.ids), lambda shard: pictures.part(shard.start, shard.stop), table)
 
 
 def _begin(
@@ -282,11 +303,17 @@ class _Crew:
         return started(self._ray, ShardWorker, size, node).remote(settings, self._kinds, self._weights)
 
     def send(self, worker: Any, task: "_Todo") -> Any:
-        work, shard = task
-        return worker.work.remote(Task(work.job, shard, work.inputs.part(shard)))
+        return worker.work.remote(_task_of(*task))
 
     def named(self, task: "_Todo") -> str:
         return _named(task)
+
+
+def _task_of(work: "_Progress", shard: Shard) -> Task:
+    """A shard with its inputs, and what a table says of these."""
+    part, table = work.inputs.part(shard), work.inputs.said
+    said = {} if table is None else {str(one): row for one in part.ids if (row := row_of(table, one)) is not None}
+    return Task(work.job, shard, part, said)
 
 
 def _named(task: "_Todo") -> str:
@@ -325,15 +352,16 @@ class ShardWorker(Worker):
                 ids = [text_id for text_id, _ in part.texts]
                 return write_shard(job.folder, job.manifest, task.shard, ids, rows_ND)
             outcomes, rows_ND = picture_rows(self._encoder, part, self._options)
-            kept = [index for index, skipped in enumerate(outcomes) if skipped is None]
+            kept = [index for index, one in enumerate(outcomes) if not isinstance(one, Skipped)]
+            beside = [{**_beside(part, index, outcomes[index]), **_row(task.said, part.ids[index])} for index in kept]
             return write_shard(
                 job.folder,
                 job.manifest,
                 task.shard,
                 [part.ids[index] for index in kept],
                 rows_ND[kept],
-                columns={} if part.paths is None else {PATH_COLUMN: [part.paths[index] for index in kept]},
-                skipped=[skipped for skipped in outcomes if skipped is not None],
+                columns={name: [row.get(name) for row in beside] for name in _names(beside)},
+                skipped=[one for one in outcomes if isinstance(one, Skipped)],
             )
         except CnClipError as error:
             if isinstance(error, (StorageError, OSError)):
@@ -351,16 +379,36 @@ def text_rows(encoder: Encoder, part: TextPart, *, batch_size: int) -> FloatArra
     return rows_ND
 
 
-def picture_rows(encoder: Encoder, part: Part, options: EngineSettings) -> tuple[list[Skipped | None], FloatArray]:
-    """(why it was skipped, or None; unit row (N, D)) of each picture of a shard; the row of a skipped one says nothing.
+def _beside(part: Part, index: int, said: Mapping[str, Any] | Skipped) -> dict[str, Any]:
+    """What is kept beside the features of a picture, without what a table says."""
+    assert not isinstance(said, Skipped), "a picture that is left out has no row"
+    path = {} if part.paths is None else {PATH_COLUMN: part.paths[index]}
+    return {**path, **said}
 
-    Raises StorageError when the store fails, DataError with --on-error stop for a picture that cannot be read.
+
+def _row(table: Table, image_id: RecordId) -> Mapping[str, Any]:
+    return row_of(table, image_id) or {}
+
+
+def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns that any of the rows has, in the order in which they come."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def picture_rows(
+    encoder: Encoder, part: Part, options: EngineSettings
+) -> tuple[list[Mapping[str, Any] | Skipped], FloatArray]:
+    """(what lies beside it, or why it was skipped; unit row (N, D)) of each picture of a shard.
+
+    The row of a skipped one says nothing. Raises StorageError when the store fails, DataError with --on-error stop for
+    a picture that cannot be read.
     """
     transform = encoder.transform
 
-    def load(index: int, out: AnyPixels) -> Skipped | None:
+    def load(index: int, out: AnyPixels) -> Mapping[str, Any] | Skipped:
         try:
-            load_pixels(part[index], transform, out)
+            stored = part[index]
+            small = load_pixels(stored, transform, out, thumbnail_size=options.thumbnail_size)
         except StorageError:  # the store failed, not the picture
             raise
         except DataError as error:
@@ -368,9 +416,9 @@ def picture_rows(encoder: Encoder, part: Part, options: EngineSettings) -> tuple
                 raise DataError(f"{error} (--on-error skip leaves such pictures out)") from error
             out[...] = 0
             return Skipped(part.ids[index], str(error))
-        return None
+        return {**stored.beside, THUMBNAIL_COLUMN: small} if small else stored.beside
 
-    outcomes: list[Skipped | None] = []
+    outcomes: list[Mapping[str, Any] | Skipped] = []
     rows_ND = np.empty((len(part), encoder.embed_dim), dtype=np.float32)
     batches = decoded_batches(load, range(len(part)), encoder.room, options.img_batch_size, options.num_workers)
     with named("image_id", lambda position: part.ids[len(outcomes) + position]):

@@ -16,7 +16,7 @@ class Options(SourceOptions):
 
     index: IndexArgument
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """A picture, a folder of pictures, an LMDB split or picture features"""
+    """A picture, a folder of pictures, an LMDB split or picture features; a folder of shards also as s3://…, hf://…"""
     id_prefix: str = ""
     """Goes before the ids of what is added, such as holiday/"""
 

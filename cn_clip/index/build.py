@@ -22,7 +22,8 @@ class Options(SourceOptions):
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """A folder of pictures, a split's LMDB or its imgs folder, or picture features as jsonl, npz or parquet"""
+    """A folder of pictures, a split's LMDB or its imgs folder, picture features as jsonl, npz or parquet, or a folder
+    of feature shards, also s3://…, gs://… or hf://…"""
     output: IndexOutput = None
     engine: EngineName | None = None
     """How it is searched: exact; quantized, as exact and several times as fast; or usearch, a graph for millions of

@@ -2,31 +2,31 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from cn_clip.clip.picture_names import LARGEST_PICTURE, PICTURE_SUFFIXES, VIDEO_SUFFIXES, suffix_of
+from cn_clip.data import metadata
 from cn_clip.data.lmdb_store import IMAGES, PAIRS, ImageStore, PairStore, is_split_folder
+from cn_clip.data.metadata import CAPTION_COLUMN, Table, row_of
 from cn_clip.data.paths import spelled, walked
 from cn_clip.data.storage import is_uri
-from cn_clip.data.tables import read_rows
 from cn_clip.digests import is_file, is_folder, is_there
-from cn_clip.errors import ConfigError, DataError, UnreadableError, Where, is_absent
+from cn_clip.errors import ConfigError, DataError, UnreadableError, is_absent
 from cn_clip.features.store import is_shard_folder
 from cn_clip.index.excludes import Excludes
 from cn_clip.index.live_photos import other_halves
 from cn_clip.index.skips import EXCLUDED, LIVE, OTHER, SPECIAL, UNREADABLE, Skipped
-from cn_clip.language import both
-from cn_clip.progress import counted
 from cn_clip.retrieval import manifest
-from cn_clip.retrieval.segments import ItemId, item_line
+from cn_clip.retrieval.segments import ItemId
 from cn_clip.secret import AddressText, as_typed
 
+__all__ = ["CAPTION_COLUMN", "Table", "row_of"]
+
 FEATURE_SUFFIXES = (".jsonl", ".npz", ".parquet")
-CAPTION_COLUMN = "text"
 # Names those of `FACTS` that a table gave: these stay when the picture is read again without the table.
 TABLE_FIELDS = "table_fields"
 # What the commands themselves write into the metadata of an item.
@@ -41,8 +41,6 @@ OWN_FIELDS = (
 PICTURE_FIELDS = ("width", "height", "date", "camera", "latitude", "longitude")
 # What a picture and its name say: unlike the index's own fields, a table may give these, and is believed.
 FACTS = ("date", "camera", "latitude", "longitude", "folder", "file")
-
-Table: TypeAlias = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -253,59 +251,5 @@ def _lmdb(folder: Path, id_prefix: str) -> Source:
 
 
 def read_table(path: Path, image_column: str) -> Table:
-    """Metadata by the picture file's path or the id; the first row of each counts.
-
-    Empty cells are left out; the column `text` is called `caption`.
-    Raises DataError naming file and line, also for a column that the index itself writes.
-    """
-    table: dict[str, dict[str, Any]] = {}
-    for number, row in _rows(path, image_column):
-        key = row.pop(image_column, None)
-        if key is None or key == "":
-            raise DataError(
-                f"expected a picture in the column {image_column!r}; has {sorted(row)}", at=Where(path, line=number)
-            )
-        if type(key) not in (int, str):
-            raise DataError(
-                f"expected the name of a picture or an int, got {key!r}",
-                at=Where(path, line=number, field=image_column),
-            )
-        own = sorted(row.keys() & set(OWN_FIELDS) - {CAPTION_COLUMN})
-        if own:
-            raise DataError(
-                f"the column {own[0]!r} is the index's own; give it another name", at=Where(path, line=number)
-            )
-        if CAPTION_COLUMN in row:
-            row["caption"] = row.pop(CAPTION_COLUMN)
-        name = str(key).removeprefix("./")
-        try:
-            item_line(name, row)
-        except DataError as error:
-            raise DataError(error, at=Where(path, line=number)) from error
-        table.setdefault(name, {field: value for field, value in row.items() if value not in ("", None)})
-    if not table:
-        raise DataError(f"holds no row; expected a column {image_column!r} and a row for each picture", at=path)
-    return table
-
-
-def row_of(table: Table, item_id: ItemId, id_prefix: str = "") -> Mapping[str, Any] | None:
-    """The row of an item: under its id as text, for a table may hold 7 or "7"."""
-    bare = item_id.removeprefix(id_prefix) if isinstance(item_id, str) else item_id
-    return table.get(str(bare))
-
-
-def _rows(path: Path, image_column: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    header = list[str]()
-
-    def check(columns: Sequence[str]) -> None:
-        header.extend(columns)
-        if columns and image_column not in columns:
-            raise DataError(
-                f"expected a picture in the column {image_column!r}; has {sorted(columns)}", at=Where(path, line=1)
-            )
-
-    rows = read_rows(path, (image_column, CAPTION_COLUMN), check)
-    for number, row in counted(rows, both("行", "rows"), both("读取表格", "reading the table")):
-        if header and (None in row or None in row.values()):
-            raise DataError(f"expected {len(header)} columns as in the first line", at=Where(path, line=number))
-        yield number, {name: value for name, value in row.items() if name}
+    """See `data.metadata.read_table`; raises DataError also for a column that the index itself writes."""
+    return metadata.read_table(path, image_column, own=set(OWN_FIELDS) - {CAPTION_COLUMN})
