@@ -379,9 +379,9 @@ def test_rows_of_a_table_say_what_was_asked_for(tmp_path: Path) -> None:
     assert [dict(part[number].beside) for number in range(3)] == [day, day, {"text": "狗", "score": 2.0} | day]
     with pytest.raises(DataError, match=r"row 1.* raw: expected what JSON holds, got bytes"):
         open_collection(str(tmp_path / "t"), ["*"]).part(0, 1)[0]
-    with pytest.raises(ConfigError, match=r"--columns nope: .*/t has day, path, raw, score, text"):
+    with pytest.raises(ConfigError, match=r"column nope: .*/t has day, path, raw, score, text"):
         open_collection(str(tmp_path / "t"), ["nope"])
-    with pytest.raises(ConfigError, match=r"--columns text: .*folder has no columns, only pictures"):
+    with pytest.raises(ConfigError, match=r"column text: .*folder has no columns, only pictures"):
         open_collection(write_folder(tmp_path / "folder"), ["text"])
 
 

@@ -159,7 +159,7 @@ def _open(location: str, columns: tuple[str, ...]) -> Collection:
 def _refuse_columns(columns: Sequence[str], location: str) -> None:
     if columns:
         raise ConfigError(
-            f"--columns {columns[0]}: {shown(location)} has no columns, only pictures; give a table with --metadata"
+            f"column {columns[0]}: {shown(location)} has no columns, only pictures; give a table of metadata"
         )
 
 
@@ -391,7 +391,7 @@ def _as_json(row: Mapping[str, Any], where: Where) -> dict[str, Any]:
             if isinstance(value, float):  # a number that is none
                 continue
             raise DataError(
-                f"expected what JSON holds, got {type(value).__name__}; name the columns that are wanted in --columns",
+                f"expected what JSON holds, got {type(value).__name__}; name the columns that are wanted",
                 at=where.of(name),
             ) from error
         if value not in (None, ""):
@@ -427,7 +427,7 @@ def _open_tables(root: Storage, found: _Kind, columns: tuple[str, ...]) -> Colle
     (column,) = kinds
     missing = [name for name in columns if name != ALL_COLUMNS and name not in names]
     if missing:
-        raise ConfigError(f"--columns {missing[0]}: {root.name} has {', '.join(sorted(names)) or 'no others'}")
+        raise ConfigError(f"column {missing[0]}: {root.name} has {', '.join(sorted(names)) or 'no others'}")
     beside = [name for name in sorted(names) if is_wanted(columns, name) or (name == "path" and ALL_COLUMNS in columns)]
 
     def part(start: int, stop: int) -> TablePart:
