@@ -20,12 +20,16 @@ class Options(EngineSettings):
 
     # See `command.spelled_out`.
     ADDED = (
+        "columns",
         "cpus_per_actor",
         "decode",
         "device",
         "download_root",
+        "image_column",
+        "metadata",
         "ray_address",
         "ray_wait",
+        "thumbnail_size",
     )
 
 
