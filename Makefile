@@ -112,9 +112,9 @@ test-browser: $(VENV)/.dev
 # At the end stands a table: client, version, form, status.
 test-clients: $(VENV)/.dev
 	@command -v npm >/dev/null || { echo "需要 npm，用来取 transformers.js / npm is needed, for transformers.js: apt-get install npm"; exit 1; }
-	$(INSTALL) --editable '.[dev,clients,langchain,llama-index,haystack]' pandas polars datasets
+	$(INSTALL) --editable '.[dev,clients,langchain,llama-index,haystack,mcp]' pandas polars datasets
 	npm install --no-audit --no-fund --no-save --ignore-scripts --prefix $(VENV)/transformers-js @huggingface/transformers@4.3.2
-	$(BIN)/python -m pytest -m "clients or not clients" -s tests/test_clients.py tests/test_integrations.py tests/test_onnx_folders.py
+	$(BIN)/python -m pytest -m "clients or not clients" -s tests/test_clients.py tests/test_integrations.py tests/test_onnx_folders.py tests/test_agents.py
 
 test-proxy: $(VENV)/.dev
 	@{ command -v caddy && { command -v nginx || command -v /usr/sbin/nginx; }; } >/dev/null || apt-get install --yes --no-install-recommends nginx caddy openssl

@@ -73,6 +73,7 @@ COMMANDS: dict[str, Command] = {
         "cn_clip.eval.wise_ft", "混合零样本与微调权重", "mix zero-shot and fine-tuned weights, and measure recall"
     ),
     "serve": Command("cn_clip.serve.main", "HTTP 服务：向量、分类、检索", "vectors, labels and search over HTTP"),
+    "mcp": Command("cn_clip.serve.agents", "给智能体（MCP）用的检索工具", "search tools for agents (MCP)"),
     "checkpoint info": Command("cn_clip.checkpoints.info", "查看权重文件的内容", "tell what a weight file holds"),
     "checkpoint strip": Command(
         "cn_clip.checkpoints.strip", "只保留权重，去掉优化器状态", "keep the weights, drop the optimizer state"

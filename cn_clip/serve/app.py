@@ -31,6 +31,7 @@ from cn_clip.serve.schemas import (
     ModelCard,
     ModelList,
     RefusalError,
+    invalid_field,
 )
 from cn_clip.serve.service import Service
 
@@ -196,14 +197,13 @@ def _add_error_handlers(app: FastAPI) -> None:
 def _invalid(error: RequestValidationError) -> RefusalError:
     """400 with the first fault, its path written as `input[3].image`."""
     first = error.errors()[0]
-    path = [one for one in first["loc"][1:] if not str(one).startswith(TAG_MARK)]
+    path = first["loc"][1:]
     if first["type"] == "json_invalid":
         return RefusalError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
-    if not path:
+    if not any(not str(one).startswith(TAG_MARK) for one in path):
         message = f"expected a JSON object, sent with the header Content-Type: application/json ({first['msg']})"
         return RefusalError(400, message, code="invalid_json")
-    param = "".join(f"[{one}]" if isinstance(one, int) else f".{str(one)[:80]}" for one in path).lstrip(".")
-    return RefusalError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
+    return invalid_field(path, first["msg"])
 
 
 def _describe(app: FastAPI, root_path: str) -> None:

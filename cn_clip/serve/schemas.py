@@ -5,7 +5,7 @@ The OpenAPI document is made of these.
 
 import json
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from fastapi import Request, Response
@@ -239,6 +239,13 @@ def _kind(value: Any) -> str | None:
     if isinstance(value, list):
         return "<tokens>" if value and type(value[0]) is int else "<many>"
     return None
+
+
+def invalid_field(path: Sequence[int | str], message: str) -> RefusalError:
+    """400: a field is faulty, whose path is written as `input[3].image`; tags are left out."""
+    names = [one for one in path if not str(one).startswith(TAG_MARK)]
+    param = "".join(f"[{one}]" if isinstance(one, int) else f".{str(one)[:80]}" for one in names).lstrip(".")
+    return RefusalError(400, f"{param}: {message}", param=param, code="invalid_value")
 
 
 EXPECTED_INPUT = (
