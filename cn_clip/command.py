@@ -13,6 +13,7 @@ import tyro
 from cn_clip import help_page, progress, terminal
 from cn_clip.errors import CnClipError, ConfigError, lacked_memory
 from cn_clip.language import both
+from cn_clip.secret import hidden_in
 from cn_clip.settings import flag, flag_of
 
 OptionsT = TypeVar("OptionsT")
@@ -40,7 +41,7 @@ def _parsed(options: type[OptionsT], args: list[str]) -> OptionsT:
         if not stopped.code:
             print(help_page.page(said[0].out))
             raise
-        raise _cause(stopped) or ConfigError(help_page.refusal(said[0].err)) from None
+        raise _cause(stopped) or ConfigError(hidden_in(help_page.refusal(said[0].err))) from None
     sys.stderr.write(said[0].err)  # warnings of the check of the options
     return parsed
 

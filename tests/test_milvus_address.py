@@ -188,6 +188,7 @@ def test_a_file_that_others_can_read_is_warned_about_once(tmp_path: Path, capsys
     [
         ("milvuss://h/c", "; did you mean 'milvus://'?"),
         ("milvus+tls://h/c", "; did you mean 'milvus://'?"),
+        ("MILVUS:h/c", "; did you mean 'milvus://'?"),
         ("Milvus://h/c", "; did you mean 'milvus://'?"),
         ("qdrant://h/c", ""),
         ("s3://me:pw7@bucket/photos", ""),
@@ -198,7 +199,8 @@ def test_unknown_schemes_are_refused_and_no_folder_is_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()
-    sentence = f"{text.partition(':')[0]}:// is no address of an index{nearest}; known are milvus://"
+    scheme = "s3://" if text.startswith("s3") else text.removesuffix("h/c")
+    sentence = f"{scheme} is no address of an index{nearest}; known are milvus://"
     for args in (
         ["index", "build", "pictures", "--output", text],
         ["index", "add", text, "pictures"],
@@ -225,6 +227,8 @@ def test_a_file_of_settings_is_for_servers(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"milvus\.toml: is for indexes on a Milvus server, got"):
             address_of(text, named)
     assert address_of(AddressText("milvus://me:pw@h/c"), named) == Address("h", 19530, "c", 3, "me", Secret("pw"))
+    named = settings(tmp_path, "uri = 'http://h'")
+    assert address_of("milvus:///c", named) == Address("h", 19530, "c")
 
 
 # --- Milvus Lite

@@ -41,11 +41,11 @@ def addresses_of(texts: Sequence[str | os.PathLike[str]], milvus_config: str | N
 
 
 def _read(text: str, milvus_config: str | None) -> IndexAddress:
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
-    if scheme is None:
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)(:/{0,2})", text)
+    if scheme is None or (scheme[2] != "://" and scheme[1].lower() not in _SCHEMES):
         folder = Path(text)
         return lite_address(folder) if is_lite(folder) else folder
-    read = _SCHEMES.get(scheme[1])
+    read = _SCHEMES.get(scheme[1]) if scheme[2] == "://" else None
     if read is None:
         known = [f"{name}://" for name in _SCHEMES]
         raise ConfigError(
