@@ -24,7 +24,7 @@ from cn_clip import cli
 from cn_clip.cli import COMMANDS
 from cn_clip.demo import emoji
 from cn_clip.index import build, info, search
-from cn_clip.retrieval.milvus import MilvusIndex
+from cn_clip.retrieval.addresses import open_index
 from cn_clip.retrieval.milvus_address import parse_address
 from cn_clip.retrieval.milvus_collection import Collection
 from cn_clip.retrieval.schemes import address_of
@@ -220,7 +220,7 @@ def test_commands_and_the_service_with_a_server_that_wants_the_password(
             assert "does not accept the user 'me' or the password" in wrong
             kept = Collection(parse_address(typed, environment={}))
             assert_hidden(kept.call("describe_collection"))
-            assert_hidden(list(MilvusIndex(kept.address).items()))
+            assert_hidden(list(open_index(kept.address).items()))
             monkeypatch.setenv("CN_CLIP_MILVUS_PASSWORD", SECRET)
             bare = f"milvus://me@127.0.0.1:{relay.port}/photos?timeout=5"
             assert "Emoji-Tiny" in ran("index", "info", bare)

@@ -18,11 +18,16 @@ Searchable: TypeAlias = store.Index | remote.RemoteIndex
 Writer: TypeAlias = writer.IndexWriter | remote.RemoteWriter
 
 
-def rows_at(address: Address, *, is_reader: bool = False, is_served: bool = False) -> remote_rows.Rows:
+def rows_at(
+    address: Address, *, is_reader: bool = False, is_served: bool = False, creates: bool = False
+) -> remote_rows.Rows:
     """What a store on a server keeps; raises StoreError where no server answers, MissingExtraError.
 
-    is_reader, is_served: see `remote_rows.Rows` and `open_index`.
+    is_reader, is_served: see `remote_rows.Rows` and `open_index`. creates: else a folder of Milvus Lite that is not
+    there is not made, and DataError is raised.
     """
+    if _is_missing(address) and not creates:
+        raise remote_rows.no_index(address)
     consistency = address.consistency or ("Bounded" if is_served else "Strong")
     return Collection(address, consistency=consistency, is_reader=is_reader)
 
@@ -30,8 +35,12 @@ def rows_at(address: Address, *, is_reader: bool = False, is_served: bool = Fals
 def facts(address: IndexAddress) -> Facts | None:
     """None when there is no index yet; raises DataError for one that cannot be read, StoreError."""
     if isinstance(address, Address):
-        return rows_at(address).facts()
+        return None if _is_missing(address) else rows_at(address).facts()
     return manifest.read(address) if is_there(address / manifest.NAME) else None
+
+
+def _is_missing(address: Address) -> bool:
+    return address.lite is not None and not address.lite.exists()
 
 
 def require(address: IndexAddress) -> Facts:
@@ -67,7 +76,7 @@ def open_writer(address: IndexAddress, create: Manifest | None = None) -> Abstra
     """create: what to begin with where there is no index yet; raises as `writer.open_writer`, and StoreError."""
     if not isinstance(address, Address):
         return writer.open_writer(address, create)
-    return remote.open_remote_writer(rows_at(address), create)
+    return remote.open_remote_writer(rows_at(address, creates=create is not None), create)
 
 
 def item_called(index: Searchable, name: ItemId) -> ItemId | None:

@@ -139,10 +139,13 @@ def require(rows: Rows, *, with_count: bool = True) -> Facts:
     """Raises DataError when there is no index."""
     facts = rows.facts(with_count=with_count)
     if facts is None:
-        raise DataError(
-            f"is no index; build one with: cn-clip index build PICTURES --output {rows.address}", at=rows.address
-        )
+        raise no_index(rows.address)
     return facts
+
+
+def no_index(address: object) -> DataError:
+    """Nothing was built there."""
+    return DataError(f"is no index; build one with: cn-clip index build PICTURES --output {address}", at=address)
 
 
 def check_followed(now: Facts, before: Facts, *, is_reader: bool, at: object) -> None:
