@@ -93,6 +93,7 @@ test-families: $(VENV)/.dev
 	$(BIN)/python -m pytest -m families tests/test_convert.py
 	$(INSTALL) --editable '.[dev,open-clip]'
 	$(BIN)/python -m pytest -m "families or not families" -s tests/test_families.py tests/test_daily_tasks.py
+	$(BIN)/python -m pytest -m "families or not families" tests/test_family_backends.py
 
 test-harnesses: $(VENV)/.dev
 	$(INSTALL) --editable '.[dev,mteb,clip-benchmark]'

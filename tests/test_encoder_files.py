@@ -151,8 +151,8 @@ def test_an_id_of_another_family_opens_it_as_it_prepares_its_inputs(server: Mode
     expected = Encoder(open_parts(f"hf:{siglip}", device="cpu")).encode_texts(TEXTS)
     for model in ("google/siglip", siglip, str(siglip)):  # a folder of another family needs no hf: either
         np.testing.assert_array_equal(Encoder(model, device="cpu").encode_texts(TEXTS), expected)
-    with pytest.raises(ConfigError, match="backend: onnx runs Chinese-CLIP alone; hf models run in torch"):
-        Encoder("google/siglip", backend="onnx")
+    with pytest.raises(ConfigError, match="runs in torch or onnx or openvino, got 'tensorrt'"):
+        Encoder("google/siglip", backend="tensorrt")
 
 
 def test_what_the_hub_does_not_have_is_one_sentence_with_the_next_step(server: ModelHub, folder: Path) -> None:

@@ -16,13 +16,14 @@ import torch
 from dataset_files import jsonl_line, tsv_line, write_split
 from other_kinds import OTHER_KINDS
 from PIL import Image
-from tiny_families import EMBED_DIM, KINDS, RESOLUTION, write_family
+from tiny_families import EMBED_DIM, KINDS, PATCH_SIZE, PATCHED, RESOLUTION, write_family
 
 from cn_clip import cli
 from cn_clip.clip import Encoder
 from cn_clip.clip.backends.base import Parts, Rows
 from cn_clip.clip.choice import Choice
-from cn_clip.clip.families import names, opening
+from cn_clip.clip.families import folders as folders_of
+from cn_clip.clip.families import names
 from cn_clip.clip.families.opening import open_parts
 from cn_clip.clip.opening import identity, open_encoder, weights_digest
 from cn_clip.clip.tokenizer import VOCAB_FILE, ChineseTexts
@@ -35,7 +36,20 @@ from cn_clip.eval import extract_features, zeroshot_evaluation
 transformers = pytest.importorskip("transformers", minversion="5")
 
 # The longest text of each tiny model: of its tokenizer, or of its position embeddings (of RoBERTa's 40, 2 are spare).
-LENGTHS = {"clip": 77, "siglip": 64, "siglip_2": 64, "altclip": 38, "metaclip_2": 77, "chinese_clip": 52}
+LENGTHS = {
+    "clip": 77,
+    "siglip": 64,
+    "siglip_2": 64,
+    "siglip_2_naflex": 64,
+    "fg_clip_2": 64,
+    "tips_2": 64,
+    "altclip": 38,
+    "metaclip_2": 77,
+    "chinese_clip": 52,
+}
+# Of SigLIP 2, whose tokenizer leaves upper case as it is.
+LOWERED = ("siglip_2", "siglip_2_naflex", "fg_clip_2")
+FULL = (*LOWERED, "siglip", "tips_2")
 TEXTS = ["小猫", "", "红色的苹果 a photo of the dog", "A Photo of “小狗”", "星星" * 60, "月亮"]
 
 
@@ -63,18 +77,37 @@ def pictures() -> list[Image.Image]:
 def theirs(folder: Path, kind: str, images: list[Image.Image], texts: list[str]) -> tuple[Rows, Rows]:
     """Unit rows as a user of transformers computes them: processor, tokenizer and model of the folder, in one batch."""
     name = json.loads((folder / "preprocessor_config.json").read_text())["image_processor_type"]
-    processor = getattr(transformers, f"{name}Pil")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    padding = "max_length" if kind in ("siglip", "siglip_2") else True
-    texts = [text.lower() for text in texts] if kind == "siglip_2" else texts  # which its tokenizer leaves undone
+    processor: Any = getattr(transformers, f"{name}Pil", None)
+    if processor is None:  # TIPSv2 has one over torchvision only, which does what that of SigLIP does
+        processor = transformers.SiglipImageProcessorPil
+    processor = processor.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    texts = [text.lower() for text in texts] if kind in LOWERED else texts
+    padding = "max_length" if kind in FULL else True
     tokens = tokenizer(texts, padding=padding, truncation=True, max_length=LENGTHS[kind], return_tensors="pt")
-    pixels = processor.from_pretrained(folder)(images=[image.convert("RGB") for image in images], return_tensors="pt")
+    images = [image.convert("RGB") for image in images]
+    if kind == "fg_clip_2":  # its authors choose the number of patches for each picture, and transformers has no class
+        steps = [
+            {"max_num_patches": 256 if w // 16 * (h // 16) > 128 else 128} for w, h in (one.size for one in images)
+        ]
+        model = transformers.Siglip2Model.from_pretrained(folder, config=published_as_siglip_2(folder)).eval()
+    else:
+        steps, model = [{}] * len(images), transformers.AutoModel.from_pretrained(folder).eval()
     with torch.inference_mode():
-        found = transformers.AutoModel.from_pretrained(folder).eval()(**tokens, **pixels)
-    image_rows, text_rows = (
-        torch.nn.functional.normalize(rows, dim=-1).numpy() for rows in (found.image_embeds, found.text_embeds)
-    )
-    return image_rows, text_rows
+        pixels = [processor(images=[one], return_tensors="pt", **more) for one, more in zip(images, steps, strict=True)]
+        image_rows = torch.cat([model.get_image_features(**one).pooler_output for one in pixels])
+        text_rows = model.get_text_features(**tokens).pooler_output
+    normalize = torch.nn.functional.normalize
+    return normalize(image_rows, dim=-1).numpy(), normalize(text_rows, dim=-1).numpy()
+
+
+def published_as_siglip_2(folder: Path) -> Any:
+    """FG-CLIP 2 without its long texts is SigLIP 2 in its own proportions."""
+    config = json.loads((folder / "config.json").read_text())
+    values = {name: {**config[name]} for name in ("text_config", "vision_config")}
+    for one in values.values():
+        one.pop("model_type", None)
+    return transformers.Siglip2Config(**values)
 
 
 # --- the vectors
@@ -83,12 +116,14 @@ def theirs(folder: Path, kind: str, images: list[Image.Image], texts: list[str])
 @pytest.mark.parametrize("kind", KINDS)
 def test_vectors_are_those_of_transformers_with_the_processor_of_the_folder(kind: str, folders: Any) -> None:
     encoder = Encoder(f"hf:{folders(kind)}", device="cpu")
-    image_rows, text_rows = theirs(folders(kind), kind, pictures(), TEXTS)
+    texts = [text for text in TEXTS if text or kind != "tips_2"]  # which has no direction there
+    image_rows, text_rows = theirs(folders(kind), kind, pictures(), texts)
     np.testing.assert_allclose(encoder.encode_images(pictures(), batch_size=3), image_rows, atol=1e-5)
-    np.testing.assert_allclose(encoder.encode_texts(TEXTS, batch_size=2), text_rows, atol=1e-5)
-    assert encoder.embed_dim == image_rows.shape[1] == (32 if kind in ("siglip", "siglip_2") else EMBED_DIM)
+    np.testing.assert_allclose(encoder.encode_texts(texts, batch_size=2), text_rows, atol=1e-5)
+    assert encoder.embed_dim == image_rows.shape[1] == (32 if kind in FULL else EMBED_DIM)
     assert encoder.context_length == LENGTHS[kind]
-    assert encoder.transform.resolution == RESOLUTION
+    sides = {"siglip_2_naflex": 4 * PATCH_SIZE[kind], "fg_clip_2": 32 * PATCH_SIZE[kind]} if kind in PATCHED else {}
+    assert encoder.transform.resolution == sides.get(kind, RESOLUTION)
     assert np.ptp(text_rows @ text_rows.T) > 0.01, "the texts are told apart, or the test would see no difference"
 
 
@@ -293,7 +328,9 @@ def test_a_family_that_is_not_known_is_refused_and_its_code_not_run(folders: Any
     auto = {"auto_map": {"AutoModel": "evil.Model", "AutoConfig": "evil.Config", "AutoTokenizer": ["evil.T", None]}}
     folder = spoiled(folders("clip"), tmp_path / "jina", "config.json", model_type="jina_clip", **auto)
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"family 'jina_clip', expected one of altclip, .*siglip, and code that"):
+    with pytest.raises(
+        CheckpointError, match=r"family .jina_clip., expected one of altclip, .*tipsv2, and code that .*use st:"
+    ):
         Encoder(f"hf:{folder}")
     known = spoiled(folders("clip"), tmp_path / "clip", "config.json", **auto)
     shutil.copy(folder / "evil.py", known)
@@ -353,13 +390,15 @@ def test_a_folder_that_lacks_a_file_is_a_sentence(missing: str, folders: Any, tm
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("hf:", {}, "expected hf:FOLDER or open_clip:ARCHITECTURE@FILE"),
-        ("open_clip:ViT-B-32", {}, "expected hf:FOLDER or open_clip:ARCHITECTURE@FILE"),
+        ("hf:", {}, "expected hf:FOLDER, open_clip:ARCHITECTURE@FILE"),
+        ("open_clip:ViT-B-32", {}, "expected hf:FOLDER, open_clip:ARCHITECTURE@FILE"),
         ("hf:./nowhere", {}, "no such folder"),
         ("hf:{folder}/config.json", {}, "is a file"),
         ("hf:./" + "x" * 300, {}, "no such folder"),
         ("x" * 300, {}, "not found; available models"),
-        ("hf:{folder}", {"backend": "onnx"}, "onnx runs Chinese-CLIP alone"),
+        ("hf:{folder}", {"backend": "tensorrt"}, "runs in torch or onnx or openvino, got 'tensorrt'"),
+        ("st:{folder}", {"backend": "onnx"}, "runs in torch, got 'onnx'"),
+        ("hf:{folder}", {"trust_remote_code": True}, "is for st:FOLDER; nothing else runs code"),
         ("hf:{folder}", {"precision": "int8"}, "computes in fp32"),
         ("hf:{folder}", {"compile": True}, "compile"),
         ("hf:{folder}", {"num_threads": 0}, "num_threads"),
@@ -433,7 +472,7 @@ def test_of_a_hub_id_safetensors_come_first_and_pickles_only_without_them(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.test/")
     monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path, files))
-    assert opening.folder_of(names.parse("hf:someone/model"), download_root=tmp_path) == tmp_path
+    assert folders_of.folder_of(names.parse("hf:someone/model"), download_root=tmp_path) == tmp_path
     assert {path.name for path in tmp_path.iterdir()} == fetched
 
 
@@ -441,14 +480,14 @@ def test_a_hub_id_that_does_not_come_is_a_sentence(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.test/")
     monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path, ["config.json", "flax_model.msgpack"]))
     with pytest.raises(DownloadError, match="neither safetensors nor"):
-        opening.folder_of(names.parse("hf:someone/model"), download_root=tmp_path)
+        folders_of.folder_of(names.parse("hf:someone/model"), download_root=tmp_path)
 
     def unreachable(*_: object, **__: object) -> str:
         raise OSError("no route\nto host.")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(DownloadError, match=r"hf:someone/model: .*no route to host; give a local folder"):
-        opening.folder_of(names.parse("hf:someone/model"))
+        folders_of.folder_of(names.parse("hf:someone/model"))
 
 
 # --- the evaluation
@@ -579,7 +618,7 @@ def test_a_file_of_the_model_is_not_written_over(folders: Any, split: Path, tmp_
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--backend", "onnx"], "--backend: onnx runs Chinese-CLIP alone"),
+        (["--backend", "tensorrt"], "runs in torch or onnx or openvino"),
         (["--vision-model", "ViT-B-16"], "is of another family and says itself what its"),
         (["--context-length", "30"], "this model cuts texts at 77 tokens"),
         (["--precision", "int8"], "--precision"),
@@ -776,7 +815,7 @@ def test_open_clip_goes_through_the_evaluation(open_clip_file: Path, split: Path
     chosen = emoji.load()[:NUM_PICTURES]
     rows = Encoder(open_parts(name)).encode_texts([one.name for one in chosen])
     np.testing.assert_allclose(np.load(files["text"])["features"], rows, atol=1e-5)
-    assert opening.files_of(name) == [open_clip_file]
+    assert folders_of.files_of(name) == [open_clip_file]
 
 
 # --- files that change, and files of other kinds

@@ -37,6 +37,8 @@ RAISED_BY: dict[tuple[str, str], set[str]] = {
         for flag in ("--strict-fp32", "--precision")
     },
     ("clip/opening.py", "--context-length"): {"features", "zeroshot", "evaluate", "report"},
+    ("clip/families/st_models.py", "--trust-remote-code"): {"features", "zeroshot", "evaluate", "linear-probe"}
+    | {"index build", "index add", "index check", "search", "serve"},
     ("clip/weights/hub.py", "--offline"): {"download"},
     ("clip/weights/writing.py", "--output"): {"checkpoint strip", "checkpoint average", "checkpoint export"},
     ("data/checks.py", "--decode"): {"train", "features", "zeroshot", "evaluate", "linear-probe"},

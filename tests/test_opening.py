@@ -60,9 +60,9 @@ def test_amp_is_float32_and_the_usual_model_is_taken_where_none_is_named() -> No
     [
         (Choice("m", precision="int8"), "--precision: the torch backend computes in fp32 or bf16 or fp16 or auto"),
         (Choice("m", backend="tensorrt", num_threads=1), "--num-threads: the tensorrt backend computes on the GPU"),
-        (Choice("hf:m", backend="onnx"), "--backend: onnx runs Chinese-CLIP alone; hf models run in torch"),
+        (Choice("hf:m", backend="tensorrt"), "--backend: hf:m runs in torch or onnx or openvino, got 'tensorrt'"),
         (Choice("hf:m", vision="RN50"), "hf:m: is of another family and says itself what its towers are"),
-        (Choice("hf:"), "--model 'hf:': expected hf:FOLDER or open_clip:ARCHITECTURE@FILE"),
+        (Choice("hf:"), "--model 'hf:': expected hf:FOLDER, open_clip:ARCHITECTURE@FILE, "),
     ],
 )
 def test_a_model_that_could_not_be_opened_is_refused_before_any_work(chosen: Choice, told: str) -> None:

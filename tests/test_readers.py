@@ -26,7 +26,7 @@ from cn_clip.clip.backends.derived import derive
 from cn_clip.clip.backends.onnx_files import metadata
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.parity import Reference
-from cn_clip.clip.families import names, opening
+from cn_clip.clip.families import folders, names
 from cn_clip.clip.weights.checkpoint import read_checkpoint, read_openai_archive
 from cn_clip.data.captions import pictures_from_table
 from cn_clip.errors import CheckpointError, CnClipError, DataError, DownloadError, first_sentence, reading
@@ -235,7 +235,7 @@ def test_a_revision_of_the_hub_can_be_pinned(tmp_path: Path, monkeypatch: pytest
         (tmp_path / revision).mkdir()
         (tmp_path / revision / "model.safetensors").touch()
     found = {
-        name: opening.folder_of(names.parse(name)).name
+        name: folders.folder_of(names.parse(name)).name
         for name in ("hf:someone/model", "hf:someone/model@v1.0", "hf:someone/model@refs/pr/3")
     }
     assert list(found.values()) == ["main", "v1.0", "refs-pr-3"]
@@ -245,10 +245,10 @@ def test_a_revision_of_the_hub_can_be_pinned(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(
         DownloadError, match=r"hf:someone/model@v2: https://hub\.test has no revision 'v2' of it; give a"
     ):
-        opening.folder_of(names.parse("hf:someone/model@v2"))
+        folders.folder_of(names.parse("hf:someone/model@v2"))
     for wrong in ("hf:someone/model@", "hf:someone/model@a@b", "hf:./here@main"):
         with pytest.raises(CheckpointError, match=r"an id of the hub, OWNER/NAME or OWNER/NAME@REVISION"):
-            opening.folder_of(names.parse(wrong))
+            folders.folder_of(names.parse(wrong))
 
 
 def test_a_local_folder_may_have_the_mark_of_a_revision_in_its_name(
@@ -256,7 +256,7 @@ def test_a_local_folder_may_have_the_mark_of_a_revision_in_its_name(
 ) -> None:
     (tmp_path / "model@main").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert opening.folder_of(names.parse("hf:model@main")) == Path("model@main")
+    assert folders.folder_of(names.parse("hf:model@main")) == Path("model@main")
 
 
 # --- exported files, tables, training state

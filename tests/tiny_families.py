@@ -7,10 +7,25 @@ from typing import Any
 
 import torch
 
+from cn_clip.clip.families import fg_clip_2
 from cn_clip.clip.tokenizer import VOCAB_FILE
 from cn_clip.clip.transforms import MEAN, STD
 
-KINDS = ("clip", "siglip", "siglip_2", "altclip", "metaclip_2", "chinese_clip")
+KINDS = (
+    "clip",
+    "siglip",
+    "siglip_2",
+    "siglip_2_naflex",
+    "fg_clip_2",
+    "tips_2",
+    "altclip",
+    "metaclip_2",
+    "chinese_clip",
+)
+# Those whose pictures keep their proportions.
+PATCHED = ("siglip_2_naflex", "fg_clip_2")
+PATCH_SIZE = {"siglip_2_naflex": 8, "fg_clip_2": 16}
+
 RESOLUTION = 32
 EMBED_DIM = 24
 
@@ -50,6 +65,15 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 }
 # Of a fixed resolution, SigLIP 2 is the model of SigLIP with another tokenizer.
 PROCESSORS["siglip_2"] = PROCESSORS["siglip"]
+_PATCHES = {"image_processor_type": "Siglip2ImageProcessor", "do_resize": True, "resample": 2, "max_num_patches": 24}
+PROCESSORS["siglip_2_naflex"] = {**_PATCHES, "patch_size": 8}
+PROCESSORS["fg_clip_2"] = {**_PATCHES, "patch_size": 16, "max_num_patches": 256}
+PROCESSORS["tips_2"] = {
+    "image_processor_type": "Tipsv2ImageProcessor",
+    "size": {"height": RESOLUTION, "width": RESOLUTION},
+    "resample": 2,
+    "do_normalize": False,
+}
 
 
 def write_family(folder: Path, kind: str, *, seed: int = 0, safe: bool = True) -> Path:
@@ -62,10 +86,63 @@ def write_family(folder: Path, kind: str, *, seed: int = 0, safe: bool = True) -
         for parameter in model.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(folder)
+    if kind == "fg_clip_2":
+        _rename_as_published(folder)
     if not safe:
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
     _write_json(folder / "preprocessor_config.json", PROCESSORS[kind])
+    return folder
+
+
+# --- folders in the form of other packages
+
+_OPEN_CLIP_VISION = {"image_size": RESOLUTION, "layers": 2, "width": 64, "patch_size": 8}
+_OPEN_CLIP_TEXT = {"width": 64, "heads": 1, "layers": 2}
+OPEN_CLIP_KINDS = ("open_clip_clip", "open_clip_siglip_2")
+SENTENCE_KINDS = ("st_clip",)
+_HALVES = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+
+
+def write_open_clip(folder: Path, kind: str) -> Path:
+    """A folder as open_clip leaves it on the hub; returns it."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    model: dict[str, Any] = {"embed_dim": EMBED_DIM, "vision_cfg": _OPEN_CLIP_VISION}
+    if kind == "open_clip_siglip_2":
+        text = {**_OPEN_CLIP_TEXT, "context_length": 64, "vocab_size": _gemma_tokenizer(folder), "pool_type": "last"}
+        text |= {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP2", "tokenizer_kwargs": {"clean": "canonicalize"}}
+        model |= {"custom_text": True, "text_cfg": {**text, "no_causal_mask": True, "proj_bias": True}}
+    else:
+        model["text_cfg"] = {**_OPEN_CLIP_TEXT, "context_length": 24, "vocab_size": 49408}
+    _write_json(folder / "open_clip_config.json", {"model_cfg": model, "preprocess_cfg": _HALVES})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    tensors = {name: value.contiguous() for name, value in made.state_dict().items()}
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def write_sentence_transformers(folder: Path, kind: str) -> Path:
+    """A folder as sentence-transformers leaves it, of a model of texts and pictures that has a prompt; returns it."""
+    write_family(folder, "clip")
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    ]
+    _write_json(folder / "modules.json", modules)
+    methods = {
+        one: {"method": f"get_{one}_features", "method_output_name": "pooler_output"} for one in ("text", "image")
+    }
+    features = {"transformer_task": "feature-extraction", "module_output_name": "sentence_embedding"}
+    _write_json(folder / "sentence_bert_config.json", {**features, "modality_config": methods})
+    prompts = {"prompts": {"query": "query: ", "document": ""}, "similarity_fn_name": "cosine"}
+    _write_json(folder / "config_sentence_transformers.json", {**prompts, "model_type": "SentenceTransformer"})
+    for file in ("preprocessor_config.json", "tokenizer_config.json"):
+        content = json.loads((folder / file).read_text(encoding="utf-8"))
+        _write_json(folder / file, {**content, "processor_class": "CLIPProcessor"})
     return folder
 
 
@@ -80,6 +157,17 @@ def _model(kind: str, vocabulary: int) -> Any:
     if kind in ("siglip", "siglip_2"):
         text |= {"max_position_embeddings": 64, "pad_token_id": 1, "eos_token_id": 1}
         return hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=_VISION))
+    if kind in PATCHED:
+        vision = {**_TOWER, "patch_size": PATCH_SIZE[kind], "num_patches": 16}
+        text |= {"max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+        values = {"text_config": text, "vision_config": vision}
+        if kind == "siglip_2_naflex":
+            return hf.Siglip2Model(hf.Siglip2Config(**values))
+        text |= {"longtext_len": 196, "keep_len": 20}
+        return fg_clip_2.model_class(hf)(fg_clip_2.read_config(hf, values))
+    if kind == "tips_2":
+        vision = {name: value for name, value in _VISION.items() if name not in ("intermediate_size", "projection_dim")}
+        return hf.Tipsv2Model(hf.Tipsv2Config(text_config=text, vision_config=vision))
     if kind == "altclip":
         text |= {"max_position_embeddings": 40, "pad_token_id": 1, "project_dim": 28}
         return hf.AltCLIPModel(hf.AltCLIPConfig(text_config=text, **both))
@@ -87,6 +175,30 @@ def _model(kind: str, vocabulary: int) -> Any:
         text |= {"max_position_embeddings": 77, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
         return hf.MetaClip2Model(hf.MetaClip2Config(text_config=text, **both))
     return hf.ChineseCLIPModel(hf.ChineseCLIPConfig(text_config={**text, "max_position_embeddings": 64}, **both))
+
+
+def _rename_as_published(folder: Path) -> None:
+    """The config and the further weights of a folder of FG-CLIP 2, which has code of its own beside them."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    _write_json(folder / "config.json", {**config, "model_type": "fgclip2", "architectures": ["x"], "auto_map": auto})
+    (folder / "evil.py").write_text("raise SystemExit('code of a folder was run')\n", encoding="utf-8")
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {"dense_feature_head.probe": torch.zeros(1, 1, 32), "boxtext_head.bias": torch.zeros(32)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _tips_tokenizer(folder: Path) -> int:
+    """Characters as tokens, with nothing around them."""
+    import transformers
+
+    pieces = ["<pad>", "<unk>", *sorted(set("▁abcdefghijklmnopqrstuvwxyz“”" + "".join(_WORDS)))]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    transformers.Tipsv2Tokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
+    return len(vocabulary)
 
 
 def _clip_tokenizer(folder: Path) -> int:
@@ -173,6 +285,9 @@ _TOKENIZERS = {
     "clip": _clip_tokenizer,
     "siglip": _siglip_tokenizer,
     "siglip_2": _gemma_tokenizer,
+    "siglip_2_naflex": _gemma_tokenizer,
+    "fg_clip_2": _gemma_tokenizer,
+    "tips_2": _tips_tokenizer,
     "altclip": _roberta_tokenizer,
     "metaclip_2": _roberta_tokenizer,
     "chinese_clip": _bert_tokenizer,

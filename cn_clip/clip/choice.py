@@ -62,6 +62,13 @@ Closeness: TypeAlias = Annotated[
         "and processor; default: 0.999 with --precision auto, else any"
     ),
 ]
+RemoteCode: TypeAlias = Annotated[
+    bool,
+    tyro.conf.arg(
+        help="Run the code that comes with a model of st:FOLDER; read it before. Without it none is run, and a model "
+        "that needs it is refused"
+    ),
+]
 Decoding: TypeAlias = Annotated[
     Decode,
     tyro.conf.arg(
@@ -89,6 +96,7 @@ class Choice:
     context_length: longest text in tokens, special ones included. strict_fp32: no TF32 on CUDA.
     backend: "auto" is what `backends.choosing` takes; min_cosine: the bound that it keeps.
     merge_tokens: patches merged in each layer of a ViT; None is none, or as the index at hand says.
+    trust_remote_code: the code that comes with a folder of st: is run.
     """
 
     model: str
@@ -105,6 +113,7 @@ class Choice:
     strict_fp32: bool = False
     min_cosine: float | None = None
     merge_tokens: int | None = None
+    trust_remote_code: bool = False
 
     @property
     def is_foreign(self) -> bool:
@@ -125,6 +134,7 @@ class ModelSettings:
     num_threads: NumThreads = None
     merge_tokens: MergeTokens = None
     download_root: DownloadRoot = None
+    trust_remote_code: RemoteCode = False
 
     @property
     def chosen(self) -> Choice:
@@ -139,6 +149,7 @@ class ModelSettings:
             strict_fp32=self.strict_fp32,
             min_cosine=self.min_cosine,
             merge_tokens=self.merge_tokens,
+            trust_remote_code=self.trust_remote_code,
         )
 
 
@@ -171,6 +182,8 @@ def check(chosen: Choice) -> None:
         if chosen.is_foreign:
             names.check(chosen.model, "torch" if chosen.backend == "auto" else chosen.backend)
         check_precision(chosen.backend, chosen.precision)
+        if chosen.trust_remote_code:
+            names.check_trust(chosen.model)
     except ConfigError as error:
         raise ConfigError(f"--{error}") from error
     check_cosine(chosen.min_cosine, "--min-cosine")

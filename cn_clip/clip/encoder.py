@@ -44,7 +44,8 @@ from cn_clip.clip.backends.names import (
     check_threads,
 )
 from cn_clip.clip.backends.opening import open_backend
-from cn_clip.clip.families.names import is_foreign
+from cn_clip.clip.families.names import check_trust, is_foreign
+from cn_clip.clip.families.opening import decide as decide_family
 from cn_clip.clip.families.opening import full_name, open_parts, resolved
 from cn_clip.clip.picture_arrays import is_array
 from cn_clip.clip.pictures import (
@@ -70,7 +71,7 @@ from cn_clip.clip.scoring import (
     unit,
 )
 from cn_clip.clip.tokenizer import ChineseTexts, TextTransform, text_length
-from cn_clip.clip.transforms import Decode, ImageTransform, PictureTransform, check_decode, write_pixels
+from cn_clip.clip.transforms import Decode, ImageTransform, PictureTransform, check_decode, shape_of, write_pixels
 from cn_clip.errors import ConfigError, DataError, NotFiniteError
 from cn_clip.language import both
 
@@ -100,8 +101,9 @@ class Encoder:
     perhaps with "@REVISION"), a loaded `CLIP`, a `Backend`, or, for backends other than torch, the prefix of exported
     files. A `CLIP` stays as it is, and its weights are shared, so that the vectors follow its training, unless another
     `device` or `precision` needs copies.
-    Models of other families: a folder or an id of the hub (CLIP, SigLIP, AltCLIP, MetaCLIP 2; also `hf:FOLDER`),
-    `open_clip:ARCHITECTURE@FILE`, or `Parts`; pictures and texts are prepared as theirs are.
+    Models of other families: a folder or an id of the hub (CLIP, SigLIP, SigLIP 2, FG-CLIP 2, TIPSv2, AltCLIP, MetaCLIP
+    2; also `hf:FOLDER`), `open_clip:ARCHITECTURE@FILE`, `open_clip:local-dir:FOLDER`, `open_clip:hf-hub:OWNER/NAME`,
+    `st:FOLDER` of sentence-transformers, or `Parts`; pictures and texts are prepared as theirs are.
     backend: "torch", "onnx" (ONNX Runtime), "openvino" or "tensorrt". All but torch run an exported model, made at
     first use and kept in `exported/` under `download_root`; once it is there, onnx and openvino do without PyTorch.
     precision: "fp32" (default), "bf16", "fp16" or "int8", as the backend has them; "auto": the fastest that keeps a
@@ -111,7 +113,8 @@ class Encoder:
     (default 0.999). `encoder.decision` says what it took and why; see `backends.choosing`.
     device: "auto", or None: CUDA, else MPS, else the CPU. num_threads: default one a core. compile: `torch.compile`
     both towers.
-    context_length: longest text in tokens; default: what the checkpoint was trained with, 52 where it does not say.
+    context_length: longest text in tokens; default: what the checkpoint was trained with, 52 where it does not say. Of
+    FG-CLIP 2 64 (default) or 196, which reads every text as a long one.
     With int8 a row depends a little on those computed with it, for they share the scale of their activations.
     decode: "fast" decodes JPEG files and bytes at 1/2, 1/4 or 1/8 of their size where both sides stay at least as
     long as the model's; the vectors differ a little. "exact" decodes them whole. "reference" as well,
@@ -119,6 +122,8 @@ class Encoder:
     merge_tokens: so many patches are merged in each layer of a ViT, the most alike (token merging); 0: none. Faster,
     and pictures get other vectors, see docs/encoder.md. `facts.merge_tokens` says it of any backend.
     upright: turns pictures by their EXIF orientation, as people see them; Chinese-CLIP takes them as they are stored.
+    trust_remote_code: lets the code run that comes with a folder of `st:`; without it none is run, and a folder that
+    cannot be opened without its code is refused.
 
     Threads: several may use one Encoder at once, and get the rows that one would; of a `Backend` or `Parts` of your
     own that is for it to say. More threads are not faster: each call keeps all cores or the GPU busy.
@@ -145,8 +150,11 @@ class Encoder:
         decode: Decode = "exact",
         upright: bool = False,
         merge_tokens: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         check_decode(decode)
+        if trust_remote_code:
+            check_trust(model)
         check_cosine(min_cosine)
         if min_cosine is not None and backend != "auto":
             raise ConfigError(f'min_cosine: is for backend="auto", got {backend!r}; leave it out')
@@ -167,7 +175,8 @@ class Encoder:
         self.texts: TextTransform
         self.backend: Backend
         if isinstance(model, (str, Path)):
-            more = {"context_length": context_length, "decode": decode, "upright": upright}
+            more: dict[str, Any] = {"context_length": context_length, "decode": decode, "upright": upright}
+            more["trust_remote_code"] = trust_remote_code
             root = None if download_root is None else Path(download_root).expanduser().absolute()
             kept = {**settings, **more, "download_root": root}
             self.opened = Opened(full_name(str(model)), str(model), kept)
@@ -183,8 +192,10 @@ class Encoder:
             for setting in ("compile", "merge_tokens"):
                 if settings.pop(setting):
                     raise ConfigError(f"{setting}: is for Chinese-CLIP; leave it out")
-            model = open_parts(str(model), decode=decode, **settings)
-            settings, decode = {}, "exact"
+            asked = None if isinstance(context_length, zoo.UsualLength) else context_length
+            more = {"context_length": asked, "trust_remote_code": trust_remote_code}
+            model = open_parts(str(model), decode=decode, **more, **settings)
+            settings, decode, context_length = {}, "exact", DEFAULT_CONTEXT_LENGTH
         if isinstance(model, Parts):
             _check_unset("parts", decode=decode, **settings)
             longest = model.texts.context_length
@@ -291,8 +302,7 @@ class Encoder:
 
         Of the type and kind that the backend gets fastest: for PyTorch on CUDA pinned, and bytes.
         """
-        resolution = self.transform.resolution
-        shape = (count, 3, resolution, resolution)
+        shape = (count, *shape_of(self.transform))
         if self.facts.is_async:
             return cast("AsyncBackend", self.backend).room(shape, self.pixel_type)
         return np.empty(shape, dtype=self.pixel_type)
@@ -696,8 +706,8 @@ def _decided(model: "str | Path | CLIP", settings: Mapping[str, Any], min_cosine
         others = {name: settings[name] for name in settings if name != "backend"}
         return decide(model, min_cosine=min_cosine, **others)
     if is_foreign(model):
-        why = "PyTorch alone runs models of other families"
-        return only_torch(settings["precision"], settings["device"], why, min_cosine=min_cosine)
+        others = {name: settings[name] for name in ("precision", "device", "num_threads", "download_root")}
+        return decide_family(str(model), min_cosine=min_cosine, **others)
     why = "PyTorch alone runs models in memory"
     return only_torch(settings["precision"], settings["device"], why, min_cosine=min_cosine)
 

@@ -20,6 +20,7 @@ from cn_clip.clip.backends.onnx_files import extra_path
 from cn_clip.clip.backends.opening import open_backend, settle_precision
 from cn_clip.clip.choice import Choice
 from cn_clip.clip.encoder import Encoder
+from cn_clip.clip.families import folders
 from cn_clip.clip.families import opening as families
 from cn_clip.clip.weights import hub
 from cn_clip.command import Speaker
@@ -68,18 +69,17 @@ def _settled(chosen: Choice, say: Speaker, kinds: Sequence[Kind]) -> tuple[Choic
     if chosen.backend != "auto":
         return chosen, None
     if chosen.is_foreign:
-        decision = choosing.only_torch(
-            chosen.precision,
-            chosen.device,
-            "PyTorch alone runs models of other families",
-            min_cosine=chosen.min_cosine,
-        )
+        settings = {name: value for name, value in _settings(chosen).items() if name not in _OF_CHINESE_CLIP}
+        decision = families.decide(chosen.model, **settings, min_cosine=chosen.min_cosine, say=say.note)
     else:
         settings = _settings(chosen)
         decision = choosing.decide(chosen.model, **settings, kinds=kinds, min_cosine=chosen.min_cosine, say=say.note)
     say.note(str(decision))
     say.add(auto=decision.values())
     return replace(chosen, backend=decision.backend, precision=decision.precision, min_cosine=None), decision
+
+
+_OF_CHINESE_CLIP = ("vision", "text", "merge_tokens")
 
 
 def _settings(chosen: Choice) -> dict[str, Any]:
@@ -125,6 +125,7 @@ def open_quietly(
             num_threads=chosen.num_threads,
             decode=chosen.decode or "exact",
             upright=chosen.upright,
+            trust_remote_code=chosen.trust_remote_code,
         )
     settings = _settings(chosen)
     if chosen.backend == "torch":
@@ -239,6 +240,8 @@ def fingerprint(chosen: Choice, encoder: Encoder) -> str:
     """
     # A text tower that is open alone does not know what the picture tower beside it merges.
     merged = encoder.facts.merge_tokens or chosen.merge_tokens or 0
+    if chosen.is_foreign:  # alike for every backend: the files that were exported, not what they became
+        return f"file:{_digest_of(weight_files(chosen), chosen.model)}"
     if encoder.facts.weights is not None:
         return merge_rules.marked(encoder.facts.weights, merged)
     if isinstance(encoder.backend, ExportedBackend):
@@ -246,10 +249,15 @@ def fingerprint(chosen: Choice, encoder: Encoder) -> str:
         files = [one for path in paths for one in (path, extra_path(path)) if one.is_file()]
     else:
         files = weight_files(chosen)
-    digest = hashlib.blake2b(b"" if files else chosen.model.encode(), digest_size=8)
+    return merge_rules.marked(f"file:{_digest_of(files, chosen.model)}", merged)
+
+
+def _digest_of(files: Sequence[Path], name: str) -> str:
+    """Of the bytes of the files; of a model without files here, of its name."""
+    digest = hashlib.blake2b(b"" if files else name.encode(), digest_size=8)
     for path in files:
         add_file(digest, path)
-    return merge_rules.marked(f"file:{digest.hexdigest()}", merged)
+    return digest.hexdigest()
 
 
 def weights_digest(chosen: Choice) -> str:
@@ -271,7 +279,7 @@ def weight_files(chosen: Choice) -> list[Path]:
     Raises CheckpointError, DownloadError.
     """
     if chosen.is_foreign:
-        return families.files_of(chosen.model, download_root=chosen.download_root)
+        return folders.files_of(chosen.model, download_root=chosen.download_root)
     given = Path(chosen.model)
     if zoo.named(chosen.model) is None and not given.exists():
         exported = sorted(given.parent.glob(f"{glob.escape(given.name)}.*"))  # the prefix of exported files

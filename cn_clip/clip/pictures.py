@@ -254,9 +254,9 @@ def decoded_batches(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def float_room(resolution: int) -> Room:
-    """Memory for normalised pixels."""
-    return lambda count: np.empty((count, 3, resolution, resolution), dtype=np.float32)
+def float_room(shape: tuple[int, ...]) -> Room:
+    """Memory for normalised pixels, of this shape a picture."""
+    return lambda count: np.empty((count, *shape), dtype=np.float32)
 
 
 def _finished(batch: tuple[list[Future[T]], AnyPixels]) -> tuple[list[T], AnyPixels]:

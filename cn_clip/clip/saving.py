@@ -5,8 +5,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cn_clip.clip.families import opening as families
+from cn_clip.clip.families import folders
 from cn_clip.clip.families.names import is_foreign, parse
+from cn_clip.clip.families.opening import resolved
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.weights import hub
 from cn_clip.clip.weights.checkpoint import Checkpoint, read_checkpoint
@@ -129,17 +130,17 @@ def _foreign_folder(encoder: "Encoder") -> Path | None:
     if encoder.opened is None:
         return None
     root = encoder.opened.settings["download_root"]
-    name = families.resolved(encoder.opened.model, download_root=root)
+    name = resolved(encoder.opened.model, download_root=root)
     if not is_foreign(name):
         return None
     parsed = parse(str(name))
     if parsed.scheme != "hf":
         raise ConfigError(f"{name}: models of open_clip are not saved here; their file is {parsed.source}")
-    return families.folder_of(parsed, download_root=root)
+    return folders.folder_of(parsed, download_root=root)
 
 
 def _copy(encoder: "Encoder", folder: Path, target: Path) -> None:
     """The files that decide on the rows, as they are."""
     assert encoder.opened is not None
-    for file in families.files_of(f"hf:{folder}", download_root=encoder.opened.settings["download_root"]):
+    for file in folders.files_of(f"hf:{folder}", download_root=encoder.opened.settings["download_root"]):
         shutil.copyfile(file, target / file.name)

@@ -177,6 +177,12 @@ class ImageTransform:
         return f"ImageTransform({self.resolution}, decode={self.decode!r})"
 
 
+def shape_of(transform: PictureTransform) -> tuple[int, ...]:
+    """The shape of one picture's array: (3, R, R), unless the transform says another, as those of `blocks` do."""
+    shape: tuple[int, ...] | None = getattr(transform, "shape", None)
+    return shape or (3, transform.resolution, transform.resolution)
+
+
 def write_pixels(transform: PictureTransform, image: Image, out: NDArray[np.float32 | np.uint8]) -> None:
     """Writes the pixels (3, R, R) of a picture in the type of `out`; bytes are for an `ImageTransform` only."""
     if out.dtype == np.uint8:

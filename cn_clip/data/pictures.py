@@ -18,7 +18,7 @@ from cn_clip.clip.picture_files import prepare
 from cn_clip.clip.picture_names import PICTURE_SUFFIXES, is_picture_file, passed_over
 from cn_clip.clip.pictures import Room, decode, decoded_batches, float_room, opened
 from cn_clip.clip.thumbnails import thumbnail
-from cn_clip.clip.transforms import PictureTransform, in_8_bits, is_deep, write_pixels
+from cn_clip.clip.transforms import PictureTransform, in_8_bits, is_deep, shape_of, write_pixels
 from cn_clip.data.lmdb_store import ImageStore
 from cn_clip.data.paths import walked
 from cn_clip.data.records import RecordId
@@ -192,7 +192,7 @@ def batches(
         load_pixels(stored, transform, out)
         return stored.key
 
-    room = room or float_room(transform.resolution)
+    room = room or float_room(shape_of(transform))
     return decoded_batches(load, range(first, len(pictures)), room, batch_size, num_threads)
 
 

@@ -30,6 +30,7 @@ class Options(EngineSettings):
         "ray_address",
         "ray_wait",
         "thumbnail_size",
+        "trust_remote_code",
     )
 
 

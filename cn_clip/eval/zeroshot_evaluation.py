@@ -50,7 +50,7 @@ class Options(choice.CheckpointSettings):
     templates: Templates = None
     json: Json = False
 
-    ADDED = ("num_threads", "strict_fp32", "templates")  # see `command.spelled_out`
+    ADDED = ("num_threads", "strict_fp32", "templates", "trust_remote_code")  # see `command.spelled_out`
 
     def __post_init__(self) -> None:
         choice.check(self.chosen)

@@ -32,7 +32,7 @@ from cn_clip.clip.picture_files import Head, look, look_at_start, num_decoded
 from cn_clip.clip.picture_names import SUFFIXES_OF
 from cn_clip.clip.pictures import data_url_bytes, is_base64_picture
 from cn_clip.clip.thumbnails import SmallJpeg
-from cn_clip.clip.transforms import PictureTransform
+from cn_clip.clip.transforms import PictureTransform, shape_of
 from cn_clip.errors import DataError
 from cn_clip.serve.limits import Limits
 from cn_clip.serve.schemas import RefusalError, stopping
@@ -78,7 +78,7 @@ class Decoders:
         self, transform: PictureTransform, pixel_type: PixelType = "float32", *, upright: bool = False
     ) -> None:
         """Has the processes make pixels; before the first picture, returns when they run, or cannot."""
-        self._shape, self._dtype = (3, transform.resolution, transform.resolution), _DTYPES[pixel_type]
+        self._shape, self._dtype = shape_of(transform), _DTYPES[pixel_type]
         self._num_bytes = math.prod(self._shape) * self._dtype.itemsize
         self._set_up(transform, pixel_type, upright=upright, num_bytes=self._num_bytes)
         await asyncio.gather(*[self._with_a_worker(_Worker.start) for _ in range(self.count)])

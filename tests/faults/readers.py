@@ -45,7 +45,7 @@ from cn_clip import emoji_pack, zoo
 from cn_clip.clip import loading, templates
 from cn_clip.clip.backends.onnx_files import metadata
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
-from cn_clip.clip.families.hf_models import open_folder
+from cn_clip.clip.families.opening import open_parts
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.pictures import open_picture
 from cn_clip.clip.tokenizer import VOCAB_FILE, Tokenizer
@@ -441,7 +441,7 @@ def _shared(make: Callable[[Path], object], part: str = "") -> Callable[[Path], 
 
 
 def _read_family(folder: Path) -> object:
-    parts = open_folder(folder, device=torch.device("cpu"))
+    parts = open_parts(f"hf:{folder}", device="cpu")
     ids = parts.texts.pad(parts.texts.rows(list(WORDS)))
     pixels = parts.pictures.array(Image.new("RGB", (40, 30), (200, 10, 10)))
     return parts.backend.encode_tokens(ids).shape, parts.backend.encode_pixels(pixels[None]).shape

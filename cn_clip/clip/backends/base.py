@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cn_clip.clip.backends.names import BackendName, Kind, Precision
+from cn_clip.clip.blocks import trimmed
 from cn_clip.errors import ConfigError, NotFiniteError
 
 if TYPE_CHECKING:
@@ -87,6 +88,14 @@ class TensorBackend(Backend, Protocol):
     def start_token_tensors(self, token_ids_BL: TokenIds) -> Callable[[], "torch.Tensor"]:
         """The same for `encode_tokens`."""
         ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How the inputs of a model are made."""
+
+    pictures: "PictureTransform"
+    texts: "TextTransform"
 
 
 @dataclass(frozen=True)
@@ -210,7 +219,8 @@ class TowerFacts:
     architecture: "VISION@TEXT". weights: a fingerprint that the two towers of one model share. logit_scale: the factor
     on cosines, exp of the stored parameter. left_out: products that lose too much in int8 and stay float32. levels: the
     largest weight in int8. num_int8, num_products: products with weights in int8, and all of them.
-    merge_tokens: patches merged a layer, of a picture tower; None: none.
+    merge_tokens: patches merged a layer, of a picture tower; None: none. family: of models of another family, which
+    have pixels and token ids of their own. shape: of one input of a picture tower, None where it is free.
     """
 
     kind: Kind
@@ -230,6 +240,8 @@ class TowerFacts:
     num_int8: int | None = None
     num_products: int | None = None
     merge_tokens: int | None = None
+    family: str | None = None
+    shape: tuple[int | None, ...] | None = None
 
 
 class Tower(Protocol):
@@ -324,10 +336,13 @@ class ExportedBackend:
     def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
         """Normalised pixels, float32 (B, 3, R, R), to unit float32 rows (B, D); raises ConfigError for other shapes."""
         tower = self._tower("image")
-        expected = (3, self.resolution, self.resolution)
-        if pixels_B3RR.shape[1:] != expected:
+        expected = tower.facts.shape or (3, self.resolution, self.resolution)
+        found = pixels_B3RR.shape[1:]
+        if len(found) != len(expected) or any(
+            size not in (None, one) for size, one in zip(expected, found, strict=True)
+        ):
             raise ConfigError(f"takes pictures (B, {expected}), got the shape {pixels_B3RR.shape}", at=tower.path)
-        return self._rows(tower, pixels_B3RR)
+        return self._rows(tower, trimmed(pixels_B3RR))
 
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
         """Token ids, int64 (B, L), padded with 0, to unit rows (B, D), float32."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cn_clip import ranks
 from cn_clip.clip.backends import open_vino, parity, speeds
 from cn_clip.clip.backends.base import facts_of
-from cn_clip.clip.backends.exported import Announce, Source, announce, keep_losses, kept_losses
+from cn_clip.clip.backends.exported import Announce, Source, announce, files_of_prefix, keep_losses, kept_losses
 from cn_clip.clip.backends.names import (
     KINDS,
     LEAST_COSINE,
@@ -31,7 +31,7 @@ from cn_clip.clip.backends.names import (
     settled,
     torch_precisions,
 )
-from cn_clip.clip.backends.opening import check_model, files_of_prefix, open_backend, ready_files, settle_precision
+from cn_clip.clip.backends.opening import open_source, ready_files, settle_precision
 from cn_clip.clip.backends.speeds import DeviceKind, Mode
 from cn_clip.clip.tokenizer import CONTEXT_LENGTH
 from cn_clip.errors import CnClipError, ConfigError
@@ -137,6 +137,30 @@ def decide(
     loss is that of the arithmetic, measured without merging. Others as of `open_backend`.
     Raises ConfigError when nothing can be taken, CheckpointError or DownloadError when there are no such weights.
     """
+    return decide_for(
+        Source(model, vision, text, download_root, merge_tokens),
+        precision=precision,
+        device=device,
+        num_threads=num_threads,
+        compile=compile,
+        kinds=kinds,
+        min_cosine=min_cosine,
+        say=say,
+    )
+
+
+def decide_for(
+    source: Source,
+    *,
+    precision: str = "auto",
+    device: "str | torch.device | None" = None,
+    num_threads: int | None = None,
+    compile: bool = False,
+    kinds: Sequence[Kind] = KINDS,
+    min_cosine: float | None = None,
+    say: Announce = announce,
+) -> Decision:
+    """`decide` for weights of any family."""
     wanted = check_precision("auto", precision)
     check_cosine(min_cosine)
     kind = device_kind(device)
@@ -150,38 +174,29 @@ def decide(
             f"precision: this machine has no hardware for {wanted} ({speeds.NAMES[kind]}); use auto or fp32, or name a "
             "backend that computes in it all the same"
         )
-    source = Source(model, vision, text, download_root)
-    if not files_of_prefix(model, "onnx"):
+    if not files_of_prefix(source.model, "onnx"):
         source.folder()
-    settings: dict[str, Any] = {
-        "device": device,
-        "vision": vision,
-        "text": text,
-        "download_root": download_root,
-        "num_threads": num_threads,
-        "kinds": kinds,
-        "say": say,
-    }
+    settings: dict[str, Any] = {"device": device, "num_threads": num_threads, "kinds": kinds, "say": say}
+    exact = replace(source, merge_tokens=0)
     where = None if device is None else str(device)
     passed_over: list[tuple[Mode, str]] = []
     for mode in candidates:
         try:
-            check_model(model, mode.backend)
+            source.check_model(mode.backend)
             if mode.backend != "torch":
                 _check_has(mode)
-                merging = replace(source, merge_tokens=merge_tokens)
-                ready_files(merging, kinds, backend=mode.backend, precision=mode.precision, device=where, say=say)
-            cosines = {} if bound is None else losses(source, mode, kind, settings)
+                ready_files(source, kinds, backend=mode.backend, precision=mode.precision, device=where, say=say)
+            cosines = {} if bound is None else losses(exact, mode, kind, settings)
             if bound is not None and not min(cosines.values(), default=1.0) >= bound:
                 raise ConfigError(f"smallest cosine to float32 {min(cosines.values()):.5f}, wanted {bound:g}")
         except CnClipError as error:
             passed_over.append((mode, str(error)))
             continue
-        decision = Decision(mode, kind, cosines, bound, tuple(passed_over))
+        decision = Decision(mode, kind, cosines, bound, tuple(passed_over), only=source.unmeasured)
         logging.getLogger(__name__).info("%s", decision)
         return decision
     reasons = "; ".join(f"{mode}: {reason}" for mode, reason in passed_over)
-    raise ConfigError(f"backend: nothing here runs {model} in {wanted}: {reasons}")
+    raise ConfigError(f"backend: nothing here runs {source.model} in {wanted}: {reasons}")
 
 
 def only_torch(
@@ -238,7 +253,7 @@ def losses(source: Source, mode: Mode, kind: DeviceKind, settings: Mapping[str, 
     """The smallest cosine to float32 of each tower wanted, on the parity samples; none of float32 itself.
 
     Measured once for a kind of processor and a version of what computes, and kept beside the exports.
-    settings: of `open_backend`.
+    settings: of `open_source`.
     """
     if mode.precision == "fp32":
         return {}
@@ -249,11 +264,11 @@ def losses(source: Source, mode: Mode, kind: DeviceKind, settings: Mapping[str, 
     if set(kinds) <= known.keys():
         return {one: known[one] for one in kinds}
     with working(both(f"测量 {mode} 与 float32 的差别", f"measuring how close {mode} is to float32")):
-        exact = open_backend(source.model, backend=mode.backend, precision="fp32", **settings)
-        samples = parity.embedded_samples(min(CONTEXT_LENGTH, facts_of(exact).max_length or CONTEXT_LENGTH))
+        exact = open_source(source, backend=mode.backend, precision="fp32", **settings)
+        samples = source.samples(min(CONTEXT_LENGTH, facts_of(exact).max_length or CONTEXT_LENGTH))
         expected = parity.reference(exact, samples, kinds)
         del exact
-        opened = open_backend(source.model, backend=mode.backend, precision=mode.precision, **settings)
+        opened = open_source(source, backend=mode.backend, precision=mode.precision, **settings)
         found = {one: parity.smallest_cosine(opened, one, expected) for one in kinds}
     if has_folder:
         try:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from cn_clip import zoo
 from cn_clip.clip.backends import parity
-from cn_clip.clip.backends.base import TowerFacts
+from cn_clip.clip.backends.base import Parts, TowerFacts
 from cn_clip.clip.backends.derived import check_packages
 from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.backends.onnx_files import INPUTS, METADATA_KEY, OUTPUTS, metadata, onnx_path, save, set_metadata
-from cn_clip.clip.backends.parity import Reference, Report
-from cn_clip.clip.backends.pytorch import TorchBackend
+from cn_clip.clip.backends.parity import Reference, Report, Samples
+from cn_clip.clip.backends.pytorch import ForeignTowers, TorchBackend
+from cn_clip.clip.blocks import trimmed
 from cn_clip.clip.loading import open_model
 from cn_clip.clip.model import CLIP
 from cn_clip.errors import ConfigError
@@ -29,6 +30,8 @@ from cn_clip.progress import working
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+    from cn_clip.clip.tokenizer import TextTransform
 
 OPSET = 18
 
@@ -89,13 +92,60 @@ def export_tower(
             )
         facts = replace(facts, max_length=max_length)
     with working(both(f"导出 ONNX（{kind}）", f"exporting to ONNX ({kind})")):
-        proto = _translated(model, kind)
-        set_metadata(proto, {METADATA_KEY: metadata(facts)})
-        save(proto, path)
+        batch = torch.export.Dim("batch", min=1)
+        if kind == "image":
+            example = torch.zeros(2, 3, model.resolution, model.resolution)
+            free: dict[int, Any] = {0: batch}
+        else:
+            longest = model.config.text.text_max_position_embeddings
+            example = torch.ones(2, 12, dtype=torch.int64)
+            free = {0: batch, 1: torch.export.Dim("length", min=2, max=longest)}
+        _write((_ImageTower if kind == "image" else _TextTower)(model), kind, example, free, facts, path)
     report = parity.compare(expected, path, kind, "fp32", tolerance=tolerance)
     if whole is not None and facts.merge_tokens:
         report = replace(report, merging=parity.merging(whole, expected, facts.merge_tokens))
     return report
+
+
+def export_parts(
+    parts: Parts, kinds: Sequence[Kind], prefix: Path, *, family: str, samples: Samples
+) -> Iterator[Report]:
+    """Writes towers of a float32 model of another family in PyTorch; raises as `export_tower`.
+
+    family: what the files say of it. samples: prepared by the parts.
+    """
+    check_packages(["fp32"])
+    towers = parts.backend
+    assert isinstance(towers, ForeignTowers), "is opened in PyTorch"
+    expected = parity.reference(towers, samples, kinds)
+    total, visual = towers.facts.num_parameters
+    for kind in kinds:
+        of_text: dict[str, Any] = dict.fromkeys(("max_length", "context_length"), parts.texts.context_length)
+        facts = TowerFacts(
+            kind=kind,
+            embed_dim=towers.embed_dim,
+            precision="fp32",
+            logit_scale=towers.facts.logit_scale,
+            num_parameters=visual if kind == "image" else total - visual,
+            family=family,
+            **({"resolution": towers.resolution} if kind == "image" else of_text),
+        )
+        example = torch.from_numpy(trimmed(expected.inputs[kind][:2]))
+        free: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+        if kind == "text" and (longest := _free_length(parts.texts)):
+            free[1] = torch.export.Dim("length", min=2, max=longest)
+        if kind == "image" and example.ndim == len(("batch", "patches", "values")):
+            free[1] = torch.export.Dim("patches", min=2, max=towers.shape[0])
+        path = onnx_path(prefix, kind, "fp32")
+        with working(both(f"导出 ONNX（{kind}）", f"exporting to ONNX ({kind})")):
+            _write(towers.module(kind), kind, example, free, facts, path)
+        yield parity.compare(expected, path, kind, "fp32")
+
+
+def _free_length(texts: "TextTransform") -> int | None:
+    """The longest text in tokens; None where every text is padded to one length."""
+    short, long = (texts.pad(texts.rows([text])).shape[1] for text in ("一", "一" * texts.context_length))
+    return texts.context_length if short != long else None
 
 
 def facts_of_model(model: CLIP, kind: Kind) -> TowerFacts:
@@ -118,19 +168,18 @@ def facts_of_model(model: CLIP, kind: Kind) -> TowerFacts:
     )
 
 
-def _translated(model: CLIP, kind: Kind) -> "ModelProto":
+def _write(module: nn.Module, kind: Kind, example: Tensor, free: dict[int, Any], facts: TowerFacts, path: Path) -> None:
+    """Writes the file of a module of one input; free: the axes of any size."""
+    proto = _translated(module, kind, example, free)
+    set_metadata(proto, {METADATA_KEY: metadata(facts)})
+    save(proto, path)
+
+
+def _translated(module: nn.Module, kind: Kind, example: Tensor, free: dict[int, Any]) -> "ModelProto":
     script: Any = require("onnxscript.optimizer", extra="onnx", purpose="exporting to ONNX")
-    batch = torch.export.Dim("batch", min=1)
-    if kind == "image":
-        example = torch.zeros(2, 3, model.resolution, model.resolution)
-        free: dict[int, Any] = {0: batch}
-    else:
-        longest = model.config.text.text_max_position_embeddings
-        example = torch.ones(2, 12, dtype=torch.int64)
-        free = {0: batch, 1: torch.export.Dim("length", min=2, max=longest)}
     with _quietly(), torch.no_grad():
         program = torch.onnx.export(
-            (_ImageTower if kind == "image" else _TextTower)(model).eval(),
+            module.eval(),
             (example,),
             input_names=[INPUTS[kind]],
             output_names=[OUTPUTS[kind]],

@@ -1,8 +1,11 @@
 """The cache of exported models: the ONNX files of a name or a weight file, made at first use, under a lock."""
 
 import contextlib
+import glob
 import hashlib
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,9 +15,11 @@ from typing import Any
 
 from cn_clip import digests, zoo
 from cn_clip.clip.backends import derived, parity
-from cn_clip.clip.backends.names import KINDS, Kind
+from cn_clip.clip.backends.base import Backend
+from cn_clip.clip.backends.names import KINDS, BackendName, Kind
 from cn_clip.clip.backends.onnx_files import extra_path, move, onnx_path
-from cn_clip.clip.backends.parity import Report
+from cn_clip.clip.backends.parity import Report, Samples
+from cn_clip.clip.tokenizer import CONTEXT_LENGTH
 from cn_clip.clip.weights import hub
 from cn_clip.digests import FileFacts
 from cn_clip.errors import ConfigError
@@ -48,11 +53,35 @@ def announce(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def check_model(model: str | Path, backend: BackendName) -> None:
+    """Raises ConfigError for a name that cannot be a model of this backend."""
+    if not str(model):
+        raise ConfigError("model: expected a name or a path, got ''")
+    others = 'use backend="onnx" or backend="openvino"'
+    path = Path(model)
+    if path.suffix == ".onnx" and os.path.isfile(path):
+        named = re.fullmatch(r"(.+)\.(?:img|txt)\.[a-z0-9.]+\.onnx", path.name)
+        prefix = path.with_name(named[1]) if named else "of files named PREFIX.img.fp32.onnx and PREFIX.txt.fp32.onnx"
+        more = f", and {others}" if backend == "torch" else ""
+        raise ConfigError(f"{model}: is one exported tower; give the prefix {prefix}{more}")
+    if backend == "torch" and files_of_prefix(model, "onnx"):
+        raise ConfigError(f"{model}: is the prefix of exported files; {others}")
+
+
+def files_of_prefix(model: str | Path, *suffixes: str) -> list[str]:
+    """The exported files whose names begin so; none for the name or the path of a model."""
+    if zoo.named(str(model)) is not None or os.path.exists(model):
+        return []
+    parent, name = Path(model).parent, glob.escape(Path(model).name)
+    return sorted(path.name for suffix in suffixes for path in parent.glob(f"{name}.*.{suffix}"))
+
+
 @dataclass(frozen=True)
 class Source:
     """Weights to export: a published or bundled name or a file, and its towers where the user named them.
 
     merge_tokens: patches that the picture tower merges in each layer.
+    What differs in a model of another family is in the methods below `folder`; `families.opening` has its own.
     """
 
     model: str | Path
@@ -60,6 +89,16 @@ class Source:
     text: str | None = None
     download_root: str | Path | None = None
     merge_tokens: int = 0
+
+    @property
+    def family(self) -> str | None:
+        """What the facts of its files say of their family; None of Chinese-CLIP."""
+        return None
+
+    @property
+    def unmeasured(self) -> str:
+        """Why the speeds that were measured do not hold for it; "" if they do."""
+        return ""
 
     @property
     def root(self) -> Path:
@@ -71,12 +110,44 @@ class Source:
 
         Raises CheckpointError or DownloadError when there are no weights.
         """
-        path = hub.weight_file(self.model, download_root=self.download_root)
-        files = [(file.resolve(), file.stat()) for file in hub.files_of(path)]
+        stem, paths = self.files()
+        files = [(file.resolve(), file.stat()) for file in paths]
         seen = [(str(file), status.st_size, status.st_mtime_ns) for file, status in files]
-        facts = (FORMAT, self.vision, self.text, seen, *([self.merge_tokens] if self.merge_tokens else []))
+        facts = (FORMAT, self.vision, self.text, seen, *self.more())
         key = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-        return self.root / f"{path.resolve().stem}-{key}"
+        return self.root / f"{stem}-{key}"
+
+    def files(self) -> tuple[str, list[Path]]:
+        """What the folder's name begins with, and the files whose change makes the exports stale."""
+        path = hub.weight_file(self.model, download_root=self.download_root)
+        return path.resolve().stem, hub.files_of(path)
+
+    def more(self) -> tuple[object, ...]:
+        """What else the exports depend on."""
+        return (self.merge_tokens,) if self.merge_tokens else ()
+
+    def export(self, kinds: Sequence[Kind], prefix: Path) -> Iterator[Report]:
+        """Writes float32 files of towers; brings PyTorch, which files that are there do without."""
+        from cn_clip.clip.backends import export
+
+        towers: dict[str, Any] = {"vision": self.vision, "text": self.text}
+        settings: dict[str, Any] = {"download_root": self.download_root, "merge_tokens": self.merge_tokens}
+        return export.export_model(self.model, kinds, prefix, **towers, **settings)
+
+    def samples(self, context_length: int = CONTEXT_LENGTH) -> Samples:
+        """What the loss of a file is measured on. context_length: longest caption in tokens."""
+        return parity.embedded_samples(context_length)
+
+    def check_model(self, backend: BackendName) -> None:
+        """Raises ConfigError for a name that cannot be a model of this backend."""
+        check_model(self.model, backend)
+
+    def open_torch(self, **settings: Any) -> Backend:
+        """The towers in PyTorch; settings: of `open_torch` besides the model and its towers."""
+        from cn_clip.clip.backends.pytorch import open_torch
+
+        towers: dict[str, Any] = {"vision": self.vision, "text": self.text, "merge_tokens": self.merge_tokens}
+        return open_torch(self.model, download_root=self.download_root, **towers, **settings)
 
 
 def tower_files(source: Source, kinds: Sequence[Kind], form: str, *, say: Announce = announce) -> dict[Kind, Path]:
@@ -161,14 +232,9 @@ def _make(source: Source, kinds: Sequence[Kind], form: str, folder: Path, say: A
     try:
         reports: Iterable[Report]
         if form == "fp32":
-            from cn_clip.clip.backends import export  # brings PyTorch, which files that are there do without
-
-            towers: dict[str, Any] = {"vision": source.vision, "text": source.text}
-            root = source.download_root
-            settings: dict[str, Any] = {"download_root": root, "merge_tokens": source.merge_tokens}
-            reports = export.export_model(source.model, list(bases), scratch / STEM, **towers, **settings)
+            reports = source.export(list(bases), scratch / STEM)
         else:
-            expected = parity.file_reference(bases, parity.embedded_samples())
+            expected = parity.file_reference(bases, source.samples())
             reports = (
                 derived.derive(base, kind, form, onnx_path(scratch / STEM, kind, form), expected)
                 for kind, base in bases.items()

@@ -37,7 +37,7 @@ _LOCATION = b"\x0a\x08location\x12"
 
 # The facts that are not whole numbers.
 FACT_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("kind", "precision", "architecture", "weights"), (str,)),
+    **dict.fromkeys(("kind", "precision", "architecture", "weights", "family"), (str,)),
     "logit_scale": (int, float),
 }
 
@@ -132,8 +132,9 @@ def facts_of(
 
     Raises CheckpointError when it is not a tower of this kind.
     """
-    wanted = {INPUTS[kind]: 4 if kind == "image" else 2}
-    if {name: len(shape) for name, shape in inputs.items()} != wanted or OUTPUTS[kind] not in outputs:
+    # A picture is (3, R, R), or a block of patches.
+    wanted = [{INPUTS[kind]: axes} for axes in ((4, 3) if kind == "image" else (2,))]
+    if {name: len(shape) for name, shape in inputs.items()} not in wanted or OUTPUTS[kind] not in outputs:
         found = ", ".join(f"{name} {list(shape)}" for name, shape in [*inputs.items(), *outputs.items()])
         raise CheckpointError(
             f"expected the {kind} model, with the input {INPUTS[kind]!r} and the output {OUTPUTS[kind]!r}; "
@@ -147,9 +148,12 @@ def facts_of(
         embed_dim = known.get("embed_dim")
     if not isinstance(embed_dim, int) or (kind == "image" and shape[-1] is None):
         raise CheckpointError(f"does not say its size ({list(shape)} to {embed_dim}); export it again", at=path)
-    fixed = {"batch": shape[0], "embed_dim": embed_dim}
+    fixed: dict[str, Any] = {"batch": shape[0], "embed_dim": embed_dim}
     if kind == "image":
-        fixed["resolution"] = shape[-1]
+        fixed["shape"] = tuple(shape[1:])
+        fixed["resolution"] = shape[-1] if len(shape) == 4 else known.get("resolution")
+        if fixed["resolution"] is None:
+            raise CheckpointError("does not say the size of its pictures; export it again", at=path)
     else:
         fixed["length"] = shape[1]
     return TowerFacts(**{**known, **fixed, "kind": kind})
@@ -163,7 +167,8 @@ def read_metadata(path: str, kind: Kind, text: str | None) -> dict[str, Any]:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError(f"expected an object, got {type(values).__name__}")
-        known = {field.name: values[field.name] for field in fields(TowerFacts) if field.name in values}
+        names = {field.name for field in fields(TowerFacts)} - {"shape"}  # which the tensors of the file say
+        known = {name: values[name] for name in names if name in values}
         for name, value in known.items():
             words = name == "left_out" and isinstance(value, list) and all(isinstance(one, str) for one in value)
             plain = isinstance(value, FACT_TYPES.get(name, (int,))) and not isinstance(value, bool)

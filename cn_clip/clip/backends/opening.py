@@ -1,19 +1,25 @@
 """From a name or a file to a running backend: what `Encoder` and the commands call."""
 
 import functools
-import glob
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cn_clip import ranks, zoo
+from cn_clip import ranks
 from cn_clip.clip import merge_rules
 from cn_clip.clip.backends import onnx_runtime, open_vino, tensor_rt
 from cn_clip.clip.backends.base import Backend, ExportedBackend, Tower
-from cn_clip.clip.backends.exported import Announce, Source, announce, forget, kept_file, tower_file, tower_files
+from cn_clip.clip.backends.exported import (
+    Announce,
+    Source,
+    announce,
+    files_of_prefix,
+    forget,
+    kept_file,
+    tower_file,
+    tower_files,
+)
 from cn_clip.clip.backends.names import (
     KINDS,
     BackendName,
@@ -60,59 +66,40 @@ def open_backend(
     Raises CnClipError: no such model, backend, precision or device, or a package that is not installed.
     """
     with working(both("打开模型", "opening the model")):
-        return _open(
-            model,
+        merge_rules.check_named(merge_tokens, model, vision)
+        return open_source(
+            Source(model, vision, text, download_root, merge_tokens),
             backend=backend,
             precision=precision,
             device=device,
-            vision=vision,
-            text=text,
-            download_root=download_root,
             num_threads=num_threads,
             compile=compile,
-            merge_tokens=merge_tokens,
             kinds=kinds,
             say=say,
         )
 
 
-def _open(
-    model: str | Path,
+def open_source(
+    source: Source,
     *,
-    backend: BackendName,
-    precision: str,
-    device: "str | torch.device | None",
-    vision: str | None,
-    text: str | None,
-    download_root: str | Path | None,
-    num_threads: int | None,
-    compile: bool,
-    merge_tokens: int,
-    kinds: Sequence[Kind],
-    say: Announce,
+    backend: BackendName = "torch",
+    precision: str = "fp32",
+    device: "str | torch.device | None" = None,
+    num_threads: int | None = None,
+    compile: bool = False,
+    kinds: Sequence[Kind] = KINDS,
+    say: Announce = announce,
 ) -> Backend:
+    """`open_backend` of weights of any family."""
     check_precision(backend, precision)
     check_threads(num_threads)
-    check_model(model, backend)
-    merge_rules.check_named(merge_tokens, model, vision)
+    source.check_model(backend)
     if compile and backend != "torch":
         raise ConfigError(f"compile: is for the torch backend; {backend} compiles by itself")
     if backend == "torch":
-        from cn_clip.clip.backends.pytorch import open_torch
-
-        return open_torch(
-            model,
-            device=device,
-            precision=precision,
-            vision=vision,
-            text=text,
-            download_root=download_root,
-            num_threads=num_threads,
-            compile=compile,
-            merge_tokens=merge_tokens,
-        )
+        return source.open_torch(device=device, precision=precision, num_threads=num_threads, compile=compile)
+    merge_tokens = source.merge_tokens
     chosen = settle_precision(backend, precision, device)
-    source = Source(model, vision, text, download_root, merge_tokens)
     where = None if device is None else str(device)
     towers: Mapping[Kind, Tower]
     if backend == "tensorrt":
@@ -124,9 +111,21 @@ def _open(
         towers = _open_onnx(
             source, kinds, backend=backend, precision=chosen, device=where, num_threads=num_threads, say=say
         )
+    for tower in towers.values():
+        _check_family(tower, source)
     if (image := towers.get("image")) is not None:
         _check_merging(image, merge_tokens)
     return ExportedBackend(towers.get("image"), towers.get("text"), backend=backend, precision=chosen)
+
+
+def _check_family(tower: Tower, source: Source) -> None:
+    """Raises ConfigError for a file of another family, whose pixels and token ids are not those of Chinese-CLIP."""
+    if tower.facts.family != source.family:
+        raise ConfigError(
+            f"was exported from a model of the family {tower.facts.family}; open that model by its name, with "
+            "backend=, and its file is found",
+            at=tower.path,
+        )
 
 
 def _check_merging(image: Tower, merge_tokens: int) -> None:
@@ -278,26 +277,3 @@ def settle_precision(backend: BackendName, precision: str, device: "str | torch.
     if backend == "onnx":
         return settled(backend, chosen, onnx_runtime.native_precisions(str(device or "auto")))
     return settled(backend, chosen, ("fp16", "fp32"))
-
-
-def check_model(model: str | Path, backend: BackendName) -> None:
-    """Raises ConfigError for a name that cannot be a model of this backend."""
-    if not str(model):
-        raise ConfigError("model: expected a name or a path, got ''")
-    others = 'use backend="onnx" or backend="openvino"'
-    path = Path(model)
-    if path.suffix == ".onnx" and os.path.isfile(path):
-        named = re.fullmatch(r"(.+)\.(?:img|txt)\.[a-z0-9.]+\.onnx", path.name)
-        prefix = path.with_name(named[1]) if named else "of files named PREFIX.img.fp32.onnx and PREFIX.txt.fp32.onnx"
-        more = f", and {others}" if backend == "torch" else ""
-        raise ConfigError(f"{model}: is one exported tower; give the prefix {prefix}{more}")
-    if backend == "torch" and files_of_prefix(model, "onnx"):
-        raise ConfigError(f"{model}: is the prefix of exported files; {others}")
-
-
-def files_of_prefix(model: str | Path, *suffixes: str) -> list[str]:
-    """The exported files whose names begin so; none for the name or the path of a model."""
-    if zoo.named(str(model)) is not None or os.path.exists(model):
-        return []
-    parent, name = Path(model).parent, glob.escape(Path(model).name)
-    return sorted(path.name for suffix in suffixes for path in parent.glob(f"{name}.*.{suffix}"))

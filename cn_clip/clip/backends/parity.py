@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cn_clip import emoji_pack
 from cn_clip.clip import tokenizer
-from cn_clip.clip.backends.base import Backend, ExportedBackend, Rows, Tower
+from cn_clip.clip.backends.base import Backend, ExportedBackend, Inputs, Rows, Tower
 from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.backends.onnx_runtime import OnnxTower
 from cn_clip.clip.backends.open_vino import OpenVinoTower
@@ -34,18 +34,22 @@ TOLERANCES = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.99, "int8.openvino": 0.99
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures and as many captions, that of a picture at its position. context_length: longest caption in tokens."""
+    """Pictures and as many captions, that of a picture at its position. context_length: longest caption in tokens.
+
+    prepared: how a model of another family has its inputs; default: as Chinese-CLIP.
+    """
 
     pictures: "Sequence[Image]"
     captions: Sequence[str]
     context_length: int = tokenizer.CONTEXT_LENGTH
+    prepared: Inputs | None = None
 
     def inputs(self, kind: Kind, resolution: int) -> Any:
-        """What a tower takes: pixels (N, 3, R, R), or token ids (N, L)."""
+        """What a tower takes: pixels (N, 3, R, R) or blocks of them, or token ids (N, L)."""
         if kind == "image":
-            transform = ImageTransform(resolution)
+            transform = self.prepared.pictures if self.prepared else ImageTransform(resolution)
             return np.stack([transform.array(picture) for picture in self.pictures])
-        texts = ChineseTexts(self.context_length)
+        texts = self.prepared.texts if self.prepared else ChineseTexts(self.context_length)
         return texts.pad(texts.rows(self.captions))
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +26,8 @@ from cn_clip.clip.backends.base import (
     checked_rows,
     unit_rows,
 )
-from cn_clip.clip.backends.names import check_threads, settled, torch_precisions
+from cn_clip.clip.backends.names import Kind, check_threads, settled, torch_precisions
+from cn_clip.clip.blocks import trimmed, write_block
 from cn_clip.clip.loading import open_model
 from cn_clip.clip.model import CLIP, convert_weights
 from cn_clip.clip.transfers import on_device
@@ -244,8 +246,9 @@ def sharing(
 class ForeignTowers:
     """A model that is moved to `device` and put into `precision` itself.
 
-    encode_image: normalised pixels (B, 3, R, R) in the model's dtype to features (B, D). encode_text: int64 token ids
-    (B, L) to features (B, D). visual_parts: beginnings of the names of the picture tower's parameters.
+    encode_image: pixels of a `shape` as a picture transform makes them, float32 (B, …), to features (B, D).
+    encode_text: int64 token ids (B, L) to features (B, D). resolution: the side of a picture, of about as many pixels
+    where they differ. visual_parts: beginnings of the names of the picture tower's parameters.
     logit_scale: the factor on cosines. num_threads: sets PyTorch's threads, for the whole process.
     """
 
@@ -256,6 +259,7 @@ class ForeignTowers:
         encode_image: Callable[[Tensor], Tensor],
         encode_text: Callable[[Tensor], Tensor],
         resolution: int,
+        shape: tuple[int, ...],
         logit_scale: float | None,
         visual_parts: tuple[str, ...],
         device: torch.device,
@@ -264,15 +268,14 @@ class ForeignTowers:
     ) -> None:
         compute_alone_in_children()
         self.precision = settled("torch", precision, torch_precisions(device))
-        self._dtype = DTYPES[self.precision]
         check_threads(num_threads)
         ranks.use_threads(num_threads)
         self.device = device
-        self.model = model.to(device=device, dtype=self._dtype).eval()
+        self.model = model.to(device=device, dtype=DTYPES[self.precision]).eval()
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, value in owned(tensors).items():  # transformers leaves them in the mapped file
             tensors[name].data = value
-        self.resolution = resolution
+        self.resolution, self.shape = resolution, shape
         sizes = {name: one.numel() for name, one in model.named_parameters()}
         visual = sum(size for name, size in sizes.items() if name.startswith(visual_parts))
         self.facts = Facts(
@@ -289,10 +292,17 @@ class ForeignTowers:
         self.room = self._lane.room
         self._encode_image, self._encode_text = encode_image, encode_text
         # Each family keeps the width of its rows under another name.
-        self.embed_dim = self.encode_pixels(torch.zeros(1, 3, resolution, resolution).numpy()).shape[1]
+        sample = np.zeros((1, *shape), np.float32)
+        if len(shape) == 2:
+            write_block(sample[0, 1:], (1, 1), sample[0])
+        self.embed_dim = self.encode_pixels(sample).shape[1]
+
+    def module(self, kind: Kind) -> nn.Module:
+        """One tower as a module of one input, for export."""
+        return _OneInput(self.model, self._encode_image if kind == "image" else self._encode_text)
 
     def encode_pixels(self, pixels_B3RR: AnyPixels) -> Rows:
-        """Normalised pixels, float32 (B, 3, R, R), to unit rows (B, D), float32."""
+        """Pixels of the shape that the picture transform makes, float32 (B, …), to unit rows (B, D), float32."""
         return self.start_pixels(pixels_B3RR)()
 
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
@@ -301,7 +311,7 @@ class ForeignTowers:
 
     def start_pixels(self, pixels_B3RR: AnyPixels) -> Callable[[], Rows]:
         """See `AsyncBackend`."""
-        features_of = self._lane.started(lambda pixels: self._encode_image(pixels.to(self._dtype)).float(), pixels_B3RR)
+        features_of = self._lane.started(lambda pixels: self._encode_image(pixels).float(), trimmed(pixels_B3RR))
         return lambda: unit_rows(features_of())
 
     def start_tokens(self, token_ids_BL: TokenIds) -> Callable[[], Rows]:
@@ -311,11 +321,22 @@ class ForeignTowers:
 
     def start_pixel_tensors(self, pixels_B3RR: AnyPixels) -> Callable[[], Tensor]:
         """See `TensorBackend`."""
-        return self._lane.kept(lambda pixels: _unit(self._encode_image(pixels.to(self._dtype))), pixels_B3RR)
+        return self._lane.kept(lambda pixels: _unit(self._encode_image(pixels)), trimmed(pixels_B3RR))
 
     def start_token_tensors(self, token_ids_BL: TokenIds) -> Callable[[], Tensor]:
         """See `TensorBackend`."""
         return self._lane.kept(lambda token_ids: _unit(self._encode_text(token_ids)), token_ids_BL)
+
+
+class _OneInput(nn.Module):
+    """What a model computes of one input, as the exporter takes it."""
+
+    def __init__(self, model: nn.Module, encode: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self._encode = model, encode
+
+    def forward(self, given: Tensor) -> Tensor:
+        return self._encode(given)
 
 
 def _unit(features_BD: Tensor) -> Tensor:

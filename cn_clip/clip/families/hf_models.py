@@ -1,14 +1,16 @@
-"""Models of transformers: CLIP, SigLIP, AltCLIP, MetaCLIP 2 and Chinese-CLIP folders, run by transformers itself.
+"""Models of transformers: the table of families, and folders of them, run by transformers itself.
 
 Pictures go through the processor of the folder and texts through its tokenizer: nothing of them is repeated here.
 Code that comes with a folder is never run, and pickled weights are read only by `torch.load(weights_only=True)`.
 """
 
-# B batch, R resolution, L tokens, D embedding
+# B batch, R resolution, L tokens, D embedding, N patches, V values of a patch
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cn_clip.clip.backends.base import Parts, Pixels, TokenIds
+from cn_clip.clip.backends.base import Inputs, Pixels, TokenIds
 from cn_clip.clip.backends.pytorch import ForeignTowers
-from cn_clip.clip.transforms import Decode, draft_side, in_8_bits
+from cn_clip.clip.blocks import HEADER, write_block
+from cn_clip.clip.families import fg_clip_2, naflex
+from cn_clip.clip.transforms import Decode, draft_side, in_8_bits, shape_of
 from cn_clip.clip.weights.file_kinds import what_it_is
 from cn_clip.clip.weights.hf import CONFIG_FILE, read_json
-from cn_clip.errors import CheckpointError, CnClipError, MissingExtraError, first_sentence, reading
+from cn_clip.errors import CheckpointError, CnClipError, ConfigError, MissingExtraError, first_sentence, reading
 from cn_clip.extras import install_command, require
 
 _VISUAL_PARTS = ("vision_model.", "visual_projection.")
@@ -30,31 +34,63 @@ _VISUAL_PARTS = ("vision_model.", "visual_projection.")
 
 @dataclass(frozen=True)
 class Family:
-    """How the texts of a family were padded when it was trained.
+    """How the inputs of a family were made when it was trained, where its folders do not say it, and who loads it.
 
     is_masked: padding is hidden from attention; if it is not, attention is causal, or the tower was trained with it.
-    is_full: every text is padded to the longest that the tower takes. is_lower_cased: the tower never saw upper case,
-    whether or not the folder's tokenizer sees to that: those of SigLIP 2 do not (arXiv 2502.14786).
-    has_spare_positions: as in RoBERTa, the first position embeddings, one more than the id of padding, belong to no
-    text. processor: of pictures, if the folder does not name one.
+    None: as the folder's tokenizer has it. is_full: every text is padded to the longest that the tower takes.
+    is_lower_cased: the tower never saw upper case, whether or not the folder's tokenizer sees to that: those of
+    SigLIP 2 do not (arXiv 2502.14786). has_spare_positions: as in RoBERTa, the first position embeddings, one more than
+    the id of padding, belong to no text. processor: of pictures, if the folder does not name one.
+    read_config, load: of a folder; default, what `AutoConfig` and `AutoModel` open. long_texts: the field of the text
+    config that says how long texts are in a second way of reading them, which `load` is told of. num_patches: how many
+    patches a picture of a width and height gets at most; default, what the processor has.
     """
 
-    is_masked: bool = False
+    is_masked: bool | None = False
     is_full: bool = False
     is_lower_cased: bool = False
     has_spare_positions: bool = False
     processor: str = "CLIPImageProcessor"
+    read_config: Callable[..., Any] | None = None
+    load: Callable[..., Any] | None = None
+    long_texts: str = ""
+    num_patches: Callable[[int, int], int] | None = None
 
 
 # By the `model_type` of config.json.
 FAMILIES = {
     "clip": Family(),
     "siglip": Family(is_full=True, is_lower_cased=True, processor="SiglipImageProcessor"),
+    "siglip2": Family(is_full=True, is_lower_cased=True, processor="Siglip2ImageProcessor"),
+    "fgclip2": Family(
+        is_masked=None,
+        is_full=True,
+        is_lower_cased=True,
+        processor="Siglip2ImageProcessor",
+        read_config=fg_clip_2.read_config,
+        load=fg_clip_2.load,
+        long_texts="longtext_len",
+        num_patches=fg_clip_2.num_patches,
+    ),
+    "tipsv2": Family(is_masked=True, is_full=True, processor="Tipsv2ImageProcessor"),
     "altclip": Family(is_masked=True, has_spare_positions=True),
     "metaclip_2": Family(),
     "chinese_clip": Family(is_masked=True, processor="ChineseCLIPImageProcessor"),
 }
-PROCESSORS = {family.processor for family in FAMILIES.values()}
+# Of each image processor the one over PIL, and what it does unless a folder says otherwise. Those over torchvision,
+# which AutoImageProcessor needs, resize a little differently. That of TIPSv2 is only there over torchvision.
+PROCESSORS: dict[str, tuple[str, Mapping[str, object]]] = {
+    "CLIPImageProcessor": ("CLIPImageProcessorPil", {}),
+    "ChineseCLIPImageProcessor": ("ChineseCLIPImageProcessorPil", {}),
+    "SiglipImageProcessor": ("SiglipImageProcessorPil", {}),
+    "Siglip2ImageProcessor": ("Siglip2ImageProcessorPil", {}),
+    "Tipsv2ImageProcessor": (
+        "SiglipImageProcessorPil",
+        {"do_normalize": False, "resample": 2, "size": {"height": 448, "width": 448}},
+    ),
+}
+# The most patches of a picture that a folder may ask for: their attention takes memory with the square.
+MOST_PATCHES = 4096
 
 
 class ProcessedPictures:
@@ -93,6 +129,37 @@ class ProcessedPictures:
         return pixels
 
 
+class PatchedPictures:
+    """A folder's image processor that keeps proportions (NaFlex) as a `PictureTransform`: blocks of patches."""
+
+    def __init__(self, processor: Any, decode: Decode, num_patches: Callable[[int, int], int] | None = None) -> None:
+        """num_patches: the most patches of a picture by its width and height; default, what the processor has."""
+        self._processor, self.decode = processor, decode
+        self._num_patches = num_patches or (lambda width, height: int(processor.max_num_patches))
+        # However large the picture is.
+        most, side = self._num_patches(10**9, 10**9), int(processor.patch_size)
+        self.shape: tuple[int, ...] = (HEADER + most, 3 * side * side)
+        self.resolution = side * math.isqrt(most)
+
+    @property
+    def draft_size(self) -> int | None:
+        """The side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole."""
+        return draft_side(self.decode, self.resolution)
+
+    def array(self, image: Image.Image, out: Pixels | None = None) -> Pixels:
+        """The block of a picture, float32 (1 + N, V), in `out` if it is given; see `blocks`."""
+        image = in_8_bits(image, self.decode)
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        made = self._processor(images=[image], return_tensors="np", max_num_patches=self._num_patches(*image.size))
+        out = np.empty(self.shape, np.float32) if out is None else out
+        height, width = made["spatial_shapes"][0].tolist()
+        write_block(made["pixel_values"][0], (height, width), out)
+        return out
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return torch.from_numpy(self.array(image))
+
+
 class TokenizedTexts:
     """A folder's tokenizer as a `TextTransform`."""
 
@@ -100,6 +167,11 @@ class TokenizedTexts:
         self._tokenizer, self.context_length, self.is_full = tokenizer, context_length, is_full
         self.is_lower_cased = is_lower_cased
         self.pad_id = int(tokenizer.pad_token_id or 0)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether the tokenizer says that its padding is hidden from attention."""
+        return "attention_mask" in self._tokenizer.model_input_names
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special ones included, cut at the model's length."""
@@ -117,99 +189,165 @@ class TokenizedTexts:
         return np.array(filled, dtype=np.int64).reshape(len(rows), length)
 
 
-def open_folder(
-    folder: Path,
-    *,
-    device: torch.device,
-    precision: str = "fp32",
-    num_threads: int | None = None,
-    decode: Decode = "exact",
-) -> Parts:
-    """The model of a transformers folder with its processor and tokenizer.
+@dataclass(frozen=True)
+class Folder:
+    """A folder of transformers whose family is known; see `read_folder`."""
 
-    Raises CheckpointError for a folder of another family, one that does not fit its config.json, lacks weights or asks
-    for code of its own; MissingExtraError without transformers.
+    path: Path
+    config: Mapping[str, Any]
+    family: Family
+    library: Any
+
+    @property
+    def lengths(self) -> list[int]:
+        """How long texts may be in tokens, by the config: the usual length, and that of a second way of reading."""
+        text, family = self.config.get("text_config") or {}, self.family
+        return [int(text[family.long_texts])] if family.long_texts and family.long_texts in text else []
+
+    def open_inputs(self, *, decode: Decode = "exact", context_length: int | None = None) -> Inputs:
+        """The processor and the tokenizer. context_length: of a text in tokens; default, the usual one.
+
+        Raises CheckpointError for files that cannot be read or do not fit, ConfigError for another length.
+        """
+        with _explained(self.library, self.path):
+            config = self._read_config()
+            pictures = _open_pictures(self.library, self.path, self.family, config.vision_config, decode)
+            tokenizer = self.library.AutoTokenizer.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
+            longest = _longest(config.text_config, tokenizer, self.family)
+            if context_length is not None:
+                if context_length not in (longest, *self.lengths):
+                    known = " or ".join(map(str, (longest, *self.lengths)))
+                    raise ConfigError(
+                        f"context_length {context_length}: this model cuts texts at {known} tokens of its own; "
+                        "leave it out"
+                    )
+                longest = context_length
+            family = self.family
+            texts = TokenizedTexts(
+                tokenizer, context_length=longest, is_full=family.is_full, is_lower_cased=family.is_lower_cased
+            )
+        return Inputs(pictures, texts)
+
+    def open_towers(
+        self, inputs: Inputs, *, device: torch.device, precision: str = "fp32", num_threads: int | None = None
+    ) -> ForeignTowers:
+        """The model in PyTorch. inputs: those of this folder.
+
+        Raises CheckpointError for weights that are missing or do not fit, or a folder that asks for code of its own.
+        """
+        texts = inputs.texts
+        assert isinstance(texts, TokenizedTexts), "is of this folder"
+        with _explained(self.library, self.path):
+            model = self._load_model(texts.context_length)
+            is_masked = texts.has_mask if self.family.is_masked is None else self.family.is_masked
+            shape = shape_of(inputs.pictures)
+            is_patched = isinstance(inputs.pictures, PatchedPictures)
+            if is_patched:
+                naflex.prepare(model)
+            towers = ForeignTowers(
+                model,
+                encode_image=partial(_block_tower if is_patched else _image_tower, model),
+                encode_text=partial(_text_tower, model, texts.pad_id if is_masked else None),
+                resolution=inputs.pictures.resolution,
+                shape=shape,
+                logit_scale=_logit_scale(model),
+                visual_parts=_VISUAL_PARTS,
+                device=device,
+                precision=precision,
+                num_threads=num_threads,
+            )
+            towers.encode_tokens(texts.pad(texts.rows(["一"])))  # what fails with every text fails here
+        return towers
+
+    def _read_config(self) -> Any:
+        if self.family.read_config:
+            return self.family.read_config(self.library, self.config)
+        return self.library.AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+
+    def _load_model(self, context_length: int) -> Any:
+        settings: dict[str, Any] = {
+            "local_files_only": True,
+            "weights_only": True,
+            "use_safetensors": True if any(self.path.glob("*.safetensors")) else None,
+            "dtype": torch.float32,
+            "output_loading_info": True,
+        }
+        if self.family.load:
+            model, found = self.family.load(self.library, self.path, self.config, context_length, **settings)
+        else:
+            model, found = self.library.AutoModel.from_pretrained(self.path, trust_remote_code=False, **settings)
+        # transformers would go on, with random values instead of them.
+        for what in ("missing_keys", "mismatched_keys"):
+            if wrong := sorted(map(str, found.get(what) or ())):
+                listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+                raise CheckpointError(
+                    f"the weights do not fit config.json: {what.replace('_', ' ')} {listed}", at=self.path
+                )
+        return model
+
+
+def read_folder(path: Path) -> Folder:
+    """A transformers folder.
+
+    Raises CheckpointError for one of another family, naming those that are known; MissingExtraError without
+    transformers.
     """
-    config = read_json(folder / CONFIG_FILE)
+    config = read_json(path / CONFIG_FILE)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         more = ", and code that comes with a folder is not run" if "auto_map" in config else ""
         raise CheckpointError(
-            f"is of the family {kind!r}, expected one of {', '.join(sorted(FAMILIES))}{more}", at=folder
+            f"is of the family {kind!r}, expected one of {', '.join(sorted(FAMILIES))}{more}; if sentence-transformers "
+            f"opens it, use st:{path}",
+            at=path,
         )
-    family = FAMILIES[kind]
-    transformers: Any = require("transformers", extra="hf", purpose=f"hf:{folder}")
+    transformers: Any = require("transformers", extra="hf", purpose=f"hf:{path}")
     version = transformers.__version__
     if int(version.split(".")[0]) < 5:  # 4.57 fails on the texts of a ChineseCLIPModel, and has other processors
         raise MissingExtraError(
-            f"hf:{folder}: needs transformers 5, {version} is installed; install it with: {install_command('hf')}"
+            f"hf:{path}: needs transformers 5, {version} is installed; install it with: {install_command('hf')}"
         )
-    if (folder / "spiece.model").is_file():
+    if (path / "spiece.model").is_file():
         # Without it transformers 5 takes another tokenizer of the folder, which leaves out what SigLIP does to a text.
-        require("sentencepiece", extra="hf", purpose=f"hf:{folder}")
-    with _explained(transformers, folder):
-        model = _load_model(transformers, folder)
-        pictures = _open_pictures(transformers, folder, family.processor, model.config.vision_config, decode)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        longest = _longest(model, tokenizer, family)
-        texts = TokenizedTexts(
-            tokenizer, context_length=longest, is_full=family.is_full, is_lower_cased=family.is_lower_cased
-        )
-        towers = ForeignTowers(
-            model,
-            encode_image=lambda pixels_B3RR: _pooled(model.get_image_features(pixel_values=pixels_B3RR)),
-            encode_text=_text_tower(model, family, texts.pad_id),
-            resolution=pictures.resolution,
-            logit_scale=float(model.logit_scale.detach().exp()),
-            visual_parts=_VISUAL_PARTS,
-            device=device,
-            precision=precision,
-            num_threads=num_threads,
-        )
-        towers.encode_tokens(texts.pad(texts.rows(["一"])))  # what fails with every text fails here
-    return Parts(towers, pictures, texts)
+        require("sentencepiece", extra="hf", purpose=f"hf:{path}")
+    return Folder(path, config, FAMILIES[kind], transformers)
 
 
-def _load_model(transformers: Any, folder: Path) -> Any:
-    model, found = transformers.AutoModel.from_pretrained(
-        folder,
-        local_files_only=True,
-        trust_remote_code=False,
-        weights_only=True,
-        use_safetensors=True if any(folder.glob("*.safetensors")) else None,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    # transformers would go on, with random values instead of them.
-    for what in ("missing_keys", "mismatched_keys"):
-        if wrong := sorted(map(str, found.get(what) or ())):
-            listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-            raise CheckpointError(f"the weights do not fit config.json: {what.replace('_', ' ')} {listed}", at=folder)
-    return model
-
-
-def _open_pictures(transformers: Any, folder: Path, usual: str, config: Any, decode: Decode) -> ProcessedPictures:
-    """The processor over PIL: those over torchvision, which AutoImageProcessor needs, resize a little differently.
-
-    usual: the processor of a folder that does not name one. config: of the picture tower.
-    """
-    settings, _ = getattr(transformers, f"{usual}Pil").get_image_processor_dict(folder, local_files_only=True)
+def _open_pictures(
+    transformers: Any, folder: Path, family: Family, config: Any, decode: Decode
+) -> ProcessedPictures | PatchedPictures:
+    """The processor over PIL. config: of the picture tower."""
+    usual = family.processor
+    settings, _ = getattr(transformers, PROCESSORS[usual][0]).get_image_processor_dict(folder, local_files_only=True)
     written = settings.get("image_processor_type") or settings.get("feature_extractor_type") or usual
     name = written.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if name not in PROCESSORS:
         raise CheckpointError(
             f"has the processor {written}, expected one of {', '.join(sorted(PROCESSORS))}", at=folder
         )
-    processor = getattr(transformers, f"{name}Pil").from_pretrained(folder, local_files_only=True)
+    over_pil, otherwise = PROCESSORS[name]
+    more = {key: value for key, value in otherwise.items() if settings.get(key) is None}
+    processor = getattr(transformers, over_pil).from_pretrained(folder, local_files_only=True, **more)
+    where = f"{folder}/preprocessor_config.json"
+    if name == "Siglip2ImageProcessor":
+        if not 1 <= processor.max_num_patches <= MOST_PATCHES:
+            raise CheckpointError(
+                f"{where}: max_num_patches: expected 1 to {MOST_PATCHES}, got {processor.max_num_patches}"
+            )
+        if processor.patch_size != config.patch_size:
+            raise CheckpointError(
+                f"{where}: patch_size: expected {config.patch_size}, as the model has it, got {processor.patch_size}"
+            )
+        return PatchedPictures(processor, decode, family.num_patches)
     # Before a picture is made: one as large as the file says may not fit into memory.
     side, most = config.image_size, 4 * config.image_size
     for size, switch in (("size", "do_resize"), ("crop_size", "do_center_crop")):
         asked = dict(getattr(processor, size, None) or {}) if getattr(processor, switch, False) else {}
         for one in asked.values():
             if one is not None and not 1 <= one <= most:
-                raise CheckpointError(
-                    f"{folder}/preprocessor_config.json: {size}: expected 1 to {most} pixels a side, got {one}"
-                )
+                raise CheckpointError(f"{where}: {size}: expected 1 to {most} pixels a side, got {one}")
     pictures = ProcessedPictures(processor, decode)
     if pictures.shape != (3, side, side):
         raise CheckpointError(
@@ -218,19 +356,39 @@ def _open_pictures(transformers: Any, folder: Path, usual: str, config: Any, dec
     return pictures
 
 
-def _longest(model: Any, tokenizer: Any, family: Family) -> int:
-    """Tokens of the longest text, as tokenizer and position embeddings have them."""
-    config = model.config.text_config
+def _longest(config: Any, tokenizer: Any, family: Family) -> int:
+    """Tokens of the longest text, as tokenizer and position embeddings have them. config: of the text tower."""
     spare = int(config.pad_token_id) + 1 if family.has_spare_positions else 0
     return min(int(tokenizer.model_max_length), int(config.max_position_embeddings) - spare)
 
 
-def _text_tower(model: Any, family: Family, pad_id: int) -> Callable[[Tensor], Tensor]:
-    def encode(token_ids_BL: Tensor) -> Tensor:
-        mask = {"attention_mask": (token_ids_BL != pad_id).long()} if family.is_masked else {}
-        return _pooled(model.get_text_features(input_ids=token_ids_BL, **mask))
+def _logit_scale(model: Any) -> float:
+    """The factor on cosines, under the name that the family has for it."""
+    if hasattr(model, "temperature"):
+        return 1 / float(model.temperature.detach())
+    return float(model.logit_scale.detach().exp())
 
-    return encode
+
+def _image_tower(model: Any, pixels_B3RR: Tensor) -> Tensor:
+    return _pooled(model.get_image_features(pixel_values=pixels_B3RR.to(model.dtype)))
+
+
+def _block_tower(model: Any, blocks: Tensor) -> Tensor:
+    """Of blocks (B, 1 + N, V), whose first row says how many patches follow."""
+    size_B2, pixels_BNV = blocks[:, 0, :2], blocks[:, HEADER:]
+    numbers_N = torch.arange(pixels_BNV.shape[1], device=blocks.device)
+    mask_BN = (numbers_N[None] < size_B2.prod(dim=1, keepdim=True)).long()
+    return _pooled(
+        model.get_image_features(
+            pixel_values=pixels_BNV.to(model.dtype), pixel_attention_mask=mask_BN, spatial_shapes=size_B2.long()
+        )
+    )
+
+
+def _text_tower(model: Any, pad_id: int | None, token_ids_BL: Tensor) -> Tensor:
+    """pad_id: of padding that is hidden from attention, if it is."""
+    mask = {} if pad_id is None else {"attention_mask": (token_ids_BL != pad_id).long()}
+    return _pooled(model.get_text_features(input_ids=token_ids_BL, **mask))
 
 
 def _pooled(output: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Names of models of other families: `hf:FOLDER` and `open_clip:ARCHITECTURE@FILE`; needs no PyTorch."""
+"""Names of models of other families: `hf:FOLDER`, `open_clip:ARCHITECTURE@FILE`, `st:FOLDER`; needs no PyTorch."""
 
 import os
 from pathlib import Path
@@ -6,23 +6,34 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from cn_clip.errors import CheckpointError, ConfigError
 
-Scheme: TypeAlias = Literal["hf", "open_clip"]
+Scheme: TypeAlias = Literal["hf", "open_clip", "st"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-FORMS = "hf:FOLDER or open_clip:ARCHITECTURE@FILE"
+# Folders in the form of open_clip: with open_clip_config.json in them.
+OPEN_CLIP_FOLDERS = ("local-dir", "hf-hub")
+FORMS = "hf:FOLDER, open_clip:ARCHITECTURE@FILE, open_clip:local-dir:FOLDER, open_clip:hf-hub:OWNER/NAME or st:FOLDER"
+# What runs the models of each scheme.
+BACKENDS: dict[Scheme, tuple[str, ...]] = {
+    "hf": ("torch", "onnx", "openvino"),
+    "open_clip": ("torch", "onnx", "openvino"),
+    "st": ("torch",),
+}
 
 
 class ForeignName(NamedTuple):
-    """source: a folder or a hub id, perhaps with @REVISION (hf), a weight file or a tag (open_clip).
+    """source: a folder or a hub id, perhaps with @REVISION (hf, st), a weight file or a tag (open_clip).
 
     architecture: of open_clip, with `:TAG` behind it where a file takes its pictures as the weights of that tag do.
+    folder: "local-dir" or "hf-hub" of a folder of open_clip, which has no architecture in its name.
     """
 
     scheme: Scheme
     source: str
     architecture: str = ""
+    folder: str = ""
 
     def __str__(self) -> str:
-        return f"{self.scheme}:{self.architecture}{'@' if self.architecture else ''}{self.source}"
+        before = f"{self.folder}:" if self.folder else f"{self.architecture}@" if self.architecture else ""
+        return f"{self.scheme}:{before}{self.source}"
 
 
 def is_foreign(name: object) -> bool:
@@ -43,19 +54,28 @@ def refuse(name: object) -> None:
 def parse(name: str) -> ForeignName:
     """The parts of a name for which `is_foreign`; raises ConfigError for an incomplete one."""
     scheme, _, rest = name.partition(":")
-    if scheme == "hf" and rest:
-        return ForeignName("hf", rest)
+    if scheme in ("hf", "st") and rest:
+        return ForeignName("hf" if scheme == "hf" else "st", rest)
+    folder, _, inside = rest.partition(":")
+    if scheme == "open_clip" and folder in OPEN_CLIP_FOLDERS and inside:
+        return ForeignName("open_clip", inside, folder=folder)
     architecture, _, source = rest.partition("@")
-    if scheme == "open_clip" and architecture and source:
+    if scheme == "open_clip" and architecture and source and folder not in OPEN_CLIP_FOLDERS:
         return ForeignName("open_clip", source, architecture)
     raise ConfigError(f"model {name!r}: expected {FORMS}")
 
 
 def check(name: str, backend: str) -> None:
     """Raises ConfigError for an incomplete name, or a backend that does not run such models."""
-    parsed = parse(name)
-    if backend != "torch":
-        raise ConfigError(f"backend: {backend} runs Chinese-CLIP alone; {parsed.scheme} models run in torch")
+    runners = BACKENDS[parse(name).scheme]
+    if backend not in runners:
+        raise ConfigError(f"backend: {name} runs in {' or '.join(runners)}, got {backend!r}")
+
+
+def check_trust(name: object) -> None:
+    """Raises ConfigError for a model that never runs code of its own, whether or not it is trusted."""
+    if not is_foreign(name) or parse(str(name)).scheme != "st":
+        raise ConfigError("trust_remote_code: is for st:FOLDER; nothing else runs code that comes with a model")
 
 
 def absolute(name: str) -> str:

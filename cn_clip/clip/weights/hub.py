@@ -39,7 +39,7 @@ _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".onnx", ".trt", ".
 # What belongs to the weights in a transformers folder, and the weights, of which the first that a repository has are
 # taken. Folders in it hold the same weights for other frameworks.
 _BESIDES = ["*.json", "*.txt", "*.model"]
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_WEIGHTS = ("*.safetensors", "*pytorch_model*.bin")
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
