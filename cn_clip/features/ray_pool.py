@@ -248,11 +248,11 @@ class Worker:
 
 def started(ray: Any, worker: type[Worker], size: Actors, node: str | None) -> Any:
     """The class of an actor of a size; `remote` starts one, on that node if one is named and it is still there."""
-    actor = ray.remote(worker).options(num_cpus=size.cpus, num_gpus=size.gpus, max_restarts=0)
-    if node is None:
-        return actor
-    strategies = require("ray.util.scheduling_strategies", extra="ray", purpose="--engine ray")
-    return actor.options(scheduling_strategy=strategies.NodeAffinitySchedulingStrategy(node, soft=True))
+    settings: dict[str, Any] = {"num_cpus": size.cpus, "num_gpus": size.gpus, "max_restarts": 0}
+    if node is not None:
+        strategies = require("ray.util.scheduling_strategies", extra="ray", purpose="--engine ray")
+        settings["scheduling_strategy"] = strategies.NodeAffinitySchedulingStrategy(node, soft=True)
+    return ray.remote(worker).options(**settings)
 
 
 class Crew(Protocol[GivenT]):
