@@ -190,7 +190,7 @@ def print_params(options: Any) -> None:
     """Prints the settings in use, sorted by name, as the reference's scripts do."""
     print("Params:")
     for name, value in sorted(_values(options).items()):
-        print(f"  {name}: {value}")
+        print(hidden_in(f"  {name}: {value}"))
 
 
 def _values(options: Any) -> dict[str, Any]:

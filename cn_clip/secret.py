@@ -8,12 +8,12 @@ from cn_clip.errors import ConfigError
 
 # What stands in their place.
 HIDDEN = "***"
-# Settings behind the `?` of an address whose values are secret.
-NAMES = ("password", "passwd", "token", "secret", "api_key", "sslpassword")
+# Settings behind the `?` of an address whose values are secret, whatever else is in their names: a misspelt one is too.
+NAMES = ("passw", "pwd", "token", "secret", "_key", "credential", "sig")
 
 # With a slash before the `@` only if a colon is there too: hf://datasets/a/b@main has no user.
 _USER = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://+)(?:[^\s/'\"]*|[^\s'\"]*:[^\s'\"]*)@")
-_SETTING = re.compile(rf"([?&;](?:{'|'.join(NAMES)})=)[^&;\s'\"]*", re.IGNORECASE)
+_SETTING = re.compile(rf"([?&;][\w.-]*(?:{'|'.join(NAMES)})[\w.-]*=)[^&;\s'\"]*", re.IGNORECASE)
 
 
 class Secret:

@@ -67,3 +67,10 @@ def test_addresses_in_sentences_are_shown_without_their_secrets() -> None:
     assert hidden_in("s3://a:pw@b/c, pgvector://u:p%40w@h:1/d?token=pw&x=1; see me@home, hf://a/b@main") == (
         "s3://***@b/c, pgvector://***@h:1/d?token=***&x=1; see me@home, hf://a/b@main"
     )
+
+
+def test_values_of_misspelt_settings_are_not_shown() -> None:
+    text = "milvus://h/c?tokens=pw&Passwort=pw&access_key=pw&X-Goog-Signature=pw&key=ca.pem&timeout=3"
+    assert hidden_in(text) == (
+        "milvus://h/c?tokens=***&Passwort=***&access_key=***&X-Goog-Signature=***&key=ca.pem&timeout=3"
+    )

@@ -18,6 +18,7 @@ from typing import Any
 from cn_clip import terminal
 from cn_clip.files import atomic_write
 from cn_clip.language import both, translated
+from cn_clip.secret import hidden_in
 
 logger = logging.getLogger("cn_clip")
 
@@ -77,10 +78,10 @@ class _LogFile(logging.FileHandler):
 def log_params(values: dict[str, Any], path: Path) -> None:
     """Writes the settings to `params_*.txt` and to the log, sorted by name."""
     with atomic_write(path) as stream:
-        stream.writelines(f"{name}: {values[name]}\n" for name in sorted(values))
+        stream.writelines(hidden_in(f"{name}: {values[name]}\n") for name in sorted(values))
     logger.info("Params:")
     for name in sorted(values):
-        logger.info("  %s: %s", name, values[name])
+        logger.info("  %s: %s", name, hidden_in(str(values[name])))
 
 
 # --- Chinese-CLIP's names ---------------------------------------------------------------------------------------------
