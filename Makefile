@@ -9,7 +9,7 @@ FILES := cn_clip cn_clip_next.py tests benchmarks tools examples
 # Some machines forbid it for small images; the tests start thousands of processes, each of which would compile again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-families test-harnesses test-ocr test-browser test-proxy test-compose test-clients test-ray test-faults check format docs docs-cli notebook test-notebook test-wheel time-snippets release-check hooks clean
+.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-families test-harnesses test-ocr test-browser test-proxy test-compose test-clients test-ray test-cluster test-faults check format docs docs-cli notebook test-notebook test-wheel time-snippets release-check hooks clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
@@ -27,6 +27,7 @@ help:
 	@echo "make test-proxy  在 Debian 的 nginx 和 Caddy 后面测试服务 / the service behind nginx and Caddy of Debian, which it installs"
 	@echo "make test-compose  不用 Docker，跑一遍 Dockerfile 和 compose.yaml 的步骤 / the steps of both without Docker; installs 1.5 GB in a temporary venv"
 	@echo "make test-ray   需要 Ray 的测试 / tests that need ray"
+	@echo "make test-cluster  杀掉客户端、进程、机器和服务器，再与没有杀过的比较；会装 Milvus、Ray、moto / kills clients, processes, machines and servers, and compares with what no kill met; installs Milvus, Ray, moto"
 	@echo "make test-faults  损坏的文件、随时的终止、坏磁盘、恶意请求 / damaged files, kills, bad disks, hostile requests; SECONDS=1500"
 	@echo "make docs       建中文网站到 site/，英文网站到 site/en/ / the documents as a site, English in site/en/"
 	@echo "make docs-cli   重新生成 docs/cli.md / writes docs/cli.md again, after options changed"
@@ -127,6 +128,12 @@ test-compose: $(VENV)/.dev
 test-ray: $(VENV)/.dev
 	$(INSTALL) --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -m ray
+
+# At the end of each test stand its kills, with their moments; the same CLUSTER_SEED draws them again.
+CLUSTER_SEED ?= 0
+test-cluster: $(VENV)/.dev
+	$(INSTALL) --editable '.[dev,milvus,ray]' milvus==2.3.5 milvus-lite 'moto[server,s3]>=5,<6'
+	CLUSTER_SEED=$(CLUSTER_SEED) MILVUS_SERVER=$(BIN)/milvus-server OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
 # Each part ends with its counts; fails when a traceback, a signal, a silent difference or a loss is among them.
 SECONDS ?= 1500

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -96,16 +96,26 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def own(*options: str) -> Iterator[int]:
+def own(*options: str, runner: Sequence[str] = ()) -> Iterator[int]:
     """The port of a server that is started with these options of milvus-server, and stopped at the end.
+
+    runner: what to start in its place, with the same options.
 
     It runs in a network of its own; a socket in the file system leads there.
     """
     program = shutil.which(os.environ.get("MILVUS_SERVER", "milvus-server"))
-    if program is None:
+    if program is None and not runner:
         pytest.skip("needs a Milvus server: pip install milvus==2.3.5 brings the command milvus-server")
     folder = Path(tempfile.mkdtemp(prefix="milvus-"))
-    inner = [sys.executable, __file__, str(folder / "socket"), program, "--data", str(folder / "data"), *options]
+    inner = [
+        sys.executable,
+        __file__,
+        str(folder / "socket"),
+        *(runner or [str(program)]),
+        "--data",
+        str(folder / "data"),
+        *options,
+    ]
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(
             ["unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh", *inner],
