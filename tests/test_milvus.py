@@ -25,12 +25,13 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.demo import emoji
 from cn_clip.errors import ConfigError, DataError, StoreError
 from cn_clip.index.options import with_store
+from cn_clip.leases import Claim, LeaseLostError
 from cn_clip.retrieval import flat, milvus_collection, remote
 from cn_clip.retrieval.addresses import open_index, open_writer
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.milvus_address import Address, parse_address
 from cn_clip.retrieval.milvus_collection import Collection
-from cn_clip.retrieval.remote_rows import NewRow, TooLargeError, key_of
+from cn_clip.retrieval.remote_rows import Facts, NewRow, TooLargeError, key_of
 from cn_clip.retrieval.writer import NewItem
 from cn_clip.secret import Secret
 
@@ -399,6 +400,7 @@ def test_a_server_that_stops_answering_is_said_in_time(address: Address) -> None
         index = open_index(near)
         assert [hit.id for hit in index.search(rows(1), 1)[0]] == ["a"]
         with open_writer(near) as opened:
+            assert list(opened.items()) == [("a", {})]
             relay.stall()
             for act in (lambda: index.search(rows(1), 1), lambda: opened.commit([NewItem("b", rows(1)[0])])):
                 started = time.monotonic()
@@ -428,7 +430,8 @@ class KeptRows(Collection):
         self.asked: list[int] = []
         self._guard, self._largest, self.address = guard, largest, Address("h", 1, "c")
         keys = [key_of(item.id) for item in items]
-        new = [NewRow(key, 0, b"{}", item) for key, item in zip(keys, items, strict=True)]
+        lines = [json.dumps({"id": item.id, "metadata": {"n": item.id}}).encode() for item in items]
+        new = [NewRow(key, 0, line, item) for key, line, item in zip(keys, lines, items, strict=True)]
         self._rows = {row.key: self.fields_of(row) for row in new}
 
     def query(self, condition: str, fields: Sequence[str], *, limit: int | None = None) -> list[dict[str, Any]]:
@@ -450,12 +453,9 @@ def pictured(count: int) -> list[NewItem]:
     return [NewItem(number, np.full(16, number), {}, b"jpg" if number % 2 else b"") for number in range(count)]
 
 
-def writer_of(rows: KeptRows, items: Sequence[NewItem]) -> remote.RemoteWriter:
-    """A writer that knows the items, without a server."""
-    writer = object.__new__(remote.RemoteWriter)
-    writer._rows, writer._items = rows, {item.id: {"n": item.id} for item in items}
-    writer._kept, writer._kept_bytes = {}, 0
-    return writer
+def writer_of(rows: KeptRows) -> remote.RemoteWriter:
+    """A writer without a server."""
+    return remote.RemoteWriter(rows, Facts(MODEL, 0, ""))
 
 
 @pytest.mark.parametrize("guard", ["built_1", ""])
@@ -466,37 +466,37 @@ def test_many_items_and_thumbnails_are_asked_for_at_once(monkeypatch: pytest.Mon
     index._rows = rows
     assert index.with_thumbnail([*range(10), "none"]) == {1, 3, 5, 7, 9}
     assert index.thumbnails([*range(10), "none"]) == dict.fromkeys([1, 3, 5, 7, 9], b"jpg")
-    writer = writer_of(rows, items)
+    writer = writer_of(rows)
     monkeypatch.setattr(milvus_collection, "WINDOW", 6)
     stored = writer.stored([*range(10), "none"])
     assert {one.id: (one.vector_D[0], one.metadata["n"], one.thumbnail) for one in stored.values()} == {
         item.id: (item.id, item.id, item.thumbnail) for item in items
     }
-    assert rows.asked == [11, 11, 6, 4]
+    assert rows.asked == [11, 11, 6, 5]
 
 
 def test_what_was_read_a_moment_ago_or_may_be_asked_for_next_costs_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     items = pictured(10)
     rows = KeptRows(items)
-    writer = writer_of(rows, items)
+    writer = writer_of(rows)
     assert set(writer.stored([1, 2], soon=[2, 3, 4, "none"])) == {1, 2}
     assert set(writer.stored([3, 4, 1], soon=[5])) == {1, 3, 4}
-    assert rows.asked == [4]
+    assert rows.asked == [5]
     monkeypatch.setattr(remote, "KEPT_BYTES", 3 * 350)
     assert [one.id for one in writer.stored(range(5, 10)).values()] == [5, 6, 7, 8, 9]
     assert writer._kept_bytes <= 3 * 350
     assert set(writer.stored([9, 5])) == {9, 5}
-    assert rows.asked == [4, 5, 1]
+    assert rows.asked == [5, 5, 1]
 
 
 def test_answers_that_are_too_large_are_asked_for_in_parts() -> None:
     items = pictured(10)
     rows = KeptRows(items, largest=3)
-    found = writer_of(rows, items).stored(range(10))
+    found = writer_of(rows).stored(range(10))
     assert list(found) == list(range(10))
     assert rows.asked == [10, 2, 2, 2, 2, 2]
     with pytest.raises(TooLargeError, match="an answer would be larger"):
-        writer_of(KeptRows(items, largest=0), items).stored(range(10))
+        writer_of(KeptRows(items, largest=0)).stored(range(10))
 
 
 # --- larger, replaced and older collections
@@ -621,3 +621,83 @@ def test_a_collection_from_before_is_read_and_changed_as_it_was(address: Address
     made_again(address, ModelInfo("Other", "4567", 16), rows(1))
     with pytest.raises(StoreError, match=r"was made again .* of the model Other"):
         index.search(vectors[7:8], 5)
+
+
+# --- one writer at a time, and what a change costs
+
+
+@needs_server
+def test_a_second_writer_is_told_who_is_first(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(milvus_collection, "TTL_S", 1.5)
+    with open_writer(address, Manifest(MODEL)) as first:
+        first.commit([NewItem("a", rows(1)[0])])
+        sentence = rf"^{address}: another process is changing this index \(pid \d+ on .*\); wait until it has ended"
+        with pytest.raises(ConfigError, match=sentence), open_writer(address, Manifest(MODEL)):
+            pass
+        first.commit([NewItem("b", rows(1)[0])])
+    with open_writer(address) as second:
+        assert [item_id for item_id, _ in second.items()] == ["a", "b"]
+
+
+@needs_server
+def test_a_killed_writer_is_waited_for_and_one_taken_for_dead_writes_no_more(
+    address: Address, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_writer(address, Manifest(MODEL)) as first:
+        first.commit([NewItem("a", rows(1)[0])])
+        killed = Claim("other", 7, 1.5, "pid 1 on h, since then").to_text()
+        Collection(address).call("alter_collection_properties", properties={milvus_collection._LEASE: killed})
+        with pytest.raises(LeaseLostError, match=r"another process is changing this index \(pid 1 on h"):
+            first.commit([NewItem("b", rows(1)[0])])
+        with pytest.raises(LeaseLostError, match=r"another process is changing this index \(pid 1 on h"):
+            first.commit(remove=["a"])
+    with open_writer(address) as second:
+        assert list(second.items()) == [("a", {})]
+    assert [record.getMessage() for record in caplog.records if record.name == milvus_collection.__name__] == [
+        f"{address}: another process is changing this index (pid 1 on h, since then); waiting up to 30 s to see "
+        "whether it still runs"
+    ]
+
+
+@needs_server
+def test_a_change_costs_the_same_in_an_index_of_any_size(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, call = list[str](), Collection.call
+
+    def counted(collection: Collection, method: str, **options: Any) -> Any:
+        asked.append(method)
+        return call(collection, method, **options)
+
+    monkeypatch.setattr(Collection, "call", counted)
+    monkeypatch.setattr(Collection, "scan", None)
+    costs, vectors = list[tuple[list[str], ...]](), rows(600)
+    with open_writer(address, Manifest(MODEL)) as opened:
+        opened.commit([NewItem("first", vectors[0], {"n": 0})])
+    for size in (20, 400):
+        with open_writer(address) as opened:
+            opened.commit([NewItem(f"{size}/{one}", vectors[one], {"n": one}) for one in range(size)])
+        asked.clear()
+        with open_writer(address) as opened:
+            opened.commit([NewItem(f"{size}/new", vectors[0], {"n": 10**6})])
+        added = asked.copy()
+        asked.clear()
+        with open_writer(address) as opened:
+            assert opened.called([f"{size}/new", "none"]) == {f"{size}/new": f"{size}/new"}
+            opened.commit(remove=[f"{size}/new"])
+            assert len(opened) == (21 if size == 20 else 421)
+        costs.append((added, asked.copy()))
+    assert costs[0] == costs[1]
+    assert added.count("query") == 1
+    assert asked.count("query") == 2
+    assert max(map(len, costs[0])) <= 16
+
+
+@needs_server
+def test_positions_go_on_where_another_version_has_written(address: Address) -> None:
+    vectors = rows(1)
+    with open_writer(address, Manifest(MODEL)) as opened:
+        opened.commit([NewItem(one, vectors[0]) for one in range(30)])
+    Collection(address).call("alter_collection_properties", properties={milvus_collection._NEXT_PLACE: "3"})
+    with open_writer(address) as opened:
+        opened.commit([NewItem("last", vectors[0])], remove=range(29))
+    index = open_index(address)
+    assert index.ids == [29, "last"]

@@ -3,14 +3,17 @@
 import base64
 import contextlib
 import json
+import logging
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from cn_clip import extras
 from cn_clip.errors import AwayError, DataError, StoreError
+from cn_clip.language import both
+from cn_clip.leases import TTL_S, Lease, LeaseLostError, held
 from cn_clip.retrieval.conditions import Condition
 from cn_clip.retrieval.manifest import ModelInfo, PictureFacts
 from cn_clip.retrieval.milvus_address import Address
@@ -36,6 +39,8 @@ from cn_clip.retrieval.remote_rows import (
     check_followed,
 )
 
+logger = logging.getLogger(__name__)
+
 # Of format 1 are those without columns and without a guard.
 FORMAT = 2
 GRAPH_OPTIONS = {"M": 16, "efConstruction": 200}
@@ -52,6 +57,8 @@ _SHRINKS_BY = 4
 
 _FACTS = "cn_clip.facts"
 _SOURCE, _PICTURES = "cn_clip.source", "cn_clip.pictures"
+# The claim of the writer, see `leases`; and what is more than every place of a row.
+_LEASE, _NEXT_PLACE = "cn_clip.lease", "cn_clip.next_place"
 
 
 class Collection:
@@ -75,6 +82,9 @@ class Collection:
         """
         self.address, self.consistency, self.is_reader = address, consistency, is_reader
         self._guard, self._opened = "", Facts(ModelInfo("", "", 0), 0, "")
+        # Of a writer: what ends with it, and its lease, which a collection that is not there yet cannot hold.
+        self._alone: contextlib.ExitStack | None = None
+        self._lease: Lease | None = None
         self._package, self._grpc = (
             extras.require(name, extra="milvus", purpose="an index in Milvus") for name in ("pymilvus", "grpc")
         )
@@ -168,12 +178,68 @@ class Collection:
             return {row["key"] for row in self.of_keys(keys, ["key", "has_thumbnail"]) if row["has_thumbnail"]}
         return {row["key"] for row in self.of_keys(keys, ["key"], 'thumbnail != ""')}
 
-    def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Writers are not kept apart."""
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Holds a lease in the properties of the collection, from when it is there.
+
+        Raises ConfigError where another process renews one, which takes a third of its time to see; of a process that
+        was killed it runs out by itself.
+        """
+        with contextlib.ExitStack() as self._alone:
+            try:
+                if self._is_there():
+                    self._hold()
+                yield
+            finally:
+                self._alone = self._lease = None
+
+    def _hold(self) -> None:
+        if self._alone is None or self.address.lite:  # which one process alone may open
+            return
+
+        def waiting(sentence: str) -> None:
+            told = both(
+                f"；最多等 {TTL_S:g} 秒，看它是否还在运行", f"; waiting up to {TTL_S:g} s to see whether it still runs"
+            )
+            logger.warning("%s%s", sentence, told)
+
+        lease = Lease(_Board(self), f"{self.address}: another process is changing this index", ttl_s=TTL_S)
+        self._lease = self._alone.enter_context(held(lease, waiting=waiting))
+
+    def _confirm(self) -> None:
+        """Raises ReplacedError, and LeaseLostError where another writer took this one for dead."""
+        if self._alone is not None and self._lease is None:  # another process has made it meanwhile
+            self._hold()
+        if self._lease is None:
+            return
+        try:
+            self._lease.confirm()
+        except AwayError:
+            raise
+        except (LeaseLostError, StoreError):  # of a collection that was made again it is another's
+            self._check_replaced(self._guard)
+            raise
+
+    def next_place(self) -> int:
+        """Noted with the collection; one of another version's writer is looked for."""
+        noted = self._properties().get(_NEXT_PLACE, "")
+        low = int(noted) if str(noted).isdecimal() else 0
+        if not self.has_any(f"place >= {low}"):
+            return low
+        step = 1  # there is a row at or after `low`
+        while self.has_any(f"place >= {low + step}"):
+            low, step = low + step, 2 * step
+        high = low + step
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.has_any(f"place >= {middle}") else (low, middle)
+        return high
 
     def write(self, rows: Sequence[NewRow], remove: Sequence[str]) -> None:
         """In requests of at most `UPSERT_BYTES`."""
+        self._confirm()
+        if rows:
+            self._alter({_NEXT_PLACE: str(max(row.place for row in rows) + 1)})
         part, num_bytes = list[Fields](), 0
         for row in rows:
             fields = self.fields_of(row)
@@ -313,6 +379,13 @@ class Collection:
                 self._client.list_collections(timeout=self.address.timeout)
         return False
 
+    def _properties(self) -> dict[str, Any]:
+        return dict(self.call("describe_collection").get("properties", {}))
+
+    def _alter(self, properties: dict[str, str]) -> None:
+        """Notes facts beside those that are there."""
+        self.call("alter_collection_properties", properties=properties)
+
     def _described(self) -> Facts:
         """What the collection says of itself, but how many items it has; raises DataError as `facts`."""
         described = self.call("describe_collection")
@@ -346,15 +419,17 @@ class Collection:
         # Milvus Lite keeps no descriptions.
         more = {"properties": {_FACTS: description}} if self.address.lite else {}
         self.call("create_collection", schema=schema, consistency_level="Strong", **more)
+        self._hold()
         self.describe(source, pictures)
         self._open()
 
     def describe(self, source: str, pictures: PictureFacts | None) -> None:
         """Notes what the index was built from, and how its pictures were seen."""
         if self._opened.model.embed_dim:
+            self._confirm()
             self._check_replaced(self._guard)
         seen = None if pictures is None else asdict(pictures)
-        self.call("alter_collection_properties", properties={_SOURCE: json.dumps(source), _PICTURES: json.dumps(seen)})
+        self._alter({_SOURCE: json.dumps(source), _PICTURES: json.dumps(seen)})
 
     def _open(self) -> None:
         """Also ends what a run that was killed had begun."""
@@ -384,6 +459,21 @@ class Collection:
                     at=self.address,
                 ) from error
             raise told from error
+
+
+class _Board(NamedTuple):
+    """The claim of a writer as a property of a collection. Milvus changes properties one request after the other."""
+
+    collection: Collection
+
+    def read(self) -> str | None:
+        return str(self.collection._properties().get(_LEASE, ""))
+
+    def write(self, text: str) -> None:
+        self.collection._alter({_LEASE: text})
+
+    def erase(self) -> None:  # servers of 2.3 drop no property
+        self.write("")
 
 
 def _read(row: Any) -> Fields:

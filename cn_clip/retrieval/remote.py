@@ -17,6 +17,7 @@ import numpy as np
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.retrieval.conditions import ID_FIELDS, Condition, fields_of, parse_condition
 from cn_clip.retrieval.graph import OVERFETCH
+from cn_clip.retrieval.ids import integers
 from cn_clip.retrieval.listing import Order, Page
 from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, PictureFacts
 from cn_clip.retrieval.remote_rows import (
@@ -130,7 +131,7 @@ class RemoteIndex:
         limit = min(OVERFETCH * int(k) + 16, LARGEST_LIMIT)
         found = self._found(queries_QD, k, condition, limit)
         if condition is not None:
-            self._check_fields(condition)
+            _check_fields(self._rows, condition, self._seen_fields)
         results = list[list[Hit]]()
         for best in found:
             hits = [Hit(row.id, row.score, row.metadata) for row in best[offset:]]
@@ -162,24 +163,6 @@ class RemoteIndex:
         except TooLargeError:
             return None
         return rows if len(rows) < limit else None
-
-    def _check_fields(self, condition: Condition) -> None:
-        """Raises ConfigError for a field that no item has."""
-        unknown = condition.fields - self._seen_fields - set(ID_FIELDS)
-        for field in unknown:
-            for row in self._rows.with_field(field):
-                self._seen_fields.update(_parsed(row, self.address)[1])
-        unknown -= self._seen_fields
-        if not unknown:
-            return
-        if not self._rows.is_sure_of_fields():
-            for _, metadata in self.items():  # until each field was seen, now or by a condition before
-                self._seen_fields.update(metadata)
-                if unknown <= self._seen_fields:
-                    return
-        elif not self._seen_fields:
-            self.prepare()
-        condition.check_fields(self._seen_fields | set(ID_FIELDS) if len(self) else ())
 
     def listed(self, order: Order, limit: int, *, offset: int = 0, where: str | None = None) -> Page:
         """As `store.Index.listed`; raises ConfigError, for a server orders nothing without a query."""
@@ -301,6 +284,28 @@ def _parsed(row: Mapping[str, Any], where: str) -> tuple[ItemId, dict[str, Any]]
         raise DataError(f"the item at {row.get('place')} is damaged ({error}); build it again", at=where) from error
 
 
+def _check_fields(rows: Rows, condition: Condition, seen: set[str]) -> None:
+    """Raises ConfigError for a field that no item has. seen: fields that items have, to which it adds others."""
+
+    def note(some: Iterable[Fields]) -> None:
+        for row in some:
+            seen.update(_parsed(row, str(rows.address))[1])
+
+    for field in condition.fields - seen - set(ID_FIELDS):
+        note(rows.with_field(field))
+    unknown = condition.fields - seen - set(ID_FIELDS)
+    if not unknown:
+        return
+    if not rows.is_sure_of_fields():
+        for row in rows.scan(["item"]):  # until each field was seen, now or by a condition before
+            note([row])
+            if unknown <= seen:
+                return
+    elif not seen:
+        note(itertools.islice(rows.scan(["item"]), WINDOW))
+    condition.check_fields(seen | set(ID_FIELDS) if rows.count() else ())
+
+
 @contextlib.contextmanager
 def open_remote_writer(rows: Rows, create: Manifest | None = None) -> "Iterator[RemoteWriter]":
     """Changes an index; create: model, source and pictures of one that is not there yet.
@@ -314,18 +319,20 @@ def open_remote_writer(rows: Rows, create: Manifest | None = None) -> "Iterator[
 
 
 class RemoteWriter:
-    """Adds and removes items, which count at once. Memory: all metadata."""
+    """Adds and removes items, which count at once.
+
+    It asks for the rows that a change is about, so that this costs the same in an index of any size. Whoever goes
+    through `items` has all metadata kept in memory from then on.
+    """
 
     def __init__(self, rows: Rows, facts: Facts) -> None:
         self._rows, self._facts = rows, facts
-        self._items: dict[ItemId, dict[str, Any]] = {}
-        self._next_position = 0
+        # All items, once they were asked for; how many there are; the position of the next one.
+        self._items: dict[ItemId, dict[str, Any]] | None = None
+        self._count: int | None = None
+        self._next_position: int | None = None
         self._kept: dict[ItemId, NewItem] = {}
         self._kept_bytes = self._num_written = 0
-        for row in rows.scan(["item"]):
-            item_id, metadata = _parsed(row, str(rows.address))
-            self._items[item_id] = metadata
-            self._next_position = int(row["place"]) + 1
 
     @property
     def largest_thumbnail(self) -> int | None:
@@ -334,42 +341,62 @@ class RemoteWriter:
 
     @property
     def manifest(self) -> Facts:
-        """What the index says of itself."""
-        return replace(self._facts, num_items=len(self))
+        """What the index says of itself, but how many items it has."""
+        return self._facts
 
     def __len__(self) -> int:
-        return len(self._items)
+        if self._items is not None:
+            return len(self._items)
+        if self._count is None:
+            self._count = self._rows.count()
+        return self._count
 
     def __contains__(self, item_id: object) -> bool:
-        return item_id in self._items
+        return type(item_id) in (int, str) and bool(self.known([item_id]))  # type: ignore[list-item]
 
     def items(self) -> Iterator[tuple[ItemId, dict[str, Any]]]:
         """(id, metadata) in order of insertion."""
+        if self._items is None:
+            self._items = dict(_parsed(row, str(self._rows.address)) for row in self._rows.scan(["item"]))
         yield from list(self._items.items())
+
+    def known(self, ids: Iterable[ItemId]) -> dict[ItemId, dict[str, Any]]:
+        """As `IndexWriter.known`."""
+        wanted = list(dict.fromkeys(ids))
+        if self._items is not None:
+            return {one: self._items[one] for one in wanted if one in self._items}
+        rows = self._rows.of_keys([key_of(one) for one in wanted], ["item"])
+        found = dict(_parsed(row, str(self._rows.address)) for row in rows)
+        return {one: found[one] for one in wanted if one in found}
 
     def called(self, names: Sequence[str]) -> dict[str, ItemId]:
         """As `IndexWriter.called`."""
-        by_name = {str(item_id): item_id for item_id in self._items}
-        return {name: by_name[name] for name in names if name in by_name}
+        of_name: dict[str, list[ItemId]] = {name: [name, *integers(name)] for name in names}
+        of_key = {key_of(one): one for ids in of_name.values() for one in ids}
+        positions = {of_key[row["key"]]: row["place"] for row in self._rows.of_keys(list(of_key), ["key", "place"])}
+        found = {name: [one for one in ids if one in positions] for name, ids in of_name.items()}
+        return {name: max(ids, key=positions.__getitem__) for name, ids in found.items() if ids}
 
     def fitting(self, condition: Condition) -> list[ItemId]:
         """As `IndexWriter.fitting`."""
-        condition.check_fields({field for item in self._items.items() for field in fields_of(*item)})
-        return [item_id for item_id, metadata in self._items.items() if condition.admits(item_id, metadata)]
+        rows = self._rows.scan(["item"], self._rows.filter_of(condition))
+        items = [_parsed(row, str(self._rows.address)) for row in rows]
+        _check_fields(self._rows, condition, {field for item in items for field in fields_of(*item)})
+        return [item_id for item_id, metadata in items if condition.admits(item_id, metadata)]
 
     def stored(self, ids: Iterable[ItemId], *, soon: Iterable[ItemId] = ()) -> dict[ItemId, NewItem]:
         """Those of the items that the index has, as they would be added again.
 
         soon: others that may be asked for next; one request reads them too.
         """
-        wanted = [one for one in dict.fromkeys(ids) if one in self._items]
+        wanted = [one for one in dict.fromkeys(ids) if self._items is None or one in self._items]
         found = {one: self._kept[one] for one in wanted if one in self._kept}
         if len(found) < len(wanted):
-            more = [one for one in soon if one in self._items and one not in self._kept]
-            of_key = {key_of(one): one for one in (*more, *wanted) if one not in found}
-            for row in self._rows.of_keys(list(of_key), ["key", "vector", "thumbnail"]):
-                item_id, vector_D = of_key[row["key"]], np.asarray(row["vector"], dtype=np.float32)
-                item = NewItem(item_id, vector_D, self._items[item_id], row["thumbnail"])
+            more = [one for one in soon if (self._items is None or one in self._items) and one not in self._kept]
+            keys = list(dict.fromkeys(key_of(one) for one in (*more, *wanted) if one not in found))
+            for row in self._rows.of_keys(keys, ["item", "vector", "thumbnail"]):
+                item_id, metadata = _parsed(row, str(self._rows.address))
+                item = NewItem(item_id, np.asarray(row["vector"], dtype=np.float32), metadata, row["thumbnail"])
                 found[item_id] = item
                 self._keep(item)
         return {one: found[one] for one in wanted if one in found}
@@ -408,27 +435,32 @@ class RemoteWriter:
         or the new. Raises DataError, with nothing changed, for what `writer.IndexWriter.commit` refuses and for more
         metadata or larger thumbnails than the server holds. notes: are not kept.
         """
-        lines = checked_lines(items, self._facts.model.embed_dim, "float32")
+        lines, remove = checked_lines(items, self._facts.model.embed_dim, "float32"), list(dict.fromkeys(remove))
+        if items and self._next_position is None:
+            self._next_position = self._rows.next_place()
+        first = self._next_position or 0
         rows = [
-            NewRow(key_of(item.id), self._next_position + number, line, item)
+            NewRow(key_of(item.id), first + number, line, item)
             for number, (item, line) in enumerate(zip(items, lines, strict=True))
         ]
         for row in rows:
             self._check_size(row)
         kept = {item.id for item in items}
-        gone = [one for one in dict.fromkeys(remove) if one in self._items and one not in kept]
+        gone = [one for one in remove if one not in kept and (self._items is None or one in self._items)]
         for item_id in (*gone, *kept):
             self._forget(item_id)
         if rows or gone:
+            self._count = None
             self._rows.write(rows, [key_of(one) for one in gone])
-        self._next_position += len(rows)
+        if rows:
+            self._next_position = first + len(rows)
         self._num_written += len(rows)
-        for item_id in (*gone, *kept):
-            self._items.pop(item_id, None)
-        self._items.update({item.id: dict(item.metadata) for item in items})
+        if self._items is not None:
+            for item_id in (*gone, *kept):
+                self._items.pop(item_id, None)
+            self._items.update({item.id: dict(item.metadata) for item in items})
         for item in items:
-            vector_D = item.vector_D.astype(np.float32)
-            self._keep(NewItem(item.id, vector_D, self._items[item.id], item.thumbnail))
+            self._keep(NewItem(item.id, item.vector_D.astype(np.float32), dict(item.metadata), item.thumbnail))
 
     def _check_size(self, row: NewRow) -> None:
         """Raises DataError for more than a row of the store holds."""

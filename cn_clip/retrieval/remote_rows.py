@@ -96,7 +96,7 @@ class Rows(Protocol):
         """Notes what the index was built from, and how its pictures were seen."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """Keeps other writers out meanwhile; raises StoreError while there is one."""
+        """Keeps other writers out meanwhile; raises ConfigError or StoreError while there is one."""
 
     def filter_of(self, condition: Condition) -> Filter:
         """Admits every row that the condition admits, and perhaps others; None where that would be all."""
@@ -127,6 +127,9 @@ class Rows(Protocol):
 
     def with_thumbnail(self, keys: Sequence[str]) -> set[str]:
         """Those of the keys whose rows have one."""
+
+    def next_place(self) -> int:
+        """More than the "place" of any row; for a writer."""
 
     def write(self, rows: Sequence[NewRow], remove: Sequence[str]) -> None:
         """Writes rows in place of those of the same keys, and removes others; killed meanwhile, each is old or new."""

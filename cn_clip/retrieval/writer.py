@@ -149,6 +149,12 @@ class IndexWriter:
         for _, item_id, metadata in self._snapshot.items():
             yield item_id, metadata
 
+    def known(self, ids: Iterable[ItemId]) -> dict[ItemId, dict[str, Any]]:
+        """The metadata of those of the items that the index has."""
+        positions = self._snapshot.positions_of(list(dict.fromkeys(ids)))
+        items = ((one, self._snapshot.rows.segment_of(position)) for one, position in positions.items())
+        return {one: segment.item(row)[1] for one, (segment, row) in items}
+
     def called(self, names: Sequence[str]) -> dict[str, ItemId]:
         """The ids that are written as these names, for those that are; of 7 and "7" the later item."""
         of_name: dict[str, list[ItemId]] = {name: [name, *integers(name)] for name in names}
