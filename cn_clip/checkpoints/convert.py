@@ -1,6 +1,6 @@
 """Weights of one form as another: `cn-clip convert epoch3.pt my-model --to transformers`, and back.
 
-Also the folders that Immich and transformers.js open.
+Also the folders that Immich and transformers.js open, and vectors of an index as the folders of clip-retrieval.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from cn_clip import command
-from cn_clip.clip.weights.form_names import SUFFIXES, Kind, require_room
+from cn_clip.clip.weights.form_names import SUFFIXES, Kind, VectorKind, require_room
 from cn_clip.clip.weights.hub import weight_file
 from cn_clip.errors import ConfigError
 from cn_clip.language import both, counted
@@ -36,13 +36,17 @@ class Options:
 
     immich, transformers-js: a folder of ONNX files, which compute in float32 unless --precision is fp16; for
     transformers.js they also come in int8, as its dtype q8, unless --precision names another.
+
+    clip-retrieval: the vectors of an index or a feature file, as its folders img_emb, text_emb and metadata; in float16
+    with --precision fp16. `index build` reads such a folder.
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """A checkpoint, safetensors file or transformers folder, or the name of a model"""
+    """A checkpoint, safetensors file or transformers folder, or the name of a model; for clip-retrieval: an index or
+    a feature file"""
     target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARGET")]
     """The file or folder to write; it appears whole or not at all"""
-    to: Kind | None = None
+    to: Kind | VectorKind | None = None
     """The form; default: pt or safetensors by the suffix of TARGET, transformers for a name without one"""
     precision: WeightType = "keep"
     overwrite: bool = False
@@ -55,9 +59,13 @@ def run(options: Options) -> None:
     target, kind = Path(options.target), kind_of(options.target, options.to)
     require_room(target, kind, overwrite=options.overwrite, otherwise="give --overwrite or choose another TARGET")
 
+    say = command.Speaker(quiet=options.json)
+    if kind == "clip-retrieval":
+        _write_vectors(options, target, say)
+        return
+
     from cn_clip.checkpoints import weights
 
-    say = command.Speaker(quiet=options.json)
     path = weight_file(options.source)
     num_tensors = weights.convert(path, target, kind, options.precision)
     size = weights.file_bytes(target)
@@ -71,7 +79,18 @@ def run(options: Options) -> None:
     say.result({"source": str(path), "target": str(target), "to": kind, "num_tensors": num_tensors, "bytes": size})
 
 
-def kind_of(target: str, to: Kind | None) -> Kind:
+def _write_vectors(options: Options, target: Path, say: command.Speaker) -> None:
+    from cn_clip.checkpoints import embeddings
+
+    num_rows = embeddings.write(options.source, target, half=options.precision == "fp16")
+    rows = both(f"{num_rows} 个向量", counted(num_rows, "vector"))
+    say(f"{options.source} -> {target} (clip-retrieval), {rows}")
+    opened_by = f"clip-retrieval index --embeddings_folder {options.target} --index_folder INDEX"
+    say(both(f"打开方式：{opened_by}", f"open it with: {opened_by}"))
+    say.result({"source": options.source, "target": str(target), "to": "clip-retrieval", "num_vectors": num_rows})
+
+
+def kind_of(target: str, to: Kind | VectorKind | None) -> Kind | VectorKind:
     """The form asked for, else the one that the name tells; raises ConfigError when it tells another or none."""
     suffix = Path(target).suffix
     told = SUFFIXES.get(suffix)

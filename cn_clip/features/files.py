@@ -15,6 +15,7 @@ from cn_clip import progress as bars
 from cn_clip.data.records import RecordId, plain_id
 from cn_clip.errors import DataError, Where
 from cn_clip.features import tables
+from cn_clip.features.embedding_folders import embedding_blocks, is_embedding_folder
 from cn_clip.features.options import OutputFormat
 from cn_clip.features.rows import Block, Blocks, Features, FloatArray, IdField, check_unique
 from cn_clip.features.store import read_shards
@@ -59,13 +60,19 @@ def write_rows(
 
 
 def read_features(path: str | os.PathLike[str], field: IdField, *, progress: bool = False) -> Features:
-    """Reads a feature file of any of the formats, recognised by its first bytes, or a folder of Parquet shards.
+    """Reads a feature file of any of the formats, recognised by its first bytes, or a folder of Parquet shards or of
+    clip-retrieval.
 
     Raises DataError with file and line (JSONL) or row, counted from 1, for an id that came before or is neither int nor
     str, a vector that is empty, not finite or of another length, a damaged file, the file of the other modality, and
     one without rows; MissingExtraError for Parquet without pyarrow.
     """
     if Path(path).is_dir():
+        if is_embedding_folder(Path(path)):
+            blocks = list(embedding_blocks(Path(path), field))
+            ids = [one for block in blocks for one in block.ids]
+            check_unique(ids, path, field)
+            return Features(ids, np.concatenate([block.vectors for block in blocks]))
         return read_shards(Path(path), field)
     beginning = _beginning(path)
     for known, magic in _BEGINNINGS.items():
@@ -80,12 +87,14 @@ def read_features(path: str | os.PathLike[str], field: IdField, *, progress: boo
 
 
 def feature_blocks(path: str | os.PathLike[str], field: IdField) -> Iterator[Block]:
-    """As `read_features`, but Parquet block by block, so that a collection of any size fits into memory.
+    """As `read_features`, but block by block where it can be, so that a collection of any size fits into memory.
 
-    A file; for folders of shards see `store.ShardFolder`. The caller looks for ids that come twice, and for vectors of
-    two lengths; a file of another format is one block.
+    A file, or a folder of clip-retrieval; for folders of shards see `store.ShardFolder`. The caller looks for ids that
+    come twice, and for vectors of two lengths; a file that is neither such a folder nor Parquet is one block.
     """
-    if _beginning(path).startswith(_BEGINNINGS["parquet"]):
+    if Path(path).is_dir() and is_embedding_folder(Path(path)):
+        yield from embedding_blocks(Path(path), field)
+    elif _beginning(path).startswith(_BEGINNINGS["parquet"]):
         yield from parquet_blocks(path, field)
     else:
         yield Block(*read_features(path, field), {})

@@ -318,7 +318,7 @@ def _table_blocks(
         id_type, list_type = (file.schema_arrow.field(name).type for name in (field, FEATURE_COLUMN))
         _check_types(arrow, path, field, _plain_type(arrow, id_type), _plain_type(arrow, list_type))
         own, start = _own_facts(file), 1
-        more = _columns_beside(arrow, path, file.schema_arrow, field) if beside else []
+        more = columns_beside(arrow, path, file.schema_arrow, field) if beside else []
         columns, as_json = [field, FEATURE_COLUMN, *more], own.get(_JSON_COLUMNS, [])
         tables = (
             (file.read_row_group(number, columns=columns) for number in range(file.num_row_groups))
@@ -333,12 +333,12 @@ def _table_blocks(
                 if column.null_count:
                     empty = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
                     raise DataError(f"row {start + empty} {name}: is null", at=path)
-            values = {name: _values_beside(table.column(name).to_pylist(), name in as_json) for name in more}
+            values = {name: values_beside(table.column(name).to_pylist(), name in as_json) for name in more}
             yield _Rows(kept.to_pylist(), _vectors(path, lists, start), str(own.get(ID_KIND, "")), values)
             start += len(table)
 
 
-def _columns_beside(arrow: Any, path: Path, schema: Any, field: IdField) -> list[str]:
+def columns_beside(arrow: Any, path: Path, schema: Any, field: IdField) -> list[str]:
     """The names of the columns beside ids and vectors whose values JSON holds, and of the thumbnails."""
     types = arrow.types
     fits = (types.is_integer, types.is_floating, types.is_boolean, types.is_string, types.is_large_string)
@@ -360,7 +360,7 @@ def _columns_beside(arrow: Any, path: Path, schema: Any, field: IdField) -> list
     return found
 
 
-def _values_beside(values: list[Any], is_json: bool) -> list[Any]:
+def values_beside(values: list[Any], is_json: bool) -> list[Any]:
     """The values of a column as JSON holds them, None for a number that is none."""
     if is_json:
         return [None if value is None else json.loads(value) for value in values]

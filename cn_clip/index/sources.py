@@ -16,6 +16,7 @@ from cn_clip.data.paths import spelled, walked
 from cn_clip.data.storage import is_uri
 from cn_clip.digests import is_file, is_folder, is_there
 from cn_clip.errors import ConfigError, DataError, UnreadableError, is_absent
+from cn_clip.features.embedding_folders import is_embedding_folder
 from cn_clip.features.store import is_shard_folder
 from cn_clip.index.excludes import Excludes
 from cn_clip.index.live_photos import other_halves
@@ -81,7 +82,8 @@ def is_feature_file(source: Location) -> bool:
     """Whether a source holds vectors instead of pictures; raises UnreadableError."""
     if not isinstance(source, Path):
         return True
-    return (source.suffix.lower() in FEATURE_SUFFIXES and is_file(source)) or is_shard_folder(source)
+    is_single = source.suffix.lower() in FEATURE_SUFFIXES and is_file(source)
+    return is_single or is_shard_folder(source) or is_embedding_folder(source)
 
 
 def is_shards(source: Location) -> bool:

@@ -20,6 +20,7 @@ from cn_clip.command import Speaker
 from cn_clip.data.records import digest_of
 from cn_clip.data.storage import open_storage
 from cn_clip.errors import ConfigError, DataError
+from cn_clip.features.embedding_folders import embedding_files
 from cn_clip.features.files import feature_blocks
 from cn_clip.features.rows import Block, check_unique
 from cn_clip.features.store import Shard, ShardFolder
@@ -468,11 +469,13 @@ class _Resumption:
 
 
 def _state(path: Path) -> tuple[object, ...]:
-    """What differs once a file was written again."""
-    with contextlib.suppress(OSError):  # who reads it says so
-        facts = path.stat()
-        return facts.st_ino, facts.st_size, facts.st_mtime_ns
-    return ()
+    """What differs once a file, or one of the files of a folder, was written again."""
+    found = list[object]()
+    for one in embedding_files(path) if path.is_dir() else [path]:
+        with contextlib.suppress(OSError):  # who reads it says so
+            facts = one.stat()
+            found += [one.name, facts.st_ino, facts.st_size, facts.st_mtime_ns]
+    return tuple(found)
 
 
 def _of_unit_length(features: Block, path: object) -> tuple[FloatArray, int]:

@@ -111,6 +111,13 @@ class RemoteIndex:
         for row in self._rows.scan(["item"]):
             yield _parsed(row, self.address)
 
+    def vector_blocks(self, size: int) -> Iterator[tuple[list[ItemId], list[dict[str, Any]], FloatArray]]:
+        """(ids, metadata, vectors (B, D) float32) of the items in order of insertion, so many at a time."""
+        found = self._rows.scan(["item", "vector"])
+        while rows := list(itertools.islice(found, size)):
+            ids, known = zip(*(_parsed(row, self.address) for row in rows), strict=True)
+            yield list(ids), list(known), np.array([row["vector"] for row in rows], dtype=np.float32)
+
     def search(
         self,
         vectors_QD: FloatArray,

@@ -8,6 +8,7 @@ hits = index.search(vectors_QD, 10, where="group=动物")[0]
 # Q queries, N rows of all segments, removed ones included, D dimensions
 
 import io
+import itertools
 import logging
 import math
 import os
@@ -189,6 +190,13 @@ class Index:
         """(id, metadata) in order of insertion."""
         for _, item_id, metadata in self.snapshot.items():
             yield item_id, metadata
+
+    def vector_blocks(self, size: int) -> Iterator[tuple[list[ItemId], list[dict[str, Any]], FloatArray]]:
+        """(ids, metadata, vectors (B, D) float32) of the items in order of insertion, so many at a time."""
+        items = self.snapshot.items()
+        while rows := list(itertools.islice(items, size)):
+            positions, ids, known = zip(*rows, strict=True)
+            yield list(ids), list(known), self.snapshot.rows.gather(np.array(positions))
 
     def search(
         self,

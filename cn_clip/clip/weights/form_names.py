@@ -1,6 +1,7 @@
 """The forms of a model by name, and whether there is room for one; imports nothing heavy."""
 
 import os
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -9,9 +10,11 @@ from cn_clip import files
 from cn_clip.errors import DataError
 
 Kind = Literal["transformers", "safetensors", "pt", "sentence-transformers", "immich", "transformers-js"]
+# Of vectors; the others are of a model.
+VectorKind = Literal["clip-retrieval"]
 # Of the folders, those that hold ONNX files in place of weights.
 ONNX_FOLDERS = ("immich", "transformers-js")
-FOLDERS = ("transformers", "sentence-transformers", *ONNX_FOLDERS)
+FOLDERS = ("transformers", "sentence-transformers", *ONNX_FOLDERS, "clip-retrieval")
 SUFFIXES: dict[str, Kind] = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
 # What a folder of any form holds, folders too; one that holds more is never replaced.
 FOLDER_FILES = frozenset(
@@ -30,9 +33,11 @@ FOLDER_FILES = frozenset(
         ),
     }
 )
+# And the numbered files of vectors.
+_NUMBERED = re.compile(r"(img_emb|text_emb|metadata)(/\1_\d+\.(npy|parquet))?")
 
 
-def require_room(target: Path, kind: Kind, *, overwrite: bool, otherwise: str) -> None:
+def require_room(target: Path, kind: Kind | VectorKind, *, overwrite: bool, otherwise: str) -> None:
     """Raises DataError for what only `overwrite` replaces, and for what may never be replaced.
 
     otherwise: what to do about the former.
@@ -41,10 +46,15 @@ def require_room(target: Path, kind: Kind, *, overwrite: bool, otherwise: str) -
         files.replaceable(target)
     elif os.path.isdir(target):
         inside = (path.relative_to(target).as_posix() for path in target.rglob("*"))
-        others = sorted(islice((name for name in inside if name not in FOLDER_FILES), 3))
+        others = sorted(islice((name for name in inside if not is_own(name)), 3))
         if others:
             raise DataError(f"holds other things ({', '.join(others)}); choose a new folder", at=target)
     elif os.path.exists(target):
         raise DataError("is a file; expected the name of a folder", at=target)
     if not overwrite and (any(target.iterdir()) if os.path.isdir(target) else os.path.exists(target)):
         raise DataError(f"exists; {otherwise}", at=target)
+
+
+def is_own(name: str) -> bool:
+    """Whether a folder of one of the forms may hold a file or folder of that name."""
+    return name in FOLDER_FILES or bool(_NUMBERED.fullmatch(name))
