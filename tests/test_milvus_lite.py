@@ -55,6 +55,21 @@ def test_what_only_reads_makes_no_folder(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @needs_lite
+def test_searches_find_what_is_exact_among_many_equal_vectors(lite: Address, tmp_path: Path) -> None:
+    vectors = np.random.default_rng(7).normal(size=(1500, 4)).astype(np.float32)
+    vectors[::7] = vectors[0]
+    folder = tmp_path / "i"
+    for place in (folder, lite):
+        with addresses.open_writer(place, Manifest(MODEL)) as opened:
+            opened.commit([NewItem(n, vector, {"n": n % 3}) for n, vector in enumerate(vectors)])
+            opened.finish()
+    here, there = addresses.open_index(folder), addresses.open_index(lite)
+    for where in (None, "n=1", "n!=1"):
+        for k in (1, 7, 60):
+            assert there.search(vectors[:20], k, where=where) == here.search(vectors[:20], k, where=where), (where, k)
+
+
+@needs_lite
 def test_two_processes_are_refused_and_the_next_one_goes_on(lite: Address) -> None:
     write(lite, 1, 2, 3)
     script = (

@@ -101,7 +101,12 @@ def commands(index: str, pictures: Path) -> list[list[object]]:
 @pytest.mark.parametrize("login", PASSWORDS)
 def test_commands_with_a_server_that_is_away(login: str, pictures: Path, ran: Callable[..., str]) -> None:
     address = f"milvus://{login}127.0.0.1:{milvus_server.free_port()}/photos?timeout=0.1"
-    for args in (*commands(address, pictures), ["index", "watch", pictures, "--output", address], ["serve", address]):
+    for args in (
+        *commands(address, pictures),
+        ["index", "watch", pictures, "--output", address],
+        ["serve", address],
+        ["mcp", address],
+    ):
         assert ran(*args), args
 
 

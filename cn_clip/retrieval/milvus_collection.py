@@ -435,7 +435,8 @@ class Collection:
         """Also ends what a run that was killed had begun."""
         if not self.call("list_indexes"):
             params = self._client.prepare_index_params()
-            params.add_index("vector", index_type="HNSW", metric_type="IP", params=GRAPH_OPTIONS)
+            kind, options = ("FLAT", {}) if self.address.lite else ("HNSW", GRAPH_OPTIONS)  # that of Lite misses some
+            params.add_index("vector", index_type=kind, metric_type="IP", params=options)
             self.call("create_index", index_params=params)
         self.call("load_collection")
 

@@ -329,6 +329,8 @@ def _lite_uri(address: Address) -> str:
     """Where Milvus Lite listens in this process for what is in the folder; raises StoreError, MissingExtraError."""
     manager = extras.require("milvus_lite.server_manager", extra="milvus-lite", purpose="an index in Milvus Lite")
     assert address.lite is not None
+    # Its server logs a traceback for each call that it has not, such as one of every client's beginning.
+    logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
     logger, handler = logging.getLogger("milvus_lite"), _Kept()
     logger.propagate = False  # tracebacks of what is told below
     logger.addHandler(handler)

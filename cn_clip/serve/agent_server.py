@@ -35,7 +35,15 @@ _PIECE, _TOO_LONG = 1 << 16, "a line that is too long\n"
 _READ_ONLY = types.ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
 
-def serve(chosen: Choice, limits: Limits, *, model: str | None, indexes: Sequence[str], with_paths: bool) -> None:
+def serve(
+    chosen: Choice,
+    limits: Limits,
+    *,
+    model: str | None,
+    indexes: Sequence[str],
+    milvus_config: str | None = None,
+    with_paths: bool,
+) -> None:
     """Answers one agent until it closes standard input; raises CnClipError for what cannot be opened.
 
     with_paths: the agent is told where the files of items lie.
@@ -44,7 +52,13 @@ def serve(chosen: Choice, limits: Limits, *, model: str | None, indexes: Sequenc
         chosen = replace(chosen, precision=precision_of(chosen))
     with command.stdout_to_stderr(when=True):
         runners, collections = open_all(
-            indexes, chosen=chosen, limits=limits, model=model, name=None, metrics=Metrics()
+            indexes,
+            chosen=chosen,
+            limits=limits,
+            model=model,
+            name=None,
+            metrics=Metrics(),
+            milvus_config=milvus_config,
         )
     service = Service(runners, limits, collections, with_originals=with_paths)
     with progress.resting():

@@ -9,6 +9,8 @@ import tyro
 from cn_clip import command, extras, settings
 from cn_clip.clip import choice
 from cn_clip.errors import ConfigError
+from cn_clip.index.options import MilvusConfig
+from cn_clip.retrieval.schemes import TypedAddress
 from cn_clip.serve.limits import Limits
 from cn_clip.settings import Range
 
@@ -21,12 +23,14 @@ class Options(choice.ModelSettings):
     because a request names it.
     """
 
-    index: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="INDEX ...")] = ()
-    """Indexes to search: folders, or milvus://HOST:PORT/COLLECTION; the first is meant where a call names none"""
+    index: Annotated[tyro.conf.Positional[tuple[TypedAddress, ...]], tyro.conf.arg(metavar="INDEX ...")] = ()
+    """Indexes to search: folders, milvus://HOST:PORT/COLLECTION or photos.db of Milvus Lite; the first is meant where
+    a call names none"""
     model: choice.ModelOfIndex = None
     paths: bool = False
     """Tell the agent where the files of the items lie"""
     decode: choice.DecodingOfIndex = None
+    milvus_config: MilvusConfig = None
     timeout: Annotated[float, Range(least=1)] = 30.0
     """Seconds for one call"""
 
@@ -49,7 +53,14 @@ def run(options: Options) -> None:
     from cn_clip.serve import agent_server
 
     limits = Limits(timeout=options.timeout)
-    agent_server.serve(options.chosen, limits, model=options.model, indexes=options.index, with_paths=options.paths)
+    agent_server.serve(
+        options.chosen,
+        limits,
+        model=options.model,
+        indexes=options.index,
+        milvus_config=options.milvus_config,
+        with_paths=options.paths,
+    )
 
 
 def main(args: Sequence[str] | None = None) -> None:
