@@ -178,7 +178,7 @@ def test_killed_features_on_a_cluster(machines: Machines, store: ObjectStore, to
         "machine": lambda process: machines.kill_machine(process, told),
         "store": lambda process: restarted(store, process),
     }
-    for number, victim in enumerate([*kills, *kills]):
+    for number, victim in enumerate([*kills, "worker", "machine"]):
         outputs = (f"{name}-{number}-{draw}" for draw in range(cluster.DRAWS))
         last = told.kill(
             victim,
