@@ -24,7 +24,7 @@ from object_store import CREDENTIALS, ObjectStore
 
 from cn_clip.errors import StoreError
 from cn_clip.retrieval.addresses import open_index, open_writer
-from cn_clip.retrieval.milvus_address import parse_address
+from cn_clip.retrieval.milvus_address import Address, parse_address
 from cn_clip.retrieval.milvus_collection import Collection
 from cn_clip.retrieval.schemes import IndexAddress
 from cn_clip.retrieval.segments import ItemId
@@ -207,6 +207,8 @@ class Contents(NamedTuple):
             for where in wheres
             for k in (7, 1000)
         ]
+        if isinstance(address, Address) and address.lite is not None:
+            milvus_server.release(address)
         vectors = {one: np.float32(item.vector_D).tobytes() for one, item in stored.items()}
         return cls([*items], items, vectors, {one: item.thumbnail for one, item in stored.items()}, answers)
 

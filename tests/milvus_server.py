@@ -43,11 +43,16 @@ def collection(name: str | None = None) -> Iterator[Address]:
 @contextlib.contextmanager
 def lite() -> Iterator[Address]:
     """The address of a collection of Milvus Lite that is not there yet; skips the test without the package."""
-    manager = pytest.importorskip("milvus_lite.server_manager").server_manager_instance
+    pytest.importorskip("milvus_lite")
     with tempfile.TemporaryDirectory(prefix="milvus-", ignore_cleanup_errors=True) as folder:
         address = lite_address(Path(folder) / "photos.db")
         yield address
-        manager.release_server(str(address.lite))
+        release(address)
+
+
+def release(address: Address) -> None:
+    """Closes what this process has open of Milvus Lite, so that another process can open it."""
+    pytest.importorskip("milvus_lite.server_manager").server_manager_instance.release_server(str(address.lite))
 
 
 @contextlib.contextmanager

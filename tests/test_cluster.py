@@ -129,6 +129,14 @@ def test_a_killed_milvus_comes_back_with_all_it_had(
     steps.killed(f"{milvus.address}/server_{round_}?timeout=60", "Milvus server", milvus.kill, told, within=on_milvus)
 
 
+@pytest.mark.parametrize("round_", range(2))
+def test_a_killed_client_of_milvus_lite_which_is_in_its_process(
+    steps: Steps, told: Chaos, tmp_path: Path, round_: int
+) -> None:
+    within = steps.whole(str(tmp_path / "whole.db"))
+    steps.killed(str(tmp_path / "killed.db"), "client", client, told, within=within)
+
+
 # --- Ray and an object store
 
 
