@@ -173,7 +173,7 @@ def first_sentence(error: BaseException, path: object = None) -> str:
     return re.split(r"\.?\n|\. |\.$", text, maxsplit=1)[0][:_LONGEST_REASON] or type(error).__name__
 
 
-_NO_MEMORY = ("bad_alloc", "bad allocation", "allocate memory", "failed to allocate", "out of memory")
+_NO_MEMORY = ("bad_alloc", "bad allocation", "allocate memory", "failed to allocate", "out of memory", "alloc_failed")
 
 
 def lacked_memory(error: BaseException | None) -> bool:

@@ -274,6 +274,58 @@ def test_any_object_with_the_two_methods_is_a_backend() -> None:
     assert backend.shapes == [(2, 3, 16, 16), (1, 3, 16, 16), (2, 4), (1, 5)]
 
 
+class SmallBackend(FixedBackend):
+    """Has memory for so many inputs at once."""
+
+    def __init__(self, most: int, error: Exception) -> None:
+        super().__init__()
+        self.most, self.error = most, error
+
+    def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:
+        if len(pixels_B3RR) > self.most:
+            raise self.error
+        rows = super().encode_pixels(pixels_B3RR)
+        if (pixels_B3RR > 1e6).any():
+            raise NotFiniteError("row", [int(np.argmax((pixels_B3RR > 1e6).any(axis=(1, 2, 3))))])
+        return rows
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: str(error)[:12],
+)
+def test_a_batch_that_memory_has_no_room_for_is_halved_and_that_is_told_once(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = SmallBackend(3, error)
+    encoder = Encoder(backend)
+    np.testing.assert_array_equal(encoder.encode_images(pictures(24), batch_size=12), [[1, 0, 0]] * 24)
+    assert [shape[0] for shape in backend.shapes] == [3] * 8
+    assert encoder.most_at_once == {"image": 3}
+    assert [record.message for record in caplog.records] == ["out of memory with 12 images at once; going on with 3"]
+
+
+def test_an_input_that_memory_has_no_room_for_is_an_error_as_any_other() -> None:
+    with pytest.raises(MemoryError, match="none"):
+        Encoder(SmallBackend(0, MemoryError("none"))).encode_images(pictures(4))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        Encoder(SmallBackend(1, RuntimeError("size mismatch"))).encode_images(pictures(4))
+
+
+def test_positions_in_a_batch_that_was_halved_are_those_of_the_batch() -> None:
+    pixels = np.zeros((8, 3, 16, 16), dtype=np.float32)
+    pixels[6] = 1e7
+    with pytest.raises(NotFiniteError) as caught:
+        Encoder(SmallBackend(2, MemoryError())).start_pixels(pixels)()
+    assert caught.value.positions == [6]
+
+
 def test_the_backend_knows_its_usual_batch_sizes() -> None:
     backend = FixedBackend()
     backend.facts = Facts(batch_sizes=(2, 3))  # type: ignore[attr-defined]

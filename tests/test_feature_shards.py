@@ -31,6 +31,7 @@ from cn_clip.features import ray_extraction, ray_pool
 from cn_clip.features.files import read_features
 from cn_clip.features.ray_extraction import ShardJob, ShardWorker, Task, TextPart, model_facts
 from cn_clip.features.ray_pool import Actors, Node, Pool, plan_actors
+from cn_clip.features.ray_weights import Weights
 from cn_clip.features.store import (
     Finished,
     Manifest,
@@ -551,7 +552,7 @@ def work_off(chosen: extract_features.Options) -> list[Finished | CnClipError]:
     one = Manifest("image_id", model_facts(chosen, "image", weights), of, len(collection.ids), 4)
     job = ShardJob("image", open_storage(str(chosen.output)).child("images"), one)
     begin_shards(job.folder, one, overwrite=chosen.overwrite)
-    worker = pickle.loads(pickle.dumps(ShardWorker(chosen, ["image"], weights)))
+    worker = pickle.loads(pickle.dumps(ShardWorker(chosen, ["image"], Weights(weights))))
     tasks = [Task(job, shard, collection.part(shard.start, shard.stop)) for shard in one.shards()]
     return [worker.work(pickle.loads(pickle.dumps(task))) for task in tasks]
 
@@ -572,7 +573,7 @@ def test_workers_in_other_folders_open_the_same_model(
         return str(settings.model)
 
     fake = SimpleNamespace(remote=lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=hire)))
-    crew = ray_extraction._Crew(fake, options(tmp_path, pictures, model=model), ["image"], "w")
+    crew = ray_extraction._Crew(fake, options(tmp_path, pictures, model=model), ["image"], Weights("w"))
     assert crew.hire(Actors(1, 8, 0, 1), None) == (model if at_home else str(Path.cwd() / model))
 
 
@@ -614,7 +615,7 @@ def test_captions_columns_and_thumbnails_travel_beside_the_rows_into_an_index(tm
     job = ShardJob("image", open_storage(str(chosen.output)).child("images"), one)
     begin_shards(job.folder, one, overwrite=False)
     work = ray_extraction._Progress(job, inputs[1], {})
-    worker = ShardWorker(chosen, ["image"], weights)
+    worker = ShardWorker(chosen, ["image"], Weights(weights))
     sent = [ray_extraction._task_of(work, shard) for shard in one.shards()]
     assert [worker.work(pickle.loads(pickle.dumps(task))) for task in sent] == [Finished(4), Finished(4), Finished(2)]
     build.main([job.folder.path, "--output", str(tmp_path / "i"), "--json"])
@@ -640,7 +641,7 @@ def test_a_worker_gives_equal_texts_equal_rows(tmp_path: Path, pictures: Path) -
     job = ShardJob("text", open_storage(str(tmp_path / "texts")), one)
     begin_shards(job.folder, one, overwrite=False)
     task = Task(job, one.shards()[0], TextPart([(7, "CAT 猫"), ("b", "笑脸"), (9, "cat 猫")]))
-    assert ShardWorker(chosen, ["text"], weights_digest(chosen.chosen)).work(task) == Finished(3)
+    assert ShardWorker(chosen, ["text"], Weights(weights_digest(chosen.chosen))).work(task) == Finished(3)
     features = read_features(tmp_path / "texts", "text_id")
     assert features.ids == [7, "b", 9]
     expected = Encoder("Emoji-Tiny", device="cpu").encode_texts(["cat 猫", "笑脸", "cat 猫"])
@@ -685,7 +686,7 @@ def test_a_store_that_fails_is_no_reason_to_leave_a_picture_out(
 def test_a_worker_with_other_weights_refuses(tmp_path: Path, pictures: Path) -> None:
     one = manifest(1)
     task = Task(ShardJob("image", open_storage(str(tmp_path)), one), one.shards()[0], TextPart([(1, "猫")]))
-    error = ShardWorker(options(tmp_path, pictures), ["image"], "other").work(task)
+    error = ShardWorker(options(tmp_path, pictures), ["image"], Weights("other")).work(task)
     assert isinstance(error, ConfigError)
     assert "Emoji-Tiny is another file there" in str(error)
 

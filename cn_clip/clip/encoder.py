@@ -4,6 +4,7 @@
 
 import contextlib
 import inspect
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from cn_clip.clip.backends.choosing import Decision, decide, only_torch
 from cn_clip.clip.backends.names import (
     DEFAULT_CONTEXT_LENGTH,
     BackendChoice,
+    Kind,
     check_cosine,
     check_precision,
     check_threads,
@@ -72,7 +74,7 @@ from cn_clip.clip.scoring import (
 )
 from cn_clip.clip.tokenizer import ChineseTexts, TextTransform, text_length
 from cn_clip.clip.transforms import Decode, ImageTransform, PictureTransform, check_decode, shape_of, write_pixels
-from cn_clip.errors import ConfigError, DataError, NotFiniteError
+from cn_clip.errors import CnClipError, ConfigError, DataError, NotFiniteError, lacked_memory
 from cn_clip.language import both
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from cn_clip.clip.model import CLIP
     from cn_clip.retrieval.flat import Matches
 
+logger = logging.getLogger(__name__)
 Advance: TypeAlias = Callable[[int], object]
 
 # Texts sorted by length together: long enough to fill batches of equal lengths, short enough to stream.
@@ -171,6 +174,8 @@ class Encoder:
             "merge_tokens": merge_tokens,
         }
         self.opened: Opened | None = None
+        # Of each tower, the inputs of a batch that memory had room for, once it has run out.
+        self.most_at_once: dict[Kind, int] = {}
         self._pictures: PictureTransform | None = None
         self.texts: TextTransform
         self.backend: Backend
@@ -309,17 +314,46 @@ class Encoder:
 
     def start_pixels(self, pixels_B3RR: AnyPixels) -> Callable[[], Rows]:
         """Begins `encode_pixels`, and gives what waits for the rows, and raises; only on CUDA is there a wait left."""
-        if self.facts.is_async:
-            return cast("AsyncBackend", self.backend).start_pixels(pixels_B3RR)
-        rows_BD = self.encode_pixels(pixels_B3RR)
-        return lambda: rows_BD
+
+        def start(some_B3RR: Any) -> Callable[[], Rows]:
+            if self.facts.is_async:
+                return cast("AsyncBackend", self.backend).start_pixels(some_B3RR)
+            rows_BD = self.encode_pixels(some_B3RR)
+            return lambda: rows_BD
+
+        return self._within_memory("image", start, pixels_B3RR)
 
     def start_tokens(self, token_ids_BL: TokenIds) -> Callable[[], Rows]:
         """The same for `encode_tokens`."""
-        if self.facts.is_async:
-            return cast("AsyncBackend", self.backend).start_tokens(token_ids_BL)
-        rows_BD = self.encode_tokens(token_ids_BL)
-        return lambda: rows_BD
+
+        def start(some_BL: Any) -> Callable[[], Rows]:
+            if self.facts.is_async:
+                return cast("AsyncBackend", self.backend).start_tokens(some_BL)
+            rows_BD = self.encode_tokens(some_BL)
+            return lambda: rows_BD
+
+        return self._within_memory("text", start, token_ids_BL)
+
+    def _within_memory(self, kind: Kind, start: Callable[[Any], Callable[[], Rows]], inputs: Any) -> Callable[[], Rows]:
+        """`start`, in halves of halves where memory runs out, down to one input; what was too many once is not tried
+        again.
+        """
+        count = len(inputs)
+        size = most = min(self.most_at_once.get(kind, count), count)
+        while True:
+            try:
+                if size == count:
+                    return start(inputs)
+                rows_BD = np.concatenate([_rows_from(first, start, inputs, size) for first in range(0, count, size)])
+            except (MemoryError, RuntimeError) as error:
+                if size <= 1 or isinstance(error, CnClipError) or not lacked_memory(error):
+                    raise
+                size //= 2
+                continue
+            if size < most:
+                self.most_at_once[kind] = size
+                logger.warning("out of memory with %d %ss at once; going on with %d", most, kind, size)
+            return lambda: rows_BD
 
     def pixel_rows(self, batches: Iterable[tuple[T, AnyPixels]]) -> Iterator[tuple[T, Rows]]:
         """(anything, unit rows (B, D)) of (the same, pixels of a `room`), batch by batch in order; B may be 0.
@@ -717,6 +751,14 @@ def _opened_again(opened: Opened) -> Encoder:
     encoder = Encoder(opened.model, **opened.settings)
     encoder.opened = opened
     return encoder
+
+
+def _rows_from(first: int, start: Callable[[Any], Callable[[], Rows]], inputs: Any, size: int) -> Rows:
+    """The rows of `size` inputs of a batch; an error counts its positions from the begin of the batch."""
+    try:
+        return start(inputs[first : first + size])()
+    except NotFiniteError as error:
+        raise NotFiniteError(error.what, [first + position for position in error.positions]) from error
 
 
 def sorted_batches(

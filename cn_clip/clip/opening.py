@@ -266,8 +266,13 @@ def weights_digest(chosen: Choice) -> str:
     Raises CheckpointError, DownloadError.
     """
     files = weight_files(chosen)
-    digest = hashlib.blake2b(b"" if files else chosen.model.encode(), digest_size=8)
-    for path in files:
+    return digest_of_files(files, or_of="" if files else chosen.model)
+
+
+def digest_of_files(paths: Sequence[Path], *, or_of: str = "") -> str:
+    """The `weights_digest` of files; or_of: a name, where there are none. Raises OSError."""
+    digest = hashlib.blake2b(or_of.encode(), digest_size=8)
+    for path in paths:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         add_file(digest, path)
     return digest.hexdigest()

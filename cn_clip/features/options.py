@@ -148,6 +148,10 @@ class RaySettings:
     """ray: auto or HOST:PORT of a running cluster; default: RAY_ADDRESS, else a cluster of this machine for this run"""
     ray_wait: Annotated[float, Range(least=0)] = 300
     """ray: seconds that a running cluster without room for a process is waited for, as while machines start"""
+    weights_from: str = "auto"
+    """ray: how machines get the weights. shared: from the path given, on a disk that all see; store: from this machine
+    through Ray's object store; s3://… or another folder that all see; auto: as shared where the same files are there,
+    else as store"""
     num_actors: Annotated[int | None, Range(least=1)] = None
     """ray: processes that compute; default: one a GPU, else one for 8 cores"""
     cpus_per_actor: Annotated[int | None, Range(least=1)] = None

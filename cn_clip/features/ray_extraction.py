@@ -10,7 +10,6 @@ shard by shard, what was finished when the driver was killed. `ray_pool` keeps t
 import functools
 import hashlib
 import os
-import platform
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from cn_clip.clip.backends.base import AnyPixels, named
 from cn_clip.clip.backends.names import Kind
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.families.opening import full_name
-from cn_clip.clip.opening import open_encoder, precision_of, weights_digest
+from cn_clip.clip.opening import open_encoder, precision_of
 from cn_clip.clip.pictures import decoded_batches, decoding_threads
 from cn_clip.command import Speaker
 from cn_clip.data.bulk_pictures import RESERVED, Part, open_collection
@@ -33,10 +32,22 @@ from cn_clip.data.metadata import Table, read_table, row_of
 from cn_clip.data.pictures import load_pixels
 from cn_clip.data.records import RecordId, digest_of, read_texts
 from cn_clip.data.storage import Storage, StorageError, open_storage, shown
-from cn_clip.errors import CnClipError, ConfigError, DataError
+from cn_clip.errors import CnClipError, DataError
 from cn_clip.features.options import EngineSettings
-from cn_clip.features.ray_pool import Actors, Pool, Worker, cluster, plan_actors, require_ray, started
+from cn_clip.features.ray_pool import (
+    Actors,
+    Pool,
+    Worker,
+    address_of,
+    cluster,
+    is_in_ray,
+    plan_actors,
+    require_ray,
+    started,
+)
+from cn_clip.features.ray_weights import Weights, described, placed, served
 from cn_clip.features.rows import FloatArray, IdField
+from cn_clip.features.shard_stats import Meters, Rates, ShardStats, Stopwatch
 from cn_clip.features.store import (
     SHARD_PREFIX,
     Finished,
@@ -128,10 +139,10 @@ def extract(options: EngineSettings, say: Speaker) -> None:
         inputs["text"] = _Inputs(facts, len(texts), lambda shard: TextPart(texts[shard.start : shard.stop]))
     if options.extract_image_feats:
         inputs["image"] = _pictures(options)
-    weights = weights_digest(options.chosen)
+    weights = described(options.chosen, options.weights_from)
     output = open_storage(options.output or "")
     with output.alone("another process is extracting into this folder", waiting=say.note) as confirm:
-        works = [_begin(options, output, kind, one, weights, say) for kind, one in inputs.items()]
+        works = [_begin(options, output, kind, one, weights.digest, say) for kind, one in inputs.items()]
         tasks = deque((work, shard) for work in works for shard in work.todo())
         if tasks:
             with cluster(ray, options.ray_address):
@@ -236,7 +247,7 @@ def _end(work: _Progress, say: Speaker) -> dict[str, object]:
 def _run(
     ray: Any,
     options: EngineSettings,
-    weights: str,
+    weights: Weights,
     tasks: "deque[_Todo]",
     works: Sequence[_Progress],
     say: Speaker,
@@ -247,7 +258,7 @@ def _run(
     """
     pool = Pool(
         ray,
-        _Crew(ray, options, [work.job.kind for work in works], weights),
+        _Crew(ray, options, [work.job.kind for work in works], served(ray, options.chosen, weights)),
         functools.partial(
             plan_actors,
             num_actors=options.num_actors,
@@ -258,17 +269,24 @@ def _run(
         say,
         num_actors=options.num_actors,
         max_failed=options.max_failed_shards,
-        wait_s=options.ray_wait if options.ray_address else 0,
+        wait_s=options.ray_wait if address_of(options.ray_address) else 0,
     )
     say(both(f"Ray：{len(tasks)} 个分片要做", f"Ray: {counted(len(tasks), 'shard')} to do"))
     total, done = (
         sum(numbers) for numbers in zip(*((work.inputs.number, work.num_done) for work in works), strict=True)
     )
-    stop = StopRequest()
+    stop, rates = StopRequest(), Rates()
     with stop.noted(), progress(total, both("行", "rows"), both("编码", "encoding"), done=done) as bar:
         for (work, shard), finished in stop.until(pool.results(tasks)):
             work.finished[shard.number] = finished
             bar.advance(shard.stop - shard.start)
+            if finished.stats is not None:
+                _tell_of_less(finished.stats, options, work.job.kind, rates, say)
+                rates.add(finished.stats)
+                bar.tell(rates.told())
+    for line in rates.lines():
+        say(line)
+    say.add(actors=rates.values())
     for failed in pool.failed:
         work, shard = failed.task
         work.failed.append((shard, failed.reason))
@@ -284,10 +302,23 @@ def _run(
         raise SystemExit(128 + stop.number)
 
 
+def _tell_of_less(stats: ShardStats, options: EngineSettings, kind: Kind, rates: Rates, say: Speaker) -> None:
+    """Tells once of each process that its memory had no room for the batches asked for."""
+    asked = options.img_batch_size if kind == "image" else options.text_batch_size
+    if stats.batch < asked and not rates.has_less(stats):
+        say.note(
+            both(
+                f"Ray：{stats.host} 进程 {stats.pid} 内存不足，改为每批 {stats.batch} 个（{kind}）",
+                f"Ray: {stats.host} process {stats.pid} ran out of memory; it goes on with batches of {stats.batch} "
+                f"({kind})",
+            )
+        )
+
+
 class _Crew:
     """Workers of an extraction, and shards as their tasks."""
 
-    def __init__(self, ray: Any, options: EngineSettings, kinds: Sequence[Kind], weights: str) -> None:
+    def __init__(self, ray: Any, options: EngineSettings, kinds: Sequence[Kind], weights: Weights) -> None:
         self._ray, self._options, self._kinds, self._weights = ray, options, kinds, weights
 
     def hire(self, size: Actors, node: str | None) -> Any:
@@ -328,10 +359,11 @@ def _named(task: "_Todo") -> str:
 class ShardWorker(Worker):
     """Computes and writes one shard after another; holds one encoder, opened with the first task."""
 
-    def __init__(self, options: EngineSettings, kinds: Sequence[Kind], weights: str) -> None:
-        """weights: what `weights_digest` gave where the job was planned."""
+    def __init__(self, options: EngineSettings, kinds: Sequence[Kind], weights: Weights) -> None:
+        """weights: those of the machine where the job was planned."""
         self._options, self._kinds, self._weights = options, kinds, weights
         self._encoder: Encoder | None = None
+        self._meters: Meters | None = None
 
     def work(self, task: Task) -> Finished | CnClipError:
         """Computes a shard and writes it; an error that another attempt would meet again is returned, not raised.
@@ -340,33 +372,40 @@ class ShardWorker(Worker):
         """
         try:
             if self._encoder is None:
-                if weights_digest(self._options.chosen) != self._weights:
-                    raise ConfigError(
-                        f"{platform.node()}: {self._options.model} is another file there than where the run was "
-                        "started; copy the same weights to every machine"
-                    )
-                self._encoder = open_encoder(self._options.chosen, Speaker(quiet=True), kinds=self._kinds)
-            job, part = task.job, task.inputs
-            if isinstance(part, TextPart):
-                rows_ND = text_rows(self._encoder, part, batch_size=self._options.text_batch_size)
-                ids = [text_id for text_id, _ in part.texts]
-                return write_shard(job.folder, job.manifest, task.shard, ids, rows_ND)
-            outcomes, rows_ND = picture_rows(self._encoder, part, self._options)
-            kept = [index for index, one in enumerate(outcomes) if not isinstance(one, Skipped)]
-            beside = [{**_beside(part, index, outcomes[index]), **_row(task.said, part.ids[index])} for index in kept]
-            return write_shard(
-                job.folder,
-                job.manifest,
-                task.shard,
-                [part.ids[index] for index in kept],
-                rows_ND[kept],
-                columns={name: [row.get(name) for row in beside] for name in _names(beside)},
-                skipped=[one for one in outcomes if isinstance(one, Skipped)],
-            )
+                chosen = placed(self._options.chosen, self._weights)
+                self._encoder = open_encoder(chosen, Speaker(quiet=True), kinds=self._kinds)
+            finished = self._made(self._encoder, task)
         except CnClipError as error:
             if isinstance(error, (StorageError, OSError)):
                 raise
             return error
+        if finished.stats is not None and is_in_ray():
+            self._meters = self._meters or Meters()
+            self._meters.count(task.job.kind, finished.stats)
+        return finished
+
+    def _made(self, encoder: Encoder, task: Task) -> Finished:
+        job, part, watch = task.job, task.inputs, Stopwatch()
+        if isinstance(part, TextPart):
+            size = self._options.text_batch_size
+            rows_ND = text_rows(encoder, part, batch_size=size)
+            ids = [text_id for text_id, _ in part.texts]
+            stats = watch.stop(len(ids), min(size, encoder.most_at_once.get("text", size)))
+            return write_shard(job.folder, job.manifest, task.shard, ids, rows_ND, stats=stats)
+        outcomes, rows_ND = picture_rows(encoder, part, self._options, watch)
+        kept = [index for index, one in enumerate(outcomes) if not isinstance(one, Skipped)]
+        beside = [{**_beside(part, index, outcomes[index]), **_row(task.said, part.ids[index])} for index in kept]
+        size = self._options.img_batch_size
+        return write_shard(
+            job.folder,
+            job.manifest,
+            task.shard,
+            [part.ids[index] for index in kept],
+            rows_ND[kept],
+            columns={name: [row.get(name) for row in beside] for name in _names(beside)},
+            skipped=[one for one in outcomes if isinstance(one, Skipped)],
+            stats=watch.stop(len(kept), min(size, encoder.most_at_once.get("image", size))),
+        )
 
 
 def text_rows(encoder: Encoder, part: TextPart, *, batch_size: int) -> FloatArray:
@@ -396,7 +435,7 @@ def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def picture_rows(
-    encoder: Encoder, part: Part, options: EngineSettings
+    encoder: Encoder, part: Part, options: EngineSettings, watch: Stopwatch
 ) -> tuple[list[Mapping[str, Any] | Skipped], FloatArray]:
     """(what lies beside it, or why it was skipped; unit row (N, D)) of each picture of a shard.
 
@@ -422,7 +461,7 @@ def picture_rows(
     rows_ND = np.empty((len(part), encoder.embed_dim), dtype=np.float32)
     batches = decoded_batches(load, range(len(part)), encoder.room, options.img_batch_size, options.num_workers)
     with named("image_id", lambda position: part.ids[len(outcomes) + position]):
-        for outcome, rows_BD in encoder.pixel_rows(batches):
+        for outcome, rows_BD in encoder.pixel_rows(watch.waited(batches)):
             rows_ND[len(outcomes) : len(outcomes) + len(outcome)] = rows_BD
             outcomes += outcome
     return outcomes, rows_ND

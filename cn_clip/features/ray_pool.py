@@ -119,9 +119,20 @@ def require_ray() -> Any:
     return require("ray", extra="ray", purpose="--engine ray")
 
 
+def is_in_ray() -> bool:
+    """Whether this process belongs to a Ray cluster; imports nothing."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
 def _has_token() -> bool:
     names = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     return any(os.environ.get(name) for name in names) or is_file(_TOKEN_FILE.expanduser())
+
+
+def address_of(given: str | None) -> str | None:
+    """The address of the running cluster that is meant; None: one for this run is."""
+    return given or os.environ.get("RAY_ADDRESS") or None
 
 
 @contextlib.contextmanager
@@ -131,7 +142,7 @@ def cluster(ray: Any, address: str | None) -> Iterator[None]:
     As everywhere in Ray, RAY_ADDRESS stands for an address that is not given; `ray job submit` sets it.
     Raises ConfigError when the cluster does not answer, refuses the token, or is of another version.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or None
+    address = address_of(address)
     _check_listening(address)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     with tempfile.TemporaryFile() as said, _token_of_its_own(when=address is None):

@@ -44,7 +44,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias
@@ -57,6 +57,7 @@ from cn_clip.data.storage import FoundFile, Storage, StorageError, open_storage
 from cn_clip.digests import is_file
 from cn_clip.errors import CnClipError, ConfigError, DataError, UnreadableError, is_absent
 from cn_clip.features.rows import Block, Features, FloatArray, IdField, check_unique
+from cn_clip.features.shard_stats import ShardStats
 from cn_clip.features.tables import parquet_blocks, parquet_bytes, parquet_facts, parquet_ids, require_parquet
 from cn_clip.files import lock_file, replaceable, take
 from cn_clip.language import both, counted
@@ -274,10 +275,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a shard holds: its rows, and the inputs that have none."""
+    """What a shard holds: its rows, and the inputs that have none; stats: how it was made, of this run."""
 
     num_rows: int
     skipped: tuple[Skipped, ...] = ()
+    stats: ShardStats | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -428,18 +430,23 @@ def write_shard(
     *,
     columns: Mapping[str, Sequence[Any]] | None = None,
     skipped: Sequence[Skipped] = (),
+    stats: ShardStats | None = None,
 ) -> Finished:
     """Writes a shard; it appears whole or not at all, instead of one that is there.
 
-    columns: what lies beside the vectors, see `rows.Block`. Raises DataError when it cannot be written, ConfigError
-    when the folder has become that of another run, whose shards are left alone.
+    columns: what lies beside the vectors, see `rows.Block`. stats: go into the metadata of the file. Raises
+    DataError when it cannot be written, ConfigError when the folder has become that of another run, whose shards
+    are left alone.
     """
     assert len(ids) + len(skipped) == shard.stop - shard.start, "every input has a row or a reason"
-    facts = {"key": manifest.key, "shard": list(shard), "skipped": [[one.id, one.reason] for one in skipped]}
+    facts: dict[str, Any] = {"key": manifest.key, "shard": list(shard)}
+    facts["skipped"] = [[one.id, one.reason] for one in skipped]
+    if stats is not None:
+        facts["stats"] = stats.to_json()
     data = parquet_bytes(manifest.field, ids, rows_ND, columns=columns, facts=facts)
     refuse_replaced(folder, manifest)
     folder.child(shard.name).write(data)
-    return Finished(len(ids), tuple(skipped))
+    return Finished(len(ids), tuple(skipped), stats)
 
 
 # --- reading a folder of shards
