@@ -245,6 +245,7 @@ def test_a_folder_for_sentence_transformers_names_its_modules(reference: Path, t
     assert {name: sbert[name] for name in plain} == plain
     assert sorted(sbert.keys() - plain.keys()) == [
         "1_Normalize/config.json",
+        "README.md",
         "config_sentence_transformers.json",
         "modules.json",
         "sentence_bert_config.json",
@@ -254,6 +255,46 @@ def test_a_folder_for_sentence_transformers_names_its_modules(reference: Path, t
         (0, "", "Transformer"),
         (1, "1_Normalize", "Normalize"),
     ]
+
+
+def test_a_folder_for_sentence_transformers_says_what_mteb_reads(reference: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    convert(reference, tmp_path / "sbert", "--to", "sentence-transformers")
+    card = ModelCard.load(tmp_path / "sbert" / "README.md").data
+    assert (card.language, card.library_name, card.base_model) == ("zh", "sentence-transformers", None)
+    facts = json.loads((tmp_path / "sbert" / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+    assert (facts["model_type"], facts["similarity_fn_name"]) == ("SentenceTransformer", "cosine")
+    assert facts["prompts"] == {"query": "", "document": ""}
+    # Weights under a published name are from there.
+    published = zoo.PUBLISHED["ViT-B-16"]
+    reference.rename(tmp_path / published.filename)
+    convert(tmp_path / published.filename, tmp_path / "sbert", "--to", "sentence-transformers", "--overwrite")
+    card = ModelCard.load(tmp_path / "sbert" / "README.md").data
+    assert card.base_model == "OFA-Sys/chinese-clip-vit-base-patch16"
+
+
+def test_a_page_that_somebody_wrote_is_never_replaced(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(reference, tmp_path / "sbert", "--to", "sentence-transformers")
+    (tmp_path / "sbert" / "README.md").write_text("mine", encoding="utf-8")
+    error = refusal(capsys, reference, tmp_path / "sbert", "--to", "sentence-transformers", "--overwrite")
+    assert "holds other things (README.md)" in error
+
+
+@pytest.mark.families
+def test_mteb_knows_the_folder_for_sentence_transformers(reference: Path, tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    meta = pytest.importorskip("mteb.models.model_meta").ModelMeta
+    convert(reference, tmp_path / "sbert", "--to", "sentence-transformers")
+    model = library.SentenceTransformer(str(tmp_path / "sbert"), device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = meta.from_sentence_transformer_model(model)
+    assert (found.max_tokens, found.similarity_fn_name.value) == (52, "cosine")
+    assert found.embed_dim == features(reference).shape[1]
+    assert model.prompts == {"query": "", "document": ""}
 
 
 # --- settings

@@ -11,8 +11,8 @@ from cn_clip.clip.families.opening import resolved
 from cn_clip.clip.model import CLIP
 from cn_clip.clip.weights import hub
 from cn_clip.clip.weights.checkpoint import Checkpoint, read_checkpoint
-from cn_clip.clip.weights.form_names import SUFFIXES, Kind, require_room
-from cn_clip.clip.weights.forms import whole, write_file, write_folder
+from cn_clip.clip.weights.form_names import CARD_FILE, SUFFIXES, Kind, require_room
+from cn_clip.clip.weights.forms import model_card, whole, write_file, write_folder
 from cn_clip.errors import CheckpointError, ConfigError, DownloadError, first_sentence
 from cn_clip.files import staged_folder
 
@@ -20,23 +20,6 @@ if TYPE_CHECKING:
     from cn_clip.clip.encoder import Encoder
 
 _IN_MEMORY = Path("the model in memory")
-# What a page of the hub says of a model, if it has no README.md yet.
-_CARD = """---
-library_name: transformers
-pipeline_tag: zero-shot-image-classification
-language: zh
-tags: [chinese-clip, clip, feature-extraction]
----
-
-# {name}
-
-```python
-from cn_clip import Encoder
-
-encoder = Encoder("{repo}")
-encoder.classify(["a.jpg"], ["猫", "狗"])
-```
-"""
 
 
 def save(encoder: "Encoder", target: str | Path, *, overwrite: bool) -> Path:
@@ -76,9 +59,10 @@ def push(
         saved = save(encoder, Path(folder) / "model", overwrite=False)
         try:
             repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
-            if not api.file_exists(repo, "README.md", revision=revision):
-                card = _CARD.format(name=repo.rpartition("/")[2], repo=repo)
-                (saved / "README.md").write_text(card, encoding="utf-8")
+            if api.file_exists(repo, CARD_FILE, revision=revision):  # which may be somebody's work
+                (saved / CARD_FILE).unlink(missing_ok=True)
+            else:
+                (saved / CARD_FILE).write_text(model_card(repo.rpartition("/")[2], repo), encoding="utf-8")
             if revision is not None:
                 api.create_branch(repo, branch=revision, exist_ok=True)
             done = api.upload_folder(

@@ -33,6 +33,8 @@ FOLDER_FILES = frozenset(
         ),
     }
 )
+# The page of a model; one with this line was written here, another is somebody's work.
+CARD_FILE, CARD_MARK = "README.md", "written by cn-clip"
 # And the numbered files of vectors.
 _NUMBERED = re.compile(r"(img_emb|text_emb|metadata)(/\1_\d+\.(npy|parquet))?")
 
@@ -46,13 +48,20 @@ def require_room(target: Path, kind: Kind | VectorKind, *, overwrite: bool, othe
         files.replaceable(target)
     elif os.path.isdir(target):
         inside = (path.relative_to(target).as_posix() for path in target.rglob("*"))
-        others = sorted(islice((name for name in inside if not is_own(name)), 3))
+        others = sorted(islice((name for name in inside if not (is_own(name) or _is_card(target / name))), 3))
         if others:
             raise DataError(f"holds other things ({', '.join(others)}); choose a new folder", at=target)
     elif os.path.exists(target):
         raise DataError("is a file; expected the name of a folder", at=target)
     if not overwrite and (any(target.iterdir()) if os.path.isdir(target) else os.path.exists(target)):
         raise DataError(f"exists; {otherwise}", at=target)
+
+
+def _is_card(path: Path) -> bool:
+    try:
+        return path.name == CARD_FILE and CARD_MARK in path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def is_own(name: str) -> bool:

@@ -18,6 +18,7 @@ from cn_clip.clip.model import convert_weights
 from cn_clip.clip.tokenizer import CONTEXT_LENGTH, END, START, UNKNOWN, VOCAB_FILE, Tokenizer
 from cn_clip.clip.weights import hf
 from cn_clip.clip.weights.checkpoint import Checkpoint, fit, infer_config
+from cn_clip.clip.weights.form_names import CARD_FILE, CARD_MARK
 from cn_clip.clip.weights.hf import PICTURE_FILE, picture_fields
 from cn_clip.clip.weights.writing import write_checkpoint, write_safetensors
 from cn_clip.errors import CheckpointError, ConfigError
@@ -92,12 +93,20 @@ def write_file(target: Path, kind: str, model: Checkpoint) -> None:
 
 def write_folder(target: Path, kind: str, model: Checkpoint) -> None:
     """The folder, in one piece; raises ConfigError for a model that transformers cannot hold."""
-    write = write_transformers if kind == "transformers" else write_sentence_transformers
     try:
         with staged_folder(target) as folder:
-            write(folder, model.state_dict, infer_config(model))
+            if kind == "transformers":
+                write_transformers(folder, model.state_dict, infer_config(model))
+            else:
+                write_sentence_transformers(folder, model.state_dict, infer_config(model), _published(model.path))
     except ConfigError as error:
         raise ConfigError(f"{error}; a .pt or .safetensors can hold it", at=model.path) from error
+
+
+def _published(path: Path) -> str | None:
+    """The repository that a file was downloaded from, by its name."""
+    found = (one.huggingface for one in zoo.downloadable().values() if one.filename == path.name)
+    return next(found, None)
 
 
 # --- folders of transformers and sentence-transformers
@@ -143,8 +152,13 @@ def write_transformers(folder: Path, tensors: Mapping[str, Tensor], config: Mode
     write_safetensors(folder / hf.WEIGHT_FILES[0], hf.from_reference(tensors), _METADATA)
 
 
-def write_sentence_transformers(folder: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
-    """The same, and what makes it a SentenceTransformer that gives unit rows for texts and pictures; raises alike."""
+def write_sentence_transformers(
+    folder: Path, tensors: Mapping[str, Tensor], config: ModelConfig, base: str | None = None
+) -> None:
+    """The same, and what makes it a SentenceTransformer that gives unit rows for texts and pictures; raises alike.
+
+    base: the repository on Hugging Face that the weights are from.
+    """
     write_transformers(folder, tensors, config)
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": kind} for number, (path, kind) in enumerate(_MODULES)
@@ -153,10 +167,50 @@ def write_sentence_transformers(folder: Path, tensors: Mapping[str, Tensor], con
     write_json(folder / "sentence_bert_config.json", _FEATURES)
     write_json(
         folder / "config_sentence_transformers.json",
-        {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}},
+        {
+            "model_type": "SentenceTransformer",
+            "similarity_fn_name": "cosine",
+            "prompts": {"query": "", "document": ""},
+            "default_prompt_name": None,
+        },
     )
+    with atomic_write(folder / CARD_FILE) as stream:
+        stream.write(model_card(folder.name, folder.name, base))
     (folder / "1_Normalize").mkdir()
     write_json(folder / "1_Normalize" / "config.json", {"module_input_name": "sentence_embedding"})
+
+
+# What the page of a hub says of a model, and what MTEB reads there: its language, and what it comes from.
+_CARD = """---
+library_name: sentence-transformers
+pipeline_tag: zero-shot-image-classification
+language: zh
+tags: [sentence-transformers, feature-extraction, sentence-similarity, chinese-clip, clip]
+{base}---
+
+# {name}
+
+<!-- {mark} -->
+
+```python
+from cn_clip import Encoder
+
+encoder = Encoder("{address}")
+encoder.classify(["a.jpg"], ["猫", "狗"])
+```
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{address}")
+model.encode(["一只猫"])
+```
+"""
+
+
+def model_card(name: str, address: str, base: str | None = None) -> str:
+    """A README.md; address: what opens the model. base: the repository on Hugging Face that the weights are from."""
+    return _CARD.format(name=name, address=address, mark=CARD_MARK, base=f"base_model: {base}\n" if base else "")
 
 
 TOKENIZER_FIELDS: dict[str, Any] = {
