@@ -701,3 +701,25 @@ def test_positions_go_on_where_another_version_has_written(address: Address) -> 
         opened.commit([NewItem("last", vectors[0])], remove=range(29))
     index = open_index(address)
     assert index.ids == [29, "last"]
+
+
+@needs_server
+def test_adding_a_picture_does_not_go_through_the_index(
+    tmp_path: Path, address: Address, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, numbers in (("many", range(6)), ("one", range(6, 7))):
+        (tmp_path / folder).mkdir()
+        for number in numbers:
+            (tmp_path / folder / f"{number}.png").write_bytes(emoji.png(emoji.load("twemoji")[number]))
+    (tmp_path / "one" / "copy.png").write_bytes((tmp_path / "many" / "3.png").read_bytes())
+    run("index", "build", tmp_path / "many", "--store", address, *BUILD)
+    monkeypatch.setattr(remote.RemoteWriter, "items", None)
+    added = run("index", "add", address, tmp_path / "one", "--id-prefix", "x/")
+    assert (added["encoded"], added["reused"], added["num_items"]) == (1, 1, 8)
+    assert added["duplicates"] == [{"id": "x/copy.png", "same_as": "3.png"}]
+    again = run("index", "add", address, tmp_path / "one", "--id-prefix", "x/")
+    assert (again["unchanged"], again["num_items"]) == (2, 8)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "3.png").write_bytes(b"")
+    assert "has an item 3.png of" in run("index", "add", address, other, fails=True)

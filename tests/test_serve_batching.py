@@ -297,7 +297,7 @@ def test_an_index_that_does_not_answer_holds_up_no_texts(backend: WatchedBackend
         runner = Runner("tiny", lambda: Encoder(backend), Limits(), Metrics())
         runner.start()
         await runner.opened.wait()
-        searches = [asyncio.ensure_future(runner.ask(going.wait)) for _ in range(64)]
+        searches = [asyncio.ensure_future(runner.ask(going.wait, is_remote=False)) for _ in range(64)]
         await asyncio.sleep(0)
         try:
             # Long enough not to be cut into tokens on the event loop.

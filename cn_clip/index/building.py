@@ -8,7 +8,7 @@ from cn_clip.data.ocr import Reader
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index import skips
 from cn_clip.index.clips import Clips
-from cn_clip.index.ingest import PICTURES_A_COMMIT, Ingest, Settings, Summary
+from cn_clip.index.ingest import MOST_ASKED, PICTURES_A_COMMIT, Ingest, Settings, Summary
 from cn_clip.index.jobs import Job, Model, changing, finish, job_of
 from cn_clip.index.options import SourceOptions
 from cn_clip.index.progress import Progress
@@ -47,7 +47,9 @@ def update(options: SourceOptions, job: Job, say: Speaker, *, model: Model | Non
     info, ids = model.info(), [one.id for one in files]
     pictures = model.reading(options)
     reader = Reader() if pictures.ocr else None
-    with changing(job, info, info.embed_dim, source.name, set(ids), pictures) as writer:
+    # Pictures that are added to a large index are asked for there; any other run goes through all items.
+    few = None if job.is_sync or job.renew or source.videos or len(ids) > MOST_ASKED else ids
+    with changing(job, info, info.embed_dim, source.name, set(ids), pictures, few=few) as writer:
         before = writer.manifest.source
         settings = Settings(
             options.batch_size,
@@ -56,7 +58,7 @@ def update(options: SourceOptions, job: Job, say: Speaker, *, model: Model | Non
             options.thumbnail_size,
             options.min_size,
         )
-        ingest = Ingest(writer, model.encoder, settings, progress, skipped=source.skipped, reader=reader)
+        ingest = Ingest(writer, model.encoder, settings, progress, skipped=source.skipped, reader=reader, few=few)
         if options.retry:
             ingest.failures.forget(source.name)
         moved_from = {source.name, before} if job.is_sync else set[str]()

@@ -67,7 +67,7 @@ class Clips:
         self._run, self._id_prefix = run, id_prefix
         self._known: dict[ItemId, dict[str, Any]] = {}
         self._frames: dict[ItemId, list[ItemId]] = {}
-        for item_id, metadata in run.writer.items():
+        for item_id, metadata in run.writer.items() if run.few is None else ():
             if metadata.get("kind") == "video":
                 self._frames.setdefault(file_id(item_id, metadata), []).append(item_id)
                 if _OF_FIRST in metadata:

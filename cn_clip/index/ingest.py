@@ -2,6 +2,7 @@
 
 # B batch, R resolution, D embedding
 
+import contextlib
 import hashlib
 import itertools
 import posixpath
@@ -23,7 +24,7 @@ from cn_clip.clip.transforms import write_pixels
 from cn_clip.data import facts
 from cn_clip.data.ocr import LONGEST_SIDE, Reader
 from cn_clip.data.pictures import open_picture
-from cn_clip.errors import DataError, MissingExtraError, reason_of
+from cn_clip.errors import ConfigError, DataError, MissingExtraError, reason_of
 from cn_clip.index import skips
 from cn_clip.index.deciding import decide, parted
 from cn_clip.index.failures import Failures
@@ -32,6 +33,7 @@ from cn_clip.index.pruning import vanished
 from cn_clip.index.skips import Skipped
 from cn_clip.index.sources import Candidate, Table, file_id
 from cn_clip.retrieval.addresses import Writer
+from cn_clip.retrieval.conditions import parse_condition
 from cn_clip.retrieval.segments import ItemId
 from cn_clip.retrieval.writer import NewItem
 from cn_clip.stopping import StopRequest
@@ -41,6 +43,8 @@ PICTURES_A_COMMIT = 1000
 COMMIT_SECONDS = 20.0
 # Items that may lend their vectors next, as many as a store on another machine is asked for at once.
 MOST_READ_AHEAD = 1000
+# Pictures of which an index is asked what it knows, instead of gone through.
+MOST_ASKED = 1000
 _DIGEST_BYTES = 16
 # What an item lends to others of the same bytes, besides its vector and thumbnail.
 _OF_BYTES = ("width", "height", "text")
@@ -123,16 +127,18 @@ class Ingest:
         *,
         skipped: Iterable[Skipped] = (),
         reader: Reader | None = None,
+        few: Collection[ItemId] | None = None,
     ) -> None:
+        """few: the ids of all that may be added, where the index is to be asked for these instead of gone through."""
         self.writer, self.encoder, self.settings, self.progress = writer, encoder, settings, progress
         self.summary, self.reader = Summary(skipped=list(skipped)), reader
         self.failures = Failures(writer.notes())
-        self._known = dict(writer.items())
+        self.few = few
+        self._known = dict(writer.items()) if few is None else writer.known(few)
         # The item that lends its vector to others of the same bytes.
         self._owners: dict[str, ItemId] = {}
-        for item_id, metadata in self._known.items():
-            if "digest" in metadata:
-                self._owners.setdefault(metadata["digest"], item_id)
+        if few is None:
+            self._own(self._known)
         # The items that are gone, by their digests.
         self._gone: dict[str, list[ItemId]] = {}
         # Whether a picture of these bytes would get another vector now than it had; see `renewing`.
@@ -143,6 +149,27 @@ class Ingest:
         # The items among them that a batch needs, and those that it adds.
         self._lenders: dict[ItemId, NewItem] = {}
         self._committed_at = time.monotonic()
+
+    def _own(self, items: Mapping[ItemId, Mapping[str, Any]]) -> None:
+        for item_id, metadata in items.items():
+            if "digest" in metadata:
+                self._owners.setdefault(metadata["digest"], item_id)
+
+    def _ask_owners(self, pending: Sequence[Candidate]) -> None:
+        """Of a few pictures, which are read for it: the items of the same bytes."""
+        digests = set[str]()
+        for one in pending:
+            with contextlib.suppress(OSError, DataError, ValueError):  # `read` tells
+                digests.add(_digest_of(one.read()))
+        if not digests:
+            return
+        condition = parse_condition("digest=" + ",".join(f'"{one}"' for one in sorted(digests)))
+        try:
+            same = self.writer.known(self.writer.fitting(condition))
+        except ConfigError:  # no item has a digest
+            return
+        self._known.update(same)
+        self._own(same)
 
     def decide(
         self,
@@ -196,6 +223,8 @@ class Ingest:
         """As `add`, but for what `commit` is still to write."""
         if not pending:
             return
+        if self.few is not None:
+            self._ask_owners(pending)
         stop = stop or StopRequest()
         self._expected = deque(one.id for one in pending if one.id in self._known)
         batches = self._batches(pending)
@@ -213,7 +242,7 @@ class Ingest:
             candidate, data = pending[number], b""
             try:
                 data = candidate.read()
-                digest = hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
+                digest = _digest_of(data)
                 is_outdated = digest in self._owners and self.is_outdated(data)
                 if digest in self._owners and not is_outdated:
                     return _Prepared(
@@ -291,7 +320,8 @@ class Ingest:
             self.failures.forget(source, but={one.metadata.get("path", "") for one in candidates})
         self.writer.commit(remove=gone, notes=self.failures.dumped() if self.failures.has_changed else None)
         self.summary.removed = gone
-        self.summary.duplicates = [pair for pair in self.summary.duplicates if pair[1] in self.writer]
+        removed = set(gone)
+        self.summary.duplicates = [pair for pair in self.summary.duplicates if pair[1] not in removed]
 
     def _take(self, batch: Sequence[_Prepared | _Refused], vectors: Mapping[int, Rows]) -> None:
         """vectors: of the fresh ones, by their number in the batch."""
@@ -395,6 +425,10 @@ class Ingest:
         self.failures.has_changed = False
         self._committed_at = time.monotonic()
         self.progress.saved(self.summary.num_done, self.summary.encoded + self.summary.reused)
+
+
+def _digest_of(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def facts_of(image: Image.Image) -> dict[str, Any]:

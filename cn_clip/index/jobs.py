@@ -1,7 +1,7 @@
 """A source to bring into an index, and the index opened for it; `building` and `vectors` do the work."""
 
 import contextlib
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -138,12 +138,20 @@ class Model:
 
 @contextlib.contextmanager
 def changing(
-    job: Job, model: ModelInfo, embed_dim: int, name: str, ids: Container[ItemId], pictures: PictureFacts | None = None
+    job: Job,
+    model: ModelInfo,
+    embed_dim: int,
+    name: str,
+    ids: Container[ItemId],
+    pictures: PictureFacts | None = None,
+    *,
+    few: Collection[ItemId] | None = None,
 ) -> Iterator[Writer]:
     """The index, new or as it is, opened for changing it; `finish` is for the end.
 
     embed_dim: of the vectors to be added; name, ids: of their source; pictures: of a new index, and of others whether
-    words are read; None: vectors come without pictures. Raises ConfigError for another model, and if items of other
+    words are read; None: vectors come without pictures. few: the ids, where these are so few pictures that the index is
+    asked for them instead of gone through. Raises ConfigError for another model, and if items of other
     sources are in the way, DataError for vectors of another length.
     """
     engine, vector_type = job.engine or "exact", job.vector_type or "float32"
@@ -162,7 +170,7 @@ def changing(
             )
         before = found.source
         if not job.is_sync:
-            for item_id, metadata in writer.items():
+            for item_id, metadata in writer.items() if few is None else writer.known(few).items():
                 if file_id(item_id, metadata) in ids and metadata.get("source") != name:
                     raise ConfigError(
                         f"has an item {shown(item_id)} of {shown(metadata.get('source', 'elsewhere'))}; "

@@ -63,6 +63,11 @@ def address_in(index: Searchable) -> IndexAddress:
     return index.folder if isinstance(index, store.Index) else index.opened_at
 
 
+def is_remote(index: Searchable) -> bool:
+    """Whether a server keeps it, so that whoever asks it waits."""
+    return isinstance(index, remote.RemoteIndex)
+
+
 def ping(index: Searchable) -> None:
     """Asks the server that keeps an index for as little as it may; raises AwayError if it does not answer, StoreError.
 

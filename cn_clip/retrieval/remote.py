@@ -135,7 +135,9 @@ class RemoteIndex:
         k += offset
         queries_QD = checked_queries(vectors_QD, self.model.embed_dim, self.address)
         condition = parse_condition(where) if where is not None else None
-        limit = min(OVERFETCH * int(k) + 16, LARGEST_LIMIT)
+        # Without a condition all that is found fits, and only rows of equal scores are needed besides.
+        wanted = k if condition is None else OVERFETCH * k
+        limit = min(int(wanted) + 16, LARGEST_LIMIT)
         found = self._found(queries_QD, k, condition, limit)
         if condition is not None:
             _check_fields(self._rows, condition, self._seen_fields)

@@ -33,6 +33,8 @@ ResultT = TypeVar("ResultT")
 
 # Of those that prepare, and again of those that decode, and that search.
 MOST_THREADS = 4
+# Of those that wait for the answers of a store on a server, which takes them little time of a core.
+WAITING_THREADS = 16
 # Characters; so few are cut into tokens on the event loop, for a thread and back would take longer.
 SHORT = 512
 # And characters of data URLs; so many are read for one request at a time.
@@ -78,6 +80,7 @@ class Runner:
         num_threads = min(MOST_THREADS, usable_cores())
         self._pool = ThreadPoolExecutor(num_threads, "prepare")
         self._searchers = ThreadPoolExecutor(num_threads, "search")
+        self._waiters = ThreadPoolExecutor(WAITING_THREADS, "wait")
         self._decoders, self._reading = Decoders(num_threads, limits), asyncio.Lock()
         self._showing, self._shown = Decoders(1, limits, max_bytes=LARGEST_PICTURE), asyncio.Lock()
         self._showing.open_for_jpegs(SHOWN_SIDE)
@@ -137,7 +140,7 @@ class Runner:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._decoders.close()
         self._showing.close()
-        for executor in (self._pool, self._searchers, self._thread, self._fetcher):
+        for executor in (self._pool, self._searchers, self._waiters, self._thread, self._fetcher):
             executor.shutdown(cancel_futures=True)
 
     def kill_decoders(self) -> None:
@@ -150,10 +153,14 @@ class Runner:
         with self._call_slots.taken(1):
             return await self._in_pool(function, *args)
 
-    async def ask(self, function: Callable[..., ResultT], *args: object) -> ResultT:
-        """Calls `function` in one of the threads for the index; raises RefusalError (503) when too many wait."""
+    async def ask(self, function: Callable[..., ResultT], *, is_remote: bool) -> ResultT:
+        """Calls `function` in one of the threads for the index; raises RefusalError (503) when too many wait.
+
+        is_remote: it waits for a store on a server, for which there are more threads than cores.
+        """
+        threads = self._waiters if is_remote else self._searchers
         with self._search_slots.taken(1):
-            return await asyncio.get_running_loop().run_in_executor(self._searchers, function, *args)
+            return await asyncio.get_running_loop().run_in_executor(threads, function)
 
     async def alone(self, function: Callable[..., ResultT], *args: object) -> ResultT:
         """Calls `function` in the computing thread, past the queue of the clients; for what comes before them."""

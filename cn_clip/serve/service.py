@@ -19,7 +19,7 @@ from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.templates import DEFAULT, load_templates
 from cn_clip.data.paths import path_of, readable
 from cn_clip.errors import AwayError, ConfigError, StoreError
-from cn_clip.retrieval.addresses import Searchable, item_called
+from cn_clip.retrieval.addresses import Searchable, is_remote, item_called
 from cn_clip.retrieval.conditions import parse_condition
 from cn_clip.retrieval.listing import Order
 from cn_clip.retrieval.query import mixed
@@ -329,7 +329,7 @@ class Service:
 
         opened.circuit.check()
         try:
-            return await opened.runner.ask(asked)
+            return await opened.runner.ask(asked, is_remote=is_remote(opened.index))
         except AwayError as error:
             opened.went_away(error)
             raise _unavailable() from error
