@@ -1,4 +1,4 @@
-"""What an index in Milvus costs in requests and seconds, and what a served search adds to one of bare pymilvus:
+"""What an index in Milvus costs in requests and seconds, and a served search beside bare pymilvus and a served folder:
 
 python benchmarks/milvus_requests.py --address milvus://localhost:19530/requests --pictures 1000
 
@@ -132,9 +132,20 @@ def jobs(address: Address, folder: Path, count: int) -> Iterator[tuple[str, Call
 
 
 @contextmanager
-def serving(address: Address) -> Iterator[str]:
+def serving(address: object, *more: object) -> Iterator[str]:
     """The address of a service of the index."""
-    args = [sys.executable, "-m", "cn_clip", "serve", str(address), "--port", str(PORT), "--num-threads", "1"]
+    args = [
+        sys.executable,
+        "-m",
+        "cn_clip",
+        "serve",
+        str(address),
+        *map(str, more),
+        "--port",
+        str(PORT),
+        "--num-threads",
+        "1",
+    ]
     with subprocess.Popen(args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             url, deadline = f"http://127.0.0.1:{PORT}", time.monotonic() + 120
@@ -172,8 +183,8 @@ def timed(act: Callable[[int], Any], clients: int, count: int) -> tuple[float, f
     return statistics.median(took), took[int(len(took) * 0.95)]
 
 
-def service_rows(address: Address, options: Options) -> Iterator[tuple[str, float, float]]:
-    """(what was asked, p50, p95) of the service and of bare pymilvus, in turns."""
+def service_rows(address: Address, folder: Path, options: Options) -> Iterator[tuple[str, float, float]]:
+    """(what was asked, p50, p95) of the service, of bare pymilvus, and of the same items in a folder, in turns."""
     collection = Collection(address)
     query = np.random.default_rng(2).normal(size=(1, 256)).astype(np.float32)
 
@@ -181,16 +192,17 @@ def service_rows(address: Address, options: Options) -> Iterator[tuple[str, floa
         collection._client.search(
             collection_name=address.collection,
             data=query,
-            limit=56,
+            limit=10,
             output_fields=["item"],
             consistency_level="Bounded",
         )
 
-    with serving(address) as url, httpx.Client(timeout=60) as client:
+    with serving(address, folder) as url, httpx.Client(timeout=60) as client:
 
-        def asked(where: str | None) -> Callable[[int], None]:
+        def asked(where: str | None, index: str | None = None) -> Callable[[int], None]:
             def ask(number: int) -> None:
-                body = {"query": f"笑 {number}", "k": 10, **({"where": where} if where else {})}
+                more = {"where": where, "index": index}
+                body = {"query": f"笑 {number}", "k": 10, **{name: one for name, one in more.items() if one}}
                 answer = client.post(f"{url}/v1/search", json=body)
                 assert answer.status_code == 200, answer.text
 
@@ -201,6 +213,7 @@ def service_rows(address: Address, options: Options) -> Iterator[tuple[str, floa
             "served search": asked(None),
             "served, where fits 7": asked("group=few"),
             "served, where fits none": asked("group=none"),
+            "served folder": asked(None, folder.name),
         }
         for act in kinds.values():
             act(0)
@@ -227,7 +240,8 @@ def run(options: Options) -> None:
                     job()
                 costs.append((name, requests.count, time.perf_counter() - began))
                 say("{}: {} requests, {:.2f} s".format(*costs[-1]))
-            waits = list(service_rows(address, options))
+            cn_clip("index", "build", folder / "pictures", "--output", folder / "beside", "--model", MODEL)
+            waits = list(service_rows(address, folder / "beside", options))
         finally:
             for name in (address.collection, f"{address.collection}_rows"):
                 one = Collection(Address(address.host, address.port, name, address.timeout))
