@@ -86,7 +86,7 @@ test-pretend-gpu: $(VENV)/.dev
 	PRETEND_GPU=$(PRETEND_GPU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m pretend_gpu $(RUNS) tests/test_pretend_gpu.py
 
 test-milvus: $(VENV)/.dev
-	$(INSTALL) --editable '.[milvus]' milvus==2.3.5
+	$(INSTALL) --editable '.[milvus-lite]' milvus==2.3.5
 	MILVUS_SERVER=$(BIN)/milvus-server $(BIN)/python -m pytest -m milvus
 
 test-families: $(VENV)/.dev
