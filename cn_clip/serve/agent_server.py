@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import mcp_types as types
 from mcp.server.lowlevel.server import Server
@@ -106,7 +106,7 @@ async def _serve(service: Service) -> None:
         runner.start(functools.partial(service.prepare, runner))
     service.collections.watch()
     try:
-        async with stdio_server(stdin=lines) as (requests, answers):
+        async with stdio_server(stdin=cast("Any", lines)) as (requests, answers):
             serving = asyncio.ensure_future(server.run(requests, answers, server.create_initialization_options()))
             failing = [asyncio.ensure_future(runner.failed.wait()) for runner in service.runners]
             await asyncio.wait([serving, *failing], return_when=asyncio.FIRST_COMPLETED)
