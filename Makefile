@@ -109,6 +109,7 @@ test-browser: $(VENV)/.dev
 	@command -v npm >/dev/null || { echo "需要 npm，用来取 axe-core / npm is needed, for axe-core: apt-get install npm"; exit 1; }
 	$(INSTALL) --editable '.[browser]'
 	npm install --no-audit --no-fund --no-save --prefix $(VENV) axe-core@4.14.1
+	npm install --no-audit --no-fund --no-save --ignore-scripts --prefix $(VENV)/transformers-js @huggingface/transformers@4.3.2
 	$(BIN)/python -m pytest -m browser
 
 # At the end stands a table: client, version, form, status.
