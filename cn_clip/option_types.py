@@ -41,6 +41,14 @@ MergeTokensOfIndex: TypeAlias = Annotated[
     _help("Merge so many alike patches in each layer of a ViT; default: as the index has it, else none"),
     Range(least=0),
 ]
+Dimensions: TypeAlias = Annotated[
+    int | None,
+    _help(
+        "Keep only the first so many numbers of each vector, of a model that was trained so (train --matryoshka); "
+        "default: all, or as the index has it"
+    ),
+    Range(least=1),
+]
 NumWorkers: TypeAlias = Annotated[
     int | None,
     _help("Threads that decode pictures; 0: decode between the batches; default: one a core, at most 16"),

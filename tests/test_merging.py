@@ -18,7 +18,7 @@ from tiny_models import TEXT, VIT, tiny_model
 from torch import Tensor, nn
 
 from cn_clip import cli, emoji_pack, zoo
-from cn_clip.clip import Encoder, merge_rules
+from cn_clip.clip import Encoder, marks, merge_rules
 from cn_clip.clip.backends.exported import Source, tower_files
 from cn_clip.clip.backends.names import BackendName
 from cn_clip.clip.backends.opening import open_backend
@@ -391,8 +391,8 @@ def test_identity_of_unfinished_jobs_and_fingerprint_differ(weights: Path) -> No
     assert found[8][0] == {**found[0][0], "merge_tokens": 8}
     assert len({of_weights for _, of_weights in found.values()}) == 3
     assert found[8][1] == f"{found[0][1]}+merge8"
-    assert merge_rules.merged_in(found[8][1]) == 8
-    assert merge_rules.merged_in(found[0][1]) == 0
+    assert marks.merged_in(found[8][1]) == 8
+    assert marks.merged_in(found[0][1]) == 0
 
 
 @pytest.mark.usefixtures("full_towers")

@@ -12,6 +12,7 @@ from cn_clip.clip.picture_names import Decode
 from cn_clip.errors import ConfigError
 from cn_clip.option_types import (
     BackendDevice,
+    Dimensions,
     DownloadRoot,
     MergeTokens,
     NumThreads,
@@ -95,7 +96,8 @@ class Choice:
     decode: None is as the index at hand says. upright: pictures are turned by their EXIF orientation.
     context_length: longest text in tokens, special ones included. strict_fp32: no TF32 on CUDA.
     backend: "auto" is what `backends.choosing` takes; min_cosine: the bound that it keeps.
-    merge_tokens: patches merged in each layer of a ViT; None is none, or as the index at hand says.
+    merge_tokens: patches merged in each layer of a ViT; None is none, or as the index at hand says. dimensions: the
+    first so many numbers of each vector; None is all, or as the index at hand says.
     trust_remote_code: the code that comes with a folder of st: is run.
     """
 
@@ -114,6 +116,7 @@ class Choice:
     min_cosine: float | None = None
     merge_tokens: int | None = None
     trust_remote_code: bool = False
+    dimensions: int | None = None
 
     @property
     def is_foreign(self) -> bool:
@@ -133,6 +136,7 @@ class ModelSettings:
     device: BackendDevice = "auto"
     num_threads: NumThreads = None
     merge_tokens: MergeTokens = None
+    dimensions: Dimensions = None
     download_root: DownloadRoot = None
     trust_remote_code: RemoteCode = False
 
@@ -150,6 +154,7 @@ class ModelSettings:
             min_cosine=self.min_cosine,
             merge_tokens=self.merge_tokens,
             trust_remote_code=self.trust_remote_code,
+            dimensions=self.dimensions,
         )
 
 

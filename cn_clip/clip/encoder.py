@@ -35,6 +35,7 @@ from cn_clip.clip.backends.base import (
     TokenIds,
     facts_of,
     rows_ahead,
+    unit_rows,
 )
 from cn_clip.clip.backends.choosing import Decision, decide, only_torch
 from cn_clip.clip.backends.names import (
@@ -124,6 +125,8 @@ class Encoder:
     and clips grey of 16 bits to white, as Chinese-CLIP does; the others scale it to 8 bits.
     merge_tokens: so many patches are merged in each layer of a ViT, the most alike (token merging); 0: none. Faster,
     and pictures get other vectors, see docs/encoder.md. `facts.merge_tokens` says it of any backend.
+    dimensions: only the first so many numbers of each vector, as unit rows: for models that were trained so
+    (`facts.matryoshka`), others are refused. `cut` is None where nothing is left out.
     upright: turns pictures by their EXIF orientation, as people see them; Chinese-CLIP takes them as they are stored.
     trust_remote_code: lets the code run that comes with a folder of `st:`; without it none is run, and a folder that
     cannot be opened without its code is refused.
@@ -153,6 +156,7 @@ class Encoder:
         decode: Decode = "exact",
         upright: bool = False,
         merge_tokens: int = 0,
+        dimensions: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         check_decode(decode)
@@ -164,6 +168,7 @@ class Encoder:
         merge_rules.check(merge_tokens)
         self.decode, self.upright = decode, upright
         self.decision: Decision | None = None
+        self.cut: int | None = None
         settings: dict[str, Any] = {
             "backend": backend,
             "device": "auto" if device is None else device,
@@ -181,7 +186,7 @@ class Encoder:
         self.backend: Backend
         if isinstance(model, (str, Path)):
             more: dict[str, Any] = {"context_length": context_length, "decode": decode, "upright": upright}
-            more["trust_remote_code"] = trust_remote_code
+            more |= {"trust_remote_code": trust_remote_code, "dimensions": dimensions}
             root = None if download_root is None else Path(download_root).expanduser().absolute()
             kept = {**settings, **more, "download_root": root}
             self.opened = Opened(full_name(str(model)), str(model), kept)
@@ -208,6 +213,7 @@ class Encoder:
                 told = f"context_length {context_length}: this model cuts texts at {longest} tokens of its own"
                 raise ConfigError(f"{told}; leave it out")
             self.backend, self._pictures, self.texts = model.backend, model.pictures, model.texts
+            self.cut = self._checked_cut(dimensions)
             return
         if isinstance(model, (str, Path)):
             self.backend = open_backend(model, **settings)
@@ -222,6 +228,7 @@ class Encoder:
             _check_unset("a CLIP", download_root=download_root)
             sizes: dict[str, Any] = {"num_threads": num_threads, "compile": compile, "merge_tokens": merge_tokens}
             self.backend = sharing(model, device=settings["device"], precision=precision, **sizes)
+        self.cut = self._checked_cut(dimensions)
         name = model if isinstance(model, (str, Path)) else "the model"
         self.texts = ChineseTexts(text_length(context_length, self.facts.context_length, name))
 
@@ -262,7 +269,7 @@ class Encoder:
     @property
     def dimensions(self) -> int:
         """D, the numbers of a row; `embed_dim` is the same."""
-        return self.backend.embed_dim
+        return self.cut or self.backend.embed_dim
 
     @property
     def context_length(self) -> int:
@@ -282,7 +289,27 @@ class Encoder:
     @property
     def embed_dim(self) -> int:
         """Dimensions of a vector."""
-        return self.backend.embed_dim
+        return self.cut or self.backend.embed_dim
+
+    def _checked_cut(self, dimensions: int | None) -> int | None:
+        """None for whole vectors; raises ConfigError for a number that the model was not trained for."""
+        whole, trained = self.backend.embed_dim, self.facts.matryoshka
+        if dimensions is None or dimensions == whole:
+            return None
+        if dimensions in trained:
+            return dimensions
+        if trained:
+            raise ConfigError(
+                f"dimensions {dimensions}: vectors of this model have {whole} numbers, and were trained to be cut at "
+                f"{', '.join(map(str, trained))} alone; give one of these, or leave it out"
+            )
+        raise ConfigError(
+            f"dimensions {dimensions}: vectors of this model have {whole} numbers, and were not trained to be cut; "
+            "leave it out, or train the model so (Matryoshka)"
+        )
+
+    def _whole_or_cut(self, rows_BD: Rows) -> Rows:
+        return rows_BD if self.cut is None else unit_rows(rows_BD[:, : self.cut])
 
     @property
     def resolution(self) -> int:
@@ -291,11 +318,11 @@ class Encoder:
 
     def encode_pixels(self, pixels_B3RR: AnyPixels) -> Rows:
         """Unit rows (B, D) of pixels that `transform` made, or of a `room`; raises as `Backend.encode_pixels`."""
-        return self.backend.encode_pixels(cast("Pixels", pixels_B3RR))
+        return self._whole_or_cut(self.backend.encode_pixels(cast("Pixels", pixels_B3RR)))
 
     def encode_tokens(self, token_ids_BL: TokenIds) -> Rows:
         """Unit rows (B, D) of ids that `texts` made; raises as `Backend.encode_tokens`."""
-        return self.backend.encode_tokens(token_ids_BL)
+        return self._whole_or_cut(self.backend.encode_tokens(token_ids_BL))
 
     @property
     def pixel_type(self) -> PixelType:
@@ -317,7 +344,7 @@ class Encoder:
 
         def start(some_B3RR: Any) -> Callable[[], Rows]:
             if self.facts.is_async:
-                return cast("AsyncBackend", self.backend).start_pixels(some_B3RR)
+                return self._cutting(cast("AsyncBackend", self.backend).start_pixels(some_B3RR))
             rows_BD = self.encode_pixels(some_B3RR)
             return lambda: rows_BD
 
@@ -328,7 +355,7 @@ class Encoder:
 
         def start(some_BL: Any) -> Callable[[], Rows]:
             if self.facts.is_async:
-                return cast("AsyncBackend", self.backend).start_tokens(some_BL)
+                return self._cutting(cast("AsyncBackend", self.backend).start_tokens(some_BL))
             rows_BD = self.encode_tokens(some_BL)
             return lambda: rows_BD
 
@@ -354,6 +381,9 @@ class Encoder:
                 self.most_at_once[kind] = size
                 logger.warning("out of memory with %d %ss at once; going on with %d", most, kind, size)
             return lambda: rows_BD
+
+    def _cutting(self, rows_of: Callable[[], Rows]) -> Callable[[], Rows]:
+        return rows_of if self.cut is None else lambda: self._whole_or_cut(rows_of())
 
     def pixel_rows(self, batches: Iterable[tuple[T, AnyPixels]]) -> Iterator[tuple[T, Rows]]:
         """(anything, unit rows (B, D)) of (the same, pixels of a `room`), batch by batch in order; B may be 0.
@@ -589,10 +619,19 @@ class Encoder:
         """What begins a batch of pixels, and of token ids, for rows of that kind."""
         if output == "numpy":
             return self.start_pixels, self.start_tokens
+        import torch
+
         if self.facts.has_tensors:
             backend = cast("TensorBackend", self.backend)
-            return backend.start_pixel_tensors, backend.start_token_tensors
-        import torch
+
+            def cutting(start: Callable[[Any], Callable[[], "torch.Tensor"]]) -> Any:
+                def begin(inputs: Any) -> Callable[[], torch.Tensor]:
+                    rows_of = start(inputs)
+                    return lambda: torch.nn.functional.normalize(rows_of()[:, : self.cut], dim=-1)
+
+                return begin if self.cut else start
+
+            return cutting(backend.start_pixel_tensors), cutting(backend.start_token_tensors)
 
         def as_tensors(start: Callable[[Any], Callable[[], Rows]]) -> Callable[[Any], Callable[[], "torch.Tensor"]]:
             def begin(inputs: Any) -> Callable[[], torch.Tensor]:

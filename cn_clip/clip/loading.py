@@ -82,7 +82,7 @@ def build(config: zoo.ModelConfig, checkpoint: Checkpoint) -> CLIP:
     fitted = fit(checkpoint.state_dict, model.state_dict(), checkpoint.path)
     full = owned(fitted, floating=torch.float32, give_back=checkpoint.is_mapped)
     model.load_state_dict(full, assign=True)
-    model.context_length = checkpoint.context_length
+    model.context_length, model.matryoshka = checkpoint.context_length, checkpoint.matryoshka
     return model.eval()
 
 

@@ -1,9 +1,7 @@
-"""Token merging as settings, without tensors: what is refused, what each layer merges, and how vectors made so differ.
+"""Token merging as settings, without tensors: what is refused, and what each layer merges.
 
 `merging` has the computation.
 """
-
-import re
 
 from cn_clip import zoo
 from cn_clip.errors import ConfigError
@@ -12,7 +10,6 @@ from cn_clip.zoo import VisionConfig
 # Merging may leave no fewer than this part of the patches: of 196 in 12 layers at most 15 a layer, of 256 in 24 at
 # most 9. Beyond it the few tokens left say little of the picture.
 LEAST_PART = 8
-_MARK = "+merge"
 
 
 def check(merge_tokens: int, vision: VisionConfig | None = None, model: object = "this model") -> None:
@@ -70,17 +67,3 @@ def plan(patches: int, layers: int, merge_tokens: int) -> tuple[int, ...]:
         counts.append(min(merge_tokens, left // 2))
         left -= counts[-1]
     return (*counts, 0) if layers else ()
-
-
-# --- which vectors may stand beside each other
-
-
-def marked(fingerprint: str, merge_tokens: int) -> str:
-    """The fingerprint of a model whose tokens are merged, which gives other vectors: "…+merge8"; of 0, as it is."""
-    return f"{fingerprint}{_MARK}{merge_tokens}" if merge_tokens else fingerprint
-
-
-def merged_in(fingerprint: str) -> int:
-    """The tokens merged a layer, as a fingerprint says."""
-    found = re.search(rf"{re.escape(_MARK)}(\d+)$", fingerprint)
-    return int(found[1]) if found else 0

@@ -117,6 +117,7 @@ class CLIP(nn.Module):
         self.register_parameter("logit_bias", None)
         self.tokenizer = tokenizer
         self.context_length: int | None = None  # what its checkpoint says of the longest text it was trained with
+        self.matryoshka: tuple[int, ...] = ()  # and where its vectors may be cut
         self.initialize_parameters()
 
     def fingerprint(self) -> str:

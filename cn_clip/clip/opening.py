@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cn_clip import ranks, zoo
-from cn_clip.clip import merge_rules
+from cn_clip.clip import marks
 from cn_clip.clip.backends import choosing
 from cn_clip.clip.backends.base import Backend, ExportedBackend, facts_of
 from cn_clip.clip.backends.choosing import Decision
@@ -126,6 +126,7 @@ def open_quietly(
             decode=chosen.decode or "exact",
             upright=chosen.upright,
             trust_remote_code=chosen.trust_remote_code,
+            dimensions=chosen.dimensions,
         )
     settings = _settings(chosen)
     if chosen.backend == "torch":
@@ -143,6 +144,7 @@ def open_quietly(
         context_length=chosen.context_length,
         decode=chosen.decode or "exact",
         upright=chosen.upright,
+        dimensions=chosen.dimensions,
     )
 
 
@@ -208,6 +210,8 @@ def identity(chosen: Choice, encoder: Encoder) -> Identity:
     }
     if encoder.facts.merge_tokens:  # only where there is any: runs of versions without it go on
         settings["merge_tokens"] = encoder.facts.merge_tokens
+    if encoder.cut:
+        settings["dimensions"] = encoder.cut
     if isinstance(encoder.backend, ExportedBackend):
         of_towers = tower_identity(encoder.backend)
         return lambda kind: {**settings, **of_towers(kind)}
@@ -234,22 +238,25 @@ def tower_identity(backend: ExportedBackend) -> Identity:
 def fingerprint(chosen: Choice, encoder: Encoder) -> str:
     """Of the weights, alike for every backend and precision; else of the bytes of the files that were opened.
 
-    Of a model without files here, such as a tag of open_clip, it is of the name. A model that merges tokens gives
-    other vectors: its fingerprint ends so that `merge_rules.merged_in` finds how many.
+    Of a model without files here, such as a tag of open_clip, it is of the name. A model that merges tokens, or whose
+    vectors are cut, gives other vectors: `marks` says how its fingerprint ends.
     encoder: from `open_quietly` with_fingerprint.
     """
     # A text tower that is open alone does not know what the picture tower beside it merges.
-    merged = encoder.facts.merge_tokens or chosen.merge_tokens or 0
+    made: dict[str, Any] = {
+        "merge_tokens": encoder.facts.merge_tokens or chosen.merge_tokens or 0,
+        "dimensions": encoder.cut,
+    }
     if chosen.is_foreign:  # alike for every backend: the files that were exported, not what they became
-        return f"file:{_digest_of(weight_files(chosen), chosen.model)}"
+        return marks.marked(f"file:{_digest_of(weight_files(chosen), chosen.model)}", **made)
     if encoder.facts.weights is not None:
-        return merge_rules.marked(encoder.facts.weights, merged)
+        return marks.marked(encoder.facts.weights, **made)
     if isinstance(encoder.backend, ExportedBackend):
         paths = [Path(tower.path) for tower in (encoder.backend.image, encoder.backend.text) if tower is not None]
         files = [one for path in paths for one in (path, extra_path(path)) if one.is_file()]
     else:
         files = weight_files(chosen)
-    return merge_rules.marked(f"file:{_digest_of(files, chosen.model)}", merged)
+    return marks.marked(f"file:{_digest_of(files, chosen.model)}", **made)
 
 
 def _digest_of(files: Sequence[Path], name: str) -> str:

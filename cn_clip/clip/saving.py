@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cn_clip.clip.families import folders
 from cn_clip.clip.families.names import is_foreign, parse
@@ -105,8 +105,9 @@ def _checkpoint_of(encoder: "Encoder") -> Checkpoint:
         raise ConfigError(
             f"the weights in memory are rounded to {encoder.facts.precision}; save an Encoder of the model in fp32"
         )
-    length = {} if model.context_length is None else {"context_length": model.context_length}
-    return Checkpoint(_IN_MEMORY, dict(model.state_dict()), config=model.config, extra=length)
+    extra: dict[str, Any] = {} if model.context_length is None else {"context_length": model.context_length}
+    extra |= {"matryoshka": list(model.matryoshka)} if model.matryoshka else {}
+    return Checkpoint(_IN_MEMORY, dict(model.state_dict()), config=model.config, extra=extra)
 
 
 def _foreign_folder(encoder: "Encoder") -> Path | None:

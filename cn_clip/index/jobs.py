@@ -11,7 +11,7 @@ from cn_clip.clip.families.opening import full_name
 from cn_clip.command import Speaker
 from cn_clip.errors import ConfigError, DataError
 from cn_clip.index.options import AddOptions, SourceOptions
-from cn_clip.index.searching import NEW_PICTURES, merged_as, open_encoder, seen_as
+from cn_clip.index.searching import NEW_PICTURES, made_as, open_encoder, seen_as
 from cn_clip.index.sources import Location, file_id, location_of
 from cn_clip.retrieval import addresses
 from cn_clip.retrieval.addresses import Facts, Writer
@@ -83,7 +83,7 @@ class Model:
                 at=index,
             )
         if self.facts:
-            merged_as(options.chosen, self.facts.model, index)
+            made_as(options.chosen, self.facts.model, index)
         if self.facts and options.model and full_name(options.model) != self.facts.model.name:
             self.encoder()
 
@@ -102,7 +102,7 @@ class Model:
         """Raises ConfigError naming both models when it is not that of the index."""
         if self._opened is None:
             chosen = seen_as(replace(self.options.chosen, model=self.name), self.pictures)
-            chosen = merged_as(chosen, self.facts.model if self.facts else None, self.index)
+            chosen = made_as(chosen, self.facts.model if self.facts else None, self.index)
             self._opened = open_encoder(chosen, self.say, kinds=["image"])
             if self.facts:
                 same_model(self.facts.model, self._opened[1], self.index)

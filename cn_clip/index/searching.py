@@ -20,7 +20,7 @@ from cn_clip.clip.backends.names import KINDS, Kind
 from cn_clip.clip.choice import Choice
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.families.opening import full_name
-from cn_clip.clip.merge_rules import merged_in
+from cn_clip.clip.marks import cut_in, merged_in
 from cn_clip.clip.opening import fingerprint, open_quietly
 from cn_clip.clip.picture_names import Decode
 from cn_clip.command import Speaker
@@ -61,10 +61,10 @@ def seen_as(chosen: Choice, pictures: PictureFacts | None) -> Choice:
     return replace(chosen, upright=seen.upright, decode=chosen.decode or cast("Decode", seen.decode))
 
 
-def merged_as(chosen: Choice, model: ModelInfo | None, address: object) -> Choice:
-    """The choice with which tokens are merged as for the vectors of an index, if it records its model.
+def made_as(chosen: Choice, model: ModelInfo | None, address: object) -> Choice:
+    """The choice with which tokens are merged and vectors cut as those of an index are, if it records its model.
 
-    Raises ConfigError if another number was asked for: vectors of both would not be comparable.
+    Raises ConfigError if other numbers were asked for: vectors of both would not be comparable.
     """
     if model is None or not model.fingerprint:
         return chosen
@@ -75,7 +75,14 @@ def merged_as(chosen: Choice, model: ModelInfo | None, address: object) -> Choic
             "of both would differ; leave it out, or build another index",
             at=address,
         )
-    return replace(chosen, merge_tokens=found)
+    cut = cut_in(model.fingerprint)
+    if chosen.dimensions not in (None, model.embed_dim):
+        raise ConfigError(
+            f"--dimensions {chosen.dimensions}: the vectors have {model.embed_dim} numbers; leave it out, or build "
+            "another index",
+            at=address,
+        )
+    return replace(chosen, merge_tokens=found, dimensions=cut)
 
 
 def renewal_hint(pictures: PictureFacts | None, source: str, address: object) -> str:
@@ -173,7 +180,7 @@ def _query(index: Searchable, options: "Options", own_id: ItemId | None, say: Sp
         if hint := renewal_hint(index.pictures, index.source, index.address):
             say.note(hint)
         seen = seen_as(replace(options.chosen, model=name), index.pictures)
-        seen = merged_as(seen, index.model, index.address)
+        seen = made_as(seen, index.model, index.address)
         encoder, info = open_encoder(seen, say, kinds=kinds)
         same_model(index.model, info, index.address)
         if options.image is not None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from cn_clip import command, zoo
 from cn_clip.clip.choice import DEFAULT_MODEL, Choice
 from cn_clip.clip.encoder import Encoder
-from cn_clip.clip.merge_rules import merged_in
+from cn_clip.clip.marks import cut_in, merged_in
 from cn_clip.clip.templates import read_labels
 from cn_clip.errors import ConfigError
-from cn_clip.index.searching import NEW_PICTURES, merged_as, model_of, open_encoder, renewal_hint, seen_as
+from cn_clip.index.searching import NEW_PICTURES, made_as, model_of, open_encoder, renewal_hint, seen_as
 from cn_clip.retrieval.addresses import Searchable, open_index
 from cn_clip.retrieval.schemes import addresses_of
 from cn_clip.retrieval.store import same_model
@@ -46,7 +46,9 @@ def open_all(
     groups: dict[object, list[Searchable]] = {}
     for index in indexes:
         fingerprint = index.model.fingerprint
-        groups.setdefault((model or fingerprint, merged_in(fingerprint), index.pictures), []).append(index)
+        groups.setdefault(
+            (model or fingerprint, merged_in(fingerprint), cut_in(fingerprint), index.pictures), []
+        ).append(index)
     if name is not None and len(groups) > 1:
         raise ConfigError(f"--name {name}: the indexes have {len(groups)} models; leave it out")
     runners, opened = list[Runner](), dict[int, Runner]()
@@ -94,7 +96,7 @@ def open_model(chosen: Choice, indexes: Sequence[Searchable]) -> Encoder:
     """The open model; raises ConfigError for another one than that of the indexes."""
     seen = seen_as(chosen, indexes[0].pictures if indexes else NEW_PICTURES)
     for index in indexes:
-        seen = merged_as(seen, index.model, index.address)
+        seen = made_as(seen, index.model, index.address)
     say = command.Speaker(quiet=False)
     encoder, facts = open_encoder(seen, say)
     for index in indexes:

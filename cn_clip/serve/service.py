@@ -15,7 +15,7 @@ from urllib.parse import quote
 import numpy as np
 
 from cn_clip.clip import scoring
-from cn_clip.clip.backends.base import Rows
+from cn_clip.clip.backends.base import Rows, unit_rows
 from cn_clip.clip.templates import DEFAULT, load_templates
 from cn_clip.data.paths import path_of, readable
 from cn_clip.errors import AwayError, ConfigError, StoreError
@@ -118,8 +118,8 @@ class Service:
     ) -> tuple[Rows, int]:
         """(a unit row (N, D) for each input, the even mixture of its parts; tokens of the texts); raises RefusalError.
 
-        dimensions: those asked for, which only may be the model's; None or 0: the model's. field: where the inputs came
-        in, for errors.
+        dimensions: those asked for, at which the model's vectors may be cut; None or 0: as they are. field: where
+        the inputs came in, for errors.
         """
         runner = self.runner_of(model)
         embed_dim = runner.encoder.embed_dim
@@ -127,10 +127,14 @@ class Service:
         if len(parts) > self.limits.max_items:
             message = f"{field}: expected at most {self.limits.max_items} items, got {len(parts)}"
             raise RefusalError(400, message, param=field, code="too_many_items")
-        if dimensions not in (None, 0, embed_dim):
-            message = f"dimensions: the model has {embed_dim} and cannot give {dimensions}; leave it out"
+        known = [one for one in (*runner.encoder.facts.matryoshka, embed_dim) if one <= embed_dim]
+        if dimensions and dimensions not in known:
+            listed = f"{embed_dim}" if len(known) == 1 else f"any of {', '.join(map(str, known))}"
+            message = f"dimensions: the model has {listed} and cannot give {dimensions}; leave it out"
             raise RefusalError(400, message, param="dimensions", code="unsupported_value")
         rows_PD, num_tokens = await runner.embed(parts)
+        if dimensions and dimensions < embed_dim:
+            rows_PD = unit_rows(rows_PD[:, :dimensions])
         if len(parts) == len(inputs):
             return rows_PD, num_tokens
         ends = list(itertools.accumulate(map(len, inputs)))

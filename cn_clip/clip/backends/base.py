@@ -117,7 +117,8 @@ class Facts:
     num_parameters: all, and those of the picture tower. architecture: "VISION@TEXT", of exported files.
     weights: a fingerprint, alike for every backend and precision.
     epoch, step: of the checkpoint. pixels: "uint8" for a backend that also takes them before they are normalised, and
-    gets them sooner so. merge_tokens: patches merged a layer. is_async: it is an `AsyncBackend`. has_tensors: it is a
+    gets them sooner so. merge_tokens: patches merged a layer. matryoshka: the dimensions at which its vectors may be
+    cut, besides whole ones. is_async: it is an `AsyncBackend`. has_tensors: it is a
     `TensorBackend`.
     """
 
@@ -136,6 +137,7 @@ class Facts:
     step: int = 0
     pixels: PixelType = "float32"
     merge_tokens: int = 0
+    matryoshka: tuple[int, ...] = ()
     is_async: bool = False
     has_tensors: bool = False
 
@@ -220,7 +222,8 @@ class TowerFacts:
     on cosines, exp of the stored parameter. left_out: products that lose too much in int8 and stay float32. levels: the
     largest weight in int8. num_int8, num_products: products with weights in int8, and all of them.
     merge_tokens: patches merged a layer, of a picture tower; None: none. family: of models of another family, which
-    have pixels and token ids of their own. shape: of one input of a picture tower, None where it is free.
+    have pixels and token ids of their own. shape: of one input of a picture tower, None where it is free. matryoshka:
+    as of `Facts`.
     """
 
     kind: Kind
@@ -242,6 +245,7 @@ class TowerFacts:
     merge_tokens: int | None = None
     family: str | None = None
     shape: tuple[int | None, ...] | None = None
+    matryoshka: tuple[int, ...] = ()
 
 
 class Tower(Protocol):
@@ -331,6 +335,7 @@ class ExportedBackend:
             architecture=first.facts.architecture,
             weights=next((tower.facts.weights for tower in towers if tower.facts.weights), None),
             merge_tokens=(self.image.facts.merge_tokens or 0) if self.image is not None else 0,
+            matryoshka=tuple(first.facts.matryoshka),
         )
 
     def encode_pixels(self, pixels_B3RR: Pixels) -> Rows:

@@ -164,6 +164,7 @@ def facts_of_model(model: CLIP, kind: Kind) -> TowerFacts:
         weights=model.fingerprint(),
         logit_scale=float(model.logit_scale.detach().exp()),
         merge_tokens=(getattr(model.visual, "merge_tokens", 0) or None) if kind == "image" else None,
+        matryoshka=model.matryoshka,
         num_parameters=count + (model.text_projection.numel() if kind == "text" else 0),
     )
 

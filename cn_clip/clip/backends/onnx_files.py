@@ -107,6 +107,10 @@ def _written(path: Path) -> Iterator[None]:
         ) from error
 
 
+# Facts that are lists, and of what.
+_LISTS: dict[str, type] = {"left_out": str, "matryoshka": int}
+
+
 def metadata(facts: TowerFacts) -> str:
     """The facts as the metadata of a file hold them, under METADATA_KEY."""
     return json.dumps({"writer": f"cn_clip {__version__}", **asdict(facts)})
@@ -170,15 +174,18 @@ def read_metadata(path: str, kind: Kind, text: str | None) -> dict[str, Any]:
         names = {field.name for field in fields(TowerFacts)} - {"shape"}  # which the tensors of the file say
         known = {name: values[name] for name in names if name in values}
         for name, value in known.items():
-            words = name == "left_out" and isinstance(value, list) and all(isinstance(one, str) for one in value)
-            plain = isinstance(value, FACT_TYPES.get(name, (int,))) and not isinstance(value, bool)
-            if not (words if name == "left_out" else value is None or plain):
+            if name in _LISTS:
+                is_right = isinstance(value, list) and all(type(one) is _LISTS[name] for one in value)
+            else:
+                is_plain = isinstance(value, FACT_TYPES.get(name, (int,))) and not isinstance(value, bool)
+                is_right = value is None or is_plain
+            if not is_right:
                 raise ValueError(f"{name}: {value!r}")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"its metadata {METADATA_KEY!r} cannot be read ({error}); export it again", at=path
         ) from error
-    known["left_out"] = tuple(known.get("left_out", ()))
+    known |= {name: tuple(known.get(name, ())) for name in _LISTS}
     if known.get("kind", kind) != kind:
         raise CheckpointError(f"is the {known['kind']} model; expected the {kind} model", at=path)
     return known

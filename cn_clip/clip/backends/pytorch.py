@@ -85,6 +85,7 @@ class TorchBackend:
             logit_scale=float(model.logit_scale.detach().exp()),
             num_parameters=(total, visual),
             merge_tokens=merge_tokens,
+            matryoshka=model.matryoshka,
             pixels="uint8" if self.device.type == "cuda" else "float32",
             is_async=self.device.type == "cuda",
             has_tensors=True,

@@ -2,6 +2,8 @@
 
 # S tokens of a position embedding (class token + grid), D width
 
+import contextlib
+import json
 import math
 import os
 import re
@@ -18,7 +20,7 @@ from cn_clip import zoo
 from cn_clip.clip.families.names import refuse
 from cn_clip.clip.weights import hf, low_rank
 from cn_clip.clip.weights.base import Base, in_float32, of_weights
-from cn_clip.clip.weights.file_formats import is_torchscript, only_tensors, read_content, read_torchscript
+from cn_clip.clip.weights.file_formats import is_torchscript, metadata_of, only_tensors, read_content, read_torchscript
 from cn_clip.errors import CheckpointError, CnClipError, first_sentence
 from cn_clip.zoo import TEXT_MODELS, VISION_MODELS, ModelConfig, VisionConfig, text_config, vision_config
 
@@ -120,7 +122,22 @@ def _read(path: Path, *, merge_lora: bool, mapped: bool, adapters: tuple[Path, .
         model = entries[models[0]] if models else content
     tensors = only_tensors(model, path)
     config = _neighbouring_config(tensors, path.parent)
-    return Checkpoint(path, _named(tensors, path), config=config, is_mapped=mapped)
+    about = metadata_of(path)
+    extra = {"matryoshka": _cut_at(about["matryoshka"], path)} if "matryoshka" in about else {}
+    return Checkpoint(path, _named(tensors, path), config=config, extra=extra, is_mapped=mapped)
+
+
+def _cut_at(text: str, path: Path) -> list[int]:
+    """The dimensions in the metadata of a file."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text)
+        if _are_dimensions(found):
+            return list(found)
+    raise CheckpointError(f"matryoshka is {text[:60]!r}, expected a list of whole numbers", at=path)
+
+
+def _are_dimensions(found: object) -> bool:
+    return isinstance(found, list) and all(type(one) is int and one > 0 for one in found)
 
 
 def _holds_towers(content: Mapping[Any, Any]) -> bool:
@@ -147,9 +164,8 @@ def _read_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
     length = rest.get("context_length")
     if length is not None and not (type(length) is int and 3 <= length <= 512):
         raise CheckpointError(f"context_length is {length!r}, expected an integer from 3 to 512", at=path)
-    cut_at = rest.get("matryoshka", [])
-    if not (isinstance(cut_at, list) and all(type(one) is int and one > 0 for one in cut_at)):
-        raise CheckpointError(f"matryoshka is {cut_at!r}, expected a list of whole numbers", at=path)
+    if not _are_dimensions(rest.get("matryoshka", [])):
+        raise CheckpointError(f"matryoshka is {rest['matryoshka']!r}, expected a list of whole numbers", at=path)
     if not isinstance(optimizer, dict | None):
         raise CheckpointError(f"optimizer is a {type(optimizer).__name__}, expected a dictionary", at=path)
     lora = base = None

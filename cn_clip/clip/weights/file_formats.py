@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -49,6 +50,14 @@ def read_content(path: Path, *, mapped: bool = False) -> Any:
         if is_torchscript(path):
             return read_torchscript(path)
         return _torch_load(path, mapped=mapped and is_packed)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file that was read says of itself; of other files nothing."""
+    if not (path.suffix == ".safetensors" or is_safetensors(path)):
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def owned(

@@ -54,6 +54,7 @@ def metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """What the file says of itself; the towers only where they have a name."""
     about = {"format": "pt", "cn_clip": __version__, "name": str(checkpoint.extra.get("name", checkpoint.path.stem))}
     about |= {"epoch": str(checkpoint.epoch), "step": str(checkpoint.step)}
+    about |= {"matryoshka": json.dumps(checkpoint.matryoshka)} if checkpoint.matryoshka else {}
     try:
         towers = dict(zip(("vision_model", "text_model"), zoo.tower_names(infer_config(checkpoint)), strict=True))
     except CheckpointError:  # weights of another kind: nothing is known of them
