@@ -44,7 +44,7 @@ MergeTokensOfIndex: TypeAlias = Annotated[
 Dimensions: TypeAlias = Annotated[
     int | None,
     _help(
-        "Keep only the first so many numbers of each vector, of a model that was trained so (train --matryoshka); "
+        "Keep only the first so many numbers of each vector, of a model that was trained so (Matryoshka); "
         "default: all, or as the index has it"
     ),
     Range(least=1),
