@@ -102,6 +102,7 @@ class ModelChoice(choice.ModelSettings):
         given: tuple[str, str] = self.backend, self.precision
         arithmetic = [one for one in given if one not in ("torch", "fp32", "amp")]
         arithmetic += [f"merge{self.merge_tokens}"] if self.merge_tokens else []
+        arithmetic += [f"first{self.dimensions}"] if self.dimensions else []
         return re.sub(r"[^\w.-]+", "_", "-".join([*names, *arithmetic]))
 
 

@@ -24,6 +24,7 @@ class Options(EngineSettings):
         "cpus_per_actor",
         "decode",
         "device",
+        "dimensions",
         "download_root",
         "image_column",
         "metadata",
