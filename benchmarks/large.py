@@ -5,6 +5,7 @@ python benchmarks/large.py --growth --package ../old   # 10^3 to 10^6 rows, besi
 """
 
 import json
+import math
 import os
 import platform
 import resource
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ class Options:
     folder: str | None = None
     """Where to write; default: a temporary folder, removed in the end"""
     growth: bool = False
-    """Measure indexes of 10^3 to 10^6 rows with the metadata of photos: build, open, add, remove, id, where"""
+    """Measure indexes of 10^3 to 10^6 rows with the metadata of photos: build, open, add, remove, id, where; and the
+    exponent of the growth from the second largest to the largest"""
     largest: int = 1_000_000
     """The largest of these."""
     package: str | None = None
@@ -252,6 +254,11 @@ def growth(num_rows: int, num_dims: int = 64) -> dict[str, float]:
     return taken
 
 
+def exponent(seconds: Sequence[float]) -> float:
+    """The power of the number of rows by which the time of the last step of ten grew: 0 constant, 1 linear."""
+    return math.log10(max(seconds[-1], 1e-6) / max(seconds[0], 1e-6))
+
+
 def worker(package: Path, *words: str) -> dict[str, Any]:
     """What this file measures in a process of its own, with the package of a folder."""
     env = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -274,16 +281,17 @@ def run(options: Options) -> None:
     result: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "numpy": np.__version__}
     if options.growth:
         packages = {"this": ROOT, **({"other": Path(options.package)} if options.package else {})}
-        sizes = [size for size in (10**3, 10**4, 10**5, 10**6) if size <= options.largest]
+        sizes = [size for size in (10**3, 10**4, 10**5, 10**6, 10**7) if size <= options.largest]
         found = {
             name: {size: worker(package, "growth", str(size)) for size in sizes} for name, package in packages.items()
         }
         result["growth"] = found
         if not options.json:
             for name, of_size in found.items():
-                print(f"\n{name}: CPU seconds" + "".join(f"{size:>14,}" for size in sizes))
+                print(f"\n{name:14}CPU seconds:" + "".join(f"{size:>14,}" for size in sizes) + "      exponent")
                 for step in of_size[sizes[0]]:
-                    print(f"{step:26}" + "".join(f"{of_size[size][step]:>14.4f}" for size in sizes))
+                    line = "".join(f"{of_size[size][step]:>14.4f}" for size in sizes)
+                    print(f"{step:26}{line}{exponent([of_size[size][step] for size in sizes[-2:]]):>14.2f}")
     else:
         base = Path(options.folder or tempfile.mkdtemp(prefix="large-"))
         try:
