@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import functools
 import io
 import json
 import os
@@ -19,7 +20,9 @@ from PIL import Image
 from serving import WatchedBackend, data_url, harmed
 
 from cn_clip import cli, emoji_pack
+from cn_clip.retrieval import addresses
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
+from cn_clip.retrieval.schemes import IndexAddress
 from cn_clip.retrieval.store import open_index
 from cn_clip.retrieval.writer import NewItem, open_writer
 from cn_clip.serve.agent_tools import MAX_RESULTS, AgentTools, Answer, Jpeg
@@ -60,15 +63,16 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def asked(index: Path, ask: Callable[[AgentTools], Awaitable[None]], *, paths: bool = False) -> None:
+def asked(index: IndexAddress, ask: Callable[[AgentTools], Awaitable[None]], *, paths: bool = False) -> None:
     """Runs `ask` with the tools of the index."""
 
     async def run() -> None:
         limits = Limits(timeout=20)
         runner = Runner("tiny", lambda: harmed(WatchedBackend()), limits, Metrics())
-        collections = Collections([Opened("photos", open_index(index), runner)])
+        opened = addresses.open_index(index, is_served=True)
+        collections = Collections([Opened("photos", opened, runner)])
         service = Service([runner], limits, collections, with_originals=paths)
-        runner.start()
+        runner.start(functools.partial(service.prepare, runner))
         try:
             await ask(AgentTools(service))
         finally:
@@ -140,6 +144,34 @@ def test_what_cannot_be_done_is_one_sentence(index: Path) -> None:
         assert "either image or id" in await refused(tools, "classify", labels=["猫"])
 
     asked(index, ask)
+
+
+@pytest.mark.milvus
+def test_the_tools_ask_an_index_on_a_server_alike(index: Path) -> None:
+    import milvus_server
+
+    async def ask(tools: AgentTools) -> None:
+        found = read(await tools.call("search", {"query": "一只猫", "k": 1}))
+        assert [one["id"] for one in found["results"]] == ["a/猫.jpg"]
+        assert found["results"][0]["metadata"] == {"caption": "长" * 300 + "…"}
+        alike = read(await tools.call("similar", {"id": "7", "text": "夜里", "k": 1}))
+        assert alike["results"][0]["id"] == "a/猫.jpg"
+        facts = read(await tools.call("index_facts", {}))["indexes"][0]
+        assert (facts["count"], facts["generation"], facts["fields"]) == (6, None, ["caption"])
+        assert isinstance(await tools.call("thumbnail", {"id": "b.jpg"}), Jpeg)
+        labels = read(await tools.call("classify", {"id": 7, "labels": ["猫", "一条狗"]}))
+        assert len(labels["data"]) == 2
+        assert "no item" in await refused(tools, "similar", id="nobody")
+
+    with milvus_server.lite() as address:
+        here = open_index(index)
+        with addresses.open_writer(address, Manifest(ModelInfo("tiny", "fingerprint", 4))) as writer:
+            small = here.thumbnails(here.ids)
+            for ids, known, vectors in here.vector_blocks(10):
+                rows = zip(ids, vectors, known, strict=True)
+                writer.commit([NewItem(*row, small.get(row[0], b"")) for row in rows])
+        milvus_server.release(address)
+        asked(address, ask)
 
 
 # --- requests of any kind

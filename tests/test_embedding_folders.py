@@ -170,3 +170,24 @@ def test_what_cannot_be_converted_is_refused_in_one_line(
         assert reason in error
         assert error.count("\n") == 1
     convert(index, tmp_path / "out", "--overwrite")
+
+
+@pytest.mark.milvus
+def test_an_index_on_a_server_becomes_the_same_folder(index: Path, tmp_path: Path) -> None:
+    import milvus_server
+
+    from cn_clip.retrieval import addresses
+
+    convert(index, tmp_path / "local")
+    with milvus_server.lite() as address:
+        with addresses.open_writer(address, Manifest(ModelInfo("tiny", "fingerprint", 4))) as writer:
+            here = open_index(index)
+            for ids, known, vectors in here.vector_blocks(3):
+                writer.commit([NewItem(*one) for one in zip(ids, vectors, known, strict=True)])
+        milvus_server.release(address)
+        convert(address, tmp_path / "remote")
+    before, after = (list(feature_blocks(tmp_path / one, "image_id")) for one in ("local", "remote"))
+    assert [one.ids for one in after] == [one.ids for one in before]
+    for ours, theirs in zip(before, after, strict=True):
+        np.testing.assert_allclose(theirs.vectors, ours.vectors, atol=1e-6)
+        assert theirs.columns["width"] == ours.columns["width"]

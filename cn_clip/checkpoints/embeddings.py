@@ -36,13 +36,20 @@ def write(source: str, target: Path, *, half: bool) -> int:
     address = address_of(source)
     if addresses.facts(address) is not None:
         index = open_index(address)
-        names = [name for name in dict.fromkeys(["path", *index.fields]) if name not in _HIDDEN]
+        names = _fields_of(index)
         with files.staged_folder(target) as folder:
             return write_embedding_folder(folder, "image_id", _blocks_of(index, names), names, dtype)
     field, first, blocks = _features(Path(source))
     names = sorted(set(first.columns) - {THUMBNAIL_COLUMN})
     with files.staged_folder(target) as folder:
         return write_embedding_folder(folder, field, blocks, names, dtype)
+
+
+def _fields_of(index: Searchable) -> list[str]:
+    """The columns besides the id: all fields, of an index on a server those of its first items."""
+    first = next(index.vector_blocks(_BLOCK_ROWS), None)
+    seen = [] if first is None else [name for known in first[1] for name in known]
+    return [name for name in dict.fromkeys(["path", *sorted({*index.fields, *seen})]) if name not in _HIDDEN]
 
 
 def _blocks_of(index: Searchable, names: list[str]) -> Iterator[Block]:
