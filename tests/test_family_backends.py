@@ -3,9 +3,12 @@
 `make test-families` prints the table at its end.
 """
 
+import asyncio
 import html
+import io
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -25,12 +28,17 @@ from tiny_families import (
     write_sentence_transformers,
 )
 
+from cn_clip import cli
 from cn_clip.clip import Encoder
 from cn_clip.clip.backends import parity
 from cn_clip.clip.backends.base import Rows
 from cn_clip.clip.blocks import trimmed, write_block
 from cn_clip.clip.families import fg_clip_2, naflex, st_models
-from cn_clip.errors import CheckpointError, ConfigError, NotFiniteError
+from cn_clip.clip.picture_files import Head
+from cn_clip.errors import CheckpointError, ConfigError, DownloadError, NotFiniteError
+from cn_clip.retrieval.store import open_index
+from cn_clip.serve.limits import Limits
+from cn_clip.serve.pictures import Decoders, EncodedPicture
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -271,6 +279,37 @@ def long_texts_by_hand(folder: Path, texts: list[str]) -> Rows:
     return found
 
 
+def test_pictures_in_their_own_proportions_go_into_an_index(folders: Any, tmp_path: Path) -> None:
+    images = {"wide": Image.effect_noise((90, 20), 90), "tall": Image.effect_noise((20, 70), 90)}
+    (tmp_path / "pictures").mkdir()
+    for name, image in images.items():
+        image.convert("RGB").save(tmp_path / "pictures" / f"{name}.png")
+    model, index = f"hf:{folders('siglip_2_naflex')}", tmp_path / "p.index"
+    cli.main(
+        ["index", "build", str(tmp_path / "pictures"), "--output", str(index), "--model", model, "--device", "cpu"]
+    )
+    rows = Encoder(model, device="cpu").encode_images([one.convert("RGB") for one in images.values()])
+    opened = open_index(index)
+    for name, row in zip(images, rows, strict=True):
+        np.testing.assert_allclose(opened.vector(f"{name}.png"), row, atol=1e-3)  # kept as float16
+
+
+def test_a_decoding_process_makes_the_blocks_of_this_process(folders: Any) -> None:
+    transform = Encoder(f"hf:{folders('siglip_2_naflex')}", device="cpu").transform
+    image, stream = Image.effect_noise((90, 20), 90).convert("RGB"), io.BytesIO()
+    image.save(stream, "PNG")
+
+    async def decoded() -> Any:
+        decoders = Decoders(1, Limits())
+        try:
+            await decoders.open(transform)
+            return await decoders.pixels(EncodedPicture(stream.getvalue(), Head("PNG", 90, 20), "image"))
+        finally:
+            decoders.close()
+
+    np.testing.assert_array_equal(asyncio.run(decoded()), transform.array(image))
+
+
 # --- exported files
 
 
@@ -386,6 +425,24 @@ def test_st_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(Exception, match=r"pip install 'cn-clip-next\[st\]'"):
         Encoder(f"st:{tmp_path}", device="cpu")
+
+
+@pytest.mark.families
+@pytest.mark.filterwarnings("default")
+def test_a_folder_of_open_clip_comes_from_the_hub_and_from_its_cache(
+    folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, the hub's client finds what it has kept under the id and the revision."""
+    repo = tmp_path / "models--someone--siglip-2"
+    shutil.copytree(folders("open_clip_siglip_2"), repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40, encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    there = Encoder("open_clip:hf-hub:someone/siglip-2", device="cpu", download_root=tmp_path)
+    here = Encoder(f"open_clip:local-dir:{folders('open_clip_siglip_2')}", device="cpu")
+    np.testing.assert_array_equal(there.encode_texts(TEXTS), here.encode_texts(TEXTS))
+    with pytest.raises(DownloadError, match="open_clip:hf-hub:someone/nothing"):
+        Encoder("open_clip:hf-hub:someone/nothing", device="cpu", download_root=tmp_path)
 
 
 @pytest.mark.families

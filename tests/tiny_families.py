@@ -2,6 +2,8 @@
 
 import io
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +78,41 @@ PROCESSORS["tips_2"] = {
 }
 
 
-def write_family(folder: Path, kind: str, *, seed: int = 0, safe: bool = True) -> Path:
-    """A folder as `save_pretrained` leaves it, of a model of some ten thousand parameters; returns it."""
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model: what its configs of vision and text say instead of the tiny ones.
+
+    noise: added to the weights as they are initialised, so that the rows of inputs differ.
+    """
+
+    vision: Mapping[str, int] = field(default_factory=dict)
+    text: Mapping[str, int] = field(default_factory=dict)
+    embed_dim: int = EMBED_DIM
+    resolution: int = RESOLUTION
+    noise: float = 0.2
+
+
+def write_family(folder: Path, kind: str, *, seed: int = 0, safe: bool = True, sizes: Sizes | None = None) -> Path:
+    """A folder as `save_pretrained` leaves it, of some ten thousand parameters unless `sizes` are given; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = _TOKENIZERS[kind](folder)
+    vocabulary, sizes = _TOKENIZERS[kind](folder), sizes or Sizes()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _model(kind, vocabulary).eval()
+        model = _model(kind, vocabulary, sizes).eval()
         for parameter in model.parameters():
-            parameter.data += 0.2 * torch.randn_like(parameter)
+            parameter.data += sizes.noise * torch.randn_like(parameter)
     model.save_pretrained(folder)
     if kind == "fg_clip_2":
         _rename_as_published(folder)
     if not safe:
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-    _write_json(folder / "preprocessor_config.json", PROCESSORS[kind])
+    side = dict.fromkeys(("height", "width", "shortest_edge"), sizes.resolution)
+    processor = {
+        name: {one: side[one] for one in value} if isinstance(value, dict) else value
+        for name, value in PROCESSORS[kind].items()
+    }
+    _write_json(folder / "preprocessor_config.json", processor)
     return folder
 
 
@@ -100,7 +121,7 @@ def write_family(folder: Path, kind: str, *, seed: int = 0, safe: bool = True) -
 _OPEN_CLIP_VISION = {"image_size": RESOLUTION, "layers": 2, "width": 64, "patch_size": 8}
 _OPEN_CLIP_TEXT = {"width": 64, "heads": 1, "layers": 2}
 OPEN_CLIP_KINDS = ("open_clip_clip", "open_clip_siglip_2")
-SENTENCE_KINDS = ("st_clip",)
+SENTENCE_KINDS = ("st_clip", "st_embedding_gemma_2")
 _HALVES = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
 
 
@@ -128,37 +149,109 @@ def write_open_clip(folder: Path, kind: str) -> Path:
 
 def write_sentence_transformers(folder: Path, kind: str) -> Path:
     """A folder as sentence-transformers leaves it, of a model of texts and pictures that has a prompt; returns it."""
-    write_family(folder, "clip")
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    modules = ["base.modules.transformer.Transformer"]
+    if kind == "st_embedding_gemma_2":
+        features = _write_embedding_gemma(folder)
+        modules += ["sentence_transformer.modules.Pooling", "sentence_transformer.modules.Normalize"]
+    else:
+        features = _write_clip_of_sentences(folder)
+    listed = [
+        {"idx": at, "name": str(at), "path": f"{at}_" if at else "", "type": f"sentence_transformers.{module}"}
+        for at, module in enumerate(modules)
     ]
-    _write_json(folder / "modules.json", modules)
-    methods = {
-        one: {"method": f"get_{one}_features", "method_output_name": "pooler_output"} for one in ("text", "image")
-    }
-    features = {"transformer_task": "feature-extraction", "module_output_name": "sentence_embedding"}
-    _write_json(folder / "sentence_bert_config.json", {**features, "modality_config": methods})
+    _write_json(folder / "modules.json", listed)
+    _write_json(folder / "sentence_bert_config.json", {"transformer_task": "feature-extraction", **features})
     prompts = {"prompts": {"query": "query: ", "document": ""}, "similarity_fn_name": "cosine"}
     _write_json(folder / "config_sentence_transformers.json", {**prompts, "model_type": "SentenceTransformer"})
-    for file in ("preprocessor_config.json", "tokenizer_config.json"):
-        content = json.loads((folder / file).read_text(encoding="utf-8"))
-        _write_json(folder / file, {**content, "processor_class": "CLIPProcessor"})
     return folder
 
 
-def _model(kind: str, vocabulary: int) -> Any:
+def _write_clip_of_sentences(folder: Path) -> dict[str, Any]:
+    write_family(folder, "clip")
+    for file in ("preprocessor_config.json", "tokenizer_config.json"):
+        content = json.loads((folder / file).read_text(encoding="utf-8"))
+        _write_json(folder / file, {**content, "processor_class": "CLIPProcessor"})
+    methods = {
+        one: {"method": f"get_{one}_features", "method_output_name": "pooler_output"} for one in ("text", "image")
+    }
+    return {"module_output_name": "sentence_embedding", "modality_config": methods}
+
+
+def _write_embedding_gemma(folder: Path) -> dict[str, Any]:
+    """EmbeddingGemma 2: one tower of words, to which a tower of patches gives pictures as words."""
+    import transformers as hf
+    from tokenizers import Tokenizer
+    from tokenizers.models import Unigram
+    from tokenizers.processors import TemplateProcessing
+
+    folder.mkdir(parents=True)
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<img>", "<boi>", "<eoi>", "<aud>", "<boa>", "<eoa>", "<|video|>"]
+    pieces = [*special, *sorted(set("▁: abcdefghijklmnopqrstuvwxyz“”" + "".join(_WORDS)))]
+    tokenizer = Tokenizer(Unigram([(piece, -1.0) for piece in pieces], unk_id=3))
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)])
+    names = {"image_token": 4, "boi_token": 5, "eoi_token": 6, "audio_token": 7, "boa_token": 8, "eoa_token": 9}
+    words = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        extra_special_tokens={name: special[number] for name, number in names.items()},
+    )
+    heads = {**_TOWER, "head_dim": 16, "num_key_value_heads": 2}
+    text = {**heads, "num_key_value_heads": 1, "global_head_dim": 16, "hidden_size_per_layer_input": 8}
+    text |= {"vocab_size": len(pieces), "embedding_dim": EMBED_DIM, "max_position_embeddings": 2048}
+    vision = {**heads, "model_type": "gemma4_vision", "patch_size": 16, "position_embedding_size": 64}
+    ids = {("eoa_token_index" if name == "eoa_token" else f"{name}_id"): number for name, number in names.items()}
+    config = hf.EmbeddingGemma2Config(
+        text_config={**text, "layer_types": ["sliding_attention", "full_attention"]},
+        vision_config=vision,
+        audio_config=None,
+        video_token_id=10,
+        **ids,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = hf.EmbeddingGemma2Model(config).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<img>"
+        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    processor = hf.EmbeddingGemma2Processor(
+        feature_extractor=hf.Gemma4AudioFeatureExtractor(),
+        image_processor=hf.Gemma4ImageProcessorPil(max_soft_tokens=70),
+        tokenizer=words,
+        video_processor=hf.EmbeddingGemma2VideoProcessor(),
+        chat_template=template,
+    )
+    processor.save_pretrained(folder)
+    for number in (1, 2):
+        (folder / f"{number}_").mkdir()
+    _write_json(folder / "1_" / "config.json", {"embedding_dimension": EMBED_DIM, "pooling_mode": "mean"})
+    forward = {"method": "forward", "method_output_name": "last_hidden_state"}
+    modalities = {"text": forward, "image": forward, "message": {**forward, "format": "structured"}}
+    return {"module_output_name": "token_embeddings", "modality_config": modalities}
+
+
+def _model(kind: str, vocabulary: int, sizes: Sizes) -> Any:
     import transformers as hf
 
-    text: dict[str, Any] = {**_TOWER, "vocab_size": vocabulary, "projection_dim": EMBED_DIM}
-    both = {"vision_config": _VISION, "projection_dim": EMBED_DIM}
+    width = {"projection_dim": sizes.embed_dim}
+    text: dict[str, Any] = {**_TOWER, "vocab_size": vocabulary, **width, **sizes.text}
+    whole = {**_VISION, **width, "image_size": sizes.resolution, **sizes.vision}
+    both = {"vision_config": whole, **width}
     if kind == "clip":
         text |= {"max_position_embeddings": 77, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1}
         return hf.CLIPModel(hf.CLIPConfig(text_config=text, **both))
     if kind in ("siglip", "siglip_2"):
         text |= {"max_position_embeddings": 64, "pad_token_id": 1, "eos_token_id": 1}
-        return hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=_VISION))
+        return hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=whole))
     if kind in PATCHED:
-        vision = {**_TOWER, "patch_size": PATCH_SIZE[kind], "num_patches": 16}
+        vision = {**_TOWER, "patch_size": PATCH_SIZE[kind], "num_patches": 16, **sizes.vision}
         text |= {"max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
         values = {"text_config": text, "vision_config": vision}
         if kind == "siglip_2_naflex":
@@ -166,10 +259,10 @@ def _model(kind: str, vocabulary: int) -> Any:
         text |= {"longtext_len": 196, "keep_len": 20}
         return fg_clip_2.model_class(hf)(fg_clip_2.read_config(hf, values))
     if kind == "tips_2":
-        vision = {name: value for name, value in _VISION.items() if name not in ("intermediate_size", "projection_dim")}
+        vision = {name: value for name, value in whole.items() if name not in ("intermediate_size", "projection_dim")}
         return hf.Tipsv2Model(hf.Tipsv2Config(text_config=text, vision_config=vision))
     if kind == "altclip":
-        text |= {"max_position_embeddings": 40, "pad_token_id": 1, "project_dim": 28}
+        text |= {"max_position_embeddings": 40, "pad_token_id": 1, "project_dim": sizes.embed_dim + 4}
         return hf.AltCLIPModel(hf.AltCLIPConfig(text_config=text, **both))
     if kind == "metaclip_2":
         text |= {"max_position_embeddings": 77, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}

@@ -134,10 +134,8 @@ class PatchedPictures:
 
     def __init__(self, processor: Any, decode: Decode, num_patches: Callable[[int, int], int] | None = None) -> None:
         """num_patches: the most patches of a picture by its width and height; default, what the processor has."""
-        self._processor, self.decode = processor, decode
-        self._num_patches = num_patches or (lambda width, height: int(processor.max_num_patches))
-        # However large the picture is.
-        most, side = self._num_patches(10**9, 10**9), int(processor.patch_size)
+        self._processor, self.decode, self._num_patches = processor, decode, num_patches
+        most, side = self._patches_of(10**9, 10**9), int(processor.patch_size)  # however large the picture is
         self.shape: tuple[int, ...] = (HEADER + most, 3 * side * side)
         self.resolution = side * math.isqrt(most)
 
@@ -150,7 +148,7 @@ class PatchedPictures:
         """The block of a picture, float32 (1 + N, V), in `out` if it is given; see `blocks`."""
         image = in_8_bits(image, self.decode)
         image = image if image.mode == "RGB" else image.convert("RGB")
-        made = self._processor(images=[image], return_tensors="np", max_num_patches=self._num_patches(*image.size))
+        made = self._processor(images=[image], return_tensors="np", max_num_patches=self._patches_of(*image.size))
         out = np.empty(self.shape, np.float32) if out is None else out
         height, width = made["spatial_shapes"][0].tolist()
         write_block(made["pixel_values"][0], (height, width), out)
@@ -158,6 +156,9 @@ class PatchedPictures:
 
     def __call__(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(self.array(image))
+
+    def _patches_of(self, width: int, height: int) -> int:
+        return self._num_patches(width, height) if self._num_patches else int(self._processor.max_num_patches)
 
 
 class TokenizedTexts:
