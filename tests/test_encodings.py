@@ -133,7 +133,7 @@ OPENERS = {"open", "fdopen", "NamedTemporaryFile", "TemporaryFile"}
 READERS = {"read_text", "write_text", "FileHandler", "TextIOWrapper"}
 # Their `open` opens something else than a text file.
 OTHER_OPENERS = {"Image", "lmdb", "tarfile", "os", "zipfile", "archive", "Snapshot", "subject", "place", "webbrowser"}
-OTHER_OPENERS |= {"_decoders", "graph", "av"}
+OTHER_OPENERS |= {"_decoders", "graph", "av", "stored", "circuit"}
 
 
 def names_no_encoding(node: ast.Call) -> bool:

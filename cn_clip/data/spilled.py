@@ -29,7 +29,7 @@ class Spilled:
     """
 
     def __init__(self, records: Iterable[Any] = ()) -> None:
-        self._file = tempfile.TemporaryFile(prefix="cn_clip-", buffering=_BUFFER)  # noqa: SIM115 - as long as this
+        self._file = tempfile.TemporaryFile("w+b", prefix="cn_clip-", buffering=_BUFFER)  # noqa: SIM115 - as long as this
         self._offsets, self._size, self._count = array("Q"), 0, 0
         self._reading = threading.Lock()
         weakref.finalize(self, self._file.close)
@@ -78,7 +78,7 @@ def first_twice(ids: Iterable[ItemId], number: int) -> ItemId | None:
     """
     if not number:
         return None
-    with tempfile.TemporaryFile(prefix="cn_clip-") as file:
+    with tempfile.TemporaryFile("w+b", prefix="cn_clip-") as file:
         file.truncate(number * np.dtype(np.uint64).itemsize)
         hashes_N: HashArray = np.frombuffer(mmap.mmap(file.fileno(), 0), dtype=np.uint64)
         start = 0

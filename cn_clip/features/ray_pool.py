@@ -145,7 +145,7 @@ def cluster(ray: Any, address: str | None) -> Iterator[None]:
     address = address_of(address)
     _check_listening(address)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    with tempfile.TemporaryFile() as said, _token_of_its_own(when=address is None):
+    with tempfile.TemporaryFile("w+b") as said, _token_of_its_own(when=address is None):
         try:
             with _errors_into(said):
                 if address is None:
