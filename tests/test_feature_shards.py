@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from unreadable_files import unreadable
 
+from cn_clip import zoo
+from cn_clip.clip.choice import Choice
 from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.opening import weights_digest
 from cn_clip.command import Speaker
@@ -31,7 +33,7 @@ from cn_clip.features import ray_extraction, ray_pool
 from cn_clip.features.files import read_features
 from cn_clip.features.ray_extraction import ShardJob, ShardWorker, Task, TextPart, model_facts
 from cn_clip.features.ray_pool import Actors, Node, Pool, plan_actors
-from cn_clip.features.ray_weights import Weights
+from cn_clip.features.ray_weights import Weights, described, placed
 from cn_clip.features.store import (
     Finished,
     Manifest,
@@ -689,6 +691,29 @@ def test_a_worker_with_other_weights_refuses(tmp_path: Path, pictures: Path) -> 
     error = ShardWorker(options(tmp_path, pictures), ["image"], Weights("other")).work(task)
     assert isinstance(error, ConfigError)
     assert "Emoji-Tiny is another file there" in str(error)
+
+
+def test_a_machine_without_the_weights_keeps_a_copy_of_them_by_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zoo, "DOWNLOAD_ROOT", tmp_path / "cache")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "store").mkdir()
+    path = Encoder("Emoji-Tiny", device="cpu").save(tmp_path / "here" / "mine.pt")
+    chosen = Choice(str(path), device="cpu")
+    there = described(chosen, "auto")
+    path.rename(tmp_path / "store" / "mine.pt")
+    with pytest.raises(ConfigError, match="copy the same weights to every machine"):
+        placed(replace(chosen, model="Emoji-Tiny"), replace(there, source="shared"))
+    from_folder = replace(there, source=str(tmp_path / "store"))
+    copy = Path(placed(chosen, from_folder).model)
+    assert copy == tmp_path / "cache" / "ray-weights" / there.digest / "mine.pt"
+    copy.write_bytes(b"damaged")
+    assert Path(placed(chosen, from_folder).model).read_bytes() == (tmp_path / "store" / "mine.pt").read_bytes()
+    (tmp_path / "store" / "mine.pt").write_bytes(b"another")
+    copy.unlink()
+    with pytest.raises(StorageError, match=r"what came of mine\.pt is another file"):
+        placed(chosen, from_folder)
 
 
 # --- the flags

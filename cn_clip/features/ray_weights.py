@@ -137,7 +137,9 @@ def _copy(weights: Weights) -> Path:
     root = _root()
     folder = root / weights.digest
     try:
-        with alone(lock_file(folder), f"{folder}: another process is fetching it", waiting=lambda _: None):
+        # `staged_folder` has the lock of the folder itself.
+        lock = lock_file(root / f"{weights.digest}-fetch")
+        with alone(lock, f"{folder}: another process is fetching it", waiting=lambda _: None):
             paths = [folder / name for name, _ in weights.files]
             if is_folder(folder) and all(map(is_file, paths)) and digest_of_files(paths) == weights.digest:
                 return folder
