@@ -26,7 +26,7 @@ from cn_clip.clip.encoder import Encoder
 from cn_clip.clip.families.opening import full_name
 from cn_clip.clip.opening import open_encoder, precision_of
 from cn_clip.clip.pictures import decoded_batches, decoding_threads
-from cn_clip.command import Speaker
+from cn_clip.command import Speaker, stdout_to_stderr
 from cn_clip.data.bulk_pictures import RESERVED, Part, open_collection
 from cn_clip.data.metadata import Table, read_table, row_of
 from cn_clip.data.pictures import load_pixels
@@ -145,7 +145,8 @@ def extract(options: EngineSettings, say: Speaker) -> None:
         works = [_begin(options, output, kind, one, weights.digest, say) for kind, one in inputs.items()]
         tasks = deque((work, shard) for work in works for shard in work.todo())
         if tasks:
-            with cluster(ray, options.ray_address):
+            # Ray tells on standard output of machines that are gone.
+            with stdout_to_stderr(when=options.json), cluster(ray, options.ray_address):
                 _run(ray, options, weights, tasks, works, say)
         confirm()
         result: dict[str, object] = {}
