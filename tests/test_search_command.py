@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import milvus_server
 import numpy as np
 import pytest
+import stores
 import torch
 from PIL import Image
 
@@ -28,7 +28,7 @@ from cn_clip.retrieval.store import open_index
 
 NUM_PICTURES = 200
 EMOJI = emoji.load("twemoji")[:NUM_PICTURES]
-STORES = ("exact", "usearch", *milvus_server.BOTH)
+STORES = ("exact", "usearch", *stores.REMOTE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,8 +62,8 @@ def build(pictures: Path, *more: object) -> None:
 @contextlib.contextmanager
 def settled(kind: str, folder: Path) -> Iterator[tuple[IndexAddress, list[str]]]:
     """Where an index of a store may be, and the settings that build it there."""
-    if kind.startswith("milvus"):
-        with milvus_server.kept_by(kind) as address:
+    if kind in stores.NAMES:
+        with stores.kept_by(kind) as address:
             yield address, ["--output", str(address)]
     else:
         yield folder, ["--output", str(folder), "--engine", kind]

@@ -46,8 +46,9 @@ class Options(SourceOptions):
         settings.check(self, [settings.excludes("prune", "keep_missing", "one removes what is gone", refused=True)])
         if self.output is None:
             raise ConfigError("--output: expected the folder of the index, or milvus://HOST:PORT/COLLECTION")
-        if not isinstance(address_of(self.output, self.milvus_config), Path) and (self.engine or self.vector_type):
-            raise ConfigError("--engine, --vector-type: are for folders, Milvus has its own; leave them out")
+        address = address_of(self.output, self.milvus_config)
+        if not isinstance(address, Path) and (self.engine or self.vector_type):
+            raise ConfigError(f"--engine, --vector-type: are for folders, {address.store} has its own; leave them out")
 
 
 def run(options: Options) -> None:

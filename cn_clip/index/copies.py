@@ -82,10 +82,12 @@ class Group:
 
 
 def tell(options: "Options", say: Speaker) -> None:
-    """Prints the groups; raises DataError for an index that cannot be read, ConfigError for an address of Milvus."""
+    """Prints the groups; raises DataError for an index that cannot be read, ConfigError for an address of a server."""
     folder = address_of(options.index)
     if not isinstance(folder, Path):
-        raise ConfigError("the pictures of an index in Milvus are not compared; this command is for folders", at=folder)
+        raise ConfigError(
+            f"the pictures of an index in {folder.store} are not compared; this command is for folders", at=folder
+        )
     index = open_index(folder)
     say.note(
         both(f"比较 {len(index)} 张图片：{options.index}", f"comparing {counted(len(index), 'image')}: {options.index}")

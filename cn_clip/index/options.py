@@ -18,7 +18,10 @@ from cn_clip.settings import Range
 
 OptionsT = TypeVar("OptionsT")
 
-_ADDRESS = "The folder of the index, or milvus://HOST:PORT/COLLECTION, or photos.db of Milvus Lite"
+_ADDRESS = (
+    "The folder of the index, or milvus://HOST:PORT/COLLECTION, or photos.db of Milvus Lite, or "
+    "pgvector://HOST:PORT/DATABASE/NAME"
+)
 IndexArgument: TypeAlias = Annotated[tyro.conf.Positional[TypedAddress], tyro.conf.arg(metavar="INDEX", help=_ADDRESS)]
 IndexOutput: TypeAlias = Annotated[TypedAddressOrNone, tyro.conf.arg(help=_ADDRESS, help_behavior_hint="(required)")]
 IndexFolder: TypeAlias = Annotated[tyro.conf.Positional[TypedAddress], tyro.conf.arg(metavar="INDEX")]

@@ -49,11 +49,11 @@ class Result:
 def check(index: str, options: AddOptions, say: Speaker, *, also_repair: bool, keep_aside: bool) -> int:
     """Says what is damaged, and repairs it if `also_repair`; returns 1 if something stays damaged or is lost, else 0.
 
-    Raises ConfigError for an address of Milvus, and as `repair`.
+    Raises ConfigError for an address of a server, and as `repair`.
     """
     folder = address_of(index)
     if not isinstance(folder, Path):
-        raise ConfigError("Milvus looks after its own files; this command is for folders", at=folder)
+        raise ConfigError(f"{folder.store} looks after its own files; this command is for folders", at=folder)
     facts, found = inspection.inspect(folder)
     for damage in found:
         say(both("损坏：", "damaged: ") + f"{folder / damage.path}: {translated(damage.reason)}")

@@ -1,6 +1,7 @@
 """Opens an index for searching and changing, wherever its address says it is; the commands use it."""
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TypeAlias
 
 from cn_clip.digests import is_there
@@ -9,7 +10,8 @@ from cn_clip.retrieval.ids import integers
 from cn_clip.retrieval.manifest import Manifest
 from cn_clip.retrieval.milvus_address import Address
 from cn_clip.retrieval.milvus_collection import Collection
-from cn_clip.retrieval.schemes import IndexAddress
+from cn_clip.retrieval.postgres_table import Table
+from cn_clip.retrieval.schemes import IndexAddress, ServerAddress
 from cn_clip.retrieval.segments import ItemId
 
 # What both kinds of index have is alike; the classes of folders say what it means.
@@ -19,13 +21,15 @@ Writer: TypeAlias = writer.IndexWriter | remote.RemoteWriter
 
 
 def rows_at(
-    address: Address, *, is_reader: bool = False, is_served: bool = False, creates: bool = False
+    address: ServerAddress, *, is_reader: bool = False, is_served: bool = False, creates: bool = False
 ) -> remote_rows.Rows:
     """What a store on a server keeps; raises StoreError where no server answers, MissingExtraError.
 
     is_reader, is_served: see `remote_rows.Rows` and `open_index`. creates: else a folder of Milvus Lite that is not
     there is not made, and DataError is raised.
     """
+    if not isinstance(address, Address):
+        return Table(address, is_reader=is_reader)
     if _is_missing(address) and not creates:
         raise remote_rows.no_index(address)
     consistency = address.consistency or ("Bounded" if is_served else "Strong")
@@ -34,18 +38,18 @@ def rows_at(
 
 def facts(address: IndexAddress) -> Facts | None:
     """None when there is no index yet; raises DataError for one that cannot be read, StoreError."""
-    if isinstance(address, Address):
+    if not isinstance(address, Path):
         return None if _is_missing(address) else rows_at(address).facts()
     return manifest.read(address) if is_there(address / manifest.NAME) else None
 
 
-def _is_missing(address: Address) -> bool:
-    return address.lite is not None and not address.lite.exists()
+def _is_missing(address: ServerAddress) -> bool:
+    return isinstance(address, Address) and address.lite is not None and not address.lite.exists()
 
 
 def require(address: IndexAddress) -> Facts:
     """Raises DataError when there is no index."""
-    return remote_rows.require(rows_at(address)) if isinstance(address, Address) else manifest.read(address)
+    return manifest.read(address) if isinstance(address, Path) else remote_rows.require(rows_at(address))
 
 
 def open_index(address: IndexAddress, *, is_served: bool = False) -> Searchable:
@@ -53,7 +57,7 @@ def open_index(address: IndexAddress, *, is_served: bool = False) -> Searchable:
 
     Raises DataError when there is no index, or a damaged one, StoreError.
     """
-    if not isinstance(address, Address):
+    if isinstance(address, Path):
         return store.open_index(address)
     return remote.RemoteIndex(rows_at(address, is_reader=True, is_served=is_served))
 
@@ -79,7 +83,7 @@ def ping(index: Searchable) -> None:
 
 def open_writer(address: IndexAddress, create: Manifest | None = None) -> AbstractContextManager[Writer]:
     """create: what to begin with where there is no index yet; raises as `writer.open_writer`, and StoreError."""
-    if not isinstance(address, Address):
+    if isinstance(address, Path):
         return writer.open_writer(address, create)
     return remote.open_remote_writer(rows_at(address, creates=create is not None), create)
 

@@ -99,6 +99,11 @@ class Address:
         """HOST:PORT."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
+    @property
+    def store(self) -> str:
+        """What keeps it."""
+        return "Milvus"
+
     def __str__(self) -> str:
         if self.lite is not None:
             return str(self.lite)

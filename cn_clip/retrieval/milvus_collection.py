@@ -17,7 +17,6 @@ from cn_clip.leases import TTL_S, Lease, LeaseLostError, held
 from cn_clip.retrieval.conditions import Condition
 from cn_clip.retrieval.manifest import ModelInfo, PictureFacts
 from cn_clip.retrieval.milvus_address import Address
-from cn_clip.retrieval.milvus_columns import COLUMNS, WITHOUT_FIELDS, columns_of, filter_of, filter_of_field
 from cn_clip.retrieval.milvus_connection import (
     OLDEST,
     away,
@@ -28,6 +27,8 @@ from cn_clip.retrieval.milvus_connection import (
     refusal,
     too_old,
 )
+from cn_clip.retrieval.milvus_language import MilvusLanguage
+from cn_clip.retrieval.remote_columns import COLUMNS, columns_of, filter_of, filter_of_field, without_fields
 from cn_clip.retrieval.remote_rows import (
     KEY_BYTES,
     WINDOW,
@@ -55,6 +56,7 @@ UPSERT_BYTES = 32 << 20
 _TOO_LARGE = re.compile(r"larger than max|exceeds? the (limit size|maxOutputSize)", re.I)
 _SHRINKS_BY = 4
 
+_LANGUAGE = MilvusLanguage()
 _FACTS = "cn_clip.facts"
 _SOURCE, _PICTURES = "cn_clip.source", "cn_clip.pictures"
 # The claim of the writer, see `leases`; and what is more than every place of a row.
@@ -157,16 +159,16 @@ class Collection:
         self.call("has_collection")
 
     def filter_of(self, condition: Condition) -> str | None:
-        """See `milvus_columns`."""
-        return filter_of(condition) if self.has_columns else None
+        """See `remote_columns`."""
+        return filter_of(condition, _LANGUAGE) if self.has_columns else None
 
     def with_field(self, field: str) -> list[Fields]:
         """Nothing, where rows cannot be asked for it."""
-        return self.query(filter_of_field(field), ["item"], limit=1) if self.has_columns else []
+        return self.query(filter_of_field(field, _LANGUAGE), ["item"], limit=1) if self.has_columns else []
 
     def is_sure_of_fields(self) -> bool:
         """Not where rows do not note their fields."""
-        return self.has_columns and not self.has_any(WITHOUT_FIELDS)
+        return self.has_columns and not self.has_any(without_fields(_LANGUAGE))
 
     def has_thumbnails(self) -> bool:
         """Whether any row has one."""

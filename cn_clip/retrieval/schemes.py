@@ -9,20 +9,24 @@ from typing import Annotated, Any, TypeAlias
 import tyro
 
 from cn_clip.errors import ConfigError
+from cn_clip.retrieval import postgres_address
 from cn_clip.retrieval.milvus_address import Address, is_lite, lite_address, parse_address
 from cn_clip.secret import AddressText, as_typed, without_secrets
 from cn_clip.spelling import meant
 
-IndexAddress: TypeAlias = Path | Address
+ServerAddress: TypeAlias = Address | postgres_address.Address
+IndexAddress: TypeAlias = Path | ServerAddress
 
 # Scheme -> what reads its addresses, given them and a file of settings. https and http are those of Milvus's own uri.
-_SCHEMES: dict[str, Callable[[str, str | None], IndexAddress]] = dict.fromkeys(
-    ("milvus", "https", "http"), parse_address
-)
+_SCHEMES: dict[str, Callable[[str, str | None], IndexAddress]] = {
+    **dict.fromkeys(("milvus", "https", "http"), parse_address),
+    "pgvector": lambda text, _: postgres_address.parse_address(text),
+}
 
 
 def address_of(text: str | os.PathLike[str], milvus_config: str | None = None) -> IndexAddress:
-    """milvus://… is an address, photos.db one of Milvus Lite unless a folder with an index is there, all else a folder.
+    """milvus://… and pgvector://… are addresses, all else folders, but photos.db is one of Milvus Lite unless a folder
+    with an index is there.
 
     milvus_config: a file with what the address leaves out, see `parse_address`. Raises ConfigError for a faulty
     address, a scheme that is not known, a file where Milvus Lite would keep its folder, and a `milvus_config` for

@@ -25,8 +25,9 @@ class Options(choice.ModelSettings, Limits):
     """Answers over HTTP: /v1/embeddings as OpenAI's clients ask, /v1/classify, /v1/search; /metrics, /readyz."""
 
     index: Annotated[tyro.conf.Positional[tuple[TypedAddress, ...]], tyro.conf.arg(metavar="INDEX ...")] = ()
-    """Indexes that /v1/search searches: folders, milvus://HOST:PORT/COLLECTION or photos.db of Milvus Lite; requests
-    name one by the folder's name without its suffix, else the first is meant. Changes are noticed by themselves"""
+    """Indexes that /v1/search searches: folders, milvus://HOST:PORT/COLLECTION, photos.db of Milvus Lite or
+    pgvector://HOST:PORT/DATABASE/NAME; requests name one by the folder's name without its suffix, else the first is
+    meant. Changes are noticed by themselves"""
     model: choice.ModelOfIndex = None
     name: str | None = None
     """What the model is called in requests, where there is one; default: its name, or that of its file"""
