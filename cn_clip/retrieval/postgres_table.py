@@ -353,13 +353,23 @@ class Table:
         def rows(connection: Any, guard: str) -> list[list[Fields]]:
             asked = f"SELECT {', '.join(fields)} FROM {self._quoted} {_where(condition, guard)}"
             asked = f"{asked} ORDER BY {near} LIMIT {limit}"
-            with connection.pipeline(), connection.transaction():
-                connection.execute(f"SET LOCAL hnsw.ef_search = {ef}")
-                connection.execute("SET LOCAL hnsw.iterative_scan = relaxed_order")
+            self._widen(connection, ef)
+            # Several vectors in one exchange; of one, an exchange by itself is quicker.
+            with connection.pipeline() if len(vectors_QD) > 1 else contextlib.nullcontext():
                 found = [connection.execute(asked, [one.astype("float32")], binary=True) for one in vectors_QD]
                 return [[_read(fields, row) for row in one.fetchall()] for one in found]
 
         return self._guarded(rows)
+
+    def _widen(self, connection: Any, ef: int) -> None:
+        """Has the graph look at so many candidates, if there is one; it stays so for the connection."""
+        if ef > getattr(connection, "ef", 0):
+            connection.execute(
+                "SELECT set_config('hnsw.ef_search', %s, false), "
+                "set_config('hnsw.iterative_scan', 'relaxed_order', false)",
+                [str(ef)],
+            )
+            connection.ef = ef
 
     def of_keys(self, keys: Sequence[str], fields: Sequence[str]) -> Iterator[Fields]:
         """The rows with these keys, in any order."""
@@ -398,6 +408,11 @@ class Table:
         """Those of the keys whose rows have one."""
         rows = self._asked(["key"], "key = ANY(%s) AND length(thumbnail) > 0", values=[list(keys)])
         return {row["key"] for row in rows}
+
+    def next_place(self) -> int:
+        """By the index of places."""
+        last = self._asked(["place"], None, "ORDER BY place DESC LIMIT 1")
+        return int(last[0]["place"]) + 1 if last else 0
 
     def write(self, rows: Sequence[NewRow], remove: Sequence[str]) -> None:
         """In one transaction."""
