@@ -58,19 +58,24 @@ class Server:
         subprocess.run([self._programs / program, *map(str, args)], check=True, capture_output=True, cwd="/", **_AS)
 
     def start(self) -> None:
-        """Starts it, and waits until it answers."""
-        with open(self.folder / "log", "ab") as log:
-            self._process = subprocess.Popen(
-                [self._programs / "postgres", "-D", str(self.data)], stdout=log, stderr=log, cwd="/", **_AS
-            )
+        """Starts it, and waits until it answers; what was killed a moment ago may still hold its memory."""
         deadline = time.monotonic() + SECONDS_TO_START
         psycopg = pytest.importorskip("psycopg")
-        while time.monotonic() < deadline and self._process.poll() is None:
+        self._process = self._launched()
+        while time.monotonic() < deadline:
             with contextlib.suppress(psycopg.OperationalError):
                 self.connect().close()
                 return
             time.sleep(0.1)
+            if self._process.poll() is not None:
+                self._process = self._launched()
         pytest.exit(f"no Postgres server: {(self.folder / 'log').read_text(encoding='utf-8')}", returncode=1)
+
+    def _launched(self) -> "subprocess.Popen[bytes]":
+        with open(self.folder / "log", "ab") as log:
+            return subprocess.Popen(
+                [self._programs / "postgres", "-D", str(self.data)], stdout=log, stderr=log, cwd="/", **_AS
+            )
 
     def connect(self, database: str = "postgres") -> Any:
         """A connection of the administrator."""
@@ -79,12 +84,20 @@ class Server:
             host="127.0.0.1", port=self.port, user="postgres", password=PASSWORD, dbname=database, autocommit=True
         )
 
+    @contextlib.contextmanager
+    def login(self) -> Iterator[None]:
+        """What is printed of an address opens it meanwhile, here and in other processes."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PGUSER", "postgres")
+            patch.setenv("PGPASSWORD", PASSWORD)
+            yield
+
     def kill(self) -> None:
-        """SIGKILL to all its processes."""
+        """SIGKILL to all its processes; first it is stopped, so that it makes no others meanwhile."""
+        self._process.send_signal(signal.SIGSTOP)
         children = subprocess.run(
             ["ps", "-o", "pid=", "--ppid", str(self._process.pid)], check=False, capture_output=True, text=True
         ).stdout.split()
-        self._process.send_signal(signal.SIGSTOP)
         for one in (*map(int, children), self._process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(one, signal.SIGKILL)
@@ -125,9 +138,7 @@ def table(server: Server | None = None) -> Iterator[Address]:
     """The address of a table that is not there yet, and is dropped at the end; what is printed of it opens it, too."""
     server = server or started()
     address = server.address(f"test_{os.getpid()}_{next(_numbers)}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PGUSER", "postgres")
-        patch.setenv("PGPASSWORD", PASSWORD)
+    with server.login():
         yield address
     with server.connect() as connection:
         connection.execute(f"DROP TABLE IF EXISTS {address.name}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import cluster
 import numpy as np
+import postgres_server
 import pytest
 from cluster import Chaos, Command, Contents, Machines, Milvus, away, client, restarted, run
 from object_store import CREDENTIALS, ObjectStore, object_store
@@ -135,6 +136,43 @@ def test_a_killed_client_of_milvus_lite_which_is_in_its_process(
 ) -> None:
     within = steps.whole(str(tmp_path / "whole.db"))
     steps.killed(str(tmp_path / "killed.db"), "client", client, told, within=within)
+
+
+# --- Postgres
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[postgres_server.Server]:
+    """A server of its own, since it is killed."""
+    with postgres_server.own() as server, server.login():
+        yield server
+
+
+@pytest.fixture(scope="module")
+def on_postgres(postgres: postgres_server.Server, steps: Steps) -> list[float]:
+    """The seconds of each step on that server."""
+    return steps.whole(f"{postgres.address('whole')}?timeout=60")
+
+
+@pytest.mark.parametrize("round_", range(2))
+def test_a_killed_client_of_postgres(
+    postgres: postgres_server.Server, steps: Steps, on_postgres: list[float], told: Chaos, round_: int
+) -> None:
+    at = f"{postgres.address(f'client_{round_}')}?timeout=60"
+    steps.killed(at, "client", client, told, within=on_postgres)
+
+
+@pytest.mark.parametrize("round_", range(2))
+def test_a_killed_postgres_comes_back_with_all_it_had(
+    postgres: postgres_server.Server, steps: Steps, on_postgres: list[float], told: Chaos, round_: int
+) -> None:
+    def kill(process: Any) -> bool:
+        postgres.kill()
+        postgres.start()
+        return True
+
+    at = f"{postgres.address(f'server_{round_}')}?timeout=60"
+    steps.killed(at, "Postgres", kill, told, within=on_postgres)
 
 
 # --- Ray and an object store

@@ -27,8 +27,9 @@ _NOT_YET = re.compile(
     r"remaining connection slots|no such file or directory|is the server running|connection timeout",
     re.I,
 )
-# SQLSTATEs: of what may be over in a moment; 57014 is of a statement that took too long.
-_AWAY_STATES = ("57P01", "57P02", "57P03", "53300", "57014")
+# SQLSTATEs of what may be over in a moment.
+_TOOK_TOO_LONG = "57014"
+_AWAY_STATES = ("57P01", "57P02", "57P03", "53300", _TOOK_TOO_LONG)
 
 
 def packages() -> tuple[Any, Any]:
@@ -36,6 +37,10 @@ def packages() -> tuple[Any, Any]:
     purpose = "an index in Postgres"
     psycopg = extras.require("psycopg", extra="pgvector", purpose=purpose)
     return psycopg, extras.require("pgvector.psycopg", extra="pgvector", purpose=purpose)
+
+
+class LostError(AwayError):
+    """The connection was lost, and what was asked may have been done or not."""
 
 
 class Limit:
@@ -117,9 +122,12 @@ def answering(address: Address, psycopg: Any) -> Iterator[None]:
     except TimeoutError as error:
         raise away(address, str(error)) from error
     except psycopg.Error as error:
-        if _is_away(error, psycopg):
-            raise away(address, reason_of(error)) from error
-        raise refusal(error, address, psycopg) from error
+        if not _is_away(error, psycopg):
+            raise refusal(error, address, psycopg) from error
+        told = away(address, reason_of(error))
+        if error.sqlstate == _TOOK_TOO_LONG:
+            raise told from error
+        raise LostError(told.sentence, at=address) from error
 
 
 def _is_away(error: Any, psycopg: Any) -> bool:

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
-from cn_clip.errors import AwayError, DataError, StoreError
+from cn_clip.errors import DataError, StoreError
 from cn_clip.retrieval.conditions import Condition
 from cn_clip.retrieval.manifest import ModelInfo, PictureFacts
 from cn_clip.retrieval.postgres_address import Address
-from cn_clip.retrieval.postgres_connection import OLDEST_PGVECTOR, answering, connect, packages
+from cn_clip.retrieval.postgres_connection import OLDEST_PGVECTOR, LostError, answering, connect, packages
 from cn_clip.retrieval.postgres_language import PostgresLanguage
 from cn_clip.retrieval.remote_columns import columns_of, filter_of, filter_of_field, without_fields
 from cn_clip.retrieval.remote_rows import Facts, Fields, NewRow, ReplacedError, check_followed
@@ -42,6 +42,7 @@ LEAST_EF, LARGEST_EF = 100, 1000
 WINDOW = 2000
 # How long a writer waits for one that was killed: the server notices soon.
 LOCK_SECONDS = 5.0
+LOST_PAUSE = 0.05
 
 _LANGUAGE = PostgresLanguage()
 _MARK = "cn_clip"
@@ -81,27 +82,29 @@ class Table:
     # --- connections
 
     def _run(self, act: Callable[[Any], T]) -> T:
-        """What `act` returns for a connection; again with a new one if that which was kept has been closed."""
+        """What `act` returns for a connection; with a new one, within the timeout, where it was lost meanwhile."""
+        deadline = time.monotonic() + self.address.timeout
         with self._one_at_a_time if self._is_alone else contextlib.nullcontext():
-            with self._taking:
-                kept = self._idle.pop() if self._idle else None
-            connection = kept or self._connected()
             while True:
                 try:
-                    with answering(self.address, self._psycopg):
-                        result = act(connection)
-                except AwayError:
-                    is_lost = connection.closed
-                    connection.close()
-                    if kept is None or not is_lost:
+                    return self._tried(act)
+                except LostError:
+                    if time.monotonic() > deadline:
                         raise
-                    kept, connection = None, self._connected()
-                except BaseException:
-                    connection.close()
-                    raise
-                else:
-                    self._keep(connection)
-                    return result
+                    time.sleep(LOST_PAUSE)
+
+    def _tried(self, act: Callable[[Any], T]) -> T:
+        with self._taking:
+            connection = self._idle.pop() if self._idle else None
+        connection = connection or self._connected()
+        try:
+            with answering(self.address, self._psycopg):
+                result = act(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._keep(connection)
+        return result
 
     def _keep(self, connection: Any) -> None:
         with self._taking:
