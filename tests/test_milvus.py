@@ -376,6 +376,7 @@ def assert_ends_in_time(run: Callable[..., Any], address: Address, reason: str) 
         assert time.monotonic() - started < 10
 
 
+@pytest.mark.milvus
 def test_nobody_listening_is_said_in_time(run: Callable[..., Any]) -> None:
     pytest.importorskip("pymilvus")
     assert_ends_in_time(
@@ -383,6 +384,7 @@ def test_nobody_listening_is_said_in_time(run: Callable[..., Any]) -> None:
     )
 
 
+@pytest.mark.milvus
 def test_a_listener_that_never_answers_is_said_in_time(run: Callable[..., Any]) -> None:
     pytest.importorskip("pymilvus")
     with socket.socket() as silent:

@@ -25,6 +25,8 @@ from cn_clip.retrieval.writer import NewItem
 from cn_clip.secret import Secret
 
 needs_server = pytest.mark.milvus
+pytestmark = pytest.mark.milvus
+
 MODEL = ModelInfo("Tiny", "0123", 4)
 # That of every new server.
 PASSWORD = "Milvus"

@@ -35,6 +35,7 @@ def write(address: Address, *ids: int) -> None:
         opened.commit([NewItem(one, np.eye(4, dtype=np.float32)[one % 4], {"n": one}) for one in ids])
 
 
+@pytest.mark.milvus
 def test_without_the_package_the_command_that_installs_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,11 +124,11 @@ def test_batches_hold_what_was_written_for_each_number(num_threads: int) -> None
         out[:] = number
         return f"{number}"
 
-    found = list(decoded_batches(load, range(3, 10), float_room(2), 3, num_threads))
+    found = list(decoded_batches(load, range(3, 10), float_room((3, 2, 2)), 3, num_threads))
     assert [keys for keys, _ in found] == [["3", "4", "5"], ["6", "7", "8"], ["9"]]
     assert [pixels.shape for _, pixels in found] == [(3, 3, 2, 2), (3, 3, 2, 2), (1, 3, 2, 2)]
     assert [pixels.mean(axis=(1, 2, 3)).tolist() for _, pixels in found] == [[3, 4, 5], [6, 7, 8], [9]]
-    assert list(decoded_batches(load, range(4, 4), float_room(2), 3, num_threads)) == []
+    assert list(decoded_batches(load, range(4, 4), float_room((3, 2, 2)), 3, num_threads)) == []
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(1, 1), (3, 3), (64, 16)])
@@ -140,7 +140,7 @@ def test_by_default_there_is_a_thread_a_core(cores: int, threads: int, monkeypat
         together.wait(60)  # until so many threads are here; breaks if there are fewer
         return threading.current_thread().name
 
-    ((names, _),) = decoded_batches(load, range(2 * threads), float_room(1), 2 * threads, None)
+    ((names, _),) = decoded_batches(load, range(2 * threads), float_room((3, 1, 1)), 2 * threads, None)
     assert len(set(names)) == threads
 
 
@@ -151,7 +151,7 @@ def test_an_error_comes_after_the_batches_before_it(num_threads: int) -> None:
             raise DataError("number 3")
         return number
 
-    found = decoded_batches(load, range(6), float_room(1), 2, num_threads)
+    found = decoded_batches(load, range(6), float_room((3, 1, 1)), 2, num_threads)
     assert next(found)[0] == [0, 1]
     with pytest.raises(DataError, match="number 3"):
         next(found)

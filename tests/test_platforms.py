@@ -24,7 +24,7 @@ POSIX_NAMES = (
     *("O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC", "lockf", "sync"),
 )
 # What these need is not on this machine, whatever the system.
-ENDS_IN_A_SENTENCE = {"download", "index watch", "serve", "export tensorrt"}
+ENDS_IN_A_SENTENCE = {"download", "index watch", "serve", "mcp", "export tensorrt"}
 
 
 @pytest.fixture(scope="module")

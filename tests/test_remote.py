@@ -179,3 +179,18 @@ def test_a_writer_does_not_write_into_an_index_that_took_the_place_of_its_own(ad
         ):
             with pytest.raises(StoreError, match="is gone since it was opened"):
                 act()
+
+
+@pytest.mark.parametrize("store", stores.REMOTE)
+def test_notes_are_kept_once_the_rows_are_there(store: str) -> None:
+    with stores.kept_by(store) as address:
+        with addresses.open_writer(address, Manifest(MODEL)) as opened:
+            assert opened.notes() == b""
+            opened.commit(hostile(3), notes="第一批\n".encode())
+            opened.commit(hostile(2))
+        with addresses.open_writer(address) as opened:
+            assert opened.notes() == "第一批\n".encode()
+            opened.commit(notes=b"")
+        with addresses.open_writer(address) as opened:
+            assert opened.notes() == b""
+            assert len(opened) == 3

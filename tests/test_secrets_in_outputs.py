@@ -118,6 +118,7 @@ def test_commands_with_a_server_that_is_away(login: str, pictures: Path, ran: Ca
             for scheme, login, port in itertools.product(
                 ("milvus", "milvuss", "https", "pgvector", "postgres", "s3"), PASSWORDS, ("x", "1/照片", "1/a/b/c")
             )
+            if (scheme, port) != ("pgvector", "1/照片")  # a database may be called so
         ),
         *(f"milvus://h/c?{name}={SECRET}&color=1" for name in ("password", "token")),
         f"milvus:me:{SECRET}@h/c",

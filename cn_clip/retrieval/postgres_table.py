@@ -50,10 +50,11 @@ _MARK = "cn_clip"
 
 @dataclass(frozen=True)
 class _Opened:
-    """What the comment of a table says. change: differs after each change of rows."""
+    """What the comment of a table says. change: differs after each change of rows. notes: of the writer."""
 
     facts: Facts
     change: str
+    notes: str = ""
 
 
 class Table:
@@ -214,14 +215,14 @@ class Table:
         try:
             values = json.loads(found[0])
             version, change = values[_MARK], values["change"]
-            model, seen = ModelInfo(**values["model"]), values["pictures"]
+            model, seen, notes = ModelInfo(**values["model"]), values["pictures"], str(values.get("notes", ""))
             pictures = None if seen is None else PictureFacts(**seen)
             facts = Facts(model, 0, values["source"], pictures, guard=values["guard"], engine="pgvector")
         except (ValueError, TypeError, KeyError) as error:
             raise DataError("this table is no index; give another name", at=self.address) from error
         if version != FORMAT:
             raise DataError(f"is of format {version!r}, this version reads {FORMAT}; build it again", at=self.address)
-        return _Opened(facts, change)
+        return _Opened(facts, change, notes)
 
     def create(self, model: ModelInfo, source: str, pictures: PictureFacts | None) -> None:
         """Makes the table of the vectors of a model, and pgvector in the database where the user may."""
@@ -273,6 +274,7 @@ class Table:
                 "model": asdict(facts.model),
                 "guard": facts.guard,
                 "change": opened.change,
+                "notes": opened.notes,
                 "source": facts.source,
                 "pictures": seen,
             }
@@ -327,18 +329,31 @@ class Table:
             self._before, self._guard = now, now.facts.guard
 
     def _asked(
-        self, fields: Sequence[str], condition: str | None, more: str = "", values: Sequence[Any] = ()
+        self,
+        fields: Sequence[str],
+        condition: str | None,
+        more: str = "",
+        values: Sequence[Any] = (),
+        *,
+        by_index: bool = False,
     ) -> list[Fields]:
+        """by_index: looks at all rows only where no index helps."""
+
         def rows(connection: Any, guard: str) -> list[Fields]:
             asked = f"SELECT {', '.join(fields)} FROM {self._quoted} {_where(condition, guard)} {more}"
-            found = connection.execute(asked, values, binary=True).fetchall()
+            with connection.transaction() if by_index else contextlib.nullcontext():
+                if by_index:
+                    connection.execute("SET LOCAL enable_seqscan = off")
+                found = connection.execute(asked, values, binary=True).fetchall()
             return [_read(fields, row) for row in found]
 
         return self._guarded(rows)
 
     def query(self, condition: str | None, fields: Sequence[str], *, limit: int | None = None) -> list[Fields]:
         """The rows that a filter of Postgres admits, in any order, at most `limit`."""
-        return self._asked(fields, condition, "" if limit is None else f"LIMIT {limit}")
+        # With a limit the planner thinks a scan ends soon, and leaves the index of conditions aside.
+        more, by_index = ("", False) if limit is None else (f"LIMIT {limit}", condition is not None)
+        return self._asked(fields, condition, more, by_index=by_index)
 
     def count(self, condition: str | None = None) -> int:
         """How many rows it admits."""
@@ -417,10 +432,16 @@ class Table:
         last = self._asked(["place"], None, "ORDER BY place DESC LIMIT 1")
         return int(last[0]["place"]) + 1 if last else 0
 
-    def write(self, rows: Sequence[NewRow], remove: Sequence[str]) -> None:
+    def notes(self) -> bytes:
+        """In the comment."""
+        return self._before.notes.encode()
+
+    def write(self, rows: Sequence[NewRow], remove: Sequence[str], notes: bytes | None = None) -> None:
         """In one transaction."""
         gone, self._next_change = [*(row.key for row in rows), *remove], secrets.token_hex(8)
         now = replace(self._before, change=self._next_change)
+        if notes is not None:
+            now = replace(now, notes=notes.decode())
 
         def written(connection: Any, guard: str) -> None:
             with connection.transaction():

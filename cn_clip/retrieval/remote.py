@@ -432,8 +432,8 @@ class RemoteWriter:
             self._facts = replace(self._facts, source=source, pictures=pictures)
 
     def notes(self) -> bytes:
-        """Nothing: a server keeps no notes."""
-        return b""
+        """As `IndexWriter.notes`."""
+        return self._rows.notes()
 
     def commit(
         self, items: Sequence[NewItem] = (), remove: Iterable[ItemId] = (), *, notes: bytes | None = None
@@ -442,7 +442,7 @@ class RemoteWriter:
 
         When it returns, every reader sees the change. A run that is killed meanwhile leaves every item once, the old
         or the new. Raises DataError, with nothing changed, for what `writer.IndexWriter.commit` refuses and for more
-        metadata or larger thumbnails than the server holds. notes: are not kept.
+        metadata or larger thumbnails than the server holds. notes: count once the items do.
         """
         lines, remove = checked_lines(items, self._facts.model.embed_dim, "float32"), list(dict.fromkeys(remove))
         if items and self._next_position is None:
@@ -460,7 +460,8 @@ class RemoteWriter:
             self._forget(item_id)
         if rows or gone:
             self._count = None
-            self._rows.write(rows, [key_of(one) for one in gone])
+        if rows or gone or notes is not None:
+            self._rows.write(rows, [key_of(one) for one in gone], notes)
         if rows:
             self._next_position = first + len(rows)
         self._num_written += len(rows)

@@ -131,8 +131,14 @@ class Rows(Protocol):
     def next_place(self) -> int:
         """More than the "place" of any row; for a writer."""
 
-    def write(self, rows: Sequence[NewRow], remove: Sequence[str]) -> None:
-        """Writes rows in place of those of the same keys, and removes others; killed meanwhile, each is old or new."""
+    def write(self, rows: Sequence[NewRow], remove: Sequence[str], notes: bytes | None = None) -> None:
+        """Writes rows in place of those of the same keys, and removes others; killed meanwhile, each is old or new.
+
+        notes: text that `notes` gives once all of the rows are there; None leaves what there is.
+        """
+
+    def notes(self) -> bytes:
+        """What was noted last; nothing before, and where that was too long for the server."""
 
     def finish(self, num_written: int) -> None:
         """Has the server prepare for searches what was written since the last time."""
