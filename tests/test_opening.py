@@ -94,7 +94,7 @@ def test_a_fingerprint_is_of_the_weights_whatever_they_are_computed_in() -> None
 
 def test_models_without_files_here_are_told_apart_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening.families, "files_of", lambda *_, **__: [])  # as of the tags of open_clip
-    encoder: Any = SimpleNamespace(facts=Facts(), backend=None)
+    encoder: Any = SimpleNamespace(facts=Facts(), backend=None, cut=None)
     chosen = [Choice(f"open_clip:ViT-B-32@{tag}") for tag in ("openai", "laion2b_s34b_b79k")]
     for of in (lambda one: fingerprint(one, encoder), weights_digest):
         first, other = map(of, chosen)
