@@ -137,13 +137,15 @@ def test_an_index_that_was_made_again_of_another_model_gives_no_answer(address: 
     query: Any = np.eye(1, DIM, dtype=np.float32)
     with addresses.open_writer(address, Manifest(MODEL)) as opened:
         opened.commit([NewItem("old", query[0], {"n": 0}, b"jpg")])
-        index = addresses.open_index(address)
+        index, served_index = addresses.open_index(address), addresses.open_index(address, is_served=True)
         assert [hit.id for hit in index.search(query, 1)[0]] == ["old"]
     made_again(address, ModelInfo("Other", "4567", DIM))
     sentence = r"was made again .*: its vectors are now of the model Other \(4567\), not of Tiny \(0123\); open"
     for act in (
         lambda: index.search(query, 1),
         lambda: index.search(query, 1, where="n=0"),
+        lambda: index.search(query, 5, where="n!=7"),
+        lambda: served_index.search(query, 1),
         lambda: index.vector("new"),
         lambda: index.metadata("new"),
         lambda: index.thumbnail("new"),
@@ -153,6 +155,7 @@ def test_an_index_that_was_made_again_of_another_model_gives_no_answer(address: 
     ):
         with pytest.raises(StoreError, match=sentence):
             act()
+    assert addresses.open_index(address).ids == ["new"]
     stores.drop(address)
     with pytest.raises(StoreError, match="is gone since it was opened"):
         index.search(query, 1)

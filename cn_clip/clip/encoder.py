@@ -8,7 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
@@ -341,28 +341,22 @@ class Encoder:
 
     def start_pixels(self, pixels_B3RR: AnyPixels) -> Callable[[], Rows]:
         """Begins `encode_pixels`, and gives what waits for the rows, and raises; only on CUDA is there a wait left."""
-
-        def start(some_B3RR: Any) -> Callable[[], Rows]:
-            if self.facts.is_async:
-                return self._cutting(cast("AsyncBackend", self.backend).start_pixels(some_B3RR))
-            rows_BD = self.encode_pixels(some_B3RR)
-            return lambda: rows_BD
-
-        return self._within_memory("image", start, pixels_B3RR)
+        return self._cutting(self._within_memory("image", pixels_B3RR))
 
     def start_tokens(self, token_ids_BL: TokenIds) -> Callable[[], Rows]:
         """The same for `encode_tokens`."""
+        return self._cutting(self._within_memory("text", token_ids_BL))
 
-        def start(some_BL: Any) -> Callable[[], Rows]:
-            if self.facts.is_async:
-                return self._cutting(cast("AsyncBackend", self.backend).start_tokens(some_BL))
-            rows_BD = self.encode_tokens(some_BL)
-            return lambda: rows_BD
+    def _start(self, kind: Kind, inputs: Any) -> Callable[[], Rows]:
+        """Begins a batch of the backend, whose rows are whole; of one that cannot wait they are there at once."""
+        if self.facts.is_async:
+            backend = cast("AsyncBackend", self.backend)
+            return backend.start_pixels(inputs) if kind == "image" else backend.start_tokens(inputs)
+        rows_BD = self.backend.encode_pixels(inputs) if kind == "image" else self.backend.encode_tokens(inputs)
+        return lambda: rows_BD
 
-        return self._within_memory("text", start, token_ids_BL)
-
-    def _within_memory(self, kind: Kind, start: Callable[[Any], Callable[[], Rows]], inputs: Any) -> Callable[[], Rows]:
-        """`start`, in halves of halves where memory runs out, down to one input; what was too many once is not tried
+    def _within_memory(self, kind: Kind, inputs: Any) -> Callable[[], Rows]:
+        """`_start`, in halves of halves where memory runs out, down to one input; what was too many once is not tried
         again.
         """
         count = len(inputs)
@@ -370,8 +364,9 @@ class Encoder:
         while True:
             try:
                 if size == count:
-                    return start(inputs)
-                rows_BD = np.concatenate([_rows_from(first, start, inputs, size) for first in range(0, count, size)])
+                    return self._start(kind, inputs)
+                start, firsts = partial(self._start, kind), range(0, count, size)
+                rows_BD = np.concatenate([_rows_from(first, start, inputs, size) for first in firsts])
             except (MemoryError, RuntimeError) as error:
                 if size <= 1 or isinstance(error, CnClipError) or not lacked_memory(error):
                     raise

@@ -19,7 +19,7 @@ from cn_clip.retrieval.conditions import ID_FIELDS, Condition, fields_of, parse_
 from cn_clip.retrieval.graph import OVERFETCH
 from cn_clip.retrieval.ids import integers
 from cn_clip.retrieval.listing import Order, Page
-from cn_clip.retrieval.manifest import EngineName, Manifest, ModelInfo, PictureFacts
+from cn_clip.retrieval.manifest import EngineName, Manifest, PictureFacts
 from cn_clip.retrieval.remote_rows import (
     WINDOW,
     Facts,
@@ -34,7 +34,7 @@ from cn_clip.retrieval.remote_rows import (
 from cn_clip.retrieval.scanning import exact_scores
 from cn_clip.retrieval.schemes import IndexAddress
 from cn_clip.retrieval.segments import FloatArray, ItemId
-from cn_clip.retrieval.store import Hit, check_bounds, checked_queries
+from cn_clip.retrieval.store import Described, Hit, check_bounds, checked_queries
 from cn_clip.retrieval.writer import NewItem, checked_lines
 
 # Rows with their vectors in one answer: some 10 MB.
@@ -52,13 +52,13 @@ class _Row(NamedTuple):
     metadata: dict[str, Any]
 
 
-class RemoteIndex:
+class RemoteIndex(Described):
     """Items with their vectors, as they are on the server at every call. Several threads may search at once."""
 
     def __init__(self, rows: Rows) -> None:
         """Raises DataError when there is no such index, StoreError when no server answers."""
         self._rows = rows
-        self._facts = require(rows, with_count=False)
+        self.told = require(rows, with_count=False)
         self._seen_fields = set[str]()
 
     @property
@@ -70,21 +70,6 @@ class RemoteIndex:
     def opened_at(self) -> IndexAddress:
         """Where the index is, with all that opens it again."""
         return self._rows.address
-
-    @property
-    def model(self) -> ModelInfo:
-        """The model of the vectors: name, fingerprint, embed_dim."""
-        return self._facts.model
-
-    @property
-    def pictures(self) -> PictureFacts | None:
-        """How the pictures of the vectors were seen; None where it is not recorded."""
-        return self._facts.pictures
-
-    @property
-    def source(self) -> str:
-        """What it was built from."""
-        return self._facts.source
 
     def ping(self) -> None:
         """Asks for as little as shows that the server answers; raises AwayError, StoreError."""

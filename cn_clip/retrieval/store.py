@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -130,14 +130,46 @@ def removed_keys(folder: Path, facts: Manifest) -> IntArray:
     return keys
 
 
-class Index:
+class Told(Protocol):
+    """What an index says of itself, wherever it is kept: `Manifest`, or the facts of one on a server."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+    @property
+    def pictures(self) -> PictureFacts | None: ...
+    @property
+    def source(self) -> str: ...
+
+
+class Described:
+    """What an open index says of itself."""
+
+    told: Told
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model of the vectors: name, fingerprint, embed_dim."""
+        return self.told.model
+
+    @property
+    def pictures(self) -> PictureFacts | None:
+        """How the pictures of the vectors were seen; None where it is not recorded."""
+        return self.told.pictures
+
+    @property
+    def source(self) -> str:
+        """What it was built from."""
+        return self.told.source
+
+
+class Index(Described):
     """Items with their vectors. Several threads may search one index at once."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         """Raises DataError when a writer has taken away the graph since."""
         self.snapshot = snapshot
         self.folder = snapshot.folder
-        self.manifest = snapshot.manifest
+        self.told = self.manifest = snapshot.manifest
         # Now, for the next writer removes the graph of this generation.
         self.engine = _open_engine(snapshot)
         self._table: ItemTable | None = None
@@ -145,21 +177,6 @@ class Index:
         self._masks: dict[str, Mask] = {}
         self._lock, self._ordering = threading.Lock(), threading.Lock()
         self._orders: dict[Order, IntArray] = {}
-
-    @property
-    def model(self) -> ModelInfo:
-        """The model of the vectors: name, fingerprint, embed_dim."""
-        return self.manifest.model
-
-    @property
-    def pictures(self) -> PictureFacts | None:
-        """How the pictures of the vectors were seen; None where it is not recorded."""
-        return self.manifest.pictures
-
-    @property
-    def source(self) -> str:
-        """What it was built from."""
-        return self.manifest.source
 
     @property
     def address(self) -> str:

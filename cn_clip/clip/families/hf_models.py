@@ -23,7 +23,8 @@ from cn_clip.clip.backends.base import Inputs, Pixels, TokenIds
 from cn_clip.clip.backends.pytorch import ForeignTowers
 from cn_clip.clip.blocks import HEADER, write_block
 from cn_clip.clip.families import fg_clip_2, naflex
-from cn_clip.clip.transforms import Decode, draft_side, in_8_bits, shape_of
+from cn_clip.clip.families.rgb import RgbPictures
+from cn_clip.clip.transforms import Decode, draft_side, shape_of
 from cn_clip.clip.weights.file_kinds import what_it_is
 from cn_clip.clip.weights.hf import CONFIG_FILE, read_json
 from cn_clip.errors import CheckpointError, CnClipError, ConfigError, MissingExtraError, first_sentence, reading
@@ -93,69 +94,44 @@ PROCESSORS: dict[str, tuple[str, Mapping[str, object]]] = {
 MOST_PATCHES = 4096
 
 
-class ProcessedPictures:
-    """A folder's image processor as a `PictureTransform`."""
+class ProcessedPictures(RgbPictures):
+    """A folder's image processor as a `PictureTransform`: normalised pixels (3, R, R)."""
 
     def __init__(self, processor: Any, decode: Decode) -> None:
-        self._processor, self.decode = processor, decode
-        self.shape: tuple[int, ...] = self._pixels(Image.new("RGB", (3, 2))).shape
-
-    @property
-    def resolution(self) -> int:
-        """The side of a picture in pixels."""
-        return self.shape[-1]
+        super().__init__(decode)
+        self._processor = processor
+        self.shape = self._pixels(Image.new("RGB", (3, 2))).shape
+        self.resolution = self.shape[-1]
 
     @property
     def draft_size(self) -> int | None:
-        """The side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole."""
+        """As of `RgbPictures`, of what the processor scales to before it cuts."""
         size = getattr(self._processor, "size", None) or {}
         return draft_side(self.decode, int(size.get("shortest_edge") or self.resolution))
 
-    def array(self, image: Image.Image, out: Pixels | None = None) -> Pixels:
-        """Normalised pixels, float32 (3, R, R), in `out` if it is given."""
-        image = in_8_bits(image, self.decode)
-        pixels_3RR = self._pixels(image if image.mode == "RGB" else image.convert("RGB"))
-        if out is None:
-            return pixels_3RR
-        out[...] = pixels_3RR
-        return out
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return torch.from_numpy(self.array(image))
+    def _write(self, image: Image.Image, out: Pixels) -> None:
+        out[...] = self._pixels(image)
 
     def _pixels(self, image: Image.Image) -> Pixels:
-        batch = self._processor(images=[image], return_tensors="np")
-        pixels: Pixels = np.ascontiguousarray(batch["pixel_values"][0], dtype=np.float32)
+        pixels: Pixels = self._processor(images=[image], return_tensors="np")["pixel_values"][0]
         return pixels
 
 
-class PatchedPictures:
+class PatchedPictures(RgbPictures):
     """A folder's image processor that keeps proportions (NaFlex) as a `PictureTransform`: blocks of patches."""
 
     def __init__(self, processor: Any, decode: Decode, num_patches: Callable[[int, int], int] | None = None) -> None:
         """num_patches: the most patches of a picture by its width and height; default, what the processor has."""
-        self._processor, self.decode, self._num_patches = processor, decode, num_patches
+        super().__init__(decode)
+        self._processor, self._num_patches = processor, num_patches
         most, side = self._patches_of(10**9, 10**9), int(processor.patch_size)  # however large the picture is
-        self.shape: tuple[int, ...] = (HEADER + most, 3 * side * side)
+        self.shape = (HEADER + most, 3 * side * side)
         self.resolution = side * math.isqrt(most)
 
-    @property
-    def draft_size(self) -> int | None:
-        """The side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole."""
-        return draft_side(self.decode, self.resolution)
-
-    def array(self, image: Image.Image, out: Pixels | None = None) -> Pixels:
-        """The block of a picture, float32 (1 + N, V), in `out` if it is given; see `blocks`."""
-        image = in_8_bits(image, self.decode)
-        image = image if image.mode == "RGB" else image.convert("RGB")
+    def _write(self, image: Image.Image, out: Pixels) -> None:
         made = self._processor(images=[image], return_tensors="np", max_num_patches=self._patches_of(*image.size))
-        out = np.empty(self.shape, np.float32) if out is None else out
         height, width = made["spatial_shapes"][0].tolist()
         write_block(made["pixel_values"][0], (height, width), out)
-        return out
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return torch.from_numpy(self.array(image))
 
     def _patches_of(self, width: int, height: int) -> int:
         return self._num_patches(width, height) if self._num_patches else int(self._processor.max_num_patches)

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from cn_clip import ranks
 from cn_clip.clip.backends.base import AnyPixels, Facts, Parts, Pixels, Rows, TokenIds, unit_rows
 from cn_clip.clip.backends.names import check_threads, settled, torch_precisions
 from cn_clip.clip.backends.pytorch import DTYPES
 from cn_clip.clip.blocks import HEADER, trimmed, write_block
-from cn_clip.clip.transforms import Decode, draft_side, in_8_bits
+from cn_clip.clip.families.rgb import RgbPictures
+from cn_clip.clip.transforms import Decode
 from cn_clip.errors import CheckpointError, CnClipError, MissingExtraError, first_sentence
 from cn_clip.extras import install_command, require
 from cn_clip.processes import compute_alone_in_children
@@ -40,34 +40,18 @@ _LONGEST_TEXT = 1 << 16
 _NO_CHARACTER = -1
 
 
-class WholePictures:
+class WholePictures(RgbPictures):
     """Pictures as RGB pixels in their own proportions, in blocks, for the processor of the model."""
 
-    shape: tuple[int, ...] = (HEADER + MOST_PIXELS, 3)
+    shape = (HEADER + MOST_PIXELS, 3)
     resolution = math.isqrt(MOST_PIXELS)
 
-    def __init__(self, decode: Decode) -> None:
-        self.decode = decode
-
-    @property
-    def draft_size(self) -> int | None:
-        """The side that must remain when a JPEG is decoded at a fraction of its size; None: decoded whole."""
-        return draft_side(self.decode, self.resolution)
-
-    def array(self, image: Image.Image, out: Pixels | None = None) -> Pixels:
-        """The block of a picture, float32 (1 + N, 3), in `out` if it is given; see `blocks`."""
-        image = in_8_bits(image, self.decode)
-        image = image if image.mode == "RGB" else image.convert("RGB")
+    def _write(self, image: Image.Image, out: Pixels) -> None:
         if image.width * image.height > MOST_PIXELS:
             scale = math.sqrt(MOST_PIXELS / (image.width * image.height))
             width, height = (max(1, min(MOST_PIXELS, int(side * scale))) for side in image.size)
             image = image.resize((width, max(1, min(height, MOST_PIXELS // width))), Image.Resampling.BICUBIC)
-        out = np.empty(self.shape, np.float32) if out is None else out
         write_block(np.asarray(image, np.float32).reshape(-1, 3), (image.height, image.width), out)
-        return out
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return torch.from_numpy(self.array(image))
 
 
 def pictures_of(blocks: Pixels) -> list[Image.Image]:
